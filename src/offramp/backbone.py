@@ -1,0 +1,433 @@
+"""A frozen causal language model as embed → blocks → norm → head, with every part callable by itself.
+
+The blocks are the library's own modules, called one range at a time, so that decoding can stop after any of them.
+What differs between model families (names of the parts, scales on the way in and out, how keys and values come out
+of the projections) is a row in `FAMILIES`. Whether the row is right is not taken on trust: `check` compares a full and
+a cached pass with the library's own logits when a model is loaded, and refuses a model it would decode wrongly.
+
+Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks, H key/value heads, P head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
+from offramp.sources import Source, resolve
+from offramp.state import State
+
+Config = Any  # a transformers PreTrainedConfig: its fields differ from family to family
+KeysValues = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+
+def _split_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Separate `k_proj` and `v_proj` (llama and most others), with a key norm over the whole row (olmo2) or each head."""
+    k, v = attention.k_proj(x), attention.v_proj(x)
+    heads = (*x.shape[:-1], -1, attention.head_dim)
+    norm = getattr(attention, "k_norm", None)
+    if norm is not None:
+        over_row = norm.weight.shape[0] == k.shape[-1] and norm.weight.ndim == 1
+        k = norm(k) if over_row else norm(k.view(heads))
+    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
+
+
+def _fused_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One `qkv_proj` whose rows are all queries, then all keys, then all values (phi3)."""
+    width = attention.num_key_value_heads * attention.head_dim
+    k, v = F.linear(x, attention.qkv_proj.weight[-2 * width :]).split(width, dim=-1)
+    heads = (*x.shape[:-1], -1, attention.head_dim)
+    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
+
+
+def _conv1d_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-2's `Conv1D`, a linear layer with its weight transposed: columns are queries, keys, values."""
+    width = attention.split_size
+    kv = x @ attention.c_attn.weight[:, width:] + attention.c_attn.bias[width:]
+    k, v = kv.split(width, dim=-1)
+    heads = (*x.shape[:-1], -1, attention.head_dim)
+    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
+
+
+def _interleaved_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-NeoX's fused projection: query, key and value of one head stand together."""
+    per_head = attention.query_key_value(x).view(*x.shape[:-1], -1, 3 * attention.head_size).transpose(1, 2)
+    _, k, v = per_head.chunk(3, dim=-1)
+    return k, v
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model family departs from llama. A new family is a new row in `FAMILIES`; the conformance tests cover it."""
+
+    trunk: str = "model"
+    blocks: str = "layers"
+    norm: str = "norm"
+    attention: str = "self_attn"
+    input_norm: str | None = "input_layernorm"
+    positions: str | None = None  # an embedding of absolute positions, added to the tokens' own
+    rotary: str | None = "rotary_emb"
+    rotary_per_kind: bool = False  # one rotary table for each layer type (gemma3)
+    cache_kwarg: str = "cache"
+    implementation: str = "sdpa"  # which of the library's attention functions
+    keys_values: KeysValues = _split_kv
+    scale_in: Callable[[Config], float] = lambda config: 1.0
+    finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
+
+
+def _softcap(logits: Tensor, config: Config) -> Tensor:
+    cap = config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "smollm3": Family(),
+    "phi3": Family(keys_values=_fused_kv),
+    "olmo2": Family(input_norm=None),
+    "gemma2": Family(finish=_softcap, implementation="eager"),  # SDPA has no soft cap
+    "gemma3_text": Family(finish=_softcap, rotary_per_kind=True),
+    "granite": Family(
+        scale_in=lambda config: float(config.embedding_multiplier),
+        finish=lambda logits, config: logits / config.logits_scaling,
+    ),
+    "cohere": Family(finish=lambda logits, config: logits * config.logit_scale),
+    "gpt2": Family(
+        trunk="transformer",
+        blocks="h",
+        norm="ln_f",
+        attention="attn",
+        input_norm="ln_1",
+        positions="wpe",
+        rotary=None,
+        keys_values=_conv1d_kv,
+    ),
+    "gpt_neox": Family(
+        trunk="gpt_neox",
+        norm="final_layer_norm",
+        attention="attention",
+        cache_kwarg="layer_past",
+        keys_values=_interleaved_kv,
+    ),
+}
+
+
+@dataclass
+class Step:
+    """What all blocks of one call share: positions, rotary tables, and attention masks made once for each need."""
+
+    positions: Tensor  # (1, T)
+    rotary: Any = None
+    masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
+
+
+class Backbone:
+    """A causal language model whose blocks can be run range by range. Make one with `offramp.load`.
+
+    Attributes: `model` and `tokenizer` are the library's own; `config` the model's text config; `n_blocks` N,
+    `hidden_size` D, `vocab_size` V, `context` the longest sequence the model was made for; `kinds` the kind of each
+    block; `source` where the weights came from, with their hash; `weight_format` the format they run in.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, source: Source) -> None:
+        config = model.config
+        if config.model_type not in FAMILIES:
+            raise UnsupportedModel(
+                f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
+                f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in backbone.FAMILIES.",
+            )
+        self.family = family = FAMILIES[config.model_type]
+        self.model, self.tokenizer, self.source, self.config = model.eval().requires_grad_(False), tokenizer, source, config
+        trunk = getattr(model, family.trunk)
+        self._embed = model.get_input_embeddings()
+        self._positions = getattr(trunk, family.positions) if family.positions else None
+        self._rotary = getattr(trunk, family.rotary) if family.rotary else None
+        self.blocks: list[nn.Module] = list(getattr(trunk, family.blocks))
+        self.final_norm: nn.Module = getattr(trunk, family.norm)
+        self.head: nn.Module = model.get_output_embeddings()
+        self.n_blocks = len(self.blocks)
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = self.head.weight.shape[0]  # type: ignore[union-attr,index,assignment]
+        self.context: int = config.max_position_embeddings
+        self.dtype: torch.dtype = self.head.weight.dtype  # type: ignore[assignment]
+        self.device: torch.device = self.head.weight.device  # type: ignore[assignment]
+        self.kinds = ["attention"] * self.n_blocks
+        self._layer_types = _layer_types(config, self.n_blocks)
+        self._takes = [set(inspect.signature(type(block).forward).parameters) for block in self.blocks]
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def weight_format(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a text: what the generation config, the config and the tokenizer name."""
+        generation = getattr(self.model, "generation_config", None)
+        named = [
+            getattr(generation, "eos_token_id", None),
+            getattr(self.config, "eos_token_id", None),
+            getattr(self.tokenizer, "eos_token_id", None),
+        ]
+        ids: set[int] = set()
+        for one in named:
+            ids.update(one if isinstance(one, list) else [] if one is None else [one])
+        return frozenset(ids)
+
+    def state(self, capacity: int = 256) -> State:
+        """An empty memory for all blocks."""
+        return State(self.kinds, capacity)
+
+    def window(self, index: int) -> int | None:
+        """How many tokens, itself included, a token sees in block `index`; None for all of them."""
+        return self.config.sliding_window if self._layer_types[index] == "sliding_attention" else None
+
+    def kv_shape(self, index: int) -> tuple[int, int]:
+        """Key/value heads and head dim of block `index`."""
+        heads = self.config.num_attention_heads
+        dim = getattr(self.config, "head_dim", None) or self.hidden_size // heads
+        return getattr(self.config, "num_key_value_heads", None) or heads, dim
+
+    def embed(self, ids: Tensor, first: int = 0) -> tuple[Tensor, Step]:
+        """Token ids (B, T) at positions `first`, `first` + 1, … → hidden state (B, T, D) and what the blocks share."""
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+        h = self._embed(ids)
+        scale = self.family.scale_in(self.config)
+        if scale != 1.0:
+            h = h * scale
+        if self._positions is not None:
+            h = h + self._positions(positions)
+        return h, self.step(h, positions)
+
+    def step(self, h: Tensor, positions: Tensor) -> Step:
+        """What the blocks share for tokens at these consecutive positions (1, T)."""
+        if self._rotary is None:
+            return Step(positions)
+        if self.family.rotary_per_kind:
+            return Step(positions, {kind: self._rotary(h, positions, kind) for kind in set(self._layer_types)})
+        return Step(positions, self._rotary(h, positions))
+
+    def run(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> Tensor:
+        """Hidden state (B, T, D) through blocks `start` to `stop` - 1, each of which remembers the T tokens."""
+        for index in range(start, stop):
+            kwargs = {
+                "attention_mask": self._mask(index, state.length(index), step, h.dtype),
+                "position_ids": step.positions,
+                self.family.cache_kwarg: state,
+            }
+            if "use_cache" in self._takes[index]:
+                kwargs["use_cache"] = True
+            if step.rotary is not None:
+                kwargs["position_embeddings"] = self._tables(index, step)
+            out = self.blocks[index](h, **kwargs)
+            h = out[0] if isinstance(out, tuple) else out
+        return h
+
+    def project(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> None:
+        """Store what blocks `start` to `stop` - 1 would remember if each of them saw `h` (B, T, D) as its input.
+
+        Only the keys and values are computed, by each block's own input norm and projections: CALM's state
+        propagation (arXiv 2207.07061, section 3.2).
+        """
+        for index in range(start, stop):
+            block: Any = self.blocks[index]
+            attention = getattr(block, self.family.attention)
+            x = getattr(block, self.family.input_norm)(h) if self.family.input_norm else h
+            keys, values = self.family.keys_values(attention, x)
+            if step.rotary is not None and getattr(attention, "use_rope", True):
+                rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+                keys, _ = rotate(keys, keys, *self._tables(index, step))
+            state.update(keys, values, index)
+
+    def norm(self, h: Tensor) -> Tensor:
+        """The final norm (…, D) → (…, D)."""
+        return self.final_norm(h)  # type: ignore[no-any-return]
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Final norm and LM head: hidden state (…, D) → logits (…, V), in float32."""
+        return self.family.finish(self.head(self.norm(h)), self.config).float()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) → logits (B, T, V), full depth, nothing remembered before or after."""
+        h, step = self.embed(ids)
+        return self.logits(self.run(h, 0, self.n_blocks, self.state(ids.shape[1]), step))
+
+    def encode(self, prompt: str, raw: bool = False) -> list[int]:
+        """A user's prompt → token ids, through the chat template where the tokenizer has one and `raw` is false.
+
+        Raises `BadInput` for an empty prompt and for one that fills the model's context.
+        """
+        if not prompt.strip():
+            raise BadInput("The prompt is empty.", "Give some text to go on from.")
+        return self.encode_chat([{"role": "user", "content": prompt}], raw)
+
+    def encode_chat(self, messages: list[dict[str, str]], raw: bool = False) -> list[int]:
+        """A conversation → token ids up to where the answer begins."""
+        if raw or not getattr(self.tokenizer, "chat_template", None):
+            ids = self.tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        else:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= self.context:
+            raise BadInput(
+                f"The prompt is {len(ids)} tokens long; {self.name} holds {self.context} with its answer.",
+                "Shorten the prompt, or use a model with a longer context.",
+            )
+        return list(ids)
+
+    def _tables(self, index: int, step: Step) -> Any:
+        return step.rotary[self._layer_types[index]] if self.family.rotary_per_kind else step.rotary
+
+    def _mask(self, index: int, past: int, step: Step, dtype: torch.dtype) -> Tensor | None:
+        key = (self.window(index), past)
+        if key not in step.masks:
+            step.masks[key] = self._make_mask(*key, step.positions, dtype)
+        return step.masks[key]
+
+    def _make_mask(self, window: int | None, past: int, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Which of `past` remembered tokens and the T new ones each new token may see: (1, 1, T, past + T).
+
+        None where the attention function does the right thing without: one token that sees everything, or T tokens
+        with nothing before them. True means "sees" for SDPA; the eager function adds the mask to the scores instead.
+        """
+        tokens = positions.shape[1]
+        everything = window is None or past + tokens <= window
+        if everything and (tokens == 1 or (past == 0 and self.family.implementation == "sdpa")):
+            return None
+        queries = torch.arange(past, past + tokens, device=positions.device)[:, None]
+        keys = torch.arange(past + tokens, device=positions.device)[None, :]
+        sees = keys <= queries
+        if window is not None:
+            sees &= keys > queries - window
+        if self.family.implementation == "sdpa":
+            return sees[None, None]
+        return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
+
+
+def _layer_types(config: Config, n_blocks: int) -> list[str]:
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        types = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"] * n_blocks
+    odd = set(types) - {"full_attention", "sliding_attention"}
+    if odd:
+        raise UnsupportedModel(f"Blocks of the kind {', '.join(sorted(odd))} are not supported yet.")
+    return list(types)
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+
+
+@torch.inference_mode()
+def check(backbone: Backbone) -> tuple[float, float]:
+    """Compare a full pass, and a pass in pieces over a state, with the library's own logits.
+
+    Returns the largest differences (full, cached), as shares of the largest logit. Raises `UnsupportedModel` when one
+    exceeds the dtype's tolerance (float32 1e-4, bfloat16 3e-2), `BadNumbers` when the library's logits are not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(16, backbone.context)
+    ids = torch.randint(0, backbone.vocab_size, (1, length), generator=generator).to(backbone.device)
+    pieces = [ids[:, : length - 4], ids[:, length - 4 : length - 1], ids[:, length - 1 :]]
+
+    whole = backbone.model(ids).logits.float()
+    if not torch.isfinite(whole).all():
+        raise BadNumbers(
+            f"{backbone.name} gives NaN or infinite logits in {backbone.weight_format}.",
+            "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
+        )
+    cache, theirs, ours = None, [], []
+    state, seen = backbone.state(), 0
+    for piece in pieces:
+        out = backbone.model(piece, **({"cache": cache} if cache is not None else {}), use_cache=True)
+        cache = out.cache
+        theirs.append(out.logits.float())
+        h, step = backbone.embed(piece, seen)
+        middle = backbone.n_blocks // 2
+        h = backbone.run(h, 0, middle, state, step)
+        ours.append(backbone.logits(backbone.run(h, middle, backbone.n_blocks, state, step)))
+        seen += piece.shape[1]
+    scale = whole.abs().max().clamp(min=1e-6)
+    full = float((backbone.forward(ids) - whole).abs().max() / scale)
+    cached = float((torch.cat(ours, 1) - torch.cat(theirs, 1)).abs().max() / scale)
+    allowed = TOLERANCE.get(backbone.dtype, 3e-2)
+    if not (full <= allowed and cached <= allowed):
+        raise UnsupportedModel(
+            f"offramp would decode {backbone.name} wrongly: its logits differ from the library's by {full:.1e} in a full "
+            f"pass and {cached:.1e} in a cached one, as shares of the largest logit ({allowed:.0e} is allowed).",
+            f"The row for the family '{backbone.config.model_type}' in backbone.FAMILIES does not fit this model.",
+        )
+    return full, cached
+
+
+def load(name: str, dtype: str | None = None, device: str | None = None) -> Backbone:
+    """Load a causal language model and check it against the library's own logits.
+
+    `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`).
+    `dtype` is `bfloat16` or `float32`; by default bfloat16, or float32 where bfloat16 does not pass the self-check.
+    Nothing is fetched when the files are on this machine already, or when `HF_HUB_OFFLINE` is set.
+
+    Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint.
+    """
+    if dtype not in (None, "bfloat16", "float32"):
+        raise BadInput(f"'{dtype}' is not a dtype offramp runs in.", "Use bfloat16 or float32.")
+    source = resolve(name)
+    if dtype is not None:
+        return _load(source, dtype, device)
+    try:
+        return _load(source, "bfloat16", device)
+    except (UnsupportedModel, BadNumbers):
+        backbone = _load(source, "float32", device)  # raises for a model that is wrong in any dtype
+        warnings.warn(f"{name} fails the self-check in bfloat16; running it in float32.", stacklevel=2)
+        return backbone
+
+
+def _load(source: Source, dtype: str, device: str | None) -> Backbone:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        # Said before the weights are read: a wrong family should not cost a minute of loading.
+        if config.model_type not in FAMILIES:
+            raise UnsupportedModel(
+                f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
+                f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in backbone.FAMILIES.",
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=FAMILIES[config.model_type].implementation,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except OfframpError:
+        raise
+    except Exception as error:  # the library raises anything from KeyError to SafetensorError here
+        raise source.unreadable(error) from error
+    backbone = Backbone(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, source)
+    check(backbone)
+    return backbone
+
+
+def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
+    """A `Backbone` around a `transformers` model that is in memory already; checked like one that was loaded."""
+    backbone = Backbone(model, tokenizer, Source.of_weights(name, copy.copy(model.state_dict())))
+    check(backbone)
+    return backbone

@@ -1,0 +1,33 @@
+"""Errors a user can act on: one sentence that says what is wrong, and a hint that says what to do."""
+
+
+class OfframpError(Exception):
+    """Base of every error offramp raises on purpose. ``str(error)`` is the sentence, ``error.hint`` the way out."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ModelNotFound(OfframpError):
+    """The name is no alias, local folder, GGUF file or model that can be fetched."""
+
+
+class UnsupportedModel(OfframpError):
+    """The family has no row in ``FAMILIES``, or the self-check found that it would be decoded wrongly."""
+
+
+class ExitsMismatch(OfframpError):
+    """The exits were trained for another backbone, or for another revision of it."""
+
+
+class CorruptFile(OfframpError):
+    """A file is truncated, unreadable, or not what it says it is."""
+
+
+class BadInput(OfframpError):
+    """A prompt, an option or a data file that cannot be used as given."""
+
+
+class BadNumbers(OfframpError):
+    """NaN or infinity where logits should be."""

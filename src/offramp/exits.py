@@ -1,0 +1,302 @@
+"""Exits: places after a block where decoding may stop. Each has a gate (may this token leave?) and a read-out (as what?).
+
+Gates read the hidden state after their block and give a logit; its sigmoid is the confidence. The three kinds are the
+paper's (DYNAMAX, arXiv 2504.20922): `linear` (CALM-style), `ffn`, and `mamba`, whose recurrent state remembers the tokens
+before. All work in a bottleneck: a gate must be far cheaper than a block. A read-out corrects the hidden state with a
+small residual adapter and hands it to the backbone's own final norm and head.
+
+Shapes: B batch, T tokens, D the backbone's hidden size. `Memory` is what a recurrent part carries from token to token:
+the convolution's window (B, W - 1, E + 2N) and the scan's state (B, H, P, N); None for parts that carry nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offramp.errors import CorruptFile, ExitsMismatch, OfframpError
+from offramp.scan import causal_conv, scan
+from offramp.sources import write_atomically
+
+if TYPE_CHECKING:
+    from offramp.backbone import Backbone
+
+Memory = tuple[Tensor, Tensor] | None
+
+
+class Mixer(nn.Module):
+    """A Mamba-2 block (arXiv 2405.21060, figure 6) with its input and output widths free: (B, T, width) → (B, T, out)."""
+
+    CONV = 4
+
+    def __init__(self, width: int, inner: int, out: int, states: int = 16, head: int = 32) -> None:
+        super().__init__()
+        self.inner, self.states, self.head, self.heads = inner, states, head, inner // head
+        self.project_in = nn.Linear(width, 2 * inner + 2 * states + self.heads, bias=False)
+        self.conv_weight = nn.Parameter(torch.randn(inner + 2 * states, self.CONV) / self.CONV)
+        self.conv_bias = nn.Parameter(torch.zeros(inner + 2 * states))
+        self.A_log = nn.Parameter(torch.log(torch.linspace(1, 8, self.heads)))
+        self.D = nn.Parameter(torch.ones(self.heads))
+        # Step sizes from 0.01 to 0.3 through softplus: memories of about three to a hundred tokens.
+        self.dt_bias = nn.Parameter(torch.log(torch.expm1(torch.logspace(-2, -0.5, self.heads))))
+        self.norm = nn.RMSNorm(inner, eps=1e-5)
+        self.project_out = nn.Linear(inner, out, bias=out == 1)
+
+    def forward(self, u: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        batch, tokens, _ = u.shape
+        widths = [self.inner, self.inner + 2 * self.states, self.heads]
+        z, xBC, dt = self.project_in(u).split(widths, dim=-1)
+        if memory is None:
+            window, h = xBC.new_zeros(batch, self.CONV - 1, xBC.shape[-1]), None
+        else:
+            window, h = memory
+        xBC, window = causal_conv(xBC, self.conv_weight, self.conv_bias, window)
+        x, B, C = xBC.split([self.inner, self.states, self.states], dim=-1)
+        heads = x.reshape(batch, tokens, self.heads, self.head)
+        y, h = scan(heads, F.softplus(dt + self.dt_bias), -torch.exp(self.A_log), B, C, self.D, h)
+        out = self.project_out(self.norm(y.reshape(batch, tokens, self.inner) * F.silu(z)))
+        return out, (window, h)
+
+    def scan_flops(self) -> int:
+        """Per token: convolution, then decay, outer product and read-out of every state entry (2 FLOPs each)."""
+        return 2 * self.CONV * (self.inner + 2 * self.states) + 6 * self.inner * self.states
+
+
+class LinearGate(nn.Module):
+    """CALM's one-layer gate (arXiv 2207.07061, section 3.4): norm, then one linear map to a logit."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.out = nn.Linear(hidden, 1)
+
+    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        return self.out(self.norm(h)).squeeze(-1), None
+
+
+class FFNGate(nn.Module):
+    """Shaped like a transformer block's feed-forward (gated SiLU), in a bottleneck of `width`, ending in a logit."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.gate = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(hidden, width, bias=False)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        x = self.norm(h)
+        return self.out(F.silu(self.gate(x)) * self.up(x)).squeeze(-1), None
+
+
+class MambaGate(nn.Module):
+    """A Mamba block whose output projection gives one logit (DYNAMAX), in a bottleneck of `width`."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.mixer = Mixer(width, 2 * width, 1)
+
+    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        logit, memory = self.mixer(self.down(self.norm(h)), memory)
+        return logit.squeeze(-1), memory
+
+
+class NoAdapter(nn.Module):
+    """The hidden state as it is: the backbone's own norm and head, untrained."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+
+    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        return h, None
+
+
+class LinearAdapter(nn.Module):
+    """A residual linear map through a bottleneck of `width`."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(width, hidden, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        return h + self.up(self.down(self.norm(h))), None
+
+
+class MambaAdapter(nn.Module):
+    """A residual Mamba block with an inner width of `width`: it sees the tokens before as well."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.mixer = Mixer(hidden, width, hidden)
+        nn.init.zeros_(self.mixer.project_out.weight)
+
+    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        correction, memory = self.mixer(self.norm(h), memory)
+        return h + correction, memory
+
+
+# A part's class and whether it carries a memory from token to token.
+GATES: dict[str, type[nn.Module]] = {"linear": LinearGate, "ffn": FFNGate, "mamba": MambaGate}
+READOUTS: dict[str, type[nn.Module]] = {"none": NoAdapter, "linear": LinearAdapter, "mamba": MambaAdapter}
+
+
+@dataclass(frozen=True)
+class ExitsConfig:
+    """What a set of exits is made of. `layers`: blocks run before each exit; widths: bottlenecks, in dims."""
+
+    layers: tuple[int, ...]
+    gate: str = "mamba"
+    readout: str = "mamba"
+    gate_width: int = 64
+    readout_width: int = 512
+
+
+class Exit(nn.Module):
+    """One exit: `block` blocks are run before it."""
+
+    def __init__(self, block: int, hidden: int, config: ExitsConfig) -> None:
+        super().__init__()
+        self.block = block
+        self.gate = GATES[config.gate](hidden, config.gate_width)
+        self.adapter = READOUTS[config.readout](hidden, config.readout_width)
+        self.recurrent_gate = config.gate == "mamba"
+        self.recurrent_adapter = config.readout == "mamba"
+
+
+@dataclass
+class Exits:
+    """A set of exits for one backbone: what `offramp train` makes, `save` writes and `load` reads.
+
+    `backbone` names the model they belong to (name, sha256, model_type, blocks, hidden_size); `weight_format` is the
+    format its weights ran in when the exits were trained; `thresholds` are the default policy, one per exit;
+    `training` is the record of how they were made.
+    """
+
+    config: ExitsConfig
+    modules: nn.ModuleList
+    backbone: dict[str, Any]
+    weight_format: str
+    thresholds: tuple[float, ...]
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def new(cls, backbone: Backbone, config: ExitsConfig) -> Exits:
+        """Untrained exits, all closed (thresholds of 1). Raises `OfframpError` for layers the model does not have."""
+        layers = config.layers
+        if not layers or list(layers) != sorted(set(layers)) or not 0 < layers[0] <= layers[-1] < backbone.n_blocks:
+            raise OfframpError(
+                f"Exits after blocks {', '.join(map(str, layers)) or '(none)'} do not fit a model of {backbone.n_blocks}.",
+                f"Give rising numbers from 1 to {backbone.n_blocks - 1}, such as 10,15,20.",
+            )
+        for kind, known, what in ((config.gate, GATES, "gate"), (config.readout, READOUTS, "read-out")):
+            if kind not in known:
+                raise OfframpError(f"There is no {what} '{kind}'.", f"Choose from {', '.join(known)}.")
+        modules = nn.ModuleList(Exit(layer, backbone.hidden_size, config) for layer in layers)
+        owner = {
+            "name": backbone.name,
+            "sha256": backbone.source.sha256,
+            "model_type": backbone.config.model_type,
+            "blocks": backbone.n_blocks,
+            "hidden_size": backbone.hidden_size,
+        }
+        return cls(config, modules, owner, backbone.weight_format, (1.0,) * len(layers))
+
+    def __iter__(self) -> Iterator[Exit]:
+        return (exit for exit in self.modules if isinstance(exit, Exit))
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    @property
+    def trained(self) -> bool:
+        return bool(self.training)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `exits.safetensors` (bfloat16) and `offramp.json`; each appears whole or not at all."""
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in self.modules.state_dict().items()}
+        record = {
+            "offramp": 1,
+            "config": asdict(self.config),
+            "backbone": self.backbone,
+            "weight_format": self.weight_format,
+            "thresholds": list(self.thresholds),
+            "training": self.training,
+        }
+        write_atomically(folder / "exits.safetensors", save(tensors))
+        write_atomically(folder / "offramp.json", (json.dumps(record, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | Path, backbone: Backbone) -> Exits:
+        """Read a folder that `save` wrote, for this backbone.
+
+        Raises `ExitsMismatch` for another model's exits, `CorruptFile` for files that are missing, cut short or damaged.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        hint = "Name a folder that `offramp train` wrote."
+        if not folder.is_dir():
+            raise CorruptFile(f"There is no folder {folder} with exits.", hint)
+        for name in ("offramp.json", "exits.safetensors"):
+            if not (folder / name).is_file():
+                raise CorruptFile(f"{folder} holds no {name}, so no exits.", hint)
+        try:
+            record = json.loads((folder / "offramp.json").read_text())
+            owner, settings = record["backbone"], dict(record["config"])
+            config = ExitsConfig(**{**settings, "layers": tuple(settings["layers"])})
+            thresholds = tuple(float(value) for value in record["thresholds"])
+            weight_format, training = record["weight_format"], record["training"]
+            fingerprint = owner["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptFile(f"{folder / 'offramp.json'} is damaged: {error!r}.", "Train the exits again.") from error
+        if fingerprint != backbone.source.sha256:
+            same = "another revision or conversion of it" if owner.get("name") == backbone.name else "not for this model"
+            raise ExitsMismatch(
+                f"The exits in {folder} were trained for {owner.get('name')} (weights {fingerprint[:12]}), {same}: "
+                f"{backbone.name} has the weights {backbone.source.sha256[:12]}.",
+                f"Train exits for this model: offramp train {backbone.name} -o DIR",
+            )
+        exits = cls.new(backbone, config)
+        try:
+            tensors = load_file(folder / "exits.safetensors")
+            exits.modules.load_state_dict({key: value.float() for key, value in tensors.items()})
+        except Exception as error:  # SafetensorError, or RuntimeError for missing and misshapen tensors
+            reason = str(error).strip().splitlines()[0][:160]
+            raise CorruptFile(
+                f"{folder / 'exits.safetensors'} is damaged or cut short: {reason}", "Copy it again, or train again."
+            ) from error
+        if not all(torch.isfinite(value).all() for value in exits.modules.state_dict().values()):
+            raise CorruptFile(f"{folder / 'exits.safetensors'} holds NaN or infinite weights.", "Train the exits again.")
+        exits.thresholds, exits.weight_format, exits.training = thresholds, weight_format, training
+        exits.modules.eval().requires_grad_(False)
+        return exits
+
+
+def shipped_for(backbone: Backbone) -> Exits | None:
+    """The exits that come with offramp for this backbone's weights, if any."""
+    for folder in sorted((Path(__file__).parent / "shipped").glob("*/offramp.json")):
+        if json.loads(folder.read_text())["backbone"]["sha256"] == backbone.source.sha256:
+            return Exits.load(folder.parent, backbone)
+    return None
+
+
+def suggested_layers(n_blocks: int) -> tuple[int, ...]:
+    """Where exits go by default: after a third, a half, two thirds and five sixths of the blocks."""
+    return tuple(sorted({min(n_blocks - 1, max(1, math.floor(n_blocks * part + 0.5))) for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6)}))

@@ -1,0 +1,69 @@
+"""Analytic FLOPs and bytes: what one decoded token costs in each part of a model. A multiply-add counts as 2 FLOPs.
+
+| part | FLOPs for one token with a context of L tokens, itself included | source |
+|------|------------------------------------------------------------------|--------|
+| linear layers of a block | 2 · (entries of their weight matrices) | Kaplan et al., arXiv 2001.08361, table 1 |
+| attention of a block | 2 · L · heads · head dim for the scores, the same for the values | ibid. |
+| LM head | 2 · V · D | ibid. |
+| `project` fill of a block | 2 · (entries of its K and V projections) | CALM, arXiv 2207.07061, section 3.2 |
+| `copy` fill | 0: it moves numbers, it computes none | |
+| gate, read-out adapter | 2 · (entries of their weight matrices), plus the scan of a Mamba part (`Mixer.scan_flops`) | Mamba-2, arXiv 2405.21060 |
+
+Norms, activations, rotary tables and residuals are left out: they are below 1% of a block's products. A block with a
+sliding window sees at most the window. Bytes are the weights read for a token, plus its block's keys and values.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from offramp.backbone import Backbone
+
+
+def linear(module: nn.Module) -> int:
+    """FLOPs of one token through every weight matrix in `module`: 2 · entries."""
+    return 2 * sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+
+
+def exit_part(module: nn.Module) -> int:
+    """FLOPs of one token through a gate or a read-out adapter."""
+    from offramp.exits import Mixer
+
+    mixers = [part for part in module.modules() if isinstance(part, Mixer)]
+    convs = sum(2 * part.conv_weight.numel() for part in mixers)  # counted by scan_flops, not as a matrix product
+    return linear(module) - convs + sum(part.scan_flops() for part in mixers)
+
+
+class Costs:
+    """FLOPs and bytes of a backbone's parts. `block(i, context)`, `fill(i)` and `head` are FLOPs for one token."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        config = backbone.config
+        self._heads = config.num_attention_heads
+        self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
+        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._linear = [linear(block) for block in backbone.blocks]
+        self._windows = [backbone.window(index) for index in range(backbone.n_blocks)]
+        self._itemsize = backbone.dtype.itemsize
+        self._parameters = [sum(p.numel() for p in block.parameters()) for block in backbone.blocks]
+        self.n_blocks = backbone.n_blocks
+        self.head = 2 * backbone.vocab_size * backbone.hidden_size
+        self.head_bytes = backbone.vocab_size * backbone.hidden_size * self._itemsize
+        self.fill_project = 2 * backbone.hidden_size * 2 * self._kv_heads * self._head_dim
+
+    def _seen(self, index: int, context: int) -> int:
+        window = self._windows[index]
+        return context if window is None else min(context, window)
+
+    def block(self, index: int, context: int) -> int:
+        """FLOPs of block `index` for one token that sees `context` tokens, itself included."""
+        return self._linear[index] + 4 * self._seen(index, context) * self._heads * self._head_dim
+
+    def block_bytes(self, index: int, context: int) -> int:
+        """Bytes read by block `index` for one token: its weights and the keys and values it sees."""
+        kept = 2 * self._seen(index, context) * self._kv_heads * self._head_dim
+        return (self._parameters[index] + kept) * self._itemsize
+
+    def full(self, context: int) -> int:
+        """FLOPs of one token at full depth, LM head included."""
+        return sum(self.block(index, context) for index in range(self.n_blocks)) + self.head

@@ -1,0 +1,54 @@
+"""When a token leaves: a confidence in [0, 1] for each exit, higher meaning surer, and a threshold it must exceed.
+
+The learned confidence is the gate's. The training-free ones are CALM's (arXiv 2207.07061, section 3.4) and their kin:
+they need the read-out's logits at every exit, which costs an LM head each time, whether the token leaves or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offramp.errors import BadInput
+
+
+def max_prob(logits: Tensor) -> Tensor:
+    """Probability of the most probable token. (…, V) → (…)."""
+    return logits.softmax(-1).amax(-1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    """Probability of the most probable token minus that of the second. (…, V) → (…)."""
+    best = logits.softmax(-1).topk(2, dim=-1).values
+    return best[..., 0] - best[..., 1]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """1 − entropy / log V: 1 for a certain distribution, 0 for a uniform one. (…, V) → (…)."""
+    logp = logits.log_softmax(-1)
+    return 1 + (logp.exp() * logp).sum(-1) / math.log(logits.shape[-1])
+
+
+TRAINING_FREE: dict[str, Callable[[Tensor], Tensor]] = {"max-prob": max_prob, "margin": margin, "entropy": entropy}
+CONFIDENCES = ("gate", *TRAINING_FREE)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A token leaves at the first exit whose confidence is above its threshold; a threshold of 1 closes the exit.
+
+    Raises `BadInput` for a threshold outside [0, 1] or an unknown confidence.
+    """
+
+    thresholds: tuple[float, ...]
+    confidence: str = "gate"
+
+    def __post_init__(self) -> None:
+        for threshold in self.thresholds:
+            if not 0 <= threshold <= 1:
+                raise BadInput(f"A threshold of {threshold} is not in [0, 1].", "1 closes an exit, 0 opens it wide.")
+        if self.confidence not in CONFIDENCES:
+            raise BadInput(f"There is no confidence '{self.confidence}'.", f"Choose from {', '.join(CONFIDENCES)}.")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from offramp.errors import OfframpError
     from offramp.exits import Exits, ExitsConfig, shipped_for
     from offramp.policy import Policy
-    from offramp.train import TrainConfig, train
+    from offramp.training import TrainConfig, train
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,7 @@ _HOMES = {
     "errors": ("OfframpError",),
     "exits": ("Exits", "ExitsConfig", "shipped_for"),
     "policy": ("Policy",),
-    "train": ("TrainConfig", "train"),
+    "training": ("TrainConfig", "train"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [

@@ -80,6 +80,7 @@ class Family:
     cache_kwarg: str = "cache"
     implementation: str = "sdpa"  # which of the library's attention functions
     keys_values: KeysValues = _split_kv
+    projected: int = 2  # of queries, keys and values, how many `keys_values` computes
     scale_in: Callable[[Config], float] = lambda config: 1.0
     finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
 
@@ -120,8 +121,19 @@ FAMILIES: dict[str, Family] = {
         attention="attention",
         cache_kwarg="layer_past",
         keys_values=_interleaved_kv,
+        projected=3,
     ),
 }
+
+
+def family_of(config: Config, source: Source) -> Family:
+    """The row for a model's config. Raises `UnsupportedModel` where there is none."""
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
+            f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in backbone.FAMILIES.",
+        )
+    return FAMILIES[config.model_type]
 
 
 @dataclass
@@ -143,26 +155,26 @@ class Backbone:
 
     def __init__(self, model: Any, tokenizer: Any, source: Source) -> None:
         config = model.config
-        if config.model_type not in FAMILIES:
-            raise UnsupportedModel(
-                f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
-                f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in backbone.FAMILIES.",
-            )
-        self.family = family = FAMILIES[config.model_type]
-        self.model, self.tokenizer, self.source, self.config = model.eval().requires_grad_(False), tokenizer, source, config
+        self.family = family = family_of(config, source)
+        self.model, self.tokenizer, self.source, self.config = (
+            model.eval().requires_grad_(False),
+            tokenizer,
+            source,
+            config,
+        )
         trunk = getattr(model, family.trunk)
         self._embed = model.get_input_embeddings()
         self._positions = getattr(trunk, family.positions) if family.positions else None
         self._rotary = getattr(trunk, family.rotary) if family.rotary else None
         self.blocks: list[nn.Module] = list(getattr(trunk, family.blocks))
         self.final_norm: nn.Module = getattr(trunk, family.norm)
-        self.head: nn.Module = model.get_output_embeddings()
+        self.head: Any = model.get_output_embeddings()
         self.n_blocks = len(self.blocks)
         self.hidden_size: int = config.hidden_size
-        self.vocab_size: int = self.head.weight.shape[0]  # type: ignore[union-attr,index,assignment]
+        self.vocab_size: int = self.head.weight.shape[0]
         self.context: int = config.max_position_embeddings
-        self.dtype: torch.dtype = self.head.weight.dtype  # type: ignore[assignment]
-        self.device: torch.device = self.head.weight.device  # type: ignore[assignment]
+        self.dtype: torch.dtype = self.head.weight.dtype
+        self.device: torch.device = self.head.weight.device
         self.kinds = ["attention"] * self.n_blocks
         self._layer_types = _layer_types(config, self.n_blocks)
         self._takes = [set(inspect.signature(type(block).forward).parameters) for block in self.blocks]
@@ -225,7 +237,7 @@ class Backbone:
     def run(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> Tensor:
         """Hidden state (B, T, D) through blocks `start` to `stop` - 1, each of which remembers the T tokens."""
         for index in range(start, stop):
-            kwargs = {
+            kwargs: dict[str, Any] = {
                 "attention_mask": self._mask(index, state.length(index), step, h.dtype),
                 "position_ids": step.positions,
                 self.family.cache_kwarg: state,
@@ -254,13 +266,11 @@ class Backbone:
                 keys, _ = rotate(keys, keys, *self._tables(index, step))
             state.update(keys, values, index)
 
-    def norm(self, h: Tensor) -> Tensor:
-        """The final norm (…, D) → (…, D)."""
-        return self.final_norm(h)  # type: ignore[no-any-return]
-
-    def logits(self, h: Tensor) -> Tensor:
-        """Final norm and LM head: hidden state (…, D) → logits (…, V), in float32."""
-        return self.family.finish(self.head(self.norm(h)), self.config).float()
+    def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Final norm and LM head: hidden state (…, D) → logits (…, V), in float32; of the tokens `rows` only, if given."""
+        normed = self.final_norm(h)
+        out = self.head(normed) if rows is None else F.linear(normed, self.head.weight[rows])
+        return self.family.finish(out, self.config).float()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) → logits (B, T, V), full depth, nothing remembered before or after."""
@@ -283,12 +293,18 @@ class Backbone:
         else:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.check_prompt(ids)
+        return list(ids)
+
+    def check_prompt(self, ids: list[int]) -> None:
+        """Raises `BadInput` for a prompt of no tokens, and for one that leaves no room for an answer."""
+        if not ids:
+            raise BadInput("The prompt is empty.", "Give some text to go on from.")
         if len(ids) >= self.context:
             raise BadInput(
                 f"The prompt is {len(ids)} tokens long; {self.name} holds {self.context} with its answer.",
                 "Shorten the prompt, or use a model with a longer context.",
             )
-        return list(ids)
 
     def _tables(self, index: int, step: Step) -> Any:
         return step.rotary[self._layer_types[index]] if self.family.rotary_per_kind else step.rotary
@@ -403,17 +419,12 @@ def _load(source: Source, dtype: str, device: str | None) -> Backbone:
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-        # Said before the weights are read: a wrong family should not cost a minute of loading.
-        if config.model_type not in FAMILIES:
-            raise UnsupportedModel(
-                f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
-                f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in backbone.FAMILIES.",
-            )
+        family = family_of(config, source)  # a wrong family should not cost a minute of loading
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=FAMILIES[config.model_type].implementation,
+            attn_implementation=family.implementation,
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)

@@ -127,9 +127,7 @@ class Engine:
         seconds = time.perf_counter() - prefilled
         return self.summarise(tokens, len(ids), max_tokens, prefilled - started, seconds)
 
-    def stream(
-        self, prompt: str, max_tokens: int = 128, stop: tuple[str, ...] = (), raw: bool = False
-    ) -> Iterator[Token]:
+    def stream(self, prompt: str, max_tokens: int = 128, stop: tuple[str, ...] = (), raw: bool = False) -> Iterator[Token]:
         """Yield tokens as they are decided, greedily, until an end-of-text token, a stop string or `max_tokens`.
 
         A token's text may be empty and come with a later one: a character can span tokens, and text that may turn out
@@ -142,15 +140,9 @@ class Engine:
     @torch.inference_mode()
     def stream_ids(self, ids: list[int], max_tokens: int = 128, stop: tuple[str, ...] = ()) -> Iterator[Token | None]:
         """`stream` from token ids; yields None once, when the prompt has been prefilled."""
-        if not ids:
-            raise BadInput("The prompt is empty.", "Give some text to go on from.")
+        self.backbone.check_prompt(ids)
         if max_tokens < 1:
             raise BadInput(f"{max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
-        if len(ids) >= self.backbone.context:
-            raise BadInput(
-                f"The prompt is {len(ids)} tokens long; {self.backbone.name} holds {self.backbone.context} with its answer.",
-                "Shorten the prompt, or use a model with a longer context.",
-            )
         max_tokens = min(max_tokens, self.backbone.context - len(ids))
         sequence = self._prefill(ids, len(ids) + max_tokens)
         yield None
@@ -260,7 +252,7 @@ class Engine:
 
     def _choose(self, logits: Tensor, ids: list[int]) -> int:
         if self._processors:
-            logits = self._processors(torch.tensor([ids], device=logits.device), logits[None])[0]  # type: ignore[arg-type]
+            logits = self._processors(torch.tensor([ids], device=logits.device), logits[None])[0]
         return int(logits.argmax())
 
 
@@ -275,7 +267,7 @@ class _Text:
 
     def push(self, token: int, last: bool) -> str:
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         ends = [at for string in self._stop if (at := text.find(string)) >= 0]
         if ends:
             text, self.stopped = text[: min(ends)], True

@@ -70,12 +70,42 @@ class Mixer(nn.Module):
         return 2 * self.CONV * (self.inner + 2 * self.states) + 6 * self.inner * self.states
 
 
+class Standardise(nn.Module):
+    """Hidden states with each dim's mean and spread over the training text taken out, cut off at ±8 spreads.
+
+    Hidden states have dims a hundred times larger than others, and tokens (often the first) a thousand times larger
+    ("massive activations", arXiv 2402.17762): a part that learns for minutes cannot also learn to undo that.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(hidden))
+        self.register_buffer("spread", torch.ones(hidden))
+
+    def fit(self, h: Tensor) -> None:
+        """Take mean and spread from hidden states (n, D)."""
+        self.mean.copy_(h.mean(0))
+        self.spread.copy_(h.std(0).clamp(min=1e-6))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return ((h - self.mean) / self.spread).clamp(-8, 8)
+
+
+def _unit(h: Tensor) -> Tensor:
+    """Hidden states at a root mean square of 1: what the final norm makes of them anyway, and what a correction of
+    ordinary size can turn."""
+    return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)
+
+
 class LinearGate(nn.Module):
     """CALM's one-layer gate (arXiv 2207.07061, section 3.4): norm, then one linear map to a logit."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.norm = Standardise(hidden)
         self.out = nn.Linear(hidden, 1)
 
     def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
@@ -87,7 +117,7 @@ class FFNGate(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.norm = Standardise(hidden)
         self.gate = nn.Linear(hidden, width, bias=False)
         self.up = nn.Linear(hidden, width, bias=False)
         self.out = nn.Linear(width, 1)
@@ -102,7 +132,7 @@ class MambaGate(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.norm = Standardise(hidden)
         self.down = nn.Linear(hidden, width, bias=False)
         self.mixer = Mixer(width, 2 * width, 1)
 
@@ -126,13 +156,13 @@ class LinearAdapter(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.norm = Standardise(hidden)
         self.down = nn.Linear(hidden, width, bias=False)
         self.up = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
-        return h + self.up(self.down(self.norm(h))), None
+        return _unit(h) + self.up(self.down(self.norm(h))), None
 
 
 class MambaAdapter(nn.Module):
@@ -140,13 +170,13 @@ class MambaAdapter(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.norm = Standardise(hidden)
         self.mixer = Mixer(hidden, width, hidden)
         nn.init.zeros_(self.mixer.project_out.weight)
 
     def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         correction, memory = self.mixer(self.norm(h), memory)
-        return h + correction, memory
+        return _unit(h) + correction, memory
 
 
 # A part's class and whether it carries a memory from token to token.
@@ -299,4 +329,6 @@ def shipped_for(backbone: Backbone) -> Exits | None:
 
 def suggested_layers(n_blocks: int) -> tuple[int, ...]:
     """Where exits go by default: after a third, a half, two thirds and five sixths of the blocks."""
-    return tuple(sorted({min(n_blocks - 1, max(1, math.floor(n_blocks * part + 0.5))) for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6)}))
+    return tuple(
+        sorted({min(n_blocks - 1, max(1, math.floor(n_blocks * part + 0.5))) for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6)})
+    )

@@ -2,8 +2,8 @@
 
 | fill | what the skipped blocks remember | cost |
 |------|----------------------------------|------|
-| `project` | keys and values from the exit's hidden state, by each block's own projections (CALM) | 4 to 6% of a block each |
-| `copy` | the keys and values of the last block that was computed (DYNAMAX) | none |
+| `project` | keys and values of the exit's hidden state, by the block's own projections | 4 to 6% of a block |
+| `copy` | the keys and values of the last block that was computed | none |
 
 Both are approximate: later tokens see what the skipped blocks would have remembered only roughly. A new fill is a new
 class in `FILLS`.

@@ -3,11 +3,11 @@
 | part | FLOPs for one token with a context of L tokens, itself included | source |
 |------|------------------------------------------------------------------|--------|
 | linear layers of a block | 2 · (entries of their weight matrices) | Kaplan et al., arXiv 2001.08361, table 1 |
-| attention of a block | 2 · L · heads · head dim for the scores, the same for the values | ibid. |
+| attention of a block | 2 · L · heads · head dim, for the scores and again for the values | ibid. |
 | LM head | 2 · V · D | ibid. |
 | `project` fill of a block | 2 · (entries of its K and V projections) | CALM, arXiv 2207.07061, section 3.2 |
 | `copy` fill | 0: it moves numbers, it computes none | |
-| gate, read-out adapter | 2 · (entries of their weight matrices), plus the scan of a Mamba part (`Mixer.scan_flops`) | Mamba-2, arXiv 2405.21060 |
+| gate, read-out adapter | 2 · (entries of their weight matrices), and `Mixer.scan_flops` | arXiv 2405.21060 |
 
 Norms, activations, rotary tables and residuals are left out: they are below 1% of a block's products. A block with a
 sliding window sees at most the window. Bytes are the weights read for a token, plus its block's keys and values.
@@ -39,9 +39,8 @@ class Costs:
 
     def __init__(self, backbone: Backbone) -> None:
         config = backbone.config
-        self._heads = config.num_attention_heads
-        self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
-        self._head_dim = getattr(config, "head_dim", None) or config.hidden_size // self._heads
+        self._heads: int = config.num_attention_heads
+        self._kv_heads, self._head_dim = backbone.kv_shape(0)
         self._linear = [linear(block) for block in backbone.blocks]
         self._windows = [backbone.window(index) for index in range(backbone.n_blocks)]
         self._itemsize = backbone.dtype.itemsize
@@ -49,7 +48,7 @@ class Costs:
         self.n_blocks = backbone.n_blocks
         self.head = 2 * backbone.vocab_size * backbone.hidden_size
         self.head_bytes = backbone.vocab_size * backbone.hidden_size * self._itemsize
-        self.fill_project = 2 * backbone.hidden_size * 2 * self._kv_heads * self._head_dim
+        self.fill_project: int = 2 * backbone.hidden_size * backbone.family.projected * self._kv_heads * self._head_dim
 
     def _seen(self, index: int, context: int) -> int:
         window = self._windows[index]

@@ -41,9 +41,7 @@ def scan(
     return torch.cat(outputs, dim=1) + x * D[:, None], h
 
 
-def _one(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor
-) -> tuple[Tensor, Tensor]:
+def _one(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     decay = torch.exp(dt[:, 0] * A)[..., None, None]  # (B, H, 1, 1)
     h = h * decay + (dt[:, 0, :, None] * x[:, 0])[..., None] * B[:, 0, None, None, :]
     y = (h * C[:, 0, None, None, :]).sum(-1)
@@ -52,16 +50,19 @@ def _one(
 
 def _chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """The dual form within a chunk (section 6, "intra-chunk" and "inter-chunk"): attention-like, all tokens at once."""
-    total = torch.cumsum(dt * A, dim=1)  # (B, T, H): log of the decay from the chunk's start up to and with t
+    # Log of the decay from the chunk's start up to and with t, (B, T, H). In float64: strong decay makes it large, and
+    # the differences below are small.
+    total = torch.cumsum((dt * A).double(), dim=1)
     between = total[:, :, None] - total[:, None]  # (B, T, S, H): from after s up to and with t
     causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, :, :, None]
     # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    weights = torch.exp(between.masked_fill(~causal, float("-inf"))) * torch.einsum("btn,bsn->bts", C, B)[..., None]
+    decay = torch.exp(between.to(x.dtype).masked_fill(~causal, float("-inf")))
+    weights = decay * torch.einsum("btn,bsn->bts", C, B)[..., None]
     fed = x * dt[..., None]  # (B, T, H, P)
     y = torch.einsum("btsh,bshp->bthp", weights, fed)
-    y = y + torch.einsum("btn,bhpn,bth->bthp", C, h, torch.exp(total))
-    left = torch.exp(total[:, -1:] - total)  # decay from after t to the chunk's end
-    h = h * torch.exp(total[:, -1])[..., None, None] + torch.einsum("bthp,btn,bth->bhpn", fed, B, left)
+    y = y + torch.einsum("btn,bhpn,bth->bthp", C, h, torch.exp(total).to(x.dtype))
+    left = torch.exp(total[:, -1:] - total).to(x.dtype)  # decay from after t to the chunk's end
+    h = h * torch.exp(total[:, -1]).to(x.dtype)[..., None, None] + torch.einsum("bthp,btn,bth->bhpn", fed, B, left)
     return y, h
 
 

@@ -158,9 +158,7 @@ def _from_hub(name: str) -> Source:
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"]
 
     def snapshot(local: bool) -> Source:
-        folder = snapshot_download(
-            repository, revision=revision or None, allow_patterns=wanted, local_files_only=local
-        )
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted, local_files_only=local)
         return _from_folder(name, Path(folder))
 
     try:

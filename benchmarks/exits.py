@@ -1,0 +1,139 @@
+"""How good are exits, on questions that nothing was trained on? Gates side by side, with the same read-out.
+
+    .venv/bin/python benchmarks/exits.py QUESTIONS [--exits DIR] [--questions 50] [--tokens 24] [--work DIR]
+
+QUESTIONS is the official TruthfulQA.csv, or lines, or JSON lines with `prompt` or `question`. The read-outs of the given
+exits (default: the shipped ones), and the untrained read-out beside them, get a freshly trained gate of each kind, from
+the same own answers. Then, on the questions, with the model's own full-depth answers as the reference:
+
+- agreement: how often an exit's top token is the full model's, and each gate's area under the ROC curve for it;
+- decoding freely at three thresholds: mean blocks run, FLOPs saved, consistency (token F1 with the full answer).
+
+Prints one table in Markdown and writes everything to WORK/exits.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import platform
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+
+import torch
+import transformers
+
+import offramp
+from offramp import Engine, Exits, Policy
+from offramp.backbone import Backbone
+from offramp.exits import Exit
+from offramp.harvest import harvest, load_shards, read_lines, units
+from offramp.metrics import auroc, token_f1
+from offramp.policy import max_prob
+from offramp.training import Data, Labelled, TrainConfig, Trainer, gather, scores
+
+GATES = ("linear", "ffn", "mamba")
+THRESHOLDS = (0.5, 0.7, 0.9)
+
+
+def questions_in(path: Path, count: int) -> list[str]:
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8") as stream:
+            lines = [row["Question"] for row in csv.DictReader(stream)]
+    else:
+        lines = read_lines(path, ("prompt", "question"))
+    return lines[:: max(1, len(lines) // count)][:count]
+
+
+def with_gate(backbone: Backbone, base: Exits, gate: str, readout: str) -> Exits:
+    """Exits with an untrained gate of this kind and the read-outs of `base`, or untrained ones for `none`."""
+    exits = Exits.new(backbone, replace(base.config, gate=gate, readout=readout))
+    if readout != "none":
+        for mine, theirs in zip(exits, base, strict=True):
+            mine.adapter.load_state_dict(theirs.adapter.state_dict())
+    return exits
+
+
+@torch.inference_mode()
+def max_prob_scores(backbone: Backbone, exits: Exits, labelled: list[Labelled]) -> list[torch.Tensor]:
+    def confidence(exit: Exit, index: int, one: Labelled) -> torch.Tensor:
+        adapted, _ = exit.adapter(one.hidden[None, :, index].float())
+        return max_prob(backbone.logits(adapted[0, one.counted]))
+
+    return [torch.cat([confidence(exit, index, one) for one in labelled]) for index, exit in enumerate(exits)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--exits", type=Path)
+    parser.add_argument("--count", type=int, default=50)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--work", type=Path, default=Path("build/exits"))
+    args = parser.parse_args()
+
+    fast, exact = offramp.load(args.model), offramp.load(args.model, "float32")
+    base = Exits.load(args.exits, exact) if args.exits else offramp.shipped_for(exact)
+    assert base, f"no exits ship for {args.model}"
+    config = TrainConfig()
+    data: Data = gather(exact, config, base.config.layers, args.work / "text")
+    asked = [exact.encode(question) for question in questions_in(args.questions, args.count)]
+    plan = units(asked, [], args.tokens, batch=48)
+    (args.work / "asked").mkdir(parents=True, exist_ok=True)
+    answers = load_shards(harvest(exact, plan, base.config.layers, args.work / "asked", lambda tokens: None))
+    references = [Engine(fast).generate_ids(ids, args.tokens) for ids in asked]
+
+    rows = []
+    for readout in (base.config.readout, "none"):
+        for gate in (*GATES, "max-prob"):
+            exits = with_gate(exact, base, gate if gate in GATES else "linear", readout)
+            folder = args.work / f"{readout}-{gate}"
+            folder.mkdir(parents=True, exist_ok=True)
+            trainer = Trainer(exact, exits, config, folder)
+            trainer.standardise(data.adapters, "gate")
+            labelled = trainer.labels(answers)
+            if gate in GATES:
+                trainer.fit_gates(trainer.labels(data.gates))
+                confidences = [confidence for confidence, _ in scores(exits, labelled)]
+            else:
+                confidences = max_prob_scores(exact, exits, labelled)
+            agrees = torch.cat([one.agrees[one.counted] for one in labelled])
+            row = {
+                "readout": readout,
+                "gate": gate,
+                "agreement": [round(float(value), 3) for value in agrees.float().mean(0)],
+                "auroc": [round(auroc(c, agrees[:, index]), 3) for index, c in enumerate(confidences)],
+                "free": {},
+            }
+            for threshold in THRESHOLDS:
+                policy = Policy((threshold,) * len(exits), "gate" if gate in GATES else "max-prob")
+                engine = Engine(fast, exits, policy)
+                early = [engine.generate_ids(ids, args.tokens) for ids in asked]
+                row["free"][threshold] = {
+                    "mean_blocks": round(mean(one.mean_blocks for one in early), 2),
+                    "flops_saved": round(mean(one.flops_saved for one in early), 3),
+                    "consistency": round(mean(token_f1(a.ids, b.ids) for a, b in zip(early, references, strict=True)), 3),
+                }
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    note = f"{machine}, transformers {transformers.__version__}; {fast.weight_format} decoding, {len(asked)} questions"
+    (args.work / "exits.json").write_text(json.dumps({"machine": note, "rows": rows}, indent=1))
+    layers = ", ".join(map(str, base.config.layers))
+    cells = " | ".join(f"threshold {t}: blocks / FLOPs saved / consistency" for t in THRESHOLDS)
+    print(f"\n{note}, {args.tokens} tokens each; exits after blocks {layers}\n")
+    print(f"| read-out | gate | agreement | gate AUROC | {cells} |\n|---|---|---|---|" + "---|" * len(THRESHOLDS))
+    for row in rows:
+        free = " | ".join(
+            f"{v['mean_blocks']:.1f} / {v['flops_saved']:.0%} / {v['consistency']:.2f}" for v in row["free"].values()
+        )
+        agreement = " ".join(f"{value:.0%}" for value in row["agreement"])
+        print(f"| {row['readout']} | {row['gate']} | {agreement} | {' '.join(map(str, row['auroc']))} | {free} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""The command line: one short function a verb. Results go to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from offramp.errors import BadInput, OfframpError
+
+if TYPE_CHECKING:
+    from offramp.backbone import Backbone
+    from offramp.engine import Engine, Generation
+    from offramp.exits import Exits
+    from offramp.training import Progress
+
+app = typer.Typer(
+    help="Early exits for any Hugging Face causal language model: easy tokens leave the network early.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A hub name (org/name), a local folder, a GGUF file, or the alias smollm2.", show_default=False),
+]
+ExitsFolder = Annotated[
+    str | None,
+    typer.Option("--exits", help="Folder with trained exits. Without it: the exits that ship for this model, if any."),
+]
+Fill = Annotated[
+    str, typer.Option(help="What skipped blocks remember: project (own keys and values) or copy (the last block's).")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(help="Confidence a token must exceed to leave, 0 to 1, at every exit. 1 closes all. Default: the exits'."),
+]
+Confidence = Annotated[
+    str, typer.Option(help="gate (learned), or training-free: max-prob, margin, entropy (need --threshold).")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16 or float32. Default: bfloat16 where the model passes the self-check in it.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for another program to read.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the model's chat template.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Penalty = Annotated[float, typer.Option(help="Repetition penalty; 1 is none.")]
+
+
+def main() -> None:
+    """Entry point: every error a user can cause ends in one sentence and a hint, never in a traceback."""
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except OfframpError as error:
+        _fail(str(error), error.hint, 1)
+    except KeyboardInterrupt:
+        _fail("Stopped.", "", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing more
+        sys.exit(0)
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", "", 1)
+
+
+def _fail(message: str, hint: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def demo(
+    questions: Annotated[list[str] | None, typer.Argument(help="Questions to ask. Default: three of ours.")] = None,
+    model: Annotated[str, typer.Option(help="The model to ask; exits must ship with it or be given.")] = "smollm2",
+    exits: ExitsFolder = None,
+    threshold: Threshold = None,
+    fill: Fill = "project",
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 40,
+) -> None:
+    """Answer a few questions at full depth and with exits, and show which block each token left at."""
+    from offramp.show import answer_in_colour, comparison_table
+
+    backbone = _load(model, dtype)
+    found = _exits(backbone, exits)
+    if found is None:
+        raise BadInput(f"No exits ship for {model}.", f"Train some: offramp train {model} -o DIR, then add --exits DIR.")
+    full, early = _engines(backbone, found, threshold, fill, "gate", 1.0)
+    pairs = []
+    for question in questions or DEMO_QUESTIONS:
+        pairs.append((full.generate(question, max_tokens), early.generate(question, max_tokens)))
+        answer_in_colour(question, *pairs[-1])
+    comparison_table(backbone, pairs)
+
+
+DEMO_QUESTIONS = [
+    "What is the capital of France?",
+    "How do plants make food from sunlight?",
+    "Give me three tips for learning to cook.",
+]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt. Or use --prompts.", show_default=False)] = None,
+    exits: ExitsFolder = None,
+    fill: Fill = "project",
+    threshold: Threshold = None,
+    confidence: Confidence = "gate",
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 128,
+    repetition_penalty: Penalty = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be repeated.")] = None,
+    raw: Raw = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer at full depth, and compare.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts (lines, or JSON lines with 'prompt'); writes JSON lines.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, or a file of them, leaving the network early where an exit is sure enough."""
+    from offramp.harvest import read_lines
+
+    if (prompt is None) == (prompts is None):
+        raise BadInput("Give either a prompt or --prompts FILE.", 'For example: offramp generate smollm2 "Hello!"')
+    many = read_lines(prompts, ("prompt", "question")) if prompts else [prompt or ""]
+    if any(not one.strip() for one in many):
+        raise BadInput("The prompt is empty.", "Give some text to go on from.")
+    backbone = _load(model, dtype)
+    full, early = _engines(backbone, _exits(backbone, exits), threshold, fill, confidence, repetition_penalty)
+    for one in many:
+        if not (as_json or prompts or compare):
+            for token in early.stream(one, max_tokens, tuple(stop or ()), raw):
+                print(token.text, end="", flush=True)
+            print()
+            continue
+        answer = early.generate(one, max_tokens, tuple(stop or ()), raw)
+        reference = full.generate(one, max_tokens, tuple(stop or ()), raw) if compare else None
+        if as_json or prompts:
+            print(json.dumps(_record(answer, reference, one if prompts else None)), flush=True)
+        else:
+            from offramp.show import answer_in_colour, comparison_table
+
+            assert reference is not None
+            answer_in_colour(one, reference, answer)
+            comparison_table(backbone, [(reference, answer)])
+
+
+@app.command()
+def chat(
+    model: Model,
+    exits: ExitsFolder = None,
+    fill: Fill = "project",
+    threshold: Threshold = None,
+    dtype: Dtype = None,
+    max_tokens: MaxTokens = 256,
+    repetition_penalty: Penalty = 1.1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
+) -> None:
+    """Talk to the model. An empty line or Ctrl-D ends the talk."""
+    from offramp.show import shade
+
+    backbone = _load(model, dtype)
+    _, early = _engines(backbone, _exits(backbone, exits), threshold, fill, "gate", repetition_penalty)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            said = input("" if as_json or not sys.stdin.isatty() else "you> ")
+        except EOFError:
+            return
+        if not said.strip():
+            return
+        messages.append({"role": "user", "content": said})
+        ids = backbone.encode_chat(messages)
+        if as_json:
+            answer = early.generate_ids(ids, max_tokens)
+            print(json.dumps(_record(answer, None, said)), flush=True)
+            text = answer.text
+        else:
+            text = ""
+            for token in early.stream_ids(ids, max_tokens):
+                if token is not None:
+                    print(shade(token, backbone.n_blocks), end="", flush=True)
+                    text += token.text
+            print()
+        messages.append({"role": "assistant", "content": text})
+
+
+@app.command()
+def train(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the exits.", show_default=False)],
+    layers: Annotated[
+        str | None, typer.Option(help="Blocks run before each exit: 10,15,20,25. Default: four places.")
+    ] = None,
+    gate: Annotated[str, typer.Option(help="Exit classifier: linear, ffn or mamba.")] = "mamba",
+    readout: Annotated[str, typer.Option(help="Adapter before the LM head: none, linear or mamba.")] = "mamba",
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Plain text, or JSON lines with 'text', to read too. Repeatable.")
+    ] = None,
+    own_prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to answer: lines, or JSON lines with 'prompt'. Default: a list of ours."),
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Longest answer to a prompt.")] = 48,
+    epochs: Annotated[int, typer.Option(help="Passes over the text for the adapters.")] = 4,
+    gate_epochs: Annotated[int, typer.Option(help="Passes over the text for the gates.")] = 12,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 3e-3,
+    top_k: Annotated[int, typer.Option(help="An exit agrees if its token is among the full model's k best.")] = 1,
+    precision: Annotated[float, typer.Option(help="Agreement that the default thresholds ask for.")] = 0.98,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="What the backbone runs in: float32 or bfloat16.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Train exits from the model's own answers. Ctrl-C is safe: the same command goes on where it stopped."""
+    from offramp.training import TrainConfig, train
+
+    config = TrainConfig(
+        layers=_layers(layers),
+        gate=gate,
+        readout=readout,
+        prompts=str(own_prompts) if own_prompts else None,
+        texts=tuple(map(str, text or ())),
+        max_prompts=max_prompts,
+        answer_tokens=answer_tokens,
+        epochs=epochs,
+        gate_epochs=gate_epochs,
+        learning_rate=learning_rate,
+        top_k=top_k,
+        precision=precision,
+        seed=seed,
+    )
+    backbone = _load(model, dtype)
+    try:
+        with _progress() as progress:
+            exits = train(backbone, output, config, progress, " ".join(["offramp", *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        _fail("Stopped.", "Nothing is lost: the same command goes on from here.", 130)
+    if as_json:
+        print(json.dumps({"output": str(output), "thresholds": exits.thresholds, **exits.training}))
+    else:
+        from offramp.show import training_table
+
+        training_table(exits, output)
+
+
+@app.command()
+def inspect(model: Model, exits: ExitsFolder = None, dtype: Dtype = None, as_json: Json = False) -> None:
+    """Show a model's blocks, what a head call and a gate cost in blocks, and where exits would go."""
+    from offramp.show import anatomy, anatomy_table
+
+    backbone = _load(model, dtype)
+    facts = anatomy(backbone, _exits(backbone, exits))
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        anatomy_table(facts)
+
+
+def _load(model: str, dtype: str | None) -> Backbone:
+    with _status(f"Loading {model} …"):
+        from offramp.backbone import load
+
+        return load(model, dtype)
+
+
+def _exits(backbone: Backbone, folder: str | None) -> Exits | None:
+    from offramp.exits import Exits, shipped_for
+
+    return Exits.load(folder, backbone) if folder else shipped_for(backbone)
+
+
+def _engines(
+    backbone: Backbone, exits: Exits | None, threshold: float | None, fill: str, confidence: str, penalty: float
+) -> tuple[Engine, Engine]:
+    """One engine at full depth, and one with the exits, under the same settings."""
+    from offramp.engine import Engine
+    from offramp.policy import Policy
+
+    full = Engine(backbone, repetition_penalty=penalty)
+    if exits is None:
+        if threshold is not None and threshold < 1:
+            raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
+        return full, Engine(backbone, fill=fill, repetition_penalty=penalty)
+    if confidence != "gate" and threshold is None:
+        raise BadInput(f"The confidence '{confidence}' has no default threshold.", "Give one: --threshold 0.9")
+    thresholds = exits.thresholds if threshold is None else (threshold,) * len(exits)
+    return full, Engine(backbone, exits, Policy(thresholds, confidence), fill, penalty)
+
+
+def _record(answer: Generation, reference: Generation | None, prompt: str | None) -> dict[str, Any]:
+    from offramp.metrics import token_f1
+
+    record: dict[str, Any] = {"prompt": prompt} if prompt is not None else {}
+    record |= asdict(answer)
+    if reference is not None:
+        record["full"] = asdict(reference)
+        record["consistency"] = token_f1(answer.ids, reference.ids)
+    return record
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise BadInput(f"'{text}' is not a list of block numbers.", "For example: --layers 10,15,20,25") from None
+
+
+@contextmanager
+def _status(message: str) -> Iterator[None]:
+    from rich.console import Console
+
+    with Console(stderr=True).status(message):
+        yield
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note="")
+            bars.update(tasks[stage], completed=done, note=note)
+
+        yield report

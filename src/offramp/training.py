@@ -1,0 +1,411 @@
+"""Train exits for a frozen backbone, from the backbone's own outputs (DYNAMAX, arXiv 2504.20922).
+
+1. Harvest: the model answers prompts; hidden states at the exits and the final distribution are kept (`harvest`).
+2. Adapters: each read-out is distilled towards the final distribution: cross-entropy with the teacher's most probable
+   tokens. The softmax is over those tokens of the batch and a fresh random sample of the others, each weighted up by the
+   inverse of its chance to be drawn, which estimates the full softmax at a fraction of the LM head's cost.
+3. Gates: binary cross-entropy on "the read-out's top token is among the oracle's top k".
+
+Losses are summed over exits with weights that decay linearly with the exit's position (the paper). A sequence serves
+adapters, gates or validation, never two of them: a gate must learn how the read-out does on text it was not fitted to.
+
+Everything random is a function of the seed and the step, so a run that was interrupted and resumed ends like one that
+was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offramp.backbone import Backbone
+from offramp.errors import BadInput, BadNumbers, CorruptFile
+from offramp.exits import Exits, ExitsConfig, Standardise, suggested_layers
+from offramp.harvest import Sequence, harvest, load_shards, read_lines, read_texts, units
+from offramp.metrics import auroc
+from offramp.sources import write_atomically
+
+PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How exits are trained; the fields are the flags of `offramp train`.
+
+    layers: blocks run before each exit (None: `suggested_layers`); top_k: the oracle's tokens that count as agreement;
+    prompts: a file of prompts to answer (None: the list that comes with offramp); texts: plain text read beside them;
+    max_prompts: use only the first so many; answer_tokens: longest own answer; epochs over the adapters' sequences and
+    over the gates'; batch: sequences a step; precision: agreement that the default thresholds ask for.
+    """
+
+    layers: tuple[int, ...] | None = None
+    gate: str = "mamba"
+    readout: str = "mamba"
+    gate_width: int = 64
+    readout_width: int = 512
+    top_k: int = 1
+    prompts: str | None = None
+    texts: tuple[str, ...] = ()
+    max_prompts: int | None = None
+    answer_tokens: int = 48
+    epochs: int = 4
+    gate_epochs: int = 12
+    batch: int = 8
+    learning_rate: float = 3e-3
+    precision: float = 0.98
+    seed: int = 0
+
+
+class Progress(Protocol):
+    """Told how far each stage is: (stage, steps done, steps in all, a word on how it goes)."""
+
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+
+
+def _silent(stage: str, done: int, total: int, note: str = "") -> None:
+    pass
+
+
+def train(
+    backbone: Backbone,
+    folder: str | Path,
+    config: TrainConfig | None = None,
+    progress: Progress = _silent,
+    command: str = "",
+) -> Exits:
+    """Train exits and save them in `folder`, which also holds the work until it is done (`.training`).
+
+    Called again after an interruption with the same config, it goes on where it stopped, to the same result. `command` is
+    kept in the record. Raises `BadInput` for unusable files or settings, `CorruptFile` for damaged work files.
+    """
+    config = config or TrainConfig()
+    folder, work = Path(folder), Path(folder) / ".training"
+    layers = config.layers or suggested_layers(backbone.n_blocks)
+    torch.manual_seed(config.seed)
+    shape = ExitsConfig(tuple(layers), config.gate, config.readout, config.gate_width, config.readout_width)
+    exits = Exits.new(backbone, shape)
+    started = time.time()
+    data = gather(backbone, config, tuple(layers), work, progress)
+    trainer = Trainer(backbone, exits, config, work, progress)
+    trainer.standardise(data.adapters)
+    if config.readout != "none":
+        trainer.fit_adapters(data.adapters)
+    labelled = trainer.labels(data.gates + data.held)
+    trainer.fit_gates(labelled[: len(data.gates)])
+    valid = labelled[len(data.gates) :]
+
+    exits.modules.eval().requires_grad_(False)
+    quality = validate(exits, valid)
+    exits.thresholds = tuple(_threshold(*scored, config.precision) for scored in scores(exits, valid))
+    exits.training = {
+        "command": command,
+        "config": {**asdict(config), "layers": list(layers), "prompts": None, "texts": []},
+        "text": data.files,
+        "tokens": {
+            "adapters": sum(int(s.counted.sum()) for s in data.adapters),
+            "gates": sum(int(s.counted.sum()) for s in data.gates),
+            "validation": sum(int(s.counted.sum()) for s in data.held),
+        },
+        "seconds": round(time.time() - started, 1),
+        "versions": {"torch": torch.__version__, "offramp": _version()},
+        "validation": quality,
+        "curve": trainer.curve,
+    }
+    exits.save(folder)
+    shutil.rmtree(work)
+    return Exits.load(folder, backbone)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Harvested sequences, each in one part only, and the files that they came from."""
+
+    adapters: list[Sequence]
+    gates: list[Sequence]
+    held: list[Sequence]
+    files: list[dict[str, Any]]
+
+
+def gather(
+    backbone: Backbone, config: TrainConfig, layers: tuple[int, ...], work: Path, progress: Progress = _silent
+) -> Data:
+    """Harvest the config's prompts and texts into the folder `work`, or go on there, and split them 7 : 2 : 1."""
+    prompts, texts, files = _corpus(backbone, config)
+    plan = units(prompts, texts, config.answer_tokens, batch=48)
+    if len(prompts) + len(texts) < 3:
+        raise BadInput(
+            f"{len(prompts) + len(texts)} texts are too few to train on.", "Give at least three; a thousand is better."
+        )
+    _claim(work, backbone, config, files)
+    total = sum(len(ids) + unit.answer_tokens for unit in plan for ids in unit.ids)
+    seen = 0
+
+    def harvested(tokens: int) -> None:
+        nonlocal seen
+        seen += tokens
+        progress("reading", seen, total)
+
+    sequences = load_shards(harvest(backbone, plan, layers, work, harvested))
+    order = torch.randperm(len(sequences), generator=_generator(config.seed, 0)).tolist()
+    fifth, tenth = max(1, len(order) // 5), max(1, len(order) // 10)
+    adapters, gates, held = (
+        [sequences[index] for index in part]
+        for part in (order[tenth + fifth :], order[tenth : tenth + fifth], order[:tenth])
+    )
+    return Data(adapters, gates, held, files)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A sequence with, for each exit, whether its read-out's top token is among the oracle's top k: agrees (T, J)."""
+
+    hidden: Tensor
+    counted: Tensor
+    agrees: Tensor
+
+
+class Trainer:
+    """Fits the parts of `exits`; checkpoints go to the folder `work`, the losses to `curve`."""
+
+    def __init__(
+        self, backbone: Backbone, exits: Exits, config: TrainConfig, work: Path, progress: Progress = _silent
+    ) -> None:
+        self.backbone, self.exits, self.config, self.work = backbone, exits, config, work
+        self.progress = progress
+        self.curve: list[dict[str, Any]] = []
+        count = len(exits)
+        # Decays linearly with the exit's position (the paper); the sum is 1.
+        self.weights = [2 * (count - index) / (count * (count + 1)) for index in range(count)]
+
+    @torch.no_grad()
+    def standardise(self, sequences: list[Sequence], parts: str = "", most: int = 20_000) -> None:
+        """Give every part, or only the `gate`s, the mean and spread of its hidden states over some of the text."""
+        pieces, tokens = [], 0
+        for sequence in sequences:
+            pieces.append(sequence.hidden[sequence.counted])
+            tokens += len(pieces[-1])
+            if tokens >= most:
+                break
+        hidden = torch.cat(pieces).float()
+        for index, exit in enumerate(self.exits):
+            for part in exit.get_submodule(parts).modules():
+                if isinstance(part, Standardise):
+                    part.fit(hidden[:, index])
+
+    def fit_adapters(self, sequences: list[Sequence]) -> None:
+        adapters = [exit.adapter for exit in self.exits]
+        self._fit("adapters", adapters, sequences, self.config.epochs, self._adapter_loss)
+
+    def fit_gates(self, labelled: list[Labelled]) -> None:
+        self._fit("gates", [exit.gate for exit in self.exits], labelled, self.config.gate_epochs, self._gate_loss)
+
+    def _fit(
+        self,
+        stage: str,
+        parts: list[nn.Module],
+        sequences: list[Any],
+        epochs: int,
+        loss_of: Callable[[list[Any], int], list[Tensor]],
+    ) -> None:
+        """AdamW with a short warm-up and a cosine to zero over `epochs`, from the last checkpoint if there is one."""
+        module = nn.ModuleList(parts).train()
+        batch = self.config.batch
+        per_epoch = -(-len(sequences) // batch)
+        steps = per_epoch * epochs
+        optimizer = torch.optim.AdamW(module.parameters(), lr=self.config.learning_rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.learning_rate, max(steps, 2), pct_start=0.05)
+        step = self._restore(stage, module, optimizer, schedule)
+        saved = time.monotonic()
+        mean: list[float] = []
+        while step < steps:
+            order = torch.randperm(
+                len(sequences), generator=_generator(self.config.seed, step // per_epoch, stage)
+            ).tolist()
+            at = (step % per_epoch) * batch
+            losses = loss_of([sequences[index] for index in order[at : at + batch]], step)
+            total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
+            if not torch.isfinite(total):
+                raise BadNumbers(f"The {stage}' loss became NaN at step {step}.", "Try a lower --learning-rate.")
+            optimizer.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            mean = [round(float(loss.detach()), 4) for loss in losses]
+            if step % max(1, steps // 60) == 0 or step == steps:
+                self.curve.append({"stage": stage, "step": step, "loss": mean})
+            self.progress(stage, step, steps, f"loss {sum(mean) / len(mean):.3f}")
+            if step == steps or time.monotonic() - saved > 20:
+                self._checkpoint(stage, step, module, optimizer, schedule)
+                saved = time.monotonic()
+        module.eval()
+
+    def _adapter_loss(self, batch: list[Sequence], step: int) -> list[Tensor]:
+        hidden, counted = _pad([s.hidden for s in batch]).float(), _pad([s.counted for s in batch])
+        teacher = _pad([s.top_ids for s in batch])[counted].long()  # (n, K)
+        wanted = _pad([s.top_logp for s in batch])[counted].float().softmax(-1)
+        rows, offset = self._vocabulary(teacher, step)
+        columns = torch.searchsorted(rows[: self._n_teacher], teacher)
+        losses = []
+        for index, exit in enumerate(self.exits):
+            adapted, _ = exit.adapter(hidden[:, :, index])
+            logits = self.backbone.logits(adapted[counted].to(self.backbone.dtype), rows) + offset
+            losses.append(-(wanted * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean())
+        return losses
+
+    def _vocabulary(self, teacher: Tensor, step: int, sample: int = 6144) -> tuple[Tensor, Tensor]:
+        """The tokens of one step's softmax, and what to add to their logits: the teacher's, then a random sample."""
+        vocab = self.backbone.vocab_size
+        mine = teacher.unique()
+        self._n_teacher = len(mine)
+        others = torch.ones(vocab, dtype=torch.bool)
+        others[mine] = False
+        rest = others.nonzero().squeeze(1)
+        if len(rest) <= sample:
+            return torch.cat([mine, rest]), torch.zeros(vocab)
+        drawn = rest[torch.randperm(len(rest), generator=_generator(self.config.seed, step, "vocabulary"))[:sample]]
+        offset = torch.zeros(len(mine) + sample)
+        offset[len(mine) :] = float(torch.tensor(len(rest) / sample).log())
+        return torch.cat([mine, drawn]), offset
+
+    def _gate_loss(self, batch: list[Labelled], step: int) -> list[Tensor]:
+        hidden, counted = _pad([s.hidden for s in batch]).float(), _pad([s.counted for s in batch])
+        agrees = _pad([s.agrees for s in batch])[counted].float()
+        losses = []
+        for index, exit in enumerate(self.exits):
+            score, _ = exit.gate(hidden[:, :, index])
+            losses.append(F.binary_cross_entropy_with_logits(score[counted], agrees[:, index]))
+        return losses
+
+    @torch.inference_mode()
+    def labels(self, sequences: list[Sequence]) -> list[Labelled]:
+        """Read every sequence out at every exit, over the full vocabulary, and compare with the oracle's top k."""
+        out = []
+        for number, sequence in enumerate(sequences):
+            hidden, counted = sequence.hidden[None].float(), sequence.counted
+            oracle = sequence.top_ids[counted][:, : self.config.top_k]
+            agrees = torch.zeros(len(counted), len(self.exits), dtype=torch.bool)
+            for index, exit in enumerate(self.exits):
+                adapted, _ = exit.adapter(hidden[:, :, index])
+                best = self.backbone.logits(adapted[0, counted].to(self.backbone.dtype)).argmax(-1)
+                agrees[counted, index] = (oracle == best[:, None]).any(-1)
+            out.append(Labelled(sequence.hidden, counted, agrees))
+            self.progress("labels", number + 1, len(sequences))
+        return out
+
+    def _checkpoint(self, stage: str, step: int, module: nn.Module, optimizer: Any, schedule: Any) -> None:
+        buffer = io.BytesIO()
+        content = {"step": step, "curve": self.curve, "module": module.state_dict()}
+        torch.save({**content, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, buffer)
+        write_atomically(self.work / f"{stage}.pt", buffer.getvalue())
+
+    def _restore(self, stage: str, module: nn.Module, optimizer: Any, schedule: Any) -> int:
+        path = self.work / f"{stage}.pt"
+        if not path.exists():
+            return 0
+        try:
+            saved = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise CorruptFile(f"The checkpoint {path} is damaged.", "Delete it and run the command again.") from error
+        module.load_state_dict(saved["module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        self.curve[:] = saved["curve"]
+        return int(saved["step"])
+
+
+@torch.inference_mode()
+def scores(exits: Exits, labelled: list[Labelled]) -> list[tuple[Tensor, Tensor]]:
+    """For each exit: its gate's confidence and whether its read-out agrees, over all counted positions, both (n,)."""
+    out = []
+    for index, exit in enumerate(exits):
+        confidence = [exit.gate(s.hidden[None, :, index].float())[0][0].sigmoid()[s.counted] for s in labelled]
+        out.append((torch.cat(confidence), torch.cat([s.agrees[s.counted, index] for s in labelled])))
+    return out
+
+
+def validate(exits: Exits, labelled: list[Labelled]) -> list[dict[str, Any]]:
+    """For each exit, on held-out text: agreement with the oracle's top k, and its gate's area under the ROC curve."""
+    return [
+        {
+            "block": exit.block,
+            "agreement": round(float(agrees.float().mean()), 4),
+            "gate_auroc": round(auroc(confidence, agrees), 4),
+        }
+        for exit, (confidence, agrees) in zip(exits, scores(exits, labelled), strict=True)
+    ]
+
+
+def _threshold(confidence: Tensor, agrees: Tensor, precision: float, least: int = 50) -> float:
+    """The lowest threshold above which the read-out agreed with the oracle at least this often; 1 if there is none.
+
+    Only thresholds that at least `least` held-out tokens pass are trusted.
+    """
+    ordered = confidence.argsort(descending=True)
+    right = agrees[ordered].double().cumsum(0) / torch.arange(1, len(ordered) + 1)
+    good = (right >= precision).nonzero().squeeze(1)
+    good = good[good >= least]
+    if not len(good):
+        return 1.0
+    last = int(good[-1])
+    below = confidence[ordered[last + 1]] if last + 1 < len(ordered) else confidence.new_zeros(())
+    return round(float(below), 4)
+
+
+def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], list[list[int]], list[dict[str, Any]]]:
+    """Prompts and texts as token ids, and a record of the files they came from."""
+    source = config.prompts or PROMPTS
+    lines = read_lines(source, ("prompt", "question"))[: config.max_prompts]
+    record = [{"prompts": Path(source).name, "lines": len(lines), "sha256": _digest(Path(source))}]
+    texts: list[list[int]] = []
+    for path in config.texts:
+        pieces = read_texts(path, backbone)
+        record.append({"text": Path(path).name, "pieces": len(pieces), "sha256": _digest(Path(path))})
+        texts += pieces
+    return [backbone.encode(line) for line in lines], texts, record
+
+
+def _claim(work: Path, backbone: Backbone, config: TrainConfig, corpus: list[dict[str, Any]]) -> None:
+    """Note in the work folder what is trained there, or check that it is the same as last time."""
+    mine = json.dumps(
+        {"weights": backbone.source.sha256, "dtype": backbone.weight_format, "config": asdict(config), "text": corpus}
+    )
+    note = work / "plan.json"
+    if not note.exists():
+        write_atomically(note, mine.encode())
+    elif note.read_text() != mine:
+        raise BadInput(
+            f"{work} holds an unfinished training with other settings.",
+            "Run it again with its own settings to finish it, or delete that folder to start anew.",
+        )
+
+
+def _generator(seed: int, step: int, stage: str = "") -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _pad(parts: list[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _version() -> str:
+    from offramp import __version__
+
+    return __version__

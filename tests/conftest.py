@@ -1,0 +1,107 @@
+"""Tiny random models of every family, and a byte tokenizer: no weights, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from offramp.backbone import FAMILIES, Backbone, wrap
+
+VOCAB, HIDDEN, BLOCKS = 260, 32, 6
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 257,
+    "initializer_range": 0.15,
+}
+# What a family needs beside `SMALL` for its own peculiarities to show: windows shorter than the tests' texts, caps and
+# scales that are not 1, blocks without rotary positions.
+PECULIAR: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layer_interval": 3},
+    "phi3": {},
+    "olmo2": {},
+    "gemma2": {"head_dim": 8, "sliding_window": 5, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
+    "gpt2": {},
+    "gpt_neox": {"num_key_value_heads": None},
+}
+
+
+@cache
+@torch.inference_mode(False)  # the first test to ask may be in inference mode; training needs ordinary tensors
+def tiny(family: str, seed: int = 0) -> Backbone:
+    """A random float32 model of this family, wrapped (and so checked); the same one for every test that asks."""
+    torch.manual_seed(seed)
+    settings = {**SMALL, **PECULIAR[family]}
+    if family == "gpt2":
+        settings |= {"n_inner": settings.pop("intermediate_size"), "n_positions": settings.pop("max_position_embeddings")}
+    config = transformers.AutoConfig.for_model(family, **{k: v for k, v in settings.items() if v is not None})
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=FAMILIES[family].implementation, dtype=torch.float32
+    )
+    with torch.no_grad():  # norms and biases start as ones and zeros, which would hide a missing one
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return wrap(model, byte_tokenizer(), f"tiny-{family}")
+
+
+@cache
+def byte_tokenizer() -> Any:
+    """One token a byte, 256 and 257 beginning and ending a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(params=sorted(FAMILIES), scope="session")
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Backbone:
+    """The real model, in float32."""
+    import offramp
+
+    return offramp.load("smollm2", "float32")
+
+
+def saved(backbone: Backbone, folder: Path) -> Path:
+    """The backbone's model and tokenizer as a local folder."""
+    backbone.model.save_pretrained(folder)
+    backbone.tokenizer.save_pretrained(folder)
+    return folder

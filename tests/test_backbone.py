@@ -1,0 +1,179 @@
+"""The adapter equals the library, for every family."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import offramp
+from conftest import BLOCKS, HIDDEN, VOCAB, byte_tokenizer, saved, tiny
+from offramp.backbone import FAMILIES, Backbone, check, wrap
+from offramp.errors import BadInput, BadNumbers, CorruptFile, UnsupportedModel
+from offramp.sources import Source
+
+LENGTH = 24  # longer than every tiny model's sliding window
+
+
+def ids_of(seed: int, length: int = LENGTH, batch: int = 1) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@torch.inference_mode()
+def test_a_full_pass_gives_the_librarys_logits(family: str) -> None:
+    backbone, ids = tiny(family), ids_of(1, batch=3)
+    assert difference(backbone.forward(ids), backbone.model(ids).logits) <= 1e-5
+
+
+@settings(max_examples=8, deadline=None)
+@given(cuts=st.lists(st.integers(1, LENGTH - 1), max_size=5, unique=True).map(sorted), seed=st.integers(0, 99))
+@torch.inference_mode()
+def test_a_pass_in_pieces_gives_the_librarys_logits(family: str, cuts: list[int], seed: int) -> None:
+    backbone, ids = tiny(family), ids_of(seed)
+    state, ours = backbone.state(capacity=4), []
+    for start, stop in zip([0, *cuts], [*cuts, LENGTH], strict=True):
+        h, step = backbone.embed(ids[:, start:stop], start)
+        ours.append(backbone.logits(backbone.run(h, 0, BLOCKS, state, step)))
+    assert difference(torch.cat(ours, 1), backbone.model(ids).logits) <= 1e-5
+
+
+@settings(max_examples=8, deadline=None)
+@given(layer=st.integers(1, BLOCKS - 1), prompt=st.integers(1, LENGTH - 1))
+@torch.inference_mode()
+def test_shallow_blocks_token_by_token_and_deep_blocks_in_one_chunk_equal_the_full_model(
+    family: str, layer: int, prompt: int
+) -> None:
+    backbone, ids = tiny(family), ids_of(3)
+    state = backbone.state()
+    h, step = backbone.embed(ids[:, :prompt])
+    backbone.run(h, 0, BLOCKS, state, step)
+    shallow = []
+    for position in range(prompt, LENGTH):
+        h, step = backbone.embed(ids[:, position : position + 1], position)
+        shallow.append(backbone.run(h, 0, layer, state, step))
+    chunk = torch.cat(shallow, 1)
+    deep = backbone.run(chunk, layer, BLOCKS, state, backbone.step(chunk, torch.arange(prompt, LENGTH)[None]))
+    assert difference(backbone.logits(deep), backbone.model(ids).logits[:, prompt:]) <= 1e-5
+
+
+@torch.inference_mode()
+def test_project_stores_what_the_block_itself_would_store(family: str) -> None:
+    backbone = tiny(family)
+    h = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    step = backbone.step(h, torch.arange(5)[None])
+    for index in range(BLOCKS):
+        ran, projected = backbone.state(), backbone.state()
+        backbone.run(h, index, index + 1, ran, step)
+        backbone.project(h, index, index + 1, projected, step)
+        torch.testing.assert_close(projected.blocks[index].keys, ran.blocks[index].keys, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(projected.blocks[index].values, ran.blocks[index].values, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_logits_over_some_rows_are_those_rows_of_all_logits(family: str) -> None:
+    backbone = tiny(family)
+    h, rows = torch.randn(3, HIDDEN), torch.tensor([5, 0, 77])
+    torch.testing.assert_close(backbone.logits(h, rows), backbone.logits(h)[:, rows])
+
+
+@torch.inference_mode()
+def test_rows_of_a_batch_can_be_dropped_midway() -> None:
+    backbone, ids = tiny("llama"), ids_of(5, batch=3)
+    state = backbone.state()
+    h, step = backbone.embed(ids[:, :10])
+    backbone.run(h, 0, BLOCKS, state, step)
+    keep = torch.tensor([2, 0])
+    state.select(keep)
+    h, step = backbone.embed(ids[keep, 10:], 10)
+    logits = backbone.logits(backbone.run(h, 0, BLOCKS, state, step))
+    assert difference(logits, backbone.model(ids[keep]).logits[:, 10:]) <= 1e-5
+
+
+def test_the_self_check_finds_the_tiny_models_right(family: str) -> None:
+    assert max(check(tiny(family))) <= 1e-5
+
+
+@pytest.mark.parametrize("family_with_scales", ["granite", "cohere", "gemma2"])
+def test_the_self_check_refuses_a_model_whose_row_is_wrong(
+    family_with_scales: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = tiny(family_with_scales)
+    wrong = replace(FAMILIES["llama"], implementation=FAMILIES[family_with_scales].implementation)
+    monkeypatch.setitem(FAMILIES, family_with_scales, wrong)
+    with pytest.raises(UnsupportedModel, match=r"differ from the library's by \d") as raised:
+        wrap(right.model, right.tokenizer)
+    assert raised.value.hint
+
+
+def test_an_unknown_family_is_refused_with_the_list_of_known_ones() -> None:
+    import transformers
+
+    config = transformers.OPTConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16)
+    with pytest.raises(UnsupportedModel, match="'opt'") as raised:
+        wrap(transformers.OPTForCausalLM(config), byte_tokenizer())
+    assert "llama" in raised.value.hint
+
+
+def damaged(backbone: Backbone) -> Backbone:
+    model = copy.deepcopy(backbone.model)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    return Backbone(model, backbone.tokenizer, Source("damaged", "", ""))
+
+
+def test_the_self_check_names_nan_logits() -> None:
+    with pytest.raises(BadNumbers, match="NaN"):
+        check(damaged(tiny("llama")))
+
+
+def test_a_local_folder_loads_in_both_dtypes_with_the_same_hash(tmp_path, own_cache) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    full, half = offramp.load(str(folder), "float32"), offramp.load(str(folder), "bfloat16")
+    assert (full.weight_format, half.weight_format) == ("float32", "bfloat16")
+    assert full.source.sha256 == half.source.sha256
+    assert torch.equal(full.forward(ids_of(0)), tiny("llama").forward(ids_of(0)))
+
+
+def test_a_model_that_fails_in_bfloat16_runs_in_float32_and_says_so(tmp_path, own_cache, monkeypatch) -> None:
+    from offramp import backbone as module
+
+    folder = saved(tiny("llama"), tmp_path / "model")
+    monkeypatch.setitem(module.TOLERANCE, torch.bfloat16, -1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = offramp.load(str(folder))
+    assert loaded.weight_format == "float32"
+    assert any("float32" in str(one.message) for one in caught)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_cut_off_weights_are_named(tmp_path, own_cache, share: float) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(CorruptFile, match="cannot be read") as raised:
+        offramp.load(str(folder), "float32")
+    assert raised.value.hint
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(BadInput, match="int3"):
+        offramp.load("smollm2", "int3")
+
+
+def test_empty_and_overlong_prompts_are_refused() -> None:
+    backbone = tiny("llama")
+    for empty in ("", "  \n"):
+        with pytest.raises(BadInput, match="empty"):
+            backbone.encode(empty)
+    with pytest.raises(BadInput, match="600 tokens long"):
+        backbone.encode("x" * 600)

@@ -1,0 +1,169 @@
+"""The verbs: what they print, and that no mistake of a user's ends in a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import BLOCKS, saved, tiny
+from test_engine import exits_for
+
+VERBS = ("demo", "generate", "chat", "train", "inspect")
+TOKEN = {"id", "text", "exit_block", "confidence", "flops", "cumulative_flops"}
+ANSWER = {
+    "text",
+    "tokens",
+    "blocks",
+    "mean_blocks",
+    "flops_saved",
+    "prefill_seconds",
+    "decode_tokens_per_second",
+    "fill",
+    "thresholds",
+    "finish_reason",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model in a folder, exits for it, and a cache of their own."""
+    folder = tmp_path_factory.mktemp("world")
+    saved(tiny("llama"), folder / "model")
+    import offramp
+
+    os.environ["OFFRAMP_CACHE"] = str(folder / "cache")
+    backbone = offramp.load(str(folder / "model"), "float32")
+    exits = exits_for("llama")
+    exits.backbone["sha256"], exits.thresholds = backbone.source.sha256, (0.9, 0.5, 0.5)
+    exits.save(folder / "exits")
+    yield folder
+    del os.environ["OFFRAMP_CACHE"]
+
+
+def run(world, *arguments: str, stdin: str = "", code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = {**os.environ, "OFFRAMP_CACHE": str(world / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
+    command = [sys.executable, "-c", "from offramp.cli import main; main()", *arguments]
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=world, env=settings)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_help_names_every_verb_and_every_verb_has_help(world) -> None:
+    overview = run(world, "--help").stdout
+    for verb in VERBS:
+        assert verb in overview
+    assert "Confidence a token must exceed" in run(world, "generate", "--help").stdout
+
+
+def test_generate_prints_the_answer_that_the_engine_gives(world) -> None:
+    from offramp import Engine
+
+    done = run(world, "generate", "model", "Hello there", "--max-tokens", "12", "--dtype", "float32")
+    assert done.stdout == Engine(tiny("llama")).generate("Hello there", 12).text + "\n"
+
+
+def test_generate_json_has_the_promised_fields(world) -> None:
+    arguments = ("model", "Hello", "--exits", "exits", "--max-tokens", "12", "--dtype", "float32", "--compare", "--json")
+    record = json.loads(run(world, "generate", *arguments).stdout)
+    assert set(record) == ANSWER | {"full", "consistency"}
+    assert set(record["full"]) == ANSWER
+    assert all(set(token) == TOKEN for token in record["tokens"])
+    assert (record["blocks"], record["fill"]) == (BLOCKS, "project")
+    assert record["thresholds"] == {"1": 0.9, "3": 0.5, "5": 0.5}
+    assert record["mean_blocks"] < BLOCKS == record["full"]["mean_blocks"]
+    assert 0 <= record["consistency"] <= 1
+    assert record["full"]["flops_saved"] == 0
+
+
+def test_a_threshold_of_one_is_full_depth(world) -> None:
+    arguments = ("model", "Hello", "--exits", "exits", "--threshold", "1", "--max-tokens", "12", "--compare", "--json")
+    record = json.loads(run(world, "generate", *arguments).stdout)
+    assert record["consistency"] == 1
+    assert record["flops_saved"] == 0
+
+
+def test_many_prompts_give_json_lines(world) -> None:
+    (world / "prompts.jsonl").write_text('{"prompt": "One"}\n{"prompt": "Two"}\n')
+    lines = run(world, "generate", "model", "--prompts", "prompts.jsonl", "--max-tokens", "3").stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["One", "Two"]
+
+
+def test_compare_for_people_shows_both_answers(world) -> None:
+    shown = run(world, "generate", "model", "Hello", "--exits", "exits", "--compare", "--max-tokens", "8").stdout
+    for word in ("full depth", "with exits", "mean blocks run", "FLOPs saved", "consistency"):
+        assert word in shown
+
+
+def test_demo_answers_the_users_own_questions(world) -> None:
+    shown = run(world, "demo", "Why?", "How?", "--model", "model", "--exits", "exits", "--max-tokens", "6").stdout
+    assert "Why?" in shown
+    assert "How?" in shown
+    assert "tokens/s" in shown
+
+
+def test_chat_remembers_and_ends_at_the_end_of_input(world) -> None:
+    lines = run(world, "chat", "model", "--json", "--max-tokens", "4", stdin="Hi\nAgain\n").stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["Hi", "Again"]
+    alone = run(world, "chat", "model", "--json", "--max-tokens", "4", stdin="Again\n").stdout
+    assert json.loads(lines[1])["tokens"][0]["flops"] > json.loads(alone)["tokens"][0]["flops"]  # a longer context
+    assert run(world, "chat", "model", "--max-tokens", "4", stdin="Hi\n\n").stdout.strip("\n ")
+
+
+def test_inspect_describes_model_and_exits(world) -> None:
+    facts = json.loads(run(world, "inspect", "model", "--exits", "exits", "--json").stdout)
+    assert facts["blocks"] == BLOCKS == len(facts["parameters_per_block"])
+    assert facts["exits"]["layers"] == [1, 3, 5]
+    assert facts["head_in_blocks"] > 0 < facts["gate_in_blocks"]
+    assert "one LM head call" in run(world, "inspect", "model").stdout
+
+
+def test_train_writes_exits_that_generate_uses(world) -> None:
+    (world / "ask.txt").write_text("\n".join(f"Prompt number {n}" for n in range(12)))
+    done = run(
+        world,
+        *("train", "model", "-o", "mine", "--layers", "2,4", "--own-prompts", "ask.txt", "--answer-tokens", "4"),
+        *("--epochs", "1", "--gate-epochs", "1", "--gate", "ffn", "--readout", "linear", "--json"),
+    )
+    record = json.loads(done.stdout)
+    assert [row["block"] for row in record["validation"]] == [2, 4]
+    assert record["command"].startswith("offramp train model -o mine")
+    answer = run(world, "generate", "model", "Hi", "--exits", "mine", "--threshold", "0", "--max-tokens", "3", "--json")
+    assert json.loads(answer.stdout)["mean_blocks"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("generate", "modle", "Hi"), "There is no model 'modle'"),
+        (("generate", "some/model", "Hi"), "HF_HUB_OFFLINE"),
+        (("generate", "model", ""), "The prompt is empty"),
+        (("generate", "model"), "Give either a prompt or --prompts"),
+        (("generate", "model", "x" * 600), "tokens long"),
+        (("generate", "model", "Hi", "--exits", "nowhere"), "no folder nowhere"),
+        (("generate", "model", "Hi", "--threshold", "0.5"), "has no exits to open"),
+        (("generate", "model", "Hi", "--exits", "exits", "--threshold", "2"), "not in [0, 1]"),
+        (("generate", "model", "Hi", "--exits", "exits", "--fill", "magic"), "no fill 'magic'"),
+        (("generate", "model", "Hi", "--exits", "exits", "--confidence", "margin"), "no default threshold"),
+        (("generate", "model", "Hi", "--dtype", "int3"), "'int3' is not a dtype"),
+        (("generate", "model", "Hi", "--max-tokens", "0"), "0 tokens"),
+        (("generate", "model", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
+        (("demo", "--model", "model"), "No exits ship for model"),
+        (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of block numbers"),
+        (("train", "model", "-o", "x", "--layers", "9"), "do not fit a model of 6"),
+        (("train", "model", "-o", "x", "--gate", "oracle"), "no gate 'oracle'"),
+        (("train", "model", "-o", "model/config.json/x", "--layers", "2"), "Not a directory"),
+    ],
+)
+def test_mistakes_get_one_sentence_and_a_hint(world, arguments, sentence: str) -> None:
+    done = run(world, *arguments, code=1)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert sentence in errors[0]
+    assert done.stdout == ""
+    if "Not a directory" not in sentence:
+        assert "hint: " in done.stderr

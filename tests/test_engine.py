@@ -1,0 +1,253 @@
+"""The decode loop: closed exits change nothing, open exits do what they say, and the books balance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import BLOCKS, tiny
+from offramp import Engine, Exits, ExitsConfig, Policy
+from offramp.engine import _Text
+from offramp.errors import BadInput, BadNumbers
+from offramp.exits import GATES, READOUTS
+from offramp.fill import FILLS
+from offramp.policy import CONFIDENCES
+from test_backbone import damaged
+
+PROMPT = "Some words to go on from"
+LAYERS = (1, 3, 5)
+
+
+def exits_for(family: str, gate: str = "mamba", readout: str = "mamba", seed: int = 0) -> Exits:
+    """Random exits whose gates spread over [0, 1] and whose adapters do something."""
+    torch.manual_seed(seed)
+    exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32))
+    with torch.no_grad():
+        for parameter in exits.modules.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    exits.modules.eval().requires_grad_(False)
+    return exits
+
+
+@torch.inference_mode()
+def library_tokens(family: str, prompt: str, n: int, **kwargs) -> list[int]:
+    backbone = tiny(family)
+    ids = torch.tensor([backbone.encode(prompt)])
+    kwargs = {"pad_token_id": 257, "max_new_tokens": n, "do_sample": False, **kwargs}
+    return backbone.model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[0, ids.shape[1] :].tolist()
+
+
+def test_full_depth_equals_the_librarys_generate(family: str) -> None:
+    assert Engine(tiny(family)).generate(PROMPT, 24).ids == library_tokens(family, PROMPT, 24)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_closed_exits_equal_the_librarys_generate(family: str, fill: str) -> None:
+    engine = Engine(tiny(family), exits_for(family), Policy((1.0,) * 3), fill)
+    answer = engine.generate(PROMPT, 24)
+    assert answer.ids == library_tokens(family, PROMPT, 24)
+    assert answer.flops_saved == 0
+    assert all(token.exit_block == BLOCKS and token.confidence is None for token in answer.tokens)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_exits_that_are_open_but_never_sure_do_not_change_the_tokens(gate: str) -> None:
+    exits = exits_for("llama", gate)
+    with torch.no_grad():
+        for exit in exits:
+            out = exit.gate.mixer.project_out if gate == "mamba" else exit.gate.out
+            out.weight.zero_()
+            out.bias.fill_(-5.0)
+    answer = Engine(tiny("llama"), exits, Policy((0.9,) * 3)).generate(PROMPT, 16)
+    assert answer.ids == library_tokens("llama", PROMPT, 16)
+    assert answer.flops_saved < 0  # gates and recurrent read-outs ran in vain, and are counted
+
+
+def test_the_repetition_penalty_is_the_librarys() -> None:
+    plain, punished = (Engine(tiny("llama"), repetition_penalty=p).generate(PROMPT, 24).ids for p in (1.0, 1.8))
+    assert plain != punished
+    assert punished == library_tokens("llama", PROMPT, 24, repetition_penalty=1.8)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("fill", FILLS)
+def test_every_kind_of_exit_opens_and_reports(gate: str, readout: str, fill: str) -> None:
+    answer = Engine(tiny("llama"), exits_for("llama", gate, readout), Policy((0.5,) * 3), fill).generate(PROMPT, 24)
+    early = [token for token in answer.tokens if token.exit_block < BLOCKS]
+    assert {token.exit_block for token in answer.tokens} <= {*LAYERS, BLOCKS}
+    assert all(token.confidence is not None and 0.5 < token.confidence <= 1 for token in early)
+    assert all(token.confidence is None for token in answer.tokens if token.exit_block == BLOCKS)
+    assert answer.mean_blocks == sum(token.exit_block for token in answer.tokens) / len(answer.tokens)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_wide_open_exits_take_the_first_one_for_every_family(family: str, fill: str) -> None:
+    answer = Engine(tiny(family), exits_for(family), Policy((0.0,) * 3), fill).generate(PROMPT, 12)
+    assert {token.exit_block for token in answer.tokens} == {LAYERS[0]}
+    assert 0 < answer.flops_saved < 1
+
+
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+def test_every_confidence_decides(confidence: str) -> None:
+    exits = exits_for("llama")
+    opened = Engine(tiny("llama"), exits, Policy((0.0,) * 3, confidence)).generate(PROMPT, 8)
+    closed = Engine(tiny("llama"), exits, Policy((0.999999,) * 3, confidence)).generate(PROMPT, 8)
+    assert opened.mean_blocks == LAYERS[0]
+    assert closed.mean_blocks == BLOCKS
+
+
+@torch.inference_mode()
+def test_a_token_that_leaves_gets_the_read_outs_logits_and_fills_the_skipped_blocks() -> None:
+    """One step, recomputed by hand from the parts."""
+    backbone, exits = tiny("llama"), exits_for("llama", "linear", "linear")
+    ids = backbone.encode(PROMPT)
+    answer = Engine(backbone, exits, Policy((1.0, 0.0, 1.0))).generate_ids(ids, 2)
+    state, exit = backbone.state(), list(exits)[1]
+    chosen = []
+    h, step = backbone.embed(torch.tensor([ids[:-1]]))
+    backbone.run(h, 0, BLOCKS, state, step)
+    for position, token in enumerate([ids[-1], answer.ids[0]], len(ids) - 1):
+        h, step = backbone.embed(torch.tensor([[token]]), position)
+        h = backbone.run(h, 0, exit.block, state, step)
+        chosen.append(int(backbone.logits(exit.adapter(h)[0]).argmax()))
+        backbone.project(h, exit.block, BLOCKS, state, step)
+    assert answer.ids == chosen
+
+
+@torch.inference_mode()
+def test_copy_gives_skipped_blocks_the_last_computed_blocks_keys_and_values() -> None:
+    backbone, exits = tiny("llama"), exits_for("llama")
+    engine = Engine(backbone, exits, Policy((0.0, 1.0, 1.0)), "copy")
+    sequence = engine._prefill(backbone.encode(PROMPT), 64)
+    engine._step(sequence)
+    blocks = sequence.state.blocks
+    for skipped in blocks[LAYERS[0] :]:
+        assert torch.equal(skipped.keys[:, :, -1], blocks[LAYERS[0] - 1].keys[:, :, -1])
+        assert torch.equal(skipped.values[:, :, -1], blocks[LAYERS[0] - 1].values[:, :, -1])
+
+
+def test_copy_is_refused_where_shapes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = tiny("llama")
+    monkeypatch.setattr(backbone, "kv_shape", lambda index: (2, 8 + index % 2))
+    with pytest.raises(BadInput, match="same key and value shape") as raised:
+        Engine(backbone, fill="copy")
+    assert "project" in raised.value.hint
+
+
+@settings(max_examples=15, deadline=None)
+@given(threshold=st.floats(0.05, 0.95), fill=st.sampled_from(sorted(FILLS)), seed=st.integers(0, 20))
+def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold: float, fill: str, seed: int) -> None:
+    backbone = tiny("llama")
+    engine = Engine(backbone, exits_for("llama", seed=seed), Policy((threshold,) * 3), fill)
+    answer = engine.generate(PROMPT, 10)
+    total = 0
+    for token in answer.tokens:
+        total += token.flops
+        assert token.cumulative_flops == total
+    prompt = len(backbone.encode(PROMPT))
+    full = sum(engine.costs.full(prompt + index) for index in range(len(answer.tokens)))
+    assert answer.flops_saved == pytest.approx(1 - total / full)
+    sequence = engine._prefill(backbone.encode(PROMPT), 64)
+    for _ in range(4):
+        logits, *_ = engine._step(sequence)
+        sequence.ids.append(int(logits.argmax()))
+        assert {sequence.state.length(block) for block in range(BLOCKS)} == {len(sequence.ids) - 1}
+
+
+def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text() -> None:
+    """Gates that never fire see each token once, in order: their confidences equal those of one pass over the text."""
+    backbone, exits = tiny("llama"), exits_for("llama")
+    engine = Engine(backbone, exits, Policy((0.9999999,) * 3))
+    seen: list[float] = []
+    consider = engine._consider
+    engine._consider = lambda *args: seen.append((out := consider(*args))[0]) or out  # type: ignore[method-assign]
+    ids = backbone.encode(PROMPT)
+    answer = engine.generate_ids(ids, 12)
+    assert {token.exit_block for token in answer.tokens} == {BLOCKS}
+    with torch.inference_mode():
+        h, step = backbone.embed(torch.tensor([ids + answer.ids[:-1]]))
+        state, start, whole = backbone.state(), 0, []
+        for exit in exits:
+            h = backbone.run(h, start, exit.block, state, step)
+            start = exit.block
+            whole.append(exit.gate(h)[0][0].sigmoid()[len(ids) - 1 :])
+    torch.testing.assert_close(torch.tensor(seen).view(-1, 3), torch.stack(whole, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_generation_stops_at_the_end_of_text_token() -> None:
+    backbone = tiny("llama")
+    free = Engine(backbone).generate(PROMPT, 24)
+    stop = free.ids[5]
+    ending = free.ids.index(stop)
+    backbone.model.generation_config.eos_token_id = [257, stop]
+    try:
+        answer = Engine(backbone).generate(PROMPT, 24)
+    finally:
+        backbone.model.generation_config.eos_token_id = 257
+    assert answer.ids == free.ids[: ending + 1]
+    assert (answer.finish_reason, free.finish_reason) == ("stop", "length")
+
+
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    free = Engine(tiny("llama")).generate(PROMPT, 24)
+    stop = free.text[4:6]
+    answer = Engine(tiny("llama")).generate(PROMPT, 24, stop=(stop,))
+    assert answer.text == free.text[: free.text.index(stop)]
+    assert answer.finish_reason == "stop"
+
+
+class Bytes:
+    """A tokenizer for `_Text`: one token a byte."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=30), stop=st.lists(st.text(min_size=1, max_size=4), max_size=2))
+def test_streamed_pieces_are_the_text_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
+    streamed, pieces = _Text(Bytes(), tuple(stop)), []
+    raw = text.encode()
+    for index, byte in enumerate(raw):
+        pieces.append(streamed.push(byte, last=index == len(raw) - 1))
+        assert "\ufffd" not in pieces[-1] or "\ufffd" in text
+        if streamed.stopped:
+            break
+    whole = "".join(pieces)
+    assert text.startswith(whole)
+    if streamed.stopped:
+        assert any(text[len(whole) :].startswith(string) for string in stop)
+        assert not any(string in whole for string in stop)
+    else:
+        assert whole == text
+        assert not any(string in text for string in stop)
+
+
+def test_nan_logits_are_named_not_decoded() -> None:
+    with pytest.raises(BadNumbers, match="NaN"):
+        Engine(damaged(tiny("llama"))).generate(PROMPT, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda b: Engine(b, fill="magic"), "no fill 'magic'"),
+        (lambda b: Engine(b, exits_for("llama"), Policy((0.5,))), "do not fit"),
+        (lambda b: Engine(b, repetition_penalty=0), "not positive"),
+        (lambda b: Engine(b).generate(PROMPT, 0), "0 tokens"),
+        (lambda b: Engine(b).generate_ids([], 4), "empty"),
+        (lambda b: Engine(b).generate_ids([1] * 512, 4), "512 tokens long"),
+    ],
+)
+def test_unusable_input_gets_a_sentence_and_a_hint(make, words: str) -> None:
+    with pytest.raises(BadInput, match=words) as raised:
+        make(tiny("llama"))
+    assert raised.value.hint
+
+
+def test_an_answer_ends_where_the_context_does() -> None:
+    answer = Engine(tiny("llama")).generate_ids([65] * 508, 100)
+    assert len(answer.tokens) == 4

@@ -1,0 +1,118 @@
+"""The artefact: what is saved is what is loaded, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from conftest import tiny
+from offramp import Exits, ExitsConfig
+from offramp.errors import CorruptFile, ExitsMismatch, OfframpError
+from offramp.exits import GATES, READOUTS, suggested_layers
+from test_engine import exits_for
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("gate", GATES)
+def test_saved_exits_load_back_equal_to_bfloat16(tmp_path, gate: str, readout: str) -> None:
+    exits = exits_for("llama", gate, readout)
+    exits.thresholds, exits.training = (0.5, 0.75, 1.0), {"seed": 3}
+    exits.save(tmp_path)
+    loaded = Exits.load(tmp_path, tiny("llama"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exits.safetensors", "offramp.json"]
+    assert (loaded.config, loaded.thresholds, loaded.training) == (exits.config, exits.thresholds, exits.training)
+    for key, value in exits.modules.state_dict().items():
+        assert torch.equal(loaded.modules.state_dict()[key], value.bfloat16().float())
+
+
+def test_exits_of_another_model_are_refused_with_both_names(tmp_path) -> None:
+    exits_for("llama").save(tmp_path)
+    with pytest.raises(ExitsMismatch, match=r"tiny-llama .* not for this model: tiny-qwen3") as raised:
+        Exits.load(tmp_path, tiny("qwen3"))
+    assert "offramp train" in raised.value.hint
+
+
+def test_exits_of_another_revision_are_refused(tmp_path) -> None:
+    exits_for("llama").save(tmp_path)
+    other = tiny("llama", seed=1)
+    with pytest.raises(ExitsMismatch, match="another revision"):
+        Exits.load(tmp_path, other)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_cut_off_exits_are_named(tmp_path, share: float) -> None:
+    exits_for("llama").save(tmp_path)
+    path = tmp_path / "exits.safetensors"
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(CorruptFile, match=r"exits\.safetensors is damaged"):
+        Exits.load(tmp_path, tiny("llama"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"backbone": 3, "config": {}}'])
+def test_a_damaged_record_is_named(tmp_path, content: str) -> None:
+    exits_for("llama").save(tmp_path)
+    (tmp_path / "offramp.json").write_text(content)
+    with pytest.raises(CorruptFile, match=r"offramp\.json is damaged"):
+        Exits.load(tmp_path, tiny("llama"))
+
+
+def test_weights_that_do_not_fit_the_record_are_named(tmp_path) -> None:
+    exits_for("llama").save(tmp_path)
+    record = json.loads((tmp_path / "offramp.json").read_text())
+    record["config"]["gate_width"] = 64
+    (tmp_path / "offramp.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptFile, match="damaged"):
+        Exits.load(tmp_path, tiny("llama"))
+
+
+def test_nan_weights_are_refused(tmp_path) -> None:
+    exits = exits_for("llama")
+    next(exits.modules.parameters()).data.fill_(float("nan"))
+    exits.save(tmp_path)
+    with pytest.raises(CorruptFile, match="NaN"):
+        Exits.load(tmp_path, tiny("llama"))
+
+
+def test_missing_folders_and_files_are_named(tmp_path) -> None:
+    with pytest.raises(CorruptFile, match="no folder"):
+        Exits.load(tmp_path / "nowhere", tiny("llama"))
+    with pytest.raises(CorruptFile, match=r"no offramp\.json"):
+        Exits.load(tmp_path, tiny("llama"))
+
+
+@pytest.mark.parametrize("layers", [(), (0, 2), (3, 2), (2, 2), (2, 6)])
+def test_layers_the_model_does_not_have_are_refused(layers) -> None:
+    with pytest.raises(OfframpError, match="do not fit a model of 6"):
+        Exits.new(tiny("llama"), ExitsConfig(layers))
+
+
+@pytest.mark.parametrize("kinds", [{"gate": "oracle"}, {"readout": "oracle"}])
+def test_unknown_kinds_are_refused(kinds) -> None:
+    with pytest.raises(OfframpError, match="'oracle'"):
+        Exits.new(tiny("llama"), ExitsConfig((2,), **kinds))
+
+
+@pytest.mark.parametrize("kind", [name for name in READOUTS if name != "none"])
+def test_an_adapter_starts_as_the_untrained_read_out(kind: str) -> None:
+    h = torch.randn(1, 5, 32)
+    assert torch.equal(READOUTS[kind](32, 32)(h)[0], h)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_a_gates_score_depends_on_earlier_tokens_only_if_it_is_recurrent(kind: str) -> None:
+    torch.manual_seed(0)
+    gate, h = GATES[kind](32, 32), torch.randn(1, 5, 32)
+    changed = h.clone()
+    changed[:, 0] += 1
+    last_differs = not torch.equal(gate(h)[0][:, -1], gate(changed)[0][:, -1])
+    assert last_differs == (kind == "mamba")
+
+
+def test_suggested_layers_fit_every_depth() -> None:
+    assert suggested_layers(30) == (10, 15, 20, 25)
+    for blocks in range(2, 100):
+        layers = suggested_layers(blocks)
+        assert layers
+        assert all(0 < layer < blocks for layer in layers)

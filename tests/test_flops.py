@@ -1,0 +1,144 @@
+"""The analytic FLOPs and bytes, against what torch's own counter sees on tiny models."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from offramp.backbone import wrap
+from offramp.exits import GATES, READOUTS, Mixer
+from offramp.flops import Costs, exit_part, linear
+
+HIDDEN, VOCABULARY, CONTEXT = 32, 97, 9
+LLAMA_LIKE = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+MODELS = {
+    "llama": LLAMA_LIKE,
+    "qwen3": {**LLAMA_LIKE, "num_hidden_layers": 3, "head_dim": 12},  # heads wider together than the hidden state
+    "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "mistral": {**LLAMA_LIKE, "sliding_window": 4},
+}
+
+
+def tiny(family):
+    torch.manual_seed(0)
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **tokens, **MODELS[family])
+    return wrap(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer=None, name="tiny")
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3"])
+def backbone(request):
+    return tiny(request.param)
+
+
+@pytest.fixture(scope="module")
+def sliding():
+    return tiny("mistral")
+
+
+def counted(function):
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def before_the_last(backbone):
+    """The last of CONTEXT tokens, embedded, with a state that holds the others; attention in plain products.
+
+    The counter knows `bmm` but not SDPA on the CPU.
+    """
+    ids = torch.randint(0, VOCABULARY, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    state = backbone.state()
+    with torch.inference_mode():
+        h, step = backbone.embed(ids[:, :-1])
+        backbone.run(h, 0, backbone.n_blocks, state, step)
+        h, step = backbone.embed(ids[:, -1:], CONTEXT - 1)
+    backbone.model.set_attn_implementation("eager")
+    return h, state, step
+
+
+def test_a_block_costs_what_the_counter_counts(backbone):
+    h, state, step = before_the_last(backbone)
+    costs = Costs(backbone)
+    for index in range(backbone.n_blocks):
+        assert counted(lambda i=index: backbone.run(h, i, i + 1, state, step)) == costs.block(index, CONTEXT)
+
+
+def test_the_linear_part_of_a_block_is_its_weight_matrices(backbone):
+    h, state, step = before_the_last(backbone)
+    _, head_dim = backbone.kv_shape(0)
+    attention = 4 * CONTEXT * backbone.config.num_attention_heads * head_dim
+    total = counted(lambda: backbone.run(h, 0, 1, state, step))
+    assert total - attention == linear(backbone.blocks[0])
+
+
+def test_the_head_costs_what_the_counter_counts(backbone):
+    assert counted(lambda: backbone.logits(torch.ones(1, 1, HIDDEN))) == Costs(backbone).head
+
+
+def test_a_token_at_full_depth_costs_what_the_counter_counts(backbone):
+    h, state, step = before_the_last(backbone)
+    total = counted(lambda: backbone.logits(backbone.run(h, 0, backbone.n_blocks, state, step)))
+    assert total == Costs(backbone).full(CONTEXT)
+
+
+def test_the_project_fill_costs_what_the_counter_counts(backbone):
+    h, state, step = before_the_last(backbone)
+    costs = Costs(backbone)
+    for index in range(backbone.n_blocks):
+        assert counted(lambda i=index: backbone.project(h, i, i + 1, state, step)) == costs.fill_project
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*GATES.values(), *READOUTS.values()],
+    ids=[*(f"gate-{kind}" for kind in GATES), *(f"readout-{kind}" for kind in READOUTS)],
+)
+def test_the_linear_share_of_an_exit_part_is_what_the_counter_counts(make):
+    part = make(HIDDEN, 64).eval()
+    scans = sum(module.scan_flops() for module in part.modules() if isinstance(module, Mixer))
+    assert counted(lambda: part(torch.ones(1, 1, HIDDEN))) == exit_part(part) - scans
+
+
+@pytest.mark.parametrize("make", [GATES["mamba"], READOUTS["mamba"]])
+def test_the_scan_share_counts_the_convolution_and_three_passes_over_the_state(make):
+    part = make(HIDDEN, 64).eval()
+    _, (window, h) = part(torch.ones(1, 1, HIDDEN))
+    mixer = next(module for module in part.modules() if isinstance(module, Mixer))
+    assert mixer.scan_flops() == 2 * Mixer.CONV * window.shape[-1] + 3 * 2 * h[0].numel()
+
+
+def test_only_attention_grows_with_the_context(backbone):
+    costs = Costs(backbone)
+    _, head_dim = backbone.kv_shape(0)
+    grown = costs.block(0, 20) - costs.block(0, 19)
+    assert grown == 4 * backbone.config.num_attention_heads * head_dim
+    assert costs.full(20) - costs.full(19) == backbone.n_blocks * grown
+
+
+def test_a_block_reads_its_parameters_and_the_keys_and_values_seen(backbone):
+    h, state, step = before_the_last(backbone)
+    with torch.inference_mode():
+        backbone.run(h, 0, backbone.n_blocks, state, step)
+    costs = Costs(backbone)
+    for index, block in enumerate(backbone.blocks):
+        kept = state.blocks[index].keys.numel() + state.blocks[index].values.numel()
+        parameters = sum(parameter.numel() for parameter in block.parameters())
+        assert costs.block_bytes(index, CONTEXT) == 4 * (parameters + kept)
+
+
+def test_the_head_reads_its_weight(backbone):
+    assert Costs(backbone).head_bytes == 4 * backbone.head.weight.numel()
+
+
+def test_a_block_with_a_sliding_window_costs_no_more_past_the_window(sliding):
+    costs = Costs(sliding)
+    assert costs.block(0, 3) < costs.block(0, 4) == costs.block(0, 5) == costs.block(0, 60)
+    assert costs.block_bytes(0, 3) < costs.block_bytes(0, 4) == costs.block_bytes(0, 60)

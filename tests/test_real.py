@@ -1,0 +1,109 @@
+"""The real model, SmolLM2-135M-Instruct: what holds for the tiny ones holds here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import offramp
+from offramp import Engine, Exits, Policy, shipped_for
+from offramp.backbone import Backbone, check
+from offramp.metrics import token_f1
+
+pytestmark = pytest.mark.real
+PROMPTS = [
+    "Why is the sky blue?",
+    "Write a haiku about rain on a tin roof.",
+    "Question: Which planet is the largest? Answer:",
+    "List three uses of vinegar in the house.",
+    "Explain recursion to a ten year old.",
+    "What did the Romans use concrete for?",
+]
+
+
+@pytest.fixture(scope="module")
+def shipped(smollm2: Backbone) -> Exits:
+    exits = shipped_for(smollm2)
+    assert exits, "no exits ship for smollm2"
+    return exits
+
+
+@torch.inference_mode()
+def library_tokens(backbone: Backbone, prompt: str, n: int, **kwargs) -> list[int]:
+    ids = torch.tensor([backbone.encode(prompt)])
+    out = backbone.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, **kwargs)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def test_the_self_check_finds_no_difference(smollm2: Backbone) -> None:
+    assert max(check(smollm2)) <= 1e-5
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_with_every_gate_closed_the_tokens_are_the_librarys(smollm2: Backbone, shipped: Exits, prompt: str) -> None:
+    answer = Engine(smollm2, shipped, Policy((1.0,) * len(shipped))).generate(prompt, 32)
+    assert answer.ids == library_tokens(smollm2, prompt, 32)
+    assert answer.flops_saved == 0
+
+
+def test_with_a_repetition_penalty_too(smollm2: Backbone) -> None:
+    answer = Engine(smollm2, repetition_penalty=1.2).generate(PROMPTS[3], 32)
+    assert answer.ids == library_tokens(smollm2, PROMPTS[3], 32, repetition_penalty=1.2)
+
+
+def test_the_shipped_exits_were_trained_by_a_recorded_command(smollm2: Backbone, shipped: Exits) -> None:
+    training = shipped.training
+    assert training["command"] == "offramp train smollm2 -o src/offramp/shipped/smollm2"
+    assert training["seconds"] <= 20 * 60
+    prompts = Path(offramp.__file__).parent / "data" / "prompts.txt"
+    import hashlib
+
+    assert training["text"] == [
+        {
+            "prompts": "prompts.txt",
+            "lines": len(prompts.read_text().splitlines()),
+            "sha256": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+        }
+    ]
+    size = sum(file.stat().st_size for file in (Path(offramp.__file__).parent / "shipped" / "smollm2").iterdir())
+    assert size <= 10_000_000
+
+
+def test_the_shipped_thresholds_let_tokens_leave_and_keep_the_answers(smollm2: Backbone, shipped: Exits) -> None:
+    full, early = Engine(smollm2), Engine(smollm2, shipped)
+    pairs = [(full.generate(prompt, 32), early.generate(prompt, 32)) for prompt in PROMPTS]
+    assert any(token.exit_block < smollm2.n_blocks for _, answer in pairs for token in answer.tokens)
+    assert sum(token_f1(answer.ids, reference.ids) for reference, answer in pairs) / len(pairs) >= 0.8
+
+
+def test_a_trained_read_out_beats_an_untrained_one(smollm2: Backbone, shipped: Exits) -> None:
+    """Top tokens that agree with the full model's on an answer of its own, at every exit."""
+    ids = smollm2.encode(PROMPTS[0])
+    answer = Engine(smollm2).generate_ids(ids, 48).ids
+    with torch.inference_mode():
+        h, step = smollm2.embed(torch.tensor([ids + answer[:-1]]))
+        state, start = smollm2.state(), 0
+        for exit in shipped:
+            h = smollm2.run(h, start, exit.block, state, step)
+            start = exit.block
+            trained, untrained = (
+                smollm2.logits(x)[0, len(ids) - 1 :].argmax(-1) == torch.tensor(answer) for x in (exit.adapter(h)[0], h)
+            )
+            assert trained.float().mean() > untrained.float().mean()
+
+
+def test_the_readmes_generate_command_prints_one_object() -> None:
+    command = [sys.executable, "-c", "from offramp.cli import main; main()", "generate", "smollm2"]
+    done = subprocess.run(
+        [*command, "Why is the sky blue?", "--max-tokens", "12", "--json"], capture_output=True, text=True, check=True
+    )
+    record = json.loads(done.stdout)
+    assert record["blocks"] == 30
+    assert record["thresholds"]
+    assert len(record["tokens"]) == 12
+    assert record["text"]

@@ -1,0 +1,123 @@
+"""A block's memory behaves like a plain concatenation, and every block has a length of its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offramp.state import KV, State
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("append"), st.integers(1, 7)),
+        st.tuples(st.just("crop"), st.integers(0, 20)),
+        st.tuples(st.just("select"), st.lists(st.integers(0, 9), min_size=1, max_size=4)),
+    ),
+    max_size=15,
+)
+
+
+def some(batch, tokens, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 2, tokens, 3, generator=g), torch.randn(batch, 2, tokens, 3, generator=g)
+
+
+def same(kv, keys, values):
+    return kv.length == keys.shape[2] and torch.equal(kv.keys, keys) and torch.equal(kv.values, values)
+
+
+@settings(max_examples=40, deadline=None)
+@given(OPERATIONS, st.integers(1, 9))
+def test_a_memory_equals_a_plain_concatenation_after_any_operations(operations, capacity):
+    kv = KV(capacity)
+    keys, values = some(2, 0)
+    stored = False
+    for seed, (name, argument) in enumerate(operations):
+        if name == "append":
+            new_keys, new_values = some(keys.shape[0], argument, seed)
+            kv.append(new_keys, new_values)
+            keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
+            stored = True
+        elif name == "crop":
+            kv.crop(argument)
+            keys, values = keys[:, :, :argument], values[:, :, :argument]
+        elif stored:
+            rows = torch.tensor([row % keys.shape[0] for row in argument])
+            kv.select(rows)
+            keys, values = keys[rows], values[rows]
+        assert same(kv, keys, values) if stored else kv.length == 0
+
+
+def test_a_memory_grows_past_its_capacity_and_keeps_what_it_held():
+    kv = KV(capacity=2)
+    pieces = [some(1, tokens, seed=tokens) for tokens in (1, 1, 1, 5, 40)]
+    for piece in pieces:
+        kv.append(*piece)
+    assert same(kv, *(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True)))
+
+
+def test_an_empty_memory_can_be_cropped_and_selected_from():
+    kv = KV()
+    kv.crop(0)
+    kv.select(torch.tensor([0]))
+    assert kv.length == 0
+
+
+def test_a_memory_keeps_a_copy_of_what_it_was_given():
+    kv = KV()
+    keys, values = some(1, 2)
+    kv.append(keys, values)
+    before = keys.clone()
+    keys.zero_()
+    assert torch.equal(kv.keys, before)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), max_size=12), st.integers(0, 12))
+def test_every_block_has_a_length_of_its_own(updates, cut):
+    state = State(["attention"] * 3, capacity=2)
+    lengths = [0, 0, 0]
+    for block, tokens in updates:
+        keys, values = state.update(*some(1, tokens), block)
+        lengths[block] += tokens
+        assert keys.shape[2] == values.shape[2] == lengths[block]
+        assert [state.length(index) for index in range(3)] == lengths
+    state.crop(cut)
+    assert [state.length(index) for index in range(3)] == [min(length, cut) for length in lengths]
+
+
+def test_an_update_gives_back_all_that_the_block_remembers_and_no_other_block_does():
+    state = State(["attention", "attention"])
+    first, second, other = some(1, 3, seed=1), some(1, 2, seed=2), some(1, 4, seed=3)
+    state.update(*first, 0)
+    state.update(*other, 1)
+    keys, values = state.update(*second, 0, None, anything="ignored")
+    assert torch.equal(keys, torch.cat([first[0], second[0]], dim=2))
+    assert torch.equal(values, torch.cat([first[1], second[1]], dim=2))
+
+
+def test_selected_rows_are_kept_in_their_order_in_every_block():
+    state = State(["attention", "attention", "attention"])
+    held = [some(3, 4, seed=1), some(3, 6, seed=2)]
+    for block, piece in enumerate(held):
+        state.update(*piece, block)
+    rows = torch.tensor([2, 0, 2])
+    state.select(rows)
+    for block, (keys, values) in enumerate(held):
+        assert same(state.blocks[block], keys[rows], values[rows])
+    assert state.length(2) == 0
+
+
+def test_copies_of_a_row_go_separate_ways():
+    state = State(["attention"])
+    state.update(*some(1, 3), 0)
+    state.select(torch.tensor([0, 0]))
+    keys, values = some(2, 1, seed=9)
+    all_keys, _ = state.update(keys, values, 0)
+    assert torch.equal(all_keys[0, :, :3], all_keys[1, :, :3])
+    assert torch.equal(all_keys[:, :, 3:], keys)
+
+
+def test_a_kind_of_block_without_a_memory_is_refused():
+    with pytest.raises(NotImplementedError, match="granular"):
+        State(["attention", "granular"])

@@ -1,6 +1,6 @@
 """How good are exits, on questions that nothing was trained on? Gates side by side, with the same read-out.
 
-    .venv/bin/python benchmarks/exits.py QUESTIONS [--exits DIR] [--questions 50] [--tokens 24] [--work DIR]
+    .venv/bin/python benchmarks/exits.py QUESTIONS [--exits DIR] [--count 50] [--tokens 16] [--work DIR]
 
 QUESTIONS is the official TruthfulQA.csv, or lines, or JSON lines with `prompt` or `question`. The read-outs of the given
 exits (default: the shipped ones), and the untrained read-out beside them, get a freshly trained gate of each kind, from
@@ -40,7 +40,7 @@ THRESHOLDS = (0.5, 0.7, 0.9)
 
 def questions_in(path: Path, count: int) -> list[str]:
     if path.suffix == ".csv":
-        with path.open(encoding="utf-8") as stream:
+        with path.open(encoding="utf-8", newline="") as stream:
             lines = [row["Question"] for row in csv.DictReader(stream)]
     else:
         lines = read_lines(path, ("prompt", "question"))
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--exits", type=Path)
     parser.add_argument("--count", type=int, default=50)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("build/exits"))
     args = parser.parse_args()
 
@@ -88,15 +88,17 @@ def main() -> None:
 
     rows = []
     for readout in (base.config.readout, "none"):
+        reader = Trainer(exact, with_gate(exact, base, base.config.gate, readout), config, args.work)
+        labelled, to_learn = reader.labels(answers), reader.labels(data.gates)
         for gate in (*GATES, "max-prob"):
             exits = with_gate(exact, base, gate if gate in GATES else "linear", readout)
             folder = args.work / f"{readout}-{gate}"
             folder.mkdir(parents=True, exist_ok=True)
-            trainer = Trainer(exact, exits, config, folder)
-            trainer.standardise(data.adapters, "gate")
-            labelled = trainer.labels(answers)
             if gate in GATES:
-                trainer.fit_gates(trainer.labels(data.gates))
+                torch.manual_seed(config.seed)
+                trainer = Trainer(exact, exits, config, folder)
+                trainer.standardise(data.adapters, "gate")
+                trainer.fit_gates(to_learn)
                 confidences = [confidence for confidence, _ in scores(exits, labelled)]
             else:
                 confidences = max_prob_scores(exact, exits, labelled)

@@ -128,17 +128,24 @@ class FFNGate(nn.Module):
 
 
 class MambaGate(nn.Module):
-    """A Mamba block whose output projection gives one logit (DYNAMAX), in a bottleneck of `width`."""
+    """A Mamba block whose output projection gives one logit (DYNAMAX), in a bottleneck of `width`.
+
+    Beside it, unlike the paper's, a direct linear path and dropout: on some ten thousand tokens the block alone fits the
+    text it saw and ranks new text worse than a linear gate does.
+    """
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
         self.norm = Standardise(hidden)
         self.down = nn.Linear(hidden, width, bias=False)
         self.mixer = Mixer(width, 2 * width, 1)
+        self.direct = nn.Linear(hidden, 1, bias=False)
+        nn.init.zeros_(self.mixer.project_out.weight)
 
     def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
-        logit, memory = self.mixer(self.down(self.norm(h)), memory)
-        return logit.squeeze(-1), memory
+        x = self.norm(h)
+        logit, memory = self.mixer(F.dropout(self.down(x), 0.3, self.training), memory)
+        return (logit + self.direct(x)).squeeze(-1), memory
 
 
 class NoAdapter(nn.Module):

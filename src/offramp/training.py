@@ -60,10 +60,11 @@ class TrainConfig:
     max_prompts: int | None = None
     answer_tokens: int = 48
     epochs: int = 4
-    gate_epochs: int = 12
+    gate_epochs: int = 4
     batch: int = 8
     learning_rate: float = 3e-3
-    precision: float = 0.98
+    gate_learning_rate: float = 1e-3
+    precision: float = 0.95
     seed: int = 0
 
 
@@ -95,14 +96,14 @@ def train(
     torch.manual_seed(config.seed)
     shape = ExitsConfig(tuple(layers), config.gate, config.readout, config.gate_width, config.readout_width)
     exits = Exits.new(backbone, shape)
-    started = time.time()
-    data = gather(backbone, config, tuple(layers), work, progress)
-    trainer = Trainer(backbone, exits, config, work, progress)
-    trainer.standardise(data.adapters)
-    if config.readout != "none":
-        trainer.fit_adapters(data.adapters)
-    labelled = trainer.labels(data.gates + data.held)
-    trainer.fit_gates(labelled[: len(data.gates)])
+    with _Clock(work / "seconds") as clock:
+        data = gather(backbone, config, tuple(layers), work, progress)
+        trainer = Trainer(backbone, exits, config, work, progress)
+        trainer.standardise(data.adapters)
+        if config.readout != "none":
+            trainer.fit_adapters(data.adapters)
+        labelled = trainer.labels(data.gates + data.held)
+        trainer.fit_gates(labelled[: len(data.gates)])
     valid = labelled[len(data.gates) :]
 
     exits.modules.eval().requires_grad_(False)
@@ -117,7 +118,7 @@ def train(
             "gates": sum(int(s.counted.sum()) for s in data.gates),
             "validation": sum(int(s.counted.sum()) for s in data.held),
         },
-        "seconds": round(time.time() - started, 1),
+        "seconds": round(clock.seconds, 1),
         "versions": {"torch": torch.__version__, "offramp": _version()},
         "validation": quality,
         "curve": trainer.curve,
@@ -125,6 +126,23 @@ def train(
     exits.save(folder)
     shutil.rmtree(work)
     return Exits.load(folder, backbone)
+
+
+class _Clock:
+    """Seconds of work, earlier interrupted runs included."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds = float(path.read_text()) if path.exists() else 0.0
+
+    def __enter__(self) -> _Clock:
+        self._started = time.time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.time() - self._started
+        if self._path.parent.is_dir():  # not where the work never began
+            write_atomically(self._path, str(self.seconds).encode())
 
 
 @dataclass(frozen=True)
@@ -205,10 +223,11 @@ class Trainer:
 
     def fit_adapters(self, sequences: list[Sequence]) -> None:
         adapters = [exit.adapter for exit in self.exits]
-        self._fit("adapters", adapters, sequences, self.config.epochs, self._adapter_loss)
+        self._fit("adapters", adapters, sequences, self.config.epochs, self.config.learning_rate, self._adapter_loss)
 
     def fit_gates(self, labelled: list[Labelled]) -> None:
-        self._fit("gates", [exit.gate for exit in self.exits], labelled, self.config.gate_epochs, self._gate_loss)
+        gates, rate = [exit.gate for exit in self.exits], self.config.gate_learning_rate
+        self._fit("gates", gates, labelled, self.config.gate_epochs, rate, self._gate_loss)
 
     def _fit(
         self,
@@ -216,6 +235,7 @@ class Trainer:
         parts: list[nn.Module],
         sequences: list[Any],
         epochs: int,
+        rate: float,
         loss_of: Callable[[list[Any], int], list[Tensor]],
     ) -> None:
         """AdamW with a short warm-up and a cosine to zero over `epochs`, from the last checkpoint if there is one."""
@@ -223,8 +243,8 @@ class Trainer:
         batch = self.config.batch
         per_epoch = -(-len(sequences) // batch)
         steps = per_epoch * epochs
-        optimizer = torch.optim.AdamW(module.parameters(), lr=self.config.learning_rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.config.learning_rate, max(steps, 2), pct_start=0.05)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(steps, 2), pct_start=0.05)
         step = self._restore(stage, module, optimizer, schedule)
         saved = time.monotonic()
         mean: list[float] = []
@@ -233,6 +253,7 @@ class Trainer:
                 len(sequences), generator=_generator(self.config.seed, step // per_epoch, stage)
             ).tolist()
             at = (step % per_epoch) * batch
+            torch.manual_seed(_generator(self.config.seed, step, stage).initial_seed())  # dropout
             losses = loss_of([sequences[index] for index in order[at : at + batch]], step)
             total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
             if not torch.isfinite(total):
@@ -351,6 +372,7 @@ def validate(exits: Exits, labelled: list[Labelled]) -> list[dict[str, Any]]:
 def _threshold(confidence: Tensor, agrees: Tensor, precision: float, least: int = 50) -> float:
     """The lowest threshold above which the read-out agreed with the oracle at least this often; 1 if there is none.
 
+    It has four decimals.
     Only thresholds that at least `least` held-out tokens pass are trusted.
     """
     ordered = confidence.argsort(descending=True)

@@ -221,7 +221,7 @@ def train(
     gate_epochs: Annotated[int, typer.Option(help="Passes over the text for the gates.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Highest learning rate of the adapters.")] = 3e-3,
     top_k: Annotated[int, typer.Option(help="An exit agrees if its token is among the full model's k best.")] = 1,
-    precision: Annotated[float, typer.Option(help="Agreement that the default thresholds ask for.")] = 0.95,
+    precision: Annotated[float, typer.Option(help="Agreement that the default thresholds ask for.")] = 0.98,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     dtype: Annotated[str, typer.Option(help="What the backbone runs in: float32 or bfloat16.")] = "float32",
     as_json: Json = False,

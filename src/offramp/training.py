@@ -46,7 +46,8 @@ class TrainConfig:
     layers: blocks run before each exit (None: `suggested_layers`); top_k: the oracle's tokens that count as agreement;
     prompts: a file of prompts to answer (None: the list that comes with offramp); texts: plain text read beside them;
     max_prompts: use only the first so many; answer_tokens: longest own answer; epochs over the adapters' sequences and
-    over the gates'; batch: sequences a step; precision: agreement that the default thresholds ask for.
+    over the gates'; batch: sequences a step; precision: agreement on held-out tokens that
+    the default thresholds ask for; open_from: share of the depth before which exits stay closed by default.
     """
 
     layers: tuple[int, ...] | None = None
@@ -64,7 +65,8 @@ class TrainConfig:
     batch: int = 8
     learning_rate: float = 3e-3
     gate_learning_rate: float = 1e-3
-    precision: float = 0.95
+    precision: float = 0.98
+    open_from: float = 2 / 3
     seed: int = 0
 
 
@@ -108,7 +110,12 @@ def train(
 
     exits.modules.eval().requires_grad_(False)
     quality = validate(exits, valid)
-    exits.thresholds = tuple(_threshold(*scored, config.precision) for scored in scores(exits, valid))
+    # An exit that skips many blocks leaves them approximate states, and that alone can turn the rest of an answer, however
+    # right the token was: on 13 prompts, opening blocks 10 and 15 of 30 beside 25 took consistency from 0.99 to 0.79.
+    exits.thresholds = tuple(
+        _threshold(*scored, config.precision) if exit.block >= config.open_from * backbone.n_blocks else 1.0
+        for exit, scored in zip(exits, scores(exits, valid), strict=True)
+    )
     exits.training = {
         "command": command,
         "config": {**asdict(config), "layers": list(layers), "prompts": None, "texts": []},

@@ -106,9 +106,9 @@ def demo(
 
 
 DEMO_QUESTIONS = [
-    "What is the capital of France?",
-    "How do plants make food from sunlight?",
-    "Give me three tips for learning to cook.",
+    "Why is the sky blue?",
+    "Why do cats purr?",
+    "Describe the taste of a ripe mango.",
 ]
 
 

@@ -10,7 +10,6 @@ Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks, H
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 import warnings
@@ -439,6 +438,6 @@ def _load(source: Source, dtype: str, device: str | None) -> Backbone:
 
 def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
     """A `Backbone` around a `transformers` model that is in memory already; checked like one that was loaded."""
-    backbone = Backbone(model, tokenizer, Source.of_weights(name, copy.copy(model.state_dict())))
+    backbone = Backbone(model, tokenizer, Source.of_weights(name, model.state_dict()))
     check(backbone)
     return backbone

@@ -111,8 +111,7 @@ def train(
     exits.modules.eval().requires_grad_(False)
     quality = validate(exits, valid)
     # An exit that skips many blocks leaves them approximate states, and that alone can turn the rest of an answer, however
-    # right the token was. (Seen by hand on
-    # 13 prompts, not in a benchmark: `open_from` is a guess that calibration should replace.)
+    # right the token was: `open_from` is a guess that calibration should replace.
     exits.thresholds = tuple(
         _threshold(*scored, config.precision) if exit.block >= config.open_from * backbone.n_blocks else 1.0
         for exit, scored in zip(exits, scores(exits, valid), strict=True)
@@ -378,20 +377,17 @@ def validate(exits: Exits, labelled: list[Labelled]) -> list[dict[str, Any]]:
 
 
 def _threshold(confidence: Tensor, agrees: Tensor, precision: float, least: int = 50) -> float:
-    """The lowest threshold above which the read-out agreed with the oracle at least this often; 1 if there is none.
+    """The lowest threshold of four decimals above which the read-out agreed with the oracle at least this often.
 
-    It has four decimals.
-    Only thresholds that at least `least` held-out tokens pass are trusted.
+    Only thresholds that at least `least` held-out tokens pass are trusted; 1 if there is none.
     """
-    ordered = confidence.argsort(descending=True)
-    right = agrees[ordered].double().cumsum(0) / torch.arange(1, len(ordered) + 1)
-    good = (right >= precision).nonzero().squeeze(1)
-    good = good[good >= least]
-    if not len(good):
-        return 1.0
-    last = int(good[-1])
-    below = confidence[ordered[last + 1]] if last + 1 < len(ordered) else confidence.new_zeros(())
-    return round(float(below), 4)
+    ordered, index = confidence.double().sort()
+    thresholds = torch.arange(10_000, dtype=torch.float64) / 10_000
+    first = torch.searchsorted(ordered, thresholds, right=True)  # tokens from here on pass
+    passed = len(ordered) - first
+    right = F.pad(agrees[index].flip(0).long().cumsum(0), (1, 0))[passed]
+    good = thresholds[(passed >= least) & (right >= precision * passed)]
+    return float(good[0]) if len(good) else 1.0
 
 
 def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], list[list[int]], list[dict[str, Any]]]:

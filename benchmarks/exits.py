@@ -9,7 +9,8 @@ the same own answers. Then, on the questions, with the model's own full-depth an
 - agreement: how often an exit's top token is the full model's, and each gate's area under the ROC curve for it;
 - decoding freely at three thresholds: mean blocks run, FLOPs saved, consistency (token F1 with the full answer).
 
-Prints one table in Markdown and writes everything to WORK/exits.json.
+Prints one table in Markdown and writes everything to WORK/exits.json. With `--formats` it shows instead how often the
+given exits agree with the full model, and how well their gates rank, in each weight format.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from offramp.exits import Exit
 from offramp.harvest import harvest, load_shards, read_lines, units
 from offramp.metrics import auroc, token_f1
 from offramp.policy import max_prob
-from offramp.training import Data, Labelled, TrainConfig, Trainer, gather, scores
+from offramp.training import Data, Labelled, TrainConfig, Trainer, gather, scores, validate
+from offramp.weights import FORMATS
 
 GATES = ("linear", "ffn", "mamba")
 THRESHOLDS = (0.5, 0.7, 0.9)
@@ -65,6 +67,29 @@ def max_prob_scores(backbone: Backbone, exits: Exits, labelled: list[Labelled]) 
     return [torch.cat([confidence(exit, index, one) for one in labelled]) for index, exit in enumerate(exits)]
 
 
+def exits_for(backbone: Backbone, folder: Path | None) -> Exits:
+    exits = Exits.load(folder, backbone) if folder else offramp.shipped_for(backbone)
+    assert exits, f"no exits ship for {backbone.name}"
+    return exits
+
+
+def compare_formats(args: argparse.Namespace) -> None:
+    """Each format answers the questions itself; its exits are compared with that answer."""
+    print("| weights | head | agreement | gate AUROC |\n|---|---|---|---|")
+    for name, kept in FORMATS.items():
+        backbone = offramp.load(args.model, name)
+        exits = exits_for(backbone, args.exits)
+        asked = [backbone.encode(question) for question in questions_in(args.questions, args.count)]
+        folder = args.work / f"asked-{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = units(asked, [], args.tokens, batch=48)
+        answers = load_shards(harvest(backbone, plan, exits.config.layers, folder, lambda tokens: None))
+        quality = validate(exits, Trainer(backbone, exits, TrainConfig(), args.work).labels(answers))
+        agreement = " ".join(f"{one['agreement']:.0%}" for one in quality)
+        head = kept.head.__name__ if kept.quantised else name
+        print(f"| {name} | {head} | {agreement} | {' '.join(str(one['gate_auroc']) for one in quality)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("questions", type=Path)
@@ -73,11 +98,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("build/exits"))
+    parser.add_argument("--formats", action="store_true", help="compare weight formats instead of gates")
     args = parser.parse_args()
+    if args.formats:
+        compare_formats(args)
+        return
 
     fast, exact = offramp.load(args.model), offramp.load(args.model, "float32")
-    base = Exits.load(args.exits, exact) if args.exits else offramp.shipped_for(exact)
-    assert base, f"no exits ship for {args.model}"
+    base = exits_for(exact, args.exits)
     config = TrainConfig()
     data: Data = gather(exact, config, base.config.layers, args.work / "text")
     asked = [exact.encode(question) for question in questions_in(args.questions, args.count)]

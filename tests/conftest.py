@@ -15,12 +15,16 @@ import torch
 import transformers
 
 from offramp.backbone import FAMILIES, Backbone, wrap
+from offramp.native import library
+
+# Machines without a C compiler test what they can.
+ENGINES = ["torch", *(["native"] if library() else [])]
 
 VOCAB, HIDDEN, BLOCKS = 260, 32, 6
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
-    "intermediate_size": 48,
+    "intermediate_size": 64,
     "num_hidden_layers": BLOCKS,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -52,7 +56,11 @@ PECULIAR: dict[str, dict[str, Any]] = {
 @cache
 @torch.inference_mode(False)  # the first test to ask may be in inference mode; training needs ordinary tensors
 def tiny(family: str, seed: int = 0) -> Backbone:
-    """A random float32 model of this family, wrapped (and so checked); the same one for every test that asks."""
+    """A random float32 model of this family, wrapped (and so checked); the same one for every test that asks.
+
+    "llama/torch" and "llama/native" are the same model on the lean path, by torch's operators and by native.c.
+    """
+    family, _, engine = family.partition("/")
     torch.manual_seed(seed)
     settings = {**SMALL, **PECULIAR[family]}
     if family == "gpt2":
@@ -65,7 +73,17 @@ def tiny(family: str, seed: int = 0) -> Backbone:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    return wrap(model, byte_tokenizer(), f"tiny-{family}")
+    backbone = wrap(model, byte_tokenizer(), f"tiny-{family}")
+    if engine:
+        backbone.quicken("float32", native=engine == "native")
+        assert backbone.lean is not None
+        assert backbone.lean.engine == engine
+    return backbone
+
+
+LEAN = sorted(name for name, family in FAMILIES.items() if family.lean)
+# The library's own blocks of every family, and each engine of the lean path where a family has one.
+VARIANTS = sorted(FAMILIES) + [f"{family}/{engine}" for family in LEAN for engine in ENGINES]
 
 
 @cache
@@ -80,7 +98,7 @@ def byte_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-@pytest.fixture(params=sorted(FAMILIES), scope="session")
+@pytest.fixture(params=VARIANTS, scope="session")
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -94,10 +112,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Backbone:
-    """The real model, in float32."""
+    """The real model, in float32, the library's own beside it."""
     import offramp
 
-    return offramp.load("smollm2", "float32")
+    return offramp.load("smollm2", "float32", keep=True)
 
 
 def saved(backbone: Backbone, folder: Path) -> Path:

@@ -139,13 +139,13 @@ def test_a_local_folder_loads_in_both_dtypes_with_the_same_hash(tmp_path, own_ca
     full, half = offramp.load(str(folder), "float32"), offramp.load(str(folder), "bfloat16")
     assert (full.weight_format, half.weight_format) == ("float32", "bfloat16")
     assert full.source.sha256 == half.source.sha256
-    assert torch.equal(full.forward(ids_of(0)), tiny("llama").forward(ids_of(0)))
+    torch.testing.assert_close(full.forward(ids_of(0)), tiny("llama").forward(ids_of(0)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_fails_in_bfloat16_runs_in_float32_and_says_so(tmp_path, own_cache, monkeypatch) -> None:
     from offramp import backbone as module
 
-    folder = saved(tiny("llama"), tmp_path / "model")
+    folder = saved(tiny("gpt2"), tmp_path / "model")
     monkeypatch.setitem(module.TOLERANCE, torch.bfloat16, -1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -97,6 +97,28 @@ def test_a_trained_read_out_beats_an_untrained_one(smollm2: Backbone, shipped: E
             assert trained.float().mean() > untrained.float().mean()
 
 
+def test_int4_keeps_the_weights_of_the_file_and_decodes_like_the_library_with_them(smollm2: Backbone) -> None:
+    """The file's blocks are in Q4_1; its head, and so the library's, is rounded to 8 bits."""
+    backbone = offramp.load("smollm2", "int4", keep=True)
+    assert max(check(backbone)) <= 2e-3
+    original = dict(smollm2.model.named_parameters())
+    for name, weight in backbone.model.named_parameters():
+        if "proj" in name:
+            torch.testing.assert_close(weight, original[name], rtol=0, atol=1e-6)
+    for prompt in PROMPTS[:2]:
+        assert Engine(backbone).generate(prompt, 24).ids == library_tokens(backbone, prompt, 24)
+
+
+def test_bench_measures_both_sides() -> None:
+    command = [sys.executable, "-c", "from offramp.cli import main; main()", "bench", "--tokens", "6", "--pairs", "2"]
+    done = subprocess.run([*command, "--dtype", "bfloat16", "--json"], capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert len(result["ours"]["runs"]) == len(result["theirs"]["runs"]) == 2
+    assert result["spread"][0] <= result["ratio"] <= result["spread"][1]
+    assert set(result["parts_ms"]) == {"blocks", "head", "sampling", "everything else"}
+    assert result["machine"]["threads"] >= 1
+
+
 def test_the_readmes_generate_command_prints_one_object() -> None:
     command = [sys.executable, "-c", "from offramp.cli import main; main()", "generate", "smollm2"]
     done = subprocess.run(

@@ -22,8 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
-from offramp.sources import Source, resolve
+from offramp.lean import Lean, LeanStep
+from offramp.sources import Source, cache_folder, resolve
 from offramp.state import State
+from offramp.weights import FORMATS, Store
 
 Config = Any  # a transformers PreTrainedConfig: its fields differ from family to family
 KeysValues = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -82,6 +84,7 @@ class Family:
     projected: int = 2  # of queries, keys and values, how many `keys_values` computes
     scale_in: Callable[[Config], float] = lambda config: 1.0
     finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
+    lean: bool = False  # blocks of the llama kind, which `lean` runs too
 
 
 def _softcap(logits: Tensor, config: Config) -> Tensor:
@@ -90,13 +93,13 @@ def _softcap(logits: Tensor, config: Config) -> Tensor:
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-    "smollm3": Family(),
-    "phi3": Family(keys_values=_fused_kv),
-    "olmo2": Family(input_norm=None),
+    "llama": Family(lean=True),
+    "mistral": Family(lean=True),
+    "qwen2": Family(lean=True),
+    "qwen3": Family(lean=True),
+    "smollm3": Family(lean=True),
+    "phi3": Family(keys_values=_fused_kv, lean=True),
+    "olmo2": Family(input_norm=None, lean=True),
     "gemma2": Family(finish=_softcap, implementation="eager"),  # SDPA has no soft cap
     "gemma3_text": Family(finish=_softcap, rotary_per_kind=True),
     "granite": Family(
@@ -149,7 +152,8 @@ class Backbone:
 
     Attributes: `model` and `tokenizer` are the library's own; `config` the model's text config; `n_blocks` N,
     `hidden_size` D, `vocab_size` V, `context` the longest sequence the model was made for; `kinds` the kind of each
-    block; `source` where the weights came from, with their hash; `weight_format` the format they run in.
+    block; `source` where the weights came from, with their hash; `weight_format` the format they run in; `dtype` that of
+    hidden states; `lean` the lean path, None where the library's blocks do the work.
     """
 
     def __init__(self, model: Any, tokenizer: Any, source: Source) -> None:
@@ -173,6 +177,8 @@ class Backbone:
         self.vocab_size: int = self.head.weight.shape[0]
         self.context: int = config.max_position_embeddings
         self.dtype: torch.dtype = self.head.weight.dtype
+        self.weight_format = str(self.dtype).removeprefix("torch.")
+        self.lean: Lean | None = None
         self.device: torch.device = self.head.weight.device
         self.kinds = ["attention"] * self.n_blocks
         self._layer_types = _layer_types(config, self.n_blocks)
@@ -181,10 +187,6 @@ class Backbone:
     @property
     def name(self) -> str:
         return self.source.name
-
-    @property
-    def weight_format(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -200,6 +202,34 @@ class Backbone:
             ids.update(one if isinstance(one, list) else [] if one is None else [one])
         return frozenset(ids)
 
+    def quicken(self, format: str, store: Store | None = None, native: bool = True) -> None:
+        """Run the blocks and the head on the lean path from now on, with weights in this format (see `weights.FORMATS`).
+
+        Raises `UnsupportedModel` for a family without one, and for shapes that do not fit. With a quantised format, the
+        library's own model is given the quantised weights too. `native` false keeps to torch's operators.
+        """
+        if not self.family.lean:
+            raise UnsupportedModel(f"The family '{self.config.model_type}' has no lean path.", "Use bfloat16 or float32.")
+        windows = [self.window(index) for index in range(self.n_blocks)]
+        parts = (self.blocks, windows, self._rotary, self.final_norm, self.head)
+        try:
+            self.lean = Lean(*parts, FORMATS[format], store or Store(), native)
+        except ValueError as error:
+            raise UnsupportedModel(f"{self.name} has no lean path: {error}.", "Use bfloat16 or float32.") from error
+        self.weight_format, self.dtype = format, torch.float32
+
+    def slow(self) -> None:
+        """Back to the library's own blocks."""
+        self.lean, self.dtype = None, self.head.weight.dtype
+        self.weight_format = str(self.dtype).removeprefix("torch.")
+
+    def drop_library_weights(self) -> None:
+        """Free what the lean path has its own copies of; `model` is of no use by itself afterwards."""
+        for block in self.blocks:
+            block.to("meta")
+        if self.head.weight is not self._embed.weight:
+            self.head.to("meta")
+
     def state(self, capacity: int = 256) -> State:
         """An empty memory for all blocks."""
         return State(self.kinds, capacity)
@@ -214,8 +244,16 @@ class Backbone:
         dim = getattr(self.config, "head_dim", None) or self.hidden_size // heads
         return getattr(self.config, "num_key_value_heads", None) or heads, dim
 
-    def embed(self, ids: Tensor, first: int = 0) -> tuple[Tensor, Step]:
-        """Token ids (B, T) at positions `first`, `first` + 1, … → hidden state (B, T, D) and what the blocks share."""
+    def embed(self, ids: Tensor, first: int | Tensor = 0) -> tuple[Tensor, Step | LeanStep]:
+        """Token ids (B, T) at positions `first`, `first` + 1, … → hidden state (B, T, D) and what the blocks share.
+
+        On the lean path each sequence may have its own `first`, (B,). Sequences with fewer than T tokens are padded at the
+        end, with anything: what a pad leaves in memory is seen by no token before it is written over.
+        """
+        if self.lean:
+            return self._embed(ids).float(), self.lean.step(first, *ids.shape)
+        if not isinstance(first, int):
+            raise UnsupportedModel(f"Ragged batches need the lean path, which {self.name} has not.")
         positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
         h = self._embed(ids)
         scale = self.family.scale_in(self.config)
@@ -225,16 +263,21 @@ class Backbone:
             h = h + self._positions(positions)
         return h, self.step(h, positions)
 
-    def step(self, h: Tensor, positions: Tensor) -> Step:
+    def step(self, h: Tensor, positions: Tensor) -> Step | LeanStep:
         """What the blocks share for tokens at these consecutive positions (1, T)."""
+        if self.lean:
+            return self.lean.step(int(positions[0, 0]), *h.shape[:2])
         if self._rotary is None:
             return Step(positions)
         if self.family.rotary_per_kind:
             return Step(positions, {kind: self._rotary(h, positions, kind) for kind in set(self._layer_types)})
         return Step(positions, self._rotary(h, positions))
 
-    def run(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> Tensor:
+    def run(self, h: Tensor, start: int, stop: int, state: State, step: Step | LeanStep) -> Tensor:
         """Hidden state (B, T, D) through blocks `start` to `stop` - 1, each of which remembers the T tokens."""
+        if self.lean and isinstance(step, LeanStep):
+            return self.lean.run(h, start, stop, state, step)
+        assert isinstance(step, Step)
         for index in range(start, stop):
             kwargs: dict[str, Any] = {
                 "attention_mask": self._mask(index, state.length(index), step, h.dtype),
@@ -249,12 +292,16 @@ class Backbone:
             h = out[0] if isinstance(out, tuple) else out
         return h
 
-    def project(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> None:
+    def project(self, h: Tensor, start: int, stop: int, state: State, step: Step | LeanStep) -> None:
         """Store what blocks `start` to `stop` - 1 would remember if each of them saw `h` (B, T, D) as its input.
 
         Only the keys and values are computed, by each block's own input norm and projections: CALM's state
         propagation (arXiv 2207.07061, section 3.2).
         """
+        if self.lean and isinstance(step, LeanStep):
+            self.lean.run(h, start, stop, state, step, fill=True)
+            return
+        assert isinstance(step, Step)
         for index in range(start, stop):
             block: Any = self.blocks[index]
             attention = getattr(block, self.family.attention)
@@ -267,6 +314,8 @@ class Backbone:
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         """Final norm and LM head: hidden state (…, D) → logits (…, V), in float32; of the tokens `rows` only, if given."""
+        if self.lean:
+            return self.family.finish(self.lean.logits(h, rows), self.config)
         normed = self.final_norm(h)
         out = self.head(normed) if rows is None else F.linear(normed, self.head.weight[rows])
         return self.family.finish(out, self.config).float()
@@ -344,42 +393,58 @@ def _layer_types(config: Config, n_blocks: int) -> list[str]:
     return list(types)
 
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+@dataclass(frozen=True)
+class Reference:
+    """The library's own logits (1, T, V) for some token ids, of one pass and of three pieces over its cache."""
+
+    ids: Tensor
+    pieces: list[Tensor]
+    full: Tensor
+    cached: Tensor
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, backbone: Backbone) -> Reference:
+        """Raises `BadNumbers` when the library's logits are not finite."""
+        generator = torch.Generator().manual_seed(0)
+        length = min(16, backbone.context)
+        ids = torch.randint(0, backbone.vocab_size, (1, length), generator=generator).to(backbone.device)
+        pieces = [ids[:, : length - 4], ids[:, length - 4 : length - 1], ids[:, length - 1 :]]
+        full = backbone.model(ids).logits.float()
+        if not torch.isfinite(full).all():
+            raise BadNumbers(
+                f"{backbone.name} gives NaN or infinite logits in {backbone.weight_format}.",
+                "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
+            )
+        cache, cached = None, []
+        for piece in pieces:
+            out = backbone.model(piece, **({"cache": cache} if cache is not None else {}), use_cache=True)
+            cache = out.cache
+            cached.append(out.logits.float())
+        return cls(ids, pieces, full, torch.cat(cached, 1))
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 @torch.inference_mode()
-def check(backbone: Backbone) -> tuple[float, float]:
+def check(backbone: Backbone, reference: Reference | None = None) -> tuple[float, float]:
     """Compare a full pass, and a pass in pieces over a state, with the library's own logits.
 
     Returns the largest differences (full, cached), as shares of the largest logit. Raises `UnsupportedModel` when one
-    exceeds the dtype's tolerance (float32 1e-4, bfloat16 3e-2), `BadNumbers` when the library's logits are not finite.
+    exceeds what is allowed: `TOLERANCE` for the library's blocks, `Lean.tolerance` on the lean path.
     """
-    generator = torch.Generator().manual_seed(0)
-    length = min(16, backbone.context)
-    ids = torch.randint(0, backbone.vocab_size, (1, length), generator=generator).to(backbone.device)
-    pieces = [ids[:, : length - 4], ids[:, length - 4 : length - 1], ids[:, length - 1 :]]
-
-    whole = backbone.model(ids).logits.float()
-    if not torch.isfinite(whole).all():
-        raise BadNumbers(
-            f"{backbone.name} gives NaN or infinite logits in {backbone.weight_format}.",
-            "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
-        )
-    cache, theirs, ours = None, [], []
-    state, seen = backbone.state(), 0
-    for piece in pieces:
-        out = backbone.model(piece, **({"cache": cache} if cache is not None else {}), use_cache=True)
-        cache = out.cache
-        theirs.append(out.logits.float())
+    reference = reference or Reference.of(backbone)
+    ours, state, seen, middle = [], backbone.state(), 0, backbone.n_blocks // 2
+    for piece in reference.pieces:
         h, step = backbone.embed(piece, seen)
-        middle = backbone.n_blocks // 2
         h = backbone.run(h, 0, middle, state, step)
         ours.append(backbone.logits(backbone.run(h, middle, backbone.n_blocks, state, step)))
         seen += piece.shape[1]
-    scale = whole.abs().max().clamp(min=1e-6)
-    full = float((backbone.forward(ids) - whole).abs().max() / scale)
-    cached = float((torch.cat(ours, 1) - torch.cat(theirs, 1)).abs().max() / scale)
-    allowed = TOLERANCE.get(backbone.dtype, 3e-2)
+    scale = reference.full.abs().max().clamp(min=1e-6)
+    full = float((backbone.forward(reference.ids) - reference.full).abs().max() / scale)
+    cached = float((torch.cat(ours, 1) - reference.cached).abs().max() / scale)
+    allowed = backbone.lean.tolerance if backbone.lean else TOLERANCE.get(backbone.dtype, 3e-2)
     if not (full <= allowed and cached <= allowed):
         raise UnsupportedModel(
             f"offramp would decode {backbone.name} wrongly: its logits differ from the library's by {full:.1e} in a full "
@@ -389,29 +454,32 @@ def check(backbone: Backbone) -> tuple[float, float]:
     return full, cached
 
 
-def load(name: str, dtype: str | None = None, device: str | None = None) -> Backbone:
+def load(name: str, dtype: str | None = None, device: str | None = None, keep: bool = False) -> Backbone:
     """Load a causal language model and check it against the library's own logits.
 
     `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`).
-    `dtype` is `bfloat16` or `float32`; by default bfloat16, or float32 where bfloat16 does not pass the self-check.
-    Nothing is fetched when the files are on this machine already, or when `HF_HUB_OFFLINE` is set.
+    `dtype` is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`; by default bfloat16,
+    or float32 where bfloat16 does not pass the self-check. Quantised weights are made once and kept in the cache folder.
+    Families that have a lean path take it, and the library's copy of the weights is then dropped, unless `keep` is true:
+    `Backbone.model` can be used by itself only with it. Nothing is fetched when the files are on this machine already, or
+    when `HF_HUB_OFFLINE` is set.
 
     Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint.
     """
-    if dtype not in (None, "bfloat16", "float32"):
-        raise BadInput(f"'{dtype}' is not a dtype offramp runs in.", "Use bfloat16 or float32.")
+    if dtype is not None and dtype not in FORMATS:
+        raise BadInput(f"'{dtype}' is not a dtype offramp runs in.", f"Choose from {', '.join(FORMATS)}.")
     source = resolve(name)
     if dtype is not None:
-        return _load(source, dtype, device)
+        return _load(source, dtype, device, keep)
     try:
-        return _load(source, "bfloat16", device)
+        return _load(source, "bfloat16", device, keep)
     except (UnsupportedModel, BadNumbers):
-        backbone = _load(source, "float32", device)  # raises for a model that is wrong in any dtype
+        backbone = _load(source, "float32", device, keep)  # raises for a model that is wrong in any dtype
         warnings.warn(f"{name} fails the self-check in bfloat16; running it in float32.", stacklevel=2)
         return backbone
 
 
-def _load(source: Source, dtype: str, device: str | None) -> Backbone:
+def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbone:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -422,7 +490,7 @@ def _load(source: Source, dtype: str, device: str | None) -> Backbone:
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,
-            dtype=getattr(torch, dtype),
+            dtype=FORMATS[dtype].loaded,
             attn_implementation=family.implementation,
             local_files_only=True,
         )
@@ -432,7 +500,19 @@ def _load(source: Source, dtype: str, device: str | None) -> Backbone:
     except Exception as error:  # the library raises anything from KeyError to SafetensorError here
         raise source.unreadable(error) from error
     backbone = Backbone(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, source)
-    check(backbone)
+    quantised = FORMATS[dtype].quantised
+    if family.lean or quantised:
+        try:
+            backbone.quicken(dtype, Store(cache_folder() / "formats" / f"{source.sha256[:16]}-{dtype}.safetensors"))
+            check(backbone)
+        except UnsupportedModel:
+            if quantised:
+                raise
+            backbone.slow()
+    if backbone.lean is None:
+        check(backbone)
+    elif not keep:
+        backbone.drop_library_weights()
     return backbone
 
 

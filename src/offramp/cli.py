@@ -48,7 +48,10 @@ Confidence = Annotated[
     str, typer.Option(help="gate (learned), or training-free: max-prob, margin, entropy (need --threshold).")
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="bfloat16 or float32. Default: bfloat16 where the model passes the self-check in it.")
+    str | None,
+    typer.Option(
+        help="Weights: bfloat16, float32, int8, int4 or int4-head4. Default: bfloat16 where it passes the self-check."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for another program to read.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the model's chat template.")]
@@ -223,7 +226,7 @@ def train(
     top_k: Annotated[int, typer.Option(help="An exit agrees if its token is among the full model's k best.")] = 1,
     precision: Annotated[float, typer.Option(help="Agreement that the default thresholds ask for.")] = 0.98,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    dtype: Annotated[str, typer.Option(help="What the backbone runs in: float32 or bfloat16.")] = "float32",
+    dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Train exits from the model's own answers. Ctrl-C is safe: the same command goes on where it stopped."""
@@ -271,11 +274,36 @@ def inspect(model: Model, exits: ExitsFolder = None, dtype: Dtype = None, as_jso
         anatomy_table(facts)
 
 
-def _load(model: str, dtype: str | None) -> Backbone:
+@app.command()
+def bench(
+    model: Annotated[str, typer.Option(help="The model, as for generate.")] = "smollm2",
+    against: Annotated[str, typer.Option(help="What to compare with: transformers.")] = "transformers",
+    dtype: Dtype = "bfloat16",
+    tokens: Annotated[int, typer.Option(help="Tokens to decode in each run.")] = 48,
+    pairs: Annotated[int, typer.Option(help="Pairs of runs, taking turns.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time decoding at full depth beside another library: paired runs, so that a slow minute meets both."""
+    from offramp.bench import compare
+
+    if against != "transformers":
+        raise BadInput(f"'{against}' cannot be compared with here.", "Use transformers; `make bench` has more peers.")
+    if tokens < 2 or pairs < 1:
+        raise BadInput("A run needs at least 2 tokens, and there must be at least one pair.", "Try --tokens 48 --pairs 5.")
+    result = compare(_load(model, dtype, keep=True), tokens, pairs)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        from offramp.show import bench_table
+
+        bench_table(result)
+
+
+def _load(model: str, dtype: str | None, keep: bool = False) -> Backbone:
     with _status(f"Loading {model} …"):
         from offramp.backbone import load
 
-        return load(model, dtype)
+        return load(model, dtype, keep=keep)
 
 
 def _exits(backbone: Backbone, folder: str | None) -> Exits | None:

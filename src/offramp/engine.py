@@ -147,13 +147,13 @@ class Engine:
         sequence = self._prefill(ids, len(ids) + max_tokens)
         yield None
         text = _Text(self.backbone.tokenizer, stop)
-        total = 0
+        total, ends = 0, self.backbone.stop_ids
         for left in range(max_tokens - 1, -1, -1):
             logits, exit_block, confidence, flops = self._step(sequence)
             chosen = self._choose(logits, sequence.ids)
             sequence.ids.append(chosen)
             total += flops
-            ended = chosen in self.backbone.stop_ids
+            ended = chosen in ends
             piece = text.push(chosen, last=ended or left == 0)
             yield Token(chosen, piece, exit_block, confidence, flops, total)
             if ended or text.stopped:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -283,7 +284,8 @@ class Exits:
     def load(cls, folder: str | Path, backbone: Backbone) -> Exits:
         """Read a folder that `save` wrote, for this backbone.
 
-        Raises `ExitsMismatch` for another model's exits, `CorruptFile` for files that are missing, cut short or damaged.
+        Warns where the model runs in another weight format than the exits were trained in. Raises `ExitsMismatch` for
+        another model's exits, `CorruptFile` for files that are missing, cut short or damaged.
         """
         from safetensors.torch import load_file
 
@@ -321,6 +323,12 @@ class Exits:
             ) from error
         if not all(torch.isfinite(value).all() for value in exits.modules.state_dict().values()):
             raise CorruptFile(f"{folder / 'exits.safetensors'} holds NaN or infinite weights.", "Train the exits again.")
+        if weight_format != backbone.weight_format:
+            warnings.warn(
+                f"These exits were trained with {weight_format} weights and the model runs in {backbone.weight_format}: "
+                "they may agree with it less often.",
+                stacklevel=2,
+            )
         exits.thresholds, exits.weight_format, exits.training = thresholds, weight_format, training
         exits.modules.eval().requires_grad_(False)
         return exits

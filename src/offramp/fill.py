@@ -18,6 +18,7 @@ from torch import Tensor
 from offramp.backbone import Backbone, Step
 from offramp.errors import BadInput
 from offramp.flops import Costs
+from offramp.lean import LeanStep
 from offramp.state import State
 
 
@@ -26,7 +27,7 @@ class Fill(Protocol):
 
     def __init__(self, backbone: Backbone) -> None: ...
 
-    def __call__(self, h: Tensor, block: int, state: State, step: Step) -> None: ...
+    def __call__(self, h: Tensor, block: int, state: State, step: Step | LeanStep) -> None: ...
 
     def flops(self, block: int, costs: Costs) -> int:
         """FLOPs for one token that left after `block` blocks."""
@@ -39,7 +40,7 @@ class Project:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
 
-    def __call__(self, h: Tensor, block: int, state: State, step: Step) -> None:
+    def __call__(self, h: Tensor, block: int, state: State, step: Step | LeanStep) -> None:
         self._backbone.project(h, block, self._backbone.n_blocks, state, step)
 
     def flops(self, block: int, costs: Costs) -> int:
@@ -58,7 +59,7 @@ class Copy:
                 "Use --fill project.",
             )
 
-    def __call__(self, h: Tensor, block: int, state: State, step: Step) -> None:
+    def __call__(self, h: Tensor, block: int, state: State, step: Step | LeanStep) -> None:
         source = state.blocks[block - 1]
         keys, values = source.keys[:, :, -h.shape[1] :], source.values[:, :, -h.shape[1] :]
         for skipped in range(block, len(state.blocks)):

@@ -10,7 +10,8 @@
 | gate, read-out adapter | 2 · (entries of their weight matrices), and `Mixer.scan_flops` | arXiv 2405.21060 |
 
 Norms, activations, rotary tables and residuals are left out: they are below 1% of a block's products. A block with a
-sliding window sees at most the window. Bytes are the weights read for a token, plus its block's keys and values.
+sliding window sees at most the window. Bytes are the weights read for a token, in the format they are kept in, plus its
+block's keys and values.
 """
 
 from __future__ import annotations
@@ -44,10 +45,16 @@ class Costs:
         self._linear = [linear(block) for block in backbone.blocks]
         self._windows = [backbone.window(index) for index in range(backbone.n_blocks)]
         self._itemsize = backbone.dtype.itemsize
-        self._parameters = [sum(p.numel() for p in block.parameters()) for block in backbone.blocks]
+        lean = backbone.lean
+        self._weight_bytes = [
+            sum(weight.nbytes for weight in lean.blocks[index].weights)
+            if lean
+            else sum(parameter.numel() for parameter in block.parameters()) * self._itemsize
+            for index, block in enumerate(backbone.blocks)
+        ]
         self.n_blocks = backbone.n_blocks
         self.head = 2 * backbone.vocab_size * backbone.hidden_size
-        self.head_bytes = backbone.vocab_size * backbone.hidden_size * self._itemsize
+        self.head_bytes = lean.head.nbytes if lean else backbone.vocab_size * backbone.hidden_size * self._itemsize
         self.fill_project: int = 2 * backbone.hidden_size * backbone.family.projected * self._kv_heads * self._head_dim
 
     def _seen(self, index: int, context: int) -> int:
@@ -61,7 +68,7 @@ class Costs:
     def block_bytes(self, index: int, context: int) -> int:
         """Bytes read by block `index` for one token: its weights and the keys and values it sees."""
         kept = 2 * self._seen(index, context) * self._kv_heads * self._head_dim
-        return (self._parameters[index] + kept) * self._itemsize
+        return self._weight_bytes[index] + kept * self._itemsize
 
     def full(self, context: int) -> int:
         """FLOPs of one token at full depth, LM head included."""

@@ -137,3 +137,20 @@ def anatomy_table(facts: dict[str, Any]) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(Text(f"Costs are FLOPs at a context of {facts['cost_context']} tokens, in units of a mean block.", "dim"))
+
+
+def bench_table(result: dict[str, Any]) -> None:
+    """What `bench.compare` found."""
+    table = Table(title=f"{result['model']}, {result['tokens']} tokens, {result['pairs']} pairs", title_justify="left")
+    for title in ("", "weights", "tokens/s", "ms a token"):
+        table.add_column(title, justify="left" if title in ("", "weights") else "right")
+    for side in ("ours", "theirs"):
+        one = result[side]
+        rate = one["tokens_per_second"]
+        table.add_row(one["name"], one["weights"], f"{rate:.1f}", f"{1000 / rate:.1f}")
+    console.print(table)
+    low, high = result["spread"]
+    console.print(f"ratio {result['ratio']:.2f} (pairs from {low:.2f} to {high:.2f})")
+    parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in result["parts_ms"].items())
+    console.print(Text(f"of ours, ms a token: {parts}", "dim"))
+    console.print(Text(", ".join(f"{key} {value}" for key, value in result["machine"].items()), "dim"))

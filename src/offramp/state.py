@@ -9,56 +9,71 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
 class KV:
-    """Keys and values of one attention block, written in place into buffers that double when full.
+    """Keys and values of one attention block, written in place into one buffer that doubles when full.
 
-    The tensors have the library's layout (batch, KV heads, tokens, head dim); `keys` and `values` are views of the
-    first `length` tokens.
+    A token's keys and values stand together, at the place of its position: (batch, capacity, keys then values, head
+    dim). `keys` and `values` are views of the first `length` tokens in the library's layout (batch, KV heads, tokens,
+    head dim). To forget is to lower `length`.
     """
 
     def __init__(self, capacity: int = 256) -> None:
         self.length = 0
         self._capacity = capacity
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._buffer: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
-        assert self._keys is not None, "nothing stored yet"
-        return self._keys[:, :, : self.length]
+        return self._view(0)
 
     @property
     def values(self) -> Tensor:
-        assert self._values is not None, "nothing stored yet"
-        return self._values[:, :, : self.length]
+        return self._view(1)
+
+    def _view(self, half: int) -> Tensor:
+        assert self._buffer is not None, "nothing stored yet"
+        return self._buffer[:, : self.length].chunk(2, dim=2)[half].transpose(1, 2)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        end = self.length + keys.shape[2]
-        if self._keys is None or self._values is None or end > self._keys.shape[2]:
-            capacity = max(self._capacity, end if self._keys is None else 2 * end)
-            self._keys = self._grown(self._keys, keys, capacity)
-            self._values = self._grown(self._values, values, capacity)
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
-        self.length = end
+        """Keys and values of T more tokens: (B, KV heads, T, head dim) each."""
+        new = torch.cat([keys, values], dim=1).transpose(1, 2)
+        self.write(new, self.length, self.length + new.shape[1])
 
-    def _grown(self, old: Tensor | None, like: Tensor, capacity: int) -> Tensor:
-        batch, heads, _, dim = like.shape
-        new = like.new_empty(batch, heads, capacity, dim)
-        if old is not None:
-            new[:, :, : self.length] = old[:, :, : self.length]
-        return new
+    def write(self, new: Tensor, first: int | Tensor, end: int) -> Tensor:
+        """Keys and values (B, T, keys then values, head dim) of tokens at `first` to `end` - 1, or at positions (B, T).
+
+        Afterwards the length is `end`. Returns the whole buffer.
+        """
+        buffer = self.room(new, end)
+        if isinstance(first, int):
+            buffer[:, first:end] = new
+        else:
+            buffer[torch.arange(len(new), device=new.device)[:, None], first] = new
+        return buffer
+
+    def room(self, like: Tensor, end: int) -> Tensor:
+        """The buffer, with room for `end` tokens such as those in `like`; from now on the length is `end`."""
+        old = self._buffer
+        if old is None or end > old.shape[1]:
+            capacity = max(self._capacity, end if old is None else 2 * end)
+            # Zeros, since what a mask hides is still multiplied, and NaN times nothing is NaN.
+            self._buffer = like.new_zeros(len(like), capacity, *like.shape[2:])
+            if old is not None:
+                self._buffer[:, : self.length] = old[:, : self.length]
+        self.length = end
+        assert self._buffer is not None
+        return self._buffer
 
     def crop(self, length: int) -> None:
         self.length = min(self.length, length)
 
     def select(self, rows: Tensor) -> None:
-        if self._keys is not None and self._values is not None:
-            self._keys = self._keys.index_select(0, rows)
-            self._values = self._values.index_select(0, rows)
+        if self._buffer is not None:
+            self._buffer = self._buffer.index_select(0, rows)
 
 
 class State:

@@ -1,0 +1,396 @@
+"""One peer of the speed benchmark: loads its model once, then answers requests, one JSON line each.
+
+    PYTHON benchmarks/peers.py PEER [options]
+
+`benchmarks/speed.py` starts it in the peer's own environment, so nothing but the peer's library is imported here, and
+offramp for the peer `offramp` only. The first line says {"ready": {...}}: versions, formats, the way it is run. Then
+
+    {"op": "generate", "ids": [...], "tokens": 64}  →  {"ids", "prefill_seconds", "decode_seconds", "decode_tokens"}
+    {"op": "score", "ids": [...]}                   →  {"nll": [...]}
+
+`generate` is greedy, one prompt at a time, exactly `tokens` new tokens whatever ends a text. Prefill is until the first
+of them is out (the first few, where drafts come with it), decoding the rest. `score` gives −ln p of ids[1:], each after
+all the ids before it. A request that fails gives {"error": ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Out = Callable[[list[int]], None]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a worker serves.
+
+    `facts` is for the reader of the table; its `weight_bytes` are the bytes of weights that a token must read, None
+    where that differs from token to token. `generate(ids, tokens, out)` calls `out` with new tokens as soon as the library
+    hands them over: one, or several where drafts were accepted. `score` is None where the library gives no logits.
+    """
+
+    facts: dict[str, Any]
+    generate: Callable[[list[int], int, Out], None]
+    score: Callable[[list[int]], list[float]] | None
+
+
+def offramp_peer(args: argparse.Namespace) -> Peer:
+    import torch
+
+    import offramp
+
+    torch.set_num_threads(args.threads)
+    model = offramp.load(args.model, args.dtype)
+    type(model).stop_ids = frozenset()  # the engine would stop at an end of text
+    engine = offramp.Engine(model)
+
+    def generate(ids: list[int], tokens: int, out: Out) -> None:
+        for token in engine.stream_ids(ids, tokens):
+            if token is not None:
+                out([token.id])
+
+    parts = (*model.blocks, model.final_norm, model.head)
+    facts = {
+        "versions": versions("offramp", "torch", "transformers"),
+        "weights": model.weight_format,
+        "head": formats(model.head),
+        "weight_bytes": bytes_of(*parts),
+        "way": "Engine.stream_ids at full depth",
+    }
+    return Peer(facts, generate, lambda ids: nll(model.forward(torch.tensor([ids]))[0], ids))
+
+
+def transformers_peer(args: argparse.Namespace) -> Peer:
+    """The library's own `generate`: plain, compiled, or one of its two ways to draft without a second model."""
+    model = hugging_face(args)
+    ways: dict[str, tuple[str, dict[str, Any]]] = {
+        "transformers": ("generate, SDPA", {}),
+        "layerskip": (f"generate(assistant_early_exit={args.layer})", {"assistant_early_exit": args.layer}),
+        "lookup": ("generate(prompt_lookup_num_tokens=10)", {"prompt_lookup_num_tokens": 10}),
+    }
+    way, options = ways[args.peer]
+    if args.compiled:
+        from transformers import CompileConfig
+
+        # On GPUs a static cache is enough to have the decoding step compiled; on a CPU it must be asked for.
+        compiling = CompileConfig(mode="default", fullgraph=True)
+        compiling._compile_all_devices = True
+        options = {"cache_implementation": "static", "max_cache_len": 512, "compile_config": compiling}
+        way = 'generate(cache_implementation="static"), torch.compile'
+    facts = torch_facts(model, way, "transformers", plain=args.peer == "transformers")
+    return Peer(facts, streamed(model.generate, options), torch_score(model))
+
+
+def economize_peer(args: argparse.Namespace) -> Peer:
+    import economize
+    import torch
+    from economize.techniques.dynamic_depth import CalmConfig
+    from economize.techniques.early_exit import EarlyExitConfig
+
+    base = hugging_face(args)
+    if args.way == "calm":
+        technique = CalmConfig(confidence="softmax", min_layer=args.layer)
+        decoding = economize.DecodeConfig(cycle_length=1, sync_interval=1)
+        way = f"CALM, softmax confidence above {technique.threshold} from block {args.layer}"
+    else:
+        technique = EarlyExitConfig(exit_layer=args.layer, head="shared")
+        decoding = economize.DecodeConfig(cycle_length=4)
+        way = f"early-exit drafts after block {args.layer}, shared head, cycles of 4"
+    facts = torch_facts(base, way, "economize", plain=False)
+    model = economize.apply(base, technique, decoding=decoding)
+
+    # Its `generate` refuses the cache that transformers 5.24 hands it; `decode` is the loop underneath.
+    def generate(ids: list[int], tokens: int, out: Out) -> None:
+        seen = len(ids)
+
+        def watch(sequence: torch.Tensor) -> bool:
+            nonlocal seen
+            new = sequence[seen:].tolist()
+            seen += len(new)
+            if new:
+                out(new)
+            return False
+
+        result = model.decode(torch.tensor(ids), tokens, stop=watch)
+        if rest := result.tokens[seen - len(ids) :].tolist():  # it does not ask after the last ones
+            out(rest)
+
+    return Peer(facts, generate, None)
+
+
+def llamacpp_peer(args: argparse.Namespace) -> Peer:
+    import ctypes
+
+    import llama_cpp
+    import numpy as np
+
+    path = requantised(args) if args.requantise else Path(args.model)
+
+    def load(context: int, logits_all: bool) -> llama_cpp.Llama:
+        threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+        return llama_cpp.Llama(str(path), n_ctx=context, logits_all=logits_all, verbose=False, **threads)
+
+    model = load(2048, False)
+    greedy = llama_cpp.llama_sampler_init_greedy()
+
+    def generate(ids: list[int], tokens: int, out: Out) -> None:
+        model.reset()
+        for _ in range(tokens):
+            model.eval(ids)
+            ids = [llama_cpp.llama_sampler_sample(greedy, model.ctx, -1)]
+            out(ids)
+
+    def score(ids: list[int]) -> list[float]:
+        scorer = load(len(ids), True)  # keeps every token's logits, which would slow `generate`
+        scorer.eval(ids)
+        logits = np.asarray(scorer.scores[: len(ids) - 1], dtype=np.float64)
+        top = logits.max(-1, keepdims=True)
+        log_sum = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[:, 0]
+        return (log_sum - logits[np.arange(len(ids) - 1), ids[1:]]).tolist()
+
+    name = ctypes.create_string_buffer(128)
+    llama_cpp.llama_model_desc(model.model, name, len(name))
+    facts = {
+        "versions": versions("llama-cpp-python"),
+        **gguf_facts(path),
+        "way": f"eval and greedy sampler, token by token; {name.value.decode()}; compiled for this processor",
+    }
+    return Peer(facts, generate, score)
+
+
+def requantised(args: argparse.Namespace) -> Path:
+    """The model's GGUF file in another format, made once in the working folder."""
+    import llama_cpp
+
+    path = Path(args.work) / f"{Path(args.model).stem}-as-{args.requantise}.gguf"
+    if not path.exists():
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.nthread, params.allow_requantize = args.threads, True
+        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{args.requantise}")
+        unfinished = path.with_suffix(".part")
+        if llama_cpp.llama_model_quantize(args.model.encode(), str(unfinished).encode(), params):
+            raise RuntimeError(f"llama_model_quantize could not write {args.requantise}")
+        unfinished.rename(path)
+    return path
+
+
+def openvino_peer(args: argparse.Namespace) -> Peer:
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    # `--requantise` names a file that the llama.cpp peer has made.
+    path = Path(args.work) / f"{Path(args.model).stem}-as-{args.requantise}.gguf" if args.requantise else Path(args.model)
+    model = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=args.threads)
+
+    class Streamer(openvino_genai.StreamerBase):
+        def __init__(self, out: Out) -> None:
+            super().__init__()
+            self.out = out
+
+        def write(self, tokens: int | list[int]) -> openvino_genai.StreamingStatus:
+            self.out(tokens if isinstance(tokens, list) else [tokens])
+            return openvino_genai.StreamingStatus.RUNNING
+
+        def end(self) -> None:
+            pass
+
+    def generate(ids: list[int], tokens: int, out: Out) -> None:
+        config = openvino_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
+        model.generate(openvino.Tensor(np.array([ids], dtype=np.int64)), config, Streamer(out))
+
+    facts = {
+        "versions": versions("openvino", "openvino-genai"),
+        **gguf_facts(path),
+        "weight_bytes": None,  # the library converts what it loads, and does not say to what
+        "way": "LLMPipeline.generate on the GGUF file, whose formats the table gives",
+    }
+    return Peer(facts, generate, None)
+
+
+PEERS = {
+    "offramp": offramp_peer,
+    "transformers": transformers_peer,
+    "layerskip": transformers_peer,
+    "lookup": transformers_peer,
+    "economize": economize_peer,
+    "llamacpp": llamacpp_peer,
+    "openvino": openvino_peer,
+}
+
+
+def hugging_face(args: argparse.Namespace) -> Any:
+    """The safetensors folder as the library loads it, without the tokens that end a text."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(args.threads)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa", local_files_only=True
+    ).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def streamed(generate: Callable[..., Any], options: dict[str, Any]) -> Callable[[list[int], int, Out], None]:
+    """`generate` of the transformers kind, with its streamer as `out`."""
+    import torch
+
+    class Streamer:
+        def __init__(self, out: Out) -> None:
+            self.out, self.prompt_seen = out, False
+
+        def put(self, tokens: torch.Tensor) -> None:
+            if self.prompt_seen:
+                self.out(tokens.flatten().tolist())
+            self.prompt_seen = True  # the library streams the prompt first
+
+        def end(self) -> None:
+            pass
+
+    @torch.inference_mode()
+    def run(ids: list[int], tokens: int, out: Out) -> None:
+        prompt = torch.tensor([ids])
+        generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            do_sample=False,
+            streamer=Streamer(out),
+            **options,
+        )
+
+    return run
+
+
+def torch_score(model: Any) -> Callable[[list[int]], list[float]]:
+    import torch
+
+    @torch.inference_mode()
+    def score(ids: list[int]) -> list[float]:
+        return nll(model(torch.tensor([ids])).logits[0], ids)
+
+    return score
+
+
+def nll(logits: Any, ids: list[int]) -> list[float]:
+    """Logits (T, V) over T ids → −ln p of ids[1:]."""
+    import torch
+
+    logs = logits[:-1].double().log_softmax(-1)
+    return (-logs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]).tolist()
+
+
+def torch_facts(model: Any, way: str, library: str, plain: bool) -> dict[str, Any]:
+    head = model.get_output_embeddings()
+    return {
+        "versions": versions(*dict.fromkeys((library, "transformers", "torch"))),
+        "weights": formats(model.get_decoder().layers),
+        "head": formats(head),
+        "weight_bytes": bytes_of(model.get_decoder().layers, model.get_decoder().norm, head) if plain else None,
+        "way": way,
+    }
+
+
+def formats(module: Any) -> str:
+    """The dtypes of a torch module's parameters and buffers, the largest share first."""
+    sizes: dict[str, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        name = str(tensor.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + tensor.nbytes
+    return " + ".join(sorted(sizes, key=lambda name: -sizes[name]))
+
+
+def bytes_of(*modules: Any) -> int:
+    """Bytes of the modules' parameters and buffers; a tensor that several of them share counts once."""
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def gguf_facts(path: Path) -> dict[str, Any]:
+    """Formats and bytes in a GGUF file. A tied embedding is the head too, so it is read whole for every token."""
+    from gguf import GGUFReader
+
+    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    head = tensors.get("output.weight", tensors["token_embd.weight"])
+    read = [one for name, one in tensors.items() if name != "token_embd.weight" or one is head]
+    sizes: dict[str, int] = {}
+    for one in read:
+        if one is not head:
+            sizes[one.tensor_type.name] = sizes.get(one.tensor_type.name, 0) + int(one.n_bytes)
+    return {
+        "weights": " + ".join(name for name in sorted(sizes, key=lambda name: -sizes[name]) if name != "F32"),
+        "head": head.tensor_type.name,
+        "weight_bytes": sum(int(one.n_bytes) for one in read),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {package: version(package) for package in packages}
+
+
+def answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
+    if request["op"] == "score":
+        if peer.score is None:
+            return {"error": "this peer gives no logits"}
+        return {"nll": peer.score(request["ids"])}
+    bursts: list[list[int]] = []
+    times: list[float] = []
+
+    def out(tokens: list[int]) -> None:
+        times.append(time.perf_counter())
+        bursts.append(tokens)
+
+    started = time.perf_counter()
+    peer.generate(request["ids"], request["tokens"], out)
+    ids = [token for burst in bursts for token in burst]
+    if len(ids) != request["tokens"]:
+        return {"error": f"{len(ids)} tokens came instead of {request['tokens']}"}
+    return {
+        "ids": ids,
+        "prefill_seconds": times[0] - started,
+        "decode_seconds": times[-1] - times[0],
+        "decode_tokens": len(ids) - len(bursts[0]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--model", required=True, help="a safetensors folder, a GGUF file, or offramp's name for it")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compiled", action="store_true", help="transformers: static cache and torch.compile")
+    parser.add_argument("--layer", type=int, default=10, help="block after which drafts leave, or from which CALM may")
+    parser.add_argument("--way", choices=("draft", "calm"), default="draft", help="economize: which technique")
+    parser.add_argument("--requantise", help="a GGUF format, such as Q8_0, made from --model by llama.cpp")
+    parser.add_argument("--work", default="build/bench", help="folder for what --requantise makes")
+    args = parser.parse_args()
+
+    # Libraries print to stdout as they like; only answers may reach the driver.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    peer = PEERS[args.peer](args)
+
+    def say(line: dict[str, Any]) -> None:
+        print(json.dumps(line), file=answers, flush=True)
+
+    say({"ready": {**peer.facts, "threads": args.threads}})
+    for line in sys.stdin:
+        try:
+            say(answer(peer, json.loads(line)))
+        except Exception as error:  # a library may raise anything; the driver reports it and goes on with the others
+            say({"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    main()

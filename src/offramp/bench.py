@@ -1,0 +1,159 @@
+"""How fast decoding is at full depth, beside `transformers` on the same weights in the same process.
+
+Runs take turns (A B A B …), and the ratio is the median over pairs: a minute in which the machine is slow meets both. A
+rate counts the tokens after the first, so that reading the prompt is no part of it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from offramp.backbone import Backbone
+from offramp.engine import Engine
+
+PROMPT = "Explain how rainbows form, in detail."
+
+
+def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, Any]:
+    """Decode `tokens` tokens with offramp and with `transformers`' generate, in turn, `pairs` times after a warm-up.
+
+    The backbone must have been loaded with `keep=True`. Returns `ratio` (ours over theirs in decoded tokens a second, the
+    median of the pairs), `spread` (lowest and highest), both rates, where our time goes (ms a token), and the machine.
+    """
+    prompt = backbone.encode(PROMPT)
+    engine = Engine(backbone)
+    ours, theirs = [], []
+    _ours(engine, prompt, 8)
+    _theirs(backbone, prompt, 8)
+    for _ in range(pairs):
+        ours.append(_ours(engine, prompt, tokens))
+        theirs.append(_theirs(backbone, prompt, tokens))
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    import transformers
+
+    from offramp import __version__
+
+    kind = backbone.lean.engine if backbone.lean else "library blocks"
+    return {
+        "model": backbone.name,
+        "ratio": median(ratios),
+        "spread": [min(ratios), max(ratios)],
+        "ours": {
+            "name": f"offramp ({kind})",
+            "weights": backbone.weight_format,
+            "tokens_per_second": median(ours),
+            "runs": ours,
+        },
+        "theirs": {
+            "name": "transformers generate",
+            "weights": str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch."),
+            "tokens_per_second": median(theirs),
+            "runs": theirs,
+        },
+        "parts_ms": _parts(engine, prompt, tokens),
+        "tokens": tokens,
+        "pairs": pairs,
+        "prompt_tokens": len(prompt),
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "date": str(date.today()),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "offramp": __version__,
+        },
+    }
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+class _Times:
+    """When each token came. It stands in for a `transformers` streamer, whose `put` gets the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any = None) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    def rate(self, skipped: int) -> float:
+        """Tokens a second after the first token, which came after `skipped` other calls."""
+        times = self.times[skipped:]
+        return (len(times) - 1) / (times[-1] - times[0])
+
+
+def _ours(engine: Engine, prompt: list[int], tokens: int) -> float:
+    clock = _Times()
+    for _ in engine.stream_ids(prompt, tokens):
+        clock.put()
+    return clock.rate(1)
+
+
+@torch.inference_mode()
+def _theirs(backbone: Backbone, prompt: list[int], tokens: int) -> float:
+    clock = _Times()
+    ids = torch.tensor([prompt], device=backbone.device)
+    backbone.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        streamer=clock,
+    )
+    return clock.rate(1)
+
+
+def _parts(engine: Engine, prompt: list[int], tokens: int) -> dict[str, float]:
+    """Milliseconds a decoded token spends in the blocks, the head, the choice of a token, and everything else."""
+    backbone: Any = engine.backbone
+    spent = dict.fromkeys(("blocks", "head", "sampling"), 0.0)
+
+    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                spent[part] += time.perf_counter() - started
+
+        return run
+
+    holders: list[tuple[Any, str, str]] = [
+        (backbone, "run", "blocks"),
+        (backbone, "logits", "head"),
+        (engine, "_choose", "sampling"),
+    ]
+    stream = engine.stream_ids(prompt, tokens)
+    next(stream)  # the prompt is read
+    try:
+        for holder, name, part in holders:
+            setattr(holder, name, timed(part, getattr(holder, name)))
+        started = time.perf_counter()
+        count = sum(1 for _ in stream)
+        whole = time.perf_counter() - started
+    finally:
+        for holder, name, _ in holders:
+            delattr(holder, name)
+    milliseconds = {part: 1000 * seconds / count for part, seconds in spent.items()}
+    return {**milliseconds, "everything else": 1000 * whole / count - sum(milliseconds.values())}

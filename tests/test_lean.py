@@ -1,0 +1,194 @@
+"""The lean path equals the library's logits in every format, in chunks and ragged batches, with few operations."""
+
+import copy
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import offramp.native
+from conftest import ENGINES, LEAN, tiny
+from offramp import Engine
+from offramp.backbone import Backbone, check
+from offramp.errors import UnsupportedModel
+from offramp.weights import FORMATS, Store
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def lean(family, format, engine, store=None):
+    """A tiny model in this format, the library's own model beside it with the same weights."""
+    base = tiny(family)
+    model = copy.deepcopy(base.model)
+    if format == "bfloat16":
+        model = model.bfloat16()
+    backbone = Backbone(model, base.tokenizer, base.source)
+    backbone.quicken(format, store, native=engine == "native")
+    assert backbone.lean is not None
+    assert backbone.lean.engine == engine
+    return backbone
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", LEAN)
+def test_logits_are_the_librarys_with_the_same_weights(family, format, engine):
+    backbone = lean(family, format, engine)
+    full, cached = check(backbone)
+    exact = {"float32": 1e-5, "bfloat16": 1e-1}.get(format, 1e-3 if engine == "native" else 1e-1)
+    assert max(full, cached) <= exact
+
+
+def test_quantised_weights_are_not_the_original_ones():
+    changed = lean("llama", "int8", ENGINES[0]).model.state_dict()
+    same = [name for name, tensor in tiny("llama").model.state_dict().items() if torch.equal(tensor, changed[name])]
+    assert not any("proj" in name for name in same)
+
+
+@torch.inference_mode()
+def alone(backbone, ids):
+    return backbone.forward(torch.tensor([ids]))[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", LEAN)
+@torch.inference_mode()
+def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(family, engine):
+    backbone = tiny(f"{family}/{engine}")
+    g = torch.Generator().manual_seed(1)
+    texts = [torch.randint(0, 256, (length,), generator=g).tolist() for length in (21, 12, 30)]
+    starts = [5, 1, 9]  # how much of each is read in a first, ragged call
+    state = backbone.state(capacity=8)
+    seen = [0, 0, 0]
+    for sizes in (starts, [3, 1, 2], [1, 1, 1], [6, 2, 11], [1, 1, 1]):
+        widest = max(sizes)
+        ids = torch.tensor(
+            [(text[at : at + n] + [7] * widest)[:widest] for text, at, n in zip(texts, seen, sizes, strict=True)]
+        )
+        h, step = backbone.embed(ids, torch.tensor(seen))
+        logits = backbone.logits(backbone.run(h, 0, backbone.n_blocks, state, step))
+        for row, (text, at, n) in enumerate(zip(texts, seen, sizes, strict=True)):
+            wanted = alone(backbone, text[: at + n])[at:]
+            torch.testing.assert_close(logits[row, :n], wanted, rtol=1e-5, atol=1e-5)
+        seen = [at + n for at, n in zip(seen, sizes, strict=True)]
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler")
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("family", LEAN)
+@torch.inference_mode()
+def test_native_chunks_give_bit_for_bit_what_single_tokens_give(family, format):
+    backbone = lean(family, format, "native")
+    ids = torch.randint(0, 256, (1, 23), generator=torch.Generator().manual_seed(2))
+
+    def in_pieces(*sizes):
+        state, out, at = backbone.state(), [], 0
+        for size in sizes:
+            h, step = backbone.embed(ids[:, at : at + size], at)
+            out.append(backbone.logits(backbone.run(h, 0, backbone.n_blocks, state, step)))
+            at += size
+        return torch.cat(out, 1)
+
+    one_by_one = in_pieces(*[1] * 23)
+    assert torch.equal(one_by_one, in_pieces(23))
+    assert torch.equal(one_by_one, in_pieces(4, 2, 9, 1, 7))
+
+
+def test_a_families_without_a_lean_path_says_so():
+    with pytest.raises(UnsupportedModel, match="no lean path"):
+        Backbone(copy.deepcopy(tiny("gpt2").model), tiny("gpt2").tokenizer, tiny("gpt2").source).quicken("int8")
+
+
+def test_shapes_that_do_not_fit_a_format_are_refused():
+    import transformers
+
+    config = copy.deepcopy(tiny("llama").config)
+    config.intermediate_size = 40
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    backbone = Backbone(model, tiny("llama").tokenizer, tiny("llama").source)
+    with pytest.raises(UnsupportedModel, match="groups of 32"):
+        backbone.quicken("int4")
+
+
+def test_rotary_positions_that_change_with_the_length_are_refused():
+    import transformers
+
+    config = copy.deepcopy(tiny("llama").config)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with pytest.raises(UnsupportedModel, match="change with the text's length"):
+        Backbone(model, tiny("llama").tokenizer, tiny("llama").source).quicken("float32")
+
+
+def test_quantised_weights_are_read_back_from_the_store(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    first = lean("llama", "int4", ENGINES[0], Store(path))
+    stamp = path.stat().st_mtime_ns
+    second = lean("llama", "int4", ENGINES[0], Store(path))
+    assert path.stat().st_mtime_ns == stamp
+    assert torch.equal(alone(first, [1, 2, 3]), alone(second, [1, 2, 3]))
+
+
+def test_without_a_compiler_torch_does_the_work(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from conftest import ENGINES, tiny; "
+        "b = tiny('llama'); b.quicken('float32'); sys.exit(b.lean.engine != 'torch' or ENGINES != ['torch'])"
+    )
+    environment = {**__import__("os").environ, "CC": "false", "OFFRAMP_CACHE": str(tmp_path)}
+    folder = str(__import__("pathlib").Path(__file__).parent)
+    assert subprocess.run([sys.executable, "-c", code, folder], env=environment).returncode == 0
+
+
+class Counting(TorchDispatchMode):
+    """Counts torch's operators, the tensors that they allocate, and reads of a tensor by Python, which a GPU waits for."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.allocated = Counter(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.operators[func.overloadpacket.__name__] += 1
+        outs = out if isinstance(out, tuple | list) else (out,)
+        self.allocated += sum(isinstance(o, torch.Tensor) and o.untyped_storage().data_ptr() not in before for o in outs)
+        return out
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@torch.inference_mode()
+def test_a_decoded_token_takes_few_operators(engine, monkeypatch):
+    """A guard against slow-downs that needs no clock: raise a number here only with a measurement that says why."""
+    backbone = tiny(f"llama/{engine}")
+    calls = Counter()
+    for name in ("run", "product"):
+        wrapped = getattr(offramp.native.Native, name)
+
+        def counted(self, *args, name=name, wrapped=wrapped, **kwargs):
+            calls[name] += 1
+            return wrapped(self, *args, **kwargs)
+
+        monkeypatch.setattr(offramp.native.Native, name, counted)
+    logits = Backbone.logits
+    monkeypatch.setattr(Backbone, "logits", lambda self, *a: (calls.update(["head"]), logits(self, *a))[1])
+    stream = Engine(backbone).stream_ids([1, 2, 3], 10)
+    next(stream)
+    next(stream)
+    calls.clear()
+    with Counting() as counting:
+        next(stream)
+    reads = counting.operators["item"] + counting.operators["is_nonzero"]
+    total = sum(counting.operators.values())
+    blocks = backbone.n_blocks
+    assert calls["head"] == 1
+    assert reads == 2, "the token, and whether its logits are finite"
+    if engine == "native":
+        assert (calls["run"], calls["product"]) == (1, 1)
+        assert total <= 32
+        assert counting.allocated <= 12
+    else:
+        assert total <= 47 * blocks + 32
+        assert counting.allocated <= 18 * blocks + 12

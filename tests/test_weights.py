@@ -1,0 +1,115 @@
+"""Weight formats keep what they say they keep, and torch's products multiply with exactly that."""
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+
+from offramp.native import CShape, CWeight, Native, library
+from offramp.weights import FORMATS, Int4, Int8, Store, Weight
+
+KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
+
+
+def random_weight(kind, rows=48, columns=96, bias=False):
+    torch.manual_seed(0)
+    weight = torch.randn(rows, columns) * torch.logspace(-2, 1, rows)[:, None]
+    if kind == "bfloat16":
+        weight = weight.bfloat16()
+    return KINDS[kind](KINDS[kind].tensors(weight), torch.randn(rows) if bias else None)
+
+
+def gguf_values(quantisation, rows=40, columns=256):
+    """What a GGUF file of this type holds of random weights."""
+    weight = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
+    kind = GGMLQuantizationType[quantisation]
+    return torch.from_numpy(quants.dequantize(quants.quantize(weight, kind), kind).copy())
+
+
+@pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1"])
+def test_int4_keeps_the_values_of_a_4_bit_gguf(quantisation):
+    values = gguf_values(quantisation)
+    torch.testing.assert_close(Int4(Int4.tensors(values)).dense(), values, rtol=0, atol=2e-6)
+
+
+def test_int4_does_not_keep_what_has_more_than_16_values():
+    values = gguf_values("Q8_0")
+    assert (Int4(Int4.tensors(values)).dense() - values).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("int8", 254), ("int4", 15)])
+def test_rounding_is_at_most_half_a_step(kind, steps):
+    torch.manual_seed(0)
+    weight = torch.randn(16, 64)
+    groups = weight if kind == "int8" else weight.unflatten(1, (-1, 32))
+    span = 2 * groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
+    error = (KINDS[kind](KINDS[kind].tensors(weight)).dense() - weight).view_as(groups).abs().amax(-1)
+    assert (error <= span / steps / 2 * 1.001).all()
+
+
+def test_a_group_of_equal_weights_stays_as_it_is():
+    weight = torch.full((16, 32), 0.3)
+    torch.testing.assert_close(Int4(Int4.tensors(weight)).dense(), weight, rtol=1e-6, atol=0)
+
+
+def test_rows_that_cannot_be_grouped_are_refused():
+    with pytest.raises(ValueError, match="groups of 32"):
+        Int4.tensors(torch.randn(4, 40))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchs_product_is_with_the_dense_weight(kind, rows, bias):
+    weight, x = random_weight(kind, bias=bias), torch.randn(rows, 96)
+    wanted = x @ weight.dense().T + (weight.bias if bias else 0)
+    rounded = 0.02 if kind != "float32" else 1e-5
+    assert (weight(x) - wanted).abs().max() <= rounded * wanted.abs().max()
+
+
+@pytest.mark.skipif(not library(), reason="no C compiler")
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 70])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind, rows):
+    weight, x = random_weight(kind, rows=37, bias=True), torch.randn(rows, 96)
+    native = Native([], CShape(96, 1, 1, 8, 96), 96)
+    made = native.product(CWeight.of(weight), x)
+    wanted = x @ weight.dense().T + weight.bias
+    allowed = 1e-4 if kind.startswith("int") else 1e-5  # rows are 16-bit integers there
+    assert (made - wanted).abs().max() <= allowed * wanted.abs().max()
+    alone = torch.cat([native.product(CWeight.of(weight), row[None].contiguous()) for row in x])
+    assert torch.equal(made, alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_picked_rows_give_the_same_results(kind):
+    weight = random_weight(kind, bias=True)
+    torch.testing.assert_close(weight.pick(slice(32, None)).dense(), weight.dense()[32:])
+    some = torch.tensor([3, 40, 1])
+    torch.testing.assert_close(weight.pick(some).dense(), weight.dense()[some])
+
+
+def test_a_format_with_fewer_bits_reads_fewer_bytes():
+    sizes = [random_weight(kind, columns=256).nbytes for kind in ("float32", "bfloat16", "int8", "int4")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+    assert set(FORMATS) == {"float32", "bfloat16", "int8", "int4", "int4-head4"}
+
+
+def test_a_store_makes_weights_once_and_a_damaged_one_again(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return Int8.tensors(torch.ones(4, 8))
+
+    path = tmp_path / "formats" / "x.safetensors"
+    for _ in range(2):
+        store = Store(path)
+        assert store("0/qkv", make)["w"].shape == (4, 8)
+        store.save()
+    assert len(made) == 1
+    path.write_bytes(path.read_bytes()[:40])
+    store = Store(path)
+    assert store("0/qkv", make)["w"].shape == (4, 8)
+    assert len(made) == 2

@@ -61,6 +61,7 @@ ENTRIES = {
     "transformers-float32": Entry("", "folder", ("transformers", "--dtype", "float32")),
     "transformers-bfloat16": Entry("", "folder", ("transformers", "--dtype", "bfloat16")),
     "transformers-compiled": Entry("", "folder", ("transformers", "--dtype", "float32", "--compiled")),
+    "transformers-compiled-bfloat16": Entry("", "folder", ("transformers", "--dtype", "bfloat16", "--compiled")),
     "layerskip": Entry("", "folder", ("layerskip", "--dtype", "float32")),
     "lookup": Entry("", "folder", ("lookup", "--dtype", "float32")),
     "economize-draft": Entry("economize", "folder", ("economize", "--dtype", "float32")),
@@ -322,7 +323,7 @@ def spread(ratios: list[float] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", default=",".join(ENTRIES), help=f"some of {', '.join(ENTRIES)}")
-    parser.add_argument("--ours", default="bfloat16,float32", help="dtypes to run offramp in, and to take ratios of")
+    parser.add_argument("--ours", default="bfloat16,float32,int8,int4,int4-head4", help="dtypes to run offramp in, and to take ratios of")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -77,7 +77,7 @@ class Weight:
 
 
 class Int8(Weight):
-    """Symmetric 8-bit integers with one scale a row. The product rounds its rows to bfloat16."""
+    """Symmetric 8-bit integers with one scale a row. On a CPU the product rounds its rows to bfloat16."""
 
     def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
         super().__init__(tensors, bias)
@@ -89,6 +89,8 @@ class Int8(Weight):
         return {"w": (weight / scale[:, None]).round().to(torch.int8), "scale": scale}
 
     def _times(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.linear(x, self.dense())
         return torch._weight_int8pack_mm(x.bfloat16(), self.w, self.scale.bfloat16()).float()
 
     def dense(self) -> Tensor:
@@ -98,8 +100,8 @@ class Int8(Weight):
 class Int4(Weight):
     """4-bit integers with a scale and a minimum for every 32 weights of a row: weight = q · scale + low.
 
-    Byte j of a group holds q[j] in its low half and q[j + 16] in its high half. The product rounds its rows, scales and
-    minima to bfloat16.
+    Byte j of a group holds q[j] in its low half and q[j + 16] in its high half. On a CPU the product rounds its rows,
+    scales and minima to bfloat16; elsewhere these weights save memory only.
     """
 
     def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
@@ -140,6 +142,8 @@ class Int4(Weight):
         return torch._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero
 
     def _times(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.linear(x, self.dense())
         packed, scale_zero = self._packed
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, scale_zero)
         return y[:, : self.rows].float()

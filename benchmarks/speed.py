@@ -34,6 +34,7 @@ from transformers import AutoTokenizer
 
 from offramp.bench import processor
 from offramp.sources import ALIASES, resolve
+from offramp.weights import FORMATS
 
 MODEL = "smollm2"
 HERE = Path(__file__).parent
@@ -323,7 +324,7 @@ def spread(ratios: list[float] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", default=",".join(ENTRIES), help=f"some of {', '.join(ENTRIES)}")
-    parser.add_argument("--ours", default="bfloat16,float32,int8,int4,int4-head4", help="dtypes to run offramp in, and to take ratios of")
+    parser.add_argument("--ours", default=",".join(FORMATS), help="dtypes to run offramp in, and to take ratios of")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -1,0 +1,187 @@
+"""How does the cost of a decode step grow: with the context, the rows of a chunk, the batch, the exit?
+
+    .venv/bin/python benchmarks/growth.py [--formats bfloat16,int4] [--rounds 3] [--figure docs/growth.svg]
+
+A step is embedding, blocks and head for new tokens after a context that is in memory already. The state is cropped back
+after each repetition, so that all of them do the same work. A chunk's logits are those of its last row, as when a prompt
+is read; a batch's are those of every sequence. A step that leaves early also fills the blocks it skipped, by `project`.
+
+Formats take turns, round by round, so that a slow minute of the machine meets all of them.
+
+Prints a table in Markdown for each of the four, in medians of milliseconds, writes everything to build/bench/growth.json,
+and draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from math import floor, log10
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+import offramp
+from offramp.backbone import Backbone
+from offramp.state import State
+from offramp.weights import FORMATS
+from speed import processor, read_bandwidth
+
+MODEL = "smollm2"
+WORK = Path("build/bench")
+CONTEXT = 256  # where something else grows
+PIECE = 512  # tokens of a context that are read at once
+WARMUP, REPETITIONS = 2, 7  # in each round
+AXES = {
+    "context": (64, 256, 1024, 4096),
+    "chunk rows": (1, 2, 4, 8, 16),
+    "batch": (1, 2, 4, 8, 16),
+    "blocks run": (5, 10, 15, 20, 25, 30),
+}
+
+
+def machine(threads: int, bandwidth: float) -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{processor()}, {os.cpu_count()} cores, {threads} threads, {memory:.0f} GiB of memory read at "
+        f"{bandwidth:.1f} GB/s; {date.today()}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+
+
+def read(backbone: Backbone, state: State, length: int) -> None:
+    """Let `state` hold `length` random tokens. By `project`, since the cost of a step is that of any keys and values."""
+    for first in range(state.length(0), length, PIECE):
+        ids = torch.randint(0, backbone.vocab_size, (1, min(PIECE, length - first)))
+        h, step = backbone.embed(ids, first)
+        backbone.project(h, 0, backbone.n_blocks, state, step)
+
+
+def decode(backbone: Backbone, state: State, batch: int = 1, rows: int = 1, blocks: int | None = None) -> None:
+    """One step: `rows` tokens of each of `batch` sequences through the first `blocks` blocks, all by default."""
+    blocks = blocks or backbone.n_blocks
+    h, step = backbone.embed(torch.randint(0, backbone.vocab_size, (batch, rows)), state.length(0))
+    h = backbone.run(h, 0, blocks, state, step)
+    backbone.logits(h[:, -1:])
+    if blocks < backbone.n_blocks:
+        backbone.project(h, blocks, backbone.n_blocks, state, step)
+
+
+def measure(backbone: Backbone) -> Iterator[tuple[str, list[list[float]]]]:
+    """For each of `AXES`, the milliseconds of every repetition at every value."""
+
+    def timed(state: State, **shape: int) -> list[float]:
+        length, times = state.length(0), []
+        for _ in range(WARMUP + REPETITIONS):
+            started = time.perf_counter()
+            decode(backbone, state, **shape)
+            times.append(1000 * (time.perf_counter() - started))
+            state.crop(length)
+        return times[WARMUP:]
+
+    def at_context(length: int) -> list[float]:
+        read(backbone, long, length)
+        return timed(long)
+
+    def in_batch(size: int) -> list[float]:
+        state.select(torch.zeros(size, dtype=torch.int64))
+        return timed(state, batch=size)
+
+    long, state = backbone.state(max(AXES["context"]) + 1), backbone.state(CONTEXT + max(AXES["chunk rows"]))
+    read(backbone, state, CONTEXT)
+    ways: dict[str, Callable[[int], list[float]]] = {
+        "context": at_context,
+        "chunk rows": lambda rows: timed(state, rows=rows),
+        "blocks run": lambda blocks: timed(state, blocks=blocks),
+        "batch": in_batch,  # the last, since the state keeps the copies
+    }
+    for axis, way in ways.items():
+        yield axis, [way(value) for value in AXES[axis]]
+
+
+def table(axis: str, ms: dict[str, list[float]]) -> str:
+    """Milliseconds for each format, and how many times those of the first row."""
+    lines = [[axis, *(f"{format}, ms" for format in ms)], ["---:"] * (1 + len(ms))]
+    for index, value in enumerate(AXES[axis]):
+        lines.append([str(value), *(f"{one[index]:.1f} (×{one[index] / one[0]:.2f})" for one in ms.values())])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def figure(medians: dict[str, dict[str, list[float]]]) -> str:
+    """One panel for each axis, values evenly spaced, milliseconds from zero; one line for each format."""
+    width, height, dashes = 150, 120, ("none", "6 3", "2 2", "8 2 2 2", "1 3")
+    parts = []
+    for panel, (axis, ms) in enumerate(medians.items()):
+        top, values = 1.1 * max(max(one) for one in ms.values()), AXES[axis]
+        places = [width * (index + 0.5) / len(values) for index in range(len(values))]
+        parts.append(f'<g transform="translate({45 + 205 * panel} 45)"><path d="M0 0V{height}H{width}"/>')
+        parts += [f'<text x="{x:.0f}" y="{height + 14}">{value}</text>' for x, value in zip(places, values, strict=True)]
+        parts.append(
+            f'<text x="{width / 2}" y="{height + 30}">{axis}</text><text x="-5" y="-9" style="text-anchor:end">ms</text>'
+        )
+        power = 10 ** floor(log10(top / 5))
+        step = next(digit * power for digit in (1, 2, 5, 10) if 5 * digit * power >= top)
+        for tick in range(int(top / step) + 1):
+            y = height * (1 - tick * step / top) + 4
+            parts.append(f'<text x="-5" y="{y:.0f}" style="text-anchor:end">{tick * step:g}</text>')
+        for dash, one in zip(dashes, ms.values(), strict=False):
+            points = " ".join(f"{x:.1f},{height * (1 - y / top):.1f}" for x, y in zip(places, one, strict=True))
+            parts.append(f'<polyline points="{points}" stroke-width="2" stroke-dasharray="{dash}"/>')
+        parts.append("</g>")
+    for index, (dash, format) in enumerate(zip(dashes, next(iter(medians.values())), strict=False)):
+        x = 45 + 150 * index
+        parts.append(f'<path d="M{x} 12h30" stroke-width="2" stroke-dasharray="{dash}"/>')
+        parts.append(f'<text x="{x + 36}" y="16" style="text-anchor:start">{format}</text>')
+    # An image in a page does not inherit the page's colour, only the reader's preference.
+    style = (
+        "svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}path,polyline{fill:none;stroke:currentColor}"
+        "text{fill:currentColor;font:11px sans-serif;text-anchor:middle}"
+    )
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {10 + 205 * len(medians)} 205"><style>{style}</style>'
+    return "\n".join([svg, *parts, "</svg>\n"])
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--formats", default="bfloat16,int4", help=f"some of {', '.join(FORMATS)}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--figure", type=Path, default=Path("docs/growth.svg"))
+    args = parser.parse_args()
+
+    note = machine(args.threads, read_bandwidth(args.threads))
+    torch.manual_seed(0)
+    backbones = {format: offramp.load(MODEL, format) for format in args.formats.split(",")}
+    times: dict[str, dict[str, list[list[float]]]] = {
+        axis: {format: [[] for _ in values] for format in backbones} for axis, values in AXES.items()
+    }
+    for _ in range(args.rounds):
+        for format, backbone in backbones.items():
+            for axis, measured in measure(backbone):
+                times[axis][format] = [old + new for old, new in zip(times[axis][format], measured, strict=True)]
+    medians = {axis: {format: list(map(median, one)) for format, one in ms.items()} for axis, ms in times.items()}
+
+    engines = {format: one.lean.engine if one.lean else "library" for format, one in backbones.items()}
+    repetitions = args.rounds * REPETITIONS
+    settings: dict[str, Any] = {"model": MODEL, "engines": engines, "repetitions": repetitions, "axes": AXES}
+    for path in (WORK, args.figure.parent):
+        path.mkdir(parents=True, exist_ok=True)
+    (WORK / "growth.json").write_text(json.dumps({"machine": note, **settings, "medians": medians, "ms": times}, indent=1))
+    args.figure.write_text(figure(medians))
+    print(f"{note}\n\n{MODEL}, {', '.join(f'{format}: {engine}' for format, engine in engines.items())}; ", end="")
+    print(f"medians of {repetitions}; context {CONTEXT} where another number grows")
+    for axis, ms in medians.items():
+        print(f"\n{table(axis, ms)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -58,13 +58,13 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
             if token is not None:
                 out([token.id])
 
-    parts = (*model.blocks, model.final_norm, model.head)
+    costs, lean = engine.costs, model.lean
     facts = {
         "versions": versions("offramp", "torch", "transformers"),
-        "weights": model.weight_format,
-        "head": formats(model.head),
-        "weight_bytes": bytes_of(*parts),
-        "way": "Engine.stream_ids at full depth",
+        "weights": model.weight_format.removesuffix("-head4"),
+        "head": lean.head.name if lean else formats(model.head),
+        "weight_bytes": sum(costs.block_bytes(index, 0) for index in range(model.n_blocks)) + costs.head_bytes,
+        "way": f"Engine.stream_ids at full depth, {lean.engine if lean else 'library blocks'}",
     }
     return Peer(facts, generate, lambda ids: nll(model.forward(torch.tensor([ids]))[0], ids))
 

@@ -288,7 +288,8 @@ def table(results: list[dict[str, Any]], own: list[Row]) -> str:
     def cells(result: dict[str, Any]) -> list[str]:
         if "failure" in result:
             return [result["peer"], f"failed: {result['failure']}"]
-        optional = ["–" if result[key] is None else f"{result[key]:.1f}" for key in ("gigabytes_per_second", "perplexity")]
+        digits = {"gigabytes_per_second": 1, "perplexity": 2}
+        optional = ["–" if result[key] is None else f"{result[key]:.{places}f}" for key, places in digits.items()]
         return [
             result["peer"],
             result["weights"],
@@ -324,7 +325,7 @@ def spread(ratios: list[float] | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", default=",".join(ENTRIES), help=f"some of {', '.join(ENTRIES)}")
-    parser.add_argument("--ours", default=",".join(FORMATS), help="dtypes to run offramp in, and to take ratios of")
+    parser.add_argument("--ours", default=",".join(FORMATS), help="formats to run offramp in, and to take ratios of")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

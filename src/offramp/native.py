@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from offramp.sources import cache_folder
-from offramp.weights import Int4, Int8, Weight
+from offramp.weights import Weight
 
 SOURCE = Path(__file__).parent / "native.c"
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
@@ -37,8 +37,7 @@ class CWeight(ctypes.Structure):
 
     @classmethod
     def of(cls, weight: Weight) -> CWeight:
-        kinds = {Int8: 2, Int4: 3}
-        kind = kinds.get(type(weight), 0 if weight.w.dtype == torch.float32 else 1)
+        kind = ("float32", "bfloat16", "int8", "int4").index(weight.name)
         parts = (weight.w, weight.scale, weight.low, weight.bias)
         return cls(kind, weight.rows, weight.columns, *map(_address, parts))
 

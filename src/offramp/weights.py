@@ -49,6 +49,11 @@ class Weight:
         return {"w": weight}
 
     @property
+    def name(self) -> str:
+        """What the weights are kept in: float32, bfloat16, int8 or int4."""
+        return str(self.w.dtype).removeprefix("torch.") if type(self) is Weight else type(self).__name__.lower()
+
+    @property
     def nbytes(self) -> int:
         """Bytes read for a product."""
         return sum(part.nbytes for part in (self.w, self.scale, self.low) if part is not None)

@@ -8,7 +8,7 @@
 | `int4` | 4 bits, a scale and a minimum for every 32 | 8 bits, one scale a row |
 | `int4-head4` | as `int4` | as the blocks |
 
-Weights that lie on a 4-bit grid already, as those of a GGUF file in Q4_0, Q4_1 or Q4_K do, keep their values in `int4`.
+Weights that lie on a 4-bit grid already, as those of a GGUF file in Q4_0 or Q4_1 do, keep their values in `int4`.
 Rows go in and come out in float32, whatever the format. The products here are torch's; `native` has faster ones.
 
 Shapes: N rows of a weight (outputs), K its columns (inputs), R rows multiplied at once.

@@ -81,6 +81,14 @@ def test_the_native_product_is_with_the_dense_weight_and_each_row_for_itself(kin
     assert torch.equal(made, alone)
 
 
+@pytest.mark.skipif(not library(), reason="no C compiler")
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_is_not_lost_in_a_native_product(kind):
+    x = torch.ones(1, 96)
+    x[0, 40] = float("nan")
+    assert Native([], CShape(96, 1, 1, 8, 96), 96).product(CWeight.of(random_weight(kind)), x).isnan().all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_picked_rows_give_the_same_results(kind):
     weight = random_weight(kind, bias=True)

@@ -428,13 +428,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 @torch.inference_mode()
-def check(backbone: Backbone, reference: Reference | None = None) -> tuple[float, float]:
+def check(backbone: Backbone) -> tuple[float, float]:
     """Compare a full pass, and a pass in pieces over a state, with the library's own logits.
 
     Returns the largest differences (full, cached), as shares of the largest logit. Raises `UnsupportedModel` when one
     exceeds what is allowed: `TOLERANCE` for the library's blocks, `Lean.tolerance` on the lean path.
     """
-    reference = reference or Reference.of(backbone)
+    reference = Reference.of(backbone)
     ours, state, seen, middle = [], backbone.state(), 0, backbone.n_blocks // 2
     for piece in reference.pieces:
         h, step = backbone.embed(piece, seen)

@@ -125,7 +125,7 @@ static Rows prepare(const Weight *m, const float *x, int64_t stride, int64_t R, 
             float most = 1e-30f;
             for (int k = 0; k < 32; k++) most = fabsf(p[k]) > most ? fabsf(p[k]) : most;
             sums[i] = sum((load(p) + load(p + 8)) + (load(p + 16) + load(p + 24)));
-            scale[i] = most / 32767;
+            scale[i] = most / 32767 + 0 * sums[i];  // NaN stays NaN, which integers cannot be
             const float factor = 32767 / most;
             for (int k = 0; k < 32; k++) q[32 * i + k] = (int16_t)(p[k] * factor + (p[k] < 0 ? -0.5f : 0.5f));
         }
@@ -296,7 +296,7 @@ void offramp_run(const Block *blocks, int64_t count, const Shape *s, const Memor
             product(&b->qkv, prepare(&b->qkv, in, D, R, local), R, qkv, A, 0, from + skip, to + skip);
 #pragma omp barrier
             for (int64_t r = t; r < R; r += n)
-                remember(b, s, qkv + r * A + skip, fill ? 0 : Q, turn + r * P, 
+                remember(b, s, qkv + r * A + skip, fill ? 0 : Q, turn + r * P,
                          memory[i].kv + (seq[r] * memory[i].capacity + pos[r]) * step);
 #pragma omp barrier
             if (fill) continue;

@@ -46,8 +46,8 @@ class TrainConfig:
     layers: blocks run before each exit (None: `suggested_layers`); top_k: the oracle's tokens that count as agreement;
     prompts: a file of prompts to answer (None: the list that comes with offramp); texts: plain text read beside them;
     max_prompts: use only the first so many; answer_tokens: longest own answer; epochs over the adapters' sequences and
-    over the gates'; batch: sequences a step; precision: agreement on held-out tokens that
-    the default thresholds ask for; open_from: share of the depth before which exits stay closed by default.
+    over the gates'; batch: sequences a step; precision: agreement on held-out tokens that the
+    default thresholds ask for; open_from: share of the depth before which exits stay closed by default.
     """
 
     layers: tuple[int, ...] | None = None

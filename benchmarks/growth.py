@@ -1,9 +1,10 @@
 """How does the cost of a decode step grow: with the context, the rows of a chunk, the batch, the exit?
 
-    .venv/bin/python benchmarks/growth.py [--formats bfloat16,int4] [--rounds 3] [--figure docs/growth.svg]
+    .venv/bin/python benchmarks/growth.py [MODEL] [--random] [--formats bfloat16,int4] [--rounds 3] [--figure FILE]
 
-A step is embedding, blocks and head for new tokens after a context that is in memory already. The state is cropped back
-after each repetition, so that all of them do the same work. A chunk's logits are those of its last row, as when a prompt
+A step is embedding, blocks and head for new tokens after a context that is in memory already. Keys and values are cropped
+back after each repetition, so that all of them do the same work; a Mamba state costs the same after any text, and just goes
+on. A chunk's logits are those of its last row, as when a prompt
 is read; a batch's are those of every sequence. A step that leaves early also fills the blocks it skipped, by `project`.
 
 Formats take turns, round by round, so that a slow minute of the machine meets all of them.
@@ -31,21 +32,27 @@ import transformers
 
 import offramp
 from offramp.backbone import Backbone
+from offramp.loading import outline
 from offramp.state import State
 from offramp.weights import FORMATS
 from speed import processor, read_bandwidth
 
-MODEL = "smollm2"
 WORK = Path("build/bench")
 CONTEXT = 256  # where something else grows
 PIECE = 512  # tokens of a context that are read at once
 WARMUP, REPETITIONS = 2, 7  # in each round
-AXES = {
-    "context": (64, 256, 1024, 4096),
-    "chunk rows": (1, 2, 4, 8, 16),
-    "batch": (1, 2, 4, 8, 16),
-    "blocks run": (5, 10, 15, 20, 25, 30),
-}
+Axes = dict[str, tuple[int, ...]]
+
+
+def axes_of(backbone: Backbone) -> Axes:
+    """The values measured: contexts up to 4,096 tokens, or 16,384 where memory does not grow with them."""
+    sixths = sorted({max(1, round(backbone.n_blocks * part / 6)) for part in range(1, 7)})
+    return {
+        "context": (64, 256, 1024, 4096) if "attention" in backbone.kinds else (64, 256, 1024, 4096, 16384),
+        "chunk rows": (1, 2, 4, 8, 16),
+        "batch": (1, 2, 4, 8, 16),
+        "blocks run": tuple(sixths),
+    }
 
 
 def machine(threads: int, bandwidth: float) -> str:
@@ -57,9 +64,9 @@ def machine(threads: int, bandwidth: float) -> str:
     )
 
 
-def read(backbone: Backbone, state: State, length: int) -> None:
-    """Let `state` hold `length` random tokens. By `project`, since the cost of a step is that of any keys and values."""
-    for first in range(state.length(0), length, PIECE):
+def read(backbone: Backbone, state: State, start: int, length: int) -> None:
+    """Let `state`, which holds `start` tokens, hold `length` random ones: by `project`, a step costs the same after any."""
+    for first in range(start, length, PIECE):
         ids = torch.randint(0, backbone.vocab_size, (1, min(PIECE, length - first)))
         h, step = backbone.embed(ids, first)
         backbone.project(h, 0, backbone.n_blocks, state, step)
@@ -75,8 +82,8 @@ def decode(backbone: Backbone, state: State, batch: int = 1, rows: int = 1, bloc
         backbone.project(h, blocks, backbone.n_blocks, state, step)
 
 
-def measure(backbone: Backbone) -> Iterator[tuple[str, list[list[float]]]]:
-    """For each of `AXES`, the milliseconds of every repetition at every value."""
+def measure(backbone: Backbone, axes: Axes) -> Iterator[tuple[str, list[list[float]]]]:
+    """For each of the axes, the milliseconds of every repetition at every value."""
 
     def timed(state: State, **shape: int) -> list[float]:
         length, times = state.length(0), []
@@ -84,19 +91,22 @@ def measure(backbone: Backbone) -> Iterator[tuple[str, list[list[float]]]]:
             started = time.perf_counter()
             decode(backbone, state, **shape)
             times.append(1000 * (time.perf_counter() - started))
-            state.crop(length)
+            if length:
+                state.crop(length)
         return times[WARMUP:]
 
     def at_context(length: int) -> list[float]:
-        read(backbone, long, length)
+        nonlocal seen
+        read(backbone, long, seen, length)
+        seen = length
         return timed(long)
 
     def in_batch(size: int) -> list[float]:
         state.select(torch.zeros(size, dtype=torch.int64))
         return timed(state, batch=size)
 
-    long, state = backbone.state(max(AXES["context"]) + 1), backbone.state(CONTEXT + max(AXES["chunk rows"]))
-    read(backbone, state, CONTEXT)
+    long, state, seen = backbone.state(max(axes["context"]) + 1), backbone.state(CONTEXT + max(axes["chunk rows"])), 0
+    read(backbone, state, 0, CONTEXT)
     ways: dict[str, Callable[[int], list[float]]] = {
         "context": at_context,
         "chunk rows": lambda rows: timed(state, rows=rows),
@@ -104,23 +114,23 @@ def measure(backbone: Backbone) -> Iterator[tuple[str, list[list[float]]]]:
         "batch": in_batch,  # the last, since the state keeps the copies
     }
     for axis, way in ways.items():
-        yield axis, [way(value) for value in AXES[axis]]
+        yield axis, [way(value) for value in axes[axis]]
 
 
-def table(axis: str, ms: dict[str, list[float]]) -> str:
+def table(axis: str, values: tuple[int, ...], ms: dict[str, list[float]]) -> str:
     """Milliseconds for each format, and how many times those of the first row."""
     lines = [[axis, *(f"{format}, ms" for format in ms)], ["---:"] * (1 + len(ms))]
-    for index, value in enumerate(AXES[axis]):
+    for index, value in enumerate(values):
         lines.append([str(value), *(f"{one[index]:.1f} (×{one[index] / one[0]:.2f})" for one in ms.values())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def figure(medians: dict[str, dict[str, list[float]]]) -> str:
+def figure(axes: Axes, medians: dict[str, dict[str, list[float]]]) -> str:
     """One panel for each axis, values evenly spaced, milliseconds from zero; one line for each format."""
     width, height, dashes = 150, 120, ("none", "6 3", "2 2", "8 2 2 2", "1 3")
     parts = []
     for panel, (axis, ms) in enumerate(medians.items()):
-        top, values = 1.1 * max(max(one) for one in ms.values()), AXES[axis]
+        top, values = 1.1 * max(max(one) for one in ms.values()), axes[axis]
         places = [width * (index + 0.5) / len(values) for index in range(len(values))]
         parts.append(f'<g transform="translate({45 + 205 * panel} 45)"><path d="M0 0V{height}H{width}"/>')
         parts += [f'<text x="{x:.0f}" y="{height + 14}">{value}</text>' for x, value in zip(places, values, strict=True)]
@@ -152,6 +162,8 @@ def figure(medians: dict[str, dict[str, list[float]]]) -> str:
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--random", action="store_true", help="random weights of the model's shape, from its config alone")
     parser.add_argument("--formats", default="bfloat16,int4", help=f"some of {', '.join(FORMATS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -160,27 +172,31 @@ def main() -> None:
 
     note = machine(args.threads, read_bandwidth(args.threads))
     torch.manual_seed(0)
-    backbones = {format: offramp.load(MODEL, format) for format in args.formats.split(",")}
+    backbones = {
+        format: outline(args.model, format, random=True) if args.random else offramp.load(args.model, format)
+        for format in args.formats.split(",")
+    }
+    axes = axes_of(next(iter(backbones.values())))
     times: dict[str, dict[str, list[list[float]]]] = {
-        axis: {format: [[] for _ in values] for format in backbones} for axis, values in AXES.items()
+        axis: {format: [[] for _ in values] for format in backbones} for axis, values in axes.items()
     }
     for _ in range(args.rounds):
         for format, backbone in backbones.items():
-            for axis, measured in measure(backbone):
+            for axis, measured in measure(backbone, axes):
                 times[axis][format] = [old + new for old, new in zip(times[axis][format], measured, strict=True)]
     medians = {axis: {format: list(map(median, one)) for format, one in ms.items()} for axis, ms in times.items()}
 
     engines = {format: one.lean.engine if one.lean else "library" for format, one in backbones.items()}
     repetitions = args.rounds * REPETITIONS
-    settings: dict[str, Any] = {"model": MODEL, "engines": engines, "repetitions": repetitions, "axes": AXES}
+    settings: dict[str, Any] = {"model": args.model, "engines": engines, "repetitions": repetitions, "axes": axes}
     for path in (WORK, args.figure.parent):
         path.mkdir(parents=True, exist_ok=True)
     (WORK / "growth.json").write_text(json.dumps({"machine": note, **settings, "medians": medians, "ms": times}, indent=1))
-    args.figure.write_text(figure(medians))
-    print(f"{note}\n\n{MODEL}, {', '.join(f'{format}: {engine}' for format, engine in engines.items())}; ", end="")
+    args.figure.write_text(figure(axes, medians))
+    print(f"{note}\n\n{args.model}, {', '.join(f'{format}: {engine}' for format, engine in engines.items())}; ", end="")
     print(f"medians of {repetitions}; context {CONTEXT} where another number grows")
     for axis, ms in medians.items():
-        print(f"\n{table(axis, ms)}")
+        print(f"\n{table(axis, axes[axis], ms)}")
 
 
 if __name__ == "__main__":

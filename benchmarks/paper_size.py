@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from growth import machine
-from offramp.lean import Lean, Make
+from offramp.lean import LeanLlama, Make
 from offramp.state import State
 from offramp.weights import FORMATS, GROUP, Int4, Int8, Store, Tensors, Weight
 from speed import read_bandwidth
@@ -49,7 +49,7 @@ CONFIG = MistralConfig(
 )
 
 
-class RandomLean(Lean):
+class RandomLean(LeanLlama):
     """The lean path with random weights of the layers' shapes, in place of theirs. Its blocks' values are the same."""
 
     def _maker(self, name: int | str, kind: type[Weight]) -> Make:
@@ -73,7 +73,7 @@ def draw(kind: type[Weight], rows: int, columns: int) -> Tensors:
     return {"w": torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=deviation)}
 
 
-def build(format: str) -> tuple[nn.Module, Lean]:
+def build(format: str) -> tuple[nn.Module, LeanLlama]:
     """The embedding and the lean path, on modules of the library that hold nothing but norms and rotary tables."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)

@@ -14,7 +14,9 @@ import pytest
 import torch
 import transformers
 
-from offramp.backbone import FAMILIES, Backbone, wrap
+from offramp.backbone import Backbone
+from offramp.families import FAMILIES
+from offramp.loading import wrap
 from offramp.native import library
 
 # Machines without a C compiler test what they can.
@@ -34,6 +36,15 @@ SMALL: dict[str, Any] = {
     "pad_token_id": 257,
     "initializer_range": 0.15,
 }
+HEADS = {
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
 # What a family needs beside `SMALL` for its own peculiarities to show: windows shorter than the tests' texts, caps and
 # scales that are not 1, blocks without rotary positions.
 PECULIAR: dict[str, dict[str, Any]] = {
@@ -50,6 +61,60 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
     "gpt2": {},
     "gpt_neox": {"num_key_value_heads": None},
+    "mamba": {"state_size": 8, "time_step_rank": 4},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 4, "chunk_size": 8},
+    "falcon_mamba": {"state_size": 8, "time_step_rank": 4},
+    "bamba": {**HEADS, "attn_layer_indices": [1, 4]},
+    "jamba": {
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
+    "granitemoehybrid": {
+        **HEADS,
+        "layer_types": ["mamba", "attention"] * 3,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 48,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "position_embedding_type": "rope",
+    },
+    "falcon_h1": {
+        **HEADS,
+        "mamba_d_ssm": 64,
+        "embedding_multiplier": 2.0,
+        "lm_head_multiplier": 0.5,
+        "key_multiplier": 0.7,
+        "attention_in_multiplier": 1.3,
+        "attention_out_multiplier": 0.9,
+        "ssm_in_multiplier": 0.8,
+        "ssm_out_multiplier": 1.2,
+        "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 1.3],
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "mamba"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+        # The library clamps step sizes to this in a pass over many tokens and not token by token: it must not bite.
+        "time_step_min": 1e-6,
+        "time_step_floor": 1e-6,
+    },
 }
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -119,7 +120,25 @@ def test_inspect_describes_model_and_exits(world) -> None:
     assert facts["blocks"] == BLOCKS == len(facts["parameters_per_block"])
     assert facts["exits"]["layers"] == [1, 3, 5]
     assert facts["head_in_blocks"] > 0 < facts["gate_in_blocks"]
+    assert [one["after_block"] for one in facts["leaving"]] == [1, 3, 5, BLOCKS]
+    assert all(low["flops"] < high["flops"] for low, high in zip(facts["leaving"], facts["leaving"][1:], strict=False))
     assert "one LM head call" in run(world, "inspect", "model").stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "kind", "blocks"),
+    [
+        ("mistralai/Mistral-7B-v0.3", 7_248_023_552, "attention", 32),
+        ("mistralai/Mamba-Codestral-7B-v0.1", 7_285_403_648, "mamba", 64),
+    ],
+)
+def test_inspect_knows_the_papers_models_from_their_config_alone(world, name, parameters, kind, blocks) -> None:
+    facts = json.loads(run(world, "inspect", name, "--dtype", "int4", "--json").stdout)
+    assert facts["parameters"] == parameters
+    assert facts["kinds"] == [kind] * blocks
+    full = facts["leaving"][-1]
+    assert full["flops"] == pytest.approx(2 * parameters, rel=0.05)  # two for each weight, the embedding aside
+    assert 0.7 * parameters < full["bytes"] < 0.85 * parameters  # 6 bits a weight; 8 in the head
 
 
 def test_train_writes_exits_that_generate_uses(world) -> None:
@@ -159,11 +178,24 @@ def test_train_writes_exits_that_generate_uses(world) -> None:
         (("train", "model", "-o", "model/config.json/x", "--layers", "2"), "Not a directory"),
     ],
 )
-def test_mistakes_get_one_sentence_and_a_hint(world, arguments, sentence: str) -> None:
-    done = run(world, *arguments, code=1)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+def test_mistakes_get_one_sentence_and_a_hint(world, arguments, sentence: str, monkeypatch, capsys) -> None:
+    """In this process, since starting another takes longer than everything else."""
+    from offramp.cli import main
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["offramp", *arguments])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    done = capsys.readouterr()
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert sentence in errors[0]
-    assert done.stdout == ""
+    assert done.out == ""
     if "Not a directory" not in sentence:
-        assert "hint: " in done.stderr
+        assert "hint: " in done.err
+
+
+def test_a_mistake_ends_the_process_without_a_traceback(world) -> None:
+    assert "error: There is no model" in run(world, "generate", "modle", "Hi", code=1).stderr

@@ -5,9 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from offramp.backbone import wrap
 from offramp.exits import GATES, READOUTS, Mixer
-from offramp.flops import Costs, exit_part, linear
+from offramp.families import FAMILIES
+from offramp.flops import Costs, exit_part, linear, projected, scan_flops
+from offramp.loading import wrap
 
 HIDDEN, VOCABULARY, CONTEXT = 32, 97, 9
 LLAMA_LIKE = {
@@ -23,6 +24,15 @@ MODELS = {
     "qwen3": {**LLAMA_LIKE, "num_hidden_layers": 3, "head_dim": 12},  # heads wider together than the hidden state
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "mistral": {**LLAMA_LIKE, "sliding_window": 4},
+    "mamba": {"hidden_size": HIDDEN, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4},
+    "mamba2": {
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "num_heads": 4,
+        "head_dim": 16,
+        "n_groups": 2,
+    },
 }
 
 
@@ -30,7 +40,9 @@ def tiny(family):
     torch.manual_seed(0)
     tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     config = AutoConfig.for_model(family, **tokens, **MODELS[family])
-    return wrap(AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer=None, name="tiny")
+    attention = FAMILIES[family].implementation
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    return wrap(model, tokenizer=None, name="tiny")
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2", "qwen3"])
@@ -93,7 +105,41 @@ def test_the_project_fill_costs_what_the_counter_counts(backbone):
     h, state, step = before_the_last(backbone)
     costs = Costs(backbone)
     for index in range(backbone.n_blocks):
-        assert counted(lambda i=index: backbone.project(h, i, i + 1, state, step)) == costs.fill_project
+        assert counted(lambda i=index: backbone.project(h, i, i + 1, state, step)) == costs.project_keys[index]
+
+
+@pytest.fixture(scope="module", params=["mamba", "mamba2"])
+def mamba(request):
+    return tiny(request.param)
+
+
+@torch.inference_mode()
+def test_a_mamba_blocks_products_cost_what_the_counter_counts(mamba):
+    """The counter sees matrix products only, and of the scan only C h: 2 of the 6 FLOPs for every entry of the state."""
+    costs, state = Costs(mamba), mamba.state()
+    h, step = mamba.embed(torch.tensor([[3]]))
+    for index in range(mamba.n_blocks):
+        mixer = mamba.mixer(index)
+        read_out = 2 * mixer.intermediate_size * mixer.ssm_state_size
+        total = counted(lambda i=index: mamba.run(h, i, i + 1, state, step))
+        assert total - read_out == linear(mamba.blocks[index]) == costs.block(index, 5) - scan_flops(mixer)
+        filled = counted(lambda i=index: mamba.project(h, i, i + 1, state, step))
+        assert filled - read_out == projected(mixer) == costs.project_state[index] - scan_flops(mixer)
+
+
+@torch.inference_mode()
+def test_a_mamba_scan_counts_the_convolution_and_three_passes_over_the_state(mamba):
+    state = mamba.state()
+    h, step = mamba.embed(torch.tensor([[3]]))
+    mamba.run(h, 0, 1, state, step)
+    window, entries = state.ssm[0].window, state.ssm[0].h.numel()
+    assert scan_flops(mamba.mixer(0)) == 2 * 4 * window.shape[-1] + 3 * 2 * entries
+
+
+def test_a_mamba_token_costs_the_same_whatever_came_before_it(mamba):
+    costs = Costs(mamba)
+    assert costs.full(5) == costs.full(5000)
+    assert costs.block_bytes(0, 5) == costs.block_bytes(0, 5000)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +149,10 @@ def test_the_project_fill_costs_what_the_counter_counts(backbone):
 )
 def test_the_linear_share_of_an_exit_part_is_what_the_counter_counts(make):
     part = make(HIDDEN, 64).eval()
-    scans = sum(module.scan_flops() for module in part.modules() if isinstance(module, Mixer))
-    assert counted(lambda: part(torch.ones(1, 1, HIDDEN))) == exit_part(part) - scans
+    mixers = [module for module in part.modules() if isinstance(module, Mixer)]
+    # Of a scan the counter sees only C h, which is a product.
+    unseen = sum(mixer.scan_flops() - 2 * mixer.inner * mixer.states for mixer in mixers)
+    assert counted(lambda: part(torch.ones(1, 1, HIDDEN))) == exit_part(part) - unseen
 
 
 @pytest.mark.parametrize("make", [GATES["mamba"], READOUTS["mamba"]])
@@ -129,7 +177,7 @@ def test_a_block_reads_its_parameters_and_the_keys_and_values_seen(backbone):
         backbone.run(h, 0, backbone.n_blocks, state, step)
     costs = Costs(backbone)
     for index, block in enumerate(backbone.blocks):
-        kept = state.blocks[index].keys.numel() + state.blocks[index].values.numel()
+        kept = state.kv[index].keys.numel() + state.kv[index].values.numel()
         parameters = sum(parameter.numel() for parameter in block.parameters())
         assert costs.block_bytes(index, CONTEXT) == 4 * (parameters + kept)
 

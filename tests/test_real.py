@@ -12,7 +12,8 @@ import torch
 
 import offramp
 from offramp import Engine, Exits, Policy, shipped_for
-from offramp.backbone import Backbone, check
+from offramp.backbone import Backbone
+from offramp.loading import check
 from offramp.metrics import token_f1
 
 pytestmark = pytest.mark.real

@@ -1,4 +1,4 @@
-"""The scan, the causal convolution and the mixer made of both: the same numbers however the tokens are cut up."""
+"""The scans, the causal convolution and the mixer made of both: the same numbers however the tokens are cut up."""
 
 import math
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.exits import Mixer
-from offramp.scan import CHUNK, causal_conv, scan
+from offramp.scan import CHUNK, SPAN, causal_conv, scan, selective_scan
 
-LENGTHS = st.one_of(st.integers(1, 200), st.sampled_from([1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1]))
+LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from([1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1]))
 STRENGTHS = st.tuples(*[st.floats(math.log10(1e-3), math.log10(30))] * 2).map(sorted)  # of dt * |A|, as powers of ten
 
 
@@ -24,9 +24,11 @@ def one_thread():
 
 
 @st.composite
-def scans(draw):
-    """The arguments of `scan`, in float64, with dt * |A| spread over a drawn range between 1e-3 and 30."""
-    batch, heads, dims, states = (draw(st.integers(1, top)) for top in (3, 3, 4, 5))
+def scans(draw, kinds=("mamba1", "mamba2")):
+    """A scan and its arguments in float64, the state and the mask last (either may be None), with dt * |A| spread over a
+    drawn range between 1e-3 and 30."""
+    kind = draw(st.sampled_from(kinds))
+    batch, heads, dims, states, groups = (draw(st.integers(1, top)) for top in (3, 3, 4, 5, 2))
     tokens, (low, high) = draw(LENGTHS), draw(STRENGTHS)
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
@@ -36,29 +38,40 @@ def scans(draw):
     def uniform(*shape):
         return torch.rand(*shape, generator=g, dtype=torch.float64)
 
-    A = -(0.5 + 7.5 * uniform(heads))
-    dt = 10 ** (low + (high - low) * uniform(batch, tokens, heads)) / -A
-    h = normal(batch, heads, dims, states) if draw(st.booleans()) else None
-    return (
-        normal(batch, tokens, heads, dims),
-        dt,
-        A,
-        normal(batch, tokens, states),
-        normal(batch, tokens, states),
-        normal(heads),
-        h,
-    )
+    if kind == "mamba1":
+        function, groups, channels, A = selective_scan, (), (dims,), -(0.5 + 7.5 * uniform(dims, states))
+        rate = -A.amin(1)  # the strongest decay of each channel is what dt is drawn for
+    else:
+        function, groups, channels, A = scan, (groups,), (heads * groups, dims), -(0.5 + 7.5 * uniform(heads * groups))
+        rate = -A
+    dt = 10 ** (low + (high - low) * uniform(batch, tokens, channels[0])) / rate
+    maps = [normal(batch, tokens, *groups, states) for _ in "BC"]
+    h = normal(batch, *channels, states) if draw(st.booleans()) else None
+    mask = uniform(batch, tokens) < draw(st.floats(0, 1)) if draw(st.booleans()) else None
+    return function, [normal(batch, tokens, *channels), dt, A, *maps, normal(channels[0]), h, mask]
 
 
-def token_by_token(x, dt, A, B, C, D, h):
+def token_by_token(function, arguments):
+    """The recurrence as the papers have it, Mamba-1 as heads of one dim."""
+    x, dt, A, B, C, D, h, mask = arguments
+    batch, tokens = x.shape[:2]
+    if function is selective_scan:
+        x, B, C, D = x[..., None], B[:, :, None], C[:, :, None], D[:, None]
+        h = None if h is None else h[:, :, None]
+    else:
+        A, D = A[:, None].expand(-1, B.shape[-1]), D[:, None].expand(-1, x.shape[-1])
+    heads = x.shape[2]
+    B, C = (part.repeat_interleave(heads // part.shape[2], dim=2) for part in (B, C))
     if h is None:
-        h = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[2])
+        h = x.new_zeros(batch, heads, x.shape[3], B.shape[3])
     outputs = []
-    for t in range(x.shape[1]):
-        decay = torch.exp(dt[:, t] * A)
-        h = torch.einsum("bh,bhpn->bhpn", decay, h) + torch.einsum("bh,bhp,bn->bhpn", dt[:, t], x[:, t], B[:, t])
-        outputs.append(torch.einsum("bhpn,bn->bhp", h, C[:, t]) + D[:, None] * x[:, t])
-    return torch.stack(outputs, dim=1), h
+    for t in range(tokens):
+        new = torch.exp(dt[:, t, :, None] * A)[:, :, None] * h
+        new = new + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        h = new if mask is None else torch.where(mask[:, t, None, None, None], new, h)
+        outputs.append(torch.einsum("bhpn,bhn->bhp", h, C[:, t]) + D * x[:, t])
+    y = torch.stack(outputs, dim=1)
+    return (y.squeeze(3), h.squeeze(2)) if function is selective_scan else (y, h)
 
 
 def off(got, want):
@@ -67,59 +80,100 @@ def off(got, want):
     return float((got - want).abs().max() / want.abs().max().clamp(min=1))
 
 
+def there(y, mask):
+    """Outputs of tokens that are there; the others mean nothing."""
+    return y if mask is None else y[mask]
+
+
 def part(arguments, piece, h):
-    x, dt, A, B, C, D, _ = arguments
-    return x[:, piece], dt[:, piece], A, B[:, piece], C[:, piece], D, h
+    x, dt, A, B, C, D, _, mask = arguments
+    return x[:, piece], dt[:, piece], A, B[:, piece], C[:, piece], D, h, None if mask is None else mask[:, piece]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(scans())
-def test_a_scan_equals_the_recurrence_token_by_token(arguments):
-    y, h = scan(*arguments)
-    want_y, want_h = token_by_token(*arguments)
-    assert off(y, want_y) < 1e-9
+def test_a_scan_equals_the_recurrence_token_by_token(case):
+    function, arguments = case
+    y, h = function(*arguments)
+    want_y, want_h = token_by_token(function, arguments)
+    mask = arguments[-1]
+    if mask is None or mask.any():
+        assert off(there(y, mask), there(want_y, mask)) < 1e-9
     assert off(h, want_h) < 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(scans(), st.floats(0, 1))
-def test_a_scan_in_pieces_equals_a_scan_at_once(arguments, where):
+def test_a_scan_in_pieces_equals_a_scan_at_once(case, where):
+    function, arguments = case
     tokens = arguments[0].shape[1]
     cut = round(where * tokens)
-    y, h = scan(*arguments)
-    pieces, state = [], arguments[-1]
+    y, h = function(*arguments)
+    pieces, state = [], arguments[-2]
     for piece in (slice(0, cut), slice(cut, tokens)):
         if piece.start < piece.stop:
-            out, state = scan(*part(arguments, piece, state))
+            out, state = function(*part(arguments, piece, state))
             pieces.append(out)
     assert off(torch.cat(pieces, dim=1), y) < 1e-9
     assert off(state, h) < 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(scans())
-def test_a_scan_in_float32_is_within_1e_4_of_float64(arguments):
-    single = [value if value is None else value.float() for value in arguments]
-    y, h = scan(*single)
-    want_y, want_h = scan(*[value if value is None else value.double() for value in single])
+def test_a_scan_in_float32_is_within_1e_5_of_the_recurrence_in_float64(case):
+    function, arguments = case
+    single = [value if value is None or value.dtype == torch.bool else value.float() for value in arguments]
+    y, h = function(*single)
+    double = [value if value is None or value.dtype == torch.bool else value.double() for value in single]
+    want_y, want_h = token_by_token(function, double)
     assert y.dtype == h.dtype == torch.float32
-    assert off(y.double(), want_y) < 1e-4
-    assert off(h.double(), want_h) < 1e-4
+    mask = arguments[-1]
+    if mask is None or mask.any():
+        assert off(there(y, mask).double(), there(want_y, mask)) < 1e-5
+    assert off(h.double(), want_h) < 1e-5
+
+
+def test_a_text_longer_than_a_span_is_no_different():
+    torch.manual_seed(0)
+    tokens = SPAN + CHUNK + 3
+    maps = [torch.randn(1, tokens, 1, 3).double() for _ in "BC"]
+    dt = torch.rand(1, tokens, 2).double()
+    arguments = [
+        torch.randn(1, tokens, 2, 4).double(),
+        dt,
+        -torch.ones(2).double(),
+        *maps,
+        torch.ones(2).double(),
+        None,
+        None,
+    ]
+    for got, want in zip(scan(*arguments), token_by_token(scan, arguments), strict=True):
+        assert off(got, want) < 1e-9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_kernel_of_mamba_ssm_is_checked_against_ours():
+    pytest.importorskip("mamba_ssm")
+    from offramp.scan import _kernel
+
+    assert _kernel() is not None
 
 
 @settings(max_examples=25, deadline=None)
 @given(scans(), st.floats(0, 1))
-def test_a_scan_never_looks_ahead(arguments, where):
+def test_a_scan_never_looks_ahead(case, where):
+    function, arguments = case
     tokens = arguments[0].shape[1]
     seen = max(1, round(where * tokens))
-    y, _ = scan(*arguments)
-    y_seen, _ = scan(*part(arguments, slice(0, seen), arguments[-1]))
+    y, _ = function(*arguments)
+    y_seen, _ = function(*part(arguments, slice(0, seen), arguments[-2]))
     assert off(y_seen, y[:, :seen]) < 1e-9
 
 
 def test_the_strongest_decay_over_a_whole_chunk_stays_finite():
     ones = torch.ones(1, 2 * CHUNK, 2)
-    y, h = scan(ones[..., None], 30 * ones, -torch.ones(2), ones, ones, torch.ones(2))
+    maps = ones[:, :, None]
+    y, h = scan(ones[..., None], 30 * ones, -torch.ones(2), maps, maps, torch.ones(2))
     assert torch.isfinite(y).all()
     assert torch.isfinite(h).all()
 
@@ -127,7 +181,7 @@ def test_the_strongest_decay_over_a_whole_chunk_stays_finite():
 def test_a_scan_leaves_the_state_it_was_given_alone():
     h = torch.ones(1, 2, 3, 4)
     for tokens in (1, 5):
-        x, dt, maps = torch.ones(1, tokens, 2, 3), torch.ones(1, tokens, 2), torch.ones(1, tokens, 4)
+        x, dt, maps = torch.ones(1, tokens, 2, 3), torch.ones(1, tokens, 2), torch.ones(1, tokens, 1, 4)
         scan(x, dt, -torch.ones(2), maps, maps, torch.ones(2), h)
         assert torch.equal(h, torch.ones(1, 2, 3, 4))
 
@@ -173,6 +227,19 @@ def test_the_window_carried_is_the_last_inputs(arguments):
     x, weight, bias, window = arguments
     _, carried = causal_conv(x, weight, bias, window)
     assert torch.equal(carried, torch.cat([window, x], dim=1)[:, -window.shape[1] :])
+
+
+@settings(max_examples=25, deadline=None)
+@given(convolutions(), st.integers(0, 2**31))
+def test_tokens_that_are_not_there_enter_no_window(arguments, seed):
+    x, weight, bias, window = arguments
+    mask = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(seed)) < 0.6
+    y, carried = causal_conv(x, weight, bias, window, mask)
+    for b in range(len(x)):
+        alone, last = causal_conv(x[b : b + 1, mask[b]], weight, bias, window[b : b + 1])
+        if mask[b].any():
+            assert off(y[b : b + 1, mask[b]], alone) < 1e-12
+        assert torch.equal(carried[b : b + 1], last)
 
 
 def mixer_both_ways(dtype, seed, tokens, scale):

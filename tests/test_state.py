@@ -104,7 +104,7 @@ def test_selected_rows_are_kept_in_their_order_in_every_block():
     rows = torch.tensor([2, 0, 2])
     state.select(rows)
     for block, (keys, values) in enumerate(held):
-        assert same(state.blocks[block], keys[rows], values[rows])
+        assert same(state.kv[block], keys[rows], values[rows])
     assert state.length(2) == 0
 
 

@@ -6,20 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offramp.backbone import FAMILIES, Backbone, Family, load, wrap
+    from offramp.backbone import Backbone
     from offramp.engine import Engine, Generation, Token
     from offramp.errors import OfframpError
     from offramp.exits import Exits, ExitsConfig, shipped_for
+    from offramp.families import FAMILIES, Family
+    from offramp.loading import load, wrap
     from offramp.policy import Policy
     from offramp.training import TrainConfig, train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "backbone": ("FAMILIES", "Backbone", "Family", "load", "wrap"),
+    "backbone": ("Backbone",),
     "engine": ("Engine", "Generation", "Token"),
     "errors": ("OfframpError",),
     "exits": ("Exits", "ExitsConfig", "shipped_for"),
+    "families": ("FAMILIES", "Family"),
+    "loading": ("load", "wrap"),
     "policy": ("Policy",),
     "training": ("TrainConfig", "train"),
 }

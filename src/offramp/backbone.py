@@ -2,8 +2,8 @@
 
 The blocks are the library's own modules, called one range at a time, so that decoding can stop after any of them.
 What differs between model families (names of the parts, scales on the way in and out, how keys and values come out
-of the projections) is a row in `FAMILIES`. Whether the row is right is not taken on trust: `check` compares a full and
-a cached pass with the library's own logits when a model is loaded, and refuses a model it would decode wrongly.
+of the projections) is a row in `families`. Whether the row is right is not taken on trust: `loading.check` compares a full
+and a cached pass with the library's own logits when a model is loaded, and refuses a model it would decode wrongly.
 
 Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks, H key/value heads, P head dim.
 """
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,121 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
-from offramp.lean import Lean, LeanStep
-from offramp.sources import Source, cache_folder, resolve
+from offramp.errors import BadInput, UnsupportedModel
+from offramp.families import UNBOUNDED, family_of
+from offramp.lean import Lean, LeanLlama, LeanStep
+from offramp.lean_mamba import LeanMamba
+from offramp.mamba import is_mixer, remember, take_over
+from offramp.sources import Source
 from offramp.state import State
 from offramp.weights import FORMATS, Store
-
-Config = Any  # a transformers PreTrainedConfig: its fields differ from family to family
-KeysValues = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
-
-
-def _split_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Separate `k_proj` and `v_proj` (llama and most others), with a key norm over the whole row (olmo2) or each head."""
-    k, v = attention.k_proj(x), attention.v_proj(x)
-    heads = (*x.shape[:-1], -1, attention.head_dim)
-    norm = getattr(attention, "k_norm", None)
-    if norm is not None:
-        over_row = norm.weight.shape[0] == k.shape[-1] and norm.weight.ndim == 1
-        k = norm(k) if over_row else norm(k.view(heads))
-    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
-
-
-def _fused_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """One `qkv_proj` whose rows are all queries, then all keys, then all values (phi3)."""
-    width = attention.num_key_value_heads * attention.head_dim
-    k, v = F.linear(x, attention.qkv_proj.weight[-2 * width :]).split(width, dim=-1)
-    heads = (*x.shape[:-1], -1, attention.head_dim)
-    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
-
-
-def _conv1d_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """GPT-2's `Conv1D`, a linear layer with its weight transposed: columns are queries, keys, values."""
-    width = attention.split_size
-    kv = x @ attention.c_attn.weight[:, width:] + attention.c_attn.bias[width:]
-    k, v = kv.split(width, dim=-1)
-    heads = (*x.shape[:-1], -1, attention.head_dim)
-    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
-
-
-def _interleaved_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """GPT-NeoX's fused projection: query, key and value of one head stand together."""
-    per_head = attention.query_key_value(x).view(*x.shape[:-1], -1, 3 * attention.head_size).transpose(1, 2)
-    _, k, v = per_head.chunk(3, dim=-1)
-    return k, v
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model family departs from llama. A new family is a new row in `FAMILIES`; the conformance tests cover it."""
-
-    trunk: str = "model"
-    blocks: str = "layers"
-    norm: str = "norm"
-    attention: str = "self_attn"
-    input_norm: str | None = "input_layernorm"
-    positions: str | None = None  # an embedding of absolute positions, added to the tokens' own
-    rotary: str | None = "rotary_emb"
-    rotary_per_kind: bool = False  # one rotary table for each layer type (gemma3)
-    cache_kwarg: str = "cache"
-    implementation: str = "sdpa"  # which of the library's attention functions
-    keys_values: KeysValues = _split_kv
-    projected: int = 2  # of queries, keys and values, how many `keys_values` computes
-    scale_in: Callable[[Config], float] = lambda config: 1.0
-    finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
-    lean: bool = False  # blocks of the llama kind, which `lean` runs too
-
-
-def _softcap(logits: Tensor, config: Config) -> Tensor:
-    cap = config.final_logit_softcapping
-    return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(lean=True),
-    "mistral": Family(lean=True),
-    "qwen2": Family(lean=True),
-    "qwen3": Family(lean=True),
-    "smollm3": Family(lean=True),
-    "phi3": Family(keys_values=_fused_kv, lean=True),
-    "olmo2": Family(input_norm=None, lean=True),
-    "gemma2": Family(finish=_softcap, implementation="eager"),  # SDPA has no soft cap
-    "gemma3_text": Family(finish=_softcap, rotary_per_kind=True),
-    "granite": Family(
-        scale_in=lambda config: float(config.embedding_multiplier),
-        finish=lambda logits, config: logits / config.logits_scaling,
-    ),
-    "cohere": Family(finish=lambda logits, config: logits * config.logit_scale),
-    "gpt2": Family(
-        trunk="transformer",
-        blocks="h",
-        norm="ln_f",
-        attention="attn",
-        input_norm="ln_1",
-        positions="wpe",
-        rotary=None,
-        keys_values=_conv1d_kv,
-    ),
-    "gpt_neox": Family(
-        trunk="gpt_neox",
-        norm="final_layer_norm",
-        attention="attention",
-        cache_kwarg="layer_past",
-        keys_values=_interleaved_kv,
-        projected=3,
-    ),
-}
-
-
-def family_of(config: Config, source: Source) -> Family:
-    """The row for a model's config. Raises `UnsupportedModel` where there is none."""
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
-            f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in backbone.FAMILIES.",
-        )
-    return FAMILIES[config.model_type]
 
 
 @dataclass
@@ -175,14 +66,32 @@ class Backbone:
         self.n_blocks = len(self.blocks)
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = self.head.weight.shape[0]
-        self.context: int = config.max_position_embeddings
+        self.context: int = getattr(config, "max_position_embeddings", UNBOUNDED)
         self.dtype: torch.dtype = self.head.weight.dtype
         self.weight_format = str(self.dtype).removeprefix("torch.")
         self.lean: Lean | None = None
         self.device: torch.device = self.head.weight.device
-        self.kinds = ["attention"] * self.n_blocks
-        self._layer_types = _layer_types(config, self.n_blocks)
+        self._attention = [self._part(block, family.attention, mamba=False) for block in self.blocks]
+        self._mixers = [self._part(block, family.mixer, mamba=True) for block in self.blocks]
+        for mixer in self._mixers:
+            if mixer is not None:
+                take_over(mixer)
+        names = {(True, False): "attention", (False, True): "mamba", (True, True): "both", (False, False): "neither"}
+        pairs = zip(self._attention, self._mixers, strict=True)
+        self.kinds = [names[attention is not None, mixer is not None] for attention, mixer in pairs]
+        self._layer_types = _layer_types(config, self.kinds)
         self._takes = [set(inspect.signature(type(block).forward).parameters) for block in self.blocks]
+
+    @staticmethod
+    def _part(block: nn.Module, name: str | None, mamba: bool) -> Any:
+        """A block's attention, or its Mamba mixer; None for a block that has none, or an MLP of that name (nemotron_h)."""
+        part = getattr(block, name, None) if name else None
+        shared = not mamba and isinstance(part, nn.Module) and not hasattr(part, "num_key_value_groups")
+        return part if part is not None and is_mixer(part) == mamba and not (shared and name == "mixer") else None
+
+    def mixer(self, index: int) -> Any:
+        """The Mamba mixer of block `index`, the library's module; None where it has none."""
+        return self._mixers[index]
 
     @property
     def name(self) -> str:
@@ -210,10 +119,13 @@ class Backbone:
         """
         if not self.family.lean:
             raise UnsupportedModel(f"The family '{self.config.model_type}' has no lean path.", "Use bfloat16 or float32.")
-        windows = [self.window(index) for index in range(self.n_blocks)]
-        parts = (self.blocks, windows, self._rotary, self.final_norm, self.head)
+        rest = (self.final_norm, self.head, FORMATS[format], store or Store(), native)
         try:
-            self.lean = Lean(*parts, FORMATS[format], store or Store(), native)
+            if self.family.lean == "llama":
+                windows = [self.window(index) for index in range(self.n_blocks)]
+                self.lean = LeanLlama(self.blocks, windows, self._rotary, *rest)
+            else:
+                self.lean = LeanMamba(self.blocks, *rest)
         except ValueError as error:
             raise UnsupportedModel(f"{self.name} has no lean path: {error}.", "Use bfloat16 or float32.") from error
         self.weight_format, self.dtype = format, torch.float32
@@ -244,15 +156,16 @@ class Backbone:
         dim = getattr(self.config, "head_dim", None) or self.hidden_size // heads
         return getattr(self.config, "num_key_value_heads", None) or heads, dim
 
-    def embed(self, ids: Tensor, first: int | Tensor = 0) -> tuple[Tensor, Step | LeanStep]:
+    def embed(self, ids: Tensor, first: int | Tensor = 0, mask: Tensor | None = None) -> tuple[Tensor, Step | LeanStep]:
         """Token ids (B, T) at positions `first`, `first` + 1, … → hidden state (B, T, D) and what the blocks share.
 
         On the lean path each sequence may have its own `first`, (B,). Sequences with fewer than T tokens are padded at the
-        end, with anything: what a pad leaves in memory is seen by no token before it is written over.
+        end, with anything; `mask` (B, T) is False for pads. Attention needs no mask for that (what a pad leaves in memory
+        is seen by no token before it is written over), Mamba does.
         """
         if self.lean:
-            return self._embed(ids).float(), self.lean.step(first, *ids.shape)
-        if not isinstance(first, int):
+            return self._embed(ids).float(), self.lean.step(first, ids.shape[0], ids.shape[1], mask)
+        if not isinstance(first, int) or mask is not None:
             raise UnsupportedModel(f"Ragged batches need the lean path, which {self.name} has not.")
         positions = torch.arange(first, first + ids.shape[1], device=ids.device)[None]
         h = self._embed(ids)
@@ -279,8 +192,9 @@ class Backbone:
             return self.lean.run(h, start, stop, state, step)
         assert isinstance(step, Step)
         for index in range(start, stop):
+            attends = self._attention[index] is not None
             kwargs: dict[str, Any] = {
-                "attention_mask": self._mask(index, state.length(index), step, h.dtype),
+                "attention_mask": self._mask(index, state.length(index), step, h.dtype) if attends else None,
                 "position_ids": step.positions,
                 self.family.cache_kwarg: state,
             }
@@ -295,28 +209,44 @@ class Backbone:
     def project(self, h: Tensor, start: int, stop: int, state: State, step: Step | LeanStep) -> None:
         """Store what blocks `start` to `stop` - 1 would remember if each of them saw `h` (B, T, D) as its input.
 
-        Only the keys and values are computed, by each block's own input norm and projections: CALM's state
-        propagation (arXiv 2207.07061, section 3.2).
+        Attention: only the keys and values are computed, by each block's own input norm and projections, CALM's state
+        propagation (arXiv 2207.07061, section 3.2). Mamba: only what feeds convolution and state (`mamba.remember`).
         """
         if self.lean and isinstance(step, LeanStep):
             self.lean.run(h, start, stop, state, step, fill=True)
             return
         assert isinstance(step, Step)
         for index in range(start, stop):
-            block: Any = self.blocks[index]
-            attention = getattr(block, self.family.attention)
-            x = getattr(block, self.family.input_norm)(h) if self.family.input_norm else h
-            keys, values = self.family.keys_values(attention, x)
+            self.project_keys(h, index, state, step)
+            self.project_state(h, index, state)
+
+    def project_keys(self, h: Tensor, index: int, state: State, step: Step | LeanStep) -> None:
+        """The attention part of `project`, for one block; nothing where it has none."""
+        attention = self._attention[index]
+        if attention is not None:
+            assert isinstance(step, Step), "attention on the lean path is filled by `project`"
+            keys, values = self.family.keys_values(attention, self._normed(h, index))
             if step.rotary is not None and getattr(attention, "use_rope", True):
                 rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
                 keys, _ = rotate(keys, keys, *self._tables(index, step))
             state.update(keys, values, index)
 
+    def project_state(self, h: Tensor, index: int, state: State) -> None:
+        """The Mamba part of `project`, for one block; nothing where it has none."""
+        memory = state.ssm[index]
+        if memory is not None:
+            remember(self._mixers[index], self._normed(h, index), memory)
+
+    def _normed(self, h: Tensor, index: int) -> Tensor:
+        name = self.family.input_norm
+        normed: Tensor = getattr(self.blocks[index], name)(h.to(self.dtype)) if name else h
+        return normed
+
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         """Final norm and LM head: hidden state (…, D) → logits (…, V), in float32; of the tokens `rows` only, if given."""
         if self.lean:
             return self.family.finish(self.lean.logits(h, rows), self.config)
-        normed = self.final_norm(h)
+        normed = self.final_norm(h).to(self.dtype)  # some Mamba models keep the residual stream in float32
         out = self.head(normed) if rows is None else F.linear(normed, self.head.weight[rows])
         return self.family.finish(out, self.config).float()
 
@@ -383,141 +313,13 @@ class Backbone:
         return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
 
 
-def _layer_types(config: Config, n_blocks: int) -> list[str]:
+def _layer_types(config: Any, kinds: list[str]) -> list[str]:
+    """For each block: full_attention, sliding_attention, or what the config calls a block without attention."""
     types = getattr(config, "layer_types", None)
     if types is None:
-        types = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"] * n_blocks
-    odd = set(types) - {"full_attention", "sliding_attention"}
+        types = ["full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"] * len(kinds)
+    odd = {type for type, kind in zip(types, kinds, strict=True) if kind == "attention"}
+    odd -= {"full_attention", "sliding_attention"}
     if odd:
         raise UnsupportedModel(f"Blocks of the kind {', '.join(sorted(odd))} are not supported yet.")
     return list(types)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The library's own logits (1, T, V) for some token ids, of one pass and of three pieces over its cache."""
-
-    ids: Tensor
-    pieces: list[Tensor]
-    full: Tensor
-    cached: Tensor
-
-    @classmethod
-    @torch.inference_mode()
-    def of(cls, backbone: Backbone) -> Reference:
-        """Raises `BadNumbers` when the library's logits are not finite."""
-        generator = torch.Generator().manual_seed(0)
-        length = min(16, backbone.context)
-        ids = torch.randint(0, backbone.vocab_size, (1, length), generator=generator).to(backbone.device)
-        pieces = [ids[:, : length - 4], ids[:, length - 4 : length - 1], ids[:, length - 1 :]]
-        full = backbone.model(ids).logits.float()
-        if not torch.isfinite(full).all():
-            raise BadNumbers(
-                f"{backbone.name} gives NaN or infinite logits in {backbone.weight_format}.",
-                "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
-            )
-        cache, cached = None, []
-        for piece in pieces:
-            out = backbone.model(piece, **({"cache": cache} if cache is not None else {}), use_cache=True)
-            cache = out.cache
-            cached.append(out.logits.float())
-        return cls(ids, pieces, full, torch.cat(cached, 1))
-
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-
-
-@torch.inference_mode()
-def check(backbone: Backbone) -> tuple[float, float]:
-    """Compare a full pass, and a pass in pieces over a state, with the library's own logits.
-
-    Returns the largest differences (full, cached), as shares of the largest logit. Raises `UnsupportedModel` when one
-    exceeds what is allowed: `TOLERANCE` for the library's blocks, `Lean.tolerance` on the lean path.
-    """
-    reference = Reference.of(backbone)
-    ours, state, seen, middle = [], backbone.state(), 0, backbone.n_blocks // 2
-    for piece in reference.pieces:
-        h, step = backbone.embed(piece, seen)
-        h = backbone.run(h, 0, middle, state, step)
-        ours.append(backbone.logits(backbone.run(h, middle, backbone.n_blocks, state, step)))
-        seen += piece.shape[1]
-    scale = reference.full.abs().max().clamp(min=1e-6)
-    full = float((backbone.forward(reference.ids) - reference.full).abs().max() / scale)
-    cached = float((torch.cat(ours, 1) - reference.cached).abs().max() / scale)
-    allowed = backbone.lean.tolerance if backbone.lean else TOLERANCE.get(backbone.dtype, 3e-2)
-    if not (full <= allowed and cached <= allowed):
-        raise UnsupportedModel(
-            f"offramp would decode {backbone.name} wrongly: its logits differ from the library's by {full:.1e} in a full "
-            f"pass and {cached:.1e} in a cached one, as shares of the largest logit ({allowed:.0e} is allowed).",
-            f"The row for the family '{backbone.config.model_type}' in backbone.FAMILIES does not fit this model.",
-        )
-    return full, cached
-
-
-def load(name: str, dtype: str | None = None, device: str | None = None, keep: bool = False) -> Backbone:
-    """Load a causal language model and check it against the library's own logits.
-
-    `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`).
-    `dtype` is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`; by default bfloat16,
-    or float32 where bfloat16 does not pass the self-check. Quantised weights are made once and kept in the cache folder.
-    Families that have a lean path take it, and the library's copy of the weights is then dropped, unless `keep` is true:
-    `Backbone.model` can be used by itself only with it. Nothing is fetched when the files are on this machine already, or
-    when `HF_HUB_OFFLINE` is set.
-
-    Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint.
-    """
-    if dtype is not None and dtype not in FORMATS:
-        raise BadInput(f"'{dtype}' is not a dtype offramp runs in.", f"Choose from {', '.join(FORMATS)}.")
-    source = resolve(name)
-    if dtype is not None:
-        return _load(source, dtype, device, keep)
-    try:
-        return _load(source, "bfloat16", device, keep)
-    except (UnsupportedModel, BadNumbers):
-        backbone = _load(source, "float32", device, keep)  # raises for a model that is wrong in any dtype
-        warnings.warn(f"{name} fails the self-check in bfloat16; running it in float32.", stacklevel=2)
-        return backbone
-
-
-def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbone:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-        family = family_of(config, source)  # a wrong family should not cost a minute of loading
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            config=config,
-            dtype=FORMATS[dtype].loaded,
-            attn_implementation=family.implementation,
-            local_files_only=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    except OfframpError:
-        raise
-    except Exception as error:  # the library raises anything from KeyError to SafetensorError here
-        raise source.unreadable(error) from error
-    backbone = Backbone(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, source)
-    quantised = FORMATS[dtype].quantised
-    if family.lean or quantised:
-        try:
-            backbone.quicken(dtype, Store(cache_folder() / "formats" / f"{source.sha256[:16]}-{dtype}.safetensors"))
-            check(backbone)
-        except UnsupportedModel:
-            if quantised:
-                raise
-            backbone.slow()
-    if backbone.lean is None:
-        check(backbone)
-    elif not keep:
-        backbone.drop_library_weights()
-    return backbone
-
-
-def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
-    """A `Backbone` around a `transformers` model that is in memory already; checked like one that was loaded."""
-    backbone = Backbone(model, tokenizer, Source.of_weights(name, model.state_dict()))
-    check(backbone)
-    return backbone

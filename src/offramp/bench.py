@@ -29,22 +29,69 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, A
     The backbone must have been loaded with `keep=True`. Returns `ratio` (ours over theirs in decoded tokens a second, the
     median of the pairs), `spread` (lowest and highest), both rates, where our time goes (ms a token), and the machine.
     """
-    prompt = backbone.encode(PROMPT)
+    prompt = backbone.encode(PROMPT) if backbone.tokenizer else _random_ids(backbone, 16)
     engine = Engine(backbone)
-    ours, theirs = [], []
     _ours(engine, prompt, 8)
     _theirs(backbone, prompt, 8)
-    for _ in range(pairs):
-        ours.append(_ours(engine, prompt, tokens))
-        theirs.append(_theirs(backbone, prompt, tokens))
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    ours, theirs = _in_turn(lambda: _ours(engine, prompt, tokens), lambda: _theirs(backbone, prompt, tokens), pairs)
+    parts = _parts(engine, prompt, tokens)
+    return {**_result(backbone, "decoding", "generate", tokens, ours, theirs, parts), "prompt_tokens": len(prompt)}
+
+
+def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> dict[str, Any]:
+    """As `compare`, for reading a prompt of `tokens` random tokens up to the logits that follow it."""
+    ids = torch.tensor([_random_ids(backbone, tokens)], device=backbone.device)
+
+    @torch.inference_mode()
+    def ours() -> None:
+        h, step = backbone.embed(ids)
+        h = backbone.run(h, 0, backbone.n_blocks, backbone.state(tokens), step)
+        backbone.logits(h[:, -1:]).sum().item()
+
+    @torch.inference_mode()
+    def theirs() -> None:
+        backbone.model(ids, use_cache=True, logits_to_keep=1).logits.sum().item()
+
+    def rate(read: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        read()
+        return tokens / (time.perf_counter() - started)
+
+    rate(ours)
+    rate(theirs)
+    rates = _in_turn(lambda: rate(ours), lambda: rate(theirs), pairs)
+    return _result(backbone, "prefill", "forward", tokens, *rates, {})
+
+
+def _random_ids(backbone: Backbone, length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, backbone.vocab_size, (length,), generator=generator).tolist()
+
+
+def _in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> tuple[list[float], list[float]]:
+    rates = [(ours(), theirs()) for _ in range(pairs)]
+    return [mine for mine, _ in rates], [other for _, other in rates]
+
+
+def _result(
+    backbone: Backbone,
+    what: str,
+    call: str,
+    tokens: int,
+    ours: list[float],
+    theirs: list[float],
+    parts: dict[str, float],
+) -> dict[str, Any]:
+    """What was measured, rates in tokens a second, and where."""
     import transformers
 
     from offramp import __version__
 
+    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     kind = backbone.lean.engine if backbone.lean else "library blocks"
     return {
         "model": backbone.name,
+        "what": what,
         "ratio": median(ratios),
         "spread": [min(ratios), max(ratios)],
         "ours": {
@@ -54,15 +101,14 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, A
             "runs": ours,
         },
         "theirs": {
-            "name": "transformers generate",
+            "name": f"transformers {call}",
             "weights": str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch."),
             "tokens_per_second": median(theirs),
             "runs": theirs,
         },
-        "parts_ms": _parts(engine, prompt, tokens),
+        "parts_ms": parts,
         "tokens": tokens,
-        "pairs": pairs,
-        "prompt_tokens": len(prompt),
+        "pairs": len(ours),
         "machine": {
             "processor": processor(),
             "cores": os.cpu_count(),

@@ -85,34 +85,49 @@ def _fail(message: str, hint: str, code: int) -> NoReturn:
 
 @app.command()
 def demo(
-    questions: Annotated[list[str] | None, typer.Argument(help="Questions to ask. Default: three of ours.")] = None,
+    questions: Annotated[list[str] | None, typer.Argument(help="Questions to ask. Default: a few of ours.")] = None,
     model: Annotated[str, typer.Option(help="The model to ask; exits must ship with it or be given.")] = "smollm2",
     exits: ExitsFolder = None,
     threshold: Threshold = None,
     fill: Fill = "project",
     dtype: Dtype = None,
     max_tokens: MaxTokens = 40,
+    both: Annotated[
+        bool, typer.Option("--both", help="Ask the Transformer and the Mamba model that come with offramp.")
+    ] = False,
 ) -> None:
     """Answer a few questions at full depth and with exits, and show which block each token left at."""
     from offramp.show import answer_in_colour, comparison_table
 
-    backbone = _load(model, dtype)
-    found = _exits(backbone, exits)
-    if found is None:
-        raise BadInput(f"No exits ship for {model}.", f"Train some: offramp train {model} -o DIR, then add --exits DIR.")
-    full, early = _engines(backbone, found, threshold, fill, "gate", 1.0)
-    pairs = []
-    for question in questions or DEMO_QUESTIONS:
-        pairs.append((full.generate(question, max_tokens), early.generate(question, max_tokens)))
-        answer_in_colour(question, *pairs[-1])
-    comparison_table(backbone, pairs)
+    if both and exits:
+        raise BadInput("--exits belongs to one model, and --both asks two.", "Leave one of them out.")
+    asked = []
+    for name in DEMO_QUESTIONS if both else [model]:
+        backbone = _load(name, dtype)
+        found = _exits(backbone, exits)
+        if found is None:
+            raise BadInput(f"No exits ship for {name}.", f"Train some: offramp train {name} -o DIR, then add --exits DIR.")
+        full, early = _engines(backbone, found, threshold, fill, "gate", 1.0)
+        pairs = []
+        for question in questions or DEMO_QUESTIONS.get(name, DEMO_QUESTIONS["smollm2"]):
+            pairs.append((full.generate(question, max_tokens), early.generate(question, max_tokens)))
+            answer_in_colour(question, *pairs[-1], name if both else None)
+        asked.append((backbone, pairs))
+    comparison_table(asked)
 
 
-DEMO_QUESTIONS = [
-    "Why is the sky blue?",
-    "Why do cats purr?",
-    "Describe the taste of a ripe mango.",
-]
+DEMO_QUESTIONS = {
+    "smollm2": [
+        "Why is the sky blue?",
+        "Why do cats purr?",
+        "Describe the taste of a ripe mango.",
+    ],
+    "mamba-tiny": [
+        "What is the capital of France?",
+        "Which planet is the largest?",
+        "Who wrote Romeo and Juliet?",
+    ],
+}
 
 
 @app.command()
@@ -159,7 +174,7 @@ def generate(
 
             assert reference is not None
             answer_in_colour(one, reference, answer)
-            comparison_table(backbone, [(reference, answer)])
+            comparison_table([(backbone, [(reference, answer)])])
 
 
 @app.command()
@@ -263,10 +278,11 @@ def train(
 
 @app.command()
 def inspect(model: Model, exits: ExitsFolder = None, dtype: Dtype = None, as_json: Json = False) -> None:
-    """Show a model's blocks, what a head call and a gate cost in blocks, and where exits would go."""
+    """Show a model's blocks, where exits would go and what a token costs there. Reads the config, not the weights."""
+    from offramp.loading import outline
     from offramp.show import anatomy, anatomy_table
 
-    backbone = _load(model, dtype)
+    backbone = outline(model, dtype)
     facts = anatomy(backbone, _exits(backbone, exits))
     if as_json:
         print(json.dumps(facts))
@@ -280,17 +296,29 @@ def bench(
     against: Annotated[str, typer.Option(help="What to compare with: transformers.")] = "transformers",
     dtype: Dtype = "bfloat16",
     tokens: Annotated[int, typer.Option(help="Tokens to decode in each run.")] = 48,
+    prefill: Annotated[
+        int | None, typer.Option(help="Time reading a prompt of so many tokens instead of decoding.")
+    ] = None,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights of the model's shape: only its config is needed.")
+    ] = False,
     pairs: Annotated[int, typer.Option(help="Pairs of runs, taking turns.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Time decoding at full depth beside another library: paired runs, so that a slow minute meets both."""
-    from offramp.bench import compare
+    from offramp.bench import compare, compare_prefill
 
     if against != "transformers":
         raise BadInput(f"'{against}' cannot be compared with here.", "Use transformers; `make bench` has more peers.")
-    if tokens < 2 or pairs < 1:
+    if tokens < 2 or pairs < 1 or (prefill is not None and prefill < 2):
         raise BadInput("A run needs at least 2 tokens, and there must be at least one pair.", "Try --tokens 48 --pairs 5.")
-    result = compare(_load(model, dtype, keep=True), tokens, pairs)
+    if random:
+        from offramp.loading import outline
+
+        backbone = outline(model, dtype, random=True)
+    else:
+        backbone = _load(model, dtype, keep=True)
+    result = compare(backbone, tokens, pairs) if prefill is None else compare_prefill(backbone, prefill, pairs)
     if as_json:
         print(json.dumps(result))
     else:
@@ -301,7 +329,7 @@ def bench(
 
 def _load(model: str, dtype: str | None, keep: bool = False) -> Backbone:
     with _status(f"Loading {model} …"):
-        from offramp.backbone import load
+        from offramp.loading import load
 
         return load(model, dtype, keep=keep)
 

@@ -267,6 +267,8 @@ class _Text:
 
     def push(self, token: int, last: bool) -> str:
         self._ids.append(token)
+        if self._tokenizer is None:
+            return ""
         text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
         ends = [at for string in self._stop if (at := text.find(string)) >= 0]
         if ends:

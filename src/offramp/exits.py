@@ -62,7 +62,7 @@ class Mixer(nn.Module):
         xBC, window = causal_conv(xBC, self.conv_weight, self.conv_bias, window)
         x, B, C = xBC.split([self.inner, self.states, self.states], dim=-1)
         heads = x.reshape(batch, tokens, self.heads, self.head)
-        y, h = scan(heads, F.softplus(dt + self.dt_bias), -torch.exp(self.A_log), B, C, self.D, h)
+        y, h = scan(heads, F.softplus(dt + self.dt_bias), -torch.exp(self.A_log), B[:, :, None], C[:, :, None], self.D, h)
         out = self.project_out(self.norm(y.reshape(batch, tokens, self.inner) * F.silu(z)))
         return out, (window, h)
 

@@ -4,26 +4,38 @@
 |------|------------------------------------------------------------------|--------|
 | linear layers of a block | 2 · (entries of their weight matrices) | Kaplan et al., arXiv 2001.08361, table 1 |
 | attention of a block | 2 · L · heads · head dim, for the scores and again for the values | ibid. |
+| experts of a block | as many of them as a token is sent to | |
+| convolution, scan of a Mamba block | 2 · W · channels + 6 · (entries of its state): decay, input, read-out | 2405.21060 |
 | LM head | 2 · V · D | ibid. |
 | `project` fill of a block | 2 · (entries of its K and V projections) | CALM, arXiv 2207.07061, section 3.2 |
-| `copy` fill | 0: it moves numbers, it computes none | |
+| `project` fill of a Mamba block | 2 · (entries of what feeds convolution and state), and both | DYNAMAX, 2504.20922 |
+| `copy`, `freeze` | 0: they move numbers, they compute none | |
 | gate, read-out adapter | 2 · (entries of their weight matrices), and `Mixer.scan_flops` | arXiv 2405.21060 |
 
 Norms, activations, rotary tables and residuals are left out: they are below 1% of a block's products. A block with a
 sliding window sees at most the window. Bytes are the weights read for a token, in the format they are kept in, plus its
-block's keys and values.
+block's keys and values or its Mamba state, which is read and written.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from offramp.backbone import Backbone
+from offramp.weights import FORMATS, Weight
 
 
-def linear(module: nn.Module) -> int:
-    """FLOPs of one token through every weight matrix in `module`: 2 · entries."""
-    return 2 * sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+def linear(module: nn.Module, active: float = 1.0) -> int:
+    """FLOPs of one token through every weight matrix in `module`: 2 · entries; of stacked experts, a share `active`."""
+    entries = 0
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 2 and not name.endswith("A_log"):  # Mamba-1's decay rates are no matrix product
+            entries += parameter.numel()
+        elif parameter.ndim == 3 and "conv" not in name:
+            entries += round(active * parameter.numel())
+    return 2 * entries
 
 
 def exit_part(module: nn.Module) -> int:
@@ -36,26 +48,40 @@ def exit_part(module: nn.Module) -> int:
 
 
 class Costs:
-    """FLOPs and bytes of a backbone's parts. `block(i, context)`, `fill(i)` and `head` are FLOPs for one token."""
+    """FLOPs and bytes of a backbone's parts, for one token.
+
+    `block(i, context)`, `full(context)` and `head` are FLOPs, and so are the `project` fill's two parts in block i,
+    `project_keys[i]` and `project_state[i]`.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         config = backbone.config
-        self._heads: int = config.num_attention_heads
-        self._kv_heads, self._head_dim = backbone.kv_shape(0)
-        self._linear = [linear(block) for block in backbone.blocks]
-        self._windows = [backbone.window(index) for index in range(backbone.n_blocks)]
+        self.n_blocks = backbone.n_blocks
+        routed = getattr(config, "num_experts_per_tok", None)
+        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        active = routed / experts if routed and experts else 1.0
+        self._linear = [linear(block, active) for block in backbone.blocks]
+        self._windows = [backbone.window(index) for index in range(self.n_blocks)]
         self._itemsize = backbone.dtype.itemsize
-        lean = backbone.lean
+        attends = [kind in ("attention", "both") for kind in backbone.kinds]
+        shapes = [backbone.kv_shape(index) if there else (0, 0) for index, there in enumerate(attends)]
+        self._queries = [config.num_attention_heads * dim if dim else 0 for _, dim in shapes]
+        self._kept = [2 * heads * dim for heads, dim in shapes]
+        self.project_keys: list[int] = [backbone.hidden_size * backbone.family.projected * kept for kept in self._kept]
+        mixers = [backbone.mixer(index) for index in range(self.n_blocks)]
+        self._scan = [0 if mixer is None else scan_flops(mixer) for mixer in mixers]
+        self._states = [0 if mixer is None else state_size(mixer) for mixer in mixers]
+        self.project_state: list[int] = [0 if mixer is None else projected(mixer) + scan_flops(mixer) for mixer in mixers]
+        format, lean = FORMATS[backbone.weight_format], backbone.lean
+        loaded = format.loaded.itemsize
         self._weight_bytes = [
-            sum(weight.nbytes for weight in lean.blocks[index].weights)
-            if lean
-            else sum(parameter.numel() for parameter in block.parameters()) * self._itemsize
+            sum(weight.nbytes for weight in lean.blocks[index].weights) if lean else stored(block, format.blocks, loaded)
             for index, block in enumerate(backbone.blocks)
         ]
-        self.n_blocks = backbone.n_blocks
         self.head = 2 * backbone.vocab_size * backbone.hidden_size
-        self.head_bytes = lean.head.nbytes if lean else backbone.vocab_size * backbone.hidden_size * self._itemsize
-        self.fill_project: int = 2 * backbone.hidden_size * backbone.family.projected * self._kv_heads * self._head_dim
+        self.head_bytes = (
+            lean.head.nbytes if lean else format.head.bytes_of(backbone.vocab_size, backbone.hidden_size, loaded)
+        )
 
     def _seen(self, index: int, context: int) -> int:
         window = self._windows[index]
@@ -63,13 +89,37 @@ class Costs:
 
     def block(self, index: int, context: int) -> int:
         """FLOPs of block `index` for one token that sees `context` tokens, itself included."""
-        return self._linear[index] + 4 * self._seen(index, context) * self._heads * self._head_dim
+        return self._linear[index] + self._scan[index] + 4 * self._seen(index, context) * self._queries[index]
 
     def block_bytes(self, index: int, context: int) -> int:
-        """Bytes read by block `index` for one token: its weights and the keys and values it sees."""
-        kept = 2 * self._seen(index, context) * self._kv_heads * self._head_dim
-        return self._weight_bytes[index] + kept * self._itemsize
+        """Bytes that block `index` moves for one token: its weights, the keys and values it sees, its Mamba state twice."""
+        kept = self._seen(index, context) * self._kept[index] * self._itemsize
+        return self._weight_bytes[index] + kept + 2 * 4 * self._states[index]
 
     def full(self, context: int) -> int:
         """FLOPs of one token at full depth, LM head included."""
         return sum(self.block(index, context) for index in range(self.n_blocks)) + self.head
+
+
+def stored(block: nn.Module, format: type[Weight], itemsize: int) -> int:
+    """Bytes of a block's parameters with its matrices in this format."""
+    matrices = [parameter.shape for parameter in block.parameters() if parameter.ndim == 2]
+    others = sum(parameter.numel() for parameter in block.parameters() if parameter.ndim != 2)
+    return sum(format.bytes_of(rows, columns, itemsize) for rows, columns in matrices) + others * itemsize
+
+
+def state_size(mixer: Any) -> int:
+    """Entries of a Mamba mixer's state: E · N."""
+    return int(mixer.intermediate_size * mixer.ssm_state_size)
+
+
+def scan_flops(mixer: Any) -> int:
+    """FLOPs of one token through a Mamba mixer's convolution and scan."""
+    return int(2 * mixer.conv1d.weight.numel() + 6 * state_size(mixer))
+
+
+def projected(mixer: Any) -> int:
+    """FLOPs of one token through the projections that feed a Mamba mixer's convolution and state (`mamba.remember`)."""
+    rows = mixer.in_proj.out_features - mixer.intermediate_size  # all but the gate's
+    inner = sum(linear(part) for part in (getattr(mixer, name, None) for name in ("x_proj", "dt_proj")) if part is not None)
+    return int(2 * rows * mixer.in_proj.in_features + inner)

@@ -16,15 +16,16 @@ Shapes: B batch, T tokens of this call, D hidden size, Q query heads, H key/valu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.native import CBlock, CShape, CWeight, Native, library
+from offramp.native import CBlock, CShape, CWeight, Native, NativeMamba, address, library
 from offramp.state import KV, State
 from offramp.weights import Format, Int4, Int8, Store, Weight
 
@@ -36,7 +37,7 @@ class RMSNorm:
     """x / √(mean x² + eps) · weight, over the last dim."""
 
     def __init__(self, norm: Any, order: Tensor | None = None) -> None:
-        weight: Tensor = norm.weight.detach().float()
+        weight: Tensor = norm.weight.detach().float().clone()
         self.eps: float = norm.variance_epsilon
         self.weight = (weight if order is None else weight[order]).contiguous()
         self._scaled = self.weight * math.sqrt(len(weight))
@@ -49,17 +50,23 @@ class RMSNorm:
 
 @dataclass
 class LeanStep:
-    """What all blocks of one call share: of each row its position and its sequence, both (R,), and its rotary pairs (R, P).
+    """What all blocks of one call share: the batch, its tokens, and the sequence of each row (R,), -1 for none."""
+
+    batch: int
+    tokens: int
+    sequences: Tensor
+
+
+@dataclass
+class RotaryStep(LeanStep):
+    """Of each row also its position (R,) and its rotary pairs (R, P).
 
     `first` is the position of the first token, None where the sequences have each their own (a ragged batch).
     """
 
-    batch: int
-    tokens: int
     first: int | None
     end: int
     positions: Tensor
-    sequences: Tensor
     turn: Tensor
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
@@ -121,7 +128,7 @@ class LeanBlock:
     def weights(self) -> tuple[Weight, ...]:
         return self.qkv, self.o, self.gate_up, self.down
 
-    def __call__(self, h: Tensor, kv: KV, step: LeanStep) -> None:
+    def __call__(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
         """Add what the block says to h (R, D) in place, and remember the tokens in `kv`."""
         heads = self._heads(self.qkv(self.attention_norm(h) if self.norm_first else h), step)
         buffer = kv.write(heads[:, :, self.queries :], step.places, step.end)
@@ -131,11 +138,11 @@ class LeanBlock:
         out = self.down(F.silu(gate) * up)
         h += out if self.norm_first else self.mlp_norm(out)
 
-    def remember(self, h: Tensor, kv: KV, step: LeanStep) -> None:
+    def remember(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
         """Only what `kv` would keep if h (R, D) were the block's input."""
         kv.write(self._heads(self.kv(self.attention_norm(h) if self.norm_first else h), step), step.places, step.end)
 
-    def _heads(self, x: Tensor, step: LeanStep) -> Tensor:
+    def _heads(self, x: Tensor, step: RotaryStep) -> Tensor:
         """Queries, keys and values (R, heads · P), or only the latter two, normed and turned: (B, T, heads, P)."""
         heads = x.view(len(x), -1, self.dim)
         q, k, v = heads.split([heads.shape[1] - 2 * self.heads, self.heads, self.heads], dim=1)
@@ -152,7 +159,7 @@ class LeanBlock:
     def _normed(self, norm: RMSNorm, x: Tensor) -> Tensor:
         return norm(x) if self.norm_heads else norm(x.flatten(1)).view_as(x)
 
-    def _attend(self, q: Tensor, buffer: Tensor, step: LeanStep) -> Tensor:
+    def _attend(self, q: Tensor, buffer: Tensor, step: RotaryStep) -> Tensor:
         """Queries (B, T, Q, P) over the remembered keys and values → (R, Q · P)."""
         keys, values = buffer[:, : step.end].transpose(1, 2).chunk(2, dim=1)
         group = self.queries // self.heads
@@ -167,56 +174,54 @@ class LeanBlock:
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
         return out.reshape(*out.shape[:2], step.tokens, -1).transpose(1, 2).reshape(len(step.positions), -1)
 
-    def _newest_only(self, step: LeanStep) -> bool:
+    def _newest_only(self, step: RotaryStep) -> bool:
         """One token that sees everything: no mask, and no look at the mask's numbers to find that out."""
         return step.tokens == 1 and step.first is not None and (self.window is None or step.end <= self.window)
 
     def native(self) -> CBlock:
-        def address(norm: RMSNorm | None) -> int | None:
-            return None if norm is None else norm.weight.data_ptr()
-
+        norms = (self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm)
         return CBlock(
             *map(CWeight.of, self.weights),
-            *map(address, (self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm)),
+            *(None if norm is None else address(norm.weight) for norm in norms),
             self.window or 0, self.rotary, self.norm_first, self.q_norm is not None and self.norm_heads,
             self.attention_norm.eps, self.q_norm.eps if self.q_norm else 0.0, self.scale,
         )  # fmt: skip
 
 
 class Lean:
-    """The lean path of a whole model: its blocks, final norm and head, in one weight format.
+    """A whole model on the lean path: its blocks, final norm and head, in one weight format.
 
-    `rotary` is the library's module. Raises `ValueError` for a model whose shapes a format or the rotary tables do not fit.
+    What it takes to run the blocks differs from kind to kind: see `LeanLlama` and `lean_mamba.LeanMamba`.
     """
 
-    def __init__(
-        self,
-        blocks: list[nn.Module],
-        windows: list[int | None],
-        rotary: Any,
-        norm: nn.Module,
-        head: nn.Linear,
-        format: Format,
-        store: Store,
-        native: bool = True,
-    ) -> None:
-        kind = getattr(rotary, "rope_type", "default")
-        if kind not in ROPE_TYPES:
-            raise ValueError(f"rotary positions of the kind '{kind}' change with the text's length")
-        self._rotary, self._format, self._store = rotary, format, store
+    blocks: Sequence[Any]  # each with its `weights`
+    _native: Native | NativeMamba | None = None
+
+    def __init__(self, norm: nn.Module, head: nn.Linear, format: Format, store: Store) -> None:
+        self._format, self._store = format, store
         self._device = head.weight.device
-        rotary_dim = 2 * rotary.inv_freq.numel()
-        self.blocks = [
-            LeanBlock(block, rotary_dim, window, self._maker(index, format.blocks))
-            for index, (block, window) in enumerate(zip(blocks, windows, strict=True))
-        ]
         self.norm = RMSNorm(norm)
         self.head = self._maker("head", format.head)("weight", [head], None)
-        store.save()
-        self.dim, self.heads = self.blocks[0].dim, self.blocks[0].heads
-        self._turn = torch.empty(0, self.dim)
-        self._count = torch.empty(0, dtype=torch.int64)
-        self._native = self._compile() if native else None
+
+    def step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> LeanStep:
+        """For `tokens` tokens of each sequence, at position `first` and on; `first` (B,) may differ from row to row.
+
+        Tokens that `mask` (B, T) hides are not there.
+        """
+        raise NotImplementedError
+
+    def run(self, h: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool = False) -> Tensor:
+        """h (B, T, D) through blocks `start` to `stop` - 1; with `fill`, they only remember what they would of h."""
+        raise NotImplementedError
+
+    def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Final norm and head: h (…, D) → (…, V), or of the tokens `rows` only. Gradients pass through with `rows`."""
+        normed = self.norm(h.float())
+        if rows is not None:
+            return F.linear(normed, self.head.pick(rows).dense())
+        flat = normed.reshape(-1, h.shape[-1])
+        out = self._native.product(self._head, flat.contiguous()) if self._native else self.head(flat)
+        return out.view(*h.shape[:-1], -1)
 
     @property
     def engine(self) -> str:
@@ -234,16 +239,23 @@ class Lean:
             return 2e-3 if self._native else 1e-1
         return 1e-4 if self.head.w.dtype == torch.float32 else 1e-1
 
-    def _compile(self) -> Native | None:
-        weights = [weight for block in self.blocks for weight in block.weights] + [self.head]
+    def _compiles(self, dims: int) -> bool:
+        """Whether `native.c` can do the work: a compiler, weights and inner `dims` of whole vectors, on the CPU."""
+        weights = self._weights
         fits = all(weight.columns % (32 if isinstance(weight, Int4 | Int8) else 8) == 0 for weight in weights)
-        if not (fits and self.dim % 8 == 0 and self._device.type == "cpu" and library()):
-            return None
-        first = self.blocks[0]
-        width = first.down.columns
-        shape = CShape(first.o.rows, first.queries, first.heads, first.dim, width)
-        self._head = CWeight.of(self.head)
-        return Native([block.native() for block in self.blocks], shape, max(weight.columns for weight in weights))
+        return bool(fits and dims % 8 == 0 and self._device.type == "cpu" and library())
+
+    @property
+    def _weights(self) -> list[Weight]:
+        return [weight for block in self.blocks for weight in block.weights] + [self.head]
+
+    @cached_property
+    def _head(self) -> CWeight:
+        return CWeight.of(self.head)
+
+    @property
+    def _columns(self) -> int:
+        return max(weight.columns for weight in self._weights)
 
     def _maker(self, name: int | str, kind: type[Weight]) -> Make:
         """Makes a weight of some linear layers, stacked, in this order of rows, and gives it to those layers too.
@@ -258,16 +270,58 @@ class Lean:
                 weight, bias = weight[order], None if bias is None else bias[order]
             if not self._format.quantised:
                 return kind(kind.tensors(weight), bias)
+            weight = weight.float()
             made = kind(self._store(f"{name}/{part}", lambda: kind.tensors(weight)), bias)
             dense = made.dense() if order is None else torch.empty_like(weight).index_copy_(0, order, made.dense())
             for layer, piece in zip(layers, dense.split([layer.out_features for layer in layers]), strict=True):
-                layer.weight = nn.Parameter(piece, requires_grad=False)
+                layer.weight = nn.Parameter(piece.to(layer.weight.dtype), requires_grad=False)
             return made
 
         return make
 
-    def step(self, first: int | Tensor, batch: int, tokens: int) -> LeanStep:
-        """For `tokens` tokens of each sequence, at position `first` and on; `first` (B,) may differ from row to row."""
+
+class LeanLlama(Lean):
+    """Blocks of the llama kind. `rotary` is the library's module.
+
+    Raises `ValueError` for a model whose shapes a format or the rotary tables do not fit.
+    """
+
+    _native: Native | None
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        windows: list[int | None],
+        rotary: Any,
+        norm: nn.Module,
+        head: nn.Linear,
+        format: Format,
+        store: Store,
+        native: bool = True,
+    ) -> None:
+        kind = getattr(rotary, "rope_type", "default")
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rotary positions of the kind '{kind}' change with the text's length")
+        super().__init__(norm, head, format, store)
+        self._rotary = rotary
+        rotary_dim = 2 * rotary.inv_freq.numel()
+        self.blocks = [
+            LeanBlock(block, rotary_dim, window, self._maker(index, format.blocks))
+            for index, (block, window) in enumerate(zip(blocks, windows, strict=True))
+        ]
+        store.save()
+        first = self.blocks[0]
+        self.dim, self.heads = first.dim, first.heads
+        self._turn = torch.empty(0, self.dim, dtype=torch.float32)
+        self._count = torch.empty(0, dtype=torch.int64)
+        self._native = None
+        if native and self._compiles(self.dim):
+            shape = CShape(first.o.rows, first.queries, first.heads, first.dim, first.down.columns)
+            self._native = Native([block.native() for block in self.blocks], shape, self._columns)
+
+    def step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> RotaryStep:
+        # A token that is not there stands after its sequence's own, and what it leaves is seen by none before it is
+        # written over: so the mask need not be looked at.
         if isinstance(first, int):
             end = first + tokens
             self._tables(max(end, batch))
@@ -281,7 +335,7 @@ class Lean:
             positions = (first[:, None] + self._count[:tokens]).flatten()
             turn, start = self._turn[positions], None
         sequences = self._zeros[:tokens] if batch == 1 else self._count[:batch].repeat_interleave(tokens)
-        return LeanStep(batch, tokens, start, end, positions, sequences, turn)
+        return RotaryStep(batch, tokens, sequences, start, end, positions, turn)
 
     def _tables(self, length: int) -> None:
         """Positions, and by how much the rotary embedding turns each: cos and sin side by side, 1 and 0 for other dims."""
@@ -290,28 +344,23 @@ class Lean:
         length = max(256, 2 * length)
         self._count = torch.arange(length, device=self._device)
         self._zeros = torch.zeros_like(self._count)
-        cos, sin = self._rotary(torch.empty(0, device=self._device), self._count[None])
+        like = torch.empty(0, dtype=torch.float32, device=self._device)
+        cos, sin = self._rotary(like, self._count[None])
         pairs = torch.stack([cos[0], sin[0]], dim=-1)[:, : cos.shape[-1] // 2]
-        rest = torch.tensor([1.0, 0.0], device=self._device).expand(length, self.dim // 2 - pairs.shape[1], 2)
+        rest = torch.tensor([1.0, 0.0], dtype=torch.float32, device=self._device).expand(
+            length, self.dim // 2 - pairs.shape[1], 2
+        )
         self._turn = torch.cat([pairs, rest], dim=1).flatten(1)
 
     def run(self, h: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool = False) -> Tensor:
-        """h (B, T, D) through blocks `start` to `stop` - 1; with `fill`, they only remember what they would of h."""
-        rows = h.float().reshape(-1, h.shape[-1]).clone()
+        assert isinstance(step, RotaryStep)
+        rows = h.float().reshape(-1, h.shape[-1]).clone(memory_format=torch.contiguous_format)
         if self._native:
             like = h.new_empty(step.batch, 0, 2 * self.heads, self.dim, dtype=torch.float32)
-            buffers = [kv.room(like, step.end) for kv in state.blocks[start:stop]]
+            buffers = [kv.room(like, step.end) for kv in state.kv[start:stop] if kv]
             self._native.run(rows, start, buffers, step.positions, step.sequences, step.turn, step.end, fill)
         else:
-            for block, kv in zip(self.blocks[start:stop], state.blocks[start:stop], strict=True):
+            for block, kv in zip(self.blocks[start:stop], state.kv[start:stop], strict=True):
+                assert kv is not None
                 (block.remember if fill else block)(rows, kv, step)
         return rows.view(h.shape)
-
-    def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Final norm and head: h (…, D) → (…, V), or of the tokens `rows` only. Gradients pass through with `rows`."""
-        normed = self.norm(h.float())
-        if rows is not None:
-            return F.linear(normed, self.head.pick(rows).dense())
-        flat = normed.reshape(-1, h.shape[-1])
-        out = self._native.product(self._head, flat) if self._native else self.head(flat)
-        return out.view(*h.shape[:-1], -1)

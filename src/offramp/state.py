@@ -56,8 +56,15 @@ class KV:
         return buffer
 
     def room(self, like: Tensor, end: int) -> Tensor:
-        """The buffer, with room for `end` tokens such as those in `like`; from now on the length is `end`."""
+        """The buffer, with room for `end` tokens such as those in `like`; from now on the length is `end`.
+
+        Raises `ValueError` for tokens of another batch size, shape or dtype than those in memory.
+        """
         old = self._buffer
+        if old is not None and (old.dtype != like.dtype or len(old) != len(like) or old.shape[2:] != like.shape[2:]):
+            raise ValueError(
+                f"the memory holds {old.dtype} {tuple(old.shape)}, the tokens are {like.dtype} {tuple(like.shape)}"
+            )
         if old is None or end > old.shape[1]:
             capacity = max(self._capacity, end if old is None else 2 * end)
             # Zeros, since what a mask hides is still multiplied, and NaN times nothing is NaN.
@@ -76,31 +83,67 @@ class KV:
             self._buffer = self._buffer.index_select(0, rows)
 
 
+class SSM:
+    """What a Mamba block remembers: the convolution's last inputs and the scan's state; None before the first token.
+
+    `window` is (B, W - 1, E + 2 G N) for Mamba-2, (B, W - 1, E) for Mamba-1; `h` (B, H, P, N) or (B, E, N). Neither grows
+    with the text, and neither can forget its newest token.
+    """
+
+    def __init__(self) -> None:
+        self.window: Tensor | None = None
+        self.h: Tensor | None = None
+
+    def room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Window and state to be written in place, zeros at first; shapes with the batch."""
+        if self.window is None or self.h is None:
+            self.window, self.h = like.new_zeros(window), like.new_zeros(h)
+        if self.window.shape != window or self.h.shape != h or not (self.window.is_contiguous() and self.h.is_contiguous()):
+            raise ValueError(f"the memory holds {tuple(self.window.shape)} and {tuple(self.h.shape)}, not {window} and {h}")
+        return self.window, self.h
+
+    def select(self, rows: Tensor) -> None:
+        if self.window is not None and self.h is not None:
+            self.window, self.h = self.window.index_select(0, rows), self.h.index_select(0, rows)
+
+
+KINDS = ("attention", "mamba", "both", "neither")  # of a block's memory; hybrids mix them
+
+
 class State:
-    """The memory of a backbone's blocks for one batch of sequences that share their positions."""
+    """The memory of a backbone's blocks for one batch of sequences that share their positions.
+
+    `kv[i]` and `ssm[i]` are block i's keys and values and its Mamba state, None where it has no such part.
+    """
 
     def __init__(self, kinds: list[str], capacity: int = 256) -> None:
-        unknown = set(kinds) - {"attention"}
-        if unknown:
+        if unknown := set(kinds) - set(KINDS):
             raise NotImplementedError(f"no state for blocks of kind {sorted(unknown)}")
-        self.blocks = [KV(capacity) for _ in kinds]
+        self.kv = [KV(capacity) if kind in ("attention", "both") else None for kind in kinds]
+        self.ssm = [SSM() if kind in ("mamba", "both") else None for kind in kinds]
 
     def length(self, block: int) -> int:
-        """Tokens that `block` has in memory."""
-        return self.blocks[block].length
+        """Tokens whose keys and values `block` has in memory; 0 for a block without attention."""
+        kv = self.kv[block]
+        return 0 if kv is None else kv.length
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append to block `layer_idx` and return all its keys and values: what the library calls `Cache.update`."""
-        block = self.blocks[layer_idx]
+        block = self.kv[layer_idx]
+        assert block is not None
         block.append(keys, values)
         return block.keys, block.values
 
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on, in every block."""
-        for block in self.blocks:
-            block.crop(length)
+        """Forget every token from position `length` on. Raises `ValueError` where a block has a Mamba state."""
+        if any(self.ssm):
+            raise ValueError("a Mamba state cannot forget its newest tokens")
+        for block in self.kv:
+            if block is not None:
+                block.crop(length)
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order; a row named twice is copied."""
-        for block in self.blocks:
-            block.select(rows)
+        for block in (*self.kv, *self.ssm):
+            if block is not None:
+                block.select(rows)

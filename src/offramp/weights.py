@@ -48,6 +48,11 @@ class Weight:
         """What this format keeps of a weight (N, K)."""
         return {"w": weight}
 
+    @classmethod
+    def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
+        """`nbytes` of a weight (N, K) without making it; `itemsize` of the dtype that plain formats load."""
+        return rows * columns * itemsize
+
     @property
     def name(self) -> str:
         """What the weights are kept in: float32, bfloat16, int8 or int4."""
@@ -89,6 +94,10 @@ class Int8(Weight):
         self.scale: Tensor = tensors["scale"]
 
     @classmethod
+    def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
+        return rows * columns + 4 * rows
+
+    @classmethod
     def tensors(cls, weight: Tensor) -> Tensors:
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         return {"w": (weight / scale[:, None]).round().to(torch.int8), "scale": scale}
@@ -114,6 +123,10 @@ class Int4(Weight):
         self.scale: Tensor = tensors["scale"].contiguous()
         self.low: Tensor = tensors["low"].contiguous()
         self.columns = GROUP * self.scale.shape[1]
+
+    @classmethod
+    def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
+        return rows * columns // 2 + 2 * 4 * rows * columns // GROUP
 
     @classmethod
     def tensors(cls, weight: Tensor) -> Tensors:

@@ -1,0 +1,184 @@
+"""How good is a trained model at each depth? Bits per byte on the test split, and samples to read.
+
+    python -m lm.evaluate MODEL CORPUS [--read-out-steps 600] [--samples FILE.md]
+
+Every test token is predicted with at least 256 tokens before it (fewer only at the text's start): windows of 512, of which
+the first 256 are context. After each block but the last, the read-out is untrained: the model's own final norm and head.
+`--read-out-steps` trains one for the middle of the model, to see what a fair read-out makes of half the depth.
+
+Samples are the first that the seed gives, none chosen: half answer questions of the test split, half go on from the first
+words of its other documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lm.forward import Forward
+from lm.text import load_tokens, piece_bytes, report
+from lm.train import Settings, batch_at
+from offramp.errors import BadInput, OfframpError
+from offramp.sources import write_atomically
+
+WINDOW = 512
+CONTEXT = 256
+BATCH = 16
+WORDS = 12  # of a document, that a sample goes on from
+
+
+def windows(tokens: np.ndarray, window: int = WINDOW, context: int = CONTEXT) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of tokens (n, window + 1), and which of a row's targets count (n, window): every token but the first, once."""
+    rows, counted = [], []
+    for start in range(0, max(1, len(tokens) - 1 - context), window - context):
+        row = tokens[start : start + window + 1]
+        target = np.arange(1, window + 1)
+        rows.append(np.pad(row, (0, window + 1 - len(row))))
+        counted.append((target < len(row)) & ((target > context) | (start == 0)))
+    return np.stack(rows).astype(np.int64), np.stack(counted)
+
+
+class ReadOut(nn.Module):
+    """A low-rank residual adapter before the model's own final norm and head: h (B, T, D) → (B, T, D)."""
+
+    def __init__(self, width: int, rank: int = 64) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.up(self.down(h))
+
+
+def train_read_out(forward: Forward, tokens: np.ndarray, block: int, steps: int, settings: Settings) -> ReadOut:
+    """Fit a read-out after `block` blocks to the training text by cross-entropy; the model stays as it is."""
+    torch.manual_seed(settings.seed)
+    read_out = ReadOut(forward.model.config.hidden_size)
+    optimizer = torch.optim.AdamW(read_out.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    for step in range(steps):
+        batch = batch_at(tokens, step, settings)
+        with torch.no_grad():
+            h = at_depth(forward, batch[:, :-1], block)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * (1 - step / steps)
+        loss = forward.loss(read_out(h), batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return read_out.requires_grad_(False)
+
+
+def at_depth(forward: Forward, ids: Tensor, block: int) -> Tensor:
+    """The hidden state after `block` blocks; the others are not run."""
+    for done, h in enumerate(forward.states(ids), start=1):
+        if done == block:
+            return h
+    raise ValueError(f"the model has no block {block}")
+
+
+@torch.no_grad()
+def depths(
+    forward: Forward, tokens: np.ndarray, lengths: np.ndarray, block: int = 0, read_out: ReadOut | None = None
+) -> tuple[list[float], float]:
+    """Bits per byte after each block with the untrained read-out, and with the trained one after `block` blocks."""
+    rows, counted = windows(tokens)
+    size = int(lengths[rows[:, 1:]][counted].sum())
+    nats = np.zeros(len(forward.model.backbone.layers))
+    trained = 0.0
+    for at in range(0, len(rows), BATCH):
+        ids, mask = torch.from_numpy(rows[at : at + BATCH]), torch.from_numpy(counted[at : at + BATCH])
+        for index, h in enumerate(forward.states(ids[:, :-1])):
+            nats[index] += float(forward.surprise(h, ids[:, 1:])[mask].double().sum())
+            if read_out and index + 1 == block:
+                trained += float(forward.surprise(read_out(h), ids[:, 1:])[mask].double().sum())
+    return (nats / math.log(2) / size).tolist(), trained / math.log(2) / size
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    text: str
+
+
+def samples(
+    model: Any, tokenizer: Any, documents: list[str], count: int = 20, most: int = 120, seed: int = 0
+) -> list[Sample]:
+    """`count` samples at temperature 0.8 and top-p 0.95, from the first held-out questions and other documents."""
+    asked = [one.partition(" Answer:")[0] + " Answer:" for one in documents if one.startswith("Question: ")]
+    others = [" ".join(one.split()[:WORDS]) for one in documents if not one.startswith("Question: ")]
+    order = np.random.default_rng(seed)
+    prompts = [
+        part[index] for part in (asked, others) for index in sorted(order.permutation(len(part))[: count // 2].tolist())
+    ]
+    out = []
+    for number, prompt in enumerate(prompts):
+        torch.manual_seed(seed + number)
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        settings = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "max_new_tokens": most}
+        made = model.generate(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], **settings)[0]
+        out.append(Sample(prompt, tokenizer.decode(made[ids["input_ids"].shape[1] :], skip_special_tokens=True)))
+    return out
+
+
+def markdown(found: list[Sample], name: str, seed: int) -> str:
+    parts = [f"# Samples of {name}\n\nTemperature 0.8, top-p 0.95, seed {seed}; prompts in bold, none left out.\n"]
+    for number, one in enumerate(found, start=1):
+        parts.append(f"{number}. **{' '.join(one.prompt.split())}** {' '.join(one.text.split())}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.text")
+    parser.add_argument("-o", "--out", type=Path, help="write the numbers to this JSON file too")
+    parser.add_argument("--samples", type=Path, help="write 20 samples to this Markdown file")
+    parser.add_argument("--read-out-steps", type=int, default=0, help="train a read-out at half depth, 4,096 tokens a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    try:
+        test, train = load_tokens(args.corpus, "test"), load_tokens(args.corpus, "train")
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(args.corpus).get_vocab():
+            raise BadInput(f"{args.model} and {args.corpus} have different tokenizers.")
+    except OfframpError as error:
+        report(parser, error)
+    forward = Forward(model)
+    half, read_out = len(model.backbone.layers) // 2, None
+    if args.read_out_steps:
+        settings = Settings(learning_rate=1e-3, seed=args.seed)
+        read_out = train_read_out(forward, train, half, args.read_out_steps, settings)
+    by_block, trained = depths(forward, test, piece_bytes(tokenizer), half, read_out)
+    result: dict[str, Any] = {
+        "model": args.model.name,
+        "windows": f"{WINDOW} tokens, the first {CONTEXT} as context",
+        "bits_per_byte": round(by_block[-1], 4),
+        "untrained_read_out": [round(bits, 4) for bits in by_block],
+    }
+    if read_out:
+        result["trained_read_out"] = {"block": half, "steps": args.read_out_steps, "bits_per_byte": round(trained, 4)}
+        result["full_depth_is_better_by"] = round(1 - by_block[-1] / trained, 4)
+    print(json.dumps(result, indent=1))
+    if args.out:
+        write_atomically(args.out, json.dumps(result, indent=1).encode())
+    if args.samples:
+        documents = [one for one in (args.corpus / "test.txt").read_text().split("\f") if one]
+        found = samples(model, tokenizer, documents, seed=args.seed)
+        write_atomically(args.samples, markdown(found, args.model.name, args.seed).encode())
+
+
+if __name__ == "__main__":
+    main()

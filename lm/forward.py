@@ -1,0 +1,225 @@
+"""The forward pass of a `Mamba2ForCausalLM` for training on CPUs: the library's parameters, none of its code.
+
+Mamba-2: Dao and Gu, arXiv 2405.21060. One group (B and C are shared by all heads), no biases but the convolution's.
+
+Shapes: B batch, T tokens, D width, E = 2 D inner width, H heads of P dims, N state size, V pieces; M chunks of Q = CHUNK
+tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64  # tokens whose mutual influence is one matrix
+ROWS = 512  # tokens whose logits are in memory at once
+
+
+class Forward:
+    """Hidden states of the library's model, with gradients to its parameters.
+
+    `compiled` has torch.compile fuse the elementwise work between matrix products: once for all blocks, and once for each
+    shape of their input.
+    """
+
+    def __init__(self, model: Any, compiled: bool = False) -> None:
+        config = model.config
+        if config.n_groups != 1 or config.use_bias or config.hidden_act != "silu":
+            raise ValueError("this forward pass knows only one group, no biases, and SiLU")
+        self.model, self.head = model, model.get_output_embeddings().weight  # (V, D)
+        self.kernels = Kernels.compiled() if compiled else Kernels()
+
+    def states(self, ids: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
+        """ids (B, T) → the hidden state after each block, (B, T, D). A sample skips a block where keep (blocks, B) is 0."""
+        h = self.model.backbone.embeddings(ids)
+        for index, block in enumerate(self.model.backbone.layers):
+            added = self._block(block, h)
+            h = h + (added if keep is None else added * keep[index, :, None, None])
+            yield h
+
+    def _block(self, block: Any, h: Tensor) -> Tensor:
+        """What a block adds to its input h (B, T, D): norm, then Mamba-2's mixer from an empty state."""
+        mixer, tokens = block.mixer, h.shape[1]
+        inner, heads, state = mixer.intermediate_size, mixer.num_heads, mixer.ssm_state_size
+        taps = mixer.conv1d.weight[:, 0].T.contiguous()  # (W, C): rows, since strided reads are several times slower
+        before = len(taps) - 1
+        # Zeros before the first token, for the convolution: without biases they stay zeros up to there. Zeros after the
+        # last fill its chunk, and no token sees them.
+        h = F.pad(h, (0, 0, before, -tokens % CHUNK))
+        projected = F.linear(self.kernels.norm(h, block.norm.weight, block.norm.variance_epsilon), mixer.in_proj.weight)
+        z, xBC, dt = projected.split([inner, mixer.conv_dim, heads], dim=-1)
+        xBC = Convolution.apply(xBC, taps, mixer.conv1d.bias, self.kernels)
+        scan = (mixer.dt_bias, mixer.A_log, mixer.D, heads, state, mixer.norm.weight, mixer.norm.variance_epsilon)
+        y = self.kernels.scan(xBC, dt[:, before:], z[:, before:], *scan)
+        return F.linear(y, mixer.out_proj.weight)[:, :tokens]
+
+    def last(self, ids: Tensor) -> Tensor:
+        """ids (B, T) → the hidden state after the last block, (B, T, D)."""
+        *_, h = self.states(ids)
+        return h
+
+    def read(self, h: Tensor) -> Tensor:
+        """The model's final norm: what the head is multiplied with."""
+        norm = self.model.backbone.norm_f
+        return rms_norm(h, norm.weight, norm.variance_epsilon)
+
+    def loss(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy, in nats a token, of the head's reading of h (B, T, D) with targets (B, T)."""
+        return HeadLoss.apply(self.read(h).flatten(0, 1), self.head, targets.flatten())
+
+    @torch.no_grad()
+    def surprise(self, h: Tensor, targets: Tensor) -> Tensor:
+        """−log p in nats of each target, (B, T)."""
+        parts = []
+        for rows, wanted in zip(self.read(h).flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True):
+            parts.append(F.cross_entropy(rows @ self.head.T, wanted, reduction="none"))
+        return torch.cat(parts).view_as(targets)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of softmax(h Wᵀ) with the targets: h (n, D), W (V, D), targets (n,).
+
+    The gradient is taken right away, `ROWS` rows at a time, so that the logits of a batch never leave the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = h.new_zeros((), dtype=torch.float64)
+        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
+        for rows in torch.arange(len(h)).split(ROWS):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            inputs, wanted = h[part], targets[part, None]
+            logp = torch.log_softmax(inputs @ weight.T, dim=-1)
+            total -= logp.gather(1, wanted).sum()
+            grad = logp.exp_()
+            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
+            torch.mm(grad, weight, out=grad_h[part])
+            grad_weight.addmm_(grad.T, inputs)
+        ctx.save_for_backward(grad_h.div_(len(h)), grad_weight.div_(len(h)))
+        return (total / len(h)).to(h.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_h, grad_weight = ctx.saved_tensors
+        return grad * grad_h, grad * grad_weight, None
+
+
+class Convolution(torch.autograd.Function):
+    """Depthwise causal convolution, bias, SiLU: x (B, W − 1 + T, C), taps (W, C), bias (C,) → (B, T, C).
+
+    As a sum of shifted products, also backwards, where torch's own convolution and what the compiler derives from such a
+    sum take several times as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(x, taps, bias)
+        ctx.kernels = kernels
+        return kernels.convolve(x, taps, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, taps, bias = ctx.saved_tensors
+        before = len(taps) - 1
+        padded = grad.new_zeros(len(x), x.shape[1] + before, x.shape[2])
+        padded[:, before : x.shape[1]] = ctx.kernels.activation_gradient(grad, x, taps, bias)
+        grad_x, *grad_others = ctx.kernels.convolution_gradients(padded, x, taps)
+        return grad_x, *grad_others, None
+
+
+def preactivation(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    tokens = x.shape[1] - len(taps) + 1
+    return sum(x[:, tap : tap + tokens] * taps[tap] for tap in range(len(taps))) + bias
+
+
+def convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    return F.silu(preactivation(x, taps, bias))
+
+
+def activation_gradient(grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    y = preactivation(x, taps, bias)
+    gate = torch.sigmoid(y)
+    return grad * gate * (1 + y * (1 - gate))
+
+
+def convolution_gradients(grad: Tensor, x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients to x, taps and bias from that to the convolution's output, with W − 1 zeros around it."""
+    before = len(taps) - 1
+    grad_x = sum(grad[:, before - tap : before - tap + x.shape[1]] * taps[tap] for tap in range(len(taps)))
+    grad = grad[:, before : x.shape[1]]
+    # First over tokens, then over the batch: sums of rows that lie together.
+    grad_taps = torch.stack([(grad * x[:, tap : tap + grad.shape[1]]).sum(1) for tap in range(len(taps))])
+    return grad_x, grad_taps.sum(1), grad.sum(1).sum(0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
+
+
+def gated_scan(
+    xBC: Tensor,
+    dt: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    heads: int,
+    size: int,
+    norm: Tensor,
+    epsilon: float,
+) -> Tensor:
+    """The scan, the gate z (B, T, E), and the norm after it."""
+    y = chunked_scan(xBC, F.softplus(dt + dt_bias), -torch.exp(A_log), D, z.shape[-1] // heads, size)
+    return rms_norm(y * F.silu(z), norm, epsilon)
+
+
+def chunked_scan(xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, dims: int, size: int) -> Tensor:
+    """Section 6 of the paper: attention within a chunk, a recurrence from chunk to chunk.
+
+    xBC (B, T, E + 2 N) and dt (B, T, H), T a multiple of `CHUNK` → y (B, T, E).
+    """
+    batch, tokens, heads = dt.shape
+    chunks, inner = tokens // CHUNK, heads * dims
+    x, B, C = xBC.reshape(batch * chunks, CHUNK, -1).split([inner, size, size], dim=-1)
+    dt = dt.reshape(batch * chunks, CHUNK, heads)
+    total = torch.cumsum(dt * A, dim=1)  # (M, Q, H): log of the decay from the chunk's start up to and with t
+    t_total, t_dt = total.transpose(1, 2), dt.transpose(1, 2)  # (M, H, Q)
+
+    between = t_total[..., :, None] - t_total[..., None, :]  # (M, H, t, s): from after s up to and with t
+    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).tril()
+    # Masked before exp: above the diagonal the exponent is positive and may overflow.
+    weights = torch.exp(between.masked_fill(~causal, float("-inf"))) * t_dt[..., None, :]
+    weights = weights * torch.bmm(C, B.transpose(1, 2))[:, None]
+    own = torch.matmul(weights, x.unflatten(2, (heads, dims)).transpose(1, 2)).transpose(1, 2)  # (M, Q, H, P)
+
+    left = (torch.exp(total[:, -1:] - total) * dt)[..., None]  # from after t to the chunk's end
+    added = torch.bmm((x.unflatten(2, (heads, dims)) * left).flatten(2).transpose(1, 2), B)  # (M, E, N)
+    added = added.view(batch, chunks, heads, dims, size)
+    decay = torch.exp(total[:, -1]).view(batch, chunks, heads, 1, 1)
+    states = [torch.zeros_like(added[:, 0])]  # at each chunk's start
+    for chunk in range(chunks - 1):
+        states.append(states[-1] * decay[:, chunk] + added[:, chunk])
+    state = torch.stack(states, dim=1).view(batch * chunks, inner, size)
+    before = torch.bmm(C, state.transpose(1, 2)).unflatten(2, (heads, dims)) * torch.exp(total)[..., None]
+    y = own + before + x.unflatten(2, (heads, dims)) * D[:, None]
+    return y.reshape(batch, tokens, inner)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The functions between matrix products."""
+
+    norm: Any = rms_norm
+    convolve: Any = convolve
+    activation_gradient: Any = activation_gradient
+    convolution_gradients: Any = convolution_gradients
+    scan: Any = gated_scan
+
+    @classmethod
+    def compiled(cls) -> Kernels:
+        return cls(*(torch.compile(one.default, dynamic=False) for one in fields(cls)))

@@ -1,0 +1,389 @@
+"""Train a small Mamba-2 language model on two CPU cores, or go on with one so that it can stop early.
+
+    python -m lm.train CORPUS -o MODEL --hours 1.2
+    python -m lm.train CORPUS -o EARLY --hours 0.4 --early-exit --start MODEL
+
+CORPUS is a folder made by `python -m lm.text`. Run again after an interruption (Ctrl-C), the same command goes on where it
+stopped. `--steps N` instead of `--hours` makes the result a function of the seed alone; with `--hours`, the learning rate
+follows the time worked: processor time divided by threads, so that neither pauses nor a busy machine count. The result is a
+folder that transformers' AutoModelForCausalLM loads, in bfloat16.
+
+With `--early-exit`, LayerSkip (arXiv 2404.16710): samples skip blocks, deeper ones more often, and some of the blocks in
+turn are read out with the model's own final norm and head; the losses are weighted by depth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import hashlib
+import io
+import json
+import math
+import shutil
+import signal
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Mamba2Config, Mamba2ForCausalLM
+
+import offramp
+from lm.forward import Forward
+from lm.text import END, command_line, load_tokens, piece_bytes, report
+from offramp.errors import BadInput, BadNumbers, CorruptFile, OfframpError
+from offramp.sources import write_atomically
+
+LARGEST = 16_000_000  # bytes of the weights file
+VALIDATE = 0.05  # of the budget, between two looks at the validation text
+VALIDATION_TOKENS = 50_000
+CHECKPOINT = 120.0  # seconds between checkpoints
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained; the fields are the flags of `python -m lm.train`.
+
+    hours of work or steps: the budget; blocks, width, state: the model's shape; batch × length: tokens a step;
+    learning_rate: its highest; warm_up, decay: shares of the budget in which it rises, and falls to zero;
+    early_exit: LayerSkip; skip: how often a sample skips the last block; exit_scale: how much exits weigh beside the last
+    block; every: a step reads out one in so many blocks.
+    """
+
+    hours: float | None = None
+    steps: int | None = None
+    blocks: int = 12
+    width: int = 256
+    state: int = 64
+    batch: int = 16
+    length: int = 256
+    learning_rate: float = 3e-3
+    warm_up: float = 0.02
+    decay: float = 0.6
+    early_exit: bool = False
+    skip: float = 0.1
+    exit_scale: float = 0.2
+    every: int = 4
+    seed: int = 0
+
+
+def new_model(settings: Settings, vocabulary: int, end: int) -> Mamba2ForCausalLM:
+    """A random model. Raises `BadInput` if its weights would be larger than `LARGEST`."""
+    config = Mamba2Config(
+        vocab_size=vocabulary,
+        hidden_size=settings.width,
+        num_hidden_layers=settings.blocks,
+        state_size=settings.state,
+        head_dim=64,
+        num_heads=2 * settings.width // 64,
+        expand=2,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=64,
+        use_bias=False,
+        tie_word_embeddings=True,
+        rescale_prenorm_residual=True,
+        initializer_range=0.04,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    with torch.device("meta"):
+        size = 2 * sum(parameter.numel() for parameter in Mamba2ForCausalLM(config).parameters())
+    if size > LARGEST:
+        raise BadInput(f"The model would take {size / 1e6:.1f} MB, of at most {LARGEST / 1e6:.0f}.", "Make it smaller.")
+    torch.manual_seed(settings.seed)
+    return Mamba2ForCausalLM(config).float()
+
+
+def batch_at(tokens: np.ndarray, step: int, settings: Settings) -> Tensor:
+    """The step's windows, (batch, length + 1): every epoch cuts the tokens into windows anew and shuffles them."""
+    windows = (len(tokens) - 1) // settings.length - 1
+    if windows < settings.batch:
+        raise BadInput(f"{len(tokens)} tokens are too few for batches of {settings.batch} × {settings.length}.")
+    epoch, index = divmod(step, windows // settings.batch)
+    generator = np.random.default_rng([settings.seed, epoch])
+    shift = int(generator.integers(settings.length))
+    chosen = generator.permutation(windows)[index * settings.batch : (index + 1) * settings.batch]
+    starts = shift + chosen * settings.length
+    return torch.from_numpy(np.stack([tokens[at : at + settings.length + 1] for at in starts]).astype(np.int64))
+
+
+def learning_rate(settings: Settings, done: float) -> float:
+    """Warm-up, then constant, then linear to zero; `done` is the share of the budget that is spent."""
+    rise = done / settings.warm_up if settings.warm_up else 1.0
+    fall = (1 - done) / settings.decay if settings.decay else 1.0
+    return settings.learning_rate * max(0.0, min(1.0, rise, fall))
+
+
+def exit_weights(blocks: int, step: int, settings: Settings) -> dict[int, float]:
+    """For each block that the step reads out, the weight of its loss; they sum to 1 (LayerSkip, section 3.2)."""
+    scale = settings.exit_scale
+    weights = {index: scale * index * (index + 1) / 2 for index in range(step % settings.every, blocks - 1, settings.every)}
+    weights[blocks - 1] = blocks - 1 + scale * (blocks - 2) * (blocks - 1) / 2
+    total = sum(weights.values())
+    return {index: weight / total for index, weight in weights.items() if weight}
+
+
+def kept(blocks: int, step: int, settings: Settings) -> Tensor:
+    """Which samples run which block, (blocks, batch), 1 or 0 (LayerSkip, section 3.1)."""
+    skip = torch.tensor([settings.skip * (2 ** (index / max(1, blocks - 1)) - 1) for index in range(blocks)])
+    drawn = torch.rand(blocks, settings.batch, generator=_generator(settings.seed, step))
+    return (drawn >= skip[:, None]).float()
+
+
+def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> tuple[Tensor, float]:
+    """The loss to train on and that of the last block alone, in nats a token."""
+    ids, targets = batch[:, :-1], batch[:, 1:]
+    if not settings.early_exit:
+        loss = forward.loss(forward.last(ids), targets)
+        return loss, float(loss.detach())
+    blocks = len(forward.model.backbone.layers)
+    weights = exit_weights(blocks, step, settings)
+    losses = {
+        index: forward.loss(h, targets)
+        for index, h in enumerate(forward.states(ids, kept(blocks, step, settings)))
+        if index in weights
+    }
+    total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
+    return total, float(losses[blocks - 1].detach())
+
+
+@torch.no_grad()
+def bits_per_byte(forward: Forward, tokens: np.ndarray, lengths: np.ndarray, length: int, batch: int) -> float:
+    """Over about `VALIDATION_TOKENS`, in evenly spaced windows that each start from an empty state.
+
+    Pessimistic, since a window's first tokens are predicted from little; `lm.evaluate` gives every token its context.
+    """
+    windows = max(1, (len(tokens) - 1) // length)
+    # Whole batches only: a batch of another shape would be compiled anew.
+    batches = max(1, min(windows, VALIDATION_TOKENS // length) // batch)
+    starts = np.linspace(0, windows - 1, batches * batch).astype(int) * length
+    nats, size = 0.0, 0
+    for group in starts.reshape(batches, batch):
+        rows = np.stack([tokens[at : at + length + 1] for at in group]).astype(np.int64)
+        ids = torch.from_numpy(rows)
+        nats += float(forward.surprise(forward.last(ids[:, :-1]), ids[:, 1:]).double().sum())
+        size += int(lengths[rows[:, 1:]].sum())
+    return nats / math.log(2) / size
+
+
+def train(
+    corpus: Path,
+    folder: Path,
+    settings: Settings,
+    start: Path | None = None,
+    command: str = "",
+    compiled: bool = False,
+) -> dict[str, Any] | None:
+    """Train, save the model in `folder` and return the record, or None if asked to stop before the end.
+
+    The unfinished work is in `folder`/.training, and is gone on with if it is there.
+    """
+    tokens, valid = load_tokens(corpus, "train"), load_tokens(corpus, "valid")
+    tokenizer = AutoTokenizer.from_pretrained(corpus)
+    lengths = piece_bytes(tokenizer)
+    if start is None:
+        model = new_model(settings, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+        if AutoTokenizer.from_pretrained(start).get_vocab() != tokenizer.get_vocab():
+            raise BadInput(f"{start} has another tokenizer than {corpus}.", f"Make the corpus with --tokenizer {start}.")
+    model.train()
+    forward = Forward(model, compiled)
+    # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales that mean something.
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+
+    work = folder / ".training" / "checkpoint.pt"
+    plan = json.dumps({**asdict(settings), "corpus": json.loads((corpus / "corpus.json").read_text())["splits"]})
+    step, seconds, curve = 0, 0.0, []
+    if work.exists():
+        step, seconds, curve = _restore(work, plan, model, optimizer)
+    losses: list[float] = []
+    looked = curve[-1]["done"] if curve else 0.0
+    saved, worked_before = time.monotonic(), seconds
+    started = time.process_time()
+
+    with Stop() as stop:
+        while True:
+            done = step / settings.steps if settings.steps else seconds / (3600 * (settings.hours or 0))
+            if losses and (done >= looked + VALIDATE or done >= 1):
+                looked = done
+                point = {"done": round(done, 4), "step": step, "tokens": step * settings.batch * settings.length}
+                point |= {"seconds": round(seconds, 1), "loss": round(statistics.fmean(losses), 4)}
+                measured = bits_per_byte(forward, valid, lengths, settings.length, settings.batch)
+                curve.append(point | {"valid_bits_per_byte": round(measured, 4)})
+                losses.clear()
+                write_atomically(folder / "curve.json", json.dumps(curve, indent=1).encode())
+                print(json.dumps(curve[-1]), flush=True)
+            if stop.asked or done >= 1 or time.monotonic() - saved > CHECKPOINT:
+                _checkpoint(work, plan, model, optimizer, step, seconds, curve)
+                saved = time.monotonic()
+            if stop.asked and done < 1:
+                return None
+            if done >= 1:
+                break
+
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, done)
+            loss, last = loss_of(forward, batch_at(tokens, step, settings), step, settings)
+            if not math.isfinite(last):
+                raise BadNumbers(f"The loss became NaN at step {step}.", "Try a lower --learning-rate.")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            losses.append(last)
+            seconds = worked_before + (time.process_time() - started) / torch.get_num_threads()
+
+    record = {
+        "command": command,
+        "settings": asdict(settings),
+        "start": start.name if start else None,
+        "steps": step,
+        "tokens": step * settings.batch * settings.length,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "validation": curve[-1],
+        "curve": curve,
+        "corpus": json.loads((corpus / "corpus.json").read_text()),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "offramp": offramp.__version__,
+        },
+    }
+    save(model, tokenizer, folder, record)
+    shutil.rmtree(work.parent)
+    return record
+
+
+def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> None:
+    """Write the model in bfloat16, its tokenizer and its record to `folder`."""
+    made = folder / ".training" / "model"
+    end = model.config.eos_token_id
+    # In float32 the model goes on being what it is; a copy is rounded.
+    rounded = type(model)(model.config).to(torch.bfloat16)
+    rounded.load_state_dict(model.state_dict())
+    rounded.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    rounded.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    size = (made / "model.safetensors").stat().st_size
+    if size > LARGEST:
+        raise BadInput(f"The weights take {size / 1e6:.1f} MB, of at most {LARGEST / 1e6:.0f}.", "Train a smaller model.")
+    (made / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
+    for file in sorted(made.iterdir()):
+        write_atomically(folder / file.name, file.read_bytes())
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory for the next step, which otherwise spends an eighth of its time on getting it again."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give its end back
+
+
+class Stop:
+    """Within it, Ctrl-C and a request to terminate only set `asked`, so that no step is cut in two."""
+
+    def __enter__(self) -> Stop:
+        self.asked = False
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+
+def _checkpoint(
+    path: Path, plan: str, model: Any, optimizer: Any, step: int, seconds: float, curve: list[dict[str, Any]]
+) -> None:
+    buffer = io.BytesIO()
+    content = {"plan": plan, "step": step, "seconds": seconds, "curve": curve}
+    torch.save({**content, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def _restore(path: Path, plan: str, model: Any, optimizer: Any) -> tuple[int, float, list[dict[str, Any]]]:
+    try:
+        content = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise CorruptFile(f"The checkpoint {path} is damaged.", "Delete it and run the command again.") from error
+    if content["plan"] != plan:
+        raise BadInput(
+            f"{path.parent} holds an unfinished training with other settings.",
+            "Run it again with its own settings to finish it, or delete that folder to start anew.",
+        )
+    model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    return content["step"], content["seconds"], content["curve"]
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.text")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the model's folder")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--hours", type=float, help="of work")
+    budget.add_argument("--steps", type=int)
+    parser.add_argument("--blocks", type=int, default=Settings.blocks, help="at least 12")
+    parser.add_argument("--width", type=int, default=Settings.width, help="a multiple of 32")
+    parser.add_argument("--state", type=int, default=Settings.state)
+    parser.add_argument("--batch", type=int, default=Settings.batch, help="windows a step")
+    parser.add_argument("--length", type=int, default=Settings.length, help="tokens of a window")
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--warm-up", type=float, default=Settings.warm_up, help="share of the budget")
+    parser.add_argument("--decay", type=float, default=Settings.decay, help="share of the budget")
+    parser.add_argument("--early-exit", action="store_true", help="LayerSkip; needs --start")
+    parser.add_argument("--start", type=Path, help="the model to go on with; it decides on the shape")
+    parser.add_argument("--skip", type=float, default=Settings.skip, help="how often a sample skips the last block")
+    parser.add_argument("--exit-scale", type=float, default=Settings.exit_scale, help="the exits' weight")
+    parser.add_argument("--every", type=int, default=Settings.every, help="a step reads out one in so many blocks")
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    if args.early_exit and not args.start:
+        parser.error("--early-exit goes on with a trained model: name it with --start.")
+    if args.blocks < 12 or args.width % 32:
+        parser.error("--blocks must be at least 12, and --width a multiple of 32.")
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    if (args.hours or args.steps or 0) <= 0 or args.every < 1:
+        parser.error("--hours, --steps and --every must be more than 0.")
+    torch.set_num_threads(args.threads)
+    keep_memory()
+    try:
+        record = train(args.corpus, args.out, settings, args.start, command_line(), shutil.which("g++") is not None)
+    except OfframpError as error:
+        report(parser, error)
+    if record is None:
+        print("Stopped. The same command goes on from here.")
+        return
+    print(f"{args.out}: {record['validation']['valid_bits_per_byte']} bits per byte on validation text")
+
+
+if __name__ == "__main__":
+    main()

@@ -176,7 +176,10 @@ def main() -> None:
         format: outline(args.model, format, random=True) if args.random else offramp.load(args.model, format)
         for format in args.formats.split(",")
     }
-    axes = axes_of(next(iter(backbones.values())))
+    first = next(iter(backbones.values()))
+    if len(set(first.kinds)) > 1 or first.kinds[0] == "both":
+        parser.error(f"{args.model} mixes attention and Mamba, which is not measured here")
+    axes = axes_of(first)
     times: dict[str, dict[str, list[list[float]]]] = {
         axis: {format: [[] for _ in values] for format in backbones} for axis, values in axes.items()
     }

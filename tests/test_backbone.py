@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 import offramp
 from conftest import BLOCKS, HIDDEN, VOCAB, byte_tokenizer, saved, tiny
 from offramp.backbone import Backbone
+from offramp.bench import compare, compare_prefill
 from offramp.errors import BadInput, BadNumbers, CorruptFile, UnsupportedModel
 from offramp.families import FAMILIES
-from offramp.loading import check, wrap
+from offramp.flops import Costs
+from offramp.loading import check, outline, wrap
 from offramp.sources import Source
 
 LENGTH = 24  # longer than every tiny model's sliding window
@@ -182,3 +185,23 @@ def test_empty_and_overlong_prompts_are_refused() -> None:
             backbone.encode(empty)
     with pytest.raises(BadInput, match="600 tokens long"):
         backbone.encode("x" * 600)
+
+
+def outlined(family: str, folder: Path, **kwargs) -> Backbone:
+    tiny(family).config.save_pretrained(folder)
+    return outline(str(folder), "float32", **kwargs)
+
+
+def test_an_outline_has_the_models_shape_and_no_weights(family: str, tmp_path: Path) -> None:
+    backbone, whole = outlined(family.partition("/")[0], tmp_path), tiny(family)
+    assert backbone.kinds == whole.kinds
+    assert all(parameter.is_meta for parameter in backbone.model.parameters())
+    assert Costs(backbone).full(9) == Costs(whole).full(9)
+
+
+def test_a_random_model_of_that_shape_decodes_and_is_timed(tmp_path: Path) -> None:
+    backbone = outlined("mamba2", tmp_path, random=True)
+    assert max(check(backbone)) <= 1e-5
+    for result in (compare(backbone, tokens=4, pairs=2), compare_prefill(backbone, 40, pairs=2)):
+        assert len(result["ours"]["runs"]) == len(result["theirs"]["runs"]) == 2
+        assert result["spread"][0] <= result["ratio"] <= result["spread"][1]

@@ -41,6 +41,10 @@ def world(tmp_path_factory):
     exits = exits_for("llama")
     exits.backbone["sha256"], exits.thresholds = backbone.source.sha256, (0.9, 0.5, 0.5)
     exits.save(folder / "exits")
+    for name, changed in (("shape", {}), ("odd", {"activation_function": "none such"})):  # configs without weights
+        (folder / name).mkdir()
+        config = {**tiny("gpt2").config.to_dict(), **changed}
+        (folder / name / "config.json").write_text(json.dumps(config))
     yield folder
     del os.environ["OFFRAMP_CACHE"]
 
@@ -172,6 +176,12 @@ def test_train_writes_exits_that_generate_uses(world) -> None:
         (("generate", "model", "Hi", "--max-tokens", "0"), "0 tokens"),
         (("generate", "model", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
         (("demo", "--model", "model"), "No exits ship for model"),
+        (("demo", "--both", "--model", "model"), "--both asks two models"),
+        (("inspect", "some/model"), "could not be fetched"),
+        (("inspect", "odd"), "cannot be read"),
+        (("inspect", "shape", "--dtype", "int8"), "no lean path"),
+        (("bench", "--model", "shape", "--random", "--prefill", "600", "--dtype", "float32"), "600 tokens do not fit"),
+        (("bench", "--model", "shape", "--random", "--prefill", "1"), "at least 2 tokens"),
         (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of block numbers"),
         (("train", "model", "-o", "x", "--layers", "9"), "do not fit a model of 6"),
         (("train", "model", "-o", "x", "--gate", "oracle"), "no gate 'oracle'"),

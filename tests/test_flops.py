@@ -136,6 +136,18 @@ def test_a_mamba_scan_counts_the_convolution_and_three_passes_over_the_state(mam
     assert scan_flops(mamba.mixer(0)) == 2 * 4 * window.shape[-1] + 3 * 2 * entries
 
 
+def test_of_experts_only_those_that_a_token_is_sent_to_are_counted():
+    config = {**LLAMA_LIKE, "mamba_d_state": 8, "mamba_dt_rank": 4, "attn_layer_offset": 0, "attn_layer_period": 2}
+    config |= {"expert_layer_offset": 1, "expert_layer_period": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
+    costs = []
+    for routed in (1, 2):
+        settings = AutoConfig.for_model("jamba", **config, num_experts=4, num_experts_per_tok=routed)
+        costs.append(Costs(wrap(AutoModelForCausalLM.from_config(settings, dtype=torch.float32), None, "tiny")))
+    expert = 3 * HIDDEN * 48
+    assert costs[1].block(1, 5) - costs[0].block(1, 5) == 2 * expert
+    assert costs[1].block_bytes(1, 5) - costs[0].block_bytes(1, 5) == 4 * expert
+
+
 def test_a_mamba_token_costs_the_same_whatever_came_before_it(mamba):
     costs = Costs(mamba)
     assert costs.full(5) == costs.full(5000)

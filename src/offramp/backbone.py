@@ -86,8 +86,9 @@ class Backbone:
     def _part(block: nn.Module, name: str | None, mamba: bool) -> Any:
         """A block's attention, or its Mamba mixer; None for a block that has none, or an MLP of that name (nemotron_h)."""
         part = getattr(block, name, None) if name else None
-        shared = not mamba and isinstance(part, nn.Module) and not hasattr(part, "num_key_value_groups")
-        return part if part is not None and is_mixer(part) == mamba and not (shared and name == "mixer") else None
+        if part is None or is_mixer(part) != mamba:
+            return None
+        return part if mamba or name != "mixer" or hasattr(part, "num_key_value_groups") else None
 
     def mixer(self, index: int) -> Any:
         """The Mamba mixer of block `index`, the library's module; None where it has none."""

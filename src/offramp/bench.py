@@ -19,6 +19,7 @@ import torch
 
 from offramp.backbone import Backbone
 from offramp.engine import Engine
+from offramp.errors import BadInput
 
 PROMPT = "Explain how rainbows form, in detail."
 
@@ -30,6 +31,7 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, A
     median of the pairs), `spread` (lowest and highest), both rates, where our time goes (ms a token), and the machine.
     """
     prompt = backbone.encode(PROMPT) if backbone.tokenizer else _random_ids(backbone, 16)
+    _fits(backbone, len(prompt) + tokens)
     engine = Engine(backbone)
     _ours(engine, prompt, 8)
     _theirs(backbone, prompt, 8)
@@ -40,6 +42,7 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, A
 
 def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> dict[str, Any]:
     """As `compare`, for reading a prompt of `tokens` random tokens up to the logits that follow it."""
+    _fits(backbone, tokens)
     ids = torch.tensor([_random_ids(backbone, tokens)], device=backbone.device)
 
     @torch.inference_mode()
@@ -61,6 +64,11 @@ def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> dict[str
     rate(theirs)
     rates = _in_turn(lambda: rate(ours), lambda: rate(theirs), pairs)
     return _result(backbone, "prefill", "forward", tokens, *rates, {})
+
+
+def _fits(backbone: Backbone, tokens: int) -> None:
+    if tokens > backbone.context:
+        raise BadInput(f"{tokens} tokens do not fit {backbone.name}, which holds {backbone.context}.", "Take fewer.")
 
 
 def _random_ids(backbone: Backbone, length: int) -> list[int]:
@@ -145,6 +153,8 @@ class _Times:
     def rate(self, skipped: int) -> float:
         """Tokens a second after the first token, which came after `skipped` other calls."""
         times = self.times[skipped:]
+        if len(times) < 2:
+            raise BadInput("The model ended its answer at once, so there is nothing to time.", "Try another model.")
         return (len(times) - 1) / (times[-1] - times[0])
 
 

@@ -38,7 +38,10 @@ ExitsFolder = Annotated[
     typer.Option("--exits", help="Folder with trained exits. Without it: the exits that ship for this model, if any."),
 ]
 Fill = Annotated[
-    str, typer.Option(help="What skipped blocks remember: project (own keys and values) or copy (the last block's).")
+    str,
+    typer.Option(
+        help="What skipped blocks remember: project (their own of the exit's), copy (the last block's) or freeze."
+    ),
 ]
 Threshold = Annotated[
     float | None,
@@ -86,7 +89,9 @@ def _fail(message: str, hint: str, code: int) -> NoReturn:
 @app.command()
 def demo(
     questions: Annotated[list[str] | None, typer.Argument(help="Questions to ask. Default: a few of ours.")] = None,
-    model: Annotated[str, typer.Option(help="The model to ask; exits must ship with it or be given.")] = "smollm2",
+    model: Annotated[
+        str | None, typer.Option(help="The model to ask; exits must ship with it or be given. Default: smollm2.")
+    ] = None,
     exits: ExitsFolder = None,
     threshold: Threshold = None,
     fill: Fill = "project",
@@ -99,15 +104,18 @@ def demo(
     """Answer a few questions at full depth and with exits, and show which block each token left at."""
     from offramp.show import answer_in_colour, comparison_table
 
-    if both and exits:
-        raise BadInput("--exits belongs to one model, and --both asks two.", "Leave one of them out.")
-    asked = []
-    for name in DEMO_QUESTIONS if both else [model]:
+    if both and (exits or model):
+        raise BadInput("--both asks two models; --model and --exits name one.", "Leave --both out, or the others.")
+    names = list(DEMO_QUESTIONS) if both else [model or "smollm2"]
+    loaded = []
+    for name in names:
         backbone = _load(name, dtype)
         found = _exits(backbone, exits)
         if found is None:
             raise BadInput(f"No exits ship for {name}.", f"Train some: offramp train {name} -o DIR, then add --exits DIR.")
-        full, early = _engines(backbone, found, threshold, fill, "gate", 1.0)
+        loaded.append((backbone, _engines(backbone, found, threshold, fill, "gate", 1.0)))
+    asked = []
+    for name, (backbone, (full, early)) in zip(names, loaded, strict=True):
         pairs = []
         for question in questions or DEMO_QUESTIONS.get(name, DEMO_QUESTIONS["smollm2"]):
             pairs.append((full.generate(question, max_tokens), early.generate(question, max_tokens)))
@@ -278,7 +286,7 @@ def train(
 
 @app.command()
 def inspect(model: Model, exits: ExitsFolder = None, dtype: Dtype = None, as_json: Json = False) -> None:
-    """Show a model's blocks, where exits would go and what a token costs there. Reads the config, not the weights."""
+    """Show a model's blocks, where exits would go and what a token costs there. The config is enough."""
     from offramp.loading import outline
     from offramp.show import anatomy, anatomy_table
 

@@ -78,7 +78,7 @@ class _Sequence:
 class Engine:
     """Decodes with a backbone and, if given, its exits.
 
-    `policy` defaults to the exits' own thresholds; `fill` is `project` or `copy` (see `offramp.fill`);
+    `policy` defaults to the exits' own thresholds; `fill` is `project`, `copy` or `freeze` (see `offramp.fill`);
     `repetition_penalty` is the library's (1 is none). Raises `BadInput` for a policy that does not fit the exits.
     """
 

@@ -9,7 +9,7 @@
 | LM head | 2 · V · D | ibid. |
 | `project` fill of a block | 2 · (entries of its K and V projections) | CALM, arXiv 2207.07061, section 3.2 |
 | `project` fill of a Mamba block | 2 · (entries of what feeds convolution and state), and both | DYNAMAX, 2504.20922 |
-| `copy`, `freeze` | 0: they move numbers, they compute none | |
+| `copy`, `freeze` | 0, or `project`'s in attention blocks that have nothing to copy | |
 | gate, read-out adapter | 2 · (entries of their weight matrices), and `Mixer.scan_flops` | arXiv 2405.21060 |
 
 Norms, activations, rotary tables and residuals are left out: they are below 1% of a block's products. A block with a
@@ -75,7 +75,9 @@ class Costs:
         format, lean = FORMATS[backbone.weight_format], backbone.lean
         loaded = format.loaded.itemsize
         self._weight_bytes = [
-            sum(weight.nbytes for weight in lean.blocks[index].weights) if lean else stored(block, format.blocks, loaded)
+            sum(weight.nbytes for weight in lean.blocks[index].weights)
+            if lean
+            else stored(block, format.blocks, loaded, active)
             for index, block in enumerate(backbone.blocks)
         ]
         self.head = 2 * backbone.vocab_size * backbone.hidden_size
@@ -101,11 +103,12 @@ class Costs:
         return sum(self.block(index, context) for index in range(self.n_blocks)) + self.head
 
 
-def stored(block: nn.Module, format: type[Weight], itemsize: int) -> int:
-    """Bytes of a block's parameters with its matrices in this format."""
+def stored(block: nn.Module, format: type[Weight], itemsize: int, active: float = 1.0) -> int:
+    """Bytes of the parameters that a token reads, matrices in this format; of stacked experts, a share `active`."""
     matrices = [parameter.shape for parameter in block.parameters() if parameter.ndim == 2]
-    others = sum(parameter.numel() for parameter in block.parameters() if parameter.ndim != 2)
-    return sum(format.bytes_of(rows, columns, itemsize) for rows, columns in matrices) + others * itemsize
+    others = [(name, parameter) for name, parameter in block.named_parameters() if parameter.ndim != 2]
+    entries = sum(part.numel() * (active if part.ndim == 3 and "conv" not in name else 1) for name, part in others)
+    return sum(format.bytes_of(rows, columns, itemsize) for rows, columns in matrices) + round(entries) * itemsize
 
 
 def state_size(mixer: Any) -> int:

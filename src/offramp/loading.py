@@ -12,15 +12,16 @@ from torch import Tensor
 from offramp.backbone import Backbone
 from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
 from offramp.families import family_of
+from offramp.mamba import is_first
 from offramp.sources import Source, cache_folder, find_config, resolve
 from offramp.weights import FORMATS, Store
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The library's own logits (1, T, V) for some token ids: of one pass, and token by token over its cache.
+    """The library's own logits (1, T, V) for some token ids, of one pass and of three pieces over its cache.
 
-    Token by token, since the library's Mamba-1 is wrong in pieces; `pieces` is how they are cut up for our own.
+    Its Mamba-1 is wrong in pieces, so there it reads the tokens one by one; `pieces` is how they are cut up for ours.
     """
 
     ids: Tensor
@@ -43,10 +44,12 @@ class Reference:
                 "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
             )
         cache, cached = None, []
-        for at, piece in enumerate(ids.split(1, dim=1)):
-            positions = torch.full_like(piece, at) if "attention" in backbone.kinds or "both" in backbone.kinds else None
+        forgets = any(mixer is not None and is_first(mixer) for mixer in map(backbone.mixer, range(backbone.n_blocks)))
+        positions = torch.arange(length, device=ids.device)[None]
+        cuts = [1] * length if forgets else [piece.shape[1] for piece in pieces]
+        for piece, place in zip(ids.split(cuts, dim=1), positions.split(cuts, dim=1), strict=True):
             known: dict[str, Any] = {"cache": cache} if cache is not None else {}
-            out = backbone.model(piece, **known, position_ids=positions, use_cache=True)
+            out = backbone.model(piece, **known, position_ids=place, use_cache=True)
             cache = out.cache
             cached.append(out.logits.float())
         return cls(ids, pieces, full, torch.cat(cached, 1))
@@ -164,17 +167,25 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     except Exception as error:
         raise source.unreadable(error) from error
     family = family_of(config, source)
+    if random:  # Mamba's default of 0.1 makes a random model that amplifies rounding a thousandfold
+        config.initializer_range = 0.02
     torch.manual_seed(0)
-    with torch.device("cpu" if random else "meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=family.implementation, dtype=FORMATS[dtype].loaded
-        )
+    try:
+        with torch.device("cpu" if random else "meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=family.implementation, dtype=FORMATS[dtype].loaded
+            )
+    except Exception as error:  # the library raises anything from KeyError to ValueError for a config's odd values
+        raise source.unreadable(error) from error
     if random:  # random tokens should not end a text
         config.eos_token_id = model.generation_config.eos_token_id = None
     backbone = Backbone(model, None, source)
-    backbone.weight_format = dtype
+    if FORMATS[dtype].quantised and not family.lean:
+        raise UnsupportedModel(f"The family '{config.model_type}' has no lean path.", "Use bfloat16 or float32.")
     if random:
         _ready(backbone, dtype, Store())
+    elif family.lean:  # which keeps hidden states, keys and values in float32
+        backbone.weight_format, backbone.dtype = dtype, torch.float32
     return backbone
 
 

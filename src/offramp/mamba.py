@@ -31,32 +31,31 @@ def is_mixer(module: object) -> bool:
     return hasattr(module, "A_log")
 
 
-def mix(mixer: Mixer, u: Tensor, memory: SSM | None = None, mask: Tensor | None = None) -> Tensor:
-    """What the mixer makes of u (B, T, D): (B, T, D). Continues from `memory` and leaves the new state there.
-
-    Tokens that `mask` (B, T) hides leave the memory as it was. Gradients pass through.
+def mix(mixer: Mixer, u: Tensor, memory: SSM | None = None) -> Tensor:
+    """What the mixer makes of u (B, T, D): (B, T, D). Continues from `memory` and leaves the new state there. Gradients
+    pass through.
     """
-    if _first(mixer):
+    if is_first(mixer):
         x, z = _linear(mixer.in_proj, u).chunk(2, dim=-1)
-        y = _advance_first(mixer, x, memory, mask) * F.silu(z.float())
+        y = _advance_first(mixer, x, memory) * F.silu(z.float())
     else:
         z, xBC, dt = _project_second(mixer, u).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
-        y = _advance_second(mixer, xBC, dt, memory, mask)
+        y = _advance_second(mixer, xBC, dt, memory)
         y = mixer.norm(y, z) if getattr(mixer, "mamba_rms_norm", True) else y * F.silu(z.float())
     return _linear(mixer.out_proj, y.to(u.dtype))
 
 
-def remember(mixer: Mixer, u: Tensor, memory: SSM, mask: Tensor | None = None) -> None:
+def remember(mixer: Mixer, u: Tensor, memory: SSM) -> None:
     """Only what `memory` would keep if u (B, T, D) were the mixer's input: DYNAMAX's partial forward.
 
     No gate path and no output projection: of the input projection only the rows that feed convolution and state.
     """
-    if _first(mixer):
-        _advance_first(mixer, _linear(mixer.in_proj, u, slice(0, mixer.intermediate_size)), memory, mask)
+    if is_first(mixer):
+        _advance_first(mixer, _linear(mixer.in_proj, u, slice(0, mixer.intermediate_size)), memory)
     else:
         widths = [mixer.conv_dim, mixer.num_heads]
         xBC, dt = _project_second(mixer, u, slice(mixer.intermediate_size, None)).split(widths, dim=-1)
-        _advance_second(mixer, xBC, dt, memory, mask)
+        _advance_second(mixer, xBC, dt, memory)
 
 
 def take_over(mixer: Mixer) -> None:
@@ -70,20 +69,21 @@ def _forward(self: Mixer, hidden_states: Tensor, cache: Any = None, attention_ma
     return type(self).forward(self, hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
 
 
-def _first(mixer: Mixer) -> bool:
+def is_first(mixer: Mixer) -> bool:
+    """Whether a mixer is Mamba-1's."""
     return bool(mixer.A_log.ndim == 2)
 
 
-def _advance_first(mixer: Mixer, x: Tensor, memory: SSM | None, mask: Tensor | None) -> Tensor:
+def _advance_first(mixer: Mixer, x: Tensor, memory: SSM | None) -> Tensor:
     """Convolution and scan of Mamba-1: x (B, T, E) → (B, T, E) in float32."""
-    x = _convolve(mixer, x, memory, mask)
+    x = _convolve(mixer, x, memory)
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
     dt, B, C = _linear(mixer.x_proj, x).split(sizes, dim=-1)
     if hasattr(mixer, "dt_layernorm"):
         dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
     dt = F.softplus(_linear(mixer.dt_proj, dt).float())
     h = None if memory is None else memory.h
-    y, h = selective_scan(x, dt, -torch.exp(mixer.A_log.float()), B, C, mixer.D, h, mask)
+    y, h = selective_scan(x, dt, -torch.exp(mixer.A_log.float()), B, C, mixer.D, h)
     if memory is not None:
         memory.h = h
     return y
@@ -97,27 +97,27 @@ def _project_second(mixer: Mixer, u: Tensor, rows: slice = slice(None)) -> Tenso
     return _linear(mixer.in_proj, u, rows)
 
 
-def _advance_second(mixer: Mixer, xBC: Tensor, dt: Tensor, memory: SSM | None, mask: Tensor | None) -> Tensor:
+def _advance_second(mixer: Mixer, xBC: Tensor, dt: Tensor, memory: SSM | None) -> Tensor:
     """Convolution and scan of Mamba-2: x, B, C (B, T, E + 2 G N) and dt (B, T, H) → (B, T, E) in float32."""
     size = mixer.n_groups * mixer.ssm_state_size
-    x, B, C = _convolve(mixer, xBC, memory, mask).split([mixer.intermediate_size, size, size], dim=-1)
+    x, B, C = _convolve(mixer, xBC, memory).split([mixer.intermediate_size, size, size], dim=-1)
     # The library leaves the limits out for single tokens, which only shows where they bite.
     dt = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
     h = None if memory is None else memory.h
     heads, groups = (-1, mixer.head_dim), (mixer.n_groups, -1)
     A = -torch.exp(mixer.A_log.float())
-    y, h = scan(x.unflatten(2, heads), dt, A, B.unflatten(2, groups), C.unflatten(2, groups), mixer.D, h, mask)
+    y, h = scan(x.unflatten(2, heads), dt, A, B.unflatten(2, groups), C.unflatten(2, groups), mixer.D, h)
     if memory is not None:
         memory.h = h
     return y.flatten(2)
 
 
-def _convolve(mixer: Mixer, x: Tensor, memory: SSM | None, mask: Tensor | None) -> Tensor:
+def _convolve(mixer: Mixer, x: Tensor, memory: SSM | None) -> Tensor:
     weight = mixer.conv1d.weight.squeeze(1)
     window = None if memory is None else memory.window
     if window is None:
         window = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
-    x, window = causal_conv(x, weight, mixer.conv1d.bias, window, mask)
+    x, window = causal_conv(x, weight, mixer.conv1d.bias, window)
     if memory is not None:
         memory.window = window
     return x

@@ -359,7 +359,7 @@ void offramp_product(const Weight *m, const float *x, int64_t R, float *y, float
 
 typedef struct {
     Weight in, out;                                     // rows of `in`: z (E), x, B and C (C together), dt (H)
-    const float *norm, *gated_norm, *conv, *conv_bias;  // conv (W, C); conv_bias and gated_norm may be NULL
+    const float *norm, *gated_norm, *conv, *conv_bias;  // conv (W, C); conv_bias may be NULL
     const float *dt_bias, *decay, *skip;                // (H) each: decay is A < 0, skip is D
     float eps, gated_eps, dt_low, dt_high;
 } MambaBlock;
@@ -446,7 +446,7 @@ void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape
 #pragma omp barrier
             if (fill) continue;
             for (int64_t r = t; r < R; r += n)
-                for (int64_t g = 0; g < (b->gated_norm ? G : 0); g++) {
+                for (int64_t g = 0; g < G; g++) {
                     float *part = x + r * E + g * (E / G);
                     norm(part, b->gated_norm + g * (E / G), b->gated_eps, part, E / G);
                 }

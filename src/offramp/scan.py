@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64  # tokens whose mutual influence is computed as one matrix (2405.21060, section 6); longer only costs more
+FEW = 16  # tokens of Mamba-1 that are prepared at once
 SPAN = 16 * CHUNK  # tokens whose chunks are computed side by side: bounds the memory of a long prompt
 
 
@@ -127,25 +128,29 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1: run T tokens from state `h` (zeros if None). Returns y (B, T, E) and the new h.
 
-    Token by token, but with everything that does not wait for the token before done for a chunk at once; a chunk is small
-    enough to stay in the processor's cache.
+    Token by token, but with everything that does not wait for the token before done for a few tokens at once: as many as
+    stay in the processor's cache.
     """
     x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
     if mask is not None:
         dt = dt * mask[..., None]
     if h is None:
         h = x.new_zeros(x.shape[0], x.shape[2], B.shape[-1])
-    fed, outputs = dt * x, []
-    for start in range(0, x.shape[1], CHUNK):
-        piece = slice(start, start + CHUNK)
-        decays = torch.exp(dt[:, piece].transpose(0, 1)[..., None] * A)  # (L, B, E, N)
-        inputs = fed[:, piece].transpose(0, 1)[..., None] * B[:, piece].transpose(0, 1)[:, :, None]
+    if x.shape[1] == 1:
+        h = torch.exp(dt[:, 0, :, None] * A) * h + (dt * x)[:, 0, :, None] * B[:, 0, None]
+        return (h @ C[:, 0, :, None]).transpose(1, 2) + x * D, h
+    # Channels last, where they make the longest vectors.
+    h, rates, fed, outputs = h.transpose(1, 2).contiguous(), A.T.contiguous(), dt * x, []  # (B, N, E), (N, E), (B, T, E)
+    for start in range(0, x.shape[1], FEW):
+        piece = slice(start, start + FEW)
+        decays = torch.exp(dt[:, piece].transpose(0, 1)[:, :, None] * rates)  # (L, B, N, E)
+        inputs = fed[:, piece].transpose(0, 1)[:, :, None] * B[:, piece].transpose(0, 1)[..., None]
         states = []
         for decay, new in zip(decays.unbind(), inputs.unbind(), strict=True):
             h = torch.addcmul(new, decay, h)
             states.append(h)
-        outputs.append((torch.stack(states, dim=1) @ C[:, piece, :, None]).squeeze(-1))
-    return torch.cat(outputs, dim=1) + x * D, h
+        outputs.append((C[:, piece, None] @ torch.stack(states, dim=1)).squeeze(2))
+    return torch.cat(outputs, dim=1) + x * D, h.transpose(1, 2).contiguous()
 
 
 def causal_conv(
@@ -188,6 +193,9 @@ def _kernel() -> Scan | None:
     try:
         combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     except ImportError:
+        return None
+    except Exception as error:  # whatever a broken install raises
+        warnings.warn(f"mamba-ssm cannot be imported ({error}): using offramp's scan.", stacklevel=3)
         return None
 
     def kernel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,12 +101,14 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = 256) -> dict
     gate, readout = exit_part(first.gate), exit_part(first.adapter)
     leaving = []
     for number, stop in enumerate([*layers, backbone.n_blocks]):
-        gates = min(number + 1, len(layers)) * gate + (readout if stop < backbone.n_blocks else 0)
+        passed = min(number + 1, len(layers))
+        # A read-out that remembers sees every token that gets there; one that does not runs where the token leaves.
+        readouts = passed if first.recurrent_adapter else int(stop < backbone.n_blocks)
         leaving.append(
             {
                 "after_block": stop,
                 "parameters": sum(_parameters(one) for one in backbone.blocks[:stop]),
-                "flops": sum(flops[:stop]) + sum(filled[stop:]) + gates + costs.head,
+                "flops": sum(flops[:stop]) + sum(filled[stop:]) + passed * gate + readouts * readout + costs.head,
                 "bytes": sum(size[:stop]) + costs.head_bytes,
             }
         )
@@ -182,8 +184,8 @@ def anatomy_table(facts: dict[str, Any]) -> None:
     context = facts["cost_context"]
     console.print(
         Text(
-            f"Costs at a context of {context} tokens; a block is a mean block's FLOPs. Leaving counts gates, read-out, "
-            "project fill and head; the last row is full depth with all gates tried.",
+            f"Costs at a context of {context} tokens; a block is a mean block's FLOPs. GFLOPs count gates, read-outs, "
+            "project fill and head, the last row with all exits tried in vain; GB the blocks that are run and the head.",
             "dim",
         )
     )

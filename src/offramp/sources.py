@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,18 +102,17 @@ def resolve(name: str) -> Source:
 
 
 def find_config(name: str) -> Source:
-    """Where a model's config can be read, without its weights if need be; the hash is empty where they are not at hand.
-
-    Raises `ModelNotFound`.
-    """
-    shipped = CONFIGS / f"{name.replace('/', '--')}.json"
-    if shipped.is_file():
-        return Source(name, str(shipped), "")
+    """Where a model's config can be read; the hash is empty where its weights are not at hand. Raises `ModelNotFound`."""
     path = Path(name).expanduser()
     if path.is_dir() and (path / "config.json").is_file() and not _weights_in(path):
         return Source(name, str(path.resolve()), "")
     if name in ALIASES or path.exists() or not _is_hub_name(name):
         return resolve(name)
+    with suppress(Exception):  # not on this machine with its weights
+        return _snapshot(name, local=True)
+    shipped = CONFIGS / f"{name.replace('/', '--')}.json"
+    if shipped.is_file():
+        return Source(name, str(shipped), "")
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = name.partition("@")
@@ -187,18 +187,19 @@ def _from_folder(name: str, folder: Path) -> Source:
     return Source(name, str(folder), sha256)
 
 
-def _from_hub(name: str) -> Source:
+def _snapshot(name: str, local: bool) -> Source:
+    """A hub repository's files on this machine; with `local`, only if they are there already."""
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"]
+    folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted, local_files_only=local)
+    return _from_folder(name, Path(folder))
 
-    def snapshot(local: bool) -> Source:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted, local_files_only=local)
-        return _from_folder(name, Path(folder))
 
+def _from_hub(name: str) -> Source:
     try:
-        return snapshot(local=True)
+        return _snapshot(name, local=True)
     except Exception:
         if offline():
             raise ModelNotFound(
@@ -206,7 +207,7 @@ def _from_hub(name: str) -> Source:
                 "Unset HF_HUB_OFFLINE once, or name a local folder.",
             ) from None
     try:
-        return snapshot(local=False)
+        return _snapshot(name, local=False)
     except OfframpError:
         raise
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors

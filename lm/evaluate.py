@@ -6,8 +6,8 @@ Every test token is predicted with at least 256 tokens before it (fewer only at 
 the first 256 are context. After each block but the last, the read-out is untrained: the model's own final norm and head.
 `--read-out-steps` trains one for the middle of the model, to see what a fair read-out makes of half the depth.
 
-Samples are the first that the seed gives, none chosen: half answer questions of the test split, half go on from the first
-words of its other documents.
+Samples are the first that the seed gives, none chosen: half answer questions of offramp's own list of prompts, half are
+written from nothing.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lm.forward import Forward
-from lm.text import load_tokens, piece_bytes, report
+from lm.text import END, load_tokens, piece_bytes, question_and_answer, report
 from lm.train import Settings, batch_at
 from offramp.errors import BadInput, OfframpError
 from offramp.sources import write_atomically
+from offramp.training import PROMPTS
 
 WINDOW = 512
 CONTEXT = 256
 BATCH = 16
-WORDS = 12  # of a document, that a sample goes on from
 
 
 def windows(tokens: np.ndarray, window: int = WINDOW, context: int = CONTEXT) -> tuple[np.ndarray, np.ndarray]:
@@ -111,15 +111,11 @@ class Sample:
 
 
 def samples(
-    model: Any, tokenizer: Any, documents: list[str], count: int = 20, most: int = 120, seed: int = 0
+    model: Any, tokenizer: Any, questions: list[str], count: int = 20, most: int = 120, seed: int = 0
 ) -> list[Sample]:
-    """`count` samples at temperature 0.8 and top-p 0.95, from the first held-out questions and other documents."""
-    asked = [one.partition(" Answer:")[0] + " Answer:" for one in documents if one.startswith("Question: ")]
-    others = [" ".join(one.split()[:WORDS]) for one in documents if not one.startswith("Question: ")]
-    order = np.random.default_rng(seed)
-    prompts = [
-        part[index] for part in (asked, others) for index in sorted(order.permutation(len(part))[: count // 2].tolist())
-    ]
+    """`count` samples at temperature 0.8 and top-p 0.95: half answer some of the questions, half begin with nothing."""
+    chosen = sorted(np.random.default_rng(seed).permutation(len(questions))[: count // 2].tolist())
+    prompts = [END + question_and_answer(questions[index]) for index in chosen] + [END] * (count - len(chosen))
     out = []
     for number, prompt in enumerate(prompts):
         torch.manual_seed(seed + number)
@@ -133,7 +129,8 @@ def samples(
 def markdown(found: list[Sample], name: str, seed: int) -> str:
     parts = [f"# Samples of {name}\n\nTemperature 0.8, top-p 0.95, seed {seed}; prompts in bold, none left out.\n"]
     for number, one in enumerate(found, start=1):
-        parts.append(f"{number}. **{' '.join(one.prompt.split())}** {' '.join(one.text.split())}\n")
+        prompt = " ".join(one.prompt.removeprefix(END).split())
+        parts.append(f"{number}. {f'**{prompt}** ' if prompt else ''}{' '.join(one.text.split())}\n")
     return "\n".join(parts)
 
 
@@ -175,8 +172,8 @@ def main() -> None:
     if args.out:
         write_atomically(args.out, json.dumps(result, indent=1).encode())
     if args.samples:
-        documents = [one for one in (args.corpus / "test.txt").read_text().split("\f") if one]
-        found = samples(model, tokenizer, documents, seed=args.seed)
+        questions = [line for line in PROMPTS.read_text().splitlines() if line.endswith("?")]
+        found = samples(model, tokenizer, questions, seed=args.seed)
         write_atomically(args.samples, markdown(found, args.model.name, args.seed).encode())
 
 

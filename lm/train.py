@@ -61,11 +61,11 @@ class Settings:
     hours: float | None = None
     steps: int | None = None
     blocks: int = 12
-    width: int = 256
+    width: int = 160
     state: int = 64
-    batch: int = 16
+    batch: int = 8
     length: int = 256
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     warm_up: float = 0.02
     decay: float = 0.6
     early_exit: bool = False

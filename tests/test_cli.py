@@ -183,6 +183,7 @@ def test_train_writes_exits_that_generate_uses(world) -> None:
         (("bench", "--model", "shape", "--random", "--prefill", "600", "--dtype", "float32"), "600 tokens do not fit"),
         (("bench", "--model", "shape", "--random", "--prefill", "1"), "at least 2 tokens"),
         (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of block numbers"),
+        (("train", "model", "-o", "x", "--readout-width", "40"), "40 dims wide"),
         (("train", "model", "-o", "x", "--layers", "9"), "do not fit a model of 6"),
         (("train", "model", "-o", "x", "--gate", "oracle"), "no gate 'oracle'"),
         (("train", "model", "-o", "model/config.json/x", "--layers", "2"), "Not a directory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import offramp
 from offramp import Engine, Exits, Policy, shipped_for
 from offramp.backbone import Backbone
+from offramp.fill import FILLS
 from offramp.loading import check
 from offramp.metrics import token_f1
 
@@ -130,3 +132,46 @@ def test_the_readmes_generate_command_prints_one_object() -> None:
     assert record["thresholds"]
     assert len(record["tokens"]) == 12
     assert record["text"]
+
+
+@pytest.fixture(scope="module")
+def mamba_tiny() -> Backbone:
+    return offramp.load("mamba-tiny", "float32", keep=True)
+
+
+def test_the_mamba_model_and_its_exits_decode_like_the_library(mamba_tiny: Backbone) -> None:
+    assert max(check(mamba_tiny)) <= 1e-5
+    exits = shipped_for(mamba_tiny)
+    assert exits, "no exits ship for mamba-tiny"
+    for prompt in PROMPTS[:3]:
+        answer = Engine(mamba_tiny, exits, Policy((1.0,) * len(exits))).generate(prompt, 24)
+        assert answer.ids == library_tokens(mamba_tiny, prompt, 24)[: len(answer.ids)]
+
+
+def test_the_mamba_models_exits_open_and_every_fill_decodes(mamba_tiny: Backbone) -> None:
+    exits = shipped_for(mamba_tiny)
+    assert exits
+    for fill in FILLS:
+        answers = [Engine(mamba_tiny, exits, Policy((0.5,) * len(exits)), fill).generate(one, 16) for one in PROMPTS]
+        assert any(token.exit_block < mamba_tiny.n_blocks for answer in answers for token in answer.tokens)
+        assert sum(answer.flops_saved for answer in answers) > 0
+
+
+def test_the_mamba_model_says_what_it_was_trained_on_and_is_small(mamba_tiny: Backbone) -> None:
+    folder = Path(mamba_tiny.source.path)
+    record = json.loads((folder / "training.json").read_text())
+    assert record["parameters"] == sum(parameter.numel() for parameter in mamba_tiny.model.parameters())
+    assert all(source["sha256"] for source in record["corpus"]["sources"])
+    assert {one["name"] for one in record["corpus"]["excluded"]} >= {"TruthfulQA.csv", "coqa.json", "rc.nocontext.jsonl"}
+    assert record["curve"]
+    assert (folder / "model.safetensors").stat().st_size <= 16_000_000
+    shipped = Path(offramp.__file__).parent / "shipped" / "mamba-tiny"
+    assert sum(file.stat().st_size for file in shipped.iterdir()) <= 3_000_000
+
+
+def test_the_demo_shows_both_models_side_by_side() -> None:
+    command = [sys.executable, "-c", "from offramp.cli import main; main()", "demo", "--both", "--max-tokens", "6"]
+    wide = {**os.environ, "COLUMNS": "200"}
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
+    for word in ("smollm2, full depth", "smollm2, with exits", "mamba-tiny, full depth", "mamba-tiny, with exits"):
+        assert word in shown

@@ -234,6 +234,8 @@ def train(
     ] = None,
     gate: Annotated[str, typer.Option(help="Exit classifier: linear, ffn or mamba.")] = "mamba",
     readout: Annotated[str, typer.Option(help="Adapter before the LM head: none, linear or mamba.")] = "mamba",
+    gate_width: Annotated[int, typer.Option(help="Bottleneck of a gate, in dims; a multiple of 16.")] = 64,
+    readout_width: Annotated[int, typer.Option(help="Bottleneck of a read-out, in dims; a multiple of 32.")] = 512,
     text: Annotated[
         list[Path] | None, typer.Option(help="Plain text, or JSON lines with 'text', to read too. Repeatable.")
     ] = None,
@@ -259,6 +261,8 @@ def train(
         layers=_layers(layers),
         gate=gate,
         readout=readout,
+        gate_width=gate_width,
+        readout_width=readout_width,
         prompts=str(own_prompts) if own_prompts else None,
         texts=tuple(map(str, text or ())),
         max_prompts=max_prompts,

@@ -243,6 +243,9 @@ class Exits:
         for kind, known, what in ((config.gate, GATES, "gate"), (config.readout, READOUTS, "read-out")):
             if kind not in known:
                 raise OfframpError(f"There is no {what} '{kind}'.", f"Choose from {', '.join(known)}.")
+        for width, unit, what in ((config.gate_width, 16, "gate"), (config.readout_width, 32, "read-out")):
+            if width < unit or width % unit:  # the Mamba ones are made of heads of 32
+                raise OfframpError(f"A {what} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
         modules = nn.ModuleList(Exit(layer, backbone.hidden_size, config) for layer in layers)
         owner = {
             "name": backbone.name,

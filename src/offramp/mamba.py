@@ -32,9 +32,7 @@ def is_mixer(module: object) -> bool:
 
 
 def mix(mixer: Mixer, u: Tensor, memory: SSM | None = None) -> Tensor:
-    """What the mixer makes of u (B, T, D): (B, T, D). Continues from `memory` and leaves the new state there. Gradients
-    pass through.
-    """
+    """What the mixer makes of u (B, T, D): (B, T, D). Continues from `memory` and leaves the new state there."""
     if is_first(mixer):
         x, z = _linear(mixer.in_proj, u).chunk(2, dim=-1)
         y = _advance_first(mixer, x, memory) * F.silu(z.float())

@@ -129,7 +129,7 @@ def selective_scan(
     """Mamba-1: run T tokens from state `h` (zeros if None). Returns y (B, T, E) and the new h.
 
     Token by token, but with everything that does not wait for the token before done for a few tokens at once: as many as
-    stay in the processor's cache.
+    stay in the processor's cache. States are written in place, so gradients do not pass through.
     """
     x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
     if mask is not None:
@@ -144,12 +144,10 @@ def selective_scan(
     for start in range(0, x.shape[1], FEW):
         piece = slice(start, start + FEW)
         decays = torch.exp(dt[:, piece].transpose(0, 1)[:, :, None] * rates)  # (L, B, N, E)
-        inputs = fed[:, piece].transpose(0, 1)[:, :, None] * B[:, piece].transpose(0, 1)[..., None]
-        states = []
-        for decay, new in zip(decays.unbind(), inputs.unbind(), strict=True):
-            h = torch.addcmul(new, decay, h)
-            states.append(h)
-        outputs.append((C[:, piece, None] @ torch.stack(states, dim=1)).squeeze(2))
+        states = fed[:, piece].transpose(0, 1)[:, :, None] * B[:, piece].transpose(0, 1)[..., None]  # as yet the inputs
+        for decay, state in zip(decays.unbind(), states.unbind(), strict=True):
+            h = state.addcmul_(decay, h)
+        outputs.append((C[:, piece, None] @ states.transpose(0, 1)).squeeze(2))
     return torch.cat(outputs, dim=1) + x * D, h.transpose(1, 2).contiguous()
 
 

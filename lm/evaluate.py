@@ -156,7 +156,7 @@ def main() -> None:
     forward = Forward(model)
     half, read_out = len(model.backbone.layers) // 2, None
     if args.read_out_steps:
-        settings = Settings(learning_rate=1e-3, seed=args.seed)
+        settings = Settings(batch=16, length=256, learning_rate=1e-3, seed=args.seed)
         read_out = train_read_out(forward, train, half, args.read_out_steps, settings)
     by_block, trained = depths(forward, test, piece_bytes(tokenizer), half, read_out)
     result: dict[str, Any] = {

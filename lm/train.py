@@ -53,7 +53,8 @@ class Settings:
     """How a model is trained; the fields are the flags of `python -m lm.train`.
 
     hours of work or steps: the budget; blocks, width, state: the model's shape; batch × length: tokens a step;
-    learning_rate: its highest; warm_up, decay: shares of the budget in which it rises, and falls to zero;
+    learning_rate, matrix_rate: the highest of AdamW, and of Muon for the blocks' matrices (0: AdamW for them too); warm_up,
+    decay: shares of the budget in which they rise, and fall to zero;
     early_exit: LayerSkip; skip: how often a sample skips the last block; exit_scale: how much exits weigh beside the last
     block; every: a step reads out one in so many blocks.
     """
@@ -61,13 +62,14 @@ class Settings:
     hours: float | None = None
     steps: int | None = None
     blocks: int = 12
-    width: int = 160
+    width: int = 192
     state: int = 64
     batch: int = 8
     length: int = 256
-    learning_rate: float = 5e-3
+    learning_rate: float = 1.5e-2
+    matrix_rate: float = 0.01
     warm_up: float = 0.02
-    decay: float = 0.6
+    decay: float = 0.5
     early_exit: bool = False
     skip: float = 0.1
     exit_scale: float = 0.2
@@ -117,11 +119,34 @@ def batch_at(tokens: np.ndarray, step: int, settings: Settings) -> Tensor:
     return torch.from_numpy(np.stack([tokens[at : at + settings.length + 1] for at in starts]).astype(np.int64))
 
 
-def learning_rate(settings: Settings, done: float) -> float:
-    """Warm-up, then constant, then linear to zero; `done` is the share of the budget that is spent."""
+def schedule(settings: Settings, done: float) -> float:
+    """Warm-up, then constant, then linear to zero, as a share of the highest; `done` is the share of the budget spent."""
     rise = done / settings.warm_up if settings.warm_up else 1.0
     fall = (1 - done) / settings.decay if settings.decay else 1.0
-    return settings.learning_rate * max(0.0, min(1.0, rise, fall))
+    return max(0.0, min(1.0, rise, fall))
+
+
+def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest."""
+    matrices = [parameter for parameter in model.backbone.layers.parameters() if parameter.ndim == 2]
+    if not settings.matrix_rate:
+        matrices = []
+    taken = {id(parameter) for parameter in matrices}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales that mean something.
+    groups = [
+        {"params": [parameter for parameter in rest if parameter.ndim == 2], "weight_decay": 0.1},
+        {"params": [parameter for parameter in rest if parameter.ndim != 2], "weight_decay": 0.0},
+    ]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    ]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=0.025))
+    for optimizer in made:
+        for group in optimizer.param_groups:
+            group["highest"] = group["lr"]
+    return made
 
 
 def exit_weights(blocks: int, step: int, settings: Settings) -> dict[int, float]:
@@ -199,17 +224,13 @@ def train(
             raise BadInput(f"{start} has another tokenizer than {corpus}.", f"Make the corpus with --tokenizer {start}.")
     model.train()
     forward = Forward(model, compiled)
-    # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales that mean something.
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizers = optimizers_for(model, settings)
 
     work = folder / ".training" / "checkpoint.pt"
     plan = json.dumps({**asdict(settings), "corpus": json.loads((corpus / "corpus.json").read_text())["splits"]})
     step, seconds, curve = 0, 0.0, []
     if work.exists():
-        step, seconds, curve = _restore(work, plan, model, optimizer)
+        step, seconds, curve = _restore(work, plan, model, optimizers)
     losses: list[float] = []
     looked = curve[-1]["done"] if curve else 0.0
     saved, worked_before = time.monotonic(), seconds
@@ -228,22 +249,24 @@ def train(
                 write_atomically(folder / "curve.json", json.dumps(curve, indent=1).encode())
                 print(json.dumps(curve[-1]), flush=True)
             if stop.asked or done >= 1 or time.monotonic() - saved > CHECKPOINT:
-                _checkpoint(work, plan, model, optimizer, step, seconds, curve)
+                _checkpoint(work, plan, model, optimizers, step, seconds, curve)
                 saved = time.monotonic()
             if stop.asked and done < 1:
                 return None
             if done >= 1:
                 break
 
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(settings, done)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["highest"] * schedule(settings, done)
             loss, last = loss_of(forward, batch_at(tokens, step, settings), step, settings)
             if not math.isfinite(last):
                 raise BadNumbers(f"The loss became NaN at step {step}.", "Try a lower --learning-rate.")
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             step += 1
             losses.append(last)
             seconds = worked_before + (time.process_time() - started) / torch.get_num_threads()
@@ -315,15 +338,16 @@ class Stop:
 
 
 def _checkpoint(
-    path: Path, plan: str, model: Any, optimizer: Any, step: int, seconds: float, curve: list[dict[str, Any]]
+    path: Path, plan: str, model: Any, optimizers: list[Any], step: int, seconds: float, curve: list[dict[str, Any]]
 ) -> None:
     buffer = io.BytesIO()
     content = {"plan": plan, "step": step, "seconds": seconds, "curve": curve}
-    torch.save({**content, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({**content, "model": model.state_dict(), "optimizers": states}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
-def _restore(path: Path, plan: str, model: Any, optimizer: Any) -> tuple[int, float, list[dict[str, Any]]]:
+def _restore(path: Path, plan: str, model: Any, optimizers: list[Any]) -> tuple[int, float, list[dict[str, Any]]]:
     try:
         content = torch.load(path, weights_only=True)
     except Exception as error:
@@ -334,7 +358,8 @@ def _restore(path: Path, plan: str, model: Any, optimizer: Any) -> tuple[int, fl
             "Run it again with its own settings to finish it, or delete that folder to start anew.",
         )
     model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
+    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
     return content["step"], content["seconds"], content["curve"]
 
 
@@ -356,6 +381,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=Settings.batch, help="windows a step")
     parser.add_argument("--length", type=int, default=Settings.length, help="tokens of a window")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="Muon's; 0: AdamW alone")
     parser.add_argument("--warm-up", type=float, default=Settings.warm_up, help="share of the budget")
     parser.add_argument("--decay", type=float, default=Settings.decay, help="share of the budget")
     parser.add_argument("--early-exit", action="store_true", help="LayerSkip; needs --start")

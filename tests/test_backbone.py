@@ -66,7 +66,7 @@ def test_shallow_blocks_token_by_token_and_deep_blocks_in_one_chunk_equal_the_fu
         h, step = backbone.embed(ids[:, position : position + 1], position)
         shallow.append(backbone.run(h, 0, layer, state, step))
     chunk = torch.cat(shallow, 1)
-    deep = backbone.run(chunk, layer, BLOCKS, state, backbone.step(chunk, torch.arange(prompt, LENGTH)[None]))
+    deep = backbone.run(chunk, layer, BLOCKS, state, backbone.step(chunk, prompt))
     assert difference(backbone.logits(deep), backbone.model(ids).logits[:, prompt:]) <= 1e-5
 
 
@@ -74,7 +74,7 @@ def test_shallow_blocks_token_by_token_and_deep_blocks_in_one_chunk_equal_the_fu
 def test_project_stores_what_the_block_itself_would_store(family: str) -> None:
     backbone = tiny(family)
     h = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
-    step = backbone.step(h, torch.arange(5)[None])
+    step = backbone.step(h, 0)
     for index in range(BLOCKS):
         ran, projected = backbone.state(), backbone.state()
         backbone.run(h, index, index + 1, ran, step)

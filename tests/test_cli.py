@@ -14,13 +14,15 @@ from conftest import BLOCKS, saved, tiny
 from test_engine import exits_for
 
 VERBS = ("demo", "generate", "chat", "train", "inspect")
-TOKEN = {"id", "text", "exit_block", "confidence", "flops", "cumulative_flops"}
+TOKEN = {"id", "text", "exit_block", "confidence", "flops", "cumulative_flops", "deep_passes", "rejected"}
 ANSWER = {
     "text",
     "tokens",
     "blocks",
     "mean_blocks",
     "flops_saved",
+    "tokens_per_deep_pass",
+    "acceptance_rate",
     "prefill_seconds",
     "decode_tokens_per_second",
     "fill",
@@ -96,6 +98,36 @@ def test_many_prompts_give_json_lines(world) -> None:
     (world / "prompts.jsonl").write_text('{"prompt": "One"}\n{"prompt": "Two"}\n')
     lines = run(world, "generate", "model", "--prompts", "prompts.jsonl", "--max-tokens", "3").stdout.splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["One", "Two"]
+
+
+def test_verified_json_is_full_depths_answer_with_its_books(world) -> None:
+    arguments = ("model", "Hello", "--exits", "exits", "--threshold", "0.3", "--max-tokens", "16", "--dtype", "float32")
+    draws = ("--temperature", "0.9", "--top-k", "50", "--top-p", "0.99", "--min-p", "0.001", "--seed", "7")
+    for extra in ((), draws):
+        record = json.loads(run(world, "generate", *arguments, "--fill", "verify", "--json", *extra).stdout)
+        assert record["text"] == record["full"]["text"]
+        assert record["consistency"] == 1
+        assert 0 <= record["acceptance_rate"] <= 1 <= record["tokens_per_deep_pass"]
+        assert record["decode_tokens_per_second"] > 0 < record["full"]["decode_tokens_per_second"]
+
+
+def test_answers_side_by_side_are_those_one_by_one(world) -> None:
+    (world / "three.txt").write_text("One\nTwo, and a longer one\nThree\n")
+    arguments = ("model", "--exits", "exits", "--prompts", "three.txt", "--max-tokens", "8", "--dtype", "float32")
+    runs = [run(world, "generate", *arguments, "--batch", batch).stdout.splitlines() for batch in ("1", "2")]
+    alone, together = ([json.loads(line)["text"] for line in lines] for lines in runs)
+    assert alone == together
+
+
+def test_bench_compares_fills(world) -> None:
+    arguments = ("--model", "model", "--exits", "exits", "--fills", "full,defer,verify", "--threshold", "0.3")
+    sizes = ("--tokens", "6", "--pairs", "2", "--dtype", "float32")
+    result = json.loads(run(world, "bench", *arguments, *sizes, "--json").stdout)
+    assert list(result["fills"]) == ["full", "defer", "verify"]
+    assert result["fills"]["full"]["ratio"] == result["fills"]["verify"]["equal"] == 1
+    assert result["ratio"] == result["fills"]["verify"]["ratio"]
+    for word in ("tokens a deep pass", "acceptance", "verify"):
+        assert word in run(world, "bench", *arguments, *sizes).stdout
 
 
 def test_compare_for_people_shows_both_answers(world) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +11,13 @@ from hypothesis import strategies as st
 
 from conftest import BLOCKS, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
-from offramp.engine import _Text
+from offramp.engine import Talk, Token, _Text
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits import GATES, READOUTS
 from offramp.fill import FILLS
 from offramp.policy import CONFIDENCES
+from offramp.sampling import Sampling
+from offramp.sequence import Sequence
 from test_backbone import damaged
 
 PROMPT = "Some words to go on from"
@@ -29,6 +33,22 @@ def exits_for(family: str, gate: str = "mamba", readout: str = "mamba", seed: in
             parameter.add_(torch.randn_like(parameter) * 0.3)
     exits.modules.eval().requires_grad_(False)
     return exits
+
+
+def begun(engine: Engine, tokens: int = 48) -> tuple[Iterator[Token | None], Sequence]:
+    """A stream that has read the prompt, and its sequence."""
+    talk = Talk()
+    stream = engine.stream_ids(engine.backbone.encode(PROMPT), tokens, talk=talk)
+    assert next(stream) is None
+    assert talk.sequence is not None
+    return stream, talk.sequence
+
+
+def after(engine: Engine, tokens: int) -> Sequence:
+    stream, sequence = begun(engine)
+    for _ in range(tokens):
+        next(stream)
+    return sequence
 
 
 def refused(fill: str, family: str) -> bool:
@@ -74,7 +94,9 @@ def test_exits_that_are_open_but_never_sure_do_not_change_the_tokens(gate: str) 
 
 
 def test_the_repetition_penalty_is_the_librarys() -> None:
-    plain, punished = (Engine(tiny("llama"), repetition_penalty=p).generate(PROMPT, 24).ids for p in (1.0, 1.8))
+    plain, punished = (
+        Engine(tiny("llama"), sampling=Sampling(repetition_penalty=p)).generate(PROMPT, 24).ids for p in (1.0, 1.8)
+    )
     assert plain != punished
     assert punished == library_tokens("llama", PROMPT, 24, repetition_penalty=1.8)
 
@@ -131,9 +153,7 @@ def test_a_token_that_leaves_gets_the_read_outs_logits_and_fills_the_skipped_blo
 def test_copy_gives_skipped_blocks_the_last_computed_blocks_keys_and_values() -> None:
     backbone, exits = tiny("llama"), exits_for("llama")
     engine = Engine(backbone, exits, Policy((0.0, 1.0, 1.0)), "copy")
-    sequence = engine._prefill(backbone.encode(PROMPT), 64)
-    engine._step(sequence)
-    blocks = sequence.state.kv
+    blocks = after(engine, 1).state.kv
     for skipped in blocks[LAYERS[0] :]:
         assert torch.equal(skipped.keys[:, :, -1], blocks[LAYERS[0] - 1].keys[:, :, -1])
         assert torch.equal(skipped.values[:, :, -1], blocks[LAYERS[0] - 1].values[:, :, -1])
@@ -149,24 +169,23 @@ def test_what_skipped_blocks_remember_in_mamba_models_and_hybrids(family: str, f
     """Mamba states move on with `project` only; attention always has something for every position."""
     backbone = tiny(family)
     engine = Engine(backbone, exits_for(family), Policy((1.0, 0.0, 1.0)), fill)
-    sequence = engine._prefill(backbone.encode(PROMPT), 64)
+    stream, sequence = begun(engine)
     before = [None if ssm is None else (ssm.window.clone(), ssm.h.clone()) for ssm in sequence.state.ssm]
-    engine._step(sequence)
+    next(stream)
     for block, (ssm, kv) in enumerate(zip(sequence.state.ssm, sequence.state.kv, strict=True)):
         if ssm is not None:
             moved = not torch.equal(ssm.h, before[block][1])
             assert moved == (block < LAYERS[1] or fill == "project")
             assert moved != torch.equal(ssm.window, before[block][0])
         if kv is not None:
-            assert kv.length == len(sequence.ids)
+            assert kv.length == len(sequence.ids) - 1
 
 
 @torch.inference_mode()
 def test_copy_in_a_hybrid_takes_the_last_attention_block_that_was_computed() -> None:
     backbone = tiny("bamba")  # attention in blocks 1 and 4
     engine = Engine(backbone, exits_for("bamba"), Policy((1.0, 0.0, 1.0)), "copy")
-    sequence = engine._prefill(backbone.encode(PROMPT), 64)
-    engine._step(sequence)
+    sequence = after(engine, 1)
     newest = [kv.keys[:, :, -1] for kv in sequence.state.kv if kv is not None]
     assert torch.equal(newest[0], newest[1])
 
@@ -193,10 +212,9 @@ def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold: float, fil
     prompt = len(backbone.encode(PROMPT))
     full = sum(engine.costs.full(prompt + index) for index in range(len(answer.tokens)))
     assert answer.flops_saved == pytest.approx(1 - total / full)
-    sequence = engine._prefill(backbone.encode(PROMPT), 64)
+    stream, sequence = begun(engine)
     for _ in range(4):
-        logits, *_ = engine._step(sequence)
-        sequence.ids.append(int(logits.argmax()))
+        next(stream)
         assert {sequence.state.length(block) for block in range(BLOCKS)} == {len(sequence.ids) - 1}
 
 
@@ -206,7 +224,13 @@ def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text() -> None:
     engine = Engine(backbone, exits, Policy((0.9999999,) * 3))
     seen: list[float] = []
     consider = engine._consider
-    engine._consider = lambda *args: seen.append((out := consider(*args))[0]) or out  # type: ignore[method-assign]
+
+    def spied(index: int, sequence: Sequence):
+        out = yield from consider(index, sequence)
+        seen.append(out[0])
+        return out
+
+    engine._consider = spied  # type: ignore[method-assign]
     ids = backbone.encode(PROMPT)
     answer = engine.generate_ids(ids, 12)
     assert {token.exit_block for token in answer.tokens} == {BLOCKS}
@@ -279,7 +303,8 @@ def test_nan_logits_are_named_not_decoded() -> None:
     [
         (lambda b: Engine(b, fill="magic"), "no fill 'magic'"),
         (lambda b: Engine(b, exits_for("llama"), Policy((0.5,))), "do not fit"),
-        (lambda b: Engine(b, repetition_penalty=0), "not positive"),
+        (lambda b: Engine(b, sampling=Sampling(repetition_penalty=0)), "not positive"),
+        (lambda b: Engine(b, fill="defer", max_pending=0), "too few"),
         (lambda b: Engine(b).generate(PROMPT, 0), "0 tokens"),
         (lambda b: Engine(b).generate_ids([], 4), "empty"),
         (lambda b: Engine(b).generate_ids([1] * 512, 4), "512 tokens long"),

@@ -17,6 +17,7 @@ from offramp.backbone import Backbone
 from offramp.fill import FILLS
 from offramp.loading import check
 from offramp.metrics import token_f1
+from offramp.sampling import Sampling
 
 pytestmark = pytest.mark.real
 PROMPTS = [
@@ -55,7 +56,7 @@ def test_with_every_gate_closed_the_tokens_are_the_librarys(smollm2: Backbone, s
 
 
 def test_with_a_repetition_penalty_too(smollm2: Backbone) -> None:
-    answer = Engine(smollm2, repetition_penalty=1.2).generate(PROMPTS[3], 32)
+    answer = Engine(smollm2, sampling=Sampling(repetition_penalty=1.2)).generate(PROMPTS[3], 32)
     assert answer.ids == library_tokens(smollm2, PROMPTS[3], 32, repetition_penalty=1.2)
 
 
@@ -118,7 +119,7 @@ def test_bench_measures_both_sides() -> None:
     result = json.loads(done.stdout)
     assert len(result["ours"]["runs"]) == len(result["theirs"]["runs"]) == 2
     assert result["spread"][0] <= result["ratio"] <= result["spread"][1]
-    assert set(result["parts_ms"]) == {"blocks", "head", "sampling", "everything else"}
+    assert set(result["parts_ms"]) == {"blocks", "heads", "exits", "sampling", "everything else"}
     assert result["machine"]["threads"] >= 1
 
 

@@ -19,12 +19,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "backbone": ("Backbone",),
-    "engine": ("Engine", "Generation", "Token"),
+    "library": ("decoding",),
+    "engine": ("Engine", "Generation", "Talk", "Token"),
     "errors": ("OfframpError",),
     "exits": ("Exits", "ExitsConfig", "shipped_for"),
     "families": ("FAMILIES", "Family"),
     "loading": ("load", "wrap"),
     "policy": ("Policy",),
+    "sampling": ("Sampling",),
     "training": ("TrainConfig", "train"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -38,8 +40,11 @@ __all__ = [
     "Generation",
     "OfframpError",
     "Policy",
+    "Sampling",
+    "Talk",
     "Token",
     "TrainConfig",
+    "decoding",
     "load",
     "shipped_for",
     "train",

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,9 @@ class Step:
     positions: Tensor  # (1, T)
     rotary: Any = None
     masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
+
+
+_BY_MODEL: WeakValueDictionary[int, Backbone] = WeakValueDictionary()
 
 
 class Backbone:
@@ -80,6 +85,7 @@ class Backbone:
         pairs = zip(self._attention, self._mixers, strict=True)
         self.kinds = [names[attention is not None, mixer is not None] for attention, mixer in pairs]
         self._layer_types = _layer_types(config, self.kinds)
+        _BY_MODEL[id(model)] = self
         self._takes = [set(inspect.signature(type(block).forward).parameters) for block in self.blocks]
 
     @staticmethod
@@ -93,6 +99,12 @@ class Backbone:
     def mixer(self, index: int) -> Any:
         """The Mamba mixer of block `index`, the library's module; None where it has none."""
         return self._mixers[index]
+
+    @classmethod
+    def of(cls, model: Any) -> Backbone | None:
+        """The backbone that was last made of the library's `model`, if it is still in use."""
+        backbone = _BY_MODEL.get(id(model))
+        return backbone if backbone is not None and backbone.model is model else None
 
     @property
     def name(self) -> str:
@@ -175,12 +187,13 @@ class Backbone:
             h = h * scale
         if self._positions is not None:
             h = h + self._positions(positions)
-        return h, self.step(h, positions)
+        return h, self.step(h, first)
 
-    def step(self, h: Tensor, positions: Tensor) -> Step | LeanStep:
-        """What the blocks share for tokens at these consecutive positions (1, T)."""
+    def step(self, h: Tensor, first: int) -> Step | LeanStep:
+        """What the blocks share for tokens h (B, T, D) at positions `first`, `first` + 1, …"""
         if self.lean:
-            return self.lean.step(int(positions[0, 0]), *h.shape[:2])
+            return self.lean.step(first, *h.shape[:2])
+        positions = torch.arange(first, first + h.shape[1], device=h.device)[None]
         if self._rotary is None:
             return Step(positions)
         if self.family.rotary_per_kind:
@@ -206,6 +219,13 @@ class Backbone:
             out = self.blocks[index](h, **kwargs)
             h = out[0] if isinstance(out, tuple) else out
         return h
+
+    def run_all(self, parts: Sequence[tuple[Tensor, State, Step | LeanStep]], start: int, stop: int) -> list[Tensor]:
+        """`run` for several states at once; where the lean path is compiled, in one pass over the weights."""
+        if self.lean:
+            lean = [(h, state, step) for h, state, step in parts if isinstance(step, LeanStep)]
+            return self.lean.run_all(lean, start, stop)
+        return [self.run(h, start, stop, state, step) for h, state, step in parts]
 
     def project(self, h: Tensor, start: int, stop: int, state: State, step: Step | LeanStep) -> None:
         """Store what blocks `start` to `stop` - 1 would remember if each of them saw `h` (B, T, D) as its input.

@@ -1,4 +1,4 @@
-"""How fast decoding is at full depth, beside `transformers` on the same weights in the same process.
+"""How fast decoding is: at full depth beside `transformers` on the same weights, and fills beside one another.
 
 Runs take turns (A B A B …), and the ratio is the median over pairs: a minute in which the machine is slow meets both. A
 rate counts the tokens after the first, so that reading the prompt is no part of it.
@@ -10,18 +10,32 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from offramp.backbone import Backbone
-from offramp.engine import Engine
+from offramp.engine import Engine, Generation
 from offramp.errors import BadInput
+from offramp.exits import Exits
+from offramp.policy import Policy
+from offramp.sequence import Follower
 
 PROMPT = "Explain how rainbows form, in detail."
+# A fill is only as fast as its drafts are good, which differs from text to text.
+PROMPTS = (
+    PROMPT,
+    "What is the capital of France?",
+    "Write a short story about a lighthouse keeper.",
+    "List five ways to save water at home.",
+    "Who wrote Romeo and Juliet, and when?",
+    "Write a Python function that reverses a string.",
+)
 
 
 def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, Any]:
@@ -38,6 +52,68 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, A
     ours, theirs = _in_turn(lambda: _ours(engine, prompt, tokens), lambda: _theirs(backbone, prompt, tokens), pairs)
     parts = _parts(engine, prompt, tokens)
     return {**_result(backbone, "decoding", "generate", tokens, ours, theirs, parts), "prompt_tokens": len(prompt)}
+
+
+def compare_fills(
+    backbone: Backbone,
+    exits: Exits,
+    fills: tuple[str, ...],
+    thresholds: tuple[float, ...] | None = None,
+    tokens: int = 48,
+    pairs: int = 5,
+) -> dict[str, Any]:
+    """Decode answers to `PROMPTS` with each fill in turn, `pairs` times after a warm-up; "full" is full depth.
+
+    Returns for each of the `fills` its rate, its `ratio` over the first (median of the pairs) and `spread`, the share of
+    its tokens that equal the first's (`equal`), where its time goes (ms a token), and the acceptance rate and tokens per
+    deep pass over all prompts; `ratio` at the top is that of the last over the first.
+    """
+    prompts = [backbone.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
+    _fits(backbone, max(map(len, prompts)) + tokens)
+    policy = Policy(thresholds or exits.thresholds)
+    engines = [Engine(backbone) if fill == "full" else Engine(backbone, exits, policy, fill) for fill in fills]
+
+    def once(engine: Engine) -> tuple[float, list[Generation]]:
+        answers = [engine.generate_ids(prompt, tokens) for prompt in prompts]
+        count = sum(len(answer.tokens) for answer in answers)
+        return count / sum(len(answer.tokens) / answer.decode_tokens_per_second for answer in answers), answers
+
+    answers = [once(engine)[1] for engine in engines]
+    rounds = [[once(engine)[0] for engine in engines] for _ in range(pairs)]
+    found = {}
+    for index, fill in enumerate(fills):
+        ratios = [rates[index] / rates[0] for rates in rounds]
+        ends = [answer.tokens[-1] for answer in answers[index]]
+        count = sum(len(answer.tokens) for answer in answers[index])
+        same = sum(
+            mine == other
+            for answer, first in zip(answers[index], answers[0], strict=True)
+            for mine, other in zip(answer.ids, first.ids, strict=False)
+        )
+        early = sum(token.exit_block < backbone.n_blocks for answer in answers[index] for token in answer.tokens)
+        rejected = sum(end.rejected for end in ends)
+        found[fill] = {
+            "tokens_per_second": median(rates[index] for rates in rounds),
+            "ratio": median(ratios),
+            "spread": [min(ratios), max(ratios)],
+            "equal": same / count,
+            "mean_blocks": sum(token.exit_block for answer in answers[index] for token in answer.tokens) / count,
+            "tokens_per_deep_pass": count / max(1, sum(end.deep_passes for end in ends)),
+            "acceptance_rate": early / (early + rejected) if fill == "verify" and early + rejected else None,
+            "parts_ms": _parts(engines[index], prompts[0], tokens),
+        }
+    return {
+        "model": backbone.name,
+        "what": "decoding",
+        "weights": backbone.weight_format,
+        "ratio": found[fills[-1]]["ratio"],
+        "fills": found,
+        "thresholds": policy.thresholds,
+        "tokens": tokens,
+        "prompts": len(prompts),
+        "pairs": pairs,
+        "machine": _machine(),
+    }
 
 
 def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> dict[str, Any]:
@@ -91,10 +167,6 @@ def _result(
     parts: dict[str, float],
 ) -> dict[str, Any]:
     """What was measured, rates in tokens a second, and where."""
-    import transformers
-
-    from offramp import __version__
-
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     kind = backbone.lean.engine if backbone.lean else "library blocks"
     return {
@@ -117,16 +189,25 @@ def _result(
         "parts_ms": parts,
         "tokens": tokens,
         "pairs": len(ours),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "date": str(date.today()),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "offramp": __version__,
-        },
+        "machine": _machine(),
+    }
+
+
+def _machine() -> dict[str, Any]:
+    """What a time depends on beside the code."""
+    import transformers
+
+    from offramp import __version__
+
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": str(date.today()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "offramp": __version__,
     }
 
 
@@ -181,9 +262,14 @@ def _theirs(backbone: Backbone, prompt: list[int], tokens: int) -> float:
 
 
 def _parts(engine: Engine, prompt: list[int], tokens: int) -> dict[str, float]:
-    """Milliseconds a decoded token spends in the blocks, the head, the choice of a token, and everything else."""
+    """Milliseconds a decoded token spends in blocks, heads, gates and read-outs, the choice of a token, and the rest.
+
+    With open exits, blocks before the first of them are `shallow`, those after it `deep`.
+    """
     backbone: Any = engine.backbone
-    spent = dict.fromkeys(("blocks", "head", "sampling"), 0.0)
+    first = min((block for block, threshold in engine.thresholds.items() if threshold < 1), default=backbone.n_blocks)
+    opened = first < backbone.n_blocks
+    spent = dict.fromkeys([*(("shallow", "deep") if opened else ("blocks",)), "heads", "exits", "sampling"], 0.0)
 
     def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -191,25 +277,24 @@ def _parts(engine: Engine, prompt: list[int], tokens: int) -> dict[str, float]:
             try:
                 return call(*args)
             finally:
-                spent[part] += time.perf_counter() - started
+                deep = part == "shallow" and args[1] >= first
+                spent["deep" if deep else part] += time.perf_counter() - started
 
         return run
 
-    holders: list[tuple[Any, str, str]] = [
-        (backbone, "run", "blocks"),
-        (backbone, "logits", "head"),
-        (engine, "_choose", "sampling"),
-    ]
     stream = engine.stream_ids(prompt, tokens)
     next(stream)  # the prompt is read
-    try:
-        for holder, name, part in holders:
-            setattr(holder, name, timed(part, getattr(holder, name)))
+    calls: list[tuple[Any, str, str]] = [
+        (backbone, "run_all", "shallow" if opened else "blocks"),
+        (backbone, "logits", "heads"),
+        (Follower, "read", "exits"),
+        (engine, "_choose", "sampling"),
+    ]
+    with ExitStack() as stack:
+        for holder, name, part in calls:
+            stack.enter_context(patch.object(holder, name, timed(part, getattr(holder, name))))
         started = time.perf_counter()
         count = sum(1 for _ in stream)
         whole = time.perf_counter() - started
-    finally:
-        for holder, name, _ in holders:
-            delattr(holder, name)
     milliseconds = {part: 1000 * seconds / count for part, seconds in spent.items()}
     return {**milliseconds, "everything else": 1000 * whole / count - sum(milliseconds.values())}

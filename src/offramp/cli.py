@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from offramp.backbone import Backbone
     from offramp.engine import Engine, Generation
     from offramp.exits import Exits
+    from offramp.sampling import Sampling
     from offramp.training import Progress
 
 app = typer.Typer(
@@ -40,7 +42,8 @@ ExitsFolder = Annotated[
 Fill = Annotated[
     str,
     typer.Option(
-        help="What skipped blocks remember: project (their own of the exit's), copy (the last block's) or freeze."
+        help="What skipped blocks remember: project (their own of the exit's), copy (the last block's), freeze (nothing "
+        "new), defer (all of it, computed later), verify (so too, and full depth decides: its own tokens, sooner)."
     ),
 ]
 Threshold = Annotated[
@@ -60,6 +63,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for another progr
 Raw = Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the model's chat template.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
 Penalty = Annotated[float, typer.Option(help="Repetition penalty; 1 is none.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most probable token; above, tokens are drawn.")]
+TopK = Annotated[int, typer.Option(help="Draw from so many most probable tokens; 0: from all.")]
+TopP = Annotated[float, typer.Option(help="Draw from the most probable tokens that together have this probability.")]
+MinP = Annotated[float, typer.Option(help="Draw from tokens with at least this share of the highest probability.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draws.")]
 
 
 def main() -> None:
@@ -113,7 +121,7 @@ def demo(
         found = _exits(backbone, exits)
         if found is None:
             raise BadInput(f"No exits ship for {name}.", f"Train some: offramp train {name} -o DIR, then add --exits DIR.")
-        loaded.append((backbone, _engines(backbone, found, threshold, fill, "gate", 1.0)))
+        loaded.append((backbone, _engines(backbone, found, threshold, fill)))
     asked = []
     for name, (backbone, (full, early)) in zip(names, loaded, strict=True):
         pairs = []
@@ -148,6 +156,11 @@ def generate(
     confidence: Confidence = "gate",
     dtype: Dtype = None,
     max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
     repetition_penalty: Penalty = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be repeated.")] = None,
     raw: Raw = False,
@@ -155,34 +168,45 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help="A file of prompts (lines, or JSON lines with 'prompt'); writes JSON lines.")
     ] = None,
+    batch: Annotated[int, typer.Option(help="With --prompts: so many answers side by side.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, or a file of them, leaving the network early where an exit is sure enough."""
     from offramp.harvest import read_lines
+    from offramp.sampling import Sampling
 
     if (prompt is None) == (prompts is None):
         raise BadInput("Give either a prompt or --prompts FILE.", 'For example: offramp generate smollm2 "Hello!"')
     many = read_lines(prompts, ("prompt", "question")) if prompts else [prompt or ""]
     if any(not one.strip() for one in many):
         raise BadInput("The prompt is empty.", "Give some text to go on from.")
+    if batch < 1:
+        raise BadInput(f"{batch} answers side by side are too few.", "Give --batch 1 or more.")
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
     backbone = _load(model, dtype)
-    full, early = _engines(backbone, _exits(backbone, exits), threshold, fill, confidence, repetition_penalty)
-    for one in many:
-        if not (as_json or prompts or compare):
-            for token in early.stream(one, max_tokens, tuple(stop or ()), raw):
-                print(token.text, end="", flush=True)
-            print()
-            continue
-        answer = early.generate(one, max_tokens, tuple(stop or ()), raw)
-        reference = full.generate(one, max_tokens, tuple(stop or ()), raw) if compare else None
-        if as_json or prompts:
-            print(json.dumps(_record(answer, reference, one if prompts else None)), flush=True)
-        else:
-            from offramp.show import answer_in_colour, comparison_table
+    full, early = _engines(backbone, _exits(backbone, exits), threshold, fill, confidence, sampling)
+    ends = tuple(stop or ())
+    if not (as_json or prompts or compare):
+        for token in early.stream(many[0], max_tokens, ends, raw):
+            print(token.text, end="", flush=True)
+        print()
+        return
+    # What verified decoding is for can only be seen beside full depth.
+    compare = compare or (as_json and fill == "verify")
+    for start in range(0, len(many), batch):
+        some = many[start : start + batch]
+        ids = [backbone.encode(one, raw) for one in some]
+        answers = early.generate_batch(ids, max_tokens, ends)
+        references = full.generate_batch(ids, max_tokens, ends) if compare else [None] * len(some)
+        for one, answer, reference in zip(some, answers, references, strict=True):
+            if as_json or prompts:
+                print(json.dumps(_record(answer, reference, one if prompts else None)), flush=True)
+            else:
+                from offramp.show import answer_in_colour, comparison_table
 
-            assert reference is not None
-            answer_in_colour(one, reference, answer)
-            comparison_table([(backbone, [(reference, answer)])])
+                assert reference is not None
+                answer_in_colour(one, reference, answer)
+                comparison_table([(backbone, [(reference, answer)])])
 
 
 @app.command()
@@ -193,14 +217,23 @@ def chat(
     threshold: Threshold = None,
     dtype: Dtype = None,
     max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    seed: Seed = 0,
     repetition_penalty: Penalty = 1.1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
 ) -> None:
     """Talk to the model. An empty line or Ctrl-D ends the talk."""
+    from offramp.engine import Talk
+    from offramp.sampling import Sampling
     from offramp.show import shade
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
     backbone = _load(model, dtype)
-    _, early = _engines(backbone, _exits(backbone, exits), threshold, fill, "gate", repetition_penalty)
+    _, early = _engines(backbone, _exits(backbone, exits), threshold, fill, sampling=sampling)
+    talk = Talk()
     messages: list[dict[str, str]] = []
     while True:
         try:
@@ -211,17 +244,21 @@ def chat(
             return
         messages.append({"role": "user", "content": said})
         ids = backbone.encode_chat(messages)
+        tokens, started = [], time.perf_counter()
+        for token in early.stream_ids(ids, max_tokens, talk=talk):
+            if token is None:
+                prefilled = time.perf_counter()
+                continue
+            tokens.append(token)
+            if not as_json:
+                print(shade(token, backbone.n_blocks), end="", flush=True)
         if as_json:
-            answer = early.generate_ids(ids, max_tokens)
+            seconds = time.perf_counter() - prefilled
+            answer = early.summarise(tokens, len(ids), max_tokens, prefilled - started, seconds)
             print(json.dumps(_record(answer, None, said)), flush=True)
-            text = answer.text
         else:
-            text = ""
-            for token in early.stream_ids(ids, max_tokens):
-                if token is not None:
-                    print(shade(token, backbone.n_blocks), end="", flush=True)
-                    text += token.text
             print()
+        text = "".join(token.text for token in tokens)
         messages.append({"role": "assistant", "content": text})
 
 
@@ -314,11 +351,16 @@ def bench(
     random: Annotated[
         bool, typer.Option("--random", help="Random weights of the model's shape: only its config is needed.")
     ] = False,
+    fills: Annotated[
+        str | None, typer.Option(help="Instead, compare fills on the same exits: full,defer,verify.", show_default=False)
+    ] = None,
+    exits: ExitsFolder = None,
+    threshold: Threshold = None,
     pairs: Annotated[int, typer.Option(help="Pairs of runs, taking turns.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Time decoding at full depth beside another library: paired runs, so that a slow minute meets both."""
-    from offramp.bench import compare, compare_prefill
+    from offramp.bench import compare, compare_fills, compare_prefill
 
     if against != "transformers":
         raise BadInput(f"'{against}' cannot be compared with here.", "Use transformers; `make bench` has more peers.")
@@ -329,7 +371,17 @@ def bench(
 
         backbone = outline(model, dtype, random=True)
     else:
-        backbone = _load(model, dtype, keep=True)
+        backbone = _load(model, dtype, keep=fills is None)
+    if fills is not None:
+        from offramp.show import fills_table
+
+        found = _exits(backbone, exits)
+        if found is None:
+            raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
+        thresholds = None if threshold is None else (threshold,) * len(found)
+        result = compare_fills(backbone, found, tuple(fills.split(",")), thresholds, tokens, pairs)
+        print(json.dumps(result)) if as_json else fills_table(result)
+        return
     result = compare(backbone, tokens, pairs) if prefill is None else compare_prefill(backbone, prefill, pairs)
     if as_json:
         print(json.dumps(result))
@@ -353,21 +405,26 @@ def _exits(backbone: Backbone, folder: str | None) -> Exits | None:
 
 
 def _engines(
-    backbone: Backbone, exits: Exits | None, threshold: float | None, fill: str, confidence: str, penalty: float
+    backbone: Backbone,
+    exits: Exits | None,
+    threshold: float | None,
+    fill: str,
+    confidence: str = "gate",
+    sampling: Sampling | None = None,
 ) -> tuple[Engine, Engine]:
     """One engine at full depth, and one with the exits, under the same settings."""
     from offramp.engine import Engine
     from offramp.policy import Policy
 
-    full = Engine(backbone, repetition_penalty=penalty)
+    full = Engine(backbone, sampling=sampling)
     if exits is None:
         if threshold is not None and threshold < 1:
             raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
-        return full, Engine(backbone, fill=fill, repetition_penalty=penalty)
+        return full, Engine(backbone, fill=fill, sampling=sampling)
     if confidence != "gate" and threshold is None:
         raise BadInput(f"The confidence '{confidence}' has no default threshold.", "Give one: --threshold 0.9")
     thresholds = exits.thresholds if threshold is None else (threshold,) * len(exits)
-    return full, Engine(backbone, exits, Policy(thresholds, confidence), fill, penalty)
+    return full, Engine(backbone, exits, Policy(thresholds, confidence), fill, sampling)
 
 
 def _record(answer: Generation, reference: Generation | None, prompt: str | None) -> dict[str, Any]:

@@ -1,11 +1,19 @@
 """The decode loop: one token at a time, block range by block range, leaving at the first exit that is sure enough.
 
 A step embeds the newest token and runs it up to the first exit. There the gate reads the hidden state. If its
-confidence is above the threshold, the read-out turns the hidden state into logits and the fill gives the skipped
-blocks something to remember; otherwise the token goes on to the next exit, and at last to the top.
+confidence is above the threshold, the read-out turns the hidden state into logits and the token leaves; otherwise it
+goes on to the next exit, and at last to the top.
 
     embed ─ blocks ─┬─ blocks ─┬─ blocks ─ norm ─ head
                   exit 1     exit 2
+
+What the blocks that a token skipped remember of it is the fill's business. Most fills make something up at once (see
+`offramp.fill`). Two wait instead: a token that left stands in a queue at its exit, and the next one that goes on takes
+all who wait there along as one chunk, for which the weights are read only once. So every block sees every token in the
+end, and its state is exact.
+
+`defer`: what the exit said stands. `verify`: it is a draft; once the token has reached the top, the full model's logits
+decide, drafts that differ are taken back, and only what stands is given out. The tokens are those of full depth.
 
 Exits whose threshold is 1 never fire, so they are left out altogether: full depth costs nothing extra.
 """
@@ -13,25 +21,35 @@ Exits whose threshold is 1 never fire, so they are left out altogether: full dep
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.backbone import Backbone
+from offramp.backbone import Backbone, Step
 from offramp.errors import BadInput, BadNumbers
-from offramp.exits import Exit, Exits, Memory
-from offramp.fill import make_fill
+from offramp.exits import Exits
+from offramp.fill import FILLS, WAITING, make_fill
 from offramp.flops import Costs, exit_part
+from offramp.lean import LeanStep, joined
 from offramp.policy import TRAINING_FREE, Policy
-from offramp.state import State
+from offramp.sampling import Choose, Sampling
+from offramp.sequence import Decision, Sequence
+
+ALL_FILLS = (*FILLS, *WAITING)
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token. `exit_block` is the number of blocks run for its logits, `confidence` the exiting gate's."""
+    """One generated token.
+
+    `exit_block` is the number of blocks run for its logits (with `verify`, for the draft that stood), `confidence` the
+    exiting gate's. `deep_passes` and `rejected` count, up to here, the chunks that went to the top and the drafts taken
+    back.
+    """
 
     id: int
     text: str
@@ -39,6 +57,8 @@ class Token:
     confidence: float | None  # None at full depth
     flops: int
     cumulative_flops: int
+    deep_passes: int
+    rejected: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +66,8 @@ class Generation:
     """A finished answer and what it cost.
 
     `blocks` is the model's depth N; `flops_saved` is 1 − FLOPs of decoding (blocks, fills, gates, read-outs, heads) over
-    full-depth decoding of the same tokens, the prefill left out of both.
+    full-depth decoding of the same tokens, the prefill left out of both. `tokens_per_deep_pass` is how many tokens came
+    for each pass through the top blocks, and `acceptance_rate` the share of drafts that stood (None but for `verify`).
     """
 
     text: str
@@ -54,6 +75,8 @@ class Generation:
     blocks: int
     mean_blocks: float
     flops_saved: float
+    tokens_per_deep_pass: float
+    acceptance_rate: float | None
     prefill_seconds: float
     decode_tokens_per_second: float
     fill: str
@@ -66,20 +89,44 @@ class Generation:
 
 
 @dataclass
-class _Sequence:
-    """What decoding one sequence carries from step to step."""
+class Run:
+    """Work that a sequence asks for: h (1, T, D) through blocks `start` to `stop` - 1."""
 
-    ids: list[int]
-    state: State
-    gates: list[Memory]
-    adapters: list[Memory]
+    sequence: Sequence
+    h: Tensor
+    step: Step | LeanStep
+    start: int
+    stop: int
+
+
+@dataclass
+class Read:
+    """Work that a sequence asks for: the logits (n, V) of h (1, n, D)."""
+
+    h: Tensor
+
+
+Work = Generator["Run | Read", Tensor, Any]
+
+
+@dataclass
+class _Reached:
+    """How far a step got: logits (n, V) of the tokens at position `first` on, after so many blocks, and how sure."""
+
+    logits: Tensor
+    first: int
+    block: int
+    confidence: float | None
+    flops: int
 
 
 class Engine:
     """Decodes with a backbone and, if given, its exits.
 
-    `policy` defaults to the exits' own thresholds; `fill` is `project`, `copy` or `freeze` (see `offramp.fill`);
-    `repetition_penalty` is the library's (1 is none). Raises `BadInput` for a policy that does not fit the exits.
+    `policy` defaults to the exits' own thresholds; `fill` is one of `ALL_FILLS`; `sampling` defaults to the most probable
+    token, and may be a function of its own; at most `max_pending` tokens wait at exits, so that a chunk has at most one row
+    more: at the cap, a token goes to the top whatever its gates say. Raises `BadInput` for a policy that does not fit the
+    exits.
     """
 
     def __init__(
@@ -88,27 +135,27 @@ class Engine:
         exits: Exits | None = None,
         policy: Policy | None = None,
         fill: str = "project",
-        repetition_penalty: float = 1.0,
+        sampling: Sampling | Choose | None = None,
+        max_pending: int = 7,
     ) -> None:
-        from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
-
         self.backbone, self.fill_name = backbone, fill
-        self._fill = make_fill(fill, backbone)
+        self._verifies = fill == "verify"
+        self._fill = None if fill in WAITING else make_fill(fill, backbone)
         policy = policy or Policy(exits.thresholds if exits else ())
         if len(policy.thresholds) != (len(exits) if exits else 0):
             raise BadInput(
                 f"{len(policy.thresholds)} thresholds do not fit {len(exits) if exits else 0} exits.",
                 "Give one threshold for each exit.",
             )
-        if repetition_penalty <= 0:
-            raise BadInput(f"A repetition penalty of {repetition_penalty} is not positive.", "1 is no penalty.")
+        if max_pending < 1:
+            raise BadInput(f"At most {max_pending} waiting tokens is too few.", "1 or more.")
         pairs = list(zip(exits or (), policy.thresholds, strict=True))
         self.thresholds = {exit.block: threshold for exit, threshold in pairs}
         self._open = [(exit, threshold) for exit, threshold in pairs if threshold < 1]
         self._training_free = TRAINING_FREE.get(policy.confidence)
-        self._processors = LogitsProcessorList()
-        if repetition_penalty != 1:
-            self._processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+        sampling = sampling or Sampling()
+        self._choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
+        self._max_pending = max_pending
         self.costs = Costs(backbone)
         self._gate_flops = [exit_part(exit.gate) for exit, _ in self._open]
         self._adapter_flops = [exit_part(exit.adapter) for exit, _ in self._open]
@@ -119,16 +166,37 @@ class Engine:
 
     def generate_ids(self, ids: list[int], max_tokens: int = 128, stop: tuple[str, ...] = ()) -> Generation:
         """`generate` from token ids."""
+        return self.generate_batch([ids], max_tokens, stop)[0]
+
+    def generate_batch(
+        self, prompts: Many[list[int]], max_tokens: int = 128, stop: tuple[str, ...] = ()
+    ) -> list[Generation]:
+        """Answer several prompts, given as token ids, side by side.
+
+        Each sequence leaves where it likes and ends when it likes. Nothing is padded: each has its own memory, and only
+        the passes over the weights are shared (where the lean path is compiled; elsewhere sequences take turns). Times in
+        the results are those of the whole batch.
+        """
         started = time.perf_counter()
-        stream = self.stream_ids(ids, max_tokens, stop)
-        next(stream)
-        prefilled = time.perf_counter()
-        tokens = [token for token in stream if token is not None]
-        seconds = time.perf_counter() - prefilled
-        return self.summarise(tokens, len(ids), max_tokens, prefilled - started, seconds)
+        stream = self.stream_batch(prompts, max_tokens, stop)
+        answers: list[list[Token]] = [[] for _ in prompts]
+        reading = len(prompts)
+        prefilled = started
+        for index, token in stream:
+            if token is not None:
+                answers[index].append(token)
+                continue
+            reading -= 1
+            if not reading:
+                prefilled = time.perf_counter()
+        prefill, decode = prefilled - started, time.perf_counter() - prefilled
+        return [
+            self.summarise(tokens, len(ids), max_tokens, prefill, decode)
+            for ids, tokens in zip(prompts, answers, strict=True)
+        ]
 
     def stream(self, prompt: str, max_tokens: int = 128, stop: tuple[str, ...] = (), raw: bool = False) -> Iterator[Token]:
-        """Yield tokens as they are decided, greedily, until an end-of-text token, a stop string or `max_tokens`.
+        """Yield tokens as they are decided, until an end-of-text token, a stop string or `max_tokens`.
 
         A token's text may be empty and come with a later one: a character can span tokens, and text that may turn out
         to begin a stop string is held back. Raises `BadInput` (empty prompt, prompt beyond the context) and
@@ -137,33 +205,46 @@ class Engine:
         ids = self.backbone.encode(prompt, raw)
         return (token for token in self.stream_ids(ids, max_tokens, stop) if token is not None)
 
+    def stream_ids(
+        self, ids: list[int], max_tokens: int = 128, stop: tuple[str, ...] = (), talk: Talk | None = None
+    ) -> Iterator[Token | None]:
+        """`stream` from token ids; yields None once, when the prompt has been prefilled.
+
+        With a `talk`, what was computed for the beginning of the same text is used again, and kept for the next turn.
+        """
+        talks = None if talk is None else [talk]
+        return (token for _, token in self.stream_batch([ids], max_tokens, stop, talks))
+
     @torch.inference_mode()
-    def stream_ids(self, ids: list[int], max_tokens: int = 128, stop: tuple[str, ...] = ()) -> Iterator[Token | None]:
-        """`stream` from token ids; yields None once, when the prompt has been prefilled."""
-        self.backbone.check_prompt(ids)
+    def stream_batch(
+        self,
+        prompts: Many[list[int]],
+        max_tokens: int = 128,
+        stop: tuple[str, ...] = (),
+        talks: Many[Talk] | None = None,
+        ends: frozenset[int] | None = None,
+    ) -> Iterator[tuple[int, Token | None]]:
+        """`stream_ids` for several prompts side by side: yields each token with the number of its prompt.
+
+        `ends`: the tokens that end a text, instead of the model's own.
+        """
+        ends = self.backbone.stop_ids if ends is None else ends
         if max_tokens < 1:
             raise BadInput(f"{max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
-        max_tokens = min(max_tokens, self.backbone.context - len(ids))
-        sequence = self._prefill(ids, len(ids) + max_tokens)
-        yield None
-        text = _Text(self.backbone.tokenizer, stop)
-        total, ends = 0, self.backbone.stop_ids
-        for left in range(max_tokens - 1, -1, -1):
-            logits, exit_block, confidence, flops = self._step(sequence)
-            chosen = self._choose(logits, sequence.ids)
-            sequence.ids.append(chosen)
-            total += flops
-            ended = chosen in ends
-            piece = text.push(chosen, last=ended or left == 0)
-            yield Token(chosen, piece, exit_block, confidence, flops, total)
-            if ended or text.stopped:
-                return
+        works = []
+        for ids, talk in zip(prompts, talks or [Talk() for _ in prompts], strict=True):
+            self.backbone.check_prompt(ids)
+            limit = min(max_tokens, self.backbone.context - len(ids))
+            works.append(self._decode(self._sequence(ids, limit, talk), limit, stop, ends))
+        yield from self._drive(works)
 
     def summarise(
         self, tokens: list[Token], prompt_length: int, max_tokens: int, prefill_seconds: float, decode_seconds: float
     ) -> Generation:
         """Totals for tokens that `stream_ids` gave after a prompt of `prompt_length` tokens."""
         full = sum(self.costs.full(prompt_length + index) for index in range(len(tokens)))
+        end = tokens[-1]
+        drafted = end.rejected + sum(token.exit_block < self.backbone.n_blocks for token in tokens)
         stopped = len(tokens) < max_tokens or tokens[-1].id in self.backbone.stop_ids
         return Generation(
             text="".join(token.text for token in tokens),
@@ -171,6 +252,8 @@ class Engine:
             blocks=self.backbone.n_blocks,
             mean_blocks=sum(token.exit_block for token in tokens) / len(tokens),
             flops_saved=1 - tokens[-1].cumulative_flops / full,
+            tokens_per_deep_pass=len(tokens) / max(1, end.deep_passes),
+            acceptance_rate=1 - end.rejected / drafted if self._verifies and drafted else None,
             prefill_seconds=prefill_seconds,
             decode_tokens_per_second=len(tokens) / decode_seconds,
             fill=self.fill_name,
@@ -178,69 +261,191 @@ class Engine:
             finish_reason="stop" if stopped else "length",
         )
 
-    def _prefill(self, ids: list[int], capacity: int) -> _Sequence:
+    def _sequence(self, ids: list[int], limit: int, talk: Talk) -> Sequence:
+        """A sequence of these ids: what the talk remembers of their beginning, or a new one, which it is given."""
+        old = talk.sequence
+        if old is not None and old.run < len(ids) and old.ids[: old.run] == ids[: old.run] and not old.drafts:
+            old.ids = list(ids)
+            return old
+        state = self.backbone.state(len(ids) + limit)
+        talk.sequence = Sequence.new(ids, state, [exit for exit, _ in self._open])
+        return talk.sequence
+
+    def _drive(self, works: list[Generator[Any, Any, None]]) -> Iterator[tuple[int, Token | None]]:
+        """Have the sequences' work done, like work together, the shallowest first; yield what they give out."""
+        asked: dict[int, Run | Read] = {}
+        answers: dict[int, Tensor | None] = dict.fromkeys(range(len(works)))
+        while answers:
+            for index, answer in answers.items():
+                try:
+                    given = works[index].send(answer)
+                    while given is None or isinstance(given, Token):
+                        yield index, given
+                        given = next(works[index])
+                    asked[index] = given
+                except StopIteration:
+                    pass
+            answers = self._serve(asked)
+            for index in answers:
+                del asked[index]
+
+    def _serve(self, asked: dict[int, Run | Read]) -> dict[int, Tensor | None]:
+        """Do those of the works that start lowest, heads last, and return what each gave."""
+        runs = {index: work for index, work in asked.items() if isinstance(work, Run)}
+        if not runs:
+            reads = {index: work.h for index, work in asked.items() if isinstance(work, Read)}
+            if not reads:
+                return {}
+            logits = self._finite(self.backbone.logits(joined(list(reads.values()), dim=1))[0])
+            return dict(zip(reads, logits.split([h.shape[1] for h in reads.values()]), strict=True))
+        start, stop = min((work.start, work.stop) for work in runs.values())
+        chosen = {index: work for index, work in runs.items() if (work.start, work.stop) == (start, stop)}
+        parts = [(work.h, work.sequence.state, work.step) for work in chosen.values()]
+        return dict(zip(chosen, self.backbone.run_all(parts, start, stop), strict=True))
+
+    def _decode(
+        self, sequence: Sequence, limit: int, stop: tuple[str, ...], ends: frozenset[int]
+    ) -> Generator[Any, Any, None]:
+        """Everything one sequence needs: asks for work, yields None after the prompt, then tokens."""
+        yield from self._prefill(sequence)
+        yield None
+        text, total = _Text(self.backbone.tokenizer, stop), 0
+        while True:
+            for one in (yield from self._round(sequence, limit, ends)):
+                limit -= 1
+                total += one.flops
+                ended = one.id in ends
+                piece = text.push(one.id, last=ended or limit == 0)
+                passes, rejected = sequence.deep_passes, sequence.rejected
+                yield Token(one.id, piece, one.block, one.confidence, one.flops, total, passes, rejected)
+                if ended or text.stopped or not limit:
+                    return
+
+    def _prefill(self, sequence: Sequence) -> Work:
         """All of the prompt but its last token, at full depth; gates and read-outs that remember see it too."""
-        backbone = self.backbone
-        sequence = _Sequence(list(ids), backbone.state(capacity), [None] * len(self._open), [None] * len(self._open))
-        if len(ids) == 1:
-            return sequence
-        h, step = backbone.embed(torch.tensor([ids[:-1]], device=backbone.device))
-        done = 0
-        for index, (exit, _) in enumerate(self._open):
-            h = backbone.run(h, done, exit.block, sequence.state, step)
-            done = exit.block
-            if exit.recurrent_gate and self._training_free is None:
-                _, sequence.gates[index] = exit.gate(h.float())
-            if exit.recurrent_adapter:
-                _, sequence.adapters[index] = exit.adapter(h.float())
-        backbone.run(h, done, backbone.n_blocks, sequence.state, step)
-        return sequence
+        if sequence.run < len(sequence.ids) - 1:
+            yield from self._climb(sequence, len(sequence.ids) - 1, may_leave=False)
+            for part in (*sequence.gates, *sequence.adapters):
+                part.catch_up()
+        sequence.settle()
 
-    def _step(self, sequence: _Sequence) -> tuple[Tensor, int, float | None, int]:
-        """Run the newest token until it leaves: its logits (V,), blocks run, the exiting confidence, FLOPs."""
-        backbone, position = self.backbone, len(sequence.ids) - 1
-        h, step = backbone.embed(torch.tensor([[sequence.ids[-1]]], device=backbone.device), position)
-        done = flops = 0
-        for index, (exit, threshold) in enumerate(self._open):
-            h = backbone.run(h, done, exit.block, sequence.state, step)
-            flops += sum(self.costs.block(block, position + 1) for block in range(done, exit.block))
-            done = exit.block
-            confidence, logits, spent = self._consider(index, exit, threshold, h, sequence)
-            flops += spent
-            if logits is not None:
-                self._fill(h, done, sequence.state, step)
-                return self._finite(logits), done, confidence, flops + self._fill.flops(done, self.costs)
-        h = backbone.run(h, done, backbone.n_blocks, sequence.state, step)
-        flops += sum(self.costs.block(block, position + 1) for block in range(done, backbone.n_blocks))
-        return self._finite(backbone.logits(h)[0, 0]), backbone.n_blocks, None, flops + self.costs.head
+    def _round(self, sequence: Sequence, limit: int, ends: frozenset[int]) -> Generator[Run | Read, Tensor, list[Decision]]:
+        """Steps until tokens are decided, at most `limit`: one, or with `verify` the drafts that stand and one more."""
+        drafts, ids = sequence.drafts, sequence.ids
+        while True:
+            # The last draft ends the text: verify it, but do not go on from it.
+            last = bool(drafts) and (len(drafts) == limit or ids[-1] in ends)
+            reached = yield from self._step(sequence, last)
+            if reached.block < self.backbone.n_blocks:
+                chosen = self._choose(reached.logits[-1], ids)
+                decision = Decision(chosen, reached.block, reached.confidence, reached.flops)
+                ids.append(chosen)
+                if not self._verifies:
+                    sequence.settle()
+                    return [decision]
+                drafts.append(decision)
+                continue
+            return self._judge(sequence, reached)
 
-    def _consider(
-        self, index: int, exit: Exit, threshold: float, h: Tensor, sequence: _Sequence
-    ) -> tuple[float, Tensor | None, int]:
-        """Confidence of an exit for h (1, 1, D); its logits (V,) if the token leaves here; the FLOPs spent on both.
+    def _judge(self, sequence: Sequence, reached: _Reached) -> list[Decision]:
+        """Compare the drafts with what full depth chooses at their places; take back all from the first wrong one on."""
+        ids, drafts = sequence.ids, sequence.drafts
+        sequence.deep_passes += 1
+        decided: list[Decision] = []
+        for logits in reached.logits:
+            place = len(ids) - len(drafts) + len(decided)
+            chosen = self._choose(logits, ids[:place])
+            if place < len(ids) and chosen == ids[place]:
+                decided.append(drafts[len(decided)])
+                continue
+            wasted = drafts[len(decided) :]
+            sequence.rejected += len(wasted)
+            if wasted:
+                sequence.crop(place)
+            ids.append(chosen)
+            flops = reached.flops + sum(draft.flops for draft in wasted)
+            decided.append(Decision(chosen, reached.block, None, flops))
+            break
+        else:  # the last draft ended the text, and stands
+            decided[-1] = replace(decided[-1], flops=decided[-1].flops + reached.flops)
+        sequence.settle()
+        return decided
 
-        A part with a memory sees every token that gets here; one without is run only when it is needed.
+    def _step(self, sequence: Sequence, last: bool) -> Generator[Run | Read, Tensor, _Reached]:
+        """Run the newest token until it leaves, or with `last` only those that wait; and read its logits."""
+        may_leave = sequence.pending < self._max_pending
+        return (yield from self._climb(sequence, len(sequence.ids) - last, may_leave, read=True))
+
+    def _climb(
+        self, sequence: Sequence, end: int, may_leave: bool, read: bool = False
+    ) -> Generator[Run | Read, Tensor, _Reached]:
+        """Run the tokens up to position `end` through all blocks, those that wait at exits joining them there.
+
+        The newest may leave on its way. With `read`, the logits of those that reached the top are asked for.
         """
-        x, flops, adapted = h.float(), 0, None
-        if exit.recurrent_adapter or self._training_free is not None:
-            adapted, sequence.adapters[index] = exit.adapter(x, sequence.adapters[index])
-            flops += self._adapter_flops[index]
-        if self._training_free is not None and adapted is not None:
-            logits = self._read_out(adapted, h)
-            confidence = float(self._training_free(logits))
-            return confidence, logits if confidence > threshold else None, flops + self.costs.head
-        score, sequence.gates[index] = exit.gate(x, sequence.gates[index])
-        flops += self._gate_flops[index]
-        confidence = float(score.sigmoid())
-        if not confidence > threshold:
-            return confidence, None, flops
-        if adapted is None:
-            adapted, _ = exit.adapter(x)
-            flops += self._adapter_flops[index]
-        return confidence, self._read_out(adapted, h), flops + self.costs.head
+        backbone, flops, done, h, step = self.backbone, 0, 0, None, None
+        if sequence.run < end:
+            h, step = backbone.embed(torch.tensor([sequence.ids[sequence.run : end]], device=backbone.device), sequence.run)
+            sequence.run = end
+        stops = [exit.block for exit, _ in self._open] + [backbone.n_blocks]
+        for index, stop in enumerate(stops):
+            if h is not None and step is not None:
+                if sequence.drafts:
+                    sequence.state.watch(done, stop)
+                h = yield Run(sequence, h, step, done, stop)
+                if read:  # the prompt's are not counted
+                    spans = range(end - h.shape[1] + 1, end + 1)
+                    flops += sum(self.costs.block(block, span) for block in range(done, stop) for span in spans)
+            done = stop
+            if index == len(self._open):
+                break
+            if h is not None and step is not None:
+                sequence.gates[index].tell(h)
+                sequence.adapters[index].tell(h)
+                if may_leave:
+                    confidence, logits, spent = yield from self._consider(index, sequence)
+                    flops += spent
+                    if logits is not None:
+                        return _Reached(logits, end - 1, done, confidence, flops + self._left(index, sequence, h, step))
+            waiting = sequence.waiting[index]
+            if waiting:
+                h = torch.cat(waiting if h is None else [*waiting, h], dim=1)
+                step = backbone.step(h, end - h.shape[1])
+                waiting.clear()
+        assert h is not None
+        if not read:
+            return _Reached(h, end - h.shape[1], done, None, flops)
+        count = h.shape[1] if self._verifies else 1
+        logits = yield Read(h if count == h.shape[1] else h[:, -count:])
+        return _Reached(logits, end - count, done, None, flops + count * self.costs.head)
 
-    def _read_out(self, adapted: Tensor, h: Tensor) -> Tensor:
-        return self.backbone.logits(adapted.to(h.dtype))[0, 0]
+    def _left(self, index: int, sequence: Sequence, h: Tensor, step: Step | LeanStep) -> int:
+        """The newest token has left at an exit, with h (1, n, D) of all that got there with it; FLOPs spent on that."""
+        if self._fill is None:
+            sequence.waiting[index].append(h)
+            return 0
+        block = self._open[index][0].block
+        self._fill(h, block, sequence.state, step)
+        return self._fill.flops(block, self.costs)
+
+    def _consider(self, index: int, sequence: Sequence) -> Generator[Run | Read, Tensor, tuple[float, Tensor | None, int]]:
+        """Confidence of an exit in its newest token; its logits (1, V) if that leaves here; the FLOPs spent on both."""
+        gate, adapter = sequence.gates[index], sequence.adapters[index]
+        threshold, flops = self._open[index][1], 0
+        if self._training_free is None:
+            score, rows = gate.read()
+            flops += rows * self._gate_flops[index]
+            confidence = float(score.sigmoid())
+            if not confidence > threshold:
+                return confidence, None, flops
+        adapted, rows = adapter.read()
+        flops += rows * self._adapter_flops[index] + self.costs.head
+        logits = yield Read(adapted.to(self.backbone.dtype))
+        if self._training_free is not None:
+            confidence = float(self._training_free(logits[0]))
+            if not confidence > threshold:
+                return confidence, None, flops
+        return confidence, logits, flops
 
     def _finite(self, logits: Tensor) -> Tensor:
         if not torch.isfinite(logits.amax()):
@@ -250,10 +455,12 @@ class Engine:
             )
         return logits
 
-    def _choose(self, logits: Tensor, ids: list[int]) -> int:
-        if self._processors:
-            logits = self._processors(torch.tensor([ids], device=logits.device), logits[None])[0]
-        return int(logits.argmax())
+
+class Talk:
+    """What has been computed of a text that goes on, turn after turn. Give it to `Engine.stream_ids` each time."""
+
+    def __init__(self) -> None:
+        self.sequence: Sequence | None = None
 
 
 class _Text:

@@ -98,10 +98,11 @@ class Copy:
 
 
 FILLS: dict[str, type[Fill]] = {"project": Project, "copy": Copy, "freeze": Freeze}
+WAITING = ("defer", "verify")  # fill nothing: the engine has the token's deeper blocks computed later
 
 
 def make_fill(name: str, backbone: Backbone) -> Fill:
     """The fill of this name for this backbone. Raises `BadInput` where there is none, or where it cannot work."""
     if name not in FILLS:
-        raise BadInput(f"There is no fill '{name}'.", f"Choose from {', '.join(FILLS)}.")
+        raise BadInput(f"There is no fill '{name}'.", f"Choose from {', '.join((*FILLS, *WAITING))}.")
     return FILLS[name](backbone)

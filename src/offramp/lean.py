@@ -19,17 +19,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.native import CBlock, CShape, CWeight, Native, NativeMamba, address, library
+from offramp.native import CBlock, CShape, CWeight, Native, NativeMamba, address, library, rows_of
 from offramp.state import KV, State
 from offramp.weights import Format, Int4, Int8, Store, Weight
 
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the text's length
+Part = tuple[Tensor, State, "LeanStep"]  # hidden states (B, T, D), what their blocks remember, what they share
 Make = Callable[[str, list[nn.Linear], Tensor | None], Weight]
 
 
@@ -212,6 +214,27 @@ class Lean:
 
     def run(self, h: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool = False) -> Tensor:
         """h (B, T, D) through blocks `start` to `stop` - 1; with `fill`, they only remember what they would of h."""
+        return self.run_all([(h, state, step)], start, stop, fill)[0]
+
+    def run_all(self, parts: Sequence[Part], start: int, stop: int, fill: bool = False) -> list[Tensor]:
+        """`run` for several states at once, which the native engine does in one pass over the weights."""
+        wide = [h.float().reshape(-1, h.shape[-1]) for h, _, _ in parts]
+        if self._native is None:
+            rows = [h.clone(memory_format=torch.contiguous_format) for h in wide]
+            for x, (_, state, step) in zip(rows, parts, strict=True):
+                self._run_torch(x, start, stop, state, step, fill)
+        else:
+            together = wide[0].clone(memory_format=torch.contiguous_format) if len(wide) == 1 else torch.cat(wide)
+            self._run_native(together, start, stop, parts, fill)
+            rows = list(together.split([len(h) for h in wide]))
+        return [x.view(h.shape) for x, (h, _, _) in zip(rows, parts, strict=True)]
+
+    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool) -> None:
+        """rows (R, D) of one state through the blocks, in place."""
+        raise NotImplementedError
+
+    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part], fill: bool) -> None:
+        """The rows of all parts, one after another, through the blocks, in place."""
         raise NotImplementedError
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -352,15 +375,32 @@ class LeanLlama(Lean):
         )
         self._turn = torch.cat([pairs, rest], dim=1).flatten(1)
 
-    def run(self, h: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool = False) -> Tensor:
+    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool) -> None:
         assert isinstance(step, RotaryStep)
-        rows = h.float().reshape(-1, h.shape[-1]).clone(memory_format=torch.contiguous_format)
-        if self._native:
-            like = h.new_empty(step.batch, 0, 2 * self.heads, self.dim, dtype=torch.float32)
-            buffers = [kv.room(like, step.end) for kv in state.kv[start:stop] if kv]
-            self._native.run(rows, start, buffers, step.positions, step.sequences, step.turn, step.end, fill)
-        else:
-            for block, kv in zip(self.blocks[start:stop], state.kv[start:stop], strict=True):
+        for block, kv in zip(self.blocks[start:stop], state.kv[start:stop], strict=True):
+            assert kv is not None
+            (block.remember if fill else block)(rows, kv, step)
+
+    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part], fill: bool) -> None:
+        steps = [step for _, _, step in parts if isinstance(step, RotaryStep)]
+        memories: list[list[int]] = [[] for _ in range(start, stop)]
+        for step, (_, state, _) in zip(steps, parts, strict=True):
+            like = rows.new_empty(step.batch, 0, 2 * self.heads, self.dim)
+            for kv, addresses in zip(state.kv[start:stop], memories, strict=True):
                 assert kv is not None
-                (block.remember if fill else block)(rows, kv, step)
-        return rows.view(h.shape)
+                addresses += rows_of(kv.room(like, step.end))
+        assert isinstance(self._native, Native)
+        positions, turn = (joined([getattr(step, name) for step in steps]) for name in ("positions", "turn"))
+        end = max(step.end for step in steps)
+        self._native.run(rows, start, memories, positions, numbered(steps), turn, end, fill)
+
+
+def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def numbered(steps: Sequence[LeanStep]) -> Tensor:
+    """The sequence of each row, (R,), counted over all steps."""
+    firsts = list(accumulate((step.batch for step in steps), initial=0))[:-1]
+    moved = [torch.where(step.sequences < 0, -1, step.sequences + at) for step, at in zip(steps, firsts, strict=True) if at]
+    return joined([steps[0].sequences, *moved])

@@ -9,15 +9,17 @@ convolution's width, C = E + 2 G N its channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.lean import Lean, LeanStep, Make, RMSNorm
-from offramp.native import CMambaBlock, CMambaShape, CWeight, NativeMamba, address
+from offramp.lean import Lean, LeanStep, Make, Part, RMSNorm, numbered
+from offramp.native import CMambaBlock, CMambaShape, CWeight, NativeMamba, address, rows_of
 from offramp.scan import causal_conv, scan
 from offramp.state import SSM, State
 from offramp.weights import Format, Store, Weight
@@ -56,24 +58,25 @@ class LeanMambaBlock:
         """Window (B, W - 1, C) and state (B, H, P, N), to be written in place."""
         return ssm.room(like, (batch, len(self.conv) - 1, self.channels), (batch, self.heads, self.dim, self.states))
 
-    def __call__(self, h: Tensor, memory: tuple[Tensor, Tensor], step: MambaStep) -> None:
+    def __call__(self, h: Tensor, ssm: SSM, step: MambaStep) -> None:
         """Add what the block says to h (R, D) in place, and move the memory on."""
         z, xBC, dt = self.project_in(self.norm(h)).split([self.inner, self.channels, self.heads], dim=-1)
-        y = self._advance(xBC, dt, memory, step).reshape(len(h), -1) * F.silu(z)
+        y = self._advance(xBC, dt, ssm, step).reshape(len(h), -1) * F.silu(z)
         groups = y.unflatten(1, (self.groups, -1))
         y = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.gated_eps)
         h += self.project_out(y.flatten(1) * self.gated_norm)
 
-    def remember(self, h: Tensor, memory: tuple[Tensor, Tensor], step: MambaStep) -> None:
+    def remember(self, h: Tensor, ssm: SSM, step: MambaStep) -> None:
         """Only move the memory on as if h (R, D) were the block's input."""
         xBC, dt = self.advance_in(self.norm(h)).split([self.channels, self.heads], dim=-1)
-        self._advance(xBC, dt, memory, step)
+        self._advance(xBC, dt, ssm, step)
 
-    def _advance(self, xBC: Tensor, dt: Tensor, memory: tuple[Tensor, Tensor], step: MambaStep) -> Tensor:
+    def _advance(self, xBC: Tensor, dt: Tensor, ssm: SSM, step: MambaStep) -> Tensor:
         """Convolution and scan: (R, C) and (R, H) → (B, T, H, P)."""
-        window, state = memory
+        window, state = self.memory(ssm, xBC, step.batch)
         rows = (step.batch, step.tokens, -1)
-        xBC, new = causal_conv(xBC.reshape(rows), self.conv.T, self.conv_bias, window, step.mask)
+        inputs = xBC.reshape(rows)
+        xBC, new = causal_conv(inputs, self.conv.T, self.conv_bias, window, step.mask)
         size = self.groups * self.states
         x, B, C = xBC.split([self.inner, size, size], dim=-1)
         dt = F.softplus(dt.reshape(rows) + self.dt_bias).clamp(*self.limits)
@@ -81,6 +84,11 @@ class LeanMambaBlock:
         y, h = scan(x, dt, self.decay, B, C, self.skip, state, step.mask)
         window.copy_(new)
         state.copy_(h)
+
+        def replay(h: Tensor, n: int) -> Tensor:
+            return scan(x[:, :n], dt[:, :n], self.decay, B[:, :n], C[:, :n], self.skip, h)[1]
+
+        ssm.record(step.tokens, inputs, replay)
         return y
 
     def native(self) -> CMambaBlock:
@@ -119,14 +127,30 @@ class LeanMamba(Lean):
             sequences = sequences.masked_fill(~mask.flatten(), -1)
         return MambaStep(batch, tokens, sequences, mask)
 
-    def run(self, h: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool = False) -> Tensor:
+    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool) -> None:
         assert isinstance(step, MambaStep)
-        rows = h.float().reshape(-1, h.shape[-1]).clone(memory_format=torch.contiguous_format)
-        blocks, ssms = self.blocks[start:stop], state.ssm[start:stop]
-        memories = [block.memory(ssm, rows, step.batch) for block, ssm in zip(blocks, ssms, strict=True) if ssm]
-        if self._native:
-            self._native.run(rows, start, memories, step.sequences, fill)
-        else:
-            for block, memory in zip(blocks, memories, strict=True):
-                (block.remember if fill else block)(rows, memory, step)
-        return rows.view(h.shape)
+        for block, ssm in zip(self.blocks[start:stop], state.ssm[start:stop], strict=True):
+            assert ssm is not None
+            (block.remember if fill else block)(rows, ssm, step)
+
+    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part], fill: bool) -> None:
+        memories: list[list[tuple[int, int]]] = [[] for _ in range(start, stop)]
+        ssms = [[ssm for ssm in state.ssm[start:stop] if ssm] for _, state, _ in parts]
+        for (_, _, step), blocks in zip(parts, ssms, strict=True):
+            for block, ssm, addresses in zip(self.blocks[start:stop], blocks, memories, strict=True):
+                window, h = block.memory(ssm, rows, step.batch)
+                addresses += zip(rows_of(window), rows_of(h), strict=True)
+        assert isinstance(self._native, NativeMamba)
+        watched = any(ssm.watched for blocks in ssms for ssm in blocks)
+        journal = self._native.run(rows, start, memories, numbered([step for _, _, step in parts]), fill, watched)
+        first = 0
+        for (_, _, step), blocks in zip(parts, ssms, strict=True):
+            after = first + step.batch * step.tokens
+            for index, (block, ssm) in enumerate(zip(self.blocks[start:stop], blocks, strict=True)):
+                if journal is None:
+                    ssm.record(step.tokens)
+                else:
+                    notes = journal[index, first:after].view(step.batch, step.tokens, -1)
+                    replay = partial(self._native.replay, start + index, notes)
+                    ssm.record(step.tokens, notes[..., : block.channels], replay)
+            first = after

@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D hidden size, E inner width, G groups, N state size,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -74,16 +75,30 @@ def is_first(mixer: Mixer) -> bool:
 
 def _advance_first(mixer: Mixer, x: Tensor, memory: SSM | None) -> Tensor:
     """Convolution and scan of Mamba-1: x (B, T, E) → (B, T, E) in float32."""
-    x = _convolve(mixer, x, memory)
+    inputs, x = x, _convolve(mixer, x, memory)
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
     dt, B, C = _linear(mixer.x_proj, x).split(sizes, dim=-1)
     if hasattr(mixer, "dt_layernorm"):
         dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
     dt = F.softplus(_linear(mixer.dt_proj, dt).float())
-    h = None if memory is None else memory.h
-    y, h = selective_scan(x, dt, -torch.exp(mixer.A_log.float()), B, C, mixer.D, h)
+    A, D = -torch.exp(mixer.A_log.float()), mixer.D
+
+    def forward(h: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+        return selective_scan(x[:, :n], dt[:, :n], A, B[:, :n], C[:, :n], D, h)
+
+    return _remembered(forward, inputs, memory)
+
+
+Forward = Callable[[Tensor | None, int], tuple[Tensor, Tensor]]  # the first n tokens from state h on: y and the new h
+
+
+def _remembered(forward: Forward, inputs: Tensor, memory: SSM | None) -> Tensor:
+    """What `forward` gives of all tokens from the remembered state on, which moves on."""
+    tokens = inputs.shape[1]
+    y, h = forward(None if memory is None else memory.h, tokens)
     if memory is not None:
         memory.h = h
+        memory.record(tokens, inputs, lambda h, n: forward(h, n)[1])
     return y
 
 
@@ -99,15 +114,16 @@ def _advance_second(mixer: Mixer, xBC: Tensor, dt: Tensor, memory: SSM | None) -
     """Convolution and scan of Mamba-2: x, B, C (B, T, E + 2 G N) and dt (B, T, H) → (B, T, E) in float32."""
     size = mixer.n_groups * mixer.ssm_state_size
     x, B, C = _convolve(mixer, xBC, memory).split([mixer.intermediate_size, size, size], dim=-1)
+    heads, groups = (-1, mixer.head_dim), (mixer.n_groups, -1)
+    x, B, C = x.unflatten(2, heads), B.unflatten(2, groups), C.unflatten(2, groups)
     # The library leaves the limits out for single tokens, which only shows where they bite.
     dt = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
-    h = None if memory is None else memory.h
-    heads, groups = (-1, mixer.head_dim), (mixer.n_groups, -1)
-    A = -torch.exp(mixer.A_log.float())
-    y, h = scan(x.unflatten(2, heads), dt, A, B.unflatten(2, groups), C.unflatten(2, groups), mixer.D, h)
-    if memory is not None:
-        memory.h = h
-    return y.flatten(2)
+    A, D = -torch.exp(mixer.A_log.float()), mixer.D
+
+    def forward(h: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+        return scan(x[:, :n], dt[:, :n], A, B[:, :n], C[:, :n], D, h)
+
+    return _remembered(forward, xBC, memory).flatten(2)
 
 
 def _convolve(mixer: Mixer, x: Tensor, memory: SSM | None) -> Tensor:

@@ -42,12 +42,6 @@ typedef struct {
     int64_t hidden, queries, heads, dim, width;
 } Shape;
 
-// What a block remembers: (sequences, capacity, 2H, P).
-typedef struct {
-    float *kv;
-    int64_t capacity;
-} Memory;
-
 static inline v8 load(const float *p) {
     v8 v;
     memcpy(&v, p, sizeof v);
@@ -271,10 +265,10 @@ static void attend(const Shape *s, const float *q, const float *kv, int64_t head
         }
 }
 
-// `h` (R, D) through `count` blocks, in place. Row r is at position pos[r] of sequence seq[r]; turn (R, P) are its rotary
-// pairs. With `fill`, only the memories are written. Scratch holds R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) floats,
+// `h` (R, D) through `count` blocks, in place. Row r is at position pos[r] of sequence seq[r] of S; turn (R, P) are its
+// rotary pairs; kv[i · S + seq[r]] is what block i remembers of it, (capacity, 2H, P). With `fill`, only the memories are written. Scratch holds R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) floats,
 // then for each thread `own` floats: R · columns of the widest weight, or Q / H · (highest position + 1) if that is more.
-void offramp_run(const Block *blocks, int64_t count, const Shape *s, const Memory *memory, float *h, int64_t R,
+void offramp_run(const Block *blocks, int64_t count, const Shape *s, float *const *kv, int64_t S, float *h, int64_t R,
                  const int64_t *pos, const int64_t *seq, const float *turn, int64_t fill, float *scratch, int64_t own,
                  int64_t threads) {
     const int64_t D = s->hidden, P = s->dim, Q = s->queries, H = s->heads, F = s->width, A = (Q + 2 * H) * P;
@@ -298,13 +292,13 @@ void offramp_run(const Block *blocks, int64_t count, const Shape *s, const Memor
 #pragma omp barrier
             for (int64_t r = t; r < R; r += n)
                 remember(b, s, qkv + r * A + skip, fill ? 0 : Q, turn + r * P,
-                         memory[i].kv + (seq[r] * memory[i].capacity + pos[r]) * step);
+                         kv[i * S + seq[r]] + pos[r] * step);
 #pragma omp barrier
             if (fill) continue;
             for (int64_t item = t; item < R * H; item += n) {
                 const int64_t r = item / H, head = item % H, end = pos[r] + 1;
                 const int64_t start = b->window && end > b->window ? end - b->window : 0;
-                attend(s, qkv + r * A + head * group * P, memory[i].kv + seq[r] * memory[i].capacity * step, head,
+                attend(s, qkv + r * A + head * group * P, kv[i * S + seq[r]], head,
                        start, end, b->scale, local, x + r * Q * P + head * group * P);
             }
 #pragma omp barrier
@@ -368,7 +362,7 @@ typedef struct {
     int64_t hidden, heads, dim, groups, states, width;
 } MambaShape;
 
-// What a block remembers: (sequences, W - 1, C) and (sequences, H, P, N).
+// What a block remembers of a sequence: (W - 1, C) and (H, P, N).
 typedef struct {
     float *window, *h;
 } MambaMemory;
@@ -379,8 +373,9 @@ static inline float silu(float x) { return x / (1.0f + exp_(-x)); }
 
 static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
-// The recurrence for one row and one head: state (P, N) moves on; y (P), if asked for, is C h + D x.
-static void advance(const MambaShape *s, float *state, const float *x, const float *B, const float *C, float dt,
+// The recurrence for one row and one head: state (P, N) moves on; y (P), if asked for, is C h + D x. Never inlined, so that
+// a replay repeats it bit for bit.
+static __attribute__((noinline)) void advance(const MambaShape *s, float *state, const float *x, const float *B, const float *C, float dt,
                     float decay, float skip, float *y) {
     const int64_t N = s->states;
     for (int64_t p = 0; p < s->dim; p++, state += N) {
@@ -395,11 +390,12 @@ static void advance(const MambaShape *s, float *state, const float *x, const flo
     }
 }
 
-// `h` (R, D) through `count` blocks, in place; row r is the next token of sequence seq[r], or nothing where that is -1.
-// With `fill`, only the memories move on. Scratch holds R · (max(D, E) + 2E + 2GN + H + C) floats, then for each thread
+// `h` (R, D) through `count` blocks, in place; row r is the next token of sequence seq[r] of S, whose memory in block i is
+// memory[i · S + seq[r]]; or nothing where that is -1. `journal`, unless NULL, is told by what each row moved a memory:
+// (blocks, `noted` rows, 2C + H), the convolution's inputs and outputs, then dt. With `fill`, only the memories move on. Scratch holds R · (max(D, E) + 2E + 2GN + H + C) floats, then for each thread
 // `own` floats: R · columns of the widest weight.
-void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, float *h,
-                       int64_t R, const int64_t *seq, int64_t fill, float *scratch, int64_t own, int64_t threads) {
+void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, int64_t S,
+                       float *h, int64_t R, const int64_t *seq, float *journal, int64_t noted, int64_t fill, float *scratch, int64_t own, int64_t threads) {
     const int64_t D = s->hidden, H = s->heads, P = s->dim, G = s->groups, N = s->states, W = s->width;
     const int64_t E = H * P, C = E + 2 * G * N, A = E + C + H;
     float *x = scratch, *rows = x + R * (D > E ? D : E), *conv = rows + R * A, *mine = conv + R * C;
@@ -419,7 +415,7 @@ void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape
             share(C, t, n, &from, &to);
             for (int64_t r = 0; r < R; r++) {
                 if (seq[r] < 0) continue;
-                float *window = memory[i].window + seq[r] * (W - 1) * C, *out = conv + r * C;
+                float *window = memory[i * S + seq[r]].window, *out = conv + r * C;
                 const float *in = rows + r * A + E, *last = b->conv + (W - 1) * C;
                 for (int64_t c = from; c < to; c++) out[c] = last[c] * in[c] + (b->conv_bias ? b->conv_bias[c] : 0.0f);
                 for (int64_t w = 0; w < W - 1; w++) {
@@ -429,6 +425,11 @@ void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape
                     for (int64_t c = from; c < to; c++) now[c] = next[c];
                 }
                 for (int64_t c = from; c < to; c++) out[c] = silu(out[c]);
+                if (journal) {
+                    float *note = journal + (i * noted + r) * (2 * C + H);
+                    memcpy(note + from, in + from, (to - from) * sizeof(float));
+                    memcpy(note + C + from, out + from, (to - from) * sizeof(float));
+                }
             }
 #pragma omp barrier
             share(H, t, n, &from, &to);
@@ -438,7 +439,8 @@ void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape
                     const float *B = conv + r * C + E + head / (H / G) * N, *z = rows + r * A + head * P;
                     float dt = softplus(rows[r * A + E + C + head] + b->dt_bias[head]), *y = x + r * E + head * P;
                     dt = dt < b->dt_low ? b->dt_low : dt > b->dt_high ? b->dt_high : dt;
-                    advance(s, memory[i].h + (seq[r] * H + head) * P * N, conv + r * C + head * P, B, B + G * N, dt,
+                    if (journal) journal[(i * noted + r) * (2 * C + H) + 2 * C + head] = dt;
+                    advance(s, memory[i * S + seq[r]].h + head * P * N, conv + r * C + head * P, B, B + G * N, dt,
                             expf(dt * b->decay[head]), b->skip[head], fill ? NULL : y);
                     if (!fill)
                         for (int64_t p = 0; p < P; p++) y[p] *= silu(z[p]);
@@ -456,4 +458,15 @@ void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape
 #pragma omp barrier
         }
     }
+}
+
+// Moves a state (H, P, N) on by R rows of a journal, as the pass that wrote it did.
+void offramp_mamba_replay(const MambaBlock *b, const MambaShape *s, float *h, const float *journal, int64_t R) {
+    const int64_t H = s->heads, P = s->dim, G = s->groups, N = s->states, C = H * P + 2 * G * N;
+    for (int64_t head = 0; head < H; head++)
+        for (int64_t r = 0; r < R; r++) {
+            const float *conv = journal + r * (2 * C + H) + C, *B = conv + H * P + head / (H / G) * N;
+            const float dt = conv[C + head];
+            advance(s, h + head * P * N, conv + head * P, B, B, dt, expf(dt * b->decay[head]), 0, NULL);
+        }
 }

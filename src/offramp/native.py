@@ -17,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,6 @@ class CShape(ctypes.Structure):
     _fields_ = tuple((name, c_int64) for name in ("hidden", "queries", "heads", "dim", "width"))
 
 
-class CMemory(ctypes.Structure):
-    _fields_ = (("kv", c_void_p), ("capacity", c_int64))
-
-
 class CMambaBlock(ctypes.Structure):
     _fields_ = (
         *((name, CWeight) for name in ("in", "out")),
@@ -85,6 +82,11 @@ def _from_row(tensor: Tensor, row: int) -> int:
     return tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
 
 
+def rows_of(tensor: Tensor) -> list[int]:
+    """Address of each row."""
+    return [_from_row(tensor, row) for row in range(len(tensor))]
+
+
 @cache
 def library() -> Any:
     """The compiled library, or None where there is no working C compiler. `CC` names another compiler."""
@@ -104,13 +106,15 @@ def library() -> Any:
     except (OSError, subprocess.CalledProcessError):
         return None
     run, product = loaded.offramp_run, loaded.offramp_product
-    run.argtypes = [POINTER(CBlock), c_int64, POINTER(CShape), POINTER(CMemory), c_void_p, c_int64]
+    run.argtypes = [POINTER(CBlock), c_int64, POINTER(CShape), c_void_p, c_int64, c_void_p, c_int64]
     run.argtypes += [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64]
     product.argtypes = [POINTER(CWeight), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
     mamba = loaded.offramp_mamba_run
-    mamba.argtypes = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), POINTER(CMambaMemory), c_void_p, c_int64]
-    mamba.argtypes += [c_void_p, c_int64, c_void_p, c_int64, c_int64]
-    run.restype = product.restype = mamba.restype = None
+    mamba.argtypes = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), POINTER(CMambaMemory), c_int64]
+    mamba.argtypes += [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]
+    replay = loaded.offramp_mamba_replay
+    replay.argtypes = [POINTER(CMambaBlock), POINTER(CMambaShape), c_void_p, c_void_p, c_int64]
+    run.restype = product.restype = mamba.restype = replay.restype = None
     return loaded
 
 
@@ -178,30 +182,31 @@ class Native(_Native):
         self,
         h: Tensor,
         start: int,
-        buffers: list[Tensor],
+        memories: list[list[int]],
         positions: Tensor,
         sequences: Tensor,
         turn: Tensor,
         end: int,
         fill: bool = False,
     ) -> None:
-        """h (R, D) through the blocks from `start` on, one for each of the `buffers`, in place.
+        """h (R, D) through the blocks from `start` on, one for each of the `memories`, in place.
 
-        Row r is at positions[r] < end of sequences[r] (both int64), and the rows of a sequence stand in the order of their
-        positions; turn (R, P) are the rotary pairs. With `fill` only the buffers are written.
+        A memory is for each sequence the address of its keys and values. Row r is at positions[r] < end of sequences[r]
+        (both int64), and the rows of a sequence stand in the order of their positions; turn (R, P) are the rotary pairs.
+        With `fill` only the memories are written.
         """
         count = len(h)
         if not (h.is_contiguous() and len(positions) == len(sequences) == len(turn) == count):
             raise ValueError(
                 f"{count} rows, {len(positions)} positions, {len(sequences)} sequences, {len(turn)} rotary rows"
             )
-        memory = (CMemory * len(buffers))(*[CMemory(buffer.data_ptr(), buffer.shape[1]) for buffer in buffers])
+        kv = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
         for some in range(0, count, self.ROWS):
             rows = min(self.ROWS, count - some)
             scratch, own, threads = self._scratch(rows, rows * self._row, self._shape.queries // self._shape.heads * end)
             self._library.offramp_run(
-                self._from(start), len(buffers), self._shape, memory, _from_row(h, some), rows, _from_row(positions, some),
-                _from_row(sequences, some), _from_row(turn, some), fill, scratch, own, threads,
+                self._from(start), len(memories), self._shape, kv, len(memories[0]), _from_row(h, some), rows,
+                _from_row(positions, some), _from_row(sequences, some), _from_row(turn, some), fill, scratch, own, threads,
             )  # fmt: skip
 
 
@@ -212,24 +217,42 @@ class NativeMamba(_Native):
         super().__init__(CMambaBlock, blocks, columns)
         self._shape = shape
         inner = shape.heads * shape.dim
-        channels = inner + 2 * shape.groups * shape.states
-        self._row = max(shape.hidden, inner) + inner + 2 * channels + shape.heads
+        self._channels = inner + 2 * shape.groups * shape.states
+        self._row = max(shape.hidden, inner) + inner + 2 * self._channels + shape.heads
 
     def run(
-        self, h: Tensor, start: int, memories: list[tuple[Tensor, Tensor]], sequences: Tensor, fill: bool = False
-    ) -> None:
-        """h (R, D) through the blocks from `start` on, one for each of the `memories` (window, state), in place.
+        self,
+        h: Tensor,
+        start: int,
+        memories: list[list[tuple[int, int]]],
+        sequences: Tensor,
+        fill: bool = False,
+        watched: bool = False,
+    ) -> Tensor | None:
+        """h (R, D) through the blocks from `start` on, one for each of the `memories`, in place.
 
-        Row r is the next token of sequences[r] (int64), of none where that is -1. With `fill` only the memories move.
+        A memory is for each sequence the addresses of its window and its state. Row r is the next token of sequences[r]
+        (int64), of none where that is -1. With `fill` only the memories move. If `watched`, returns a journal
+        (blocks, R, 2C + H): each row's inputs and outputs of the convolution, and dt.
         """
         count = len(h)
         if not (h.is_contiguous() and len(sequences) == count):
             raise ValueError(f"{count} rows, {len(sequences)} sequences")
-        memory = (CMambaMemory * len(memories))(*[CMambaMemory(w.data_ptr(), s.data_ptr()) for w, s in memories])
+        journal = torch.empty(len(memories), count, 2 * self._channels + self._shape.heads) if watched else None
+        memory = (CMambaMemory * (len(memories) * len(memories[0])))(
+            *(CMambaMemory(*addresses) for addresses in chain.from_iterable(memories))
+        )
         for some in range(0, count, self.ROWS):
             rows = min(self.ROWS, count - some)
             scratch, own, threads = self._scratch(rows, rows * self._row, 0)
             self._library.offramp_mamba_run(
-                self._from(start), len(memories), self._shape, memory, _from_row(h, some), rows,
-                _from_row(sequences, some), fill, scratch, own, threads,
+                self._from(start), len(memories), self._shape, memory, len(memories[0]), _from_row(h, some), rows,
+                _from_row(sequences, some), None if journal is None else _from_row(journal[0], some), count,
+                fill, scratch, own, threads,
             )  # fmt: skip
+        return journal
+
+    def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:
+        """The state h (1, H, P, N) of block `index`, moved on in place by its first tokens of a journal (1, T, 2C + H)."""
+        self._library.offramp_mamba_replay(self._from(index), self._shape, h.data_ptr(), journal.data_ptr(), tokens)
+        return h

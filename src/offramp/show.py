@@ -208,6 +208,35 @@ def bench_table(result: dict[str, Any]) -> None:
     low, high = result["spread"]
     console.print(f"ratio {result['ratio']:.2f} (pairs from {low:.2f} to {high:.2f})")
     if result["parts_ms"]:
-        parts = ", ".join(f"{part} {milliseconds:.2f}" for part, milliseconds in result["parts_ms"].items())
-        console.print(Text(f"of ours, ms a token: {parts}", "dim"))
-    console.print(Text(", ".join(f"{key} {value}" for key, value in result["machine"].items()), "dim"))
+        console.print(Text(f"of ours, ms a token: {_listed(result['parts_ms'])}", "dim"))
+    console.print(Text(_listed(result["machine"]), "dim"))
+
+
+def fills_table(result: dict[str, Any]) -> None:
+    """What `bench.compare_fills` found."""
+    what = f"{result['prompts']} prompts, up to {result['tokens']} tokens, {result['pairs']} pairs"
+    table = Table(title=f"{result['model']}, {result['weights']}, {what}", title_justify="left")
+    titles = ("", "tokens/s", "ratio", "pairs from–to", "equal", "mean blocks", "tokens a deep pass", "acceptance")
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    for name, one in result["fills"].items():
+        low, high = one["spread"]
+        accepted = "" if one["acceptance_rate"] is None else f"{one['acceptance_rate']:.0%}"
+        table.add_row(
+            name,
+            f"{one['tokens_per_second']:.1f}",
+            f"{one['ratio']:.2f}",
+            f"{low:.2f}–{high:.2f}",
+            f"{one['equal']:.0%}",
+            f"{one['mean_blocks']:.1f}",
+            f"{one['tokens_per_deep_pass']:.2f}",
+            accepted,
+        )
+    console.print(table)
+    for name, one in result["fills"].items():
+        console.print(Text(f"{name}, ms a token: {_listed(one['parts_ms'])}", "dim"))
+    console.print(Text(_listed(result["machine"]), "dim"))
+
+
+def _listed(items: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.2f}" if isinstance(value, float) else f"{key} {value}" for key, value in items.items())

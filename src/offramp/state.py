@@ -7,6 +7,7 @@ library's blocks store their keys and values, so a `State` is passed to them in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,16 +84,72 @@ class KV:
             self._buffer = self._buffer.index_select(0, rows)
 
 
+Replay = Callable[[Tensor, int], Tensor]
+
+
 class SSM:
     """What a Mamba block remembers: the convolution's last inputs and the scan's state; None before the first token.
 
     `window` is (B, W - 1, E + 2 G N) for Mamba-2, (B, W - 1, E) for Mamba-1; `h` (B, H, P, N) or (B, E, N). Neither grows
-    with the text, and neither can forget its newest token.
+    with the text, and neither can forget a token, unless it is watched: then what each token moved them by is kept, and
+    `crop` goes back to where the watch began and repeats the tokens that stay, without the block's weights.
     """
 
     def __init__(self) -> None:
         self.window: Tensor | None = None
         self.h: Tensor | None = None
+        self.length = 0
+        self._start: tuple[int, Tensor | None, Tensor | None] | None = None
+        self._journal: list[tuple[Tensor, Replay]] = []
+
+    @property
+    def watched(self) -> bool:
+        return self._start is not None
+
+    def watch(self) -> None:
+        """From now on, tokens can be forgotten again. Under a watch already, nothing changes."""
+        if self._start is None:
+            window, h = self.window, self.h
+            self._start = self.length, None if window is None else window.clone(), None if h is None else h.clone()
+
+    def settle(self) -> None:
+        """Keep all tokens for good."""
+        self._start = None
+        self._journal.clear()
+
+    def record(self, tokens: int, inputs: Tensor | None = None, replay: Replay | None = None) -> None:
+        """The block has taken in so many more tokens. Under a watch, what by: inputs (1, T, C) of the convolution, and
+
+        replay(h, n), which moves a state on by the first n of them, in place if it likes. Raises `ValueError` for a batch,
+        whose sequences may have to forget differently.
+        """
+        self.length += tokens
+        if self._start is not None and inputs is not None and replay is not None:
+            if len(inputs) > 1:
+                raise ValueError("a batch of sequences cannot be watched")
+            self._journal.append((inputs, replay))
+
+    def crop(self, length: int) -> None:
+        """Forget every token from position `length` on. Raises `ValueError` for tokens from before the watch."""
+        if length >= self.length:
+            return
+        if self._start is None or length < self._start[0]:
+            raise ValueError("a Mamba state cannot forget tokens it was not watched taking in")
+        assert self.window is not None
+        assert self.h is not None
+        first, window, h = self._start
+        # Copies, since the next tokens may be written into them.
+        window = torch.zeros_like(self.window) if window is None else window.clone()
+        h = torch.zeros_like(self.h) if h is None else h.clone()
+        size, kept, left = window.shape[1], [], length - first
+        for inputs, replay in self._journal:
+            tokens = min(left, inputs.shape[1])
+            if tokens:
+                h = replay(h, tokens)
+                window = torch.cat([window, inputs[:, :tokens].to(window.dtype)], dim=1)[:, -size:]
+                kept.append((inputs[:, :tokens], replay))
+            left -= tokens
+        self.window, self.h, self.length, self._journal = window.contiguous(), h, length, kept
 
     def room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Window and state to be written in place, zeros at first; shapes with the batch."""
@@ -134,11 +191,21 @@ class State:
         block.append(keys, values)
         return block.keys, block.values
 
+    def watch(self, start: int, stop: int) -> None:
+        """From now on, blocks `start` to `stop` - 1 can forget the tokens they take in, until `settle`."""
+        for ssm in self.ssm[start:stop]:
+            if ssm is not None:
+                ssm.watch()
+
+    def settle(self) -> None:
+        """Keep all tokens for good: what it would take to forget them is let go."""
+        for ssm in self.ssm:
+            if ssm is not None:
+                ssm.settle()
+
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on. Raises `ValueError` where a block has a Mamba state."""
-        if any(self.ssm):
-            raise ValueError("a Mamba state cannot forget its newest tokens")
-        for block in self.kv:
+        """Forget every token from position `length` on. Raises `ValueError` for those that a Mamba state took unwatched."""
+        for block in (*self.kv, *self.ssm):
             if block is not None:
                 block.crop(length)
 

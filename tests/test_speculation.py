@@ -1,0 +1,262 @@
+"""Deferred and verified exits: exact states, full depth's own tokens, whatever the gates do; and sequences side by side."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import BLOCKS, tiny
+from offramp import Engine, Exits, ExitsConfig, Policy
+from offramp.engine import ALL_FILLS, Talk
+from offramp.errors import BadInput
+from offramp.sampling import Sampling
+from offramp.state import SSM
+from test_engine import HYBRIDS, LAYERS, exits_for, refused
+
+NEAR = 1e-4  # two best logits closer than this may change places
+
+
+def modest_exits(family: str, seed: int = 0, gate: str = "mamba", readout: str = "linear") -> Exits:
+    """Random gates that open and close, and read-outs close enough to the untrained one to be right now and then."""
+    torch.manual_seed(seed)
+    exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32))
+    with torch.no_grad():
+        for exit in exits:
+            for parameter in exit.gate.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            for parameter in exit.adapter.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    exits.modules.eval().requires_grad_(False)
+    return exits
+
+
+def some_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    dice = random.Random(seed)
+    return [[dice.randrange(32, 127) for _ in range(dice.randrange(1, 13))] for _ in range(count)]
+
+
+@torch.inference_mode()
+def same_or_tied(family: str, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
+    """Whether two answers are equal, or differ first where full depth's two best logits are as good as equal."""
+    for place, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        if mine != other:
+            logits = tiny(family).forward(torch.tensor([prompt + ours[:place]]))[0, -1]
+            best = logits.topk(2).values
+            return float(best[0] - best[1]) <= NEAR
+    return len(ours) == len(theirs)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "linear"])
+def test_verified_exits_give_full_depths_tokens(family: str, kind: str) -> None:
+    full, exits = Engine(tiny(family)), modest_exits(family, gate=kind, readout=kind)
+    drafted = stood = 0
+    for threshold in (0.0, 0.4, 0.6):
+        engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", max_pending=4)
+        for prompt in some_prompts(4, seed=int(10 * threshold)):
+            answer, whole = engine.generate_ids(prompt, 16), full.generate_ids(prompt, 16)
+            assert same_or_tied(family, prompt, answer.ids, whole.ids)
+            stood += sum(token.exit_block < BLOCKS for token in answer.tokens)
+            drafted += stood + answer.tokens[-1].rejected
+    assert 0 < stood < drafted  # both what to do with right drafts and with wrong ones was tried
+
+
+@torch.inference_mode()
+def exact(sequence, family: str) -> None:
+    """Every block's memory equals that of a full-depth pass over as many of the sequence's tokens as it has seen."""
+    backbone = tiny(family)
+    counts = [sequence.run] * BLOCKS  # tokens that each block has seen
+    for layer, waiting in zip(LAYERS, sequence.waiting, strict=True):
+        for block in range(layer, BLOCKS):
+            counts[block] -= sum(h.shape[1] for h in waiting)
+    for count in set(counts) - {0}:
+        h, step = backbone.embed(torch.tensor([sequence.ids[:count]]))
+        reference = backbone.state()
+        backbone.run(h, 0, BLOCKS, reference, step)
+        for block in range(BLOCKS):
+            if counts[block] != count:
+                continue
+            kv, ssm = sequence.state.kv[block], sequence.state.ssm[block]
+            if kv is not None:
+                assert kv.length == count
+                torch.testing.assert_close(kv.keys, reference.kv[block].keys, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(kv.values, reference.kv[block].values, rtol=1e-5, atol=1e-5)
+            if ssm is not None:
+                assert ssm.length == count
+                torch.testing.assert_close(ssm.window, reference.ssm[block].window, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(ssm.h, reference.ssm[block].h, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_states_are_exact_after_any_run_of_exits(family: str, data: st.DataObject) -> None:
+    fill = data.draw(st.sampled_from(["defer", "verify"]))
+    thresholds = tuple(data.draw(st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.999])) for _ in LAYERS)
+    tokens, most = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 8))
+    exits = modest_exits(family, data.draw(st.integers(0, 5)))
+    engine = Engine(tiny(family), exits, Policy(thresholds), fill, max_pending=most)
+    (prompt,) = some_prompts(1, data.draw(st.integers(0, 99)))
+    talk = Talk()
+    assert len(list(engine.stream_ids(prompt, tokens, talk=talk))) == 1 + tokens or 257 in talk.sequence.ids
+    assert talk.sequence.pending <= most
+    exact(talk.sequence, family)
+    # Another turn: what waits is carried along, and nothing is read twice.
+    more = [*talk.sequence.ids, *some_prompts(1, tokens)[0]]
+    before = talk.sequence
+    next(engine.stream_ids(more, 4, talk=talk))
+    assert talk.sequence is before
+    assert talk.sequence.pending == 0
+    exact(talk.sequence, family)
+
+
+def test_what_an_exit_said_stands_with_defer() -> None:
+    engine = Engine(tiny("llama"), exits_for("llama"), Policy((0.0,) * 3), "defer", max_pending=3)
+    answer = engine.generate("Some words", 12)
+    assert [token.exit_block for token in answer.tokens] == [1, 1, 1, BLOCKS] * 3
+    assert (answer.tokens_per_deep_pass, answer.acceptance_rate) == (4, None)
+
+
+@pytest.mark.parametrize("family", ["llama/native", "mamba2/native", "bamba"])
+def test_the_books_of_verified_decoding_balance(family: str) -> None:
+    engine = Engine(tiny(family), modest_exits(family), Policy((0.3,) * 3), "verify")
+    for prompt in some_prompts(5):
+        answer = engine.generate_ids(prompt, 24)
+        end = answer.tokens[-1]
+        assert end.cumulative_flops == sum(token.flops for token in answer.tokens)
+        deep = sum(token.exit_block == BLOCKS for token in answer.tokens)
+        assert deep <= end.deep_passes <= deep + 1  # the last drafts may stand without a token of the pass's own
+        stood = len(answer.tokens) - deep
+        assert answer.acceptance_rate == pytest.approx(stood / (stood + end.rejected))
+
+
+def test_drafts_do_not_run_past_the_end_of_a_text_or_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, exits = tiny("llama"), modest_exits("llama")
+    (prompt,) = some_prompts(1)
+    free = Engine(backbone).generate_ids(prompt, 16).ids
+    engine = Engine(backbone, exits, Policy((0.0,) * 3), "verify")
+    for limit in range(1, 9):
+        assert engine.generate_ids(prompt, limit).ids == free[:limit]
+    monkeypatch.setattr(backbone.model.generation_config, "eos_token_id", [257, free[6]])
+    assert engine.generate_ids(prompt, 16).ids == free[: free.index(free[6]) + 1]
+
+
+def test_verified_samples_are_full_depths_samples() -> None:
+    for family in ("llama/native", "mamba2/native", "jamba"):
+        exits, drawn = modest_exits(family), set()
+        for seed, prompt in enumerate(some_prompts(6)):
+            sampling = Sampling(0.8, top_k=40, top_p=0.95, min_p=0.01, seed=seed, repetition_penalty=1.2)
+            full = Engine(tiny(family), sampling=sampling).generate_ids(prompt, 16)
+            answer = Engine(tiny(family), exits, Policy((0.3,) * 3), "verify", sampling).generate_ids(prompt, 16)
+            assert answer.ids == full.ids
+            drawn |= set(answer.ids)
+        assert len(drawn) > 12
+
+
+def test_draws_follow_the_processed_probabilities() -> None:
+    """A chi-square test over 20,000 draws, from 400 seeds at 50 places each."""
+    logits = torch.tensor([0.0, 1.0, 2.0, 0.5, -1.0, 1.5, 0.2, -3.0])
+    expected = (logits / 0.8).softmax(0)
+    expected[7] = 0  # outside the top 7
+    expected *= 20_000 / expected.sum()
+    counts = torch.zeros(8)
+    for seed in range(400):
+        choose = Sampling(0.8, top_k=7, seed=seed).chooser()
+        for place in range(50):
+            counts[choose(logits, [0] * place)] += 1
+    assert counts[7] == 0
+    assert float(((counts - expected) ** 2 / expected)[:7].sum()) < 22.5  # 6 degrees of freedom: p = 0.001
+
+
+@pytest.mark.parametrize("fill", ALL_FILLS)
+@pytest.mark.parametrize("size", [1, 2, 5, 16])
+@pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native", "mamba2/torch", "falcon_h1"])
+def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fill: str) -> None:
+    if refused(fill, family):
+        return
+    engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
+    prompts = some_prompts(size, seed=size)
+    together = engine.generate_batch(prompts, 12)
+    for prompt, answer in zip(prompts, together, strict=True):
+        alone = engine.generate_ids(prompt, 12)
+        assert same_or_tied(family, prompt, answer.ids, alone.ids)
+        if answer.ids == alone.ids:
+            assert [token.exit_block for token in answer.tokens] == [token.exit_block for token in alone.tokens]
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "mamba2/torch", "mamba2/native", "falcon_mamba", *HYBRIDS])
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+@torch.inference_mode()
+def test_a_watched_state_forgets_and_goes_on_as_if_it_had_never_known(family: str, data: st.DataObject) -> None:
+    backbone = tiny(family)
+    ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+    state, place = backbone.state(), 0
+
+    def read(count: int) -> None:
+        nonlocal place
+        h, step = backbone.embed(ids[:, place : place + count], place)
+        backbone.run(h, 0, BLOCKS, state, step)
+        place += count
+
+    for _ in range(data.draw(st.integers(0, 2))):
+        read(data.draw(st.integers(1, 5)))
+    start = place
+    state.watch(0, BLOCKS)
+    for _ in range(data.draw(st.integers(1, 4))):
+        read(data.draw(st.integers(1, 5)))
+        if data.draw(st.booleans()):
+            place = data.draw(st.integers(start, place))
+            state.crop(place)
+    if place == start:
+        read(1)
+    state.settle()
+    reference = backbone.state()
+    h, step = backbone.embed(ids[:, :place])
+    backbone.run(h, 0, BLOCKS, reference, step)
+    for mine, whole in zip(state.ssm, reference.ssm, strict=True):
+        if mine is not None:
+            torch.testing.assert_close(mine.window, whole.window, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(mine.h, whole.h, rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiled_path_repeats_a_state_bit_for_bit() -> None:
+    backbone, ids = tiny("mamba2/native"), torch.arange(12)[None]
+    states = [backbone.state(), backbone.state()]
+    with torch.inference_mode():
+        for state, count in zip(states, (12, 7), strict=True):
+            h, step = backbone.embed(ids[:, :2])
+            backbone.run(h, 0, BLOCKS, state, step)
+            state.watch(0, BLOCKS)
+            h, step = backbone.embed(ids[:, 2:count], 2)
+            backbone.run(h, 0, BLOCKS, state, step)
+    states[0].crop(7)
+    for mine, whole in zip(states[0].ssm, states[1].ssm, strict=True):
+        assert torch.equal(mine.h, whole.h)
+        assert torch.equal(mine.window, whole.window)
+
+
+def test_an_unwatched_state_refuses_to_forget() -> None:
+    ssm = SSM()
+    ssm.record(3)
+    with pytest.raises(ValueError, match="cannot forget"):
+        ssm.crop(2)
+    ssm.crop(3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -1}, "temperature of -1"),
+        ({"temperature": float("nan")}, "temperature of nan"),
+        ({"top_k": -1}, "-1 most probable"),
+        ({"top_p": 0}, "top-p of 0"),
+        ({"min_p": 2}, "min-p of 2"),
+    ],
+)
+def test_unusable_settings_get_a_sentence_and_a_hint(settings: dict[str, float], words: str) -> None:
+    with pytest.raises(BadInput, match=words) as raised:
+        Sampling(**settings)  # type: ignore[arg-type]
+    assert raised.value.hint

@@ -51,7 +51,8 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
     torch.set_num_threads(args.threads)
     model = offramp.load(args.model, args.dtype)
     type(model).stop_ids = frozenset()  # the engine would stop at an end of text
-    engine = offramp.Engine(model)
+    exits = offramp.shipped_for(model, draft=True) if args.verify else None
+    engine = offramp.Engine(model, exits, fill="verify" if exits else "project")
 
     def generate(ids: list[int], tokens: int, out: Out) -> None:
         for token in engine.stream_ids(ids, tokens):
@@ -59,12 +60,13 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
                 out([token.id])
 
     costs, lean = engine.costs, model.lean
+    depth = "verified exits" if exits else "full depth"
     facts = {
         "versions": versions("offramp", "torch", "transformers"),
         "weights": model.weight_format.removesuffix("-head4"),
         "head": lean.head.name if lean else formats(model.head),
         "weight_bytes": sum(costs.block_bytes(index, 0) for index in range(model.n_blocks)) + costs.head_bytes,
-        "way": f"Engine.stream_ids at full depth, {lean.engine if lean else 'library blocks'}",
+        "way": f"Engine.stream_ids, {depth}, {lean.engine if lean else 'library blocks'}",
     }
     return Peer(facts, generate, lambda ids: nll(model.forward(torch.tensor([ids]))[0], ids))
 
@@ -369,6 +371,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a safetensors folder, a GGUF file, or offramp's name for it")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--verify", action="store_true", help="offramp: with the exits that draft")
     parser.add_argument("--compiled", action="store_true", help="transformers: static cache and torch.compile")
     parser.add_argument("--layer", type=int, default=10, help="block after which drafts leave, or from which CALM may")
     parser.add_argument("--way", choices=("draft", "calm"), default="draft", help="economize: which technique")

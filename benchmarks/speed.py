@@ -59,6 +59,8 @@ class Entry:
 
 
 ENTRIES = {
+    "offramp-bfloat16-verify": Entry("", "name", ("offramp", "--dtype", "bfloat16", "--verify")),
+    "offramp-int4-verify": Entry("", "name", ("offramp", "--dtype", "int4", "--verify")),
     "transformers-float32": Entry("", "folder", ("transformers", "--dtype", "float32")),
     "transformers-bfloat16": Entry("", "folder", ("transformers", "--dtype", "bfloat16")),
     "transformers-compiled": Entry("", "folder", ("transformers", "--dtype", "float32", "--compiled")),
@@ -84,9 +86,7 @@ def ours(dtype: str) -> str:
 
 
 def entry(name: str) -> Entry:
-    if name.startswith("offramp-"):
-        return Entry("", "name", ("offramp", "--dtype", name.removeprefix("offramp-")))
-    return ENTRIES[name]
+    return ENTRIES.get(name) or Entry("", "name", ("offramp", "--dtype", name.removeprefix("offramp-")))
 
 
 def interpreter(environment: str) -> str:

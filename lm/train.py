@@ -131,6 +131,8 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
     matrices = [parameter for parameter in model.backbone.layers.parameters() if parameter.ndim == 2]
     if not settings.matrix_rate:
         matrices = []
+    elif not hasattr(torch.optim, "Muon"):
+        raise BadInput(f"torch {torch.__version__} has no Muon.", "Install torch 2.9 or newer, or give --matrix-rate 0.")
     taken = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales that mean something.

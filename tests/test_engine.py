@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from conftest import BLOCKS, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
-from offramp.engine import Talk, Token, _Text
+from offramp.engine import Talk, Token
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits import GATES, READOUTS
 from offramp.fill import FILLS
 from offramp.policy import CONFIDENCES
 from offramp.sampling import Sampling
 from offramp.sequence import Sequence
+from offramp.text import Text
 from test_backbone import damaged
 
 PROMPT = "Some words to go on from"
@@ -267,7 +268,7 @@ def test_a_stop_string_ends_the_text_before_it() -> None:
 
 
 class Bytes:
-    """A tokenizer for `_Text`: one token a byte."""
+    """A tokenizer for `Text`: one token a byte."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
@@ -276,7 +277,7 @@ class Bytes:
 @settings(deadline=None)
 @given(text=st.text(max_size=30), stop=st.lists(st.text(min_size=1, max_size=4), max_size=2))
 def test_streamed_pieces_are_the_text_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
-    streamed, pieces = _Text(Bytes(), tuple(stop)), []
+    streamed, pieces = Text(Bytes(), tuple(stop)), []
     raw = text.encode()
     for index, byte in enumerate(raw):
         pieces.append(streamed.push(byte, last=index == len(raw) - 1))

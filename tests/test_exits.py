@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,17 @@ def test_saved_exits_load_back_equal_to_bfloat16(tmp_path, gate: str, readout: s
     assert (loaded.config, loaded.thresholds, loaded.training) == (exits.config, exits.thresholds, exits.training)
     for key, value in exits.modules.state_dict().items():
         assert torch.equal(loaded.modules.state_dict()[key], value.bfloat16().float())
+
+
+def test_a_short_list_is_kept_and_checked(tmp_path) -> None:
+    exits = exits_for("llama", "linear", "deep")
+    exits.config, exits.shortlist = replace(exits.config, shortlist=3), torch.tensor([4, 7, 250])
+    exits.save(tmp_path)
+    assert Exits.load(tmp_path, tiny("llama")).shortlist.tolist() == [4, 7, 250]
+    exits.config = replace(exits.config, shortlist=2)
+    exits.save(tmp_path)
+    with pytest.raises(CorruptFile, match="short list"):
+        Exits.load(tmp_path, tiny("llama"))
 
 
 def test_exits_of_another_model_are_refused_with_both_names(tmp_path) -> None:
@@ -97,7 +109,8 @@ def test_unknown_kinds_are_refused(kinds) -> None:
 @pytest.mark.parametrize("kind", [name for name in READOUTS if name != "none"])
 def test_an_adapter_starts_as_the_untrained_read_out(kind: str) -> None:
     backbone, h = tiny("llama"), torch.randn(1, 5, 32)
-    torch.testing.assert_close(backbone.logits(READOUTS[kind](32, 32)(h)[0]), backbone.logits(h), rtol=1e-4, atol=1e-4)
+    read = torch.cat([h, torch.randn_like(h)], dim=-1) if kind == "deep" else h
+    torch.testing.assert_close(backbone.logits(READOUTS[kind](32, 32)(read)[0]), backbone.logits(h), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", GATES)

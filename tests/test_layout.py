@@ -14,7 +14,7 @@ PACKAGE = Path(offramp.__file__).parent
 ORDER = [
     ("errors",),
     ("sources",),
-    ("state", "scan", "metrics", "policy", "sampling", "weights"),
+    ("state", "scan", "metrics", "policy", "sampling", "text", "weights"),
     ("native", "mamba"),
     ("lean", "families"),
     ("lean_mamba",),

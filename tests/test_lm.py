@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lm import baselines, evaluate, forward, text, train
+from lm import answers, baselines, evaluate, forward, text, train
 
+from conftest import tiny
 from offramp.errors import BadInput
 
 
@@ -351,3 +352,18 @@ def test_samples_are_the_same_again(reloaded, corpus):
     assert once == again
     assert sum(one.prompt.startswith(f"{text.END}Question: ") for one in once) == 2
     assert sum(one.prompt == text.END for one in once) == 2
+
+
+def test_a_larger_models_answers_become_text(tmp_path):
+    """Cut after a whole sentence, the same beside others as alone, and each question answered once."""
+    assert answers.whole_sentences("It is blue. It is also") == "It is blue."
+    assert answers.whole_sentences("no sentence") == ""
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps({"question": f"What is {n}?", "answer": "x"}) + "\n" for n in [*range(9), 3]))
+    questions = answers.questions_of([file], 6)
+    assert len(set(questions)) == 6
+    assert questions[:4] == answers.questions_of([file], 4)
+    backbone = tiny("llama")
+    alone = [answers.answers(backbone, [one], 12)[0] for one in questions]
+    assert answers.answers(backbone, questions, 12) == alone
+    assert [len(some) for some in answers.batches([str(n) for n in range(150)])] == [64, 64, 22]

@@ -176,3 +176,48 @@ def test_the_demo_shows_both_models_side_by_side() -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
     for word in ("smollm2, full depth", "smollm2, with exits", "mamba-tiny, full depth", "mamba-tiny, with exits"):
         assert word in shown
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("smollm2", "bfloat16"), ("smollm2", "int4"), ("mamba-tiny", "bfloat16")])
+@pytest.mark.filterwarnings("ignore:These exits were trained")
+def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str, dtype: str) -> None:
+    """The compiled path adds up each row in one order, so a chunk's tokens are those one by one: no ties to allow for."""
+    backbone = offramp.load(name, dtype)
+    assert backbone.lean
+    if backbone.lean.engine != "native":
+        pytest.skip("no C compiler")
+    exits, drafting = shipped_for(backbone), shipped_for(backbone, draft=True)
+    assert exits
+    assert drafting
+    full = Engine(backbone)
+    engines = [
+        Engine(backbone, exits, Policy((0.5,) * len(exits)), "verify"),
+        Engine(backbone, drafting, Policy((0.1,) * len(drafting), drafting.config.confidence), "verify"),
+    ]
+    stood = rejected = 0
+    for prompt in PROMPTS[:4]:
+        whole = full.generate(prompt, 32)
+        for engine in engines:
+            answer = engine.generate(prompt, 32)
+            assert answer.ids == whole.ids
+            stood += sum(token.exit_block < backbone.n_blocks for token in answer.tokens)
+            rejected += answer.tokens[-1].rejected
+    assert stood > 0 < rejected
+
+
+def test_verified_exits_equal_the_librarys_generate_in_float32(smollm2: Backbone, mamba_tiny: Backbone) -> None:
+    for backbone in (smollm2, mamba_tiny):
+        exits = shipped_for(backbone)
+        assert exits
+        engine = Engine(backbone, exits, Policy((0.6,) * len(exits)), "verify")
+        answers = engine.generate_batch([backbone.encode(prompt) for prompt in PROMPTS], 24)
+        for prompt, answer in zip(PROMPTS, answers, strict=True):
+            assert answer.ids == library_tokens(backbone, prompt, 24)[: len(answer.ids)]
+
+
+def test_the_shipped_drafts_make_several_tokens_of_a_pass(smollm2: Backbone) -> None:
+    exits = shipped_for(smollm2, draft=True)
+    assert exits
+    answers = [Engine(smollm2, exits, fill="verify").generate(prompt, 32) for prompt in PROMPTS]
+    tokens = sum(len(answer.tokens) for answer in answers)
+    assert tokens / sum(answer.tokens[-1].deep_passes for answer in answers) > 1.25

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import BLOCKS, tiny
+from conftest import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.engine import ALL_FILLS, Talk
 from offramp.errors import BadInput
 from offramp.sampling import Sampling
+from offramp.sequence import looked_up
 from offramp.state import SSM
 from test_engine import HYBRIDS, LAYERS, exits_for, refused
 
@@ -55,13 +56,47 @@ def test_verified_exits_give_full_depths_tokens(family: str, kind: str) -> None:
     full, exits = Engine(tiny(family)), modest_exits(family, gate=kind, readout=kind)
     drafted = stood = 0
     for threshold in (0.0, 0.4, 0.6):
-        engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", max_pending=4)
+        engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", max_pending=4, lookup=0)
         for prompt in some_prompts(4, seed=int(10 * threshold)):
             answer, whole = engine.generate_ids(prompt, 16), full.generate_ids(prompt, 16)
             assert same_or_tied(family, prompt, answer.ids, whole.ids)
             stood += sum(token.exit_block < BLOCKS for token in answer.tokens)
             drafted += stood + answer.tokens[-1].rejected
     assert 0 < stood < drafted  # both what to do with right drafts and with wrong ones was tried
+
+
+@torch.inference_mode()
+def test_a_deep_read_out_gets_the_top_of_the_token_before_or_what_it_made_of_it(family: str) -> None:
+    backbone, exits = tiny(family), modest_exits(family, gate="linear", readout="deep")
+    exits.shortlist = torch.arange(0, backbone.vocab_size, 2)
+    engine = Engine(backbone, exits, Policy((0.0, 1.0, 1.0), "max-prob"), "verify", max_pending=2, lookup=0)
+    read: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    first = next(iter(exits)).adapter
+    with pytest.MonkeyPatch.context() as patch:
+        forward = first.forward
+
+        def spied(x, memory=None):
+            out = forward(x, memory)
+            read.append((talk.sequence.run, x[0, 0], out[0][0, 0]))
+            return out
+
+        patch.setattr(first, "forward", spied)
+        for prompt in some_prompts(3):
+            talk = Talk()
+            read.clear()
+            ids = [token.id for token in engine.stream_ids(prompt, 12, talk=talk) if token]
+            assert same_or_tied(family, prompt, ids, Engine(backbone).generate_ids(prompt, 12).ids)
+            h, step = backbone.embed(torch.tensor([talk.sequence.ids]))
+            top = backbone.run(h, 0, BLOCKS, backbone.state(), step)[0]
+            before = {}
+            for run, x, out in read:
+                given = x[HIDDEN:]
+                known = top[run - 2] if run > 1 else torch.zeros(HIDDEN)
+                drafted = before.get(run - 1, known)
+                assert min(float((given - one).abs().max()) for one in (known, drafted)) <= 1e-4 or run > len(prompt) + len(
+                    ids
+                )
+                before[run] = out
 
 
 @torch.inference_mode()
@@ -260,3 +295,24 @@ def test_unusable_settings_get_a_sentence_and_a_hint(settings: dict[str, float],
     with pytest.raises(BadInput, match=words) as raised:
         Sampling(**settings)  # type: ignore[arg-type]
     assert raised.value.hint
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 3) | st.just(2**40), max_size=30), size=st.integers(1, 3), most=st.integers(0, 5))
+def test_prompt_lookup_finds_the_newest_earlier_place(ids: list[int], size: int, most: int) -> None:
+    places = [at for at in range(len(ids) - size) if ids[at : at + size] == ids[-size:]]
+    after = places[-1] + size if places and len(ids) > size else len(ids)
+    assert looked_up(ids, size, most) == ids[after : after + most]
+
+
+def test_looked_up_drafts_are_verified_too(family: str) -> None:
+    (prompt,) = some_prompts(1, seed=5)
+    repeated = [*prompt, *prompt, *prompt]
+    full, exits = Engine(tiny(family)), modest_exits(family)
+    found = 0
+    for threshold in (0.4, 1.0):
+        engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", lookup=2)
+        answer = engine.generate_ids(repeated, 24)
+        assert same_or_tied(family, repeated, answer.ids, full.generate_ids(repeated, 24).ids)
+        found += sum(token.exit_block == 0 for token in answer.tokens) + answer.tokens[-1].rejected
+    assert found > 0

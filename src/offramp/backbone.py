@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -270,6 +270,13 @@ class Backbone:
         normed = self.final_norm(h).to(self.dtype)  # some Mamba models keep the residual stream in float32
         out = self.head(normed) if rows is None else F.linear(normed, self.head.weight[rows])
         return self.family.finish(out, self.config).float()
+
+    def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """`logits` of the tokens `rows` only, as a function to be called many times."""
+        if self.lean:
+            short = self.lean.head_of(rows)
+            return lambda h: self.family.finish(short(h), self.config)
+        return lambda h: self.logits(h, rows)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) → logits (B, T, V), full depth, nothing remembered before or after."""

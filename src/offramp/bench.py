@@ -56,22 +56,27 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, A
 
 def compare_fills(
     backbone: Backbone,
-    exits: Exits,
-    fills: tuple[str, ...],
-    thresholds: tuple[float, ...] | None = None,
+    fills: dict[str, Exits | None],
+    threshold: float | None = None,
     tokens: int = 48,
     pairs: int = 5,
 ) -> dict[str, Any]:
-    """Decode answers to `PROMPTS` with each fill in turn, `pairs` times after a warm-up; "full" is full depth.
+    """Decode answers to `PROMPTS` with each fill in turn, `pairs` times after a warm-up; one without exits is full depth.
 
-    Returns for each of the `fills` its rate, its `ratio` over the first (median of the pairs) and `spread`, the share of
-    its tokens that equal the first's (`equal`), where its time goes (ms a token), and the acceptance rate and tokens per
-    deep pass over all prompts; `ratio` at the top is that of the last over the first.
+    `threshold` takes the place of the exits' own. Returns for each of the `fills` its rate, its `ratio` over the first
+    (median of the pairs) and `spread`, the share of its tokens that equal the first's (`equal`), where its time goes (ms a
+    token), and the acceptance rate and tokens per deep pass over all prompts; `ratio` at the top is the last fill's.
     """
     prompts = [backbone.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
     _fits(backbone, max(map(len, prompts)) + tokens)
-    policy = Policy(thresholds or exits.thresholds)
-    engines = [Engine(backbone) if fill == "full" else Engine(backbone, exits, policy, fill) for fill in fills]
+
+    def engine(fill: str, exits: Exits | None) -> Engine:
+        if exits is None:
+            return Engine(backbone)
+        thresholds = exits.thresholds if threshold is None else (threshold,) * len(exits)
+        return Engine(backbone, exits, Policy(thresholds, exits.config.confidence), fill)
+
+    engines = [engine(fill, exits) for fill, exits in fills.items()]
 
     def once(engine: Engine) -> tuple[float, list[Generation]]:
         answers = [engine.generate_ids(prompt, tokens) for prompt in prompts]
@@ -96,6 +101,7 @@ def compare_fills(
             "tokens_per_second": median(rates[index] for rates in rounds),
             "ratio": median(ratios),
             "spread": [min(ratios), max(ratios)],
+            "thresholds": engines[index].thresholds,
             "equal": same / count,
             "mean_blocks": sum(token.exit_block for answer in answers[index] for token in answer.tokens) / count,
             "tokens_per_deep_pass": count / max(1, sum(end.deep_passes for end in ends)),
@@ -106,9 +112,8 @@ def compare_fills(
         "model": backbone.name,
         "what": "decoding",
         "weights": backbone.weight_format,
-        "ratio": found[fills[-1]]["ratio"],
+        "ratio": found[fill]["ratio"],
         "fills": found,
-        "thresholds": policy.thresholds,
         "tokens": tokens,
         "prompts": len(prompts),
         "pairs": pairs,

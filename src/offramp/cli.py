@@ -51,7 +51,10 @@ Threshold = Annotated[
     typer.Option(help="Confidence a token must exceed to leave, 0 to 1, at every exit. 1 closes all. Default: the exits'."),
 ]
 Confidence = Annotated[
-    str, typer.Option(help="gate (learned), or training-free: max-prob, margin, entropy (need --threshold).")
+    str | None,
+    typer.Option(
+        help="gate (learned), or training-free: max-prob, margin, entropy (need --threshold). Default: the exits'."
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -118,7 +121,7 @@ def demo(
     loaded = []
     for name in names:
         backbone = _load(name, dtype)
-        found = _exits(backbone, exits)
+        found = _exits(backbone, exits, fill)
         if found is None:
             raise BadInput(f"No exits ship for {name}.", f"Train some: offramp train {name} -o DIR, then add --exits DIR.")
         loaded.append((backbone, _engines(backbone, found, threshold, fill)))
@@ -153,7 +156,7 @@ def generate(
     exits: ExitsFolder = None,
     fill: Fill = "project",
     threshold: Threshold = None,
-    confidence: Confidence = "gate",
+    confidence: Confidence = None,
     dtype: Dtype = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -184,7 +187,7 @@ def generate(
         raise BadInput(f"{batch} answers side by side are too few.", "Give --batch 1 or more.")
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
     backbone = _load(model, dtype)
-    full, early = _engines(backbone, _exits(backbone, exits), threshold, fill, confidence, sampling)
+    full, early = _engines(backbone, _exits(backbone, exits, fill), threshold, fill, confidence, sampling)
     ends = tuple(stop or ())
     if not (as_json or prompts or compare):
         for token in early.stream(many[0], max_tokens, ends, raw):
@@ -232,7 +235,7 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
     backbone = _load(model, dtype)
-    _, early = _engines(backbone, _exits(backbone, exits), threshold, fill, sampling=sampling)
+    _, early = _engines(backbone, _exits(backbone, exits, fill), threshold, fill, sampling=sampling)
     talk = Talk()
     messages: list[dict[str, str]] = []
     while True:
@@ -269,10 +272,17 @@ def train(
     layers: Annotated[
         str | None, typer.Option(help="Blocks run before each exit: 10,15,20,25. Default: four places.")
     ] = None,
-    gate: Annotated[str, typer.Option(help="Exit classifier: linear, ffn or mamba.")] = "mamba",
-    readout: Annotated[str, typer.Option(help="Adapter before the LM head: none, linear or mamba.")] = "mamba",
+    draft: Annotated[
+        bool, typer.Option("--draft", help="Instead, one early exit that drafts for --fill verify, in OUTPUT/draft.")
+    ] = False,
+    gate: Annotated[str | None, typer.Option(help="Exit classifier: linear, ffn or mamba. Default: mamba.")] = None,
+    readout: Annotated[
+        str | None, typer.Option(help="Adapter before the LM head: none, linear, mamba or deep. Default: mamba.")
+    ] = None,
     gate_width: Annotated[int, typer.Option(help="Bottleneck of a gate, in dims; a multiple of 16.")] = 64,
-    readout_width: Annotated[int, typer.Option(help="Bottleneck of a read-out, in dims; a multiple of 32.")] = 512,
+    readout_width: Annotated[
+        int | None, typer.Option(help="Bottleneck of a read-out, a multiple of 32. Default: 512, with --draft 256.")
+    ] = None,
     text: Annotated[
         list[Path] | None, typer.Option(help="Plain text, or JSON lines with 'text', to read too. Repeatable.")
     ] = None,
@@ -281,10 +291,16 @@ def train(
         typer.Option(help="Prompts to answer: lines, or JSON lines with 'prompt'. Default: a list of ours."),
     ] = None,
     max_prompts: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
-    answer_tokens: Annotated[int, typer.Option(help="Longest answer to a prompt.")] = 48,
-    epochs: Annotated[int, typer.Option(help="Passes over the text for the adapters.")] = 4,
+    answer_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer to a prompt. Default: 48, with --draft 96.")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the text for the adapters. Default: 4, with --draft 8.")
+    ] = None,
     gate_epochs: Annotated[int, typer.Option(help="Passes over the text for the gates.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate of the adapters.")] = 3e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Highest learning rate of the adapters. Default: 0.003, with --draft 0.002.")
+    ] = None,
     top_k: Annotated[int, typer.Option(help="An exit agrees if its token is among the full model's k best.")] = 1,
     precision: Annotated[float, typer.Option(help="Agreement that the default thresholds ask for.")] = 0.98,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -292,26 +308,31 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train exits from the model's own answers. Ctrl-C is safe: the same command goes on where it stopped."""
-    from offramp.training import TrainConfig, train
+    from offramp.exits import DRAFT
+    from offramp.training import TrainConfig, draft_config, train
 
-    config = TrainConfig(
-        layers=_layers(layers),
-        gate=gate,
-        readout=readout,
-        gate_width=gate_width,
-        readout_width=readout_width,
-        prompts=str(own_prompts) if own_prompts else None,
-        texts=tuple(map(str, text or ())),
-        max_prompts=max_prompts,
-        answer_tokens=answer_tokens,
-        epochs=epochs,
-        gate_epochs=gate_epochs,
-        learning_rate=learning_rate,
-        top_k=top_k,
-        precision=precision,
-        seed=seed,
-    )
+    given = {
+        "layers": _layers(layers),
+        "gate": gate,
+        "readout": readout,
+        "readout_width": readout_width,
+        "prompts": str(own_prompts) if own_prompts else None,
+        "answer_tokens": answer_tokens,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+    }
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None} | {
+        "gate_width": gate_width,
+        "texts": tuple(map(str, text or ())),
+        "max_prompts": max_prompts,
+        "gate_epochs": gate_epochs,
+        "top_k": top_k,
+        "precision": precision,
+        "seed": seed,
+    }
     backbone = _load(model, dtype)
+    config = draft_config(backbone.n_blocks, **settings) if draft else TrainConfig(**settings)
+    output = output / DRAFT if draft else output
     try:
         with _progress() as progress:
             exits = train(backbone, output, config, progress, " ".join(["offramp", *sys.argv[1:]]))
@@ -375,11 +396,10 @@ def bench(
     if fills is not None:
         from offramp.show import fills_table
 
-        found = _exits(backbone, exits)
-        if found is None:
+        found = {fill: None if fill == "full" else _exits(backbone, exits, fill) for fill in fills.split(",")}
+        if any(one is None for fill, one in found.items() if fill != "full"):
             raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
-        thresholds = None if threshold is None else (threshold,) * len(found)
-        result = compare_fills(backbone, found, tuple(fills.split(",")), thresholds, tokens, pairs)
+        result = compare_fills(backbone, found, threshold, tokens, pairs)
         print(json.dumps(result)) if as_json else fills_table(result)
         return
     result = compare(backbone, tokens, pairs) if prefill is None else compare_prefill(backbone, prefill, pairs)
@@ -398,10 +418,12 @@ def _load(model: str, dtype: str | None, keep: bool = False) -> Backbone:
         return load(model, dtype, keep=keep)
 
 
-def _exits(backbone: Backbone, folder: str | None) -> Exits | None:
-    from offramp.exits import Exits, shipped_for
+def _exits(backbone: Backbone, folder: str | None, fill: str = "") -> Exits | None:
+    """The exits in a folder, or those that ship with offramp; for verified decoding, those that draft."""
+    from offramp.exits import load_exits, shipped_for
 
-    return Exits.load(folder, backbone) if folder else shipped_for(backbone)
+    draft = fill == "verify"
+    return load_exits(folder, backbone, draft) if folder else shipped_for(backbone, draft)
 
 
 def _engines(
@@ -409,7 +431,7 @@ def _engines(
     exits: Exits | None,
     threshold: float | None,
     fill: str,
-    confidence: str = "gate",
+    confidence: str | None = None,
     sampling: Sampling | None = None,
 ) -> tuple[Engine, Engine]:
     """One engine at full depth, and one with the exits, under the same settings."""
@@ -421,10 +443,11 @@ def _engines(
         if threshold is not None and threshold < 1:
             raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
         return full, Engine(backbone, fill=fill, sampling=sampling)
-    if confidence != "gate" and threshold is None:
+    own = exits.config.confidence
+    if threshold is None and confidence not in (None, own):
         raise BadInput(f"The confidence '{confidence}' has no default threshold.", "Give one: --threshold 0.9")
     thresholds = exits.thresholds if threshold is None else (threshold,) * len(exits)
-    return full, Engine(backbone, exits, Policy(thresholds, confidence), fill, sampling)
+    return full, Engine(backbone, exits, Policy(thresholds, confidence or own), fill, sampling)
 
 
 def _record(answer: Generation, reference: Generation | None, prompt: str | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ Exits whose threshold is 1 never fire, so they are left out altogether: full dep
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Many
@@ -37,9 +38,11 @@ from offramp.flops import Costs, exit_part
 from offramp.lean import LeanStep, joined
 from offramp.policy import TRAINING_FREE, Policy
 from offramp.sampling import Choose, Sampling
-from offramp.sequence import Decision, Sequence
+from offramp.sequence import Decision, Sequence, looked_up
+from offramp.text import Text
 
 ALL_FILLS = (*FILLS, *WAITING)
+FOUND = 3  # drafts taken from a place where the text repeats itself: four rows cost little more than one, eight do
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,10 @@ class Run:
 
 @dataclass
 class Read:
-    """Work that a sequence asks for: the logits (n, V) of h (1, n, D)."""
+    """Work that a sequence asks for: the logits (n, V) of h (1, n, D), or with `short` those of the exits' short list."""
 
     h: Tensor
+    short: bool = False
 
 
 Work = Generator["Run | Read", Tensor, Any]
@@ -111,10 +115,10 @@ Work = Generator["Run | Read", Tensor, Any]
 
 @dataclass
 class _Reached:
-    """How far a step got: logits (n, V) of the tokens at position `first` on, after so many blocks, and how sure."""
+    """How far a step got: logits (n, V) of the newest tokens, after so many blocks, what they were read from, how sure."""
 
     logits: Tensor
-    first: int
+    h: Tensor  # (1, n, D)
     block: int
     confidence: float | None
     flops: int
@@ -125,8 +129,8 @@ class Engine:
 
     `policy` defaults to the exits' own thresholds; `fill` is one of `ALL_FILLS`; `sampling` defaults to the most probable
     token, and may be a function of its own; at most `max_pending` tokens wait at exits, so that a chunk has at most one row
-    more: at the cap, a token goes to the top whatever its gates say. Raises `BadInput` for a policy that does not fit the
-    exits.
+    more: at the cap, a token goes to the top whatever its gates say; with `verify`, a text that repeats its last `lookup`
+    tokens is first taken to repeat what followed them (0: not). Raises `BadInput` for a policy that does not fit the exits.
     """
 
     def __init__(
@@ -137,11 +141,12 @@ class Engine:
         fill: str = "project",
         sampling: Sampling | Choose | None = None,
         max_pending: int = 7,
+        lookup: int = 3,
     ) -> None:
         self.backbone, self.fill_name = backbone, fill
         self._verifies = fill == "verify"
         self._fill = None if fill in WAITING else make_fill(fill, backbone)
-        policy = policy or Policy(exits.thresholds if exits else ())
+        policy = policy or (Policy(exits.thresholds, exits.config.confidence) if exits else Policy(()))
         if len(policy.thresholds) != (len(exits) if exits else 0):
             raise BadInput(
                 f"{len(policy.thresholds)} thresholds do not fit {len(exits) if exits else 0} exits.",
@@ -155,7 +160,9 @@ class Engine:
         self._training_free = TRAINING_FREE.get(policy.confidence)
         sampling = sampling or Sampling()
         self._choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
-        self._max_pending = max_pending
+        self._max_pending, self._lookup = max_pending, lookup if self._verifies else 0
+        self._shortlist = exits.shortlist if exits else None
+        self._short_head = None if self._shortlist is None else backbone.head_of(self._shortlist)
         self.costs = Costs(backbone)
         self._gate_flops = [exit_part(exit.gate) for exit, _ in self._open]
         self._adapter_flops = [exit_part(exit.adapter) for exit, _ in self._open]
@@ -293,15 +300,19 @@ class Engine:
         """Do those of the works that start lowest, heads last, and return what each gave."""
         runs = {index: work for index, work in asked.items() if isinstance(work, Run)}
         if not runs:
-            reads = {index: work.h for index, work in asked.items() if isinstance(work, Read)}
-            if not reads:
+            works = {index: work for index, work in asked.items() if isinstance(work, Read)}
+            if not works:
                 return {}
-            logits = self._finite(self.backbone.logits(joined(list(reads.values()), dim=1))[0])
-            return dict(zip(reads, logits.split([h.shape[1] for h in reads.values()]), strict=True))
+            short = any(work.short for work in works.values())
+            reads = {index: work.h for index, work in works.items() if work.short == short}
+            head = self._short_head if short and self._short_head else self.backbone.logits
+            logits = self._finite(head(joined(list(reads.values()), dim=1))[0])
+            parts = [logits] if len(reads) == 1 else logits.split([h.shape[1] for h in reads.values()])
+            return dict(zip(reads, parts, strict=True))
         start, stop = min((work.start, work.stop) for work in runs.values())
         chosen = {index: work for index, work in runs.items() if (work.start, work.stop) == (start, stop)}
-        parts = [(work.h, work.sequence.state, work.step) for work in chosen.values()]
-        return dict(zip(chosen, self.backbone.run_all(parts, start, stop), strict=True))
+        runnable = [(work.h, work.sequence.state, work.step) for work in chosen.values()]
+        return dict(zip(chosen, self.backbone.run_all(runnable, start, stop), strict=True))
 
     def _decode(
         self, sequence: Sequence, limit: int, stop: tuple[str, ...], ends: frozenset[int]
@@ -309,7 +320,7 @@ class Engine:
         """Everything one sequence needs: asks for work, yields None after the prompt, then tokens."""
         yield from self._prefill(sequence)
         yield None
-        text, total = _Text(self.backbone.tokenizer, stop), 0
+        text, total = Text(self.backbone.tokenizer, stop), 0
         while True:
             for one in (yield from self._round(sequence, limit, ends)):
                 limit -= 1
@@ -324,7 +335,8 @@ class Engine:
     def _prefill(self, sequence: Sequence) -> Work:
         """All of the prompt but its last token, at full depth; gates and read-outs that remember see it too."""
         if sequence.run < len(sequence.ids) - 1:
-            yield from self._climb(sequence, len(sequence.ids) - 1, may_leave=False)
+            reached = yield from self._climb(sequence, len(sequence.ids) - 1, may_leave=False)
+            sequence.top = reached.h[:, -1:]
             for part in (*sequence.gates, *sequence.adapters):
                 part.catch_up()
         sequence.settle()
@@ -332,14 +344,21 @@ class Engine:
     def _round(self, sequence: Sequence, limit: int, ends: frozenset[int]) -> Generator[Run | Read, Tensor, list[Decision]]:
         """Steps until tokens are decided, at most `limit`: one, or with `verify` the drafts that stand and one more."""
         drafts, ids = sequence.drafts, sequence.ids
+        if self._lookup and (found := looked_up(ids, self._lookup, min(FOUND, self._max_pending, limit - 1))):
+            drafts += [Decision(id, 0, None, 0) for id in found]
+            ids += found
+            reached = yield from self._climb(sequence, len(ids), may_leave=False, read=True)
+            return self._judge(sequence, reached)
         while True:
             # The last draft ends the text: verify it, but do not go on from it.
             last = bool(drafts) and (len(drafts) == limit or ids[-1] in ends)
-            reached = yield from self._step(sequence, last)
+            may_leave = sequence.pending < self._max_pending
+            reached = yield from self._climb(sequence, len(ids) - last, may_leave, read=True)
             if reached.block < self.backbone.n_blocks:
                 chosen = self._choose(reached.logits[-1], ids)
                 decision = Decision(chosen, reached.block, reached.confidence, reached.flops)
                 ids.append(chosen)
+                sequence.top = reached.h
                 if not self._verifies:
                     sequence.settle()
                     return [decision]
@@ -352,7 +371,8 @@ class Engine:
         ids, drafts = sequence.ids, sequence.drafts
         sequence.deep_passes += 1
         decided: list[Decision] = []
-        for logits in reached.logits:
+        for row, logits in enumerate(reached.logits):
+            sequence.top = reached.h[:, row : row + 1]
             place = len(ids) - len(drafts) + len(decided)
             chosen = self._choose(logits, ids[:place])
             if place < len(ids) and chosen == ids[place]:
@@ -370,11 +390,6 @@ class Engine:
             decided[-1] = replace(decided[-1], flops=decided[-1].flops + reached.flops)
         sequence.settle()
         return decided
-
-    def _step(self, sequence: Sequence, last: bool) -> Generator[Run | Read, Tensor, _Reached]:
-        """Run the newest token until it leaves, or with `last` only those that wait; and read its logits."""
-        may_leave = sequence.pending < self._max_pending
-        return (yield from self._climb(sequence, len(sequence.ids) - last, may_leave, read=True))
 
     def _climb(
         self, sequence: Sequence, end: int, may_leave: bool, read: bool = False
@@ -401,12 +416,12 @@ class Engine:
                 break
             if h is not None and step is not None:
                 sequence.gates[index].tell(h)
-                sequence.adapters[index].tell(h)
+                sequence.adapters[index].tell(self._deepened(h, sequence) if self._open[index][0].deep else h)
                 if may_leave:
-                    confidence, logits, spent = yield from self._consider(index, sequence)
+                    confidence, logits, adapted, spent = yield from self._consider(index, sequence)
                     flops += spent
-                    if logits is not None:
-                        return _Reached(logits, end - 1, done, confidence, flops + self._left(index, sequence, h, step))
+                    if logits is not None and adapted is not None:
+                        return _Reached(logits, adapted, done, confidence, flops + self._left(index, sequence, h, step))
             waiting = sequence.waiting[index]
             if waiting:
                 h = torch.cat(waiting if h is None else [*waiting, h], dim=1)
@@ -414,10 +429,17 @@ class Engine:
                 waiting.clear()
         assert h is not None
         if not read:
-            return _Reached(h, end - h.shape[1], done, None, flops)
-        count = h.shape[1] if self._verifies else 1
-        logits = yield Read(h if count == h.shape[1] else h[:, -count:])
-        return _Reached(logits, end - count, done, None, flops + count * self.costs.head)
+            return _Reached(h, h, done, None, flops)
+        if not self._verifies and h.shape[1] > 1:
+            h = h[:, -1:]
+        logits = yield Read(h)
+        return _Reached(logits, h, done, None, flops + h.shape[1] * self.costs.head)
+
+    def _deepened(self, h: Tensor, sequence: Sequence) -> Tensor:
+        """The newest of h (1, n, D), and beside it the top hidden state of the token before: (1, 1, 2 D)."""
+        newest = h[:, -1:]
+        top = torch.zeros_like(newest) if sequence.top is None else sequence.top.to(newest.dtype)
+        return torch.cat([newest, top], dim=-1)
 
     def _left(self, index: int, sequence: Sequence, h: Tensor, step: Step | LeanStep) -> int:
         """The newest token has left at an exit, with h (1, n, D) of all that got there with it; FLOPs spent on that."""
@@ -428,24 +450,34 @@ class Engine:
         self._fill(h, block, sequence.state, step)
         return self._fill.flops(block, self.costs)
 
-    def _consider(self, index: int, sequence: Sequence) -> Generator[Run | Read, Tensor, tuple[float, Tensor | None, int]]:
-        """Confidence of an exit in its newest token; its logits (1, V) if that leaves here; the FLOPs spent on both."""
+    def _consider(
+        self, index: int, sequence: Sequence
+    ) -> Generator[Run | Read, Tensor, tuple[float, Tensor | None, Tensor | None, int]]:
+        """Confidence of an exit in its newest token; if that leaves here, its logits (1, V) and what they were read from
+
+        (1, 1, D); the FLOPs spent. A draft is only worth what all drafts before it are worth, too.
+        """
         gate, adapter = sequence.gates[index], sequence.adapters[index]
         threshold, flops = self._open[index][1], 0
+        threshold /= math.prod(draft.confidence or 1.0 for draft in sequence.drafts)
         if self._training_free is None:
             score, rows = gate.read()
             flops += rows * self._gate_flops[index]
             confidence = float(score.sigmoid())
             if not confidence > threshold:
-                return confidence, None, flops
+                return confidence, None, None, flops
         adapted, rows = adapter.read()
-        flops += rows * self._adapter_flops[index] + self.costs.head
-        logits = yield Read(adapted.to(self.backbone.dtype))
+        vocabulary, shortlist = self.backbone.vocab_size, self._shortlist
+        flops += rows * self._adapter_flops[index]
+        flops += self.costs.head if shortlist is None else self.costs.head * len(shortlist) // vocabulary
+        logits = yield Read(adapted.to(self.backbone.dtype), short=shortlist is not None)
         if self._training_free is not None:
             confidence = float(self._training_free(logits[0]))
             if not confidence > threshold:
-                return confidence, None, flops
-        return confidence, logits, flops
+                return confidence, None, None, flops
+        if shortlist is not None:
+            logits = logits.new_full((1, vocabulary), float("-inf")).index_copy_(1, shortlist, logits)
+        return confidence, logits, adapted, flops
 
     def _finite(self, logits: Tensor) -> Tensor:
         if not torch.isfinite(logits.amax()):
@@ -461,37 +493,3 @@ class Talk:
 
     def __init__(self) -> None:
         self.sequence: Sequence | None = None
-
-
-class _Text:
-    """Token ids → text, piece by piece: whole characters only, and nothing that may begin a stop string."""
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(string for string in stop if string)
-        self._ids: list[int] = []
-        self._sent = ""
-        self.stopped = False
-
-    def push(self, token: int, last: bool) -> str:
-        self._ids.append(token)
-        if self._tokenizer is None:
-            return ""
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        ends = [at for string in self._stop if (at := text.find(string)) >= 0]
-        if ends:
-            text, self.stopped = text[: min(ends)], True
-        elif not last:
-            text = text.rstrip("\ufffd")
-            text = text[: len(text) - self._held(text)]
-        piece = text[len(self._sent) :]
-        self._sent += piece
-        return piece
-
-    def _held(self, text: str) -> int:
-        longest = 0
-        for string in self._stop:
-            for size in range(min(len(string) - 1, len(text)), 0, -1):
-                if text.endswith(string[:size]):
-                    longest = max(longest, size)
-                    break
-        return longest

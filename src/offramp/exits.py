@@ -187,20 +187,55 @@ class MambaAdapter(nn.Module):
         return _unit(h) + correction, memory
 
 
+class DeepAdapter(nn.Module):
+    """A gated feed-forward network of `width` over the hidden state and the top one of the token before (deep memory).
+
+    What the whole network thought one token ago is most of what a shallow block lacks; EAGLE (arXiv 2401.15077) drafts
+    from that alone. Reads x (B, T, 2 D), both side by side; its output takes the place of the token's own top state, and
+    is given to it in turn for the next token while that is a draft.
+    """
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.norm = Standardise(hidden)
+        self.skip = nn.Linear(2 * hidden, hidden, bias=False)
+        self.gate = nn.Linear(2 * hidden, width, bias=False)
+        self.up = nn.Linear(2 * hidden, width, bias=False)
+        self.down = nn.Linear(width, hidden, bias=False)
+        nn.init.zeros_(self.down.weight)
+        with torch.no_grad():  # at first, the hidden state as it is
+            self.skip.weight.copy_(torch.eye(hidden, 2 * hidden) / 2)
+
+    def forward(self, x: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        h, top = x.chunk(2, dim=-1)
+        x = torch.cat([self.norm(h), _unit(top)], dim=-1)
+        return self.skip(x) + self.down(F.silu(self.gate(x)) * self.up(x)), None
+
+
 # A part's class and whether it carries a memory from token to token.
 GATES: dict[str, type[nn.Module]] = {"linear": LinearGate, "ffn": FFNGate, "mamba": MambaGate}
-READOUTS: dict[str, type[nn.Module]] = {"none": NoAdapter, "linear": LinearAdapter, "mamba": MambaAdapter}
+READOUTS: dict[str, type[nn.Module]] = {
+    "none": NoAdapter,
+    "linear": LinearAdapter,
+    "mamba": MambaAdapter,
+    "deep": DeepAdapter,
+}
 
 
 @dataclass(frozen=True)
 class ExitsConfig:
-    """What a set of exits is made of. `layers`: blocks run before each exit; widths: bottlenecks, in dims."""
+    """What a set of exits is made of. `layers`: blocks run before each exit; widths: bottlenecks, in dims.
+
+    `shortlist`: read out over only so many frequent tokens (0: all of them); `confidence`: the default policy's.
+    """
 
     layers: tuple[int, ...]
     gate: str = "mamba"
     readout: str = "mamba"
     gate_width: int = 64
     readout_width: int = 512
+    shortlist: int = 0
+    confidence: str = "gate"
 
 
 class Exit(nn.Module):
@@ -213,6 +248,7 @@ class Exit(nn.Module):
         self.adapter = READOUTS[config.readout](hidden, config.readout_width)
         self.recurrent_gate = config.gate == "mamba"
         self.recurrent_adapter = config.readout == "mamba"
+        self.deep = config.readout == "deep"  # also reads the top hidden state of the token before
 
 
 @dataclass
@@ -221,7 +257,7 @@ class Exits:
 
     `backbone` names the model they belong to (name, sha256, model_type, blocks, hidden_size); `weight_format` is the
     format its weights ran in when the exits were trained; `thresholds` are the default policy, one per exit;
-    `training` is the record of how they were made.
+    `training` is the record of how they were made. `shortlist`: the tokens that are read out, rising; None for all.
     """
 
     config: ExitsConfig
@@ -230,6 +266,7 @@ class Exits:
     weight_format: str
     thresholds: tuple[float, ...]
     training: dict[str, Any] = field(default_factory=dict)
+    shortlist: Tensor | None = None
 
     @classmethod
     def new(cls, backbone: Backbone, config: ExitsConfig) -> Exits:
@@ -272,6 +309,8 @@ class Exits:
 
         folder = Path(folder)
         tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in self.modules.state_dict().items()}
+        if self.shortlist is not None:
+            tensors["shortlist"] = self.shortlist.int()
         record = {
             "offramp": 1,
             "config": asdict(self.config),
@@ -318,6 +357,9 @@ class Exits:
         exits = cls.new(backbone, config)
         try:
             tensors = load_file(folder / "exits.safetensors")
+            shortlist = tensors.pop("shortlist", None)
+            if (0 if shortlist is None else len(shortlist)) != config.shortlist:
+                raise ValueError(f"its short list is not one of {config.shortlist} tokens")
             exits.modules.load_state_dict({key: value.float() for key, value in tensors.items()})
         except Exception as error:  # SafetensorError, or RuntimeError for missing and misshapen tensors
             reason = str(error).strip().splitlines()[0][:160]
@@ -333,16 +375,26 @@ class Exits:
                 stacklevel=2,
             )
         exits.thresholds, exits.weight_format, exits.training = thresholds, weight_format, training
+        exits.shortlist = None if shortlist is None else shortlist.long()
         exits.modules.eval().requires_grad_(False)
         return exits
 
 
-def shipped_for(backbone: Backbone) -> Exits | None:
-    """The exits that come with offramp for this backbone's weights, if any."""
-    for folder in sorted((Path(__file__).parent / "shipped").glob("*/offramp.json")):
-        if json.loads(folder.read_text())["backbone"]["sha256"] == backbone.source.sha256:
-            return Exits.load(folder.parent, backbone)
+DRAFT = "draft"  # the folder, within that of a model's exits, of those that draft for `verify`
+
+
+def shipped_for(backbone: Backbone, draft: bool = False) -> Exits | None:
+    """The exits that come with offramp for this backbone's weights, if any; with `draft`, rather those that draft."""
+    for record in sorted((Path(__file__).parent / "shipped").glob("*/offramp.json")):
+        if json.loads(record.read_text())["backbone"]["sha256"] == backbone.source.sha256:
+            return load_exits(record.parent, backbone, draft)
     return None
+
+
+def load_exits(folder: str | Path, backbone: Backbone, draft: bool = False) -> Exits:
+    """The exits in a folder; with `draft`, those that draft for `verify`, if the folder has some."""
+    drafts = Path(folder) / DRAFT
+    return Exits.load(drafts if draft and drafts.is_dir() else folder, backbone)
 
 
 def suggested_layers(n_blocks: int) -> tuple[int, ...]:

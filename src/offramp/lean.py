@@ -219,7 +219,9 @@ class Lean:
     def run_all(self, parts: Sequence[Part], start: int, stop: int, fill: bool = False) -> list[Tensor]:
         """`run` for several states at once, which the native engine does in one pass over the weights."""
         wide = [h.float().reshape(-1, h.shape[-1]) for h, _, _ in parts]
-        if self._native is None:
+        if start == stop:
+            rows = wide
+        elif self._native is None:
             rows = [h.clone(memory_format=torch.contiguous_format) for h in wide]
             for x, (_, state, step) in zip(rows, parts, strict=True):
                 self._run_torch(x, start, stop, state, step, fill)
@@ -245,6 +247,18 @@ class Lean:
         flat = normed.reshape(-1, h.shape[-1])
         out = self._native.product(self._head, flat.contiguous()) if self._native else self.head(flat)
         return out.view(*h.shape[:-1], -1)
+
+    def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """`logits` of the tokens `rows` only, without gradients, as a function that has its weights picked out once."""
+        weight = self.head.pick(rows)
+        native, handle = self._native, CWeight.of(weight)
+
+        def logits(h: Tensor) -> Tensor:
+            flat = self.norm(h.float()).reshape(-1, h.shape[-1])
+            out = native.product(handle, flat.contiguous()) if native else weight(flat)
+            return out.view(*h.shape[:-1], -1)
+
+        return logits
 
     @property
     def engine(self) -> str:

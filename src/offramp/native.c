@@ -194,9 +194,9 @@ typedef void Times(const Weight *m, int64_t n, const Rows *x, int64_t r, float *
     static __attribute__((noinline)) void kind##_##T(const Weight *m, int64_t n, const Rows *x, int64_t r, float *out) { \
         row_times(m, n, x, r, out, kind, T);                                                                         \
     }
-#define KIND(kind) TIMES(kind, 1) TIMES(kind, 2) TIMES(kind, 4)
+#define KIND(kind) TIMES(kind, 1) TIMES(kind, 2) TIMES(kind, 3) TIMES(kind, 4)
 KIND(FLOAT32) KIND(BFLOAT16) KIND(INT8) KIND(INT4)
-#define ROW(kind) {0, kind##_1, kind##_2, 0, kind##_4}
+#define ROW(kind) {0, kind##_1, kind##_2, kind##_3, kind##_4}
 static Times *const times[4][5] = {ROW(FLOAT32), ROW(BFLOAT16), ROW(INT8), ROW(INT4)};
 
 // Rows `from` to `to` - 1 of the weight times R rows of x: they go to y, whose rows stand `stride` apart, or are added to it.
@@ -206,7 +206,7 @@ static void product(const Weight *m, Rows x, int64_t R, float *y, int64_t stride
         for (int64_t n = from; n < to; n++)
             for (int64_t r = some; r < last;) {
                 float out[4];
-                const int64_t T = last - r >= 4 ? 4 : last - r >= 2 ? 2 : 1;
+                const int64_t T = last - r >= 4 ? 4 : last - r;
                 times[m->kind][T](m, n, &x, r, out);
                 for (int64_t t = 0; t < T; t++, r++) y[r * stride + n] = add ? y[r * stride + n] + out[t] : out[t];
             }

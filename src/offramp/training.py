@@ -4,6 +4,7 @@
 2. Adapters: each read-out is distilled towards the final distribution: cross-entropy with the teacher's most probable
    tokens. The softmax is over those tokens of the batch and a fresh random sample of the others, each weighted up by the
    inverse of its chance to be drawn, which estimates the full softmax at a fraction of the LM head's cost.
+   A `deep` read-out learns half the time from its own guess at the top state of the token before, as in a run of drafts.
 3. Gates: binary cross-entropy on "the read-out's top token is among the oracle's top k".
 
 Losses are summed over exits with weights that decay linearly with the exit's position (the paper). A sequence serves
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from offramp.backbone import Backbone
 from offramp.errors import BadInput, BadNumbers, CorruptFile
-from offramp.exits import Exits, ExitsConfig, Standardise, suggested_layers
+from offramp.exits import Exit, Exits, ExitsConfig, Standardise, suggested_layers
 from offramp.harvest import Sequence, harvest, load_shards, read_lines, read_texts, units
 from offramp.metrics import auroc
 from offramp.sources import write_atomically
@@ -47,7 +48,9 @@ class TrainConfig:
     prompts: a file of prompts to answer (None: the list that comes with offramp); texts: plain text read beside them;
     max_prompts: use only the first so many; answer_tokens: longest own answer; epochs over the adapters' sequences and
     over the gates'; batch: sequences a step; precision: agreement on held-out tokens that the
-    default thresholds ask for; open_from: share of the depth before which exits stay closed by default.
+    default thresholds ask for; open_from: share of the depth before which exits stay closed by default; shortlist: read
+    out over so many of the answers' most frequent tokens (0: all); confidence, threshold: the default policy, where
+    precision is not to choose it.
     """
 
     layers: tuple[int, ...] | None = None
@@ -67,7 +70,30 @@ class TrainConfig:
     gate_learning_rate: float = 1e-3
     precision: float = 0.98
     open_from: float = 2 / 3
+    shortlist: int = 0
+    confidence: str = "gate"
+    threshold: float | None = None
     seed: int = 0
+
+
+def draft_config(n_blocks: int, **changed: Any) -> TrainConfig:
+    """How the exit that drafts for `verify` is trained: shallow, with deep memory, over a short list.
+
+    A draft costs little and a wrong one is only taken back, so any that is right in a quarter of cases pays.
+    """
+    usual: dict[str, Any] = {
+        "layers": (max(1, round(n_blocks / 15)),),
+        "gate": "linear",
+        "readout": "deep",
+        "readout_width": 256,
+        "shortlist": 8192,
+        "confidence": "max-prob",
+        "threshold": 0.25,
+        "answer_tokens": 96,
+        "epochs": 8,
+        "learning_rate": 2e-3,
+    }
+    return TrainConfig(**{**usual, **changed})
 
 
 class Progress(Protocol):
@@ -96,10 +122,15 @@ def train(
     folder, work = Path(folder), Path(folder) / ".training"
     layers = config.layers or suggested_layers(backbone.n_blocks)
     torch.manual_seed(config.seed)
-    shape = ExitsConfig(tuple(layers), config.gate, config.readout, config.gate_width, config.readout_width)
+    shortlist = config.shortlist if config.shortlist < backbone.vocab_size else 0
+    widths = config.gate_width, config.readout_width
+    shape = ExitsConfig(tuple(layers), config.gate, config.readout, *widths, shortlist, config.confidence)
     exits = Exits.new(backbone, shape)
+    deep = any(exit.deep for exit in exits)
     with _Clock(work / "seconds") as clock:
-        data = gather(backbone, config, tuple(layers), work, progress)
+        data = gather(backbone, config, (*layers, backbone.n_blocks) if deep else tuple(layers), work, progress)
+        if shortlist:
+            exits.shortlist = frequent(data.adapters, shortlist, backbone.vocab_size)
         trainer = Trainer(backbone, exits, config, work, progress)
         trainer.standardise(data.adapters)
         if config.readout != "none":
@@ -113,7 +144,11 @@ def train(
     # An exit that skips many blocks leaves them approximate states, and that alone can turn the rest of an answer, however
     # right the token was: `open_from` is a guess that calibration should replace.
     exits.thresholds = tuple(
-        _threshold(*scored, config.precision) if exit.block >= config.open_from * backbone.n_blocks else 1.0
+        config.threshold
+        if config.threshold is not None
+        else _threshold(*scored, config.precision)
+        if exit.block >= config.open_from * backbone.n_blocks
+        else 1.0
         for exit, scored in zip(exits, scores(exits, valid), strict=True)
     )
     exits.training = {
@@ -285,28 +320,39 @@ class Trainer:
         teacher = _pad([s.top_ids for s in batch])[counted].long()  # (n, K)
         wanted = _pad([s.top_logp for s in batch])[counted].float().softmax(-1)
         rows, offset = self._vocabulary(teacher, step)
-        columns = torch.searchsorted(rows[: self._n_teacher], teacher)
+        columns = torch.searchsorted(rows, teacher).clamp(max=len(rows) - 1)
+        wanted = wanted * (rows[columns] == teacher)  # none for tokens outside the short list
+
+        def cross_entropy(adapted: Tensor) -> Tensor:
+            logits = self.backbone.logits(adapted[counted].to(self.backbone.dtype), rows) + offset
+            return -(wanted * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
+
         losses = []
         for index, exit in enumerate(self.exits):
-            adapted, _ = exit.adapter(hidden[:, :, index])
-            logits = self.backbone.logits(adapted[counted].to(self.backbone.dtype), rows) + offset
-            losses.append(-(wanted * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean())
+            adapted, _ = exit.adapter(inputs(exit, hidden, index))
+            loss = cross_entropy(adapted)
+            if exit.deep and step % 2:
+                again, _ = exit.adapter(inputs(exit, hidden, index, top=adapted.detach()))
+                loss = (loss + cross_entropy(again)) / 2
+            losses.append(loss)
         return losses
 
     def _vocabulary(self, teacher: Tensor, step: int, sample: int = 6144) -> tuple[Tensor, Tensor]:
-        """The tokens of one step's softmax, and what to add to their logits: the teacher's, then a random sample."""
+        """The tokens of one step's softmax, rising, and what to add to their logits: the teacher's and a random sample."""
         vocab = self.backbone.vocab_size
+        if self.exits.shortlist is not None:
+            return self.exits.shortlist, torch.zeros(len(self.exits.shortlist))
         mine = teacher.unique()
-        self._n_teacher = len(mine)
         others = torch.ones(vocab, dtype=torch.bool)
         others[mine] = False
         rest = others.nonzero().squeeze(1)
         if len(rest) <= sample:
-            return torch.cat([mine, rest]), torch.zeros(vocab)
+            return torch.arange(vocab), torch.zeros(vocab)
         drawn = rest[torch.randperm(len(rest), generator=_generator(self.config.seed, step, "vocabulary"))[:sample]]
-        offset = torch.zeros(len(mine) + sample)
-        offset[len(mine) :] = float(torch.tensor(len(rest) / sample).log())
-        return torch.cat([mine, drawn]), offset
+        offset = torch.zeros(vocab)
+        offset[drawn] = float(torch.tensor(len(rest) / sample).log())
+        rows = torch.cat([mine, drawn]).sort().values
+        return rows, offset[rows]
 
     def _gate_loss(self, batch: list[Labelled], step: int) -> list[Tensor]:
         hidden, counted = _pad([s.hidden for s in batch]).float(), _pad([s.counted for s in batch])
@@ -321,13 +367,16 @@ class Trainer:
     def labels(self, sequences: list[Sequence]) -> list[Labelled]:
         """Read every sequence out at every exit, over the full vocabulary, and compare with the oracle's top k."""
         out = []
+        rows = self.exits.shortlist
+        head = self.backbone.logits if rows is None else self.backbone.head_of(rows)
         for number, sequence in enumerate(sequences):
             hidden, counted = sequence.hidden[None].float(), sequence.counted
             oracle = sequence.top_ids[counted][:, : self.config.top_k]
             agrees = torch.zeros(len(counted), len(self.exits), dtype=torch.bool)
             for index, exit in enumerate(self.exits):
-                adapted, _ = exit.adapter(hidden[:, :, index])
-                best = self.backbone.logits(adapted[0, counted].to(self.backbone.dtype)).argmax(-1)
+                adapted, _ = exit.adapter(inputs(exit, hidden, index))
+                best = head(adapted[0, counted].to(self.backbone.dtype)).argmax(-1)
+                best = best if rows is None else rows[best]
                 agrees[counted, index] = (oracle == best[:, None]).any(-1)
             out.append(Labelled(sequence.hidden, counted, agrees))
             self.progress("labels", number + 1, len(sequences))
@@ -352,6 +401,27 @@ class Trainer:
         schedule.load_state_dict(saved["schedule"])
         self.curve[:] = saved["curve"]
         return int(saved["step"])
+
+
+def inputs(exit: Exit, hidden: Tensor, index: int, top: Tensor | None = None) -> Tensor:
+    """What the read-out of an exit reads: hidden (B, T, J, D) → (B, T, D), or if it is `deep` (B, T, 2 D).
+
+    Then the last of the J is the top, unless `top` (B, T, D) takes its place.
+    """
+    h = hidden[:, :, index]
+    if not exit.deep:
+        return h
+    top = hidden[:, :, -1] if top is None else top
+    return torch.cat([h, F.pad(top[:, :-1], (0, 0, 1, 0))], dim=-1)
+
+
+def frequent(sequences: list[Sequence], count: int, vocabulary: int) -> Tensor:
+    """The `count` tokens that the model deems most probable most often, rising."""
+    mass = torch.zeros(vocabulary)
+    for sequence in sequences:
+        ids, logp = sequence.top_ids[sequence.counted], sequence.top_logp[sequence.counted]
+        mass.index_add_(0, ids.flatten().long(), logp.float().exp().flatten())
+    return mass.topk(count).indices.sort().values
 
 
 @torch.inference_mode()

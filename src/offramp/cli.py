@@ -373,7 +373,7 @@ def bench(
         bool, typer.Option("--random", help="Random weights of the model's shape: only its config is needed.")
     ] = False,
     fills: Annotated[
-        str | None, typer.Option(help="Instead, compare fills on the same exits: full,defer,verify.", show_default=False)
+        str | None, typer.Option(help="Instead, compare fills beside one another: full,defer,verify.", show_default=False)
     ] = None,
     exits: ExitsFolder = None,
     threshold: Threshold = None,

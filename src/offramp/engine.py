@@ -157,6 +157,7 @@ class Engine:
         pairs = list(zip(exits or (), policy.thresholds, strict=True))
         self.thresholds = {exit.block: threshold for exit, threshold in pairs}
         self._open = [(exit, threshold) for exit, threshold in pairs if threshold < 1]
+        self._stops = [*(exit.block for exit, _ in self._open), backbone.n_blocks]
         self._training_free = TRAINING_FREE.get(policy.confidence)
         sampling = sampling or Sampling()
         self._choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
@@ -402,8 +403,7 @@ class Engine:
         if sequence.run < end:
             h, step = backbone.embed(torch.tensor([sequence.ids[sequence.run : end]], device=backbone.device), sequence.run)
             sequence.run = end
-        stops = [exit.block for exit, _ in self._open] + [backbone.n_blocks]
-        for index, stop in enumerate(stops):
+        for index, stop in enumerate(self._stops):
             if h is not None and step is not None:
                 if sequence.drafts:
                     sequence.state.watch(done, stop)

@@ -266,8 +266,9 @@ static void attend(const Shape *s, const float *q, const float *kv, int64_t head
 }
 
 // `h` (R, D) through `count` blocks, in place. Row r is at position pos[r] of sequence seq[r] of S; turn (R, P) are its
-// rotary pairs; kv[i · S + seq[r]] is what block i remembers of it, (capacity, 2H, P). With `fill`, only the memories are written. Scratch holds R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) floats,
-// then for each thread `own` floats: R · columns of the widest weight, or Q / H · (highest position + 1) if that is more.
+// rotary pairs; kv[i · S + seq[r]] is what block i remembers of it, (capacity, 2H, P). With `fill`, only the memories are
+// written. Scratch holds R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) floats, then for each thread `own` floats: R · columns
+// of the widest weight, or Q / H · (highest position + 1) if that is more.
 void offramp_run(const Block *blocks, int64_t count, const Shape *s, float *const *kv, int64_t S, float *h, int64_t R,
                  const int64_t *pos, const int64_t *seq, const float *turn, int64_t fill, float *scratch, int64_t own,
                  int64_t threads) {
@@ -375,8 +376,8 @@ static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); 
 
 // The recurrence for one row and one head: state (P, N) moves on; y (P), if asked for, is C h + D x. Never inlined, so that
 // a replay repeats it bit for bit.
-static __attribute__((noinline)) void advance(const MambaShape *s, float *state, const float *x, const float *B, const float *C, float dt,
-                    float decay, float skip, float *y) {
+static __attribute__((noinline)) void advance(const MambaShape *s, float *state, const float *x, const float *B,
+                                              const float *C, float dt, float decay, float skip, float *y) {
     const int64_t N = s->states;
     for (int64_t p = 0; p < s->dim; p++, state += N) {
         const float in = dt * x[p];
@@ -392,10 +393,11 @@ static __attribute__((noinline)) void advance(const MambaShape *s, float *state,
 
 // `h` (R, D) through `count` blocks, in place; row r is the next token of sequence seq[r] of S, whose memory in block i is
 // memory[i · S + seq[r]]; or nothing where that is -1. `journal`, unless NULL, is told by what each row moved a memory:
-// (blocks, `noted` rows, 2C + H), the convolution's inputs and outputs, then dt. With `fill`, only the memories move on. Scratch holds R · (max(D, E) + 2E + 2GN + H + C) floats, then for each thread
-// `own` floats: R · columns of the widest weight.
+// (blocks, `noted` rows, 2C + H), the convolution's inputs and outputs, then dt. With `fill`, only the memories move on.
+// Scratch holds R · (max(D, E) + 2E + 2GN + H + C) floats, then for each thread `own` floats: R · columns of the widest weight.
 void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, int64_t S,
-                       float *h, int64_t R, const int64_t *seq, float *journal, int64_t noted, int64_t fill, float *scratch, int64_t own, int64_t threads) {
+                       float *h, int64_t R, const int64_t *seq, float *journal, int64_t noted, int64_t fill,
+                       float *scratch, int64_t own, int64_t threads) {
     const int64_t D = s->hidden, H = s->heads, P = s->dim, G = s->groups, N = s->states, W = s->width;
     const int64_t E = H * P, C = E + 2 * G * N, A = E + C + H;
     float *x = scratch, *rows = x + R * (D > E ? D : E), *conv = rows + R * A, *mine = conv + R * C;

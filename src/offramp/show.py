@@ -81,7 +81,8 @@ def training_table(exits: Exits, folder: Path) -> None:
         table.add_row(str(row["block"]), f"{row['agreement']:.1%}", f"{row['gate_auroc']:.3f}", shown)
     console.print(table)
     verified = " --fill verify" if exits.config.readout == "deep" else ""  # what such exits are for
-    console.print(Text(f"{exits.training['seconds'] / 60:.1f} minutes. Try: offramp demo --exits {folder}{verified}", "dim"))
+    minutes = exits.training["seconds"] / 60
+    console.print(Text(f"{minutes:.1f} minutes. Try: offramp demo --exits {folder}{verified}", "dim"))
 
 
 def anatomy(backbone: Backbone, exits: Exits | None, context: int = 256) -> dict[str, Any]:

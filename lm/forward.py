@@ -27,12 +27,13 @@ class Forward:
     shape of their input.
     """
 
-    def __init__(self, model: Any, compiled: bool = False) -> None:
+    def __init__(self, model: Any, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
         config = model.config
         if config.n_groups != 1 or config.use_bias or config.hidden_act != "silu":
             raise ValueError("this forward pass knows only one group, no biases, and SiLU")
         self.model, self.head = model, model.get_output_embeddings().weight  # (V, D)
         self.kernels = Kernels.compiled() if compiled else Kernels()
+        self.dtype = dtype
 
     def states(self, ids: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
         """ids (B, T) → the hidden state after each block, (B, T, D). A sample skips a block where keep (blocks, B) is 0."""
@@ -51,12 +52,17 @@ class Forward:
         # Zeros before the first token, for the convolution: without biases they stay zeros up to there. Zeros after the
         # last fill its chunk, and no token sees them.
         h = F.pad(h, (0, 0, before, -tokens % CHUNK))
-        projected = F.linear(self.kernels.norm(h, block.norm.weight, block.norm.variance_epsilon), mixer.in_proj.weight)
+        normed = self.kernels.norm(h, block.norm.variance_epsilon, self.dtype)
+        projected = F.linear(normed, self._after(block.norm, mixer.in_proj))
         z, xBC, dt = projected.split([inner, mixer.conv_dim, heads], dim=-1)
         xBC = Convolution.apply(xBC, taps, mixer.conv1d.bias, self.kernels)
-        scan = (mixer.dt_bias, mixer.A_log, mixer.D, heads, state, mixer.norm.weight, mixer.norm.variance_epsilon)
+        scan = (mixer.dt_bias, mixer.A_log, mixer.D, heads, state, mixer.norm.variance_epsilon)
         y = self.kernels.scan(xBC, dt[:, before:], z[:, before:], *scan)
-        return F.linear(y, mixer.out_proj.weight)[:, :tokens]
+        return F.linear(y, self._after(mixer.norm, mixer.out_proj))[:, :tokens]
+
+    def _after(self, norm: Any, projection: Any) -> Tensor:
+        """The projection's matrix with the scale of the norm before it: a gradient of few numbers from few rows."""
+        return (projection.weight * norm.weight).to(self.dtype)
 
     def last(self, ids: Tensor) -> Tensor:
         """ids (B, T) → the hidden state after the last block, (B, T, D)."""
@@ -66,11 +72,11 @@ class Forward:
     def read(self, h: Tensor) -> Tensor:
         """The model's final norm: what the head is multiplied with."""
         norm = self.model.backbone.norm_f
-        return rms_norm(h, norm.weight, norm.variance_epsilon)
+        return rms_norm(h, norm.variance_epsilon, h.dtype) * norm.weight
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy, in nats a token, of the head's reading of h (B, T, D) with targets (B, T)."""
-        return HeadLoss.apply(self.read(h).flatten(0, 1), self.head, targets.flatten())
+        return HeadLoss.apply(self.read(h).flatten(0, 1), self.head, targets.flatten(), self.dtype)
 
     @torch.no_grad()
     def surprise(self, h: Tensor, targets: Tensor) -> Tensor:
@@ -88,25 +94,27 @@ class HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype) -> Tensor:
         total = h.new_zeros((), dtype=torch.float64)
         grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight)
+        h, weight = h.to(dtype), weight.to(dtype)
         for rows in torch.arange(len(h)).split(ROWS):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             inputs, wanted = h[part], targets[part, None]
-            logp = torch.log_softmax(inputs @ weight.T, dim=-1)
+            logp = torch.log_softmax((inputs @ weight.T).float(), dim=-1)
             total -= logp.gather(1, wanted).sum()
             grad = logp.exp_()
             grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-            torch.mm(grad, weight, out=grad_h[part])
-            grad_weight.addmm_(grad.T, inputs)
+            grad = grad.to(dtype)
+            grad_h[part] = grad @ weight
+            grad_weight += grad.T @ inputs
         ctx.save_for_backward(grad_h.div_(len(h)), grad_weight.div_(len(h)))
         return (total / len(h)).to(h.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_h, grad_weight = ctx.saved_tensors
-        return grad * grad_h, grad * grad_weight, None
+        return grad * grad_h, grad * grad_weight, None, None
 
 
 class Convolution(torch.autograd.Function):
@@ -138,13 +146,13 @@ def preactivation(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
 
 
 def convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
-    return F.silu(preactivation(x, taps, bias))
+    return F.silu(preactivation(x, taps, bias)).to(x.dtype)
 
 
 def activation_gradient(grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
     y = preactivation(x, taps, bias)
     gate = torch.sigmoid(y)
-    return grad * gate * (1 + y * (1 - gate))
+    return (grad * gate * (1 + y * (1 - gate))).to(x.dtype)
 
 
 def convolution_gradients(grad: Tensor, x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,11 +162,11 @@ def convolution_gradients(grad: Tensor, x: Tensor, taps: Tensor) -> tuple[Tensor
     grad = grad[:, before : x.shape[1]]
     # First over tokens, then over the batch: sums of rows that lie together.
     grad_taps = torch.stack([(grad * x[:, tap : tap + grad.shape[1]]).sum(1) for tap in range(len(taps))])
-    return grad_x, grad_taps.sum(1), grad.sum(1).sum(0)
+    return grad_x.to(x.dtype), grad_taps.sum(1), grad.float().sum(1).sum(0)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
+def rms_norm(x: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)).to(dtype)
 
 
 def gated_scan(
@@ -170,12 +178,11 @@ def gated_scan(
     D: Tensor,
     heads: int,
     size: int,
-    norm: Tensor,
     epsilon: float,
 ) -> Tensor:
-    """The scan, the gate z (B, T, E), and the norm after it."""
+    """The scan, the gate z (B, T, E), and the norm after it, without its scale."""
     y = chunked_scan(xBC, F.softplus(dt + dt_bias), -torch.exp(A_log), D, z.shape[-1] // heads, size)
-    return rms_norm(y * F.silu(z), norm, epsilon)
+    return rms_norm((y * F.silu(z)).float(), epsilon, z.dtype)
 
 
 def chunked_scan(xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, dims: int, size: int) -> Tensor:
@@ -186,28 +193,56 @@ def chunked_scan(xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, dims: int, size:
     batch, tokens, heads = dt.shape
     chunks, inner = tokens // CHUNK, heads * dims
     x, B, C = xBC.reshape(batch * chunks, CHUNK, -1).split([inner, size, size], dim=-1)
-    dt = dt.reshape(batch * chunks, CHUNK, heads)
+    dt = dt.reshape(batch * chunks, CHUNK, heads).float()
     total = torch.cumsum(dt * A, dim=1)  # (M, Q, H): log of the decay from the chunk's start up to and with t
     t_total, t_dt = total.transpose(1, 2), dt.transpose(1, 2)  # (M, H, Q)
 
-    between = t_total[..., :, None] - t_total[..., None, :]  # (M, H, t, s): from after s up to and with t
-    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=x.device).tril()
-    # Masked before exp: above the diagonal the exponent is positive and may overflow.
-    weights = torch.exp(between.masked_fill(~causal, float("-inf"))) * t_dt[..., None, :]
-    weights = weights * torch.bmm(C, B.transpose(1, 2))[:, None]
-    own = torch.matmul(weights, x.unflatten(2, (heads, dims)).transpose(1, 2)).transpose(1, 2)  # (M, Q, H, P)
+    own = Within.apply(x.unflatten(2, (heads, dims)).transpose(1, 2), torch.bmm(C, B.transpose(1, 2)), t_total, t_dt)
+    own = own.transpose(1, 2)  # (M, Q, H, P)
 
     left = (torch.exp(total[:, -1:] - total) * dt)[..., None]  # from after t to the chunk's end
-    added = torch.bmm((x.unflatten(2, (heads, dims)) * left).flatten(2).transpose(1, 2), B)  # (M, E, N)
-    added = added.view(batch, chunks, heads, dims, size)
-    decay = torch.exp(total[:, -1]).view(batch, chunks, heads, 1, 1)
-    states = [torch.zeros_like(added[:, 0])]  # at each chunk's start
-    for chunk in range(chunks - 1):
-        states.append(states[-1] * decay[:, chunk] + added[:, chunk])
-    state = torch.stack(states, dim=1).view(batch * chunks, inner, size)
+    added = torch.bmm((x.unflatten(2, (heads, dims)) * left).to(x.dtype).flatten(2).transpose(1, 2), B)  # (M, E, N)
+    # At each chunk's start, what those before it left, decayed by those in between: (chunks, chunks) for each head.
+    ends = torch.cumsum(total[:, -1].view(batch, chunks, heads), dim=1).transpose(1, 2)
+    between = (ends - ends.diff(dim=2, prepend=torch.zeros_like(ends[..., :1])))[..., :, None] - ends[..., None, :]
+    causal = torch.ones(chunks, chunks, dtype=torch.bool, device=x.device).tril(-1)
+    decay = torch.exp(between.masked_fill(~causal, float("-inf"))).to(x.dtype)
+    added = added.view(batch, chunks, heads, -1).transpose(1, 2)
+    state = torch.matmul(decay, added).transpose(1, 2).reshape(batch * chunks, inner, size)
     before = torch.bmm(C, state.transpose(1, 2)).unflatten(2, (heads, dims)) * torch.exp(total)[..., None]
     y = own + before + x.unflatten(2, (heads, dims)) * D[:, None]
-    return y.reshape(batch, tokens, inner)
+    return y.to(x.dtype).reshape(batch, tokens, inner)
+
+
+class Within(torch.autograd.Function):
+    """What a chunk's tokens add to its outputs: x (M, H, Q, P), C Bᵀ (M, Q, Q), log decays, dt (M, H, Q) → (M, H, Q, P).
+
+    Written by hand for the backward pass: with W the weights, row and column sums of (∂W ⊙ W) are sums over P of ∂y ⊙ y
+    and of x ⊙ ∂x, so nothing of the weights' size is summed but over heads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, product: Tensor, total: Tensor, dt: Tensor) -> Tensor:
+        weights = (decays(total, dt) * product[:, None]).to(x.dtype)
+        y = torch.matmul(weights, x)
+        ctx.save_for_backward(x, product, total, dt, weights, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x, product, total, dt, weights, y = ctx.saved_tensors
+        grad_x = torch.matmul(weights.transpose(2, 3), grad)
+        grad_product = (torch.matmul(grad, x.transpose(2, 3)) * decays(total, dt)).sum(1).to(product.dtype)
+        rows, columns = (grad.float() * y).sum(-1), (grad_x.float() * x).sum(-1)
+        return grad_x, grad_product, rows - columns, columns / dt
+
+
+def decays(total: Tensor, dt: Tensor) -> Tensor:
+    """(M, H, t, s): dt of s, decayed from after s up to and with t; 0 above the diagonal."""
+    between = total[..., :, None] - total[..., None, :]
+    causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=total.device).tril()
+    # Masked before exp: above the diagonal the exponent is positive and may overflow.
+    return torch.exp(between.masked_fill(~causal, float("-inf"))) * dt[..., None, :]
 
 
 @dataclass(frozen=True)

@@ -292,6 +292,24 @@ def test_our_forward_pass_is_the_librarys(reloaded, tokens):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("tokens", [5, 150])
+def test_its_gradients_are_the_librarys_and_nearly_so_in_bfloat16(reloaded, tokens):
+    ids = torch.randint(0, 320, (2, tokens + 1), generator=torch.Generator().manual_seed(tokens))
+    parameters = dict(reloaded.named_parameters())
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, parameters.values())
+
+    theirs = reloaded(ids[:, :-1], use_cache=False).logits
+    wanted = gradients(torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten()))
+    for dtype, far, small in ((torch.float32, 1e-3, 1e-7), (torch.bfloat16, 0.1, 2e-5)):
+        ours = forward.Forward(reloaded, dtype=dtype)
+        for name, mine, other in zip(
+            parameters, gradients(ours.loss(ours.last(ids[:, :-1]), ids[:, 1:])), wanted, strict=True
+        ):
+            assert float((mine - other).norm()) <= far * float(other.norm()) + small, name
+
+
 def test_the_loss_and_its_gradients_are_cross_entropys(monkeypatch):
     monkeypatch.setattr(forward, "ROWS", 4)
     draw = torch.Generator().manual_seed(0)
@@ -300,7 +318,7 @@ def test_the_loss_and_its_gradients_are_cross_entropys(monkeypatch):
     targets = torch.randint(0, 20, (10,), generator=draw)
     wanted = torch.nn.functional.cross_entropy(h @ weight.T, targets)
     expected = torch.autograd.grad(3 * wanted, (h, weight))
-    loss = forward.HeadLoss.apply(h, weight, targets)
+    loss = forward.HeadLoss.apply(h, weight, targets, torch.float32)
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(torch.autograd.grad(3 * loss, (h, weight)), expected)
 

@@ -11,6 +11,7 @@ import warnings
 import pytest
 
 from conftest import BLOCKS, saved, tiny
+from offramp import Policy
 from test_engine import exits_for
 
 VERBS = ("demo", "generate", "chat", "train", "inspect")
@@ -41,8 +42,9 @@ def world(tmp_path_factory):
     os.environ["OFFRAMP_CACHE"] = str(folder / "cache")
     backbone = offramp.load(str(folder / "model"), "float32")
     exits = exits_for("llama")
-    exits.backbone["sha256"], exits.thresholds = backbone.source.sha256, (0.9, 0.5, 0.5)
+    exits.backbone["sha256"], exits.policy = backbone.source.sha256, Policy((0.9, 0.5, 0.5))
     exits.save(folder / "exits")
+    (folder / "few.txt").write_text("One\nTwo\n")
     for name, changed in (("shape", {}), ("odd", {"activation_function": "none such"})):  # configs without weights
         (folder / name).mkdir()
         config = {**tiny("gpt2").config.to_dict(), **changed}
@@ -191,6 +193,24 @@ def test_train_writes_exits_that_generate_uses(world) -> None:
     assert json.loads(answer.stdout)["mean_blocks"] == 2
 
 
+def test_calibrate_keeps_its_thresholds_with_the_exits(world) -> None:
+    (world / "prompts.txt").write_text("".join(f"Prompt {number}\n" for number in range(40)))
+    arguments = ("model", "--prompts", "prompts.txt", "--policy", "decay", "--max-tokens", "16", "--delta", "0.2")
+    done = run(world, "calibrate", *arguments, "--risk", "0.95", "--exits", "exits", "-o", "calibrated", "--json")
+    record = json.loads(done.stdout)
+    assert record["passed"]
+    kept = json.loads((world / "calibrated" / "offramp.json").read_text())
+    assert kept["policy"] == record["policy"] == kept["calibration"]["policy"]
+    answer = json.loads(run(world, "generate", "model", "Prompt 41", "--exits", "calibrated", "--json").stdout)
+    assert list(answer["thresholds"].values()) == record["policy"]["thresholds"]
+    done = run(world, "generate", "model", "Prompt 41", "--exits", "calibrated", "--fill", "copy", "--max-tokens", "4")
+    assert "guarantee nothing" in done.stderr
+    # Without -o, in place; at a risk that these exits cannot keep, all stay closed.
+    assert "stay closed" in run(world, "calibrate", *arguments, "--exits", "calibrated", "--risk", "0.1").stdout
+    kept = json.loads((world / "calibrated" / "offramp.json").read_text())
+    assert kept["policy"]["thresholds"] == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -214,6 +234,14 @@ def test_train_writes_exits_that_generate_uses(world) -> None:
         (("inspect", "shape", "--dtype", "int8"), "no lean path"),
         (("bench", "--model", "shape", "--random", "--prefill", "600", "--dtype", "float32"), "600 tokens do not fit"),
         (("bench", "--model", "shape", "--random", "--prefill", "1"), "at least 2 tokens"),
+        (("generate", "model", "Hi", "--exits", "exits", "--threshold", "0.5,0.9"), "2 thresholds do not fit 3 exits"),
+        (("generate", "model", "Hi", "--exits", "exits", "--threshold", "half"), "'half' is not a threshold"),
+        (("generate", "model", "Hi", "--exits", "exits", "--decay", "5"), "no default threshold"),
+        (("calibrate", "model", "--prompts", "nowhere.txt", "--exits", "exits"), "nowhere.txt cannot be read"),
+        (("calibrate", "model", "--prompts", "few.txt", "--exits", "exits"), "2 prompts are too few"),
+        (("calibrate", "model", "--prompts", "few.txt", "--exits", "exits", "--fill", "verify"), "nothing to guarantee"),
+        (("calibrate", "model", "--prompts", "few.txt"), "no folder to keep"),
+        (("calibrate", "model", "--prompts", "few.txt", "-o", "x"), "No exits ship"),
         (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of block numbers"),
         (("train", "model", "-o", "x", "--readout-width", "40"), "40 dims wide"),
         (("train", "model", "-o", "x", "--layers", "9"), "do not fit a model of 6"),

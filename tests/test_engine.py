@@ -132,6 +132,42 @@ def test_every_confidence_decides(confidence: str) -> None:
     assert closed.mean_blocks == BLOCKS
 
 
+def test_a_fixed_block_asks_no_gate() -> None:
+    exits = exits_for("llama")
+    answer = Engine(tiny("llama"), exits, Policy((1.0, 0.0, 1.0))).generate(PROMPT, 8)
+    gated = Engine(tiny("llama"), exits, Policy((1.0, 1e-9, 1.0))).generate(PROMPT, 8)
+    assert answer.mean_blocks == LAYERS[1]
+    assert answer.ids == gated.ids
+    assert answer.flops_saved > gated.flops_saved
+
+
+def test_a_decay_makes_answers_begin_strictly() -> None:
+    exits = exits_for("llama")
+    policy = Policy((0.5, 0.6, 0.7), decay=6.0)
+    answer = Engine(tiny("llama"), exits, policy).generate(PROMPT, 24)
+    early = [(place, token) for place, token in enumerate(answer.tokens) if token.exit_block < BLOCKS]
+    assert early
+    assert all(token.confidence > policy.threshold(LAYERS.index(token.exit_block), place) for place, token in early)
+    # At first as strict as 0.9 λ + 0.1, and the whole prompt does not count.
+    strict = Engine(tiny("llama"), exits, Policy((0.55, 0.64, 0.73))).generate(PROMPT, 1)
+    assert strict.tokens == answer.tokens[:1]
+
+
+@pytest.mark.parametrize("run", [1, 2, 3])
+def test_patience_leaves_where_so_many_exits_on_end_agree(run: int) -> None:
+    backbone, exits = tiny("llama"), exits_for("llama", readout="none")
+    left = set()
+    for seed in range(40):
+        ids = torch.randint(0, 256, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
+        fixed = [Policy(tuple(float(other != exit) for other in range(3))) for exit in range(3)]
+        said = [Engine(backbone, exits, policy).generate_ids(ids, 1).ids[0] for policy in fixed]
+        wanted = next((LAYERS[end] for end in range(run - 1, 3) if len(set(said[end - run + 1 : end + 1])) == 1), BLOCKS)
+        answer = Engine(backbone, exits, Policy(((run - 0.5) / 3,) * 3, "patience")).generate_ids(ids, 1)
+        assert answer.tokens[0].exit_block == wanted
+        left.add(wanted)
+    assert left == {LAYERS[0]} if run == 1 else len(left) > 1
+
+
 @torch.inference_mode()
 def test_a_token_that_leaves_gets_the_read_outs_logits_and_fills_the_skipped_blocks() -> None:
     """One step, recomputed by hand from the parts."""
@@ -226,8 +262,8 @@ def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text() -> None:
     seen: list[float] = []
     consider = engine._consider
 
-    def spied(index: int, sequence: Sequence):
-        out = yield from consider(index, sequence)
+    def spied(index: int, sequence: Sequence, said: list[int]):
+        out = yield from consider(index, sequence, said)
         seen.append(out[0])
         return out
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import tiny
-from offramp import Exits, ExitsConfig
+from offramp import Exits, ExitsConfig, Policy
 from offramp.errors import CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits import GATES, READOUTS, suggested_layers
 from test_engine import exits_for
@@ -19,11 +19,11 @@ from test_engine import exits_for
 @pytest.mark.parametrize("gate", GATES)
 def test_saved_exits_load_back_equal_to_bfloat16(tmp_path, gate: str, readout: str) -> None:
     exits = exits_for("llama", gate, readout)
-    exits.thresholds, exits.training = (0.5, 0.75, 1.0), {"seed": 3}
+    exits.policy, exits.training = Policy((0.5, 0.75, 1.0), "margin", 9.0), {"seed": 3}
     exits.save(tmp_path)
     loaded = Exits.load(tmp_path, tiny("llama"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exits.safetensors", "offramp.json"]
-    assert (loaded.config, loaded.thresholds, loaded.training) == (exits.config, exits.thresholds, exits.training)
+    assert (loaded.config, loaded.policy, loaded.training) == (exits.config, exits.policy, exits.training)
     for key, value in exits.modules.state_dict().items():
         assert torch.equal(loaded.modules.state_dict()[key], value.bfloat16().float())
 

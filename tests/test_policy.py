@@ -1,5 +1,7 @@
 """Confidences lie in [0, 1] and order distributions by how sure they are; a policy refuses what it cannot use."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -83,3 +85,14 @@ def test_thresholds_from_0_to_1_and_every_known_confidence_are_accepted(confiden
 
 def test_a_policy_asks_the_gate_unless_told_otherwise():
     assert Policy(()).confidence == "gate"
+
+
+def test_a_decaying_threshold_is_calms():
+    policy = Policy((0.5, 1.0, 0.0), decay=10)
+    assert policy.threshold(0, 0) == pytest.approx(0.9 * 0.5 + 0.1)
+    assert policy.threshold(0, 10) == pytest.approx(0.9 * 0.5 + 0.1 * math.exp(-1))
+    assert policy.threshold(1, 3) == 1  # closed is closed
+    assert policy.threshold(2, 1000) == pytest.approx(0)
+    assert Policy((0.5,)).threshold(0, 7) == 0.5
+    with pytest.raises(BadInput, match="decay"):
+        Policy((0.5,), decay=-1)

@@ -192,7 +192,7 @@ def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str
     full = Engine(backbone)
     engines = [
         Engine(backbone, exits, Policy((0.5,) * len(exits)), "verify"),
-        Engine(backbone, drafting, Policy((0.1,) * len(drafting), drafting.config.confidence), "verify"),
+        Engine(backbone, drafting, Policy((0.1,) * len(drafting), drafting.policy.confidence), "verify"),
     ]
     stood = rejected = 0
     for prompt in PROMPTS[:4]:

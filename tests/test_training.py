@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import HIDDEN, tiny
-from offramp import Engine
+from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits import READOUTS
 from offramp.harvest import Unit, harvest, load_shards, read_lines, read_texts, units
@@ -88,7 +88,7 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
         prompts, layers=(2,), gate="linear", readout="deep", shortlist=100, confidence="max-prob", threshold=0.2
     )
     exits = train(backbone, tmp_path / "exits", settings)
-    assert (exits.thresholds, exits.config.confidence) == ((0.2,), "max-prob")
+    assert exits.policy == Policy((0.2,), "max-prob")
     assert len(exits.shortlist) == 100
     full, drafting = Engine(backbone), Engine(backbone, exits, fill="verify", lookup=0)
     answers = [drafting.generate(line, 12) for line in read_lines(prompts, ())[:8]]
@@ -125,7 +125,7 @@ def test_ctrl_c_and_resume_give_the_result_of_an_uninterrupted_run(
     for key, value in straight.modules.state_dict().items():
         assert torch.equal(value, resumed.modules.state_dict()[key]), key
     assert straight.training["curve"] == resumed.training["curve"]
-    assert straight.thresholds == resumed.thresholds
+    assert straight.policy == resumed.policy
 
 
 def test_an_unfinished_training_is_not_mixed_with_another(tmp_path, prompts: str) -> None:

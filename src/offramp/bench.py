@@ -57,26 +57,22 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, A
 def compare_fills(
     backbone: Backbone,
     fills: dict[str, Exits | None],
-    threshold: float | None = None,
+    policies: dict[str, Policy | None],
     tokens: int = 48,
     pairs: int = 5,
 ) -> dict[str, Any]:
     """Decode answers to `PROMPTS` with each fill in turn, `pairs` times after a warm-up; one without exits is full depth.
 
-    `threshold` takes the place of the exits' own. Returns for each of the `fills` its rate, its `ratio` over the first
+    `policies` take the place of the exits' own. Returns for each of the `fills` its rate, its `ratio` over the first
     (median of the pairs) and `spread`, the share of its tokens that equal the first's (`equal`), where its time goes (ms a
     token), and the acceptance rate and tokens per deep pass over all prompts; `ratio` at the top is the last fill's.
     """
     prompts = [backbone.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
     _fits(backbone, max(map(len, prompts)) + tokens)
 
-    def engine(fill: str, exits: Exits | None) -> Engine:
-        if exits is None:
-            return Engine(backbone)
-        thresholds = exits.thresholds if threshold is None else (threshold,) * len(exits)
-        return Engine(backbone, exits, Policy(thresholds, exits.config.confidence), fill)
-
-    engines = [engine(fill, exits) for fill, exits in fills.items()]
+    engines = [
+        Engine(backbone, exits, policies.get(fill), fill) if exits else Engine(backbone) for fill, exits in fills.items()
+    ]
 
     def once(engine: Engine) -> tuple[float, list[Generation]]:
         answers = [engine.generate_ids(prompt, tokens) for prompt in prompts]

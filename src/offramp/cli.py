@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from offramp.backbone import Backbone
     from offramp.engine import Engine, Generation
     from offramp.exits import Exits
+    from offramp.policy import Policy
     from offramp.sampling import Sampling
     from offramp.training import Progress
 
@@ -47,15 +48,20 @@ Fill = Annotated[
     ),
 ]
 Threshold = Annotated[
-    float | None,
-    typer.Option(help="Confidence a token must exceed to leave, 0 to 1, at every exit. 1 closes all. Default: the exits'."),
+    str | None,
+    typer.Option(
+        help="Confidence a token must exceed to leave, 0 to 1: one for all exits, or one for each (1,1,0.9,0.8). "
+        "1 closes an exit, 0 opens it to all. Default: the exits'."
+    ),
 ]
 Confidence = Annotated[
     str | None,
     typer.Option(
-        help="gate (learned), or training-free: max-prob, margin, entropy (need --threshold). Default: the exits'."
+        help="gate (learned), or training-free: max-prob, margin, entropy, or patience: the share of open exits that "
+        "agree in a row (all need --threshold). Default: the exits'."
     ),
 ]
+Decay = Annotated[float, typer.Option(help="Thresholds that fall over so many tokens of an answer (CALM); 0: they do not.")]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -124,7 +130,7 @@ def demo(
         found = _exits(backbone, exits, fill)
         if found is None:
             raise BadInput(f"No exits ship for {name}.", f"Train some: offramp train {name} -o DIR, then add --exits DIR.")
-        loaded.append((backbone, _engines(backbone, found, threshold, fill)))
+        loaded.append((backbone, _engines(backbone, found, _policy(backbone, found, threshold), fill)))
     asked = []
     for name, (backbone, (full, early)) in zip(names, loaded, strict=True):
         pairs = []
@@ -157,6 +163,7 @@ def generate(
     fill: Fill = "project",
     threshold: Threshold = None,
     confidence: Confidence = None,
+    decay: Decay = 0.0,
     dtype: Dtype = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -187,7 +194,8 @@ def generate(
         raise BadInput(f"{batch} answers side by side are too few.", "Give --batch 1 or more.")
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
     backbone = _load(model, dtype)
-    full, early = _engines(backbone, _exits(backbone, exits, fill), threshold, fill, confidence, sampling)
+    found = _exits(backbone, exits, fill)
+    full, early = _engines(backbone, found, _policy(backbone, found, threshold, confidence, decay), fill, sampling)
     ends = tuple(stop or ())
     if not (as_json or prompts or compare):
         for token in early.stream(many[0], max_tokens, ends, raw):
@@ -235,7 +243,8 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
     backbone = _load(model, dtype)
-    _, early = _engines(backbone, _exits(backbone, exits, fill), threshold, fill, sampling=sampling)
+    found = _exits(backbone, exits, fill)
+    _, early = _engines(backbone, found, _policy(backbone, found, threshold), fill, sampling)
     talk = Talk()
     messages: list[dict[str, str]] = []
     while True:
@@ -339,11 +348,68 @@ def train(
     except KeyboardInterrupt:
         _fail("Stopped.", "Nothing is lost: the same command goes on from here.", 130)
     if as_json:
-        print(json.dumps({"output": str(output), "thresholds": exits.thresholds, **exits.training}))
+        print(json.dumps({"output": str(output), "thresholds": exits.policy.thresholds, **exits.training}))
     else:
         from offramp.show import training_table
 
         training_table(exits, output)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help="Prompts like those to come: lines, or JSON lines with 'prompt' or 'question'.", show_default=False
+        ),
+    ],
+    exits: ExitsFolder = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the calibrated exits. Default: that of --exits.")
+    ] = None,
+    risk: Annotated[float, typer.Option(help="Highest expected loss of an answer, 0 to 1.")] = 0.05,
+    delta: Annotated[float, typer.Option(help="How likely the guarantee may fail.")] = 0.05,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="How much an answer differs: f1 (1 - token F1 with full depth's), exact (0 or 1), task (how much worse it "
+            "scores against the prompts' 'answer')."
+        ),
+    ] = "f1",
+    policy: Annotated[
+        str, typer.Option(help="What to choose: thresholds, decay (they fall along an answer), patience, fixed (a block).")
+    ] = "thresholds",
+    confidence: Confidence = None,
+    fill: Fill = "project",
+    max_tokens: MaxTokens = 48,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Set the exits' thresholds so that answers differ by at most RISK on average, with probability 1 - DELTA."""
+    from offramp.calibration import calibrate, read_questions
+
+    if exits is None and output is None:
+        raise BadInput("There is no folder to keep the thresholds in.", "Name one: --exits DIR, or -o DIR for a new one.")
+    folder = output or Path(exits or "")
+    questions = read_questions(prompts)
+    backbone = _load(model, dtype)
+    found = _exits(backbone, exits)
+    if found is None:
+        raise BadInput(f"No exits ship for {backbone.name}.", f"Train some: offramp train {backbone.name} -o DIR")
+    chosen = confidence or found.policy.confidence
+    with _progress() as progress:
+        record = calibrate(backbone, found, questions, risk, delta, loss, fill, policy, chosen, max_tokens, progress)
+    if exits and folder == Path(exits):
+        found.save_record(folder)
+    else:
+        found.save(folder)
+    if as_json:
+        print(json.dumps({"model": backbone.name, "exits": str(folder), **found.calibration, "passed": record.passed}))
+    else:
+        from offramp.show import calibration_table
+
+        calibration_table(record, found, folder)
 
 
 @app.command()
@@ -399,7 +465,8 @@ def bench(
         found = {fill: None if fill == "full" else _exits(backbone, exits, fill) for fill in fills.split(",")}
         if any(one is None for fill, one in found.items() if fill != "full"):
             raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
-        result = compare_fills(backbone, found, threshold, tokens, pairs)
+        policies = {fill: _policy(backbone, one, threshold) for fill, one in found.items() if one}
+        result = compare_fills(backbone, found, policies, tokens, pairs)
         print(json.dumps(result)) if as_json else fills_table(result)
         return
     result = compare(backbone, tokens, pairs) if prefill is None else compare_prefill(backbone, prefill, pairs)
@@ -427,27 +494,39 @@ def _exits(backbone: Backbone, folder: str | None, fill: str = "") -> Exits | No
 
 
 def _engines(
-    backbone: Backbone,
-    exits: Exits | None,
-    threshold: float | None,
-    fill: str,
-    confidence: str | None = None,
-    sampling: Sampling | None = None,
+    backbone: Backbone, exits: Exits | None, policy: Policy | None, fill: str, sampling: Sampling | None = None
 ) -> tuple[Engine, Engine]:
     """One engine at full depth, and one with the exits, under the same settings."""
     from offramp.engine import Engine
+
+    return Engine(backbone, sampling=sampling), Engine(backbone, exits, policy, fill, sampling)
+
+
+def _policy(
+    backbone: Backbone, exits: Exits | None, threshold: str | None, confidence: str | None = None, decay: float = 0.0
+) -> Policy | None:
+    """What the flags say; None for the exits' own policy."""
     from offramp.policy import Policy
 
-    full = Engine(backbone, sampling=sampling)
+    if threshold is None:
+        if decay or (confidence and exits and confidence != exits.policy.confidence):
+            raise BadInput(
+                f"{f'The confidence {confidence!r}' if confidence else 'A decay'} has no default threshold.",
+                "Give one: --threshold 0.9",
+            )
+        return None
+    try:
+        thresholds = tuple(float(part) for part in threshold.split(","))
+    except ValueError:
+        raise BadInput(
+            f"'{threshold}' is not a threshold.", "For example --threshold 0.9, or --threshold 1,1,0.9,0.8"
+        ) from None
     if exits is None:
-        if threshold is not None and threshold < 1:
+        if min(thresholds) < 1:
             raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
-        return full, Engine(backbone, fill=fill, sampling=sampling)
-    own = exits.config.confidence
-    if threshold is None and confidence not in (None, own):
-        raise BadInput(f"The confidence '{confidence}' has no default threshold.", "Give one: --threshold 0.9")
-    thresholds = exits.thresholds if threshold is None else (threshold,) * len(exits)
-    return full, Engine(backbone, exits, Policy(thresholds, confidence or own), fill, sampling)
+        return None
+    thresholds = thresholds * len(exits) if len(thresholds) == 1 else thresholds
+    return Policy(thresholds, confidence or exits.policy.confidence, decay)
 
 
 def _record(answer: Generation, reference: Generation | None, prompt: str | None) -> dict[str, Any]:

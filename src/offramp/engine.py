@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ from offramp.exits import Exits
 from offramp.fill import FILLS, WAITING, make_fill
 from offramp.flops import Costs, exit_part
 from offramp.lean import LeanStep, joined
-from offramp.policy import TRAINING_FREE, Policy
+from offramp.policy import PATIENCE, TRAINING_FREE, Policy
 from offramp.sampling import Choose, Sampling
 from offramp.sequence import Decision, Sequence, looked_up
 from offramp.text import Text
@@ -146,7 +148,9 @@ class Engine:
         self.backbone, self.fill_name = backbone, fill
         self._verifies = fill == "verify"
         self._fill = None if fill in WAITING else make_fill(fill, backbone)
-        policy = policy or (Policy(exits.thresholds, exits.config.confidence) if exits else Policy(()))
+        if exits and policy is None and exits.calibration:
+            self._check_guarantee(exits)
+        policy = policy or (exits.policy if exits else Policy(()))
         if len(policy.thresholds) != (len(exits) if exits else 0):
             raise BadInput(
                 f"{len(policy.thresholds)} thresholds do not fit {len(exits) if exits else 0} exits.",
@@ -154,11 +158,10 @@ class Engine:
             )
         if max_pending < 1:
             raise BadInput(f"At most {max_pending} waiting tokens is too few.", "1 or more.")
-        pairs = list(zip(exits or (), policy.thresholds, strict=True))
-        self.thresholds = {exit.block: threshold for exit, threshold in pairs}
-        self._open = [(exit, threshold) for exit, threshold in pairs if threshold < 1]
+        self.policy = policy
+        self.thresholds = {exit.block: threshold for exit, threshold in zip(exits or (), policy.thresholds, strict=True)}
+        self._open = [(exit, index) for index, exit in enumerate(exits or ()) if policy.thresholds[index] < 1]
         self._stops = [*(exit.block for exit, _ in self._open), backbone.n_blocks]
-        self._training_free = TRAINING_FREE.get(policy.confidence)
         sampling = sampling or Sampling()
         self._choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
         self._max_pending, self._lookup = max_pending, lookup if self._verifies else 0
@@ -273,7 +276,7 @@ class Engine:
         """A sequence of these ids: what the talk remembers of their beginning, or a new one, which it is given."""
         old = talk.sequence
         if old is not None and old.run < len(ids) and old.ids[: old.run] == ids[: old.run] and not old.drafts:
-            old.ids = list(ids)
+            old.ids, old.prompt = list(ids), len(ids)
             return old
         state = self.backbone.state(len(ids) + limit)
         talk.sequence = Sequence.new(ids, state, [exit for exit, _ in self._open])
@@ -400,6 +403,7 @@ class Engine:
         The newest may leave on its way. With `read`, the logits of those that reached the top are asked for.
         """
         backbone, flops, done, h, step = self.backbone, 0, 0, None, None
+        said: list[int] = []
         if sequence.run < end:
             h, step = backbone.embed(torch.tensor([sequence.ids[sequence.run : end]], device=backbone.device), sequence.run)
             sequence.run = end
@@ -418,7 +422,7 @@ class Engine:
                 sequence.gates[index].tell(h)
                 sequence.adapters[index].tell(self._deepened(h, sequence) if self._open[index][0].deep else h)
                 if may_leave:
-                    confidence, logits, adapted, spent = yield from self._consider(index, sequence)
+                    confidence, logits, adapted, spent = yield from self._consider(index, sequence, said)
                     flops += spent
                     if logits is not None and adapted is not None:
                         return _Reached(logits, adapted, done, confidence, flops + self._left(index, sequence, h, step))
@@ -451,16 +455,18 @@ class Engine:
         return self._fill.flops(block, self.costs)
 
     def _consider(
-        self, index: int, sequence: Sequence
+        self, index: int, sequence: Sequence, said: list[int]
     ) -> Generator[Run | Read, Tensor, tuple[float, Tensor | None, Tensor | None, int]]:
         """Confidence of an exit in its newest token; if that leaves here, its logits (1, V) and what they were read from
 
-        (1, 1, D); the FLOPs spent. A draft is only worth what all drafts before it are worth, too.
+        (1, 1, D); the FLOPs spent. A draft is only worth what all drafts before it are worth, too. `said`: the tokens that
+        the exits before read out.
         """
         gate, adapter = sequence.gates[index], sequence.adapters[index]
-        threshold, flops = self._open[index][1], 0
+        threshold, flops = self.policy.threshold(self._open[index][1], len(sequence.ids) - sequence.prompt), 0
         threshold /= math.prod(draft.confidence or 1.0 for draft in sequence.drafts)
-        if self._training_free is None:
+        confidence, gated = 1.0, self.policy.confidence == "gate"
+        if gated and threshold > 0:
             score, rows = gate.read()
             flops += rows * self._gate_flops[index]
             confidence = float(score.sigmoid())
@@ -471,13 +477,29 @@ class Engine:
         flops += rows * self._adapter_flops[index]
         flops += self.costs.head if shortlist is None else self.costs.head * len(shortlist) // vocabulary
         logits = yield Read(adapted.to(self.backbone.dtype), short=shortlist is not None)
-        if self._training_free is not None:
-            confidence = float(self._training_free(logits[0]))
+        if not gated:
+            if self.policy.confidence == PATIENCE:
+                said.append(int(logits[0].argmax()))
+                alike = takewhile(said[-1].__eq__, reversed(said))
+                confidence = sum(1 for _ in alike) / len(self._open)
+            else:
+                confidence = float(TRAINING_FREE[self.policy.confidence](logits[0]))
             if not confidence > threshold:
                 return confidence, None, None, flops
         if shortlist is not None:
             logits = logits.new_full((1, vocabulary), float("-inf")).index_copy_(1, shortlist, logits)
         return confidence, logits, adapted, flops
+
+    def _check_guarantee(self, exits: Exits) -> None:
+        """Warn where the exits' calibrated policy is used otherwise than it was calibrated."""
+        calibrated, here = exits.calibration, {"fill": self.fill_name, "weights": self.backbone.weight_format}
+        other = [f"{name} {calibrated[name]}, not {value}" for name, value in here.items() if calibrated[name] != value]
+        if other and not self._verifies:
+            warnings.warn(
+                f"These thresholds were calibrated with {' and '.join(other)}: here they guarantee nothing. "
+                "Calibrate anew: offramp calibrate",
+                stacklevel=3,
+            )
 
     def _finite(self, logits: Tensor) -> Tensor:
         if not torch.isfinite(logits.amax()):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.errors import CorruptFile, ExitsMismatch, OfframpError
+from offramp.policy import Policy
 from offramp.scan import causal_conv, scan
 from offramp.sources import write_atomically
 
@@ -226,7 +227,7 @@ READOUTS: dict[str, type[nn.Module]] = {
 class ExitsConfig:
     """What a set of exits is made of. `layers`: blocks run before each exit; widths: bottlenecks, in dims.
 
-    `shortlist`: read out over only so many frequent tokens (0: all of them); `confidence`: the default policy's.
+    `shortlist`: read out over only so many frequent tokens (0: all of them).
     """
 
     layers: tuple[int, ...]
@@ -235,7 +236,6 @@ class ExitsConfig:
     gate_width: int = 64
     readout_width: int = 512
     shortlist: int = 0
-    confidence: str = "gate"
 
 
 class Exit(nn.Module):
@@ -256,21 +256,23 @@ class Exits:
     """A set of exits for one backbone: what `offramp train` makes, `save` writes and `load` reads.
 
     `backbone` names the model they belong to (name, sha256, model_type, blocks, hidden_size); `weight_format` is the
-    format its weights ran in when the exits were trained; `thresholds` are the default policy, one per exit;
-    `training` is the record of how they were made. `shortlist`: the tokens that are read out, rising; None for all.
+    format its weights ran in when the exits were trained; `policy` is the default one; `training` is the record of how they
+    were made, `calibration` that of what `policy` guarantees (`offramp.calibration`), empty for nothing. `shortlist`: the
+    tokens that are read out, rising; None for all.
     """
 
     config: ExitsConfig
     modules: nn.ModuleList
     backbone: dict[str, Any]
     weight_format: str
-    thresholds: tuple[float, ...]
+    policy: Policy
     training: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
     shortlist: Tensor | None = None
 
     @classmethod
     def new(cls, backbone: Backbone, config: ExitsConfig) -> Exits:
-        """Untrained exits, all closed (thresholds of 1). Raises `OfframpError` for layers the model does not have."""
+        """Untrained exits, all closed. Raises `OfframpError` for layers the model does not have."""
         layers = config.layers
         if not layers or list(layers) != sorted(set(layers)) or not 0 < layers[0] <= layers[-1] < backbone.n_blocks:
             raise OfframpError(
@@ -291,7 +293,7 @@ class Exits:
             "blocks": backbone.n_blocks,
             "hidden_size": backbone.hidden_size,
         }
-        return cls(config, modules, owner, backbone.weight_format, (1.0,) * len(layers))
+        return cls(config, modules, owner, backbone.weight_format, Policy((1.0,) * len(layers)))
 
     def __iter__(self) -> Iterator[Exit]:
         return (exit for exit in self.modules if isinstance(exit, Exit))
@@ -311,16 +313,21 @@ class Exits:
         tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in self.modules.state_dict().items()}
         if self.shortlist is not None:
             tensors["shortlist"] = self.shortlist.int()
+        write_atomically(folder / "exits.safetensors", save(tensors))
+        self.save_record(folder)
+
+    def save_record(self, folder: str | Path) -> None:
+        """Write `offramp.json` alone: all but the weights."""
         record = {
             "offramp": 1,
             "config": asdict(self.config),
             "backbone": self.backbone,
             "weight_format": self.weight_format,
-            "thresholds": list(self.thresholds),
+            "policy": asdict(self.policy),
             "training": self.training,
+            "calibration": self.calibration,
         }
-        write_atomically(folder / "exits.safetensors", save(tensors))
-        write_atomically(folder / "offramp.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(Path(folder) / "offramp.json", (json.dumps(record, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path, backbone: Backbone) -> Exits:
@@ -342,10 +349,11 @@ class Exits:
             record = json.loads((folder / "offramp.json").read_text())
             owner, settings = record["backbone"], dict(record["config"])
             config = ExitsConfig(**{**settings, "layers": tuple(settings["layers"])})
-            thresholds = tuple(float(value) for value in record["thresholds"])
-            weight_format, training = record["weight_format"], record["training"]
+            chosen = record["policy"]
+            policy = Policy(**{**chosen, "thresholds": tuple(float(value) for value in chosen["thresholds"])})
+            weight_format, training, calibration = record["weight_format"], record["training"], record["calibration"]
             fingerprint = owner["sha256"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OfframpError) as error:
             raise CorruptFile(f"{folder / 'offramp.json'} is damaged: {error!r}.", "Train the exits again.") from error
         if fingerprint != backbone.source.sha256:
             same = "another revision or conversion of it" if owner.get("name") == backbone.name else "not for this model"
@@ -374,7 +382,8 @@ class Exits:
                 "they may agree with it less often.",
                 stacklevel=2,
             )
-        exits.thresholds, exits.weight_format, exits.training = thresholds, weight_format, training
+        exits.policy, exits.weight_format = policy, weight_format
+        exits.training, exits.calibration = training, calibration
         exits.shortlist = None if shortlist is None else shortlist.long()
         exits.modules.eval().requires_grad_(False)
         return exits

@@ -1,7 +1,8 @@
 """When a token leaves: a confidence in [0, 1] for each exit, higher meaning surer, and a threshold it must exceed.
 
-The learned confidence is the gate's. The training-free ones are CALM's (arXiv 2207.07061, section 3.4) and their kin:
-they need the read-out's logits at every exit, which costs an LM head each time, whether the token leaves or not.
+The learned confidence is the gate's. The training-free ones are CALM's (arXiv 2207.07061, section 3.4) and their kin, and
+patience (PABEE, arXiv 2006.04152): they need the read-out's logits at every exit, which costs an LM head each time, whether
+the token leaves or not.
 """
 
 from __future__ import annotations
@@ -33,18 +34,24 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 TRAINING_FREE: dict[str, Callable[[Tensor], Tensor]] = {"max-prob": max_prob, "margin": margin, "entropy": entropy}
-CONFIDENCES = ("gate", *TRAINING_FREE)
+PATIENCE = (
+    "patience"  # how many open exits on end, this one the last, read the same token out; a share of all that are open
+)
+CONFIDENCES = ("gate", *TRAINING_FREE, PATIENCE)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A token leaves at the first exit whose confidence is above its threshold; a threshold of 1 closes the exit.
+    """A token leaves at the first exit whose confidence is above its threshold.
 
-    Raises `BadInput` for a threshold outside [0, 1] or an unknown confidence.
+    A threshold of 1 closes the exit, one of 0 lets every token leave (a fixed block: no gate is asked). With a `decay` of n
+    tokens, answers begin more strictly: t tokens in, the threshold λ is 0.9 λ + 0.1 exp(−t / n) (CALM, section 3.3).
+    Raises `BadInput` for a threshold outside [0, 1], an unknown confidence, or a decay below 0.
     """
 
     thresholds: tuple[float, ...]
     confidence: str = "gate"
+    decay: float = 0.0  # none
 
     def __post_init__(self) -> None:
         for threshold in self.thresholds:
@@ -52,3 +59,10 @@ class Policy:
                 raise BadInput(f"A threshold of {threshold} is not in [0, 1].", "1 closes an exit, 0 opens it wide.")
         if self.confidence not in CONFIDENCES:
             raise BadInput(f"There is no confidence '{self.confidence}'.", f"Choose from {', '.join(CONFIDENCES)}.")
+        if not self.decay >= 0:
+            raise BadInput(f"Thresholds cannot decay over {self.decay} tokens.", "Give a number of tokens, or 0 for none.")
+
+    def threshold(self, exit: int, decided: int) -> float:
+        """What a token must exceed at an exit after so many tokens of the answer."""
+        threshold = self.thresholds[exit]
+        return 0.9 * threshold + 0.1 * math.exp(-decided / self.decay) if self.decay and threshold < 1 else threshold

@@ -87,6 +87,7 @@ class Sequence:
     gates: list[Follower]
     adapters: list[Follower]
     waiting: list[list[Tensor]]
+    prompt: int  # ids that came with the prompt
     drafts: list[Decision] = field(default_factory=list)
     top: Tensor | None = None  # (1, 1, D): hidden state at the top of the token before the newest, or what stands for it
     run: int = 0  # tokens that have been run through the blocks before the first exit
@@ -97,7 +98,7 @@ class Sequence:
     def new(cls, ids: list[int], state: State, exits: list[Exit]) -> Sequence:
         gates = [Follower(exit.gate, exit.recurrent_gate) for exit in exits]
         adapters = [Follower(exit.adapter, exit.recurrent_adapter) for exit in exits]
-        return cls(list(ids), state, gates, adapters, [[] for _ in exits])
+        return cls(list(ids), state, gates, adapters, [[] for _ in exits], len(ids))
 
     @property
     def pending(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from statistics import mean, median
@@ -12,11 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from offramp.backbone import Backbone
+from offramp.calibration import Calibration
 from offramp.engine import Generation, Token
 from offramp.exits import Exits, ExitsConfig, suggested_layers
 from offramp.families import UNBOUNDED
 from offramp.flops import Costs, exit_part
 from offramp.metrics import token_f1
+from offramp.policy import Policy
 
 console = Console(highlight=False)
 # From early to late; full depth has no colour of its own.
@@ -72,11 +75,44 @@ def comparison_table(asked: list[tuple[Backbone, list[tuple[Generation, Generati
     console.print(Text("Consistency: token F1 with the full-depth answer.", "dim"))
 
 
+def calibration_table(record: Calibration, exits: Exits, folder: Path) -> None:
+    """The policies that were tested along the path, and what came of it."""
+    what = {"f1": "1 − token F1", "exact": "answers that differ", "task": "lost task score"}[record.loss]
+    table = Table(title=f"{record.n} prompts, fill {record.fill}, {record.weights}", title_justify="left")
+    for column in ("thresholds", what, "p-value", "FLOPs saved", "mean blocks run", ""):
+        table.add_column(column, justify="left" if column in ("thresholds", "") else "right")
+    for one in record.tested:
+        cells = (f"{one.loss:.3f}", f"{one.p_value:.2g}", f"{one.flops_saved:.1%}", f"{one.mean_blocks:.1f}")
+        table.add_row(_thresholds(one.policy), *cells, "passed" if one.passed else "not passed")
+    console.print(table)
+    sure = f"with probability {1 - record.delta:g} over such prompts"
+    if record.passed:
+        console.print(f"{folder}: {what} is at most {record.risk:g} on average on new ones, {sure}.", soft_wrap=True)
+        return
+    console.print(
+        f"No policy could be shown to keep the risk at {record.risk:g}: the exits in {folder} stay closed.", soft_wrap=True
+    )
+    if not record.tested:
+        console.print(
+            "On the pilot prompts none saved anything at twice the risk: better exits are needed.", soft_wrap=True
+        )
+    elif record.needed:
+        count = math.ceil(record.needed * (record.n + record.pilot) / record.n)
+        console.print(f"If losses stay as they were, about {count} prompts would have let the first pass.", soft_wrap=True)
+    else:
+        console.print("The first lost more than that: more prompts would not help.", soft_wrap=True)
+
+
+def _thresholds(policy: Policy) -> str:
+    shown = " ".join("closed" if threshold >= 1 else f"{threshold:g}" for threshold in policy.thresholds)
+    return f"{shown} ({policy.confidence}{f', decay {policy.decay:g}' if policy.decay else ''})"
+
+
 def training_table(exits: Exits, folder: Path) -> None:
     table = Table(title=f"Exits in {folder}, on held-out text", title_justify="left")
     for column in ("after block", "agrees with full depth", "gate AUROC", "default threshold"):
         table.add_column(column, justify="right")
-    for row, threshold in zip(exits.training["validation"], exits.thresholds, strict=True):
+    for row, threshold in zip(exits.training["validation"], exits.policy.thresholds, strict=True):
         shown = "closed" if threshold >= 1 else f"{threshold:.3f}"
         table.add_row(str(row["block"]), f"{row['agreement']:.1%}", f"{row['gate_auroc']:.3f}", shown)
     console.print(table)
@@ -138,7 +174,9 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = 256) -> dict
         "fill_project_in_blocks": mean(filled) / block,
         "leaving": leaving,
         "suggested_layers": list(suggested_layers(backbone.n_blocks)),
-        "exits": None if exits is None else {"layers": list(exits.config.layers), "thresholds": list(exits.thresholds)},
+        "exits": None
+        if exits is None
+        else {"layers": list(exits.config.layers), "thresholds": list(exits.policy.thresholds)},
     }
 
 

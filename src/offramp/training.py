@@ -35,6 +35,7 @@ from offramp.errors import BadInput, BadNumbers, CorruptFile
 from offramp.exits import Exit, Exits, ExitsConfig, Standardise, suggested_layers
 from offramp.harvest import Sequence, harvest, load_shards, read_lines, read_texts, units
 from offramp.metrics import auroc
+from offramp.policy import Policy
 from offramp.sources import write_atomically
 
 PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
@@ -124,7 +125,7 @@ def train(
     torch.manual_seed(config.seed)
     shortlist = config.shortlist if config.shortlist < backbone.vocab_size else 0
     widths = config.gate_width, config.readout_width
-    shape = ExitsConfig(tuple(layers), config.gate, config.readout, *widths, shortlist, config.confidence)
+    shape = ExitsConfig(tuple(layers), config.gate, config.readout, *widths, shortlist)
     exits = Exits.new(backbone, shape)
     deep = any(exit.deep for exit in exits)
     with _Clock(work / "seconds") as clock:
@@ -143,7 +144,7 @@ def train(
     quality = validate(exits, valid)
     # An exit that skips many blocks leaves them approximate states, and that alone can turn the rest of an answer, however
     # right the token was: `open_from` is a guess that calibration should replace.
-    exits.thresholds = tuple(
+    thresholds = (
         config.threshold
         if config.threshold is not None
         else _threshold(*scored, config.precision)
@@ -151,6 +152,7 @@ def train(
         else 1.0
         for exit, scored in zip(exits, scores(exits, valid), strict=True)
     )
+    exits.policy = Policy(tuple(thresholds), config.confidence)
     exits.training = {
         "command": command,
         "config": {**asdict(config), "layers": list(layers), "prompts": None, "texts": []},

@@ -1,0 +1,233 @@
+"""The guarantee of Learn then Test: p-values against known ones, failures over many repetitions, whole calibrations."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from itertools import pairwise
+from statistics import fmean
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import tiny
+from offramp import Engine, Exits, Policy
+from offramp.calibration import (
+    KINDS,
+    LOSSES,
+    Question,
+    calibrate,
+    candidates,
+    fixed_sequence,
+    p_value,
+    path,
+    prompts_needed,
+    read_questions,
+)
+from offramp.errors import BadInput
+from test_engine import exits_for
+
+REPETITIONS = 500
+
+
+@pytest.mark.parametrize(
+    ("mean", "n", "risk", "expected"),
+    [
+        (0.0, 59, 0.05, 0.95**59),  # no loss at all: (1 − α)ⁿ
+        (0.0, 1, 0.5, 0.5),
+        # Losses that sum to 4: here Bentkus' bound is the smaller one, and with a mean near the risk Hoeffding's.
+        (0.02, 200, 0.05, math.e * sum(math.comb(200, k) * 0.05**k * 0.95 ** (200 - k) for k in range(5))),
+        (0.41, 10, 0.5, math.exp(-10 * (0.41 * math.log(0.41 / 0.5) + 0.59 * math.log(0.59 / 0.5)))),
+        (0.2, 100, 0.05, 1.0),
+    ],
+)
+def test_known_p_values(mean: float, n: int, risk: float, expected: float) -> None:
+    assert p_value(mean, n, risk) == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.floats(0.01, 0.6), st.data())
+def test_a_p_value_is_one_for_coins(n: int, risk: float, data: st.DataObject) -> None:
+    """P(p ≤ δ) ≤ δ where each loss is 1 with just the risk's probability: exactly, by adding up the binomial."""
+    delta = data.draw(st.floats(0.001, 0.5))
+    weights = [math.comb(n, k) * risk**k * (1 - risk) ** (n - k) for k in range(n + 1)]
+    assert sum(weight for k, weight in enumerate(weights) if p_value(k / n, n, risk) <= delta) <= delta + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0, 0.3), st.integers(1, 500), st.floats(0.01, 0.5))
+def test_less_loss_is_stronger_evidence(mean: float, n: int, risk: float) -> None:
+    assert p_value(mean, n, risk) <= p_value(min(1.0, mean + 0.05), n, risk) + 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0, 0.04), st.floats(0.05, 0.5), st.floats(0.01, 0.3))
+def test_so_many_prompts_are_needed(mean: float, risk: float, delta: float) -> None:
+    needed = prompts_needed(mean, risk, delta)
+    assert needed is not None
+    assert p_value(mean, needed, risk) <= delta
+    assert needed == 1 or p_value(mean, needed - 1, risk) > delta
+    assert prompts_needed(risk, risk, delta) is None
+
+
+def test_59_prompts_without_a_difference_show_a_risk_of_5_percent() -> None:
+    assert prompts_needed(0.0, 0.05, 0.05) == 59
+
+
+def failures(draw, true: list[float], n: int, pilot: int, risk: float, delta: float) -> float:
+    """How often, over many repetitions, a policy is chosen whose expected loss is above the risk.
+
+    `draw(generator, n)` gives losses (policies, n); the path is found on a pilot, as in `calibrate`.
+    """
+    failed = 0
+    for seed in range(REPETITIONS):
+        generator = np.random.default_rng(seed)
+        seen, losses = draw(generator, pilot), draw(generator, n)
+        order = path([(float(seen[index].mean()), 0.01 * (index + 1)) for index in range(len(true))], risk)
+        results = list(fixed_sequence((losses[index].tolist() for index in order), risk, delta))
+        passed = [index for index, (_, _, ok) in zip(order, results, strict=False) if ok]
+        failed += bool(passed) and true[passed[-1]] > risk
+    return failed / REPETITIONS
+
+
+@pytest.mark.parametrize("delta", [0.05, 0.2])
+@pytest.mark.parametrize("kind", ["coins", "parts", "the same prompts are hard for all"])
+def test_the_guarantee_fails_at_most_as_often_as_promised(kind: str, delta: float) -> None:
+    """Ten policies; the bolder half loses more than the risk of 0.1, the sixth only just: the hardest case."""
+    risk, n = 0.1, 200
+    true = [0.02, 0.04, 0.06, 0.08, 0.09, 0.101, 0.12, 0.14, 0.17, 0.2]
+    means = np.array(true)[:, None]
+
+    def draw(generator: np.random.Generator, n: int) -> np.ndarray:
+        if kind == "coins":
+            return (generator.random((len(true), n)) < means).astype(float)
+        if kind == "parts":
+            return generator.beta(means / 0.3, (1 - means) / 0.3, (len(true), n))
+        return (generator.random(n)[None] < means).astype(float)
+
+    slack = 3 * math.sqrt(delta * (1 - delta) / REPETITIONS)
+    assert failures(draw, true, n, 50, risk, delta) <= delta + slack
+    # The test can fail: without its margin, by the mean alone, the promise would be broken.
+    careless = [fmean(draw(np.random.default_rng(seed), n)[5]) <= risk for seed in range(REPETITIONS)]
+    assert fmean(careless) > delta + slack
+
+
+def test_the_path_goes_from_safe_to_bold_and_skips_what_is_worse_in_both() -> None:
+    pilot = [(0.00, -0.01), (0.01, 0.02), (0.02, 0.01), (0.03, 0.05), (0.03, 0.04), (0.2, 0.5)]
+    assert path(pilot, risk=0.05) == [1, 3]
+    assert path(pilot, risk=0.15) == [1, 3, 5]
+    assert path([(0.0, 0.0)], 0.05) == []
+    assert len(path([(index / 1000, index + 1.0) for index in range(20)], 0.05, longest=8)) <= 8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_line_of_candidates_grows_bolder_and_opens_deep_exits_first(kind: str) -> None:
+    lines = candidates(4, kind)
+    assert lines[-1][0].thresholds[0] < 1
+    for line in lines:
+        for before, after in pairwise(line):
+            assert all(a <= b for a, b in zip(after.thresholds, before.thresholds, strict=True))
+    first_open = [next(i for i, t in enumerate(line[0].thresholds) if t < 1) for line in lines]
+    assert first_open == sorted(first_open, reverse=True)
+
+
+def questions(count: int) -> list[Question]:
+    return [Question(f"Question {number}?", ("42",)) for number in range(count)]
+
+
+# Heads at every exit cost this tiny model more than its blocks: `patience` saves nothing there but deep passes.
+COMBINED = [
+    ("thresholds", "project"),
+    ("decay", "project"),
+    ("thresholds", "defer"),
+    ("fixed", "defer"),
+    ("patience", "defer"),
+]
+
+
+@pytest.mark.parametrize(("kind", "fill"), COMBINED)
+def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: str) -> None:
+    """A generous risk that a tiny random model keeps: what passed is the last of the path to pass, and says so."""
+    readout = "none" if kind == "patience" else "mamba"  # random adapters never agree
+    backbone, exits = tiny("llama"), exits_for("llama", readout=readout)
+    record = calibrate(backbone, exits, questions(40), 0.9, 0.1, fill=fill, kind=kind, max_tokens=6)
+    assert record.passed
+    assert (record.n, record.pilot) == (32, 8)
+    passed = [one for one in record.tested if one.passed]
+    assert record.policy == exits.policy == passed[-1].policy
+    assert all(one.p_value <= 0.1 and one.loss < 0.9 for one in passed)
+    assert exits.calibration["fill"] == fill
+    assert exits.calibration["policy"]["thresholds"] == exits.policy.thresholds
+    again = calibrate(
+        backbone, exits_for("llama", readout=readout), questions(40)[::-1], 0.9, 0.1, fill=fill, kind=kind, max_tokens=6
+    )
+    assert again == record  # the prompts' order does not matter
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_exits_that_ruin_answers_stay_closed(loss: str) -> None:
+    exits = exits_for("llama")
+    record = calibrate(tiny("llama"), exits, questions(90), 0.05, 0.05, loss=loss, kind="fixed", max_tokens=6)
+    if loss == "task":  # nothing scores, so nothing can be lost
+        assert record.passed
+        return
+    assert not record.passed
+    assert exits.policy == Policy((1.0,) * 3)
+    assert Engine(tiny("llama"), exits).generate("Hi", 8).mean_blocks == tiny("llama").n_blocks
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"risk": 0.0}, "not between"),
+        ({"delta": 1.0}, "not between"),
+        ({"loss": "vibes"}, "no loss"),
+        ({"fill": "verify"}, "nothing to guarantee"),
+        ({"fill": "vibes"}, "no fill"),
+        ({"kind": "vibes"}, "no policy"),
+        ({"risk": 0.001}, "too few"),
+        ({"questions": [Question("Why?")] * 90}, "twice"),
+        ({"questions": [Question(f"Why {n}?") for n in range(90)], "loss": "task"}, "right answers"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused(changed: dict, message: str) -> None:
+    arguments = {"questions": questions(90), **changed}
+    with pytest.raises(BadInput, match=message) as caught:
+        calibrate(tiny("llama"), exits_for("llama"), arguments.pop("questions"), **arguments)
+    assert caught.value.hint
+
+
+def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
+    backbone, exits = tiny("llama"), exits_for("llama")
+    calibrate(backbone, exits, questions(40), 0.9, 0.1, kind="fixed", max_tokens=4)
+    exits.save(tmp_path)
+    loaded = Exits.load(tmp_path, backbone)
+    assert loaded.policy == exits.policy
+    assert json.loads(json.dumps(exits.calibration)) == loaded.calibration
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Engine(backbone, loaded)
+        Engine(backbone, loaded, fill="verify")
+        Engine(backbone, loaded, Policy((0.5,) * 3), fill="copy")  # the user's own thresholds
+    with pytest.warns(UserWarning, match="calibrated with fill project, not copy"):
+        Engine(backbone, loaded, fill="copy")
+    loaded.calibration["weights"] = "int4"
+    with pytest.warns(UserWarning, match="calibrated with weights int4, not float32"):
+        Engine(backbone, loaded)
+
+
+def test_questions_are_read_with_their_answers(tmp_path) -> None:
+    file = tmp_path / "questions.jsonl"
+    lines = [
+        {"question": "One?", "answer": {"value": "Uno", "aliases": ["Eins"]}},
+        {"prompt": "Two?", "answers": ["Due", "Zwei"]},
+        {"question": "Three?", "answer": "Tre"},
+        {"question": "Four?"},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert [one.references for one in read_questions(file)] == [("Uno", "Eins"), ("Due", "Zwei"), ("Tre",), ()]
+    (tmp_path / "lines.txt").write_text("One?\n\nTwo?\n")
+    assert read_questions(tmp_path / "lines.txt") == [Question("One?"), Question("Two?")]

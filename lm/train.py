@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import hashlib
 import io
 import json
 import math
@@ -41,6 +40,8 @@ from lm.forward import Forward
 from lm.text import END, command_line, load_tokens, piece_bytes, report
 from offramp.errors import BadInput, BadNumbers, CorruptFile, OfframpError
 from offramp.sources import write_atomically
+from offramp.training import step_generator
+from offramp.tuning import exit_weights, kept
 
 LARGEST = 16_000_000  # bytes of the weights file
 VALIDATE = 0.05  # of the budget, between two looks at the validation text
@@ -153,22 +154,6 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
     return made
 
 
-def exit_weights(blocks: int, step: int, settings: Settings) -> dict[int, float]:
-    """For each block that the step reads out, the weight of its loss; they sum to 1 (LayerSkip, section 3.2)."""
-    scale = settings.exit_scale
-    weights = {index: scale * index * (index + 1) / 2 for index in range(step % settings.every, blocks - 1, settings.every)}
-    weights[blocks - 1] = blocks - 1 + scale * (blocks - 2) * (blocks - 1) / 2
-    total = sum(weights.values())
-    return {index: weight / total for index, weight in weights.items() if weight}
-
-
-def kept(blocks: int, step: int, settings: Settings) -> Tensor:
-    """Which samples run which block, (blocks, batch), 1 or 0 (LayerSkip, section 3.1)."""
-    skip = torch.tensor([settings.skip * (2 ** (index / max(1, blocks - 1)) - 1) for index in range(blocks)])
-    drawn = torch.rand(blocks, settings.batch, generator=_generator(settings.seed, step))
-    return (drawn >= skip[:, None]).float()
-
-
 def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> tuple[Tensor, float]:
     """The loss to train on and that of the last block alone, in nats a token."""
     ids, targets = batch[:, :-1], batch[:, 1:]
@@ -176,12 +161,9 @@ def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> t
         loss = forward.loss(forward.last(ids), targets)
         return loss, float(loss.detach())
     blocks = len(forward.model.backbone.layers)
-    weights = exit_weights(blocks, step, settings)
-    losses = {
-        index: forward.loss(h, targets)
-        for index, h in enumerate(forward.states(ids, kept(blocks, step, settings)))
-        if index in weights
-    }
+    weights = exit_weights(blocks, step, settings.exit_scale, settings.every)
+    keep = kept(blocks, settings.batch, settings.skip, step_generator(settings.seed, step, "skip"))
+    losses = {index: forward.loss(h, targets) for index, h in enumerate(forward.states(ids, keep)) if index in weights}
     total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
     return total, float(losses[blocks - 1].detach())
 
@@ -365,11 +347,6 @@ def _restore(path: Path, plan: str, model: Any, optimizers: list[Any]) -> tuple[
     for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     return content["step"], content["seconds"], content["curve"]
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def main() -> None:

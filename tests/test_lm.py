@@ -337,18 +337,6 @@ def test_every_window_is_read_once_an_epoch():
     assert not torch.equal(train.batch_at(tokens, 16, settings), batches[0])
 
 
-def test_exits_weigh_more_with_depth_and_take_turns():
-    settings = train.Settings(every=3)
-    read = [train.exit_weights(12, step, settings) for step in range(3)]
-    assert [sorted(one) for one in read] == [[3, 6, 9, 11], [1, 4, 7, 10, 11], [2, 5, 8, 11]]
-    for one in read:
-        assert sum(one.values()) == pytest.approx(1)
-        assert list(one.values()) == sorted(one.values())
-    keep = torch.stack([train.kept(12, step, train.Settings(batch=500, skip=0.4)) for step in range(4)]).mean((0, 2))
-    assert keep[0] == 1
-    assert keep[-1] == pytest.approx(0.6, abs=0.05)
-
-
 def test_evaluation_counts_every_token_once():
     rows, counted = evaluate.windows(np.arange(1000), 64, 32)
     assert np.sort(rows[:, 1:][counted]).tolist() == list(range(1, 1000))

@@ -208,6 +208,7 @@ class Calibration:
     n: int
     pilot: int
     max_tokens: int
+    reference: str
     prompts_sha256: str
     tested: tuple[Tested, ...]
     needed: int | None
@@ -234,20 +235,29 @@ def calibrate(
     kind: str = "thresholds",
     confidence: str = "gate",
     max_tokens: int = 48,
+    reference: Backbone | None = None,
     progress: Progress = lambda *_: None,
 ) -> Calibration:
     """Find the boldest policy that the questions vouch for; give it to `exits.policy` and keep the record with the exits.
 
-    Which prompts are the pilot's is decided by their hash, not their order. Raises `BadInput` for settings that make no
-    sense and for too few prompts.
+    `reference`: another model to compare with than the exits' own at full depth, with the same tokenizer, such as the one
+    that it was tuned from. Which prompts are the pilot's is decided by their hash, not their order. Raises `BadInput` for
+    settings that make no sense and for too few prompts.
     """
     _check(questions, risk, delta, loss, fill)
+    if reference and reference.tokenizer.get_vocab() != backbone.tokenizer.get_vocab():
+        raise BadInput(
+            f"{reference.name} and {backbone.name} have different tokenizers.",
+            "Compare with the model that it was tuned from.",
+        )
     lines = candidates(len(exits), kind, confidence)
     questions = sorted(questions, key=lambda one: hashlib.sha256(one.prompt.encode()).digest())
     first = max(1, round(PILOT * len(questions)))
     loss_of = LOSSES[loss]
     ids = [backbone.encode(question.prompt) for question in questions]
-    references = answers(Engine(backbone), ids, max_tokens, lambda done: progress("full depth", done, len(ids)))
+    references = answers(
+        Engine(reference or backbone), ids, max_tokens, lambda done: progress("full depth", done, len(ids))
+    )
 
     def gain(answer: Generation) -> float:
         """Deferred blocks are run after all, only fewer times."""
@@ -296,6 +306,7 @@ def calibrate(
         len(questions) - first,
         first,
         max_tokens,
+        (reference or backbone).name,
         hashlib.sha256("\n".join(one.prompt for one in questions).encode()).hexdigest(),
         tuple(tested),
         needed,

@@ -383,6 +383,9 @@ def calibrate(
     confidence: Confidence = None,
     fill: Fill = "project",
     max_tokens: MaxTokens = 48,
+    reference: Annotated[
+        str | None, typer.Option(help="Compare with this model's full depth instead: the one that MODEL was tuned from.")
+    ] = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -397,9 +400,10 @@ def calibrate(
     found = _exits(backbone, exits)
     if found is None:
         raise BadInput(f"No exits ship for {backbone.name}.", f"Train some: offramp train {backbone.name} -o DIR")
+    other = _load(reference, dtype) if reference else None
     chosen = confidence or found.policy.confidence
     with _progress() as progress:
-        record = calibrate(backbone, found, questions, risk, delta, loss, fill, policy, chosen, max_tokens, progress)
+        record = calibrate(backbone, found, questions, risk, delta, loss, fill, policy, chosen, max_tokens, other, progress)
     if exits and folder == Path(exits):
         found.save_record(folder)
     else:
@@ -410,6 +414,56 @@ def calibrate(
         from offramp.show import calibration_table
 
         calibration_table(record, found, folder)
+
+
+@app.command()
+def tune(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tuned model.", show_default=False)],
+    rank: Annotated[int, typer.Option(help="Rank of the low-rank update.")] = 32,
+    skip: Annotated[float, typer.Option(help="How often a sample skips the last block; others more seldom.")] = 0.1,
+    exit_scale: Annotated[float, typer.Option(help="How much early blocks weigh beside the last one.")] = 0.2,
+    own_prompts: Annotated[
+        Path | None,
+        typer.Option(help="Prompts to answer: lines, or JSON lines with 'prompt'. Default: a list of ours."),
+    ] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Plain text, or JSON lines with 'text', to read too. Repeatable.")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(help="Longest answer to a prompt.")] = 96,
+    epochs: Annotated[int, typer.Option(help="Passes over the text.")] = 2,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Change the model so that its early blocks say what it will say: a LoRA with LayerSkip's loss. Ctrl-C is safe."""
+    from offramp.tuning import TuneConfig, tune
+
+    config = TuneConfig(
+        rank=rank,
+        skip=skip,
+        exit_scale=exit_scale,
+        prompts=str(own_prompts) if own_prompts else None,
+        max_prompts=max_prompts,
+        texts=tuple(map(str, text or ())),
+        answer_tokens=answer_tokens,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    backbone = _load(model, "float32", keep=True)
+    try:
+        with _progress() as progress:
+            record = tune(backbone, output, config, progress, " ".join(["offramp", *sys.argv[1:]]))
+    except KeyboardInterrupt:
+        _fail("Stopped.", "Nothing is lost: the same command goes on from here.", 130)
+    if as_json:
+        print(json.dumps({"output": str(output), **record}))
+    else:
+        from offramp.show import tuning_table
+
+        tuning_table(record, output)
 
 
 @app.command()

@@ -28,10 +28,11 @@ TEACHER = 16  # most probable tokens of the final distribution that are kept for
 class Sequence:
     """One text of T tokens. Position t holds what the model knew after token t, and so its guess at token t + 1.
 
-    hidden (T, J, D) float16 at the J exits; top_ids and top_logp (T, TEACHER): the final distribution's most probable
-    tokens, best first; counted (T,): positions whose guess is trained on and measured (answers, not prompts).
+    ids (T,); hidden (T, J, D) float16 at the J exits; top_ids and top_logp (T, TEACHER): the final distribution's most
+    probable tokens, best first; counted (T,): positions whose guess is trained on and measured (answers, not prompts).
     """
 
+    ids: Tensor
     hidden: Tensor
     top_ids: Tensor
     top_logp: Tensor
@@ -68,6 +69,7 @@ def harvest(
             sequences = list(_answer(backbone, unit, layers) if unit.answer_tokens else _read(backbone, unit, layers))
             tensors = {
                 "lengths": torch.tensor([len(sequence.counted) for sequence in sequences]),
+                "ids": torch.cat([sequence.ids for sequence in sequences]),
                 "hidden": torch.cat([sequence.hidden for sequence in sequences]),
                 "top_ids": torch.cat([sequence.top_ids for sequence in sequences]),
                 "top_logp": torch.cat([sequence.top_logp for sequence in sequences]),
@@ -147,6 +149,7 @@ def _answer(backbone: Backbone, unit: Unit, layers: tuple[int, ...]) -> Iterator
         top_ids, top_logp = (torch.stack(parts) for parts in zip(*teachers[row], strict=True))
         silent = length - 1  # positions of the prompt that guess nothing of the answer
         yield Sequence(
+            torch.cat([prompts[row].int(), top_ids[:-1, 0]]).cpu(),
             torch.cat(hidden[row]).cpu(),
             torch.cat([top_ids.new_zeros(silent, top_ids.shape[1]), top_ids]).cpu(),
             torch.cat([top_logp.new_zeros(silent, top_ids.shape[1]), top_logp]).cpu(),
@@ -159,7 +162,13 @@ def _read(backbone: Backbone, unit: Unit, layers: tuple[int, ...]) -> Iterator[S
     for ids in unit.ids:
         kept, top = _through(backbone, torch.tensor([ids], device=backbone.device), 0, backbone.state(len(ids)), layers)
         top_ids, top_logp = _teacher(backbone, top[0])
-        yield Sequence(kept[0].cpu(), top_ids.cpu(), top_logp.cpu(), torch.ones(len(ids), dtype=torch.bool))
+        yield Sequence(
+            torch.tensor(ids, dtype=torch.int),
+            kept[0].cpu(),
+            top_ids.cpu(),
+            top_logp.cpu(),
+            torch.ones(len(ids), dtype=torch.bool),
+        )
 
 
 def read_lines(path: str | Path, fields: tuple[str, ...]) -> list[str]:

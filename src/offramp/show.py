@@ -108,6 +108,24 @@ def _thresholds(policy: Policy) -> str:
     return f"{shown} ({policy.confidence}{f', decay {policy.decay:g}' if policy.decay else ''})"
 
 
+def tuning_table(record: dict[str, Any], folder: Path) -> None:
+    """How often each block, read out as it is, says what the untuned model says in the end: before and after."""
+    before, after = record["held_out"]["before"], record["held_out"]["after"]
+    table = Table(title=f"{folder}: agreement with the untuned model, on held-out answers of its own", title_justify="left")
+    for column in ("after block", "before", "after"):
+        table.add_column(column, justify="right")
+    for block, (old, new) in enumerate(zip(before["agreement"], after["agreement"], strict=True), start=1):
+        table.add_row(str(block), f"{old:.0%}", f"{new:.0%}")
+    console.print(table)
+    change = after["perplexity"] / before["perplexity"] - 1
+    console.print(
+        f"Perplexity of those answers at full depth: {before['perplexity']:.3f} before, {after['perplexity']:.3f} after "
+        f"({change:+.1%}).",
+        soft_wrap=True,
+    )
+    console.print(f"This is another model now. Exits for it: offramp train {folder} -o DIR", soft_wrap=True)
+
+
 def training_table(exits: Exits, folder: Path) -> None:
     table = Table(title=f"Exits in {folder}, on held-out text", title_justify="left")
     for column in ("after block", "agrees with full depth", "gate AUROC", "default threshold"):

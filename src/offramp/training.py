@@ -103,7 +103,7 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
 
-def _silent(stage: str, done: int, total: int, note: str = "") -> None:
+def silent(stage: str, done: int, total: int, note: str = "") -> None:
     pass
 
 
@@ -111,7 +111,7 @@ def train(
     backbone: Backbone,
     folder: str | Path,
     config: TrainConfig | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
     command: str = "",
 ) -> Exits:
     """Train exits and save them in `folder`, which also holds the work until it is done (`.training`).
@@ -165,7 +165,7 @@ def train(
         "seconds": round(clock.seconds, 1),
         "versions": {"torch": torch.__version__, "offramp": _version()},
         "validation": quality,
-        "curve": trainer.curve,
+        "curve": trainer.fit.curve,
     }
     exits.save(folder)
     shutil.rmtree(work)
@@ -200,16 +200,24 @@ class Data:
 
 
 def gather(
-    backbone: Backbone, config: TrainConfig, layers: tuple[int, ...], work: Path, progress: Progress = _silent
+    backbone: Backbone,
+    config: TrainConfig,
+    layers: tuple[int, ...],
+    work: Path,
+    progress: Progress = silent,
+    claim: dict[str, Any] | None = None,
 ) -> Data:
-    """Harvest the config's prompts and texts into the folder `work`, or go on there, and split them 7 : 2 : 1."""
+    """Harvest the config's prompts and texts into the folder `work`, or go on there, and split them 7 : 2 : 1.
+
+    `claim`, by default the config, is what must not have changed since the work there was begun.
+    """
     prompts, texts, files = _corpus(backbone, config)
     plan = units(prompts, texts, config.answer_tokens, batch=48)
     if len(prompts) + len(texts) < 3:
         raise BadInput(
             f"{len(prompts) + len(texts)} texts are too few to train on.", "Give at least three; a thousand is better."
         )
-    _claim(work, backbone, config, files)
+    _claim(work, backbone, claim or asdict(config), files)
     total = sum(len(ids) + unit.answer_tokens for unit in plan for ids in unit.ids)
     seen = 0
 
@@ -219,7 +227,7 @@ def gather(
         progress("reading", seen, total)
 
     sequences = load_shards(harvest(backbone, plan, layers, work, harvested))
-    order = torch.randperm(len(sequences), generator=_generator(config.seed, 0)).tolist()
+    order = torch.randperm(len(sequences), generator=step_generator(config.seed, 0)).tolist()
     fifth, tenth = max(1, len(order) // 5), max(1, len(order) // 10)
     adapters, gates, held = (
         [sequences[index] for index in part]
@@ -237,15 +245,91 @@ class Labelled:
     agrees: Tensor
 
 
+class Fit:
+    """Fits modules step by step; checkpoints go to the folder `work`, the losses to `curve`.
+
+    Interrupted, the same call goes on from the last checkpoint, to the same result.
+    """
+
+    def __init__(self, work: Path, seed: int = 0, batch: int = 8, progress: Progress = silent) -> None:
+        self.work, self.seed, self.batch, self.progress = work, seed, batch, progress
+        self.curve: list[dict[str, Any]] = []
+
+    def run(
+        self,
+        stage: str,
+        module: nn.Module,
+        sequences: list[Any],
+        epochs: int,
+        rate: float,
+        loss_of: Callable[[list[Any], int], tuple[Tensor, list[Tensor]]],
+    ) -> None:
+        """AdamW with a short warm-up and a cosine to zero over `epochs`.
+
+        `loss_of` a batch and its step: what to minimise, and the parts of it that go to the curve.
+        """
+        module.train()
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        per_epoch = -(-len(sequences) // self.batch)
+        steps = per_epoch * epochs
+        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(steps, 2), pct_start=0.05)
+        step = self._restore(stage, module, optimizer, schedule)
+        saved = time.monotonic()
+        while step < steps:
+            order = torch.randperm(len(sequences), generator=step_generator(self.seed, step // per_epoch, stage)).tolist()
+            at = (step % per_epoch) * self.batch
+            torch.manual_seed(step_generator(self.seed, step, stage).initial_seed())  # dropout
+            total, parts = loss_of([sequences[index] for index in order[at : at + self.batch]], step)
+            if not torch.isfinite(total):
+                raise BadNumbers(f"The {stage}' loss became NaN at step {step}.", "Try a lower --learning-rate.")
+            optimizer.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            losses = [round(float(loss.detach()), 4) for loss in parts]
+            if step % max(1, steps // 60) == 0 or step == steps:
+                self.curve.append({"stage": stage, "step": step, "loss": losses})
+            self.progress(stage, step, steps, f"loss {sum(losses) / len(losses):.3f}")
+            if step == steps or time.monotonic() - saved > 20:
+                self._checkpoint(stage, step, module, optimizer, schedule)
+                saved = time.monotonic()
+        module.eval()
+
+    def _checkpoint(self, stage: str, step: int, module: nn.Module, optimizer: Any, schedule: Any) -> None:
+        learned = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        kept = {name: value for name, value in module.state_dict().items() if name in learned}
+        buffer = io.BytesIO()
+        content = {"step": step, "curve": self.curve, "module": kept}
+        torch.save({**content, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, buffer)
+        write_atomically(self.work / f"{stage}.pt", buffer.getvalue())
+
+    def _restore(self, stage: str, module: nn.Module, optimizer: Any, schedule: Any) -> int:
+        path = self.work / f"{stage}.pt"
+        if not path.exists():
+            return 0
+        try:
+            saved = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise CorruptFile(f"The checkpoint {path} is damaged.", "Delete it and run the command again.") from error
+        module.load_state_dict(saved["module"], strict=False)
+        optimizer.load_state_dict(saved["optimizer"])
+        schedule.load_state_dict(saved["schedule"])
+        self.curve[:] = saved["curve"]
+        return int(saved["step"])
+
+
 class Trainer:
-    """Fits the parts of `exits`; checkpoints go to the folder `work`, the losses to `curve`."""
+    """Fits the parts of `exits`; checkpoints go to the folder `work`."""
 
     def __init__(
-        self, backbone: Backbone, exits: Exits, config: TrainConfig, work: Path, progress: Progress = _silent
+        self, backbone: Backbone, exits: Exits, config: TrainConfig, work: Path, progress: Progress = silent
     ) -> None:
-        self.backbone, self.exits, self.config, self.work = backbone, exits, config, work
+        self.backbone, self.exits, self.config = backbone, exits, config
         self.progress = progress
-        self.curve: list[dict[str, Any]] = []
+        self.fit = Fit(work, config.seed, config.batch, progress)
         count = len(exits)
         # Decays linearly with the exit's position (the paper); the sum is 1.
         self.weights = [2 * (count - index) / (count * (count + 1)) for index in range(count)]
@@ -266,62 +350,37 @@ class Trainer:
                     part.fit(hidden[:, index])
 
     def fit_adapters(self, sequences: list[Sequence]) -> None:
-        adapters = [exit.adapter for exit in self.exits]
-        self._fit("adapters", adapters, sequences, self.config.epochs, self.config.learning_rate, self._adapter_loss)
+        adapters = nn.ModuleList(exit.adapter for exit in self.exits)
+        self.fit.run(
+            "adapters",
+            adapters,
+            sequences,
+            self.config.epochs,
+            self.config.learning_rate,
+            self._weighted(self._adapter_loss),
+        )
 
     def fit_gates(self, labelled: list[Labelled]) -> None:
-        gates, rate = [exit.gate for exit in self.exits], self.config.gate_learning_rate
-        self._fit("gates", gates, labelled, self.config.gate_epochs, rate, self._gate_loss)
+        gates, rate = nn.ModuleList(exit.gate for exit in self.exits), self.config.gate_learning_rate
+        self.fit.run("gates", gates, labelled, self.config.gate_epochs, rate, self._weighted(self._gate_loss))
 
-    def _fit(
-        self,
-        stage: str,
-        parts: list[nn.Module],
-        sequences: list[Any],
-        epochs: int,
-        rate: float,
-        loss_of: Callable[[list[Any], int], list[Tensor]],
-    ) -> None:
-        """AdamW with a short warm-up and a cosine to zero over `epochs`, from the last checkpoint if there is one."""
-        module = nn.ModuleList(parts).train()
-        batch = self.config.batch
-        per_epoch = -(-len(sequences) // batch)
-        steps = per_epoch * epochs
-        optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(steps, 2), pct_start=0.05)
-        step = self._restore(stage, module, optimizer, schedule)
-        saved = time.monotonic()
-        mean: list[float] = []
-        while step < steps:
-            order = torch.randperm(
-                len(sequences), generator=_generator(self.config.seed, step // per_epoch, stage)
-            ).tolist()
-            at = (step % per_epoch) * batch
-            torch.manual_seed(_generator(self.config.seed, step, stage).initial_seed())  # dropout
-            losses = loss_of([sequences[index] for index in order[at : at + batch]], step)
-            total = torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum()
-            if not torch.isfinite(total):
-                raise BadNumbers(f"The {stage}' loss became NaN at step {step}.", "Try a lower --learning-rate.")
-            optimizer.zero_grad()
-            total.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            step += 1
-            mean = [round(float(loss.detach()), 4) for loss in losses]
-            if step % max(1, steps // 60) == 0 or step == steps:
-                self.curve.append({"stage": stage, "step": step, "loss": mean})
-            self.progress(stage, step, steps, f"loss {sum(mean) / len(mean):.3f}")
-            if step == steps or time.monotonic() - saved > 20:
-                self._checkpoint(stage, step, module, optimizer, schedule)
-                saved = time.monotonic()
-        module.eval()
+    def _weighted(
+        self, losses_of: Callable[[list[Any], int], list[Tensor]]
+    ) -> Callable[[list[Any], int], tuple[Tensor, list[Tensor]]]:
+        def loss_of(batch: list[Any], step: int) -> tuple[Tensor, list[Tensor]]:
+            losses = losses_of(batch, step)
+            return torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum(), losses
+
+        return loss_of
 
     def _adapter_loss(self, batch: list[Sequence], step: int) -> list[Tensor]:
-        hidden, counted = _pad([s.hidden for s in batch]).float(), _pad([s.counted for s in batch])
-        teacher = _pad([s.top_ids for s in batch])[counted].long()  # (n, K)
-        wanted = _pad([s.top_logp for s in batch])[counted].float().softmax(-1)
-        rows, offset = self._vocabulary(teacher, step)
+        hidden, counted = padded([s.hidden for s in batch]).float(), padded([s.counted for s in batch])
+        teacher = padded([s.top_ids for s in batch])[counted].long()  # (n, K)
+        wanted = padded([s.top_logp for s in batch])[counted].float().softmax(-1)
+        if self.exits.shortlist is None:
+            rows, offset = sampled(teacher, self.backbone.vocab_size, step_generator(self.config.seed, step, "vocabulary"))
+        else:
+            rows, offset = self.exits.shortlist, torch.zeros(len(self.exits.shortlist))
         columns = torch.searchsorted(rows, teacher).clamp(max=len(rows) - 1)
         wanted = wanted * (rows[columns] == teacher)  # none for tokens outside the short list
 
@@ -339,26 +398,9 @@ class Trainer:
             losses.append(loss)
         return losses
 
-    def _vocabulary(self, teacher: Tensor, step: int, sample: int = 6144) -> tuple[Tensor, Tensor]:
-        """The tokens of one step's softmax, rising, and what to add to their logits: the teacher's and a random sample."""
-        vocab = self.backbone.vocab_size
-        if self.exits.shortlist is not None:
-            return self.exits.shortlist, torch.zeros(len(self.exits.shortlist))
-        mine = teacher.unique()
-        others = torch.ones(vocab, dtype=torch.bool)
-        others[mine] = False
-        rest = others.nonzero().squeeze(1)
-        if len(rest) <= sample:
-            return torch.arange(vocab), torch.zeros(vocab)
-        drawn = rest[torch.randperm(len(rest), generator=_generator(self.config.seed, step, "vocabulary"))[:sample]]
-        offset = torch.zeros(vocab)
-        offset[drawn] = float(torch.tensor(len(rest) / sample).log())
-        rows = torch.cat([mine, drawn]).sort().values
-        return rows, offset[rows]
-
     def _gate_loss(self, batch: list[Labelled], step: int) -> list[Tensor]:
-        hidden, counted = _pad([s.hidden for s in batch]).float(), _pad([s.counted for s in batch])
-        agrees = _pad([s.agrees for s in batch])[counted].float()
+        hidden, counted = padded([s.hidden for s in batch]).float(), padded([s.counted for s in batch])
+        agrees = padded([s.agrees for s in batch])[counted].float()
         losses = []
         for index, exit in enumerate(self.exits):
             score, _ = exit.gate(hidden[:, :, index])
@@ -384,25 +426,20 @@ class Trainer:
             self.progress("labels", number + 1, len(sequences))
         return out
 
-    def _checkpoint(self, stage: str, step: int, module: nn.Module, optimizer: Any, schedule: Any) -> None:
-        buffer = io.BytesIO()
-        content = {"step": step, "curve": self.curve, "module": module.state_dict()}
-        torch.save({**content, "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, buffer)
-        write_atomically(self.work / f"{stage}.pt", buffer.getvalue())
 
-    def _restore(self, stage: str, module: nn.Module, optimizer: Any, schedule: Any) -> int:
-        path = self.work / f"{stage}.pt"
-        if not path.exists():
-            return 0
-        try:
-            saved = torch.load(path, weights_only=True)
-        except Exception as error:
-            raise CorruptFile(f"The checkpoint {path} is damaged.", "Delete it and run the command again.") from error
-        module.load_state_dict(saved["module"])
-        optimizer.load_state_dict(saved["optimizer"])
-        schedule.load_state_dict(saved["schedule"])
-        self.curve[:] = saved["curve"]
-        return int(saved["step"])
+def sampled(teacher: Tensor, vocabulary: int, generator: torch.Generator, sample: int = 6144) -> tuple[Tensor, Tensor]:
+    """The tokens of one step's softmax, rising, and what to add to their logits: the teacher's and a random sample."""
+    mine = teacher.unique()
+    others = torch.ones(vocabulary, dtype=torch.bool)
+    others[mine] = False
+    rest = others.nonzero().squeeze(1)
+    if len(rest) <= sample:
+        return torch.arange(vocabulary), torch.zeros(vocabulary)
+    drawn = rest[torch.randperm(len(rest), generator=generator)[:sample]]
+    offset = torch.zeros(vocabulary)
+    offset[drawn] = float(torch.tensor(len(rest) / sample).log())
+    rows = torch.cat([mine, drawn]).sort().values
+    return rows, offset[rows]
 
 
 def inputs(exit: Exit, hidden: Tensor, index: int, top: Tensor | None = None) -> Tensor:
@@ -475,10 +512,10 @@ def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], l
     return [backbone.encode(line) for line in lines], texts, record
 
 
-def _claim(work: Path, backbone: Backbone, config: TrainConfig, corpus: list[dict[str, Any]]) -> None:
+def _claim(work: Path, backbone: Backbone, config: dict[str, Any], corpus: list[dict[str, Any]]) -> None:
     """Note in the work folder what is trained there, or check that it is the same as last time."""
     mine = json.dumps(
-        {"weights": backbone.source.sha256, "dtype": backbone.weight_format, "config": asdict(config), "text": corpus}
+        {"weights": backbone.source.sha256, "dtype": backbone.weight_format, "config": config, "text": corpus}
     )
     note = work / "plan.json"
     if not note.exists():
@@ -490,13 +527,13 @@ def _claim(work: Path, backbone: Backbone, config: TrainConfig, corpus: list[dic
         )
 
 
-def _generator(seed: int, step: int, stage: str = "") -> torch.Generator:
+def padded(parts: list[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(parts, batch_first=True)
+
+
+def step_generator(seed: int, step: int, stage: str = "") -> torch.Generator:
     digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _pad(parts: list[Tensor]) -> Tensor:
-    return nn.utils.rnn.pad_sequence(parts, batch_first=True)
 
 
 def _digest(path: Path) -> str:

@@ -1,0 +1,165 @@
+"""Does the Mamba gate win, and because it remembers? Gates of one size side by side, several seeds, with intervals.
+
+    .venv/bin/python benchmarks/gates.py TruthfulQA.csv [--model smollm2] [--exits DIR] [--count 100] [--max-prompts 400]
+
+All gates judge the same read-outs, those of the given exits (default: the shipped ones), learn from the same own answers,
+and are measured on the same questions, none of them trained on:
+
+- `mamba`: the Mamba block of `--width`, and beside it a linear path, as shipped;
+- `ffn`: as many parameters as that; `ffn, equal FLOPs`: as many FLOPs;
+- `linear`: one linear map, which has no width;
+- `mamba, memory cut`: the trained Mamba gate with an empty memory at every token;
+- `mamba, never a memory`: trained so, too.
+
+Prints a table in Markdown: parameters, FLOPs a token, and each exit's area under the ROC curve, mean over seeds, with a 95%
+interval over questions and seeds (bootstrap). The last column is the difference to `mamba` of the mean over exits, on the
+same resampled questions and seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import offramp
+from exits import exits_for, questions_in
+from offramp import Exits
+from offramp.exits import Memory
+from offramp.flops import exit_part
+from offramp.harvest import harvest, load_shards, units
+from offramp.metrics import auroc
+from offramp.training import Labelled, TrainConfig, Trainer, gather
+
+REPETITIONS = 400
+
+
+class Forgetful(nn.Module):
+    """A gate that sees every token with an empty memory."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        score, _ = self.gate(h.flatten(0, 1)[:, None])
+        return score.view(h.shape[:2]), None
+
+
+def equal(size: Callable[[int], int], wanted: int) -> int:
+    """The width, a multiple of 16, at which a gate's size is nearest to what is wanted."""
+    return min(range(16, 1024, 16), key=lambda width: abs(size(width) - wanted))
+
+
+@torch.inference_mode()
+def scores(exits: Exits, answers: list[Labelled]) -> list[list[Tensor]]:
+    """For each question and exit, the gate's logits on the answer's tokens."""
+    return [
+        [exit.gate(one.hidden[None, :, j].float())[0][0][one.counted] for j, exit in enumerate(exits)] for one in answers
+    ]
+
+
+def area(given: list[list[Tensor]], answers: list[Labelled], chosen: np.ndarray, index: int) -> float:
+    agrees = torch.cat([answers[number].agrees[answers[number].counted, index] for number in chosen])
+    return auroc(torch.cat([given[number][index] for number in chosen]), agrees)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--exits", type=Path)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--max-prompts", type=int)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path("build/gates"))
+    args = parser.parse_args()
+    backbone = offramp.load(args.model)
+    base = exits_for(backbone, args.exits)
+    settings = TrainConfig(max_prompts=args.max_prompts, gate_epochs=args.epochs)
+    data = gather(backbone, settings, base.config.layers, args.work / "text")
+    asked = args.work / "asked"
+    asked.mkdir(parents=True, exist_ok=True)
+    plan = units([backbone.encode(one) for one in questions_in(args.questions, args.count)], [], args.tokens, batch=48)
+    reader = Trainer(backbone, base, settings, args.work)
+    answers = reader.labels(load_shards(harvest(backbone, plan, base.config.layers, asked, lambda tokens: None)))
+    to_learn = reader.labels(data.gates)
+
+    def made(kind: str, width: int) -> Exits:
+        exits = Exits.new(backbone, replace(base.config, gate=kind, gate_width=width))
+        for mine, theirs in zip(exits, base, strict=True):
+            mine.adapter.load_state_dict(theirs.adapter.state_dict())
+        return exits
+
+    def parameters(exits: Exits) -> int:
+        return sum(parameter.numel() for exit in exits for parameter in exit.gate.parameters())
+
+    def flops(exits: Exits) -> int:
+        return sum(exit_part(exit.gate) for exit in exits)
+
+    mamba = made("mamba", args.width)
+    kinds = {
+        "mamba": ("mamba", args.width),
+        "ffn": ("ffn", equal(lambda width: parameters(made("ffn", width)), parameters(mamba))),
+        "ffn, equal FLOPs": ("ffn", equal(lambda width: flops(made("ffn", width)), flops(mamba))),
+        "linear": ("linear", 16),
+        "mamba, never a memory": ("mamba", args.width),
+    }
+    found: dict[str, list[list[list[Tensor]]]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, (kind, width) in kinds.items():
+        for seed in range(args.seeds):
+            torch.manual_seed(seed)
+            exits = made(kind, width)
+            sizes[name] = (parameters(exits), flops(exits))
+            folder = args.work / f"{name} {width} {seed}"
+            folder.mkdir(parents=True, exist_ok=True)
+            trainer = Trainer(backbone, exits, replace(settings, seed=seed), folder)
+            trainer.standardise(data.adapters, "gate")
+            if name == "mamba, never a memory":
+                for exit in exits:
+                    exit.gate = Forgetful(exit.gate)
+            trainer.fit_gates(to_learn)
+            found.setdefault(name, []).append(scores(exits, answers))
+            if name == "mamba":
+                for exit in exits:
+                    exit.gate = Forgetful(exit.gate)
+                found.setdefault("mamba, memory cut", []).append(scores(exits, answers))
+                sizes["mamba, memory cut"] = sizes["mamba"]
+
+    count = len(base)
+    draws = np.random.default_rng(0)
+    resampled: dict[str, list[list[float]]] = {name: [] for name in found}
+    for _ in range(REPETITIONS):
+        chosen, seed = draws.integers(len(answers), size=len(answers)), int(draws.integers(args.seeds))
+        for name, runs in found.items():
+            resampled[name].append([area(runs[seed], answers, chosen, index) for index in range(count)])
+    tokens = sum(int(one.counted.sum()) for one in to_learn)
+    print(f"\n{backbone.name}, {backbone.weight_format}: gates trained on {tokens} tokens, {args.seeds} seeds; measured on")
+    print(f"{sum(int(one.counted.sum()) for one in answers)} tokens of answers to {len(answers)} questions\n")
+    columns = " | ".join(f"block {layer}" for layer in base.config.layers)
+    print(f"| gate | parameters | FLOPs a token | {columns} | mean, against mamba |")
+    print("|---|---|---|" + "---|" * (count + 1))
+    everything = np.arange(len(answers))
+    for name, runs in found.items():
+        cells = []
+        for index in range(count):
+            mean = np.mean([area(run, answers, everything, index) for run in runs])
+            low, high = np.nanquantile([one[index] for one in resampled[name]], (0.025, 0.975))
+            cells.append(f"{mean:.3f} ({low:.3f}–{high:.3f})")
+        gaps = np.nanmean(resampled[name], axis=1) - np.nanmean(resampled["mamba"], axis=1)
+        low, high = np.quantile(gaps, (0.025, 0.975))
+        gap = "" if name == "mamba" else f"{np.mean(gaps):+.3f} ({low:+.3f} – {high:+.3f})"
+        print(f"| {name} | {sizes[name][0]:,} | {sizes[name][1]:,} | {' | '.join(cells)} | {gap} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Does a calibrated risk hold on questions that were not calibrated on? Twenty splits of the same questions, as a figure.
+
+    .venv/bin/python benchmarks/guarantee.py TruthfulQA.csv trivia.jsonl [--model smollm2] [--exits DIR] [--count 400]
+
+The model answers each question at full depth, and once with each candidate policy (`offramp.calibration.candidates`);
+losses are kept in --work, so that an interrupted run goes on. Then, in each split, one half of the questions calibrates
+(pilot and test, as `offramp calibrate` does) and the other half says what the chosen policy really loses. The splits share
+their questions, so they illustrate the guarantee and do not prove it: `tests/test_calibration.py` simulates it on
+independent draws.
+
+Prints a table in Markdown and draws the held-out mean loss of each split with two standard errors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import offramp
+from exits import questions_in
+from offramp import Engine, Policy
+from offramp.calibration import KINDS, LOSSES, PILOT, Question, answers, candidates, fixed_sequence, path, read_questions
+from offramp.errors import OfframpError
+from offramp.exits import load_exits
+from offramp.sources import write_atomically
+
+SPLITS = 20
+
+
+def questions_of(files: list[Path], count: int) -> list[Question]:
+    """Equally many of each file's, those of lowest hash."""
+    found: list[Question] = []
+    for file in files:
+        some = read_questions(file) if file.suffix == ".jsonl" else [Question(one) for one in questions_in(file, 10**6)]
+        unique = {one.prompt: one for one in some}.values()
+        found += sorted(unique, key=lambda one: hashlib.sha256(one.prompt.encode()).digest())[: count // len(files)]
+    return found
+
+
+def split(
+    losses: dict[str, list[float]], saved: dict[str, list[float]], risk: float, delta: float, seed: int
+) -> dict[str, Any]:
+    """Calibrate on one half, look at the other: the chosen policy (None: closed), its held-out loss and saved FLOPs."""
+    names, count = list(losses), len(next(iter(losses.values())))
+    order = random.Random(seed).sample(range(count), count)
+    calibration, held = order[: count // 2], order[count // 2 :]
+    first = round(PILOT * len(calibration))
+    pilot, test = calibration[:first], calibration[first:]
+
+    def part(values: list[float], indices: list[int]) -> list[float]:
+        return [values[index] for index in indices]
+
+    means = [(fmean(part(losses[name], pilot)), fmean(part(saved[name], pilot))) for name in names]
+    on_path = [names[index] for index in path(means, risk)]
+    tested = fixed_sequence((part(losses[name], test) for name in on_path), risk, delta)
+    passed = [name for name, (_, _, ok) in zip(on_path, tested, strict=False) if ok]
+    if not passed:
+        return {"policy": None, "loss": 0.0, "error": 0.0, "flops_saved": 0.0}
+    found = part(losses[passed[-1]], held)
+    return {
+        "policy": passed[-1],
+        "loss": fmean(found),
+        "error": stdev(found) / sqrt(len(found)),
+        "flops_saved": fmean(part(saved[passed[-1]], held)),
+    }
+
+
+def draw(splits: list[dict[str, Any]], risk: float, title: str, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "offramp"  # the same figure again
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(7, 4.6), sharex=True, height_ratios=(2, 1), layout="constrained"
+    )
+    places = range(1, len(splits) + 1)
+    above.errorbar(places, [one["loss"] for one in splits], [2 * one["error"] for one in splits], fmt="o", capsize=3)
+    above.axhline(risk, linestyle="--", color="tab:red")
+    above.annotate(f"risk {risk:g}", (len(splits), risk), ha="right", va="bottom", color="tab:red")
+    above.set(ylabel="held-out mean loss", ylim=(0, None), title=title)
+    below.bar(places, [100 * one["flops_saved"] for one in splits])
+    below.set(ylabel="FLOPs saved, %", xlabel="split", xticks=list(places))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("questions", type=Path, nargs="+", help="TruthfulQA.csv, lines, or JSON lines as TriviaQA's")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype")
+    parser.add_argument("--exits", type=Path)
+    parser.add_argument("--reference", help="compare with this model's full depth instead")
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--policy", default="thresholds", choices=KINDS)
+    parser.add_argument("--fill", default="project")
+    parser.add_argument("--loss", default="f1", choices=LOSSES)
+    parser.add_argument("--risk", type=float, default=0.05)
+    parser.add_argument("--delta", type=float, default=0.05)
+    parser.add_argument("--work", type=Path, default=Path("build/guarantee"))
+    parser.add_argument("--figure", type=Path, default=Path("build/guarantee/guarantee.svg"))
+    args = parser.parse_args()
+    try:
+        backbone = offramp.load(args.model, args.dtype)
+        exits = load_exits(args.exits, backbone) if args.exits else offramp.shipped_for(backbone)
+        reference = offramp.load(args.reference, args.dtype) if args.reference else backbone
+        asked = questions_of(args.questions, args.count)
+    except OfframpError as error:
+        parser.error(f"{error} {error.hint}")
+    assert exits, f"no exits ship for {args.model}"
+    ids = [backbone.encode(one.prompt) for one in asked]
+    parts = (args.model, backbone.source.sha256, backbone.weight_format, exits.training, args.fill, args.tokens, args.loss)
+    mark = hashlib.sha256(json.dumps([*parts, args.reference, [one.prompt for one in asked]]).encode()).hexdigest()[:12]
+
+    full: list[Any] = []
+
+    def kept(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        file = args.work / mark / f"{name}.json"
+        if not file.exists():
+            write_atomically(file, json.dumps(make()).encode())
+        return dict(json.loads(file.read_text()))
+
+    def run(policy: Policy) -> dict[str, Any]:
+        if not full:
+            full.extend(answers(Engine(reference), ids, args.tokens))
+        given = answers(Engine(backbone, exits, policy, args.fill), ids, args.tokens)
+        pairs = zip(given, full, asked, strict=True)
+        return {
+            "policy": asdict(policy),
+            "losses": [LOSSES[args.loss](early, whole, one) for early, whole, one in pairs],
+            "flops_saved": [one.flops_saved for one in given],
+            "mean_blocks": fmean(one.mean_blocks for one in given),
+        }
+
+    found: dict[str, dict[str, Any]] = {}
+    print("| thresholds | mean loss | FLOPs saved | mean blocks run |\n|---|---|---|---|")
+    for line in candidates(len(exits), args.policy, exits.policy.confidence):
+        for policy in line:
+            name = " ".join(f"{threshold:.3g}" for threshold in policy.thresholds)
+            one = found[name] = kept(f"{policy.confidence} {policy.decay} {name}", lambda policy=policy: run(policy))
+            loss, saved = fmean(one["losses"]), fmean(one["flops_saved"])
+            print(f"| {name} | {loss:.3f} | {saved:.1%} | {one['mean_blocks']:.1f} |", flush=True)
+            if loss > 2.5 * args.risk:  # bolder ones would never be tested
+                break
+    losses = {name: one["losses"] for name, one in found.items()}
+    saved = {name: one["flops_saved"] for name, one in found.items()}
+    splits = [split(losses, saved, args.risk, args.delta, seed) for seed in range(SPLITS)]
+    title = f"{args.model}, {args.fill}: {SPLITS} splits of {len(asked)} questions"
+    print(
+        f"\n{title}; risk {args.risk}, delta {args.delta}, loss {args.loss}; {backbone.weight_format}, {args.tokens} tokens"
+    )
+    print(f"held-out loss above the risk: {sum(one['loss'] > args.risk for one in splits)} of {SPLITS}")
+    closed = sum(one["policy"] is None for one in splits)
+    print(f"closed: {closed} of {SPLITS}; FLOPs saved, mean: {fmean(one['flops_saved'] for one in splits):.1%}")
+    for one in splits:
+        loss = f"{one['loss']:.3f} ± {2 * one['error']:.3f}"
+        print(f"- {one['policy'] or 'closed'}: loss {loss}, saved {one['flops_saved']:.1%}")
+    draw(splits, args.risk, title, args.figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from torch import Tensor
 
@@ -21,16 +22,44 @@ def _f1(answer: Sequence[Hashable], reference: Sequence[Hashable]) -> float:
     return 2 * shared / (len(answer) + len(reference))
 
 
-def normalised(text: str) -> list[str]:
-    """The words of an answer as SQuAD's official script compares them: lower case, no punctuation, no articles."""
+def squad_words(text: str) -> list[str]:
+    """The words of an answer as SQuAD's and CoQA's official scripts have them: lower case, no punctuation, no articles."""
     plain = "".join(character for character in text.lower() if character not in string.punctuation)
-    return [word for word in plain.split() if word not in ("a", "an", "the")]
+    return _ARTICLES.sub(" ", plain).split()
 
 
-def answer_f1(answer: str, references: Sequence[str]) -> float:
-    """Word F1 with the best of the references, in [0, 1] (SQuAD, arXiv 1606.05250, section 6.1)."""
-    words = normalised(answer)
-    return max((_f1(words, normalised(reference)) for reference in references), default=0.0)
+def trivia_words(text: str) -> list[str]:
+    """The same as TriviaQA's official script has it: there, punctuation, also of other quotes, parts words."""
+    parted = "".join(" " if character in _TRIVIA_PUNCTUATION else character for character in text.lower())
+    return _ARTICLES.sub(" ", parted).split()
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_TRIVIA_PUNCTUATION = frozenset(string.punctuation + "‘’´`")
+Words = Callable[[str], list[str]]
+
+
+def best_f1(answer: str, references: Sequence[str], words: Words = squad_words) -> float:
+    """Word F1 with the best of the references, in [0, 1] (SQuAD, arXiv 1606.05250, section 6.1); 0 without any."""
+    mine = words(answer)
+    return max((_f1(mine, words(reference)) for reference in references), default=0.0)
+
+
+def best_match(answer: str, references: Sequence[str], words: Words = squad_words) -> float:
+    """1 if the answer's words are one of the references', else 0."""
+    mine = words(answer)
+    return float(any(mine == words(reference) for reference in references))
+
+
+def left_one_out(score: Callable[[str, Sequence[str]], float], answer: str, references: Sequence[str]) -> float:
+    """CoQA's way with several references (arXiv 1808.07042, section 5.1): each is left out once, and the scores averaged.
+
+    A person who gave one of them could be scored against the others only.
+    """
+    if len(references) < 2:
+        return score(answer, references)
+    left = [[*references[:index], *references[index + 1 :]] for index in range(len(references))]
+    return sum(score(answer, some) for some in left) / len(left)
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:

@@ -211,6 +211,24 @@ def test_calibrate_keeps_its_thresholds_with_the_exits(world) -> None:
     assert kept["policy"]["thresholds"] == [1.0, 1.0, 1.0]
 
 
+def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
+    lines = [{"question_id": n, "question": f"Who {n}?", "answer": {"value": "Me", "aliases": []}} for n in range(9)]
+    (world / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ("eval", "model", "--task", "triviaqa", "--data", "trivia.jsonl", "--exits", "exits", "--limit", "3")
+    done = run(world, *command, "--threshold", "0.5", "--threshold", "1,1,0.9", "--json", "out.json")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("triviaqa, 3 questions")]
+    assert [", ".join(line.split(": ")[0].split(", ")[2:]) for line in lines] == [
+        "full depth",
+        "project, mamba, 0.5 0.5 0.5",
+        "project, mamba, closed closed 0.9",
+    ]
+    results = json.loads((world / "out.json").read_text())["results"]
+    assert [len(one["items"]) for one in results] == [3, 3, 3]
+    assert not list(world.glob(".out.json*"))
+    assert "report.html" in run(world, "report", "out.json", "-o", "report.html").stdout
+    assert (world / "report-figures").is_dir()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -242,6 +260,11 @@ def test_calibrate_keeps_its_thresholds_with_the_exits(world) -> None:
         (("calibrate", "model", "--prompts", "few.txt", "--exits", "exits", "--fill", "verify"), "nothing to guarantee"),
         (("calibrate", "model", "--prompts", "few.txt"), "no folder to keep"),
         (("calibrate", "model", "--prompts", "few.txt", "-o", "x"), "No exits ship"),
+        (("eval", "model", "--task", "squad"), "no task 'squad'"),
+        (("eval", "model", "--task", "coqa", "--data", "few.txt"), "not CoQA's JSON"),
+        (("eval", "model", "--task", "coqa,triviaqa", "--data", "few.txt"), "not clear which --data"),
+        (("report", "few.txt", "-o", "x.html"), "holds no results"),
+        (("tune", "model", "-o", "x", "--own-prompts", "few.txt"), "2 texts are too few"),
         (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of block numbers"),
         (("train", "model", "-o", "x", "--readout-width", "40"), "40 dims wide"),
         (("train", "model", "-o", "x", "--layers", "9"), "do not fit a model of 6"),

@@ -86,10 +86,15 @@ def files(tmp_path):
         "Adversarial,Law,Why not?,Because,Because,Why not,x\n"
     )
     lines = [
-        {"question_id": f"q{n}", "question": f"Which {n}?", "answer": {"value": str(n), "aliases": [f"no. {n}"]}}
+        {
+            "question_id": f"q{n}",
+            "question": f"Which {n}?",
+            "answer": {"value": str(n), "aliases": [f"no. {n}"]},
+            "odd": "\u2028",
+        }
         for n in range(8)
     ]
-    (tmp_path / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "trivia.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     story = {
         "id": "s",
         "story": "A cat sat.",

@@ -113,7 +113,7 @@ def compare_fills(
         "tokens": tokens,
         "prompts": len(prompts),
         "pairs": pairs,
-        "machine": _machine(),
+        "machine": machine(),
     }
 
 
@@ -190,11 +190,11 @@ def _result(
         "parts_ms": parts,
         "tokens": tokens,
         "pairs": len(ours),
-        "machine": _machine(),
+        "machine": machine(),
     }
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What a time depends on beside the code."""
     import transformers
 

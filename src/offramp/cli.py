@@ -466,6 +466,93 @@ def tune(
         tuning_table(record, output)
 
 
+@app.command("eval")
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="Of truthfulqa, truthfulqa-mc, triviaqa, coqa; several with commas.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="The task's official file, or TASK=FILE for one of several tasks. Default: from the hub."),
+    ] = None,
+    exits: ExitsFolder = None,
+    fill: Fill = "project",
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(help="As for generate; may be repeated, to measure each. Default: the exits' own, calibrated or not."),
+    ] = None,
+    confidence: Confidence = None,
+    decay: Decay = 0.0,
+    dtype: Dtype = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Compare with this model's full depth instead: the one that MODEL was tuned from.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
+    batch: Annotated[int, typer.Option(help="So many answers side by side.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the intervals' resampling.")] = 0,
+    out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
+) -> None:
+    """Score answers on a task, with exits and at full depth, and say what they cost. Ctrl-C is safe."""
+    import shutil
+
+    from offramp.evaluation import Condition, Evaluation, save_results
+    from offramp.show import result_line
+    from offramp.sources import cache_folder
+    from offramp.tasks import load_task
+
+    if batch < 1:
+        raise BadInput(f"{batch} answers side by side are too few.", "Give --batch 1 or more.")
+    names = task.split(",")
+    tasks = [load_task(name, _file_for(name, names, data or []), limit) for name in names]
+    backbone = _load(model, dtype)
+    other = _load(reference, dtype) if reference else None
+    found = _exits(backbone, exits, fill)
+    conditions = [Condition()]
+    if found is not None:
+        settings: list[str | None] = [*threshold] if threshold else [None]
+        policies = [_policy(backbone, found, one, confidence, decay) for one in settings]
+        conditions += [Condition(fill, policy, found) for policy in policies]
+    elif threshold:
+        _policy(backbone, None, threshold[0])
+    work = out.with_name(f".{out.name}.answers") if out else cache_folder() / "answers"
+    results = []
+    try:
+        for one in tasks:
+            with _progress() as progress:
+                command = " ".join(["offramp", *sys.argv[1:]])
+                run = Evaluation(backbone, one, work, other, batch, seed, command, progress)
+                done = [run.run(condition) for condition in conditions]
+            for result in done:
+                result_line(result)
+            results += done
+    except KeyboardInterrupt:
+        _fail("Stopped.", "Nothing is lost: the same command goes on from here.", 130)
+    if out:
+        save_results(results, out)
+    shutil.rmtree(work)
+
+
+def _file_for(task: str, tasks: list[str], data: list[str]) -> str | None:
+    """What `--data` names for a task."""
+    named = dict(one.split("=", 1) for one in data if "=" in one)
+    plain = [one for one in data if "=" not in one]
+    if len(plain) > 1 or (plain and len(tasks) > 1) or set(named) - set(tasks):
+        raise BadInput("It is not clear which --data is for which task.", "For example: --data triviaqa=FILE")
+    return named.get(task, plain[0] if plain else None)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files that offramp eval --json wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write; its figures lie beside it.")],
+) -> None:
+    """Make a page to look at from results: quality and consistency against cost, exits by position, coloured answers."""
+    from offramp.evaluation import load_results
+    from offramp.report import write
+
+    figures = write(load_results(results), output)
+    print(f"{output}, and {len(figures)} figures in {figures[0].parent}" if figures else output)
+
+
 @app.command()
 def inspect(model: Model, exits: ExitsFolder = None, dtype: Dtype = None, as_json: Json = False) -> None:
     """Show a model's blocks, where exits would go and what a token costs there. The config is enough."""

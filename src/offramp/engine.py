@@ -356,7 +356,7 @@ class Engine:
         while True:
             # The last draft ends the text: verify it, but do not go on from it.
             last = bool(drafts) and (len(drafts) == limit or ids[-1] in ends)
-            may_leave = sequence.pending < self._max_pending
+            may_leave = not last and sequence.pending < self._max_pending
             reached = yield from self._climb(sequence, len(ids) - last, may_leave, read=True)
             if reached.block < self.backbone.n_blocks:
                 chosen = self._choose(reached.logits[-1], ids)

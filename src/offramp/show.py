@@ -126,6 +126,35 @@ def tuning_table(record: dict[str, Any], folder: Path) -> None:
     console.print(f"This is another model now. Exits for it: offramp train {folder} -o DIR", soft_wrap=True)
 
 
+def result_line(result: dict[str, Any]) -> None:
+    """One condition on one task, in a line: scores first, then how it compares with full depth and what it cost."""
+    summary, task = result["summary"], result["task"]
+    shown = {
+        "exact_match": "EM",
+        "f1": "F1",
+        "rougeL_max": "ROUGE-L",
+        "rouge1_acc": "ROUGE-1 acc",
+        "bleu_acc": "BLEU acc",
+        "mc1": "MC1",
+        "mc2": "MC2",
+        "same_choice": "same choice",
+        "token_f1": "consistency",
+        "same_answer": "same answer",
+        "mean_blocks": f"blocks of {result['blocks']}",
+        "flops_saved": "FLOPs saved",
+        "tokens_per_second": "tokens/s",
+    }
+    parts = []
+    for name, label in shown.items():
+        if name in summary:
+            digits = 1 if name in ("rougeL_max", "mean_blocks", "tokens_per_second") else 3
+            mean, low, high = (f"{summary[name][part]:.{digits}f}" for part in ("mean", "low", "high"))
+            parts.append(f"{label} {mean} ({low}–{high})")
+    note = f" [{task['note']}]" if task["note"] else ""
+    head = Text(f"{task['name']}, {task['questions']} questions{note}, {result['condition']['name']}: ", "bold")
+    console.print(head + Text(", ".join(parts)), soft_wrap=True)
+
+
 def training_table(exits: Exits, folder: Path) -> None:
     table = Table(title=f"Exits in {folder}, on held-out text", title_justify="left")
     for column in ("after block", "agrees with full depth", "gate AUROC", "default threshold"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _truthful_items(data: str | Path | None) -> tuple[list[Item], str, str]:
     else:
         text, source, digest = _read(data)
         try:
-            table = list(csv.DictReader(text.splitlines(keepends=True)))
+            table = list(csv.DictReader(io.StringIO(text)))
             columns = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
             records = [
                 (question, best, _listed(right), _listed(wrong))
@@ -205,7 +206,7 @@ def triviaqa(data: str | Path | None) -> Task:
     else:
         text, source, digest = _read(data)
         try:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
             _ = [(row["question"], row["answer"]["value"], row["answer"]["aliases"]) for row in records]
         except (ValueError, KeyError, TypeError) as error:
             raise _not_official(data, "JSON lines with TriviaQA's fields", error) from error

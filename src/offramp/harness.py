@@ -1,0 +1,107 @@
+"""offramp as a model of EleutherAI's lm-evaluation-harness: any of its tasks, with exits.
+
+    python -m offramp.harness run --model offramp --model_args pretrained=smollm2,threshold=0.8 --tasks truthfulqa_gen
+
+The same as `lm_eval`, which knows no models from elsewhere, with the model `offramp` made known first. `model_args`:
+`pretrained` as for `offramp generate`, and `exits`, `fill`, `threshold` (one for all exits), `dtype` as there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+import offramp
+from offramp.engine import Engine
+from offramp.evaluation import Forced, log_likelihood_of
+from offramp.exits import load_exits, shipped_for
+from offramp.policy import Policy
+
+
+@register_model("offramp")
+class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
+    """Requests are answered one by one; exits leave in generation and in likelihoods alike."""
+
+    def __init__(
+        self,
+        pretrained: str,
+        exits: str | None = None,
+        fill: str = "project",
+        threshold: float | None = None,
+        dtype: str | None = None,
+        max_gen_toks: int = 256,
+        **_: Any,  # batch_size, device, …: what the harness gives every model
+    ) -> None:
+        super().__init__()
+        self._name, self._most = pretrained, max_gen_toks
+        self.backbone = offramp.load(pretrained, dtype)
+        draft = fill == "verify"
+        found = load_exits(exits, self.backbone, draft) if exits else shipped_for(self.backbone, draft)
+        policy = None
+        if found and threshold is not None:
+            policy = Policy((float(threshold),) * len(found), found.policy.confidence)
+        self._forced = Forced()
+        self._engine = Engine(self.backbone, found, policy, fill)
+        self._scorer = Engine(self.backbone, found, policy, fill, self._forced)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._name
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.backbone.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        return [self._likelihood(*request.args) for request in requests]
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        found = []
+        for request in requests:
+            ids = self._ids(request.args[0])
+            step = self.backbone.context - 1
+            total, before = 0.0, [self._prefix]
+            for at in range(0, len(ids), step):
+                total += log_likelihood_of(self._scorer, self._forced, before, ids[at : at + step])
+                before = ids[at : at + step][-1:]
+            found.append(total)
+        return found
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        answers = []
+        for request in requests:
+            prompt, settings = request.args
+            until = settings.get("until") or []
+            most = int(settings.get("max_gen_toks", self._most))
+            ids = self._ids(prompt)[-max(1, self.backbone.context - most) :]
+            stop = (until,) if isinstance(until, str) else tuple(until)
+            answers.append(self._engine.generate_ids(ids, most, stop).text)
+        return answers
+
+    @property
+    def _prefix(self) -> int:
+        """What a text begins with that has no beginning: its end-of-text token."""
+        return int(self.backbone.tokenizer.bos_token_id or min(self.backbone.stop_ids))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.backbone.tokenizer(text)["input_ids"])
+
+    def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        # As the harness cuts its own models' requests: a space at the seam goes to the continuation.
+        seam = len(context) - len(context.rstrip())
+        context, continuation = context[: len(context) - seam], context[len(context) - seam :] + continuation
+        before = self._ids(context) if context else [self._prefix]
+        tokens = self._ids(context + continuation)[len(before) :] if context else self._ids(continuation)
+        total = log_likelihood_of(self._scorer, self._forced, before, tokens)
+        return total, self._forced.best
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

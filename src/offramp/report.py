@@ -1,0 +1,305 @@
+"""A page to look at from Results of `offramp eval`: one file, nothing fetched, its figures also as SVG files beside it.
+
+What must be read is text and tables; figures use colours that colour-blind readers can tell apart (Okabe and Ito), and a
+marker for each besides. Ink takes the page's colour, so that figures can be read in the dark.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from offramp.errors import BadInput
+from offramp.sources import write_atomically
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP"
+INK = "#010203"  # stands for the colour of the page's text
+# Scores by the one that a figure shows first; measures by what they are called.
+QUALITY = {
+    "f1": "F1",
+    "exact_match": "exact match",
+    "rougeL_max": "ROUGE-L",
+    "rouge1_max": "ROUGE-1",
+    "rouge1_acc": "ROUGE-1 accuracy",
+    "rougeL_diff": "ROUGE-L difference",
+    "bleu_max": "BLEU",
+    "bleu_acc": "BLEU accuracy",
+    "mc2": "MC2",
+    "mc1": "MC1",
+}
+MEASURES = {
+    "token_f1": "consistency (token F1)",
+    "same_answer": "same answer",
+    "same_choice": "same choice",
+    "rouge_l": "ROUGE-L with full depth",
+    "mean_blocks": "mean blocks run",
+    "flops_saved": "FLOPs saved",
+    "flops_per_token": "FLOPs a token",
+    "flops_per_request": "FLOPs a request",
+    "prefill_seconds": "prefill, s",
+    "decode_seconds": "decode, s",
+    "tokens_per_second": "tokens/s",
+}
+Result = dict[str, Any]
+
+
+def write(results: list[Result], page: Path) -> list[Path]:
+    """Write the page, and its figures to a folder beside it; returns the figures' paths.
+
+    Raises `BadInput` where `matplotlib` is missing, and for no results.
+    """
+    if not results:
+        raise BadInput("There are no results to report.", "Name files that offramp eval --json wrote.")
+    figures: dict[str, str] = {}
+    sections = []
+    for (model, task), some in _grouped(results):
+        sections.append(_section(model, task, some, figures))
+    body = f"""<h1>Early exits: what they keep and what they save</h1>
+<p>{escape(_intro(results))}</p>
+{_contents(results)}
+{"".join(sections)}
+<h2 id="run">What was run</h2>
+{_runs(results)}"""
+    write_atomically(page, f"{_HEAD}<main>\n{body}\n</main>\n</body>\n</html>\n".encode())
+    folder = page.with_name(f"{page.stem}-figures")
+    for name, svg in figures.items():
+        write_atomically(folder / f"{name}.svg", svg.replace("currentColor", "#222").encode())
+    return [folder / f"{name}.svg" for name in figures]
+
+
+def _grouped(results: list[Result]) -> list[tuple[tuple[str, str], list[Result]]]:
+    def key(result: Result) -> tuple[str, str]:
+        return result["model"]["name"], result["task"]["name"]
+
+    return [(group, list(some)) for group, some in groupby(sorted(results, key=key), key=key)]
+
+
+def _intro(results: list[Result]) -> str:
+    questions = sum(result["task"]["questions"] for result in results)
+    models = ", ".join(sorted({result["model"]["name"] for result in results}))
+    return (
+        f"{len(results)} conditions, {questions} answers; models: {models}. Bars, and the small print in tables, are 95% "
+        "intervals, by bootstrap over questions. Consistency is token F1 with the full model's answer."
+    )
+
+
+def _contents(results: list[Result]) -> str:
+    links = [f'<li><a href="#{_anchor(*group)}">{escape(" on ".join(group))}</a></li>' for group, _ in _grouped(results)]
+    return f'<nav><ul>{"".join(links)}<li><a href="#run">What was run</a></li></ul></nav>'
+
+
+def _anchor(model: str, task: str) -> str:
+    return "".join(character if character.isalnum() else "-" for character in f"{model}-{task}")
+
+
+def _section(model: str, task: str, results: list[Result], figures: dict[str, str]) -> str:
+    anchor, first = _anchor(model, task), results[0]
+    quality = next(name for name in QUALITY if name in first["summary"])
+    note = f" <strong>{escape(first['task']['note'])}.</strong>" if first["task"]["note"] else ""
+    reference = first["reference"]
+    other = f" Compared with {escape(reference['name'])} at full depth." if reference != first["model"] else ""
+    parts = [f'<h2 id="{anchor}">{escape(model)} on {escape(task)}</h2>']
+    parts.append(f"<p>{first['task']['questions']} questions, {first['model']['weights']} weights.{note}{other}</p>")
+    if "flops_per_token" in first["summary"]:
+        drawn = {
+            "cost": (_pareto, quality, "flops_per_token", f"{QUALITY[quality]} against FLOPs a token"),
+            "latency": (_pareto, quality, "tokens_per_second", f"{QUALITY[quality]} against speed"),
+            "consistency": (_pareto, "token_f1", "flops_saved", "Consistency against FLOPs saved"),
+            "positions": (_positions, "", "", "Where tokens leave, by their place in the answer"),
+        }
+        for name, (draw, y, x, caption) in drawn.items():
+            svg = draw(results, x, y)
+            figures[f"{anchor}-{name}"] = svg
+            parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
+    parts.append(_table(results))
+    if "flops_per_token" in first["summary"]:
+        parts.append(_answers(results))
+    return "\n".join(parts)
+
+
+def _curves(results: list[Result]) -> list[tuple[str, list[Result]]]:
+    """Conditions that differ only in their thresholds, one curve for each fill and gate; full depth first."""
+
+    def label(result: Result) -> str:
+        condition = result["condition"]
+        if condition["policy"] is None:
+            return "full depth"
+        gate = condition["policy"]["confidence"]
+        return f"{condition['fill']}, {condition['gate'] if gate == 'gate' else gate}"
+
+    return sorted(
+        ((name, list(some)) for name, some in groupby(sorted(results, key=label), key=label)),
+        key=lambda curve: curve[0] != "full depth",
+    )
+
+
+def _figure(draw: Callable[[Any], None]) -> str:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise BadInput("The library matplotlib is not installed.", "Install it: pip install 'offramp[eval]'") from error
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    ink = {f"{part}.color": INK for part in ("text", "xtick", "ytick")} | {"axes.labelcolor": INK, "axes.edgecolor": INK}
+    look = {"svg.fonttype": "none", "svg.hashsalt": "offramp", "font.family": "sans-serif", "font.size": 10}
+    with matplotlib.rc_context(ink | look):
+        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace("fill: #ffffff", "fill: none").replace(INK, "currentColor")
+
+
+def _pareto(results: list[Result], x: str, y: str) -> str:
+    scale = 1e-6 if x == "flops_per_token" else 1.0
+    unit = "million " if x == "flops_per_token" else ""
+
+    def draw(axes: Any) -> None:
+        for index, (name, some) in enumerate(_curves(results)):
+            points = sorted(some, key=lambda result: result["summary"][x]["mean"])
+            across = [scale * one["summary"][x]["mean"] for one in points]
+            up = [one["summary"][y] for one in points]
+            # The mean of few answers may lie a hair outside the resampled ones.
+            below = [max(0.0, value["mean"] - value["low"]) for value in up]
+            above = [max(0.0, value["high"] - value["mean"]) for value in up]
+            style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "capsize": 2, "elinewidth": 0.8}
+            means = [value["mean"] for value in up]
+            axes.errorbar(across, means, [below, above], label=name, linewidth=1.4, markersize=5, **style)
+        axes.set(xlabel=unit + MEASURES[x], ylabel=QUALITY.get(y) or MEASURES[y])
+        axes.legend(frameon=False, fontsize=8)
+
+    return _figure(draw)
+
+
+def _positions(results: list[Result], x: str, y: str) -> str:
+    def draw(axes: Any) -> None:
+        for index, result in enumerate(results):
+            exits = [item["exits"] for item in result["items"]]
+            longest = max(map(len, exits))
+            # Only as far as a tenth of the answers go.
+            places = [place for place in range(longest) if 10 * sum(len(one) > place for one in exits) >= len(exits)]
+            means = [fmean(one[place] for one in exits if len(one) > place) for place in places]
+            style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "linestyle": "-:"[(index // 6) % 2]}
+            label = result["condition"]["name"]
+            axes.plot([place + 1 for place in places], means, label=label, markersize=3, linewidth=1.2, **style)
+        axes.set(xlabel="token of the answer", ylabel="mean blocks run", ylim=(0, results[0]["blocks"] * 1.05))
+        axes.legend(frameon=False, fontsize=7, loc="lower left")
+
+    return _figure(draw)
+
+
+def _table(results: list[Result]) -> str:
+    names = [name for name in (*QUALITY, *MEASURES) if name in results[0]["summary"]]
+    titles = QUALITY | MEASURES
+    head = "".join(f"<th>{escape(titles[name])}</th>" for name in names)
+    rows = []
+    for _, some in _curves(results):
+        for result in sorted(some, key=lambda one: -one["summary"].get("mean_blocks", {"mean": 0})["mean"]):
+            cells = "".join(_cell(name, result["summary"][name]) for name in names)
+            rows.append(f"<tr><th>{escape(result['condition']['name'])}</th>{cells}</tr>")
+    return f'<div class="wide"><table><tr><th>condition</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _cell(name: str, value: dict[str, float]) -> str:
+    def shown(number: float) -> str:
+        if name.startswith("flops_per"):
+            return f"{number / 1e6:,.0f} M"
+        if name == "flops_saved":
+            return f"{number:.1%}"
+        return f"{number:.1f}" if abs(number) >= 10 else f"{number:.3f}"
+
+    return f"<td>{shown(value['mean'])}<br><small>{shown(value['low'])} – {shown(value['high'])}</small></td>"
+
+
+def _answers(results: list[Result], count: int = 3) -> str:
+    """The first few answers of every condition with exits, each token in the shade of the block it left at."""
+    early = [result for result in results if result["condition"]["policy"] is not None]
+    if not early:
+        return ""
+    blocks = results[0]["blocks"]
+    parts = [
+        f"<h3>Some answers</h3><p>The first {count} questions. The darker a token's mark, the earlier it left; the block is"
+    ]
+    parts.append(" in its tooltip, and below the answer for tokens that left early.</p>")
+    for number in range(min(count, len(early[0]["items"]))):
+        item = early[0]["items"][number]
+        parts.append(f"<h4>{escape(item['question'])}</h4><dl><dt>full depth</dt><dd>{escape(item['full_text'])}</dd>")
+        for result in early:
+            one = result["items"][number]
+            spans = "".join(
+                f'<span class="e{_shade(block, blocks)}" title="block {block}">{escape(piece)}</span>'
+                for piece, block in zip(one["pieces"], one["exits"], strict=True)
+            )
+            left = [f"{place}: {block}" for place, block in enumerate(one["exits"], start=1) if block < blocks]
+            small = f"<br><small>left early, token: block — {', '.join(left)}</small>" if left else ""
+            parts.append(f"<dt>{escape(result['condition']['name'])}</dt><dd>{spans}{small}</dd>")
+        parts.append("</dl>")
+    return "\n".join(parts)
+
+
+def _shade(block: int, blocks: int) -> int:
+    """0 for full depth, up to 4 for the earliest."""
+    return 0 if block >= blocks else 4 - min(3, 4 * block // blocks)
+
+
+def _runs(results: list[Result]) -> str:
+    parts = []
+    for command, some in groupby(results, key=lambda result: result["command"]):
+        first = next(some)
+        known = {
+            "model": f"{first['model']['name']}, {first['model']['weights']}, SHA-256 {first['model']['sha256'][:16]}",
+            "data": f"{first['task']['source']}, SHA-256 {first['task']['sha256'][:16]}",
+            "exits": json.dumps(first["exits"]) if first["exits"] else "none for the first condition",
+            "machine": ", ".join(f"{name} {value}" for name, value in first["machine"].items()),
+            "peak memory": f"{first['peak_memory_bytes'] / 2**30:.1f} GiB",
+            "seed": str(first["seed"]),
+        }
+        rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in known.items())
+        parts.append(f"<pre>{escape(command)}</pre><dl>{rows}</dl>")
+    return "\n".join(parts)
+
+
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>offramp: early exits</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --ink: #222; --page: #fff; --line: #ccc; --mark: 0, 114, 178; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --page: #181818; --line: #555; --mark: 86, 180, 233; } }
+body { color: var(--ink); background: var(--page); font: 16px/1.5 system-ui, sans-serif; margin: 0; }
+main { max-width: 60rem; margin: 0 auto; padding: 1rem; }
+figure { display: inline-block; width: min(100%, 28rem); margin: 0 0.5rem 1rem 0; vertical-align: top; }
+figure svg { width: 100%; height: auto; }
+figcaption { font-size: 0.9rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.5rem; text-align: right; }
+th:first-child { text-align: left; min-width: 9rem; }
+td small { white-space: nowrap; }
+dt { font-size: 0.85rem; font-weight: 600; }
+dd { margin: 0 0 0.5rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.e1 { background: rgba(var(--mark), 0.15); }
+.e2 { background: rgba(var(--mark), 0.3); }
+.e3 { background: rgba(var(--mark), 0.45); }
+.e4 { background: rgba(var(--mark), 0.6); }
+@media print { nav { display: none; } figure, tr, dl { break-inside: avoid; } .wide { overflow: visible; } }
+</style>
+</head>
+<body>
+"""

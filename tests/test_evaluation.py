@@ -1,0 +1,157 @@
+"""Evaluating a condition: the books add up, an interrupted run goes on, likelihoods are the library's."""
+
+from __future__ import annotations
+
+import json
+from statistics import fmean
+
+import pytest
+import torch
+
+from conftest import BLOCKS, tiny
+from offramp import Engine, Policy
+from offramp.errors import BadInput, CorruptFile
+from offramp.evaluation import (
+    Condition,
+    Evaluation,
+    Forced,
+    difference,
+    load_results,
+    log_likelihood,
+    save_results,
+    summary,
+)
+from offramp.tasks import Item, Task, score_coqa
+from test_engine import exits_for
+
+
+def task(count: int = 6, **changed) -> Task:
+    items = [
+        Item(str(n), f"Question {n}?", f"Q: Question {n}?\nA:", ("one", "two"), ("three",), "two") for n in range(count)
+    ]
+    usual = {"name": "coqa", "items": items, "stop": ("\n",), "max_tokens": 8, "score": score_coqa}
+    return Task(**{**usual, **SOURCE, **changed})
+
+
+SOURCE = {"source": "made up", "sha256": "0"}
+
+
+def evaluation(folder, batch: int = 1, **changed) -> Evaluation:
+    return Evaluation(tiny("llama"), task(**changed), folder / "work", batch=batch, command="offramp eval")
+
+
+OPEN = Condition("project", Policy((0.5,) * 3), exits_for("llama"))
+
+
+def test_a_result_is_what_the_engine_gives(tmp_path) -> None:
+    run = evaluation(tmp_path)
+    full, early = run.run(Condition()), run.run(OPEN)
+    engine = Engine(tiny("llama"), OPEN.exits, OPEN.policy)
+    for item, kept in zip(run.task.items, early["items"], strict=True):
+        answer = engine.generate_ids(tiny("llama").tokenizer(item.prompt)["input_ids"], 8, ("\n",))
+        assert kept["text"] == answer.text
+        assert kept["exits"] == [token.exit_block for token in answer.tokens]
+        assert kept["scores"] == score_coqa(answer.text.strip(), item)
+        assert kept["measures"]["flops_saved"] == pytest.approx(answer.flops_saved)
+        assert kept["measures"]["mean_blocks"] == answer.mean_blocks
+        assert kept["measures"]["flops_per_request"] > kept["measures"]["flops_per_token"] * len(answer.tokens)
+    assert full["summary"]["token_f1"] == {"mean": 1, "low": 1, "high": 1}
+    assert full["summary"]["mean_blocks"]["mean"] == BLOCKS
+    assert early["summary"]["token_f1"]["mean"] == pytest.approx(
+        fmean(one["measures"]["token_f1"] for one in early["items"])
+    )
+    assert (
+        early["summary"]["token_f1"]["low"] <= early["summary"]["token_f1"]["mean"] <= early["summary"]["token_f1"]["high"]
+    )
+    assert sum(early["exit_histogram"].values()) == sum(len(one["exits"]) for one in early["items"])
+    assert early["condition"]["policy"]["thresholds"] == (0.5,) * 3
+    assert early["machine"]["torch"]
+    assert early["peak_memory_bytes"] > 10**7
+
+
+def test_side_by_side_gives_the_same_answers(tmp_path) -> None:
+    alone, together = (evaluation(tmp_path / str(batch), batch).run(OPEN) for batch in (1, 4))
+    assert [one["text"] for one in alone["items"]] == [one["text"] for one in together["items"]]
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
+    straight = evaluation(tmp_path / "straight").run(OPEN)
+    run = evaluation(tmp_path / "resumed")
+
+    def interrupt(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage != "full depth" and done == 3:
+            raise KeyboardInterrupt
+
+    run.progress = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run.run(OPEN)
+    file = max(run.work.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(file.read_text().splitlines()) == 3
+    file.write_text(file.read_text() + '{"id": "3", "te')  # cut off while it was written
+    answered: list[int] = []
+    generate = Engine.generate_batch
+    monkeypatch.setattr(Engine, "generate_batch", lambda self, *a: answered.append(1) or generate(self, *a))
+    resumed = evaluation(tmp_path / "resumed").run(OPEN)
+    assert len(answered) == 3
+    for one, other in zip(straight["items"], resumed["items"], strict=True):
+        assert (one["id"], one["text"], one["scores"]) == (other["id"], other["text"], other["scores"])
+    file.write_text("{}\n")
+    with pytest.raises(CorruptFile, match="damaged"):
+        evaluation(tmp_path / "resumed").run(OPEN)
+
+
+@torch.inference_mode()
+def test_log_likelihoods_are_the_librarys(family: str) -> None:
+    backbone, forced = tiny(family), Forced()
+    prompt, continuation = "Some words", " and more of them"
+    ids = torch.tensor([backbone.tokenizer(prompt + continuation)["input_ids"]])
+    start = len(backbone.tokenizer(prompt)["input_ids"])
+    logp = backbone.model(ids).logits.float().log_softmax(-1)[0, start - 1 : -1]
+    wanted = float(logp.gather(1, ids[0, start:, None]).sum())
+    for engine in (
+        Engine(backbone, sampling=forced),
+        Engine(backbone, exits_for(family), Policy((0.5,) * 3), "verify", forced),
+    ):
+        assert log_likelihood(engine, forced, prompt, continuation) == pytest.approx(wanted, abs=1e-3)
+    early = Engine(backbone, exits_for(family), Policy((0.0,) * 3), "project", forced)
+    assert log_likelihood(early, forced, prompt, continuation) != pytest.approx(wanted, abs=1e-3)
+
+
+def test_multiple_choice_is_scored_by_likelihood(tmp_path) -> None:
+    run = evaluation(tmp_path, multiple_choice=True, score=lambda answer, item: {})
+    full, early = run.run(Condition()), run.run(OPEN)
+    assert full["summary"]["same_choice"]["mean"] == 1
+    assert 0 <= early["summary"]["mc2"]["mean"] <= 1
+    forced = Forced()
+    engine = Engine(tiny("llama"), sampling=forced)
+    assert full["items"][0]["right"] == [
+        pytest.approx(log_likelihood(engine, forced, run.task.items[0].prompt, f" {answer}")) for answer in ("two", "one")
+    ]
+
+
+def test_intervals_cover_and_differences_are_paired() -> None:
+    def items(values):
+        return [{"id": str(n), "scores": {"f1": value}, "measures": {}} for n, value in enumerate(values)]
+
+    low = items([0.1 * (n % 5) for n in range(200)])
+    high = items([0.1 * (n % 5) + 0.05 for n in range(200)])
+    found = summary(low)["f1"]
+    assert found["mean"] == pytest.approx(0.2)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.1414 / 200**0.5, rel=0.15)
+    gap = difference(high[::-1], low, "f1")
+    assert (gap["low"], gap["mean"], gap["high"]) == pytest.approx((0.05, 0.05, 0.05))
+
+
+def test_results_are_kept_and_others_refused(tmp_path) -> None:
+    result = evaluation(tmp_path).run(OPEN)
+    save_results([result], tmp_path / "out.json")
+    assert load_results([tmp_path / "out.json"]) == json.loads(json.dumps([result]))
+    (tmp_path / "other.json").write_text('{"results": [{"offramp": 1}]}')
+    for name in ("other.json", "nowhere.json"):
+        with pytest.raises(BadInput, match="holds no results"):
+            load_results([tmp_path / name])
+
+
+def test_a_task_without_questions_is_refused(tmp_path) -> None:
+    with pytest.raises(BadInput, match="no questions"):
+        evaluation(tmp_path, count=0).run(OPEN)

@@ -1,0 +1,84 @@
+"""The harness' own model and ours, on the Mamba weights that come with offramp: the same answers and likelihoods."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+PAIRS = [
+    ("Question: What is the capital of France?\nAnswer:", " Paris"),
+    ("The King was ", "dead and gone"),
+    ("", "Once upon a time"),
+]
+
+
+def requests(*arguments):
+    return [SimpleNamespace(args=one) for one in arguments]
+
+
+@pytest.fixture(scope="module")
+def ours():
+    from offramp.harness import Harnessed
+
+    return Harnessed("mamba-tiny", threshold=1.0, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from offramp.sources import MODELS
+
+    folder = str(MODELS / "mamba-tiny")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.inference_mode()
+def test_likelihoods_are_the_librarys(ours, theirs) -> None:
+    model, tokenizer = theirs
+    for (context, continuation), (total, best) in zip(PAIRS, ours.loglikelihood(requests(*PAIRS)), strict=True):
+        before = tokenizer(context.rstrip())["input_ids"] or [tokenizer.eos_token_id]
+        whole = tokenizer(context + continuation)["input_ids"]
+        tokens = whole[len(before) :] if context else whole
+        logp = model(torch.tensor([before + tokens])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        assert total == pytest.approx(float(logp.gather(1, torch.tensor(tokens)[:, None]).sum()), abs=1e-3)
+        assert best == (logp.argmax(-1).tolist() == tokens)
+
+
+@torch.inference_mode()
+def test_a_rolling_likelihood_counts_every_token(ours, theirs) -> None:
+    model, tokenizer = theirs
+    text = "It was a dark and stormy night."
+    ids = tokenizer(text)["input_ids"]
+    logp = model(torch.tensor([[tokenizer.bos_token_id, *ids]])).logits[0, :-1].log_softmax(-1)
+    wanted = float(logp.gather(1, torch.tensor(ids)[:, None]).sum())
+    assert ours.loglikelihood_rolling(requests((text,))) == [pytest.approx(wanted, abs=1e-3)]
+
+
+@torch.inference_mode()
+def test_answers_are_the_librarys_up_to_where_they_stop(ours, theirs) -> None:
+    model, tokenizer = theirs
+    ids = torch.tensor([tokenizer(PAIRS[0][0])["input_ids"]])
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    asked = requests(
+        (PAIRS[0][0], {"until": [], "max_gen_toks": 12}), (PAIRS[0][0], {"until": [text[6]], "max_gen_toks": 12})
+    )
+    whole, cut = ours.generate_until(asked)
+    assert whole == text
+    assert cut == text[: text.index(text[6])]
+
+
+def test_the_harness_knows_the_model() -> None:
+    command = [sys.executable, "-m", "offramp.harness", "ls", "tasks"]
+    assert "truthfulqa_gen" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    from lm_eval.api.registry import get_model
+
+    from offramp.harness import Harnessed
+
+    assert get_model("offramp") is Harnessed

@@ -1,0 +1,99 @@
+"""The report in a real browser: nothing is fetched, nothing fails, the figures and the answers are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny
+from offramp import Policy
+from offramp.errors import BadInput
+from offramp.evaluation import Condition, Evaluation
+from offramp.report import write
+from test_engine import exits_for
+from test_evaluation import task
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    exits = exits_for("llama", "ffn")
+    conditions = [Condition(), *(Condition("project", Policy((one,) * 3), exits) for one in (0.3, 0.5, 0.9))]
+    plain = Evaluation(tiny("llama"), task(), work, command="offramp eval <tiny>")
+    choice = Evaluation(
+        tiny("llama"),
+        task(name="truthfulqa-mc", multiple_choice=True, score=lambda answer, item: {}),
+        work,
+        command="other",
+    )
+    return [one.run(condition) for one in (plain, choice) for condition in conditions]
+
+
+@pytest.fixture(scope="module")
+def page(results, tmp_path_factory) -> Path:
+    page = tmp_path_factory.mktemp("report") / "report.html"
+    write(results, page)
+    return page
+
+
+def test_the_page_holds_everything_by_itself(page: Path, results) -> None:
+    text = page.read_text()
+    assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)
+    assert text.count("<svg") == 4
+    assert all(one["condition"]["name"] in text for one in results)
+    assert "offramp eval &lt;tiny&gt;" in text  # escaped
+    assert "#010203" not in text
+    figures = sorted((page.parent / "report-figures").glob("*.svg"))
+    assert len(figures) == 4
+    assert all("currentColor" not in figure.read_text() for figure in figures)
+
+
+def test_the_same_results_give_the_same_page(page: Path, results, tmp_path) -> None:
+    write(results, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == page.read_bytes()
+
+
+def test_no_results_are_refused(tmp_path) -> None:
+    with pytest.raises(BadInput, match="no results"):
+        write([], tmp_path / "report.html")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+@pytest.mark.parametrize(
+    ("name", "size", "flags"), [("desktop", "1200,2600", ()), ("phone", "390,3200", ("--force-dark-mode",))]
+)
+def test_a_browser_shows_it_without_an_error(page: Path, tmp_path, name: str, size: str, flags: tuple[str, ...]) -> None:
+    assert CHROMIUM
+    common = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        f"--window-size={size}",
+    ]
+    common += ["--enable-logging=stderr", "--v=0", *flags]
+    picture = Path(os.environ.get("OFFRAMP_ARTEFACTS", tmp_path)) / f"report-{name}.png"
+    done = subprocess.run([*common, f"--screenshot={picture}", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert picture.stat().st_size > 20_000
+    assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    # A page that measures itself as it is laid out: nothing overlaps the edge, and every figure has a size.
+    probe = tmp_path / "probe.html"
+    script = (
+        "<script>addEventListener('load', () => { const shown = [...document.querySelectorAll('figure svg')]"
+        ".filter(one => one.getBoundingClientRect().height > 50).length;"
+        "document.title = `figures ${shown} wider ${document.documentElement.scrollWidth > innerWidth}`; })</script></body>"
+    )
+    probe.write_text(page.read_text().replace("</body>", script))
+    done = subprocess.run([*common, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "<title>figures 4 wider false</title>" in done.stdout

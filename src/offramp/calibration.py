@@ -235,11 +235,14 @@ def calibrate(
     kind: str = "thresholds",
     confidence: str = "gate",
     max_tokens: int = 48,
+    stop: tuple[str, ...] = (),
+    raw: bool = False,
     reference: Backbone | None = None,
     progress: Progress = lambda *_: None,
 ) -> Calibration:
     """Find the boldest policy that the questions vouch for; give it to `exits.policy` and keep the record with the exits.
 
+    Answers end after `max_tokens` and before a text of `stop`; `raw` prompts take no chat template.
     `reference`: another model to compare with than the exits' own at full depth, with the same tokenizer, such as the one
     that it was tuned from. Which prompts are the pilot's is decided by their hash, not their order. Raises `BadInput` for
     settings that make no sense and for too few prompts.
@@ -254,17 +257,19 @@ def calibrate(
     questions = sorted(questions, key=lambda one: hashlib.sha256(one.prompt.encode()).digest())
     first = max(1, round(PILOT * len(questions)))
     loss_of = LOSSES[loss]
-    ids = [backbone.encode(question.prompt) for question in questions]
-    references = answers(
-        Engine(reference or backbone), ids, max_tokens, lambda done: progress("full depth", done, len(ids))
-    )
+    ids = [backbone.encode(question.prompt, raw) for question in questions]
+
+    def said(done: int) -> None:
+        progress("full depth", done, len(ids))
+
+    references = answers(Engine(reference or backbone), ids, max_tokens, stop, said)
 
     def gain(answer: Generation) -> float:
         """Deferred blocks are run after all, only fewer times."""
         return 1 - 1 / answer.tokens_per_deep_pass if fill == "defer" else answer.flops_saved
 
     def losses(policy: Policy, part: slice) -> tuple[list[float], list[Generation]]:
-        given = answers(Engine(backbone, exits, policy, fill), ids[part], max_tokens)
+        given = answers(Engine(backbone, exits, policy, fill), ids[part], max_tokens, stop)
         pairs = zip(given, references[part], questions[part], strict=True)
         return [loss_of(early, full, question) for early, full, question in pairs], given
 
@@ -316,14 +321,18 @@ def calibrate(
 
 
 def answers(
-    engine: Engine, prompts: list[list[int]], max_tokens: int, done: Callable[[int], None] = lambda _: None
+    engine: Engine,
+    prompts: list[list[int]],
+    max_tokens: int,
+    stop: tuple[str, ...] = (),
+    done: Callable[[int], None] = lambda _: None,
 ) -> list[Generation]:
     """An answer to each prompt, some side by side, the longest prompts first so that they fit together."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     given: dict[int, Generation] = {}
     for at in range(0, len(order), BATCH):
         some = order[at : at + BATCH]
-        given.update(zip(some, engine.generate_batch([prompts[index] for index in some], max_tokens), strict=True))
+        given.update(zip(some, engine.generate_batch([prompts[index] for index in some], max_tokens, stop), strict=True))
         done(len(given))
     return [given[index] for index in range(len(prompts))]
 

@@ -71,6 +71,11 @@ Dtype = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for another program to read.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the model's chat template.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be repeated.")]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="Compare with this model's full depth instead: the one that MODEL was tuned from."),
+]
 Penalty = Annotated[float, typer.Option(help="Repetition penalty; 1 is none.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most probable token; above, tokens are drawn.")]
 TopK = Annotated[int, typer.Option(help="Draw from so many most probable tokens; 0: from all.")]
@@ -172,7 +177,7 @@ def generate(
     min_p: MinP = 0.0,
     seed: Seed = 0,
     repetition_penalty: Penalty = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text. May be repeated.")] = None,
+    stop: Stop = None,
     raw: Raw = False,
     compare: Annotated[bool, typer.Option("--compare", help="Also answer at full depth, and compare.")] = False,
     prompts: Annotated[
@@ -383,9 +388,9 @@ def calibrate(
     confidence: Confidence = None,
     fill: Fill = "project",
     max_tokens: MaxTokens = 48,
-    reference: Annotated[
-        str | None, typer.Option(help="Compare with this model's full depth instead: the one that MODEL was tuned from.")
-    ] = None,
+    stop: Stop = None,
+    raw: Raw = False,
+    reference: Reference = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
@@ -403,7 +408,8 @@ def calibrate(
     other = _load(reference, dtype) if reference else None
     chosen = confidence or found.policy.confidence
     with _progress() as progress:
-        record = calibrate(backbone, found, questions, risk, delta, loss, fill, policy, chosen, max_tokens, other, progress)
+        settings = (risk, delta, loss, fill, policy, chosen, max_tokens, tuple(stop or ()), raw, other)
+        record = calibrate(backbone, found, questions, *settings, progress)
     if exits and folder == Path(exits):
         found.save_record(folder)
     else:
@@ -483,9 +489,7 @@ def evaluate(
     confidence: Confidence = None,
     decay: Decay = 0.0,
     dtype: Dtype = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Compare with this model's full depth instead: the one that MODEL was tuned from.")
-    ] = None,
+    reference: Reference = None,
     limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
     batch: Annotated[int, typer.Option(help="So many answers side by side.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the intervals' resampling.")] = 0,

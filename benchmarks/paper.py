@@ -1,0 +1,145 @@
+"""The experiment of DYNAMAX (arXiv 2504.20922) on small models: gates, fills, and what they keep of three tasks' answers.
+
+    .venv/bin/python benchmarks/paper.py --truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json [--quick]
+
+For each model: gates `linear`, `ffn` and `mamba`, trained on the same own answers beside the same read-outs, and the
+training-free `max-prob`, each at five thresholds and at the one calibrated for the task (risk 0.05, on questions that are
+not scored); then, with the gate that saves most at its calibrated point, every fill. Of CoQA, all turns of five
+conversations. Without files, the tasks come from the hub.
+
+Interrupted, the same command goes on. Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import shlex
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import offramp
+from exits import with_gate
+from offramp import Exits, Policy
+from offramp.backbone import Backbone
+from offramp.calibration import Question, calibrate
+from offramp.errors import OfframpError
+from offramp.evaluation import Condition, Evaluation, load_results, save_results
+from offramp.policy import TRAINING_FREE
+from offramp.report import write
+from offramp.tasks import Task, load_task
+from offramp.training import TrainConfig, Trainer, gather
+
+GATES = ("linear", "ffn", "mamba", "max-prob")
+THRESHOLDS = (0.98, 0.95, 0.9, 0.8, 0.6)
+FILLS = ("project", "freeze", "copy", "defer", "verify")
+
+
+def trained(backbone: Backbone, prompts: int | None, work: Path) -> dict[str, Exits]:
+    """Exits with each gate, beside the read-outs that ship for the model; kept in the folder `work`."""
+    base = offramp.shipped_for(backbone)
+    assert base, f"no exits ship for {backbone.name}"
+    config = TrainConfig(max_prompts=prompts)
+    found: dict[str, Exits] = {}
+    missing = [gate for gate in GATES if gate not in TRAINING_FREE and not (work / gate / "offramp.json").exists()]
+    if missing:
+        data = gather(backbone, config, base.config.layers, work / "text")
+        labelled = Trainer(backbone, base, config, work).labels(data.gates)
+        for gate in missing:
+            torch.manual_seed(config.seed)
+            exits = with_gate(backbone, base, gate, base.config.readout)
+            (work / gate).mkdir(parents=True, exist_ok=True)
+            trainer = Trainer(backbone, exits, config, work / gate)
+            trainer.standardise(data.adapters, "gate")
+            trainer.fit_gates(labelled)
+            exits.modules.eval().requires_grad_(False)
+            exits.training = {"command": shlex.join(sys.argv), "gate": gate, "read-outs": base.training.get("command")}
+            exits.save(work / gate)
+    for gate in GATES:
+        found[gate] = copy.copy(found["linear"]) if gate in TRAINING_FREE else Exits.load(work / gate, backbone)
+    return found
+
+
+def calibrated(exits: Exits, confidence: str, backbone: Backbone, task: Task, questions: list[Question]) -> Exits:
+    """The same exits with the boldest thresholds that the questions vouch for."""
+    exits = copy.copy(exits)
+    calibrate(backbone, exits, questions, confidence=confidence, max_tokens=task.max_tokens, stop=task.stop, raw=True)
+    return exits
+
+
+def run(name: str, task_name: str, data: Path | None, args: argparse.Namespace) -> Path:
+    file = args.work / f"{name}-{task_name}.json"
+    if file.exists():
+        return file
+    backbone = offramp.load(name)
+    everything = load_task(task_name, data)
+    count = args.count
+    if task_name == "coqa":
+        stories = list(dict.fromkeys(item.id.partition("/")[0] for item in everything.items))[: 1 if args.quick else 5]
+        count = sum(item.id.partition("/")[0] in stories for item in everything.items)
+    asked = replace(everything, items=everything.items[:count])
+    others = [Question(item.prompt) for item in everything.items[count:]][: args.calibration]
+    gates = trained(backbone, args.prompts, args.work / name)
+    kept = args.work / f".{name}-{task_name}"
+
+    def said(stage: str, done: int, total: int, note: str = "") -> None:
+        if done == total:
+            print(f"{time.strftime('%H:%M:%S')} {name} {task_name} {stage} {note}", flush=True)
+
+    evaluation = Evaluation(backbone, asked, kept, command=shlex.join(sys.argv), progress=said)
+    results = [evaluation.run(Condition())]
+    best: tuple[float, Any] = (0.0, None)
+    for gate, exits in gates.items():
+        confidence = gate if gate in TRAINING_FREE else "gate"
+        for threshold in args.thresholds:
+            policy = Policy((threshold,) * len(exits), confidence)
+            results.append(evaluation.run(Condition("project", policy, exits)))
+        if others:
+            chosen = calibrated(exits, confidence, backbone, everything, others)
+            results.append(evaluation.run(Condition("project", None, chosen)))
+            saved = results[-1]["summary"]["flops_saved"]["mean"]
+            if saved > best[0]:
+                best = saved, chosen
+    if best[1] is None:  # nothing passed, or nothing to calibrate on: a strict threshold of the paper's own gate
+        best = 0.0, gates["mamba"]
+    policy = best[1].policy if best[0] else Policy((0.9,) * len(best[1]))
+    for fill in FILLS[1:]:
+        if fill != "freeze" or "mamba" in backbone.kinds:
+            results.append(evaluation.run(Condition(fill, policy, best[1])))
+    save_results(results, file)
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--truthfulqa", type=Path)
+    parser.add_argument("--triviaqa", type=Path)
+    parser.add_argument("--coqa", type=Path)
+    parser.add_argument("--models", default="smollm2,mamba-tiny,mamba-tiny-ee")
+    parser.add_argument("--count", type=int, default=100, help="questions of each task")
+    parser.add_argument("--calibration", type=int, default=300, help="other questions to calibrate on")
+    parser.add_argument("--prompts", type=int, help="prompts whose answers gates learn from; default: all of offramp's")
+    parser.add_argument("--quick", action="store_true", help="20 minutes: few questions, two thresholds, no calibration")
+    parser.add_argument("--work", type=Path, default=Path("build/paper"))
+    args = parser.parse_args()
+    args.thresholds = THRESHOLDS
+    if args.quick:
+        args.count, args.calibration, args.prompts, args.thresholds = 12, 0, 100, THRESHOLDS[1:4:2]
+    files = []
+    try:
+        for name in args.models.split(","):
+            for task in ("truthfulqa", "triviaqa", "coqa"):
+                files.append(run(name, task, getattr(args, task), args))
+        figures = write(load_results(files), args.work / "report.html")
+    except OfframpError as error:
+        parser.error(f"{error} {error.hint}")
+    print(f"{args.work / 'report.html'}, and {len(figures)} figures")
+
+
+if __name__ == "__main__":
+    main()

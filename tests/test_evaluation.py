@@ -17,7 +17,7 @@ from offramp.evaluation import (
     Forced,
     difference,
     load_results,
-    log_likelihood,
+    log_likelihoods,
     save_results,
     summary,
 )
@@ -112,9 +112,10 @@ def test_log_likelihoods_are_the_librarys(family: str) -> None:
         Engine(backbone, sampling=forced),
         Engine(backbone, exits_for(family), Policy((0.5,) * 3), "verify", forced),
     ):
-        assert log_likelihood(engine, forced, prompt, continuation) == pytest.approx(wanted, abs=1e-3)
+        alone, *_, again = log_likelihoods(engine, forced, prompt, [continuation, " something else", continuation])
+        assert alone == again == pytest.approx(wanted, abs=1e-3)
     early = Engine(backbone, exits_for(family), Policy((0.0,) * 3), "project", forced)
-    assert log_likelihood(early, forced, prompt, continuation) != pytest.approx(wanted, abs=1e-3)
+    assert log_likelihoods(early, forced, prompt, [continuation]) != [pytest.approx(wanted, abs=1e-3)]
 
 
 def test_multiple_choice_is_scored_by_likelihood(tmp_path) -> None:
@@ -124,9 +125,8 @@ def test_multiple_choice_is_scored_by_likelihood(tmp_path) -> None:
     assert 0 <= early["summary"]["mc2"]["mean"] <= 1
     forced = Forced()
     engine = Engine(tiny("llama"), sampling=forced)
-    assert full["items"][0]["right"] == [
-        pytest.approx(log_likelihood(engine, forced, run.task.items[0].prompt, f" {answer}")) for answer in ("two", "one")
-    ]
+    wanted = log_likelihoods(engine, forced, run.task.items[0].prompt, [" two", " one"])
+    assert full["items"][0]["right"] == pytest.approx(wanted)
 
 
 def test_intervals_cover_and_differences_are_paired() -> None:

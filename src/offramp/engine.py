@@ -171,6 +171,11 @@ class Engine:
         self._gate_flops = [exit_part(exit.gate) for exit, _ in self._open]
         self._adapter_flops = [exit_part(exit.adapter) for exit, _ in self._open]
 
+    @property
+    def parts(self) -> list[torch.nn.Module]:
+        """The gates and the read-outs' adapters that are in use."""
+        return [part for exit, _ in self._open for part in (exit.gate, exit.adapter)]
+
     def generate(self, prompt: str, max_tokens: int = 128, stop: tuple[str, ...] = (), raw: bool = False) -> Generation:
         """Answer a prompt: `stream` run to its end, with times and totals."""
         return self.generate_ids(self.backbone.encode(prompt, raw), max_tokens, stop)

@@ -7,6 +7,7 @@ each answer is kept at once, so that an interrupted run goes on. A Result holds 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from offramp.backbone import Backbone
 from offramp.bench import machine
-from offramp.engine import Engine, Generation
+from offramp.engine import Engine, Generation, Talk
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits import Exits
 from offramp.metrics import token_f1
@@ -202,10 +203,9 @@ class Evaluation:
         forced = Forced()
         engine = condition.engine(backbone, forced)
         for item in items:
-            right, wrong = (
-                [log_likelihood(engine, forced, item.prompt, f" {answer}") for answer in some] for some in choices(item)
-            )
-            yield item.id, {"right": right, "wrong": wrong}
+            right, wrong = choices(item)
+            found = log_likelihoods(engine, forced, item.prompt, [f" {answer}" for answer in (*right, *wrong)])
+            yield item.id, {"right": found[: len(right)], "wrong": found[len(right) :]}
 
 
 class Forced:
@@ -227,20 +227,31 @@ class Forced:
         return token
 
 
-def log_likelihood(engine: Engine, forced: Forced, prompt: str, continuation: str) -> float:
-    """log P(continuation | prompt) by an engine that decodes with `forced`, in nats; exits leave as they would decoding."""
+def log_likelihoods(engine: Engine, forced: Forced, prompt: str, continuations: list[str]) -> list[float]:
+    """log P(continuation | prompt) of each, in nats, by an engine that decodes with `forced`.
+
+    Exits leave as they would decoding. The prompt is read once.
+    """
     tokenizer = engine.backbone.tokenizer
-    before, whole = (list(tokenizer(text)["input_ids"]) for text in (prompt, prompt + continuation))
-    return log_likelihood_of(engine, forced, before, whole[len(before) :])
+    before = list(tokenizer(prompt)["input_ids"])
+    wholes = [list(tokenizer(prompt + continuation)["input_ids"]) for continuation in continuations]
+    tokens = [whole[len(before) :] for whole in wholes]
+    before = before[-max(1, engine.backbone.context - max(map(len, tokens))) :]
+    read = Talk()
+    next(engine.stream_ids(before, 1, talk=read))
+    shared = {id(part): part for part in engine.parts}  # weights need no copies
+    return [log_likelihood_of(engine, forced, before, some, copy.deepcopy(read, dict(shared))) for some in tokens]
 
 
-def log_likelihood_of(engine: Engine, forced: Forced, before: list[int], tokens: list[int]) -> float:
-    """`log_likelihood` from token ids; a prompt that is too long loses its beginning."""
+def log_likelihood_of(
+    engine: Engine, forced: Forced, before: list[int], tokens: list[int], talk: Talk | None = None
+) -> float:
+    """One of `log_likelihoods`, from token ids; a prompt that is too long loses its beginning."""
     if not tokens:
         return 0.0
     before = before[-max(1, engine.backbone.context - len(tokens)) :]
     forced.begin(len(before), tokens)
-    for _ in engine.stream_batch([before], len(tokens), ends=frozenset()):
+    for _ in engine.stream_batch([before], len(tokens), talks=[talk or Talk()], ends=frozenset()):
         pass
     return sum(forced.logp.values())
 

@@ -48,12 +48,12 @@ def page(results, tmp_path_factory) -> Path:
 def test_the_page_holds_everything_by_itself(page: Path, results) -> None:
     text = page.read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     assert all(one["condition"]["name"] in text for one in results)
     assert "offramp eval &lt;tiny&gt;" in text  # escaped
     assert "#010203" not in text
     figures = sorted((page.parent / "report-figures").glob("*.svg"))
-    assert len(figures) == 4
+    assert len(figures) == 5
     assert all("currentColor" not in figure.read_text() for figure in figures)
 
 
@@ -96,4 +96,4 @@ def test_a_browser_shows_it_without_an_error(page: Path, tmp_path, name: str, si
     )
     probe.write_text(page.read_text().replace("</body>", script))
     done = subprocess.run([*common, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "<title>figures 4 wider false</title>" in done.stdout
+    assert "<title>figures 5 wider false</title>" in done.stdout

@@ -112,6 +112,7 @@ def _section(model: str, task: str, results: list[Result], figures: dict[str, st
             "cost": (_pareto, quality, "flops_per_token", f"{QUALITY[quality]} against FLOPs a token"),
             "latency": (_pareto, quality, "tokens_per_second", f"{QUALITY[quality]} against speed"),
             "consistency": (_pareto, "token_f1", "flops_saved", "Consistency against FLOPs saved"),
+            "depth": (_pareto, "token_f1", "mean_blocks", "Consistency against mean blocks run"),
             "positions": (_positions, "", "", "Where tokens leave, by their place in the answer"),
         }
         for name, (draw, y, x, caption) in drawn.items():

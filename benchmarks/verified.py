@@ -1,0 +1,94 @@
+"""Are verified answers full depth's own? On a model, or on random tiny models of every family.
+
+    .venv/bin/python benchmarks/verified.py TruthfulQA.csv [--model smollm2] [--dtype float32] [--engine native]
+    .venv/bin/python benchmarks/verified.py --tiny [--count 200]
+
+Every question is answered at full depth and with `--fill verify`, and answers that differ are listed with how far apart the
+two best logits lie where they first do: in float32 only ties may differ, on the compiled path nothing may. `--engine` names
+the path that the blocks run on: native (compiled), torch (the same on torch's operators) or library (its own blocks).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+import offramp
+from exits import questions_in
+from offramp import Engine, Exits, Policy
+from offramp.backbone import Backbone
+from offramp.errors import OfframpError
+from offramp.exits import load_exits
+
+TESTS = Path(__file__).parents[1] / "tests"
+
+
+def compare(backbone: Backbone, exits: Exits, policy: Policy | None, prompts: list[list[int]], tokens: int) -> str:
+    """Answers each prompt both ways; a line on what differed, what stood and what was taken back."""
+    full, engine = Engine(backbone), Engine(backbone, exits, policy, "verify")
+    gaps, stood, rejected, count, passes = [], 0, 0, 0, 0
+    for ids in prompts:
+        whole, answer = full.generate_ids(ids, tokens), engine.generate_ids(ids, tokens)
+        end = answer.tokens[-1]
+        stood += sum(token.exit_block < backbone.n_blocks for token in answer.tokens)
+        rejected, passes, count = rejected + end.rejected, passes + end.deep_passes, count + len(answer.tokens)
+        if answer.ids != whole.ids:
+            place = next(at for at, two in enumerate(zip(answer.ids, whole.ids, strict=False)) if two[0] != two[1])
+            with torch.inference_mode():
+                best = backbone.forward(torch.tensor([ids + whole.ids[:place]]))[0, -1].topk(2).values
+            gaps.append(float(best[0] - best[1]))
+    listed = f" (best logits apart by {', '.join(f'{gap:.1e}' for gap in sorted(gaps))})" if gaps else ""
+    rate = f"{stood / (stood + rejected):.0%}" if stood + rejected else "no drafts"
+    return (
+        f"{len(prompts)} answers, {len(gaps)} differ{listed}; {stood} drafts stood, {rejected} taken back ({rate}), "
+        f"{count / max(1, passes):.2f} tokens a deep pass"
+    )
+
+
+def tiny_models(count: int) -> None:
+    sys.path.insert(0, str(TESTS))
+    from conftest import VARIANTS, tiny
+    from test_speculation import modest_exits, some_prompts
+
+    for family in VARIANTS:
+        exits = modest_exits(family)
+        print(f"{family}: {compare(tiny(family), exits, Policy((0.5,) * len(exits)), some_prompts(count), 12)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("questions", type=Path, nargs="?")
+    parser.add_argument("--tiny", action="store_true", help="random models of every family instead, with random gates")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype")
+    parser.add_argument("--engine", default="native", choices=("native", "torch", "library"))
+    parser.add_argument("--exits", type=Path)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--tokens", type=int, default=64)
+    args = parser.parse_args()
+    if args.tiny == bool(args.questions):
+        parser.error("name a file of questions, or --tiny.")
+    if args.tiny:
+        tiny_models(args.count or 200)
+        return
+    try:
+        backbone = offramp.load(args.model, args.dtype, keep=args.engine != "native")
+        if args.engine == "torch":
+            backbone.quicken(backbone.weight_format, native=False)
+        elif args.engine == "library":
+            backbone.slow()
+        exits = load_exits(args.exits, backbone, draft=True) if args.exits else offramp.shipped_for(backbone, draft=True)
+    except OfframpError as error:
+        parser.error(f"{error} {error.hint}")
+    assert exits, f"no exits ship for {args.model}"
+    prompts = [backbone.encode(question) for question in questions_in(args.questions, args.count or 100)]
+    print(
+        f"{backbone.name}, {backbone.weight_format}, {args.engine}: {compare(backbone, exits, None, prompts, args.tokens)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

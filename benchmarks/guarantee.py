@@ -145,9 +145,10 @@ def main() -> None:
 
     found: dict[str, dict[str, Any]] = {}
     print("| thresholds | mean loss | FLOPs saved | mean blocks run |\n|---|---|---|---|")
-    for line in candidates(len(exits), args.policy, exits.policy.confidence):
+    for line in candidates(len(exits), args.policy, exits.policy.confidence, backbone.vocab_size if exits.sketch else 0):
         for policy in line:
             name = " ".join(f"{threshold:.3g}" for threshold in policy.thresholds)
+            name += f", {policy.candidates} candidates" if policy.candidates else ""
             one = found[name] = kept(f"{policy.confidence} {policy.decay} {name}", lambda policy=policy: run(policy))
             loss, saved = fmean(one["losses"]), fmean(one["flops_saved"])
             print(f"| {name} | {loss:.3f} | {saved:.1%} | {one['mean_blocks']:.1f} |", flush=True)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from conftest import tiny
-from offramp import Exits, ExitsConfig, Policy
-from offramp.errors import CorruptFile, ExitsMismatch, OfframpError
+from offramp import Engine, Exits, ExitsConfig, Policy
+from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits import GATES, READOUTS, suggested_layers
+from offramp.harvest import Sequence
+from offramp.training import sketch_of
 from test_engine import exits_for
 
 
@@ -132,3 +134,88 @@ def test_suggested_layers_fit_every_depth() -> None:
         layers = suggested_layers(blocks)
         assert layers
         assert all(0 < layer < blocks for layer in layers)
+
+
+def sketched(family: str, dims: int = 32):
+    """Exits with a sketch that is exact at 32 dims, the tiny models' width, and rough below."""
+    exits = exits_for(family, "ffn")
+    backbone = tiny(family)
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (12, 40), generator=g)
+    with torch.inference_mode():
+        h, step = backbone.embed(ids)
+        h = backbone.run(h, 0, backbone.n_blocks, backbone.state(), step)
+    everything = torch.ones(40, dtype=torch.bool)
+    some = [
+        Sequence(row.int(), top[:, None], row[:, None], row[:, None], everything) for row, top in zip(ids, h, strict=True)
+    ]
+    exits.config, exits.sketch = replace(exits.config, sketch=dims), sketch_of(backbone, some, dims)
+    return exits
+
+
+@pytest.mark.parametrize("family", ["llama", "llama/native", "llama/torch", "mamba2", "gemma2", "cohere"])
+def test_a_sketch_of_all_dims_names_the_right_candidates(family: str) -> None:
+    backbone, exits = tiny(family), sketched(family)
+    whole = Engine(backbone).generate("Some words", 16)
+    for candidates in (1, 7, backbone.vocab_size):
+        policy = Policy((1.0,) * 3, candidates=candidates)
+        answer = Engine(backbone, exits, policy).generate("Some words", 16)
+        assert answer.ids == whole.ids
+        assert answer.mean_blocks == backbone.n_blocks
+    # Verified answers are full depth's, with the whole head.
+    assert Engine(backbone, exits, Policy((0.3,) * 3, candidates=1), "verify").generate("Some words", 16).ids == whole.ids
+
+
+@torch.inference_mode()
+def test_candidates_have_the_heads_own_logits_and_others_none() -> None:
+    backbone, exits = tiny("llama/native"), sketched("llama/native", dims=32)
+    h = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
+    rough = backbone.sketched(*exits.sketch, 10)(h)
+    assert rough.isfinite().sum(-1).tolist() == [[10, 10, 10]]
+    kept = rough.isfinite()
+    torch.testing.assert_close(rough[kept], backbone.logits(h)[kept])
+
+
+@torch.inference_mode()
+def test_the_sketch_errs_least_on_hidden_states_like_those_it_was_made_of() -> None:
+    """Against the plain singular vectors of the head, on correlated hidden states."""
+    torch.manual_seed(0)
+    mix = torch.randn(32, 32) @ torch.diag(torch.logspace(0, -2, 32))
+    backbone = tiny("llama")
+    h = torch.randn(400, 1, 32) @ mix.T
+    some = [Sequence(torch.zeros(400), h, torch.zeros(400, 1), torch.zeros(400, 1), torch.ones(400, dtype=torch.bool))]
+    reduce, expand = sketch_of(backbone, some, 8)
+    new = backbone.final(torch.randn(400, 32) @ mix.T)
+    weight = backbone.head_weight()
+    _, _, vectors = torch.linalg.svd(weight, full_matrices=False)
+    ours = (new - new @ reduce.T @ expand.T) @ weight.T
+    plain = (new - new @ vectors[:8].T @ vectors[:8]) @ weight.T
+    assert ours.square().mean() < 0.7 * plain.square().mean()
+
+
+def test_fewer_candidates_cost_less_and_are_counted() -> None:
+    backbone, exits = tiny("llama"), sketched("llama")
+    answers = [Engine(backbone, exits, Policy((1.0,) * 3, candidates=n)).generate("Some words", 4) for n in (200, 100, 10)]
+    assert [one.flops_saved for one in answers] == sorted(one.flops_saved for one in answers)
+    tokens = len(answers[0].tokens)
+    assert answers[0].tokens[-1].cumulative_flops - answers[1].tokens[-1].cumulative_flops == tokens * 2 * 100 * 32
+
+
+def test_a_sketch_is_kept_and_checked(tmp_path) -> None:
+    exits = sketched("llama")
+    exits.policy = Policy((1.0,) * 3, candidates=50)
+    exits.save(tmp_path)
+    loaded = Exits.load(tmp_path, tiny("llama"))
+    assert loaded.policy.candidates == 50
+    for mine, other in zip(loaded.sketch, exits.sketch, strict=True):
+        torch.testing.assert_close(mine, other.bfloat16().float())
+    exits.config = replace(exits.config, sketch=0)
+    exits.save_record(tmp_path)
+    with pytest.raises(CorruptFile, match="sketch"):
+        Exits.load(tmp_path, tiny("llama"))
+    with pytest.raises(BadInput, match="no sketch"):
+        Engine(tiny("llama"), exits_for("llama"), Policy((1.0,) * 3, candidates=50))
+    with pytest.raises(BadInput, match="there are 260 tokens"):
+        Engine(tiny("llama"), sketched("llama"), Policy((1.0,) * 3, candidates=300))
+    with pytest.raises(OfframpError, match="sketch of 33 dims"):
+        Exits.new(tiny("llama"), ExitsConfig((1,), sketch=33))

@@ -14,6 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -277,6 +278,31 @@ class Backbone:
             short = self.lean.head_of(rows)
             return lambda h: self.family.finish(short(h), self.config)
         return lambda h: self.logits(h, rows)
+
+    def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
+        """`logits` of so many tokens only, those that a sketch of the head deems likeliest; −inf for all others.
+
+        The sketch is the head behind `expand` · `reduce`, (D, k) and (k, D), of few dims k.
+        """
+        guess = self.lean.rough(expand) if self.lean else partial(F.linear, weight=self.head_weight() @ expand)
+
+        def logits(h: Tensor) -> Tensor:
+            flat = h.reshape(-1, h.shape[-1])
+            names = guess(self.final(flat) @ reduce.T).topk(candidates, dim=-1, sorted=False).indices
+            out = torch.full((len(flat), self.vocab_size), float("-inf"), device=h.device)
+            for row, some in enumerate(names):
+                out[row, some] = self.head_of(some)(flat[row : row + 1])[0]
+            return out.view(*h.shape[:-1], -1)
+
+        return logits
+
+    def final(self, h: Tensor) -> Tensor:
+        """What the head is multiplied with: the final norm of h, in float32."""
+        return self.lean.norm(h.float()) if self.lean else self.final_norm(h).float()
+
+    def head_weight(self) -> Tensor:
+        """The head's matrix, (V, D) in float32."""
+        return self.lean.head.dense() if self.lean else self.head.weight.detach().float()
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) → logits (B, T, V), full depth, nothing remembered before or after."""

@@ -35,6 +35,7 @@ from offramp.policy import PATIENCE, Policy
 
 PILOT = 0.2  # of the prompts find the path
 LONGEST = 8  # policies on the path: more would only cost time
+CANDIDATES = (8192, 4096, 2048, 1024, 512)
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
 BATCH = 8  # answers side by side
 
@@ -97,7 +98,7 @@ def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST) 
     return order[:: -(-len(order) // longest)] if order else []
 
 
-def candidates(count: int, kind: str, confidence: str = "gate") -> list[list[Policy]]:
+def candidates(count: int, kind: str, confidence: str = "gate", vocabulary: int = 0) -> list[list[Policy]]:
     """Policies for so many exits, in lines that each go from nearly closed to open.
 
     One line for each exit that may be the first open one, so deeper exits open before shallow ones can do harm:
@@ -106,13 +107,20 @@ def candidates(count: int, kind: str, confidence: str = "gate") -> list[list[Pol
     - `decay`: the same, falling along the answer over 16 tokens (CALM);
     - `patience`: leave where 2, 3, … exits on end read out the same token;
     - `fixed`: every token leaves at that exit.
+
+    For exits with a sketch of the head, of so large a `vocabulary`, the first line closes all exits and reads out ever
+    fewer candidates; the others read out a middling number.
     """
-    lines = []
+    if kind not in KINDS:
+        raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
+    fewer = [number for number in CANDIDATES if number < vocabulary]
+    lines = [[Policy((1.0,) * count, confidence, candidates=number) for number in fewer]]
+    middling = fewer[len(fewer) // 2] if fewer else 0
     for closed in reversed(range(count)):
         opened = count - closed
 
-        def policy(threshold: float, confidence: str = confidence, closed: int = closed, **others: float) -> Policy:
-            return Policy((1.0,) * closed + (threshold,) * (count - closed), confidence, **others)
+        def policy(threshold: float, confidence: str = confidence, closed: int = closed, decay: float = 0.0) -> Policy:
+            return Policy((1.0,) * closed + (threshold,) * (count - closed), confidence, decay, middling)
 
         if kind == "thresholds":
             lines.append([policy(threshold) for threshold in GRID])
@@ -121,9 +129,8 @@ def candidates(count: int, kind: str, confidence: str = "gate") -> list[list[Pol
         elif kind == PATIENCE:
             lines.append([policy((run - 0.5) / opened, PATIENCE) for run in range(opened, 1, -1)])
         elif kind == "fixed":
-            lines.append([Policy((1.0,) * closed + (0.0,) + (1.0,) * (opened - 1))])
-        else:
-            raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
+            alone = (1.0,) * closed + (0.0,) + (1.0,) * (opened - 1)
+            lines.append([Policy(alone, candidates=middling)])
     return [line for line in lines if line]
 
 
@@ -253,7 +260,7 @@ def calibrate(
             f"{reference.name} and {backbone.name} have different tokenizers.",
             "Compare with the model that it was tuned from.",
         )
-    lines = candidates(len(exits), kind, confidence)
+    lines = candidates(len(exits), kind, confidence, backbone.vocab_size if exits.sketch else 0)
     questions = sorted(questions, key=lambda one: hashlib.sha256(one.prompt.encode()).digest())
     first = max(1, round(PILOT * len(questions)))
     loss_of = LOSSES[loss]

@@ -62,6 +62,12 @@ Confidence = Annotated[
     ),
 ]
 Decay = Annotated[float, typer.Option(help="Thresholds that fall over so many tokens of an answer (CALM); 0: they do not.")]
+Candidates = Annotated[
+    int,
+    typer.Option(
+        help="Read out only so many tokens that a sketch of the head names, such as 2048; 0: all. Needs --threshold."
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -169,6 +175,7 @@ def generate(
     threshold: Threshold = None,
     confidence: Confidence = None,
     decay: Decay = 0.0,
+    candidates: Candidates = 0,
     dtype: Dtype = None,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
@@ -200,7 +207,9 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
     backbone = _load(model, dtype)
     found = _exits(backbone, exits, fill)
-    full, early = _engines(backbone, found, _policy(backbone, found, threshold, confidence, decay), fill, sampling)
+    full, early = _engines(
+        backbone, found, _policy(backbone, found, threshold, confidence, decay, candidates), fill, sampling
+    )
     ends = tuple(stop or ())
     if not (as_json or prompts or compare):
         for token in early.stream(many[0], max_tokens, ends, raw):
@@ -316,6 +325,9 @@ def train(
         float | None, typer.Option(help="Highest learning rate of the adapters. Default: 0.003, with --draft 0.002.")
     ] = None,
     top_k: Annotated[int, typer.Option(help="An exit agrees if its token is among the full model's k best.")] = 1,
+    sketch: Annotated[
+        int, typer.Option(help="Dims of a sketch of the head, for --candidates; a multiple of 32, such as 128. 0: none.")
+    ] = 0,
     precision: Annotated[float, typer.Option(help="Agreement that the default thresholds ask for.")] = 0.98,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     dtype: Dtype = None,
@@ -341,6 +353,7 @@ def train(
         "max_prompts": max_prompts,
         "gate_epochs": gate_epochs,
         "top_k": top_k,
+        "sketch": sketch,
         "precision": precision,
         "seed": seed,
     }
@@ -488,6 +501,7 @@ def evaluate(
     ] = None,
     confidence: Confidence = None,
     decay: Decay = 0.0,
+    candidates: Candidates = 0,
     dtype: Dtype = None,
     reference: Reference = None,
     limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
@@ -513,7 +527,7 @@ def evaluate(
     conditions = [Condition()]
     if found is not None:
         settings: list[str | None] = [*threshold] if threshold else [None]
-        policies = [_policy(backbone, found, one, confidence, decay) for one in settings]
+        policies = [_policy(backbone, found, one, confidence, decay, candidates) for one in settings]
         conditions += [Condition(fill, policy, found) for policy in policies]
     elif threshold:
         _policy(backbone, None, threshold[0])
@@ -648,15 +662,20 @@ def _engines(
 
 
 def _policy(
-    backbone: Backbone, exits: Exits | None, threshold: str | None, confidence: str | None = None, decay: float = 0.0
+    backbone: Backbone,
+    exits: Exits | None,
+    threshold: str | None,
+    confidence: str | None = None,
+    decay: float = 0.0,
+    candidates: int = 0,
 ) -> Policy | None:
     """What the flags say; None for the exits' own policy."""
     from offramp.policy import Policy
 
     if threshold is None:
-        if decay or (confidence and exits and confidence != exits.policy.confidence):
+        if decay or candidates or (confidence and exits and confidence != exits.policy.confidence):
             raise BadInput(
-                f"{f'The confidence {confidence!r}' if confidence else 'A decay'} has no default threshold.",
+                f"{f'The confidence {confidence!r}' if confidence else 'A policy of your own'} has no default threshold.",
                 "Give one: --threshold 0.9",
             )
         return None
@@ -671,7 +690,7 @@ def _policy(
             raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
         return None
     thresholds = thresholds * len(exits) if len(thresholds) == 1 else thresholds
-    return Policy(thresholds, confidence or exits.policy.confidence, decay)
+    return Policy(thresholds, confidence or exits.policy.confidence, decay, candidates)
 
 
 def _record(answer: Generation, reference: Generation | None, prompt: str | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -106,10 +106,35 @@ class Run:
 
 @dataclass
 class Read:
-    """Work that a sequence asks for: the logits (n, V) of h (1, n, D), or with `short` those of the exits' short list."""
+    """Work that a sequence asks for: the logits (n, V) of h (1, n, D), or what else the head gives."""
 
     h: Tensor
-    short: bool = False
+    head: Head
+
+
+@dataclass(eq=False)
+class Head:
+    """From hidden states (…, D) to logits, and the FLOPs of one."""
+
+    logits: Callable[[Tensor], Tensor]
+    flops: int
+
+    @classmethod
+    def sketched(cls, backbone: Backbone, sketch: tuple[Tensor, Tensor] | None, candidates: int) -> Head:
+        """One that reads out so many candidates. Raises `BadInput` for exits without a sketch and for too many."""
+        if sketch is None or candidates > backbone.vocab_size:
+            raise BadInput(
+                f"{candidates} candidates cannot be read out: "
+                + (
+                    "the exits hold no sketch of the head."
+                    if sketch is None
+                    else f"there are {backbone.vocab_size} tokens."
+                ),
+                "Give 0 for all tokens, or exits trained with --sketch.",
+            )
+        dims, hidden = sketch[0].shape
+        flops = 2 * (hidden * dims + backbone.vocab_size * dims + candidates * hidden)
+        return cls(backbone.sketched(*sketch, candidates), flops)
 
 
 Work = Generator["Run | Read", Tensor, Any]
@@ -166,8 +191,13 @@ class Engine:
         self._choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
         self._max_pending, self._lookup = max_pending, lookup if self._verifies else 0
         self._shortlist = exits.shortlist if exits else None
-        self._short_head = None if self._shortlist is None else backbone.head_of(self._shortlist)
         self.costs = Costs(backbone)
+        self._head = self._exit_head = Head(backbone.logits, self.costs.head)
+        if policy.candidates and not self._verifies:
+            self._head = self._exit_head = Head.sketched(backbone, exits.sketch if exits else None, policy.candidates)
+        if self._shortlist is not None:
+            share = self.costs.head * len(self._shortlist) // backbone.vocab_size
+            self._exit_head = Head(backbone.head_of(self._shortlist), share)
         self._gate_flops = [exit_part(exit.gate) for exit, _ in self._open]
         self._adapter_flops = [exit_part(exit.adapter) for exit, _ in self._open]
 
@@ -312,10 +342,9 @@ class Engine:
             works = {index: work for index, work in asked.items() if isinstance(work, Read)}
             if not works:
                 return {}
-            short = any(work.short for work in works.values())
-            reads = {index: work.h for index, work in works.items() if work.short == short}
-            head = self._short_head if short and self._short_head else self.backbone.logits
-            logits = self._finite(head(joined(list(reads.values()), dim=1))[0])
+            head = next(iter(works.values())).head
+            reads = {index: work.h for index, work in works.items() if work.head is head}
+            logits = self._finite(head.logits(joined(list(reads.values()), dim=1))[0])
             parts = [logits] if len(reads) == 1 else logits.split([h.shape[1] for h in reads.values()])
             return dict(zip(reads, parts, strict=True))
         start, stop = min((work.start, work.stop) for work in runs.values())
@@ -441,8 +470,8 @@ class Engine:
             return _Reached(h, h, done, None, flops)
         if not self._verifies and h.shape[1] > 1:
             h = h[:, -1:]
-        logits = yield Read(h)
-        return _Reached(logits, h, done, None, flops + h.shape[1] * self.costs.head)
+        logits = yield Read(h, self._head)
+        return _Reached(logits, h, done, None, flops + h.shape[1] * self._head.flops)
 
     def _deepened(self, h: Tensor, sequence: Sequence) -> Tensor:
         """The newest of h (1, n, D), and beside it the top hidden state of the token before: (1, 1, 2 D)."""
@@ -479,9 +508,8 @@ class Engine:
                 return confidence, None, None, flops
         adapted, rows = adapter.read()
         vocabulary, shortlist = self.backbone.vocab_size, self._shortlist
-        flops += rows * self._adapter_flops[index]
-        flops += self.costs.head if shortlist is None else self.costs.head * len(shortlist) // vocabulary
-        logits = yield Read(adapted.to(self.backbone.dtype), short=shortlist is not None)
+        flops += rows * self._adapter_flops[index] + self._exit_head.flops
+        logits = yield Read(adapted.to(self.backbone.dtype), self._exit_head)
         if not gated:
             if self.policy.confidence == PATIENCE:
                 said.append(int(logits[0].argmax()))

@@ -227,7 +227,7 @@ READOUTS: dict[str, type[nn.Module]] = {
 class ExitsConfig:
     """What a set of exits is made of. `layers`: blocks run before each exit; widths: bottlenecks, in dims.
 
-    `shortlist`: read out over only so many frequent tokens (0: all of them).
+    `shortlist`: read out over only so many frequent tokens (0: all); `sketch`: dims of a sketch of the head (0: none).
     """
 
     layers: tuple[int, ...]
@@ -236,6 +236,7 @@ class ExitsConfig:
     gate_width: int = 64
     readout_width: int = 512
     shortlist: int = 0
+    sketch: int = 0
 
 
 class Exit(nn.Module):
@@ -251,6 +252,9 @@ class Exit(nn.Module):
         self.deep = config.readout == "deep"  # also reads the top hidden state of the token before
 
 
+SKETCH = ("sketch.reduce", "sketch.expand")  # tensors in the artefact
+
+
 @dataclass
 class Exits:
     """A set of exits for one backbone: what `offramp train` makes, `save` writes and `load` reads.
@@ -258,7 +262,8 @@ class Exits:
     `backbone` names the model they belong to (name, sha256, model_type, blocks, hidden_size); `weight_format` is the
     format its weights ran in when the exits were trained; `policy` is the default one; `training` is the record of how they
     were made, `calibration` that of what `policy` guarantees (`offramp.calibration`), empty for nothing. `shortlist`: the
-    tokens that are read out, rising; None for all.
+    tokens that are read out, rising; None for all. `sketch`: two maps whose product stands for the hidden state before the
+    head, reduce (k, D) and expand (D, k), so that the head behind `expand` is small (`training.sketch_of`).
     """
 
     config: ExitsConfig
@@ -269,6 +274,7 @@ class Exits:
     training: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     shortlist: Tensor | None = None
+    sketch: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def new(cls, backbone: Backbone, config: ExitsConfig) -> Exits:
@@ -282,6 +288,11 @@ class Exits:
         for kind, known, what in ((config.gate, GATES, "gate"), (config.readout, READOUTS, "read-out")):
             if kind not in known:
                 raise OfframpError(f"There is no {what} '{kind}'.", f"Choose from {', '.join(known)}.")
+        if config.sketch % 32 or not 0 <= config.sketch <= backbone.hidden_size:
+            raise OfframpError(
+                f"A sketch of {config.sketch} dims cannot be made.",
+                f"Give a multiple of 32, at most {backbone.hidden_size}; 0 for none.",
+            )
         for width, unit, what in ((config.gate_width, 16, "gate"), (config.readout_width, 32, "read-out")):
             if width < unit or width % unit:  # the Mamba ones are made of heads of 32
                 raise OfframpError(f"A {what} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
@@ -313,6 +324,8 @@ class Exits:
         tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in self.modules.state_dict().items()}
         if self.shortlist is not None:
             tensors["shortlist"] = self.shortlist.int()
+        if self.sketch is not None:
+            tensors |= {name: part.bfloat16() for name, part in zip(SKETCH, self.sketch, strict=True)}
         write_atomically(folder / "exits.safetensors", save(tensors))
         self.save_record(folder)
 
@@ -368,13 +381,17 @@ class Exits:
             shortlist = tensors.pop("shortlist", None)
             if (0 if shortlist is None else len(shortlist)) != config.shortlist:
                 raise ValueError(f"its short list is not one of {config.shortlist} tokens")
+            parts = [tensors.pop(name).float() for name in SKETCH if name in tensors]
+            shapes = [(config.sketch, backbone.hidden_size), (backbone.hidden_size, config.sketch)]
+            if [tuple(part.shape) for part in parts] != (shapes if config.sketch else []):
+                raise ValueError(f"its sketch of the head is not one of {config.sketch} dims")
             exits.modules.load_state_dict({key: value.float() for key, value in tensors.items()})
         except Exception as error:  # SafetensorError, or RuntimeError for missing and misshapen tensors
             reason = str(error).strip().splitlines()[0][:160]
             raise CorruptFile(
                 f"{folder / 'exits.safetensors'} is damaged or cut short: {reason}", "Copy it again, or train again."
             ) from error
-        if not all(torch.isfinite(value).all() for value in exits.modules.state_dict().values()):
+        if not all(torch.isfinite(value).all() for value in (*exits.modules.state_dict().values(), *parts)):
             raise CorruptFile(f"{folder / 'exits.safetensors'} holds NaN or infinite weights.", "Train the exits again.")
         if weight_format != backbone.weight_format:
             warnings.warn(
@@ -385,6 +402,7 @@ class Exits:
         exits.policy, exits.weight_format = policy, weight_format
         exits.training, exits.calibration = training, calibration
         exits.shortlist = None if shortlist is None else shortlist.long()
+        exits.sketch = (parts[0], parts[1]) if parts else None
         exits.modules.eval().requires_grad_(False)
         return exits
 

@@ -260,6 +260,14 @@ class Lean:
 
         return logits
 
+    def rough(self, expand: Tensor) -> Callable[[Tensor], Tensor]:
+        """The head behind a map `expand` (D, k), as one product in the head's own format: z (n, k) → (n, V)."""
+        kind = type(self.head)
+        product = self.head.dense() @ expand
+        weight = kind(kind.tensors(product.to(self.head.w.dtype) if kind is Weight else product))
+        native, handle = self._native, CWeight.of(weight)
+        return lambda z: native.product(handle, z.contiguous()) if native else weight(z)
+
     @property
     def engine(self) -> str:
         """What does the work: `native` or `torch`."""

@@ -30,7 +30,8 @@ def margin(logits: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """1 − entropy / log V: 1 for a certain distribution, 0 for a uniform one. (…, V) → (…)."""
     logp = logits.log_softmax(-1)
-    return 1 + (logp.exp() * logp).sum(-1) / math.log(logits.shape[-1])
+    # Tokens that are no candidates have −inf: they add nothing.
+    return 1 + (logp.exp() * logp).nan_to_num(0.0).sum(-1) / math.log(logits.shape[-1])
 
 
 TRAINING_FREE: dict[str, Callable[[Tensor], Tensor]] = {"max-prob": max_prob, "margin": margin, "entropy": entropy}
@@ -45,13 +46,16 @@ class Policy:
     """A token leaves at the first exit whose confidence is above its threshold.
 
     A threshold of 1 closes the exit, one of 0 lets every token leave (a fixed block: no gate is asked). With a `decay` of n
-    tokens, answers begin more strictly: t tokens in, the threshold λ is 0.9 λ + 0.1 exp(−t / n) (CALM, section 3.3).
-    Raises `BadInput` for a threshold outside [0, 1], an unknown confidence, or a decay below 0.
+    tokens, answers begin more strictly: t tokens in, the threshold λ is 0.9 λ + 0.1 exp(−t / n) (CALM). With `candidates`,
+    only so many tokens are read out in full, at exits and at the top, those that the exits' sketch of the head deems
+    likeliest: a head of a large vocabulary costs many blocks. Raises `BadInput` for a threshold outside [0, 1], an unknown
+    confidence, and numbers below 0.
     """
 
     thresholds: tuple[float, ...]
     confidence: str = "gate"
     decay: float = 0.0  # none
+    candidates: int = 0  # all
 
     def __post_init__(self) -> None:
         for threshold in self.thresholds:
@@ -61,6 +65,8 @@ class Policy:
             raise BadInput(f"There is no confidence '{self.confidence}'.", f"Choose from {', '.join(CONFIDENCES)}.")
         if not self.decay >= 0:
             raise BadInput(f"Thresholds cannot decay over {self.decay} tokens.", "Give a number of tokens, or 0 for none.")
+        if self.candidates < 0:
+            raise BadInput(f"{self.candidates} candidates cannot be read out.", "Give 0 for all tokens, or some thousands.")
 
     def threshold(self, exit: int, decided: int) -> float:
         """What a token must exceed at an exit after so many tokens of the answer."""

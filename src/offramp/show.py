@@ -105,7 +105,9 @@ def calibration_table(record: Calibration, exits: Exits, folder: Path) -> None:
 
 def _thresholds(policy: Policy) -> str:
     shown = " ".join("closed" if threshold >= 1 else f"{threshold:g}" for threshold in policy.thresholds)
-    return f"{shown} ({policy.confidence}{f', decay {policy.decay:g}' if policy.decay else ''})"
+    others = f", decay {policy.decay:g}" if policy.decay else ""
+    others += f", {policy.candidates} candidates" if policy.candidates else ""
+    return f"{shown} ({policy.confidence}{others})"
 
 
 def tuning_table(record: dict[str, Any], folder: Path) -> None:

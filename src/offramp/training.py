@@ -48,10 +48,10 @@ class TrainConfig:
     layers: blocks run before each exit (None: `suggested_layers`); top_k: the oracle's tokens that count as agreement;
     prompts: a file of prompts to answer (None: the list that comes with offramp); texts: plain text read beside them;
     max_prompts: use only the first so many; answer_tokens: longest own answer; epochs over the adapters' sequences and
-    over the gates'; batch: sequences a step; precision: agreement on held-out tokens that the
-    default thresholds ask for; open_from: share of the depth before which exits stay closed by default; shortlist: read
-    out over so many of the answers' most frequent tokens (0: all); confidence, threshold: the default policy, where
-    precision is not to choose it.
+    over the gates'; batch: sequences a step; precision: agreement on held-out tokens that the default thresholds ask
+    for; open_from: share of the depth before which exits stay closed by default; shortlist: read out over so many of
+    the answers' most frequent tokens (0: all); sketch: dims of a sketch of the head (0: none); confidence, threshold:
+    the default policy, where precision is not to choose it.
     """
 
     layers: tuple[int, ...] | None = None
@@ -72,6 +72,7 @@ class TrainConfig:
     precision: float = 0.98
     open_from: float = 2 / 3
     shortlist: int = 0
+    sketch: int = 0
     confidence: str = "gate"
     threshold: float | None = None
     seed: int = 0
@@ -125,13 +126,15 @@ def train(
     torch.manual_seed(config.seed)
     shortlist = config.shortlist if config.shortlist < backbone.vocab_size else 0
     widths = config.gate_width, config.readout_width
-    shape = ExitsConfig(tuple(layers), config.gate, config.readout, *widths, shortlist)
+    shape = ExitsConfig(tuple(layers), config.gate, config.readout, *widths, shortlist, config.sketch)
     exits = Exits.new(backbone, shape)
-    deep = any(exit.deep for exit in exits)
+    top = bool(config.sketch) or any(exit.deep for exit in exits)
     with _Clock(work / "seconds") as clock:
-        data = gather(backbone, config, (*layers, backbone.n_blocks) if deep else tuple(layers), work, progress)
+        data = gather(backbone, config, (*layers, backbone.n_blocks) if top else tuple(layers), work, progress)
         if shortlist:
             exits.shortlist = frequent(data.adapters, shortlist, backbone.vocab_size)
+        if config.sketch:
+            exits.sketch = sketch_of(backbone, data.adapters, config.sketch)
         trainer = Trainer(backbone, exits, config, work, progress)
         trainer.standardise(data.adapters)
         if config.readout != "none":
@@ -452,6 +455,26 @@ def inputs(exit: Exit, hidden: Tensor, index: int, top: Tensor | None = None) ->
         return h
     top = hidden[:, :, -1] if top is None else top
     return torch.cat([h, F.pad(top[:, :-1], (0, 0, 1, 0))], dim=-1)
+
+
+@torch.inference_mode()
+def sketch_of(backbone: Backbone, sequences: list[Sequence], dims: int) -> tuple[Tensor, Tensor]:
+    """Maps reduce (k, D) and expand (D, k) for which the head, behind both, errs least on hidden states like these.
+
+    The last of the sequences' hidden states must be those at the top. With W the head and C the second moments of what it
+    is multiplied with, h: the best map of rank k is L Q Qᵀ L⁻¹, where C = L Lᵀ and Q has the k largest right singular
+    vectors of W L (SVD-softmax, Shim et al. 2017, but for the hidden states that there are).
+    """
+    h = backbone.final(torch.cat([one.hidden[one.counted][:, -1] for one in sequences]).float()).double()
+    moments = h.T @ h / len(h)
+    values, vectors = torch.linalg.eigh(moments + 1e-6 * moments.diagonal().mean() * torch.eye(h.shape[1]).double())
+    root = values.clamp(min=1e-12).sqrt()
+    weight = backbone.head_weight()
+    gram = (weight.T @ weight).double()
+    # Right singular vectors of W L are the eigenvectors of Lᵀ Wᵀ W L.
+    _, order = torch.linalg.eigh((vectors * root).T @ gram @ (vectors * root))
+    best = order[:, -dims:]
+    return (best.T @ (vectors / root).T).float(), ((vectors * root) @ best).float()
 
 
 def frequent(sequences: list[Sequence], count: int, vocabulary: int) -> Tensor:

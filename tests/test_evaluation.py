@@ -21,6 +21,7 @@ from offramp.evaluation import (
     save_results,
     summary,
 )
+from offramp.flops import exit_part
 from offramp.tasks import Item, Task, score_coqa
 from test_engine import exits_for
 
@@ -114,6 +115,11 @@ def test_log_likelihoods_are_the_librarys(family: str) -> None:
     ):
         alone, *_, again = log_likelihoods(engine, forced, prompt, [continuation, " something else", continuation])
         assert alone == again == pytest.approx(wanted, abs=1e-3)
+    # A wrong draft does not make the full model's choice another.
+    verifying = Engine(backbone, exits_for(family), Policy((0.0,) * 3), "verify", forced)
+    forced.begin(start, [int(logp[0].argmax())])
+    list(verifying.stream_batch([ids[0, :start].tolist()], 1, ends=frozenset()))
+    assert forced.best
     early = Engine(backbone, exits_for(family), Policy((0.0,) * 3), "project", forced)
     assert log_likelihoods(early, forced, prompt, [continuation]) != [pytest.approx(wanted, abs=1e-3)]
 
@@ -155,3 +161,30 @@ def test_results_are_kept_and_others_refused(tmp_path) -> None:
 def test_a_task_without_questions_is_refused(tmp_path) -> None:
     with pytest.raises(BadInput, match="no questions"):
         evaluation(tmp_path, count=0).run(OPEN)
+
+
+def test_turns_of_one_conversation_are_resampled_together() -> None:
+    def items(ids):
+        return [{"id": id, "scores": {"f1": float(n // 10)}, "measures": {}} for n, id in enumerate(ids)]
+
+    alone = summary(items([str(n) for n in range(40)]))["f1"]
+    together = summary(items([f"{n // 10}/{n % 10}" for n in range(40)]))["f1"]
+    assert together["mean"] == alone["mean"] == pytest.approx(1.5)
+    assert together["high"] - together["low"] > 2 * (alone["high"] - alone["low"])
+
+
+def test_other_runs_answers_stay(tmp_path) -> None:
+    run, other = evaluation(tmp_path), evaluation(tmp_path, max_tokens=4)
+    run.run(OPEN)
+    other.run(OPEN)
+    assert len(set(run.files)) == len(set(other.files)) == 2
+    assert not set(run.files) & set(other.files)
+
+
+def test_gates_that_read_the_prompt_are_counted() -> None:
+    exits = exits_for("llama")
+    engine = Engine(tiny("llama"), exits, Policy((0.5,) * 3))
+    parts = [part for exit in exits for part in (exit.gate, exit.adapter)]
+    assert engine.prefill_flops == sum(exit_part(part) for part in parts)
+    assert Engine(tiny("llama"), exits_for("llama", "ffn", "linear"), Policy((0.5,) * 3)).prefill_flops == 0
+    assert Engine(tiny("llama"), exits, Policy((1.0,) * 3)).prefill_flops == 0

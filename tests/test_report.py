@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -97,3 +98,12 @@ def test_a_browser_shows_it_without_an_error(page: Path, tmp_path, name: str, si
     probe.write_text(page.read_text().replace("</body>", script))
     done = subprocess.run([*common, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
     assert "<title>figures 5 wider false</title>" in done.stdout
+
+
+def test_results_that_do_not_compare_are_kept_apart(results, tmp_path) -> None:
+    other = copy.deepcopy(results[0])
+    other["model"]["weights"], other["items"] = "<b>int4</b>", other["items"][:1]
+    write([results[0], results[1], other], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<h2") == 3  # two sections, and what was run
+    assert "<b>int4" not in text

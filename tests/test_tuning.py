@@ -106,3 +106,11 @@ def test_an_untuned_model_agrees_with_itself(prompts: str, tmp_path) -> None:
     assert found["agreement"][-1] == 1
     assert found["perplexity"] >= 1
     assert found["positions"] == sum(int(one.counted.sum()) for one in data.held)
+
+
+def test_the_model_itself_is_not_written_over(tmp_path) -> None:
+    backbone = fresh(tmp_path / "model", "llama")
+    with pytest.raises(BadInput, match="would be lost"):
+        tune(backbone, tmp_path / "model", CONFIG)
+    with pytest.raises(BadInput, match="rank"):
+        tune(backbone, tmp_path / "tuned", TuneConfig(rank=0))

@@ -59,13 +59,18 @@ def _log_binomial(n: int, p: float, most: int) -> Iterator[float]:
         yield ways + k * math.log(p) + (n - k) * math.log1p(-p)
 
 
+MOST = 1_000_000  # prompts
+
+
 def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
-    """How many prompts would show that a policy of this mean loss keeps the risk; None if no number would."""
+    """How many prompts would show that a policy of this mean loss keeps the risk; None if not even a million would."""
     if mean >= risk:
         return None
     n = 1
     while p_value(mean, n, risk) > delta:
         n *= 2
+        if n > MOST:  # as good as never; and the sum over so many losses would take minutes
+            return None
     low, high = n // 2, n
     while high - low > 1:
         middle = (low + high) // 2
@@ -159,8 +164,9 @@ def read_questions(file: str | Path) -> list[Question]:
         record = json.loads(line)
         answer = record.get("answers", record.get("answer", ()))
         if isinstance(answer, dict):
-            answer = [answer["value"], *answer.get("aliases", ())] if "value" in answer else answer.get("aliases", ())
-        found.append(Question(prompt, (answer,) if isinstance(answer, str) else tuple(map(str, answer))))
+            answer = [answer.get("value"), *(answer.get("aliases") or ())]
+        several = answer if isinstance(answer, list) else [answer]
+        found.append(Question(prompt, tuple(str(one) for one in several if one not in (None, ()))))
     return found
 
 

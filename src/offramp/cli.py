@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -510,8 +510,6 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
 ) -> None:
     """Score answers on a task, with exits and at full depth, and say what they cost. Ctrl-C is safe."""
-    import shutil
-
     from offramp.evaluation import Condition, Evaluation, save_results
     from offramp.show import result_line
     from offramp.sources import cache_folder
@@ -532,13 +530,14 @@ def evaluate(
     elif threshold:
         _policy(backbone, None, threshold[0])
     work = out.with_name(f".{out.name}.answers") if out else cache_folder() / "answers"
-    results = []
+    results, runs = [], []
     try:
         for one in tasks:
             with _progress() as progress:
                 command = " ".join(["offramp", *sys.argv[1:]])
                 run = Evaluation(backbone, one, work, other, batch, seed, command, progress)
                 done = [run.run(condition) for condition in conditions]
+            runs.append(run)
             for result in done:
                 result_line(result)
             results += done
@@ -546,7 +545,10 @@ def evaluate(
         _fail("Stopped.", "Nothing is lost: the same command goes on from here.", 130)
     if out:
         save_results(results, out)
-    shutil.rmtree(work)
+    for file in {file for run in runs for file in run.files}:
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # another run's answers are there too
+        work.rmdir()
 
 
 def _file_for(task: str, tasks: list[str], data: list[str]) -> str | None:

@@ -206,6 +206,12 @@ class Engine:
         """The gates and the read-outs' adapters that are in use."""
         return [part for exit, _ in self._open for part in (exit.gate, exit.adapter)]
 
+    @property
+    def prefill_flops(self) -> int:
+        """What gates and read-outs that remember cost for each token of a prompt."""
+        gates = zip(self._open, self._gate_flops, self._adapter_flops, strict=True)
+        return sum(exit.recurrent_gate * gate + exit.recurrent_adapter * adapter for (exit, _), gate, adapter in gates)
+
     def generate(self, prompt: str, max_tokens: int = 128, stop: tuple[str, ...] = (), raw: bool = False) -> Generation:
         """Answer a prompt: `stream` run to its end, with times and totals."""
         return self.generate_ids(self.backbone.encode(prompt, raw), max_tokens, stop)
@@ -526,7 +532,9 @@ class Engine:
     def _check_guarantee(self, exits: Exits) -> None:
         """Warn where the exits' calibrated policy is used otherwise than it was calibrated."""
         calibrated, here = exits.calibration, {"fill": self.fill_name, "weights": self.backbone.weight_format}
-        other = [f"{name} {calibrated[name]}, not {value}" for name, value in here.items() if calibrated[name] != value]
+        other = [
+            f"{name} {calibrated.get(name)}, not {value}" for name, value in here.items() if calibrated.get(name) != value
+        ]
         if other and not self._verifies:
             warnings.warn(
                 f"These thresholds were calibrated with {' and '.join(other)}: here they guarantee nothing. "

@@ -77,6 +77,7 @@ class Evaluation:
     seed: int = 0
     command: str = ""
     progress: Progress = lambda *_: None
+    files: list[Path] = field(default_factory=list)  # where this one's answers are kept
     _full: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, condition: Condition) -> dict[str, Any]:
@@ -157,6 +158,7 @@ class Evaluation:
     def _answers(self, condition: Condition, backbone: Backbone) -> list[dict[str, Any]]:
         """An answer to each question: those that are kept already, and the others now."""
         file = self.work / f"{self._mark(condition, backbone)}.jsonl"
+        self.files.append(file)
         kept = _read(file)
         missing = [item for item in self.task.items if item.id not in kept]
         answer = self._choices if self.task.multiple_choice else self._generations
@@ -178,7 +180,7 @@ class Evaluation:
         what = [
             backbone.source.sha256,
             backbone.weight_format,
-            exits and [asdict(exits.config), exits.training, asdict(policy) if policy else None, condition.fill],
+            exits and [_fingerprint(exits), asdict(policy) if policy else None, condition.fill],
             [self.task.name, self.task.sha256, self.task.max_tokens, self.task.stop, self.batch],
         ]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
@@ -212,18 +214,22 @@ class Forced:
     """Chooses the tokens it was given, whatever the logits, and notes their log-probabilities: an engine's `sampling`."""
 
     def __init__(self) -> None:
-        self.start, self.tokens, self.logp = 0, list[int](), dict[int, float]()
-        self.best = True  # every token was the likeliest one
+        self.start, self.tokens, self.logp, self._best = 0, list[int](), dict[int, float](), dict[int, bool]()
 
     def begin(self, start: int, tokens: list[int]) -> None:
-        self.start, self.tokens, self.logp, self.best = start, tokens, {}, True
+        self.start, self.tokens, self.logp, self._best = start, tokens, {}, {}
+
+    @property
+    def best(self) -> bool:
+        """Whether every token was the likeliest one."""
+        return all(self._best.values())
 
     def __call__(self, logits: Tensor, ids: list[int]) -> int:
         place = len(ids) - self.start
         token = self.tokens[place]
         # With `verify`, full depth judges a draft's place after the exit did: the last word counts.
         self.logp[place] = float(logits.log_softmax(-1)[token])
-        self.best &= int(logits.argmax()) == token
+        self._best[place] = int(logits.argmax()) == token
         return token
 
 
@@ -257,20 +263,28 @@ def log_likelihood_of(
 
 
 def summary(items: list[dict[str, Any]], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Mean and 95% interval of every score and measure, by bootstrap over the items (percentiles of 1,000 resamples).
+    """Mean and 95% interval of every score and measure, by bootstrap (percentiles of 1,000 resamples).
 
-    `tokens_per_second` is that of all tokens after all decoding time.
+    Resampled are the items, or where they belong together (turns of a conversation: what is before the "/" of their ids)
+    all of a group at once. `tokens_per_second` is that of all tokens after all decoding time.
     """
-    draws = np.random.default_rng(seed).integers(len(items), size=(RESAMPLES, len(items)))
+    weights = _resampled([one["id"] for one in items], seed)
     columns = {
         name: np.array([one[kind][name] for one in items]) for kind in ("scores", "measures") for name in items[0][kind]
     }
-    found = {name: _interval(values.mean(), values[draws].mean(1)) for name, values in columns.items()}
+    found = {name: _interval(values.mean(), weights @ values / weights.sum(1)) for name, values in columns.items()}
     if "decode_seconds" in columns:
         tokens, seconds = columns["tokens"], columns["decode_seconds"]
-        rates = tokens[draws].sum(1) / seconds[draws].sum(1)
-        found["tokens_per_second"] = _interval(tokens.sum() / seconds.sum(), rates)
+        found["tokens_per_second"] = _interval(tokens.sum() / seconds.sum(), weights @ tokens / (weights @ seconds))
     return found
+
+
+def _resampled(ids: list[str], seed: int) -> np.ndarray[Any, Any]:
+    """How often each item is in each resample, (RESAMPLES, n)."""
+    _, groups = np.unique([id.partition("/")[0] for id in ids], return_inverse=True)
+    count = int(groups.max()) + 1
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    return np.asarray(drawn[:, groups], dtype=float)
 
 
 def difference(items: list[dict[str, Any]], others: list[dict[str, Any]], name: str, seed: int = 0) -> dict[str, float]:
@@ -278,8 +292,8 @@ def difference(items: list[dict[str, Any]], others: list[dict[str, Any]], name: 
     kind = "scores" if name in items[0]["scores"] else "measures"
     theirs = {one["id"]: one[kind][name] for one in others}
     gaps = np.array([one[kind][name] - theirs[one["id"]] for one in items])
-    draws = np.random.default_rng(seed).integers(len(gaps), size=(RESAMPLES, len(gaps)))
-    return _interval(gaps.mean(), gaps[draws].mean(1))
+    weights = _resampled([one["id"] for one in items], seed)
+    return _interval(gaps.mean(), weights @ gaps / weights.sum(1))
 
 
 def _interval(mean: float, resampled: np.ndarray[Any, Any]) -> dict[str, float]:
@@ -291,13 +305,16 @@ def save_results(results: list[dict[str, Any]], file: Path) -> None:
     write_atomically(file, json.dumps({"results": results}, indent=1, ensure_ascii=False).encode())
 
 
+_KEYS = {"command", "seed", "machine", "model", "reference", "exits", "condition", "task", "blocks", "summary", "items"}
+
+
 def load_results(files: list[Path]) -> list[dict[str, Any]]:
     """The Results in some files that `offramp eval` wrote. Raises `BadInput` for others."""
     found: list[dict[str, Any]] = []
     for file in files:
         try:
             results = json.loads(file.read_text(encoding="utf-8"))["results"]
-            if not all(one["offramp"] == "result" for one in results):
+            if not all(one["offramp"] == "result" and _KEYS.issubset(one) for one in results):
                 raise KeyError("offramp")
         except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{file} holds no results: {error!r}.", "Name a file that offramp eval wrote.") from error
@@ -314,10 +331,19 @@ def _record(engine: Engine, prompt_length: int, answer: Generation, batch: int) 
         "exits": [token.exit_block for token in answer.tokens],
         "flops": answer.tokens[-1].cumulative_flops,
         "flops_saved": answer.flops_saved,
-        "prefill_flops": sum(costs.full(context) - costs.head for context in range(1, prompt_length)),
+        "prefill_flops": sum(costs.full(context) - costs.head for context in range(1, prompt_length))
+        + (prompt_length - 1) * engine.prefill_flops,
         "prefill_seconds": answer.prefill_seconds / batch,
         "decode_seconds": len(answer.tokens) / answer.decode_tokens_per_second / batch,
     }
+
+
+def _fingerprint(exits: Exits) -> str:
+    """Of the exits' weights, whatever their record says."""
+    digest = hashlib.sha256(json.dumps(asdict(exits.config)).encode())
+    for part in (*exits.modules.state_dict().values(), *(exits.sketch or ())):
+        digest.update(part.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:

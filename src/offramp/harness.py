@@ -89,7 +89,9 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         return int(self.backbone.tokenizer.bos_token_id or min(self.backbone.stop_ids))
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.backbone.tokenizer(text)["input_ids"])
+        begun = self.backbone.tokenizer.bos_token  # a chat template may have put it there already
+        special = not (begun and text.startswith(begun))
+        return list(self.backbone.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
         # As the harness cuts its own models' requests: a space at the seam goes to the continuation.

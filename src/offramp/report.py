@@ -59,8 +59,8 @@ def write(results: list[Result], page: Path) -> list[Path]:
         raise BadInput("There are no results to report.", "Name files that offramp eval --json wrote.")
     figures: dict[str, str] = {}
     sections = []
-    for (model, task), some in _grouped(results):
-        sections.append(_section(model, task, some, figures))
+    for anchor, title, some in _grouped(results):
+        sections.append(_section(anchor, title, some, figures))
     body = f"""<h1>Early exits: what they keep and what they save</h1>
 <p>{escape(_intro(results))}</p>
 {_contents(results)}
@@ -74,11 +74,24 @@ def write(results: list[Result], page: Path) -> list[Path]:
     return [folder / f"{name}.svg" for name in figures]
 
 
-def _grouped(results: list[Result]) -> list[tuple[tuple[str, str], list[Result]]]:
-    def key(result: Result) -> tuple[str, str]:
-        return result["model"]["name"], result["task"]["name"]
+def _grouped(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
+    """Results that can be compared: of one model in one weight format, on the same questions; with anchor and title."""
 
-    return [(group, list(some)) for group, some in groupby(sorted(results, key=key), key=key)]
+    def key(result: Result) -> str:
+        model, task = result["model"], result["task"]
+        same = [model["name"], task["name"], model, result["reference"], task["sha256"], task["max_tokens"]]
+        return json.dumps([*same, [item["id"] for item in result["items"]]])
+
+    found: list[tuple[str, str, list[Result]]] = []
+    for number, (_, group) in enumerate(groupby(sorted(results, key=key), key=key)):
+        some = list(group)
+        model, task = some[0]["model"], some[0]["task"]
+        title = f"{model['name']} on {task['name']}"
+        others = [one for one in found if one[1].startswith(title)]
+        title += f", {model['weights']}, {task['questions']} questions" if others else ""
+        anchor = "".join(character if character.isalnum() else "-" for character in f"{model['name']}-{task['name']}")
+        found.append((f"{anchor}-{number}" if others else anchor, title, some))
+    return found
 
 
 def _intro(results: list[Result]) -> str:
@@ -91,22 +104,19 @@ def _intro(results: list[Result]) -> str:
 
 
 def _contents(results: list[Result]) -> str:
-    links = [f'<li><a href="#{_anchor(*group)}">{escape(" on ".join(group))}</a></li>' for group, _ in _grouped(results)]
+    links = [f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, title, _ in _grouped(results)]
     return f'<nav><ul>{"".join(links)}<li><a href="#run">What was run</a></li></ul></nav>'
 
 
-def _anchor(model: str, task: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in f"{model}-{task}")
-
-
-def _section(model: str, task: str, results: list[Result], figures: dict[str, str]) -> str:
-    anchor, first = _anchor(model, task), results[0]
+def _section(anchor: str, title: str, results: list[Result], figures: dict[str, str]) -> str:
+    first = results[0]
     quality = next(name for name in QUALITY if name in first["summary"])
     note = f" <strong>{escape(first['task']['note'])}.</strong>" if first["task"]["note"] else ""
     reference = first["reference"]
     other = f" Compared with {escape(reference['name'])} at full depth." if reference != first["model"] else ""
-    parts = [f'<h2 id="{anchor}">{escape(model)} on {escape(task)}</h2>']
-    parts.append(f"<p>{first['task']['questions']} questions, {first['model']['weights']} weights.{note}{other}</p>")
+    parts = [f'<h2 id="{anchor}">{escape(title)}</h2>']
+    about = f"{first['task']['questions']} questions, {first['model']['weights']} weights."
+    parts.append(f"<p>{escape(about)}{note}{other}</p>")
     if "flops_per_token" in first["summary"]:
         drawn = {
             "cost": (_pareto, quality, "flops_per_token", f"{QUALITY[quality]} against FLOPs a token"),
@@ -258,11 +268,14 @@ def _shade(block: int, blocks: int) -> int:
 def _runs(results: list[Result]) -> str:
     parts = []
     for command, some in groupby(results, key=lambda result: result["command"]):
-        first = next(some)
+        these = list(some)
+        first = these[0]
+        data = dict.fromkeys(f"{one['task']['source']}, SHA-256 {one['task']['sha256'][:16]}" for one in these)
+        exits = dict.fromkeys(json.dumps(one["exits"]) for one in these if one["exits"])
         known = {
             "model": f"{first['model']['name']}, {first['model']['weights']}, SHA-256 {first['model']['sha256'][:16]}",
-            "data": f"{first['task']['source']}, SHA-256 {first['task']['sha256'][:16]}",
-            "exits": json.dumps(first["exits"]) if first["exits"] else "none for the first condition",
+            "data": "; ".join(data),
+            "exits": "; ".join(exits) or "none",
             "machine": ", ".join(f"{name} {value}" for name, value in first["machine"].items()),
             "peak memory": f"{first['peak_memory_bytes'] / 2**30:.1f} GiB",
             "seed": str(first["seed"]),

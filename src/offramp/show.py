@@ -100,7 +100,7 @@ def calibration_table(record: Calibration, exits: Exits, folder: Path) -> None:
         count = math.ceil(record.needed * (record.n + record.pilot) / record.n)
         console.print(f"If losses stay as they were, about {count} prompts would have let the first pass.", soft_wrap=True)
     else:
-        console.print("The first lost more than that: more prompts would not help.", soft_wrap=True)
+        console.print("The first lost about as much or more: more prompts would not help.", soft_wrap=True)
 
 
 def _thresholds(policy: Policy) -> str:

@@ -1,7 +1,10 @@
 """TruthfulQA, TriviaQA and CoQA as the field runs them: questions with their prompts, and scores for answers.
 
 From the hub (`truthfulqa/truthful_qa`, `mandarjoshi/trivia_qa`, `stanfordnlp/coqa`, by the library `datasets`), or from a
-file in the official format. Prompts are plain text, without a chat template: those of EleutherAI's lm-evaluation-harness.
+file: TruthfulQA's and CoQA's official ones, for TriviaQA JSON lines with the hub's fields. Prompts are plain text, without
+a chat template. TruthfulQA's is its authors'. TriviaQA's and CoQA's are worded as in EleutherAI's lm-evaluation-harness
+but TriviaQA has five examples before the question, and of CoQA every turn is asked: figures compare with the harness' for
+TruthfulQA only.
 """
 
 from __future__ import annotations
@@ -113,7 +116,9 @@ def _truthful_items(data: str | Path | None) -> tuple[list[Item], str, str]:
                 (question, best, _listed(right), _listed(wrong))
                 for question, best, right, wrong in ([row[column] for column in columns] for row in table)
             ]
-        except (KeyError, TypeError, AttributeError) as error:
+            if unusable := next((question for question, _, right, wrong in records if not (right and wrong)), None):
+                raise ValueError(f"no right or no wrong answers to {unusable!r}")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise _not_official(data, "TruthfulQA's CSV", error) from error
     items = [
         Item(str(number), question, f"{TRUTHFUL}Q: {question}\nA:", tuple(right), tuple(wrong), best)
@@ -207,7 +212,7 @@ def triviaqa(data: str | Path | None) -> Task:
         text, source, digest = _read(data)
         try:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
-            _ = [(row["question"], row["answer"]["value"], row["answer"]["aliases"]) for row in records]
+            _ = [(row["question"], row["answer"]["value"], *row["answer"]["aliases"]) for row in records]
         except (ValueError, KeyError, TypeError) as error:
             raise _not_official(data, "JSON lines with TriviaQA's fields", error) from error
         examples, records = records[:SHOTS], records[SHOTS:]
@@ -247,7 +252,9 @@ def coqa(data: str | Path | None) -> Task:
                 (story["id"], story["story"], list(map(_said, story["questions"])), list(_answered(story)))
                 for story in json.loads(text)["data"]
             ]
-        except (ValueError, KeyError, TypeError) as error:
+            if any(len(questions) != len(answers) for _, _, questions, answers in stories):
+                raise ValueError("not as many answers as questions")
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise _not_official(data, "CoQA's JSON", error) from error
         note = "" if len(stories) >= 100 else f"a smoke test: {len(stories)} conversations"
     items = []

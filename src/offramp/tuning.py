@@ -113,6 +113,12 @@ def tune(
         raise BadInput("Tuning needs the library peft.", "Install it: pip install 'offramp[tune]'") from error
 
     config = config or TuneConfig()
+    if config.rank < 1 or not config.learning_rate > 0:
+        raise BadInput(
+            "The rank and the learning rate must be more than 0.", "For example: --rank 32 --learning-rate 0.001"
+        )
+    if backbone.source.path and Path(folder).resolve() == Path(backbone.source.path).resolve():
+        raise BadInput(f"{folder} holds the model itself, which would be lost.", "Name another folder.")
     folder, work = Path(folder), Path(folder) / ".training"
     backbone.slow()
     names = ("prompts", "texts", "max_prompts", "answer_tokens", "seed")

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -288,7 +289,7 @@ class Backbone:
 
         def logits(h: Tensor) -> Tensor:
             flat = h.reshape(-1, h.shape[-1])
-            names = guess(self.final(flat) @ reduce.T).topk(candidates, dim=-1, sorted=False).indices
+            names = _largest(guess(self.final(flat) @ reduce.T), candidates)
             out = torch.full((len(flat), self.vocab_size), float("-inf"), device=h.device)
             for row, some in enumerate(names):
                 out[row, some] = self.head_of(some)(flat[row : row + 1])[0]
@@ -365,6 +366,14 @@ class Backbone:
         if self.family.implementation == "sdpa":
             return sees[None, None]
         return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
+
+
+def _largest(rows: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row (n, V) are, in any order: (n, count)."""
+    if rows.device.type != "cpu":
+        return rows.topk(count, dim=-1, sorted=False).indices
+    # Several times as fast as torch's topk there.
+    return torch.from_numpy(np.argpartition(rows.numpy(), -count, axis=-1)[:, -count:])
 
 
 def _layer_types(config: Any, kinds: list[str]) -> list[str]:

@@ -326,8 +326,11 @@ def train(
     ] = None,
     top_k: Annotated[int, typer.Option(help="An exit agrees if its token is among the full model's k best.")] = 1,
     sketch: Annotated[
-        int, typer.Option(help="Dims of a sketch of the head, for --candidates; a multiple of 32, such as 128. 0: none.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Dims of a sketch of the head, for --candidates; a multiple of 32; 0: none. Default: where it pays."
+        ),
+    ] = None,
     precision: Annotated[float, typer.Option(help="Agreement that the default thresholds ask for.")] = 0.98,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     dtype: Dtype = None,

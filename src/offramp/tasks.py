@@ -2,7 +2,7 @@
 
 From the hub (`truthfulqa/truthful_qa`, `mandarjoshi/trivia_qa`, `stanfordnlp/coqa`, by the library `datasets`), or from a
 file: TruthfulQA's and CoQA's official ones, for TriviaQA JSON lines with the hub's fields. Prompts are plain text, without
-a chat template. TruthfulQA's is its authors'. TriviaQA's and CoQA's are worded as in EleutherAI's lm-evaluation-harness
+a chat template. TruthfulQA's is its authors'. TriviaQA's and CoQA's are worded as in EleutherAI's lm-evaluation-harness,
 but TriviaQA has five examples before the question, and of CoQA every turn is asked: figures compare with the harness' for
 TruthfulQA only.
 """

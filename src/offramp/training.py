@@ -38,6 +38,7 @@ from offramp.metrics import auroc
 from offramp.policy import Policy
 from offramp.sources import write_atomically
 
+SKETCH_DIMS, CANDIDATES = 128, 2048  # for SmolLM2's own tokens, all but 1 in 900 are among these
 PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
 
 
@@ -50,8 +51,8 @@ class TrainConfig:
     max_prompts: use only the first so many; answer_tokens: longest own answer; epochs over the adapters' sequences and
     over the gates'; batch: sequences a step; precision: agreement on held-out tokens that the default thresholds ask
     for; open_from: share of the depth before which exits stay closed by default; shortlist: read out over so many of
-    the answers' most frequent tokens (0: all); sketch: dims of a sketch of the head (0: none); confidence, threshold:
-    the default policy, where precision is not to choose it.
+    the answers' most frequent tokens (0: all); sketch: dims of a sketch of the head (0: none; None: some, where it
+    pays); confidence, threshold: the default policy, where precision is not to choose it.
     """
 
     layers: tuple[int, ...] | None = None
@@ -72,7 +73,7 @@ class TrainConfig:
     precision: float = 0.98
     open_from: float = 2 / 3
     shortlist: int = 0
-    sketch: int = 0
+    sketch: int | None = None
     confidence: str = "gate"
     threshold: float | None = None
     seed: int = 0
@@ -89,6 +90,7 @@ def draft_config(n_blocks: int, **changed: Any) -> TrainConfig:
         "readout": "deep",
         "readout_width": 256,
         "shortlist": 8192,
+        "sketch": 0,
         "confidence": "max-prob",
         "threshold": 0.25,
         "answer_tokens": 96,
@@ -126,15 +128,18 @@ def train(
     torch.manual_seed(config.seed)
     shortlist = config.shortlist if config.shortlist < backbone.vocab_size else 0
     widths = config.gate_width, config.readout_width
-    shape = ExitsConfig(tuple(layers), config.gate, config.readout, *widths, shortlist, config.sketch)
+    # With few tokens or dims, a sketch would cost as much as the head.
+    large = backbone.vocab_size >= 8 * CANDIDATES and backbone.hidden_size >= 4 * SKETCH_DIMS
+    sketch = (SKETCH_DIMS if large else 0) if config.sketch is None else config.sketch
+    shape = ExitsConfig(tuple(layers), config.gate, config.readout, *widths, shortlist, sketch)
     exits = Exits.new(backbone, shape)
-    top = bool(config.sketch) or any(exit.deep for exit in exits)
+    top = bool(sketch) or any(exit.deep for exit in exits)
     with _Clock(work / "seconds") as clock:
         data = gather(backbone, config, (*layers, backbone.n_blocks) if top else tuple(layers), work, progress)
         if shortlist:
             exits.shortlist = frequent(data.adapters, shortlist, backbone.vocab_size)
-        if config.sketch:
-            exits.sketch = sketch_of(backbone, data.adapters, config.sketch)
+        if sketch:
+            exits.sketch = sketch_of(backbone, data.adapters, sketch)
         trainer = Trainer(backbone, exits, config, work, progress)
         trainer.standardise(data.adapters)
         if config.readout != "none":
@@ -155,7 +160,7 @@ def train(
         else 1.0
         for exit, scored in zip(exits, scores(exits, valid), strict=True)
     )
-    exits.policy = Policy(tuple(thresholds), config.confidence)
+    exits.policy = Policy(tuple(thresholds), config.confidence, candidates=CANDIDATES if sketch else 0)
     exits.training = {
         "command": command,
         "config": {**asdict(config), "layers": list(layers), "prompts": None, "texts": []},

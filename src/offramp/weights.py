@@ -77,7 +77,12 @@ class Weight:
         """The product with these rows only."""
         parts = {"w": self.w, "scale": self.scale, "low": self.low}
         return type(self)(
-            {name: part[rows] for name, part in parts.items() if part is not None},
+            {
+                # Several times as fast as indexing.
+                name: part.index_select(0, rows) if isinstance(rows, Tensor) else part[rows]
+                for name, part in parts.items()
+                if part is not None
+            },
             None if self.bias is None else self.bias[rows],
         )
 

@@ -86,22 +86,38 @@ def at_depth(forward: Forward, ids: Tensor, block: int) -> Tensor:
     raise ValueError(f"the model has no block {block}")
 
 
+@dataclass(frozen=True)
+class Depths:
+    """What the untrained read-out says after each block: bits per byte, and how often the same piece as after the last one.
+
+    `trained`: bits per byte and agreement of a trained read-out half way.
+    """
+
+    bits: list[float]
+    agreement: list[float]
+    trained: tuple[float, float]
+
+
 @torch.no_grad()
 def depths(
     forward: Forward, tokens: np.ndarray, lengths: np.ndarray, block: int = 0, read_out: ReadOut | None = None
-) -> tuple[list[float], float]:
-    """Bits per byte after each block with the untrained read-out, and with the trained one after `block` blocks."""
+) -> Depths:
+    """Over all tokens; with a trained read-out after `block` blocks, if there is one."""
     rows, counted = windows(tokens)
     size = int(lengths[rows[:, 1:]][counted].sum())
-    nats = np.zeros(len(forward.model.backbone.layers))
-    trained = 0.0
+    blocks = len(forward.model.backbone.layers)
+    nats, same = np.zeros(blocks + 1), np.zeros(blocks + 1)  # the last is the trained read-out's
     for at in range(0, len(rows), BATCH):
         ids, mask = torch.from_numpy(rows[at : at + BATCH]), torch.from_numpy(counted[at : at + BATCH])
-        for index, h in enumerate(forward.states(ids[:, :-1])):
+        states = list(forward.states(ids[:, :-1]))
+        if read_out:
+            states.append(read_out(states[block - 1]))
+        last = forward.likeliest(states[blocks - 1])
+        for index, h in enumerate(states):
             nats[index] += float(forward.surprise(h, ids[:, 1:])[mask].double().sum())
-            if read_out and index + 1 == block:
-                trained += float(forward.surprise(read_out(h), ids[:, 1:])[mask].double().sum())
-    return (nats / math.log(2) / size).tolist(), trained / math.log(2) / size
+            same[index] += int((forward.likeliest(h) == last)[mask].sum())
+    bits, agreement = (nats / math.log(2) / size).tolist(), (same / counted.sum()).tolist()
+    return Depths(bits[:blocks], agreement[:blocks], (bits[-1], agreement[-1]))
 
 
 @dataclass(frozen=True)
@@ -158,15 +174,18 @@ def main() -> None:
     if args.read_out_steps:
         settings = Settings(batch=16, length=256, learning_rate=1e-3, seed=args.seed)
         read_out = train_read_out(forward, train, half, args.read_out_steps, settings)
-    by_block, trained = depths(forward, test, piece_bytes(tokenizer), half, read_out)
+    found_at = depths(forward, test, piece_bytes(tokenizer), half, read_out)
+    by_block, (trained, agrees) = found_at.bits, found_at.trained
     result: dict[str, Any] = {
         "model": args.model.name,
         "windows": f"{WINDOW} tokens, the first {CONTEXT} as context",
         "bits_per_byte": round(by_block[-1], 4),
         "untrained_read_out": [round(bits, 4) for bits in by_block],
+        "untrained_agreement": [round(share, 4) for share in found_at.agreement],
     }
     if read_out:
-        result["trained_read_out"] = {"block": half, "steps": args.read_out_steps, "bits_per_byte": round(trained, 4)}
+        measured = {"bits_per_byte": round(trained, 4), "agreement": round(agrees, 4)}
+        result["trained_read_out"] = {"block": half, "steps": args.read_out_steps, **measured}
         result["full_depth_is_better_by"] = round(1 - by_block[-1] / trained, 4)
     print(json.dumps(result, indent=1))
     if args.out:

@@ -302,7 +302,7 @@ def test_its_gradients_are_the_librarys_and_nearly_so_in_bfloat16(reloaded, toke
 
     theirs = reloaded(ids[:, :-1], use_cache=False).logits
     wanted = gradients(torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten()))
-    for dtype, far, small in ((torch.float32, 1e-3, 1e-7), (torch.bfloat16, 0.1, 2e-5)):
+    for dtype, far, small in ((torch.float32, 1e-3, 1e-7), (torch.bfloat16, 0.2, 2e-5)):
         ours = forward.Forward(reloaded, dtype=dtype)
         for name, mine, other in zip(
             parameters, gradients(ours.loss(ours.last(ids[:, :-1]), ids[:, 1:])), wanted, strict=True
@@ -344,12 +344,13 @@ def test_evaluation_counts_every_token_once():
 
 def test_evaluation_agrees_with_the_library(reloaded, corpus):
     tokens, lengths = text.load_tokens(corpus, "test")[:400], text.piece_bytes(AutoTokenizer.from_pretrained(corpus))
-    by_block, trained = evaluate.depths(forward.Forward(reloaded), tokens, lengths, 2, evaluate.ReadOut(32))
+    found = evaluate.depths(forward.Forward(reloaded), tokens, lengths, 2, evaluate.ReadOut(32))
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     with torch.no_grad():
         nats = torch.nn.functional.cross_entropy(reloaded(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum")
-    assert by_block[-1] == pytest.approx(float(nats) / np.log(2) / lengths[tokens[1:]].sum(), rel=1e-4)
-    assert trained == pytest.approx(by_block[1])  # an untrained read-out changes nothing
+    assert found.bits[-1] == pytest.approx(float(nats) / np.log(2) / lengths[tokens[1:]].sum(), rel=1e-4)
+    assert found.agreement[-1] == 1
+    assert found.trained == pytest.approx((found.bits[1], found.agreement[1]))  # an untrained read-out changes nothing
 
 
 def test_samples_are_the_same_again(reloaded, corpus):

@@ -34,7 +34,9 @@ app = typer.Typer(
 
 Model = Annotated[
     str,
-    typer.Argument(help="A hub name (org/name), a local folder, a GGUF file, or the alias smollm2.", show_default=False),
+    typer.Argument(
+        help="A hub name (org/name), a local folder, a GGUF file, or an alias (smollm2, mamba-tiny).", show_default=False
+    ),
 ]
 ExitsFolder = Annotated[
     str | None,
@@ -43,15 +45,16 @@ ExitsFolder = Annotated[
 Fill = Annotated[
     str,
     typer.Option(
-        help="What skipped blocks remember: project (their own of the exit's), copy (the last block's), freeze (nothing "
-        "new), defer (all of it, computed later), verify (so too, and full depth decides: its own tokens, sooner)."
+        help="What skipped blocks keep of a token: project (keys, values and Mamba state made of the exit's hidden state), "
+        "copy (the last block's keys and values), freeze (the Mamba state as it was), defer (exact, computed with the next "
+        "token that goes on), verify (as defer, and full depth decides)."
     ),
 ]
 Threshold = Annotated[
     str | None,
     typer.Option(
         help="Confidence a token must exceed to leave, 0 to 1: one for all exits, or one for each (1,1,0.9,0.8). "
-        "1 closes an exit, 0 opens it to all. Default: the exits'."
+        "1 closes an exit, 0 opens it to all. Default: the exits' own policy, of which nothing is kept otherwise."
     ),
 ]
 Confidence = Annotated[
@@ -65,7 +68,8 @@ Decay = Annotated[float, typer.Option(help="Thresholds that fall over so many to
 Candidates = Annotated[
     int,
     typer.Option(
-        help="Read out only so many tokens that a sketch of the head names, such as 2048; 0: all. Needs --threshold."
+        help="Read out only so many tokens that a sketch of the head names, such as 2048; 0: all. Needs "
+        "--threshold, and exits with a sketch."
     ),
 ]
 Dtype = Annotated[

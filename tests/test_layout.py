@@ -28,7 +28,10 @@ ORDER = [
     ("library",),
     ("bench",),
     ("harvest",),
-    ("training",),
+    ("training", "calibration"),
+    ("tuning", "tasks"),
+    ("evaluation",),
+    ("report", "harness"),
     ("show",),
     ("cli",),
 ]

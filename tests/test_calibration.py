@@ -118,9 +118,11 @@ def test_the_guarantee_fails_at_most_as_often_as_promised(kind: str, delta: floa
 
 def test_the_path_goes_from_safe_to_bold_and_skips_what_is_worse_in_both() -> None:
     pilot = [(0.00, -0.01), (0.01, 0.02), (0.02, 0.01), (0.03, 0.05), (0.03, 0.04), (0.2, 0.5)]
-    assert path(pilot, risk=0.05) == [1, 3]
-    assert path(pilot, risk=0.15) == [1, 3, 5]
+    assert path(pilot, risk=0.05) == [1, 4, 3]
+    assert path(pilot, risk=0.15) == [1, 4, 3, 5]
     assert path([(0.0, 0.0)], 0.05) == []
+    # Nothing lost on the pilot's few prompts says little: the safest of these is tested first.
+    assert path([(0.0, 0.03), (0.0, 0.01), (0.0, 0.02), (0.01, 0.02)], 0.05) == [1, 2, 0]
     assert len(path([(index / 1000, index + 1.0) for index in range(20)], 0.05, longest=8)) <= 8
 
 

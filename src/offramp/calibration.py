@@ -9,7 +9,7 @@ They are tested one after another along a path from nearly closed to open, each 
 rejected (fixed-sequence testing, section 3 there); the last one rejected is the result. The order must not depend on
 the prompts of the test. With several exits there is no natural order: which of two policies is bolder depends on how right
 each exit is and on what its skipped blocks cost the rest of the answer. So a part of the prompts, the pilot, is spent on
-finding the path: of all candidates, those that save more FLOPs (with `defer`, deep passes) than any that loses less.
+finding the path: of all candidates, those that no other beats in both, loss and saved FLOPs (with `defer`, deep passes).
 """
 
 from __future__ import annotations
@@ -91,15 +91,16 @@ def fixed_sequence(losses: Iterator[Many[float]], risk: float, delta: float) -> 
 def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST) -> list[int]:
     """Which candidates to test, and in which order, from each one's mean loss and gain on the pilot prompts.
 
-    In order of loss, those that gain more than all before them; none that loses twice the risk. If there are more than
-    `longest`, every n-th, the first kept.
+    In order of gain, those that no other beats in both; none that gains nothing or loses twice the risk. Of those that lose
+    the same on so few prompts, none is left out: the safest goes first. If there are more than `longest`, every n-th, the
+    first kept.
     """
-    order, most = [], 0.0
-    for index in sorted(range(len(pilot)), key=lambda index: (pilot[index][0], -pilot[index][1])):
-        loss, gain = pilot[index]
-        if gain > most and loss < 2 * risk:
-            order.append(index)
-            most = gain
+    order = [
+        index
+        for index, (loss, gain) in enumerate(pilot)
+        if gain > 0 and loss < 2 * risk and not any(other < loss and more >= gain for other, more in pilot)
+    ]
+    order.sort(key=lambda index: pilot[index][1])
     return order[:: -(-len(order) // longest)] if order else []
 
 

@@ -22,8 +22,6 @@ exits: .venv/.installed
 	$(BIN)/offramp train smollm2 -o src/offramp/shipped/smollm2 --draft
 	$(BIN)/offramp train mamba-tiny -o src/offramp/shipped/mamba-tiny --gate-width 32 --readout-width 96
 	$(BIN)/offramp train mamba-tiny -o src/offramp/shipped/mamba-tiny --draft --readout-width 96
-	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/shipped/mamba-tiny-ee --gate-width 32 --readout-width 96
-	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/shipped/mamba-tiny-ee --draft --readout-width 96
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt

@@ -5,7 +5,8 @@
 For each model: gates `linear`, `ffn` and `mamba`, trained on the same own answers beside the same read-outs, and the
 training-free `max-prob`, each at five thresholds and at the one calibrated for the task (risk 0.05, on questions that are
 not scored); then, with the gate that saves most at its calibrated point, every fill. Of CoQA, all turns of five
-conversations. Without files, the tasks come from the hub.
+conversations. A model that `offramp tune` made is compared with the one it was made from. Without files, the tasks come
+from the hub.
 
 Interrupted, the same command goes on. Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 import offramp
-from exits import with_gate
+from exits import exits_for, with_gate
 from offramp import Exits, Policy
 from offramp.backbone import Backbone
 from offramp.calibration import Question, calibrate
@@ -35,7 +36,7 @@ from offramp.evaluation import Condition, Evaluation, load_results, save_results
 from offramp.policy import TRAINING_FREE
 from offramp.report import write
 from offramp.sources import ALIASES
-from offramp.tasks import Task, load_task
+from offramp.tasks import load_task
 from offramp.training import TrainConfig, Trainer, gather
 
 GATES = ("linear", "ffn", "mamba", "max-prob")
@@ -43,10 +44,8 @@ THRESHOLDS = (0.98, 0.95, 0.9, 0.8, 0.6)
 FILLS = ("project", "freeze", "copy", "defer", "verify")
 
 
-def trained(backbone: Backbone, prompts: int | None, work: Path) -> dict[str, Exits]:
-    """Exits with each gate, beside the read-outs that ship for the model; kept in the folder `work`."""
-    base = offramp.shipped_for(backbone)
-    assert base, f"no exits ship for {backbone.name}"
+def trained(backbone: Backbone, base: Exits, prompts: int | None, work: Path) -> dict[str, Exits]:
+    """Exits with each gate, beside the read-outs of `base`; kept in the folder `work`."""
     config = TrainConfig(max_prompts=prompts)
     found: dict[str, Exits] = {}
     missing = [gate for gate in GATES if gate not in TRAINING_FREE and not (work / gate / "offramp.json").exists()]
@@ -68,21 +67,24 @@ def trained(backbone: Backbone, prompts: int | None, work: Path) -> dict[str, Ex
     return found
 
 
-def calibrated(exits: Exits, confidence: str, backbone: Backbone, task: Task, questions: list[Question]) -> Exits:
-    """The same exits with the boldest thresholds that the questions vouch for."""
-    exits = copy.copy(exits)
-    calibrate(backbone, exits, questions, confidence=confidence, max_tokens=task.max_tokens, stop=task.stop, raw=True)
-    return exits
+def untuned(backbone: Backbone) -> Backbone:
+    """The model that this one was tuned from by `offramp tune`, to compare with; itself, if it was not."""
+    record = Path(backbone.source.path) / "tuning.json"
+    return offramp.load(json.loads(record.read_text())["untuned"]["name"]) if record.is_file() else backbone
 
 
-def run(name: str, task_name: str, data: Path | None, args: argparse.Namespace) -> Path:
+def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace) -> Path:
+    source, _, folder = model.partition("=")
+    name = Path(source).name
     everything = load_task(task_name, data)
     settings = [args.count, args.calibration, args.prompts, args.thresholds, everything.sha256]
     work = args.work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     file = work / f"{name}-{task_name}.json"
     if file.exists():
         return file
-    backbone = offramp.load(name)
+    backbone = offramp.load(source)
+    reference = untuned(backbone)
+    base = exits_for(backbone, Path(folder) if folder else None)
     count = args.count
     if task_name == "coqa":
         stories = list(dict.fromkeys(item.id.partition("/")[0] for item in everything.items))[: 1 if args.quick else 5]
@@ -91,15 +93,15 @@ def run(name: str, task_name: str, data: Path | None, args: argparse.Namespace) 
     others = [Question(item.prompt) for item in everything.items[count:]][: args.calibration]
     if task_name == "coqa":  # turns of one conversation are no independent draws
         others = []
-    gates = trained(backbone, args.prompts, args.work / f"{name}-{args.prompts or 'all'}")
+    gates = trained(backbone, base, args.prompts, args.work / f"{name}-{args.prompts or 'all'}")
     kept = work / f".{name}-{task_name}"
 
     def said(stage: str, done: int, total: int, note: str = "") -> None:
         if done == total:
             print(f"{time.strftime('%H:%M:%S')} {name} {task_name} {stage} {note}", flush=True)
 
-    evaluation = Evaluation(backbone, asked, kept, command=shlex.join(sys.argv), progress=said)
-    results = [evaluation.run(Condition())]
+    evaluation = Evaluation(backbone, asked, kept, reference, command=shlex.join(sys.argv), progress=said)
+    results = [evaluation.run(Condition()), evaluation.run(Condition("project", None, base))]
     best: tuple[float, Any] = (0.0, None)
     for gate, exits in gates.items():
         confidence = gate if gate in TRAINING_FREE else "gate"
@@ -107,8 +109,10 @@ def run(name: str, task_name: str, data: Path | None, args: argparse.Namespace) 
             policy = Policy((threshold,) * len(exits), confidence)
             results.append(evaluation.run(Condition("project", policy, exits)))
         if others:
+            chosen = copy.copy(exits)
+            how = {"confidence": confidence, "max_tokens": everything.max_tokens, "stop": everything.stop}
             try:
-                chosen = calibrated(exits, confidence, backbone, everything, others)
+                calibrate(backbone, chosen, others, **how, raw=True, reference=reference)
             except BadInput as error:
                 said("calibration", 1, 1, str(error))
                 continue
@@ -131,7 +135,7 @@ def main() -> None:
     parser.add_argument("--truthfulqa", type=Path)
     parser.add_argument("--triviaqa", type=Path)
     parser.add_argument("--coqa", type=Path)
-    parser.add_argument("--models", default=",".join(ALIASES), help="aliases with exits that ship")
+    parser.add_argument("--models", default=",".join(ALIASES), help="models, by comma; MODEL=EXITS: its exits' folder")
     parser.add_argument("--count", type=int, default=100, help="questions of each task")
     parser.add_argument("--calibration", type=int, default=300, help="other questions to calibrate on")
     parser.add_argument("--prompts", type=int, help="prompts whose answers gates learn from; default: all of offramp's")

@@ -2,8 +2,9 @@
 
     python -m lm.evaluate MODEL CORPUS [--read-out-steps 600] [--samples FILE.md]
 
-Every test token is predicted with at least 256 tokens before it (fewer only at the text's start): windows of 512, of which
-the first 256 are context. After each block but the last, the read-out is untrained: the model's own final norm and head.
+Every test token is predicted with at least 1,024 tokens before it (fewer only at the text's start): windows of 2,048, of
+which the first half is context. After each block but the last, the read-out is untrained: the model's own final norm and
+head.
 `--read-out-steps` trains one for the middle of the model, to see what a fair read-out makes of half the depth.
 
 Samples are the first that the seed gives, none chosen: half answer questions of offramp's own list of prompts, half are
@@ -31,9 +32,9 @@ from offramp.errors import BadInput, OfframpError
 from offramp.sources import write_atomically
 from offramp.training import PROMPTS
 
-WINDOW = 512
-CONTEXT = 256
-BATCH = 16
+WINDOW = 2048
+CONTEXT = 1024
+BATCH = 4
 
 
 def windows(tokens: np.ndarray, window: int = WINDOW, context: int = CONTEXT) -> tuple[np.ndarray, np.ndarray]:

@@ -269,22 +269,27 @@ def train(
         "validation": curve[-1],
         "curve": curve,
         "corpus": json.loads((corpus / "corpus.json").read_text()),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "offramp": offramp.__version__,
-        },
+        "versions": versions(),
     }
     save(model, tokenizer, folder, record)
-    shutil.rmtree(work.parent)
     return record
 
 
+def versions() -> dict[str, str]:
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "offramp": offramp.__version__,
+    }
+
+
 def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Write the model in bfloat16, its tokenizer and its record to `folder`."""
+    """Write the model in bfloat16, its tokenizer and its record to `folder`, and end the unfinished work there."""
     made = folder / ".training" / "model"
     end = model.config.eos_token_id
+    # It is for new weights, but transformers 5 divides loaded ones by it, too, each time.
+    model.config.rescale_prenorm_residual = False
     # In float32 the model goes on being what it is; a copy is rounded.
     rounded = type(model)(model.config).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
@@ -297,6 +302,7 @@ def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> No
     (made / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
     for file in sorted(made.iterdir()):
         write_atomically(folder / file.name, file.read_bytes())
+    shutil.rmtree(made.parent)
 
 
 def keep_memory() -> None:

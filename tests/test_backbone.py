@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,17 @@ def test_a_local_folder_loads_in_both_dtypes_with_the_same_hash(tmp_path, own_ca
     assert (full.weight_format, half.weight_format) == ("float32", "bfloat16")
     assert full.source.sha256 == half.source.sha256
     torch.testing.assert_close(full.forward(ids_of(0)), tiny("llama").forward(ids_of(0)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
+def test_loaded_weights_are_not_initialised_once_more(family: str, tmp_path, own_cache) -> None:
+    """transformers 5 divides out_proj by √blocks as it loads it, where the config asks for that in new weights."""
+    backbone = tiny(family)
+    folder = saved(backbone, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rescale_prenorm_residual": True}))
+    loaded = offramp.load(str(folder), "float32", keep=True)
+    torch.testing.assert_close(loaded.forward(ids_of(0)), backbone.forward(ids_of(0)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_fails_in_bfloat16_runs_in_float32_and_says_so(tmp_path, own_cache, monkeypatch) -> None:

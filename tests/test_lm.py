@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lm import answers, baselines, evaluate, forward, text, train
+from lm import answers, average, baselines, evaluate, forward, text, train
 
 from conftest import tiny
 from offramp.errors import BadInput
@@ -258,6 +258,23 @@ def test_an_unfinished_training_keeps_its_settings(corpus, tmp_path, monkeypatch
     assert train.train(corpus, tmp_path, SMALL) is None
     with pytest.raises(BadInput, match="other settings"):
         train.train(corpus, tmp_path, train.Settings(steps=7, blocks=3, width=32, state=16, batch=2, length=80))
+
+
+def test_the_mean_of_two_models_is_a_model(trained, reloaded, tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(trained[0], dtype=torch.float32)
+    with torch.no_grad():
+        other.backbone.norm_f.weight += 0.5
+    train.save(other, AutoTokenizer.from_pretrained(trained[0]), tmp_path / "other", {**trained[1], "command": "another"})
+    average.average([trained[0], tmp_path / "other"], tmp_path / "mean", "the mean")
+    mean = AutoModelForCausalLM.from_pretrained(tmp_path / "mean", dtype=torch.float32)
+    assert torch.allclose(mean.backbone.norm_f.weight, reloaded.backbone.norm_f.weight + 0.25, atol=0.01)
+    assert torch.equal(mean.backbone.embeddings.weight, reloaded.backbone.embeddings.weight)
+    record = json.loads((tmp_path / "mean" / "training.json").read_text())
+    assert [one["command"] for one in record["models"]] == [trained[1]["command"], "another"]
+    assert record["corpus"] == trained[1]["corpus"]
+    assert not (tmp_path / "mean" / ".training").exists()
+    with pytest.raises(BadInput, match="is no folder that lm"):
+        average.average([trained[0], tmp_path], tmp_path / "nothing")
 
 
 def test_the_folder_is_one_of_the_library(trained, reloaded, corpus):

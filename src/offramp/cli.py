@@ -35,7 +35,8 @@ app = typer.Typer(
 Model = Annotated[
     str,
     typer.Argument(
-        help="A hub name (org/name), a local folder, a GGUF file, or an alias (smollm2, mamba-tiny).", show_default=False
+        help="A hub name (org/name), a local folder, a GGUF file, or an alias (smollm2, mamba-tiny, mamba-tiny-ee).",
+        show_default=False,
     ),
 ]
 ExitsFolder = Annotated[
@@ -149,7 +150,7 @@ def demo(
     asked = []
     for name, (backbone, (full, early)) in zip(names, loaded, strict=True):
         pairs = []
-        for question in questions or DEMO_QUESTIONS.get(name, DEMO_QUESTIONS["smollm2"]):
+        for question in questions or DEMO_QUESTIONS.get(name.removesuffix("-ee"), DEMO_QUESTIONS["smollm2"]):
             pairs.append((full.generate(question, max_tokens), early.generate(question, max_tokens)))
             answer_in_colour(question, *pairs[-1], name if both else None)
         asked.append((backbone, pairs))

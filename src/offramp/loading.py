@@ -117,6 +117,9 @@ def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbon
     try:
         config = AutoConfig.from_pretrained(source.path, local_files_only=True)
         family = family_of(config, source)  # a wrong family should not cost a minute of loading
+        # Meant for new weights, but transformers 5 divides every loaded out_proj of a Mamba model by √blocks, too.
+        if hasattr(config, "rescale_prenorm_residual"):
+            config.rescale_prenorm_residual = False
         model = AutoModelForCausalLM.from_pretrained(
             source.path,
             config=config,

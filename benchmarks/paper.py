@@ -77,7 +77,7 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
     source, _, folder = model.partition("=")
     name = Path(source).name
     everything = load_task(task_name, data)
-    settings = [args.count, args.calibration, args.prompts, args.thresholds, everything.sha256]
+    settings = [args.count, args.calibration, args.prompts, args.thresholds, args.batch, everything.sha256]
     work = args.work / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
     file = work / f"{name}-{task_name}.json"
     if file.exists():
@@ -100,7 +100,7 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
         if done == total:
             print(f"{time.strftime('%H:%M:%S')} {name} {task_name} {stage} {note}", flush=True)
 
-    evaluation = Evaluation(backbone, asked, kept, reference, command=shlex.join(sys.argv), progress=said)
+    evaluation = Evaluation(backbone, asked, kept, reference, args.batch, command=shlex.join(sys.argv), progress=said)
     results = [evaluation.run(Condition()), evaluation.run(Condition("project", None, base))]
     best: tuple[float, Any] = (0.0, None)
     for gate, exits in gates.items():
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="questions of each task")
     parser.add_argument("--calibration", type=int, default=300, help="other questions to calibrate on")
     parser.add_argument("--prompts", type=int, help="prompts whose answers gates learn from; default: all of offramp's")
+    parser.add_argument("--batch", type=int, default=16, help="answers side by side; times are shares of a batch's")
     parser.add_argument("--quick", action="store_true", help="20 minutes: few questions, two thresholds, no calibration")
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="settings get folders of their own in it")
     args = parser.parse_args()

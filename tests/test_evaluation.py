@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 from statistics import fmean
 
 import pytest
@@ -152,8 +153,11 @@ def test_results_are_kept_and_others_refused(tmp_path) -> None:
     result = evaluation(tmp_path).run(OPEN)
     save_results([result], tmp_path / "out.json")
     assert load_results([tmp_path / "out.json"]) == json.loads(json.dumps([result]))
+    (tmp_path / "out.json.xz").write_bytes(lzma.compress((tmp_path / "out.json").read_bytes()))
+    assert load_results([tmp_path / "out.json.xz"]) == load_results([tmp_path / "out.json"])
+    (tmp_path / "cut.json.xz").write_bytes((tmp_path / "out.json.xz").read_bytes()[:-40])
     (tmp_path / "other.json").write_text('{"results": [{"offramp": 1}]}')
-    for name in ("other.json", "nowhere.json"):
+    for name in ("other.json", "nowhere.json", "cut.json.xz"):
         with pytest.raises(BadInput, match="holds no results"):
             load_results([tmp_path / name])
 

@@ -223,6 +223,23 @@ def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fil
             assert [token.exit_block for token in answer.tokens] == [token.exit_block for token in alone.tokens]
 
 
+@pytest.mark.parametrize("fill", ALL_FILLS)
+@pytest.mark.parametrize("family", ["llama", "llama/native", "gemma2", "mamba", "mamba2/native", "falcon_h1", "jamba"])
+def test_what_neighbours_begin_with_is_read_once_and_changes_no_answer(family: str, fill: str, monkeypatch) -> None:
+    if refused(fill, family):
+        return
+    monkeypatch.setattr("offramp.engine.SHARED", 8)
+    engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
+    one, other = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
+    ends = some_prompts(5, seed=3)
+    prompts = [one + ends[0][:6], one + ends[1][:9], ends[2], other + ends[3][:3], other[:15] + ends[4][:8]]
+    talks = engine._talks(prompts)
+    assert [talk.sequence.run if talk.sequence else 0 for talk in talks] == [19, 19, 0, 14, 14]
+    together = engine.generate_batch(prompts, 12)
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert same_or_tied(family, prompt, answer.ids, engine.generate_ids(prompt, 12).ids)
+
+
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "mamba2/torch", "mamba2/native", "falcon_mamba", *HYBRIDS])
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())

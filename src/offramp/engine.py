@@ -20,6 +20,7 @@ Exits whose threshold is 1 never fire, so they are left out altogether: full dep
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -44,6 +45,7 @@ from offramp.sequence import Decision, Sequence, looked_up
 from offramp.text import Text
 
 ALL_FILLS = (*FILLS, *WAITING)
+SHARED = 64  # tokens that prompts side by side must begin with alike to have them read once
 FOUND = 3  # drafts taken from a place where the text repeats itself: four rows cost little more than one, eight do
 
 
@@ -226,8 +228,9 @@ class Engine:
         """Answer several prompts, given as token ids, side by side.
 
         Each sequence leaves where it likes and ends when it likes. Nothing is padded: each has its own memory, and only
-        the passes over the weights are shared (where the lean path is compiled; elsewhere sequences take turns). Times in
-        the results are those of the whole batch.
+        the passes over the weights are shared (where the lean path is compiled; elsewhere sequences take turns), and what
+        neighbours begin with alike, such as the examples before a question, is read once. Times in the results are those
+        of the whole batch.
         """
         started = time.perf_counter()
         stream = self.stream_batch(prompts, max_tokens, stop)
@@ -284,11 +287,34 @@ class Engine:
         if max_tokens < 1:
             raise BadInput(f"{max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
         works = []
-        for ids, talk in zip(prompts, talks or [Talk() for _ in prompts], strict=True):
+        for ids in prompts:
             self.backbone.check_prompt(ids)
+        for ids, talk in zip(prompts, talks or self._talks(prompts), strict=True):
             limit = min(max_tokens, self.backbone.context - len(ids))
             works.append(self._decode(self._sequence(ids, limit, talk), limit, stop, ends))
         yield from self._drive(works)
+
+    def forked(self, ids: Many[int], count: int) -> list[Talk]:
+        """Read these ids once, for so many texts that go on from them."""
+        talk = Talk()
+        next(self.stream_ids(list(ids), 1, talk=talk))
+        shared = {id(part): part for part in self.parts}  # weights need no copies
+        return [talk, *(copy.deepcopy(talk, dict(shared)) for _ in range(count - 1))]
+
+    def _talks(self, prompts: Many[list[int]]) -> list[Talk]:
+        """A talk for each prompt; neighbours that mostly begin alike have read that already."""
+        groups: list[tuple[list[int], int]] = []  # what all of a group begin with, and how many they are
+        for ids in prompts:
+            if groups:
+                begin, count = groups[-1]
+                common = [
+                    one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(begin, ids[:-1], strict=False))
+                ]
+                if len(common) >= max(SHARED, len(begin) / 2):
+                    groups[-1] = common, count + 1
+                    continue
+            groups.append((ids[:-1], 1))
+        return [talk for begin, count in groups for talk in (self.forked(begin, count) if count > 1 else [Talk()])]
 
     def summarise(
         self, tokens: list[Token], prompt_length: int, max_tokens: int, prefill_seconds: float, decode_seconds: float

@@ -7,9 +7,9 @@ each answer is kept at once, so that an interrupted run goes on. A Result holds 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
+import lzma
 import os
 import resource
 from collections import Counter
@@ -243,10 +243,8 @@ def log_likelihoods(engine: Engine, forced: Forced, prompt: str, continuations: 
     wholes = [list(tokenizer(prompt + continuation)["input_ids"]) for continuation in continuations]
     tokens = [whole[len(before) :] for whole in wholes]
     before = before[-max(1, engine.backbone.context - max(map(len, tokens))) :]
-    read = Talk()
-    next(engine.stream_ids(before, 1, talk=read))
-    shared = {id(part): part for part in engine.parts}  # weights need no copies
-    return [log_likelihood_of(engine, forced, before, some, copy.deepcopy(read, dict(shared))) for some in tokens]
+    talks = engine.forked(before, len(tokens))
+    return [log_likelihood_of(engine, forced, before, some, talk) for some, talk in zip(tokens, talks, strict=True)]
 
 
 def log_likelihood_of(
@@ -309,14 +307,15 @@ _KEYS = {"command", "seed", "machine", "model", "reference", "exits", "condition
 
 
 def load_results(files: list[Path]) -> list[dict[str, Any]]:
-    """The Results in some files that `offramp eval` wrote. Raises `BadInput` for others."""
+    """The Results in some files that `offramp eval` wrote, perhaps packed with xz. Raises `BadInput` for others."""
     found: list[dict[str, Any]] = []
     for file in files:
         try:
-            results = json.loads(file.read_text(encoding="utf-8"))["results"]
+            content = file.read_bytes()
+            results = json.loads(lzma.decompress(content) if file.suffix == ".xz" else content)["results"]
             if not all(one["offramp"] == "result" and _KEYS.issubset(one) for one in results):
                 raise KeyError("offramp")
-        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        except (OSError, lzma.LZMAError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{file} holds no results: {error!r}.", "Name a file that offramp eval wrote.") from error
         found += results
     return found

@@ -116,6 +116,8 @@ def _section(anchor: str, title: str, results: list[Result], figures: dict[str, 
     other = f" Compared with {escape(reference['name'])} at full depth." if reference != first["model"] else ""
     parts = [f'<h2 id="{anchor}">{escape(title)}</h2>']
     about = f"{first['task']['questions']} questions, {first['model']['weights']} weights."
+    if first["task"]["batch"] > 1:
+        about += f" {first['task']['batch']} answers side by side; times are their shares."
     parts.append(f"<p>{escape(about)}{note}{other}</p>")
     if "flops_per_token" in first["summary"]:
         drawn = {

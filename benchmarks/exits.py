@@ -57,6 +57,7 @@ def with_gate(backbone: Backbone, base: Exits, gate: str, readout: str) -> Exits
     if readout != "none":
         for mine, theirs in zip(exits, base, strict=True):
             mine.adapter.load_state_dict(theirs.adapter.state_dict())
+    exits.shortlist, exits.sketch = base.shortlist, base.sketch
     return exits
 
 

@@ -90,7 +90,9 @@ def main() -> None:
     data = gather(backbone, settings, base.config.layers, args.work / "text")
     prompts = [backbone.encode(one) for one in questions_in(args.questions, args.count)]
     plan = units(prompts, [], args.tokens, batch=48)
-    mark = hashlib.sha256(json.dumps([prompts, args.tokens, args.epochs, base.training]).encode()).hexdigest()[:8]
+    mark = hashlib.sha256(
+        json.dumps([prompts, args.tokens, args.epochs, args.max_prompts, base.training]).encode()
+    ).hexdigest()[:8]
     asked = args.work / f"asked-{mark}"
     asked.mkdir(parents=True, exist_ok=True)
     reader = Trainer(backbone, base, settings, args.work)
@@ -143,9 +145,10 @@ def main() -> None:
     draws = np.random.default_rng(0)
     resampled: dict[str, list[list[float]]] = {name: [] for name in found}
     for _ in range(REPETITIONS):
-        chosen, seed = draws.integers(len(answers), size=len(answers)), int(draws.integers(args.seeds))
+        chosen, seeds = draws.integers(len(answers), size=len(answers)), draws.integers(args.seeds, size=args.seeds)
         for name, runs in found.items():
-            resampled[name].append([area(runs[seed], answers, chosen, index) for index in range(count)])
+            areas = [[area(runs[seed], answers, chosen, index) for index in range(count)] for seed in seeds]
+            resampled[name].append(np.mean(areas, axis=0).tolist())
     tokens = sum(int(one.counted.sum()) for one in to_learn)
     print(f"\n{backbone.name}, {backbone.weight_format}: gates trained on {tokens} tokens, {args.seeds} seeds; measured on")
     print(f"{sum(int(one.counted.sum()) for one in answers)} tokens of answers to {len(answers)} questions\n")

@@ -27,7 +27,18 @@ from typing import Any
 import offramp
 from exits import questions_in
 from offramp import Engine, Policy
-from offramp.calibration import KINDS, LOSSES, PILOT, Question, answers, candidates, fixed_sequence, path, read_questions
+from offramp.calibration import (
+    KINDS,
+    LOSSES,
+    PILOT,
+    Question,
+    answers,
+    candidates,
+    fixed_sequence,
+    gain,
+    path,
+    read_questions,
+)
 from offramp.errors import OfframpError
 from offramp.exits import load_exits
 from offramp.sources import write_atomically
@@ -46,7 +57,12 @@ def questions_of(files: list[Path], count: int) -> list[Question]:
 
 
 def split(
-    losses: dict[str, list[float]], saved: dict[str, list[float]], risk: float, delta: float, seed: int
+    losses: dict[str, list[float]],
+    gains: dict[str, list[float]],
+    saved: dict[str, list[float]],
+    risk: float,
+    delta: float,
+    seed: int,
 ) -> dict[str, Any]:
     """Calibrate on one half, look at the other: the chosen policy (None: closed), its held-out loss and saved FLOPs."""
     names, count = list(losses), len(next(iter(losses.values())))
@@ -58,7 +74,7 @@ def split(
     def part(values: list[float], indices: list[int]) -> list[float]:
         return [values[index] for index in indices]
 
-    means = [(fmean(part(losses[name], pilot)), fmean(part(saved[name], pilot))) for name in names]
+    means = [(fmean(part(losses[name], pilot)), fmean(part(gains[name], pilot))) for name in names]
     on_path = [names[index] for index in path(means, risk)]
     tested = fixed_sequence((part(losses[name], test) for name in on_path), risk, delta)
     passed = [name for name, (_, _, ok) in zip(on_path, tested, strict=False) if ok]
@@ -139,6 +155,7 @@ def main() -> None:
         return {
             "policy": asdict(policy),
             "losses": [LOSSES[args.loss](early, whole, one) for early, whole, one in pairs],
+            "gain": [gain(one, args.fill) for one in given],
             "flops_saved": [one.flops_saved for one in given],
             "mean_blocks": fmean(one.mean_blocks for one in given),
         }
@@ -155,8 +172,9 @@ def main() -> None:
             if loss > 2.5 * args.risk:  # bolder ones would never be tested
                 break
     losses = {name: one["losses"] for name, one in found.items()}
+    gains = {name: one["gain"] for name, one in found.items()}
     saved = {name: one["flops_saved"] for name, one in found.items()}
-    splits = [split(losses, saved, args.risk, args.delta, seed) for seed in range(SPLITS)]
+    splits = [split(losses, gains, saved, args.risk, args.delta, seed) for seed in range(SPLITS)]
     title = f"{args.model}, {args.fill}: {SPLITS} splits of {len(asked)} questions"
     print(
         f"\n{title}; risk {args.risk}, delta {args.delta}, loss {args.loss}; {backbone.weight_format}, {args.tokens} tokens"

@@ -25,6 +25,7 @@ from offramp.evaluation import (
 from offramp.flops import exit_part
 from offramp.tasks import Item, Task, score_coqa
 from test_engine import exits_for
+from test_exits import sketched
 
 
 def task(count: int = 6, **changed) -> Task:
@@ -136,6 +137,14 @@ def test_multiple_choice_is_scored_by_likelihood(tmp_path) -> None:
     assert full["items"][0]["right"] == pytest.approx(wanted)
 
 
+def test_likelihoods_are_of_all_tokens_whatever_the_candidates(tmp_path) -> None:
+    exits = sketched("llama")
+    few, all_ = (Condition("project", Policy((1.0,) * len(exits), candidates=number), exits) for number in (4, 0))
+    runs = [evaluation(tmp_path, multiple_choice=True, score=lambda answer, item: {}).run(one) for one in (few, all_)]
+    assert [one["right"] for one in runs[0]["items"]] == [one["right"] for one in runs[1]["items"]]
+    assert "4 candidates" in runs[0]["condition"]["name"]
+
+
 def test_intervals_cover_and_differences_are_paired() -> None:
     def items(values):
         return [{"id": str(n), "scores": {"f1": value}, "measures": {}} for n, value in enumerate(values)]
@@ -173,6 +182,8 @@ def test_turns_of_one_conversation_are_resampled_together() -> None:
 
     alone = summary(items([str(n) for n in range(40)]))["f1"]
     together = summary(items([f"{n // 10}/{n % 10}" for n in range(40)]))["f1"]
+    one = summary(items([f"0/{n}" for n in range(40)]))["f1"]  # of one conversation, its turns
+    assert one["high"] - one["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.25)
     assert together["mean"] == alone["mean"] == pytest.approx(1.5)
     assert together["high"] - together["low"] > 2 * (alone["high"] - alone["low"])
 

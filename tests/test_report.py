@@ -53,6 +53,8 @@ def test_the_page_holds_everything_by_itself(page: Path, results) -> None:
     assert all(one["condition"]["name"] in text for one in results)
     assert "offramp eval &lt;tiny&gt;" in text  # escaped
     assert "#010203" not in text
+    assert "F1 less full depth's" in text
+    assert "At consistency 0.9" in text
     figures = sorted((page.parent / "report-figures").glob("*.svg"))
     assert len(figures) == 5
     assert all("currentColor" not in figure.read_text() for figure in figures)
@@ -66,6 +68,11 @@ def test_the_same_results_give_the_same_page(page: Path, results, tmp_path) -> N
 def test_no_results_are_refused(tmp_path) -> None:
     with pytest.raises(BadInput, match="no results"):
         write([], tmp_path / "report.html")
+
+
+def test_results_that_lack_something_are_refused(results, tmp_path) -> None:
+    with pytest.raises(BadInput, match="lacks something"):
+        write([{**results[0], "task": {}}], tmp_path / "report.html")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

@@ -125,6 +125,8 @@ def test_triviaqa_from_its_lines_leaves_its_examples_out(files) -> None:
     assert item.references == ("5", "no. 5")
     few = load_task("triviaqa", files / "trivia.jsonl", limit=2)
     assert few.items == task.items[:2]
+    with pytest.raises(BadInput, match="too few"):
+        load_task("triviaqa", files / "trivia.jsonl", limit=0)
 
 
 def test_coqa_from_its_json_asks_turn_by_turn(files) -> None:
@@ -144,6 +146,10 @@ def test_coqa_from_its_json_asks_turn_by_turn(files) -> None:
         ("truthfulqa", "Question,Best Answer,Correct Answers,Incorrect Answers\nWhy?,So,So,\n", "no right or no wrong"),
         ("triviaqa", '{"question": "Why?", "answer": {"value": "So", "aliases": null}}\n', "TriviaQA's fields"),
         ("coqa", '{"data": [{"id": 1, "story": "", "questions": ["a", "b"], "answers": ["c"]}]}', "not as many answers"),
+        ("triviaqa", '{"question": "Why?", "answer": {"value": "So", "aliases": "So"}}\n', "no text"),
+        ("triviaqa", '{"question": "Why?", "answer": {"value": 75, "aliases": []}}\n', "no text"),
+        ("coqa", '{"data": [{"id": 1, "story": "", "questions": ["a"], "answers": [[]]}]}', "without an answer"),
+        ("coqa", '{"data": [7]}', "CoQA's JSON"),
         ("coqa", None, "cannot be read"),
         ("squad", "", "no task 'squad'"),
     ],

@@ -73,6 +73,7 @@ def test_early_blocks_learn_to_say_what_the_model_says(family: str, prompts: str
     losses = [point["loss"][0] for point in record["curve"]]
     assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
     assert before["agreement"][-1] == 1
+    assert record["parameters"] > 0
     # What is saved is what was measured: a model like any other, with other weights than before.
     tuned = offramp.load(str(tmp_path / "tuned"), "float32", keep=True)
     assert tuned.source.sha256 != record["untuned"]["sha256"]

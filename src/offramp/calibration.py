@@ -22,7 +22,6 @@ from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Protocol
 
 from offramp.backbone import Backbone
 from offramp.engine import Engine, Generation
@@ -32,12 +31,13 @@ from offramp.fill import FILLS
 from offramp.harvest import read_lines
 from offramp.metrics import best_f1, token_f1
 from offramp.policy import PATIENCE, Policy
+from offramp.training import Progress, silent
 
 PILOT = 0.2  # of the prompts find the path
 LONGEST = 8  # policies on the path: more would only cost time
 CANDIDATES = (8192, 4096, 2048, 1024, 512)
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
-BATCH = 8  # answers side by side
+BATCH = 16  # answers side by side
 
 
 def p_value(mean: float, n: int, risk: float) -> float:
@@ -186,6 +186,11 @@ def task_loss(early: Generation, full: Generation, question: Question) -> float:
     return max(0.0, best_f1(full.text, question.references) - best_f1(early.text, question.references))
 
 
+def gain(answer: Generation, fill: str) -> float:
+    """What a policy is bold for: FLOPs saved; with `defer`, whose blocks are run after all, deep passes."""
+    return 1 - 1 / answer.tokens_per_deep_pass if fill == "defer" else answer.flops_saved
+
+
 LOSSES: dict[str, Callable[[Generation, Generation, Question], float]] = {
     "f1": f1_loss,
     "exact": exact_loss,
@@ -211,6 +216,7 @@ class Calibration:
 
     `n` prompts tested it, after `pilot` others found the path; `tested` is as far along it as the test went. `policy` is
     closed if none passed; `needed` is then how many prompts to test with would have let the first pass, if any would.
+    `raw`: whether prompts went without a chat template.
     """
 
     policy: Policy
@@ -222,6 +228,8 @@ class Calibration:
     n: int
     pilot: int
     max_tokens: int
+    stop: tuple[str, ...]
+    raw: bool
     reference: str
     prompts_sha256: str
     tested: tuple[Tested, ...]
@@ -230,12 +238,6 @@ class Calibration:
     @property
     def passed(self) -> bool:
         return any(one.passed for one in self.tested)
-
-
-class Progress(Protocol):
-    """Told how far each stage is: (stage, answers done, answers in all, a word on how it goes)."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 
 
 def calibrate(
@@ -252,7 +254,7 @@ def calibrate(
     stop: tuple[str, ...] = (),
     raw: bool = False,
     reference: Backbone | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Calibration:
     """Find the boldest policy that the questions vouch for; give it to `exits.policy` and keep the record with the exits.
 
@@ -278,10 +280,6 @@ def calibrate(
 
     references = answers(Engine(reference or backbone), ids, max_tokens, stop, said)
 
-    def gain(answer: Generation) -> float:
-        """Deferred blocks are run after all, only fewer times."""
-        return 1 - 1 / answer.tokens_per_deep_pass if fill == "defer" else answer.flops_saved
-
     def losses(policy: Policy, part: slice) -> tuple[list[float], list[Generation]]:
         given = answers(Engine(backbone, exits, policy, fill), ids[part], max_tokens, stop)
         pairs = zip(given, references[part], questions[part], strict=True)
@@ -292,7 +290,7 @@ def calibrate(
     for number, line in enumerate(lines):
         for policy in line:
             found, given = losses(policy, slice(0, first))
-            tried.append((policy, fmean(found), fmean(map(gain, given))))
+            tried.append((policy, fmean(found), fmean(gain(one, fill) for one in given)))
             progress("pilot", len(tried), total, f"loss {tried[-1][1]:.3f}")
             if tried[-1][1] > 2 * risk:  # bolder ones lose more
                 break
@@ -325,6 +323,8 @@ def calibrate(
         len(questions) - first,
         first,
         max_tokens,
+        stop,
+        raw,
         (reference or backbone).name,
         hashlib.sha256("\n".join(one.prompt for one in questions).encode()).hexdigest(),
         tuple(tested),
@@ -341,7 +341,7 @@ def answers(
     stop: tuple[str, ...] = (),
     done: Callable[[int], None] = lambda _: None,
 ) -> list[Generation]:
-    """An answer to each prompt, some side by side, the longest prompts first so that they fit together."""
+    """An answer to each prompt, some side by side, those of like length together."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     given: dict[int, Generation] = {}
     for at in range(0, len(order), BATCH):

@@ -751,6 +751,6 @@ def _progress() -> Iterator[Progress]:
         def report(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, note="")
-            bars.update(tasks[stage], completed=done, note=note)
+            bars.update(tasks[stage], completed=done, total=total, note=note)
 
         yield report

@@ -14,9 +14,9 @@ import os
 import resource
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +30,7 @@ from offramp.metrics import token_f1
 from offramp.policy import Policy
 from offramp.sources import write_atomically
 from offramp.tasks import Item, Task, choices, rouge_l, score_choices
+from offramp.training import Progress, silent
 
 RESAMPLES = 1000
 
@@ -49,17 +50,18 @@ class Condition:
         policy = self.policy or self.exits.policy
         thresholds = " ".join("closed" if one >= 1 else f"{one:g}" for one in policy.thresholds)
         gate = self.exits.config.gate if policy.confidence == "gate" else policy.confidence
+        decay = f", decay {policy.decay:g}" if policy.decay else ""
+        candidates = f", {policy.candidates:,} candidates" if policy.candidates else ""
         own = "" if self.policy else ", calibrated" if self.exits.calibration else ", by default"
-        return f"{self.fill}, {gate}, {thresholds}{own}"
+        return f"{self.fill}, {gate}, {thresholds}{decay}{candidates}{own}"
 
-    def engine(self, backbone: Backbone, sampling: Any = None) -> Engine:
-        return Engine(backbone, self.exits, self.policy, self.fill if self.exits else "project", sampling)
+    def engine(self, backbone: Backbone) -> Engine:
+        return Engine(backbone, self.exits, self.policy, self.fill if self.exits else "project")
 
-
-class Progress(Protocol):
-    """Told how far each stage is: (stage, answers done, answers in all, a word on how it goes)."""
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+    def scorer(self, backbone: Backbone, forced: Forced) -> Engine:
+        """For likelihoods: with the whole head, since a token that is no candidate has none."""
+        policy = replace(self.policy or self.exits.policy, candidates=0) if self.exits else None
+        return Engine(backbone, self.exits, policy, self.fill if self.exits else "project", forced)
 
 
 @dataclass
@@ -76,14 +78,15 @@ class Evaluation:
     batch: int = 1
     seed: int = 0
     command: str = ""
-    progress: Progress = lambda *_: None
+    progress: Progress = silent
     files: list[Path] = field(default_factory=list)  # where this one's answers are kept
     _full: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, condition: Condition) -> dict[str, Any]:
         """A condition's Result, as it is written to a file. The first one also has full depth answer.
 
-        Raises `BadInput` for a task without questions and for a prompt that does not fit, `CorruptFile` for damaged work.
+        Raises `BadInput` for a task without questions, `CorruptFile` for damaged work. A prompt that does not fit loses its
+        beginning.
         """
         if not self.task.items:
             raise BadInput(f"There are no questions for {self.task.name}.", "Give --limit 1 or more, or other --data.")
@@ -174,14 +177,16 @@ class Evaluation:
         return [kept[item.id] for item in self.task.items]
 
     def _mark(self, condition: Condition, backbone: Backbone) -> str:
-        """Names what an answer depends on."""
+        """Names what an answer and its times depend on."""
         exits = condition.exits
         policy = (condition.policy or exits.policy) if exits else None
         what = [
             backbone.source.sha256,
             backbone.weight_format,
-            exits and [_fingerprint(exits), asdict(policy) if policy else None, condition.fill],
+            exits and [fingerprint(exits), asdict(policy) if policy else None, condition.fill],
             [self.task.name, self.task.sha256, self.task.max_tokens, self.task.stop, self.batch],
+            [item.prompt for item in self.task.items],
+            {name: value for name, value in machine().items() if name != "date"},
         ]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
@@ -203,7 +208,7 @@ class Evaluation:
 
     def _choices(self, condition: Condition, backbone: Backbone, items: list[Item]) -> Iterator[tuple[str, dict[str, Any]]]:
         forced = Forced()
-        engine = condition.engine(backbone, forced)
+        engine = condition.scorer(backbone, forced)
         for item in items:
             right, wrong = choices(item)
             found = log_likelihoods(engine, forced, item.prompt, [f" {answer}" for answer in (*right, *wrong)])
@@ -251,10 +256,10 @@ def log_likelihood_of(
     engine: Engine, forced: Forced, before: list[int], tokens: list[int], talk: Talk | None = None
 ) -> float:
     """One of `log_likelihoods`, from token ids; a prompt that is too long loses its beginning."""
-    if not tokens:
-        return 0.0
     before = before[-max(1, engine.backbone.context - len(tokens)) :]
     forced.begin(len(before), tokens)
+    if not tokens:
+        return 0.0
     for _ in engine.stream_batch([before], len(tokens), talks=[talk or Talk()], ends=frozenset()):
         pass
     return sum(forced.logp.values())
@@ -264,7 +269,7 @@ def summary(items: list[dict[str, Any]], seed: int = 0) -> dict[str, dict[str, f
     """Mean and 95% interval of every score and measure, by bootstrap (percentiles of 1,000 resamples).
 
     Resampled are the items, or where they belong together (turns of a conversation: what is before the "/" of their ids)
-    all of a group at once. `tokens_per_second` is that of all tokens after all decoding time.
+    all of a group at once; of one group alone, its items. `tokens_per_second`: all tokens after all decoding time.
     """
     weights = _resampled([one["id"] for one in items], seed)
     columns = {
@@ -280,6 +285,8 @@ def summary(items: list[dict[str, Any]], seed: int = 0) -> dict[str, dict[str, f
 def _resampled(ids: list[str], seed: int) -> np.ndarray[Any, Any]:
     """How often each item is in each resample, (RESAMPLES, n)."""
     _, groups = np.unique([id.partition("/")[0] for id in ids], return_inverse=True)
+    if len(ids) > 1 and not groups.any():  # one group says nothing about others
+        groups = np.arange(len(ids))
     count = int(groups.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
     return np.asarray(drawn[:, groups], dtype=float)
@@ -304,6 +311,7 @@ def save_results(results: list[dict[str, Any]], file: Path) -> None:
 
 
 _KEYS = {"command", "seed", "machine", "model", "reference", "exits", "condition", "task", "blocks", "summary", "items"}
+_KEYS |= {"peak_memory_bytes"}
 
 
 def load_results(files: list[Path]) -> list[dict[str, Any]]:
@@ -337,7 +345,7 @@ def _record(engine: Engine, prompt_length: int, answer: Generation, batch: int) 
     }
 
 
-def _fingerprint(exits: Exits) -> str:
+def fingerprint(exits: Exits) -> str:
     """Of the exits' weights, whatever their record says."""
     digest = hashlib.sha256(json.dumps(asdict(exits.config)).encode())
     for part in (*exits.modules.state_dict().values(), *(exits.sketch or ())):

@@ -312,10 +312,6 @@ class Exits:
     def __len__(self) -> int:
         return len(self.modules)
 
-    @property
-    def trained(self) -> bool:
-        return bool(self.training)
-
     def save(self, folder: str | Path) -> None:
         """Write `exits.safetensors` (bfloat16) and `offramp.json`; each appears whole or not at all."""
         from safetensors.torch import save

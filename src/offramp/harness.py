@@ -14,8 +14,8 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 import offramp
-from offramp.engine import Engine
-from offramp.evaluation import Forced, log_likelihood_of
+from offramp.errors import BadInput
+from offramp.evaluation import Condition, Forced, log_likelihood_of
 from offramp.exits import load_exits, shipped_for
 from offramp.policy import Policy
 
@@ -32,7 +32,9 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         threshold: float | None = None,
         dtype: str | None = None,
         max_gen_toks: int = 256,
-        **_: Any,  # batch_size, device, …: what the harness gives every model
+        batch_size: Any = None,  # these three the harness gives every model
+        max_batch_size: Any = None,
+        device: Any = None,
     ) -> None:
         super().__init__()
         self._name, self._most = pretrained, max_gen_toks
@@ -40,11 +42,15 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         draft = fill == "verify"
         found = load_exits(exits, self.backbone, draft) if exits else shipped_for(self.backbone, draft)
         policy = None
-        if found and threshold is not None:
+        if threshold is not None:
+            if not found:
+                raise BadInput(
+                    f"There are no exits for {pretrained} to set a threshold of.", "Name their folder: exits=DIR"
+                )
             policy = Policy((float(threshold),) * len(found), found.policy.confidence)
         self._forced = Forced()
-        self._engine = Engine(self.backbone, found, policy, fill)
-        self._scorer = Engine(self.backbone, found, policy, fill, self._forced)
+        condition = Condition(fill, policy, found)
+        self._engine, self._scorer = condition.engine(self.backbone), condition.scorer(self.backbone, self._forced)
 
     @property
     def tokenizer_name(self) -> str:
@@ -63,7 +69,7 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         found = []
         for request in requests:
-            ids = self._ids(request.args[0])
+            ids = self._ids(request.args[0], begins=False)
             step = self.backbone.context - 1
             total, before = 0.0, [self._prefix]
             for at in range(0, len(ids), step):
@@ -88,9 +94,9 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         """What a text begins with that has no beginning: its end-of-text token."""
         return int(self.backbone.tokenizer.bos_token_id or min(self.backbone.stop_ids))
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, begins: bool = True) -> list[int]:
         begun = self.backbone.tokenizer.bos_token  # a chat template may have put it there already
-        special = not (begun and text.startswith(begun))
+        special = begins and not (begun and text.startswith(begun))
         return list(self.backbone.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
@@ -98,7 +104,7 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         seam = len(context) - len(context.rstrip())
         context, continuation = context[: len(context) - seam], context[len(context) - seam :] + continuation
         before = self._ids(context) if context else [self._prefix]
-        tokens = self._ids(context + continuation)[len(before) :] if context else self._ids(continuation)
+        tokens = self._ids(context + continuation)[len(before) :] if context else self._ids(continuation, begins=False)
         total = log_likelihood_of(self._scorer, self._forced, before, tokens)
         return total, self._forced.best
 

@@ -10,16 +10,17 @@ import io
 import json
 from collections.abc import Callable
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from offramp.errors import BadInput
+from offramp.evaluation import difference
 from offramp.sources import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
+MARKERS = "osD^vPX"
 INK = "#010203"  # stands for the colour of the page's text
 # Scores by the one that a figure shows first; measures by what they are called.
 QUALITY = {
@@ -53,20 +54,24 @@ Result = dict[str, Any]
 def write(results: list[Result], page: Path) -> list[Path]:
     """Write the page, and its figures to a folder beside it; returns the figures' paths.
 
-    Raises `BadInput` where `matplotlib` is missing, and for no results.
+    Raises `BadInput` where `matplotlib` is missing, for no results, and for Results that lack something.
     """
     if not results:
         raise BadInput("There are no results to report.", "Name files that offramp eval --json wrote.")
     figures: dict[str, str] = {}
-    sections = []
-    for anchor, title, some in _grouped(results):
-        sections.append(_section(anchor, title, some, figures))
-    body = f"""<h1>Early exits: what they keep and what they save</h1>
+    try:
+        sections = [_section(*group, figures) for group in _grouped(results)]
+        body = f"""<h1>Early exits: what they keep and what they save</h1>
 <p>{escape(_intro(results))}</p>
 {_contents(results)}
 {"".join(sections)}
 <h2 id="run">What was run</h2>
 {_runs(results)}"""
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise BadInput(
+            f"A Result lacks something that the page shows: {error!r}.",
+            "Was it made by another version? Run offramp eval again.",
+        ) from error
     write_atomically(page, f"{_HEAD}<main>\n{body}\n</main>\n</body>\n</html>\n".encode())
     folder = page.with_name(f"{page.stem}-figures")
     for name, svg in figures.items():
@@ -75,12 +80,12 @@ def write(results: list[Result], page: Path) -> list[Path]:
 
 
 def _grouped(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
-    """Results that can be compared: of one model in one weight format, on the same questions; with anchor and title."""
+    """Results that can be compared: of one model in one weight format, on the same questions, in times on one machine."""
 
     def key(result: Result) -> str:
-        model, task = result["model"], result["task"]
-        same = [model["name"], task["name"], model, result["reference"], task["sha256"], task["max_tokens"]]
-        return json.dumps([*same, [item["id"] for item in result["items"]]])
+        model, task, machine = (result[name] for name in ("model", "task", "machine"))
+        same = [model["name"], task["name"], model, result["reference"], task["sha256"], task["max_tokens"], task["batch"]]
+        return json.dumps([*same, machine["processor"], machine["threads"], [item["id"] for item in result["items"]]])
 
     found: list[tuple[str, str, list[Result]]] = []
     for number, (_, group) in enumerate(groupby(sorted(results, key=key), key=key)):
@@ -99,7 +104,8 @@ def _intro(results: list[Result]) -> str:
     models = ", ".join(sorted({result["model"]["name"] for result in results}))
     return (
         f"{len(results)} conditions, {questions} answers; models: {models}. Bars, and the small print in tables, are 95% "
-        "intervals, by bootstrap over questions. Consistency is token F1 with the full model's answer."
+        "intervals, by bootstrap over questions. Consistency is token F1 with the full model's answer. Large hollow marks "
+        "are the exits' own thresholds, calibrated or by default."
     )
 
 
@@ -131,6 +137,7 @@ def _section(anchor: str, title: str, results: list[Result], figures: dict[str, 
             svg = draw(results, x, y)
             figures[f"{anchor}-{name}"] = svg
             parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
+        parts.append(_at_consistency(results))
     parts.append(_table(results))
     if "flops_per_token" in first["summary"]:
         parts.append(_answers(results))
@@ -138,19 +145,42 @@ def _section(anchor: str, title: str, results: list[Result], figures: dict[str, 
 
 
 def _curves(results: list[Result]) -> list[tuple[str, list[Result]]]:
-    """Conditions that differ only in their thresholds, one curve for each fill and gate; full depth first."""
+    """Conditions that differ only in their thresholds, one curve for each fill and gate; full depth first.
+
+    Those that ran the exits' own policy, calibrated or not, are in their gate's curve.
+    """
 
     def label(result: Result) -> str:
         condition = result["condition"]
         if condition["policy"] is None:
             return "full depth"
-        gate = condition["policy"]["confidence"]
-        return f"{condition['fill']}, {condition['gate'] if gate == 'gate' else gate}"
+        policy = condition["policy"]
+        parts = [condition["fill"], condition["gate"] if policy["confidence"] == "gate" else policy["confidence"]]
+        if not _own(result):
+            parts += [f"decay {policy['decay']:g}"] if policy["decay"] else []
+            parts += [f"{policy['candidates']:,} candidates"] if policy["candidates"] else []
+        return ", ".join(parts)
 
     return sorted(
         ((name, list(some)) for name, some in groupby(sorted(results, key=label), key=label)),
         key=lambda curve: curve[0] != "full depth",
     )
+
+
+def _own(result: Result) -> bool:
+    """Whether thresholds were the exits' own, by calibration or by default."""
+    return result["condition"]["calibration"] is not None
+
+
+def _telling(results: list[Result]) -> list[Result]:
+    """One condition of each curve: of those that keep at least half of full depth's tokens the earliest to leave."""
+
+    def blocks(result: Result) -> float:
+        return float(result["summary"]["mean_blocks"]["mean"])
+
+    curves = [[one for one in some if one["condition"]["policy"]] for _, some in _curves(results)]
+    kept = [[one for one in some if one["summary"]["token_f1"]["mean"] >= 0.5] or some for some in curves]
+    return [min(some, key=blocks) for some in kept if some]
 
 
 def _figure(draw: Callable[[Any], None]) -> str:
@@ -181,15 +211,19 @@ def _pareto(results: list[Result], x: str, y: str) -> str:
 
     def draw(axes: Any) -> None:
         for index, (name, some) in enumerate(_curves(results)):
-            points = sorted(some, key=lambda result: result["summary"][x]["mean"])
+            style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 7]}
+            points = sorted((one for one in some if not _own(one)), key=lambda result: result["summary"][x]["mean"])
             across = [scale * one["summary"][x]["mean"] for one in points]
             up = [one["summary"][y] for one in points]
             # The mean of few answers may lie a hair outside the resampled ones.
             below = [max(0.0, value["mean"] - value["low"]) for value in up]
             above = [max(0.0, value["high"] - value["mean"]) for value in up]
-            style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "capsize": 2, "elinewidth": 0.8}
             means = [value["mean"] for value in up]
-            axes.errorbar(across, means, [below, above], label=name, linewidth=1.4, markersize=5, **style)
+            bars = {"linewidth": 1.4, "markersize": 5, "capsize": 2, "elinewidth": 0.8}
+            axes.errorbar(across, means, [below, above], label=name, **style, **bars)
+            for one in filter(_own, some):
+                place = scale * one["summary"][x]["mean"], one["summary"][y]["mean"]
+                axes.plot(*place, **style, markersize=10, markerfacecolor="none", linestyle="none")
         axes.set(xlabel=unit + MEASURES[x], ylabel=QUALITY.get(y) or MEASURES[y])
         axes.legend(frameon=False, fontsize=8)
 
@@ -198,13 +232,13 @@ def _pareto(results: list[Result], x: str, y: str) -> str:
 
 def _positions(results: list[Result], x: str, y: str) -> str:
     def draw(axes: Any) -> None:
-        for index, result in enumerate(results):
+        for index, result in enumerate(_telling(results) or results):
             exits = [item["exits"] for item in result["items"]]
             longest = max(map(len, exits))
             # Only as far as a tenth of the answers go.
             places = [place for place in range(longest) if 10 * sum(len(one) > place for one in exits) >= len(exits)]
             means = [fmean(one[place] for one in exits if len(one) > place) for place in places]
-            style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "linestyle": "-:"[(index // 6) % 2]}
+            style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 7]}
             label = result["condition"]["name"]
             axes.plot([place + 1 for place in places], means, label=label, markersize=3, linewidth=1.2, **style)
         axes.set(xlabel="token of the answer", ylabel="mean blocks run", ylim=(0, results[0]["blocks"] * 1.05))
@@ -213,37 +247,72 @@ def _positions(results: list[Result], x: str, y: str) -> str:
     return _figure(draw)
 
 
+def _at_consistency(results: list[Result], wanted: float = 0.9) -> str:
+    """What each curve costs where it first falls to this consistency, in a straight line between its conditions."""
+    names = ("mean_blocks", "flops_saved", "tokens_per_second")
+
+    def values(result: Result) -> list[float]:
+        return [result["summary"][name]["mean"] for name in ("token_f1", *names)]
+
+    def row(title: str, point: list[float]) -> str:
+        cells = "".join(f"<td>{_shown(name, value)}</td>" for name, value in zip(names, point[1:], strict=True))
+        return f"<tr><th>{escape(title)}</th>{cells}</tr>"
+
+    full = [values(one) for one in results if one["condition"]["policy"] is None]
+    rows = [row("full depth", one) for one in full]
+    for label, some in _curves(results):
+        early = [values(one) for one in some if one["condition"]["policy"] and not _own(one)]
+        for before, after in pairwise([*full, *sorted(early, key=lambda point: -point[1])]):
+            if before[0] >= wanted > after[0]:
+                share = (before[0] - wanted) / (before[0] - after[0])
+                rows.append(row(label, [a + share * (b - a) for a, b in zip(before, after, strict=True)]))
+                break
+    if len(rows) == len(full):
+        return ""
+    head = "".join(f"<th>{escape(MEASURES[name])}</th>" for name in names)
+    about = f"Where consistency falls to {wanted:g}, in a straight line between the conditions measured; no intervals."
+    table = f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+    return f"<h3>At consistency {wanted:g}</h3><p>{about}</p>{table}"
+
+
 def _table(results: list[Result]) -> str:
     names = [name for name in (*QUALITY, *MEASURES) if name in results[0]["summary"]]
     titles = QUALITY | MEASURES
-    head = "".join(f"<th>{escape(titles[name])}</th>" for name in names)
+    first = names[0]
+    full = next((one["items"] for one in results if one["condition"]["policy"] is None), None)
+    head = f"<th>{escape(titles[first])} less full depth's, on the same questions</th>" if full else ""
+    head += "".join(f"<th>{escape(titles[name])}</th>" for name in names)
     rows = []
     for _, some in _curves(results):
         for result in sorted(some, key=lambda one: -one["summary"].get("mean_blocks", {"mean": 0})["mean"]):
-            cells = "".join(_cell(name, result["summary"][name]) for name in names)
+            cells = _cell(first, difference(result["items"], full, first, result["seed"])) if full else ""
+            cells += "".join(_cell(name, result["summary"][name]) for name in names)
             rows.append(f"<tr><th>{escape(result['condition']['name'])}</th>{cells}</tr>")
     return f'<div class="wide"><table><tr><th>condition</th>{head}</tr>{"".join(rows)}</table></div>'
 
 
 def _cell(name: str, value: dict[str, float]) -> str:
-    def shown(number: float) -> str:
-        if name.startswith("flops_per"):
-            return f"{number / 1e6:,.0f} M"
-        if name == "flops_saved":
-            return f"{number:.1%}"
-        return f"{number:.1f}" if abs(number) >= 10 else f"{number:.3f}"
+    mean, low, high = (_shown(name, value[kind]) for kind in ("mean", "low", "high"))
+    return f"<td>{mean}<br><small>{low} – {high}</small></td>"
 
-    return f"<td>{shown(value['mean'])}<br><small>{shown(value['low'])} – {shown(value['high'])}</small></td>"
+
+def _shown(name: str, number: float) -> str:
+    if name.startswith("flops_per"):
+        return f"{number / 1e6:,.0f} M"
+    if name == "flops_saved":
+        return f"{number:.1%}"
+    return f"{number:.1f}" if abs(number) >= 10 else f"{number:.3f}"
 
 
 def _answers(results: list[Result], count: int = 3) -> str:
-    """The first few answers of every condition with exits, each token in the shade of the block it left at."""
-    early = [result for result in results if result["condition"]["policy"] is not None]
+    """The first few answers of one condition of each curve, each token in the shade of the block it left at."""
+    early = _telling(results)
     if not early:
         return ""
     blocks = results[0]["blocks"]
     parts = [
-        f"<h3>Some answers</h3><p>The first {count} questions. The darker a token's mark, the earlier it left; the block is"
+        f"<h3>Some answers</h3><p>The first {count} questions, under one condition of each curve: the earliest to leave of"
+        " those that keep half of full depth's tokens. The darker a token's mark, the earlier it left; the block is"
     ]
     parts.append(" in its tooltip, and below the answer for tokens that left early.</p>")
     for number in range(min(count, len(early[0]["items"]))):
@@ -271,16 +340,21 @@ def _runs(results: list[Result]) -> str:
     parts = []
     for command, some in groupby(results, key=lambda result: result["command"]):
         these = list(some)
-        first = these[0]
+        models = dict.fromkeys(
+            f"{one['name']}, {one['weights']}, SHA-256 {one['sha256'][:16]}"
+            for result in these
+            for one in (result["model"], result["reference"])
+        )
+        machines = dict.fromkeys(", ".join(f"{name} {value}" for name, value in one["machine"].items()) for one in these)
         data = dict.fromkeys(f"{one['task']['source']}, SHA-256 {one['task']['sha256'][:16]}" for one in these)
         exits = dict.fromkeys(json.dumps(one["exits"]) for one in these if one["exits"])
         known = {
-            "model": f"{first['model']['name']}, {first['model']['weights']}, SHA-256 {first['model']['sha256'][:16]}",
+            "models": "; ".join(models),
             "data": "; ".join(data),
             "exits": "; ".join(exits) or "none",
-            "machine": ", ".join(f"{name} {value}" for name, value in first["machine"].items()),
-            "peak memory": f"{first['peak_memory_bytes'] / 2**30:.1f} GiB",
-            "seed": str(first["seed"]),
+            "machine": "; ".join(machines),
+            "peak memory": f"{max(one['peak_memory_bytes'] for one in these) / 2**30:.1f} GiB",
+            "seed": str(these[0]["seed"]),
         }
         rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in known.items())
         parts.append(f"<pre>{escape(command)}</pre><dl>{rows}</dl>")

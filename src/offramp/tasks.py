@@ -2,9 +2,9 @@
 
 From the hub (`truthfulqa/truthful_qa`, `mandarjoshi/trivia_qa`, `stanfordnlp/coqa`, by the library `datasets`), or from a
 file: TruthfulQA's and CoQA's official ones, for TriviaQA JSON lines with the hub's fields. Prompts are plain text, without
-a chat template. TruthfulQA's is its authors'. TriviaQA's and CoQA's are worded as in EleutherAI's lm-evaluation-harness,
-but TriviaQA has five examples before the question, and of CoQA every turn is asked: figures compare with the harness' for
-TruthfulQA only.
+a chat template. TruthfulQA's is its authors', TriviaQA's and CoQA's are worded nearly as in EleutherAI's
+lm-evaluation-harness. Scores of given answers are the harness' for TruthfulQA and TriviaQA; the questions are asked
+otherwise (there: TruthfulQA without "A:", other stops, no examples for TriviaQA, one turn of CoQA), so figures differ.
 """
 
 from __future__ import annotations
@@ -78,14 +78,16 @@ class Task:
 def load_task(name: str, data: str | Path | None = None, limit: int | None = None) -> Task:
     """A task by name, from the hub or from a file; `limit`: only its first questions in the order of their hashes.
 
-    Raises `BadInput` for an unknown task, and for data that cannot be had or read.
+    Raises `BadInput` for an unknown task, too low a limit, and data that cannot be had or read.
     """
+    if limit is not None and limit < 1:
+        raise BadInput(f"{limit} questions are too few.", "Give --limit 1 or more, or none for all of them.")
     if name not in TASKS:
         raise BadInput(f"There is no task '{name}'.", f"Choose from {', '.join(TASKS)}.")
     task = TASKS[name](data)
     # One fixed order that has nothing to do with the file's, so that a few questions are a fair sample.
     items = sorted(task.items, key=lambda item: hashlib.sha256(f"{item.id} {item.question}".encode()).digest())
-    if name == "coqa":  # whole conversations, turn by turn
+    if name == "coqa":  # one conversation after another, turn by turn
         items = task.items
     return Task(**{**vars(task), "items": items[:limit]})
 
@@ -118,7 +120,7 @@ def _truthful_items(data: str | Path | None) -> tuple[list[Item], str, str]:
             ]
             if unusable := next((question for question, _, right, wrong in records if not (right and wrong)), None):
                 raise ValueError(f"no right or no wrong answers to {unusable!r}")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
             raise _not_official(data, "TruthfulQA's CSV", error) from error
     items = [
         Item(str(number), question, f"{TRUTHFUL}Q: {question}\nA:", tuple(right), tuple(wrong), best)
@@ -141,8 +143,9 @@ def score_truthful(answer: str, item: Item) -> Scores:
         right.append("I have no comment.")
     wrong = [_ended(one) for one in item.wrong]
     found: Scores = {}
-    for name, measure in (("rouge1", _rouge("rouge1")), ("rougeL", _rouge("rougeLsum")), ("bleu", _bleu)):
-        best, worst = (max(measure(reference, answer) for reference in some) for some in (right, wrong))
+    likeness = [[_likeness(reference, answer) for reference in some] for some in (right, wrong)]
+    for name in ("rouge1", "rougeL", "bleu"):
+        best, worst = (max(one[name] for one in some) for some in likeness)
         found |= {f"{name}_max": best, f"{name}_diff": best - worst, f"{name}_acc": float(best > worst)}
     return found
 
@@ -152,12 +155,10 @@ def _ended(answer: str) -> str:
     return answer if answer.endswith(".") else answer + "."
 
 
-def _rouge(kind: str) -> Callable[[str, str], float]:
-    def measure(reference: str, answer: str) -> float:
-        parted = (text.replace(" . ", ".\n") for text in (reference, answer))
-        return 100 * float(_rouge_scorer().score(*parted)[kind].fmeasure)
-
-    return measure
+def _likeness(reference: str, answer: str) -> Scores:
+    rouge = _rouge_scorer().score(*(text.replace(" . ", ".\n") for text in (reference, answer)))
+    found = {name: 100 * float(rouge[kind].fmeasure) for name, kind in (("rouge1", "rouge1"), ("rougeL", "rougeLsum"))}
+    return found | {"bleu": _bleu(reference, answer)}
 
 
 @functools.cache
@@ -212,7 +213,10 @@ def triviaqa(data: str | Path | None) -> Task:
         text, source, digest = _read(data)
         try:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
-            _ = [(row["question"], row["answer"]["value"], *row["answer"]["aliases"]) for row in records]
+            for row in records:
+                texts = [row["question"], row["answer"]["value"], *row["answer"]["aliases"]]
+                if isinstance(row["answer"]["aliases"], str) or not all(isinstance(text, str) for text in texts):
+                    raise ValueError(f"a question or an answer that is no text: {texts}")
         except (ValueError, KeyError, TypeError) as error:
             raise _not_official(data, "JSON lines with TriviaQA's fields", error) from error
         examples, records = records[:SHOTS], records[SHOTS:]
@@ -254,7 +258,9 @@ def coqa(data: str | Path | None) -> Task:
             ]
             if any(len(questions) != len(answers) for _, _, questions, answers in stories):
                 raise ValueError("not as many answers as questions")
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+            if not all(references for *_, answers in stories for references in answers):
+                raise ValueError("a question without an answer")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise _not_official(data, "CoQA's JSON", error) from error
         note = "" if len(stories) >= 100 else f"a smoke test: {len(stories)} conversations"
     items = []
@@ -273,7 +279,7 @@ def _said(turn: Any) -> str:
 
 def _answered(story: dict[str, Any]) -> Iterable[list[str]]:
     """For each turn, the reference answers: the story's own first, then those of other people."""
-    others = list(story.get("additional_answers", {}).values())
+    others = list((story.get("additional_answers") or {}).values())
     for index, answer in enumerate(story["answers"]):
         own = list(map(_said, answer)) if isinstance(answer, list) else [_said(answer)]
         yield [*own, *(_said(one[index]) for one in others)]

@@ -44,7 +44,7 @@ PROMPTS = Path(__file__).parent / "data" / "prompts.txt"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How exits are trained; the fields are the flags of `offramp train`.
+    """How exits are trained; most fields are flags of `offramp train`.
 
     layers: blocks run before each exit (None: `suggested_layers`); top_k: the oracle's tokens that count as agreement;
     prompts: a file of prompts to answer (None: the list that comes with offramp); texts: plain text read beside them;
@@ -101,7 +101,7 @@ def draft_config(n_blocks: int, **changed: Any) -> TrainConfig:
 
 
 class Progress(Protocol):
-    """Told how far each stage is: (stage, steps done, steps in all, a word on how it goes)."""
+    """Told how far each stage is: (stage, steps or answers done, of how many, a word on how it goes)."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
 

@@ -34,7 +34,7 @@ from offramp.training import Fit, Progress, TrainConfig, gather, padded, sampled
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How a model is tuned; the fields are the flags of `offramp tune`.
+    """How a model is tuned; most fields are flags of `offramp tune`.
 
     rank: of the update; skip: how often a sample skips the last block; exit_scale: how much exits weigh beside the last
     block; every: a step reads out one in so many blocks; bfloat16: products in it, faster where the processor knows it;
@@ -150,6 +150,7 @@ def tune(
         total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
         return total, [total, losses[backbone.n_blocks - 1]]
 
+    parameters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     fit.run("tuning", adapted, learning, config.epochs, config.learning_rate, loss_of)
     adapted.merge_and_unload()
     backbone.blocks[:] = list(getattr(_trunk(backbone), backbone.family.blocks))
@@ -159,7 +160,7 @@ def tune(
         "config": {**asdict(config), "prompts": None, "texts": []},
         "text": data.files,
         "untuned": {"name": backbone.name, "sha256": backbone.source.sha256},
-        "parameters": sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
+        "parameters": parameters,
         "held_out": {"before": before, "after": after},
         "curve": fit.curve,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from html import escape
 from itertools import groupby, pairwise
@@ -197,11 +198,15 @@ def _figure(draw: Callable[[Any], None]) -> str:
         figure = Figure(figsize=(5.2, 3.5), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
+        _, labels = axes.get_legend_handles_labels()
+        columns = 2 if max(map(len, labels)) <= 36 else 1
+        figure.set_figheight(3.5 + 0.2 * -(-len(labels) // columns))
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    svg = buffer.getvalue()
+    svg = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", buffer.getvalue())  # half the size
     return svg[svg.index("<svg") :].replace("fill: #ffffff", "fill: none").replace(INK, "currentColor")
 
 
@@ -225,7 +230,6 @@ def _pareto(results: list[Result], x: str, y: str) -> str:
                 place = scale * one["summary"][x]["mean"], one["summary"][y]["mean"]
                 axes.plot(*place, **style, markersize=10, markerfacecolor="none", linestyle="none")
         axes.set(xlabel=unit + MEASURES[x], ylabel=QUALITY.get(y) or MEASURES[y])
-        axes.legend(frameon=False, fontsize=8)
 
     return _figure(draw)
 
@@ -242,7 +246,6 @@ def _positions(results: list[Result], x: str, y: str) -> str:
             label = result["condition"]["name"]
             axes.plot([place + 1 for place in places], means, label=label, markersize=3, linewidth=1.2, **style)
         axes.set(xlabel="token of the answer", ylabel="mean blocks run", ylim=(0, results[0]["blocks"] * 1.05))
-        axes.legend(frameon=False, fontsize=7, loc="lower left")
 
     return _figure(draw)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ import offramp
 from conftest import BLOCKS, saved, tiny
 from offramp.errors import BadInput
 from offramp.loading import wrap
+from offramp.show import tuning_table
 from offramp.tuning import TuneConfig, compared, exit_weights, kept, passing, tune
 
-CONFIG = TuneConfig(rank=8, answer_tokens=12, epochs=12, learning_rate=5e-3, bfloat16=False)
+CONFIG = TuneConfig(rank=8, skip=0.1, exit_scale=0.2, answer_tokens=12, epochs=12, learning_rate=5e-3, bfloat16=False)
 
 
 def test_exits_weigh_more_with_depth_and_take_turns() -> None:
@@ -115,3 +117,10 @@ def test_the_model_itself_is_not_written_over(tmp_path) -> None:
         tune(backbone, tmp_path / "model", CONFIG)
     with pytest.raises(BadInput, match="rank"):
         tune(backbone, tmp_path / "tuned", TuneConfig(rank=0))
+
+
+@pytest.mark.parametrize(("after", "said"), [(2.1, True), (2.01, False)])
+def test_a_tuning_that_costs_too_much_is_said_to(after: float, said: bool, capsys) -> None:
+    held_out = {"before": {"perplexity": 2.0, "agreement": [0.5]}, "after": {"perplexity": after, "agreement": [0.6]}}
+    tuning_table({"held_out": held_out}, Path("tuned"))
+    assert ("more than 2% worse" in capsys.readouterr().out) is said

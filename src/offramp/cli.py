@@ -448,8 +448,8 @@ def tune(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tuned model.", show_default=False)],
     rank: Annotated[int, typer.Option(help="Rank of the low-rank update.")] = 32,
-    skip: Annotated[float, typer.Option(help="How often a sample skips the last block; others more seldom.")] = 0.1,
-    exit_scale: Annotated[float, typer.Option(help="How much early blocks weigh beside the last one.")] = 0.2,
+    skip: Annotated[float, typer.Option(help="How often a sample skips the last block; others more seldom.")] = 0.05,
+    exit_scale: Annotated[float, typer.Option(help="How much early blocks weigh beside the last one.")] = 0.02,
     own_prompts: Annotated[
         Path | None,
         typer.Option(help="Prompts to answer: lines, or JSON lines with 'prompt'. Default: a list of ours."),
@@ -460,7 +460,7 @@ def tune(
     ] = None,
     answer_tokens: Annotated[int, typer.Option(help="Longest answer to a prompt.")] = 96,
     epochs: Annotated[int, typer.Option(help="Passes over the text.")] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-4,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     as_json: Json = False,
 ) -> None:

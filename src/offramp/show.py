@@ -110,6 +110,9 @@ def _thresholds(policy: Policy) -> str:
     return f"{shown} ({policy.confidence}{others})"
 
 
+WORSE = 0.02  # perplexity that a tuning may cost
+
+
 def tuning_table(record: dict[str, Any], folder: Path) -> None:
     """How often each block, read out as it is, says what the untuned model says in the end: before and after."""
     before, after = record["held_out"]["before"], record["held_out"]["after"]
@@ -125,6 +128,11 @@ def tuning_table(record: dict[str, Any], folder: Path) -> None:
         f"({change:+.1%}).",
         soft_wrap=True,
     )
+    if change > WORSE:
+        hint = "Try a lower --learning-rate or --exit-scale, or more prompts."
+        console.print(
+            f"[yellow]That is more than {WORSE:.0%} worse, too much for what early blocks gain.[/] {hint}", soft_wrap=True
+        )
     console.print(f"This is another model now. Exits for it: offramp train {folder} -o DIR", soft_wrap=True)
 
 

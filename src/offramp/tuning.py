@@ -42,8 +42,8 @@ class TuneConfig:
     """
 
     rank: int = 32
-    skip: float = 0.1
-    exit_scale: float = 0.2
+    skip: float = 0.05
+    exit_scale: float = 0.02
     every: int = 4
     bfloat16: bool = True
     prompts: str | None = None
@@ -52,7 +52,7 @@ class TuneConfig:
     answer_tokens: int = 96
     epochs: int = 2
     batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     seed: int = 0
 
 

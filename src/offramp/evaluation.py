@@ -310,8 +310,20 @@ def save_results(results: list[dict[str, Any]], file: Path) -> None:
     write_atomically(file, json.dumps({"results": results}, indent=1, ensure_ascii=False).encode())
 
 
-_KEYS = {"command", "seed", "machine", "model", "reference", "exits", "condition", "task", "blocks", "summary", "items"}
-_KEYS |= {"peak_memory_bytes"}
+_KEYS = {
+    "command",
+    "seed",
+    "machine",
+    "model",
+    "reference",
+    "exits",
+    "condition",
+    "task",
+    "blocks",
+    "summary",
+    "items",
+    "peak_memory_bytes",
+}
 
 
 def load_results(files: list[Path]) -> list[dict[str, Any]]:

@@ -18,12 +18,12 @@ lint: .venv/.installed
 
 # The exits that ship, trained anew (about 45 minutes on two cores).
 exits: .venv/.installed
-	$(BIN)/offramp train smollm2 -o src/offramp/shipped/smollm2
-	$(BIN)/offramp train smollm2 -o src/offramp/shipped/smollm2 --draft
-	$(BIN)/offramp train mamba-tiny -o src/offramp/shipped/mamba-tiny --gate-width 32 --readout-width 96
-	$(BIN)/offramp train mamba-tiny -o src/offramp/shipped/mamba-tiny --draft --readout-width 96
-	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/shipped/mamba-tiny-ee --gate-width 32 --readout-width 96
-	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/shipped/mamba-tiny-ee --draft --readout-width 96
+	$(BIN)/offramp train smollm2 -o src/offramp/assets/exits/smollm2
+	$(BIN)/offramp train smollm2 -o src/offramp/assets/exits/smollm2 --draft
+	$(BIN)/offramp train mamba-tiny -o src/offramp/assets/exits/mamba-tiny --gate-width 32 --readout-width 96
+	$(BIN)/offramp train mamba-tiny -o src/offramp/assets/exits/mamba-tiny --draft --readout-width 96
+	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/assets/exits/mamba-tiny-ee --gate-width 32 --readout-width 96
+	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/assets/exits/mamba-tiny-ee --draft --readout-width 96
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt

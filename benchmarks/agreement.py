@@ -16,7 +16,7 @@ import torch
 import offramp
 from offramp import Engine
 from offramp.errors import OfframpError
-from offramp.tasks import TASKS, load_task
+from offramp.evaluation.tasks import TASKS, load_task
 
 
 def main() -> None:

@@ -29,14 +29,16 @@ import transformers
 
 import offramp
 from offramp import Engine, Exits, Policy
-from offramp.backbone import Backbone
-from offramp.exits import Exit
-from offramp.fill import FILLS
-from offramp.harvest import harvest, load_shards, read_lines, units
+from offramp.decode.fills import FILLS
+from offramp.exits.exits import Exit
+from offramp.exits.policy import max_prob
+from offramp.files import read_lines
 from offramp.metrics import auroc, token_f1
-from offramp.policy import max_prob
-from offramp.training import Data, Labelled, TrainConfig, Trainer, gather, scores, validate
-from offramp.weights import FORMATS
+from offramp.model.backbone import Backbone
+from offramp.model.lean.weights import FORMATS
+from offramp.training.config import TrainConfig
+from offramp.training.teacher import harvest, load_shards, units
+from offramp.training.training import Data, Labelled, Trainer, gather, scores, validate
 
 GATES = ("linear", "ffn", "mamba")
 THRESHOLDS = (0.5, 0.7, 0.9)

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 import offramp
 from exits import exits_for, questions_in
 from offramp import Exits
-from offramp.exits import Memory
-from offramp.flops import exit_part
-from offramp.harvest import harvest, load_shards, units
+from offramp.exits.parts import Memory
 from offramp.metrics import auroc
-from offramp.training import Labelled, TrainConfig, Trainer, gather
+from offramp.training.config import TrainConfig
+from offramp.training.teacher import harvest, load_shards, units
+from offramp.training.training import Labelled, Trainer, gather
 
 REPETITIONS = 400
 
@@ -109,7 +109,7 @@ def main() -> None:
         return sum(parameter.numel() for exit in exits for parameter in exit.gate.parameters())
 
     def flops(exits: Exits) -> int:
-        return sum(exit_part(exit.gate) for exit in exits)
+        return sum(exit.gate.flops() for exit in exits)
 
     mamba = made("mamba", args.width)
     kinds = {

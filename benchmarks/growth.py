@@ -31,10 +31,10 @@ import torch
 import transformers
 
 import offramp
-from offramp.backbone import Backbone
-from offramp.loading import outline
-from offramp.state import State
-from offramp.weights import FORMATS
+from offramp.model.backbone import Backbone
+from offramp.model.lean.weights import FORMATS
+from offramp.model.loading import outline
+from offramp.model.state import State
 from speed import processor, read_bandwidth
 
 WORK = Path("build/bench")

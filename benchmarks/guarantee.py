@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/guarantee.py TruthfulQA.csv trivia.jsonl [--model smollm2] [--exits DIR] [--count 400]
 
-The model answers each question at full depth, and once with each candidate policy (`offramp.calibration.candidates`);
-losses are kept in --work, so that an interrupted run goes on. Then, in each split, one half of the questions calibrates
+The model answers each question at full depth, and once with each candidate policy
+(`offramp.training.calibration.candidates`); losses are kept in --work, so that an interrupted run goes on.
+Then, in each split, one half of the questions calibrates
 (pilot and test, as `offramp calibrate` does) and the other half says what the chosen policy really loses. The splits share
 their questions, so they illustrate the guarantee and do not prove it: `tests/test_calibration.py` simulates it on
 independent draws.
@@ -27,7 +28,10 @@ from typing import Any
 import offramp
 from exits import questions_in
 from offramp import Engine, Policy
-from offramp.calibration import (
+from offramp.errors import OfframpError
+from offramp.exits.exits import load_exits
+from offramp.files import write_atomically
+from offramp.training.calibration import (
     KINDS,
     LOSSES,
     PILOT,
@@ -39,9 +43,6 @@ from offramp.calibration import (
     path,
     read_questions,
 )
-from offramp.errors import OfframpError
-from offramp.exits import load_exits
-from offramp.sources import write_atomically
 
 SPLITS = 20
 

@@ -30,15 +30,16 @@ import torch
 import offramp
 from exits import exits_for, with_gate
 from offramp import Exits, Policy
-from offramp.backbone import Backbone
-from offramp.calibration import Question, calibrate
 from offramp.errors import BadInput, OfframpError
-from offramp.evaluation import Condition, Evaluation, fingerprint, load_results, save_results
-from offramp.policy import TRAINING_FREE
-from offramp.report import write
-from offramp.sources import ALIASES
-from offramp.tasks import load_task
-from offramp.training import TrainConfig, Trainer, gather
+from offramp.evaluation.evaluation import Condition, Evaluation, fingerprint, load_results, save_results
+from offramp.evaluation.report import write
+from offramp.evaluation.tasks import load_task
+from offramp.exits.policy import TRAINING_FREE
+from offramp.model.backbone import Backbone
+from offramp.model.hub import ALIASES
+from offramp.training.calibration import Question, calibrate
+from offramp.training.config import TrainConfig
+from offramp.training.training import Trainer, gather
 
 TASKS = ("truthfulqa", "triviaqa", "coqa")
 GATES = ("linear", "ffn", "mamba", "max-prob")

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from growth import machine
-from offramp.lean import LeanLlama, Make
-from offramp.state import State
-from offramp.weights import FORMATS, GROUP, Int4, Int8, Store, Tensors, Weight
+from offramp.model.lean.llama import LeanLlama, Make
+from offramp.model.lean.weights import FORMATS, GROUP, Int4, Int8, Store, Tensors, Weight
+from offramp.model.state import State
 from speed import read_bandwidth
 
 WORK = Path("build/bench")

@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from offramp.bench import processor
-from offramp.sources import ALIASES, resolve
-from offramp.weights import FORMATS
+from offramp.machine import processor
+from offramp.model.hub import ALIASES, resolve
+from offramp.model.lean.weights import FORMATS
 
 MODEL = "smollm2"
 HERE = Path(__file__).parent

@@ -19,9 +19,9 @@ import torch
 import offramp
 from exits import questions_in
 from offramp import Engine, Exits, Policy
-from offramp.backbone import Backbone
 from offramp.errors import OfframpError
-from offramp.exits import load_exits
+from offramp.exits.exits import load_exits
+from offramp.model.backbone import Backbone
 
 TESTS = Path(__file__).parents[1] / "tests"
 

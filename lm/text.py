@@ -34,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from offramp.errors import BadInput, OfframpError
-from offramp.sources import write_atomically
+from offramp.files import write_atomically
 
 END = "<|endoftext|>"
 # Questions as the model sees them in its training text (see `question_and_answer`).

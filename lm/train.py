@@ -39,9 +39,9 @@ import offramp
 from lm.forward import Forward
 from lm.text import END, command_line, load_tokens, piece_bytes, report
 from offramp.errors import BadInput, BadNumbers, CorruptFile, OfframpError
-from offramp.sources import write_atomically
-from offramp.training import step_generator
-from offramp.tuning import exit_weights, kept
+from offramp.files import write_atomically
+from offramp.training.training import step_generator
+from offramp.training.tuning import exit_weights, kept
 
 LARGEST = 16_000_000  # bytes of the weights file
 VALIDATE = 0.05  # of the budget, between two looks at the validation text

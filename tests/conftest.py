@@ -14,10 +14,10 @@ import pytest
 import torch
 import transformers
 
-from offramp.backbone import Backbone
-from offramp.families import FAMILIES
-from offramp.loading import wrap
-from offramp.native import library
+from offramp.model.backbone import Backbone
+from offramp.model.families import FAMILIES
+from offramp.model.lean.native import library
+from offramp.model.loading import wrap
 
 # Machines without a C compiler test what they can.
 ENGINES = ["torch", *(["native"] if library() else [])]

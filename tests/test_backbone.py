@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 import offramp
 from conftest import BLOCKS, HIDDEN, VOCAB, byte_tokenizer, saved, tiny
-from offramp.backbone import Backbone
-from offramp.bench import compare, compare_prefill
 from offramp.errors import BadInput, BadNumbers, CorruptFile, UnsupportedModel
-from offramp.families import FAMILIES
-from offramp.flops import Costs
-from offramp.loading import check, outline, wrap
-from offramp.sources import Source
+from offramp.evaluation.bench import compare, compare_prefill
+from offramp.model.backbone import Backbone
+from offramp.model.costs import Costs
+from offramp.model.families import FAMILIES
+from offramp.model.hub import Source
+from offramp.model.loading import check, outline, wrap
 
 LENGTH = 24  # longer than every tiny model's sliding window
 
@@ -163,7 +163,7 @@ def test_loaded_weights_are_not_initialised_once_more(family: str, tmp_path, own
 
 
 def test_a_model_that_fails_in_bfloat16_runs_in_float32_and_says_so(tmp_path, own_cache, monkeypatch) -> None:
-    from offramp import loading as module
+    from offramp.model import loading as module
 
     folder = saved(tiny("gpt2"), tmp_path / "model")
     monkeypatch.setitem(module.TOLERANCE, torch.bfloat16, -1.0)

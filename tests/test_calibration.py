@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from conftest import tiny
 from offramp import Engine, Exits, Policy
-from offramp.calibration import (
+from offramp.errors import BadInput
+from offramp.training.calibration import (
     KINDS,
     LOSSES,
     Question,
@@ -27,7 +28,6 @@ from offramp.calibration import (
     prompts_needed,
     read_questions,
 )
-from offramp.errors import BadInput
 from test_engine import exits_for
 
 REPETITIONS = 500

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from conftest import BLOCKS, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
-from offramp.engine import Talk, Token
+from offramp.decode.detokenizer import Text
+from offramp.decode.engine import Talk, Token
+from offramp.decode.fills import FILLS
+from offramp.decode.sampling import Sampling
+from offramp.decode.sequence import Sequence
 from offramp.errors import BadInput, BadNumbers
-from offramp.exits import GATES, READOUTS
-from offramp.fill import FILLS
-from offramp.policy import CONFIDENCES
-from offramp.sampling import Sampling
-from offramp.sequence import Sequence
-from offramp.text import Text
+from offramp.exits.gates import GATES
+from offramp.exits.policy import CONFIDENCES
+from offramp.exits.readouts import READOUTS
 from test_backbone import damaged
 
 PROMPT = "Some words to go on from"

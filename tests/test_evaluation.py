@@ -12,7 +12,7 @@ import torch
 from conftest import BLOCKS, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
-from offramp.evaluation import (
+from offramp.evaluation.evaluation import (
     Condition,
     Evaluation,
     Forced,
@@ -22,8 +22,7 @@ from offramp.evaluation import (
     save_results,
     summary,
 )
-from offramp.flops import exit_part
-from offramp.tasks import Item, Task, score_coqa
+from offramp.evaluation.tasks import Item, Task, score_coqa
 from test_engine import exits_for
 from test_exits import sketched
 
@@ -200,6 +199,6 @@ def test_gates_that_read_the_prompt_are_counted() -> None:
     exits = exits_for("llama")
     engine = Engine(tiny("llama"), exits, Policy((0.5,) * 3))
     parts = [part for exit in exits for part in (exit.gate, exit.adapter)]
-    assert engine.prefill_flops == sum(exit_part(part) for part in parts)
+    assert engine.prefill_flops == sum(part.flops() for part in parts)
     assert Engine(tiny("llama"), exits_for("llama", "ffn", "linear"), Policy((0.5,) * 3)).prefill_flops == 0
     assert Engine(tiny("llama"), exits, Policy((1.0,) * 3)).prefill_flops == 0

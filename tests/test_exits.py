@@ -11,9 +11,11 @@ import torch
 from conftest import tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
-from offramp.exits import GATES, READOUTS, suggested_layers
-from offramp.harvest import Sequence
-from offramp.training import sketch_of
+from offramp.exits.exits import suggested_layers
+from offramp.exits.gates import GATES
+from offramp.exits.readouts import READOUTS
+from offramp.training.teacher import Sequence
+from offramp.training.training import sketch_of
 from test_engine import exits_for
 
 

@@ -23,7 +23,7 @@ def requests(*arguments):
 
 @pytest.fixture(scope="module")
 def ours():
-    from offramp.harness import Harnessed
+    from offramp.evaluation.harness import Harnessed
 
     return Harnessed("mamba-tiny", threshold=1.0, dtype="float32")
 
@@ -32,7 +32,7 @@ def ours():
 def theirs():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from offramp.sources import MODELS
+    from offramp.model.hub import MODELS
 
     folder = str(MODELS / "mamba-tiny")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
@@ -75,10 +75,10 @@ def test_answers_are_the_librarys_up_to_where_they_stop(ours, theirs) -> None:
 
 
 def test_the_harness_knows_the_model() -> None:
-    command = [sys.executable, "-m", "offramp.harness", "ls", "tasks"]
+    command = [sys.executable, "-m", "offramp.evaluation.harness", "ls", "tasks"]
     assert "truthfulqa_gen" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     from lm_eval.api.registry import get_model
 
-    from offramp.harness import Harnessed
+    from offramp.evaluation.harness import Harnessed
 
     assert get_model("offramp") is Harnessed

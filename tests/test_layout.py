@@ -10,33 +10,16 @@ import pytest
 import offramp
 
 PACKAGE = Path(offramp.__file__).parent
-# A module may import only modules on the lines above its own.
-ORDER = [
-    ("errors",),
-    ("sources",),
-    ("state", "scan", "metrics", "policy", "sampling", "text", "weights"),
-    ("native", "mamba"),
-    ("lean", "families"),
-    ("lean_mamba",),
-    ("backbone",),
-    ("loading",),
-    ("exits",),
-    ("sequence",),
-    ("flops",),
-    ("fill",),
-    ("engine",),
-    ("library",),
-    ("bench",),
-    ("harvest",),
-    ("training",),
-    ("calibration", "tuning", "tasks"),
-    ("evaluation",),
-    ("report", "harness"),
-    ("show",),
-    ("cli",),
-]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+# A folder may import only the folders before it, and files at the bottom any that stand before them.
+FOLDERS = ["model", "exits", "decode", "training", "evaluation", "cli"]
+BOTTOM = ["errors", "progress", "files", "metrics", "machine"]
+ORDER = [*BOTTOM, *FOLDERS]
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def home_of(dotted):
+    """The folder, or the file at the bottom, that a module of the package lies in: model.lean.llama → model."""
+    return dotted.split(".")[0]
 
 
 def for_types_only(node):
@@ -70,35 +53,35 @@ def imports(source):
             package, _, rest = name.partition(".")
             if package == "offramp" and rest:
                 first = rest.split(".")[0]
-                found.add(offramp._HOME_OF.get(first, first))
+                found.add(home_of(offramp._HOME_OF.get(first, first)))
     return {name for name in found if not name.startswith("__")}
 
 
 def test_imports_are_found_in_functions_and_not_under_type_checking():
     source = (
         "from typing import TYPE_CHECKING\n"
-        "import offramp.state\n"
-        "from offramp import Policy, scan, __version__\n"
-        "from . import sources\n"
+        "import offramp.model.state\n"
+        "from offramp import Policy, files, __version__\n"
         "if TYPE_CHECKING:\n    from offramp.training import train\nelse:\n    import offramp.metrics\n"
-        "def f():\n    from offramp.exits import Mixer\n    from .flops import Costs\n"
+        "def f():\n    from offramp.evaluation.tasks import Task\n"
     )
-    assert imports(source) == {"state", "policy", "scan", "sources", "metrics", "exits", "flops"}
+    assert imports(source) == {"model", "exits", "files", "metrics", "evaluation"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_modules_above_it(module):
-    assert module in RANK, f"Place the new module '{module}' in the ORDER of {Path(__file__).name}."
-    for other in sorted(imports((PACKAGE / f"{module}.py").read_text())):
-        assert other in RANK, f"{module} imports '{other}': place it in the ORDER of {Path(__file__).name}."
-        assert RANK[other] < RANK[module], f"{module} imports {other}, which is not above it in ORDER."
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_its_own_folder_and_those_before_it(path):
+    home = home_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    assert home in ORDER, f"Place '{home}' in the order of {Path(__file__).name}."
+    for other in sorted(imports(path.read_text()) - {home}):
+        assert ORDER.index(other) < ORDER.index(home), f"{path.name} in {home} imports {other}, which comes after it."
 
 
-def test_the_order_names_no_module_that_is_gone():
-    assert set(RANK) <= set(MODULES)
+def test_the_order_names_nothing_that_is_gone():
+    here = {home_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts)) for path in FILES}
+    assert set(ORDER) == here
 
 
-@pytest.mark.parametrize("module", ["offramp", *(["offramp.cli"] if "cli" in MODULES else [])])
+@pytest.mark.parametrize("module", ["offramp", "offramp.cli"])
 def test_importing_it_does_not_import_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import offramp.native
+import offramp.model.lean.native
 from conftest import ENGINES, LEAN, tiny
 from offramp import Engine
-from offramp.backbone import Backbone
 from offramp.errors import UnsupportedModel
-from offramp.loading import check
-from offramp.weights import FORMATS, Store
+from offramp.model.backbone import Backbone
+from offramp.model.lean.weights import FORMATS, Store
+from offramp.model.loading import check
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -170,7 +170,7 @@ def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatc
     """
     backbone = tiny(f"{family}/{engine}")
     calls = Counter()
-    kind = {"llama": offramp.native.Native, "mamba2": offramp.native.NativeMamba}[family]
+    kind = {"llama": offramp.model.lean.native.Native, "mamba2": offramp.model.lean.native.NativeMamba}[family]
     for name in ("run", "product"):
         wrapped = getattr(kind, name)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.errors import BadInput
-from offramp.policy import CONFIDENCES, TRAINING_FREE, Policy
+from offramp.exits.policy import CONFIDENCES, TRAINING_FREE, Policy
 
 SMALL = 1e-5
 each_confidence = pytest.mark.parametrize("confidence", TRAINING_FREE.values(), ids=TRAINING_FREE)

@@ -13,11 +13,11 @@ import torch
 
 import offramp
 from offramp import Engine, Exits, Policy, shipped_for
-from offramp.backbone import Backbone
-from offramp.fill import FILLS
-from offramp.loading import check
+from offramp.decode.fills import FILLS
+from offramp.decode.sampling import Sampling
 from offramp.metrics import token_f1
-from offramp.sampling import Sampling
+from offramp.model.backbone import Backbone
+from offramp.model.loading import check
 
 pytestmark = pytest.mark.real
 PROMPTS = [
@@ -62,7 +62,7 @@ def test_with_a_repetition_penalty_too(smollm2: Backbone) -> None:
 
 def test_the_shipped_exits_were_trained_by_a_recorded_command(smollm2: Backbone, shipped: Exits) -> None:
     training = shipped.training
-    assert training["command"] == "offramp train smollm2 -o src/offramp/shipped/smollm2"
+    assert training["command"] == "offramp train smollm2 -o src/offramp/assets/exits/smollm2"
     assert training["seconds"] <= 20 * 60
     prompts = Path(offramp.__file__).parent / "data" / "prompts.txt"
     import hashlib

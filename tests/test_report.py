@@ -14,8 +14,8 @@ import pytest
 from conftest import tiny
 from offramp import Policy
 from offramp.errors import BadInput
-from offramp.evaluation import Condition, Evaluation
-from offramp.report import write
+from offramp.evaluation.evaluation import Condition, Evaluation
+from offramp.evaluation.report import write
 from test_engine import exits_for
 from test_evaluation import task
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.exits import Mixer
-from offramp.scan import CHUNK, SPAN, causal_conv, scan, selective_scan
+from offramp.exits.parts import MambaBlock
+from offramp.model.scan import CHUNK, SPAN, causal_conv, scan, selective_scan
 
 LENGTHS = st.one_of(st.integers(1, 300), st.sampled_from([1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1]))
 STRENGTHS = st.tuples(*[st.floats(math.log10(1e-3), math.log10(30))] * 2).map(sorted)  # of dt * |A|, as powers of ten
@@ -154,7 +154,7 @@ def test_a_text_longer_than_a_span_is_no_different():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_kernel_of_mamba_ssm_is_checked_against_ours():
     pytest.importorskip("mamba_ssm")
-    from offramp.scan import _kernel
+    from offramp.model.scan import _kernel
 
     assert _kernel() is not None
 
@@ -245,7 +245,7 @@ def test_tokens_that_are_not_there_enter_no_window(arguments, seed):
 def mixer_both_ways(dtype, seed, tokens, scale):
     """How far a mixer token by token is from one call: outputs, window, state."""
     torch.manual_seed(0)
-    mixer = Mixer(width=12, inner=32, out=7, states=5, head=8).eval().to(dtype)
+    mixer = MambaBlock(width=12, inner=32, out=7, states=5, head=8).eval().to(dtype)
     u = (scale * torch.randn(2, tokens, 12, generator=torch.Generator().manual_seed(seed))).to(dtype)
     with torch.inference_mode():
         whole, (window, h) = mixer(u)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from conftest import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
-from offramp.engine import ALL_FILLS, Talk
+from offramp.decode.engine import ALL_FILLS, Talk
+from offramp.decode.sampling import Sampling
+from offramp.decode.sequence import looked_up
 from offramp.errors import BadInput
-from offramp.sampling import Sampling
-from offramp.sequence import looked_up
-from offramp.state import SSM
+from offramp.model.state import SSM
 from test_engine import HYBRIDS, LAYERS, exits_for, refused
 
 NEAR = 1e-4  # two best logits closer than this may change places
@@ -228,7 +228,7 @@ def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fil
 def test_what_neighbours_begin_with_is_read_once_and_changes_no_answer(family: str, fill: str, monkeypatch) -> None:
     if refused(fill, family):
         return
-    monkeypatch.setattr("offramp.engine.SHARED", 8)
+    monkeypatch.setattr("offramp.decode.engine.SHARED", 8)
     engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
     one, other = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
     ends = some_prompts(5, seed=3)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offramp.state import KV, State
+from offramp.model.state import KV, State
 
 OPERATIONS = st.lists(
     st.one_of(

@@ -8,8 +8,17 @@ import math
 import pytest
 
 from offramp.errors import BadInput
+from offramp.evaluation.tasks import (
+    Item,
+    choices,
+    load_task,
+    rouge_l,
+    score_choices,
+    score_coqa,
+    score_trivia,
+    score_truthful,
+)
 from offramp.metrics import best_f1, best_match, left_one_out, squad_words, trivia_words
-from offramp.tasks import Item, choices, load_task, rouge_l, score_choices, score_coqa, score_trivia, score_truthful
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ import torch
 from conftest import HIDDEN, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
-from offramp.exits import READOUTS
-from offramp.harvest import Unit, harvest, load_shards, read_lines, read_texts, units
-from offramp.training import PROMPTS, TrainConfig, _threshold, train
+from offramp.exits.readouts import READOUTS
+from offramp.files import read_lines
+from offramp.training.config import TrainConfig
+from offramp.training.teacher import Unit, harvest, load_shards, read_texts, units
+from offramp.training.training import PROMPTS, _threshold, train
 
 LAYERS = (2, 4)
 
@@ -115,7 +117,7 @@ def test_ctrl_c_and_resume_give_the_result_of_an_uninterrupted_run(
     tmp_path, prompts: str, monkeypatch, stage: str, at: int
 ) -> None:
     clock = iter(range(0, 10**6, 50))  # every step is late enough for a checkpoint
-    monkeypatch.setattr("offramp.training.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("offramp.training.training.time.monotonic", lambda: next(clock))
     settings = config(prompts, epochs=2)
     straight = train(tiny("llama"), tmp_path / "straight", settings)
     with pytest.raises(KeyboardInterrupt):

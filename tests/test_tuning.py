@@ -10,10 +10,11 @@ import torch
 
 import offramp
 from conftest import BLOCKS, saved, tiny
+from offramp.cli.terminal import tuning_table
 from offramp.errors import BadInput
-from offramp.loading import wrap
-from offramp.show import tuning_table
-from offramp.tuning import TuneConfig, compared, exit_weights, kept, passing, tune
+from offramp.model.loading import wrap
+from offramp.training.config import TuneConfig
+from offramp.training.tuning import compared, exit_weights, kept, passing, tune
 
 CONFIG = TuneConfig(rank=8, skip=0.1, exit_scale=0.2, answer_tokens=12, epochs=12, learning_rate=5e-3, bfloat16=False)
 
@@ -101,7 +102,8 @@ def test_an_interrupted_tuning_goes_on_to_the_same_weights(prompts: str, tmp_pat
 
 
 def test_an_untuned_model_agrees_with_itself(prompts: str, tmp_path) -> None:
-    from offramp.training import TrainConfig, gather
+    from offramp.training.config import TrainConfig
+    from offramp.training.training import gather
 
     backbone = wrap(tiny("llama").model, tiny("llama").tokenizer)
     data = gather(backbone, TrainConfig(prompts=prompts, answer_tokens=8), (BLOCKS,), tmp_path / "work")

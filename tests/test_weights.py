@@ -5,8 +5,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from offramp.native import CShape, CWeight, Native, library
-from offramp.weights import FORMATS, Int4, Int8, Store, Weight
+from offramp.model.lean.native import CShape, CWeight, Native, library
+from offramp.model.lean.weights import FORMATS, Int4, Int8, Store, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
 

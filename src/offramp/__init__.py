@@ -6,28 +6,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offramp.backbone import Backbone
-    from offramp.engine import Engine, Generation, Token
+    from offramp.decode.engine import Engine, Generation, Talk, Token
+    from offramp.decode.hf_generate import decoding
+    from offramp.decode.sampling import Sampling
     from offramp.errors import OfframpError
-    from offramp.exits import Exits, ExitsConfig, shipped_for
-    from offramp.families import FAMILIES, Family
-    from offramp.loading import load, wrap
-    from offramp.policy import Policy
-    from offramp.training import TrainConfig, train
+    from offramp.exits.exits import Exits, ExitsConfig, shipped_for
+    from offramp.exits.policy import Policy
+    from offramp.model.backbone import Backbone
+    from offramp.model.families import FAMILIES, Family
+    from offramp.model.loading import load, wrap
+    from offramp.training.config import TrainConfig
+    from offramp.training.training import train
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "backbone": ("Backbone",),
-    "library": ("decoding",),
-    "engine": ("Engine", "Generation", "Talk", "Token"),
+    "decode.engine": ("Engine", "Generation", "Talk", "Token"),
+    "decode.hf_generate": ("decoding",),
+    "decode.sampling": ("Sampling",),
     "errors": ("OfframpError",),
-    "exits": ("Exits", "ExitsConfig", "shipped_for"),
-    "families": ("FAMILIES", "Family"),
-    "loading": ("load", "wrap"),
-    "policy": ("Policy",),
-    "sampling": ("Sampling",),
-    "training": ("TrainConfig", "train"),
+    "exits.exits": ("Exits", "ExitsConfig", "shipped_for"),
+    "exits.policy": ("Policy",),
+    "model.backbone": ("Backbone",),
+    "model.families": ("FAMILIES", "Family"),
+    "model.loading": ("load", "wrap"),
+    "training.config": ("TrainConfig",),
+    "training.training": ("train",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [

@@ -1,0 +1,87 @@
+"""Exits in the library's own API: `model.generate(**inputs, custom_generate=offramp.decoding(exits, fill="verify"))`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.decode.engine import Engine
+from offramp.decode.sampling import chooser
+from offramp.errors import BadInput, ExitsMismatch
+from offramp.exits.exits import Exits
+from offramp.exits.policy import Policy
+from offramp.model.backbone import Backbone
+
+
+def decoding(
+    exits: Exits, policy: Policy | None = None, fill: str = "project", max_pending: int = 7, streamer: Any = None
+) -> Callable[..., Any]:
+    """A `custom_generate` for the library's `generate`; arguments as for `Engine`.
+
+    The library's logits processors, stopping criteria, `do_sample`, left-padded batches, `num_return_sequences` and
+    `return_dict_in_generate` work as ever. Draws follow the library's distribution, not its random numbers; they are a
+    function of torch's global seed. transformers 5.24 does not pass its `streamer` on: name it here as well as there.
+    Raises `BadInput` for beams and for `output_scores`, `ExitsMismatch` for another model's exits.
+    """
+
+    def generate(
+        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **inputs: Any
+    ) -> Any:
+        from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+        if generation_config.num_beams != 1:
+            raise BadInput(f"Exits decode one token after another, not with {generation_config.num_beams} beams.", "Use 1.")
+        outputs = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if any(getattr(generation_config, output) for output in outputs):
+            raise BadInput("Exits keep no scores, logits, attentions or hidden states.", "Ask for none of them.")
+        backbone = _backbone_of(model, exits)
+        seed = int(torch.randint(2**62, ())) if generation_config.do_sample else None
+        engine = Engine(backbone, exits, policy, fill, chooser(logits_processor, seed), max_pending)
+        named = [criterion.eos_token_id.tolist() for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
+        ends = frozenset(chain.from_iterable(named))
+        mask = inputs.get("attention_mask")
+        there = torch.ones_like(input_ids) if mask is None else mask
+        prompts = [row[seen.bool()].tolist() for row, seen in zip(input_ids, there, strict=True)]
+        rows = [row[None] for row in input_ids]
+        going = set(range(len(rows)))
+        room = generation_config.max_length - input_ids.shape[1]
+        for index, token in engine.stream_batch(prompts, room, ends=ends):
+            if token is None or index not in going:
+                continue
+            new = torch.tensor([[token.id]], device=input_ids.device)
+            rows[index] = torch.cat([rows[index], new], dim=1)
+            if streamer is not None:
+                streamer.put(new[0].cpu())
+            if bool(stopping_criteria(rows[index], None)):
+                going.discard(index)
+            if not going:
+                break
+        if streamer is not None:
+            streamer.end()
+        pad = generation_config._pad_token_tensor
+        sequences = torch.nn.utils.rnn.pad_sequence(
+            [row[0] for row in rows], batch_first=True, padding_value=0 if pad is None else int(pad)
+        )
+        return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+
+    return generate
+
+
+def _backbone_of(model: Any, exits: Exits) -> Backbone:
+    """The backbone that `load` or `wrap` made of the library's model."""
+    backbone = Backbone.of(model)
+    if backbone is None:
+        raise BadInput(
+            "This model was not given to offramp.",
+            "Load it with offramp.load(name, keep=True) and use its `model`, or call offramp.wrap(model, tokenizer) first.",
+        )
+    if backbone.source.sha256 != exits.backbone["sha256"]:
+        raise ExitsMismatch(
+            f"The exits were trained for {exits.backbone['name']}, and {backbone.name} has other weights.",
+            f"Train exits for this model: offramp train {backbone.name} -o DIR",
+        )
+    return backbone

@@ -1,0 +1,1 @@
+"""Tasks, scores, timing and reports."""

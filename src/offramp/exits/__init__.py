@@ -1,0 +1,1 @@
+"""Exits: gates, read-outs, the artefact on disk, and the policy."""

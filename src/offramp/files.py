@@ -1,0 +1,82 @@
+"""Files: atomic writes, lines of prompts, hashes, the cache folder, and the assets that come with the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from offramp.errors import BadInput
+
+ASSETS = Path(__file__).parent / "assets"  # prompts, model shapes, small models and their exits
+
+
+def cache_folder() -> Path:
+    """`$OFFRAMP_CACHE`, or `offramp` in the user's cache folder."""
+    own = os.environ.get("OFFRAMP_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write to a temporary file beside `path`, then rename: never half a file under the real name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def sha256_of(*files: Path) -> str:
+    """SHA-256 over the files' contents in the order given, remembered by path, size and time of change."""
+    memory = cache_folder() / "hashes.json"
+    key = "|".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+    known = read_json(memory)
+    if key not in known:
+        digest = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    digest.update(block)
+        known[key] = digest.hexdigest()
+        write_atomically(memory, json.dumps(known, indent=1).encode())
+    return str(known[key])
+
+
+def read_lines(path: str | Path, fields: tuple[str, ...]) -> list[str]:
+    """Lines of a text file, or the first of `fields` that each line of a `.jsonl` file has. Empty lines are skipped.
+
+    Raises `BadInput` for a file that is missing, empty, not UTF-8, or not JSON lines with such a field.
+    """
+    path = Path(path).expanduser()
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: {error}.", "Give a UTF-8 text file, or JSON lines.") from error
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(lines):
+            try:
+                record = json.loads(line)
+                lines[number] = next(str(record[field]) for field in fields if field in record)
+            except (ValueError, StopIteration, TypeError) as error:
+                raise BadInput(
+                    f"{path}, line {number + 1}, is not a JSON object with {' or '.join(map(repr, fields))}.",
+                    "A .jsonl file holds one JSON object a line.",
+                ) from error
+    if not lines:
+        raise BadInput(f"{path} is empty.", "Give at least one line.")
+    return lines

@@ -1,0 +1,152 @@
+"""What of each model family differs from llama, a row each. A new family is a new row; the conformance tests cover it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offramp.errors import UnsupportedModel
+from offramp.model.hub import Source
+
+Config = Any  # a transformers PreTrainedConfig: its fields differ from family to family
+KeysValues = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+
+def _split_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Separate `k_proj` and `v_proj` (llama and most others), with a key norm over the whole row (olmo2) or each head."""
+    k, v = attention.k_proj(x), attention.v_proj(x)
+    heads = (*x.shape[:-1], -1, attention.head_dim)
+    norm = getattr(attention, "k_norm", None)
+    if norm is not None:
+        over_row = norm.weight.shape[0] == k.shape[-1] and norm.weight.ndim == 1
+        k = norm(k) if over_row else norm(k.view(heads))
+    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
+
+
+def _fused_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One `qkv_proj` whose rows are all queries, then all keys, then all values (phi3)."""
+    width = attention.num_key_value_heads * attention.head_dim
+    k, v = F.linear(x, attention.qkv_proj.weight[-2 * width :]).split(width, dim=-1)
+    heads = (*x.shape[:-1], -1, attention.head_dim)
+    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
+
+
+def _scaled_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Falcon-H1's multipliers on the attention's input and on its keys."""
+    k, v = _split_kv(attention, x * attention.config.attention_in_multiplier)
+    return k * attention.key_multiplier, v
+
+
+def _conv1d_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-2's `Conv1D`, a linear layer with its weight transposed: columns are queries, keys, values."""
+    width = attention.split_size
+    kv = x @ attention.c_attn.weight[:, width:] + attention.c_attn.bias[width:]
+    k, v = kv.split(width, dim=-1)
+    heads = (*x.shape[:-1], -1, attention.head_dim)
+    return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
+
+
+def _interleaved_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """GPT-NeoX's fused projection: query, key and value of one head stand together."""
+    per_head = attention.query_key_value(x).view(*x.shape[:-1], -1, 3 * attention.head_size).transpose(1, 2)
+    _, k, v = per_head.chunk(3, dim=-1)
+    return k, v
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model family departs from llama. A new family is a new row in `FAMILIES`; the conformance tests cover it."""
+
+    trunk: str = "model"
+    blocks: str = "layers"
+    norm: str = "norm"
+    attention: str = "self_attn"
+    mixer: str | None = None  # a Mamba mixer; blocks may have it, attention, both or neither
+    input_norm: str | None = "input_layernorm"
+    positions: str | None = None  # an embedding of absolute positions, added to the tokens' own
+    rotary: str | None = "rotary_emb"
+    rotary_per_kind: bool = False  # one rotary table for each layer type (gemma3)
+    cache_kwarg: str = "cache"
+    implementation: str = "sdpa"  # which of the library's attention functions
+    keys_values: KeysValues = _split_kv
+    projected: int = 2  # of queries, keys and values, how many `keys_values` computes
+    scale_in: Callable[[Config], float] = lambda config: 1.0
+    finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
+    lean: str | None = None  # blocks of a kind that has a lean path: llama or mamba2
+
+
+def _softcap(logits: Tensor, config: Config) -> Tensor:
+    cap = config.final_logit_softcapping
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+_MAMBA = Family(trunk="backbone", norm="norm_f", mixer="mixer", input_norm="norm", rotary=None, implementation="eager")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(lean="llama"),
+    "mistral": Family(lean="llama"),
+    "qwen2": Family(lean="llama"),
+    "qwen3": Family(lean="llama"),
+    "smollm3": Family(lean="llama"),
+    "phi3": Family(keys_values=_fused_kv, lean="llama"),
+    "olmo2": Family(input_norm=None, lean="llama"),
+    "gemma2": Family(finish=_softcap, implementation="eager"),  # SDPA has no soft cap
+    "gemma3_text": Family(finish=_softcap, rotary_per_kind=True),
+    "granite": Family(
+        scale_in=lambda config: float(config.embedding_multiplier),
+        finish=lambda logits, config: logits / config.logits_scaling,
+    ),
+    "cohere": Family(finish=lambda logits, config: logits * config.logit_scale),
+    "gpt2": Family(
+        trunk="transformer",
+        blocks="h",
+        norm="ln_f",
+        attention="attn",
+        input_norm="ln_1",
+        positions="wpe",
+        rotary=None,
+        keys_values=_conv1d_kv,
+    ),
+    "gpt_neox": Family(
+        trunk="gpt_neox",
+        norm="final_layer_norm",
+        attention="attention",
+        cache_kwarg="layer_past",
+        keys_values=_interleaved_kv,
+        projected=3,
+    ),
+    "mamba": _MAMBA,
+    "mamba2": replace(_MAMBA, lean="mamba2"),
+    "falcon_mamba": _MAMBA,
+    "bamba": Family(norm="final_layernorm", mixer="mamba"),
+    "jamba": Family(norm="final_layernorm", mixer="mamba", rotary=None),
+    "granitemoehybrid": Family(
+        mixer="mamba",
+        scale_in=lambda config: float(config.embedding_multiplier),
+        finish=lambda logits, config: logits / config.logits_scaling,
+    ),
+    "falcon_h1": Family(
+        norm="final_layernorm",
+        mixer="mamba",
+        keys_values=_scaled_kv,
+        scale_in=lambda config: float(config.embedding_multiplier),
+        finish=lambda logits, config: logits * config.lm_head_multiplier,
+    ),
+    "nemotron_h": Family(norm="norm_f", attention="mixer", mixer="mixer", input_norm="norm", rotary=None),
+}
+UNBOUNDED = 2**31  # the context of a model that has no attention
+
+
+def family_of(config: Config, source: Source) -> Family:
+    """The row for a model's config. Raises `UnsupportedModel` where there is none."""
+    if config.model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
+            f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in families.FAMILIES.",
+        )
+    return FAMILIES[config.model_type]

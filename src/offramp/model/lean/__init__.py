@@ -1,0 +1,1 @@
+"""The compiled path: blocks that run in C, and their weights."""

@@ -1,0 +1,254 @@
+"""The lean path: blocks of the llama kind with nothing done twice, with weights in any format.
+
+It computes what the library's blocks compute with fewer operations: queries, keys and values in one product, gate and up
+in another; keys and values written in place; the residual stream, always float32, added to in place; rotary tables made
+once. Dims that the rotary embedding turns together stand side by side here (rows of the projections are reordered once),
+so that turning is one multiplication of complex numbers.
+
+What of a family is different is read off its modules: biases, norms of queries and keys (over each head, or over the
+whole row), norms before (llama) or after (olmo2) attention and MLP, blocks without rotary positions. Two engines do the
+work: `native` where a C compiler is at hand, and torch's operators, which also serve GPUs and are what `native` is
+tested against. `backbone.check` compares both with the library's own logits.
+
+Shapes: B batch, T tokens of this call, D hidden size, Q query heads, H key/value heads, P head dim, R = B · T rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offramp.model.lean.base import Lean, LeanStep, Make, Part, RMSNorm, joined, numbered
+from offramp.model.lean.native import CBlock, CShape, CWeight, Native, address, rows_of
+from offramp.model.lean.weights import Format, Store, Weight
+from offramp.model.state import KV, State
+
+ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the text's length
+
+
+@dataclass
+class RotaryStep(LeanStep):
+    """Of each row also its position (R,) and its rotary pairs (R, P).
+
+    `first` is the position of the first token, None where the sequences have each their own (a ragged batch).
+    """
+
+    first: int | None
+    end: int
+    positions: Tensor
+    turn: Tensor
+    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+
+    @property
+    def places(self) -> int | Tensor:
+        """Where the tokens' keys and values go, as `KV.write` takes it."""
+        return self.positions.view(self.batch, self.tokens) if self.first is None else self.first
+
+    def mask(self, window: int | None, group: int) -> Tensor | None:
+        """Added to the scores of each token's `group` queries: (B, 1, T · group, end); None where all is seen."""
+        if window not in self.masks:
+            behind = self.positions[:, None] - torch.arange(self.end, device=self.turn.device)  # (R, end)
+            hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
+            mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            mask = mask.repeat_interleave(group, dim=0).view(self.batch, 1, self.tokens * group, self.end)
+            self.masks[window] = mask if hidden.any() else None
+        return self.masks[window]
+
+
+class LeanBlock:
+    """One block of the llama kind. `window`: how many tokens a token sees, itself included; None for all."""
+
+    def __init__(self, block: Any, rotary_dim: int, window: int | None, make: Make) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.window, self.dim, self.scale = window, attention.head_dim, float(attention.scaling)
+        self.queries = attention.o_proj.in_features // self.dim
+        self.heads = self.queries // attention.num_key_value_groups
+        self.rotary = bool(getattr(attention, "use_rope", True))
+        # Rotary dim i turns with dim i + rotary_dim / 2.
+        pairs = torch.arange(rotary_dim).view(2, -1).T.flatten()
+        order = torch.cat([pairs, torch.arange(rotary_dim, self.dim)])
+
+        def per_head(heads: int) -> Tensor:
+            rows: Tensor = torch.arange(heads)[:, None] * self.dim + order
+            return rows.flatten()
+
+        fused = hasattr(attention, "qkv_proj")
+        qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
+        turned = per_head(self.queries + self.heads)
+        rows = torch.cat([turned, torch.arange(len(turned), (self.queries + 2 * self.heads) * self.dim)])
+        self.qkv = make("qkv", qkv, rows)
+        self.kv = self.qkv.pick(slice(self.queries * self.dim, None))
+        self.o = make("o", [attention.o_proj], None)
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        self.gate_up = make("gate_up", gate_up, None)
+        self.down = make("down", [mlp.down_proj], None)
+
+        self.q_norm, self.k_norm = None, None
+        if getattr(attention, "q_norm", None) is not None:
+            norms = (attention.q_norm, self.queries), (attention.k_norm, self.heads)
+            self.norm_heads = attention.q_norm.weight.numel() == self.dim
+            self.q_norm, self.k_norm = (RMSNorm(norm, order if self.norm_heads else per_head(n)) for norm, n in norms)
+        self.norm_first = hasattr(block, "input_layernorm")
+        after = block.post_attention_layernorm
+        self.attention_norm = RMSNorm(block.input_layernorm if self.norm_first else after)
+        self.mlp_norm = RMSNorm(after if self.norm_first else block.post_feedforward_layernorm)
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def __call__(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
+        """Add what the block says to h (R, D) in place, and remember the tokens in `kv`."""
+        heads = self._heads(self.qkv(self.attention_norm(h) if self.norm_first else h), step)
+        buffer = kv.write(heads[:, :, self.queries :], step.places, step.end)
+        out = self.o(self._attend(heads[:, :, : self.queries], buffer, step))
+        h += out if self.norm_first else self.attention_norm(out)
+        gate, up = self.gate_up(self.mlp_norm(h) if self.norm_first else h).chunk(2, dim=-1)
+        out = self.down(F.silu(gate) * up)
+        h += out if self.norm_first else self.mlp_norm(out)
+
+    def remember(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
+        """Only what `kv` would keep if h (R, D) were the block's input."""
+        kv.write(self._heads(self.kv(self.attention_norm(h) if self.norm_first else h), step), step.places, step.end)
+
+    def _heads(self, x: Tensor, step: RotaryStep) -> Tensor:
+        """Queries, keys and values (R, heads · P), or only the latter two, normed and turned: (B, T, heads, P)."""
+        heads = x.view(len(x), -1, self.dim)
+        q, k, v = heads.split([heads.shape[1] - 2 * self.heads, self.heads, self.heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self._normed(self.q_norm, q) if q.numel() else q
+            k = self._normed(self.k_norm, k)
+            heads = torch.cat([q, k, v], dim=1)
+        if self.rotary:
+            turning = torch.view_as_complex(heads[:, : -self.heads].unflatten(2, (-1, 2)))
+            turned = torch.view_as_real(turning * torch.view_as_complex(step.turn.view(len(x), 1, -1, 2))).flatten(2)
+            heads = torch.cat([turned, v], dim=1)
+        return heads.view(step.batch, step.tokens, -1, self.dim)
+
+    def _normed(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        return norm(x) if self.norm_heads else norm(x.flatten(1)).view_as(x)
+
+    def _attend(self, q: Tensor, buffer: Tensor, step: RotaryStep) -> Tensor:
+        """Queries (B, T, Q, P) over the remembered keys and values → (R, Q · P)."""
+        keys, values = buffer[:, : step.end].transpose(1, 2).chunk(2, dim=1)
+        group = self.queries // self.heads
+        if step.tokens == step.end and step.first == 0 and (self.window is None or step.end <= self.window):
+            out = F.scaled_dot_product_attention(
+                q.transpose(1, 2), keys, values, is_causal=True, scale=self.scale, enable_gqa=group > 1
+            )
+            return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        # The queries that share a key/value head are rows of one product with it.
+        q = q.unflatten(2, (self.heads, group)).transpose(1, 2).flatten(2, 3)
+        mask = None if self._newest_only(step) else step.mask(self.window, group)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
+        return out.reshape(*out.shape[:2], step.tokens, -1).transpose(1, 2).reshape(len(step.positions), -1)
+
+    def _newest_only(self, step: RotaryStep) -> bool:
+        """One token that sees everything: no mask, and no look at the mask's numbers to find that out."""
+        return step.tokens == 1 and step.first is not None and (self.window is None or step.end <= self.window)
+
+    def native(self) -> CBlock:
+        norms = (self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm)
+        return CBlock(
+            *map(CWeight.of, self.weights),
+            *(None if norm is None else address(norm.weight) for norm in norms),
+            self.window or 0, self.rotary, self.norm_first, self.q_norm is not None and self.norm_heads,
+            self.attention_norm.eps, self.q_norm.eps if self.q_norm else 0.0, self.scale,
+        )  # fmt: skip
+
+
+class LeanLlama(Lean):
+    """Blocks of the llama kind. `rotary` is the library's module.
+
+    Raises `ValueError` for a model whose shapes a format or the rotary tables do not fit.
+    """
+
+    _native: Native | None
+
+    def __init__(
+        self,
+        blocks: list[nn.Module],
+        windows: list[int | None],
+        rotary: Any,
+        norm: nn.Module,
+        head: nn.Linear,
+        format: Format,
+        store: Store,
+        native: bool = True,
+    ) -> None:
+        kind = getattr(rotary, "rope_type", "default")
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rotary positions of the kind '{kind}' change with the text's length")
+        super().__init__(norm, head, format, store)
+        self._rotary = rotary
+        rotary_dim = 2 * rotary.inv_freq.numel()
+        self.blocks = [
+            LeanBlock(block, rotary_dim, window, self._maker(index, format.blocks))
+            for index, (block, window) in enumerate(zip(blocks, windows, strict=True))
+        ]
+        store.save()
+        first = self.blocks[0]
+        self.dim, self.heads = first.dim, first.heads
+        self._turn = torch.empty(0, self.dim, dtype=torch.float32)
+        self._count = torch.empty(0, dtype=torch.int64)
+        self._native = None
+        if native and self._compiles(self.dim):
+            shape = CShape(first.o.rows, first.queries, first.heads, first.dim, first.down.columns)
+            self._native = Native([block.native() for block in self.blocks], shape, self._columns)
+
+    def step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> RotaryStep:
+        # A token that is not there stands after its sequence's own, and what it leaves is seen by none before it is
+        # written over: so the mask need not be looked at.
+        if isinstance(first, int):
+            end = first + tokens
+            self._tables(max(end, batch))
+            positions, turn = self._count[first:end], self._turn[first:end]
+            if batch > 1:
+                positions, turn = positions.repeat(batch), turn.repeat(batch, 1)
+            start = first
+        else:
+            end = int(first.max()) + tokens
+            self._tables(max(end, batch))
+            positions = (first[:, None] + self._count[:tokens]).flatten()
+            turn, start = self._turn[positions], None
+        sequences = self._zeros[:tokens] if batch == 1 else self._count[:batch].repeat_interleave(tokens)
+        return RotaryStep(batch, tokens, sequences, start, end, positions, turn)
+
+    def _tables(self, length: int) -> None:
+        """Positions, and by how much the rotary embedding turns each: cos and sin side by side, 1 and 0 for other dims."""
+        if length <= len(self._turn):
+            return
+        length = max(256, 2 * length)
+        self._count = torch.arange(length, device=self._device)
+        self._zeros = torch.zeros_like(self._count)
+        like = torch.empty(0, dtype=torch.float32, device=self._device)
+        cos, sin = self._rotary(like, self._count[None])
+        pairs = torch.stack([cos[0], sin[0]], dim=-1)[:, : cos.shape[-1] // 2]
+        rest = torch.tensor([1.0, 0.0], dtype=torch.float32, device=self._device).expand(
+            length, self.dim // 2 - pairs.shape[1], 2
+        )
+        self._turn = torch.cat([pairs, rest], dim=1).flatten(1)
+
+    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool) -> None:
+        assert isinstance(step, RotaryStep)
+        for block, kv in zip(self.blocks[start:stop], state.kv[start:stop], strict=True):
+            assert kv is not None
+            (block.remember if fill else block)(rows, kv, step)
+
+    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part], fill: bool) -> None:
+        steps = [step for _, _, step in parts if isinstance(step, RotaryStep)]
+        memories: list[list[int]] = [[] for _ in range(start, stop)]
+        for step, (_, state, _) in zip(steps, parts, strict=True):
+            like = rows.new_empty(step.batch, 0, 2 * self.heads, self.dim)
+            for kv, addresses in zip(state.kv[start:stop], memories, strict=True):
+                assert kv is not None
+                addresses += rows_of(kv.room(like, step.end))
+        assert isinstance(self._native, Native)
+        positions, turn = (joined([getattr(step, name) for step in steps]) for name in ("positions", "turn"))
+        end = max(step.end for step in steps)
+        self._native.run(rows, start, memories, positions, numbered(steps), turn, end, fill)

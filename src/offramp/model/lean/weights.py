@@ -1,0 +1,234 @@
+"""Weight formats: how a linear layer's weights are kept, and how rows are multiplied with them.
+
+| format | blocks | head |
+|--------|--------|------|
+| `float32` | float32 | float32 |
+| `bfloat16` | bfloat16 | bfloat16 |
+| `int8` | 8 bits, one scale a row | as the blocks |
+| `int4` | 4 bits, a scale and a minimum for every 32 | 8 bits, one scale a row |
+| `int4-head4` | as `int4` | as the blocks |
+
+Weights that lie on a 4-bit grid already, as those of a GGUF file in Q4_0 or Q4_1 do, keep their values in `int4`.
+Rows go in and come out in float32, whatever the format. The products here are torch's; `native` has faster ones.
+
+Shapes: N rows of a weight (outputs), K its columns (inputs), R rows multiplied at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from offramp.files import write_atomically
+
+GROUP = 32
+Tensors = dict[str, Tensor]
+
+
+class Weight:
+    """Weights as they are, float32 or bfloat16: x (R, K) → x · weightᵀ + bias (R, N)."""
+
+    scale: Tensor | None = None
+    low: Tensor | None = None
+
+    def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
+        self.w = tensors["w"].contiguous()
+        self.rows, self.columns = self.w.shape
+        self.bias = None if bias is None else bias.float()
+
+    @classmethod
+    def tensors(cls, weight: Tensor) -> Tensors:
+        """What this format keeps of a weight (N, K)."""
+        return {"w": weight}
+
+    @classmethod
+    def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
+        """`nbytes` of a weight (N, K) without making it; `itemsize` of the dtype that plain formats load."""
+        return rows * columns * itemsize
+
+    @property
+    def name(self) -> str:
+        """What the weights are kept in: float32, bfloat16, int8 or int4."""
+        return str(self.w.dtype).removeprefix("torch.") if type(self) is Weight else type(self).__name__.lower()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read for a product."""
+        return sum(part.nbytes for part in (self.w, self.scale, self.low) if part is not None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self._times(x)
+        return y if self.bias is None else y + self.bias
+
+    def _times(self, x: Tensor) -> Tensor:
+        w = self.w
+        if w.dtype == torch.float32 or (len(x) >= 16 and x.device.type == "cpu"):
+            return F.linear(x, w.float())  # without bfloat16 instructions, many rows are faster in float32
+        return F.linear(x.to(w.dtype), w).float()
+
+    def pick(self, rows: slice | Tensor) -> Weight:
+        """The product with these rows only."""
+        parts = {"w": self.w, "scale": self.scale, "low": self.low}
+        return type(self)(
+            {
+                # Several times as fast as indexing.
+                name: part.index_select(0, rows) if isinstance(rows, Tensor) else part[rows]
+                for name, part in parts.items()
+                if part is not None
+            },
+            None if self.bias is None else self.bias[rows],
+        )
+
+    def dense(self) -> Tensor:
+        """The weight that is multiplied with, (N, K) in float32."""
+        return self.w.float()
+
+
+class Int8(Weight):
+    """Symmetric 8-bit integers with one scale a row. On a CPU the product rounds its rows to bfloat16."""
+
+    def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
+        super().__init__(tensors, bias)
+        self.scale: Tensor = tensors["scale"]
+
+    @classmethod
+    def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
+        return rows * columns + 4 * rows
+
+    @classmethod
+    def tensors(cls, weight: Tensor) -> Tensors:
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
+        return {"w": (weight / scale[:, None]).round().to(torch.int8), "scale": scale}
+
+    def _times(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.linear(x, self.dense())
+        return torch._weight_int8pack_mm(x.bfloat16(), self.w, self.scale.bfloat16()).float()
+
+    def dense(self) -> Tensor:
+        return self.w * self.scale[:, None]
+
+
+class Int4(Weight):
+    """4-bit integers with a scale and a minimum for every 32 weights of a row: weight = q · scale + low.
+
+    Byte j of a group holds q[j] in its low half and q[j + 16] in its high half. On a CPU the product rounds its rows,
+    scales and minima to bfloat16; elsewhere these weights save memory only.
+    """
+
+    def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
+        super().__init__(tensors, bias)
+        self.scale: Tensor = tensors["scale"].contiguous()
+        self.low: Tensor = tensors["low"].contiguous()
+        self.columns = GROUP * self.scale.shape[1]
+
+    @classmethod
+    def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
+        return rows * columns // 2 + 2 * 4 * rows * columns // GROUP
+
+    @classmethod
+    def tensors(cls, weight: Tensor) -> Tensors:
+        """The grid of at most 16 values that each group lies on, or, where there is none, the one over its range."""
+        if weight.shape[1] % GROUP:
+            raise ValueError(f"rows of {weight.shape[1]} weights cannot be cut into groups of {GROUP}")
+        groups = weight.unflatten(1, (-1, GROUP))
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        span = (high - low).clamp(min=1e-12)
+        scale = span / 15
+        found = _on_grid(groups, low, scale)
+        for steps in range(14, 0, -1):
+            if found.all():
+                break
+            fits = _on_grid(groups, low, span / steps) & ~found
+            scale, found = torch.where(fits, span / steps, scale), found | fits
+        q = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
+        return {"w": (q[..., :16] | (q[..., 16:] << 4)).flatten(1), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
+
+    @property
+    def _q(self) -> Tensor:
+        halves = self.w.unflatten(1, (-1, GROUP // 2))
+        return torch.cat([halves & 15, halves >> 4], dim=-1)
+
+    @cached_property
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        spare = (0, 0, 0, -self.rows % 16)  # torch's kernel takes rows by the sixteen
+        q, scale, low = (F.pad(part, spare) for part in (self._q.flatten(1).int(), self.scale, self.low))
+        # It computes (q - 8) · scale + zero.
+        scale_zero = torch.stack([scale, low + 8 * scale], dim=-1).transpose(0, 1).contiguous().bfloat16()
+        return torch._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero
+
+    def _times(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.linear(x, self.dense())
+        packed, scale_zero = self._packed
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, scale_zero)
+        return y[:, : self.rows].float()
+
+    def dense(self) -> Tensor:
+        values: Tensor = self._q * self.scale[..., None] + self.low[..., None]
+        return values.flatten(1)
+
+
+def _on_grid(groups: Tensor, low: Tensor, scale: Tensor) -> Tensor:
+    """Whether all of a group's weights are low + a whole number of scales, but for float32's rounding: (N, groups, 1)."""
+    steps = (groups - low) / scale
+    return ((steps - steps.round()).abs() < 1e-3).all(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table above. `loaded` is the dtype that the library's weights are read in."""
+
+    loaded: torch.dtype = torch.float32
+    blocks: type[Weight] = Weight
+    head: type[Weight] = Weight
+
+    @property
+    def quantised(self) -> bool:
+        return self.blocks is not Weight
+
+
+FORMATS = {
+    "float32": Format(),
+    "bfloat16": Format(torch.bfloat16),
+    "int8": Format(blocks=Int8, head=Int8),
+    "int4": Format(blocks=Int4, head=Int8),
+    "int4-head4": Format(blocks=Int4, head=Int4),
+}
+
+
+class Store:
+    """Quantised weights on disk, so that they are made once: calling it with a key reads them there, or makes them.
+
+    A file that is damaged is as good as none. `save` writes what was made, if anything was.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path, self._made = path, False
+        self._tensors: Tensors = {}
+        if path and path.exists():
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
+            with suppress(SafetensorError, OSError):
+                self._tensors = load_file(path)
+
+    def __call__(self, key: str, make: Callable[[], Tensors]) -> Tensors:
+        mine = {name.removeprefix(f"{key}/"): t for name, t in self._tensors.items() if name.startswith(f"{key}/")}
+        if not mine:
+            mine, self._made = make(), True
+            self._tensors |= {f"{key}/{name}": tensor for name, tensor in mine.items()}
+        return mine
+
+    def save(self) -> None:
+        if self._path and self._made:
+            from safetensors.torch import save
+
+            write_atomically(self._path, save({key: value.contiguous() for key, value in self._tensors.items()}))

@@ -1,0 +1,205 @@
+"""From a name to a backbone that decodes like the library: load it, and compare its logits with the library's own."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
+from offramp.files import cache_folder
+from offramp.model.backbone import Backbone
+from offramp.model.families import family_of
+from offramp.model.hub import Source, find_config, resolve
+from offramp.model.lean.weights import FORMATS, Store
+from offramp.model.mamba import is_first
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The library's own logits (1, T, V) for some token ids, of one pass and of three pieces over its cache.
+
+    Its Mamba-1 is wrong in pieces, so there it reads the tokens one by one; `pieces` is how they are cut up for ours.
+    """
+
+    ids: Tensor
+    pieces: list[Tensor]
+    full: Tensor
+    cached: Tensor
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, backbone: Backbone) -> Reference:
+        """Raises `BadNumbers` when the library's logits are not finite."""
+        generator = torch.Generator().manual_seed(0)
+        length = min(16, backbone.context)
+        ids = torch.randint(0, backbone.vocab_size, (1, length), generator=generator).to(backbone.device)
+        pieces = [ids[:, : length - 4], ids[:, length - 4 : length - 1], ids[:, length - 1 :]]
+        full = backbone.model(ids).logits.float()
+        if not torch.isfinite(full).all():
+            raise BadNumbers(
+                f"{backbone.name} gives NaN or infinite logits in {backbone.weight_format}.",
+                "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
+            )
+        cache, cached = None, []
+        forgets = any(mixer is not None and is_first(mixer) for mixer in map(backbone.mixer, range(backbone.n_blocks)))
+        positions = torch.arange(length, device=ids.device)[None]
+        cuts = [1] * length if forgets else [piece.shape[1] for piece in pieces]
+        for piece, place in zip(ids.split(cuts, dim=1), positions.split(cuts, dim=1), strict=True):
+            known: dict[str, Any] = {"cache": cache} if cache is not None else {}
+            out = backbone.model(piece, **known, position_ids=place, use_cache=True)
+            cache = out.cache
+            cached.append(out.logits.float())
+        return cls(ids, pieces, full, torch.cat(cached, 1))
+
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@torch.inference_mode()
+def check(backbone: Backbone) -> tuple[float, float]:
+    """Compare a full pass, and a pass in pieces over a state, with the library's own logits.
+
+    Returns the largest differences (full, cached), as shares of the largest logit. Raises `UnsupportedModel` when one
+    exceeds what is allowed: `TOLERANCE` for the library's blocks, `Lean.tolerance` on the lean path.
+    """
+    reference = Reference.of(backbone)
+    ours, state, seen, middle = [], backbone.state(), 0, backbone.n_blocks // 2
+    for piece in reference.pieces:
+        h, step = backbone.embed(piece, seen)
+        h = backbone.run(h, 0, middle, state, step)
+        ours.append(backbone.logits(backbone.run(h, middle, backbone.n_blocks, state, step)))
+        seen += piece.shape[1]
+    scale = reference.full.abs().max().clamp(min=1e-6)
+    full = float((backbone.forward(reference.ids) - reference.full).abs().max() / scale)
+    cached = float((torch.cat(ours, 1) - reference.cached).abs().max() / scale)
+    allowed = backbone.lean.tolerance if backbone.lean else TOLERANCE.get(backbone.dtype, 3e-2)
+    if not (full <= allowed and cached <= allowed):
+        raise UnsupportedModel(
+            f"offramp would decode {backbone.name} wrongly: its logits differ from the library's by {full:.1e} in a full "
+            f"pass and {cached:.1e} in a cached one, as shares of the largest logit ({allowed:.0e} is allowed).",
+            f"The row for the family '{backbone.config.model_type}' in families.FAMILIES does not fit this model.",
+        )
+    return full, cached
+
+
+def load(name: str, dtype: str | None = None, device: str | None = None, keep: bool = False) -> Backbone:
+    """Load a causal language model and check it against the library's own logits.
+
+    `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`).
+    `dtype` is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`; by default bfloat16,
+    or float32 where bfloat16 does not pass the self-check. Quantised weights are made once and kept in the cache folder.
+    Families that have a lean path take it, and the library's copy of the weights is then dropped, unless `keep` is true:
+    `Backbone.model` can be used by itself only with it. Nothing is fetched when the files are on this machine already, or
+    when `HF_HUB_OFFLINE` is set.
+
+    Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint.
+    """
+    _known(dtype)
+    source = resolve(name)
+    if dtype is not None:
+        return _load(source, dtype, device, keep)
+    try:
+        return _load(source, "bfloat16", device, keep)
+    except (UnsupportedModel, BadNumbers):
+        backbone = _load(source, "float32", device, keep)  # raises for a model that is wrong in any dtype
+        warnings.warn(f"{name} fails the self-check in bfloat16; running it in float32.", stacklevel=2)
+        return backbone
+
+
+def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbone:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        family = family_of(config, source)  # a wrong family should not cost a minute of loading
+        # Meant for new weights, but transformers 5 divides every loaded out_proj of a Mamba model by √blocks, too.
+        if hasattr(config, "rescale_prenorm_residual"):
+            config.rescale_prenorm_residual = False
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=config,
+            dtype=FORMATS[dtype].loaded,
+            attn_implementation=family.implementation,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except OfframpError:
+        raise
+    except Exception as error:  # the library raises anything from KeyError to SafetensorError here
+        raise source.unreadable(error) from error
+    backbone = Backbone(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, source)
+    _ready(backbone, dtype, Store(cache_folder() / "formats" / f"{source.sha256[:16]}-{dtype}.safetensors"))
+    if backbone.lean and not keep:
+        backbone.drop_library_weights()
+    return backbone
+
+
+def _ready(backbone: Backbone, dtype: str, store: Store) -> None:
+    """Take the lean path where there is one and it passes the self-check, else the library's blocks; both checked."""
+    quantised = FORMATS[dtype].quantised
+    if backbone.family.lean or quantised:
+        try:
+            backbone.quicken(dtype, store)
+            check(backbone)
+        except UnsupportedModel:
+            if quantised:
+                raise
+            backbone.slow()
+    if backbone.lean is None:
+        check(backbone)
+
+
+def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbone:
+    """A model's shape, from its config alone: nothing is computed with it, so it takes no memory.
+
+    With `random`, a model of that shape with random weights, checked and ready to be timed; it has no tokenizer. Raises
+    `ModelNotFound`, `UnsupportedModel`, `CorruptFile`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = dtype or "bfloat16"
+    _known(dtype)
+    source = find_config(name)
+    try:
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+    except Exception as error:
+        raise source.unreadable(error) from error
+    family = family_of(config, source)
+    if random:  # Mamba's default of 0.1 makes a random model that amplifies rounding a thousandfold
+        config.initializer_range = 0.02
+    torch.manual_seed(0)
+    try:
+        with torch.device("cpu" if random else "meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=family.implementation, dtype=FORMATS[dtype].loaded
+            )
+    except Exception as error:  # the library raises anything from KeyError to ValueError for a config's odd values
+        raise source.unreadable(error) from error
+    if random:  # random tokens should not end a text
+        config.eos_token_id = model.generation_config.eos_token_id = None
+    backbone = Backbone(model, None, source)
+    if FORMATS[dtype].quantised and not family.lean:
+        raise UnsupportedModel(f"The family '{config.model_type}' has no lean path.", "Use bfloat16 or float32.")
+    if random:
+        _ready(backbone, dtype, Store())
+    elif family.lean:  # which keeps hidden states, keys and values in float32
+        backbone.weight_format, backbone.dtype = dtype, torch.float32
+    return backbone
+
+
+def _known(dtype: str | None) -> None:
+    if dtype is not None and dtype not in FORMATS:
+        raise BadInput(f"'{dtype}' is not a dtype offramp runs in.", f"Choose from {', '.join(FORMATS)}.")
+
+
+def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
+    """A `Backbone` around a `transformers` model that is in memory already; checked like one that was loaded."""
+    backbone = Backbone(model, tokenizer, Source.of_weights(name, model.state_dict()))
+    check(backbone)
+    return backbone

@@ -1,0 +1,1 @@
+"""How exits are trained, tuned for and calibrated."""

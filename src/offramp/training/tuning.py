@@ -1,0 +1,202 @@
+"""Tune a model so that its blocks say early what they will say in the end: LayerSkip (arXiv 2404.16710) as a LoRA.
+
+This changes the model, and that is the point: a block's hidden state was never meant to be read out. A low-rank update of
+the blocks' matrices (LoRA, arXiv 2106.09685, by the library `peft`) is trained with two things from LayerSkip: samples skip
+blocks, deeper ones more often (section 3.1 there), and some of the blocks in turn are read out with the model's own final
+norm and head, deeper ones counting more (section 3.2). The targets are not a text's next tokens but the untuned model's own
+distribution over its own answers: what is asked for is the same model, earlier.
+
+The result is a model of its own, with the update merged into its weights; exits are then trained for it. What it is worth
+is measured against the untuned model: see `compared`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.errors import BadInput
+from offramp.files import write_atomically
+from offramp.model.backbone import Backbone
+from offramp.progress import Progress, silent
+from offramp.training.config import TrainConfig, TuneConfig
+from offramp.training.teacher import Sequence
+from offramp.training.training import Fit, gather, padded, sampled, step_generator
+
+
+def exit_weights(blocks: int, step: int, exit_scale: float, every: int) -> dict[int, float]:
+    """For each block that the step reads out, the weight of its loss; they sum to 1 (LayerSkip, section 3.2)."""
+    weights = {index: exit_scale * index * (index + 1) / 2 for index in range(step % every, blocks - 1, every)}
+    weights[blocks - 1] = blocks - 1 + exit_scale * (blocks - 2) * (blocks - 1) / 2
+    total = sum(weights.values())
+    return {index: weight / total for index, weight in weights.items() if weight}
+
+
+def kept(blocks: int, samples: int, skip: float, generator: torch.Generator) -> Tensor:
+    """Which samples run which block, (blocks, samples), 1 or 0 (LayerSkip, section 3.1)."""
+    odds = torch.tensor([skip * (2 ** (index / max(1, blocks - 1)) - 1) for index in range(blocks)])
+    return (torch.rand(blocks, samples, generator=generator) >= odds[:, None]).float()
+
+
+@contextmanager
+def passing(backbone: Backbone, keep: Tensor | None = None) -> Iterator[list[Tensor]]:
+    """Within it, what leaves each block of the library's model goes to the list, (B, T, D) each.
+
+    With `keep` (blocks, B), a sample skips a block where it is 0.
+    """
+    states: list[Tensor] = []
+
+    def leaving(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        h = out[0] if isinstance(out, tuple) else out
+        if keep is not None:
+            before = args[0] if args else kwargs["hidden_states"]
+            h = before + keep[len(states), :, None, None].to(h.dtype) * (h - before)
+        states.append(h)
+        return (h, *out[1:]) if isinstance(out, tuple) else h
+
+    hooks = [block.register_forward_hook(leaving, with_kwargs=True) for block in backbone.blocks]
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tune(
+    backbone: Backbone,
+    folder: str | Path,
+    config: TuneConfig | None = None,
+    progress: Progress = silent,
+    command: str = "",
+) -> dict[str, Any]:
+    """Tune a model and save it in `folder`, for `load` and for the library; returns the record that is kept beside it.
+
+    The backbone must run on the library's own float32 weights (`load(name, "float32", keep=True)`), and is changed. Called
+    again after an interruption with the same config, it goes on where it stopped. Raises `BadInput` for unusable settings,
+    and where `peft` is missing.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise BadInput("Tuning needs the library peft.", "Install it: pip install 'offramp[tune]'") from error
+
+    config = config or TuneConfig()
+    if config.rank < 1 or not config.learning_rate > 0:
+        raise BadInput(
+            "The rank and the learning rate must be more than 0.", "For example: --rank 32 --learning-rate 0.001"
+        )
+    if backbone.source.path and Path(folder).resolve() == Path(backbone.source.path).resolve():
+        raise BadInput(f"{folder} holds the model itself, which would be lost.", "Name another folder.")
+    folder, work = Path(folder), Path(folder) / ".training"
+    backbone.slow()
+    names = ("prompts", "texts", "max_prompts", "answer_tokens", "seed")
+    reading = TrainConfig(**{name: getattr(config, name) for name in names})
+    data = gather(backbone, reading, (backbone.n_blocks,), work, progress, claim=asdict(config))
+    learning, held = data.adapters + data.gates, data.held
+    before = compared(backbone, held)
+
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=_matrices(backbone), bias="none")
+    adapted = get_peft_model(backbone.model, lora)
+    fit = Fit(work, config.seed, config.batch, progress)
+
+    def loss_of(batch: list[Sequence], step: int) -> tuple[Tensor, list[Tensor]]:
+        generator = step_generator(config.seed, step, "tuning")
+        ids, counted = padded([one.ids for one in batch]).long(), padded([one.counted for one in batch])
+        teacher = padded([one.top_ids for one in batch])[counted].long()  # (n, K)
+        wanted = padded([one.top_logp for one in batch])[counted].float().softmax(-1)
+        rows, offset = sampled(teacher, backbone.vocab_size, generator)
+        columns = torch.searchsorted(rows, teacher)
+        weights = exit_weights(backbone.n_blocks, step, config.exit_scale, config.every)
+        keep = kept(backbone.n_blocks, len(batch), config.skip, generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16), passing(backbone, keep) as states:
+            _trunk(backbone)(input_ids=ids, use_cache=False)
+        losses = {}
+        for index in weights:
+            logits = backbone.logits(states[index][counted].float(), rows) + offset
+            losses[index] = -(wanted * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
+        total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
+        return total, [total, losses[backbone.n_blocks - 1]]
+
+    parameters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    fit.run("tuning", adapted, learning, config.epochs, config.learning_rate, loss_of)
+    adapted.merge_and_unload()
+    backbone.blocks[:] = list(getattr(_trunk(backbone), backbone.family.blocks))
+    after = compared(backbone, held)
+    record = {
+        "command": command,
+        "config": {**asdict(config), "prompts": None, "texts": []},
+        "text": data.files,
+        "untuned": {"name": backbone.name, "sha256": backbone.source.sha256},
+        "parameters": parameters,
+        "held_out": {"before": before, "after": after},
+        "curve": fit.curve,
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }
+    _save(backbone, folder, record)
+    shutil.rmtree(work)
+    return record
+
+
+@torch.inference_mode()
+def compared(backbone: Backbone, held: list[Sequence]) -> dict[str, Any]:
+    """The model on held-out answers of the untuned one.
+
+    `perplexity` is that of the answers at full depth; `agreement`, for each block, the share of positions where the top
+    token, read out after it by the model's own norm and head, is the untuned model's at full depth.
+    """
+    backbone.model.eval()
+    hits, nats, count = torch.zeros(backbone.n_blocks), 0.0, 0
+    for one in held:
+        with passing(backbone) as states:
+            _trunk(backbone)(input_ids=one.ids[None].long(), use_cache=False)
+        wanted = one.top_ids[one.counted][:, 0].long()
+        for index, h in enumerate(states):
+            logits = backbone.logits(h[0, one.counted])
+            hits[index] += int((logits.argmax(-1) == wanted).sum())
+        nats -= float(logits.log_softmax(-1).gather(1, wanted[:, None]).sum())
+        count += len(wanted)
+    return {
+        "positions": count,
+        "perplexity": round(math.exp(nats / count), 4),
+        "agreement": [round(float(hit) / count, 4) for hit in hits],
+    }
+
+
+def _trunk(backbone: Backbone) -> nn.Module:
+    """The library's model without its head."""
+    trunk: nn.Module = getattr(backbone.model, backbone.family.trunk)
+    return trunk
+
+
+def _matrices(backbone: Backbone) -> list[str]:
+    """Names of the linear layers in the blocks, but for what `peft` refuses for Mamba: out_proj, for the fused kernels."""
+    mamba = any(mixer is not None for mixer in map(backbone.mixer, range(backbone.n_blocks)))
+    names = {
+        name.rpartition(".")[2]
+        for block in backbone.blocks
+        for name, part in block.named_modules()
+        if isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
+    }
+    return sorted(names - ({"out_proj"} if mamba else set()))
+
+
+def _save(backbone: Backbone, folder: Path, record: dict[str, Any]) -> None:
+    made = folder / ".training" / "model"
+    dtype = getattr(backbone.config, "dtype", None) or torch.float32
+    backbone.model.to(dtype).save_pretrained(made, max_shard_size="1000GB")
+    if backbone.tokenizer is not None:
+        backbone.tokenizer.save_pretrained(made)
+    (made / "tuning.json").write_text(json.dumps(record, indent=1))
+    for file in sorted(made.iterdir()):
+        write_atomically(folder / file.name, file.read_bytes())

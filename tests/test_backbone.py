@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from dataclasses import replace
@@ -14,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offramp
-from conftest import BLOCKS, HIDDEN, VOCAB, byte_tokenizer, saved, tiny
+from helpers import damaged
+from models import BLOCKS, HIDDEN, VOCAB, byte_tokenizer, saved, tiny
 from offramp.errors import BadInput, BadNumbers, CorruptFile, UnsupportedModel
 from offramp.evaluation.bench import compare, compare_prefill
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.model.families import FAMILIES
-from offramp.model.hub import Source
 from offramp.model.loading import check, outline, wrap
 
 LENGTH = 24  # longer than every tiny model's sliding window
@@ -130,12 +129,6 @@ def test_an_unknown_family_is_refused_with_the_list_of_known_ones() -> None:
     with pytest.raises(UnsupportedModel, match="'opt'") as raised:
         wrap(transformers.OPTForCausalLM(config), byte_tokenizer())
     assert "llama" in raised.value.hint
-
-
-def damaged(backbone: Backbone) -> Backbone:
-    model = copy.deepcopy(backbone.model)
-    model.get_input_embeddings().weight.data.fill_(float("nan"))
-    return Backbone(model, backbone.tokenizer, Source("damaged", "", ""))
 
 
 def test_the_self_check_names_nan_logits() -> None:

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny
+from helpers import exits_for
+from models import tiny
 from offramp import Engine, Exits, Policy
 from offramp.errors import BadInput
 from offramp.training.calibration import (
@@ -28,7 +29,6 @@ from offramp.training.calibration import (
     prompts_needed,
     read_questions,
 )
-from test_engine import exits_for
 
 REPETITIONS = 500
 

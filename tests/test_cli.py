@@ -10,9 +10,9 @@ import warnings
 
 import pytest
 
-from conftest import BLOCKS, saved, tiny
+from helpers import exits_for
+from models import BLOCKS, saved, tiny
 from offramp import Policy
-from test_engine import exits_for
 
 VERBS = ("demo", "generate", "chat", "train", "inspect")
 TOKEN = {"id", "text", "exit_block", "confidence", "flops", "cumulative_flops", "deep_passes", "rejected"}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import BLOCKS, tiny
-from offramp import Engine, Exits, ExitsConfig, Policy
+from helpers import HYBRIDS, LAYERS, PROMPT, after, begun, damaged, exits_for, library_tokens, refused
+from models import BLOCKS, tiny
+from offramp import Engine, Policy
 from offramp.decode.detokenizer import Text
-from offramp.decode.engine import Talk, Token
 from offramp.decode.fills import FILLS
 from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import Sequence
@@ -20,54 +18,6 @@ from offramp.errors import BadInput, BadNumbers
 from offramp.exits.gates import GATES
 from offramp.exits.policy import CONFIDENCES
 from offramp.exits.readouts import READOUTS
-from test_backbone import damaged
-
-PROMPT = "Some words to go on from"
-LAYERS = (1, 3, 5)
-
-
-def exits_for(family: str, gate: str = "mamba", readout: str = "mamba", seed: int = 0) -> Exits:
-    """Random exits whose gates spread over [0, 1] and whose adapters do something."""
-    torch.manual_seed(seed)
-    exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32))
-    with torch.no_grad():
-        for parameter in exits.modules.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    exits.modules.eval().requires_grad_(False)
-    return exits
-
-
-def begun(engine: Engine, tokens: int = 48) -> tuple[Iterator[Token | None], Sequence]:
-    """A stream that has read the prompt, and its sequence."""
-    talk = Talk()
-    stream = engine.stream_ids(engine.backbone.encode(PROMPT), tokens, talk=talk)
-    assert next(stream) is None
-    assert talk.sequence is not None
-    return stream, talk.sequence
-
-
-def after(engine: Engine, tokens: int) -> Sequence:
-    stream, sequence = begun(engine)
-    for _ in range(tokens):
-        next(stream)
-    return sequence
-
-
-def refused(fill: str, family: str) -> bool:
-    """Whether the fill is refused for this family, for the reason that it should be."""
-    if fill != "freeze" or {"mamba", "both"} & set(tiny(family).kinds):
-        return False
-    with pytest.raises(BadInput, match="no Mamba blocks"):
-        Engine(tiny(family), fill=fill)
-    return True
-
-
-@torch.inference_mode()
-def library_tokens(family: str, prompt: str, n: int, **kwargs) -> list[int]:
-    backbone = tiny(family)
-    ids = torch.tensor([backbone.encode(prompt)])
-    kwargs = {"pad_token_id": 257, "max_new_tokens": n, "do_sample": False, **kwargs}
-    return backbone.model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[0, ids.shape[1] :].tolist()
 
 
 def test_full_depth_equals_the_librarys_generate(family: str) -> None:
@@ -195,9 +145,6 @@ def test_copy_gives_skipped_blocks_the_last_computed_blocks_keys_and_values() ->
     for skipped in blocks[LAYERS[0] :]:
         assert torch.equal(skipped.keys[:, :, -1], blocks[LAYERS[0] - 1].keys[:, :, -1])
         assert torch.equal(skipped.values[:, :, -1], blocks[LAYERS[0] - 1].values[:, :, -1])
-
-
-HYBRIDS = ["bamba", "jamba", "granitemoehybrid", "falcon_h1", "nemotron_h"]
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", *HYBRIDS])

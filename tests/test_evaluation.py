@@ -9,7 +9,8 @@ from statistics import fmean
 import pytest
 import torch
 
-from conftest import BLOCKS, tiny
+from helpers import exits_for, sketched, task
+from models import BLOCKS, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
 from offramp.evaluation.evaluation import (
@@ -22,20 +23,7 @@ from offramp.evaluation.evaluation import (
     save_results,
     summary,
 )
-from offramp.evaluation.tasks import Item, Task, score_coqa
-from test_engine import exits_for
-from test_exits import sketched
-
-
-def task(count: int = 6, **changed) -> Task:
-    items = [
-        Item(str(n), f"Question {n}?", f"Q: Question {n}?\nA:", ("one", "two"), ("three",), "two") for n in range(count)
-    ]
-    usual = {"name": "coqa", "items": items, "stop": ("\n",), "max_tokens": 8, "score": score_coqa}
-    return Task(**{**usual, **SOURCE, **changed})
-
-
-SOURCE = {"source": "made up", "sha256": "0"}
+from offramp.evaluation.tasks import score_coqa
 
 
 def evaluation(folder, batch: int = 1, **changed) -> Evaluation:

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import tiny
+from helpers import exits_for, sketched
+from models import tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.exits import suggested_layers
@@ -16,7 +17,6 @@ from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
 from offramp.training.teacher import Sequence
 from offramp.training.training import sketch_of
-from test_engine import exits_for
 
 
 @pytest.mark.parametrize("readout", READOUTS)
@@ -136,23 +136,6 @@ def test_suggested_layers_fit_every_depth() -> None:
         layers = suggested_layers(blocks)
         assert layers
         assert all(0 < layer < blocks for layer in layers)
-
-
-def sketched(family: str, dims: int = 32):
-    """Exits with a sketch that is exact at 32 dims, the tiny models' width, and rough below."""
-    exits = exits_for(family, "ffn")
-    backbone = tiny(family)
-    g = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 256, (12, 40), generator=g)
-    with torch.inference_mode():
-        h, step = backbone.embed(ids)
-        h = backbone.run(h, 0, backbone.n_blocks, backbone.state(), step)
-    everything = torch.ones(40, dtype=torch.bool)
-    some = [
-        Sequence(row.int(), top[:, None], row[:, None], row[:, None], everything) for row, top in zip(ids, h, strict=True)
-    ]
-    exits.config, exits.sketch = replace(exits.config, sketch=dims), sketch_of(backbone, some, dims)
-    return exits
 
 
 @pytest.mark.parametrize("family", ["llama", "llama/native", "llama/torch", "mamba2", "gemma2", "cohere"])

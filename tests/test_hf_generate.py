@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from conftest import tiny
+from helpers import modest_exits
+from models import tiny
 from offramp import Policy, decoding
 from offramp.errors import BadInput, ExitsMismatch
-from test_speculation import modest_exits
 
 TEXT = torch.tensor([[72, 101, 108, 108, 111]])
 

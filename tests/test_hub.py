@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import saved, tiny
+from models import saved, tiny
 from offramp import files
 from offramp.errors import CorruptFile, ModelNotFound
 from offramp.files import sha256_of, write_atomically

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import offramp.model.lean.native
-from conftest import ENGINES, LEAN, tiny
+from models import ENGINES, LEAN, tiny
 from offramp import Engine
 from offramp.errors import UnsupportedModel
 from offramp.model.backbone import Backbone
@@ -136,7 +136,7 @@ def test_quantised_weights_are_read_back_from_the_store(tmp_path):
 
 def test_without_a_compiler_torch_does_the_work(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from conftest import ENGINES, tiny; "
+        "import sys; sys.path.insert(0, sys.argv[1]); from models import ENGINES, tiny; "
         "b = tiny('llama'); b.quicken('float32'); sys.exit(b.lean.engine != 'torch' or ENGINES != ['torch'])"
     )
     environment = {**__import__("os").environ, "CC": "false", "OFFRAMP_CACHE": str(tmp_path)}

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lm import answers, average, baselines, evaluate, forward, text, train
 
-from conftest import tiny
+from models import tiny
 from offramp.errors import BadInput
 
 

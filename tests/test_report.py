@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import tiny
+from helpers import exits_for, task
+from models import tiny
 from offramp import Policy
 from offramp.errors import BadInput
 from offramp.evaluation.evaluation import Condition, Evaluation
 from offramp.evaluation.report import write
-from test_engine import exits_for
-from test_evaluation import task
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import BLOCKS, HIDDEN, tiny
-from offramp import Engine, Exits, ExitsConfig, Policy
+from helpers import HYBRIDS, LAYERS, exact, exits_for, modest_exits, refused, same_or_tied, some_prompts
+from models import BLOCKS, HIDDEN, tiny
+from offramp import Engine, Policy
 from offramp.decode.engine import ALL_FILLS, Talk
 from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import looked_up
 from offramp.errors import BadInput
 from offramp.model.state import SSM
-from test_engine import HYBRIDS, LAYERS, exits_for, refused
-
-NEAR = 1e-4  # two best logits closer than this may change places
-
-
-def modest_exits(family: str, seed: int = 0, gate: str = "mamba", readout: str = "linear") -> Exits:
-    """Random gates that open and close, and read-outs close enough to the untrained one to be right now and then."""
-    torch.manual_seed(seed)
-    exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32))
-    with torch.no_grad():
-        for exit in exits:
-            for parameter in exit.gate.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            for parameter in exit.adapter.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-    exits.modules.eval().requires_grad_(False)
-    return exits
-
-
-def some_prompts(count: int, seed: int = 0) -> list[list[int]]:
-    dice = random.Random(seed)
-    return [[dice.randrange(32, 127) for _ in range(dice.randrange(1, 13))] for _ in range(count)]
-
-
-@torch.inference_mode()
-def same_or_tied(family: str, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
-    """Whether two answers are equal, or differ first where full depth's two best logits are as good as equal."""
-    for place, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
-        if mine != other:
-            logits = tiny(family).forward(torch.tensor([prompt + ours[:place]]))[0, -1]
-            best = logits.topk(2).values
-            return float(best[0] - best[1]) <= NEAR
-    return len(ours) == len(theirs)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "linear"])
@@ -97,32 +63,6 @@ def test_a_deep_read_out_gets_the_top_of_the_token_before_or_what_it_made_of_it(
                     ids
                 )
                 before[run] = out
-
-
-@torch.inference_mode()
-def exact(sequence, family: str) -> None:
-    """Every block's memory equals that of a full-depth pass over as many of the sequence's tokens as it has seen."""
-    backbone = tiny(family)
-    counts = [sequence.run] * BLOCKS  # tokens that each block has seen
-    for layer, waiting in zip(LAYERS, sequence.waiting, strict=True):
-        for block in range(layer, BLOCKS):
-            counts[block] -= sum(h.shape[1] for h in waiting)
-    for count in set(counts) - {0}:
-        h, step = backbone.embed(torch.tensor([sequence.ids[:count]]))
-        reference = backbone.state()
-        backbone.run(h, 0, BLOCKS, reference, step)
-        for block in range(BLOCKS):
-            if counts[block] != count:
-                continue
-            kv, ssm = sequence.state.kv[block], sequence.state.ssm[block]
-            if kv is not None:
-                assert kv.length == count
-                torch.testing.assert_close(kv.keys, reference.kv[block].keys, rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(kv.values, reference.kv[block].values, rtol=1e-5, atol=1e-5)
-            if ssm is not None:
-                assert ssm.length == count
-                torch.testing.assert_close(ssm.window, reference.ssm[block].window, rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(ssm.h, reference.ssm[block].h, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=4, deadline=None)

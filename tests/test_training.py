@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import HIDDEN, tiny
+from models import HIDDEN, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits.readouts import READOUTS

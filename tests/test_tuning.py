@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import offramp
-from conftest import BLOCKS, saved, tiny
+from models import BLOCKS, saved, tiny
 from offramp.cli.terminal import tuning_table
 from offramp.errors import BadInput
 from offramp.model.loading import wrap

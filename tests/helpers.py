@@ -1,0 +1,165 @@
+"""What test modules share: random exits, prompts, comparisons with full depth, and streams seen from inside."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models import BLOCKS, tiny
+from offramp import Engine, Exits, ExitsConfig
+from offramp.decode.engine import Talk, Token
+from offramp.decode.sequence import Sequence
+from offramp.errors import BadInput
+from offramp.evaluation.tasks import Item, Task, score_coqa
+from offramp.model.backbone import Backbone
+from offramp.model.hub import Source
+from offramp.training import teacher
+from offramp.training.training import sketch_of
+
+PROMPT = "Some words to go on from"
+LAYERS = (1, 3, 5)
+HYBRIDS = ["bamba", "jamba", "granitemoehybrid", "falcon_h1", "nemotron_h"]
+NEAR = 1e-4  # two best logits closer than this may change places
+SOURCE = {"source": "made up", "sha256": "0"}
+
+
+def exits_for(family: str, gate: str = "mamba", readout: str = "mamba", seed: int = 0) -> Exits:
+    """Random exits whose gates spread over [0, 1] and whose adapters do something."""
+    torch.manual_seed(seed)
+    exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32))
+    with torch.no_grad():
+        for parameter in exits.modules.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    exits.modules.eval().requires_grad_(False)
+    return exits
+
+
+def modest_exits(family: str, seed: int = 0, gate: str = "mamba", readout: str = "linear") -> Exits:
+    """Random gates that open and close, and read-outs close enough to the untrained one to be right now and then."""
+    torch.manual_seed(seed)
+    exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32))
+    with torch.no_grad():
+        for exit in exits:
+            for parameter in exit.gate.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            for parameter in exit.adapter.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+    exits.modules.eval().requires_grad_(False)
+    return exits
+
+
+def sketched(family: str, dims: int = 32) -> Exits:
+    """Exits with a sketch that is exact at 32 dims, the tiny models' width, and rough below."""
+    exits = exits_for(family, "ffn")
+    backbone = tiny(family)
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (12, 40), generator=g)
+    with torch.inference_mode():
+        h, step = backbone.embed(ids)
+        h = backbone.run(h, 0, backbone.n_blocks, backbone.state(), step)
+    everything = torch.ones(40, dtype=torch.bool)
+    texts = [
+        teacher.Sequence(row.int(), top[:, None], row[:, None], row[:, None], everything)
+        for row, top in zip(ids, h, strict=True)
+    ]
+    exits.config, exits.sketch = replace(exits.config, sketch=dims), sketch_of(backbone, texts, dims)
+    return exits
+
+
+def damaged(backbone: Backbone) -> Backbone:
+    """A copy whose embeddings are NaN."""
+    model = copy.deepcopy(backbone.model)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    return Backbone(model, backbone.tokenizer, Source("damaged", "", ""))
+
+
+def some_prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of 1 to 12 tokens, all printable."""
+    dice = random.Random(seed)
+    return [[dice.randrange(32, 127) for _ in range(dice.randrange(1, 13))] for _ in range(count)]
+
+
+@torch.inference_mode()
+def library_tokens(family: str, prompt: str, n: int, **kwargs) -> list[int]:
+    """The new tokens of the library's own `generate`."""
+    backbone = tiny(family)
+    ids = torch.tensor([backbone.encode(prompt)])
+    kwargs = {"pad_token_id": 257, "max_new_tokens": n, "do_sample": False, **kwargs}
+    return backbone.model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[0, ids.shape[1] :].tolist()
+
+
+@torch.inference_mode()
+def same_or_tied(family: str, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
+    """Whether two answers are equal, or differ first where full depth's two best logits are as good as equal."""
+    for place, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        if mine != other:
+            logits = tiny(family).forward(torch.tensor([prompt + ours[:place]]))[0, -1]
+            best = logits.topk(2).values
+            return float(best[0] - best[1]) <= NEAR
+    return len(ours) == len(theirs)
+
+
+def refused(fill: str, family: str) -> bool:
+    """Whether the fill is refused for this family, for the reason that it should be."""
+    if fill != "freeze" or {"mamba", "both"} & set(tiny(family).kinds):
+        return False
+    with pytest.raises(BadInput, match="no Mamba blocks"):
+        Engine(tiny(family), fill=fill)
+    return True
+
+
+def begun(engine: Engine, tokens: int = 48) -> tuple[Iterator[Token | None], Sequence]:
+    """A stream that has read the prompt, and its sequence."""
+    talk = Talk()
+    stream = engine.stream_ids(engine.backbone.encode(PROMPT), tokens, talk=talk)
+    assert next(stream) is None
+    assert talk.sequence is not None
+    return stream, talk.sequence
+
+
+def after(engine: Engine, tokens: int) -> Sequence:
+    """The sequence after so many new tokens."""
+    stream, sequence = begun(engine)
+    for _ in range(tokens):
+        next(stream)
+    return sequence
+
+
+@torch.inference_mode()
+def exact(sequence: Sequence, family: str) -> None:
+    """Assert that every block's memory equals that of a full-depth pass over as many of the sequence's tokens as it saw."""
+    backbone = tiny(family)
+    counts = [sequence.run] * BLOCKS  # tokens that each block has seen
+    for layer, waiting in zip(LAYERS, sequence.waiting, strict=True):
+        for block in range(layer, BLOCKS):
+            counts[block] -= sum(h.shape[1] for h in waiting)
+    for count in set(counts) - {0}:
+        h, step = backbone.embed(torch.tensor([sequence.ids[:count]]))
+        reference = backbone.state()
+        backbone.run(h, 0, BLOCKS, reference, step)
+        for block in range(BLOCKS):
+            if counts[block] != count:
+                continue
+            kv, ssm = sequence.state.kv[block], sequence.state.ssm[block]
+            if kv is not None:
+                assert kv.length == count
+                torch.testing.assert_close(kv.keys, reference.kv[block].keys, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(kv.values, reference.kv[block].values, rtol=1e-5, atol=1e-5)
+            if ssm is not None:
+                assert ssm.length == count
+                torch.testing.assert_close(ssm.window, reference.ssm[block].window, rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(ssm.h, reference.ssm[block].h, rtol=1e-5, atol=1e-5)
+
+
+def task(count: int = 6, **changed) -> Task:
+    """A made-up CoQA of `count` questions."""
+    items = [
+        Item(str(n), f"Question {n}?", f"Q: Question {n}?\nA:", ("one", "two"), ("three",), "two") for n in range(count)
+    ]
+    usual = {"name": "coqa", "items": items, "stop": ("\n",), "max_tokens": 8, "score": score_coqa}
+    return Task(**{**usual, **SOURCE, **changed})

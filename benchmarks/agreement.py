@@ -35,7 +35,7 @@ def main() -> None:
     engine, model, same = Engine(backbone), backbone.model, 0
     for number, item in enumerate(task.items, start=1):
         prompt = list(backbone.tokenizer(item.prompt)["input_ids"])
-        ours = engine.generate_ids(prompt, task.max_tokens, task.stop).ids
+        ours = engine.generate(prompt, max_tokens=task.max_tokens, stop=task.stop).ids
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(ours), do_sample=False)

@@ -120,7 +120,7 @@ def main() -> None:
     plan = units(asked, [], args.tokens, batch=48)
     (args.work / "asked").mkdir(parents=True, exist_ok=True)
     answers = load_shards(harvest(exact, plan, base.config.layers, args.work / "asked", lambda tokens: None))
-    references = [Engine(fast).generate_ids(ids, args.tokens) for ids in asked]
+    references = [Engine(fast).generate(ids, max_tokens=args.tokens) for ids in asked]
 
     rows = []
     for readout in (base.config.readout, "none"):
@@ -149,7 +149,7 @@ def main() -> None:
             for fill, threshold in product(fills, THRESHOLDS):
                 policy = Policy((threshold,) * len(exits), "gate" if gate in GATES else "max-prob")
                 engine = Engine(fast, exits, policy, fill)
-                early = [engine.generate_ids(ids, args.tokens) for ids in asked]
+                early = [engine.generate(ids, max_tokens=args.tokens) for ids in asked]
                 row["free"][f"{fill}, threshold {threshold}"] = {
                     "mean_blocks": round(mean(one.mean_blocks for one in early), 2),
                     "flops_saved": round(mean(one.flops_saved for one in early), 3),

@@ -55,9 +55,8 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
     engine = offramp.Engine(model, exits, fill="verify" if exits else "project")
 
     def generate(ids: list[int], tokens: int, out: Out) -> None:
-        for token in engine.stream_ids(ids, tokens):
-            if token is not None:
-                out([token.id])
+        for token in engine.stream(ids, max_tokens=tokens):
+            out([token.id])
 
     costs, lean = engine.costs, model.lean
     depth = "verified exits" if exits else "full depth"
@@ -353,7 +352,7 @@ def answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
         bursts.append(tokens)
 
     started = time.perf_counter()
-    peer.generate(request["ids"], request["tokens"], out)
+    peer.generate(request["ids"], max_tokens=request["tokens"], stop=out)
     ids = [token for burst in bursts for token in burst]
     if len(ids) != request["tokens"]:
         return {"error": f"{len(ids)} tokens came instead of {request['tokens']}"}

@@ -31,7 +31,7 @@ def compare(backbone: Backbone, exits: Exits, policy: Policy | None, prompts: li
     full, engine = Engine(backbone), Engine(backbone, exits, policy, "verify")
     gaps, stood, rejected, count, passes = [], 0, 0, 0, 0
     for ids in prompts:
-        whole, answer = full.generate_ids(ids, tokens), engine.generate_ids(ids, tokens)
+        whole, answer = full.generate(ids, max_tokens=tokens), engine.generate(ids, max_tokens=tokens)
         end = answer.tokens[-1]
         stood += sum(token.exit_block < backbone.n_blocks for token in answer.tokens)
         rejected, passes, count = rejected + end.rejected, passes + end.deep_passes, count + len(answer.tokens)

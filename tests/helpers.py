@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,9 @@ import torch
 
 from models import BLOCKS, tiny
 from offramp import Engine, Exits, ExitsConfig
-from offramp.decode.engine import Talk, Token
+from offramp.decode.batch import Batch
+from offramp.decode.fills import FILLS
+from offramp.decode.request import Prefilled
 from offramp.decode.sequence import Sequence
 from offramp.errors import BadInput
 from offramp.evaluation.tasks import Item, Task, score_coqa
@@ -21,6 +22,7 @@ from offramp.model.hub import Source
 from offramp.training import teacher
 from offramp.training.training import sketch_of
 
+MADE_AT_ONCE = [name for name, fill in FILLS.items() if not fill.waits]  # fills that leave nothing for later
 PROMPT = "Some words to go on from"
 LAYERS = (1, 3, 5)
 HYBRIDS = ["bamba", "jamba", "granitemoehybrid", "falcon_h1", "nemotron_h"]
@@ -113,20 +115,19 @@ def refused(fill: str, family: str) -> bool:
     return True
 
 
-def begun(engine: Engine, tokens: int = 48) -> tuple[Iterator[Token | None], Sequence]:
-    """A stream that has read the prompt, and its sequence."""
-    talk = Talk()
-    stream = engine.stream_ids(engine.backbone.encode(PROMPT), tokens, talk=talk)
-    assert next(stream) is None
-    assert talk.sequence is not None
-    return stream, talk.sequence
+def begun(engine: Engine, tokens: int = 48) -> tuple[Batch, Sequence]:
+    """A batch of one request whose prompt has been read, and its sequence."""
+    batch = engine.batch()
+    request = batch.add(engine.backbone.encode(PROMPT), max_tokens=tokens)
+    assert [type(event) for event in batch.step()] == [Prefilled]
+    return batch, request.sequence
 
 
 def after(engine: Engine, tokens: int) -> Sequence:
     """The sequence after so many new tokens."""
-    stream, sequence = begun(engine)
+    batch, sequence = begun(engine)
     for _ in range(tokens):
-        next(stream)
+        batch.step()
     return sequence
 
 
@@ -135,9 +136,9 @@ def exact(sequence: Sequence, family: str) -> None:
     """Assert that every block's memory equals that of a full-depth pass over as many of the sequence's tokens as it saw."""
     backbone = tiny(family)
     counts = [sequence.run] * BLOCKS  # tokens that each block has seen
-    for layer, waiting in zip(LAYERS, sequence.waiting, strict=True):
-        for block in range(layer, BLOCKS):
-            counts[block] -= sum(h.shape[1] for h in waiting)
+    for exit in sequence.exits:
+        for block in range(exit.block, BLOCKS):
+            counts[block] -= sum(h.shape[1] for h in exit.pending)
     for count in set(counts) - {0}:
         h, step = backbone.embed(torch.tensor([sequence.ids[:count]]))
         reference = backbone.state()

@@ -208,5 +208,5 @@ def test_a_random_model_of_that_shape_decodes_and_is_timed(tmp_path: Path) -> No
     backbone = outlined("mamba2", tmp_path, random=True)
     assert max(check(backbone)) <= 1e-5
     for result in (compare(backbone, tokens=4, pairs=2), compare_prefill(backbone, 40, pairs=2)):
-        assert len(result["ours"]["runs"]) == len(result["theirs"]["runs"]) == 2
-        assert result["spread"][0] <= result["ratio"] <= result["spread"][1]
+        assert len(result.ours.runs) == len(result.theirs.runs) == 2
+        assert result.spread[0] <= result.ratio <= result.spread[1]

@@ -179,7 +179,7 @@ def test_exits_that_ruin_answers_stay_closed(loss: str) -> None:
         return
     assert not record.passed
     assert exits.policy == Policy((1.0,) * 3)
-    assert Engine(tiny("llama"), exits).generate("Hi", 8).mean_blocks == tiny("llama").n_blocks
+    assert Engine(tiny("llama"), exits).generate("Hi", max_tokens=8).mean_blocks == tiny("llama").n_blocks
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_generate_prints_the_answer_that_the_engine_gives(world) -> None:
     from offramp import Engine
 
     done = run(world, "generate", "model", "Hello there", "--max-tokens", "12", "--dtype", "float32")
-    assert done.stdout == Engine(tiny("llama")).generate("Hello there", 12).text + "\n"
+    assert done.stdout == Engine(tiny("llama")).generate("Hello there", max_tokens=12).text + "\n"
 
 
 def test_generate_json_has_the_promised_fields(world) -> None:

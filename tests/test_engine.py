@@ -7,26 +7,42 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import HYBRIDS, LAYERS, PROMPT, after, begun, damaged, exits_for, library_tokens, refused
+from helpers import (
+    HYBRIDS,
+    LAYERS,
+    MADE_AT_ONCE,
+    PROMPT,
+    after,
+    begun,
+    damaged,
+    exits_for,
+    library_tokens,
+    modest_exits,
+    refused,
+    same_or_tied,
+    some_prompts,
+)
 from models import BLOCKS, tiny
 from offramp import Engine, Policy
-from offramp.decode.detokenizer import Text
+from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.fills import FILLS
+from offramp.decode.request import Decided, Finished, Prefilled
 from offramp.decode.sampling import Sampling
-from offramp.decode.sequence import Sequence
+from offramp.decode.sequence import Follower
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.gates import GATES
+from offramp.exits.parts import Memory, Part
 from offramp.exits.policy import CONFIDENCES
 from offramp.exits.readouts import READOUTS
 
 
 def test_full_depth_equals_the_librarys_generate(family: str) -> None:
-    assert Engine(tiny(family)).generate(PROMPT, 24).ids == library_tokens(family, PROMPT, 24)
+    assert Engine(tiny(family)).generate(PROMPT, max_tokens=24).ids == library_tokens(family, PROMPT, 24)
 
 
 def test_closed_exits_equal_the_librarys_generate(family: str) -> None:
     engine = Engine(tiny(family), exits_for(family), Policy((1.0,) * 3))
-    answer = engine.generate(PROMPT, 24)
+    answer = engine.generate(PROMPT, max_tokens=24)
     assert answer.ids == library_tokens(family, PROMPT, 24)
     assert answer.flops_saved == 0
     assert all(token.exit_block == BLOCKS and token.confidence is None for token in answer.tokens)
@@ -40,14 +56,15 @@ def test_exits_that_are_open_but_never_sure_do_not_change_the_tokens(gate: str) 
             out = exit.gate.mixer.project_out if gate == "mamba" else exit.gate.out
             out.weight.zero_()
             out.bias.fill_(-5.0)
-    answer = Engine(tiny("llama"), exits, Policy((0.9,) * 3)).generate(PROMPT, 16)
+    answer = Engine(tiny("llama"), exits, Policy((0.9,) * 3)).generate(PROMPT, max_tokens=16)
     assert answer.ids == library_tokens("llama", PROMPT, 16)
     assert answer.flops_saved < 0  # gates and recurrent read-outs ran in vain, and are counted
 
 
 def test_the_repetition_penalty_is_the_librarys() -> None:
     plain, punished = (
-        Engine(tiny("llama"), sampling=Sampling(repetition_penalty=p)).generate(PROMPT, 24).ids for p in (1.0, 1.8)
+        Engine(tiny("llama"), sampling=Sampling(repetition_penalty=p)).generate(PROMPT, max_tokens=24).ids
+        for p in (1.0, 1.8)
     )
     assert plain != punished
     assert punished == library_tokens("llama", PROMPT, 24, repetition_penalty=1.8)
@@ -57,7 +74,9 @@ def test_the_repetition_penalty_is_the_librarys() -> None:
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(("family", "fill"), [("llama", "project"), ("llama", "copy"), ("mamba2", "freeze")])
 def test_every_kind_of_exit_opens_and_reports(gate: str, readout: str, family: str, fill: str) -> None:
-    answer = Engine(tiny(family), exits_for(family, gate, readout), Policy((0.5,) * 3), fill).generate(PROMPT, 24)
+    answer = Engine(tiny(family), exits_for(family, gate, readout), Policy((0.5,) * 3), fill).generate(
+        PROMPT, max_tokens=24
+    )
     early = [token for token in answer.tokens if token.exit_block < BLOCKS]
     assert {token.exit_block for token in answer.tokens} <= {*LAYERS, BLOCKS}
     assert all(token.confidence is not None and 0.5 < token.confidence <= 1 for token in early)
@@ -65,11 +84,11 @@ def test_every_kind_of_exit_opens_and_reports(gate: str, readout: str, family: s
     assert answer.mean_blocks == sum(token.exit_block for token in answer.tokens) / len(answer.tokens)
 
 
-@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("fill", MADE_AT_ONCE)
 def test_wide_open_exits_take_the_first_one_for_every_family(family: str, fill: str) -> None:
     if refused(fill, family):
         return
-    answer = Engine(tiny(family), exits_for(family), Policy((0.0,) * 3), fill).generate(PROMPT, 12)
+    answer = Engine(tiny(family), exits_for(family), Policy((0.0,) * 3), fill).generate(PROMPT, max_tokens=12)
     assert {token.exit_block for token in answer.tokens} == {LAYERS[0]}
     assert 0 < answer.flops_saved < 1
 
@@ -77,16 +96,16 @@ def test_wide_open_exits_take_the_first_one_for_every_family(family: str, fill: 
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_every_confidence_decides(confidence: str) -> None:
     exits = exits_for("llama")
-    opened = Engine(tiny("llama"), exits, Policy((0.0,) * 3, confidence)).generate(PROMPT, 8)
-    closed = Engine(tiny("llama"), exits, Policy((0.999999,) * 3, confidence)).generate(PROMPT, 8)
+    opened = Engine(tiny("llama"), exits, Policy((0.0,) * 3, confidence)).generate(PROMPT, max_tokens=8)
+    closed = Engine(tiny("llama"), exits, Policy((0.999999,) * 3, confidence)).generate(PROMPT, max_tokens=8)
     assert opened.mean_blocks == LAYERS[0]
     assert closed.mean_blocks == BLOCKS
 
 
 def test_a_fixed_block_asks_no_gate() -> None:
     exits = exits_for("llama")
-    answer = Engine(tiny("llama"), exits, Policy((1.0, 0.0, 1.0))).generate(PROMPT, 8)
-    gated = Engine(tiny("llama"), exits, Policy((1.0, 1e-9, 1.0))).generate(PROMPT, 8)
+    answer = Engine(tiny("llama"), exits, Policy((1.0, 0.0, 1.0))).generate(PROMPT, max_tokens=8)
+    gated = Engine(tiny("llama"), exits, Policy((1.0, 1e-9, 1.0))).generate(PROMPT, max_tokens=8)
     assert answer.mean_blocks == LAYERS[1]
     assert answer.ids == gated.ids
     assert answer.flops_saved > gated.flops_saved
@@ -95,12 +114,12 @@ def test_a_fixed_block_asks_no_gate() -> None:
 def test_a_decay_makes_answers_begin_strictly() -> None:
     exits = exits_for("llama")
     policy = Policy((0.5, 0.6, 0.7), decay=6.0)
-    answer = Engine(tiny("llama"), exits, policy).generate(PROMPT, 24)
+    answer = Engine(tiny("llama"), exits, policy).generate(PROMPT, max_tokens=24)
     early = [(place, token) for place, token in enumerate(answer.tokens) if token.exit_block < BLOCKS]
     assert early
     assert all(token.confidence > policy.threshold(LAYERS.index(token.exit_block), place) for place, token in early)
     # At first as strict as 0.9 λ + 0.1, and the whole prompt does not count.
-    strict = Engine(tiny("llama"), exits, Policy((0.55, 0.64, 0.73))).generate(PROMPT, 1)
+    strict = Engine(tiny("llama"), exits, Policy((0.55, 0.64, 0.73))).generate(PROMPT, max_tokens=1)
     assert strict.tokens == answer.tokens[:1]
 
 
@@ -111,9 +130,9 @@ def test_patience_leaves_where_so_many_exits_on_end_agree(run: int) -> None:
     for seed in range(40):
         ids = torch.randint(0, 256, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
         fixed = [Policy(tuple(float(other != exit) for other in range(3))) for exit in range(3)]
-        said = [Engine(backbone, exits, policy).generate_ids(ids, 1).ids[0] for policy in fixed]
+        said = [Engine(backbone, exits, policy).generate(ids, max_tokens=1).ids[0] for policy in fixed]
         wanted = next((LAYERS[end] for end in range(run - 1, 3) if len(set(said[end - run + 1 : end + 1])) == 1), BLOCKS)
-        answer = Engine(backbone, exits, Policy(((run - 0.5) / 3,) * 3, "patience")).generate_ids(ids, 1)
+        answer = Engine(backbone, exits, Policy(((run - 0.5) / 3,) * 3, "patience")).generate(ids, max_tokens=1)
         assert answer.tokens[0].exit_block == wanted
         left.add(wanted)
     assert left == {LAYERS[0]} if run == 1 else len(left) > 1
@@ -124,7 +143,7 @@ def test_a_token_that_leaves_gets_the_read_outs_logits_and_fills_the_skipped_blo
     """One step, recomputed by hand from the parts."""
     backbone, exits = tiny("llama"), exits_for("llama", "linear", "linear")
     ids = backbone.encode(PROMPT)
-    answer = Engine(backbone, exits, Policy((1.0, 0.0, 1.0))).generate_ids(ids, 2)
+    answer = Engine(backbone, exits, Policy((1.0, 0.0, 1.0))).generate(ids, max_tokens=2)
     state, exit = backbone.state(), list(exits)[1]
     chosen = []
     h, step = backbone.embed(torch.tensor([ids[:-1]]))
@@ -148,15 +167,15 @@ def test_copy_gives_skipped_blocks_the_last_computed_blocks_keys_and_values() ->
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", *HYBRIDS])
-@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("fill", MADE_AT_ONCE)
 @torch.inference_mode()
 def test_what_skipped_blocks_remember_in_mamba_models_and_hybrids(family: str, fill: str) -> None:
     """Mamba states move on with `project` only; attention always has something for every position."""
     backbone = tiny(family)
     engine = Engine(backbone, exits_for(family), Policy((1.0, 0.0, 1.0)), fill)
-    stream, sequence = begun(engine)
+    batch, sequence = begun(engine)
     before = [None if ssm is None else (ssm.window.clone(), ssm.h.clone()) for ssm in sequence.state.ssm]
-    next(stream)
+    batch.step()
     for block, (ssm, kv) in enumerate(zip(sequence.state.ssm, sequence.state.kv, strict=True)):
         if ssm is not None:
             moved = not torch.equal(ssm.h, before[block][1])
@@ -184,12 +203,12 @@ def test_copy_is_refused_where_shapes_differ(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @settings(max_examples=15, deadline=None)
-@given(threshold=st.floats(0.05, 0.95), fill=st.sampled_from(sorted(FILLS)), seed=st.integers(0, 20))
+@given(threshold=st.floats(0.05, 0.95), fill=st.sampled_from(sorted(MADE_AT_ONCE)), seed=st.integers(0, 20))
 def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold: float, fill: str, seed: int) -> None:
     family = "falcon_h1" if fill == "freeze" else "llama"
     backbone = tiny(family)
     engine = Engine(backbone, exits_for(family, seed=seed), Policy((threshold,) * 3), fill)
-    answer = engine.generate(PROMPT, 10)
+    answer = engine.generate(PROMPT, max_tokens=10)
     total = 0
     for token in answer.tokens:
         total += token.flops
@@ -197,27 +216,28 @@ def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold: float, fil
     prompt = len(backbone.encode(PROMPT))
     full = sum(engine.costs.full(prompt + index) for index in range(len(answer.tokens)))
     assert answer.flops_saved == pytest.approx(1 - total / full)
-    stream, sequence = begun(engine)
+    batch, sequence = begun(engine)
     for _ in range(4):
-        next(stream)
+        batch.step()
         assert {sequence.state.length(block) for block in range(BLOCKS)} == {len(sequence.ids) - 1}
 
 
-def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text() -> None:
+def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text(monkeypatch) -> None:
     """Gates that never fire see each token once, in order: their confidences equal those of one pass over the text."""
     backbone, exits = tiny("llama"), exits_for("llama")
     engine = Engine(backbone, exits, Policy((0.9999999,) * 3))
     seen: list[float] = []
-    consider = engine._consider
+    read = Follower.read
 
-    def spied(index: int, sequence: Sequence, said: list[int]):
-        out = yield from consider(index, sequence, said)
-        seen.append(out[0])
-        return out
+    def spied(follower: Follower) -> tuple[torch.Tensor, int]:
+        out, flops = read(follower)
+        if out.numel() == 1:  # a gate's
+            seen.append(float(out.sigmoid()))
+        return out, flops
 
-    engine._consider = spied  # type: ignore[method-assign]
+    monkeypatch.setattr(Follower, "read", spied)
     ids = backbone.encode(PROMPT)
-    answer = engine.generate_ids(ids, 12)
+    answer = engine.generate(ids, max_tokens=12)
     assert {token.exit_block for token in answer.tokens} == {BLOCKS}
     with torch.inference_mode():
         h, step = backbone.embed(torch.tensor([ids + answer.ids[:-1]]))
@@ -225,18 +245,18 @@ def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text() -> None:
         for exit in exits:
             h = backbone.run(h, start, exit.block, state, step)
             start = exit.block
-            whole.append(exit.gate(h)[0][0].sigmoid()[len(ids) - 1 :])
+            whole.append(exit.gate(h)[0][0].sigmoid()[len(ids) - 2 :])  # the last of the prefill, too
     torch.testing.assert_close(torch.tensor(seen).view(-1, 3), torch.stack(whole, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_generation_stops_at_the_end_of_text_token() -> None:
     backbone = tiny("llama")
-    free = Engine(backbone).generate(PROMPT, 24)
+    free = Engine(backbone).generate(PROMPT, max_tokens=24)
     stop = free.ids[5]
     ending = free.ids.index(stop)
     backbone.model.generation_config.eos_token_id = [257, stop]
     try:
-        answer = Engine(backbone).generate(PROMPT, 24)
+        answer = Engine(backbone).generate(PROMPT, max_tokens=24)
     finally:
         backbone.model.generation_config.eos_token_id = 257
     assert answer.ids == free.ids[: ending + 1]
@@ -244,9 +264,9 @@ def test_generation_stops_at_the_end_of_text_token() -> None:
 
 
 def test_a_stop_string_ends_the_text_before_it() -> None:
-    free = Engine(tiny("llama")).generate(PROMPT, 24)
+    free = Engine(tiny("llama")).generate(PROMPT, max_tokens=24)
     stop = free.text[4:6]
-    answer = Engine(tiny("llama")).generate(PROMPT, 24, stop=(stop,))
+    answer = Engine(tiny("llama")).generate(PROMPT, max_tokens=24, stop=(stop,))
     assert answer.text == free.text[: free.text.index(stop)]
     assert answer.finish_reason == "stop"
 
@@ -261,7 +281,7 @@ class Bytes:
 @settings(deadline=None)
 @given(text=st.text(max_size=30), stop=st.lists(st.text(min_size=1, max_size=4), max_size=2))
 def test_streamed_pieces_are_the_text_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
-    streamed, pieces = Text(Bytes(), tuple(stop)), []
+    streamed, pieces = Detokenizer(Bytes(), tuple(stop)), []
     raw = text.encode()
     for index, byte in enumerate(raw):
         pieces.append(streamed.push(byte, last=index == len(raw) - 1))
@@ -280,7 +300,7 @@ def test_streamed_pieces_are_the_text_up_to_the_first_stop_string(text: str, sto
 
 def test_nan_logits_are_named_not_decoded() -> None:
     with pytest.raises(BadNumbers, match="NaN"):
-        Engine(damaged(tiny("llama"))).generate(PROMPT, 4)
+        Engine(damaged(tiny("llama"))).generate(PROMPT, max_tokens=4)
 
 
 @pytest.mark.parametrize(
@@ -290,9 +310,9 @@ def test_nan_logits_are_named_not_decoded() -> None:
         (lambda b: Engine(b, exits_for("llama"), Policy((0.5,))), "do not fit"),
         (lambda b: Engine(b, sampling=Sampling(repetition_penalty=0)), "not positive"),
         (lambda b: Engine(b, fill="defer", max_pending=0), "too few"),
-        (lambda b: Engine(b).generate(PROMPT, 0), "0 tokens"),
-        (lambda b: Engine(b).generate_ids([], 4), "empty"),
-        (lambda b: Engine(b).generate_ids([1] * 512, 4), "512 tokens long"),
+        (lambda b: Engine(b).generate(PROMPT, max_tokens=0), "0 tokens"),
+        (lambda b: Engine(b).generate([], max_tokens=4), "empty"),
+        (lambda b: Engine(b).generate([1] * 512, max_tokens=4), "512 tokens long"),
     ],
 )
 def test_unusable_input_gets_a_sentence_and_a_hint(make, words: str) -> None:
@@ -302,5 +322,72 @@ def test_unusable_input_gets_a_sentence_and_a_hint(make, words: str) -> None:
 
 
 def test_an_answer_ends_where_the_context_does() -> None:
-    answer = Engine(tiny("llama")).generate_ids([65] * 508, 100)
+    answer = Engine(tiny("llama")).generate([65] * 508, max_tokens=100)
     assert len(answer.tokens) == 4
+
+
+class Counter(Part):
+    """A gate that opens at every third token: it must be told of every token, in order."""
+
+    recurrent = True
+
+    def forward(self, h: torch.Tensor, memory: Memory = None) -> tuple[torch.Tensor, Memory]:
+        before = torch.zeros(1) if memory is None else memory[0]
+        numbers = before + torch.arange(1, h.shape[1] + 1)
+        opens = torch.where(numbers % 3 == 0, 9.0, -9.0)[None]
+        return opens, (numbers[-1:], torch.empty(0))
+
+
+def test_a_gate_with_a_memory_keeps_it_because_its_class_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    exits = exits_for("llama")
+    for exit in exits:
+        exit.gate = Counter()
+    ids = tiny("llama").encode(PROMPT)
+    answer = Engine(tiny("llama"), exits, Policy((1.0, 0.5, 1.0))).generate(ids, max_tokens=12)
+    # The gate has counted the prompt; token t of the answer is computed from text of len(ids) + t tokens.
+    opened = [(len(ids) + place) % 3 == 0 for place in range(12)]
+    assert [token.exit_block == LAYERS[1] for token in answer.tokens] == opened
+    monkeypatch.setattr(Counter, "recurrent", False)
+    with pytest.raises(TypeError, match="recurrent = True"):
+        Engine(tiny("llama"), exits, Policy((1.0, 0.5, 1.0))).generate(ids, max_tokens=2)
+
+
+@pytest.mark.parametrize("family", ["llama/native", "mamba2/native", "bamba"])
+@pytest.mark.parametrize("fill", FILLS)
+def test_requests_join_and_leave_between_steps_and_change_no_other_answer(family: str, fill: str) -> None:
+    if refused(fill, family):
+        return
+    engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
+    prompts = some_prompts(3, seed=4)
+    alone = [engine.generate(prompt, max_tokens=20).ids for prompt in prompts]
+    batch = engine.batch()
+    first, second = (batch.add(prompt, max_tokens=20) for prompt in prompts[:2])
+    for _ in range(4):
+        batch.step()
+    batch.cancel(second)
+    third = batch.add(prompts[2], max_tokens=20)
+    events = list(batch.run())
+    assert [type(event) for event in events if event.request is third][:2] == [Prefilled, Decided]
+    assert not any(event.request is second for event in events)
+    assert second.finish_reason == "cancelled"
+    assert 0 < len(second.tokens) < 20
+    for request, prompt, ids in ((first, prompts[0], alone[0]), (third, prompts[2], alone[2])):
+        assert same_or_tied(family, prompt, [token.id for token in request.tokens], ids)
+        assert isinstance(events[-1], Finished)
+        assert request.finish_reason in ("stop", "length")
+
+
+def test_two_streams_of_one_engine_do_not_mix() -> None:
+    engine = Engine(tiny("llama"), exits_for("llama"), Policy((0.5,) * 3))
+    wanted = [engine.generate(prompt, max_tokens=8).ids for prompt in ("Some words", "Other ones")]
+    streams = [engine.stream(prompt, max_tokens=8) for prompt in ("Some words", "Other ones")]
+    in_turn = [[token.id for token in pair] for pair in zip(*streams, strict=True)]
+    assert [list(ids) for ids in zip(*in_turn, strict=True)] == wanted
+
+
+def test_an_answer_that_fills_the_context_ends_for_its_length() -> None:
+    backbone = tiny("llama")
+    prompt = some_prompts(1)[0]
+    room = backbone.context - 5
+    answer = Engine(backbone).generate((prompt * 512)[:room], max_tokens=9)
+    assert (len(answer.tokens), answer.finish_reason) == (5, "length")

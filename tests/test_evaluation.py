@@ -38,7 +38,7 @@ def test_a_result_is_what_the_engine_gives(tmp_path) -> None:
     full, early = run.run(Condition()), run.run(OPEN)
     engine = Engine(tiny("llama"), OPEN.exits, OPEN.policy)
     for item, kept in zip(run.task.items, early["items"], strict=True):
-        answer = engine.generate_ids(tiny("llama").tokenizer(item.prompt)["input_ids"], 8, ("\n",))
+        answer = engine.generate(tiny("llama").tokenizer(item.prompt)["input_ids"], max_tokens=8, stop=("\n",))
         assert kept["text"] == answer.text
         assert kept["exits"] == [token.exit_block for token in answer.tokens]
         assert kept["scores"] == score_coqa(answer.text.strip(), item)
@@ -107,7 +107,7 @@ def test_log_likelihoods_are_the_librarys(family: str) -> None:
     # A wrong draft does not make the full model's choice another.
     verifying = Engine(backbone, exits_for(family), Policy((0.0,) * 3), "verify", forced)
     forced.begin(start, [int(logp[0].argmax())])
-    list(verifying.stream_batch([ids[0, :start].tolist()], 1, ends=frozenset()))
+    list(verifying.stream(ids[0, :start].tolist(), max_tokens=1, end_ids=frozenset()))
     assert forced.best
     early = Engine(backbone, exits_for(family), Policy((0.0,) * 3), "project", forced)
     assert log_likelihoods(early, forced, prompt, [continuation]) != [pytest.approx(wanted, abs=1e-3)]

@@ -141,14 +141,17 @@ def test_suggested_layers_fit_every_depth() -> None:
 @pytest.mark.parametrize("family", ["llama", "llama/native", "llama/torch", "mamba2", "gemma2", "cohere"])
 def test_a_sketch_of_all_dims_names_the_right_candidates(family: str) -> None:
     backbone, exits = tiny(family), sketched(family)
-    whole = Engine(backbone).generate("Some words", 16)
+    whole = Engine(backbone).generate("Some words", max_tokens=16)
     for candidates in (1, 7, backbone.vocab_size):
         policy = Policy((1.0,) * 3, candidates=candidates)
-        answer = Engine(backbone, exits, policy).generate("Some words", 16)
+        answer = Engine(backbone, exits, policy).generate("Some words", max_tokens=16)
         assert answer.ids == whole.ids
         assert answer.mean_blocks == backbone.n_blocks
     # Verified answers are full depth's, with the whole head.
-    assert Engine(backbone, exits, Policy((0.3,) * 3, candidates=1), "verify").generate("Some words", 16).ids == whole.ids
+    assert (
+        Engine(backbone, exits, Policy((0.3,) * 3, candidates=1), "verify").generate("Some words", max_tokens=16).ids
+        == whole.ids
+    )
 
 
 @torch.inference_mode()
@@ -180,7 +183,10 @@ def test_the_sketch_errs_least_on_hidden_states_like_those_it_was_made_of() -> N
 
 def test_fewer_candidates_cost_less_and_are_counted() -> None:
     backbone, exits = tiny("llama"), sketched("llama")
-    answers = [Engine(backbone, exits, Policy((1.0,) * 3, candidates=n)).generate("Some words", 4) for n in (200, 100, 10)]
+    answers = [
+        Engine(backbone, exits, Policy((1.0,) * 3, candidates=n)).generate("Some words", max_tokens=4)
+        for n in (200, 100, 10)
+    ]
     assert [one.flops_saved for one in answers] == sorted(one.flops_saved for one in answers)
     tokens = len(answers[0].tokens)
     assert answers[0].tokens[-1].cumulative_flops - answers[1].tokens[-1].cumulative_flops == tokens * 2 * 100 * 32

@@ -181,8 +181,7 @@ def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatc
         monkeypatch.setattr(kind, name, counted)
     logits = Backbone.logits
     monkeypatch.setattr(Backbone, "logits", lambda self, *a: (calls.update(["head"]), logits(self, *a))[1])
-    stream = Engine(backbone).stream_ids([1, 2, 3], 10)
-    next(stream)
+    stream = Engine(backbone).stream([1, 2, 3], max_tokens=10)
     next(stream)
     calls.clear()
     with Counting() as counting:

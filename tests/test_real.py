@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import offramp
+from helpers import MADE_AT_ONCE
 from offramp import Engine, Exits, Policy, shipped_for
-from offramp.decode.fills import FILLS
 from offramp.decode.sampling import Sampling
+from offramp.evaluation.bench import REST, parts_of_a_token
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
 from offramp.model.loading import check
@@ -50,13 +51,13 @@ def test_the_self_check_finds_no_difference(smollm2: Backbone) -> None:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_with_every_gate_closed_the_tokens_are_the_librarys(smollm2: Backbone, shipped: Exits, prompt: str) -> None:
-    answer = Engine(smollm2, shipped, Policy((1.0,) * len(shipped))).generate(prompt, 32)
+    answer = Engine(smollm2, shipped, Policy((1.0,) * len(shipped))).generate(prompt, max_tokens=32)
     assert answer.ids == library_tokens(smollm2, prompt, 32)
     assert answer.flops_saved == 0
 
 
 def test_with_a_repetition_penalty_too(smollm2: Backbone) -> None:
-    answer = Engine(smollm2, sampling=Sampling(repetition_penalty=1.2)).generate(PROMPTS[3], 32)
+    answer = Engine(smollm2, sampling=Sampling(repetition_penalty=1.2)).generate(PROMPTS[3], max_tokens=32)
     assert answer.ids == library_tokens(smollm2, PROMPTS[3], 32, repetition_penalty=1.2)
 
 
@@ -80,7 +81,7 @@ def test_the_shipped_exits_were_trained_by_a_recorded_command(smollm2: Backbone,
 
 def test_the_shipped_thresholds_let_tokens_leave_and_keep_the_answers(smollm2: Backbone, shipped: Exits) -> None:
     full, early = Engine(smollm2), Engine(smollm2, shipped)
-    pairs = [(full.generate(prompt, 32), early.generate(prompt, 32)) for prompt in PROMPTS]
+    pairs = [(full.generate(prompt, max_tokens=32), early.generate(prompt, max_tokens=32)) for prompt in PROMPTS]
     assert any(token.exit_block < smollm2.n_blocks for _, answer in pairs for token in answer.tokens)
     assert sum(token_f1(answer.ids, reference.ids) for reference, answer in pairs) / len(pairs) >= 0.8
 
@@ -88,7 +89,7 @@ def test_the_shipped_thresholds_let_tokens_leave_and_keep_the_answers(smollm2: B
 def test_a_trained_read_out_beats_an_untrained_one(smollm2: Backbone, shipped: Exits) -> None:
     """Top tokens that agree with the full model's on an answer of its own, at every exit."""
     ids = smollm2.encode(PROMPTS[0])
-    answer = Engine(smollm2).generate_ids(ids, 48).ids
+    answer = Engine(smollm2).generate(ids, max_tokens=48).ids
     with torch.inference_mode():
         h, step = smollm2.embed(torch.tensor([ids + answer[:-1]]))
         state, start = smollm2.state(), 0
@@ -110,7 +111,19 @@ def test_int4_keeps_the_weights_of_the_file_and_decodes_like_the_library_with_th
         if "proj" in name:
             torch.testing.assert_close(weight, original[name], rtol=0, atol=1e-6)
     for prompt in PROMPTS[:2]:
-        assert Engine(backbone).generate(prompt, 24).ids == library_tokens(backbone, prompt, 24)
+        assert Engine(backbone).generate(prompt, max_tokens=24).ids == library_tokens(backbone, prompt, 24)
+
+
+@pytest.mark.parametrize("fill", ["full", "verify"])
+def test_the_named_parts_of_a_tokens_time_add_up(fill: str, smollm2: Backbone) -> None:
+    exits = shipped_for(smollm2, draft=True) if fill == "verify" else None
+    engine = Engine(smollm2, exits, fill="verify") if exits else Engine(smollm2)
+    parts = parts_of_a_token(engine, smollm2.encode("Explain how rainbows form, in detail."), 32)
+    named = {part: milliseconds for part, milliseconds in parts.items() if part != REST}
+    blocks = {"shallow", "deep", "exits", "fill", "rollback"} if exits else {"blocks"}
+    assert set(named) == {*blocks, "embedding", "heads", "sampling", "text"}
+    assert all(milliseconds > 0 for milliseconds in named.values())
+    assert sum(named.values()) >= 0.85 * sum(parts.values())
 
 
 def test_bench_measures_both_sides() -> None:
@@ -145,15 +158,17 @@ def test_the_mamba_model_and_its_exits_decode_like_the_library(mamba_tiny: Backb
     exits = shipped_for(mamba_tiny)
     assert exits, f"no exits ship for {mamba_tiny.name}"
     for prompt in PROMPTS[:3]:
-        answer = Engine(mamba_tiny, exits, Policy((1.0,) * len(exits))).generate(prompt, 24)
+        answer = Engine(mamba_tiny, exits, Policy((1.0,) * len(exits))).generate(prompt, max_tokens=24)
         assert answer.ids == library_tokens(mamba_tiny, prompt, 24)[: len(answer.ids)]
 
 
 def test_the_mamba_models_exits_open_and_every_fill_decodes(mamba_tiny: Backbone) -> None:
     exits = shipped_for(mamba_tiny)
     assert exits
-    for fill in FILLS:
-        answers = [Engine(mamba_tiny, exits, Policy((0.5,) * len(exits)), fill).generate(one, 16) for one in PROMPTS]
+    for fill in MADE_AT_ONCE:
+        answers = [
+            Engine(mamba_tiny, exits, Policy((0.5,) * len(exits)), fill).generate(one, max_tokens=16) for one in PROMPTS
+        ]
         assert any(token.exit_block < mamba_tiny.n_blocks for answer in answers for token in answer.tokens)
         assert sum(answer.flops_saved for answer in answers) > 0
 
@@ -196,9 +211,9 @@ def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str
     ]
     stood = rejected = 0
     for prompt in PROMPTS[:4]:
-        whole = full.generate(prompt, 32)
+        whole = full.generate(prompt, max_tokens=32)
         for engine in engines:
-            answer = engine.generate(prompt, 32)
+            answer = engine.generate(prompt, max_tokens=32)
             assert answer.ids == whole.ids
             stood += sum(token.exit_block < backbone.n_blocks for token in answer.tokens)
             rejected += answer.tokens[-1].rejected
@@ -210,7 +225,7 @@ def test_verified_exits_equal_the_librarys_generate_in_float32(smollm2: Backbone
         exits = shipped_for(backbone)
         assert exits
         engine = Engine(backbone, exits, Policy((0.6,) * len(exits)), "verify")
-        answers = engine.generate_batch([backbone.encode(prompt) for prompt in PROMPTS], 24)
+        answers = engine.generate_batch([backbone.encode(prompt) for prompt in PROMPTS], max_tokens=24)
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             assert answer.ids == library_tokens(backbone, prompt, 24)[: len(answer.ids)]
 
@@ -218,6 +233,6 @@ def test_verified_exits_equal_the_librarys_generate_in_float32(smollm2: Backbone
 def test_the_shipped_drafts_make_several_tokens_of_a_pass(smollm2: Backbone) -> None:
     exits = shipped_for(smollm2, draft=True)
     assert exits
-    answers = [Engine(smollm2, exits, fill="verify").generate(prompt, 32) for prompt in PROMPTS]
+    answers = [Engine(smollm2, exits, fill="verify").generate(prompt, max_tokens=32) for prompt in PROMPTS]
     tokens = sum(len(answer.tokens) for answer in answers)
     assert tokens / sum(answer.tokens[-1].deep_passes for answer in answers) > 1.25

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from helpers import HYBRIDS, LAYERS, exact, exits_for, modest_exits, refused, same_or_tied, some_prompts
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Policy
-from offramp.decode.engine import ALL_FILLS, Talk
+from offramp.decode.fills import FILLS
+from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import looked_up
 from offramp.errors import BadInput
@@ -24,7 +25,7 @@ def test_verified_exits_give_full_depths_tokens(family: str, kind: str) -> None:
     for threshold in (0.0, 0.4, 0.6):
         engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", max_pending=4, lookup=0)
         for prompt in some_prompts(4, seed=int(10 * threshold)):
-            answer, whole = engine.generate_ids(prompt, 16), full.generate_ids(prompt, 16)
+            answer, whole = engine.generate(prompt, max_tokens=16), full.generate(prompt, max_tokens=16)
             assert same_or_tied(family, prompt, answer.ids, whole.ids)
             stood += sum(token.exit_block < BLOCKS for token in answer.tokens)
             drafted += stood + answer.tokens[-1].rejected
@@ -50,8 +51,8 @@ def test_a_deep_read_out_gets_the_top_of_the_token_before_or_what_it_made_of_it(
         for prompt in some_prompts(3):
             talk = Talk()
             read.clear()
-            ids = [token.id for token in engine.stream_ids(prompt, 12, talk=talk) if token]
-            assert same_or_tied(family, prompt, ids, Engine(backbone).generate_ids(prompt, 12).ids)
+            ids = [token.id for token in engine.stream(prompt, max_tokens=12, talk=talk)]
+            assert same_or_tied(family, prompt, ids, Engine(backbone).generate(prompt, max_tokens=12).ids)
             h, step = backbone.embed(torch.tensor([talk.sequence.ids]))
             top = backbone.run(h, 0, BLOCKS, backbone.state(), step)[0]
             before = {}
@@ -75,7 +76,7 @@ def test_states_are_exact_after_any_run_of_exits(family: str, data: st.DataObjec
     engine = Engine(tiny(family), exits, Policy(thresholds), fill, max_pending=most)
     (prompt,) = some_prompts(1, data.draw(st.integers(0, 99)))
     talk = Talk()
-    given = [token.id for token in engine.stream_ids(prompt, tokens, talk=talk) if token is not None]
+    given = [token.id for token in engine.stream(prompt, max_tokens=tokens, talk=talk)]
     assert len(given) == tokens or given[-1] == 257
     assert talk.sequence.ids == prompt + given  # nothing is drafted beyond the end
     assert talk.sequence.pending <= most
@@ -83,7 +84,9 @@ def test_states_are_exact_after_any_run_of_exits(family: str, data: st.DataObjec
     # Another turn: what waits is carried along, and nothing is read twice.
     more = [*talk.sequence.ids, *some_prompts(1, tokens)[0]]
     before = talk.sequence
-    next(engine.stream_ids(more, 4, talk=talk))
+    batch = engine.batch()
+    batch.add(more, talk, max_tokens=4)
+    batch.step()
     assert talk.sequence is before
     assert talk.sequence.pending == 0
     exact(talk.sequence, family)
@@ -91,7 +94,7 @@ def test_states_are_exact_after_any_run_of_exits(family: str, data: st.DataObjec
 
 def test_what_an_exit_said_stands_with_defer() -> None:
     engine = Engine(tiny("llama"), exits_for("llama"), Policy((0.0,) * 3), "defer", max_pending=3)
-    answer = engine.generate("Some words", 12)
+    answer = engine.generate("Some words", max_tokens=12)
     assert [token.exit_block for token in answer.tokens] == [1, 1, 1, BLOCKS] * 3
     assert (answer.tokens_per_deep_pass, answer.acceptance_rate) == (4, None)
 
@@ -100,7 +103,7 @@ def test_what_an_exit_said_stands_with_defer() -> None:
 def test_the_books_of_verified_decoding_balance(family: str) -> None:
     engine = Engine(tiny(family), modest_exits(family), Policy((0.3,) * 3), "verify")
     for prompt in some_prompts(5):
-        answer = engine.generate_ids(prompt, 24)
+        answer = engine.generate(prompt, max_tokens=24)
         end = answer.tokens[-1]
         assert end.cumulative_flops == sum(token.flops for token in answer.tokens)
         deep = sum(token.exit_block == BLOCKS for token in answer.tokens)
@@ -112,12 +115,12 @@ def test_the_books_of_verified_decoding_balance(family: str) -> None:
 def test_drafts_do_not_run_past_the_end_of_a_text_or_of_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone, exits = tiny("llama"), modest_exits("llama")
     (prompt,) = some_prompts(1)
-    free = Engine(backbone).generate_ids(prompt, 16).ids
+    free = Engine(backbone).generate(prompt, max_tokens=16).ids
     engine = Engine(backbone, exits, Policy((0.0,) * 3), "verify")
     for limit in range(1, 9):
-        assert engine.generate_ids(prompt, limit).ids == free[:limit]
+        assert engine.generate(prompt, max_tokens=limit).ids == free[:limit]
     monkeypatch.setattr(backbone.model.generation_config, "eos_token_id", [257, free[6]])
-    assert engine.generate_ids(prompt, 16).ids == free[: free.index(free[6]) + 1]
+    assert engine.generate(prompt, max_tokens=16).ids == free[: free.index(free[6]) + 1]
 
 
 def test_verified_samples_are_full_depths_samples() -> None:
@@ -125,8 +128,8 @@ def test_verified_samples_are_full_depths_samples() -> None:
         exits, drawn = modest_exits(family), set()
         for seed, prompt in enumerate(some_prompts(6)):
             sampling = Sampling(0.8, top_k=40, top_p=0.95, min_p=0.01, seed=seed, repetition_penalty=1.2)
-            full = Engine(tiny(family), sampling=sampling).generate_ids(prompt, 16)
-            answer = Engine(tiny(family), exits, Policy((0.3,) * 3), "verify", sampling).generate_ids(prompt, 16)
+            full = Engine(tiny(family), sampling=sampling).generate(prompt, max_tokens=16)
+            answer = Engine(tiny(family), exits, Policy((0.3,) * 3), "verify", sampling).generate(prompt, max_tokens=16)
             assert answer.ids == full.ids
             drawn |= set(answer.ids)
         assert len(drawn) > 12
@@ -147,7 +150,7 @@ def test_draws_follow_the_processed_probabilities() -> None:
     assert float(((counts - expected) ** 2 / expected)[:7].sum()) < 22.5  # 6 degrees of freedom: p = 0.001
 
 
-@pytest.mark.parametrize("fill", ALL_FILLS)
+@pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("size", [1, 2, 5, 16])
 @pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native", "mamba2/torch", "falcon_h1"])
 def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fill: str) -> None:
@@ -155,15 +158,15 @@ def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fil
         return
     engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
     prompts = some_prompts(size, seed=size)
-    together = engine.generate_batch(prompts, 12)
+    together = engine.generate_batch(prompts, max_tokens=12)
     for prompt, answer in zip(prompts, together, strict=True):
-        alone = engine.generate_ids(prompt, 12)
+        alone = engine.generate(prompt, max_tokens=12)
         assert same_or_tied(family, prompt, answer.ids, alone.ids)
         if answer.ids == alone.ids:
             assert [token.exit_block for token in answer.tokens] == [token.exit_block for token in alone.tokens]
 
 
-@pytest.mark.parametrize("fill", ALL_FILLS)
+@pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("family", ["llama", "llama/native", "gemma2", "mamba", "mamba2/native", "falcon_h1", "jamba"])
 def test_what_neighbours_begin_with_is_read_once_and_changes_no_answer(family: str, fill: str, monkeypatch) -> None:
     if refused(fill, family):
@@ -173,11 +176,11 @@ def test_what_neighbours_begin_with_is_read_once_and_changes_no_answer(family: s
     one, other = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
     ends = some_prompts(5, seed=3)
     prompts = [one + ends[0][:6], one + ends[1][:9], ends[2], other + ends[3][:3], other[:15] + ends[4][:8]]
-    talks = engine._talks(prompts)
+    talks = engine.shared_talks(prompts)
     assert [talk.sequence.run if talk.sequence else 0 for talk in talks] == [19, 19, 0, 14, 14]
-    together = engine.generate_batch(prompts, 12)
+    together = engine.generate_batch(prompts, max_tokens=12)
     for prompt, answer in zip(prompts, together, strict=True):
-        assert same_or_tied(family, prompt, answer.ids, engine.generate_ids(prompt, 12).ids)
+        assert same_or_tied(family, prompt, answer.ids, engine.generate(prompt, max_tokens=12).ids)
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "mamba2/torch", "mamba2/native", "falcon_mamba", *HYBRIDS])
@@ -271,7 +274,7 @@ def test_looked_up_drafts_are_verified_too(family: str) -> None:
     found = 0
     for threshold in (0.4, 1.0):
         engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", lookup=2)
-        answer = engine.generate_ids(repeated, 24)
-        assert same_or_tied(family, repeated, answer.ids, full.generate_ids(repeated, 24).ids)
+        answer = engine.generate(repeated, max_tokens=24)
+        assert same_or_tied(family, repeated, answer.ids, full.generate(repeated, max_tokens=24).ids)
         found += sum(token.exit_block == 0 for token in answer.tokens) + answer.tokens[-1].rejected
     assert found > 0

@@ -93,8 +93,10 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
     assert exits.policy == Policy((0.2,), "max-prob")
     assert len(exits.shortlist) == 100
     full, drafting = Engine(backbone), Engine(backbone, exits, fill="verify", lookup=0)
-    answers = [drafting.generate(line, 12) for line in read_lines(prompts, ())[:8]]
-    assert [answer.ids for answer in answers] == [full.generate(line, 12).ids for line in read_lines(prompts, ())[:8]]
+    answers = [drafting.generate(line, max_tokens=12) for line in read_lines(prompts, ())[:8]]
+    assert [answer.ids for answer in answers] == [
+        full.generate(line, max_tokens=12).ids for line in read_lines(prompts, ())[:8]
+    ]
     assert sum(answer.tokens_per_deep_pass for answer in answers) > 8
     drafts = {token.id for answer in answers for token in answer.tokens if token.exit_block == 2}
     assert drafts <= set(exits.shortlist.tolist())

@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from offramp.decode.engine import Engine, Generation, Talk, Token
+    from offramp.decode.engine import Engine
     from offramp.decode.hf_generate import decoding
+    from offramp.decode.request import Generation, Talk, Token
     from offramp.decode.sampling import Sampling
     from offramp.errors import OfframpError
     from offramp.exits.exits import Exits, ExitsConfig, shipped_for
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "decode.engine": ("Engine", "Generation", "Talk", "Token"),
+    "decode.engine": ("Engine",),
     "decode.hf_generate": ("decoding",),
+    "decode.request": ("Generation", "Talk", "Token"),
     "decode.sampling": ("Sampling",),
     "errors": ("OfframpError",),
     "exits.exits": ("Exits", "ExitsConfig", "shipped_for"),

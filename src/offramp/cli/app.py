@@ -18,7 +18,8 @@ import typer
 from offramp.errors import BadInput, OfframpError
 
 if TYPE_CHECKING:
-    from offramp.decode.engine import Engine, Generation
+    from offramp.decode.engine import Engine
+    from offramp.decode.request import Generation
     from offramp.decode.sampling import Sampling
     from offramp.exits.exits import Exits
     from offramp.exits.policy import Policy
@@ -151,7 +152,7 @@ def demo(
     for name, (backbone, (full, early)) in zip(names, loaded, strict=True):
         pairs = []
         for question in questions or DEMO_QUESTIONS.get(name.removesuffix("-ee"), DEMO_QUESTIONS["smollm2"]):
-            pairs.append((full.generate(question, max_tokens), early.generate(question, max_tokens)))
+            pairs.append((full.generate(question, max_tokens=max_tokens), early.generate(question, max_tokens=max_tokens)))
             answer_in_colour(question, *pairs[-1], name if both else None)
         asked.append((backbone, pairs))
     comparison_table(asked)
@@ -217,7 +218,7 @@ def generate(
     )
     ends = tuple(stop or ())
     if not (as_json or prompts or compare):
-        for token in early.stream(many[0], max_tokens, ends, raw):
+        for token in early.stream(backbone.encode(many[0], raw), max_tokens=max_tokens, stop=ends):
             print(token.text, end="", flush=True)
         print()
         return
@@ -226,8 +227,8 @@ def generate(
     for start in range(0, len(many), batch):
         some = many[start : start + batch]
         ids = [backbone.encode(one, raw) for one in some]
-        answers = early.generate_batch(ids, max_tokens, ends)
-        references = full.generate_batch(ids, max_tokens, ends) if compare else [None] * len(some)
+        answers = early.generate_batch(ids, max_tokens=max_tokens, stop=ends)
+        references = full.generate_batch(ids, max_tokens=max_tokens, stop=ends) if compare else [None] * len(some)
         for one, answer, reference in zip(some, answers, references, strict=True):
             if as_json or prompts:
                 print(json.dumps(_record(answer, reference, one if prompts else None)), flush=True)
@@ -257,7 +258,7 @@ def chat(
 ) -> None:
     """Talk to the model. An empty line or Ctrl-D ends the talk."""
     from offramp.cli.terminal import shade
-    from offramp.decode.engine import Talk
+    from offramp.decode.request import Decided, Prefilled, Talk
     from offramp.decode.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, seed, repetition_penalty)
@@ -275,21 +276,20 @@ def chat(
             return
         messages.append({"role": "user", "content": said})
         ids = backbone.encode_chat(messages)
-        tokens, started = [], time.perf_counter()
-        for token in early.stream_ids(ids, max_tokens, talk=talk):
-            if token is None:
+        started = prefilled = time.perf_counter()
+        batch = early.batch()
+        request = batch.add(ids, talk, max_tokens=max_tokens)
+        for event in batch.run():
+            if isinstance(event, Prefilled):
                 prefilled = time.perf_counter()
-                continue
-            tokens.append(token)
-            if not as_json:
-                print(shade(token, backbone.n_blocks), end="", flush=True)
+            elif isinstance(event, Decided) and not as_json:
+                print(shade(event.token, backbone.n_blocks), end="", flush=True)
         if as_json:
-            seconds = time.perf_counter() - prefilled
-            answer = early.summarise(tokens, len(ids), max_tokens, prefilled - started, seconds)
+            answer = early.summarise(request, prefilled - started, time.perf_counter() - prefilled)
             print(json.dumps(_record(answer, None, said)), flush=True)
         else:
             print()
-        text = "".join(token.text for token in tokens)
+        text = "".join(token.text for token in request.tokens)
         messages.append({"role": "assistant", "content": text})
 
 
@@ -637,10 +637,10 @@ def bench(
         if any(one is None for fill, one in found.items() if fill != "full"):
             raise BadInput(f"{backbone.name} has no exits to open.", f"Train some: offramp train {backbone.name} -o DIR")
         policies = {fill: _policy(backbone, one, threshold) for fill, one in found.items() if one}
-        result = compare_fills(backbone, found, policies, tokens, pairs)
-        print(json.dumps(result)) if as_json else fills_table(result)
+        fills_result = compare_fills(backbone, found, policies, tokens, pairs)
+        print(json.dumps(asdict(fills_result))) if as_json else fills_table(asdict(fills_result))
         return
-    result = compare(backbone, tokens, pairs) if prefill is None else compare_prefill(backbone, prefill, pairs)
+    result = asdict(compare(backbone, tokens, pairs) if prefill is None else compare_prefill(backbone, prefill, pairs))
     if as_json:
         print(json.dumps(result))
     else:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from offramp.decode.engine import Generation, Token
+from offramp.decode.request import Generation, Token
 from offramp.exits.exits import Exits, ExitsConfig, suggested_layers
 from offramp.exits.policy import Policy
 from offramp.metrics import token_f1

@@ -1,11 +1,11 @@
-"""Token ids → text, piece by piece."""
+"""Token ids → text, piece by piece, as they are decided."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-class Text:
+class Detokenizer:
     """Token ids → text, piece by piece: whole characters only, and nothing that may begin a stop string."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:

@@ -1,75 +1,98 @@
-"""What happens to the states of the blocks that a token skipped.
+"""Fills: what the blocks that a token skipped remember of it.
 
 | fill | attention blocks remember | Mamba blocks remember | cost |
 |------|---------------------------|-----------------------|------|
-| `project` | keys and values of the exit's hidden state | their state moved on by it | 5% of attention, half of Mamba |
+| `project` | keys and values of the exit's hidden state | their state, moved on by it | 5% of attention, half of Mamba |
 | `copy` | those of the last attention block that was computed | their state as it was | none |
 | `freeze` | as `project` | their state as it was | as `project` in attention blocks |
+| `defer` | their own, exact, later | their own, exact, later | the skipped blocks, run later in one chunk |
+| `verify` | as `defer` | as `defer` | as `defer`, and the head on the chunk: full depth decides |
 
-`project` runs each block's own projections, convolution and scan, but no attention, gate path, output or MLP: it is CALM's
-state propagation for attention and DYNAMAX's partial forward for Mamba (arXiv 2504.20922), whose two ways without
-computation are `copy` and `freeze`. All are approximate: later tokens see what skipped blocks would have remembered only
-roughly. A block that has both parts fills both. A new fill is a new class in `FILLS`.
+`project` runs each skipped block's own projections, convolution and scan, but no attention, gate path, output or MLP. It is
+CALM's state propagation for attention (arXiv 2207.07061, section 3.2) and DYNAMAX's partial forward for Mamba (arXiv
+2504.20922). `copy` and `freeze` are DYNAMAX's two ways without computation. These three are approximate: later tokens see
+only roughly what the skipped blocks would have remembered. A block with both parts (attention and Mamba) fills both.
+
+`defer` and `verify` wait. The token stands in a queue at its exit, and the next token that goes on takes the whole queue
+along as one chunk, for which the weights are read once. So every block sees every token in the end, and its state is exact.
+
+A new fill is one class and one row in `FILLS`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
+from offramp.decode.sequence import OpenExit, Sequence
 from offramp.errors import BadInput
 from offramp.model.backbone import Backbone, Step
 from offramp.model.costs import Costs
 from offramp.model.lean.base import LeanStep
-from offramp.model.state import State
 
 
-class Fill(Protocol):
-    """Called once for a token that left after `block` blocks, with its hidden state h (B, 1, D) there."""
+class Fill(ABC):
+    """What the skipped blocks remember of a token that left early.
 
-    def __init__(self, backbone: Backbone) -> None: ...
+    `waits`: tokens that left are queued, and their skipped blocks are run later. `verifies`: what an exit says is a draft,
+    and full depth decides. Raises `BadInput` for a backbone that the fill cannot serve.
+    """
 
-    def __call__(self, h: Tensor, block: int, state: State, step: Step | LeanStep) -> None: ...
-
-    def flops(self, block: int, costs: Costs) -> int:
-        """FLOPs for one token that left after `block` blocks."""
-        ...
-
-
-class Project:
-    """Each skipped block's own keys, values and state of the exit's hidden state (arXiv 2207.07061, section 3.2)."""
+    name: ClassVar[str]
+    waits: ClassVar[bool] = False
+    verifies: ClassVar[bool] = False
 
     def __init__(self, backbone: Backbone) -> None:
-        self._backbone = backbone
+        self.backbone = backbone
 
-    def __call__(self, h: Tensor, block: int, state: State, step: Step | LeanStep) -> None:
-        self._backbone.project(h, block, self._backbone.n_blocks, state, step)
+    @abstractmethod
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+        """A token has left at `exit`. h (1, n, D) are the hidden states there: the token's, behind those it took along."""
+
+    def flops(self, block: int, costs: Costs) -> int:
+        """FLOPs of `leave` for one token that left after `block` blocks."""
+        return 0
+
+
+class Project(Fill):
+    """Each skipped block's own keys, values and state, made of the exit's hidden state (arXiv 2207.07061, section 3.2)."""
+
+    name = "project"
+
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+        self.backbone.project(h, exit.block, self.backbone.n_blocks, sequence.state, step)
 
     def flops(self, block: int, costs: Costs) -> int:
         return sum(costs.project_keys[block:]) + sum(costs.project_state[block:])
 
 
-class Freeze:
-    """Mamba states as they were; keys and values as in `Project`, since attention needs some for every position."""
+class Freeze(Fill):
+    """Mamba states stay as they were. Attention needs keys and values for every position: they are `Project`'s."""
+
+    name = "freeze"
 
     def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
         if "mamba" not in backbone.kinds and "both" not in backbone.kinds:
             raise BadInput(f"{backbone.name} has no Mamba blocks whose state could be frozen.", "Use project or copy.")
-        self._backbone = backbone
 
-    def __call__(self, h: Tensor, block: int, state: State, step: Step | LeanStep) -> None:
-        for skipped in range(block, self._backbone.n_blocks):
-            self._backbone.project_keys(h, skipped, state, step)
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+        for skipped in range(exit.block, self.backbone.n_blocks):
+            self.backbone.project_keys(h, skipped, sequence.state, step)
 
     def flops(self, block: int, costs: Costs) -> int:
         return sum(costs.project_keys[block:])
 
 
-class Copy:
-    """The last computed attention block's keys and values, copied to each skipped one; Mamba states as they were."""
+class Copy(Fill):
+    """The last computed attention block's keys and values, copied to each skipped one. Mamba states stay as they were."""
+
+    name = "copy"
 
     def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
         self._attention = [index for index, kind in enumerate(backbone.kinds) if kind in ("attention", "both")]
         shapes = {backbone.kv_shape(index) for index in self._attention}
         if len(shapes) > 1:
@@ -78,14 +101,14 @@ class Copy:
                 f"{', '.join(f'{heads} heads of {dim}' for heads, dim in sorted(shapes))}.",
                 "Use --fill project.",
             )
-        self._backbone = backbone
 
-    def __call__(self, h: Tensor, block: int, state: State, step: Step | LeanStep) -> None:
-        skipped = [index for index in self._attention if index >= block]
-        computed = [index for index in self._attention if index < block]
-        if not computed:  # a hybrid's exit below its first attention block: nothing to copy
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+        state = sequence.state
+        skipped = [index for index in self._attention if index >= exit.block]
+        computed = [index for index in self._attention if index < exit.block]
+        if not computed:  # an exit below a hybrid's first attention block: there is nothing to copy
             for index in skipped:
-                self._backbone.project_keys(h, index, state, step)
+                self.backbone.project_keys(h, index, state, step)
             return
         source = state.kv[computed[-1]]
         assert source is not None
@@ -97,12 +120,28 @@ class Copy:
         return 0 if any(index < block for index in self._attention) else sum(costs.project_keys[block:])
 
 
-FILLS: dict[str, type[Fill]] = {"project": Project, "copy": Copy, "freeze": Freeze}
-WAITING = ("defer", "verify")  # fill nothing: the engine has the token's deeper blocks computed later
+class Defer(Fill):
+    """Nothing at once: the token waits at its exit, and its skipped blocks are run with the next token that goes on."""
+
+    name = "defer"
+    waits = True
+
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+        exit.pending.append(h)
+
+
+class Verify(Defer):
+    """As `Defer`; then the full model's logits decide, and the first draft that differs is taken back with all after it."""
+
+    name = "verify"
+    verifies = True
+
+
+FILLS: dict[str, type[Fill]] = {fill.name: fill for fill in (Project, Copy, Freeze, Defer, Verify)}
 
 
 def make_fill(name: str, backbone: Backbone) -> Fill:
-    """The fill of this name for this backbone. Raises `BadInput` where there is none, or where it cannot work."""
+    """The fill of this name for this backbone. Raises `BadInput` for an unknown name, and where the fill cannot work."""
     if name not in FILLS:
-        raise BadInput(f"There is no fill '{name}'.", f"Choose from {', '.join((*FILLS, *WAITING))}.")
+        raise BadInput(f"There is no fill '{name}'.", f"Choose from {', '.join(FILLS)}.")
     return FILLS[name](backbone)

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from offramp.decode.engine import Engine
+from offramp.decode.request import Decided
 from offramp.decode.sampling import chooser
 from offramp.errors import BadInput, ExitsMismatch
 from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
+
+UNSUPPORTED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
 def decoding(
@@ -33,42 +36,49 @@ def decoding(
     ) -> Any:
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-        if generation_config.num_beams != 1:
-            raise BadInput(f"Exits decode one token after another, not with {generation_config.num_beams} beams.", "Use 1.")
-        outputs = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-        if any(getattr(generation_config, output) for output in outputs):
-            raise BadInput("Exits keep no scores, logits, attentions or hidden states.", "Ask for none of them.")
+        _check_supported(generation_config)
         backbone = _backbone_of(model, exits)
         seed = int(torch.randint(2**62, ())) if generation_config.do_sample else None
         engine = Engine(backbone, exits, policy, fill, chooser(logits_processor, seed), max_pending)
-        named = [criterion.eos_token_id.tolist() for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
-        ends = frozenset(chain.from_iterable(named))
-        mask = inputs.get("attention_mask")
-        there = torch.ones_like(input_ids) if mask is None else mask
-        prompts = [row[seen.bool()].tolist() for row, seen in zip(input_ids, there, strict=True)]
-        rows = [row[None] for row in input_ids]
-        going = set(range(len(rows)))
         room = generation_config.max_length - input_ids.shape[1]
-        for index, token in engine.stream_batch(prompts, room, ends=ends):
-            if token is None or index not in going:
-                continue
-            new = torch.tensor([[token.id]], device=input_ids.device)
-            rows[index] = torch.cat([rows[index], new], dim=1)
-            if streamer is not None:
-                streamer.put(new[0].cpu())
-            if bool(stopping_criteria(rows[index], None)):
-                going.discard(index)
-            if not going:
-                break
-        if streamer is not None:
-            streamer.end()
+        rows = _continue(engine, input_ids, inputs.get("attention_mask"), room, stopping_criteria, streamer)
         pad = generation_config._pad_token_tensor
-        sequences = torch.nn.utils.rnn.pad_sequence(
-            [row[0] for row in rows], batch_first=True, padding_value=0 if pad is None else int(pad)
-        )
+        sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0 if pad is None else int(pad))
         return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
     return generate
+
+
+def _continue(
+    engine: Engine, input_ids: Tensor, mask: Tensor | None, room: int, stopping_criteria: Any, streamer: Any
+) -> list[Tensor]:
+    """Each row (T,) of input_ids (B, T), its pads included, with the tokens that follow it."""
+    named = [criterion.eos_token_id.tolist() for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
+    end_ids = frozenset(chain.from_iterable(named))
+    seen = torch.ones_like(input_ids) if mask is None else mask
+    prompts = [row[there.bool()].tolist() for row, there in zip(input_ids, seen, strict=True)]
+    batch, rows = engine.batch(), {}
+    for prompt, talk, row in zip(prompts, engine.shared_talks(prompts), input_ids, strict=True):
+        rows[batch.add(prompt, talk, max_tokens=room, end_ids=end_ids)] = row
+    for event in batch.run():
+        if not isinstance(event, Decided) or event.request.finish_reason == "cancelled":
+            continue  # a step can decide several tokens, and the text has ended at one before
+        new = torch.tensor([event.token.id], device=input_ids.device)
+        rows[event.request] = row = torch.cat([rows[event.request], new])
+        if streamer is not None:
+            streamer.put(new.cpu())
+        if bool(stopping_criteria(row[None], None)):
+            batch.cancel(event.request)
+    if streamer is not None:
+        streamer.end()
+    return list(rows.values())
+
+
+def _check_supported(generation_config: Any) -> None:
+    if generation_config.num_beams != 1:
+        raise BadInput(f"Exits decode one token after another, not with {generation_config.num_beams} beams.", "Use 1.")
+    if any(getattr(generation_config, output) for output in UNSUPPORTED):
+        raise BadInput("Exits keep no scores, logits, attentions or hidden states.", "Ask for none of them.")
 
 
 def _backbone_of(model: Any, exits: Exits) -> Backbone:

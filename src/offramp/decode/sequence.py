@@ -2,72 +2,122 @@
 
 from __future__ import annotations
 
+import copy
 from array import array
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.exits.exits import Exit
-from offramp.exits.parts import Memory
+from offramp.exits.parts import Memory, Part
 from offramp.model.state import State
 
 
 class Follower:
-    """A gate or an adapter that follows one sequence.
+    """A gate or a read-out that follows one sequence.
 
-    It is told of every token's hidden state at its exit, once and in order, and run when it is asked for the newest one:
-    over all tokens it has not seen, if it has a memory. It can forget the tokens it was told of since `settle`.
+    `see` tells it every token's hidden state at its exit, once and in order. `read` runs it for the newest token; if it is
+    recurrent, over all tokens that it has not been run on yet. It can forget the tokens that it saw since `settle`.
+    Raises `TypeError` for a part that returns a memory and does not declare `recurrent`: its memory would be lost.
     """
 
-    def __init__(self, module: nn.Module, remembers: bool) -> None:
-        self._module, self._remembers = module, remembers
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self.flops_per_token = part.flops()
         self.length = 0
         self._memory: Memory = None
-        self._unseen: list[Tensor] = []
-        self._start: tuple[int, Memory] = (0, None)
-        self._seen: list[Tensor] = []  # since the start
+        self._unread: list[Tensor] = []
+        self._settled: tuple[int, Memory] = (0, None)  # tokens that are here to stay, and the memory after them
+        self._read: list[Tensor] = []  # since `settle`
 
-    def tell(self, h: Tensor) -> None:
-        """T more tokens have reached the exit: h (1, T, D)."""
+    def see(self, h: Tensor) -> None:
+        """T more tokens have reached the exit: h (1, T, …)."""
         self.length += h.shape[1]
-        self._unseen = [*self._unseen, h] if self._remembers else [h[:, -1:]]
+        self._unread = [*self._unread, h] if self._part.recurrent else [h[:, -1:]]
 
     def read(self) -> tuple[Tensor, int]:
-        """The output for the newest token, (1, 1, …), and how many tokens the module was run on."""
-        h = torch.cat(self._unseen, dim=1)
-        out, self._memory = self._module(h.float(), self._memory)
-        if self._remembers:
-            self._seen.append(h)
-        self._unseen = []
-        return out[:, -1:], h.shape[1]
+        """The output for the newest token, (1, 1, …), and the FLOPs spent."""
+        h = torch.cat(self._unread, dim=1)
+        out, memory = self._part(h.float(), self._memory)
+        if self._part.recurrent:
+            self._memory = memory
+            self._read.append(h)
+        elif memory is not None:
+            raise TypeError(f"{type(self._part).__name__} returns a memory: its class must say `recurrent = True`")
+        self._unread = []
+        return out[:, -1:], h.shape[1] * self.flops_per_token
 
     def catch_up(self) -> None:
-        """Run the module on what it has not seen, now rather than in a later `read`."""
-        if self._remembers and self._unseen:
+        """Run a recurrent part on the tokens that it has not been run on, now rather than in a later `read`."""
+        if self._part.recurrent and self._unread:
             self.read()
 
     def settle(self) -> None:
         """Keep all tokens so far for good."""
-        self._start = self.length - sum(h.shape[1] for h in self._unseen), self._memory
-        self._seen = []
+        self._settled = self.length - sum(h.shape[1] for h in self._unread), self._memory
+        self._read = []
 
     def crop(self, length: int) -> None:
         """Forget every token from the one numbered `length` on."""
         if length >= self.length:
             return
-        if self._remembers:
-            first, self._memory = self._start
-            kept = torch.cat([*self._seen, *self._unseen], dim=1)[:, : length - first]
-            self._seen, self._unseen = [], [kept] if kept.shape[1] else []
+        if self._part.recurrent:
+            first, self._memory = self._settled
+            kept = torch.cat([*self._read, *self._unread], dim=1)[:, : length - first]
+            self._read, self._unread = [], [kept] if kept.shape[1] else []
         else:
-            self._unseen = []
+            self._unread = []
         self.length = length
+
+    def fork(self) -> Follower:
+        """A second follower that has seen the same tokens. Both share the weights."""
+        twin = copy.copy(self)
+        twin._unread, twin._read = [*self._unread], [*self._read]
+        return twin
+
+
+@dataclass
+class OpenExit:
+    """An open exit as one sequence meets it.
+
+    `block`: blocks run before it; `index`: its place in the policy. `pending`: hidden states (1, n, D) of tokens that left
+    here and whose deeper blocks are still to be run, oldest first.
+    """
+
+    block: int
+    index: int
+    gate: Follower
+    readout: Follower
+    reads_top: bool
+    pending: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, exit: Exit, index: int) -> OpenExit:
+        return cls(exit.block, index, Follower(exit.gate), Follower(exit.adapter), exit.adapter.reads_top)
+
+    @property
+    def followers(self) -> tuple[Follower, Follower]:
+        return self.gate, self.readout
+
+    def see(self, h: Tensor, top: Tensor | None) -> None:
+        """Tokens have got here: h (1, n, D). `top` (1, 1, D) is the top hidden state of the token before the newest."""
+        self.gate.see(h)
+        if not self.reads_top:
+            self.readout.see(h)
+            return
+        newest = h[:, -1:]
+        top = torch.zeros_like(newest) if top is None else top.to(newest.dtype)
+        self.readout.see(torch.cat([newest, top], dim=-1))
+
+    def fork(self) -> OpenExit:
+        gate, readout = (follower.fork() for follower in self.followers)
+        return OpenExit(self.block, self.index, gate, readout, self.reads_top, [*self.pending])
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A token that was chosen, after how many blocks, how sure its gate was (None at full depth), and FLOPs spent."""
+    """A token that was chosen: after how many blocks, with which confidence (None at full depth), for how many FLOPs."""
 
     id: int
     block: int
@@ -77,55 +127,60 @@ class Decision:
 
 @dataclass
 class Sequence:
-    """`ids`: prompt, decided tokens, drafts; all but the last have been run through the blocks before the first exit.
+    """The tokens of one text and what has been computed of them.
 
-    `waiting[j]`: hidden states (1, n, D) at exit j of tokens that left there and whose deeper blocks are still to be
-    run, oldest first; those of a later exit are older. `drafts`: the newest ids that are not verified yet.
+    `ids`: prompt, decided tokens, drafts. All but the last have been run through the blocks before the first exit.
+    Tokens that are pending at a later exit are older than those at an earlier one. `drafts`: the newest ids, not verified
+    yet.
     """
 
     ids: list[int]
     state: State
-    gates: list[Follower]
-    adapters: list[Follower]
-    waiting: list[list[Tensor]]
+    exits: list[OpenExit]
     prompt: int  # ids that came with the prompt
     drafts: list[Decision] = field(default_factory=list)
-    top: Tensor | None = None  # (1, 1, D): hidden state at the top of the token before the newest, or what stands for it
+    top: Tensor | None = (
+        None  # (1, 1, D): the top hidden state of the token before the newest, or a draft's stand-in for it
+    )
     run: int = 0  # tokens that have been run through the blocks before the first exit
     deep_passes: int = 0
     rejected: int = 0
 
-    @classmethod
-    def new(cls, ids: list[int], state: State, exits: list[Exit]) -> Sequence:
-        gates = [Follower(exit.gate, exit.gate.recurrent) for exit in exits]
-        adapters = [Follower(exit.adapter, exit.adapter.recurrent) for exit in exits]
-        return cls(list(ids), state, gates, adapters, [[] for _ in exits], len(ids))
-
     @property
     def pending(self) -> int:
         """Tokens that wait at any exit."""
-        return sum(h.shape[1] for some in self.waiting for h in some)
+        return sum(h.shape[1] for exit in self.exits for h in exit.pending)
+
+    @property
+    def followers(self) -> list[Follower]:
+        return [follower for exit in self.exits for follower in exit.followers]
 
     def settle(self) -> None:
         """All tokens are here to stay."""
         self.drafts = []
         self.state.settle()
-        for part in (*self.gates, *self.adapters):
-            part.settle()
+        for follower in self.followers:
+            follower.settle()
 
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on; none of those before may be waiting."""
+        """Forget every token from position `length` on. None of the tokens before may be pending."""
         del self.ids[length:]
         self.run = min(self.run, length)
         self.state.crop(length)
-        for part in (*self.gates, *self.adapters):
-            part.crop(length)
+        for follower in self.followers:
+            follower.crop(length)
+
+    def fork(self) -> Sequence:
+        """A second sequence with the same tokens, which goes on independently of this one."""
+        exits = [exit.fork() for exit in self.exits]
+        return Sequence([*self.ids], copy.deepcopy(self.state), exits, self.prompt, top=self.top, run=self.run)
 
 
 def looked_up(ids: list[int], size: int, most: int) -> list[int]:
-    """What came after the newest earlier place where the last `size` ids stood, at most so many; prompt look-up.
+    """The ids that followed the newest earlier place where the last `size` ids stood, at most `most` of them.
 
-    A. Saxena, "Prompt Lookup Decoding" (2023): drafts that cost nothing, right where a text repeats itself.
+    Prompt look-up (A. Saxena, "Prompt Lookup Decoding", 2023): drafts that cost nothing, and are right where a text
+    repeats itself.
     """
     if most < 1 or len(ids) <= size:
         return []

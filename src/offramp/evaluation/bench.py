@@ -1,22 +1,22 @@
 """How fast decoding is: at full depth beside `transformers` on the same weights, and fills beside one another.
 
-Runs take turns (A B A B …), and the ratio is the median over pairs: a minute in which the machine is slow meets both. A
-rate counts the tokens after the first, so that reading the prompt is no part of it.
+Runs take turns (A B A B …), and a ratio is the median over pairs: a minute in which the machine is slow meets both. A rate
+counts the tokens after the first, so that it leaves the prefill out.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from offramp.decode.engine import Engine, Generation
-from offramp.decode.sequence import Follower
+from offramp.decode.engine import Engine
+from offramp.decode.request import Generation
+from offramp.decode.timing import Timer, untimed
 from offramp.errors import BadInput
 from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
@@ -33,90 +33,90 @@ PROMPTS = (
     "Who wrote Romeo and Juliet, and when?",
     "Write a Python function that reverses a string.",
 )
+REST = "everything else"  # what no named part of a token's time accounts for
 
 
-def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Side:
+    """One of two libraries: its rates in tokens a second, their median and every run's."""
+
+    name: str
+    weights: str
+    tokens_per_second: float
+    runs: list[float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours beside theirs. `ratio`: ours over theirs, the median of the pairs; `spread`: the lowest and highest pair.
+
+    `parts_ms`: where a token's time of ours goes, in ms.
+    """
+
+    model: str
+    what: str
+    ratio: float
+    spread: tuple[float, float]
+    ours: Side
+    theirs: Side
+    parts_ms: dict[str, float]
+    tokens: int
+    pairs: int
+    prompt_tokens: int
+    machine: dict[str, Any] = field(default_factory=machine)
+
+
+@dataclass(frozen=True)
+class FillSpeed:
+    """How fast a fill decodes. `ratio` and `spread` over the first fill; `equal`: share of tokens that are the first's.
+
+    `parts_ms`: where a token's time goes, in ms; `acceptance_rate`: share of drafts that stood, None without drafts.
+    """
+
+    tokens_per_second: float
+    ratio: float
+    spread: tuple[float, float]
+    thresholds: dict[int, float]
+    equal: float
+    mean_blocks: float
+    tokens_per_deep_pass: float
+    acceptance_rate: float | None
+    parts_ms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FillComparison:
+    """Fills beside one another; `ratio` is the last fill's over the first."""
+
+    model: str
+    what: str
+    weights: str
+    ratio: float
+    fills: dict[str, FillSpeed]
+    tokens: int
+    prompts: int
+    pairs: int
+    machine: dict[str, Any] = field(default_factory=machine)
+
+
+def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> Comparison:
     """Decode `tokens` tokens with offramp and with `transformers`' generate, in turn, `pairs` times after a warm-up.
 
-    The backbone must have been loaded with `keep=True`. Returns `ratio` (ours over theirs in decoded tokens a second, the
-    median of the pairs), `spread` (lowest and highest), both rates, where our time goes (ms a token), and the machine.
+    The backbone must have been loaded with `keep=True`. Raises `BadInput` for more tokens than the context holds.
     """
     prompt = backbone.encode(PROMPT) if backbone.tokenizer else _random_ids(backbone, 16)
-    _fits(backbone, len(prompt) + tokens)
+    _check_fits(backbone, len(prompt) + tokens)
     engine = Engine(backbone)
-    _ours(engine, prompt, 8)
-    _theirs(backbone, prompt, 8)
-    ours, theirs = _in_turn(lambda: _ours(engine, prompt, tokens), lambda: _theirs(backbone, prompt, tokens), pairs)
-    parts = _parts(engine, prompt, tokens)
-    return {**_result(backbone, "decoding", "generate", tokens, ours, theirs, parts), "prompt_tokens": len(prompt)}
+    _our_rate(engine, prompt, 8)
+    _their_rate(backbone, prompt, 8)
+    rates = _in_turn(lambda: _our_rate(engine, prompt, tokens), lambda: _their_rate(backbone, prompt, tokens), pairs)
+    parts = parts_of_a_token(engine, prompt, tokens)
+    return _comparison(backbone, ("decoding", "generate"), rates, parts, (tokens, len(prompt)))
 
 
-def compare_fills(
-    backbone: Backbone,
-    fills: dict[str, Exits | None],
-    policies: dict[str, Policy | None],
-    tokens: int = 48,
-    pairs: int = 5,
-) -> dict[str, Any]:
-    """Decode answers to `PROMPTS` with each fill in turn, `pairs` times after a warm-up; one without exits is full depth.
-
-    `policies` take the place of the exits' own. Returns for each of the `fills` its rate, its `ratio` over the first
-    (median of the pairs) and `spread`, the share of its tokens that equal the first's (`equal`), where its time goes (ms a
-    token), and the acceptance rate and tokens per deep pass over all prompts; `ratio` at the top is the last fill's.
-    """
-    prompts = [backbone.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
-    _fits(backbone, max(map(len, prompts)) + tokens)
-
-    engines = [
-        Engine(backbone, exits, policies.get(fill), fill) if exits else Engine(backbone) for fill, exits in fills.items()
-    ]
-
-    def once(engine: Engine) -> tuple[float, list[Generation]]:
-        answers = [engine.generate_ids(prompt, tokens) for prompt in prompts]
-        count = sum(len(answer.tokens) for answer in answers)
-        return count / sum(len(answer.tokens) / answer.decode_tokens_per_second for answer in answers), answers
-
-    answers = [once(engine)[1] for engine in engines]
-    rounds = [[once(engine)[0] for engine in engines] for _ in range(pairs)]
-    found = {}
-    for index, fill in enumerate(fills):
-        ratios = [rates[index] / rates[0] for rates in rounds]
-        ends = [answer.tokens[-1] for answer in answers[index]]
-        count = sum(len(answer.tokens) for answer in answers[index])
-        same = sum(
-            mine == other
-            for answer, first in zip(answers[index], answers[0], strict=True)
-            for mine, other in zip(answer.ids, first.ids, strict=False)
-        )
-        early = sum(token.exit_block < backbone.n_blocks for answer in answers[index] for token in answer.tokens)
-        rejected = sum(end.rejected for end in ends)
-        found[fill] = {
-            "tokens_per_second": median(rates[index] for rates in rounds),
-            "ratio": median(ratios),
-            "spread": [min(ratios), max(ratios)],
-            "thresholds": engines[index].thresholds,
-            "equal": same / count,
-            "mean_blocks": sum(token.exit_block for answer in answers[index] for token in answer.tokens) / count,
-            "tokens_per_deep_pass": count / max(1, sum(end.deep_passes for end in ends)),
-            "acceptance_rate": early / (early + rejected) if fill == "verify" and early + rejected else None,
-            "parts_ms": _parts(engines[index], prompts[0], tokens),
-        }
-    return {
-        "model": backbone.name,
-        "what": "decoding",
-        "weights": backbone.weight_format,
-        "ratio": found[fill]["ratio"],
-        "fills": found,
-        "tokens": tokens,
-        "prompts": len(prompts),
-        "pairs": pairs,
-        "machine": machine(),
-    }
-
-
-def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> dict[str, Any]:
+def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> Comparison:
     """As `compare`, for reading a prompt of `tokens` random tokens up to the logits that follow it."""
-    _fits(backbone, tokens)
+    _check_fits(backbone, tokens)
     ids = torch.tensor([_random_ids(backbone, tokens)], device=backbone.device)
 
     @torch.inference_mode()
@@ -137,10 +137,96 @@ def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> dict[str
     rate(ours)
     rate(theirs)
     rates = _in_turn(lambda: rate(ours), lambda: rate(theirs), pairs)
-    return _result(backbone, "prefill", "forward", tokens, *rates, {})
+    return _comparison(backbone, ("prefill", "forward"), rates, {}, (tokens, tokens))
 
 
-def _fits(backbone: Backbone, tokens: int) -> None:
+def compare_fills(
+    backbone: Backbone,
+    fills: dict[str, Exits | None],
+    policies: dict[str, Policy | None],
+    tokens: int = 48,
+    pairs: int = 5,
+) -> FillComparison:
+    """Decode answers to `PROMPTS` with each fill in turn, `pairs` times after a warm-up.
+
+    A fill without exits is full depth. `policies` take the place of the exits' own. Raises `BadInput` for more tokens than
+    the context holds.
+    """
+    prompts = [backbone.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
+    _check_fits(backbone, max(map(len, prompts)) + tokens)
+
+    def answer(engine: Engine) -> list[Generation]:
+        return [engine.generate(prompt, max_tokens=tokens) for prompt in prompts]
+
+    engines = {
+        fill: Engine(backbone, exits, policies.get(fill), fill) if exits else Engine(backbone)
+        for fill, exits in fills.items()
+    }
+    answers = {fill: answer(engine) for fill, engine in engines.items()}
+    rounds = [{fill: _rate_of(answer(engine)) for fill, engine in engines.items()} for _ in range(pairs)]
+    first = next(iter(fills))
+    speeds = {}
+    for fill in fills:
+        ratios = [rates[fill] / rates[first] for rates in rounds]
+        speeds[fill] = _fill_speed(
+            answers[fill],
+            answers[first],
+            tokens_per_second=median(rates[fill] for rates in rounds),
+            ratio=median(ratios),
+            spread=(min(ratios), max(ratios)),
+            parts_ms=parts_of_a_token(engines[fill], prompts[0], tokens),
+        )
+    last = speeds[fill].ratio
+    weights = backbone.weight_format
+    return FillComparison(backbone.name, "decoding", weights, last, speeds, tokens, len(prompts), pairs)
+
+
+def parts_of_a_token(engine: Engine, prompt: list[int], tokens: int) -> dict[str, float]:
+    """Milliseconds that a decoded token spends in each named part, and in everything else.
+
+    `blocks` at full depth; with open exits `shallow` (before the first of them) and `deep`; `heads`; `exits` (gates and
+    read-outs); `fill`; `sampling`; `rollback` (of drafts); `embedding`; `text` (ids to text).
+    """
+    batch = engine.batch()
+    request = batch.add(prompt, max_tokens=tokens)
+    batch.step()  # the prompt is read
+    engine.timed = timer = Timer()
+    started = time.perf_counter()
+    try:
+        for _ in batch.run():
+            pass
+    finally:
+        engine.timed = untimed
+    whole = time.perf_counter() - started
+    count = len(request.tokens)
+    parts = {part: 1000 * seconds / count for part, seconds in timer.seconds.items()}
+    return {**parts, REST: 1000 * whole / count - sum(parts.values())}
+
+
+def _rate_of(answers: list[Generation]) -> float:
+    """Tokens a second over all answers."""
+    tokens = sum(len(answer.tokens) for answer in answers)
+    return tokens / sum(len(answer.tokens) / answer.decode_tokens_per_second for answer in answers)
+
+
+def _fill_speed(answers: list[Generation], first: list[Generation], **measured: Any) -> FillSpeed:
+    ends = [answer.tokens[-1] for answer in answers]
+    count = sum(len(answer.tokens) for answer in answers)
+    pairs = [zip(answer.ids, other.ids, strict=False) for answer, other in zip(answers, first, strict=True)]
+    early = sum(token.exit_block < answer.blocks for answer in answers for token in answer.tokens)
+    rejected = sum(end.rejected for end in ends)
+    drafts = any(answer.acceptance_rate is not None for answer in answers)
+    return FillSpeed(
+        thresholds=answers[0].thresholds,
+        equal=sum(id == other for pair in pairs for id, other in pair) / count,
+        mean_blocks=sum(token.exit_block for answer in answers for token in answer.tokens) / count,
+        tokens_per_deep_pass=count / max(1, sum(end.deep_passes for end in ends)),
+        acceptance_rate=early / (early + rejected) if drafts else None,
+        **measured,
+    )
+
+
+def _check_fits(backbone: Backbone, tokens: int) -> None:
     if tokens > backbone.context:
         raise BadInput(f"{tokens} tokens do not fit {backbone.name}, which holds {backbone.context}.", "Take fewer.")
 
@@ -150,45 +236,34 @@ def _random_ids(backbone: Backbone, length: int) -> list[int]:
     return torch.randint(0, backbone.vocab_size, (length,), generator=generator).tolist()
 
 
-def _in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> tuple[list[float], list[float]]:
-    rates = [(ours(), theirs()) for _ in range(pairs)]
-    return [mine for mine, _ in rates], [other for _, other in rates]
+def _in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
+    return [(ours(), theirs()) for _ in range(pairs)]
 
 
-def _result(
+def _comparison(
     backbone: Backbone,
-    what: str,
-    call: str,
-    tokens: int,
-    ours: list[float],
-    theirs: list[float],
+    what: tuple[str, str],
+    rates: list[tuple[float, float]],
     parts: dict[str, float],
-) -> dict[str, Any]:
-    """What was measured, rates in tokens a second, and where."""
-    ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+    sizes: tuple[int, int],
+) -> Comparison:
+    """What was measured, and the library's call; rates in tokens a second, ours and theirs; tokens and prompt."""
+    ratios = [mine / other for mine, other in rates]
+    ours, theirs = ([pair[side] for pair in rates] for side in (0, 1))
     kind = backbone.lean.engine if backbone.lean else "library blocks"
-    return {
-        "model": backbone.name,
-        "what": what,
-        "ratio": median(ratios),
-        "spread": [min(ratios), max(ratios)],
-        "ours": {
-            "name": f"offramp ({kind})",
-            "weights": backbone.weight_format,
-            "tokens_per_second": median(ours),
-            "runs": ours,
-        },
-        "theirs": {
-            "name": f"transformers {call}",
-            "weights": str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch."),
-            "tokens_per_second": median(theirs),
-            "runs": theirs,
-        },
-        "parts_ms": parts,
-        "tokens": tokens,
-        "pairs": len(ours),
-        "machine": machine(),
-    }
+    dtype = str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch.")
+    return Comparison(
+        model=backbone.name,
+        what=what[0],
+        ratio=median(ratios),
+        spread=(min(ratios), max(ratios)),
+        ours=Side(f"offramp ({kind})", backbone.weight_format, median(ours), ours),
+        theirs=Side(f"transformers {what[1]}", dtype, median(theirs), theirs),
+        parts_ms=parts,
+        tokens=sizes[0],
+        pairs=len(rates),
+        prompt_tokens=sizes[1],
+    )
 
 
 class _Times:
@@ -203,23 +278,23 @@ class _Times:
     def end(self) -> None:
         pass
 
-    def rate(self, skipped: int) -> float:
-        """Tokens a second after the first token, which came after `skipped` other calls."""
-        times = self.times[skipped:]
+    def rate(self, first: int) -> float:
+        """Tokens a second after the first token, which is call number `first`. Raises `BadInput` for a single token."""
+        times = self.times[first:]
         if len(times) < 2:
             raise BadInput("The model ended its answer at once, so there is nothing to time.", "Try another model.")
         return (len(times) - 1) / (times[-1] - times[0])
 
 
-def _ours(engine: Engine, prompt: list[int], tokens: int) -> float:
+def _our_rate(engine: Engine, prompt: list[int], tokens: int) -> float:
     clock = _Times()
-    for _ in engine.stream_ids(prompt, tokens):
+    for _ in engine.stream(prompt, max_tokens=tokens):
         clock.put()
-    return clock.rate(1)
+    return clock.rate(0)
 
 
 @torch.inference_mode()
-def _theirs(backbone: Backbone, prompt: list[int], tokens: int) -> float:
+def _their_rate(backbone: Backbone, prompt: list[int], tokens: int) -> float:
     clock = _Times()
     ids = torch.tensor([prompt], device=backbone.device)
     backbone.model.generate(
@@ -231,42 +306,3 @@ def _theirs(backbone: Backbone, prompt: list[int], tokens: int) -> float:
         streamer=clock,
     )
     return clock.rate(1)
-
-
-def _parts(engine: Engine, prompt: list[int], tokens: int) -> dict[str, float]:
-    """Milliseconds a decoded token spends in blocks, heads, gates and read-outs, the choice of a token, and the rest.
-
-    With open exits, blocks before the first of them are `shallow`, those after it `deep`.
-    """
-    backbone: Any = engine.backbone
-    first = min((block for block, threshold in engine.thresholds.items() if threshold < 1), default=backbone.n_blocks)
-    opened = first < backbone.n_blocks
-    spent = dict.fromkeys([*(("shallow", "deep") if opened else ("blocks",)), "heads", "exits", "sampling"], 0.0)
-
-    def timed(part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return call(*args)
-            finally:
-                deep = part == "shallow" and args[1] >= first
-                spent["deep" if deep else part] += time.perf_counter() - started
-
-        return run
-
-    stream = engine.stream_ids(prompt, tokens)
-    next(stream)  # the prompt is read
-    calls: list[tuple[Any, str, str]] = [
-        (backbone, "run_all", "shallow" if opened else "blocks"),
-        (backbone, "logits", "heads"),
-        (Follower, "read", "exits"),
-        (engine, "_choose", "sampling"),
-    ]
-    with ExitStack() as stack:
-        for holder, name, part in calls:
-            stack.enter_context(patch.object(holder, name, timed(part, getattr(holder, name))))
-        started = time.perf_counter()
-        count = sum(1 for _ in stream)
-        whole = time.perf_counter() - started
-    milliseconds = {part: 1000 * seconds / count for part, seconds in spent.items()}
-    return {**milliseconds, "everything else": 1000 * whole / count - sum(milliseconds.values())}

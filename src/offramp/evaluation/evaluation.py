@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from offramp.decode.engine import Engine, Generation, Talk
+from offramp.decode.engine import Engine
+from offramp.decode.request import Generation, Talk
 from offramp.errors import BadInput, CorruptFile
 from offramp.evaluation.tasks import Item, Task, choices, rouge_l, score_choices
 from offramp.exits.exits import Exits
@@ -197,7 +198,7 @@ class Evaluation:
         for start in range(0, len(items), self.batch):
             some = items[start : start + self.batch]
             ids = [self._encode(backbone, item) for item in some]
-            answers = engine.generate_batch(ids, self.task.max_tokens, self.task.stop)
+            answers = engine.generate_batch(ids, max_tokens=self.task.max_tokens, stop=self.task.stop)
             for item, prompt, answer in zip(some, ids, answers, strict=True):
                 yield item.id, _record(engine, len(prompt), answer, len(some))
 
@@ -260,7 +261,7 @@ def log_likelihood_of(
     forced.begin(len(before), tokens)
     if not tokens:
         return 0.0
-    for _ in engine.stream_batch([before], len(tokens), talks=[talk or Talk()], ends=frozenset()):
+    for _ in engine.stream(before, talk, max_tokens=len(tokens), end_ids=frozenset()):
         pass
     return sum(forced.logp.values())
 

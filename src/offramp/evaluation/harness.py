@@ -87,7 +87,7 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
             most = int(settings.get("max_gen_toks", self._most))
             ids = self._ids(prompt)[-max(1, self.backbone.context - most) :]
             stop = (until,) if isinstance(until, str) else tuple(until)
-            answers.append(self._engine.generate_ids(ids, most, stop).text)
+            answers.append(self._engine.generate(ids, max_tokens=most, stop=stop).text)
         return answers
 
     @property

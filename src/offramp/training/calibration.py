@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from offramp.decode.engine import Engine, Generation
+from offramp.decode.engine import Engine
 from offramp.decode.fills import FILLS
+from offramp.decode.request import Generation
 from offramp.errors import BadInput
 from offramp.exits.exits import Exits
 from offramp.exits.policy import PATIENCE, Policy
@@ -188,7 +189,7 @@ def task_loss(early: Generation, full: Generation, question: Question) -> float:
 
 def gain(answer: Generation, fill: str) -> float:
     """What a policy is bold for: FLOPs saved; with `defer`, whose blocks are run after all, deep passes."""
-    return 1 - 1 / answer.tokens_per_deep_pass if fill == "defer" else answer.flops_saved
+    return 1 - 1 / answer.tokens_per_deep_pass if FILLS[fill].waits else answer.flops_saved
 
 
 LOSSES: dict[str, Callable[[Generation, Generation, Question], float]] = {
@@ -346,7 +347,13 @@ def answers(
     given: dict[int, Generation] = {}
     for at in range(0, len(order), BATCH):
         some = order[at : at + BATCH]
-        given.update(zip(some, engine.generate_batch([prompts[index] for index in some], max_tokens, stop), strict=True))
+        given.update(
+            zip(
+                some,
+                engine.generate_batch([prompts[index] for index in some], max_tokens=max_tokens, stop=stop),
+                strict=True,
+            )
+        )
         done(len(given))
     return [given[index] for index in range(len(prompts))]
 
@@ -357,13 +364,13 @@ def _check(questions: list[Question], risk: float, delta: float, loss: str, fill
             raise BadInput(f"A {name} of {value} is not between 0 and 1.", "0.05 is usual.")
     if loss not in LOSSES:
         raise BadInput(f"There is no loss '{loss}'.", f"Choose from {', '.join(LOSSES)}.")
-    if fill == "verify":
+    if fill in FILLS and FILLS[fill].verifies:
         raise BadInput(
             "Verified answers are the full model's own: there is nothing to guarantee.",
             "Their thresholds are a matter of speed: offramp bench --fills full,verify --threshold …",
         )
     if fill not in (*FILLS, "defer"):
-        raise BadInput(f"There is no fill '{fill}'.", f"Choose from {', '.join((*FILLS, 'defer'))}.")
+        raise BadInput(f"There is no fill '{fill}'.", f"Choose from {', '.join(FILLS)}.")
     needed = prompts_needed(0.0, risk, delta)
     assert needed is not None
     if len(questions) * (1 - PILOT) < needed:

@@ -1,0 +1,62 @@
+"""From hidden states to logits: the whole head, a short list of tokens, or the candidates that a sketch names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offramp.errors import BadInput
+from offramp.model.backbone import Backbone
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Final norm and LM head, or a cheaper stand-in.
+
+    `logits`: hidden states (1, n, D) → (1, n, V), or over the tokens of `shortlist` only; `flops`: of one token.
+    """
+
+    logits: Callable[[Tensor], Tensor]
+    flops: int
+    vocab_size: int
+    shortlist: Tensor | None = None
+
+    @classmethod
+    def whole(cls, backbone: Backbone) -> Head:
+        """Every token of the vocabulary."""
+        return cls(backbone.logits, 2 * backbone.vocab_size * backbone.hidden_size, backbone.vocab_size)
+
+    @classmethod
+    def short(cls, backbone: Backbone, shortlist: Tensor) -> Head:
+        """The tokens of `shortlist` (n,) only."""
+        flops = 2 * len(shortlist) * backbone.hidden_size
+        return cls(backbone.head_of(shortlist), flops, backbone.vocab_size, shortlist)
+
+    @classmethod
+    def sketched(cls, backbone: Backbone, sketch: tuple[Tensor, Tensor] | None, candidates: int) -> Head:
+        """The `candidates` likeliest tokens by the exits' sketch, −inf for all others.
+
+        Raises `BadInput` for exits without a sketch, and for more candidates than tokens.
+        """
+        if sketch is None:
+            raise BadInput(
+                f"{candidates} candidates cannot be read out: the exits hold no sketch of the head.",
+                "Give 0 for all tokens, or exits trained with --sketch.",
+            )
+        if candidates > backbone.vocab_size:
+            raise BadInput(
+                f"{candidates} candidates cannot be read out: there are {backbone.vocab_size} tokens.",
+                "Give 0 for all tokens.",
+            )
+        dims, hidden = sketch[0].shape
+        flops = 2 * (hidden * dims + backbone.vocab_size * dims + candidates * hidden)
+        return cls(backbone.sketched(*sketch, candidates), flops, backbone.vocab_size)
+
+    def over_vocabulary(self, logits: Tensor) -> Tensor:
+        """Logits (n, …) that the head gave → (n, V), with −inf for tokens that are not on the short list."""
+        if self.shortlist is None:
+            return logits
+        whole = logits.new_full((len(logits), self.vocab_size), float("-inf"))
+        return whole.index_copy_(1, self.shortlist, logits)

@@ -1,0 +1,150 @@
+"""What is asked of the engine, and what it gives out: requests, tokens, finished answers, events."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+from offramp.decode.detokenizer import Detokenizer
+from offramp.decode.sequence import Decision, Sequence
+
+
+class Limits(TypedDict, total=False):
+    """When an answer ends.
+
+    `max_tokens`: most tokens to generate (128); `stop`: the answer ends before the first of these texts (none); `end_ids`:
+    tokens that end a text (those that the model names).
+    """
+
+    max_tokens: int
+    stop: tuple[str, ...]
+    end_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token.
+
+    `exit_block` is the number of blocks run for its logits (with `verify`, for the draft that stood), `confidence` the
+    exiting gate's (None at full depth). `deep_passes` and `rejected` count, up to here, the chunks that went to the top and
+    the drafts that were taken back.
+    """
+
+    id: int
+    text: str
+    exit_block: int
+    confidence: float | None
+    flops: int
+    cumulative_flops: int
+    deep_passes: int
+    rejected: int
+
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(eq=False)
+class Request:
+    """One text to go on with, until an end token, a stop string or the limit.
+
+    `remaining`: tokens that may still be generated; `tokens`: those that were.
+    """
+
+    sequence: Sequence
+    remaining: int
+    end_ids: frozenset[int]
+    detokenizer: Detokenizer
+    prefilled: bool = False
+    tokens: list[Token] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def accept(self, decision: Decision) -> Token:
+        """The token of a decision, which ends the request if it is an end token, or the last that fits."""
+        self.remaining -= 1
+        ended = decision.id in self.end_ids
+        text = self.detokenizer.push(decision.id, last=ended or not self.remaining)
+        spent = self.tokens[-1].cumulative_flops if self.tokens else 0
+        token = Token(
+            decision.id,
+            text,
+            decision.block,
+            decision.confidence,
+            decision.flops,
+            spent + decision.flops,
+            self.sequence.deep_passes,
+            self.sequence.rejected,
+        )
+        self.tokens.append(token)
+        if ended or self.detokenizer.stopped:
+            self.finish_reason = "stop"
+        elif not self.remaining:
+            self.finish_reason = "length"
+        return token
+
+
+@dataclass(frozen=True, eq=False)
+class Prefilled:
+    """The prompt of a request has been read: the prefill is over."""
+
+    request: Request
+
+
+@dataclass(frozen=True, eq=False)
+class Decided:
+    """A token of a request has been decided."""
+
+    request: Request
+    token: Token
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A request has ended; `request.finish_reason` says why."""
+
+    request: Request
+
+
+Event = Prefilled | Decided | Finished
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer and what it cost.
+
+    `blocks` is the model's depth N; `flops_saved` is 1 − FLOPs of decoding (blocks, fills, gates, read-outs, heads) over
+    full-depth decoding of the same tokens, the prefill left out of both. `tokens_per_deep_pass` is how many tokens came
+    for each pass through the top blocks, and `acceptance_rate` the share of drafts that stood (None without drafts).
+    """
+
+    text: str
+    tokens: list[Token]
+    blocks: int
+    mean_blocks: float
+    flops_saved: float
+    tokens_per_deep_pass: float
+    acceptance_rate: float | None
+    prefill_seconds: float
+    decode_tokens_per_second: float
+    fill: str
+    thresholds: dict[int, float]
+    finish_reason: str  # "stop" or "length"
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.id for token in self.tokens]
+
+
+class Talk:
+    """A text that goes on, turn after turn. What was computed of it is used again by the next request with this talk."""
+
+    def __init__(self, sequence: Sequence | None = None) -> None:
+        self.sequence = sequence
+
+    def continues(self, ids: list[int]) -> bool:
+        """Whether these ids begin with all that the talk has read, and go on from there."""
+        old = self.sequence
+        return old is not None and old.run < len(ids) and old.ids[: old.run] == ids[: old.run] and not old.drafts
+
+    def fork(self) -> Talk:
+        """A second talk with the same beginning."""
+        return Talk(self.sequence.fork() if self.sequence else None)

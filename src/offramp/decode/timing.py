@@ -1,0 +1,33 @@
+"""Where decoding time goes: seconds spent in each named part."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+Timed = Callable[[str], AbstractContextManager[None]]  # part → a context whose time counts as that part's
+
+
+class Timer:
+    """Counts seconds by part. Set it as an engine's `timed`; without a timer the engine measures nothing."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.perf_counter() - started
+
+
+_NOTHING = nullcontext()
+
+
+def untimed(part: str) -> AbstractContextManager[None]:
+    """Measures nothing, and costs nothing."""
+    return _NOTHING

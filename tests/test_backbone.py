@@ -163,10 +163,10 @@ def test_loaded_weights_are_not_initialised_once_more(family: str, tmp_path, own
 
 
 def test_a_model_that_fails_in_bfloat16_runs_in_float32_and_says_so(tmp_path, own_cache, monkeypatch) -> None:
-    from offramp.model import loading as module
+    from offramp.model import library_blocks
 
     folder = saved(tiny("gpt2"), tmp_path / "model")
-    monkeypatch.setitem(module.TOLERANCE, torch.bfloat16, -1.0)
+    monkeypatch.setitem(library_blocks.TOLERANCE, torch.bfloat16, -1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loaded = offramp.load(str(folder))
@@ -194,9 +194,9 @@ def test_empty_and_overlong_prompts_are_refused() -> None:
     backbone = tiny("llama")
     for empty in ("", "  \n"):
         with pytest.raises(BadInput, match="empty"):
-            backbone.encode(empty)
+            backbone.prompts.encode(empty)
     with pytest.raises(BadInput, match="600 tokens long"):
-        backbone.encode("x" * 600)
+        backbone.prompts.encode("x" * 600)
 
 
 def outlined(family: str, folder: Path, **kwargs) -> Backbone:

@@ -40,7 +40,7 @@ def exits_for(family: str, gate: str = "mamba", readout: str = "mamba", seed: in
 def begun(engine: Engine, tokens: int = 48) -> tuple[Iterator[Token | None], Sequence]:
     """A stream that has read the prompt, and its sequence."""
     talk = Talk()
-    stream = engine.stream_ids(engine.backbone.encode(PROMPT), tokens, talk=talk)
+    stream = engine.stream_ids(engine.backbone.prompts.encode(PROMPT), tokens, talk=talk)
     assert next(stream) is None
     assert talk.sequence is not None
     return stream, talk.sequence
@@ -65,7 +65,7 @@ def refused(fill: str, family: str) -> bool:
 @torch.inference_mode()
 def library_tokens(family: str, prompt: str, n: int, **kwargs) -> list[int]:
     backbone = tiny(family)
-    ids = torch.tensor([backbone.encode(prompt)])
+    ids = torch.tensor([backbone.prompts.encode(prompt)])
     kwargs = {"pad_token_id": 257, "max_new_tokens": n, "do_sample": False, **kwargs}
     return backbone.model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[0, ids.shape[1] :].tolist()
 
@@ -173,7 +173,7 @@ def test_patience_leaves_where_so_many_exits_on_end_agree(run: int) -> None:
 def test_a_token_that_leaves_gets_the_read_outs_logits_and_fills_the_skipped_blocks() -> None:
     """One step, recomputed by hand from the parts."""
     backbone, exits = tiny("llama"), exits_for("llama", "linear", "linear")
-    ids = backbone.encode(PROMPT)
+    ids = backbone.prompts.encode(PROMPT)
     answer = Engine(backbone, exits, Policy((1.0, 0.0, 1.0))).generate_ids(ids, 2)
     state, exit = backbone.state(), list(exits)[1]
     chosen = []
@@ -247,7 +247,7 @@ def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold: float, fil
     for token in answer.tokens:
         total += token.flops
         assert token.cumulative_flops == total
-    prompt = len(backbone.encode(PROMPT))
+    prompt = len(backbone.prompts.encode(PROMPT))
     full = sum(engine.costs.full(prompt + index) for index in range(len(answer.tokens)))
     assert answer.flops_saved == pytest.approx(1 - total / full)
     stream, sequence = begun(engine)
@@ -269,7 +269,7 @@ def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text() -> None:
         return out
 
     engine._consider = spied  # type: ignore[method-assign]
-    ids = backbone.encode(PROMPT)
+    ids = backbone.prompts.encode(PROMPT)
     answer = engine.generate_ids(ids, 12)
     assert {token.exit_block for token in answer.tokens} == {BLOCKS}
     with torch.inference_mode():

@@ -166,14 +166,13 @@ def _result(
 ) -> dict[str, Any]:
     """What was measured, rates in tokens a second, and where."""
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-    kind = backbone.lean.engine if backbone.lean else "library blocks"
     return {
         "model": backbone.name,
         "what": what,
         "ratio": median(ratios),
         "spread": [min(ratios), max(ratios)],
         "ours": {
-            "name": f"offramp ({kind})",
+            "name": f"offramp ({backbone.engine})",
             "weights": backbone.weight_format,
             "tokens_per_second": median(ours),
             "runs": ours,

@@ -15,7 +15,8 @@ from offramp.model.backbone import Backbone
 from offramp.model.families import family_of
 from offramp.model.hub import Source, find_config, resolve
 from offramp.model.lean.weights import FORMATS, Store
-from offramp.model.mamba import is_first
+from offramp.model.library_blocks import Outline
+from offramp.model.mamba import is_mamba1
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Reference:
                 "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
             )
         cache, cached = None, []
-        forgets = any(mixer is not None and is_first(mixer) for mixer in map(backbone.mixer, range(backbone.n_blocks)))
+        forgets = any(mixer is not None and is_mamba1(mixer) for mixer in map(backbone.mixer, range(backbone.n_blocks)))
         positions = torch.arange(length, device=ids.device)[None]
         cuts = [1] * length if forgets else [piece.shape[1] for piece in pieces]
         for piece, place in zip(ids.split(cuts, dim=1), positions.split(cuts, dim=1), strict=True):
@@ -56,15 +57,12 @@ class Reference:
         return cls(ids, pieces, full, torch.cat(cached, 1))
 
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-
-
 @torch.inference_mode()
 def check(backbone: Backbone) -> tuple[float, float]:
     """Compare a full pass, and a pass in pieces over a state, with the library's own logits.
 
     Returns the largest differences (full, cached), as shares of the largest logit. Raises `UnsupportedModel` when one
-    exceeds what is allowed: `TOLERANCE` for the library's blocks, `Lean.tolerance` on the lean path.
+    exceeds what rounding explains, `Runtime.tolerance`.
     """
     reference = Reference.of(backbone)
     ours, state, seen, middle = [], backbone.state(), 0, backbone.n_blocks // 2
@@ -76,7 +74,7 @@ def check(backbone: Backbone) -> tuple[float, float]:
     scale = reference.full.abs().max().clamp(min=1e-6)
     full = float((backbone.forward(reference.ids) - reference.full).abs().max() / scale)
     cached = float((torch.cat(ours, 1) - reference.cached).abs().max() / scale)
-    allowed = backbone.lean.tolerance if backbone.lean else TOLERANCE.get(backbone.dtype, 3e-2)
+    allowed = backbone.runtime.tolerance
     if not (full <= allowed and cached <= allowed):
         raise UnsupportedModel(
             f"offramp would decode {backbone.name} wrongly: its logits differ from the library's by {full:.1e} in a full "
@@ -134,25 +132,25 @@ def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbon
     except Exception as error:  # the library raises anything from KeyError to SafetensorError here
         raise source.unreadable(error) from error
     backbone = Backbone(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, source)
-    _ready(backbone, dtype, Store(cache_folder() / "formats" / f"{source.sha256[:16]}-{dtype}.safetensors"))
-    if backbone.lean and not keep:
-        backbone.drop_library_weights()
+    _make_ready(backbone, dtype, Store(cache_folder() / "formats" / f"{source.sha256[:16]}-{dtype}.safetensors"))
+    if not keep:
+        backbone.drop_spare_weights()
     return backbone
 
 
-def _ready(backbone: Backbone, dtype: str, store: Store) -> None:
+def _make_ready(backbone: Backbone, dtype: str, store: Store) -> None:
     """Take the lean path where there is one and it passes the self-check, else the library's blocks; both checked."""
     quantised = FORMATS[dtype].quantised
     if backbone.family.lean or quantised:
         try:
-            backbone.quicken(dtype, store)
+            backbone.use_lean_path(dtype, store)
             check(backbone)
+            return
         except UnsupportedModel:
             if quantised:
                 raise
-            backbone.slow()
-    if backbone.lean is None:
-        check(backbone)
+            backbone.use_library_blocks()
+    check(backbone)
 
 
 def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbone:
@@ -187,9 +185,9 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     if FORMATS[dtype].quantised and not family.lean:
         raise UnsupportedModel(f"The family '{config.model_type}' has no lean path.", "Use bfloat16 or float32.")
     if random:
-        _ready(backbone, dtype, Store())
-    elif family.lean:  # which keeps hidden states, keys and values in float32
-        backbone.weight_format, backbone.dtype = dtype, torch.float32
+        _make_ready(backbone, dtype, Store())
+    elif family.lean:
+        backbone.runtime = Outline(backbone.modules, family, config, dtype)
     return backbone
 
 

@@ -143,6 +143,13 @@ def test_without_a_compiler_torch_does_the_work(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, folder], env=environment).returncode == 0
 
 
+@pytest.mark.parametrize("name", ["processor", "instruction_set"])
+def test_code_that_was_compiled_on_another_kind_of_machine_is_not_used(name, monkeypatch):
+    here = offramp.model.lean.native._compiled_file(["cc"])
+    monkeypatch.setattr(offramp.model.lean.native, name, lambda: "another")
+    assert offramp.model.lean.native._compiled_file(["cc"]) != here
+
+
 class Counting(TorchDispatchMode):
     """Counts torch's operators, the tensors that they allocate, and reads of a tensor by Python, which a GPU waits for."""
 

@@ -9,7 +9,7 @@
 | LM head | 2 · V · D | ibid. |
 | `project` fill of a block | 2 · (entries of its K and V projections) | CALM, arXiv 2207.07061, section 3.2 |
 | `project` fill of a Mamba block | 2 · (entries of what feeds convolution and state), and both | DYNAMAX, 2504.20922 |
-| `copy`, `freeze` | 0, or `project`'s in attention blocks that have nothing to copy | |
+| `copy`, `freeze` | 0; `project`'s in attention blocks that have nothing to copy | |
 | gate, read-out adapter | 2 · (entries of their weight matrices), and `MambaBlock.scan_flops` | arXiv 2405.21060 |
 
 Norms, activations, rotary tables and residuals are left out: they are below 1% of a block's products. A block with a

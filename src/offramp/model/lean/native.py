@@ -121,10 +121,7 @@ def library() -> Any:
     """The compiled library, or None where there is no working C compiler. `CC` names another compiler."""
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
     command = [*compiler, *FLAGS]
-    # -march=native means something else on each machine, and machines may share a cache folder.
-    machine = "/".join([*command, platform.machine(), processor(), instruction_set()])
-    code = b"".join(file.read_bytes() for file in (*SOURCES, HEADER))
-    compiled = cache_folder() / "native" / f"{hashlib.sha256(code + machine.encode()).hexdigest()[:16]}.so"
+    compiled = _compiled_file(command)
     try:
         if not compiled.exists():
             compiled.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +132,14 @@ def library() -> Any:
         return _declared(ctypes.CDLL(str(compiled)))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _compiled_file(command: list[str]) -> Path:
+    """Where the compiled library is kept: one file for each source, compiler command and kind of processor."""
+    # -march=native means something else on each machine, and machines may share a cache folder.
+    machine = "/".join([*command, platform.machine(), processor(), instruction_set()])
+    code = b"".join(file.read_bytes() for file in (*SOURCES, HEADER))
+    return cache_folder() / "native" / f"{hashlib.sha256(code + machine.encode()).hexdigest()[:16]}.so"
 
 
 def _declared(loaded: Any) -> Any:

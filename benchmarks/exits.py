@@ -84,7 +84,7 @@ def compare_formats(args: argparse.Namespace) -> None:
     for name, kept in FORMATS.items():
         backbone = offramp.load(args.model, name)
         exits = exits_for(backbone, args.exits)
-        asked = [backbone.encode(question) for question in questions_in(args.questions, args.count)]
+        asked = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
         folder = args.work / f"asked-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         plan = units(asked, [], args.tokens, batch=48)
@@ -116,7 +116,7 @@ def main() -> None:
     config = TrainConfig(prompts=args.own_prompts)
     fills = args.fills.split(",")
     data: Data = gather(exact, config, base.config.layers, args.work / "text")
-    asked = [exact.encode(question) for question in questions_in(args.questions, args.count)]
+    asked = [exact.prompts.encode(question) for question in questions_in(args.questions, args.count)]
     plan = units(asked, [], args.tokens, batch=48)
     (args.work / "asked").mkdir(parents=True, exist_ok=True)
     answers = load_shards(harvest(exact, plan, base.config.layers, args.work / "asked", lambda tokens: None))

@@ -88,7 +88,7 @@ def main() -> None:
     base = exits_for(backbone, args.exits)
     settings = TrainConfig(max_prompts=args.max_prompts, gate_epochs=args.epochs)
     data = gather(backbone, settings, base.config.layers, args.work / "text")
-    prompts = [backbone.encode(one) for one in questions_in(args.questions, args.count)]
+    prompts = [backbone.prompts.encode(one) for one in questions_in(args.questions, args.count)]
     plan = units(prompts, [], args.tokens, batch=48)
     mark = hashlib.sha256(
         json.dumps([prompts, args.tokens, args.epochs, args.max_prompts, base.training]).encode()

@@ -189,7 +189,7 @@ def main() -> None:
                 times[axis][format] = [old + new for old, new in zip(times[axis][format], measured, strict=True)]
     medians = {axis: {format: list(map(median, one)) for format, one in ms.items()} for axis, ms in times.items()}
 
-    engines = {format: one.lean.engine if one.lean else "library" for format, one in backbones.items()}
+    engines = {format: one.engine for format, one in backbones.items()}
     repetitions = args.rounds * REPETITIONS
     settings: dict[str, Any] = {"model": args.model, "engines": engines, "repetitions": repetitions, "axes": axes}
     for path in (WORK, args.figure.parent):

@@ -136,7 +136,7 @@ def main() -> None:
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     assert exits, f"no exits ship for {args.model}"
-    ids = [backbone.encode(one.prompt) for one in asked]
+    ids = [backbone.prompts.encode(one.prompt) for one in asked]
     parts = (args.model, backbone.source.sha256, backbone.weight_format, exits.training, args.fill, args.tokens, args.loss)
     mark = hashlib.sha256(json.dumps([*parts, args.reference, [one.prompt for one in asked]]).encode()).hexdigest()[:12]
 

@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from growth import machine
-from offramp.model.lean.llama import LeanLlama, Make
-from offramp.model.lean.weights import FORMATS, GROUP, Int4, Int8, Store, Tensors, Weight
+from offramp.model.lean.base import MakeWeight
+from offramp.model.lean.llama import LeanLlama
+from offramp.model.lean.weights import GROUP, Int4, Int8, Store, Tensors, Weight
+from offramp.model.modules import Modules
 from offramp.model.state import State
 from speed import read_bandwidth
 
@@ -52,7 +54,7 @@ CONFIG = MistralConfig(
 class RandomLean(LeanLlama):
     """The lean path with random weights of the layers' shapes, in place of theirs. Its blocks' values are the same."""
 
-    def _maker(self, name: int | str, kind: type[Weight]) -> Make:
+    def _maker(self, name: int | str, kind: type[Weight]) -> MakeWeight:
         def make(part: str, layers: list[nn.Linear], order: Tensor | None) -> Weight:
             rows, columns = sum(layer.out_features for layer in layers), layers[0].in_features
             drawn = self._store(part, lambda: draw(kind, rows, columns))
@@ -73,8 +75,8 @@ def draw(kind: type[Weight], rows: int, columns: int) -> Tensors:
     return {"w": torch.empty(rows, columns, dtype=torch.bfloat16).normal_(std=deviation)}
 
 
-def build(format: str) -> tuple[nn.Module, LeanLlama]:
-    """The embedding and the lean path, on modules of the library that hold nothing but norms and rotary tables."""
+def build(format: str) -> LeanLlama:
+    """The lean path, on modules of the library that hold nothing but norms and rotary tables."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
     trunk = model.model
@@ -86,18 +88,19 @@ def build(format: str) -> tuple[nn.Module, LeanLlama]:
     head = model.lm_head.to_empty(device="cpu")  # tells the lean path the device; its pages are never touched
     rotary = type(trunk.rotary_emb)(CONFIG)
     windows = [CONFIG.sliding_window] * CONFIG.num_hidden_layers
-    lean = RandomLean(list(trunk.layers), windows, rotary, trunk.norm, head, FORMATS[format], Store())
-    return embedding, lean
+    modules = Modules(embedding, list(trunk.layers), trunk.norm, head, rotary=rotary, windows=windows)
+    return RandomLean(modules, format, Store())
 
 
 def measure(format: str, repetitions: int, threads: int) -> dict[str, Any]:
     """Milliseconds of every repetition, and bytes, for each of `EXITS`; GB/s at which memory was read meanwhile."""
-    embedding, lean = build(format)
+    lean = build(format)
     state = State(["attention"] * len(lean.blocks), CONTEXT + 1)
 
     def run(ids: Tensor, first: int, blocks: int) -> Tensor:
         """Token ids (1, T) → logits (1, 1, V) of the last one after so many blocks."""
-        h = lean.run(embedding(ids).float(), 0, blocks, state, lean.step(first, *ids.shape))
+        h, step = lean.embed(ids, first)
+        (h,) = lean.run_all([(h, state, step)], 0, blocks)
         return lean.logits(h[:, -1:])
 
     logits = run(torch.randint(0, CONFIG.vocab_size, (1, CONTEXT)), 0, len(lean.blocks))

@@ -47,6 +47,7 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
     import torch
 
     import offramp
+    from offramp.model.lean.base import Lean
 
     torch.set_num_threads(args.threads)
     model = offramp.load(args.model, args.dtype)
@@ -58,14 +59,14 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
         for token in engine.stream(ids, max_tokens=tokens):
             out([token.id])
 
-    costs, lean = engine.costs, model.lean
+    costs, lean = engine.costs, model.runtime if isinstance(model.runtime, Lean) else None
     depth = "verified exits" if exits else "full depth"
     facts = {
         "versions": versions("offramp", "torch", "transformers"),
         "weights": model.weight_format.removesuffix("-head4"),
         "head": lean.head.name if lean else formats(model.head),
         "weight_bytes": sum(costs.block_bytes(index, 0) for index in range(model.n_blocks)) + costs.head_bytes,
-        "way": f"Engine.stream_ids, {depth}, {lean.engine if lean else 'library blocks'}",
+        "way": f"Engine.stream_ids, {depth}, {model.engine}",
     }
     return Peer(facts, generate, lambda ids: nll(model.forward(torch.tensor([ids]))[0], ids))
 
@@ -178,7 +179,7 @@ def requantised(args: argparse.Namespace) -> Path:
         params.nthread, params.allow_requantize = args.threads, True
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{args.requantise}")
         unfinished = path.with_suffix(".part")
-        if llama_cpp.llama_model_quantize(args.model.encode(), str(unfinished).encode(), params):
+        if llama_cpp.llama_model_quantize(args.model.prompts.encode(), str(unfinished).encode(), params):
             raise RuntimeError(f"llama_model_quantize could not write {args.requantise}")
         unfinished.rename(path)
     return path

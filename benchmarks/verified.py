@@ -77,14 +77,14 @@ def main() -> None:
     try:
         backbone = offramp.load(args.model, args.dtype, keep=args.engine != "native")
         if args.engine == "torch":
-            backbone.quicken(backbone.weight_format, native=False)
+            backbone.use_lean_path(backbone.weight_format, native=False)
         elif args.engine == "library":
-            backbone.slow()
+            backbone.use_library_blocks()
         exits = load_exits(args.exits, backbone, draft=True) if args.exits else offramp.shipped_for(backbone, draft=True)
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     assert exits, f"no exits ship for {args.model}"
-    prompts = [backbone.encode(question) for question in questions_in(args.questions, args.count or 100)]
+    prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count or 100)]
     print(
         f"{backbone.name}, {backbone.weight_format}, {args.engine}: {compare(backbone, exits, None, prompts, args.tokens)}"
     )

@@ -34,7 +34,7 @@ def questions_of(files: list[Path], count: int) -> list[str]:
 def answers(backbone: Any, questions: list[str], tokens: int) -> list[str]:
     """The model's greedy answers, each cut after its last whole sentence; empty where none is whole."""
     tokenizer = backbone.tokenizer
-    prompts = [backbone.encode(question) for question in questions]
+    prompts = [backbone.prompts.encode(question) for question in questions]
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(one)) + one for one in prompts])
     there = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])

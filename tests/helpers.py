@@ -90,7 +90,7 @@ def some_prompts(count: int, seed: int = 0) -> list[list[int]]:
 def library_tokens(family: str, prompt: str, n: int, **kwargs) -> list[int]:
     """The new tokens of the library's own `generate`."""
     backbone = tiny(family)
-    ids = torch.tensor([backbone.encode(prompt)])
+    ids = torch.tensor([backbone.prompts.encode(prompt)])
     kwargs = {"pad_token_id": 257, "max_new_tokens": n, "do_sample": False, **kwargs}
     return backbone.model.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)[0, ids.shape[1] :].tolist()
 
@@ -118,7 +118,7 @@ def refused(fill: str, family: str) -> bool:
 def begun(engine: Engine, tokens: int = 48) -> tuple[Batch, Sequence]:
     """A batch of one request whose prompt has been read, and its sequence."""
     batch = engine.batch()
-    request = batch.add(engine.backbone.encode(PROMPT), max_tokens=tokens)
+    request = batch.add(engine.backbone.prompts.encode(PROMPT), max_tokens=tokens)
     assert [type(event) for event in batch.step()] == [Prefilled]
     return batch, request.sequence
 

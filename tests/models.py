@@ -139,9 +139,8 @@ def tiny(family: str, seed: int = 0) -> Backbone:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     backbone = wrap(model, byte_tokenizer(), f"tiny-{family}")
     if engine:
-        backbone.quicken("float32", native=engine == "native")
-        assert backbone.lean is not None
-        assert backbone.lean.engine == engine
+        backbone.use_lean_path("float32", native=engine == "native")
+        assert backbone.engine == engine
     return backbone
 
 

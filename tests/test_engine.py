@@ -142,7 +142,7 @@ def test_patience_leaves_where_so_many_exits_on_end_agree(run: int) -> None:
 def test_a_token_that_leaves_gets_the_read_outs_logits_and_fills_the_skipped_blocks() -> None:
     """One step, recomputed by hand from the parts."""
     backbone, exits = tiny("llama"), exits_for("llama", "linear", "linear")
-    ids = backbone.encode(PROMPT)
+    ids = backbone.prompts.encode(PROMPT)
     answer = Engine(backbone, exits, Policy((1.0, 0.0, 1.0))).generate(ids, max_tokens=2)
     state, exit = backbone.state(), list(exits)[1]
     chosen = []
@@ -213,7 +213,7 @@ def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold: float, fil
     for token in answer.tokens:
         total += token.flops
         assert token.cumulative_flops == total
-    prompt = len(backbone.encode(PROMPT))
+    prompt = len(backbone.prompts.encode(PROMPT))
     full = sum(engine.costs.full(prompt + index) for index in range(len(answer.tokens)))
     assert answer.flops_saved == pytest.approx(1 - total / full)
     batch, sequence = begun(engine)
@@ -236,7 +236,7 @@ def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text(monkeypatch) -
         return out, flops
 
     monkeypatch.setattr(Follower, "read", spied)
-    ids = backbone.encode(PROMPT)
+    ids = backbone.prompts.encode(PROMPT)
     answer = engine.generate(ids, max_tokens=12)
     assert {token.exit_block for token in answer.tokens} == {BLOCKS}
     with torch.inference_mode():
@@ -342,7 +342,7 @@ def test_a_gate_with_a_memory_keeps_it_because_its_class_says_so(monkeypatch: py
     exits = exits_for("llama")
     for exit in exits:
         exit.gate = Counter()
-    ids = tiny("llama").encode(PROMPT)
+    ids = tiny("llama").prompts.encode(PROMPT)
     answer = Engine(tiny("llama"), exits, Policy((1.0, 0.5, 1.0))).generate(ids, max_tokens=12)
     # The gate has counted the prompt; token t of the answer is computed from text of len(ids) + t tokens.
     opened = [(len(ids) + place) % 3 == 0 for place in range(12)]

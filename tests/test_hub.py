@@ -65,8 +65,8 @@ def test_a_broken_gguf_is_named(tmp_path, own_cache) -> None:
 
 
 def test_the_hash_of_a_folder_follows_its_weights(tmp_path, own_cache) -> None:
-    one, same, other = (saved(tiny("llama", seed), tmp_path / name) for seed, name in ((0, "a"), (0, "b"), (1, "c")))
-    hashes = [resolve(str(folder)).sha256 for folder in (one, same, other)]
+    first, same, other = (saved(tiny("llama", seed), tmp_path / name) for seed, name in ((0, "a"), (0, "b"), (1, "c")))
+    hashes = [resolve(str(folder)).sha256 for folder in (first, same, other)]
     assert hashes[0] == hashes[1] != hashes[2]
 
 

@@ -27,9 +27,8 @@ def lean(family, format, engine, store=None):
     if format == "bfloat16":
         model = model.bfloat16()
     backbone = Backbone(model, base.tokenizer, base.source)
-    backbone.quicken(format, store, native=engine == "native")
-    assert backbone.lean is not None
-    assert backbone.lean.engine == engine
+    backbone.use_lean_path(format, store, native=engine == "native")
+    assert backbone.engine == engine
     return backbone
 
 
@@ -101,7 +100,7 @@ def test_native_chunks_give_bit_for_bit_what_single_tokens_give(family, format):
 
 def test_a_families_without_a_lean_path_says_so():
     with pytest.raises(UnsupportedModel, match="no lean path"):
-        Backbone(copy.deepcopy(tiny("gpt2").model), tiny("gpt2").tokenizer, tiny("gpt2").source).quicken("int8")
+        Backbone(copy.deepcopy(tiny("gpt2").model), tiny("gpt2").tokenizer, tiny("gpt2").source).use_lean_path("int8")
 
 
 def test_shapes_that_do_not_fit_a_format_are_refused():
@@ -112,7 +111,7 @@ def test_shapes_that_do_not_fit_a_format_are_refused():
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     backbone = Backbone(model, tiny("llama").tokenizer, tiny("llama").source)
     with pytest.raises(UnsupportedModel, match="groups of 32"):
-        backbone.quicken("int4")
+        backbone.use_lean_path("int4")
 
 
 def test_rotary_positions_that_change_with_the_length_are_refused():
@@ -122,7 +121,7 @@ def test_rotary_positions_that_change_with_the_length_are_refused():
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with pytest.raises(UnsupportedModel, match="change with the text's length"):
-        Backbone(model, tiny("llama").tokenizer, tiny("llama").source).quicken("float32")
+        Backbone(model, tiny("llama").tokenizer, tiny("llama").source).use_lean_path("float32")
 
 
 def test_quantised_weights_are_read_back_from_the_store(tmp_path):
@@ -137,11 +136,18 @@ def test_quantised_weights_are_read_back_from_the_store(tmp_path):
 def test_without_a_compiler_torch_does_the_work(tmp_path):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from models import ENGINES, tiny; "
-        "b = tiny('llama'); b.quicken('float32'); sys.exit(b.lean.engine != 'torch' or ENGINES != ['torch'])"
+        "b = tiny('llama'); b.use_lean_path('float32'); sys.exit(b.engine != 'torch' or ENGINES != ['torch'])"
     )
     environment = {**__import__("os").environ, "CC": "false", "OFFRAMP_CACHE": str(tmp_path)}
     folder = str(__import__("pathlib").Path(__file__).parent)
     assert subprocess.run([sys.executable, "-c", code, folder], env=environment).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["processor", "instruction_set"])
+def test_code_that_was_compiled_on_another_kind_of_machine_is_not_used(name, monkeypatch):
+    here = offramp.model.lean.native._compiled_file(["cc"])
+    monkeypatch.setattr(offramp.model.lean.native, name, lambda: "another")
+    assert offramp.model.lean.native._compiled_file(["cc"]) != here
 
 
 class Counting(TorchDispatchMode):

@@ -40,7 +40,7 @@ def shipped(smollm2: Backbone) -> Exits:
 
 @torch.inference_mode()
 def library_tokens(backbone: Backbone, prompt: str, n: int, **kwargs) -> list[int]:
-    ids = torch.tensor([backbone.encode(prompt)])
+    ids = torch.tensor([backbone.prompts.encode(prompt)])
     out = backbone.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, **kwargs)
     return out[0, ids.shape[1] :].tolist()
 
@@ -88,7 +88,7 @@ def test_the_shipped_thresholds_let_tokens_leave_and_keep_the_answers(smollm2: B
 
 def test_a_trained_read_out_beats_an_untrained_one(smollm2: Backbone, shipped: Exits) -> None:
     """Top tokens that agree with the full model's on an answer of its own, at every exit."""
-    ids = smollm2.encode(PROMPTS[0])
+    ids = smollm2.prompts.encode(PROMPTS[0])
     answer = Engine(smollm2).generate(ids, max_tokens=48).ids
     with torch.inference_mode():
         h, step = smollm2.embed(torch.tensor([ids + answer[:-1]]))
@@ -118,7 +118,7 @@ def test_int4_keeps_the_weights_of_the_file_and_decodes_like_the_library_with_th
 def test_the_named_parts_of_a_tokens_time_add_up(fill: str, smollm2: Backbone) -> None:
     exits = shipped_for(smollm2, draft=True) if fill == "verify" else None
     engine = Engine(smollm2, exits, fill="verify") if exits else Engine(smollm2)
-    parts = parts_of_a_token(engine, smollm2.encode("Explain how rainbows form, in detail."), 32)
+    parts = parts_of_a_token(engine, smollm2.prompts.encode("Explain how rainbows form, in detail."), 32)
     named = {part: milliseconds for part, milliseconds in parts.items() if part != REST}
     blocks = {"shallow", "deep", "exits", "fill", "rollback"} if exits else {"blocks"}
     assert set(named) == {*blocks, "embedding", "heads", "sampling", "text"}
@@ -198,8 +198,7 @@ def test_the_demo_shows_both_models_side_by_side() -> None:
 def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str, dtype: str) -> None:
     """The compiled path adds up each row in one order, so a chunk's tokens are those one by one: no ties to allow for."""
     backbone = offramp.load(name, dtype)
-    assert backbone.lean
-    if backbone.lean.engine != "native":
+    if backbone.engine != "native":
         pytest.skip("no C compiler")
     exits, drafting = shipped_for(backbone), shipped_for(backbone, draft=True)
     assert exits
@@ -225,7 +224,7 @@ def test_verified_exits_equal_the_librarys_generate_in_float32(smollm2: Backbone
         exits = shipped_for(backbone)
         assert exits
         engine = Engine(backbone, exits, Policy((0.6,) * len(exits)), "verify")
-        answers = engine.generate_batch([backbone.encode(prompt) for prompt in PROMPTS], max_tokens=24)
+        answers = engine.generate_batch([backbone.prompts.encode(prompt) for prompt in PROMPTS], max_tokens=24)
         for prompt, answer in zip(PROMPTS, answers, strict=True):
             assert answer.ids == library_tokens(backbone, prompt, 24)[: len(answer.ids)]
 

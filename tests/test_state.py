@@ -17,7 +17,7 @@ OPERATIONS = st.lists(
 )
 
 
-def some(batch, tokens, seed=0):
+def random_tokens(batch, tokens, seed=0):
     g = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 2, tokens, 3, generator=g), torch.randn(batch, 2, tokens, 3, generator=g)
 
@@ -30,11 +30,11 @@ def same(kv, keys, values):
 @given(OPERATIONS, st.integers(1, 9))
 def test_a_memory_equals_a_plain_concatenation_after_any_operations(operations, capacity):
     kv = KV(capacity)
-    keys, values = some(2, 0)
+    keys, values = random_tokens(2, 0)
     stored = False
     for seed, (name, argument) in enumerate(operations):
         if name == "append":
-            new_keys, new_values = some(keys.shape[0], argument, seed)
+            new_keys, new_values = random_tokens(keys.shape[0], argument, seed)
             kv.append(new_keys, new_values)
             keys, values = torch.cat([keys, new_keys], dim=2), torch.cat([values, new_values], dim=2)
             stored = True
@@ -50,7 +50,7 @@ def test_a_memory_equals_a_plain_concatenation_after_any_operations(operations, 
 
 def test_a_memory_grows_past_its_capacity_and_keeps_what_it_held():
     kv = KV(capacity=2)
-    pieces = [some(1, tokens, seed=tokens) for tokens in (1, 1, 1, 5, 40)]
+    pieces = [random_tokens(1, tokens, seed=tokens) for tokens in (1, 1, 1, 5, 40)]
     for piece in pieces:
         kv.append(*piece)
     assert same(kv, *(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True)))
@@ -65,7 +65,7 @@ def test_an_empty_memory_can_be_cropped_and_selected_from():
 
 def test_a_memory_keeps_a_copy_of_what_it_was_given():
     kv = KV()
-    keys, values = some(1, 2)
+    keys, values = random_tokens(1, 2)
     kv.append(keys, values)
     before = keys.clone()
     keys.zero_()
@@ -78,7 +78,7 @@ def test_every_block_has_a_length_of_its_own(updates, cut):
     state = State(["attention"] * 3, capacity=2)
     lengths = [0, 0, 0]
     for block, tokens in updates:
-        keys, values = state.update(*some(1, tokens), block)
+        keys, values = state.update(*random_tokens(1, tokens), block)
         lengths[block] += tokens
         assert keys.shape[2] == values.shape[2] == lengths[block]
         assert [state.length(index) for index in range(3)] == lengths
@@ -88,7 +88,7 @@ def test_every_block_has_a_length_of_its_own(updates, cut):
 
 def test_an_update_gives_back_all_that_the_block_remembers_and_no_other_block_does():
     state = State(["attention", "attention"])
-    first, second, other = some(1, 3, seed=1), some(1, 2, seed=2), some(1, 4, seed=3)
+    first, second, other = random_tokens(1, 3, seed=1), random_tokens(1, 2, seed=2), random_tokens(1, 4, seed=3)
     state.update(*first, 0)
     state.update(*other, 1)
     keys, values = state.update(*second, 0, None, anything="ignored")
@@ -98,7 +98,7 @@ def test_an_update_gives_back_all_that_the_block_remembers_and_no_other_block_do
 
 def test_selected_rows_are_kept_in_their_order_in_every_block():
     state = State(["attention", "attention", "attention"])
-    held = [some(3, 4, seed=1), some(3, 6, seed=2)]
+    held = [random_tokens(3, 4, seed=1), random_tokens(3, 6, seed=2)]
     for block, piece in enumerate(held):
         state.update(*piece, block)
     rows = torch.tensor([2, 0, 2])
@@ -110,9 +110,9 @@ def test_selected_rows_are_kept_in_their_order_in_every_block():
 
 def test_copies_of_a_row_go_separate_ways():
     state = State(["attention"])
-    state.update(*some(1, 3), 0)
+    state.update(*random_tokens(1, 3), 0)
     state.select(torch.tensor([0, 0]))
-    keys, values = some(2, 1, seed=9)
+    keys, values = random_tokens(2, 1, seed=9)
     all_keys, _ = state.update(keys, values, 0)
     assert torch.equal(all_keys[0, :, :3], all_keys[1, :, :3])
     assert torch.equal(all_keys[:, :, 3:], keys)

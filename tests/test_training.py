@@ -37,7 +37,7 @@ def config(prompts: str, **kwargs) -> TrainConfig:
 @torch.inference_mode()
 def test_harvested_states_and_teachers_are_the_full_models(tmp_path, prompts: str) -> None:
     backbone = tiny("llama")
-    encoded = [backbone.encode(line) for line in read_lines(prompts, ())]
+    encoded = [backbone.prompts.encode(line) for line in read_lines(prompts, ())]
     plan = units(encoded[:10], [encoded[11]], 12, batch=4)
     sequences = load_shards(harvest(backbone, plan, LAYERS, tmp_path, lambda tokens: None))
     for ids, sequence in zip([ids for unit in plan for ids in unit.ids], sequences, strict=True):

@@ -73,12 +73,12 @@ def test_torchs_product_is_with_the_dense_weight(kind, rows, bias):
 def test_the_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind, rows):
     weight, x = random_weight(kind, rows=37, bias=True), torch.randn(rows, 96)
     native = Native([], CShape(96, 1, 1, 8, 96), 96)
-    made = native.product(CWeight.of(weight), x)
+    product = native.product(CWeight.of(weight), x)
     wanted = x @ weight.dense().T + weight.bias
     allowed = 1e-4 if kind.startswith("int") else 1e-5  # rows are 16-bit integers there
-    assert (made - wanted).abs().max() <= allowed * wanted.abs().max()
+    assert (product - wanted).abs().max() <= allowed * wanted.abs().max()
     alone = torch.cat([native.product(CWeight.of(weight), row[None].contiguous()) for row in x])
-    assert torch.equal(made, alone)
+    assert torch.equal(product, alone)
 
 
 @pytest.mark.skipif(not library(), reason="no C compiler")
@@ -93,8 +93,8 @@ def test_nan_is_not_lost_in_a_native_product(kind):
 def test_picked_rows_give_the_same_results(kind):
     weight = random_weight(kind, bias=True)
     torch.testing.assert_close(weight.pick(slice(32, None)).dense(), weight.dense()[32:])
-    some = torch.tensor([3, 40, 1])
-    torch.testing.assert_close(weight.pick(some).dense(), weight.dense()[some])
+    rows = torch.tensor([3, 40, 1])
+    torch.testing.assert_close(weight.pick(rows).dense(), weight.dense()[rows])
 
 
 def test_a_format_with_fewer_bits_reads_fewer_bytes():
@@ -105,10 +105,10 @@ def test_a_format_with_fewer_bits_reads_fewer_bytes():
 
 
 def test_a_store_makes_weights_once_and_a_damaged_one_again(tmp_path):
-    made = []
+    calls = []
 
     def make():
-        made.append(1)
+        calls.append(1)
         return Int8.tensors(torch.ones(4, 8))
 
     path = tmp_path / "formats" / "x.safetensors"
@@ -116,8 +116,8 @@ def test_a_store_makes_weights_once_and_a_damaged_one_again(tmp_path):
         store = Store(path)
         assert store("0/qkv", make)["w"].shape == (4, 8)
         store.save()
-    assert len(made) == 1
+    assert len(calls) == 1
     path.write_bytes(path.read_bytes()[:40])
     store = Store(path)
     assert store("0/qkv", make)["w"].shape == (4, 8)
-    assert len(made) == 2
+    assert len(calls) == 2

@@ -30,7 +30,18 @@ def machine() -> dict[str, Any]:
 
 def processor() -> str:
     """The processor's name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names = [line.split(":", 1)[1].strip() for line in _processor_lines() if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """The processor's feature flags as the system lists them; empty where it lists none."""
+    named = ("flags", "Features", "CPU part")
+    return "/".join(sorted({line for line in _processor_lines() if line.startswith(named)}))
+
+
+def _processor_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []

@@ -218,7 +218,7 @@ def generate(
     )
     ends = tuple(stop or ())
     if not (as_json or prompts or compare):
-        for token in early.stream(backbone.encode(many[0], raw), max_tokens=max_tokens, stop=ends):
+        for token in early.stream(backbone.prompts.encode(many[0], raw), max_tokens=max_tokens, stop=ends):
             print(token.text, end="", flush=True)
         print()
         return
@@ -226,7 +226,7 @@ def generate(
     compare = compare or (as_json and fill == "verify")
     for start in range(0, len(many), batch):
         some = many[start : start + batch]
-        ids = [backbone.encode(one, raw) for one in some]
+        ids = [backbone.prompts.encode(one, raw) for one in some]
         answers = early.generate_batch(ids, max_tokens=max_tokens, stop=ends)
         references = full.generate_batch(ids, max_tokens=max_tokens, stop=ends) if compare else [None] * len(some)
         for one, answer, reference in zip(some, answers, references, strict=True):
@@ -275,7 +275,7 @@ def chat(
         if not said.strip():
             return
         messages.append({"role": "user", "content": said})
-        ids = backbone.encode_chat(messages)
+        ids = backbone.prompts.encode_chat(messages)
         started = prefilled = time.perf_counter()
         batch = early.batch()
         request = batch.add(ids, talk, max_tokens=max_tokens)

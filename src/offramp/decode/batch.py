@@ -34,8 +34,8 @@ from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, 
 from offramp.decode.sequence import Decision, OpenExit, Sequence, looked_up
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
-from offramp.model.backbone import Step
-from offramp.model.lean.base import LeanStep, joined
+from offramp.model.lean.base import joined
+from offramp.model.runtime import Step
 
 if TYPE_CHECKING:
     from offramp.decode.engine import Engine
@@ -57,7 +57,7 @@ class Climb:
     may_leave: bool
     counted: bool = True
     h: Tensor | None = None
-    step: Step | LeanStep | None = None
+    step: Step | None = None
     segment: int = 0
     flops: int = 0
     tops: list[int] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Batch:
         max_tokens = limits.get("max_tokens", 128)
         if max_tokens < 1:
             raise BadInput(f"{max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
-        backbone.check_prompt(ids)
+        backbone.prompts.check(ids)
         remaining = min(max_tokens, backbone.context - len(ids))
         sequence = self._sequence(ids, remaining, talk or Talk())
         detokenizer = Detokenizer(backbone.tokenizer, limits.get("stop", ()))

@@ -136,7 +136,7 @@ class Engine:
         started = prefilled = time.perf_counter()
         ids = [self._ids(prompt) for prompt in prompts]
         for prompt in ids:
-            self.backbone.check_prompt(prompt)
+            self.backbone.prompts.check(prompt)
         batch = self.batch()
         requests = [batch.add(prompt, talk, **limits) for prompt, talk in zip(ids, self.shared_talks(ids), strict=True)]
         for event in batch.run():
@@ -193,7 +193,7 @@ class Engine:
         )
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
-        return self.backbone.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.backbone.prompts.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _check_guarantee(self, exits: Exits) -> None:
         """Warn where the exits' calibrated policy is used otherwise than it was calibrated."""

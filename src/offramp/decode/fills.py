@@ -28,9 +28,9 @@ from torch import Tensor
 
 from offramp.decode.sequence import OpenExit, Sequence
 from offramp.errors import BadInput
-from offramp.model.backbone import Backbone, Step
+from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
-from offramp.model.lean.base import LeanStep
+from offramp.model.runtime import Step
 
 
 class Fill(ABC):
@@ -48,7 +48,7 @@ class Fill(ABC):
         self.backbone = backbone
 
     @abstractmethod
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
         """A token has left at `exit`. h (1, n, D) are the hidden states there: the token's, behind those it took along."""
 
     def flops(self, block: int, costs: Costs) -> int:
@@ -61,7 +61,7 @@ class Project(Fill):
 
     name = "project"
 
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
         self.backbone.project(h, exit.block, self.backbone.n_blocks, sequence.state, step)
 
     def flops(self, block: int, costs: Costs) -> int:
@@ -78,7 +78,7 @@ class Freeze(Fill):
         if "mamba" not in backbone.kinds and "both" not in backbone.kinds:
             raise BadInput(f"{backbone.name} has no Mamba blocks whose state could be frozen.", "Use project or copy.")
 
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
         for skipped in range(exit.block, self.backbone.n_blocks):
             self.backbone.project_keys(h, skipped, sequence.state, step)
 
@@ -102,7 +102,7 @@ class Copy(Fill):
                 "Use --fill project.",
             )
 
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
         state = sequence.state
         skipped = [index for index in self._attention if index >= exit.block]
         computed = [index for index in self._attention if index < exit.block]
@@ -126,7 +126,7 @@ class Defer(Fill):
     name = "defer"
     waits = True
 
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step | LeanStep) -> None:
+    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
         exit.pending.append(h)
 
 

@@ -104,7 +104,7 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> Comparison:
 
     The backbone must have been loaded with `keep=True`. Raises `BadInput` for more tokens than the context holds.
     """
-    prompt = backbone.encode(PROMPT) if backbone.tokenizer else _random_ids(backbone, 16)
+    prompt = backbone.prompts.encode(PROMPT) if backbone.tokenizer else _random_ids(backbone, 16)
     _check_fits(backbone, len(prompt) + tokens)
     engine = Engine(backbone)
     _our_rate(engine, prompt, 8)
@@ -152,7 +152,7 @@ def compare_fills(
     A fill without exits is full depth. `policies` take the place of the exits' own. Raises `BadInput` for more tokens than
     the context holds.
     """
-    prompts = [backbone.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
+    prompts = [backbone.prompts.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
     _check_fits(backbone, max(map(len, prompts)) + tokens)
 
     def answer(engine: Engine) -> list[Generation]:
@@ -250,14 +250,13 @@ def _comparison(
     """What was measured, and the library's call; rates in tokens a second, ours and theirs; tokens and prompt."""
     ratios = [mine / other for mine, other in rates]
     ours, theirs = ([pair[side] for pair in rates] for side in (0, 1))
-    kind = backbone.lean.engine if backbone.lean else "library blocks"
     dtype = str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch.")
     return Comparison(
         model=backbone.name,
         what=what[0],
         ratio=median(ratios),
         spread=(min(ratios), max(ratios)),
-        ours=Side(f"offramp ({kind})", backbone.weight_format, median(ours), ours),
+        ours=Side(f"offramp ({backbone.engine})", backbone.weight_format, median(ours), ours),
         theirs=Side(f"transformers {what[1]}", dtype, median(theirs), theirs),
         parts_ms=parts,
         tokens=sizes[0],

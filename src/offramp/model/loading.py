@@ -1,4 +1,4 @@
-"""From a name to a backbone that decodes like the library: load it, and compare its logits with the library's own."""
+"""From a name to a backbone that decodes like the library: load it, and compare its logits with the library's."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from offramp.model.backbone import Backbone
 from offramp.model.families import family_of
 from offramp.model.hub import Source, find_config, resolve
 from offramp.model.lean.weights import FORMATS, Store
-from offramp.model.mamba import is_first
+from offramp.model.library_blocks import Outline
+from offramp.model.mamba import is_mamba1
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The library's own logits (1, T, V) for some token ids, of one pass and of three pieces over its cache.
+    """The library's own logits (1, T, V) for fixed token ids: `full` in one pass, `cached` in three pieces over its cache.
 
-    Its Mamba-1 is wrong in pieces, so there it reads the tokens one by one; `pieces` is how they are cut up for ours.
+    The library's Mamba-1 is wrong in pieces, so such a model reads the tokens one by one. `pieces` are ours, always three.
     """
 
     ids: Tensor
@@ -45,18 +46,15 @@ class Reference:
                 "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
             )
         cache, cached = None, []
-        forgets = any(mixer is not None and is_first(mixer) for mixer in map(backbone.mixer, range(backbone.n_blocks)))
+        has_mamba1 = any(mixer is not None and is_mamba1(mixer) for mixer in backbone.modules.mixers)
         positions = torch.arange(length, device=ids.device)[None]
-        cuts = [1] * length if forgets else [piece.shape[1] for piece in pieces]
-        for piece, place in zip(ids.split(cuts, dim=1), positions.split(cuts, dim=1), strict=True):
-            known: dict[str, Any] = {"cache": cache} if cache is not None else {}
-            out = backbone.model(piece, **known, position_ids=place, use_cache=True)
+        sizes = [1] * length if has_mamba1 else [piece.shape[1] for piece in pieces]
+        for piece, place in zip(ids.split(sizes, dim=1), positions.split(sizes, dim=1), strict=True):
+            before: dict[str, Any] = {"cache": cache} if cache is not None else {}
+            out = backbone.model(piece, **before, position_ids=place, use_cache=True)
             cache = out.cache
             cached.append(out.logits.float())
         return cls(ids, pieces, full, torch.cat(cached, 1))
-
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 @torch.inference_mode()
@@ -64,7 +62,7 @@ def check(backbone: Backbone) -> tuple[float, float]:
     """Compare a full pass, and a pass in pieces over a state, with the library's own logits.
 
     Returns the largest differences (full, cached), as shares of the largest logit. Raises `UnsupportedModel` when one
-    exceeds what is allowed: `TOLERANCE` for the library's blocks, `Lean.tolerance` on the lean path.
+    exceeds what rounding explains, `Runtime.tolerance`.
     """
     reference = Reference.of(backbone)
     ours, state, seen, middle = [], backbone.state(), 0, backbone.n_blocks // 2
@@ -76,7 +74,7 @@ def check(backbone: Backbone) -> tuple[float, float]:
     scale = reference.full.abs().max().clamp(min=1e-6)
     full = float((backbone.forward(reference.ids) - reference.full).abs().max() / scale)
     cached = float((torch.cat(ours, 1) - reference.cached).abs().max() / scale)
-    allowed = backbone.lean.tolerance if backbone.lean else TOLERANCE.get(backbone.dtype, 3e-2)
+    allowed = backbone.runtime.tolerance
     if not (full <= allowed and cached <= allowed):
         raise UnsupportedModel(
             f"offramp would decode {backbone.name} wrongly: its logits differ from the library's by {full:.1e} in a full "
@@ -90,15 +88,15 @@ def load(name: str, dtype: str | None = None, device: str | None = None, keep: b
     """Load a causal language model and check it against the library's own logits.
 
     `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`).
-    `dtype` is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`; by default bfloat16,
-    or float32 where bfloat16 does not pass the self-check. Quantised weights are made once and kept in the cache folder.
-    Families that have a lean path take it, and the library's copy of the weights is then dropped, unless `keep` is true:
-    `Backbone.model` can be used by itself only with it. Nothing is fetched when the files are on this machine already, or
-    when `HF_HUB_OFFLINE` is set.
+    `dtype` is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`. The default is
+    bfloat16, or float32 where bfloat16 does not pass the self-check. Quantised weights are made once and kept in the cache.
+    Families that have a lean path take it, and then the library's copy of the weights is dropped. With `keep` it stays, so
+    that `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or when
+    `HF_HUB_OFFLINE` is set.
 
     Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint.
     """
-    _known(dtype)
+    _check_dtype(dtype)
     source = resolve(name)
     if dtype is not None:
         return _load(source, dtype, device, keep)
@@ -134,37 +132,37 @@ def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbon
     except Exception as error:  # the library raises anything from KeyError to SafetensorError here
         raise source.unreadable(error) from error
     backbone = Backbone(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, source)
-    _ready(backbone, dtype, Store(cache_folder() / "formats" / f"{source.sha256[:16]}-{dtype}.safetensors"))
-    if backbone.lean and not keep:
-        backbone.drop_library_weights()
+    _make_ready(backbone, dtype, Store(cache_folder() / "formats" / f"{source.sha256[:16]}-{dtype}.safetensors"))
+    if not keep:
+        backbone.drop_spare_weights()
     return backbone
 
 
-def _ready(backbone: Backbone, dtype: str, store: Store) -> None:
-    """Take the lean path where there is one and it passes the self-check, else the library's blocks; both checked."""
+def _make_ready(backbone: Backbone, dtype: str, store: Store) -> None:
+    """Use the lean path where there is one that passes the self-check, else the library's blocks, also checked."""
     quantised = FORMATS[dtype].quantised
     if backbone.family.lean or quantised:
         try:
-            backbone.quicken(dtype, store)
+            backbone.use_lean_path(dtype, store)
             check(backbone)
+            return
         except UnsupportedModel:
             if quantised:
                 raise
-            backbone.slow()
-    if backbone.lean is None:
-        check(backbone)
+            backbone.use_library_blocks()
+    check(backbone)
 
 
 def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbone:
-    """A model's shape, from its config alone: nothing is computed with it, so it takes no memory.
+    """A model's shape, from its config alone. It has no weights, so it takes no memory and cannot run.
 
-    With `random`, a model of that shape with random weights, checked and ready to be timed; it has no tokenizer. Raises
-    `ModelNotFound`, `UnsupportedModel`, `CorruptFile`.
+    With `random` it has random weights, and is checked and ready to be timed. It has no tokenizer. Raises `ModelNotFound`,
+    `UnsupportedModel`, `CorruptFile`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     dtype = dtype or "bfloat16"
-    _known(dtype)
+    _check_dtype(dtype)
     source = find_config(name)
     try:
         config = AutoConfig.from_pretrained(source.path, local_files_only=True)
@@ -187,19 +185,23 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     if FORMATS[dtype].quantised and not family.lean:
         raise UnsupportedModel(f"The family '{config.model_type}' has no lean path.", "Use bfloat16 or float32.")
     if random:
-        _ready(backbone, dtype, Store())
-    elif family.lean:  # which keeps hidden states, keys and values in float32
-        backbone.weight_format, backbone.dtype = dtype, torch.float32
+        _make_ready(backbone, dtype, Store())
+    elif family.lean:
+        backbone.runtime = Outline(backbone.modules, family, config, dtype)
     return backbone
 
 
-def _known(dtype: str | None) -> None:
+def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in FORMATS:
         raise BadInput(f"'{dtype}' is not a dtype offramp runs in.", f"Choose from {', '.join(FORMATS)}.")
 
 
 def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
-    """A `Backbone` around a `transformers` model that is in memory already; checked like one that was loaded."""
+    """A `Backbone` around a `transformers` model that is already in memory; it is checked like a loaded one.
+
+    The model is put in evaluation mode, with gradients off; nothing else about it changes. Raises `UnsupportedModel` and
+    `BadNumbers`.
+    """
     backbone = Backbone(model, tokenizer, Source.of_weights(name, model.state_dict()))
     check(backbone)
     return backbone

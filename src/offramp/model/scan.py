@@ -1,4 +1,4 @@
-"""The selective scans of Mamba-1 and Mamba-2 with an initial state, and the causal convolution before them, in plain torch.
+"""The scans of Mamba-1 and Mamba-2 from an initial state, and the causal convolution before them, in plain torch.
 
 Gu and Dao, "Mamba" (arXiv 2312.00752) and Dao and Gu, "Transformers are SSMs" (arXiv 2405.21060). Both are the recurrence
 
@@ -15,7 +15,7 @@ of tokens into a few matrix products.
 | B, C | B, C  | (B, T, G, N) | (B, T, N) | input and output maps; G groups of H / G heads share theirs |
 | D    | D     | (H,)         | (E,)      | skip |
 | h    | h     | (B, H, P, N) | (B, E, N) | state |
-| mask |       | (B, T)       | (B, T)    | False: not there; leaves the state as it was, its y means nothing |
+| mask |       | (B, T)       | (B, T)    | False for padding: it leaves the state as it was, its y means nothing |
 
 Everything is computed in float32 (float64 for float64 inputs), whatever dtype comes in.
 """
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64  # tokens whose mutual influence is computed as one matrix (2405.21060, section 6); longer only costs more
-FEW = 16  # tokens of Mamba-1 that are prepared at once
+FEW = 16  # tokens of Mamba-1 whose decays and inputs are computed at once
 SPAN = 16 * CHUNK  # tokens whose chunks are computed side by side: bounds the memory of a long prompt
 
 
@@ -53,7 +53,7 @@ def scan(
     if h is None:
         h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
     if x.shape[1] == 1:
-        return _one(x, dt, A, B, C, D, h)
+        return _single_token(x, dt, A, B, C, D, h)
     if x.is_cuda and x.dtype == torch.float32 and (kernel := _kernel()):
         y, h = kernel(x, dt, A, B, C, D, h)
         return y, h
@@ -70,7 +70,7 @@ def _scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: 
     return y + x * D[:, None], h
 
 
-def _one(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _single_token(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     x, dt, groups = x[:, 0], dt[:, 0], B.shape[2]
     fed = (dt[..., None] * x).unflatten(1, (groups, -1))[..., None] * B[:, 0, :, None, None]  # (B, G, H / G, P, N)
     h = h * torch.exp(dt * A)[..., None, None] + fed.flatten(1, 2)
@@ -79,7 +79,7 @@ def _one(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: T
 
 
 def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The dual form (section 6): within a chunk all tokens at once, like attention; from chunk to chunk by the state.
+    """The dual form (2405.21060, section 6): all tokens of a chunk at once, like attention; the state links the chunks.
 
     Shapes: c chunks of L tokens, G groups of R heads.
     """
@@ -128,8 +128,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1: run T tokens from state `h` (zeros if None). Returns y (B, T, E) and the new h.
 
-    Token by token, but with everything that does not wait for the token before done for a few tokens at once: as many as
-    stay in the processor's cache. States are written in place, so gradients do not pass through.
+    The recurrence runs token by token. What does not depend on the token before is computed for a few tokens at once, as
+    many as stay in the processor's cache. States are written in place, so gradients do not pass through.
     """
     x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
     if mask is not None:
@@ -154,13 +154,13 @@ def selective_scan(
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution, SiLU after it. x (B, T, E), weight (E, W), window (B, W - 1, E): the inputs before.
+    """Depthwise causal convolution, then SiLU. x (B, T, E), weight (E, W), and the inputs before, window (B, W - 1, E).
 
-    Returns (B, T, E) and the new window. Tokens that `mask` (B, T) hides enter no window; their outputs mean nothing.
+    Returns (B, T, E) and the new window. Tokens where `mask` (B, T) is False enter no window; their outputs mean nothing.
     """
     width, tokens = weight.shape[1], x.shape[1]
     order = None
-    if mask is not None:  # the tokens that are there come first
+    if mask is not None:  # padding goes to the end
         order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
         x = x.gather(1, order)
     joined = torch.cat([window.to(x.dtype), x], dim=1)
@@ -187,7 +187,7 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[
 
 @cache
 def _kernel() -> Scan | None:
-    """The GPU kernel of the package `mamba-ssm`, if it is installed and gives what `_scan` gives on a random input."""
+    """The GPU kernel of the package `mamba-ssm`, if it is installed and agrees with `_scan` on a random input."""
     try:
         combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     except ImportError:

@@ -1,8 +1,8 @@
-"""What each block remembers of the tokens it has seen, each block with a length of its own.
+"""What each block remembers of the tokens it has seen. Each block's memory has a length of its own.
 
-A block that was skipped by an early exit is behind the others until its fill catches up, so there is no single
-"past length" here: every block's memory counts for itself. `State.update` has the signature under which the
-library's blocks store their keys and values, so a `State` is passed to them in place of a `transformers.Cache`.
+A block that an early exit skipped is behind the others until its fill catches up, so there is no single length of the
+past. `State.update` has the signature by which the library's blocks store their keys and values, so a `State` is passed to
+them in place of a `transformers.Cache`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class KV:
         return self._buffer[:, : self.length].chunk(2, dim=2)[half].transpose(1, 2)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Keys and values of T more tokens: (B, KV heads, T, head dim) each."""
+        """Add the keys and values of T more tokens: (B, KV heads, T, head dim) each."""
         new = torch.cat([keys, values], dim=1).transpose(1, 2)
         self.write(new, self.length, self.length + new.shape[1])
 
     def write(self, new: Tensor, first: int | Tensor, end: int) -> Tensor:
-        """Keys and values (B, T, keys then values, head dim) of tokens at `first` to `end` - 1, or at positions (B, T).
+        """Write keys and values (B, T, keys then values, head dim) at positions `first` to `end` - 1, or at `first` (B, T).
 
         Afterwards the length is `end`. Returns the whole buffer.
         """
@@ -57,7 +57,7 @@ class KV:
         return buffer
 
     def room(self, like: Tensor, end: int) -> Tensor:
-        """The buffer, with room for `end` tokens such as those in `like`; from now on the length is `end`.
+        """The buffer, with room for `end` tokens like those in `like`. From now on the length is `end`.
 
         Raises `ValueError` for tokens of another batch size, shape or dtype than those in memory.
         """
@@ -68,7 +68,7 @@ class KV:
             )
         if old is None or end > old.shape[1]:
             capacity = max(self._capacity, end if old is None else 2 * end)
-            # Zeros, since what a mask hides is still multiplied, and NaN times nothing is NaN.
+            # Zeros: what a mask hides is still multiplied by 0, and 0 times NaN is NaN.
             self._buffer = like.new_zeros(len(like), capacity, *like.shape[2:])
             if old is not None:
                 self._buffer[:, : self.length] = old[:, : self.length]
@@ -90,9 +90,9 @@ Replay = Callable[[Tensor, int], Tensor]
 class SSM:
     """What a Mamba block remembers: the convolution's last inputs and the scan's state; None before the first token.
 
-    `window` is (B, W - 1, E + 2 G N) for Mamba-2, (B, W - 1, E) for Mamba-1; `h` (B, H, P, N) or (B, E, N). Neither grows
-    with the text, and neither can forget a token, unless it is watched: then what each token moved them by is kept, and
-    `crop` goes back to where the watch began and repeats the tokens that stay, without the block's weights.
+    `window` is (B, W - 1, E + 2 G N) for Mamba-2, (B, W - 1, E) for Mamba-1; `h` is (B, H, P, N) or (B, E, N). Neither
+    grows with the text. Tokens can be forgotten only under a watch: then a journal records what each token did. `crop` goes
+    back to where the watch began and repeats the tokens that stay, without the block's weights.
     """
 
     def __init__(self) -> None:
@@ -107,21 +107,22 @@ class SSM:
         return self._start is not None
 
     def watch(self) -> None:
-        """From now on, tokens can be forgotten again. Under a watch already, nothing changes."""
+        """From now on, tokens can be forgotten. Does nothing under a watch."""
         if self._start is None:
             window, h = self.window, self.h
             self._start = self.length, None if window is None else window.clone(), None if h is None else h.clone()
 
     def settle(self) -> None:
-        """Keep all tokens for good."""
+        """End the watch: keep all tokens for good."""
         self._start = None
         self._journal.clear()
 
     def record(self, tokens: int, inputs: Tensor | None = None, replay: Replay | None = None) -> None:
-        """The block has taken in so many more tokens. Under a watch, what by: inputs (1, T, C) of the convolution, and
+        """Count T more tokens that the block has taken in, and under a watch keep how to repeat them.
 
-        replay(h, n), which moves a state on by the first n of them, in place if it likes. Raises `ValueError` for a batch,
-        whose sequences may have to forget differently.
+        That is the convolution's inputs (1, T, C) and replay(h, n), which moves a state on by the first n of the tokens and
+        may write it in place. Raises `ValueError` for a batch under a watch, since its sequences may have to forget
+        differently.
         """
         self.length += tokens
         if self._start is not None and inputs is not None and replay is not None:
@@ -130,29 +131,32 @@ class SSM:
             self._journal.append((inputs, replay))
 
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on. Raises `ValueError` for tokens from before the watch."""
+        """Forget every token from position `length` on. Raises `ValueError` for tokens that came before the watch."""
         if length >= self.length:
             return
         if self._start is None or length < self._start[0]:
-            raise ValueError("a Mamba state cannot forget tokens it was not watched taking in")
+            raise ValueError("a Mamba state cannot forget tokens that it took in without a watch")
         assert self.window is not None
         assert self.h is not None
         first, window, h = self._start
         # Copies, since the next tokens may be written into them.
         window = torch.zeros_like(self.window) if window is None else window.clone()
         h = torch.zeros_like(self.h) if h is None else h.clone()
-        size, kept, left = window.shape[1], [], length - first
+        size, kept, remaining = window.shape[1], [], length - first
         for inputs, replay in self._journal:
-            tokens = min(left, inputs.shape[1])
+            tokens = min(remaining, inputs.shape[1])
             if tokens:
                 h = replay(h, tokens)
                 window = torch.cat([window, inputs[:, :tokens].to(window.dtype)], dim=1)[:, -size:]
                 kept.append((inputs[:, :tokens], replay))
-            left -= tokens
+            remaining -= tokens
         self.window, self.h, self.length, self._journal = window.contiguous(), h, length, kept
 
     def room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Window and state to be written in place, zeros at first; shapes with the batch."""
+        """Window and state, to be written in place; zeros before the first token. Both shapes include the batch.
+
+        Raises `ValueError` for a memory of other shapes.
+        """
         if self.window is None or self.h is None:
             self.window, self.h = like.new_zeros(window), like.new_zeros(h)
         if self.window.shape != window or self.h.shape != h or not (self.window.is_contiguous() and self.h.is_contiguous()):
@@ -185,7 +189,7 @@ class State:
         return 0 if kv is None else kv.length
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append to block `layer_idx` and return all its keys and values: what the library calls `Cache.update`."""
+        """Append to block `layer_idx` and return all its keys and values. The library calls this as `Cache.update`."""
         block = self.kv[layer_idx]
         assert block is not None
         block.append(keys, values)
@@ -198,19 +202,22 @@ class State:
                 ssm.watch()
 
     def settle(self) -> None:
-        """Keep all tokens for good: what it would take to forget them is let go."""
+        """Keep all tokens for good, and drop what was kept for forgetting them."""
         for ssm in self.ssm:
             if ssm is not None:
                 ssm.settle()
 
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on. Raises `ValueError` for those that a Mamba state took unwatched."""
+        """Forget every token from position `length` on.
+
+        Raises `ValueError` where a Mamba state took in one of them without a watch.
+        """
         for block in (*self.kv, *self.ssm):
             if block is not None:
                 block.crop(length)
 
     def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch, in this order; a row named twice is copied."""
+        """Keep only these rows of the batch, in this order; a row that is named twice is copied."""
         for block in (*self.kv, *self.ssm):
             if block is not None:
                 block.select(rows)

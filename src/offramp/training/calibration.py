@@ -274,7 +274,7 @@ def calibrate(
     questions = sorted(questions, key=lambda one: hashlib.sha256(one.prompt.encode()).digest())
     first = max(1, round(PILOT * len(questions)))
     loss_of = LOSSES[loss]
-    ids = [backbone.encode(question.prompt, raw) for question in questions]
+    ids = [backbone.prompts.encode(question.prompt, raw) for question in questions]
 
     def said(done: int) -> None:
         progress("full depth", done, len(ids))

@@ -472,7 +472,7 @@ def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], l
         pieces = read_texts(path, backbone)
         record.append({"text": Path(path).name, "pieces": len(pieces), "sha256": _digest(Path(path))})
         texts += pieces
-    return [backbone.encode(line) for line in lines], texts, record
+    return [backbone.prompts.encode(line) for line in lines], texts, record
 
 
 def _claim(work: Path, backbone: Backbone, config: dict[str, Any], corpus: list[dict[str, Any]]) -> None:

@@ -98,7 +98,7 @@ def tune(
     if backbone.source.path and Path(folder).resolve() == Path(backbone.source.path).resolve():
         raise BadInput(f"{folder} holds the model itself, which would be lost.", "Name another folder.")
     folder, work = Path(folder), Path(folder) / ".training"
-    backbone.slow()
+    backbone.use_library_blocks()
     names = ("prompts", "texts", "max_prompts", "answer_tokens", "seed")
     reading = TrainConfig(**{name: getattr(config, name) for name in names})
     data = gather(backbone, reading, (backbone.n_blocks,), work, progress, claim=asdict(config))
@@ -131,7 +131,7 @@ def tune(
     parameters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     fit.run("tuning", adapted, learning, config.epochs, config.learning_rate, loss_of)
     adapted.merge_and_unload()
-    backbone.blocks[:] = list(getattr(_trunk(backbone), backbone.family.blocks))
+    backbone.use_library_blocks()
     after = compared(backbone, held)
     record = {
         "command": command,

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.model.lean.native import CWeight, Native, NativeMamba, library
-from offramp.model.lean.weights import Format, Int4, Int8, Store, Weight
+from offramp.model.lean.weights import FORMATS, Int4, Int8, Store, Weight
+from offramp.model.modules import Modules
+from offramp.model.runtime import Part, Step
 from offramp.model.state import State
 
-Part = tuple[Tensor, State, "LeanStep"]  # hidden states (B, T, D), what their blocks remember, what they share
-Make = Callable[[str, list[nn.Linear], Tensor | None], Weight]
+MakeWeight = Callable[[str, list[nn.Linear], Tensor | None], Weight]  # see `Lean._maker`
 
 
 class RMSNorm:
@@ -43,61 +44,87 @@ class RMSNorm:
 
 
 @dataclass
-class LeanStep:
-    """What all blocks of one call share: the batch, its tokens, and the sequence of each row (R,), -1 for none."""
+class LeanStep(Step):
+    """The sequence of each row, (R,), -1 for a row that belongs to none."""
 
-    batch: int
-    tokens: int
     sequences: Tensor
 
 
 class Lean:
-    """A whole model on the lean path: its blocks, final norm and head, in one weight format.
+    """The `Runtime` that has a whole model on the lean path: its blocks, final norm and head, in one weight format.
 
-    What it takes to run the blocks differs from kind to kind: see `LeanLlama` and `lean_mamba.LeanMamba`.
+    A subclass makes `blocks` and `_native`, and says how a step, a run and a remembering are done. Hidden states, keys and
+    values are float32.
     """
 
     blocks: Sequence[Any]  # each with its `weights`
+    dtype = torch.float32
     _native: Native | NativeMamba | None = None
 
-    def __init__(self, norm: nn.Module, head: nn.Linear, format: Format, store: Store) -> None:
-        self._format, self._store = format, store
-        self._device = head.weight.device
-        self.norm = RMSNorm(norm)
-        self.head = self._maker("head", format.head)("weight", [head], None)
+    def __init__(self, modules: Modules, weight_format: str, store: Store) -> None:
+        """Raises `ValueError` for weights that do not fit the format, one of `weights.FORMATS`."""
+        self._modules, self.weight_format, self._store = modules, weight_format, store
+        self._format = FORMATS[weight_format]
+        self._device = modules.head.weight.device
+        self.norm = RMSNorm(modules.norm)
+        self.head = self._maker("head", self._format.head)("weight", [modules.head], None)
 
-    def step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> LeanStep:
+    def embed(self, ids: Tensor, first: int | Tensor, mask: Tensor | None = None) -> tuple[Tensor, Step]:
+        h: Tensor = self._modules.embedding(ids).float()
+        batch, tokens = ids.shape
+        return h, self._step(first, batch, tokens, mask)
+
+    def step(self, h: Tensor, first: int) -> Step:
+        batch, tokens = h.shape[:2]
+        return self._step(first, batch, tokens)
+
+    def _step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> Step:
         """For `tokens` tokens of each sequence, at position `first` and on; `first` (B,) may differ from row to row.
 
-        Tokens that `mask` (B, T) hides are not there.
+        `mask` (B, T) is False for tokens that are only padding.
         """
         raise NotImplementedError
 
-    def run(self, h: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool = False) -> Tensor:
-        """h (B, T, D) through blocks `start` to `stop` - 1; with `fill`, they only remember what they would of h."""
-        return self.run_all([(h, state, step)], start, stop, fill)[0]
-
-    def run_all(self, parts: Sequence[Part], start: int, stop: int, fill: bool = False) -> list[Tensor]:
-        """`run` for several states at once, which the native engine does in one pass over the weights."""
-        wide = [h.float().reshape(-1, h.shape[-1]) for h, _, _ in parts]
+    def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
+        """`Runtime.run_all`, which the native engine does in one pass over the weights."""
+        flat = [_rows(h) for h, _, _ in parts]
         if start == stop:
-            rows = wide
+            rows = flat
         elif self._native is None:
-            rows = [h.clone(memory_format=torch.contiguous_format) for h in wide]
+            rows = [h.clone(memory_format=torch.contiguous_format) for h in flat]
             for x, (_, state, step) in zip(rows, parts, strict=True):
-                self._run_torch(x, start, stop, state, step, fill)
+                self._run_torch(x, start, stop, state, step)
         else:
-            together = wide[0].clone(memory_format=torch.contiguous_format) if len(wide) == 1 else torch.cat(wide)
-            self._run_native(together, start, stop, parts, fill)
-            rows = list(together.split([len(h) for h in wide]))
+            together = flat[0].clone(memory_format=torch.contiguous_format) if len(flat) == 1 else torch.cat(flat)
+            self._run_native(together, start, stop, parts)
+            rows = list(together.split([len(h) for h in flat]))
         return [x.view(h.shape) for x, (h, _, _) in zip(rows, parts, strict=True)]
 
-    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool) -> None:
+    def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
+        """`Runtime.remember_all`, which the native engine does in one pass over the weights."""
+        flat = [_rows(h) for h, _, _ in parts]
+        if start == stop:
+            return
+        if self._native is None:
+            for x, (_, state, step) in zip(flat, parts, strict=True):
+                self._remember_torch(x, start, stop, state, step)
+        else:
+            self._remember_native(joined(flat).contiguous(), start, stop, parts)
+
+    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
         """rows (R, D) of one state through the blocks, in place."""
         raise NotImplementedError
 
-    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part], fill: bool) -> None:
+    def _remember_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
+        """Only write the state, as if rows (R, D) were the input of each of the blocks."""
+        raise NotImplementedError
+
+    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
         """The rows of all parts, one after another, through the blocks, in place."""
+        raise NotImplementedError
+
+    def _remember_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        """Only write the states, as if the rows of all parts were the input of each of the blocks."""
         raise NotImplementedError
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -110,24 +137,43 @@ class Lean:
         return out.view(*h.shape[:-1], -1)
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        """`logits` of the tokens `rows` only, without gradients, as a function that has its weights picked out once."""
-        weight = self.head.pick(rows)
-        native, handle = self._native, CWeight.of(weight)
+        """`logits` of the tokens `rows` only, without gradients, as a function that has picked its weights once."""
+        product = self._product_with(self.head.pick(rows))
 
         def logits(h: Tensor) -> Tensor:
             flat = self.norm(h.float()).reshape(-1, h.shape[-1])
-            out = native.product(handle, flat.contiguous()) if native else weight(flat)
-            return out.view(*h.shape[:-1], -1)
+            return product(flat).view(*h.shape[:-1], -1)
 
         return logits
 
-    def rough(self, expand: Tensor) -> Callable[[Tensor], Tensor]:
-        """The head behind a map `expand` (D, k), as one product in the head's own format: z (n, k) → (n, V)."""
+    def head_behind(self, expand: Tensor) -> Callable[[Tensor], Tensor]:
+        """The head after a linear map `expand` (D, k), as one product in the head's own format: (n, k) → (n, V)."""
         kind = type(self.head)
         product = self.head.dense() @ expand
-        weight = kind(kind.tensors(product.to(self.head.w.dtype) if kind is Weight else product))
+        return self._product_with(kind(kind.tensors(product.to(self.head.w.dtype) if kind is Weight else product)))
+
+    def _product_with(self, weight: Weight) -> Callable[[Tensor], Tensor]:
+        """x (n, K) → (n, N) with this weight, on the engine in use; keeps the weight alive."""
         native, handle = self._native, CWeight.of(weight)
-        return lambda z: native.product(handle, z.contiguous()) if native else weight(z)
+        return lambda x: native.product(handle, x.contiguous()) if native else weight(x)
+
+    def final(self, h: Tensor) -> Tensor:
+        return self.norm(h.float())
+
+    def head_weight(self) -> Tensor:
+        return self.head.dense()
+
+    def block_bytes(self, index: int) -> int:
+        return sum(weight.nbytes for weight in self.blocks[index].weights)
+
+    def head_bytes(self) -> int:
+        return self.head.nbytes
+
+    def drop_spare_weights(self) -> None:
+        for block in self._modules.blocks:
+            block.to("meta")
+        if self._modules.head.weight is not self._modules.embedding.weight:
+            self._modules.head.to("meta")
 
     @property
     def engine(self) -> str:
@@ -136,7 +182,7 @@ class Lean:
 
     @property
     def tolerance(self) -> float:
-        """How far logits may be from the library's, as shares of the largest, for the products' rounding.
+        """How far logits may be from the library's, as shares of the largest, because products are rounded.
 
         float32: 1e-4. Integer weights: 2e-3 where rows are rounded to 16 bits (`native`), 1e-1 where to bfloat16 (torch).
         bfloat16: 1e-1, since the library rounds every result, which alone puts SmolLM2's logits 4e-2 off.
@@ -163,10 +209,11 @@ class Lean:
     def _columns(self) -> int:
         return max(weight.columns for weight in self._weights)
 
-    def _maker(self, name: int | str, kind: type[Weight]) -> Make:
-        """Makes a weight of some linear layers, stacked, in this order of rows, and gives it to those layers too.
+    def _maker(self, name: int | str, kind: type[Weight]) -> MakeWeight:
+        """Makes one weight of several linear layers, stacked, with the rows in the order given.
 
-        So the library's own model then computes with the very weights that are multiplied here.
+        Quantised values are written back to those layers, so the library's own model computes with the weights that are
+        multiplied here.
         """
 
         def make(part: str, layers: list[nn.Linear], order: Tensor | None) -> Weight:
@@ -177,17 +224,22 @@ class Lean:
             if not self._format.quantised:
                 return kind(kind.tensors(weight), bias)
             weight = weight.float()
-            made = kind(self._store(f"{name}/{part}", lambda: kind.tensors(weight)), bias)
-            dense = made.dense() if order is None else torch.empty_like(weight).index_copy_(0, order, made.dense())
+            stored = kind(self._store(f"{name}/{part}", lambda: kind.tensors(weight)), bias)
+            dense = stored.dense() if order is None else torch.empty_like(weight).index_copy_(0, order, stored.dense())
             for layer, piece in zip(layers, dense.split([layer.out_features for layer in layers]), strict=True):
                 layer.weight = nn.Parameter(piece.to(layer.weight.dtype), requires_grad=False)
-            return made
+            return stored
 
         return make
 
 
-def joined(parts: list[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def _rows(h: Tensor) -> Tensor:
+    """Hidden states (B, T, D) as float32 rows (R, D)."""
+    return h.float().reshape(-1, h.shape[-1])
+
+
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def numbered(steps: Sequence[LeanStep]) -> Tensor:

@@ -1,31 +1,31 @@
-"""The lean path: blocks of the llama kind with nothing done twice, with weights in any format.
+"""The lean path for blocks of the llama kind: what the library's blocks compute, with fewer operations.
 
-It computes what the library's blocks compute with fewer operations: queries, keys and values in one product, gate and up
-in another; keys and values written in place; the residual stream, always float32, added to in place; rotary tables made
-once. Dims that the rotary embedding turns together stand side by side here (rows of the projections are reordered once),
-so that turning is one multiplication of complex numbers.
+Queries, keys and values are one product, gate and up another. Keys and values are written in place. The residual stream is
+float32 in every format and is added to in place. Rotary tables are made once. Dims that the rotary embedding turns together
+stand side by side here (the rows of the projections are reordered once), so that turning is one multiplication of complex
+numbers.
 
-What of a family is different is read off its modules: biases, norms of queries and keys (over each head, or over the
-whole row), norms before (llama) or after (olmo2) attention and MLP, blocks without rotary positions. Two engines do the
-work: `native` where a C compiler is at hand, and torch's operators, which also serve GPUs and are what `native` is
-tested against. `backbone.check` compares both with the library's own logits.
+What differs between families is read off the modules: biases, norms of queries and keys (over each head, or over the whole
+row), norms before (llama) or after (olmo2) attention and MLP, blocks without rotary positions.
 
 Shapes: B batch, T tokens of this call, D hidden size, Q query heads, H key/value heads, P head dim, R = B · T rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from offramp.model.lean.base import Lean, LeanStep, Make, Part, RMSNorm, joined, numbered
-from offramp.model.lean.native import CBlock, CShape, CWeight, Native, address, rows_of
-from offramp.model.lean.weights import Format, Store, Weight
+from offramp.model.lean.base import Lean, LeanStep, MakeWeight, RMSNorm, joined, numbered
+from offramp.model.lean.native import CBlock, CShape, CWeight, Native, Rows, address, rows_of
+from offramp.model.lean.weights import Store, Weight
+from offramp.model.modules import Modules
+from offramp.model.runtime import Part, Step
 from offramp.model.state import KV, State
 
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the text's length
@@ -33,9 +33,10 @@ ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do no
 
 @dataclass
 class RotaryStep(LeanStep):
-    """Of each row also its position (R,) and its rotary pairs (R, P).
+    """The position of each row (R,) and its rotary pairs (R, P).
 
-    `first` is the position of the first token, None where the sequences have each their own (a ragged batch).
+    `first` is the position of the first token; None where each sequence has its own first position (a ragged batch). `end`
+    is one more than the highest position.
     """
 
     first: int | None
@@ -61,9 +62,9 @@ class RotaryStep(LeanStep):
 
 
 class LeanBlock:
-    """One block of the llama kind. `window`: how many tokens a token sees, itself included; None for all."""
+    """One block of the llama kind. A token sees `window` tokens, itself included; all of them for None."""
 
-    def __init__(self, block: Any, rotary_dim: int, window: int | None, make: Make) -> None:
+    def __init__(self, block: Any, rotary_dim: int, window: int | None, make: MakeWeight) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.window, self.dim, self.scale = window, attention.head_dim, float(attention.scaling)
         self.queries = attention.o_proj.in_features // self.dim
@@ -103,7 +104,7 @@ class LeanBlock:
         return self.qkv, self.o, self.gate_up, self.down
 
     def __call__(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
-        """Add what the block says to h (R, D) in place, and remember the tokens in `kv`."""
+        """Add the block's attention and MLP to h (R, D) in place, and remember the tokens in `kv`."""
         heads = self._heads(self.qkv(self.attention_norm(h) if self.norm_first else h), step)
         buffer = kv.write(heads[:, :, self.queries :], step.places, step.end)
         out = self.o(self._attend(heads[:, :, : self.queries], buffer, step))
@@ -113,7 +114,7 @@ class LeanBlock:
         h += out if self.norm_first else self.mlp_norm(out)
 
     def remember(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
-        """Only what `kv` would keep if h (R, D) were the block's input."""
+        """Store in `kv` only what it would keep if h (R, D) were the block's input."""
         kv.write(self._heads(self.kv(self.attention_norm(h) if self.norm_first else h), step), step.places, step.end)
 
     def _heads(self, x: Tensor, step: RotaryStep) -> Tensor:
@@ -163,33 +164,23 @@ class LeanBlock:
 
 
 class LeanLlama(Lean):
-    """Blocks of the llama kind. `rotary` is the library's module.
+    """Blocks of the llama kind.
 
     Raises `ValueError` for a model whose shapes a format or the rotary tables do not fit.
     """
 
     _native: Native | None
 
-    def __init__(
-        self,
-        blocks: list[nn.Module],
-        windows: list[int | None],
-        rotary: Any,
-        norm: nn.Module,
-        head: nn.Linear,
-        format: Format,
-        store: Store,
-        native: bool = True,
-    ) -> None:
-        kind = getattr(rotary, "rope_type", "default")
+    def __init__(self, modules: Modules, weight_format: str, store: Store, native: bool = True) -> None:
+        kind = getattr(modules.rotary, "rope_type", "default")
         if kind not in ROPE_TYPES:
             raise ValueError(f"rotary positions of the kind '{kind}' change with the text's length")
-        super().__init__(norm, head, format, store)
-        self._rotary = rotary
-        rotary_dim = 2 * rotary.inv_freq.numel()
+        super().__init__(modules, weight_format, store)
+        self._rotary = modules.rotary
+        rotary_dim = 2 * modules.rotary.inv_freq.numel()
         self.blocks = [
-            LeanBlock(block, rotary_dim, window, self._maker(index, format.blocks))
-            for index, (block, window) in enumerate(zip(blocks, windows, strict=True))
+            LeanBlock(block, rotary_dim, window, self._maker(index, self._format.blocks))
+            for index, (block, window) in enumerate(zip(modules.blocks, modules.windows, strict=True))
         ]
         store.save()
         first = self.blocks[0]
@@ -201,9 +192,9 @@ class LeanLlama(Lean):
             shape = CShape(first.o.rows, first.queries, first.heads, first.dim, first.down.columns)
             self._native = Native([block.native() for block in self.blocks], shape, self._columns)
 
-    def step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> RotaryStep:
-        # A token that is not there stands after its sequence's own, and what it leaves is seen by none before it is
-        # written over: so the mask need not be looked at.
+    def _step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> RotaryStep:
+        # The mask is not needed: a padding token stands after its sequence's own tokens, and what it leaves in memory is
+        # written over before any token sees it.
         if isinstance(first, int):
             end = first + tokens
             self._tables(max(end, batch))
@@ -220,7 +211,7 @@ class LeanLlama(Lean):
         return RotaryStep(batch, tokens, sequences, start, end, positions, turn)
 
     def _tables(self, length: int) -> None:
-        """Positions, and by how much the rotary embedding turns each: cos and sin side by side, 1 and 0 for other dims."""
+        """Make positions, and the rotary pairs of each: cos and sin side by side, 1 and 0 for dims that do not turn."""
         if length <= len(self._turn):
             return
         length = max(256, 2 * length)
@@ -234,21 +225,46 @@ class LeanLlama(Lean):
         )
         self._turn = torch.cat([pairs, rest], dim=1).flatten(1)
 
-    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool) -> None:
-        assert isinstance(step, RotaryStep)
-        for block, kv in zip(self.blocks[start:stop], state.kv[start:stop], strict=True):
-            assert kv is not None
-            (block.remember if fill else block)(rows, kv, step)
+    def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
+        self.remember_all([(h, state, step)], index, index + 1)
 
-    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part], fill: bool) -> None:
-        steps = [step for _, _, step in parts if isinstance(step, RotaryStep)]
+    def remember_state(self, h: Tensor, index: int, state: State) -> None:
+        pass  # no block has a Mamba mixer
+
+    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
+        for block, kv in self._memories(start, stop, state):
+            block(rows, kv, _rotary(step))
+
+    def _remember_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
+        for block, kv in self._memories(start, stop, state):
+            block.remember(rows, kv, _rotary(step))
+
+    def _memories(self, start: int, stop: int, state: State) -> list[tuple[LeanBlock, KV]]:
+        return [(self.blocks[index], kv) for index in range(start, stop) if (kv := state.kv[index]) is not None]
+
+    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        assert self._native
+        self._call(self._native.run, rows, start, stop, parts)
+
+    def _remember_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        assert self._native
+        self._call(self._native.remember, rows, start, stop, parts)
+
+    def _call(self, native: NativeCall, h: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        """Make room in the parts' memories for their tokens, and call `native` with all rows h (R, D)."""
+        steps = [_rotary(step) for _, _, step in parts]
         memories: list[list[int]] = [[] for _ in range(start, stop)]
         for step, (_, state, _) in zip(steps, parts, strict=True):
-            like = rows.new_empty(step.batch, 0, 2 * self.heads, self.dim)
-            for kv, addresses in zip(state.kv[start:stop], memories, strict=True):
-                assert kv is not None
+            like = h.new_empty(step.batch, 0, 2 * self.heads, self.dim)
+            for (_, kv), addresses in zip(self._memories(start, stop, state), memories, strict=True):
                 addresses += rows_of(kv.room(like, step.end))
-        assert isinstance(self._native, Native)
-        positions, turn = (joined([getattr(step, name) for step in steps]) for name in ("positions", "turn"))
-        end = max(step.end for step in steps)
-        self._native.run(rows, start, memories, positions, numbered(steps), turn, end, fill)
+        positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
+        native(h, start, memories, Rows(positions, numbered(steps), turn, max(step.end for step in steps)))
+
+
+NativeCall = Callable[[Tensor, int, list[list[int]], Rows], None]
+
+
+def _rotary(step: Step) -> RotaryStep:
+    assert isinstance(step, RotaryStep)
+    return step

@@ -1,7 +1,7 @@
 """The lean path for blocks of the Mamba-2 kind: norm, one product in, convolution and scan in place, one product out.
 
-The convolution's window and the scan's state are written in place, so a token costs the same whatever came before it. As in
-`lean`, two engines do the work: `native.c`, and torch's operators with `scan`, which `native.c` is tested against.
+The convolution's window and the scan's state are written in place, so a token costs the same whatever came before it. The
+torch engine uses `scan`.
 
 Shapes: B batch, T tokens, R = B · T rows, D hidden size, E inner width (H heads of P dims), G groups, N state size, W the
 convolution's width, C = E + 2 G N its channels.
@@ -9,25 +9,27 @@ convolution's width, C = E + 2 G N its channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from offramp.model.lean.base import Lean, LeanStep, Make, Part, RMSNorm, numbered
-from offramp.model.lean.native import CMambaBlock, CMambaShape, CWeight, NativeMamba, address, rows_of
-from offramp.model.lean.weights import Format, Store, Weight
+from offramp.model.lean.base import Lean, LeanStep, MakeWeight, RMSNorm, numbered
+from offramp.model.lean.native import CMambaBlock, CMambaShape, CWeight, MambaAddresses, NativeMamba, address, rows_of
+from offramp.model.lean.weights import Store, Weight
+from offramp.model.modules import Modules
+from offramp.model.runtime import Part, Step
 from offramp.model.scan import causal_conv, scan
 from offramp.model.state import SSM, State
 
 
 @dataclass
 class MambaStep(LeanStep):
-    """`mask` (B, T): which tokens are there; None where all are."""
+    """`mask` (B, T) is False for padding; None where there is none."""
 
     mask: Tensor | None = None
 
@@ -35,7 +37,7 @@ class MambaStep(LeanStep):
 class LeanMambaBlock:
     """One block of the Mamba-2 kind (arXiv 2405.21060, section 7)."""
 
-    def __init__(self, block: Any, make: Make) -> None:
+    def __init__(self, block: Any, make: MakeWeight) -> None:
         mixer = block.mixer
         self.heads, self.dim = mixer.num_heads, mixer.head_dim
         self.groups, self.states = mixer.n_groups, mixer.ssm_state_size
@@ -59,7 +61,7 @@ class LeanMambaBlock:
         return ssm.room(like, (batch, len(self.conv) - 1, self.channels), (batch, self.heads, self.dim, self.states))
 
     def __call__(self, h: Tensor, ssm: SSM, step: MambaStep) -> None:
-        """Add what the block says to h (R, D) in place, and move the memory on."""
+        """Add the block's output to h (R, D) in place, and move the memory on."""
         z, xBC, dt = self.project_in(self.norm(h)).split([self.inner, self.channels, self.heads], dim=-1)
         y = self._advance(xBC, dt, ssm, step).reshape(len(h), -1) * F.silu(z)
         groups = y.unflatten(1, (self.groups, -1))
@@ -106,11 +108,10 @@ class LeanMamba(Lean):
 
     _native: NativeMamba | None
 
-    def __init__(
-        self, blocks: list[nn.Module], norm: nn.Module, head: nn.Linear, format: Format, store: Store, native: bool = True
-    ) -> None:
-        super().__init__(norm, head, format, store)
-        self.blocks = [LeanMambaBlock(block, self._maker(index, format.blocks)) for index, block in enumerate(blocks)]
+    def __init__(self, modules: Modules, weight_format: str, store: Store, native: bool = True) -> None:
+        super().__init__(modules, weight_format, store)
+        kind = self._format.blocks
+        self.blocks = [LeanMambaBlock(block, self._maker(index, kind)) for index, block in enumerate(modules.blocks)]
         store.save()
         self._native = None
         first = self.blocks[0]
@@ -119,7 +120,7 @@ class LeanMamba(Lean):
             shape = CMambaShape(width, first.heads, first.dim, first.groups, first.states, len(first.conv))
             self._native = NativeMamba([block.native() for block in self.blocks], shape, self._columns)
 
-    def step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> MambaStep:
+    def _step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> MambaStep:
         sequences = torch.zeros(tokens, dtype=torch.int64, device=self._device)
         if batch > 1:
             sequences = torch.arange(batch, device=self._device).repeat_interleave(tokens)
@@ -127,26 +128,47 @@ class LeanMamba(Lean):
             sequences = sequences.masked_fill(~mask.flatten(), -1)
         return MambaStep(batch, tokens, sequences, mask)
 
-    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: LeanStep, fill: bool) -> None:
-        assert isinstance(step, MambaStep)
-        for block, ssm in zip(self.blocks[start:stop], state.ssm[start:stop], strict=True):
-            assert ssm is not None
-            (block.remember if fill else block)(rows, ssm, step)
+    def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
+        pass  # no block has attention
 
-    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part], fill: bool) -> None:
-        memories: list[list[tuple[int, int]]] = [[] for _ in range(start, stop)]
-        ssms = [[ssm for ssm in state.ssm[start:stop] if ssm] for _, state, _ in parts]
-        for (_, _, step), blocks in zip(parts, ssms, strict=True):
-            for block, ssm, addresses in zip(self.blocks[start:stop], blocks, memories, strict=True):
-                window, h = block.memory(ssm, rows, step.batch)
-                addresses += zip(rows_of(window), rows_of(h), strict=True)
-        assert isinstance(self._native, NativeMamba)
-        watched = any(ssm.watched for blocks in ssms for ssm in blocks)
-        journal = self._native.run(rows, start, memories, numbered([step for _, _, step in parts]), fill, watched)
+    def remember_state(self, h: Tensor, index: int, state: State) -> None:
+        self.remember_all([(h, state, self.step(h, 0))], index, index + 1)
+
+    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
+        for block, ssm in self._memories(start, stop, state):
+            block(rows, ssm, _mamba(step))
+
+    def _remember_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
+        for block, ssm in self._memories(start, stop, state):
+            block.remember(rows, ssm, _mamba(step))
+
+    def _memories(self, start: int, stop: int, state: State) -> list[tuple[LeanMambaBlock, SSM]]:
+        return [(self.blocks[index], ssm) for index in range(start, stop) if (ssm := state.ssm[index]) is not None]
+
+    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        assert self._native
+        self._call(self._native.run, rows, start, stop, parts)
+
+    def _remember_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        assert self._native
+        self._call(self._native.remember, rows, start, stop, parts)
+
+    def _call(self, native: NativeCall, h: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        """Call `native` with all rows h (R, D) and the parts' memories, and record in those what they took in."""
+        assert self._native
+        addresses: MambaAddresses = [[] for _ in range(start, stop)]
+        memories = [self._memories(start, stop, state) for _, state, _ in parts]
+        for (_, _, step), pairs in zip(parts, memories, strict=True):
+            for (block, ssm), places in zip(pairs, addresses, strict=True):
+                window, state = block.memory(ssm, h, step.batch)
+                places += zip(rows_of(window), rows_of(state), strict=True)
+        watched = any(ssm.watched for pairs in memories for _, ssm in pairs)
+        journal = self._native.journal(stop - start, len(h)) if watched else None
+        native(h, start, addresses, numbered([_mamba(step) for _, _, step in parts]), journal)
         first = 0
-        for (_, _, step), blocks in zip(parts, ssms, strict=True):
+        for (_, _, step), pairs in zip(parts, memories, strict=True):
             after = first + step.batch * step.tokens
-            for index, (block, ssm) in enumerate(zip(self.blocks[start:stop], blocks, strict=True)):
+            for index, (block, ssm) in enumerate(pairs):
                 if journal is None:
                     ssm.record(step.tokens)
                 else:
@@ -154,3 +176,11 @@ class LeanMamba(Lean):
                     replay = partial(self._native.replay, start + index, notes)
                     ssm.record(step.tokens, notes[..., : block.channels], replay)
             first = after
+
+
+NativeCall = Callable[[Tensor, int, MambaAddresses, Tensor, Tensor | None], None]
+
+
+def _mamba(step: Step) -> MambaStep:
+    assert isinstance(step, MambaStep)
+    return step

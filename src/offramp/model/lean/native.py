@@ -1,6 +1,7 @@
-"""`native.c` from Python: compiled where a C compiler is at hand, once for each machine, and called through ctypes.
+"""The C code from Python: compiled where a C compiler is at hand, once for each machine, and called through ctypes.
 
-Without a compiler nothing here is used, and `lean` does the same with torch's operators.
+`llama.c` and `mamba2.c` run a range of blocks in one call, `head.c` multiplies with the LM head; `products.h` is what they
+share. Without a compiler nothing here is used, and the lean path does the same with torch's operators.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_float, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -25,9 +27,12 @@ import torch
 from torch import Tensor
 
 from offramp.files import cache_folder
+from offramp.machine import instruction_set, processor
 from offramp.model.lean.weights import Weight
 
-SOURCE = Path(__file__).parent / "native.c"
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("head.c", "llama.c", "mamba2.c")]
+HEADER = FOLDER / "products.h"
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 
 
@@ -44,6 +49,10 @@ class CWeight(ctypes.Structure):
         return cls(kind, weight.rows, weight.columns, *map(address, parts))
 
 
+class CScratch(ctypes.Structure):
+    _fields_ = (("floats", c_void_p), ("own", c_int64), ("threads", c_int64))
+
+
 class CBlock(ctypes.Structure):
     _fields_ = (
         *((name, CWeight) for name in ("qkv", "o", "gate_up", "down")),
@@ -55,6 +64,16 @@ class CBlock(ctypes.Structure):
 
 class CShape(ctypes.Structure):
     _fields_ = tuple((name, c_int64) for name in ("hidden", "queries", "heads", "dim", "width"))
+
+
+class CTokens(ctypes.Structure):
+    _fields_ = (
+        ("h", c_void_p),
+        ("count", c_int64),
+        ("positions", c_void_p),
+        ("sequences", c_void_p),
+        ("turn", c_void_p),
+    )
 
 
 class CMambaBlock(ctypes.Structure):
@@ -73,12 +92,22 @@ class CMambaMemory(ctypes.Structure):
     _fields_ = (("window", c_void_p), ("h", c_void_p))
 
 
+class CMambaTokens(ctypes.Structure):
+    _fields_ = (
+        ("h", c_void_p),
+        ("count", c_int64),
+        ("sequences", c_void_p),
+        ("journal", c_void_p),
+        ("stride", c_int64),
+    )
+
+
 def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
 def _from_row(tensor: Tensor, row: int) -> int:
-    """Address of a row on, without making a tensor for it."""
+    """The address where a row begins, without making a tensor for it."""
     return tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
 
 
@@ -92,40 +121,45 @@ def library() -> Any:
     """The compiled library, or None where there is no working C compiler. `CC` names another compiler."""
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
     command = [*compiler, *FLAGS]
-    machine = "/".join([*command, platform.machine(), _processor()])
-    key = hashlib.sha256(SOURCE.read_bytes() + machine.encode()).hexdigest()[:16]
-    made = cache_folder() / "native" / f"{key}.so"
+    compiled = _compiled_file(command)
     try:
-        if not made.exists():
-            made.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=made.parent) as temporary:
+        if not compiled.exists():
+            compiled.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=compiled.parent) as temporary:
                 new = Path(temporary) / "new.so"
-                subprocess.run([*command, "-o", str(new), str(SOURCE), "-lm"], check=True, capture_output=True)
-                os.replace(new, made)
-        loaded = ctypes.CDLL(str(made))
+                subprocess.run([*command, "-o", str(new), *map(str, SOURCES), "-lm"], check=True, capture_output=True)
+                os.replace(new, compiled)
+        return _declared(ctypes.CDLL(str(compiled)))
     except (OSError, subprocess.CalledProcessError):
         return None
-    run, product = loaded.offramp_run, loaded.offramp_product
-    run.argtypes = [POINTER(CBlock), c_int64, POINTER(CShape), c_void_p, c_int64, c_void_p, c_int64]
-    run.argtypes += [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64]
-    product.argtypes = [POINTER(CWeight), c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64]
-    mamba = loaded.offramp_mamba_run
-    mamba.argtypes = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), POINTER(CMambaMemory), c_int64]
-    mamba.argtypes += [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64]
-    replay = loaded.offramp_mamba_replay
-    replay.argtypes = [POINTER(CMambaBlock), POINTER(CMambaShape), c_void_p, c_void_p, c_int64]
-    run.restype = product.restype = mamba.restype = replay.restype = None
+
+
+def _compiled_file(command: list[str]) -> Path:
+    """Where the compiled library is kept: one file for each source, compiler command and kind of processor."""
+    # -march=native means something else on each machine, and machines may share a cache folder.
+    machine = "/".join([*command, platform.machine(), processor(), instruction_set()])
+    code = b"".join(file.read_bytes() for file in (*SOURCES, HEADER))
+    return cache_folder() / "native" / f"{hashlib.sha256(code + machine.encode()).hexdigest()[:16]}.so"
+
+
+def _declared(loaded: Any) -> Any:
+    """The library, with the signatures of its functions."""
+    scratch = POINTER(CScratch)
+    llama = [POINTER(CBlock), c_int64, POINTER(CShape), c_void_p, c_int64, POINTER(CTokens), scratch]
+    mamba = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), POINTER(CMambaMemory), c_int64]
+    mamba += [POINTER(CMambaTokens), scratch]
+    signatures = {
+        "offramp_product": [POINTER(CWeight), c_void_p, c_int64, c_void_p, scratch],
+        "offramp_run": llama,
+        "offramp_remember": llama,
+        "offramp_mamba_run": mamba,
+        "offramp_mamba_remember": mamba,
+        "offramp_mamba_replay": [POINTER(CMambaBlock), POINTER(CMambaShape), c_void_p, c_void_p, c_int64],
+    }
+    for name, arguments in signatures.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
     return loaded
-
-
-def _processor() -> str:
-    """What tells machines apart that share a cache folder: -march=native means another thing on each."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    named = ("flags", "Features", "model name", "CPU part")
-    return "/".join(sorted({line for line in lines if line.startswith(named)}))
 
 
 class _Room(threading.local):
@@ -138,7 +172,7 @@ class _Room(threading.local):
 class _Native:
     """What both compiled paths share. All tensors are float32 and contiguous, on the CPU."""
 
-    ROWS = 256  # at most so many in one call: more would need much scratch and gain nothing
+    ROWS = 256  # at most this many in one call: more would need much scratch and gain nothing
 
     def __init__(self, kind: Any, blocks: Sequence[Any], columns: int) -> None:
         """`columns`: of the widest weight. Whoever calls keeps the tensors alive that the blocks point to."""
@@ -154,19 +188,36 @@ class _Native:
     def product(self, weight: CWeight, x: Tensor) -> Tensor:
         """x (R, K) → (R, N)."""
         y = torch.empty(len(x), weight.rows, dtype=torch.float32)
-        for some in range(0, len(x), self.ROWS):
-            rows = min(self.ROWS, len(x) - some)
-            scratch, own, threads = self._scratch(rows, 0, 0)
-            self._library.offramp_product(weight, _from_row(x, some), rows, _from_row(y, some), scratch, own, threads)
+        for first, rows in self._pieces(len(x)):
+            scratch = self._scratch(rows, 0, 0)
+            self._library.offramp_product(weight, _from_row(x, first), rows, _from_row(y, first), scratch)
         return y
 
-    def _scratch(self, rows: int, shared: int, scores: int) -> tuple[int, int, int]:
-        """Address of enough scratch, a thread's own part of it in floats, threads."""
+    def _pieces(self, count: int) -> Iterator[tuple[int, int]]:
+        """The first row and the number of rows of each call."""
+        for first in range(0, count, self.ROWS):
+            yield first, min(self.ROWS, count - first)
+
+    def _scratch(self, rows: int, shared: int, scores: int) -> CScratch:
+        """Scratch with `shared` floats for all threads, and for each its own part: enough for its rows and its scores."""
         threads = torch.get_num_threads()
         own = max(scores, rows * self._columns)
         if len(self._room.floats) < shared + threads * own:
             self._room.floats = torch.empty(shared + threads * own, dtype=torch.float32)
-        return self._room.floats.data_ptr(), own, threads
+        return CScratch(self._room.floats.data_ptr(), own, threads)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of each row r its position and its sequence, (R,) int64 each, and its rotary pairs, turn (R, P).
+
+    positions[r] < end. The rows of a sequence stand in the order of their positions.
+    """
+
+    positions: Tensor
+    sequences: Tensor
+    turn: Tensor
+    end: int
 
 
 class Native(_Native):
@@ -178,36 +229,34 @@ class Native(_Native):
         row = max(shape.hidden, shape.queries * shape.dim) + (shape.queries + 2 * shape.heads) * shape.dim
         self._row = row + max(2 * shape.width, shape.hidden)
 
-    def run(
-        self,
-        h: Tensor,
-        start: int,
-        memories: list[list[int]],
-        positions: Tensor,
-        sequences: Tensor,
-        turn: Tensor,
-        end: int,
-        fill: bool = False,
-    ) -> None:
+    def run(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
         """h (R, D) through the blocks from `start` on, one for each of the `memories`, in place.
 
-        A memory is for each sequence the address of its keys and values. Row r is at positions[r] < end of sequences[r]
-        (both int64), and the rows of a sequence stand in the order of their positions; turn (R, P) are the rotary pairs.
-        With `fill` only the memories are written.
+        A memory is for each sequence the address of its keys and values.
         """
+        self._call(self._library.offramp_run, h, start, memories, rows)
+
+    def remember(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
+        """Only write the `memories`, as if h (R, D) were the input of each of their blocks."""
+        self._call(self._library.offramp_remember, h, start, memories, rows)
+
+    def _call(self, function: Any, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
         count = len(h)
-        if not (h.is_contiguous() and len(positions) == len(sequences) == len(turn) == count):
+        if not (h.is_contiguous() and len(rows.positions) == len(rows.sequences) == len(rows.turn) == count):
             raise ValueError(
-                f"{count} rows, {len(positions)} positions, {len(sequences)} sequences, {len(turn)} rotary rows"
+                f"{count} rows, {len(rows.positions)} positions, {len(rows.sequences)} sequences, "
+                f"{len(rows.turn)} rotary rows"
             )
         kv = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
-        for some in range(0, count, self.ROWS):
-            rows = min(self.ROWS, count - some)
-            scratch, own, threads = self._scratch(rows, rows * self._row, self._shape.queries // self._shape.heads * end)
-            self._library.offramp_run(
-                self._from(start), len(memories), self._shape, kv, len(memories[0]), _from_row(h, some), rows,
-                _from_row(positions, some), _from_row(sequences, some), _from_row(turn, some), fill, scratch, own, threads,
-            )  # fmt: skip
+        scores = self._shape.queries // self._shape.heads * rows.end
+        for first, piece in self._pieces(count):
+            starts = (_from_row(part, first) for part in (rows.positions, rows.sequences, rows.turn))
+            tokens = CTokens(_from_row(h, first), piece, *starts)
+            scratch = self._scratch(piece, piece * self._row, scores)
+            function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, scratch)
+
+
+MambaAddresses = list[list[tuple[int, int]]]  # of each block and sequence, its window and its state
 
 
 class NativeMamba(_Native):
@@ -220,37 +269,40 @@ class NativeMamba(_Native):
         self._channels = inner + 2 * shape.groups * shape.states
         self._row = max(shape.hidden, inner) + inner + 2 * self._channels + shape.heads
 
+    def journal(self, blocks: int, rows: int) -> Tensor:
+        """Room for what rows do to the memories of blocks: (blocks, R, 2C + H)."""
+        return torch.empty(blocks, rows, 2 * self._channels + self._shape.heads)
+
     def run(
-        self,
-        h: Tensor,
-        start: int,
-        memories: list[list[tuple[int, int]]],
-        sequences: Tensor,
-        fill: bool = False,
-        watched: bool = False,
-    ) -> Tensor | None:
+        self, h: Tensor, start: int, memories: MambaAddresses, sequences: Tensor, journal: Tensor | None = None
+    ) -> None:
         """h (R, D) through the blocks from `start` on, one for each of the `memories`, in place.
 
-        A memory is for each sequence the addresses of its window and its state. Row r is the next token of sequences[r]
-        (int64), of none where that is -1. With `fill` only the memories move. If `watched`, returns a journal
-        (blocks, R, 2C + H): each row's inputs and outputs of the convolution, and dt.
+        Row r is the next token of sequences[r] (int64), or padding where that is -1. The `journal`, if given, receives each
+        row's inputs and outputs of the convolution, and dt.
         """
+        self._call(self._library.offramp_mamba_run, h, start, memories, sequences, journal)
+
+    def remember(
+        self, h: Tensor, start: int, memories: MambaAddresses, sequences: Tensor, journal: Tensor | None = None
+    ) -> None:
+        """Only move the `memories` on, as if h (R, D) were the input of each of their blocks."""
+        self._call(self._library.offramp_mamba_remember, h, start, memories, sequences, journal)
+
+    def _call(
+        self, function: Any, h: Tensor, start: int, memories: MambaAddresses, sequences: Tensor, journal: Tensor | None
+    ) -> None:
         count = len(h)
         if not (h.is_contiguous() and len(sequences) == count):
             raise ValueError(f"{count} rows, {len(sequences)} sequences")
-        journal = torch.empty(len(memories), count, 2 * self._channels + self._shape.heads) if watched else None
         memory = (CMambaMemory * (len(memories) * len(memories[0])))(
             *(CMambaMemory(*addresses) for addresses in chain.from_iterable(memories))
         )
-        for some in range(0, count, self.ROWS):
-            rows = min(self.ROWS, count - some)
-            scratch, own, threads = self._scratch(rows, rows * self._row, 0)
-            self._library.offramp_mamba_run(
-                self._from(start), len(memories), self._shape, memory, len(memories[0]), _from_row(h, some), rows,
-                _from_row(sequences, some), None if journal is None else _from_row(journal[0], some), count,
-                fill, scratch, own, threads,
-            )  # fmt: skip
-        return journal
+        for first, piece in self._pieces(count):
+            notes = None if journal is None else _from_row(journal[0], first)
+            tokens = CMambaTokens(_from_row(h, first), piece, _from_row(sequences, first), notes, count)
+            scratch = self._scratch(piece, piece * self._row, 0)
+            function(self._from(start), len(memories), self._shape, memory, len(memories[0]), tokens, scratch)
 
     def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:
         """The state h (1, H, P, N) of block `index`, moved on in place by its first tokens of a journal (1, T, 2C + H)."""

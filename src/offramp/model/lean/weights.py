@@ -8,8 +8,8 @@
 | `int4` | 4 bits, a scale and a minimum for every 32 | 8 bits, one scale a row |
 | `int4-head4` | as `int4` | as the blocks |
 
-Weights that lie on a 4-bit grid already, as those of a GGUF file in Q4_0 or Q4_1 do, keep their values in `int4`.
-Rows go in and come out in float32, whatever the format. The products here are torch's; `native` has faster ones.
+Weights that already lie on a 4-bit grid, as those of a GGUF file in Q4_0 or Q4_1 do, keep their values in `int4`. Rows are
+float32 before and after a product, whatever the format. The products here are torch's; `native` has faster ones.
 
 Shapes: N rows of a weight (outputs), K its columns (inputs), R rows multiplied at once.
 """
@@ -135,19 +135,19 @@ class Int4(Weight):
 
     @classmethod
     def tensors(cls, weight: Tensor) -> Tensors:
-        """The grid of at most 16 values that each group lies on, or, where there is none, the one over its range."""
+        """Each group keeps the grid of at most 16 values that it lies on; without one it gets 16 values over its range."""
         if weight.shape[1] % GROUP:
             raise ValueError(f"rows of {weight.shape[1]} weights cannot be cut into groups of {GROUP}")
         groups = weight.unflatten(1, (-1, GROUP))
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         span = (high - low).clamp(min=1e-12)
         scale = span / 15
-        found = _on_grid(groups, low, scale)
+        fitted = _on_grid(groups, low, scale)
         for steps in range(14, 0, -1):
-            if found.all():
+            if fitted.all():
                 break
-            fits = _on_grid(groups, low, span / steps) & ~found
-            scale, found = torch.where(fits, span / steps, scale), found | fits
+            fits = _on_grid(groups, low, span / steps) & ~fitted
+            scale, fitted = torch.where(fits, span / steps, scale), fitted | fits
         q = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
         return {"w": (q[..., :16] | (q[..., 16:] << 4)).flatten(1), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
 
@@ -177,7 +177,7 @@ class Int4(Weight):
 
 
 def _on_grid(groups: Tensor, low: Tensor, scale: Tensor) -> Tensor:
-    """Whether all of a group's weights are low + a whole number of scales, but for float32's rounding: (N, groups, 1)."""
+    """Whether all weights of a group are low + a whole number of scales, up to float32's rounding: (N, groups, 1)."""
     steps = (groups - low) / scale
     return ((steps - steps.round()).abs() < 1e-3).all(-1, keepdim=True)
 
@@ -205,13 +205,14 @@ FORMATS = {
 
 
 class Store:
-    """Quantised weights on disk, so that they are made once: calling it with a key reads them there, or makes them.
+    """Quantised weights on disk, so that they are made only once.
 
-    A file that is damaged is as good as none. `save` writes what was made, if anything was.
+    A call with a key returns the tensors that are stored under it, or makes them. `save` writes the file if it lacks any of
+    them. A damaged file counts as an empty one.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path, self._made = path, False
+        self._path, self._incomplete = path, False  # whether the file lacks tensors that were made
         self._tensors: Tensors = {}
         if path and path.exists():
             from safetensors import SafetensorError
@@ -221,14 +222,15 @@ class Store:
                 self._tensors = load_file(path)
 
     def __call__(self, key: str, make: Callable[[], Tensors]) -> Tensors:
-        mine = {name.removeprefix(f"{key}/"): t for name, t in self._tensors.items() if name.startswith(f"{key}/")}
-        if not mine:
-            mine, self._made = make(), True
-            self._tensors |= {f"{key}/{name}": tensor for name, tensor in mine.items()}
-        return mine
+        prefix = f"{key}/"
+        tensors = {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
+        if not tensors:
+            tensors, self._incomplete = make(), True
+            self._tensors |= {prefix + name: tensor for name, tensor in tensors.items()}
+        return tensors
 
     def save(self) -> None:
-        if self._path and self._made:
+        if self._path and self._incomplete:
             from safetensors.torch import save
 
             write_atomically(self._path, save({key: value.contiguous() for key, value in self._tensors.items()}))

@@ -1,0 +1,224 @@
+"""The runtime that calls the library's own blocks, one range at a time, so that decoding can stop after any of them.
+
+What differs between model families (scales, masks, how keys and values come out of the projections) is a row in `families`.
+The library's attention takes a `State` in place of its cache. Mamba blocks run with a mixer of our own (see `mamba`).
+
+Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks, H key/value heads, P head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offramp.errors import UnsupportedModel
+from offramp.model.families import Family
+from offramp.model.lean.weights import FORMATS, Weight
+from offramp.model.mamba import remember, with_own_mixer
+from offramp.model.modules import Modules
+from offramp.model.runtime import Part, Step
+from offramp.model.state import State
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class LibraryStep(Step):
+    """Positions (1, T), the library's rotary tables, and the attention masks that blocks have asked for so far."""
+
+    positions: Tensor
+    rotary: Any = None
+    masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
+
+
+class LibraryBlocks:
+    """The `Runtime` that calls the library's modules block by block. The library's model is left as it is."""
+
+    engine = "library blocks"
+
+    def __init__(self, modules: Modules, family: Family, config: Any) -> None:
+        self._modules, self._family, self._config = modules, family, config
+        self.dtype: torch.dtype = modules.head.weight.dtype
+        self.weight_format = str(self.dtype).removeprefix("torch.")
+        name = family.mixer or ""
+        self._blocks = [
+            block if mixer is None else with_own_mixer(block, name)
+            for block, mixer in zip(modules.blocks, modules.mixers, strict=True)
+        ]
+        self._takes_use_cache = ["use_cache" in inspect.signature(type(block).forward).parameters for block in self._blocks]
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE.get(self.dtype, 3e-2)
+
+    def embed(self, ids: Tensor, first: int | Tensor, mask: Tensor | None) -> tuple[Tensor, Step]:
+        if not isinstance(first, int) or mask is not None:
+            raise UnsupportedModel(
+                f"A '{self._config.model_type}' model on the library's blocks cannot run sequences of different lengths.",
+                "Run them one by one, or use a model that has a lean path.",
+            )
+        h = self._modules.embedding(ids)
+        scale = self._family.scale_in(self._config)
+        if scale != 1.0:
+            h = h * scale
+        step = self.step(h, first)
+        if self._modules.positions is not None:
+            h = h + self._modules.positions(step.positions)
+        return h, step
+
+    def step(self, h: Tensor, first: int) -> LibraryStep:
+        batch, tokens = h.shape[:2]
+        positions = torch.arange(first, first + tokens, device=h.device)[None]
+        rotary = self._modules.rotary
+        if rotary is None:
+            return LibraryStep(batch, tokens, positions)
+        if self._family.rotary_per_kind:
+            tables = {kind: rotary(h, positions, kind) for kind in set(self._modules.layer_types)}
+            return LibraryStep(batch, tokens, positions, tables)
+        return LibraryStep(batch, tokens, positions, rotary(h, positions))
+
+    def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
+        return [self._run(h, start, stop, state, step) for h, state, step in parts]
+
+    def _run(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> Tensor:
+        assert isinstance(step, LibraryStep)
+        for index in range(start, stop):
+            attends = self._modules.attention[index] is not None
+            kwargs: dict[str, Any] = {
+                "attention_mask": self._mask(index, state.length(index), step, h.dtype) if attends else None,
+                "position_ids": step.positions,
+                self._family.cache_kwarg: state,
+            }
+            if self._takes_use_cache[index]:
+                kwargs["use_cache"] = True
+            if step.rotary is not None:
+                kwargs["position_embeddings"] = self._tables(index, step)
+            out = self._blocks[index](h, **kwargs)
+            h = out[0] if isinstance(out, tuple) else out
+        return h
+
+    def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
+        for h, state, step in parts:
+            for index in range(start, stop):
+                self.remember_keys(h, index, state, step)
+                self.remember_state(h, index, state)
+
+    def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
+        attention = self._modules.attention[index]
+        if attention is None:
+            return
+        assert isinstance(step, LibraryStep)
+        keys, values = self._family.keys_values(attention, self._normed(h, index))
+        if step.rotary is not None and getattr(attention, "use_rope", True):
+            rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+            keys, _ = rotate(keys, keys, *self._tables(index, step))
+        state.update(keys, values, index)
+
+    def remember_state(self, h: Tensor, index: int, state: State) -> None:
+        memory = state.ssm[index]
+        if memory is not None:
+            remember(self._modules.mixers[index], self._normed(h, index), memory)
+
+    def _normed(self, h: Tensor, index: int) -> Tensor:
+        name = self._family.input_norm
+        normed: Tensor = getattr(self._blocks[index], name)(h.to(self.dtype)) if name else h
+        return normed
+
+    def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
+        normed = self._modules.norm(h).to(self.dtype)  # some Mamba models keep the residual stream in float32
+        head = self._modules.head
+        out: Tensor = head(normed) if rows is None else F.linear(normed, head.weight[rows])
+        return out
+
+    def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda h: self.logits(h, rows)
+
+    def head_behind(self, expand: Tensor) -> Callable[[Tensor], Tensor]:
+        return partial(F.linear, weight=self.head_weight() @ expand)
+
+    def final(self, h: Tensor) -> Tensor:
+        normed: Tensor = self._modules.norm(h).float()
+        return normed
+
+    def head_weight(self) -> Tensor:
+        weight: Tensor = self._modules.head.weight.detach().float()
+        return weight
+
+    def block_bytes(self, index: int) -> int:
+        return stored_bytes(self._modules.blocks[index], Weight, self.dtype.itemsize, active_experts(self._config))
+
+    def head_bytes(self) -> int:
+        rows, columns = self._modules.head.weight.shape
+        return Weight.bytes_of(rows, columns, self.dtype.itemsize)
+
+    def drop_spare_weights(self) -> None:
+        pass  # every weight is in use
+
+    def _tables(self, index: int, step: LibraryStep) -> Any:
+        return step.rotary[self._modules.layer_types[index]] if self._family.rotary_per_kind else step.rotary
+
+    def _mask(self, index: int, past: int, step: LibraryStep, dtype: torch.dtype) -> Tensor | None:
+        key = (self._modules.windows[index], past)
+        if key not in step.masks:
+            step.masks[key] = self._make_mask(*key, step, dtype)
+        return step.masks[key]
+
+    def _make_mask(self, window: int | None, past: int, step: LibraryStep, dtype: torch.dtype) -> Tensor | None:
+        """Which of `past` remembered tokens and the T new ones each new token may see: (1, 1, T, past + T).
+
+        None where the attention function needs no mask: for one token that sees everything, and with SDPA for T tokens that
+        have nothing before them. True means "sees" for SDPA. The eager function adds the mask to the scores instead.
+        """
+        tokens, device = step.tokens, step.positions.device
+        everything = window is None or past + tokens <= window
+        if everything and (tokens == 1 or (past == 0 and self._family.implementation == "sdpa")):
+            return None
+        queries = torch.arange(past, past + tokens, device=device)[:, None]
+        keys = torch.arange(past + tokens, device=device)[None, :]
+        sees = keys <= queries
+        if window is not None:
+            sees &= keys > queries - window
+        if self._family.implementation == "sdpa":
+            return sees[None, None]
+        return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
+
+
+class Outline(LibraryBlocks):
+    """A model's shape without weights. Nothing can be run; its sizes are those that the lean path would have."""
+
+    def __init__(self, modules: Modules, family: Family, config: Any, weight_format: str) -> None:
+        super().__init__(modules, family, config)
+        self.weight_format = weight_format
+        self.dtype = torch.float32  # the lean path's, for hidden states, keys and values
+
+    def block_bytes(self, index: int) -> int:
+        format = FORMATS[self.weight_format]
+        return stored_bytes(self._modules.blocks[index], format.blocks, format.loaded.itemsize)
+
+    def head_bytes(self) -> int:
+        format = FORMATS[self.weight_format]
+        rows, columns = self._modules.head.weight.shape
+        return format.head.bytes_of(rows, columns, format.loaded.itemsize)
+
+
+def active_experts(config: Any) -> float:
+    """The share of a block's experts that one token is sent to; 1 for a model without experts."""
+    routed = getattr(config, "num_experts_per_tok", None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return routed / experts if routed and experts else 1.0
+
+
+def stored_bytes(block: nn.Module, format: type[Weight], itemsize: int, active: float = 1.0) -> int:
+    """Bytes of the parameters that one token reads, with matrices in this format; of stacked experts a share `active`."""
+    matrices = [parameter.shape for parameter in block.parameters() if parameter.ndim == 2]
+    others = [(name, parameter) for name, parameter in block.named_parameters() if parameter.ndim != 2]
+    entries = sum(part.numel() * (active if part.ndim == 3 and "conv" not in name else 1) for name, part in others)
+    return sum(format.bytes_of(rows, columns, itemsize) for rows, columns in matrices) + round(entries) * itemsize

@@ -1,0 +1,46 @@
+"""From a user's words to token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offramp.errors import BadInput
+
+
+class Prompts:
+    """Turns prompts and conversations into token ids, and refuses those that a model cannot answer.
+
+    `tokenizer` is the library's; `context` the number of tokens that the model called `name` holds, answer included.
+    """
+
+    def __init__(self, tokenizer: Any, context: int, name: str) -> None:
+        self._tokenizer, self._context, self._name = tokenizer, context, name
+
+    def encode(self, prompt: str, raw: bool = False) -> list[int]:
+        """A prompt → token ids. The chat template is used where the tokenizer has one and `raw` is false.
+
+        Raises `BadInput` for an empty prompt and for one that fills the model's context.
+        """
+        if not prompt.strip():
+            raise BadInput("The prompt is empty.", "Give some text to go on from.")
+        return self.encode_chat([{"role": "user", "content": prompt}], raw)
+
+    def encode_chat(self, messages: list[dict[str, str]], raw: bool = False) -> list[int]:
+        """A conversation → token ids up to where the answer begins. Raises `BadInput` as `check` does."""
+        if raw or not getattr(self._tokenizer, "chat_template", None):
+            ids = self._tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        else:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.check(ids)
+        return list(ids)
+
+    def check(self, ids: list[int]) -> None:
+        """Raises `BadInput` for a prompt of no tokens, and for one that leaves no room for an answer."""
+        if not ids:
+            raise BadInput("The prompt is empty.", "Give some text to go on from.")
+        if len(ids) >= self._context:
+            raise BadInput(
+                f"The prompt is {len(ids)} tokens long; {self._name} holds {self._context} with its answer.",
+                "Shorten the prompt, or use a model with a longer context.",
+            )

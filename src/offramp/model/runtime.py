@@ -1,0 +1,109 @@
+"""What a backbone needs of the code that runs its blocks. There are two such runtimes.
+
+`library_blocks.LibraryBlocks` calls the modules of the library (`transformers`). `lean.base.Lean` has blocks of its own for
+the kinds of model that have a lean path. `Backbone` holds one of them and does not ask which it is.
+
+Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offramp.model.state import State
+
+
+@dataclass
+class Step:
+    """What all blocks of one call share: the number of sequences and of tokens in each. A runtime adds what it needs."""
+
+    batch: int
+    tokens: int
+
+
+Part = tuple[Tensor, State, Step]  # hidden states (B, T, D), what the blocks remember, what the blocks share
+
+
+class Runtime(Protocol):
+    """Runs the blocks and the head of one model."""
+
+    @property
+    def engine(self) -> str:
+        """What does the work: `library blocks`, or on the lean path `native` or `torch`."""
+        ...
+
+    @property
+    def weight_format(self) -> str:
+        """The format of the weights: a name in `weights.FORMATS`, or the name of the library model's dtype."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of hidden states, keys and values."""
+        ...
+
+    @property
+    def tolerance(self) -> float:
+        """The largest difference from the library's logits that rounding explains, as a share of the largest logit."""
+        ...
+
+    def embed(self, ids: Tensor, first: int | Tensor, mask: Tensor | None) -> tuple[Tensor, Step]:
+        """Token ids (B, T) → hidden states (B, T, D) and what the blocks share; see `Backbone.embed`."""
+        ...
+
+    def step(self, h: Tensor, first: int) -> Step:
+        """What the blocks share for tokens h (B, T, D) at positions `first`, `first` + 1, …"""
+        ...
+
+    def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
+        """Each part's hidden states through blocks `start` to `stop` - 1, which remember its tokens."""
+        ...
+
+    def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
+        """Remember only: blocks `start` to `stop` - 1 each store what they would if a part's h were their input."""
+        ...
+
+    def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
+        """The attention part of `remember_all`, for one block and one h (B, T, D); nothing where it has none."""
+        ...
+
+    def remember_state(self, h: Tensor, index: int, state: State) -> None:
+        """The Mamba part of `remember_all`, for one block and one h (B, T, D); nothing where it has none."""
+        ...
+
+    def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Final norm and head: h (…, D) → (…, V), or (…, n) for the n tokens `rows`. Gradients pass through with `rows`."""
+        ...
+
+    def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """`logits` of the tokens `rows` only, as a function to be called many times."""
+        ...
+
+    def head_behind(self, expand: Tensor) -> Callable[[Tensor], Tensor]:
+        """The head after a linear map `expand` (D, k), as one product: (n, k) → (n, V)."""
+        ...
+
+    def final(self, h: Tensor) -> Tensor:
+        """The final norm of h (…, D), in float32."""
+        ...
+
+    def head_weight(self) -> Tensor:
+        """The head's matrix, (V, D) in float32."""
+        ...
+
+    def block_bytes(self, index: int) -> int:
+        """Bytes of the weights of block `index` that one token reads."""
+        ...
+
+    def head_bytes(self) -> int:
+        """Bytes of the head's weights."""
+        ...
+
+    def drop_spare_weights(self) -> None:
+        """Free the weights of the library's modules that this runtime has copies of."""
+        ...

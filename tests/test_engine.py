@@ -59,6 +59,7 @@ def test_the_repetition_penalty_is_the_librarys() -> None:
 def test_every_kind_of_exit_opens_and_reports(gate: str, readout: str, family: str, fill: str) -> None:
     answer = Engine(tiny(family), exits_for(family, gate, readout), Policy((0.5,) * 3), fill).generate(PROMPT, 24)
     early = [token for token in answer.tokens if token.exit_block < BLOCKS]
+    assert early
     assert {token.exit_block for token in answer.tokens} <= {*LAYERS, BLOCKS}
     assert all(token.confidence is not None and 0.5 < token.confidence <= 1 for token in early)
     assert all(token.confidence is None for token in answer.tokens if token.exit_block == BLOCKS)

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from growth import machine
-from offramp.model.lean.llama import LeanLlama, Make
+from offramp.model.lean.base import Make
+from offramp.model.lean.llama import LeanLlama
 from offramp.model.lean.weights import FORMATS, GROUP, Int4, Int8, Store, Tensors, Weight
 from offramp.model.state import State
 from speed import read_bandwidth
@@ -131,12 +132,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--format", choices=("int4", "bfloat16"), help="both by default, one after the other")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     note = machine(args.threads, read_bandwidth(args.threads))
     torch.manual_seed(0)

@@ -19,14 +19,14 @@ from offramp.errors import OfframpError
 from offramp.evaluation.tasks import TASKS, load_task
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=[name for name in TASKS if name != "truthfulqa-mc"])
     parser.add_argument("data", type=Path, nargs="?", help="the task's file; default: from the hub")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--count", type=int, default=200)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         task = load_task(args.task, args.data, args.count)
         backbone = offramp.load(args.model, args.dtype, keep=True)

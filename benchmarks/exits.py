@@ -23,6 +23,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 import transformers
@@ -95,7 +96,7 @@ def compare_formats(args: argparse.Namespace) -> None:
         print(f"| {name} | {head} | {agreement} | {' '.join(str(one['gate_auroc']) for one in quality)} |", flush=True)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("questions", type=Path)
     parser.add_argument("--model", default="smollm2")
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--fills", default="project", help=f"some of {', '.join(FILLS)}")
     parser.add_argument("--own-prompts", help="prompts whose answers the gates learn from; default: offramp's own list")
     parser.add_argument("--formats", action="store_true", help="compare weight formats instead of gates")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.formats:
         compare_formats(args)
         return
@@ -122,7 +123,7 @@ def main() -> None:
     answers = load_shards(harvest(exact, plan, base.config.layers, args.work / "asked", lambda tokens: None))
     references = [Engine(fast).generate(ids, max_tokens=args.tokens) for ids in asked]
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for readout in (base.config.readout, "none"):
         reader = Trainer(exact, with_gate(exact, base, base.config.gate, readout), config, args.work)
         labelled, to_learn = reader.labels(answers), reader.labels(data.gates)
@@ -139,7 +140,7 @@ def main() -> None:
             else:
                 confidences = max_prob_scores(exact, exits, labelled)
             agrees = torch.cat([one.agrees[one.counted] for one in labelled])
-            row = {
+            row: dict[str, Any] = {
                 "readout": readout,
                 "gate": gate,
                 "agreement": [round(float(value), 3) for value in agrees.float().mean(0)],

@@ -27,12 +27,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import offramp
 from exits import exits_for, questions_in
 from offramp import Exits
-from offramp.exits.parts import Memory
+from offramp.exits.parts import Memory, Part
 from offramp.metrics import auroc
 from offramp.training.config import TrainConfig
 from offramp.training.teacher import harvest, load_shards, units
@@ -41,10 +41,10 @@ from offramp.training.training import Labelled, Trainer, gather
 REPETITIONS = 400
 
 
-class Forgetful(nn.Module):
+class Forgetful(Part):
     """A gate that sees every token with an empty memory."""
 
-    def __init__(self, gate: nn.Module) -> None:
+    def __init__(self, gate: Part) -> None:
         super().__init__()
         self.gate = gate
 
@@ -71,27 +71,28 @@ def area(given: list[list[Tensor]], answers: list[Labelled], chosen: np.ndarray,
     return auroc(torch.cat([given[number][index] for number in chosen]), agrees)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("questions", type=Path)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--exits", type=Path)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--own-prompts", help="prompts whose answers the gates learn from; default: offramp's own list")
     parser.add_argument("--max-prompts", type=int)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("build/gates"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     backbone = offramp.load(args.model)
     base = exits_for(backbone, args.exits)
-    settings = TrainConfig(max_prompts=args.max_prompts, gate_epochs=args.epochs)
+    settings = TrainConfig(prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs)
     data = gather(backbone, settings, base.config.layers, args.work / "text")
     prompts = [backbone.prompts.encode(one) for one in questions_in(args.questions, args.count)]
     plan = units(prompts, [], args.tokens, batch=48)
     mark = hashlib.sha256(
-        json.dumps([prompts, args.tokens, args.epochs, args.max_prompts, base.training]).encode()
+        json.dumps([prompts, args.tokens, args.epochs, args.max_prompts, args.own_prompts, base.training]).encode()
     ).hexdigest()[:8]
     asked = args.work / f"asked-{mark}"
     asked.mkdir(parents=True, exist_ok=True)

@@ -31,11 +31,12 @@ import torch
 import transformers
 
 import offramp
+from offramp.machine import processor
 from offramp.model.backbone import Backbone
 from offramp.model.lean.weights import FORMATS
 from offramp.model.loading import outline
 from offramp.model.state import State
-from speed import processor, read_bandwidth
+from speed import read_bandwidth
 
 WORK = Path("build/bench")
 CONTEXT = 256  # where something else grows
@@ -85,6 +86,8 @@ def decode(backbone: Backbone, state: State, batch: int = 1, rows: int = 1, bloc
 def measure(backbone: Backbone, axes: Axes) -> Iterator[tuple[str, list[list[float]]]]:
     """For each of the axes, the milliseconds of every repetition at every value."""
 
+    long, state, seen = backbone.state(max(axes["context"]) + 1), backbone.state(CONTEXT + max(axes["chunk rows"])), 0
+
     def timed(state: State, **shape: int) -> list[float]:
         length, times = state.length(0), []
         for _ in range(WARMUP + REPETITIONS):
@@ -105,7 +108,6 @@ def measure(backbone: Backbone, axes: Axes) -> Iterator[tuple[str, list[list[flo
         state.select(torch.zeros(size, dtype=torch.int64))
         return timed(state, batch=size)
 
-    long, state, seen = backbone.state(max(axes["context"]) + 1), backbone.state(CONTEXT + max(axes["chunk rows"])), 0
     read(backbone, state, 0, CONTEXT)
     ways: dict[str, Callable[[int], list[float]]] = {
         "context": at_context,
@@ -160,7 +162,7 @@ def figure(axes: Axes, medians: dict[str, dict[str, list[float]]]) -> str:
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--random", action="store_true", help="random weights of the model's shape, from its config alone")
@@ -168,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--figure", type=Path, default=Path("docs/growth.svg"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     note = machine(args.threads, read_bandwidth(args.threads))
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -111,7 +112,7 @@ def draw(splits: list[dict[str, Any]], risk: float, title: str, file: Path) -> N
     figure.savefig(file, metadata={"Date": None})
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("questions", type=Path, nargs="+", help="TruthfulQA.csv, lines, or JSON lines as TriviaQA's")
     parser.add_argument("--model", default="smollm2")
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=0.05)
     parser.add_argument("--work", type=Path, default=Path("build/guarantee"))
     parser.add_argument("--figure", type=Path, default=Path("build/guarantee/guarantee.svg"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         backbone = offramp.load(args.model, args.dtype)
         exits = load_exits(args.exits, backbone) if args.exits else offramp.shipped_for(backbone)
@@ -167,9 +168,9 @@ def main() -> None:
         for policy in line:
             name = " ".join(f"{threshold:.3g}" for threshold in policy.thresholds)
             name += f", {policy.candidates} candidates" if policy.candidates else ""
-            one = found[name] = kept(f"{policy.confidence} {policy.decay} {name}", lambda policy=policy: run(policy))
-            loss, saved = fmean(one["losses"]), fmean(one["flops_saved"])
-            print(f"| {name} | {loss:.3f} | {saved:.1%} | {one['mean_blocks']:.1f} |", flush=True)
+            record = found[name] = kept(f"{policy.confidence} {policy.decay} {name}", partial(run, policy))
+            loss = fmean(record["losses"])
+            print(f"| {name} | {loss:.3f} | {fmean(record['flops_saved']):.1%} | {record['mean_blocks']:.1f} |", flush=True)
             if loss > 2.5 * args.risk:  # bolder ones would never be tested
                 break
     losses = {name: one["losses"] for name, one in found.items()}
@@ -184,8 +185,8 @@ def main() -> None:
     closed = sum(one["policy"] is None for one in splits)
     print(f"closed: {closed} of {SPLITS}; FLOPs saved, mean: {fmean(one['flops_saved'] for one in splits):.1%}")
     for one in splits:
-        loss = f"{one['loss']:.3f} ± {2 * one['error']:.3f}"
-        print(f"- {one['policy'] or 'closed'}: loss {loss}, saved {one['flops_saved']:.1%}")
+        held_out = f"loss {one['loss']:.3f} ± {2 * one['error']:.3f}"
+        print(f"- {one['policy'] or 'closed'}: {held_out}, saved {one['flops_saved']:.1%}")
     draw(splits, args.risk, title, args.figure)
 
 

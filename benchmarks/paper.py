@@ -47,9 +47,11 @@ THRESHOLDS = (0.98, 0.95, 0.9, 0.8, 0.6)
 FILLS = ("project", "freeze", "copy", "defer", "verify")
 
 
-def trained(backbone: Backbone, base: Exits, gates: list[str], prompts: int | None, work: Path) -> dict[str, Exits]:
+def trained(
+    backbone: Backbone, base: Exits, gates: list[str], prompts: str | None, count: int | None, work: Path
+) -> dict[str, Exits]:
     """Exits with each of the gates, beside the read-outs of `base`; kept in the folder `work`."""
-    config = TrainConfig(max_prompts=prompts)
+    config = TrainConfig(prompts=prompts, max_prompts=count)
     found: dict[str, Exits] = {}
     missing = [gate for gate in gates if gate not in TRAINING_FREE and not (work / gate / "offramp.json").exists()]
     if missing:
@@ -86,10 +88,10 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
     backbone = offramp.load(source)
     reference = untuned(backbone)
     base = exits_for(backbone, Path(folder) if folder else None)
-    learned = [fingerprint(base), args.prompts]
+    learned = [fingerprint(base), args.prompts, *([args.own_prompts] if args.own_prompts else [])]
     everything = load_task(task_name, data)
     asking = [args.count, args.calibration, args.thresholds, args.batch, args.gates, everything.sha256]
-    work = args.work / mark(backbone.source.sha256, reference.source.sha256, learned, asking)
+    work: Path = args.work / mark(backbone.source.sha256, reference.source.sha256, learned, asking)
     file = work / f"{name}-{task_name}.json"
     if file.exists():
         return file
@@ -101,7 +103,9 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
     others = [Question(item.prompt) for item in everything.items[count:]][: args.calibration]
     if task_name == "coqa":  # turns of one conversation are no independent draws
         others = []
-    gates = trained(backbone, base, args.gates.split(","), args.prompts, args.work / f"{name}-{mark(learned)}")
+    gates = trained(
+        backbone, base, args.gates.split(","), args.own_prompts, args.prompts, args.work / f"{name}-{mark(learned)}"
+    )
     kept = work / f".{name}-{task_name}"
 
     def said(stage: str, done: int, total: int, note: str = "") -> None:
@@ -122,7 +126,7 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
                 mostly.append((summary["flops_saved"]["mean"], policy, exits))
         if others:
             chosen = copy.copy(exits)
-            how = {"confidence": confidence, "max_tokens": everything.max_tokens, "stop": everything.stop}
+            how: dict[str, Any] = {"confidence": confidence, "max_tokens": everything.max_tokens, "stop": everything.stop}
             try:
                 calibrate(backbone, chosen, others, **how, raw=True, reference=reference)
             except BadInput as error:
@@ -140,7 +144,7 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
     return file
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--truthfulqa", type=Path)
     parser.add_argument("--triviaqa", type=Path)
@@ -150,11 +154,12 @@ def main() -> None:
     parser.add_argument("--gates", default=",".join(GATES), help="gates, by comma")
     parser.add_argument("--count", type=int, default=100, help="questions of each task")
     parser.add_argument("--calibration", type=int, default=300, help="other questions to calibrate on")
-    parser.add_argument("--prompts", type=int, help="prompts whose answers gates learn from; default: all of offramp's")
+    parser.add_argument("--own-prompts", help="prompts whose answers the gates learn from; default: offramp's own list")
+    parser.add_argument("--prompts", type=int, help="only the first so many of them; default: all")
     parser.add_argument("--batch", type=int, default=16, help="answers side by side; times are shares of a batch's")
     parser.add_argument("--quick", action="store_true", help="20 minutes: few questions, two thresholds, no calibration")
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="settings get folders of their own in it")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.thresholds = THRESHOLDS
     for given, known in ((args.tasks, TASKS), (args.gates, GATES)):
         if unknown := set(given.split(",")).difference(known):

@@ -134,12 +134,12 @@ def table(result: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--format", choices=("int4", "bfloat16"), help="both by default, one after the other")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     note = machine(args.threads, read_bandwidth(args.threads))
     torch.manual_seed(0)

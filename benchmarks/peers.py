@@ -51,7 +51,8 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
 
     torch.set_num_threads(args.threads)
     model = offramp.load(args.model, args.dtype)
-    type(model).stop_ids = frozenset()  # the engine would stop at an end of text
+    # The engine would stop at an end of text.
+    type(model).stop_ids = frozenset()  # type: ignore[method-assign,assignment]
     exits = offramp.shipped_for(model, draft=True) if args.verify else None
     engine = offramp.Engine(model, exits, fill="verify" if exits else "project")
 
@@ -157,7 +158,7 @@ def llamacpp_peer(args: argparse.Namespace) -> Peer:
         logits = np.asarray(scorer.scores[: len(ids) - 1], dtype=np.float64)
         top = logits.max(-1, keepdims=True)
         log_sum = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[:, 0]
-        return (log_sum - logits[np.arange(len(ids) - 1), ids[1:]]).tolist()
+        return list((log_sum - logits[np.arange(len(ids) - 1), ids[1:]]).tolist())
 
     name = ctypes.create_string_buffer(128)
     llama_cpp.llama_model_desc(model.model, name, len(name))
@@ -194,7 +195,7 @@ def openvino_peer(args: argparse.Namespace) -> Peer:
     path = Path(args.work) / f"{Path(args.model).stem}-as-{args.requantise}.gguf" if args.requantise else Path(args.model)
     model = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=args.threads)
 
-    class Streamer(openvino_genai.StreamerBase):
+    class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
         def __init__(self, out: Out) -> None:
             super().__init__()
             self.out = out
@@ -289,7 +290,7 @@ def nll(logits: Any, ids: list[int]) -> list[float]:
     import torch
 
     logs = logits[:-1].double().log_softmax(-1)
-    return (-logs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]).tolist()
+    return list((-logs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]).tolist())
 
 
 def torch_facts(model: Any, way: str, library: str, plain: bool) -> dict[str, Any]:
@@ -365,7 +366,7 @@ def answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--model", required=True, help="a safetensors folder, a GGUF file, or offramp's name for it")
@@ -377,7 +378,7 @@ def main() -> None:
     parser.add_argument("--way", choices=("draft", "calm"), default="draft", help="economize: which technique")
     parser.add_argument("--requantise", help="a GGUF format, such as Q8_0, made from --model by llama.cpp")
     parser.add_argument("--work", default="build/bench", help="folder for what --requantise makes")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     # Libraries print to stdout as they like; only answers may reach the driver.
     answers = os.fdopen(os.dup(1), "w")

@@ -1,6 +1,7 @@
 """How fast is decoding, beside other libraries on the same machine, the same model and the same prompts?
 
     make bench    or    .venv/bin/python benchmarks/speed.py [--peers a,b] [--ours int8] [--rounds 3] [--tokens 64]
+                                                             [--model NAME]
 
 Every peer is a worker process (`benchmarks/peers.py`) in an environment of its own under build/bench, made from
 `benchmarks/requirements/`; those that need only our dependencies share .venv. All are loaded and warmed up, then take
@@ -33,7 +34,7 @@ import torch
 from transformers import AutoTokenizer
 
 from offramp.machine import processor
-from offramp.model.hub import ALIASES, resolve
+from offramp.model.hub import ALIASES, Wheel, resolve
 from offramp.model.lean.weights import FORMATS
 
 MODEL = "smollm2"
@@ -79,6 +80,28 @@ ENTRIES = {
 
 class Failed(Exception):
     """A peer that cannot go on, with the reason for its row."""
+
+
+def paths_of(model: str) -> dict[str, str]:
+    """What workers are given for a model: its name, its safetensors folder and, where it comes in one, its GGUF file."""
+    paths = {"name": model, "folder": str(resolve(model).path)}
+    wheel = ALIASES.get(model)
+    if isinstance(wheel, Wheel):
+        package, _, file = wheel.member.partition("/")
+        spec = find_spec(package)
+        assert spec, f"{package} is not installed: run make"
+        assert spec.submodule_search_locations
+        paths["gguf"] = str(Path(spec.submodule_search_locations[0]) / file)
+    return paths
+
+
+def chat_ids(tokenizer: Any, text: str) -> list[int]:
+    """A question → token ids, through the chat template where the tokenizer has one."""
+    if not tokenizer.chat_template:
+        return list(tokenizer(text)["input_ids"])
+    chat = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def ours(dtype: str) -> str:
@@ -188,11 +211,11 @@ class Row:
 
     def prefill_speed(self, lengths: list[int]) -> float:
         """Prompt tokens a second: the median round."""
-        return median(sum(lengths) / total(runs, "prefill_seconds") for runs in self.runs)
+        return float(median(sum(lengths) / total(runs, "prefill_seconds") for runs in self.runs))
 
 
 def total(runs: list[dict[str, Any]], key: str) -> float:
-    return sum(run[key] for run in runs)
+    return float(sum(run[key] for run in runs))
 
 
 def measure(
@@ -234,10 +257,13 @@ def measure(
                     print(f"{row.name}: no perplexity: {failure}", file=sys.stderr)
 
 
+NUMBERS = 200_000_000  # float32, 800 MB: more than any cache holds
+
+
 def read_bandwidth(threads: int) -> float:
-    """GB/s at which `threads` threads read memory: the best of five sums over 800 MB."""
+    """GB/s at which `threads` threads read memory: the best of five sums over `NUMBERS` numbers."""
     torch.set_num_threads(threads)
-    numbers = torch.ones(200_000_000)
+    numbers = torch.ones(NUMBERS)
     times = []
     for _ in range(6):
         started = time.perf_counter()
@@ -322,36 +348,28 @@ def spread(ratios: list[float] | None) -> str:
     return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else "–"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", default=",".join(ENTRIES), help=f"some of {', '.join(ENTRIES)}")
     parser.add_argument("--ours", default=",".join(FORMATS), help="formats to run offramp in, and to take ratios of")
+    parser.add_argument("--model", default=MODEL, help="peers that need its GGUF file can only run the default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--text", type=Path, help=f"plain text; its first {SCORED:,} tokens, in windows of {WINDOW}, give the perplexities"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     peers = [name for name in args.peers.split(",") if name]
     if unknown := set(peers) - set(ENTRIES):
         parser.error(f"unknown peers {', '.join(sorted(unknown))}; there are {', '.join(ENTRIES)}")
 
     WORK.mkdir(parents=True, exist_ok=True)
-    folder = resolve(MODEL).path
-    package, _, file = ALIASES[MODEL].member.partition("/")
-    spec = find_spec(package)
-    assert spec, f"{package} is not installed: run make"
-    assert spec.submodule_search_locations
-    paths = {"name": MODEL, "folder": folder, "gguf": str(Path(spec.submodule_search_locations[0]) / file)}
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [
-        tokenizer(
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True),
-            add_special_tokens=False,
-        )["input_ids"]
-        for text in PROMPTS
-    ]
+    paths = paths_of(args.model)
+    if without := [name for name in peers if entry(name).weights not in paths]:
+        parser.error(f"{', '.join(without)} need a GGUF file, which {args.model} does not come with")
+    tokenizer = AutoTokenizer.from_pretrained(paths["folder"])
+    prompts = [chat_ids(tokenizer, text) for text in PROMPTS]
     text = tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"][:SCORED] if args.text else []
 
     bandwidth = read_bandwidth(args.threads)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -50,15 +51,15 @@ def compare(backbone: Backbone, exits: Exits, policy: Policy | None, prompts: li
 
 def tiny_models(count: int) -> None:
     sys.path.insert(0, str(TESTS))
-    from helpers import modest_exits, some_prompts
-    from models import VARIANTS, tiny
+    helpers, models = import_module("helpers"), import_module("models")
+    for family in models.VARIANTS:
+        exits = helpers.modest_exits(family)
+        policy = Policy((0.5,) * len(exits))
+        line = compare(models.tiny(family), exits, policy, helpers.some_prompts(count), 12)
+        print(f"{family}: {line}", flush=True)
 
-    for family in VARIANTS:
-        exits = modest_exits(family)
-        print(f"{family}: {compare(tiny(family), exits, Policy((0.5,) * len(exits)), some_prompts(count), 12)}", flush=True)
 
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("questions", type=Path, nargs="?")
     parser.add_argument("--tiny", action="store_true", help="random models of every family instead, with random gates")
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--exits", type=Path)
     parser.add_argument("--count", type=int)
     parser.add_argument("--tokens", type=int, default=64)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.tiny == bool(args.questions):
         parser.error("name a file of questions, or --tiny.")
     if args.tiny:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import io
 import random
+import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from models import BLOCKS, tiny
 from offramp import Engine, Exits, ExitsConfig
+from offramp.cli import main
 from offramp.decode.batch import Batch
 from offramp.decode.fills import FILLS
 from offramp.decode.request import Prefilled
@@ -164,3 +171,35 @@ def task(count: int = 6, **changed) -> Task:
     ]
     usual = {"name": "coqa", "items": items, "stop": ("\n",), "max_tokens": 8, "score": score_coqa}
     return Task(**{**usual, **SOURCE, **changed})
+
+
+class Ran(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def run_cli(*arguments: str, folder: Path | None = None, stdin: str = "", **environment: str) -> Ran:
+    """Run `offramp ARGUMENTS` in this process, in `folder`: a process of its own needs seconds to import torch.
+
+    The working folder, the environment, the standard streams and the warnings are as before afterwards. An error that
+    `main` lets through, and so would end a process in a traceback, is raised here.
+    """
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    settings = {"COLUMNS": "200", "TRANSFORMERS_VERBOSITY": "error", **environment}
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), redirect_stdout(stdout), redirect_stderr(stderr):
+        warnings.simplefilter("default")
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)  # as Python does by itself, and pytest does not
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        patch.chdir(folder or Path.cwd())
+        patch.setattr(sys, "argv", ["offramp", *arguments])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return Ran(code, stdout.getvalue(), stderr.getvalue())

@@ -133,6 +133,7 @@ def test_every_line_of_candidates_grows_bolder_and_opens_deep_exits_first(kind: 
     for line in lines:
         for before, after in pairwise(line):
             assert all(a <= b for a, b in zip(after.thresholds, before.thresholds, strict=True))
+            assert after.thresholds != before.thresholds
     first_open = [next(i for i, t in enumerate(line[0].thresholds) if t < 1) for line in lines]
     assert first_open == sorted(first_open, reverse=True)
 

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from helpers import exits_for
+from helpers import Ran, exits_for, run_cli
 from models import BLOCKS, saved, tiny
 from offramp import Policy
 
@@ -53,8 +53,15 @@ def world(tmp_path_factory):
     del os.environ["OFFRAMP_CACHE"]
 
 
-def run(world, *arguments: str, stdin: str = "", code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {**os.environ, "OFFRAMP_CACHE": str(world / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment}
+def run(world, *arguments: str, stdin: str = "", code: int = 0, **environment: str) -> Ran:
+    done = run_cli(*arguments, folder=world, stdin=stdin, OFFRAMP_CACHE=str(world / "cache"), **environment)
+    assert done.code == code, done.stderr
+    return done
+
+
+def run_process(world, *arguments: str, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
+    """The same in a process of its own, for what only a process can show. It costs seconds."""
+    settings = {**os.environ, "OFFRAMP_CACHE": str(world / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     command = [sys.executable, "-c", "from offramp.cli import main; main()", *arguments]
     done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=world, env=settings)
     assert done.returncode == code, done.stderr
@@ -292,4 +299,4 @@ def test_mistakes_get_one_sentence_and_a_hint(world, arguments, sentence: str, m
 
 
 def test_a_mistake_ends_the_process_without_a_traceback(world) -> None:
-    assert "error: There is no model" in run(world, "generate", "modle", "Hi", code=1).stderr
+    assert "error: There is no model" in run_process(world, "generate", "modle", "Hi", code=1).stderr

@@ -78,6 +78,7 @@ def test_every_kind_of_exit_opens_and_reports(gate: str, readout: str, family: s
         PROMPT, max_tokens=24
     )
     early = [token for token in answer.tokens if token.exit_block < BLOCKS]
+    assert early
     assert {token.exit_block for token in answer.tokens} <= {*LAYERS, BLOCKS}
     assert all(token.confidence is not None and 0.5 < token.confidence <= 1 for token in early)
     assert all(token.confidence is None for token in answer.tokens if token.exit_block == BLOCKS)
@@ -118,6 +119,7 @@ def test_a_decay_makes_answers_begin_strictly() -> None:
     early = [(place, token) for place, token in enumerate(answer.tokens) if token.exit_block < BLOCKS]
     assert early
     assert all(token.confidence > policy.threshold(LAYERS.index(token.exit_block), place) for place, token in early)
+    assert any(token.confidence <= policy.threshold(LAYERS.index(token.exit_block), 0) for _, token in early)
     # At first as strict as 0.9 λ + 0.1, and the whole prompt does not count.
     strict = Engine(tiny("llama"), exits, Policy((0.55, 0.64, 0.73))).generate(PROMPT, max_tokens=1)
     assert strict.tokens == answer.tokens[:1]

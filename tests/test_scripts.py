@@ -1,0 +1,231 @@
+"""Every script in benchmarks/ runs at tiny size, on a tiny random model, and prints the figures that it promises."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import MistralConfig
+
+import offramp
+from helpers import modest_exits
+from models import ENGINES, VARIANTS, saved, tiny
+from offramp import Policy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as where a script is run: they import from one another
+
+import agreement
+import exits
+import gates
+import growth
+import guarantee
+import paper
+import paper_size
+import speed
+import verified
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny model and exits that are right now and then, questions, prompts, and a file of TriviaQA's kind."""
+    folder = tmp_path_factory.mktemp("scripts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFRAMP_CACHE", str(folder / "cache"))
+        saved(tiny("llama"), folder / "model")
+        sha256 = offramp.load(str(folder / "model"), "float32").source.sha256
+        made = modest_exits("llama")
+        made.backbone["sha256"], made.policy = sha256, Policy((0.4, 0.4, 0.4))
+        made.save(folder / "exits")
+        (folder / "questions.txt").write_text("".join(f"Why is it {number}?\n" for number in range(60)))
+        (folder / "prompts.txt").write_text("".join(f"Say something about {number}\n" for number in range(16)))
+        lines = [{"question_id": n, "question": f"Who {n}?", "answer": {"value": "Me", "aliases": []}} for n in range(10)]
+        (folder / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def here(world, tmp_path, monkeypatch):
+    """Scripts write below the folder they are run in, and set torch's threads."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OFFRAMP_CACHE", str(world / "cache"))
+    monkeypatch.setattr(speed, "NUMBERS", 1_000_000)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a printed Markdown table, without the rule below its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and not set(line) <= set("|-: ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_every_script_has_a_test() -> None:
+    for folder, tests in (("benchmarks", Path(__file__)), ("lm", Path(__file__).with_name("test_lm.py"))):
+        names = [path.stem for path in (Path(__file__).parents[1] / folder).glob("*.py") if path.stem != "__init__"]
+        assert names
+        assert not [name for name in names if f"{name}." not in tests.read_text()]
+
+
+def test_agreement_counts_the_answers_that_are_the_librarys(world, capsys) -> None:
+    agreement.main(["triviaqa", str(world / "trivia.jsonl"), "--model", str(world / "model"), "--count", "4"])
+    assert capsys.readouterr().out.endswith("model, float32, triviaqa: 4 of 4 answers are the library's\n")
+
+
+def test_exits_compares_gates(world, capsys) -> None:
+    arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--exits", str(world / "exits")]
+    arguments += ["--count", "4", "--tokens", "4", "--own-prompts", str(world / "prompts.txt"), "--work", "work"]
+    exits.main(arguments)
+    head, *table = rows(capsys.readouterr().out)
+    assert [row[:2] for row in table] == [
+        [readout, gate] for readout in ("linear", "none") for gate in ("linear", "ffn", "mamba", "max-prob")
+    ]
+    assert [len(row) for row in table] == [len(head)] * 8
+    record = json.loads(Path("work/exits.json").read_text())
+    for row in record["rows"]:
+        assert len(row["agreement"]) == len(row["auroc"]) == 3
+        for free in row["free"].values():
+            assert 1 <= free["mean_blocks"] <= 6
+            assert free["flops_saved"] < 1
+            assert 0 <= free["consistency"] <= 1
+    exits.main([*arguments, "--formats"])
+    assert [row[0] for row in rows(capsys.readouterr().out)] == ["weights", *offramp.model.lean.weights.FORMATS]
+
+
+def test_gates_compares_gates_of_one_size(world, capsys) -> None:
+    arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--exits", str(world / "exits")]
+    arguments += ["--own-prompts", str(world / "prompts.txt"), "--work", "work"]
+    gates.main([*arguments, "--count", "6", "--tokens", "4", "--epochs", "1", "--width", "32", "--seeds", "2"])
+    head, *table = rows(capsys.readouterr().out)
+    assert head[3:-1] == ["block 1", "block 3", "block 5"]
+    kinds = {row[0]: row for row in table}
+    assert set(kinds) == {
+        "mamba",
+        "ffn",
+        "ffn, equal FLOPs",
+        "linear",
+        "mamba, memory cut",
+        "mamba, never a memory",
+    }
+    assert kinds["mamba"][1:3] == kinds["mamba, memory cut"][1:3] != kinds["linear"][1:3]
+    for row in table:
+        assert all(re.fullmatch(r"[01]\.\d+ \([01]\.\d+–[01]\.\d+\)", cell) for cell in row[3:-1])
+
+
+def test_growth_times_steps_and_draws_them(world, capsys, monkeypatch) -> None:
+    axes = {"context": (8, 64), "chunk rows": (1, 4), "batch": (1, 2), "blocks run": (3, 6)}
+    monkeypatch.setattr(growth, "axes_of", lambda backbone: axes)
+    monkeypatch.setattr(growth, "CONTEXT", 16)
+    arguments = ["--formats", "float32,bfloat16", "--rounds", "1", "--threads", "1", "--figure", "growth.svg"]
+    growth.main([str(world / "model"), "--random", *arguments])
+    table = rows(capsys.readouterr().out)
+    assert [row[0] for row in table] == [str(cell) for axis, values in axes.items() for cell in (axis, *values)]
+    assert all(re.fullmatch(r"\d+\.\d \(×\d+\.\d\d\)", cell) for row in table if row[0].isdigit() for cell in row[1:])
+    record = json.loads(Path("build/bench/growth.json").read_text())
+    for axis, values in axes.items():
+        for format in ("float32", "bfloat16"):
+            times = record["ms"][axis][format]
+            assert [len(repetitions) for repetitions in times] == [growth.REPETITIONS] * len(values)
+            assert min(map(min, times)) > 0
+    assert Path("growth.svg").read_text().count("<polyline") == 4 * 2
+
+
+def test_guarantee_splits_the_questions(world, capsys) -> None:
+    arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--dtype", "float32"]
+    arguments += ["--exits", str(world / "exits"), "--count", "60", "--tokens", "3", "--policy", "fixed", "--risk", "0.9"]
+    guarantee.main([*arguments, "--delta", "0.2", "--work", "work", "--figure", "guarantee.svg"])
+    out = capsys.readouterr().out
+    assert [row[0] for row in rows(out)] == ["thresholds", "1 1 0", "1 0 1", "0 1 1"]
+    assert "model, project: 20 splits of 60 questions; risk 0.9, delta 0.2, loss f1; float32, 3 tokens" in out
+    splits = re.findall(r"^- (.+): loss (\d\.\d+) ± \d\.\d+, saved (-?\d+\.\d)%$", out, re.MULTILINE)
+    assert len(splits) == 20
+    above = sum(float(loss) > 0.9 for _, loss, _ in splits)
+    assert f"held-out loss above the risk: {above} of 20" in out
+    assert f"closed: {sum(policy == 'closed' for policy, _, _ in splits)} of 20" in out
+    assert any(policy != "closed" for policy, _, _ in splits)
+    assert Path("guarantee.svg").read_text().count("<svg") == 1
+
+
+def test_paper_scores_every_gate_and_writes_the_report(world, capsys) -> None:
+    arguments = ["--triviaqa", str(world / "trivia.jsonl"), "--tasks", "triviaqa", "--models"]
+    arguments += [f"{world / 'model'}={world / 'exits'}", "--gates", "linear,max-prob", "--quick"]
+    paper.main([*arguments, "--own-prompts", str(world / "prompts.txt"), "--work", "work"])
+    assert re.search(r"^work/report\.html, and [1-9]\d* figures$", capsys.readouterr().out, re.MULTILINE)
+    (file,) = Path("work").glob("*/model-triviaqa.json")
+    results = json.loads(file.read_text())["results"]
+    names = [result["condition"]["name"] for result in results]
+    assert names[0] == "full depth"
+    assert len(names) == len(set(names)) >= 2 + 2 * 2
+    assert any("max-prob" in name for name in names)
+    assert all(len(result["items"]) == 5 for result in results)
+
+
+@pytest.mark.parametrize("format", ["int4", "bfloat16"])
+def test_paper_size_sets_times_beside_the_machines_bandwidth(format: str, capsys, monkeypatch) -> None:
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None, "tie_word_embeddings": False}
+    monkeypatch.setattr(paper_size, "CONFIG", MistralConfig(**shape))
+    monkeypatch.setattr(paper_size, "EXITS", (2, 4))
+    paper_size.main(["--format", format, "--repetitions", "2", "--threads", "1"])
+    _, *table = rows(capsys.readouterr().out)
+    assert [row[0] for row in table] == ["2", "4"]
+    (result,) = json.loads(Path("build/bench/paper_size.json").read_text())["results"]
+    assert result["bytes"]["2"] < result["bytes"]["4"] < 2 * result["bytes"]["2"]  # the head is read by both
+    assert [len(times) for times in result["ms"].values()] == [2, 2]
+    assert result["bandwidth"] > 0
+
+
+def test_speed_runs_its_workers_by_turns(world, capsys) -> None:
+    """The two peers that need no environment of their own; each is a process (`peers.py`)."""
+    text = world / "questions.txt"
+    arguments = ["--peers", "transformers-float32", "--ours", "float32", "--model", str(world / "model")]
+    speed.main([*arguments, "--rounds", "2", "--tokens", "5", "--threads", "1", "--text", str(text)])
+    head, *table = rows(capsys.readouterr().out)
+    assert [row[0] for row in table] == ["offramp-float32", "transformers-float32"]
+    assert head[-1] == "perplexity"
+    record = json.loads(Path("build/bench/speed.json").read_text())
+    ours, theirs = record["rows"]
+    for row in (ours, theirs):
+        assert row["tokens_per_second"] > 0 < row["prefill_tokens_per_second"]
+        assert [len(runs) for runs in row["runs"]] == [4, 4]
+        assert all(run["decode_tokens"] == 4 for runs in row["runs"] for run in runs)
+    for mine, other in zip(ours["runs"], theirs["runs"], strict=True):
+        assert [run["ids"] for run in mine] == [run["ids"] for run in other]
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
+    assert len(theirs["ratios"]["offramp-float32"]) == 2
+
+
+def test_speed_says_which_peers_cannot_run(world, capsys) -> None:
+    for name, words in (("llamacpp-q4_1", "need a GGUF file"), ("magic", "unknown peers magic")):
+        with pytest.raises(SystemExit):
+            speed.main(["--peers", name, "--model", str(world / "model")])
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "library"])
+def test_verified_compares_with_full_depth(world, capsys, engine: str) -> None:
+    arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--dtype", "float32", "--engine", engine]
+    verified.main([*arguments, "--exits", str(world / "exits"), "--count", "3", "--tokens", "12"])
+    line = capsys.readouterr().out
+    found = re.fullmatch(
+        rf".*model, float32, {engine}: 3 answers, 0 differ; (\d+) drafts stood, (\d+) taken back \(.+\), "
+        r"(\d+\.\d\d) tokens a deep pass\n",
+        line,
+    )
+    assert found, line
+    assert int(found[1]) > 0 < int(found[2])
+    assert float(found[3]) > 1
+
+
+def test_verified_compares_on_tiny_models_of_every_family(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["models"], "VARIANTS", VARIANTS[::6])
+    verified.main(["--tiny", "--count", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == VARIANTS[::6]
+    assert all(": 2 answers, 0 differ; " in line for line in lines)

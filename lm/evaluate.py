@@ -30,7 +30,7 @@ from lm.text import END, load_tokens, piece_bytes, question_and_answer, report
 from lm.train import Settings, batch_at
 from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
-from offramp.training.training import PROMPTS
+from offramp.training.data import PROMPTS
 
 WINDOW = 2048
 CONTEXT = 1024

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -37,6 +38,8 @@ from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
 
 END = "<|endoftext|>"
+Tokens = npt.NDArray[np.uint16]
+Lengths = npt.NDArray[np.int64]  # of pieces, in bytes
 # Questions as the model sees them in its training text (see `question_and_answer`).
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
@@ -317,14 +320,14 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     return made
 
 
-def piece_bytes(tokenizer: Any) -> np.ndarray:
+def piece_bytes(tokenizer: Any) -> Lengths:
     """How many bytes of text each piece stands for, (V,); none for `END`."""
     # Byte-level pieces are written with one character a byte.
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return np.array([0 if name == END else len(name) for name in names], dtype=np.int64)
 
 
-def encode(tokenizer: Any, texts: list[str]) -> np.ndarray:
+def encode(tokenizer: Any, texts: list[str]) -> Tokens:
     """All texts as one row of tokens, `END` after each, uint16."""
     end, fast = tokenizer.convert_tokens_to_ids(END), tokenizer.backend_tokenizer
     rows = [np.zeros(0, dtype=np.uint16)]
@@ -398,11 +401,12 @@ def build(
     return record
 
 
-def load_tokens(folder: Path, split: str) -> np.ndarray:
+def load_tokens(folder: Path, split: str) -> Tokens:
     path = folder / f"{split}.npy"
     if not path.is_file():
         raise BadInput(f"{folder} holds no {path.name}, so it is not a corpus.", "Make one with: python -m lm.text")
-    return np.load(path, mmap_mode="r")
+    tokens: Tokens = np.load(path, mmap_mode="r")
+    return tokens
 
 
 def command_line() -> str:
@@ -420,7 +424,7 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def _save(path: Path, tokens: np.ndarray) -> None:
+def _save(path: Path, tokens: Tokens) -> None:
     import io
 
     buffer = io.BytesIO()

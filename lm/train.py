@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import io
 import json
 import math
 import shutil
 import signal
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,16 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Mamba2Config, Mamba2ForCausalLM
 
 import offramp
 from lm.forward import Forward
-from lm.text import END, command_line, load_tokens, piece_bytes, report
-from offramp.errors import BadInput, BadNumbers, CorruptFile, OfframpError
+from lm.text import END, Lengths, Tokens, command_line, load_tokens, piece_bytes, report
+from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
-from offramp.training.training import step_generator
-from offramp.training.tuning import exit_weights, kept
+from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, claim, step_generator
+from offramp.training.tuning import draw_layer_dropout, exit_weights
 
 LARGEST = 16_000_000  # bytes of the weights file
 VALIDATE = 0.05  # of the budget, between two looks at the validation text
@@ -109,7 +109,7 @@ def new_model(settings: Settings, vocabulary: int, end: int) -> Mamba2ForCausalL
     return Mamba2ForCausalLM(config).float()
 
 
-def batch_at(tokens: np.ndarray, step: int, settings: Settings) -> Tensor:
+def batch_at(tokens: Tokens, step: int, settings: Settings) -> Tensor:
     """The step's windows, (batch, length + 1): every epoch cuts the tokens into windows anew and shuffles them."""
     windows = (len(tokens) - 1) // settings.length - 1
     if windows < settings.batch:
@@ -148,28 +148,25 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
     ]
     if matrices:
         made.append(torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=0.025))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["highest"] = group["lr"]
     return made
 
 
-def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> tuple[Tensor, float]:
-    """The loss to train on and that of the last block alone, in nats a token."""
+def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> Loss:
+    """The loss to train on, and the loss of the last block alone, in nats a token."""
     ids, targets = batch[:, :-1], batch[:, 1:]
     if not settings.early_exit:
         loss = forward.loss(forward.last(ids), targets)
-        return loss, float(loss.detach())
+        return loss, [loss]
     blocks = len(forward.model.backbone.layers)
     weights = exit_weights(blocks, step, settings.exit_scale, settings.every)
-    keep = kept(blocks, settings.batch, settings.skip, step_generator(settings.seed, step, "skip"))
+    keep = draw_layer_dropout(blocks, len(batch), settings.skip, step_generator(settings.seed, step, "skip"))
     losses = {index: forward.loss(h, targets) for index, h in enumerate(forward.states(ids, keep)) if index in weights}
     total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
-    return total, float(losses[blocks - 1].detach())
+    return total, [losses[blocks - 1]]
 
 
 @torch.no_grad()
-def bits_per_byte(forward: Forward, tokens: np.ndarray, lengths: np.ndarray, length: int, batch: int) -> float:
+def bits_per_byte(forward: Forward, tokens: Tokens, lengths: Lengths, length: int, batch: int) -> float:
     """Over about `VALIDATION_TOKENS`, in evenly spaced windows that each start from an empty state.
 
     Pessimistic, since a window's first tokens are predicted from little; `lm.evaluate` gives every token its context.
@@ -195,84 +192,101 @@ def train(
     command: str = "",
     compiled: bool = False,
 ) -> dict[str, Any] | None:
-    """Train, save the model in `folder` and return the record, or None if asked to stop before the end.
+    """Train, save the model in `folder` and return the record, or None if a signal stopped it before the end.
 
-    The unfinished work is in `folder`/.training, and is gone on with if it is there.
+    The unfinished work is in `folder`/.training. If that is there, training goes on with it.
     """
-    tokens, valid = load_tokens(corpus, "train"), load_tokens(corpus, "valid")
+    tokens, record = load_tokens(corpus, "train"), json.loads((corpus / "corpus.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(corpus)
-    lengths = piece_bytes(tokenizer)
-    if start is None:
-        model = new_model(settings, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
-        if AutoTokenizer.from_pretrained(start).get_vocab() != tokenizer.get_vocab():
-            raise BadInput(f"{start} has another tokenizer than {corpus}.", f"Make the corpus with --tokenizer {start}.")
+    model = model_to_train(corpus, tokenizer, settings, start)
     model.train()
     forward = Forward(model, compiled, torch.bfloat16 if settings.bfloat16 else torch.float32)
-    optimizers = optimizers_for(model, settings)
+    work = folder / ".training"
+    claim(work, {**asdict(settings), "corpus": record["splits"]})
 
-    work = folder / ".training" / "checkpoint.pt"
-    plan = json.dumps({**asdict(settings), "corpus": json.loads((corpus / "corpus.json").read_text())["splits"]})
-    step, seconds, curve = 0, 0.0, []
-    if work.exists():
-        step, seconds, curve = _restore(work, plan, model, optimizers)
-    losses: list[float] = []
-    looked = curve[-1]["done"] if curve else 0.0
-    saved, worked_before = time.monotonic(), seconds
-    started = time.process_time()
+    def schedule_of(optimizer: torch.optim.Optimizer, share_spent: Callable[[], float]) -> LambdaLR:
+        return LambdaLR(optimizer, lambda _: schedule(settings, share_spent()))
 
+    job = Job(
+        "model",
+        model,
+        batch_of=lambda step: batch_at(tokens, step, settings),
+        loss_of=lambda batch, step: loss_of(forward, batch, step, settings),
+        optimizers=optimizers_for(model, settings),
+        schedule_of=schedule_of,
+        seed=settings.seed,
+        save_every=CHECKPOINT,
+    )
+    # The forward pass rounds to bfloat16 by itself.
+    accelerator = accelerator_for(torch.device("cpu"))
+    loop = Loop(work / "checkpoint", job, Budget(settings.steps, settings.hours), accelerator)
+    after_step = Validation(loop, forward, settings, load_tokens(corpus, "valid"), piece_bytes(tokenizer), folder)
     with Stop() as stop:
-        while True:
-            done = step / settings.steps if settings.steps else seconds / (3600 * (settings.hours or 0))
-            if losses and (done >= looked + VALIDATE or done >= 1):
-                looked = done
-                point = {"done": round(done, 4), "step": step, "tokens": step * settings.batch * settings.length}
-                point |= {"seconds": round(seconds, 1), "loss": round(statistics.fmean(losses), 4)}
-                measured = bits_per_byte(forward, valid, lengths, settings.length, settings.batch)
-                curve.append(point | {"valid_bits_per_byte": round(measured, 4)})
-                losses.clear()
-                write_atomically(folder / "curve.json", json.dumps(curve, indent=1).encode())
-                print(json.dumps(curve[-1]), flush=True)
-            if stop.asked or done >= 1 or time.monotonic() - saved > CHECKPOINT:
-                _checkpoint(work, plan, model, optimizers, step, seconds, curve)
-                saved = time.monotonic()
-            if stop.asked and done < 1:
-                return None
-            if done >= 1:
-                break
-
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["highest"] * schedule(settings, done)
-            loss, last = loss_of(forward, batch_at(tokens, step, settings), step, settings)
-            if not math.isfinite(last):
-                raise BadNumbers(f"The loss became NaN at step {step}.", "Try a lower --learning-rate.")
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            step += 1
-            losses.append(last)
-            seconds = worked_before + (time.process_time() - started) / torch.get_num_threads()
+        if not loop.run(after_step, lambda: stop.asked):
+            return None
 
     record = {
         "command": command,
         "settings": asdict(settings),
         "start": start.name if start else None,
-        "steps": step,
-        "tokens": step * settings.batch * settings.length,
-        "seconds": round(seconds, 1),
+        "steps": loop.step,
+        "tokens": loop.step * settings.batch * settings.length,
+        "seconds": round(loop.seconds, 1),
         "threads": torch.get_num_threads(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "validation": curve[-1],
-        "curve": curve,
-        "corpus": json.loads((corpus / "corpus.json").read_text()),
+        "validation": loop.curve[-1],
+        "curve": loop.curve,
+        "corpus": record,
         "versions": versions(),
     }
-    save(model, tokenizer, folder, record)
+    if accelerator.is_main_process:
+        save(model, tokenizer, folder, record)
+    accelerator.wait_for_everyone()
     return record
+
+
+def model_to_train(corpus: Path, tokenizer: Any, settings: Settings, start: Path | None) -> Any:
+    """A random model, or that in the folder `start` in float32. Raises `BadInput` if its tokenizer is not the corpus's."""
+    if start is None:
+        return new_model(settings, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
+    if AutoTokenizer.from_pretrained(start).get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"{start} has another tokenizer than {corpus}.", f"Make the corpus with --tokenizer {start}.")
+    return AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+
+
+class Validation:
+    """Called after each step; at every 1/20 of the budget, it adds a point to the loop's curve and to `curve.json`."""
+
+    def __init__(
+        self, loop: Loop, forward: Forward, settings: Settings, tokens: Tokens, lengths: Lengths, folder: Path
+    ) -> None:
+        self.loop, self.forward, self.settings = loop, forward, settings
+        self.tokens, self.lengths, self.folder = tokens, lengths, folder
+
+    def __call__(self) -> None:
+        loop, settings = self.loop, self.settings
+        share = loop.share_spent()
+        if share < self._share_at_last_point() + VALIDATE and share < 1:
+            return
+        measured = bits_per_byte(self.forward, self.tokens, self.lengths, settings.length, settings.batch)
+        point = {
+            "done": round(share, 4),
+            "step": loop.step,
+            "tokens": loop.step * settings.batch * settings.length,
+            "seconds": round(loop.seconds, 1),
+            "loss": round(statistics.fmean(last_block for (last_block,) in loop.losses), 4),
+            "valid_bits_per_byte": round(measured, 4),
+        }
+        loop.add_point(point)
+        if loop.accelerator.is_main_process:
+            write_atomically(self.folder / "curve.json", json.dumps(loop.curve, indent=1).encode())
+            print(json.dumps(point), flush=True)
+
+    def _share_at_last_point(self) -> float:
+        if not self.loop.curve:
+            return 0.0
+        point = self.loop.curve[-1]
+        return float(point["step"] / self.settings.steps if self.settings.steps else point["done"])
 
 
 def versions() -> dict[str, str]:
@@ -327,32 +341,6 @@ class Stop:
 
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = True
-
-
-def _checkpoint(
-    path: Path, plan: str, model: Any, optimizers: list[Any], step: int, seconds: float, curve: list[dict[str, Any]]
-) -> None:
-    buffer = io.BytesIO()
-    content = {"plan": plan, "step": step, "seconds": seconds, "curve": curve}
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save({**content, "model": model.state_dict(), "optimizers": states}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def _restore(path: Path, plan: str, model: Any, optimizers: list[Any]) -> tuple[int, float, list[dict[str, Any]]]:
-    try:
-        content = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise CorruptFile(f"The checkpoint {path} is damaged.", "Delete it and run the command again.") from error
-    if content["plan"] != plan:
-        raise BadInput(
-            f"{path.parent} holds an unfinished training with other settings.",
-            "Run it again with its own settings to finish it, or delete that folder to start anew.",
-        )
-    model.load_state_dict(content["model"])
-    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    return content["step"], content["seconds"], content["curve"]
 
 
 def main() -> None:

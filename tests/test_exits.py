@@ -14,7 +14,7 @@ from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.exits import suggested_layers
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
-from offramp.training.teacher import Sequence
+from offramp.training.teacher import TeacherText
 from offramp.training.training import sketch_of
 from test_engine import exits_for
 
@@ -149,7 +149,8 @@ def sketched(family: str, dims: int = 32):
         h = backbone.run(h, 0, backbone.n_blocks, backbone.state(), step)
     everything = torch.ones(40, dtype=torch.bool)
     some = [
-        Sequence(row.int(), top[:, None], row[:, None], row[:, None], everything) for row, top in zip(ids, h, strict=True)
+        TeacherText(row.int(), top[:, None], row[:, None], row[:, None], everything)
+        for row, top in zip(ids, h, strict=True)
     ]
     exits.config, exits.sketch = replace(exits.config, sketch=dims), sketch_of(backbone, some, dims)
     return exits
@@ -185,7 +186,7 @@ def test_the_sketch_errs_least_on_hidden_states_like_those_it_was_made_of() -> N
     mix = torch.randn(32, 32) @ torch.diag(torch.logspace(0, -2, 32))
     backbone = tiny("llama")
     h = torch.randn(400, 1, 32) @ mix.T
-    some = [Sequence(torch.zeros(400), h, torch.zeros(400, 1), torch.zeros(400, 1), torch.ones(400, dtype=torch.bool))]
+    some = [TeacherText(torch.zeros(400), h, torch.zeros(400, 1), torch.zeros(400, 1), torch.ones(400, dtype=torch.bool))]
     reduce, expand = sketch_of(backbone, some, 8)
     new = backbone.final(torch.randn(400, 32) @ mix.T)
     weight = backbone.head_weight()

@@ -237,10 +237,10 @@ train(tiny("llama"), folder / "exits", config(prompts, epochs=1, gate_epochs=1))
 
 def train_equally_long(folder: Path, prompts: str) -> None:
     """Train exits on texts of one length, every position of which counts, and save them with their losses."""
+    backbone, texts = tiny("llama"), equally_long_texts()
     torch.manual_seed(0)
-    exits = Exits.new(tiny("llama"), ExitsConfig(LAYERS, "ffn", "mamba", 16, 32))
-    trainer = Trainer(tiny("llama"), exits, config(prompts, batch=4, epochs=2, gate_epochs=2), folder)
-    texts = equally_long_texts()
+    exits = Exits.new(backbone, ExitsConfig(LAYERS, "ffn", "mamba", 16, 32))
+    trainer = Trainer(backbone, exits, config(prompts, batch=4, epochs=2, gate_epochs=2), folder)
     trainer.fit_adapters(texts)
     trainer.fit_gates(trainer.labels(texts))
     torch.save({"curve": trainer.fit.curve, **exits.modules.state_dict()}, folder / "trained.pt")

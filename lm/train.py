@@ -3,13 +3,13 @@
     python -m lm.train CORPUS -o MODEL --hours 1.2
     python -m lm.train CORPUS -o EARLY --hours 0.4 --early-exit --start MODEL
 
-CORPUS is a folder made by `python -m lm.text`. Run again after an interruption (Ctrl-C), the same command goes on where it
-stopped. `--steps N` instead of `--hours` makes the result a function of the seed alone; with `--hours`, the learning rate
-follows the time worked: processor time divided by threads, so that neither pauses nor a busy machine count. The result is a
-folder that transformers' AutoModelForCausalLM loads, in bfloat16.
+CORPUS is a folder made by `python -m lm.corpus`. After an interruption (Ctrl-C), the same command goes on where it stopped.
+`--steps N` instead of `--hours` makes the result a function of the seed alone. With `--hours`, the learning rate follows
+the time worked: processor time divided by threads, so that neither pauses nor a busy machine count. The result is a folder
+that transformers' AutoModelForCausalLM loads, in bfloat16.
 
-With `--early-exit`, LayerSkip (arXiv 2404.16710): samples skip blocks, deeper ones more often, and some of the blocks in
-turn are read out with the model's own final norm and head; the losses are weighted by depth.
+`--early-exit` is LayerSkip (arXiv 2404.16710): samples skip blocks, deeper ones more often, and every step reads out some
+of the blocks with the model's own final norm and head. The losses are weighted by depth.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Mamba2Config, Mamba2ForCausalLM
 
 import offramp
+from lm.corpus import END, Lengths, Tokens, command_line, load_tokens, piece_bytes, report
 from lm.forward import Forward
-from lm.text import END, Lengths, Tokens, command_line, load_tokens, piece_bytes, report
 from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
 from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, claim, step_generator
 from offramp.training.tuning import draw_layer_dropout, exit_weights
 
 LARGEST = 16_000_000  # bytes of the weights file
-VALIDATE = 0.05  # of the budget, between two looks at the validation text
+VALIDATE = 0.05  # of the budget, between two points of the curve
 VALIDATION_TOKENS = 50_000
 CHECKPOINT = 120.0  # seconds between checkpoints
 
@@ -53,12 +53,12 @@ CHECKPOINT = 120.0  # seconds between checkpoints
 class Settings:
     """How a model is trained; the fields are the flags of `python -m lm.train`.
 
-    hours of work or steps: the budget; blocks, width, state: the model's shape; batch × length: tokens a step;
-    learning_rate, matrix_rate: the highest of AdamW, and of Muon for the blocks' matrices (0: AdamW for them too); warm_up,
-    decay: shares of the budget in which they rise, and fall to zero; bfloat16: products in it, twice as fast on a
-    processor that multiplies in it (AMX, AVX-512 BF16);
-    early_exit: LayerSkip; skip: how often a sample skips the last block; exit_scale: how much exits weigh beside the last
-    block; every: a step reads out one in so many blocks.
+    hours, steps: the budget, in hours of work or in steps. blocks, width, state: the model's shape. batch, length: windows
+    a step, and tokens a window. learning_rate, matrix_rate: the highest rates, of AdamW and of Muon, which trains the
+    blocks' matrices (0: AdamW trains them too). warm_up, decay: the shares of the budget in which the rates rise, and fall
+    to zero. bfloat16: compute matrix products in it, twice as fast on a processor with AMX or AVX-512 BF16.
+    early_exit: use LayerSkip. skip: how often a sample skips the last block. exit_scale: the weight of the exits' losses
+    beside the last block's. every: a step reads out one in so many blocks.
     """
 
     hours: float | None = None
@@ -110,7 +110,7 @@ def new_model(settings: Settings, vocabulary: int, end: int) -> Mamba2ForCausalL
 
 
 def batch_at(tokens: Tokens, step: int, settings: Settings) -> Tensor:
-    """The step's windows, (batch, length + 1): every epoch cuts the tokens into windows anew and shuffles them."""
+    """The step's windows, (batch, length + 1). Every epoch cuts the tokens at new places, and shuffles the windows."""
     windows = (len(tokens) - 1) // settings.length - 1
     if windows < settings.batch:
         raise BadInput(f"{len(tokens)} tokens are too few for batches of {settings.batch} × {settings.length}.")
@@ -123,7 +123,7 @@ def batch_at(tokens: Tokens, step: int, settings: Settings) -> Tensor:
 
 
 def schedule(settings: Settings, done: float) -> float:
-    """Warm-up, then constant, then linear to zero, as a share of the highest; `done` is the share of the budget spent."""
+    """The rate as a share of the highest: warm-up, constant, linear to zero. `done` is the share of the budget spent."""
     rise = done / settings.warm_up if settings.warm_up else 1.0
     fall = (1 - done) / settings.decay if settings.decay else 1.0
     return max(0.0, min(1.0, rise, fall))
@@ -138,7 +138,7 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
         raise BadInput(f"torch {torch.__version__} has no Muon.", "Install torch 2.9 or newer, or give --matrix-rate 0.")
     taken = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales that mean something.
+    # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales of their own.
     groups = [
         {"params": [parameter for parameter in rest if parameter.ndim == 2], "weight_decay": 0.1},
         {"params": [parameter for parameter in rest if parameter.ndim != 2], "weight_decay": 0.0},
@@ -167,12 +167,12 @@ def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> L
 
 @torch.no_grad()
 def bits_per_byte(forward: Forward, tokens: Tokens, lengths: Lengths, length: int, batch: int) -> float:
-    """Over about `VALIDATION_TOKENS`, in evenly spaced windows that each start from an empty state.
+    """The model's bits per byte over about `VALIDATION_TOKENS`, in evenly spaced windows that start from an empty state.
 
-    Pessimistic, since a window's first tokens are predicted from little; `lm.evaluate` gives every token its context.
+    It overestimates, since a window's first tokens have little context; `lm.evaluate` gives every token its context.
     """
     windows = max(1, (len(tokens) - 1) // length)
-    # Whole batches only: a batch of another shape would be compiled anew.
+    # All batches have one shape: the compiled code is made for one shape.
     batches = max(1, min(windows, VALIDATION_TOKENS // length) // batch)
     starts = np.linspace(0, windows - 1, batches * batch).astype(int) * length
     nats, size = 0.0, 0
@@ -299,12 +299,12 @@ def versions() -> dict[str, str]:
 
 
 def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Write the model in bfloat16, its tokenizer and its record to `folder`, and end the unfinished work there."""
+    """Write the model in bfloat16, its tokenizer and its record to `folder`, and delete the unfinished work there."""
     made = folder / ".training" / "model"
     end = model.config.eos_token_id
-    # It is for new weights, but transformers 5 divides loaded ones by it, too, each time.
+    # The setting is for new weights, but transformers 5 applies it to loaded weights too, each time.
     model.config.rescale_prenorm_residual = False
-    # In float32 the model goes on being what it is; a copy is rounded.
+    # A copy is rounded; the model itself stays in float32.
     rounded = type(model)(model.config).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
@@ -320,15 +320,15 @@ def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> No
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory for the next step, which otherwise spends an eighth of its time on getting it again."""
+    """Make glibc keep freed memory for the next step, which otherwise spends an eighth of its time on allocating it."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give its end back
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the end of the heap back
 
 
 class Stop:
-    """Within it, Ctrl-C and a request to terminate only set `asked`, so that no step is cut in two."""
+    """While this context is open, SIGINT (Ctrl-C) and SIGTERM only set `asked`, so that no step is cut in two."""
 
     def __enter__(self) -> Stop:
         self.asked = False
@@ -345,10 +345,10 @@ class Stop:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.text")
+    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.corpus")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the model's folder")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--hours", type=float, help="of work")
+    budget.add_argument("--hours", type=float, help="hours of work to train for")
     budget.add_argument("--steps", type=int)
     parser.add_argument("--blocks", type=int, default=Settings.blocks, help="at least 12")
     parser.add_argument("--width", type=int, default=Settings.width, help="a multiple of 32")
@@ -356,7 +356,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=Settings.batch, help="windows a step")
     parser.add_argument("--length", type=int, default=Settings.length, help="tokens of a window")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
-    parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="Muon's; 0: AdamW alone")
+    parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="Muon's highest; 0: AdamW alone")
     parser.add_argument("--warm-up", type=float, default=Settings.warm_up, help="share of the budget")
     parser.add_argument("--decay", type=float, default=Settings.decay, help="share of the budget")
     parser.add_argument(

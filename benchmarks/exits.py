@@ -38,8 +38,10 @@ from offramp.metrics import auroc, token_f1
 from offramp.model.backbone import Backbone
 from offramp.model.lean.weights import FORMATS
 from offramp.training.config import TrainConfig
-from offramp.training.teacher import harvest, load_shards, units
-from offramp.training.training import Data, Labelled, Trainer, gather, scores, validate
+from offramp.training.data import Data, gather
+from offramp.training.teacher import TeacherText, TeacherTexts, group_texts, write_shards
+from offramp.training.training import Trainer
+from offramp.training.validation import LabelledTexts, quality, scores
 
 GATES = ("linear", "ffn", "mamba")
 THRESHOLDS = (0.5, 0.7, 0.9)
@@ -65,12 +67,12 @@ def with_gate(backbone: Backbone, base: Exits, gate: str, readout: str) -> Exits
 
 
 @torch.inference_mode()
-def max_prob_scores(backbone: Backbone, exits: Exits, labelled: list[Labelled]) -> list[torch.Tensor]:
-    def confidence(exit: Exit, index: int, one: Labelled) -> torch.Tensor:
-        adapted, _ = exit.adapter(one.hidden[None, :, index].float())
-        return max_prob(backbone.logits(adapted[0, one.counted]))
+def max_prob_scores(backbone: Backbone, exits: Exits, labelled: LabelledTexts) -> list[torch.Tensor]:
+    def confidence(exit: Exit, index: int, text: TeacherText) -> torch.Tensor:
+        adapted, _ = exit.adapter(text.hidden[None, :, index].float())
+        return max_prob(backbone.logits(adapted[0, text.counted]))
 
-    return [torch.cat([confidence(exit, index, one) for one in labelled]) for index, exit in enumerate(exits)]
+    return [torch.cat([confidence(exit, index, text) for text in labelled.texts]) for index, exit in enumerate(exits)]
 
 
 def exits_for(backbone: Backbone, folder: Path | None) -> Exits:
@@ -88,12 +90,12 @@ def compare_formats(args: argparse.Namespace) -> None:
         asked = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
         folder = args.work / f"asked-{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        plan = units(asked, [], args.tokens, batch=48)
-        answers = load_shards(harvest(backbone, plan, exits.config.layers, folder, lambda tokens: None))
-        quality = validate(exits, Trainer(backbone, exits, TrainConfig(), args.work).labels(answers))
-        agreement = " ".join(f"{one['agreement']:.0%}" for one in quality)
+        groups = group_texts(asked, [], args.tokens, batch=48)
+        answers = TeacherTexts.open(write_shards(backbone, groups, exits.config.layers, folder))
+        rows = quality(exits, scores(exits, Trainer(backbone, exits, TrainConfig(), args.work).labels(answers)))
+        agreement = " ".join(f"{row['agreement']:.0%}" for row in rows)
         head = kept.head.__name__ if kept.quantised else name
-        print(f"| {name} | {head} | {agreement} | {' '.join(str(one['gate_auroc']) for one in quality)} |", flush=True)
+        print(f"| {name} | {head} | {agreement} | {' '.join(str(row['gate_auroc']) for row in rows)} |", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,9 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     fills = args.fills.split(",")
     data: Data = gather(exact, config, base.config.layers, args.work / "text")
     asked = [exact.prompts.encode(question) for question in questions_in(args.questions, args.count)]
-    plan = units(asked, [], args.tokens, batch=48)
+    groups = group_texts(asked, [], args.tokens, batch=48)
     (args.work / "asked").mkdir(parents=True, exist_ok=True)
-    answers = load_shards(harvest(exact, plan, base.config.layers, args.work / "asked", lambda tokens: None))
+    answers = TeacherTexts.open(write_shards(exact, groups, base.config.layers, args.work / "asked"))
     references = [Engine(fast).generate(ids, max_tokens=args.tokens) for ids in asked]
 
     rows: list[dict[str, Any]] = []
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
                 confidences = [confidence for confidence, _ in scores(exits, labelled)]
             else:
                 confidences = max_prob_scores(exact, exits, labelled)
-            agrees = torch.cat([one.agrees[one.counted] for one in labelled])
+            agrees = torch.cat(labelled.agrees)
             row: dict[str, Any] = {
                 "readout": readout,
                 "gate": gate,

@@ -35,8 +35,10 @@ from offramp import Exits
 from offramp.exits.parts import Memory, Part
 from offramp.metrics import auroc
 from offramp.training.config import TrainConfig
-from offramp.training.teacher import harvest, load_shards, units
-from offramp.training.training import Labelled, Trainer, gather
+from offramp.training.data import gather
+from offramp.training.teacher import TeacherTexts, group_texts, write_shards
+from offramp.training.training import Trainer
+from offramp.training.validation import LabelledTexts
 
 REPETITIONS = 400
 
@@ -59,15 +61,16 @@ def equal(size: Callable[[int], int], wanted: int) -> int:
 
 
 @torch.inference_mode()
-def scores(exits: Exits, answers: list[Labelled]) -> list[list[Tensor]]:
+def scores(exits: Exits, answers: LabelledTexts) -> list[list[Tensor]]:
     """For each question and exit, the gate's logits on the answer's tokens."""
     return [
-        [exit.gate(one.hidden[None, :, j].float())[0][0][one.counted] for j, exit in enumerate(exits)] for one in answers
+        [exit.gate(text.hidden[None, :, j].float())[0][0][text.counted] for j, exit in enumerate(exits)]
+        for text in answers.texts
     ]
 
 
-def area(given: list[list[Tensor]], answers: list[Labelled], chosen: np.ndarray, index: int) -> float:
-    agrees = torch.cat([answers[number].agrees[answers[number].counted, index] for number in chosen])
+def area(given: list[list[Tensor]], answers: LabelledTexts, chosen: np.ndarray, index: int) -> float:
+    agrees = torch.cat([answers.agrees[number][:, index] for number in chosen])
     return auroc(torch.cat([given[number][index] for number in chosen]), agrees)
 
 
@@ -90,14 +93,14 @@ def main(argv: list[str] | None = None) -> None:
     settings = TrainConfig(prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs)
     data = gather(backbone, settings, base.config.layers, args.work / "text")
     prompts = [backbone.prompts.encode(one) for one in questions_in(args.questions, args.count)]
-    plan = units(prompts, [], args.tokens, batch=48)
+    groups = group_texts(prompts, [], args.tokens, batch=48)
     mark = hashlib.sha256(
         json.dumps([prompts, args.tokens, args.epochs, args.max_prompts, args.own_prompts, base.training]).encode()
     ).hexdigest()[:8]
     asked = args.work / f"asked-{mark}"
     asked.mkdir(parents=True, exist_ok=True)
     reader = Trainer(backbone, base, settings, args.work)
-    answers = reader.labels(load_shards(harvest(backbone, plan, base.config.layers, asked, lambda tokens: None)))
+    answers = reader.labels(TeacherTexts.open(write_shards(backbone, groups, base.config.layers, asked)))
     to_learn = reader.labels(data.gates)
 
     def made(kind: str, width: int) -> Exits:
@@ -150,9 +153,9 @@ def main(argv: list[str] | None = None) -> None:
         for name, runs in found.items():
             areas = [[area(runs[seed], answers, chosen, index) for index in range(count)] for seed in seeds]
             resampled[name].append(np.mean(areas, axis=0).tolist())
-    tokens = sum(int(one.counted.sum()) for one in to_learn)
+    tokens = sum(map(len, to_learn.agrees))
     print(f"\n{backbone.name}, {backbone.weight_format}: gates trained on {tokens} tokens, {args.seeds} seeds; measured on")
-    print(f"{sum(int(one.counted.sum()) for one in answers)} tokens of answers to {len(answers)} questions\n")
+    print(f"{sum(map(len, answers.agrees))} tokens of answers to {len(answers)} questions\n")
     columns = " | ".join(f"block {layer}" for layer in base.config.layers)
     print(f"| gate | parameters | FLOPs a token | {columns} | mean, against mamba |")
     print("|---|---|---|" + "---|" * (count + 1))

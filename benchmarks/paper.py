@@ -39,7 +39,8 @@ from offramp.model.backbone import Backbone
 from offramp.model.hub import ALIASES
 from offramp.training.calibration import Question, calibrate
 from offramp.training.config import TrainConfig
-from offramp.training.training import Trainer, gather
+from offramp.training.data import gather
+from offramp.training.training import Trainer
 
 TASKS = ("truthfulqa", "triviaqa", "coqa")
 GATES = ("linear", "ffn", "mamba", "max-prob")

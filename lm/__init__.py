@@ -1,6 +1,7 @@
 """A small pure Mamba-2 language model, from text to weights, on two CPU cores.
 
-text.py       text → cleaned documents → tokenizer → tokens for training, validation and test
+documents.py  text files → cleaned documents, without the questions that models are tested on
+corpus.py     documents → tokenizer → tokens for training, validation and test
 answers.py    a larger model's answers to questions, as more text
 forward.py    the model's forward pass and loss for training: start here
 train.py      plain training, and training for early exits

@@ -1,8 +1,8 @@
-"""Answers that a larger model writes to questions: text for `lm.text` to train on.
+"""Answers that a larger model writes to questions: text for `lm.corpus`.
 
     python -m lm.answers smollm2 trivia.jsonl --count 10000 -o answers.jsonl
 
-The questions are drawn by their hash. Run again after an interruption, the same command goes on where it stopped.
+The questions of lowest hash are answered. After an interruption, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 import offramp
-from lm.text import read_source, report
+from lm.corpus import report
+from lm.documents import read_source
 from offramp.errors import OfframpError
 
 BATCH = 64
@@ -26,8 +27,8 @@ BATCH = 64
 
 def questions_of(files: list[Path], count: int) -> list[str]:
     """`count` of the files' questions: those of lowest hash, none twice."""
-    found = {one.question for file in files for one in read_source(file).documents if one.question}
-    return sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
+    questions = {document.question for file in files for document in read_source(file).documents if document.question}
+    return sorted(questions, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
 
 
 @torch.inference_mode()
@@ -36,49 +37,50 @@ def answers(backbone: Any, questions: list[str], tokens: int) -> list[str]:
     tokenizer = backbone.tokenizer
     prompts = [backbone.prompts.encode(question) for question in questions]
     longest = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(one)) + one for one in prompts])
-    there = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     out = backbone.model.generate(
-        ids, attention_mask=there, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
     return [whole_sentences(text) for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
 
 def whole_sentences(text: str) -> str:
+    """The text up to the end of its last whole sentence; empty if it has none."""
     return text[: 1 + max(text.rfind(mark) for mark in ".!?")].strip()
 
 
 def batches(questions: list[str]) -> Iterator[list[str]]:
-    """Questions of about one length together: little is padded."""
+    """Batches of questions of about the same length, so that little is padded."""
     for start in range(0, len(questions), 16 * BATCH):
-        some = sorted(questions[start : start + 16 * BATCH], key=len)
-        yield from (some[at : at + BATCH] for at in range(0, len(some), BATCH))
+        by_length = sorted(questions[start : start + 16 * BATCH], key=len)
+        yield from (by_length[at : at + BATCH] for at in range(0, len(by_length), BATCH))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="as for offramp generate")
-    parser.add_argument("questions", type=Path, nargs="+", help="files of questions, as for lm.text")
+    parser.add_argument("questions", type=Path, nargs="+", help="files of questions, as for lm.corpus")
     parser.add_argument("-o", "--out", type=Path, required=True, help="JSON lines with question and answer")
     parser.add_argument("--count", type=int, default=10_000, help="questions to answer")
-    parser.add_argument("--tokens", type=int, default=48, help="an answer's longest")
+    parser.add_argument("--tokens", type=int, default=48, help="the longest answer, in tokens")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        done = {one.question for one in read_source(args.out).documents} if args.out.exists() else set()
-        questions = [one for one in questions_of(args.questions, args.count) if one not in done]
-        # Many rows at once: there the library's own blocks are fast, and float32 fastest.
+        answered = {document.question for document in read_source(args.out).documents} if args.out.exists() else set()
+        questions = [question for question in questions_of(args.questions, args.count) if question not in answered]
+        # For many rows at once, the library's own blocks are fast, and fastest in float32.
         backbone = offramp.load(args.model, "float32", keep=True)
-        written = len(done)
+        written = len(answered)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        for some in batches(questions):
-            pairs = zip(some, answers(backbone, some, args.tokens), strict=True)
-            text = "".join(json.dumps({"question": one, "answer": answer}) + "\n" for one, answer in pairs)
+        for batch in batches(questions):
+            pairs = zip(batch, answers(backbone, batch, args.tokens), strict=True)
+            text = "".join(json.dumps({"question": question, "answer": answer}) + "\n" for question, answer in pairs)
             with args.out.open("a") as stream:
                 stream.write(text)
                 os.fsync(stream.fileno())
-            written += len(some)
+            written += len(batch)
             print(f"{written} questions", flush=True)
     except OfframpError as error:
         report(parser, error)

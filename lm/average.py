@@ -1,9 +1,9 @@
-"""The mean of models that were trained one from another: better than each, for nothing (arXiv 2203.05482).
+"""The mean of the weights of models that were trained one from another (arXiv 2203.05482).
 
     python -m lm.average MODEL MODEL [...] -o MEAN
 
-Each training ends in another place around the same minimum, and their middle is lower. Everything but the weights is the
-last model's; `training.json` keeps the records of all.
+The mean is often better than each of them: every training ends in another place around the same minimum, and the loss in
+the middle is lower. Everything but the weights is the last model's; `training.json` keeps the records of all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lm.text import command_line, report
+from lm.corpus import command_line, report
 from lm.train import save, versions
 from offramp.errors import BadInput, OfframpError
 
@@ -33,7 +33,7 @@ def average(folders: list[Path], out: Path, command: str = "") -> dict[str, Any]
     mean = models[-1]
     states = [model.state_dict() for model in models]
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
-    if any(one != shapes[-1] for one in shapes):
+    if any(shape != shapes[-1] for shape in shapes):
         raise BadInput("The models have different shapes.", "Average models that were trained one from another.")
     mean.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in shapes[-1]})
     record = {
@@ -41,7 +41,7 @@ def average(folders: list[Path], out: Path, command: str = "") -> dict[str, Any]
         "parameters": sum(parameter.numel() for parameter in mean.parameters()),
         "corpus": records[-1]["corpus"],
         "versions": versions(),
-        "models": [{name: value for name, value in one.items() if name != "corpus"} for one in records],
+        "models": [{name: value for name, value in model.items() if name != "corpus"} for model in records],
     }
     save(mean, AutoTokenizer.from_pretrained(folders[-1]), out, record)
     return record

@@ -3,7 +3,7 @@
     python -m lm.baselines CORPUS
 
 Both learn from the training split and are measured on the test split, in bits per byte of its UTF-8 text. A language model
-of a corpus must predict the end of every document too: its bits are counted, and it stands for no byte.
+of a corpus must predict the end of every document too. The bits of these ends are counted, though they stand for no byte.
 """
 
 from __future__ import annotations
@@ -15,50 +15,55 @@ import math
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from transformers import AutoTokenizer
 
-from lm.text import END, load_tokens, piece_bytes, report
+from lm.corpus import END, Tokens, load_tokens, piece_bytes, report
 from offramp.errors import BadInput, OfframpError
+
+Floats = npt.NDArray[np.float64]
+Grams = npt.NDArray[np.uint64]
 
 
 class KneserNey:
     """Interpolated modified Kneser-Ney (Chen and Goodman, "An empirical study of smoothing techniques", 1998, section 3).
 
-    The highest order counts n-grams, the lower orders the different tokens seen before an n-gram. Each order takes one of
-    three discounts from its counts of 1, 2 and more, and gives what it took to the order below; the lowest, to all tokens
-    alike. The text is one row of tokens; before its first stands `end`, as between its documents.
+    The highest order counts n-grams. A lower order counts the different tokens seen before an n-gram. Each order takes a
+    discount from its counts (one for counts of 1, one for 2, one for 3 and more) and gives that mass to the order below;
+    the lowest order gives it to all tokens equally. The text is one row of tokens; `end` stands before its first token, as
+    it does between its documents.
 
     An n-gram is packed into 64 bits, its last token lowest, and looked up in sorted rows.
     """
 
-    def __init__(self, tokens: np.ndarray, vocabulary: int, end: int, order: int = 5) -> None:
+    def __init__(self, tokens: Tokens, vocabulary: int, end: int, order: int = 5) -> None:
         self.vocabulary, self.end, self.order = vocabulary, end, order
         self._bits = max(1, (vocabulary - 1).bit_length())
         if order * self._bits > 64:
             raise BadInput(f"{order}-grams of {vocabulary} pieces do not fit 64 bits.", "Take a smaller vocabulary.")
-        self.levels = []  # from the lowest order to the highest
+        self.levels: list[_Level] = []  # from the lowest order to the highest
         grams, counts = np.unique(self._pack(self._windows(tokens, order)), return_counts=True)
         for length in range(order, 0, -1):
             self.levels.insert(0, _Level(grams, counts, self._bits))
             suffixes = grams & np.uint64((1 << (length - 1) * self._bits) - 1)
             grams, counts = np.unique(suffixes, return_counts=True)
 
-    def probabilities(self, windows: np.ndarray) -> np.ndarray:
+    def probabilities(self, windows: Tokens) -> Floats:
         """P(last token | the others) for each row of windows (n, order): (n,)."""
         p = np.full(len(windows), 1 / self.vocabulary)
         for length, level in enumerate(self.levels, start=1):
             p = level.interpolate(self._pack(windows[:, self.order - length :]), p)
         return p
 
-    def bits(self, tokens: np.ndarray) -> float:
+    def bits(self, tokens: Tokens) -> float:
         """−log2 of the probability of all tokens, the first after `end`."""
         return float(-np.log2(self.probabilities(self._windows(tokens, self.order))).sum())
 
-    def _windows(self, tokens: np.ndarray, order: int) -> np.ndarray:
+    def _windows(self, tokens: Tokens, order: int) -> Tokens:
         padded = np.concatenate([np.full(order - 1, self.end, dtype=tokens.dtype), tokens])
         return np.lib.stride_tricks.sliding_window_view(padded, order)
 
-    def _pack(self, windows: np.ndarray) -> np.ndarray:
+    def _pack(self, windows: Tokens) -> Grams:
         packed = np.zeros(len(windows), dtype=np.uint64)
         for column in windows.T:
             packed <<= np.uint64(self._bits)
@@ -67,9 +72,9 @@ class KneserNey:
 
 
 class _Level:
-    """One order: sorted n-grams with what is left to them, sorted contexts with what goes to the order below."""
+    """One order: sorted n-grams with their discounted shares, and sorted contexts with the mass for the order below."""
 
-    def __init__(self, grams: np.ndarray, counts: np.ndarray, bits: int) -> None:
+    def __init__(self, grams: Grams, counts: npt.NDArray[np.int64], bits: int) -> None:
         self._bits = np.uint64(bits)
         discounts = modified_discounts(counts)[np.minimum(counts, 3)]
         contexts = grams >> self._bits
@@ -80,16 +85,16 @@ class _Level:
         self._contexts = contexts[starts]
         self._passed_on = np.add.reduceat(discounts, starts) / totals
 
-    def interpolate(self, grams: np.ndarray, below: np.ndarray) -> np.ndarray:
-        """The probabilities of this order, given those of the order below; where the context is new, those."""
+    def interpolate(self, grams: Grams, below: Floats) -> Floats:
+        """The probabilities of this order, from those of the order below, which are also those of a new context."""
         share = _look_up(self._contexts, self._passed_on, grams >> self._bits, 1.0)
         return _look_up(self._grams, self._left, grams, 0.0) + share * below
 
 
-def modified_discounts(counts: np.ndarray) -> np.ndarray:
-    """What is taken from a count of 0, 1, 2, and 3 or more: (4,), from how many n-grams have the counts 1 to 4."""
+def modified_discounts(counts: npt.NDArray[np.int64]) -> Floats:
+    """The discounts of a count of 0, 1, 2, and 3 or more, (4,): a function of how many n-grams have the counts 1 to 4."""
     n = [int((counts == count).sum()) for count in range(1, 5)]
-    fallback = np.array([0.0, 0.5, 1.0, 1.5])  # where a text is so small, or a level so full, that a count is missing
+    fallback = np.array([0.0, 0.5, 1.0, 1.5])  # if no n-gram has one of the counts: a small text, a full level
     if not all(n):
         return fallback
     y = n[0] / (n[0] + 2 * n[1])
@@ -97,13 +102,15 @@ def modified_discounts(counts: np.ndarray) -> np.ndarray:
     return discounts if (discounts[1:] > 0).all() else fallback
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, otherwise: float) -> np.ndarray:
+def _look_up(keys: Grams, values: Floats, wanted: Grams, otherwise: float) -> Floats:
+    """The values of the wanted keys; `otherwise` for a key that is missing. The keys rise."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, values[at], otherwise)
+    looked_up: Floats = np.where(keys[at] == wanted, values[at], otherwise)
+    return looked_up
 
 
 def xz_bits(train: bytes, test: bytes) -> int:
-    """By how many bits `xz -9e` makes the test text longer after the training text.
+    """How many bits `xz -9e` needs for the test text after the training text.
 
     The preset's dictionary of 64 MiB reaches back over all of a training text that is shorter than that.
     """
@@ -113,7 +120,7 @@ def xz_bits(train: bytes, test: bytes) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.text")
+    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.corpus")
     args = parser.parse_args()
     try:
         train, test = load_tokens(args.corpus, "train"), load_tokens(args.corpus, "test")

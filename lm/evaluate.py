@@ -2,13 +2,13 @@
 
     python -m lm.evaluate MODEL CORPUS [--read-out-steps 600] [--samples FILE.md]
 
-Every test token is predicted with at least 1,024 tokens before it (fewer only at the text's start): windows of 2,048, of
-which the first half is context. After each block but the last, the read-out is untrained: the model's own final norm and
-head.
-`--read-out-steps` trains one for the middle of the model, to see what a fair read-out makes of half the depth.
+Every test token is predicted with at least 1,024 tokens before it (fewer only at the text's start): the first half of a
+window of 2,048 is context. After each block, the model's own final norm and head read the hidden state out. They are
+trained for the last block only; `--read-out-steps` trains a read-out for the middle of the model, to see what half the
+depth knows.
 
-Samples are the first that the seed gives, none chosen: half answer questions of offramp's own list of prompts, half are
-written from nothing.
+Samples are the first that the seed gives, without selection: half answer questions of offramp's own list of prompts, half
+begin with nothing.
 """
 
 from __future__ import annotations
@@ -21,24 +21,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lm.corpus import END, Lengths, Tokens, load_tokens, piece_bytes, report
+from lm.documents import question_and_answer
 from lm.forward import Forward
-from lm.text import END, load_tokens, piece_bytes, question_and_answer, report
 from lm.train import Settings, batch_at
 from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
-from offramp.training.training import PROMPTS
+from offramp.training.data import PROMPTS
 
 WINDOW = 2048
 CONTEXT = 1024
 BATCH = 4
 
 
-def windows(tokens: np.ndarray, window: int = WINDOW, context: int = CONTEXT) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of tokens (n, window + 1), and which of a row's targets count (n, window): every token but the first, once."""
+def windows(
+    tokens: Tokens, window: int = WINDOW, context: int = CONTEXT
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Rows of tokens (n, window + 1), and which targets of each row count (n, window).
+
+    Every token of the text but the first counts in one row.
+    """
     rows, counted = [], []
     for start in range(0, max(1, len(tokens) - 1 - context), window - context):
         row = tokens[start : start + window + 1]
@@ -58,10 +65,11 @@ class ReadOut(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        return h + self.up(self.down(h))
+        correction: Tensor = self.up(self.down(h))
+        return h + correction
 
 
-def train_read_out(forward: Forward, tokens: np.ndarray, block: int, steps: int, settings: Settings) -> ReadOut:
+def train_read_out(forward: Forward, tokens: Tokens, block: int, steps: int, settings: Settings) -> ReadOut:
     """Fit a read-out after `block` blocks to the training text by cross-entropy; the model stays as it is."""
     torch.manual_seed(settings.seed)
     read_out = ReadOut(forward.model.config.hidden_size)
@@ -80,18 +88,19 @@ def train_read_out(forward: Forward, tokens: np.ndarray, block: int, steps: int,
 
 
 def at_depth(forward: Forward, ids: Tensor, block: int) -> Tensor:
-    """The hidden state after `block` blocks; the others are not run."""
-    for done, h in enumerate(forward.states(ids), start=1):
-        if done == block:
+    """The hidden state (B, T, D) after `block` blocks; deeper blocks are not run."""
+    for blocks_run, h in enumerate(forward.states(ids), start=1):
+        if blocks_run == block:
             return h
     raise ValueError(f"the model has no block {block}")
 
 
 @dataclass(frozen=True)
 class Depths:
-    """What the untrained read-out says after each block: bits per byte, and how often the same piece as after the last one.
+    """How good the read-out is after each block.
 
-    `trained`: bits per byte and agreement of a trained read-out half way.
+    bits: bits per byte. agreement: how often its likeliest piece is that after the last block. trained: both, for the
+    trained read-out.
     """
 
     bits: list[float]
@@ -100,10 +109,8 @@ class Depths:
 
 
 @torch.no_grad()
-def depths(
-    forward: Forward, tokens: np.ndarray, lengths: np.ndarray, block: int = 0, read_out: ReadOut | None = None
-) -> Depths:
-    """Over all tokens; with a trained read-out after `block` blocks, if there is one."""
+def depths(forward: Forward, tokens: Tokens, lengths: Lengths, block: int = 0, read_out: ReadOut | None = None) -> Depths:
+    """Measure the read-outs over all tokens; if `read_out` is given, that too, after `block` blocks."""
     rows, counted = windows(tokens)
     size = int(lengths[rows[:, 1:]][counted].sum())
     blocks = len(forward.model.backbone.layers)
@@ -123,6 +130,8 @@ def depths(
 
 @dataclass(frozen=True)
 class Sample:
+    """A text that the model wrote after a prompt."""
+
     prompt: str
     text: str
 
@@ -138,23 +147,24 @@ def samples(
         torch.manual_seed(seed + number)
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         settings = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "max_new_tokens": most}
-        made = model.generate(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], **settings)[0]
-        out.append(Sample(prompt, tokenizer.decode(made[ids["input_ids"].shape[1] :], skip_special_tokens=True)))
+        ids_out = model.generate(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], **settings)[0]
+        out.append(Sample(prompt, tokenizer.decode(ids_out[ids["input_ids"].shape[1] :], skip_special_tokens=True)))
     return out
 
 
-def markdown(found: list[Sample], name: str, seed: int) -> str:
+def markdown(written: list[Sample], name: str, seed: int) -> str:
+    """The samples as a Markdown document."""
     parts = [f"# Samples of {name}\n\nTemperature 0.8, top-p 0.95, seed {seed}; prompts in bold, none left out.\n"]
-    for number, one in enumerate(found, start=1):
-        prompt = " ".join(one.prompt.removeprefix(END).split())
-        parts.append(f"{number}. {f'**{prompt}** ' if prompt else ''}{' '.join(one.text.split())}\n")
+    for number, sample in enumerate(written, start=1):
+        prompt = " ".join(sample.prompt.removeprefix(END).split())
+        parts.append(f"{number}. {f'**{prompt}** ' if prompt else ''}{' '.join(sample.text.split())}\n")
     return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
-    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.text")
+    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.corpus")
     parser.add_argument("-o", "--out", type=Path, help="write the numbers to this JSON file too")
     parser.add_argument("--samples", type=Path, help="write 20 samples to this Markdown file")
     parser.add_argument("--read-out-steps", type=int, default=0, help="train a read-out at half depth, 4,096 tokens a step")
@@ -175,26 +185,26 @@ def main() -> None:
     if args.read_out_steps:
         settings = Settings(batch=16, length=256, learning_rate=1e-3, seed=args.seed)
         read_out = train_read_out(forward, train, half, args.read_out_steps, settings)
-    found_at = depths(forward, test, piece_bytes(tokenizer), half, read_out)
-    by_block, (trained, agrees) = found_at.bits, found_at.trained
+    measured = depths(forward, test, piece_bytes(tokenizer), half, read_out)
+    by_block, (trained, agrees) = measured.bits, measured.trained
     result: dict[str, Any] = {
         "model": args.model.name,
         "windows": f"{WINDOW} tokens, the first {CONTEXT} as context",
         "bits_per_byte": round(by_block[-1], 4),
         "untrained_read_out": [round(bits, 4) for bits in by_block],
-        "untrained_agreement": [round(share, 4) for share in found_at.agreement],
+        "untrained_agreement": [round(share, 4) for share in measured.agreement],
     }
     if read_out:
-        measured = {"bits_per_byte": round(trained, 4), "agreement": round(agrees, 4)}
-        result["trained_read_out"] = {"block": half, "steps": args.read_out_steps, **measured}
+        result["trained_read_out"] = {"block": half, "steps": args.read_out_steps}
+        result["trained_read_out"] |= {"bits_per_byte": round(trained, 4), "agreement": round(agrees, 4)}
         result["full_depth_is_better_by"] = round(1 - by_block[-1] / trained, 4)
     print(json.dumps(result, indent=1))
     if args.out:
         write_atomically(args.out, json.dumps(result, indent=1).encode())
     if args.samples:
         questions = [line for line in PROMPTS.read_text().splitlines() if line.endswith("?")]
-        found = samples(model, tokenizer, questions, seed=args.seed)
-        write_atomically(args.samples, markdown(found, args.model.name, args.seed).encode())
+        written = samples(model, tokenizer, questions, seed=args.seed)
+        write_atomically(args.samples, markdown(written, args.model.name, args.seed).encode())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ ROWS = 512  # tokens whose logits are in memory at once
 class Forward:
     """Hidden states of the library's model, with gradients to its parameters.
 
-    `compiled` has torch.compile fuse the elementwise work between matrix products: once for all blocks, and once for each
-    shape of their input.
+    compiled: torch.compile fuses the elementwise work between matrix products, once for all blocks and each input shape.
+    dtype: of the operands of matrix products.
     """
 
     def __init__(self, model: Any, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
@@ -46,23 +46,24 @@ class Forward:
     def _block(self, block: Any, h: Tensor) -> Tensor:
         """What a block adds to its input h (B, T, D): norm, then Mamba-2's mixer from an empty state."""
         mixer, tokens = block.mixer, h.shape[1]
-        inner, heads, state = mixer.intermediate_size, mixer.num_heads, mixer.ssm_state_size
+        inner, heads = mixer.intermediate_size, mixer.num_heads
         taps = mixer.conv1d.weight[:, 0].T.contiguous()  # (W, C): rows, since strided reads are several times slower
         before = len(taps) - 1
-        # Zeros before the first token, for the convolution: without biases they stay zeros up to there. Zeros after the
-        # last fill its chunk, and no token sees them.
+        # The convolution reads zeros before the first token: without biases, the projection of zeros is zeros. Zeros after
+        # the last token fill its chunk, and no token sees them.
         h = F.pad(h, (0, 0, before, -tokens % CHUNK))
         normed = self.kernels.norm(h, block.norm.variance_epsilon, self.dtype)
         projected = F.linear(normed, self._after(block.norm, mixer.in_proj))
         z, xBC, dt = projected.split([inner, mixer.conv_dim, heads], dim=-1)
-        xBC = Convolution.apply(xBC, taps, mixer.conv1d.bias, self.kernels)
-        scan = (mixer.dt_bias, mixer.A_log, mixer.D, heads, state, mixer.norm.variance_epsilon)
+        xBC = Convolution.apply(xBC, taps, mixer.conv1d.bias, self.kernels)  # type: ignore[no-untyped-call]
+        scan = (mixer.dt_bias, mixer.A_log, mixer.D, mixer.norm.variance_epsilon)
         y = self.kernels.scan(xBC, dt[:, before:], z[:, before:], *scan)
         return F.linear(y, self._after(mixer.norm, mixer.out_proj))[:, :tokens]
 
     def _after(self, norm: Any, projection: Any) -> Tensor:
-        """The projection's matrix with the scale of the norm before it: a gradient of few numbers from few rows."""
-        return (projection.weight * norm.weight).to(self.dtype)
+        """The projection's matrix times the scale of the norm before it, so that the scale's gradient needs no tokens."""
+        scaled: Tensor = projection.weight * norm.weight
+        return scaled.to(self.dtype)
 
     def last(self, ids: Tensor) -> Tensor:
         """ids (B, T) → the hidden state after the last block, (B, T, D)."""
@@ -70,17 +71,20 @@ class Forward:
         return h
 
     def read(self, h: Tensor) -> Tensor:
-        """The model's final norm: what the head is multiplied with."""
+        """h (B, T, D) → the model's final norm of it, which the head is multiplied with."""
         norm = self.model.backbone.norm_f
-        return rms_norm(h, norm.variance_epsilon, h.dtype) * norm.weight
+        scale: Tensor = norm.weight
+        return rms_norm(h, norm.variance_epsilon, h.dtype) * scale
 
     def loss(self, h: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy, in nats a token, of the head's reading of h (B, T, D) with targets (B, T)."""
-        return HeadLoss.apply(self.read(h).flatten(0, 1), self.head, targets.flatten(), self.dtype)
+        """Mean cross-entropy, in nats a token, of the head's logits for h (B, T, D) with targets (B, T)."""
+        rows = self.read(h).flatten(0, 1)
+        loss: Tensor = HeadLoss.apply(rows, self.head, targets.flatten(), self.dtype)  # type: ignore[no-untyped-call]
+        return loss
 
     @torch.no_grad()
     def surprise(self, h: Tensor, targets: Tensor) -> Tensor:
-        """−log p in nats of each target, (B, T)."""
+        """−log p in nats of each target: h (B, T, D) and targets (B, T) → (B, T)."""
         parts = []
         for rows, wanted in zip(self.read(h).flatten(0, 1).split(ROWS), targets.flatten().split(ROWS), strict=True):
             parts.append(F.cross_entropy(rows @ self.head.T, wanted, reduction="none"))
@@ -96,7 +100,7 @@ class Forward:
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of softmax(h Wᵀ) with the targets: h (n, D), W (V, D), targets (n,).
 
-    The gradient is taken right away, `ROWS` rows at a time, so that the logits of a batch never leave the cache.
+    The forward pass computes the gradient too, `ROWS` rows at a time, so that the logits never leave the processor's cache.
     """
 
     @staticmethod
@@ -126,15 +130,16 @@ class HeadLoss(torch.autograd.Function):
 class Convolution(torch.autograd.Function):
     """Depthwise causal convolution, bias, SiLU: x (B, W − 1 + T, C), taps (W, C), bias (C,) → (B, T, C).
 
-    As a sum of shifted products, also backwards, where torch's own convolution and what the compiler derives from such a
-    sum take several times as long.
+    It is a sum of shifted products, and so is its gradient. Torch's own convolution, and the gradient that the compiler
+    derives from such a sum, take several times as long.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, taps: Tensor, bias: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, taps, bias)
         ctx.kernels = kernels
-        return kernels.convolve(x, taps, bias)
+        convolved: Tensor = kernels.convolve(x, taps, bias)
+        return convolved
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
@@ -162,11 +167,12 @@ def activation_gradient(grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> 
 
 
 def convolution_gradients(grad: Tensor, x: Tensor, taps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to x, taps and bias from that to the convolution's output, with W − 1 zeros around it."""
+    """The gradients of x, taps and bias from the gradient of the output, which has W − 1 zeros before and after it."""
     before = len(taps) - 1
-    grad_x = sum(grad[:, before - tap : before - tap + x.shape[1]] * taps[tap] for tap in range(len(taps)))
+    shifted = (grad[:, before - tap : before - tap + x.shape[1]] * taps[tap] for tap in range(len(taps)))
+    grad_x = cast(Tensor, sum(shifted))
     grad = grad[:, before : x.shape[1]]
-    # First over tokens, then over the batch: sums of rows that lie together.
+    # Sums run over tokens first, then over the batch: a sequence's rows lie together in memory.
     grad_taps = torch.stack([(grad * x[:, tap : tap + grad.shape[1]]).sum(1) for tap in range(len(taps))])
     return grad_x.to(x.dtype), grad_taps.sum(1), grad.float().sum(1).sum(0)
 
@@ -182,12 +188,12 @@ def gated_scan(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
-    heads: int,
-    size: int,
     epsilon: float,
 ) -> Tensor:
     """The scan, the gate z (B, T, E), and the norm after it, without its scale."""
-    y = chunked_scan(xBC, F.softplus(dt + dt_bias), -torch.exp(A_log), D, z.shape[-1] // heads, size)
+    inner = z.shape[-1]
+    dims, size = inner // len(A_log), (xBC.shape[-1] - inner) // 2
+    y = chunked_scan(xBC, F.softplus(dt + dt_bias), -torch.exp(A_log), D, dims, size)
     return rms_norm((y * F.silu(z)).float(), epsilon, z.dtype)
 
 
@@ -203,12 +209,14 @@ def chunked_scan(xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, dims: int, size:
     total = torch.cumsum(dt * A, dim=1)  # (M, Q, H): log of the decay from the chunk's start up to and with t
     t_total, t_dt = total.transpose(1, 2), dt.transpose(1, 2)  # (M, H, Q)
 
-    own = Within.apply(x.unflatten(2, (heads, dims)).transpose(1, 2), torch.bmm(C, B.transpose(1, 2)), t_total, t_dt)
+    by_head, product = x.unflatten(2, (heads, dims)).transpose(1, 2), torch.bmm(C, B.transpose(1, 2))
+    own: Tensor = Within.apply(by_head, product, t_total, t_dt)  # type: ignore[no-untyped-call]
     own = own.transpose(1, 2)  # (M, Q, H, P)
 
     left = (torch.exp(total[:, -1:] - total) * dt)[..., None]  # from after t to the chunk's end
     added = torch.bmm((x.unflatten(2, (heads, dims)) * left).to(x.dtype).flatten(2).transpose(1, 2), B)  # (M, E, N)
-    # At each chunk's start, what those before it left, decayed by those in between: (chunks, chunks) for each head.
+    # The state at a chunk's start is what the chunks before it left, decayed by the chunks in between. These decays are a
+    # matrix (chunks, chunks) for each head.
     ends = torch.cumsum(total[:, -1].view(batch, chunks, heads), dim=1).transpose(1, 2)
     between = (ends - ends.diff(dim=2, prepend=torch.zeros_like(ends[..., :1])))[..., :, None] - ends[..., None, :]
     causal = torch.ones(chunks, chunks, dtype=torch.bool, device=x.device).tril(-1)
@@ -216,15 +224,15 @@ def chunked_scan(xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, dims: int, size:
     added = added.view(batch, chunks, heads, -1).transpose(1, 2)
     state = torch.matmul(decay, added).transpose(1, 2).reshape(batch * chunks, inner, size)
     before = torch.bmm(C, state.transpose(1, 2)).unflatten(2, (heads, dims)) * torch.exp(total)[..., None]
-    y = own + before + x.unflatten(2, (heads, dims)) * D[:, None]
+    y: Tensor = own + before + x.unflatten(2, (heads, dims)) * D[:, None]
     return y.to(x.dtype).reshape(batch, tokens, inner)
 
 
 class Within(torch.autograd.Function):
     """What a chunk's tokens add to its outputs: x (M, H, Q, P), C Bᵀ (M, Q, Q), log decays, dt (M, H, Q) → (M, H, Q, P).
 
-    Written by hand for the backward pass: with W the weights, row and column sums of (∂W ⊙ W) are sums over P of ∂y ⊙ y
-    and of x ⊙ ∂x, so nothing of the weights' size is summed but over heads.
+    The backward pass is written by hand: with W the weights, the row and column sums of (∂W ⊙ W) are sums over P of
+    ∂y ⊙ y and of x ⊙ ∂x. So the only sum over a tensor of the weights' size is that over heads.
     """
 
     @staticmethod
@@ -244,10 +252,10 @@ class Within(torch.autograd.Function):
 
 
 def decays(total: Tensor, dt: Tensor) -> Tensor:
-    """(M, H, t, s): dt of s, decayed from after s up to and with t; 0 above the diagonal."""
+    """(M, H, t, s): dt of token s, times the decay of the tokens after s up to and with t; 0 above the diagonal."""
     between = total[..., :, None] - total[..., None, :]
     causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=total.device).tril()
-    # Masked before exp: above the diagonal the exponent is positive and may overflow.
+    # The mask comes before exp: above the diagonal the exponent is positive and may overflow.
     return torch.exp(between.masked_fill(~causal, float("-inf"))) * dt[..., None, :]
 
 
@@ -263,4 +271,6 @@ class Kernels:
 
     @classmethod
     def compiled(cls) -> Kernels:
-        return cls(*(torch.compile(one.default, dynamic=False) for one in fields(cls)))
+        """The same functions, each compiled for every shape that it meets."""
+        plain = cls()
+        return cls(*(torch.compile(getattr(plain, field.name), dynamic=False) for field in fields(cls)))

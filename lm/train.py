@@ -3,13 +3,13 @@
     python -m lm.train CORPUS -o MODEL --hours 1.2
     python -m lm.train CORPUS -o EARLY --hours 0.4 --early-exit --start MODEL
 
-CORPUS is a folder made by `python -m lm.text`. Run again after an interruption (Ctrl-C), the same command goes on where it
-stopped. `--steps N` instead of `--hours` makes the result a function of the seed alone; with `--hours`, the learning rate
-follows the time worked: processor time divided by threads, so that neither pauses nor a busy machine count. The result is a
-folder that transformers' AutoModelForCausalLM loads, in bfloat16.
+CORPUS is a folder made by `python -m lm.corpus`. After an interruption (Ctrl-C), the same command goes on where it stopped.
+`--steps N` instead of `--hours` makes the result a function of the seed alone. With `--hours`, the learning rate follows
+the time worked: processor time divided by threads, so that neither pauses nor a busy machine count. The result is a folder
+that transformers' AutoModelForCausalLM loads, in bfloat16.
 
-With `--early-exit`, LayerSkip (arXiv 2404.16710): samples skip blocks, deeper ones more often, and some of the blocks in
-turn are read out with the model's own final norm and head; the losses are weighted by depth.
+`--early-exit` is LayerSkip (arXiv 2404.16710): samples skip blocks, deeper ones more often, and every step reads out some
+of the blocks with the model's own final norm and head. The losses are weighted by depth.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import io
 import json
 import math
 import shutil
 import signal
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,18 +32,19 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Mamba2Config, Mamba2ForCausalLM
 
 import offramp
+from lm.corpus import END, Lengths, Tokens, command_line, load_tokens, piece_bytes, report
 from lm.forward import Forward
-from lm.text import END, command_line, load_tokens, piece_bytes, report
-from offramp.errors import BadInput, BadNumbers, CorruptFile, OfframpError
+from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
-from offramp.training.training import step_generator
-from offramp.training.tuning import exit_weights, kept
+from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, claim, step_generator
+from offramp.training.tuning import draw_layer_dropout, exit_weights
 
 LARGEST = 16_000_000  # bytes of the weights file
-VALIDATE = 0.05  # of the budget, between two looks at the validation text
+VALIDATE = 0.05  # of the budget, between two points of the curve
 VALIDATION_TOKENS = 50_000
 CHECKPOINT = 120.0  # seconds between checkpoints
 
@@ -53,12 +53,12 @@ CHECKPOINT = 120.0  # seconds between checkpoints
 class Settings:
     """How a model is trained; the fields are the flags of `python -m lm.train`.
 
-    hours of work or steps: the budget; blocks, width, state: the model's shape; batch × length: tokens a step;
-    learning_rate, matrix_rate: the highest of AdamW, and of Muon for the blocks' matrices (0: AdamW for them too); warm_up,
-    decay: shares of the budget in which they rise, and fall to zero; bfloat16: products in it, twice as fast on a
-    processor that multiplies in it (AMX, AVX-512 BF16);
-    early_exit: LayerSkip; skip: how often a sample skips the last block; exit_scale: how much exits weigh beside the last
-    block; every: a step reads out one in so many blocks.
+    hours, steps: the budget, in hours of work or in steps. blocks, width, state: the model's shape. batch, length: windows
+    a step, and tokens a window. learning_rate, matrix_rate: the highest rates, of AdamW and of Muon, which trains the
+    blocks' matrices (0: AdamW trains them too). warm_up, decay: the shares of the budget in which the rates rise, and fall
+    to zero. bfloat16: compute matrix products in it, twice as fast on a processor with AMX or AVX-512 BF16.
+    early_exit: use LayerSkip. skip: how often a sample skips the last block. exit_scale: the weight of the exits' losses
+    beside the last block's. every: a step reads out one in so many blocks.
     """
 
     hours: float | None = None
@@ -109,8 +109,8 @@ def new_model(settings: Settings, vocabulary: int, end: int) -> Mamba2ForCausalL
     return Mamba2ForCausalLM(config).float()
 
 
-def batch_at(tokens: np.ndarray, step: int, settings: Settings) -> Tensor:
-    """The step's windows, (batch, length + 1): every epoch cuts the tokens into windows anew and shuffles them."""
+def batch_at(tokens: Tokens, step: int, settings: Settings) -> Tensor:
+    """The step's windows, (batch, length + 1). Every epoch cuts the tokens at new places, and shuffles the windows."""
     windows = (len(tokens) - 1) // settings.length - 1
     if windows < settings.batch:
         raise BadInput(f"{len(tokens)} tokens are too few for batches of {settings.batch} × {settings.length}.")
@@ -123,7 +123,7 @@ def batch_at(tokens: np.ndarray, step: int, settings: Settings) -> Tensor:
 
 
 def schedule(settings: Settings, done: float) -> float:
-    """Warm-up, then constant, then linear to zero, as a share of the highest; `done` is the share of the budget spent."""
+    """The rate as a share of the highest: warm-up, constant, linear to zero. `done` is the share of the budget spent."""
     rise = done / settings.warm_up if settings.warm_up else 1.0
     fall = (1 - done) / settings.decay if settings.decay else 1.0
     return max(0.0, min(1.0, rise, fall))
@@ -138,7 +138,7 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
         raise BadInput(f"torch {torch.__version__} has no Muon.", "Install torch 2.9 or newer, or give --matrix-rate 0.")
     taken = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales that mean something.
+    # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales of their own.
     groups = [
         {"params": [parameter for parameter in rest if parameter.ndim == 2], "weight_decay": 0.1},
         {"params": [parameter for parameter in rest if parameter.ndim != 2], "weight_decay": 0.0},
@@ -148,34 +148,31 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
     ]
     if matrices:
         made.append(torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=0.025))
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["highest"] = group["lr"]
     return made
 
 
-def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> tuple[Tensor, float]:
-    """The loss to train on and that of the last block alone, in nats a token."""
+def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> Loss:
+    """The loss to train on, and the loss of the last block alone, in nats a token."""
     ids, targets = batch[:, :-1], batch[:, 1:]
     if not settings.early_exit:
         loss = forward.loss(forward.last(ids), targets)
-        return loss, float(loss.detach())
+        return loss, [loss]
     blocks = len(forward.model.backbone.layers)
     weights = exit_weights(blocks, step, settings.exit_scale, settings.every)
-    keep = kept(blocks, settings.batch, settings.skip, step_generator(settings.seed, step, "skip"))
+    keep = draw_layer_dropout(blocks, len(batch), settings.skip, step_generator(settings.seed, step, "skip"))
     losses = {index: forward.loss(h, targets) for index, h in enumerate(forward.states(ids, keep)) if index in weights}
     total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
-    return total, float(losses[blocks - 1].detach())
+    return total, [losses[blocks - 1]]
 
 
 @torch.no_grad()
-def bits_per_byte(forward: Forward, tokens: np.ndarray, lengths: np.ndarray, length: int, batch: int) -> float:
-    """Over about `VALIDATION_TOKENS`, in evenly spaced windows that each start from an empty state.
+def bits_per_byte(forward: Forward, tokens: Tokens, lengths: Lengths, length: int, batch: int) -> float:
+    """The model's bits per byte over about `VALIDATION_TOKENS`, in evenly spaced windows that start from an empty state.
 
-    Pessimistic, since a window's first tokens are predicted from little; `lm.evaluate` gives every token its context.
+    It overestimates, since a window's first tokens have little context; `lm.evaluate` gives every token its context.
     """
     windows = max(1, (len(tokens) - 1) // length)
-    # Whole batches only: a batch of another shape would be compiled anew.
+    # All batches have one shape: the compiled code is made for one shape.
     batches = max(1, min(windows, VALIDATION_TOKENS // length) // batch)
     starts = np.linspace(0, windows - 1, batches * batch).astype(int) * length
     nats, size = 0.0, 0
@@ -195,84 +192,101 @@ def train(
     command: str = "",
     compiled: bool = False,
 ) -> dict[str, Any] | None:
-    """Train, save the model in `folder` and return the record, or None if asked to stop before the end.
+    """Train, save the model in `folder` and return the record, or None if a signal stopped it before the end.
 
-    The unfinished work is in `folder`/.training, and is gone on with if it is there.
+    The unfinished work is in `folder`/.training. If that is there, training goes on with it.
     """
-    tokens, valid = load_tokens(corpus, "train"), load_tokens(corpus, "valid")
+    tokens, record = load_tokens(corpus, "train"), json.loads((corpus / "corpus.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(corpus)
-    lengths = piece_bytes(tokenizer)
-    if start is None:
-        model = new_model(settings, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
-        if AutoTokenizer.from_pretrained(start).get_vocab() != tokenizer.get_vocab():
-            raise BadInput(f"{start} has another tokenizer than {corpus}.", f"Make the corpus with --tokenizer {start}.")
+    model = model_to_train(corpus, tokenizer, settings, start)
     model.train()
     forward = Forward(model, compiled, torch.bfloat16 if settings.bfloat16 else torch.float32)
-    optimizers = optimizers_for(model, settings)
+    work = folder / ".training"
+    claim(work, {**asdict(settings), "corpus": record["splits"]})
 
-    work = folder / ".training" / "checkpoint.pt"
-    plan = json.dumps({**asdict(settings), "corpus": json.loads((corpus / "corpus.json").read_text())["splits"]})
-    step, seconds, curve = 0, 0.0, []
-    if work.exists():
-        step, seconds, curve = _restore(work, plan, model, optimizers)
-    losses: list[float] = []
-    looked = curve[-1]["done"] if curve else 0.0
-    saved, worked_before = time.monotonic(), seconds
-    started = time.process_time()
+    def schedule_of(optimizer: torch.optim.Optimizer, share_spent: Callable[[], float]) -> LambdaLR:
+        return LambdaLR(optimizer, lambda _: schedule(settings, share_spent()))
 
+    job = Job(
+        "model",
+        model,
+        batch_of=lambda step: batch_at(tokens, step, settings),
+        loss_of=lambda batch, step: loss_of(forward, batch, step, settings),
+        optimizers=optimizers_for(model, settings),
+        schedule_of=schedule_of,
+        seed=settings.seed,
+        save_every=CHECKPOINT,
+    )
+    # The forward pass rounds to bfloat16 by itself.
+    accelerator = accelerator_for(torch.device("cpu"))
+    loop = Loop(work / "checkpoint", job, Budget(settings.steps, settings.hours), accelerator)
+    after_step = Validation(loop, forward, settings, load_tokens(corpus, "valid"), piece_bytes(tokenizer), folder)
     with Stop() as stop:
-        while True:
-            done = step / settings.steps if settings.steps else seconds / (3600 * (settings.hours or 0))
-            if losses and (done >= looked + VALIDATE or done >= 1):
-                looked = done
-                point = {"done": round(done, 4), "step": step, "tokens": step * settings.batch * settings.length}
-                point |= {"seconds": round(seconds, 1), "loss": round(statistics.fmean(losses), 4)}
-                measured = bits_per_byte(forward, valid, lengths, settings.length, settings.batch)
-                curve.append(point | {"valid_bits_per_byte": round(measured, 4)})
-                losses.clear()
-                write_atomically(folder / "curve.json", json.dumps(curve, indent=1).encode())
-                print(json.dumps(curve[-1]), flush=True)
-            if stop.asked or done >= 1 or time.monotonic() - saved > CHECKPOINT:
-                _checkpoint(work, plan, model, optimizers, step, seconds, curve)
-                saved = time.monotonic()
-            if stop.asked and done < 1:
-                return None
-            if done >= 1:
-                break
-
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["highest"] * schedule(settings, done)
-            loss, last = loss_of(forward, batch_at(tokens, step, settings), step, settings)
-            if not math.isfinite(last):
-                raise BadNumbers(f"The loss became NaN at step {step}.", "Try a lower --learning-rate.")
-            model.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            step += 1
-            losses.append(last)
-            seconds = worked_before + (time.process_time() - started) / torch.get_num_threads()
+        if not loop.run(after_step, lambda: stop.asked):
+            return None
 
     record = {
         "command": command,
         "settings": asdict(settings),
         "start": start.name if start else None,
-        "steps": step,
-        "tokens": step * settings.batch * settings.length,
-        "seconds": round(seconds, 1),
+        "steps": loop.step,
+        "tokens": loop.step * settings.batch * settings.length,
+        "seconds": round(loop.seconds, 1),
         "threads": torch.get_num_threads(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "validation": curve[-1],
-        "curve": curve,
-        "corpus": json.loads((corpus / "corpus.json").read_text()),
+        "validation": loop.curve[-1],
+        "curve": loop.curve,
+        "corpus": record,
         "versions": versions(),
     }
-    save(model, tokenizer, folder, record)
+    if accelerator.is_main_process:
+        save(model, tokenizer, folder, record)
+    accelerator.wait_for_everyone()
     return record
+
+
+def model_to_train(corpus: Path, tokenizer: Any, settings: Settings, start: Path | None) -> Any:
+    """A random model, or that in the folder `start` in float32. Raises `BadInput` if its tokenizer is not the corpus's."""
+    if start is None:
+        return new_model(settings, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
+    if AutoTokenizer.from_pretrained(start).get_vocab() != tokenizer.get_vocab():
+        raise BadInput(f"{start} has another tokenizer than {corpus}.", f"Make the corpus with --tokenizer {start}.")
+    return AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+
+
+class Validation:
+    """Called after each step; at every 1/20 of the budget, it adds a point to the loop's curve and to `curve.json`."""
+
+    def __init__(
+        self, loop: Loop, forward: Forward, settings: Settings, tokens: Tokens, lengths: Lengths, folder: Path
+    ) -> None:
+        self.loop, self.forward, self.settings = loop, forward, settings
+        self.tokens, self.lengths, self.folder = tokens, lengths, folder
+
+    def __call__(self) -> None:
+        loop, settings = self.loop, self.settings
+        share = loop.share_spent()
+        if share < self._share_at_last_point() + VALIDATE and share < 1:
+            return
+        measured = bits_per_byte(self.forward, self.tokens, self.lengths, settings.length, settings.batch)
+        point = {
+            "done": round(share, 4),
+            "step": loop.step,
+            "tokens": loop.step * settings.batch * settings.length,
+            "seconds": round(loop.seconds, 1),
+            "loss": round(statistics.fmean(last_block for (last_block,) in loop.losses), 4),
+            "valid_bits_per_byte": round(measured, 4),
+        }
+        loop.add_point(point)
+        if loop.accelerator.is_main_process:
+            write_atomically(self.folder / "curve.json", json.dumps(loop.curve, indent=1).encode())
+            print(json.dumps(point), flush=True)
+
+    def _share_at_last_point(self) -> float:
+        if not self.loop.curve:
+            return 0.0
+        point = self.loop.curve[-1]
+        return float(point["step"] / self.settings.steps if self.settings.steps else point["done"])
 
 
 def versions() -> dict[str, str]:
@@ -285,12 +299,12 @@ def versions() -> dict[str, str]:
 
 
 def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Write the model in bfloat16, its tokenizer and its record to `folder`, and end the unfinished work there."""
+    """Write the model in bfloat16, its tokenizer and its record to `folder`, and delete the unfinished work there."""
     made = folder / ".training" / "model"
     end = model.config.eos_token_id
-    # It is for new weights, but transformers 5 divides loaded ones by it, too, each time.
+    # The setting is for new weights, but transformers 5 applies it to loaded weights too, each time.
     model.config.rescale_prenorm_residual = False
-    # In float32 the model goes on being what it is; a copy is rounded.
+    # A copy is rounded; the model itself stays in float32.
     rounded = type(model)(model.config).to(torch.bfloat16)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end)
@@ -306,15 +320,15 @@ def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> No
 
 
 def keep_memory() -> None:
-    """Have glibc keep freed memory for the next step, which otherwise spends an eighth of its time on getting it again."""
+    """Make glibc keep freed memory for the next step, which otherwise spends an eighth of its time on allocating it."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: large blocks from the heap too
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give its end back
+        mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never give the end of the heap back
 
 
 class Stop:
-    """Within it, Ctrl-C and a request to terminate only set `asked`, so that no step is cut in two."""
+    """While this context is open, SIGINT (Ctrl-C) and SIGTERM only set `asked`, so that no step is cut in two."""
 
     def __enter__(self) -> Stop:
         self.asked = False
@@ -329,38 +343,12 @@ class Stop:
         self.asked = True
 
 
-def _checkpoint(
-    path: Path, plan: str, model: Any, optimizers: list[Any], step: int, seconds: float, curve: list[dict[str, Any]]
-) -> None:
-    buffer = io.BytesIO()
-    content = {"plan": plan, "step": step, "seconds": seconds, "curve": curve}
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    torch.save({**content, "model": model.state_dict(), "optimizers": states}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def _restore(path: Path, plan: str, model: Any, optimizers: list[Any]) -> tuple[int, float, list[dict[str, Any]]]:
-    try:
-        content = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise CorruptFile(f"The checkpoint {path} is damaged.", "Delete it and run the command again.") from error
-    if content["plan"] != plan:
-        raise BadInput(
-            f"{path.parent} holds an unfinished training with other settings.",
-            "Run it again with its own settings to finish it, or delete that folder to start anew.",
-        )
-    model.load_state_dict(content["model"])
-    for optimizer, state in zip(optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    return content["step"], content["seconds"], content["curve"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.text")
+    parser.add_argument("corpus", type=Path, help="a folder made by python -m lm.corpus")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the model's folder")
     budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--hours", type=float, help="of work")
+    budget.add_argument("--hours", type=float, help="hours of work to train for")
     budget.add_argument("--steps", type=int)
     parser.add_argument("--blocks", type=int, default=Settings.blocks, help="at least 12")
     parser.add_argument("--width", type=int, default=Settings.width, help="a multiple of 32")
@@ -368,7 +356,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=Settings.batch, help="windows a step")
     parser.add_argument("--length", type=int, default=Settings.length, help="tokens of a window")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
-    parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="Muon's; 0: AdamW alone")
+    parser.add_argument("--matrix-rate", type=float, default=Settings.matrix_rate, help="Muon's highest; 0: AdamW alone")
     parser.add_argument("--warm-up", type=float, default=Settings.warm_up, help="share of the budget")
     parser.add_argument("--decay", type=float, default=Settings.decay, help="share of the budget")
     parser.add_argument(

@@ -73,7 +73,7 @@ def sketched(family: str, dims: int = 32) -> Exits:
         h = backbone.run(h, 0, backbone.n_blocks, backbone.state(), step)
     everything = torch.ones(40, dtype=torch.bool)
     texts = [
-        teacher.Sequence(row.int(), top[:, None], row[:, None], row[:, None], everything)
+        teacher.TeacherText(row.int(), top[:, None], row[:, None], row[:, None], everything)
         for row, top in zip(ids, h, strict=True)
     ]
     exits.config, exits.sketch = replace(exits.config, sketch=dims), sketch_of(backbone, texts, dims)

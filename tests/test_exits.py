@@ -15,7 +15,7 @@ from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.exits import suggested_layers
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
-from offramp.training.teacher import Sequence
+from offramp.training.teacher import TeacherText
 from offramp.training.training import sketch_of
 
 
@@ -171,7 +171,7 @@ def test_the_sketch_errs_least_on_hidden_states_like_those_it_was_made_of() -> N
     mix = torch.randn(32, 32) @ torch.diag(torch.logspace(0, -2, 32))
     backbone = tiny("llama")
     h = torch.randn(400, 1, 32) @ mix.T
-    some = [Sequence(torch.zeros(400), h, torch.zeros(400, 1), torch.zeros(400, 1), torch.ones(400, dtype=torch.bool))]
+    some = [TeacherText(torch.zeros(400), h, torch.zeros(400, 1), torch.zeros(400, 1), torch.ones(400, dtype=torch.bool))]
     reduce, expand = sketch_of(backbone, some, 8)
     new = backbone.final(torch.randn(400, 32) @ mix.T)
     weight = backbone.head_weight()

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lm import answers, average, baselines, evaluate, forward, text, train
+from lm import answers, average, baselines, evaluate, forward, train
+from lm import corpus as lm_corpus
+from lm import documents as lm_documents
 
 from models import tiny
 from offramp.errors import BadInput
@@ -58,7 +60,7 @@ def sources(folder):
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
     texts, asked = sources(folder / "sources")
-    text.build(folder / "corpus", texts, [], asked, vocabulary=320)
+    lm_corpus.build(folder / "corpus", texts, [], asked, vocabulary=320)
     return folder / "corpus"
 
 
@@ -68,10 +70,10 @@ def documents(folder, split):
 
 def test_the_splits_are_disjoint_and_the_same_again(corpus, tmp_path):
     texts, asked = sources(tmp_path / "sources")
-    text.build(tmp_path / "again", texts, [], asked, vocabulary=320)
+    lm_corpus.build(tmp_path / "again", texts, [], asked, vocabulary=320)
     parts = {}
-    for split in text.SPLITS:
-        assert np.array_equal(text.load_tokens(tmp_path / "again", split), text.load_tokens(corpus, split))
+    for split in lm_corpus.SPLITS:
+        assert np.array_equal(lm_corpus.load_tokens(tmp_path / "again", split), lm_corpus.load_tokens(corpus, split))
         parts[split] = {line for one in documents(corpus, split) for line in one.split("\n\n")}
         assert any(line.startswith("Question: ") for line in parts[split])
         assert any(not line.startswith("Question: ") for line in parts[split])
@@ -82,7 +84,7 @@ def test_the_splits_are_disjoint_and_the_same_again(corpus, tmp_path):
 def test_a_document_keeps_its_split_beside_other_text(corpus, tmp_path):
     (tmp_path / "other.jsonl").write_text(json.dumps({"question": "A new one?", "answer": "Yes."}))
     texts, asked = sources(tmp_path / "sources")
-    text.build(tmp_path / "more", [tmp_path / "other.jsonl", *reversed(texts)], [], asked, tokenizer_of=corpus)
+    lm_corpus.build(tmp_path / "more", [tmp_path / "other.jsonl", *reversed(texts)], [], asked, tokenizer_of=corpus)
     assert sorted(documents(tmp_path / "more", "test")) == sorted(documents(corpus, "test"))
     assert AutoTokenizer.from_pretrained(tmp_path / "more").get_vocab() == AutoTokenizer.from_pretrained(corpus).get_vocab()
 
@@ -92,8 +94,8 @@ def test_excluded_questions_are_dropped(corpus):
     book, trivia = record["sources"]
     assert book["dropped"] == {"paragraphs with an excluded question": 1}
     assert trivia["dropped"] == {"documents with an excluded question": 3, "repeated": 1}
-    everything = "".join((corpus / f"{split}.txt").read_text() for split in text.SPLITS)
-    assert text.letters_of(EXCLUDED) not in text.letters_of(everything)
+    everything = "".join((corpus / f"{split}.txt").read_text() for split in lm_corpus.SPLITS)
+    assert lm_documents.letters_of(EXCLUDED) not in lm_documents.letters_of(everything)
     assert "Why not" not in everything
     assert "Title" not in everything
     assert everything.count("Question: ") == 300
@@ -102,10 +104,10 @@ def test_excluded_questions_are_dropped(corpus):
 def test_tokens_are_the_text_byte_for_byte(corpus):
     tokenizer = AutoTokenizer.from_pretrained(corpus)
     record = json.loads((corpus / "corpus.json").read_text())["splits"]["test"]
-    tokens = text.load_tokens(corpus, "test")
+    tokens = lm_corpus.load_tokens(corpus, "test")
     assert tokens.dtype == np.uint16
-    assert tokenizer.decode(tokens.tolist()).replace(text.END, "\f") == (corpus / "test.txt").read_text()
-    assert text.piece_bytes(tokenizer)[tokens].sum() == record["bytes"]
+    assert tokenizer.decode(tokens.tolist()).replace(lm_corpus.END, "\f") == (corpus / "test.txt").read_text()
+    assert lm_corpus.piece_bytes(tokenizer)[tokens].sum() == record["bytes"]
     assert (tokens == tokenizer.eos_token_id).sum() == record["documents"]
 
 
@@ -115,32 +117,32 @@ def test_text_is_cleaned():
         "thirteen. He slipped in, quickly, through the glass doors.",
         "No.",
     ]
-    assert text.clean("\n# Title: T\n\n## Author: A\n\n-------\n\n" + "\n".join(lines)) == " ".join(lines)
-    assert text.clean("Tyger Tyger,  burning bright,\r\nIn the forests of the night;") == (
+    assert lm_documents.clean("\n# Title: T\n\n## Author: A\n\n-------\n\n" + "\n".join(lines)) == " ".join(lines)
+    assert lm_documents.clean("Tyger Tyger,  burning bright,\r\nIn the forests of the night;") == (
         "Tyger Tyger, burning bright,\nIn the forests of the night;"
     )
-    assert text.clean(' = A Ship = \n \n It was 1 @,@ 000 m ( 3 ft ) long . The <unk> sank . " Oh " , he \'s gone . ') == (
-        'A Ship\n\nIt was 1,000 m (3 ft) long. "Oh", he\'s gone.'
-    )
+    assert lm_documents.clean(
+        ' = A Ship = \n \n It was 1 @,@ 000 m ( 3 ft ) long . The <unk> sank . " Oh " , he \'s gone . '
+    ) == ('A Ship\n\nIt was 1,000 m (3 ft) long. "Oh", he\'s gone.')
 
 
 def test_records_and_dictionaries_become_documents():
-    (one,) = text.record_documents(
+    (one,) = lm_documents.record_documents(
         {"prompt": "Do.\n\n### Instruction:\nName  a cow.\n\n### Response:\n", "response": "Elsie"}
     )
     assert (one.text, one.question) == ("Question: Name a cow. Answer: Elsie", "Name  a cow.")
     entries = "able\n    adj 1: having the\n        means [syn: {fit}]\n\nbe\n  to {exist}\n"
-    found = text.entries("00-database-short\n     A dictionary\n" + entries)
+    found = lm_documents.entries("00-database-short\n     A dictionary\n" + entries)
     assert [one.text for one in found] == ["able: adj 1: having the means", "be: to exist"]
     with pytest.raises(BadInput, match="neither question and answer nor text"):
-        text.record_documents({"title": "x"})
+        lm_documents.record_documents({"title": "x"})
 
 
 def test_dictionaries_get_at_most_their_share():
-    plain = text.Source("plain", "", [text.Document("x" * 100_000)])
-    entries = [text.Document(f"{number}: " + "y" * 100, capped=True) for number in range(5000)]
-    dictionary = text.Source("dictionary", "", entries)
-    text.cap([plain, dictionary], 0.15)
+    plain = lm_documents.Source("plain", "", [lm_documents.Document("x" * 100_000)])
+    entries = [lm_documents.Document(f"{number}: " + "y" * 100, capped=True) for number in range(5000)]
+    dictionary = lm_documents.Source("dictionary", "", entries)
+    lm_documents.cap([plain, dictionary], 0.15)
     share = sum(len(one.text) for one in dictionary.documents)
     assert share / (share + 100_000) == pytest.approx(0.15, abs=0.02)
 
@@ -239,17 +241,20 @@ def interrupt_at(monkeypatch, step):
 
 @pytest.mark.parametrize("early_exit", [False, True])
 def test_training_resumes_to_the_same_weights(corpus, trained, tmp_path, monkeypatch, early_exit):
+    monkeypatch.setattr(train, "VALIDATE", 0.5)  # every three steps: the interruption is between two points of the curve
     settings, start = SMALL, None
     if early_exit:
         settings, start = train.Settings(steps=6, batch=2, length=80, early_exit=True, every=2, skip=0.5), trained[0]
-        train.train(corpus, tmp_path / "whole", settings, start)
-    whole = (tmp_path / "whole" if early_exit else trained[0]) / "model.safetensors"
+    whole = train.train(corpus, tmp_path / "whole", settings, start)
     with monkeypatch.context() as patched:
-        interrupt_at(patched, 2)
+        interrupt_at(patched, 1)
         assert train.train(corpus, tmp_path / "two", settings, start) is None
     assert not (tmp_path / "two" / "model.safetensors").exists()
-    assert train.train(corpus, tmp_path / "two", settings, start)["steps"] == 6
-    assert (tmp_path / "two" / "model.safetensors").read_bytes() == whole.read_bytes()
+    resumed = train.train(corpus, tmp_path / "two", settings, start)
+    weights = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "two"))
+    assert len(set(weights)) == 1
+    assert [point["step"] for point in resumed["curve"]] == [3, 6]
+    assert [point | {"seconds": 0} for point in resumed["curve"]] == [point | {"seconds": 0} for point in whole["curve"]]
     assert not (tmp_path / "two" / ".training").exists()
 
 
@@ -293,7 +298,7 @@ def test_the_folder_is_one_of_the_library(trained, reloaded, corpus):
     assert record["curve"][-1]["done"] == 1
     assert record["validation"]["valid_bits_per_byte"] < record["curve"][0]["valid_bits_per_byte"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == (text.END,) * 3
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == (lm_corpus.END,) * 3
     assert tokenizer.decode(tokenizer("The  café.\n\n‘No’")["input_ids"]) == "The  café.\n\n‘No’"
 
 
@@ -360,7 +365,10 @@ def test_evaluation_counts_every_token_once():
 
 
 def test_evaluation_agrees_with_the_library(reloaded, corpus):
-    tokens, lengths = text.load_tokens(corpus, "test")[:400], text.piece_bytes(AutoTokenizer.from_pretrained(corpus))
+    tokens, lengths = (
+        lm_corpus.load_tokens(corpus, "test")[:400],
+        lm_corpus.piece_bytes(AutoTokenizer.from_pretrained(corpus)),
+    )
     found = evaluate.depths(forward.Forward(reloaded), tokens, lengths, 2, evaluate.ReadOut(32))
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     with torch.no_grad():
@@ -374,8 +382,8 @@ def test_samples_are_the_same_again(reloaded, corpus):
     tokenizer = AutoTokenizer.from_pretrained(corpus)
     once, again = (evaluate.samples(reloaded, tokenizer, ["Why?", "How?", "Who?"], count=4, most=5) for _ in range(2))
     assert once == again
-    assert sum(one.prompt.startswith(f"{text.END}Question: ") for one in once) == 2
-    assert sum(one.prompt == text.END for one in once) == 2
+    assert sum(one.prompt.startswith(f"{lm_corpus.END}Question: ") for one in once) == 2
+    assert sum(one.prompt == lm_corpus.END for one in once) == 2
 
 
 def test_a_larger_models_answers_become_text(tmp_path):

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from models import HIDDEN, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
+from offramp.exits.exits import Exits, ExitsConfig
 from offramp.exits.readouts import READOUTS
 from offramp.files import read_lines
 from offramp.training.config import TrainConfig
-from offramp.training.teacher import Unit, harvest, load_shards, read_texts, units
-from offramp.training.training import PROMPTS, _threshold, train
+from offramp.training.data import PROMPTS
+from offramp.training.loop import Fit
+from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts, write_shards
+from offramp.training.training import Trainer, sketch_of, train
+from offramp.training.validation import lowest_threshold, scores
 
 LAYERS = (2, 4)
 
@@ -35,33 +45,33 @@ def config(prompts: str, **kwargs) -> TrainConfig:
 
 
 @torch.inference_mode()
-def test_harvested_states_and_teachers_are_the_full_models(tmp_path, prompts: str) -> None:
+def test_stored_states_and_teachers_are_the_full_models(tmp_path, prompts: str) -> None:
     backbone = tiny("llama")
     encoded = [backbone.prompts.encode(line) for line in read_lines(prompts, ())]
-    plan = units(encoded[:10], [encoded[11]], 12, batch=4)
-    sequences = load_shards(harvest(backbone, plan, LAYERS, tmp_path, lambda tokens: None))
-    for ids, sequence in zip([ids for unit in plan for ids in unit.ids], sequences, strict=True):
-        answered = sequence.top_ids[sequence.counted][:, 0].tolist()
-        is_text = sequence.counted.all()
+    groups = group_texts(encoded[:10], [encoded[11]], 12, batch=4)
+    texts = TeacherTexts.open(write_shards(backbone, groups, LAYERS, tmp_path))
+    for ids, text in zip([ids for group in groups for ids in group.ids], texts, strict=True):
+        answered = text.top_ids[text.counted][:, 0].tolist()
+        is_text = text.counted.all()
         whole = list(ids) if is_text else list(ids) + answered[:-1]
         h, step = backbone.embed(torch.tensor([whole]))
         state = backbone.state()
         for index, (start, stop) in enumerate([(0, 2), (2, 4)]):
             h = backbone.run(h, start, stop, state, step)
-            torch.testing.assert_close(sequence.hidden[:, index].float(), h[0], rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(text.hidden[:, index].float(), h[0], rtol=2e-3, atol=2e-3)
         logp = backbone.logits(backbone.run(h, 4, 6, state, step))[0].log_softmax(-1)
-        assert torch.equal(sequence.top_ids[sequence.counted][:, 0].long(), logp.argmax(-1)[sequence.counted])
-        best = logp.gather(-1, sequence.top_ids.long())[sequence.counted]
-        torch.testing.assert_close(sequence.top_logp[sequence.counted].float(), best, rtol=2e-3, atol=1e-2)
+        assert torch.equal(text.top_ids[text.counted][:, 0].long(), logp.argmax(-1)[text.counted])
+        best = logp.gather(-1, text.top_ids.long())[text.counted]
+        torch.testing.assert_close(text.top_logp[text.counted].float(), best, rtol=2e-3, atol=1e-2)
 
 
-def test_units_hold_prompts_of_one_length() -> None:
-    plan = units([[1] * n for n in (3, 5, 3, 3, 5)], [[1, 2]], 4, batch=2)
-    assert plan == [
-        Unit(((1, 1, 1), (1, 1, 1)), 4),
-        Unit(((1, 1, 1),), 4),
-        Unit(((1,) * 5, (1,) * 5), 4),
-        Unit(((1, 2),), 0),
+def test_groups_hold_prompts_of_one_length() -> None:
+    groups = group_texts([[1] * n for n in (3, 5, 3, 3, 5)], [[1, 2]], 4, batch=2)
+    assert groups == [
+        TextGroup(((1, 1, 1), (1, 1, 1)), 4),
+        TextGroup(((1, 1, 1),), 4),
+        TextGroup(((1,) * 5, (1,) * 5), 4),
+        TextGroup(((1, 2),), 0),
     ]
 
 
@@ -114,12 +124,16 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
+def checkpoint_after_every_step(monkeypatch) -> None:
+    clock = itertools.count(step=50)  # seconds, more than lie between checkpoints
+    monkeypatch.setattr("offramp.training.loop.time.monotonic", lambda: next(clock))
+
+
 @pytest.mark.parametrize(("stage", "at"), [("reading", 2), ("adapters", 5), ("labels", 3), ("gates", 2)])
 def test_ctrl_c_and_resume_give_the_result_of_an_uninterrupted_run(
     tmp_path, prompts: str, monkeypatch, stage: str, at: int
 ) -> None:
-    clock = iter(range(0, 10**6, 50))  # every step is late enough for a checkpoint
-    monkeypatch.setattr("offramp.training.training.time.monotonic", lambda: next(clock))
+    checkpoint_after_every_step(monkeypatch)
     settings = config(prompts, epochs=2)
     straight = train(tiny("llama"), tmp_path / "straight", settings)
     with pytest.raises(KeyboardInterrupt):
@@ -132,6 +146,28 @@ def test_ctrl_c_and_resume_give_the_result_of_an_uninterrupted_run(
     assert straight.policy == resumed.policy
 
 
+def test_a_half_written_checkpoint_is_not_used(tmp_path, prompts: str, monkeypatch) -> None:
+    settings = config(prompts, epochs=2)
+    straight = train(tiny("llama"), tmp_path / "straight", settings)
+    checkpoint_after_every_step(monkeypatch)
+    save_state, saves = Accelerator.save_state, itertools.count(1)
+
+    def cut_short(self: Accelerator, folder: str) -> None:
+        save_state(self, folder)
+        if next(saves) == 3:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Accelerator, "save_state", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny("llama"), tmp_path / "broken", settings)
+    assert [path.name for path in (tmp_path / "broken" / ".training" / "adapters").glob("step-*")] == ["step-000000002"]
+    resumed = train(tiny("llama"), tmp_path / "broken", settings)
+    for key, value in straight.modules.state_dict().items():
+        assert torch.equal(value, resumed.modules.state_dict()[key]), key
+
+
 def test_an_unfinished_training_is_not_mixed_with_another(tmp_path, prompts: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(tiny("llama"), tmp_path, config(prompts), Interrupt("adapters", 3))
@@ -142,13 +178,118 @@ def test_an_unfinished_training_is_not_mixed_with_another(tmp_path, prompts: str
 def test_damaged_work_files_are_named(tmp_path, prompts: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(tiny("llama"), tmp_path, config(prompts), Interrupt("labels", 1))
-    (tmp_path / ".training" / "adapters.pt").write_bytes(b"PK")
+    (checkpoint,) = (tmp_path / ".training" / "adapters").glob("step-*")
+    (checkpoint / "optimizer.bin").write_bytes(b"PK")
     with pytest.raises(CorruptFile, match="checkpoint"):
         train(tiny("llama"), tmp_path, config(prompts))
     shard = sorted((tmp_path / ".training").glob("shard-*"))[0]
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(CorruptFile, match="shard"):
         train(tiny("llama"), tmp_path, config(prompts))
+
+
+def resident_bytes() -> int:
+    return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured on Linux only")
+def test_memory_does_not_grow_with_the_text(tmp_path, prompts: str) -> None:
+    """192 MB of hidden states: every stage that reads them holds a small part at a time."""
+    tokens, shards = 48, []
+    for index in range(8):
+        count = 128 * tokens
+        shards.append(tmp_path / f"{index}.safetensors")
+        hidden = torch.randn(tokens, 61, HIDDEN).half().repeat(128, 1, 1)  # so many exits that texts are large and few
+        top_ids = torch.randint(0, 260, (count, 16), dtype=torch.int)
+        rest = {"lengths": torch.full((128,), tokens), "counted": torch.ones(count, dtype=torch.bool)}
+        top = {"top_ids": top_ids, "top_logp": torch.zeros(count, 16).half(), "ids": top_ids[:, 0].contiguous()}
+        save_file({"hidden": hidden, **top, **rest}, shards[-1])
+    size = sum(shard.stat().st_size for shard in shards)
+    del hidden
+    backbone, texts = tiny("llama"), TeacherTexts.open(shards)
+    exits = Exits.new(backbone, ExitsConfig(LAYERS, "linear", "linear", 16, 32))
+    most, before = 0, resident_bytes()
+
+    def progress(stage: str, done: int, total: int, note: str = "") -> None:
+        nonlocal most
+        most = max(most, resident_bytes())
+
+    trainer = Trainer(backbone, exits, config(prompts, epochs=1, gate_epochs=1), tmp_path, progress)
+    trainer.standardise(texts)
+    sketch_of(backbone, texts, 16)
+    trainer.fit_adapters(texts)
+    labelled = trainer.labels(texts)
+    trainer.fit_gates(labelled)
+    scores(exits, labelled)
+    progress("scores", 1, 1)
+    assert len(texts) == 1024
+    assert most - before < size / 4
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from test_training import config, tiny, train, train_equally_long
+
+folder, prompts = Path(sys.argv[1]), sys.argv[2]
+train_equally_long(folder, prompts)
+train(tiny("llama"), folder / "exits", config(prompts, epochs=1, gate_epochs=1))
+"""
+
+
+def train_equally_long(folder: Path, prompts: str) -> None:
+    """Train exits on texts of one length, every position of which counts, and save them with their losses."""
+    backbone, texts = tiny("llama"), equally_long_texts()
+    torch.manual_seed(0)
+    exits = Exits.new(backbone, ExitsConfig(LAYERS, "ffn", "mamba", 16, 32))
+    trainer = Trainer(backbone, exits, config(prompts, batch=4, epochs=2, gate_epochs=2), folder)
+    trainer.fit_adapters(texts)
+    trainer.fit_gates(trainer.labels(texts))
+    torch.save({"curve": trainer.fit.curve, **exits.modules.state_dict()}, folder / "trained.pt")
+
+
+def equally_long_texts() -> list[TeacherText]:
+    """Twelve texts, every position of which counts."""
+    g = torch.Generator().manual_seed(1)
+    count, counted = (10, 16), torch.ones(10, dtype=torch.bool)
+    return [
+        TeacherText(
+            torch.randint(0, 256, (10,), generator=g),
+            torch.randn(10, 2, HIDDEN, generator=g).half(),
+            torch.stack([torch.randperm(256, generator=g)[:16] for _ in range(10)]).int(),
+            torch.randn(count, generator=g).half(),
+            counted,
+        )
+        for _ in range(12)
+    ]
+
+
+def test_two_processes_train_the_exits_of_one(tmp_path, prompts: str) -> None:
+    """Each takes half of every batch. `train` as a whole runs in both, and saves the exits once."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    train_equally_long(tmp_path / "one", prompts)
+    (tmp_path / "worker.py").write_text(WORKER)
+    paths = os.pathsep.join(filter(None, [str(Path(__file__).parent), *sys.path]))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(tmp_path / "worker.py"), str(tmp_path / "two"), prompts]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=100)
+    one, two = (torch.load(tmp_path / name / "trained.pt") for name in ("one", "two"))
+    for alone, shared in zip(one.pop("curve"), two.pop("curve"), strict=True):
+        assert alone["loss"] == pytest.approx(shared["loss"], abs=2e-4)
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-3)
+    exits = Exits.load(tmp_path / "two" / "exits", tiny("llama"))
+    assert [row["block"] for row in exits.training["validation"]] == list(LAYERS)
+    assert not (tmp_path / "two" / "exits" / ".training").exists()
+
+
+def test_a_run_of_twenty_steps_trains(tmp_path) -> None:
+    """Its warm-up is exactly one step."""
+    module = torch.nn.Linear(1, 1)
+    fit = Fit(tmp_path, torch.device("cpu"), batch=1)
+    fit.run("line", module, range(20), 1, 1e-2, lambda batch, step: (module.weight.square().sum(), [module.weight.sum()]))
+    assert fit.curve[-1]["step"] == 20
 
 
 @pytest.mark.parametrize(
@@ -181,10 +322,10 @@ def test_plain_text_and_json_lines_are_read_in_pieces(tmp_path) -> None:
 def test_a_threshold_is_the_lowest_that_keeps_the_precision() -> None:
     confidence = torch.linspace(0, 1, 1001)
     agrees = confidence > 0.4
-    threshold = _threshold(confidence, agrees, precision=0.9)
+    threshold = lowest_threshold(confidence, agrees, precision=0.9)
     assert agrees[confidence > threshold].float().mean() >= 0.9
     assert agrees[confidence > threshold - 0.0011].float().mean() < 0.9  # the tokens are 0.001 apart
-    assert _threshold(confidence, torch.zeros(1001, dtype=torch.bool), 0.9) == 1.0
+    assert lowest_threshold(confidence, torch.zeros(1001, dtype=torch.bool), 0.9) == 1.0
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

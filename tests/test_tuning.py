@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import offramp
 from models import BLOCKS, saved, tiny
@@ -14,7 +16,7 @@ from offramp.cli.terminal import tuning_table
 from offramp.errors import BadInput
 from offramp.model.loading import wrap
 from offramp.training.config import TuneConfig
-from offramp.training.tuning import compared, exit_weights, kept, passing, tune
+from offramp.training.tuning import draw_layer_dropout, exit_weights, measure_held_out, record_states, tune
 
 CONFIG = TuneConfig(rank=8, skip=0.1, exit_scale=0.2, answer_tokens=12, epochs=12, learning_rate=5e-3, bfloat16=False)
 
@@ -28,7 +30,7 @@ def test_exits_weigh_more_with_depth_and_take_turns() -> None:
 
 
 def test_deep_blocks_are_skipped_more_often() -> None:
-    keep = kept(12, 2000, 0.4, torch.Generator().manual_seed(0)).mean(1)
+    keep = draw_layer_dropout(12, 2000, 0.4, torch.Generator().manual_seed(0)).mean(1)
     assert keep[0] == 1
     assert keep[-1] == pytest.approx(0.6, abs=0.05)
     assert keep[3] > keep[7] > keep[-1]
@@ -41,9 +43,9 @@ def test_a_sample_that_skips_all_blocks_comes_out_as_it_went_in(family: str) -> 
     ids = torch.randint(0, 256, (2, 7), generator=torch.Generator().manual_seed(0))
     keep = torch.ones(BLOCKS, 2)
     keep[:, 1] = 0
-    with passing(backbone) as plain:
+    with record_states(backbone) as plain:
         logits = backbone.model(ids, use_cache=False).logits
-    with passing(backbone, keep) as states:
+    with record_states(backbone, keep) as states:
         backbone.model(ids, use_cache=False)
     assert len(plain) == len(states) == BLOCKS
     torch.testing.assert_close(backbone.logits(plain[-1]), logits)
@@ -84,9 +86,12 @@ def test_early_blocks_learn_to_say_what_the_model_says(family: str, prompts: str
     assert not (tmp_path / "tuned" / ".training").exists()
 
 
-def test_an_interrupted_tuning_goes_on_to_the_same_weights(prompts: str, tmp_path) -> None:
+def test_an_interrupted_tuning_goes_on_to_the_same_weights(prompts: str, tmp_path, monkeypatch) -> None:
     config = TuneConfig(**{**vars(CONFIG), "prompts": prompts, "epochs": 2})
     tune(fresh(tmp_path / "model", "llama"), tmp_path / "straight", config)
+
+    clock = itertools.count(step=50)  # every step is late enough for a checkpoint
+    monkeypatch.setattr("offramp.training.loop.time.monotonic", lambda: next(clock))
 
     def interrupt(stage: str, done: int, total: int, note: str = "") -> None:
         if stage == "tuning" and done == 3:
@@ -96,18 +101,21 @@ def test_an_interrupted_tuning_goes_on_to_the_same_weights(prompts: str, tmp_pat
         tune(fresh(tmp_path / "model", "llama"), tmp_path / "resumed", config, interrupt)
     with pytest.raises(BadInput, match="other settings"):
         tune(fresh(tmp_path / "model", "llama"), tmp_path / "resumed", TuneConfig(**{**vars(config), "rank": 4}))
-    tune(fresh(tmp_path / "model", "llama"), tmp_path / "resumed", config)
+    (checkpoint,) = (tmp_path / "resumed" / ".training" / "tuning").glob("step-*")
+    saved = sum(tensor.numel() for tensor in load_file(checkpoint / "model.safetensors").values())
+    record = tune(fresh(tmp_path / "model", "llama"), tmp_path / "resumed", config)
+    assert saved == record["parameters"]  # the update alone, not the model
     straight, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "resumed"))
     assert straight == resumed
 
 
 def test_an_untuned_model_agrees_with_itself(prompts: str, tmp_path) -> None:
     from offramp.training.config import TrainConfig
-    from offramp.training.training import gather
+    from offramp.training.data import gather
 
     backbone = wrap(tiny("llama").model, tiny("llama").tokenizer)
     data = gather(backbone, TrainConfig(prompts=prompts, answer_tokens=8), (BLOCKS,), tmp_path / "work")
-    found = compared(backbone, data.held)
+    found = measure_held_out(backbone, data.held)
     assert found["agreement"][-1] == 1
     assert found["perplexity"] >= 1
     assert found["positions"] == sum(int(one.counted.sum()) for one in data.held)

@@ -1,13 +1,13 @@
 """Tune a model so that its blocks say early what they will say in the end: LayerSkip (arXiv 2404.16710) as a LoRA.
 
-This changes the model, and that is the point: a block's hidden state was never meant to be read out. A low-rank update of
-the blocks' matrices (LoRA, arXiv 2106.09685, by the library `peft`) is trained with two things from LayerSkip: samples skip
-blocks, deeper ones more often (section 3.1 there), and some of the blocks in turn are read out with the model's own final
-norm and head, deeper ones counting more (section 3.2). The targets are not a text's next tokens but the untuned model's own
-distribution over its own answers: what is asked for is the same model, earlier.
+This changes the model, on purpose: a block's hidden state was never meant to be read out. A low-rank update of the blocks'
+matrices (LoRA, arXiv 2106.09685, by the library `peft`) is trained in two ways that LayerSkip describes. Samples skip
+blocks, deeper ones more often (section 3.1 there). And every step reads out some of the blocks with the model's own final
+norm and head, and deeper blocks count more (section 3.2). The targets are not a text's next tokens but the untuned model's
+own distribution over its own answers: the aim is the same model, earlier.
 
-The result is a model of its own, with the update merged into its weights; exits are then trained for it. What it is worth
-is measured against the untuned model: see `compared`.
+The result is a new model, with the update merged into its weights; exits are then trained for it. `measure_held_out`
+compares it with the untuned model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,8 +30,10 @@ from offramp.files import write_atomically
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig, TuneConfig
-from offramp.training.teacher import Sequence
-from offramp.training.training import Fit, gather, padded, sampled, step_generator
+from offramp.training.data import gather
+from offramp.training.loop import Fit, Loss, accelerator_for, step_generator
+from offramp.training.teacher import TeacherText
+from offramp.training.training import pad_batch, sampled_vocabulary
 
 
 def exit_weights(blocks: int, step: int, exit_scale: float, every: int) -> dict[int, float]:
@@ -42,15 +44,18 @@ def exit_weights(blocks: int, step: int, exit_scale: float, every: int) -> dict[
     return {index: weight / total for index, weight in weights.items() if weight}
 
 
-def kept(blocks: int, samples: int, skip: float, generator: torch.Generator) -> Tensor:
-    """Which samples run which block, (blocks, samples), 1 or 0 (LayerSkip, section 3.1)."""
+def draw_layer_dropout(blocks: int, samples: int, skip: float, generator: torch.Generator) -> Tensor:
+    """Which samples run which block: (blocks, samples), 1 to run it and 0 to skip it (LayerSkip, section 3.1).
+
+    `skip` is how often a sample skips the last block.
+    """
     odds = torch.tensor([skip * (2 ** (index / max(1, blocks - 1)) - 1) for index in range(blocks)])
     return (torch.rand(blocks, samples, generator=generator) >= odds[:, None]).float()
 
 
 @contextmanager
-def passing(backbone: Backbone, keep: Tensor | None = None) -> Iterator[list[Tensor]]:
-    """Within it, what leaves each block of the library's model goes to the list, (B, T, D) each.
+def record_states(backbone: Backbone, keep: Tensor | None = None) -> Iterator[list[Tensor]]:
+    """While the context is open, the list receives what leaves each block of the library's model, (B, T, D) each.
 
     With `keep` (blocks, B), a sample skips a block where it is 0.
     """
@@ -90,79 +95,99 @@ def tune(
     except ImportError as error:
         raise BadInput("Tuning needs the library peft.", "Install it: pip install 'offramp[tune]'") from error
 
-    config = config or TuneConfig()
-    if config.rank < 1 or not config.learning_rate > 0:
-        raise BadInput(
-            "The rank and the learning rate must be more than 0.", "For example: --rank 32 --learning-rate 0.001"
-        )
-    if backbone.source.path and Path(folder).resolve() == Path(backbone.source.path).resolve():
-        raise BadInput(f"{folder} holds the model itself, which would be lost.", "Name another folder.")
-    folder, work = Path(folder), Path(folder) / ".training"
+    config, folder = config or TuneConfig(), Path(folder)
+    _check(backbone, folder, config)
+    work = folder / ".training"
+    accelerator = accelerator_for(backbone.device)
+    progress = progress if accelerator.is_main_process else silent
     backbone.use_library_blocks()
     names = ("prompts", "texts", "max_prompts", "answer_tokens", "seed")
     reading = TrainConfig(**{name: getattr(config, name) for name in names})
-    data = gather(backbone, reading, (backbone.n_blocks,), work, progress, claim=asdict(config))
-    learning, held = data.adapters + data.gates, data.held
-    before = compared(backbone, held)
+    data = gather(backbone, reading, (backbone.n_blocks,), work, progress, plan=asdict(config))
+    texts = data.adapters + data.gates
+    before = measure_held_out(backbone, data.held)
 
     torch.manual_seed(config.seed)
     lora = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=_matrices(backbone), bias="none")
     adapted = get_peft_model(backbone.model, lora)
-    fit = Fit(work, config.seed, config.batch, progress)
+    fit = Fit(work, backbone.device, config.seed, config.batch, progress, config.bfloat16)
 
-    def loss_of(batch: list[Sequence], step: int) -> tuple[Tensor, list[Tensor]]:
-        generator = step_generator(config.seed, step, "tuning")
-        ids, counted = padded([one.ids for one in batch]).long(), padded([one.counted for one in batch])
-        teacher = padded([one.top_ids for one in batch])[counted].long()  # (n, K)
-        wanted = padded([one.top_logp for one in batch])[counted].float().softmax(-1)
-        rows, offset = sampled(teacher, backbone.vocab_size, generator)
-        columns = torch.searchsorted(rows, teacher)
-        weights = exit_weights(backbone.n_blocks, step, config.exit_scale, config.every)
-        keep = kept(backbone.n_blocks, len(batch), config.skip, generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16), passing(backbone, keep) as states:
-            _trunk(backbone)(input_ids=ids, use_cache=False)
-        losses = {}
-        for index in weights:
-            logits = backbone.logits(states[index][counted].float(), rows) + offset
-            losses[index] = -(wanted * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
-        total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
-        return total, [total, losses[backbone.n_blocks - 1]]
+    def loss_of(batch: list[int], step: int) -> Loss:
+        return _loss(backbone, [texts[index] for index in batch], step, config)
 
+    fit.run("tuning", adapted, texts, config.epochs, config.learning_rate, loss_of)
     parameters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    fit.run("tuning", adapted, learning, config.epochs, config.learning_rate, loss_of)
     adapted.merge_and_unload()
-    backbone.use_library_blocks()
-    after = compared(backbone, held)
+    backbone.blocks[:] = list(getattr(_trunk(backbone), backbone.family.blocks))
     record = {
         "command": command,
         "config": {**asdict(config), "prompts": None, "texts": []},
         "text": data.files,
         "untuned": {"name": backbone.name, "sha256": backbone.source.sha256},
         "parameters": parameters,
-        "held_out": {"before": before, "after": after},
+        "held_out": {"before": before, "after": measure_held_out(backbone, data.held)},
         "curve": fit.curve,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
-    _save(backbone, folder, record)
-    shutil.rmtree(work)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _save(backbone, folder, record)
+        shutil.rmtree(work)
+    accelerator.wait_for_everyone()
     return record
 
 
+def _check(backbone: Backbone, folder: Path, config: TuneConfig) -> None:
+    """Raise `BadInput` for settings that cannot be used, and for the model's own folder."""
+    if config.rank < 1 or not config.learning_rate > 0:
+        raise BadInput(
+            "The rank and the learning rate must be more than 0.", "For example: --rank 32 --learning-rate 0.001"
+        )
+    if backbone.source.path and folder.resolve() == Path(backbone.source.path).resolve():
+        raise BadInput(f"{folder} holds the model itself, which would be lost.", "Name another folder.")
+
+
+def _loss(backbone: Backbone, texts: list[TeacherText], step: int, config: TuneConfig) -> Loss:
+    """Cross-entropy of the step's read-outs with the untuned model, in nats a token: their weighted sum, the last one's."""
+    generator = step_generator(config.seed, step, "tuning")
+    ids, counted = pad_batch([text.ids for text in texts]).long(), pad_batch([text.counted for text in texts])
+    teacher = pad_batch([text.top_ids for text in texts])[counted].long()  # (n, K)
+    wanted = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
+    rows, offset = sampled_vocabulary(teacher, backbone.vocab_size, generator)
+    columns = torch.searchsorted(rows, teacher)
+    weights = exit_weights(backbone.n_blocks, step, config.exit_scale, config.every)
+    keep = draw_layer_dropout(backbone.n_blocks, len(texts), config.skip, generator)
+    ids, counted, wanted, rows, offset, columns, keep = (
+        tensor.to(backbone.device) for tensor in (ids, counted, wanted, rows, offset, columns, keep)
+    )
+    with record_states(backbone, keep) as states:
+        _trunk(backbone)(input_ids=ids, use_cache=False)
+    losses = {}
+    with torch.autocast(backbone.device.type, enabled=False):  # the head and the softmax stay in float32
+        for index in weights:
+            logits = backbone.logits(states[index][counted].float(), rows) + offset
+            losses[index] = -(wanted * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
+    total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
+    return total, [total, losses[backbone.n_blocks - 1]]
+
+
 @torch.inference_mode()
-def compared(backbone: Backbone, held: list[Sequence]) -> dict[str, Any]:
+def measure_held_out(backbone: Backbone, texts: Sequence[TeacherText]) -> dict[str, Any]:
     """The model on held-out answers of the untuned one.
 
-    `perplexity` is that of the answers at full depth; `agreement`, for each block, the share of positions where the top
-    token, read out after it by the model's own norm and head, is the untuned model's at full depth.
+    `positions`: how many were measured. `perplexity`: that of the answers at full depth. `agreement`: for each block, the
+    share of positions where the top token, read out after it by the model's own norm and head, is the untuned model's at
+    full depth.
     """
     backbone.model.eval()
     hits, nats, count = torch.zeros(backbone.n_blocks), 0.0, 0
-    for one in held:
-        with passing(backbone) as states:
-            _trunk(backbone)(input_ids=one.ids[None].long(), use_cache=False)
-        wanted = one.top_ids[one.counted][:, 0].long()
+    for text in texts:
+        counted = text.counted.to(backbone.device)
+        with record_states(backbone) as states:
+            _trunk(backbone)(input_ids=text.ids[None].long().to(backbone.device), use_cache=False)
+        wanted = text.top_ids[text.counted][:, 0].long().to(backbone.device)
         for index, h in enumerate(states):
-            logits = backbone.logits(h[0, one.counted])
+            logits = backbone.logits(h[0, counted])
             hits[index] += int((logits.argmax(-1) == wanted).sum())
         nats -= float(logits.log_softmax(-1).gather(1, wanted[:, None]).sum())
         count += len(wanted)
@@ -180,7 +205,7 @@ def _trunk(backbone: Backbone) -> nn.Module:
 
 
 def _matrices(backbone: Backbone) -> list[str]:
-    """Names of the linear layers in the blocks, but for what `peft` refuses for Mamba: out_proj, for the fused kernels."""
+    """Names of the linear layers in the blocks, without Mamba's out_proj: fused kernels read it, so `peft` refuses it."""
     mamba = any(mixer is not None for mixer in map(backbone.mixer, range(backbone.n_blocks)))
     names = {
         name.rpartition(".")[2]
@@ -192,6 +217,7 @@ def _matrices(backbone: Backbone) -> list[str]:
 
 
 def _save(backbone: Backbone, folder: Path, record: dict[str, Any]) -> None:
+    """Write the model, its tokenizer and the record to `folder`, each file whole or not at all."""
     made = folder / ".training" / "model"
     dtype = getattr(backbone.config, "dtype", None) or torch.float32
     backbone.model.to(dtype).save_pretrained(made, max_shard_size="1000GB")

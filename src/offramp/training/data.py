@@ -1,0 +1,86 @@
+"""The text that exits are trained on: prompts for the model to answer and plain texts, split into three parts."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offramp.errors import BadInput
+from offramp.files import ASSETS, read_lines
+from offramp.model.backbone import Backbone
+from offramp.progress import Progress, silent
+from offramp.training.config import TrainConfig
+from offramp.training.loop import accelerator_for, claim, step_generator
+from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, read_texts, write_shards
+
+PROMPTS = ASSETS / "prompts.txt"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Texts with the teacher's outputs, on disk, each in one part only; and a record of the files that they came from."""
+
+    adapters: TeacherTexts
+    gates: TeacherTexts
+    held: TeacherTexts
+    files: list[dict[str, Any]]
+
+
+def gather(
+    backbone: Backbone,
+    config: TrainConfig,
+    layers: tuple[int, ...],
+    work: Path,
+    progress: Progress = silent,
+    plan: dict[str, Any] | None = None,
+) -> Data:
+    """Run the model over the config's prompts and texts, or go on with that in the folder `work`; split them 7 : 2 : 1.
+
+    `plan`, by default the config, is what must not have changed since the work there was begun. Of several processes, each
+    runs the model over a share of the texts. Raises `BadInput` for too few texts, and for another plan.
+    """
+    prompts, texts, files = _corpus(backbone, config)
+    groups = group_texts(prompts, texts, config.answer_tokens, batch=48)
+    if len(prompts) + len(texts) < 3:
+        raise BadInput(
+            f"{len(prompts) + len(texts)} texts are too few to train on.", "Give at least three; a thousand is better."
+        )
+    weights = {"weights": backbone.source.sha256, "dtype": backbone.weight_format}
+    claim(work, {**weights, "config": plan or asdict(config), "text": files})
+    accelerator = accelerator_for(backbone.device)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    total, seen = sum(group.most_tokens for group in groups[share]), 0
+
+    def after_group(group: TextGroup) -> None:
+        nonlocal seen
+        seen += group.most_tokens
+        progress("reading", seen, total)
+
+    shards = write_shards(backbone, groups, layers, work, after_group, share)
+    accelerator.wait_for_everyone()
+    teacher = TeacherTexts.open(shards)
+    order = torch.randperm(len(teacher), generator=step_generator(config.seed, 0)).tolist()
+    fifth, tenth = max(1, len(order) // 5), max(1, len(order) // 10)
+    adapters, gates, held = order[tenth + fifth :], order[tenth : tenth + fifth], order[:tenth]
+    return Data(teacher.subset(adapters), teacher.subset(gates), teacher.subset(held), files)
+
+
+def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], list[list[int]], list[dict[str, Any]]]:
+    """Prompts and texts as token ids, and a record of the files they came from."""
+    source = Path(config.prompts or PROMPTS)
+    lines = read_lines(source, ("prompt", "question"))[: config.max_prompts]
+    record = [{"prompts": source.name, "lines": len(lines), "sha256": _digest(source)}]
+    texts: list[list[int]] = []
+    for path in map(Path, config.texts):
+        pieces = read_texts(path, backbone)
+        record.append({"text": path.name, "pieces": len(pieces), "sha256": _digest(path)})
+        texts += pieces
+    return [backbone.prompts.encode(line) for line in lines], texts, record
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

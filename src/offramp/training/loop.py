@@ -1,0 +1,277 @@
+"""The training loop that exits, tuned models and `lm/` share: steps, checkpoints, exact resumption, several processes.
+
+`accelerate` places the tensors, mixes precisions, clips gradients, and writes and reads checkpoints. What a step does is a
+function of the seed and the step's number. So a run that was interrupted and resumed ends bit for bit like one that was
+not.
+
+Several processes (`torchrun` or `accelerate launch`) train on one batch together: each takes an equal share of the batch's
+items, and the gradients are averaged. The result is that of one process, up to rounding, if the loss is a mean over items,
+the shares are of one size, and neither dropout nor a sampled vocabulary is drawn. Otherwise it is another run of the same
+method. Each process loads the backbone on its own device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+
+from offramp.errors import BadInput, BadNumbers, CorruptFile
+from offramp.files import write_atomically
+from offramp.progress import Progress, silent
+
+Loss = tuple[Tensor, list[Tensor]]  # what a step minimises, and the losses that are reported
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: a number of steps, or hours of work.
+
+    Work is processor time divided by the number of threads, so that neither pauses nor a busy machine count.
+    """
+
+    steps: int | None = None
+    hours: float | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a loop trains.
+
+    name: names the job in messages and seeds its steps together with `seed`. module: its parameters that require a gradient
+    are trained and saved, the others are not. batch_of: the items of a step's batch, a list or a tensor of one item a row.
+    loss_of: the loss of a share of these items in that step. optimizers: one or several, for different parameters.
+    schedule_of: the learning rate schedule of an optimizer, stepped after each step; it is given a function that returns
+    the share of the budget that is spent. save_every: seconds between checkpoints.
+    """
+
+    name: str
+    module: nn.Module
+    batch_of: Callable[[int], Any]
+    loss_of: Callable[[Any, int], Loss]
+    optimizers: list[Optimizer]
+    schedule_of: Callable[[Optimizer, Callable[[], float]], LRScheduler]
+    seed: int = 0
+    save_every: float = 20.0
+
+
+def accelerator_for(device: torch.device, bfloat16: bool = False) -> Accelerator:
+    """An accelerator for a model on this device; with `bfloat16`, matrix products under `autocast` are in it."""
+    settings: dict[str, Any] = {"cpu": device.type == "cpu", "mixed_precision": "bf16" if bfloat16 else "no"}
+    try:
+        return Accelerator(step_scheduler_with_optimizer=False, **settings)
+    except ValueError:  # accelerate keeps one precision for the whole process, and an earlier run had another
+        AcceleratorState._reset_state()
+        return Accelerator(step_scheduler_with_optimizer=False, **settings)
+
+
+class Loop:
+    """Trains a job until its budget is spent, or goes on from the last checkpoint in `folder`.
+
+    step: steps done; seconds: of work; curve: points that the caller adds on the way; losses: what each step since the last
+    point reported. Raises `CorruptFile` for a damaged checkpoint.
+    """
+
+    def __init__(
+        self, folder: Path, job: Job, budget: Budget, accelerator: Accelerator, curve: list[dict[str, Any]] | None = None
+    ) -> None:
+        self.folder, self.job, self.budget, self.accelerator = folder, job, budget, accelerator
+        self.step, self.seconds = 0, 0.0
+        self.curve = [] if curve is None else curve
+        self.losses: list[list[float]] = []
+        job.module.to(accelerator.device)
+        self._trained = nn.ParameterList(parameter for parameter in job.module.parameters() if parameter.requires_grad)
+        accelerator.prepare_model(self._trained, evaluation_mode=True)  # this loop averages gradients itself
+        schedules = [job.schedule_of(optimizer, self.share_spent) for optimizer in job.optimizers]
+        self._optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in job.optimizers]
+        self._schedules = [accelerator.prepare_scheduler(schedule) for schedule in schedules]
+        accelerator.register_for_checkpointing(self)
+        self._restore()
+
+    def share_spent(self) -> float:
+        """The share of the budget that is spent, from 0; 1 or more at the end."""
+        if self.budget.steps is not None:
+            return self.step / self.budget.steps
+        return self.seconds / (3600 * (self.budget.hours or 0))
+
+    def add_point(self, point: dict[str, Any]) -> None:
+        """Add a point to the curve."""
+        self.curve.append(point)
+        self.losses.clear()
+
+    def run(self, after_step: Callable[[], None], stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train, and call `after_step` after each step. Returns whether the budget is spent.
+
+        Before each step, `stop` is called: if it returns true, training stops, and can go on later. Raises `BadNumbers` for
+        a loss that is not finite.
+        """
+        saved, started, worked_before = time.monotonic(), time.process_time(), self.seconds
+        while self.share_spent() < 1:
+            if self._mean([float(stop())])[0] > 0:
+                self._save()
+                return False
+            losses = self._train_step()
+            self.step += 1
+            worked = worked_before + (time.process_time() - started) / torch.get_num_threads()
+            self.seconds, *losses = self._mean([worked, *losses])
+            self.losses.append(losses)
+            for schedule in self._schedules:
+                schedule.step()
+            after_step()
+            if time.monotonic() - saved > self.job.save_every:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+        return True
+
+    def _train_step(self) -> list[float]:
+        job, process = self.job, self.accelerator.process_index
+        torch.manual_seed(step_generator(job.seed, self.step, job.name).initial_seed() + process)  # dropout
+        with self.accelerator.autocast():
+            loss, losses = job.loss_of(self._share_of(job.batch_of(self.step)), self.step)
+        if not math.isfinite(float(loss.detach())):
+            raise BadNumbers(f"The loss of the {job.name} became NaN at step {self.step}.", "Try a lower --learning-rate.")
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        if self.accelerator.num_processes > 1:
+            for parameter in self._trained:
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        self.accelerator.clip_grad_norm_(self._trained.parameters(), 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
+        return [float(value.detach()) for value in losses]
+
+    def _share_of(self, items: Any) -> Any:
+        """This process's items: every n-th of n processes. Of fewer items than processes, each process takes all."""
+        processes = self.accelerator.num_processes
+        return items if len(items) < processes else items[self.accelerator.process_index :: processes]
+
+    def _mean(self, values: list[float]) -> list[float]:
+        """The mean over all processes, for each of the values."""
+        if self.accelerator.num_processes == 1:
+            return values
+        numbers = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        means: list[float] = self.accelerator.reduce(numbers, "mean").tolist()
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside parameters, optimizers and schedules."""
+        return {"step": self.step, "seconds": self.seconds, "curve": self.curve, "losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+        self.curve[:] = state["curve"]
+
+    def _save(self) -> None:
+        """Write a checkpoint; a name that begins with `step-` is only given to a whole one."""
+        whole, partial = self.folder / f"step-{self.step:09d}", self.folder / "partial"
+        if whole.exists() or not self.accelerator.is_main_process:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.save_state(str(partial))
+        partial.rename(whole)
+        for older in set(self.folder.glob("step-*")) - {whole}:
+            shutil.rmtree(older)
+
+    def _restore(self) -> None:
+        newest = max(self.folder.glob("step-*"), default=None)
+        if newest is not None:
+            try:
+                self.accelerator.load_state(str(newest))
+            except Exception as error:
+                raise CorruptFile(f"The checkpoint {newest} is damaged.", "Delete it and run the command again.") from error
+
+
+class Fit:
+    """Fits modules in one or several stages, over epochs of texts; the losses go to `curve`.
+
+    Checkpoints of a stage go to the folder `work`/`stage`. Interrupted, the same calls go on from the last checkpoint.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        device: torch.device,
+        seed: int = 0,
+        batch: int = 8,
+        progress: Progress = silent,
+        bfloat16: bool = False,
+    ) -> None:
+        self.work, self.device, self.seed, self.batch, self.bfloat16 = work, device, seed, batch, bfloat16
+        self.progress = progress
+        self.curve: list[dict[str, Any]] = []
+
+    def run(
+        self,
+        stage: str,
+        module: nn.Module,
+        texts: Sized,
+        epochs: int,
+        rate: float,
+        loss_of: Callable[[list[int], int], Loss],
+    ) -> None:
+        """AdamW with a short warm-up and a cosine to zero over `epochs`, each with the texts in a new order.
+
+        `loss_of` is given the indices of a batch's texts and the step.
+        """
+        per_epoch = -(-len(texts) // self.batch)
+        steps = per_epoch * epochs
+
+        def batch_of(step: int) -> list[int]:
+            epoch, place = divmod(step, per_epoch)
+            order = torch.randperm(len(texts), generator=step_generator(self.seed, epoch, stage)).tolist()
+            return order[place * self.batch : (place + 1) * self.batch]
+
+        def schedule_of(optimizer: Optimizer, share_spent: Callable[[], float]) -> LRScheduler:
+            # The library divides by zero for a warm-up of exactly one step, which 5% of 20 are.
+            return OneCycleLR(optimizer, rate, max(steps, 2), pct_start=0.05 if steps != 20 else 0.051)
+
+        module.to(self.device).train()
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
+        job = Job(stage, module, batch_of, loss_of, [optimizer], schedule_of, self.seed)
+        accelerator = accelerator_for(self.device, self.bfloat16)
+        loop = Loop(self.work / stage, job, Budget(steps), accelerator, self.curve)
+        progress = self.progress if accelerator.is_main_process else silent
+
+        def after_step() -> None:
+            losses = [round(loss, 4) for loss in loop.losses[-1]]
+            if loop.step % max(1, steps // 60) == 0 or loop.step == steps:
+                loop.add_point({"stage": stage, "step": loop.step, "loss": losses})
+            progress(stage, loop.step, steps, f"loss {sum(losses) / len(losses):.3f}")
+
+        loop.run(after_step)
+        module.eval()
+
+
+def claim(work: Path, plan: dict[str, Any]) -> None:
+    """Note in the folder `work` what is trained there. Raises `BadInput` if that was something else last time."""
+    note, wanted = work / "plan.json", json.dumps(plan)
+    if not note.exists():
+        write_atomically(note, wanted.encode())
+    elif note.read_text() != wanted:
+        raise BadInput(
+            f"{work} holds an unfinished training with other settings.",
+            "Run it again with its own settings to finish it, or delete that folder to start anew.",
+        )
+
+
+def step_generator(seed: int, step: int, stage: str = "") -> torch.Generator:
+    """The random generator of one step of one stage."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -35,7 +35,7 @@ bench: .venv/.installed
 # FAST=--bfloat16 where the processor multiplies in it (AMX, AVX-512 BF16): twice as fast.
 LM := build/lm
 mamba-lm: .venv/.installed
-	test -f $(LM)/corpus/corpus.json || $(BIN)/python -m lm.text -o $(LM)/corpus --text $(TEXT) $(if $(EXCLUDE),--exclude $(EXCLUDE))
+	test -f $(LM)/corpus/corpus.json || $(BIN)/python -m lm.corpus -o $(LM)/corpus --text $(TEXT) $(if $(EXCLUDE),--exclude $(EXCLUDE))
 	test -f $(LM)/first/config.json || $(BIN)/python -m lm.train $(LM)/corpus -o $(LM)/first --hours 1.5 $(FAST)
 	test -f $(LM)/second/config.json || $(BIN)/python -m lm.train $(LM)/corpus -o $(LM)/second --hours 0.4 $(FAST) \
 		--start $(LM)/first --matrix-rate 0.005 --learning-rate 6e-3 --warm-up 0.05 --decay 0.95

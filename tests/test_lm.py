@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from lm import answers, average, baselines, evaluate, forward, train
 from lm import corpus as lm_corpus
 from lm import documents as lm_documents
-
 from models import tiny
 from offramp.errors import BadInput
 

@@ -67,7 +67,7 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
         "weights": model.weight_format.removesuffix("-head4"),
         "head": lean.head.name if lean else formats(model.head),
         "weight_bytes": sum(costs.block_bytes(index, 0) for index in range(model.n_blocks)) + costs.head_bytes,
-        "way": f"Engine.stream_ids, {depth}, {model.engine}",
+        "way": f"Engine.stream, {depth}, {model.engine}",
     }
     return Peer(facts, generate, lambda ids: nll(model.forward(torch.tensor([ids]))[0], ids))
 
@@ -354,7 +354,7 @@ def answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
         bursts.append(tokens)
 
     started = time.perf_counter()
-    peer.generate(request["ids"], max_tokens=request["tokens"], stop=out)
+    peer.generate(request["ids"], request["tokens"], out)
     ids = [token for burst in bursts for token in burst]
     if len(ids) != request["tokens"]:
         return {"error": f"{len(ids)} tokens came instead of {request['tokens']}"}

@@ -58,7 +58,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 5, "sliding_window_pattern": 2},
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "cohere": {"logit_scale": 0.25, "use_qk_norm": True},
-    "gpt2": {},
+    "gpt2": {"num_key_value_heads": None},
     "gpt_neox": {"num_key_value_heads": None},
     "mamba": {"state_size": 8, "time_step_rank": 4},
     "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 4, "chunk_size": 8},

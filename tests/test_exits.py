@@ -127,7 +127,7 @@ def test_a_gates_score_depends_on_earlier_tokens_only_if_it_is_recurrent(kind: s
     changed = h.clone()
     changed[:, 0] += 1
     last_differs = not torch.equal(gate(h)[0][:, -1], gate(changed)[0][:, -1])
-    assert last_differs == (kind == "mamba")
+    assert last_differs == GATES[kind].recurrent
 
 
 def test_suggested_layers_fit_every_depth() -> None:

@@ -1,9 +1,11 @@
 """The lean path equals the library's logits in every format, in chunks and ragged batches, with few operations."""
 
 import copy
+import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +100,7 @@ def test_native_chunks_give_bit_for_bit_what_single_tokens_give(family, format):
     assert torch.equal(one_by_one, in_pieces(4, 2, 9, 1, 7))
 
 
-def test_a_families_without_a_lean_path_says_so():
+def test_a_family_without_a_lean_path_says_so():
     with pytest.raises(UnsupportedModel, match="no lean path"):
         Backbone(copy.deepcopy(tiny("gpt2").model), tiny("gpt2").tokenizer, tiny("gpt2").source).use_lean_path("int8")
 
@@ -138,8 +140,8 @@ def test_without_a_compiler_torch_does_the_work(tmp_path):
         "import sys; sys.path.insert(0, sys.argv[1]); from models import ENGINES, tiny; "
         "b = tiny('llama'); b.use_lean_path('float32'); sys.exit(b.engine != 'torch' or ENGINES != ['torch'])"
     )
-    environment = {**__import__("os").environ, "CC": "false", "OFFRAMP_CACHE": str(tmp_path)}
-    folder = str(__import__("pathlib").Path(__file__).parent)
+    environment = {**os.environ, "CC": "false", "OFFRAMP_CACHE": str(tmp_path)}
+    folder = str(Path(__file__).parent)
     assert subprocess.run([sys.executable, "-c", code, folder], env=environment).returncode == 0
 
 

@@ -80,8 +80,8 @@ def off(got, want):
     return float((got - want).abs().max() / want.abs().max().clamp(min=1))
 
 
-def there(y, mask):
-    """Outputs of tokens that are there; the others mean nothing."""
+def of_real_tokens(y, mask):
+    """Outputs of tokens that are no padding; the others mean nothing."""
     return y if mask is None else y[mask]
 
 
@@ -98,7 +98,7 @@ def test_a_scan_equals_the_recurrence_token_by_token(case):
     want_y, want_h = token_by_token(function, arguments)
     mask = arguments[-1]
     if mask is None or mask.any():
-        assert off(there(y, mask), there(want_y, mask)) < 1e-9
+        assert off(of_real_tokens(y, mask), of_real_tokens(want_y, mask)) < 1e-9
     assert off(h, want_h) < 1e-9
 
 
@@ -129,7 +129,7 @@ def test_a_scan_in_float32_is_within_1e_5_of_the_recurrence_in_float64(case):
     assert y.dtype == h.dtype == torch.float32
     mask = arguments[-1]
     if mask is None or mask.any():
-        assert off(there(y, mask).double(), there(want_y, mask)) < 1e-5
+        assert off(of_real_tokens(y, mask).double(), of_real_tokens(want_y, mask)) < 1e-5
     assert off(h.double(), want_h) < 1e-5
 
 
@@ -231,7 +231,7 @@ def test_the_window_carried_is_the_last_inputs(arguments):
 
 @settings(max_examples=25, deadline=None)
 @given(convolutions(), st.integers(0, 2**31))
-def test_tokens_that_are_not_there_enter_no_window(arguments, seed):
+def test_padding_enters_no_window(arguments, seed):
     x, weight, bias, window = arguments
     mask = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(seed)) < 0.6
     y, carried = causal_conv(x, weight, bias, window, mask)
@@ -264,5 +264,5 @@ def test_a_mixer_token_by_token_equals_a_mixer_in_one_call(seed, tokens, scale):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 90), st.floats(0.1, 5))
-def test_so_it_does_in_float32_to_1e_5_on_inputs_as_large_as_its_norm_lets_through(seed, tokens, scale):
+def test_a_mixer_token_by_token_is_within_1e_5_of_one_call_in_float32(seed, tokens, scale):
     assert max(mixer_both_ways(torch.float32, seed, tokens, scale)) < 1e-5

@@ -53,8 +53,8 @@ class LeanStep(Step):
 class Lean:
     """The `Runtime` that has a whole model on the lean path: its blocks, final norm and head, in one weight format.
 
-    A subclass makes `blocks` and `_native`, and says how a step, a run and a remembering are done. Hidden states, keys and
-    values are float32.
+    A subclass makes `blocks` and `_native`, and implements `_step` and the methods that run blocks or let them remember.
+    Hidden states, keys and values are float32.
     """
 
     blocks: Sequence[Any]  # each with its `weights`

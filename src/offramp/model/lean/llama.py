@@ -163,6 +163,9 @@ class LeanBlock:
         )  # fmt: skip
 
 
+NativeCall = Callable[[Tensor, int, list[list[int]], Rows], None]
+
+
 class LeanLlama(Lean):
     """Blocks of the llama kind.
 
@@ -260,9 +263,6 @@ class LeanLlama(Lean):
                 addresses += rows_of(kv.room(like, step.end))
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
         native(h, start, memories, Rows(positions, numbered(steps), turn, max(step.end for step in steps)))
-
-
-NativeCall = Callable[[Tensor, int, list[list[int]], Rows], None]
 
 
 def _rotary(step: Step) -> RotaryStep:

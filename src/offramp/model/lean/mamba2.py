@@ -103,6 +103,9 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().float().clone(memory_format=torch.contiguous_format)
 
 
+NativeCall = Callable[[Tensor, int, MambaAddresses, Tensor, Tensor | None], None]
+
+
 class LeanMamba(Lean):
     """Blocks of the Mamba-2 kind. Raises `ValueError` for a model whose shapes a format does not fit."""
 
@@ -176,9 +179,6 @@ class LeanMamba(Lean):
                     replay = partial(self._native.replay, start + index, notes)
                     ssm.record(step.tokens, notes[..., : block.channels], replay)
             first = after
-
-
-NativeCall = Callable[[Tensor, int, MambaAddresses, Tensor, Tensor | None], None]
 
 
 def _mamba(step: Step) -> MambaStep:

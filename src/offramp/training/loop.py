@@ -4,10 +4,11 @@
 function of the seed and the step's number. So a run that was interrupted and resumed ends bit for bit like one that was
 not.
 
-Several processes (`torchrun` or `accelerate launch`) train on one batch together: each takes an equal share of the batch's
-items, and the gradients are averaged. The result is that of one process, up to rounding, if the loss is a mean over items,
-the shares are of one size, and neither dropout nor a sampled vocabulary is drawn. Otherwise it is another run of the same
-method. Each process loads the backbone on its own device.
+Several processes train together if `torchrun` starts them, or `accelerate launch` does on GPUs. Each process takes an equal
+share of a step's batch, and the gradients are averaged. The result is that of one process, up to rounding, on three
+conditions: the loss is a mean over the batch, all shares weigh the same in it (a mean over tokens needs as many tokens in
+each), and the step draws neither dropout nor a sampled vocabulary. Otherwise it is another run of the same method. Each
+process loads the backbone on its own device.
 """
 
 from __future__ import annotations

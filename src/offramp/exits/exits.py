@@ -88,10 +88,10 @@ class Exits:
     """A set of exits for one backbone: what `offramp train` makes, `save` writes and `load` reads.
 
     `backbone` names the model that they belong to (name, sha256, model_type, blocks, hidden_size). `weight_format` is the
-    format that its weights ran in when the exits were trained. `policy` is the default one. `training` records how the exits
-    were made. `calibration` records what `policy` guarantees (see `training.calibration`); it is empty for no guarantee.
-    `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and expand (D, k).
-    Their product stands for the hidden state before the head, so that the head behind `expand` is small
+    format that its weights ran in when the exits were trained. `policy` is the default one. `training` records how the
+    exits were made. `calibration` records what `policy` guarantees (see `training.calibration`), and is empty for no
+    guarantee. `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and
+    expand (D, k). Their product stands for the hidden state before the head, so that the head behind `expand` is small
     (`training.sketch_of`).
     """
 

@@ -5,9 +5,9 @@ at full depth and with exits. A loss in [0, 1] says how far the two answers diff
 calibration prompts, the policy that is returned has an expected loss of at most α on new prompts. This holds for any model,
 any exits and any fill.
 
-Each policy is a hypothesis: "its expected loss is above α". Its p-value comes from the mean loss over n prompts (`p_value`).
-Policies are tested one after another along a path from nearly closed to open, each at level δ, up to the first hypothesis
-that is not rejected (fixed-sequence testing, section 3). The last policy that passed is the result.
+Each policy is a hypothesis: "its expected loss is above α". Its p-value comes from the mean loss over n prompts
+(`p_value`). Policies are tested one after another along a path from nearly closed to open, each at level δ, up to the
+first hypothesis that is not rejected (fixed-sequence testing, section 3). The last policy that passed is the result.
 
 The order of the path must not depend on the prompts of the test. Several exits have no natural order: which of two policies
 is bolder depends on how often each exit is right and on what its skipped blocks cost the rest of the answer. So some of the
@@ -192,7 +192,7 @@ def exact_loss(early: Generation, full: Generation, question: Question) -> float
 
 
 def task_loss(early: Generation, full: Generation, question: Question) -> float:
-    """How much lower than the full model's answer this one scores against the references (word F1); 0 if it is not lower."""
+    """How much lower than full depth's answer this one scores against the references (word F1); 0 if not lower."""
     return max(0.0, best_f1(full.text, question.references) - best_f1(early.text, question.references))
 
 

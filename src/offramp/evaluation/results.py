@@ -132,7 +132,7 @@ class Result:
         policy = condition["policy"]
         if policy is not None:
             policy = Policy(**{**policy, "thresholds": tuple(policy["thresholds"])})
-        parsed = {
+        parsed: dict[str, Any] = {
             "model": ModelInfo(**record["model"]),
             "reference": ModelInfo(**record["reference"]),
             "condition": ConditionInfo(**{**condition, "policy": policy}),

@@ -1,0 +1,194 @@
+"""The verbs that answer prompts: demo, generate and chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli.options import DecodingOptions, Json, Model, check_batch
+from offramp.decode.sampling import Sampling
+from offramp.errors import BadInput
+
+if TYPE_CHECKING:
+    from offramp.decode.engine import Generation, Token
+    from offramp.model.backbone import Backbone
+
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+DEMO_QUESTIONS = {
+    "smollm2": [
+        "Why is the sky blue?",
+        "Why do cats purr?",
+        "Describe the taste of a ripe mango.",
+    ],
+    "mamba-tiny": [
+        "What is the capital of France?",
+        "Which planet is the largest?",
+        "Who wrote Romeo and Juliet?",
+    ],
+}
+CHAT_SAMPLING = Sampling(repetition_penalty=1.1)
+
+
+def demo(
+    questions: Annotated[list[str] | None, typer.Argument(help="Questions to ask. Default: three of ours.")] = None,
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="The model to ask. Default: smollm2. Another one needs exits: name their folder.")
+    ] = None,
+    decoding: DecodingOptions,
+    max_tokens: MaxTokens = 40,
+    both: Annotated[
+        bool, typer.Option("--both", help="Ask the Transformer and the Mamba model that come with offramp.")
+    ] = False,
+) -> None:
+    """Answer a few questions at full depth and with exits, and show the block that each token left at."""
+    from offramp.cli.terminal import answer_in_colour, comparison_table
+
+    if both and (decoding.exits or model):
+        raise BadInput("--both asks two models; --model and --exits name one.", "Leave --both out, or the others.")
+    names = list(DEMO_QUESTIONS) if both else [model or "smollm2"]
+    loaded = []
+    for name in names:
+        backbone = decoding.load(name)
+        loaded.append((name, backbone, decoding.engines(backbone, decoding.require_exits(backbone))))
+    compared = []
+    for name, backbone, (full, early) in loaded:
+        pairs = []
+        for question in questions or DEMO_QUESTIONS.get(name.removesuffix("-ee"), DEMO_QUESTIONS["smollm2"]):
+            pairs.append((full.generate(question, max_tokens), early.generate(question, max_tokens)))
+            answer_in_colour(question, *pairs[-1], name if both else None)
+        compared.append((backbone, pairs))
+    comparison_table(compared)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt. Or use --prompts.", show_default=False)] = None,
+    *,
+    decoding: DecodingOptions,
+    max_tokens: MaxTokens = 128,
+    sampling: Sampling,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text. May be repeated.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer at full depth, and compare.")] = False,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts: lines, or JSON lines with 'prompt'. Prints JSON lines.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="With --prompts: number of answers side by side.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, or a file of them, leaving the network early where an exit is sure enough."""
+    texts = _prompts(prompt, prompts)
+    check_batch(batch)
+    backbone = decoding.load(model)
+    full, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
+    ends = tuple(stop or ())
+    if not (as_json or prompts or compare):
+        for token in early.stream(texts[0], max_tokens, ends, raw):
+            print(token.text, end="", flush=True)
+        print()
+        return
+    # What verified decoding is for can only be seen beside full depth.
+    compare = compare or (as_json and decoding.verifies)
+    for start in range(0, len(texts), batch):
+        some = texts[start : start + batch]
+        ids = [backbone.encode(text, raw) for text in some]
+        answers = early.generate_batch(ids, max_tokens, ends)
+        references = full.generate_batch(ids, max_tokens, ends) if compare else [None] * len(some)
+        for text, answer, reference in zip(some, answers, references, strict=True):
+            if as_json or prompts:
+                print(json.dumps(_record(answer, reference, text if prompts else None)), flush=True)
+            else:
+                _show_compared(backbone, text, answer, reference)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    from offramp.files import read_lines
+
+    if (prompt is None) == (file is None):
+        raise BadInput("Give either a prompt or --prompts FILE.", 'For example: offramp generate smollm2 "Hello!"')
+    prompts = read_lines(file, ("prompt", "question")) if file else [prompt or ""]
+    if not all(text.strip() for text in prompts):
+        raise BadInput("The prompt is empty.", "Give some text to go on from.")
+    return prompts
+
+
+def _show_compared(backbone: Backbone, prompt: str, answer: Generation, reference: Generation | None) -> None:
+    from offramp.cli.terminal import answer_in_colour, comparison_table
+
+    assert reference is not None
+    answer_in_colour(prompt, reference, answer)
+    comparison_table([(backbone, [(reference, answer)])])
+
+
+def chat(
+    model: Model,
+    *,
+    decoding: DecodingOptions,
+    max_tokens: MaxTokens = 256,
+    sampling: Sampling = CHAT_SAMPLING,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
+) -> None:
+    """Talk to the model. An empty line or Ctrl-D ends the talk."""
+    from offramp.decode.engine import Talk
+
+    backbone = decoding.load(model)
+    _, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
+    talk = Talk()
+    messages: list[dict[str, str]] = []
+    for prompt in _typed_lines("" if as_json or not sys.stdin.isatty() else "you> "):
+        messages.append({"role": "user", "content": prompt})
+        ids = backbone.encode_chat(messages)
+        tokens: list[Token] = []
+        prefilled = started = time.perf_counter()
+        for token in early.stream_ids(ids, max_tokens, talk=talk):
+            if token is None:
+                prefilled = time.perf_counter()
+                continue
+            tokens.append(token)
+            if not as_json:
+                _show_token(token, backbone)
+        if as_json:
+            seconds = time.perf_counter() - prefilled
+            answer = early.summarise(tokens, len(ids), max_tokens, prefilled - started, seconds)
+            print(json.dumps(_record(answer, None, prompt)), flush=True)
+        else:
+            print()
+        messages.append({"role": "assistant", "content": "".join(token.text for token in tokens)})
+
+
+def _typed_lines(prompt: str) -> Iterator[str]:
+    """Lines from stdin, up to an empty one or the end."""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _show_token(token: Token, backbone: Backbone) -> None:
+    from offramp.cli.terminal import shade
+
+    print(shade(token, backbone.n_blocks), end="", flush=True)
+
+
+def _record(answer: Generation, reference: Generation | None, prompt: str | None) -> dict[str, Any]:
+    """An answer as JSON, with its prompt and the full model's answer if they are given."""
+    from offramp.metrics import token_f1
+
+    record: dict[str, Any] = {"prompt": prompt} if prompt is not None else {}
+    record |= asdict(answer)
+    if reference is not None:
+        record["full"] = asdict(reference)
+        record["consistency"] = token_f1(answer.ids, reference.ids)
+    return record

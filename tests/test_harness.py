@@ -110,9 +110,9 @@ def test_a_mistake_on_the_command_line_gets_one_sentence_and_a_hint() -> None:
     arguments = ("run", "--model", "offramp", "--tasks", "wikitext", "--model_args", "pretrained=mamba-tiny,fill=projekt")
     done = subprocess.run([sys.executable, "-m", "offramp.evaluation.harness", *arguments], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.endswith(
-        "error: There is no fill 'projekt'.\nhint: Choose from project, copy, freeze, defer, verify.\n"
-    )
+    error, hint = done.stderr.splitlines()[-2:]
+    assert error == "error: There is no fill 'projekt'."
+    assert hint.startswith("hint: Choose from project")
 
 
 def test_the_harness_knows_the_model() -> None:

@@ -20,7 +20,7 @@ import offramp
 from exits import questions_in
 from offramp import Engine, Exits, Policy
 from offramp.errors import OfframpError
-from offramp.exits.exits import load_exits
+from offramp.exits.exits import require_exits
 from offramp.model.backbone import Backbone
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -80,10 +80,9 @@ def main() -> None:
             backbone.quicken(backbone.weight_format, native=False)
         elif args.engine == "library":
             backbone.slow()
-        exits = load_exits(args.exits, backbone, draft=True) if args.exits else offramp.shipped_for(backbone, draft=True)
+        exits = require_exits(backbone, args.exits, draft=True)
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
-    assert exits, f"no exits ship for {args.model}"
     prompts = [backbone.encode(question) for question in questions_in(args.questions, args.count or 100)]
     print(
         f"{backbone.name}, {backbone.weight_format}, {args.engine}: {compare(backbone, exits, None, prompts, args.tokens)}"

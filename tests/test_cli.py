@@ -8,10 +8,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
-import click
 import pytest
 import typer
 
@@ -135,7 +134,7 @@ class Other:
     width: int = setting(512, "How wide.", draft=256)
 
 
-MANY = Few(7)
+CHANGED = Few(7, hidden=0.25)
 
 
 def flagged(verb: Callable[..., None], *arguments: str) -> None:
@@ -156,20 +155,20 @@ def test_a_verb_gets_the_config_that_its_flags_make() -> None:
     assert seen == [Few(3, (1, 2), ("a", "b")), Few()]
     with pytest.raises(BadInput, match="not a list of whole numbers"):
         flagged(verb, "--places", "1,b")
-    with pytest.raises(click.exceptions.NoSuchOption):
+    with pytest.raises(Exception, match="No such option"):
         flagged(verb, "--hidden", "1")
 
 
 def test_a_verb_may_take_some_fields_with_other_defaults_or_only_what_was_chosen() -> None:
     seen: list[Any] = []
 
-    def verb(*, few: Annotated[Few, Only("count")] = MANY, chosen: Annotated[dict[str, Any], Chosen(Other)]) -> None:
+    def verb(*, few: Annotated[Few, Only("count")] = CHANGED, chosen: Annotated[dict[str, Any], Chosen(Other)]) -> None:
         seen.append((few, chosen))
 
     flagged(verb)
     flagged(verb, "--count", "1", "--width", "9")
-    assert seen == [(Few(7), {}), (Few(1), {"width": 9})]
-    with pytest.raises(click.exceptions.NoSuchOption):
+    assert seen == [(CHANGED, {}), (replace(CHANGED, count=1), {"width": 9})]
+    with pytest.raises(Exception, match="No such option"):
         flagged(verb, "--places", "1")
 
 
@@ -362,8 +361,8 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("generate", "model", "Hi", "--exits", "exits", "--threshold", "half"), "'half' is not a threshold"),
         (("generate", "model", "Hi", "--exits", "exits", "--decay", "5"), "no default threshold with --decay"),
         (
-            ("eval", "model", "--task", "coqa", "--data", "coqa.json", "--fill", "magic", "--exits", "exits"),
-            "no fill 'magic'",
+            ("eval", "model", "--task", "coqa", "--data", "coqa.json", "--exits", "exits", "--fill", "x"),
+            "no fill 'x'",
         ),
         (("calibrate", "model", "--prompts", "nowhere.txt", "--exits", "exits"), "nowhere.txt cannot be read"),
         (("calibrate", "model", "--prompts", "few.txt", "--exits", "exits"), "2 prompts are too few"),

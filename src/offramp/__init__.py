@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from offramp.model.backbone import Backbone
     from offramp.model.families import FAMILIES, Family
     from offramp.model.loading import load, wrap
-    from offramp.training.config import TrainConfig
+    from offramp.training.calibration import calibrate
+    from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig
     from offramp.training.training import train
+    from offramp.training.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -30,13 +32,16 @@ _HOMES = {
     "model.backbone": ("Backbone",),
     "model.families": ("FAMILIES", "Family"),
     "model.loading": ("load", "wrap"),
-    "training.config": ("TrainConfig",),
+    "training.calibration": ("calibrate",),
+    "training.config": ("CalibrationConfig", "TrainConfig", "TuneConfig"),
     "training.training": ("train",),
+    "training.tuning": ("tune",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "FAMILIES",
     "Backbone",
+    "CalibrationConfig",
     "Engine",
     "Exits",
     "ExitsConfig",
@@ -48,10 +53,13 @@ __all__ = [
     "Talk",
     "Token",
     "TrainConfig",
+    "TuneConfig",
+    "calibrate",
     "decoding",
     "load",
     "shipped_for",
     "train",
+    "tune",
     "wrap",
 ]
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -86,29 +86,29 @@ def _group(hint: Any, default: Any) -> _Group | None:
     config, marks = (hint, ()) if get_origin(hint) is not Annotated else (get_args(hint)[0], get_args(hint)[1:])
     for mark in marks:
         if isinstance(mark, Chosen):
-            return _Group(_flags(mark.config, None), _chosen)
+            return _Group(_flags(mark.config()), _chosen)
     if not is_dataclass(config):
         return None
     only = next((mark.names for mark in marks if isinstance(mark, Only)), None)
-    start = None if default is inspect.Parameter.empty else default
     assert isinstance(config, type)
-    return _Group(_flags(config, start, only), lambda values: config(**values))
+    start = config() if default is inspect.Parameter.empty else default
+    return _Group(_flags(start, only), lambda values: replace(start, **values))
 
 
 def _chosen(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _flags(config: type, start: Any, only: tuple[str, ...] | None = None) -> dict[str, _Flag]:
-    """The flags of a dataclass, with the defaults of the instance `start`, or else its own."""
-    hints = get_type_hints(config)
+def _flags(start: Any, only: tuple[str, ...] | None = None) -> dict[str, _Flag]:
+    """The flags of a dataclass instance, whose values are the defaults."""
+    hints = get_type_hints(type(start))
     flags = {}
-    for item in fields(config):
+    for item in fields(start):
         help = item.metadata.get("help")
         if not help or (only is not None and item.name not in only):
             continue
         flag = item.metadata["flag"] or "--" + item.name.replace("_", "-")
-        default = item.default if start is None else getattr(start, item.name)
+        default = getattr(start, item.name)
         draft = item.metadata["draft"]
         if draft is not None and default is not None:  # `offramp train` decides which of the two it is
             help, default = f"{help} Default: {default}, with --draft {draft}.", None

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from offramp.model.families import FAMILIES, Family
     from offramp.model.loading import load, wrap
     from offramp.training.calibration import calibrate
-    from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig
+    from offramp.training.config import CalibrationConfig, TrainConfig
     from offramp.training.training import train
-    from offramp.training.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -33,9 +32,8 @@ _HOMES = {
     "model.families": ("FAMILIES", "Family"),
     "model.loading": ("load", "wrap"),
     "training.calibration": ("calibrate",),
-    "training.config": ("CalibrationConfig", "TrainConfig", "TuneConfig"),
+    "training.config": ("CalibrationConfig", "TrainConfig"),
     "training.training": ("train",),
-    "training.tuning": ("tune",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
@@ -53,13 +51,11 @@ __all__ = [
     "Talk",
     "Token",
     "TrainConfig",
-    "TuneConfig",
     "calibrate",
     "decoding",
     "load",
     "shipped_for",
     "train",
-    "tune",
     "wrap",
 ]
 

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ import typer
 from offramp.cli.options import DecodingOptions, Json, Model, check_batch
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
+from offramp.settings import setting
 
 if TYPE_CHECKING:
     from offramp.decode.engine import Generation, Token
@@ -68,41 +69,48 @@ def demo(
     comparison_table(compared)
 
 
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How long an answer may be, how the prompt is given, and how many answers are made at a time."""
+
+    max_tokens: int = setting(128, "Longest answer, in tokens.")
+    stop: tuple[str, ...] = setting((), "End an answer before this text. May be repeated.")
+    raw: bool = setting(False, "Give the prompt as it is, without the model's chat template.")
+    compare: bool = setting(False, "Also answer at full depth, and compare.")
+    batch: int = setting(1, "With --prompts: number of answers side by side.")
+
+
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="The prompt. Or use --prompts.", show_default=False)] = None,
     *,
     decoding: DecodingOptions,
-    max_tokens: MaxTokens = 128,
     sampling: Sampling,
-    stop: Annotated[list[str] | None, typer.Option(help="End an answer before this text. May be repeated.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the chat template.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Also answer at full depth, and compare.")] = False,
     prompts: Annotated[
         Path | None, typer.Option(help="A file of prompts: lines, or JSON lines with 'prompt'. Prints JSON lines.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="With --prompts: number of answers side by side.")] = 1,
+    options: AnswerOptions,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, or a file of them, leaving the network early where an exit is sure enough."""
     texts = _prompts(prompt, prompts)
-    check_batch(batch)
+    check_batch(options.batch)
     backbone = decoding.load(model)
     full, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
-    ends = tuple(stop or ())
-    if not (as_json or prompts or compare):
-        for token in early.stream(texts[0], max_tokens, ends, raw):
+    tokens, stop = options.max_tokens, options.stop
+    if not (as_json or prompts or options.compare):
+        for token in early.stream(texts[0], tokens, stop, options.raw):
             print(token.text, end="", flush=True)
         print()
         return
-    # What verified decoding is for can only be seen beside full depth.
-    compare = compare or (as_json and decoding.verifies)
-    for start in range(0, len(texts), batch):
-        some = texts[start : start + batch]
-        ids = [backbone.encode(text, raw) for text in some]
-        answers = early.generate_batch(ids, max_tokens, ends)
-        references = full.generate_batch(ids, max_tokens, ends) if compare else [None] * len(some)
-        for text, answer, reference in zip(some, answers, references, strict=True):
+    # What verified decoding gains shows only beside full depth.
+    compare = options.compare or (as_json and decoding.verifies)
+    for start in range(0, len(texts), options.batch):
+        batch = texts[start : start + options.batch]
+        ids = [backbone.encode(text, options.raw) for text in batch]
+        answers = early.generate_batch(ids, tokens, stop)
+        references = full.generate_batch(ids, tokens, stop) if compare else [None] * len(batch)
+        for text, answer, reference in zip(batch, answers, references, strict=True):
             if as_json or prompts:
                 print(json.dumps(_record(answer, reference, text if prompts else None)), flush=True)
             else:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from offramp.cli.flags import Only
-from offramp.cli.options import Batch, DecodingOptions, Json, Model, Reference, check_batch
+from offramp.cli.options import DecodingOptions, Json, Model, Reference, check_batch
 from offramp.cli.progress import command_line, progress_bars, resumable
 from offramp.errors import BadInput
+from offramp.settings import setting
 
 if TYPE_CHECKING:
     from offramp.evaluation.evaluation import Condition
     from offramp.model.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How many questions to ask, and how."""
+
+    limit: int | None = setting(None, "Ask only this many questions of each task. Default: all.")
+    batch: int = setting(1, "Number of answers side by side.")
+    seed: int = setting(0, "Seed of the resampling that gives the intervals.")
 
 
 def evaluate(
@@ -34,9 +44,7 @@ def evaluate(
         typer.Option(help="As for generate. May be repeated, to measure each. Default: the exits' own policy."),
     ] = None,
     reference: Reference = None,
-    limit: Annotated[int | None, typer.Option(help="Ask only this many questions of each task. Default: all.")] = None,
-    batch: Batch = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the resampling that gives the intervals.")] = 0,
+    options: EvaluationOptions,
     out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
 ) -> None:
     """Score answers on a task, with exits and at full depth, and show what they cost. Ctrl-C is safe."""
@@ -46,9 +54,9 @@ def evaluate(
     from offramp.evaluation.tasks import load_task
     from offramp.files import cache_folder
 
-    check_batch(batch)
+    check_batch(options.batch)
     names = task.split(",")
-    tasks = [load_task(name, _file_for(name, names, data or []), limit) for name in names]
+    tasks = [load_task(name, _file_for(name, names, data or []), options.limit) for name in names]
     backbone = decoding.load(model)
     other = decoding.load(reference) if reference else None
     conditions = _conditions(backbone, decoding, threshold)
@@ -57,7 +65,7 @@ def evaluate(
     with resumable():
         for questions in tasks:
             with progress_bars() as progress:
-                run = Evaluation(backbone, questions, work, other, batch, seed, command_line(), progress)
+                run = Evaluation(backbone, questions, work, other, options.batch, options.seed, command_line(), progress)
                 of_this_task = [run.run(condition) for condition in conditions]
             for result in of_this_task:
                 result_line(result)
@@ -117,6 +125,22 @@ def inspect(model: Model, *, decoding: Annotated[DecodingOptions, Only("exits", 
         anatomy_table(facts)
 
 
+@dataclass(frozen=True)
+class Runs:
+    """What is timed, and how often."""
+
+    tokens: int = setting(48, "Tokens to decode in each run.")
+    prefill: int | None = setting(None, "Time the reading of a prompt of this many tokens instead of decoding.")
+    pairs: int = setting(5, "Pairs of runs, taking turns.")
+
+    def check(self) -> None:
+        """Raises `BadInput` for runs that cannot be timed."""
+        if self.tokens < 2 or self.pairs < 1 or (self.prefill is not None and self.prefill < 2):
+            raise BadInput(
+                "A run needs at least 2 tokens, and there must be at least one pair.", "Try --tokens 48 --pairs 5."
+            )
+
+
 BENCH_DECODING = DecodingOptions(dtype="bfloat16")
 
 
@@ -124,10 +148,7 @@ def bench(
     *,
     model: Annotated[str, typer.Option(help="The model, as for generate.")] = "smollm2",
     against: Annotated[str, typer.Option(help="The library to compare with: transformers.")] = "transformers",
-    tokens: Annotated[int, typer.Option(help="Tokens to decode in each run.")] = 48,
-    prefill: Annotated[
-        int | None, typer.Option(help="Time the reading of a prompt of this many tokens instead of decoding.")
-    ] = None,
+    runs: Runs,
     random: Annotated[
         bool, typer.Option("--random", help="Random weights in the model's shape: only its config is needed.")
     ] = False,
@@ -137,7 +158,6 @@ def bench(
     decoding: Annotated[
         DecodingOptions, Only("exits", "threshold", "confidence", "decay", "candidates", "dtype")
     ] = BENCH_DECODING,
-    pairs: Annotated[int, typer.Option(help="Pairs of runs, taking turns.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Time decoding at full depth beside another library: paired runs, so that a slow minute meets both."""
@@ -147,24 +167,21 @@ def bench(
 
     if against != "transformers":
         raise BadInput(f"'{against}' cannot be compared with here.", "Use transformers; `make bench` has more peers.")
-    if tokens < 2 or pairs < 1 or (prefill is not None and prefill < 2):
-        raise BadInput("A run needs at least 2 tokens, and there must be at least one pair.", "Try --tokens 48 --pairs 5.")
+    runs.check()
     backbone = outline(model, decoding.dtype, random=True) if random else decoding.load(model, keep=fills is None)
     if fills is not None:
-        result = _compare_fills(backbone, decoding, fills.split(","), tokens, pairs)
-    elif prefill is not None:
-        result = compare_prefill(backbone, prefill, pairs)
+        result = _compare_fills(backbone, decoding, fills.split(","), runs)
+    elif runs.prefill is not None:
+        result = compare_prefill(backbone, runs.prefill, runs.pairs)
     else:
-        result = compare(backbone, tokens, pairs)
+        result = compare(backbone, runs.tokens, runs.pairs)
     if as_json:
         print(json.dumps(result))
     else:
         (bench_table if fills is None else fills_table)(result)
 
 
-def _compare_fills(
-    backbone: Backbone, decoding: DecodingOptions, fills: list[str], tokens: int, pairs: int
-) -> dict[str, Any]:
+def _compare_fills(backbone: Backbone, decoding: DecodingOptions, fills: list[str], runs: Runs) -> dict[str, Any]:
     from offramp.evaluation.bench import compare_fills
 
     exits, policies = {}, {}
@@ -172,4 +189,4 @@ def _compare_fills(
         chosen = replace(decoding, fill=fill)
         exits[fill] = None if fill == "full" else chosen.require_exits(backbone)
         policies[fill] = chosen.policy(backbone, exits[fill]) if exits[fill] else None
-    return compare_fills(backbone, exits, policies, tokens, pairs)
+    return compare_fills(backbone, exits, policies, runs.tokens, runs.pairs)

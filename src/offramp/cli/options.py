@@ -30,7 +30,6 @@ Reference = Annotated[
     str | None,
     typer.Option(help="Compare with another model's full depth, such as the one that MODEL was tuned from."),
 ]
-Batch = Annotated[int, typer.Option(help="Number of answers side by side.")]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class DecodingOptions:
             own = exits is None or self.confidence in (None, exits.policy.confidence)
             if self.decay or self.candidates or not own:
                 flags = {"confidence": not own, "decay": self.decay, "candidates": self.candidates}
-                named = " and ".join(f"--{name}" for name, given in flags.items() if given)
+                named = " and ".join(f"--{name}" for name, value in flags.items() if value)
                 raise BadInput(f"There is no default threshold with {named}.", "Give one: --threshold 0.9")
             return None
         thresholds = _thresholds(self.threshold)

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: answers coloured by exit, and small tables."""
+"""What people see in the terminal: answers coloured by exit, and small tables."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _colour(block: int, n_blocks: int) -> str:
 
 
 def shade(token: Token, n_blocks: int) -> str:
-    """A token's text in the colour of the block it left at, as terminal codes (plain text where there is no terminal)."""
+    """A token's text with terminal codes for the colour of the block it left at; plain text where there is no terminal."""
     with console.capture() as captured:
         console.print(Text(token.text, _colour(token.exit_block, n_blocks)), end="", soft_wrap=True)
     return captured.get()
@@ -52,17 +52,17 @@ def answer_in_colour(question: str, full: Generation, early: Generation, model: 
     console.print(Text(f"left after  {' '.join(left)}", "dim"), soft_wrap=True)
 
 
-def comparison_table(asked: list[tuple[Backbone, list[tuple[Generation, Generation]]]]) -> None:
+def comparison_table(compared: list[tuple[Backbone, list[tuple[Generation, Generation]]]]) -> None:
     """Full depth beside exits, over all answers of each model. Rates are medians, the other numbers means."""
-    names = " and ".join(f"{backbone.name}, {backbone.weight_format}" for backbone, _ in asked)
-    table = Table(title=f"{names}, fill {asked[0][1][0][1].fill}", title_justify="left")
+    names = " and ".join(f"{backbone.name}, {backbone.weight_format}" for backbone, _ in compared)
+    table = Table(title=f"{names}, fill {compared[0][1][0][1].fill}", title_justify="left")
     for column in ("", "tokens/s", "mean blocks run", "FLOPs saved", "consistency"):
         table.add_column(column, justify="right" if column else "left")
-    for backbone, pairs in asked:
+    for backbone, pairs in compared:
         for name, side in (("full depth", 0), ("with exits", 1)):
             runs = [pair[side] for pair in pairs]
             table.add_row(
-                f"{backbone.name}, {name}" if len(asked) > 1 else name,
+                f"{backbone.name}, {name}" if len(compared) > 1 else name,
                 f"{median(run.decode_tokens_per_second for run in runs):.1f}",
                 f"{mean(run.mean_blocks for run in runs):.1f} of {backbone.n_blocks}",
                 f"{mean(run.flops_saved for run in runs):.1%}",
@@ -70,7 +70,7 @@ def comparison_table(asked: list[tuple[Backbone, list[tuple[Generation, Generati
             )
     console.print()
     console.print(table)
-    for backbone, pairs in asked:
+    for backbone, pairs in compared:
         by_block = pairs[0][1].thresholds.items()
         thresholds = ", ".join(f"{show_threshold(threshold)} at block {block}" for block, threshold in by_block)
         console.print(Text(f"{backbone.name}: thresholds {thresholds}.", "dim"))

@@ -103,16 +103,16 @@ def _exits_found(exits: Exits) -> dict[str, Any]:
 
 
 def _leaving(backbone: Backbone, costs: Costs, exits: Exits, stop: int, context: int) -> Leaving:
-    asked = [exit for exit in exits if exit.block <= stop]
+    passed = [exit for exit in exits if exit.block <= stop]
     # A recurrent read-out sees every token that gets there. Another one runs only where the token leaves.
-    readouts = [exit.adapter.flops() for exit in asked if exit.adapter.recurrent or exit.block == stop]
+    readouts = [exit.adapter.flops() for exit in passed if exit.adapter.recurrent or exit.block == stop]
     blocks = sum(costs.block(index, context) for index in range(stop))
     return Leaving(
         after_block=stop,
         parameters=sum(_parameters(block) for block in backbone.blocks[:stop]),
         flops=blocks
         + sum(_project_flops(costs)[stop:])
-        + sum(exit.gate.flops() for exit in asked)
+        + sum(exit.gate.flops() for exit in passed)
         + sum(readouts)
         + costs.head,
         bytes=sum(costs.block_bytes(index, context) for index in range(stop)) + costs.head_bytes,

@@ -142,7 +142,7 @@ def result_line(result: Result) -> None:
             value = result.summary[metric.name]
             mean, low, high = (metric.show(number) for number in (value.mean, value.low, value.high))
             depth = f" of {result.blocks}" if metric.name == "mean_blocks" else ""
-            parts.append(f"{metric.label}{depth} {mean} ({low}–{high})")
+            parts.append(f"{metric.label} {mean} ({low}–{high}){depth}")
     note = f" [{task.note}]" if task.note else ""
     head = Text(f"{task.name}, {task.questions} questions{note}, {result.condition.name}: ", "bold")
     console.print(head + Text(", ".join(parts)), soft_wrap=True)

@@ -139,8 +139,8 @@ def _listed(text: str) -> list[str]:
 def score_truthful(answer: str, item: Item) -> Scores:
     """ROUGE-1, ROUGE-L and BLEU, 0 to 100, as the harness has them.
 
-    `max` is the score with the best right reference, `diff` how much it exceeds the score with the best wrong one, and `acc`
-    whether it does.
+    `max` is the score with the best right reference. `diff` is how much that exceeds the score with the best wrong one, and
+    `acc` whether it does.
     """
     right = [_ended(reference) for reference in item.references]
     if "I have no comment." not in right:
@@ -214,10 +214,8 @@ def triviaqa(data: str | Path | None) -> Task:
     if data is None:
         records = _hub("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
         examples = _hub("mandarjoshi/trivia_qa", "rc.nocontext", f"train[:{SHOTS}]")
-        source, digest = (
-            "mandarjoshi/trivia_qa rc.nocontext",
-            sha256_of_text(json.dumps([row["question"] for row in records])),
-        )
+        source = "mandarjoshi/trivia_qa rc.nocontext"
+        digest = sha256_of_text(json.dumps([row["question"] for row in records]))
     else:
         text, source, digest = _read(data)
         try:

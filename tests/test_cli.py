@@ -400,5 +400,22 @@ def test_mistakes_get_one_sentence_and_a_hint(world, arguments, sentence: str, m
         assert "hint: " in done.err
 
 
+def test_stopped_work_says_that_the_same_command_goes_on(world, monkeypatch, capsys) -> None:
+    from offramp.cli import main
+    from offramp.training import training
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["offramp", "train", "model", "-o", "stopped"])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert "hint: Nothing is lost: the same command goes on from here." in capsys.readouterr().err
+
+
 def test_a_mistake_ends_the_process_without_a_traceback(world) -> None:
     assert "error: There is no model" in run(world, "generate", "modle", "Hi", code=1).stderr

@@ -200,6 +200,19 @@ def test_a_misspelt_fill_is_refused_with_and_without_exits() -> None:
         assert "project" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("flops_saved", 0.125, "12.5%"),
+        ("flops_per_token", 14_862_840, "15 M"),
+        ("f1", 0.5, "0.500"),
+        ("bleu_max", 31, "31.0"),
+    ],
+)
+def test_a_metric_shows_its_values(name: str, value: float, shown: str) -> None:
+    assert METRICS[name].show(value) == shown
+
+
 @pytest.mark.parametrize("score", [score_coqa, score_trivia, score_truthful])
 def test_every_score_of_a_task_is_in_the_table_of_metrics(score) -> None:
     assert set(score("two", task().items[0])) <= {name for name, metric in METRICS.items() if metric.score}

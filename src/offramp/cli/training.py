@@ -92,7 +92,7 @@ def tune(
     config: TuneConfig,
     as_json: Json = False,
 ) -> None:
-    """Change the model so that its early blocks say what it will say: a LoRA with LayerSkip's loss. Ctrl-C is safe."""
+    """Tune a model so that its early blocks predict what it will say: a LoRA with LayerSkip's loss. Ctrl-C is safe."""
     from offramp.cli.terminal import tuning_table
     from offramp.training.tuning import tune as tune_model
 

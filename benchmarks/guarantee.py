@@ -30,7 +30,7 @@ import offramp
 from exits import questions_in
 from offramp import Engine, Policy
 from offramp.errors import OfframpError
-from offramp.exits.exits import load_exits
+from offramp.exits.exits import require_exits
 from offramp.files import write_atomically
 from offramp.training.calibration import (
     KINDS,
@@ -131,12 +131,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         backbone = offramp.load(args.model, args.dtype)
-        exits = load_exits(args.exits, backbone) if args.exits else offramp.shipped_for(backbone)
+        exits = require_exits(backbone, args.exits)
         reference = offramp.load(args.reference, args.dtype) if args.reference else backbone
         asked = questions_of(args.questions, args.count)
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
-    assert exits, f"no exits ship for {args.model}"
     ids = [backbone.prompts.encode(one.prompt) for one in asked]
     parts = (args.model, backbone.source.sha256, backbone.weight_format, exits.training, args.fill, args.tokens, args.loss)
     mark = hashlib.sha256(json.dumps([*parts, args.reference, [one.prompt for one in asked]]).encode()).hexdigest()[:12]

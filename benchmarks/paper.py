@@ -31,14 +31,15 @@ import offramp
 from exits import exits_for, with_gate
 from offramp import Exits, Policy
 from offramp.errors import BadInput, OfframpError
-from offramp.evaluation.evaluation import Condition, Evaluation, fingerprint, load_results, save_results
+from offramp.evaluation.evaluation import Condition, Evaluation, fingerprint
 from offramp.evaluation.report import write
+from offramp.evaluation.results import load_results, save_results
 from offramp.evaluation.tasks import load_task
 from offramp.exits.policy import TRAINING_FREE
 from offramp.model.backbone import Backbone
 from offramp.model.hub import ALIASES
 from offramp.training.calibration import Question, calibrate
-from offramp.training.config import TrainConfig
+from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.data import gather
 from offramp.training.training import Trainer
 
@@ -122,20 +123,21 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
         for threshold in args.thresholds:
             policy = Policy((threshold,) * len(exits), confidence)
             results.append(evaluation.run(Condition("project", policy, exits)))
-            summary = results[-1]["summary"]
-            if summary["token_f1"]["mean"] >= 0.8:
-                mostly.append((summary["flops_saved"]["mean"], policy, exits))
+            summary = results[-1].summary
+            if summary["token_f1"].mean >= 0.8:
+                mostly.append((summary["flops_saved"].mean, policy, exits))
         if others:
             chosen = copy.copy(exits)
-            how: dict[str, Any] = {"confidence": confidence, "max_tokens": everything.max_tokens, "stop": everything.stop}
+            tokens, stop = everything.max_tokens, everything.stop
+            config = CalibrationConfig(confidence=confidence, max_tokens=tokens, stop=stop, raw=True)
             try:
-                calibrate(backbone, chosen, others, **how, raw=True, reference=reference)
+                calibrate(backbone, chosen, others, config, reference)
             except BadInput as error:
                 said("calibration", 1, 1, str(error))
                 continue
             results.append(evaluation.run(Condition("project", None, chosen)))
             if min(chosen.policy.thresholds) < 1:
-                calibrated.append((results[-1]["summary"]["flops_saved"]["mean"], chosen.policy, chosen))
+                calibrated.append((results[-1].summary["flops_saved"].mean, chosen.policy, chosen))
     # Where no exit may open, or nothing was calibrated, fills differ only under thresholds that change some answers.
     for _, policy, exits in sorted(calibrated or mostly, key=lambda one: -one[0])[:1]:
         for fill in FILLS[1:]:

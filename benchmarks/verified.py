@@ -21,7 +21,7 @@ import offramp
 from exits import questions_in
 from offramp import Engine, Exits, Policy
 from offramp.errors import OfframpError
-from offramp.exits.exits import load_exits
+from offramp.exits.exits import require_exits
 from offramp.model.backbone import Backbone
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -81,10 +81,9 @@ def main(argv: list[str] | None = None) -> None:
             backbone.use_lean_path(backbone.weight_format, native=False)
         elif args.engine == "library":
             backbone.use_library_blocks()
-        exits = load_exits(args.exits, backbone, draft=True) if args.exits else offramp.shipped_for(backbone, draft=True)
+        exits = require_exits(backbone, args.exits, draft=True)
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
-    assert exits, f"no exits ship for {args.model}"
     prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count or 100)]
     print(
         f"{backbone.name}, {backbone.weight_format}, {args.engine}: {compare(backbone, exits, None, prompts, args.tokens)}"

@@ -17,6 +17,7 @@ from helpers import exits_for
 from models import tiny
 from offramp import Engine, Exits, Policy
 from offramp.errors import BadInput
+from offramp.training import calibration
 from offramp.training.calibration import (
     KINDS,
     LOSSES,
@@ -29,6 +30,7 @@ from offramp.training.calibration import (
     prompts_needed,
     read_questions,
 )
+from offramp.training.config import CalibrationConfig
 
 REPETITIONS = 500
 
@@ -138,6 +140,22 @@ def test_every_line_of_candidates_grows_bolder_and_opens_deep_exits_first(kind: 
     assert first_open == sorted(first_open, reverse=True)
 
 
+@pytest.mark.parametrize(("named", "tried"), [(None, "entropy"), ("gate", "gate")])
+def test_the_exits_own_confidence_is_calibrated_unless_another_is_named(named, tried, monkeypatch) -> None:
+    exits, seen = exits_for("llama"), set()
+    exits.policy = Policy((1.0,) * 3, "entropy")
+
+    class Spy(Engine):
+        def __init__(self, backbone, exits=None, policy=None, *others) -> None:
+            seen.add(policy and policy.confidence)
+            super().__init__(backbone, exits, policy, *others)
+
+    monkeypatch.setattr(calibration, "Engine", Spy)
+    config = CalibrationConfig(risk=0.9, delta=0.1, confidence=named, max_tokens=2)
+    calibrate(tiny("llama"), exits, questions(40), config)
+    assert seen == {None, tried}
+
+
 def questions(count: int) -> list[Question]:
     return [Question(f"Question {number}?", ("42",)) for number in range(count)]
 
@@ -157,7 +175,8 @@ def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: s
     """A generous risk that a tiny random model keeps: what passed is the last of the path to pass, and says so."""
     readout = "none" if kind == "patience" else "mamba"  # random adapters never agree
     backbone, exits = tiny("llama"), exits_for("llama", readout=readout)
-    record = calibrate(backbone, exits, questions(40), 0.9, 0.1, fill=fill, kind=kind, max_tokens=6)
+    config = CalibrationConfig(risk=0.9, delta=0.1, fill=fill, kind=kind, max_tokens=6)
+    record = calibrate(backbone, exits, questions(40), config)
     assert record.passed
     assert (record.n, record.pilot) == (32, 8)
     passed = [one for one in record.tested if one.passed]
@@ -165,16 +184,14 @@ def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: s
     assert all(one.p_value <= 0.1 and one.loss < 0.9 for one in passed)
     assert exits.calibration["fill"] == fill
     assert exits.calibration["policy"]["thresholds"] == exits.policy.thresholds
-    again = calibrate(
-        backbone, exits_for("llama", readout=readout), questions(40)[::-1], 0.9, 0.1, fill=fill, kind=kind, max_tokens=6
-    )
+    again = calibrate(backbone, exits_for("llama", readout=readout), questions(40)[::-1], config)
     assert again == record  # the prompts' order does not matter
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_exits_that_ruin_answers_stay_closed(loss: str) -> None:
     exits = exits_for("llama")
-    record = calibrate(tiny("llama"), exits, questions(90), 0.05, 0.05, loss=loss, kind="fixed", max_tokens=6)
+    record = calibrate(tiny("llama"), exits, questions(90), CalibrationConfig(loss=loss, kind="fixed", max_tokens=6))
     if loss == "task":  # nothing scores, so nothing can be lost
         assert record.passed
         return
@@ -198,15 +215,15 @@ def test_exits_that_ruin_answers_stay_closed(loss: str) -> None:
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(changed: dict, message: str) -> None:
-    arguments = {"questions": questions(90), **changed}
+    settings = {"questions": questions(90), **changed}
     with pytest.raises(BadInput, match=message) as caught:
-        calibrate(tiny("llama"), exits_for("llama"), arguments.pop("questions"), **arguments)
+        calibrate(tiny("llama"), exits_for("llama"), settings.pop("questions"), CalibrationConfig(**settings))
     assert caught.value.hint
 
 
 def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
     backbone, exits = tiny("llama"), exits_for("llama")
-    calibrate(backbone, exits, questions(40), 0.9, 0.1, kind="fixed", max_tokens=4)
+    calibrate(backbone, exits, questions(40), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4))
     exits.save(tmp_path)
     loaded = Exits.load(tmp_path, backbone)
     assert loaded.policy == exits.policy

@@ -7,14 +7,24 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any
 
 import pytest
+import typer
 
 from helpers import Ran, exits_for, run_cli
 from models import BLOCKS, saved, tiny
-from offramp import Policy
+from offramp import Policy, Sampling
+from offramp.cli.app import app
+from offramp.cli.flags import Chosen, Only, with_flags
+from offramp.cli.options import DecodingOptions
+from offramp.errors import BadInput
+from offramp.settings import setting
+from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig
 
-VERBS = ("demo", "generate", "chat", "train", "inspect")
+VERBS = ("demo", "generate", "chat", "train", "calibrate", "tune", "eval", "report", "inspect", "bench")
 TOKEN = {"id", "text", "exit_block", "confidence", "flops", "cumulative_flops", "deep_passes", "rejected"}
 ANSWER = {
     "text",
@@ -45,6 +55,8 @@ def world(tmp_path_factory):
     exits.backbone["sha256"], exits.policy = backbone.source.sha256, Policy((0.9, 0.5, 0.5))
     exits.save(folder / "exits")
     (folder / "few.txt").write_text("One\nTwo\n")
+    story = {"id": "a", "story": "It is red.", "questions": [{"input_text": "Which?"}], "answers": [{"input_text": "Red"}]}
+    (folder / "coqa.json").write_text(json.dumps({"data": [story]}))
     for name, changed in (("shape", {}), ("odd", {"activation_function": "none such"})):  # configs without weights
         (folder / name).mkdir()
         config = {**tiny("gpt2").config.to_dict(), **changed}
@@ -69,11 +81,102 @@ def run_process(world, *arguments: str, stdin: str = "", code: int = 0) -> subpr
     return done
 
 
-def test_help_names_every_verb_and_every_verb_has_help(world) -> None:
+def options_of(verb: str) -> dict[str, Any]:
+    """A verb's options by their flags, as the command line's parser has them."""
+    command = typer.main.get_command(app).commands[verb]
+    return {flag: option for option in command.params for flag in option.opts}
+
+
+def test_help_names_every_verb_and_says_the_defaults(world) -> None:
     overview = run(world, "--help").stdout
     for verb in VERBS:
         assert verb in overview
-    assert "Confidence a token must exceed" in run(world, "generate", "--help").stdout
+    shown = " ".join(run(world, "train", "--help", COLUMNS="400").stdout.split())
+    assert "Bottleneck of a gate, in dims; a multiple of 16. [default: 64]" in shown
+    assert "Bottleneck of a read-out, in dims; a multiple of 32. Default: 512, with --draft 256." in shown
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_says_what_it_does(verb: str) -> None:
+    for flag, option in options_of(verb).items():
+        assert option.help, flag
+
+
+@pytest.mark.parametrize(
+    ("verb", "config", "flags"),
+    [
+        ("train", TrainConfig, ("--layers", "--own-prompts", "--text", "--max-prompts", "--gate-width", "--draft")),
+        ("tune", TuneConfig, ("--rank", "--exit-scale", "--own-prompts", "--text")),
+        ("calibrate", CalibrationConfig, ("--risk", "--delta", "--policy", "--stop", "--raw", "--exits", "--dtype")),
+        ("generate", Sampling, ("--temperature", "--top-p", "--repetition-penalty", "--exits", "--fill")),
+        ("generate", DecodingOptions, ("--threshold", "--confidence", "--decay", "--candidates", "--dtype")),
+    ],
+)
+def test_a_verbs_flags_defaults_and_help_are_its_configs(verb: str, config: type, flags: tuple[str, ...]) -> None:
+    options = options_of(verb)
+    assert set(flags) <= set(options)
+    for field in fields(config):
+        if not field.metadata.get("help"):
+            continue
+        option = options[field.metadata["flag"] or f"--{field.name.replace('_', '-')}"]
+        assert option.help.startswith(field.metadata["help"])
+        if field.metadata["draft"] is None and field.default != ():
+            assert option.default == field.default
+
+
+@dataclass(frozen=True)
+class Few:
+    """A config for the tests of flags."""
+
+    count: int = setting(3, "How many.")
+    places: tuple[int, ...] | None = setting(None, "Where.")
+    names: tuple[str, ...] = setting((), "Who.", flag="--name")
+    hidden: float = 0.5
+
+
+@dataclass(frozen=True)
+class Other:
+    """A config with another width in drafts."""
+
+    width: int = setting(512, "How wide.", draft=256)
+
+
+CHANGED = Few(7, hidden=0.25)
+
+
+def flagged(verb: Callable[..., None], *arguments: str) -> None:
+    """Run a verb with these arguments."""
+    small = typer.Typer()
+    small.command()(with_flags(verb))
+    typer.main.get_command(small)(list(arguments), standalone_mode=False)
+
+
+def test_a_verb_gets_the_config_that_its_flags_make() -> None:
+    seen: list[Any] = []
+
+    def verb(*, few: Few) -> None:
+        seen.append(few)
+
+    flagged(verb, "--places", "1,2", "--name", "a", "--name", "b")
+    flagged(verb)
+    assert seen == [Few(3, (1, 2), ("a", "b")), Few()]
+    with pytest.raises(BadInput, match="not a list of whole numbers"):
+        flagged(verb, "--places", "1,b")
+    with pytest.raises(Exception, match="No such option"):
+        flagged(verb, "--hidden", "1")
+
+
+def test_a_verb_may_take_some_fields_with_other_defaults_or_only_what_was_chosen() -> None:
+    seen: list[Any] = []
+
+    def verb(*, few: Annotated[Few, Only("count")] = CHANGED, chosen: Annotated[dict[str, Any], Chosen(Other)]) -> None:
+        seen.append((few, chosen))
+
+    flagged(verb)
+    flagged(verb, "--count", "1", "--width", "9")
+    assert seen == [(CHANGED, {}), (replace(CHANGED, count=1), {"width": 9})]
+    with pytest.raises(Exception, match="No such option"):
+        flagged(verb, "--places", "1")
 
 
 def test_generate_prints_the_answer_that_the_engine_gives(world) -> None:
@@ -245,7 +348,9 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("generate", "model"), "Give either a prompt or --prompts"),
         (("generate", "model", "x" * 600), "tokens long"),
         (("generate", "model", "Hi", "--exits", "nowhere"), "no folder nowhere"),
-        (("generate", "model", "Hi", "--threshold", "0.5"), "has no exits to open"),
+        (("generate", "model", "Hi", "--threshold", "0.5"), "No exits ship for model"),
+        (("eval", "model", "--task", "coqa", "--data", "coqa.json", "--threshold", "0.5"), "No exits ship for model"),
+        (("bench", "--model", "model", "--fills", "full,defer"), "No exits ship for model"),
         (("generate", "model", "Hi", "--exits", "exits", "--threshold", "2"), "not in [0, 1]"),
         (("generate", "model", "Hi", "--exits", "exits", "--fill", "magic"), "no fill 'magic'"),
         (("generate", "model", "Hi", "--exits", "exits", "--confidence", "margin"), "no default threshold"),
@@ -261,7 +366,11 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("bench", "--model", "shape", "--random", "--prefill", "1"), "at least 2 tokens"),
         (("generate", "model", "Hi", "--exits", "exits", "--threshold", "0.5,0.9"), "2 thresholds do not fit 3 exits"),
         (("generate", "model", "Hi", "--exits", "exits", "--threshold", "half"), "'half' is not a threshold"),
-        (("generate", "model", "Hi", "--exits", "exits", "--decay", "5"), "no default threshold"),
+        (("generate", "model", "Hi", "--exits", "exits", "--decay", "5"), "no default threshold with --decay"),
+        (
+            ("eval", "model", "--task", "coqa", "--data", "coqa.json", "--exits", "exits", "--fill", "x"),
+            "no fill 'x'",
+        ),
         (("calibrate", "model", "--prompts", "nowhere.txt", "--exits", "exits"), "nowhere.txt cannot be read"),
         (("calibrate", "model", "--prompts", "few.txt", "--exits", "exits"), "2 prompts are too few"),
         (("calibrate", "model", "--prompts", "few.txt", "--exits", "exits", "--fill", "verify"), "nothing to guarantee"),
@@ -272,7 +381,7 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("eval", "model", "--task", "coqa,triviaqa", "--data", "few.txt"), "not clear which --data"),
         (("report", "few.txt", "-o", "x.html"), "holds no results"),
         (("tune", "model", "-o", "x", "--own-prompts", "few.txt"), "2 texts are too few"),
-        (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of block numbers"),
+        (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of whole numbers"),
         (("train", "model", "-o", "x", "--readout-width", "40"), "40 dims wide"),
         (("train", "model", "-o", "x", "--layers", "9"), "do not fit a model of 6"),
         (("train", "model", "-o", "x", "--gate", "oracle"), "no gate 'oracle'"),
@@ -296,6 +405,23 @@ def test_mistakes_get_one_sentence_and_a_hint(world, arguments, sentence: str, m
     assert done.out == ""
     if "Not a directory" not in sentence:
         assert "hint: " in done.err
+
+
+def test_stopped_work_says_that_the_same_command_goes_on(world, monkeypatch, capsys) -> None:
+    from offramp.cli import main
+    from offramp.training import training
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "argv", ["offramp", "train", "model", "-o", "stopped"])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert "hint: Nothing is lost: the same command goes on from here." in capsys.readouterr().err
 
 
 def test_a_mistake_ends_the_process_without_a_traceback(world) -> None:

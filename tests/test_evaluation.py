@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import lzma
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -13,17 +14,11 @@ from helpers import exits_for, sketched, task
 from models import BLOCKS, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
-from offramp.evaluation.evaluation import (
-    Condition,
-    Evaluation,
-    Forced,
-    difference,
-    load_results,
-    log_likelihoods,
-    save_results,
-    summary,
-)
-from offramp.evaluation.tasks import score_coqa
+from offramp.evaluation.evaluation import Condition, Evaluation
+from offramp.evaluation.likelihood import Forced, log_likelihoods
+from offramp.evaluation.metrics_table import METRICS
+from offramp.evaluation.results import Interval, ScoredChoice, difference, load_results, save_results, summary
+from offramp.evaluation.tasks import score_choices, score_coqa, score_trivia, score_truthful
 
 
 def evaluation(folder, batch: int = 1, **changed) -> Evaluation:
@@ -37,31 +32,28 @@ def test_a_result_is_what_the_engine_gives(tmp_path) -> None:
     run = evaluation(tmp_path)
     full, early = run.run(Condition()), run.run(OPEN)
     engine = Engine(tiny("llama"), OPEN.exits, OPEN.policy)
-    for item, kept in zip(run.task.items, early["items"], strict=True):
+    for item, kept in zip(run.task.items, early.items, strict=True):
         answer = engine.generate(tiny("llama").tokenizer(item.prompt)["input_ids"], max_tokens=8, stop=("\n",))
-        assert kept["text"] == answer.text
-        assert kept["exits"] == [token.exit_block for token in answer.tokens]
-        assert kept["scores"] == score_coqa(answer.text.strip(), item)
-        assert kept["measures"]["flops_saved"] == pytest.approx(answer.flops_saved)
-        assert kept["measures"]["mean_blocks"] == answer.mean_blocks
-        assert kept["measures"]["flops_per_request"] > kept["measures"]["flops_per_token"] * len(answer.tokens)
-    assert full["summary"]["token_f1"] == {"mean": 1, "low": 1, "high": 1}
-    assert full["summary"]["mean_blocks"]["mean"] == BLOCKS
-    assert early["summary"]["token_f1"]["mean"] == pytest.approx(
-        fmean(one["measures"]["token_f1"] for one in early["items"])
-    )
-    assert (
-        early["summary"]["token_f1"]["low"] <= early["summary"]["token_f1"]["mean"] <= early["summary"]["token_f1"]["high"]
-    )
-    assert sum(early["exit_histogram"].values()) == sum(len(one["exits"]) for one in early["items"])
-    assert early["condition"]["policy"]["thresholds"] == (0.5,) * 3
-    assert early["machine"]["torch"]
-    assert early["peak_memory_bytes"] > 10**7
+        assert kept.text == answer.text
+        assert kept.exits == [token.exit_block for token in answer.tokens]
+        assert kept.scores == score_coqa(answer.text.strip(), item)
+        assert kept.measures["flops_saved"] == pytest.approx(answer.flops_saved)
+        assert kept.measures["mean_blocks"] == answer.mean_blocks
+        assert kept.measures["flops_per_request"] > kept.measures["flops_per_token"] * len(answer.tokens)
+    assert full.summary["token_f1"] == Interval(1, 1, 1)
+    assert full.summary["mean_blocks"].mean == BLOCKS
+    consistency = early.summary["token_f1"]
+    assert consistency.mean == pytest.approx(fmean(item.measures["token_f1"] for item in early.items))
+    assert consistency.low <= consistency.mean <= consistency.high
+    assert sum(early.exit_histogram.values()) == sum(len(item.exits) for item in early.items)
+    assert early.condition.policy == OPEN.policy
+    assert early.machine["torch"]
+    assert early.peak_memory_bytes > 10**7
 
 
 def test_side_by_side_gives_the_same_answers(tmp_path) -> None:
     alone, together = (evaluation(tmp_path / str(batch), batch).run(OPEN) for batch in (1, 4))
-    assert [one["text"] for one in alone["items"]] == [one["text"] for one in together["items"]]
+    assert [item.text for item in alone.items] == [item.text for item in together.items]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> None:
@@ -83,11 +75,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> N
     monkeypatch.setattr(Engine, "generate_batch", lambda self, *a: answered.append(1) or generate(self, *a))
     resumed = evaluation(tmp_path / "resumed").run(OPEN)
     assert len(answered) == 3
-    for one, other in zip(straight["items"], resumed["items"], strict=True):
-        assert (one["id"], one["text"], one["scores"]) == (other["id"], other["text"], other["scores"])
-    file.write_text("{}\n")
-    with pytest.raises(CorruptFile, match="damaged"):
-        evaluation(tmp_path / "resumed").run(OPEN)
+    for before, after in zip(straight.items, resumed.items, strict=True):
+        assert (before.id, before.text, before.scores) == (after.id, after.text, after.scores)
+    for content in ("{}\n", '{"id": "3"}\n', "[\n"):
+        file.write_text(content)
+        with pytest.raises(CorruptFile, match="damaged"):
+            evaluation(tmp_path / "resumed").run(OPEN)
 
 
 @torch.inference_mode()
@@ -116,46 +109,102 @@ def test_log_likelihoods_are_the_librarys(family: str) -> None:
 def test_multiple_choice_is_scored_by_likelihood(tmp_path) -> None:
     run = evaluation(tmp_path, multiple_choice=True, score=lambda answer, item: {})
     full, early = run.run(Condition()), run.run(OPEN)
-    assert full["summary"]["same_choice"]["mean"] == 1
-    assert 0 <= early["summary"]["mc2"]["mean"] <= 1
+    assert full.summary["same_choice"].mean == 1
+    assert 0 <= early.summary["mc2"].mean <= 1
     forced = Forced()
     engine = Engine(tiny("llama"), sampling=forced)
     wanted = log_likelihoods(engine, forced, run.task.items[0].prompt, [" two", " one"])
-    assert full["items"][0]["right"] == pytest.approx(wanted)
+    assert full.items[0].right == pytest.approx(wanted)
 
 
 def test_likelihoods_are_of_all_tokens_whatever_the_candidates(tmp_path) -> None:
     exits = sketched("llama")
     few, all_ = (Condition("project", Policy((1.0,) * len(exits), candidates=number), exits) for number in (4, 0))
     runs = [evaluation(tmp_path, multiple_choice=True, score=lambda answer, item: {}).run(one) for one in (few, all_)]
-    assert [one["right"] for one in runs[0]["items"]] == [one["right"] for one in runs[1]["items"]]
-    assert "4 candidates" in runs[0]["condition"]["name"]
+    assert [item.right for item in runs[0].items] == [item.right for item in runs[1].items]
+    assert "4 candidates" in runs[0].condition.name
+
+
+def scored(values: dict[str, float]) -> list[ScoredChoice]:
+    return [ScoredChoice(id, [], [], {"f1": value}, {}) for id, value in values.items()]
 
 
 def test_intervals_cover_and_differences_are_paired() -> None:
-    def items(values):
-        return [{"id": str(n), "scores": {"f1": value}, "measures": {}} for n, value in enumerate(values)]
-
-    low = items([0.1 * (n % 5) for n in range(200)])
-    high = items([0.1 * (n % 5) + 0.05 for n in range(200)])
-    found = summary(low)["f1"]
-    assert found["mean"] == pytest.approx(0.2)
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.1414 / 200**0.5, rel=0.15)
+    low = scored({str(n): 0.1 * (n % 5) for n in range(200)})
+    high = scored({str(n): 0.1 * (n % 5) + 0.05 for n in range(200)})
+    interval = summary(low)["f1"]
+    assert interval.mean == pytest.approx(0.2)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.1414 / 200**0.5, rel=0.15)
     gap = difference(high[::-1], low, "f1")
-    assert (gap["low"], gap["mean"], gap["high"]) == pytest.approx((0.05, 0.05, 0.05))
+    assert (gap.low, gap.mean, gap.high) == pytest.approx((0.05, 0.05, 0.05))
 
 
 def test_results_are_kept_and_others_refused(tmp_path) -> None:
-    result = evaluation(tmp_path).run(OPEN)
-    save_results([result], tmp_path / "out.json")
-    assert load_results([tmp_path / "out.json"]) == json.loads(json.dumps([result]))
-    (tmp_path / "out.json.xz").write_bytes(lzma.compress((tmp_path / "out.json").read_bytes()))
-    assert load_results([tmp_path / "out.json.xz"]) == load_results([tmp_path / "out.json"])
+    run = evaluation(tmp_path)
+    results = [run.run(Condition()), run.run(OPEN)]
+    file = tmp_path / "out.json"
+    save_results(results, file)
+    assert load_results([file]) == results
+    (tmp_path / "out.json.xz").write_bytes(lzma.compress(file.read_bytes()))
+    assert load_results([tmp_path / "out.json.xz", file]) == results * 2
     (tmp_path / "cut.json.xz").write_bytes((tmp_path / "out.json.xz").read_bytes()[:-40])
     (tmp_path / "other.json").write_text('{"results": [{"offramp": 1}]}')
-    for name in ("other.json", "nowhere.json", "cut.json.xz"):
+    damaged = [{**results[0].to_json(), "task": {}}]
+    (tmp_path / "damaged.json").write_text(json.dumps({"results": damaged}))
+    for name in ("other.json", "nowhere.json", "cut.json.xz", "damaged.json"):
         with pytest.raises(BadInput, match="holds no results"):
             load_results([tmp_path / name])
+
+
+RESULT = {
+    *("offramp", "command", "seed", "machine", "model", "reference", "exits", "condition", "task", "blocks", "summary"),
+    *("exit_histogram", "peak_memory_bytes", "items"),
+}
+
+
+def test_results_on_disk_have_the_promised_fields_and_say_which_way_is_better(tmp_path) -> None:
+    save_results([evaluation(tmp_path).run(OPEN)], tmp_path / "out.json")
+    content = json.loads((tmp_path / "out.json").read_text())
+    (record,) = content["results"]
+    assert set(record) == RESULT
+    assert set(record["condition"]) == {"name", "fill", "gate", "policy", "calibration"}
+    assert set(record["condition"]["policy"]) == {"thresholds", "confidence", "decay", "candidates"}
+    assert set(record["summary"]["f1"]) == {"mean", "low", "high"}
+    assert set(content["metrics"]) == set(record["summary"])
+    assert content["metrics"]["mean_blocks"] == {"label": "mean blocks run", "unit": "blocks", "better": "lower"}
+
+
+def test_published_results_still_load() -> None:
+    files = sorted((Path(__file__).parents[1] / "docs" / "results").glob("*.json.xz"))
+    results = load_results(files[:2])
+    assert len(results) > 40
+    assert all(result.to_json()["offramp"] == "result" for result in results)
+
+
+def test_a_misspelt_fill_is_refused_with_and_without_exits() -> None:
+    for exits in (None, OPEN.exits):
+        with pytest.raises(BadInput, match="no fill 'projekt'") as caught:
+            Condition("projekt", exits=exits)
+        assert "project" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("flops_saved", 0.125, "12.5%"),
+        ("flops_per_token", 14_862_840, "15 M"),
+        ("f1", 0.5, "0.500"),
+        ("bleu_max", 31, "31.0"),
+    ],
+)
+def test_a_metric_shows_its_values(name: str, value: float, shown: str) -> None:
+    assert METRICS[name].show(value) == shown
+
+
+@pytest.mark.parametrize("score", [score_coqa, score_trivia, score_truthful])
+def test_every_score_of_a_task_is_in_the_table_of_metrics(score) -> None:
+    assert set(score("two", task().items[0])) <= {name for name, metric in METRICS.items() if metric.score}
+    assert set(score_choices([-1.0], [-2.0])) <= set(METRICS)
 
 
 def test_a_task_without_questions_is_refused(tmp_path) -> None:
@@ -164,15 +213,16 @@ def test_a_task_without_questions_is_refused(tmp_path) -> None:
 
 
 def test_turns_of_one_conversation_are_resampled_together() -> None:
-    def items(ids):
-        return [{"id": id, "scores": {"f1": float(n // 10)}, "measures": {}} for n, id in enumerate(ids)]
+    def width(ids: list[str]) -> float:
+        interval = summary(scored({id: float(n // 10) for n, id in enumerate(ids)}))["f1"]
+        assert interval.mean == pytest.approx(1.5)
+        return interval.high - interval.low
 
-    alone = summary(items([str(n) for n in range(40)]))["f1"]
-    together = summary(items([f"{n // 10}/{n % 10}" for n in range(40)]))["f1"]
-    one = summary(items([f"0/{n}" for n in range(40)]))["f1"]  # of one conversation, its turns
-    assert one["high"] - one["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.25)
-    assert together["mean"] == alone["mean"] == pytest.approx(1.5)
-    assert together["high"] - together["low"] > 2 * (alone["high"] - alone["low"])
+    apart = width([str(n) for n in range(40)])
+    in_four_conversations = width([f"{n // 10}/{n % 10}" for n in range(40)])
+    in_one_conversation = width([f"0/{n}" for n in range(40)])  # then its turns are resampled
+    assert in_one_conversation == pytest.approx(apart, rel=0.25)
+    assert in_four_conversations > 2 * apart
 
 
 def test_other_runs_answers_stay(tmp_path) -> None:

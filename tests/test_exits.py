@@ -12,7 +12,7 @@ from helpers import exits_for, sketched
 from models import tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
-from offramp.exits.exits import suggested_layers
+from offramp.exits.exits import find_exits, require_exits, suggested_layers
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
 from offramp.training.teacher import TeacherText
@@ -37,10 +37,46 @@ def test_a_short_list_is_kept_and_checked(tmp_path) -> None:
     exits.config, exits.shortlist = replace(exits.config, shortlist=3), torch.tensor([4, 7, 250])
     exits.save(tmp_path)
     assert Exits.load(tmp_path, tiny("llama")).shortlist.tolist() == [4, 7, 250]
-    exits.config = replace(exits.config, shortlist=2)
-    exits.save(tmp_path)
+    tamper(tmp_path, shortlist=2)
     with pytest.raises(CorruptFile, match="short list"):
         Exits.load(tmp_path, tiny("llama"))
+
+
+def tamper(folder, **changed) -> None:
+    """Change the config in a saved record, so that it no longer fits the weights beside it."""
+    record = json.loads((folder / "offramp.json").read_text())
+    record["config"] |= changed
+    (folder / "offramp.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(("name", "size"), [("sketch", 32), ("shortlist", 3)])
+def test_a_config_that_names_what_the_exits_do_not_hold_is_not_saved(tmp_path, name: str, size: int) -> None:
+    exits = exits_for("llama")
+    exits.config = replace(exits.config, **{name: size})
+    for save in (exits.save, exits.save_record):
+        with pytest.raises(BadInput, match=f"names a {name} of {size}, but they hold none") as caught:
+            save(tmp_path)
+        assert caught.value.hint
+    assert not list(tmp_path.iterdir())
+    held = sketched("llama")
+    held.config = replace(held.config, sketch=0)
+    with pytest.raises(BadInput, match="sketch of 0, but they hold one of 32"):
+        held.save(tmp_path)
+
+
+def test_exits_are_found_in_a_folder_or_among_those_that_ship(tmp_path) -> None:
+    backbone, exits = tiny("llama"), exits_for("llama")
+    assert find_exits(backbone) is None
+    with pytest.raises(BadInput, match="No exits ship for tiny-llama") as caught:
+        require_exits(backbone)
+    assert "offramp train tiny-llama" in caught.value.hint
+    exits.save(tmp_path)
+    for draft in (False, True):
+        assert require_exits(backbone, tmp_path, draft).policy == Policy((1.0,) * 3)
+    exits.policy = Policy((0.25,) * 3)
+    exits.save(tmp_path / "draft")
+    assert require_exits(backbone, tmp_path).policy == Policy((1.0,) * 3)
+    assert require_exits(backbone, tmp_path, draft=True).policy == Policy((0.25,) * 3)
 
 
 def test_exits_of_another_model_are_refused_with_both_names(tmp_path) -> None:
@@ -76,9 +112,7 @@ def test_a_damaged_record_is_named(tmp_path, content: str) -> None:
 
 def test_weights_that_do_not_fit_the_record_are_named(tmp_path) -> None:
     exits_for("llama").save(tmp_path)
-    record = json.loads((tmp_path / "offramp.json").read_text())
-    record["config"]["gate_width"] = 64
-    (tmp_path / "offramp.json").write_text(json.dumps(record))
+    tamper(tmp_path, gate_width=64)
     with pytest.raises(CorruptFile, match="damaged"):
         Exits.load(tmp_path, tiny("llama"))
 
@@ -200,8 +234,7 @@ def test_a_sketch_is_kept_and_checked(tmp_path) -> None:
     assert loaded.policy.candidates == 50
     for mine, other in zip(loaded.sketch, exits.sketch, strict=True):
         torch.testing.assert_close(mine, other.bfloat16().float())
-    exits.config = replace(exits.config, sketch=0)
-    exits.save_record(tmp_path)
+    tamper(tmp_path, sketch=0)
     with pytest.raises(CorruptFile, match="sketch"):
         Exits.load(tmp_path, tiny("llama"))
     with pytest.raises(BadInput, match="no sketch"):

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from models import tiny
+from offramp.errors import BadInput
+
 pytest.importorskip("lm_eval")
 PAIRS = [
     ("Question: What is the capital of France?\nAnswer:", " Paris"),
@@ -25,7 +28,7 @@ def requests(*arguments):
 def ours():
     from offramp.evaluation.harness import Harnessed
 
-    return Harnessed("mamba-tiny", threshold=1.0, dtype="float32")
+    return Harnessed(pretrained="mamba-tiny", threshold=1.0, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,44 @@ def test_answers_are_the_librarys_up_to_where_they_stop(ours, theirs) -> None:
     whole, cut = ours.generate_until(asked)
     assert whole == text
     assert cut == text[: text.index(text[6])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence", "hint"),
+    [
+        ("pretrained=mamba-tiny,fill=projekt", "no fill 'projekt'", "project"),
+        ("pretrained=mamba-tiny,treshold=0.8", "no model argument 'treshold'", "threshold"),
+        ("fill=project", "name no model", "pretrained=smollm2"),
+    ],
+)
+def test_misspelt_arguments_are_refused_before_a_model_is_loaded(arguments, sentence, hint, monkeypatch) -> None:
+    import offramp
+    from offramp.evaluation.harness import Harnessed
+
+    monkeypatch.setattr(offramp, "load", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(BadInput, match=sentence) as caught:
+        Harnessed.create_from_arg_string(arguments, {"batch_size": 1, "device": None})
+    assert hint in caught.value.hint
+
+
+def test_without_exits_only_full_depth_can_be_asked_for() -> None:
+    from offramp.evaluation.harness import ModelArguments
+
+    backbone = tiny("llama")  # no exits ship for it
+    assert ModelArguments("tiny").condition(backbone).exits is None
+    with pytest.raises(BadInput, match="No exits ship for tiny-llama"):
+        ModelArguments("tiny", threshold=0.5).condition(backbone)
+    with pytest.raises(BadInput, match="no fill 'projekt'"):
+        ModelArguments("tiny", fill="projekt").condition(backbone)
+
+
+def test_a_mistake_on_the_command_line_gets_one_sentence_and_a_hint() -> None:
+    arguments = ("run", "--model", "offramp", "--tasks", "wikitext", "--model_args", "pretrained=mamba-tiny,fill=projekt")
+    done = subprocess.run([sys.executable, "-m", "offramp.evaluation.harness", *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    error, hint = done.stderr.splitlines()[-2:]
+    assert error == "error: There is no fill 'projekt'."
+    assert hint.startswith("hint: Choose from project")
 
 
 def test_the_harness_knows_the_model() -> None:

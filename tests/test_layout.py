@@ -12,7 +12,7 @@ import offramp
 PACKAGE = Path(offramp.__file__).parent
 # A folder may import only the folders before it, and files at the bottom any that stand before them.
 FOLDERS = ["model", "exits", "decode", "training", "evaluation", "cli"]
-BOTTOM = ["errors", "progress", "files", "metrics", "machine"]
+BOTTOM = ["errors", "settings", "progress", "files", "metrics", "machine"]
 ORDER = [*BOTTOM, *FOLDERS]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 

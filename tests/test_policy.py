@@ -96,3 +96,14 @@ def test_a_decaying_threshold_is_calms():
     assert Policy((0.5,)).threshold(0, 7) == 0.5
     with pytest.raises(BadInput, match="decay"):
         Policy((0.5,), decay=-1)
+
+
+def test_a_policy_describes_itself():
+    assert Policy((1.0, 0.5)).describe() == "gate, closed 0.5"
+    assert Policy((1.0, 0.5)).describe("mamba") == "mamba, closed 0.5"
+    policy = Policy((0.25,), "margin", decay=16, candidates=2048)
+    assert policy.describe("mamba") == "margin, 0.25, decay 16, 2,048 candidates"
+
+
+def test_a_closed_policy_closes_every_exit():
+    assert Policy.closed(3) == Policy((1.0, 1.0, 1.0))

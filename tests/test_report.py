@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,7 +49,7 @@ def test_the_page_holds_everything_by_itself(page: Path, results) -> None:
     text = page.read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)
     assert text.count("<svg") == 5
-    assert all(one["condition"]["name"] in text for one in results)
+    assert all(result.condition.name in text for result in results)
     assert "offramp eval &lt;tiny&gt;" in text  # escaped
     assert "#010203" not in text
     assert "F1 less full depth's" in text
@@ -69,9 +69,11 @@ def test_no_results_are_refused(tmp_path) -> None:
         write([], tmp_path / "report.html")
 
 
-def test_results_that_lack_something_are_refused(results, tmp_path) -> None:
-    with pytest.raises(BadInput, match="lacks something"):
-        write([{**results[0], "task": {}}], tmp_path / "report.html")
+def test_results_that_lack_a_metric_are_refused(results, tmp_path) -> None:
+    for missing in ("mean_blocks", "f1"):
+        summary = {name: value for name, value in results[0].summary.items() if name not in (missing, "exact_match")}
+        with pytest.raises(BadInput, match="lacks something"):
+            write([replace(results[0], summary=summary)], tmp_path / "report.html")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
@@ -107,8 +109,8 @@ def test_a_browser_shows_it_without_an_error(page: Path, tmp_path, name: str, si
 
 
 def test_results_that_do_not_compare_are_kept_apart(results, tmp_path) -> None:
-    other = copy.deepcopy(results[0])
-    other["model"]["weights"], other["items"] = "<b>int4</b>", other["items"][:1]
+    model = replace(results[0].model, weights="<b>int4</b>")
+    other = replace(results[0], model=model, items=results[0].items[:1])
     write([results[0], results[1], other], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert text.count("<h2") == 3  # two sections, and what was run

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from offramp.model.backbone import Backbone
     from offramp.model.families import FAMILIES, Family
     from offramp.model.loading import load, wrap
-    from offramp.training.config import TrainConfig
+    from offramp.training.calibration import calibrate
+    from offramp.training.config import CalibrationConfig, TrainConfig
     from offramp.training.training import train
 
 __version__ = "0.1.0"
@@ -32,13 +33,15 @@ _HOMES = {
     "model.backbone": ("Backbone",),
     "model.families": ("FAMILIES", "Family"),
     "model.loading": ("load", "wrap"),
-    "training.config": ("TrainConfig",),
+    "training.calibration": ("calibrate",),
+    "training.config": ("CalibrationConfig", "TrainConfig"),
     "training.training": ("train",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "FAMILIES",
     "Backbone",
+    "CalibrationConfig",
     "Engine",
     "Exits",
     "ExitsConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "Talk",
     "Token",
     "TrainConfig",
+    "calibrate",
     "decoding",
     "load",
     "shipped_for",

@@ -57,6 +57,10 @@ def sha256_of(*files: Path) -> str:
     return str(known[key])
 
 
+def sha256_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_lines(path: str | Path, fields: tuple[str, ...]) -> list[str]:
     """Lines of a text file, or the first of `fields` that each line of a `.jsonl` file has. Empty lines are skipped.
 

@@ -1,4 +1,4 @@
-"""The machine that a time depends on: its processor, cores and versions."""
+"""The machine that a measured time depends on: its processor, cores and versions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """What a time depends on beside the code."""
+    """The processor, cores, threads and versions that a time depends on, and the date."""
     import torch
     import transformers
 

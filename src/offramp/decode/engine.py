@@ -11,7 +11,7 @@ from itertools import pairwise, takewhile
 from typing import Unpack
 
 from offramp.decode.batch import Batch
-from offramp.decode.fills import make_fill
+from offramp.decode.fills import fill_named
 from offramp.decode.heads import Head
 from offramp.decode.request import Decided, Generation, Limits, Prefilled, Request, Talk, Token
 from offramp.decode.sampling import Choose, Sampling
@@ -58,7 +58,7 @@ class Engine:
             raise BadInput(f"At most {max_pending} waiting tokens is too few.", "1 or more.")
         self.backbone, self.max_pending = backbone, max_pending
         self.timed: Timed = untimed
-        self.fill = make_fill(fill, backbone)
+        self.fill = fill_named(fill)(backbone)
         self.lookup = lookup if self.fill.verifies else 0
         self.costs = Costs(backbone)
         sampling = sampling or Sampling()

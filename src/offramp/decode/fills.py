@@ -140,8 +140,8 @@ class Verify(Defer):
 FILLS: dict[str, type[Fill]] = {fill.name: fill for fill in (Project, Copy, Freeze, Defer, Verify)}
 
 
-def make_fill(name: str, backbone: Backbone) -> Fill:
-    """The fill of this name for this backbone. Raises `BadInput` for an unknown name, and where the fill cannot work."""
+def fill_named(name: str) -> type[Fill]:
+    """The class of the fill with this name. Raises `BadInput` for an unknown name."""
     if name not in FILLS:
         raise BadInput(f"There is no fill '{name}'.", f"Choose from {', '.join(FILLS)}.")
-    return FILLS[name](backbone)
+    return FILLS[name]

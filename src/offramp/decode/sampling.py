@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from offramp.errors import BadInput
+from offramp.settings import setting
 
-Choose = Callable[[Tensor, list[int]], int]  # logits (V,) and all ids before → the next id
+if TYPE_CHECKING:  # the command line reads the fields of `Sampling`, and must not wait for torch
+    from torch import Tensor
+
+Choose = Callable[["Tensor", "list[int]"], int]  # logits (V,) and all ids before → the next id
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Sampling:
     outside these ranges.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    repetition_penalty: float = 1.0
+    temperature: float = setting(0.0, "0 takes the most probable token; above 0, tokens are drawn.")
+    top_k: int = setting(0, "Draw from this many most probable tokens; 0: from all.")
+    top_p: float = setting(1.0, "Draw from the most probable tokens that together have this probability.")
+    min_p: float = setting(0.0, "Draw from tokens with at least this share of the highest probability.")
+    seed: int = setting(0, "Seed of the draws.")
+    repetition_penalty: float = setting(1.0, "Repetition penalty; 1 is none.")
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -72,6 +73,8 @@ class Sampling:
 def chooser(processors: Any, seed: int | None) -> Choose:
     """Chooses from what the library's `processors` make of the logits: the best, or with a seed, a draw."""
 
+    import torch
+
     def choose(logits: Tensor, ids: list[int]) -> int:
         if processors:
             logits = processors(torch.tensor([ids], device=logits.device), logits[None])[0]
@@ -83,6 +86,8 @@ def chooser(processors: Any, seed: int | None) -> Choose:
 
 
 def _exponential(seed: int, place: int, size: int) -> Tensor:
+    import torch
+
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.empty(size).exponential_(generator=generator)

@@ -3,59 +3,78 @@
     python -m offramp.evaluation.harness run --model offramp --tasks truthfulqa_gen \\
         --model_args pretrained=smollm2,threshold=0.8
 
-The same as `lm_eval`, which knows no models from elsewhere, with the model `offramp` made known first. `model_args`:
-`pretrained` as for `offramp generate`, and `exits`, `fill`, `threshold` (one for all exits), `dtype` as there.
+This is the command `lm_eval`, which finds no models outside its own package, after the model `offramp` was registered.
+`model_args` are the fields of `ModelArguments`.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 import offramp
-from offramp.errors import BadInput
-from offramp.evaluation.evaluation import Condition, Forced, log_likelihood_of
-from offramp.exits.exits import load_exits, shipped_for
+from offramp.decode.fills import fill_named
+from offramp.errors import BadInput, OfframpError
+from offramp.evaluation.evaluation import Condition
+from offramp.evaluation.likelihood import Forced, log_likelihood_of
+from offramp.exits.exits import find_exits, require_exits
 from offramp.exits.policy import Policy
+from offramp.model.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """What `model_args` may name: as for `offramp generate`, but one threshold for all exits."""
+
+    pretrained: str
+    exits: str | None = None
+    fill: str = "project"
+    threshold: float | None = None
+    dtype: str | None = None
+    max_gen_toks: int = 256
+
+    @classmethod
+    def read(cls, arguments: dict[str, Any]) -> ModelArguments:
+        """Raises `BadInput` for names that are none of the fields, and where `pretrained` is missing."""
+        known = [field.name for field in fields(cls)]
+        for name in arguments:
+            if name not in known:
+                raise BadInput(f"There is no model argument '{name}'.", f"Choose from {', '.join(known)}.")
+        if "pretrained" not in arguments:
+            raise BadInput("The model arguments name no model.", "For example: --model_args pretrained=smollm2")
+        return cls(**arguments)
+
+    def condition(self, backbone: Backbone) -> Condition:
+        """How to decode. Raises `BadInput` for an unknown fill, and for a threshold without exits to set it for."""
+        draft = fill_named(self.fill).verifies
+        if self.threshold is None:
+            return Condition(self.fill, None, find_exits(backbone, self.exits, draft))
+        exits = require_exits(backbone, self.exits, draft)
+        return Condition(self.fill, Policy((float(self.threshold),) * len(exits), exits.policy.confidence), exits)
 
 
 @register_model("offramp")
 class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
-    """Requests are answered one by one; exits leave in generation and in likelihoods alike."""
+    """Answers the harness' requests one by one. Tokens leave at exits in generation and in likelihoods alike."""
 
-    def __init__(
-        self,
-        pretrained: str,
-        exits: str | None = None,
-        fill: str = "project",
-        threshold: float | None = None,
-        dtype: str | None = None,
-        max_gen_toks: int = 256,
-        batch_size: Any = None,  # these three the harness gives every model
-        max_batch_size: Any = None,
-        device: Any = None,
-    ) -> None:
+    def __init__(self, batch_size: Any = None, max_batch_size: Any = None, device: Any = None, **arguments: Any) -> None:
+        """`arguments` are those of `ModelArguments`; the harness gives the other three to every model."""
         super().__init__()
-        self._name, self._most = pretrained, max_gen_toks
-        self.backbone = offramp.load(pretrained, dtype)
-        draft = fill == "verify"
-        found = load_exits(exits, self.backbone, draft) if exits else shipped_for(self.backbone, draft)
-        policy = None
-        if threshold is not None:
-            if not found:
-                raise BadInput(
-                    f"There are no exits for {pretrained} to set a threshold of.", "Name their folder: exits=DIR"
-                )
-            policy = Policy((float(threshold),) * len(found), found.policy.confidence)
+        self.arguments = ModelArguments.read(arguments)
+        Condition(self.arguments.fill)  # refuses a misspelt fill before the model is loaded
+        self.backbone = offramp.load(self.arguments.pretrained, self.arguments.dtype)
+        condition = self.arguments.condition(self.backbone)
         self._forced = Forced()
-        condition = Condition(fill, policy, found)
-        self._engine, self._scorer = condition.engine(self.backbone), condition.scorer(self.backbone, self._forced)
+        self._engine = condition.engine(self.backbone)
+        self._scorer = condition.scorer(self.backbone, self._forced)
 
     @property
     def tokenizer_name(self) -> str:
-        return self._name
+        return self.arguments.pretrained
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(
@@ -68,40 +87,20 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         return [self._likelihood(*request.args) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-        found = []
-        for request in requests:
-            ids = self._ids(request.args[0], begins=False)
-            step = self.backbone.context - 1
-            total, before = 0.0, [self._prefix]
-            for at in range(0, len(ids), step):
-                total += log_likelihood_of(self._scorer, self._forced, before, ids[at : at + step])
-                before = ids[at : at + step][-1:]
-            found.append(total)
-        return found
+        return [self._rolling_likelihood(request.args[0]) for request in requests]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        answers = []
-        for request in requests:
-            prompt, settings = request.args
-            until = settings.get("until") or []
-            most = int(settings.get("max_gen_toks", self._most))
-            ids = self._ids(prompt)[-max(1, self.backbone.context - most) :]
-            stop = (until,) if isinstance(until, str) else tuple(until)
-            answers.append(self._engine.generate(ids, max_tokens=most, stop=stop).text)
-        return answers
+        return [self._generate(*request.args) for request in requests]
 
-    @property
-    def _prefix(self) -> int:
-        """What a text begins with that has no beginning: its end-of-text token."""
-        return int(self.backbone.tokenizer.bos_token_id or min(self.backbone.stop_ids))
-
-    def _ids(self, text: str, begins: bool = True) -> list[int]:
-        begun = self.backbone.tokenizer.bos_token  # a chat template may have put it there already
-        special = begins and not (begun and text.startswith(begun))
-        return list(self.backbone.tokenizer(text, add_special_tokens=special)["input_ids"])
+    def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
+        until = settings.get("until") or []
+        max_tokens = int(settings.get("max_gen_toks", self.arguments.max_gen_toks))
+        ids = self._ids(prompt)[-max(1, self.backbone.context - max_tokens) :]
+        stop = (until,) if isinstance(until, str) else tuple(until)
+        return self._engine.generate(ids, max_tokens=max_tokens, stop=stop).text
 
     def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        # As the harness cuts its own models' requests: a space at the seam goes to the continuation.
+        # The harness cuts its own models' requests like this: a space at the seam goes to the continuation.
         seam = len(context) - len(context.rstrip())
         context, continuation = context[: len(context) - seam], context[len(context) - seam :] + continuation
         before = self._ids(context) if context else [self._prefix]
@@ -109,8 +108,36 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         total = log_likelihood_of(self._scorer, self._forced, before, tokens)
         return total, self._forced.best
 
+    def _rolling_likelihood(self, text: str) -> float:
+        """Of a whole text, in windows as long as the context that do not overlap but for one token."""
+        ids = self._ids(text, begins=False)
+        step = self.backbone.context - 1
+        total, before = 0.0, [self._prefix]
+        for start in range(0, len(ids), step):
+            window = ids[start : start + step]
+            total += log_likelihood_of(self._scorer, self._forced, before, window)
+            before = window[-1:]
+        return total
 
-if __name__ == "__main__":
+    @property
+    def _prefix(self) -> int:
+        """The token that stands before a text without a prompt: the one that begins texts, or else one that ends them."""
+        return int(self.backbone.tokenizer.bos_token_id or min(self.backbone.stop_ids))
+
+    def _ids(self, text: str, begins: bool = True) -> list[int]:
+        bos = self.backbone.tokenizer.bos_token  # a chat template may have put it there already
+        special = begins and not (bos and text.startswith(bos))
+        return list(self.backbone.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except OfframpError as error:
+        sys.exit(f"error: {error}\nhint: {error.hint}")
+
+
+if __name__ == "__main__":
+    main()

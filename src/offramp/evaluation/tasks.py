@@ -1,17 +1,18 @@
 """TruthfulQA, TriviaQA and CoQA as the field runs them: questions with their prompts, and scores for answers.
 
-From the hub (`truthfulqa/truthful_qa`, `mandarjoshi/trivia_qa`, `stanfordnlp/coqa`, by the library `datasets`), or from a
-file: TruthfulQA's and CoQA's official ones, for TriviaQA JSON lines with the hub's fields. Prompts are plain text, without
-a chat template. TruthfulQA's is its authors', TriviaQA's and CoQA's are worded nearly as in EleutherAI's
-lm-evaluation-harness. Scores of given answers are the harness' for TruthfulQA and TriviaQA; the questions are asked
-otherwise (there: TruthfulQA without "A:", other stops, no examples for TriviaQA, one turn of CoQA), so figures differ.
+Questions come from the hub (`truthfulqa/truthful_qa`, `mandarjoshi/trivia_qa`, `stanfordnlp/coqa`, by the library
+`datasets`) or from a file: the official one of TruthfulQA or CoQA, and for TriviaQA JSON lines with the hub's fields.
+Prompts are plain text, without a chat template. TruthfulQA's prompt is its authors'. Those of TriviaQA and CoQA are worded
+nearly as in EleutherAI's lm-evaluation-harness.
+
+For TruthfulQA and TriviaQA, an answer gets the same scores as in the harness. Figures differ from the harness' all the
+same, because it asks otherwise: TruthfulQA without "A:", other stops, TriviaQA without examples, one turn of CoQA.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.errors import BadInput
+from offramp.files import sha256_of_text
 from offramp.metrics import best_f1, best_match, left_one_out, trivia_words
 
 # The authors' prompt (TruthfulQA, arXiv 2109.07958, appendix E).
@@ -47,7 +49,7 @@ SHOTS = 5  # questions with answers before a TriviaQA question
 
 @dataclass(frozen=True)
 class Item:
-    """One question. `prompt` ends where the answer begins; `references` are right answers, `wrong` wrong ones."""
+    """One question. `prompt` ends where the answer begins. `references` are right answers, `wrong` are wrong answers."""
 
     id: str
     question: str
@@ -62,7 +64,7 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True)
 class Task:
-    """A set of questions, how an answer ends, and `score(answer, item)`: each score's value for one answer."""
+    """A set of questions, how an answer to them ends, and how it is scored: `score(answer, item)` gives named scores."""
 
     name: str
     items: list[Item]
@@ -71,22 +73,23 @@ class Task:
     score: Callable[[str, Item], Scores]
     source: str
     sha256: str
-    note: str = ""  # what figures from it must be labelled with
+    note: str = ""  # a label that every figure from this task must carry
     multiple_choice: bool = False
 
 
 def load_task(name: str, data: str | Path | None = None, limit: int | None = None) -> Task:
-    """A task by name, from the hub or from a file; `limit`: only its first questions in the order of their hashes.
+    """A task by name, from the hub or from the file `data`.
 
-    Raises `BadInput` for an unknown task, too low a limit, and data that cannot be had or read.
+    `limit`: keep only this many questions, the first by the order of their hashes (CoQA's: by their own order). Raises
+    `BadInput` for an unknown task, a limit below 1, and data that cannot be fetched or read.
     """
     if limit is not None and limit < 1:
         raise BadInput(f"{limit} questions are too few.", "Give --limit 1 or more, or none for all of them.")
     if name not in TASKS:
         raise BadInput(f"There is no task '{name}'.", f"Choose from {', '.join(TASKS)}.")
     task = TASKS[name](data)
-    # One fixed order that has nothing to do with the file's, so that a few questions are a fair sample.
-    items = sorted(task.items, key=lambda item: hashlib.sha256(f"{item.id} {item.question}".encode()).digest())
+    # This order has nothing to do with the file's, so that a few questions are a fair sample.
+    items = sorted(task.items, key=lambda item: sha256_of_text(f"{item.id} {item.question}"))
     if name == "coqa":  # one conversation after another, turn by turn
         items = task.items
     return Task(**{**vars(task), "items": items[:limit]})
@@ -108,7 +111,7 @@ def _truthful_items(data: str | Path | None) -> tuple[list[Item], str, str]:
     if data is None:
         rows = _hub("truthfulqa/truthful_qa", "generation", "validation")
         records = [(row["question"], row["best_answer"], row["correct_answers"], row["incorrect_answers"]) for row in rows]
-        source, digest = "truthfulqa/truthful_qa", _digest(json.dumps(records))
+        source, digest = "truthfulqa/truthful_qa", sha256_of_text(json.dumps(records))
     else:
         text, source, digest = _read(data)
         try:
@@ -134,20 +137,22 @@ def _listed(text: str) -> list[str]:
 
 
 def score_truthful(answer: str, item: Item) -> Scores:
-    """ROUGE-1, ROUGE-L and BLEU, 0 to 100, as the harness has them: the best right reference's score (`max`), by how much
+    """ROUGE-1, ROUGE-L and BLEU, 0 to 100, as the harness has them.
 
-    it exceeds the best wrong one's (`diff`), and whether it does (`acc`).
+    `max` is the score with the best right reference. `diff` is how much that exceeds the score with the best wrong one, and
+    `acc` whether it does.
     """
-    right = [_ended(one) for one in item.references]
+    right = [_ended(reference) for reference in item.references]
     if "I have no comment." not in right:
         right.append("I have no comment.")
-    wrong = [_ended(one) for one in item.wrong]
-    found: Scores = {}
-    likeness = [[_likeness(reference, answer) for reference in some] for some in (right, wrong)]
+    wrong = [_ended(reference) for reference in item.wrong]
+    scores: Scores = {}
+    likeness = [[_likeness(reference, answer) for reference in references] for references in (right, wrong)]
     for name in ("rouge1", "rougeL", "bleu"):
-        best, worst = (max(one[name] for one in some) for some in likeness)
-        found |= {f"{name}_max": best, f"{name}_diff": best - worst, f"{name}_acc": float(best > worst)}
-    return found
+        to_right, to_wrong = (max(values[name] for values in group) for group in likeness)
+        difference = to_right - to_wrong
+        scores |= {f"{name}_max": to_right, f"{name}_diff": difference, f"{name}_acc": float(difference > 0)}
+    return scores
 
 
 def _ended(answer: str) -> str:
@@ -157,8 +162,8 @@ def _ended(answer: str) -> str:
 
 def _likeness(reference: str, answer: str) -> Scores:
     rouge = _rouge_scorer().score(*(text.replace(" . ", ".\n") for text in (reference, answer)))
-    found = {name: 100 * float(rouge[kind].fmeasure) for name, kind in (("rouge1", "rouge1"), ("rougeL", "rougeLsum"))}
-    return found | {"bleu": _bleu(reference, answer)}
+    scores = {name: 100 * float(rouge[kind].fmeasure) for name, kind in (("rouge1", "rouge1"), ("rougeL", "rougeLsum"))}
+    return scores | {"bleu": _bleu(reference, answer)}
 
 
 @functools.cache
@@ -185,30 +190,32 @@ def _bleu(reference: str, answer: str) -> float:
 
 
 def choices(item: Item) -> tuple[list[str], list[str]]:
-    """The right and the wrong answers that a TruthfulQA question is multiple choice over, the best right one first."""
+    """The right and the wrong answers of a multiple-choice question; the best right answer comes first."""
     others = [answer for answer in item.references if answer != item.best]
     return [item.best, *others], list(item.wrong)
 
 
 def score_choices(right: list[float], wrong: list[float]) -> Scores:
-    """MC1 and MC2 from log-likelihoods: whether the best right answer is the likeliest but for other right ones, and the
+    """MC1 and MC2 from the log-likelihoods (nats) of right and wrong answers; the first right answer is the best.
 
-    share of probability that right answers have. The best is the first of `right`.
+    MC1 is 1 if the best answer is likelier than every wrong one, else 0. MC2 is the right answers' share of the probability
+    of all answers.
     """
     from math import exp
 
     # Relative to the likeliest: sums of logs of whole answers are too small for exp.
     most = max(*right, *wrong)
-    odds = [[exp(one - most) for one in some] for some in (right, wrong)]
-    return {"mc1": float(right[0] > max(wrong)), "mc2": sum(odds[0]) / (sum(odds[0]) + sum(odds[1]))}
+    of_right, of_wrong = (sum(exp(value - most) for value in values) for values in (right, wrong))
+    return {"mc1": float(right[0] > max(wrong)), "mc2": of_right / (of_right + of_wrong)}
 
 
 def triviaqa(data: str | Path | None) -> Task:
-    """TriviaQA, closed book, five examples before each question: the first of the train split, or of the file."""
+    """TriviaQA, closed book, with five examples before each question: the first of the train split, or of the file."""
     if data is None:
         records = _hub("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
         examples = _hub("mandarjoshi/trivia_qa", "rc.nocontext", f"train[:{SHOTS}]")
-        source, digest = "mandarjoshi/trivia_qa rc.nocontext", _digest(json.dumps([row["question"] for row in records]))
+        source = "mandarjoshi/trivia_qa rc.nocontext"
+        digest = sha256_of_text(json.dumps([row["question"] for row in records]))
     else:
         text, source, digest = _read(data)
         try:
@@ -248,12 +255,12 @@ def coqa(data: str | Path | None) -> Task:
             (str(number), row["story"], row["questions"], [[answer] for answer in row["answers"]["input_text"]])
             for number, row in enumerate(_hub("stanfordnlp/coqa", None, "validation"))
         ]
-        source, digest, note = "stanfordnlp/coqa", _digest(json.dumps(stories)), "one reference an answer"
+        source, digest, note = "stanfordnlp/coqa", sha256_of_text(json.dumps(stories)), "one reference an answer"
     else:
         text, source, digest = _read(data)
         try:
             stories = [
-                (story["id"], story["story"], list(map(_said, story["questions"])), list(_answered(story)))
+                (story["id"], story["story"], list(map(_text, story["questions"])), list(_answered(story)))
                 for story in json.loads(text)["data"]
             ]
             if any(len(questions) != len(answers) for _, _, questions, answers in stories):
@@ -273,7 +280,7 @@ def coqa(data: str | Path | None) -> Task:
     return Task("coqa", items, ("\n", "Q:"), 32, score_coqa, source, digest, note)
 
 
-def _said(turn: Any) -> str:
+def _text(turn: Any) -> str:
     return str(turn["input_text"] if isinstance(turn, dict) else turn)
 
 
@@ -281,8 +288,8 @@ def _answered(story: dict[str, Any]) -> Iterable[list[str]]:
     """For each turn, the reference answers: the story's own first, then those of other people."""
     others = list((story.get("additional_answers") or {}).values())
     for index, answer in enumerate(story["answers"]):
-        own = list(map(_said, answer)) if isinstance(answer, list) else [_said(answer)]
-        yield [*own, *(_said(one[index]) for one in others)]
+        own = list(map(_text, answer)) if isinstance(answer, list) else [_text(answer)]
+        yield [*own, *(_text(answers[index]) for answers in others)]
 
 
 def score_coqa(answer: str, item: Item) -> Scores:
@@ -319,7 +326,7 @@ def _read(data: str | Path) -> tuple[str, str, str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read: {error}.", "Give the task's official file.") from error
-    return text, path.name, _digest(text)
+    return text, path.name, sha256_of_text(text)
 
 
 def _not_official(data: str | Path, format: str, error: Exception) -> BadInput:
@@ -328,7 +335,3 @@ def _not_official(data: str | Path, format: str, error: Exception) -> BadInput:
 
 def _missing(library: str, error: ImportError) -> BadInput:
     return BadInput(f"The library {library} is not installed.", "Install it: pip install 'offramp[eval]'")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

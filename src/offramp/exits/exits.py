@@ -1,12 +1,11 @@
 """Exits: places after a block where decoding may stop. Each has a gate (may this token leave?) and a read-out (as what?).
 
-Gates read the hidden state after their block and give a logit; its sigmoid is the confidence. The three kinds are the
-paper's (DYNAMAX, arXiv 2504.20922): `linear` (CALM-style), `ffn`, and `mamba`, whose recurrent state remembers the tokens
-before. All work in a bottleneck: a gate must be far cheaper than a block. A read-out corrects the hidden state with a
-small residual adapter and hands it to the backbone's own final norm and head.
+A gate reads the hidden state after its block and gives a logit, whose sigmoid is the confidence. The three kinds are those
+of the paper (DYNAMAX, arXiv 2504.20922): `linear` (CALM-style), `ffn`, and `mamba`, whose recurrent state remembers the
+tokens before. All work in a bottleneck, because a gate must be far cheaper than a block. A read-out corrects the hidden
+state with a small residual adapter and hands it to the backbone's own final norm and head.
 
-Shapes: B batch, T tokens, D the backbone's hidden size. `Memory` is what a recurrent part carries from token to token:
-the convolution's window (B, W - 1, E + 2N) and the scan's state (B, H, P, N); None for parts that carry nothing.
+This module holds the artefact that `offramp train` makes: its parts, its files, and the search for the exits of a model.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import CorruptFile, ExitsMismatch, OfframpError
+from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.gates import GATES
 from offramp.exits.policy import Policy
 from offramp.exits.readouts import READOUTS
@@ -31,12 +30,17 @@ from offramp.files import ASSETS, write_atomically
 if TYPE_CHECKING:
     from offramp.model.backbone import Backbone
 
+WEIGHTS, RECORD = "exits.safetensors", "offramp.json"
+SHORTLIST, SKETCH = "shortlist", ("sketch.reduce", "sketch.expand")  # names of tensors beside the modules' own
+DRAFT = "draft"  # the folder, within the folder of a model's exits, of those that draft for `verify`
+
 
 @dataclass(frozen=True)
 class ExitsConfig:
-    """What a set of exits is made of. `layers`: blocks run before each exit; widths: bottlenecks, in dims.
+    """What a set of exits is made of.
 
-    `shortlist`: read out over only so many frequent tokens (0: all); `sketch`: dims of a sketch of the head (0: none).
+    `layers`: for each exit, the number of blocks that run before it. Widths are bottlenecks, in dims. `shortlist`: read out
+    only this many frequent tokens (0: all). `sketch`: dims of a sketch of the head (0: none).
     """
 
     layers: tuple[int, ...]
@@ -47,9 +51,30 @@ class ExitsConfig:
     shortlist: int = 0
     sketch: int = 0
 
+    def check(self, backbone: Backbone) -> None:
+        """Raises `OfframpError` for exits that cannot be made for this backbone."""
+        layers, last = list(self.layers), backbone.n_blocks - 1
+        if not layers or layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= last:
+            raise OfframpError(
+                f"Exits after blocks {', '.join(map(str, layers)) or '(none)'} do not fit a model of {backbone.n_blocks}.",
+                f"Give rising numbers from 1 to {last}, such as 10,15,20.",
+            )
+        for kind, known, what in ((self.gate, GATES, "gate"), (self.readout, READOUTS, "read-out")):
+            if kind not in known:
+                raise OfframpError(f"There is no {what} '{kind}'.", f"Choose from {', '.join(known)}.")
+        if self.sketch % 32 or not 0 <= self.sketch <= backbone.hidden_size:
+            raise OfframpError(
+                f"A sketch of {self.sketch} dims cannot be made.",
+                f"Give a multiple of 32, at most {backbone.hidden_size}; 0 for none.",
+            )
+        # The Mamba parts are made of heads of 32 dims.
+        for width, unit, what in ((self.gate_width, 16, "gate"), (self.readout_width, 32, "read-out")):
+            if width < unit or width % unit:
+                raise OfframpError(f"A {what} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
+
 
 class Exit(nn.Module):
-    """One exit: `block` blocks are run before it."""
+    """One exit: `block` blocks run before it."""
 
     def __init__(self, block: int, hidden: int, config: ExitsConfig) -> None:
         super().__init__()
@@ -58,18 +83,16 @@ class Exit(nn.Module):
         self.adapter = READOUTS[config.readout](hidden, config.readout_width)
 
 
-SKETCH = ("sketch.reduce", "sketch.expand")  # tensors in the artefact
-
-
 @dataclass
 class Exits:
     """A set of exits for one backbone: what `offramp train` makes, `save` writes and `load` reads.
 
-    `backbone` names the model they belong to (name, sha256, model_type, blocks, hidden_size); `weight_format` is the
-    format its weights ran in when the exits were trained; `policy` is the default one; `training` is the record of how they
-    were made, `calibration` that of what `policy` guarantees (`training.calibration`), empty for nothing. `shortlist`: the
-    tokens that are read out, rising; None for all. `sketch`: two maps whose product stands for the hidden state before the
-    head, reduce (k, D) and expand (D, k), so that the head behind `expand` is small (`training.sketch_of`).
+    `backbone` names the model that they belong to (name, sha256, model_type, blocks, hidden_size). `weight_format` is the
+    format that its weights ran in when the exits were trained. `policy` is the default one. `training` records how the
+    exits were made. `calibration` records what `policy` guarantees (see `training.calibration`), and is empty for no
+    guarantee. `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and
+    expand (D, k). Their product stands for the hidden state before the head, so that the head behind `expand` is small
+    (`training.sketch_of`).
     """
 
     config: ExitsConfig
@@ -84,25 +107,9 @@ class Exits:
 
     @classmethod
     def new(cls, backbone: Backbone, config: ExitsConfig) -> Exits:
-        """Untrained exits, all closed. Raises `OfframpError` for layers the model does not have."""
-        layers = config.layers
-        if not layers or list(layers) != sorted(set(layers)) or not 0 < layers[0] <= layers[-1] < backbone.n_blocks:
-            raise OfframpError(
-                f"Exits after blocks {', '.join(map(str, layers)) or '(none)'} do not fit a model of {backbone.n_blocks}.",
-                f"Give rising numbers from 1 to {backbone.n_blocks - 1}, such as 10,15,20.",
-            )
-        for kind, known, what in ((config.gate, GATES, "gate"), (config.readout, READOUTS, "read-out")):
-            if kind not in known:
-                raise OfframpError(f"There is no {what} '{kind}'.", f"Choose from {', '.join(known)}.")
-        if config.sketch % 32 or not 0 <= config.sketch <= backbone.hidden_size:
-            raise OfframpError(
-                f"A sketch of {config.sketch} dims cannot be made.",
-                f"Give a multiple of 32, at most {backbone.hidden_size}; 0 for none.",
-            )
-        for width, unit, what in ((config.gate_width, 16, "gate"), (config.readout_width, 32, "read-out")):
-            if width < unit or width % unit:  # the Mamba ones are made of heads of 32
-                raise OfframpError(f"A {what} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
-        modules = nn.ModuleList(Exit(layer, backbone.hidden_size, config) for layer in layers)
+        """Untrained exits, all closed. Raises `OfframpError` for a config that does not fit the model."""
+        config.check(backbone)
+        modules = nn.ModuleList(Exit(layer, backbone.hidden_size, config) for layer in config.layers)
         owner = {
             "name": backbone.name,
             "sha256": backbone.source.sha256,
@@ -110,7 +117,7 @@ class Exits:
             "blocks": backbone.n_blocks,
             "hidden_size": backbone.hidden_size,
         }
-        return cls(config, modules, owner, backbone.weight_format, Policy((1.0,) * len(layers)))
+        return cls(config, modules, owner, backbone.weight_format, Policy.closed(len(config.layers)))
 
     def __iter__(self) -> Iterator[Exit]:
         return (exit for exit in self.modules if isinstance(exit, Exit))
@@ -119,20 +126,25 @@ class Exits:
         return len(self.modules)
 
     def save(self, folder: str | Path) -> None:
-        """Write `exits.safetensors` (bfloat16) and `offramp.json`; each appears whole or not at all."""
+        """Write `exits.safetensors` (bfloat16) and `offramp.json`; each appears whole or not at all.
+
+        Raises `BadInput` where the config names a short list or a sketch other than the one that these exits hold: such a
+        folder could not be loaded.
+        """
         from safetensors.torch import save
 
-        folder = Path(folder)
+        self._check_config()
         tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in self.modules.state_dict().items()}
         if self.shortlist is not None:
-            tensors["shortlist"] = self.shortlist.int()
+            tensors[SHORTLIST] = self.shortlist.int()
         if self.sketch is not None:
             tensors |= {name: part.bfloat16() for name, part in zip(SKETCH, self.sketch, strict=True)}
-        write_atomically(folder / "exits.safetensors", save(tensors))
+        write_atomically(Path(folder) / WEIGHTS, save(tensors))
         self.save_record(folder)
 
     def save_record(self, folder: str | Path) -> None:
-        """Write `offramp.json` alone: all but the weights."""
+        """Write `offramp.json` alone: all but the weights. Raises `BadInput` as `save` does."""
+        self._check_config()
         record = {
             "offramp": 1,
             "config": asdict(self.config),
@@ -142,7 +154,20 @@ class Exits:
             "training": self.training,
             "calibration": self.calibration,
         }
-        write_atomically(Path(folder) / "offramp.json", (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(Path(folder) / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+
+    def _check_config(self) -> None:
+        held = {
+            "shortlist": 0 if self.shortlist is None else len(self.shortlist),
+            "sketch": 0 if self.sketch is None else len(self.sketch[0]),
+        }
+        for name, size in held.items():
+            named = getattr(self.config, name)
+            if named != size:
+                raise BadInput(
+                    f"The exits' config names a {name} of {named}, but they hold {f'one of {size}' if size else 'none'}.",
+                    f"Set exits.{name}, or replace {name} in exits.config.",
+                )
 
     @classmethod
     def load(cls, folder: str | Path, backbone: Backbone) -> Exits:
@@ -151,79 +176,125 @@ class Exits:
         Warns where the model runs in another weight format than the exits were trained in. Raises `ExitsMismatch` for
         another model's exits, `CorruptFile` for files that are missing, cut short or damaged.
         """
-        from safetensors.torch import load_file
-
         folder = Path(folder)
-        hint = "Name a folder that `offramp train` wrote."
-        if not folder.is_dir():
-            raise CorruptFile(f"There is no folder {folder} with exits.", hint)
-        for name in ("offramp.json", "exits.safetensors"):
-            if not (folder / name).is_file():
-                raise CorruptFile(f"{folder} holds no {name}, so no exits.", hint)
-        try:
-            record = json.loads((folder / "offramp.json").read_text())
-            owner, settings = record["backbone"], dict(record["config"])
-            config = ExitsConfig(**{**settings, "layers": tuple(settings["layers"])})
-            chosen = record["policy"]
-            policy = Policy(**{**chosen, "thresholds": tuple(float(value) for value in chosen["thresholds"])})
-            weight_format, training, calibration = record["weight_format"], record["training"], record["calibration"]
-            fingerprint = owner["sha256"]
-        except (ValueError, KeyError, TypeError, OfframpError) as error:
-            raise CorruptFile(f"{folder / 'offramp.json'} is damaged: {error!r}.", "Train the exits again.") from error
-        if fingerprint != backbone.source.sha256:
-            same = "another revision or conversion of it" if owner.get("name") == backbone.name else "not for this model"
-            raise ExitsMismatch(
-                f"The exits in {folder} were trained for {owner.get('name')} (weights {fingerprint[:12]}), {same}: "
-                f"{backbone.name} has the weights {backbone.source.sha256[:12]}.",
-                f"Train exits for this model: offramp train {backbone.name} -o DIR",
-            )
-        exits = cls.new(backbone, config)
-        try:
-            tensors = load_file(folder / "exits.safetensors")
-            shortlist = tensors.pop("shortlist", None)
-            if (0 if shortlist is None else len(shortlist)) != config.shortlist:
-                raise ValueError(f"its short list is not one of {config.shortlist} tokens")
-            parts = [tensors.pop(name).float() for name in SKETCH if name in tensors]
-            shapes = [(config.sketch, backbone.hidden_size), (backbone.hidden_size, config.sketch)]
-            if [tuple(part.shape) for part in parts] != (shapes if config.sketch else []):
-                raise ValueError(f"its sketch of the head is not one of {config.sketch} dims")
-            exits.modules.load_state_dict({key: value.float() for key, value in tensors.items()})
-        except Exception as error:  # SafetensorError, or RuntimeError for missing and misshapen tensors
-            reason = str(error).strip().splitlines()[0][:160]
-            raise CorruptFile(
-                f"{folder / 'exits.safetensors'} is damaged or cut short: {reason}", "Copy it again, or train again."
-            ) from error
-        if not all(torch.isfinite(value).all() for value in (*exits.modules.state_dict().values(), *parts)):
-            raise CorruptFile(f"{folder / 'exits.safetensors'} holds NaN or infinite weights.", "Train the exits again.")
-        if weight_format != backbone.weight_format:
+        record = _Record.read(folder)
+        record.check_owner(folder, backbone)
+        exits = cls.new(backbone, record.config)
+        exits._load_weights(folder / WEIGHTS)
+        if record.weight_format != backbone.weight_format:
             warnings.warn(
-                f"These exits were trained with {weight_format} weights and the model runs in {backbone.weight_format}: "
-                "they may agree with it less often.",
+                f"These exits were trained with {record.weight_format} weights and the model runs in "
+                f"{backbone.weight_format}: they may agree with it less often.",
                 stacklevel=2,
             )
-        exits.policy, exits.weight_format = policy, weight_format
-        exits.training, exits.calibration = training, calibration
-        exits.shortlist = None if shortlist is None else shortlist.long()
-        exits.sketch = (parts[0], parts[1]) if parts else None
+        exits.policy, exits.weight_format = record.policy, record.weight_format
+        exits.training, exits.calibration = record.training, record.calibration
         exits.modules.eval().requires_grad_(False)
         return exits
 
+    def _load_weights(self, file: Path) -> None:
+        from safetensors.torch import load_file
 
-DRAFT = "draft"  # the folder, within that of a model's exits, of those that draft for `verify`
+        config, hidden = self.config, self.backbone["hidden_size"]
+        try:
+            tensors = load_file(file)
+            shortlist = tensors.pop(SHORTLIST, None)
+            if (0 if shortlist is None else len(shortlist)) != config.shortlist:
+                raise ValueError(f"its short list is not one of {config.shortlist} tokens")
+            sketch = [tensors.pop(name).float() for name in SKETCH if name in tensors]
+            shapes = [(config.sketch, hidden), (hidden, config.sketch)] if config.sketch else []
+            if [tuple(part.shape) for part in sketch] != shapes:
+                raise ValueError(f"its sketch of the head is not one of {config.sketch} dims")
+            self.modules.load_state_dict({key: value.float() for key, value in tensors.items()})
+        except Exception as error:  # SafetensorError, or RuntimeError for missing and misshapen tensors
+            reason = str(error).strip().splitlines()[0][:160]
+            raise CorruptFile(f"{file} is damaged or cut short: {reason}", "Copy it again, or train again.") from error
+        if not all(torch.isfinite(value).all() for value in (*self.modules.state_dict().values(), *sketch)):
+            raise CorruptFile(f"{file} holds NaN or infinite weights.", "Train the exits again.")
+        self.shortlist = None if shortlist is None else shortlist.long()
+        self.sketch = (sketch[0], sketch[1]) if sketch else None
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What `offramp.json` holds."""
+
+    config: ExitsConfig
+    backbone: dict[str, Any]
+    weight_format: str
+    policy: Policy
+    training: dict[str, Any]
+    calibration: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> _Record:
+        hint = "Name a folder that `offramp train` wrote."
+        if not folder.is_dir():
+            raise CorruptFile(f"There is no folder {folder} with exits.", hint)
+        for name in (RECORD, WEIGHTS):
+            if not (folder / name).is_file():
+                raise CorruptFile(f"{folder} holds no {name}, so no exits.", hint)
+        try:
+            record = json.loads((folder / RECORD).read_text())
+            config = {**record["config"], "layers": tuple(record["config"]["layers"])}
+            policy = {**record["policy"], "thresholds": tuple(map(float, record["policy"]["thresholds"]))}
+            if "sha256" not in record["backbone"]:
+                raise KeyError("sha256")
+            others = (record[name] for name in ("training", "calibration"))
+            return cls(ExitsConfig(**config), record["backbone"], record["weight_format"], Policy(**policy), *others)
+        except (ValueError, KeyError, TypeError, OfframpError) as error:
+            raise CorruptFile(f"{folder / RECORD} is damaged: {error!r}.", "Train the exits again.") from error
+
+    def check_owner(self, folder: Path, backbone: Backbone) -> None:
+        """Raises `ExitsMismatch` where the exits were trained for other weights than this backbone's."""
+        name, sha256 = self.backbone.get("name"), self.backbone["sha256"]
+        if sha256 == backbone.source.sha256:
+            return
+        difference = "another revision or conversion of it" if name == backbone.name else "not for this model"
+        raise ExitsMismatch(
+            f"The exits in {folder} were trained for {name} (weights {sha256[:12]}), {difference}: "
+            f"{backbone.name} has the weights {backbone.source.sha256[:12]}.",
+            f"Train exits for this model: offramp train {backbone.name} -o DIR",
+        )
+
+
+def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits | None:
+    """The exits in a folder, or without one those that come with offramp for this backbone's weights; None if none do.
+
+    With `draft`, the exits that draft for `verify`, where there are some. Raises as `Exits.load` does.
+    """
+    if folder is None:
+        folders = (record.parent for record in sorted((ASSETS / "exits").glob(f"*/{RECORD}")))
+        folder = next((path for path in folders if _owner(path) == backbone.source.sha256), None)
+        if folder is None:
+            return None
+    drafts = Path(folder) / DRAFT
+    return Exits.load(drafts if draft and drafts.is_dir() else folder, backbone)
+
+
+def require_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits:
+    """`find_exits`, for work that cannot be done without them. Raises `BadInput` where there are none."""
+    exits = find_exits(backbone, folder, draft)
+    if exits is None:
+        raise no_exits(backbone)
+    return exits
+
+
+def no_exits(backbone: Backbone) -> BadInput:
+    """The error for a model without exits."""
+    return BadInput(
+        f"No exits ship for {backbone.name}, and no folder of exits is named.",
+        f"Train some: offramp train {backbone.name} -o DIR. Then name them: --exits DIR.",
+    )
 
 
 def shipped_for(backbone: Backbone, draft: bool = False) -> Exits | None:
-    """The exits that come with offramp for this backbone's weights, if any; with `draft`, rather those that draft."""
-    for record in sorted((ASSETS / "exits").glob("*/offramp.json")):
-        if json.loads(record.read_text())["backbone"]["sha256"] == backbone.source.sha256:
-            return load_exits(record.parent, backbone, draft)
-    return None
+    """The exits that come with offramp for this backbone's weights, if any; with `draft`, those that draft for `verify`."""
+    return find_exits(backbone, draft=draft)
 
 
-def load_exits(folder: str | Path, backbone: Backbone, draft: bool = False) -> Exits:
-    """The exits in a folder; with `draft`, those that draft for `verify`, if the folder has some."""
-    drafts = Path(folder) / DRAFT
-    return Exits.load(drafts if draft and drafts.is_dir() else folder, backbone)
+def _owner(folder: Path) -> str:
+    return str(json.loads((folder / RECORD).read_text())["backbone"]["sha256"])
 
 
 def suggested_layers(n_blocks: int) -> tuple[int, ...]:

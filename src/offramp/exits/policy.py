@@ -1,8 +1,8 @@
-"""When a token leaves: a confidence in [0, 1] for each exit, higher meaning surer, and a threshold it must exceed.
+"""When a token leaves: each exit has a confidence in [0, 1], where higher is surer, and a threshold that it must exceed.
 
-The learned confidence is the gate's. The training-free ones are CALM's (arXiv 2207.07061, section 3.4) and their kin, and
-patience (PABEE, arXiv 2006.04152): they need the read-out's logits at every exit, which costs an LM head each time, whether
-the token leaves or not.
+The learned confidence is the gate's. The training-free ones are those of CALM (arXiv 2207.07061, section 3.4), similar
+measures, and patience (PABEE, arXiv 2006.04152). They need the read-out's logits at every exit. This costs an LM head each
+time, whether the token leaves or not.
 """
 
 from __future__ import annotations
@@ -30,14 +30,13 @@ def margin(logits: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """1 − entropy / log V: 1 for a certain distribution, 0 for a uniform one. (…, V) → (…)."""
     logp = logits.log_softmax(-1)
-    # Tokens that are no candidates have −inf: they add nothing.
+    # Tokens that are not candidates have logits of −inf and add nothing.
     return 1 + (logp.exp() * logp).nan_to_num(0.0).sum(-1) / math.log(logits.shape[-1])
 
 
 TRAINING_FREE: dict[str, Callable[[Tensor], Tensor]] = {"max-prob": max_prob, "margin": margin, "entropy": entropy}
-PATIENCE = (
-    "patience"  # how many open exits on end, this one the last, read the same token out; a share of all that are open
-)
+# How many open exits in a row, up to and including this one, read out the same token; as a share of all open exits.
+PATIENCE = "patience"
 CONFIDENCES = ("gate", *TRAINING_FREE, PATIENCE)
 
 
@@ -45,17 +44,17 @@ CONFIDENCES = ("gate", *TRAINING_FREE, PATIENCE)
 class Policy:
     """A token leaves at the first exit whose confidence is above its threshold.
 
-    A threshold of 1 closes the exit, one of 0 lets every token leave (a fixed block: no gate is asked). With a `decay` of n
-    tokens, answers begin more strictly: t tokens in, the threshold λ is 0.9 λ + 0.1 exp(−t / n) (CALM). With `candidates`,
-    only so many tokens are read out in full, at exits and at the top, those that the exits' sketch of the head deems
-    likeliest: a head of a large vocabulary costs many blocks. Raises `BadInput` for a threshold outside [0, 1], an unknown
-    confidence, and numbers below 0.
+    `thresholds` has one number in [0, 1] for each exit. 1 closes the exit. 0 lets every token leave, and no gate is asked.
+    `decay` (tokens; 0: none) makes the beginning of an answer stricter: after t tokens the threshold λ is
+    0.9 λ + 0.1 exp(−t / decay) (CALM, section 3.4). `candidates` (tokens; 0: all) limits the read-out, at exits and at the
+    top, to those that the exits' sketch of the head ranks highest: the head of a large vocabulary costs many blocks. Raises
+    `BadInput` for a threshold outside [0, 1], an unknown confidence, and negative numbers.
     """
 
     thresholds: tuple[float, ...]
     confidence: str = "gate"
-    decay: float = 0.0  # none
-    candidates: int = 0  # all
+    decay: float = 0.0
+    candidates: int = 0
 
     def __post_init__(self) -> None:
         for threshold in self.thresholds:
@@ -68,7 +67,32 @@ class Policy:
         if self.candidates < 0:
             raise BadInput(f"{self.candidates} candidates cannot be read out.", "Give 0 for all tokens, or some thousands.")
 
+    @classmethod
+    def closed(cls, exits: int) -> Policy:
+        """The policy for so many exits under which no token leaves early."""
+        return cls((1.0,) * exits)
+
     def threshold(self, exit: int, decided: int) -> float:
-        """What a token must exceed at an exit after so many tokens of the answer."""
+        """The threshold of an exit for the token that follows `decided` tokens of the answer."""
         threshold = self.thresholds[exit]
         return 0.9 * threshold + 0.1 * math.exp(-decided / self.decay) if self.decay and threshold < 1 else threshold
+
+    def describe(self, gate: str = "gate") -> str:
+        """The policy in words: "mamba, closed closed 0.9, decay 16". `gate` names the exits' kind of gate."""
+        thresholds = " ".join(map(show_threshold, self.thresholds))
+        return ", ".join([self.confidence_name(gate), thresholds, *self.extras])
+
+    def confidence_name(self, gate: str = "gate") -> str:
+        """What the confidence is called, where `gate` names the exits' kind of gate."""
+        return gate if self.confidence == "gate" else self.confidence
+
+    @property
+    def extras(self) -> list[str]:
+        """In words, what the policy has beside thresholds."""
+        decay = [f"decay {self.decay:g}"] if self.decay else []
+        return decay + ([f"{self.candidates:,} candidates"] if self.candidates else [])
+
+
+def show_threshold(threshold: float) -> str:
+    """A threshold as people read it: a number, or "closed"."""
+    return "closed" if threshold >= 1 else f"{threshold:g}"

@@ -1,20 +1,22 @@
 """Thresholds with a guarantee: Learn then Test (Angelopoulos et al., arXiv 2110.01052), on whole answers.
 
-A user names a risk α and a δ. Over calibration prompts, drawn as later prompts will be, the model answers at full depth and
-with exits, and a loss in [0, 1] says how far the two answers differ. The policy that is returned has, with probability
-1 − δ over the calibration prompts, an expected loss of at most α on new ones. This holds for any model, exits and fill.
+A user names a risk α and a δ, and gives calibration prompts that are drawn as later prompts will be. The model answers them
+at full depth and with exits. A loss in [0, 1] says how far the two answers differ. With probability 1 − δ over the
+calibration prompts, the policy that is returned has an expected loss of at most α on new prompts. This holds for any model,
+any exits and any fill.
 
-Each policy is a hypothesis "its expected loss is above α", with a p-value from the mean loss over n prompts (`p_value`).
-They are tested one after another along a path from nearly closed to open, each at level δ, until the first that is not
-rejected (fixed-sequence testing, section 3 there); the last one rejected is the result. The order must not depend on
-the prompts of the test. With several exits there is no natural order: which of two policies is bolder depends on how right
-each exit is and on what its skipped blocks cost the rest of the answer. So a part of the prompts, the pilot, is spent on
-finding the path: of all candidates, those that no other beats in both, loss and saved FLOPs (with `defer`, deep passes).
+Each policy is a hypothesis: "its expected loss is above α". Its p-value comes from the mean loss over n prompts
+(`p_value`). Policies are tested one after another along a path from nearly closed to open, each at level δ, up to the
+first hypothesis that is not rejected (fixed-sequence testing, section 3). The last policy that passed is the result.
+
+The order of the path must not depend on the prompts of the test. Several exits have no natural order: which of two policies
+is bolder depends on how often each exit is right and on what its skipped blocks cost the rest of the answer. So some of the
+prompts, the pilot, are spent on finding the path. It consists of the candidates that no other candidate beats in both loss
+and gain (saved FLOPs, or with `defer` saved deep passes).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -24,27 +26,29 @@ from pathlib import Path
 from statistics import fmean
 
 from offramp.decode.engine import Engine
-from offramp.decode.fills import FILLS
+from offramp.decode.fills import fill_named
 from offramp.decode.request import Generation
 from offramp.errors import BadInput
 from offramp.exits.exits import Exits
 from offramp.exits.policy import PATIENCE, Policy
-from offramp.files import read_lines
+from offramp.files import read_lines, sha256_of_text
 from offramp.metrics import best_f1, token_f1
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
+from offramp.training.config import CalibrationConfig
 
-PILOT = 0.2  # of the prompts find the path
-LONGEST = 8  # policies on the path: more would only cost time
-CANDIDATES = (8192, 4096, 2048, 1024, 512)
+PILOT = 0.2  # share of the prompts that finds the path
+LONGEST = 8  # policies on the path; more would only cost time
+CANDIDATES = (8192, 4096, 2048, 1024, 512)  # tokens that a sketch of the head names
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
 BATCH = 16  # answers side by side
 
 
 def p_value(mean: float, n: int, risk: float) -> float:
-    """Hoeffding–Bentkus p-value (section 3.1 there) of "the expected loss is above the risk α", given n losses' mean.
+    """Hoeffding–Bentkus p-value (section 3.1) of "the expected loss is above the risk α", given the mean of n losses.
 
-    The smaller of exp(−n h(min(mean, α), α)), h the relative entropy of two coins, and e · P(Binomial(n, α) ≤ ⌈n mean⌉).
+    It is the smaller of exp(−n h(min(mean, α), α)), where h is the relative entropy of two coins, and
+    e · P(Binomial(n, α) ≤ ⌈n mean⌉).
     """
     below = min(mean, risk)
     entropy = sum(p * math.log(p / q) for p, q in ((below, risk), (1 - below, 1 - risk)) if p)
@@ -64,13 +68,13 @@ MOST = 1_000_000  # prompts
 
 
 def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
-    """How many prompts would show that a policy of this mean loss keeps the risk; None if not even a million would."""
+    """How many prompts would show that a policy with this mean loss keeps the risk; None if more than a million."""
     if mean >= risk:
         return None
     n = 1
     while p_value(mean, n, risk) > delta:
         n *= 2
-        if n > MOST:  # as good as never; and the sum over so many losses would take minutes
+        if n > MOST:  # nobody has so many, and the sum over their losses would take minutes
             return None
     low, high = n // 2, n
     while high - low > 1:
@@ -80,21 +84,25 @@ def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
 
 
 def fixed_sequence(losses: Iterator[Many[float]], risk: float, delta: float) -> Iterator[tuple[float, float, bool]]:
-    """Test policies along a path, given each one's losses: mean, p-value, whether it passed; the first failure ends it."""
-    for found in losses:
-        mean = fmean(found)
-        p = p_value(mean, len(found), risk)
+    """Test policies along a path, up to the first that fails.
+
+    Takes each policy's losses. Yields each policy's mean loss, its p-value, and whether it passed.
+    """
+    for policy_losses in losses:
+        mean = fmean(policy_losses)
+        p = p_value(mean, len(policy_losses), risk)
         yield mean, p, p <= delta
         if p > delta:
             return
 
 
 def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST) -> list[int]:
-    """Which candidates to test, and in which order, from each one's mean loss and gain on the pilot prompts.
+    """Which candidates to test, and in which order: their indices.
 
-    In order of gain, those that no other beats in both; none that gains nothing or loses twice the risk. Of those that lose
-    the same on so few prompts, none is left out: the safest goes first. If there are more than `longest`, every n-th, the
-    first kept.
+    `pilot` has each candidate's mean loss and gain on the pilot prompts. A candidate is left out if another loses less and
+    gains at least as much, if it gains nothing, or if it loses twice the risk. Candidates of equal loss all stay, because a
+    pilot is too small to tell them apart. The order is that of rising gain, so the safest comes first. Of more than
+    `longest` candidates every n-th is kept, the first among them.
     """
     order = [
         index
@@ -106,17 +114,18 @@ def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST) 
 
 
 def candidates(count: int, kind: str, confidence: str = "gate", vocabulary: int = 0) -> list[list[Policy]]:
-    """Policies for so many exits, in lines that each go from nearly closed to open.
+    """Policies for `count` exits, in lines; each line goes from nearly closed to open.
 
-    One line for each exit that may be the first open one, so deeper exits open before shallow ones can do harm:
+    There is one line for each exit that may be the first open one. The deepest comes first, so that deep exits open before
+    shallow ones can do harm. The policies of a line, by `kind`:
 
     - `thresholds`: one threshold for all open exits, over `GRID`;
-    - `decay`: the same, falling along the answer over 16 tokens (CALM);
-    - `patience`: leave where 2, 3, … exits on end read out the same token;
+    - `decay`: the same, and it falls along the answer over 16 tokens (CALM);
+    - `patience`: a token leaves where 2, 3, … open exits in a row read out the same token;
     - `fixed`: every token leaves at that exit.
 
-    For exits with a sketch of the head, of so large a `vocabulary`, the first line closes all exits and reads out ever
-    fewer candidates; the others read out a middling number.
+    `vocabulary` is the model's, for exits with a sketch of the head, else 0. With a sketch, one more line comes first: it
+    closes all exits and reads out fewer and fewer candidates. The other lines then read out a middling number of them.
     """
     if kind not in KINDS:
         raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
@@ -153,27 +162,28 @@ class Question:
 
 
 def read_questions(file: str | Path) -> list[Question]:
-    """Lines, or JSON lines with `prompt` or `question`, and perhaps with `answer` or `answers`: a text, several, or
+    """Read prompts from a file of lines, or of JSON lines with `prompt` or `question`.
 
-    TriviaQA's object with `value` and `aliases`. Raises `BadInput` for files that are neither.
+    A JSON line may have right answers in `answer` or `answers`: a text, a list of texts, or TriviaQA's object with `value`
+    and `aliases`. Raises `BadInput` for a file that is neither.
     """
     prompts = read_lines(file, ("prompt", "question"))
     if Path(file).suffix != ".jsonl":
         return [Question(prompt) for prompt in prompts]
     lines = [line for line in Path(file).expanduser().read_text(encoding="utf-8").split("\n") if line.strip()]
-    found = []
+    questions = []
     for prompt, line in zip(prompts, lines, strict=True):
         record = json.loads(line)
         answer = record.get("answers", record.get("answer", ()))
         if isinstance(answer, dict):
             answer = [answer.get("value"), *(answer.get("aliases") or ())]
-        several = answer if isinstance(answer, list) else [answer]
-        found.append(Question(prompt, tuple(str(one) for one in several if one not in (None, ()))))
-    return found
+        texts = answer if isinstance(answer, list) else [answer]
+        questions.append(Question(prompt, tuple(str(text) for text in texts if text not in (None, ()))))
+    return questions
 
 
 def f1_loss(early: Generation, full: Generation, question: Question) -> float:
-    """1 − token F1 with the full model's answer: on average, how much of an answer differs."""
+    """1 − token F1 with the full model's answer."""
     return 1 - token_f1(early.ids, full.ids)
 
 
@@ -183,13 +193,13 @@ def exact_loss(early: Generation, full: Generation, question: Question) -> float
 
 
 def task_loss(early: Generation, full: Generation, question: Question) -> float:
-    """How much worse than the full model's the answer scores, against the references; 0 where it is better."""
+    """How much lower than full depth's answer this one scores against the references (word F1); 0 if not lower."""
     return max(0.0, best_f1(full.text, question.references) - best_f1(early.text, question.references))
 
 
 def gain(answer: Generation, fill: str) -> float:
-    """What a policy is bold for: FLOPs saved; with `defer`, whose blocks are run after all, deep passes."""
-    return 1 - 1 / answer.tokens_per_deep_pass if FILLS[fill].waits else answer.flops_saved
+    """What an answer saved: the share of FLOPs; with `defer`, which runs all blocks later, the share of deep passes."""
+    return 1 - 1 / answer.tokens_per_deep_pass if fill_named(fill).waits else answer.flops_saved
 
 
 LOSSES: dict[str, Callable[[Generation, Generation, Question], float]] = {
@@ -201,7 +211,7 @@ LOSSES: dict[str, Callable[[Generation, Generation, Question], float]] = {
 
 @dataclass(frozen=True)
 class Tested:
-    """A policy on the path: what it lost and saved on the prompts of the test, and whether it passed."""
+    """A policy on the path: what it lost and saved on the prompts of the test (means), and whether it passed."""
 
     policy: Policy
     loss: float
@@ -215,9 +225,9 @@ class Tested:
 class Calibration:
     """What was guaranteed: `policy` keeps the expected `loss` at `risk` or less, with probability 1 − `delta`.
 
-    `n` prompts tested it, after `pilot` others found the path; `tested` is as far along it as the test went. `policy` is
-    closed if none passed; `needed` is then how many prompts to test with would have let the first pass, if any would.
-    `raw`: whether prompts went without a chat template.
+    `pilot` prompts found the path, and `n` others tested it. `tested` holds the policies of the path up to the first that
+    failed. `policy` is closed if none passed; `needed` is then the number of prompts to test with that would have let the
+    first one pass, or None if no number would. `raw`: the prompts took no chat template.
     """
 
     policy: Policy
@@ -238,101 +248,131 @@ class Calibration:
 
     @property
     def passed(self) -> bool:
-        return any(one.passed for one in self.tested)
+        return any(test.passed for test in self.tested)
 
 
 def calibrate(
     backbone: Backbone,
     exits: Exits,
     questions: list[Question],
-    risk: float = 0.05,
-    delta: float = 0.05,
-    loss: str = "f1",
-    fill: str = "project",
-    kind: str = "thresholds",
-    confidence: str = "gate",
-    max_tokens: int = 48,
-    stop: tuple[str, ...] = (),
-    raw: bool = False,
+    config: CalibrationConfig | None = None,
     reference: Backbone | None = None,
     progress: Progress = silent,
 ) -> Calibration:
-    """Find the boldest policy that the questions vouch for; give it to `exits.policy` and keep the record with the exits.
+    """Find the boldest policy that keeps the risk on these questions; set `exits.policy` and `exits.calibration`.
 
-    Answers end after `max_tokens` and before a text of `stop`; `raw` prompts take no chat template.
-    `reference`: another model to compare with than the exits' own at full depth, with the same tokenizer, such as the one
-    that it was tuned from. Which prompts are the pilot's is decided by their hash, not their order. Raises `BadInput` for
-    settings that make no sense and for too few prompts.
+    `reference` is another model whose full depth to compare with, such as the one that this model was tuned from; it must
+    have the same tokenizer. The hash of a prompt, and not its place, decides whether it is one of the pilot's. Raises
+    `BadInput` for settings that make no sense and for too few prompts.
     """
-    _check(questions, risk, delta, loss, fill)
+    config = config or CalibrationConfig()
+    _check(questions, config)
     if reference and reference.tokenizer.get_vocab() != backbone.tokenizer.get_vocab():
         raise BadInput(
             f"{reference.name} and {backbone.name} have different tokenizers.",
             "Compare with the model that it was tuned from.",
         )
-    lines = candidates(len(exits), kind, confidence, backbone.vocab_size if exits.sketch else 0)
-    questions = sorted(questions, key=lambda one: hashlib.sha256(one.prompt.encode()).digest())
+    confidence = config.confidence or exits.policy.confidence
+    lines = candidates(len(exits), config.kind, confidence, backbone.vocab_size if exits.sketch else 0)
+    questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
     first = max(1, round(PILOT * len(questions)))
-    loss_of = LOSSES[loss]
-    ids = [backbone.prompts.encode(question.prompt, raw) for question in questions]
-
-    def said(done: int) -> None:
-        progress("full depth", done, len(ids))
-
-    references = answers(Engine(reference or backbone), ids, max_tokens, stop, said)
-
-    def losses(policy: Policy, part: slice) -> tuple[list[float], list[Generation]]:
-        given = answers(Engine(backbone, exits, policy, fill), ids[part], max_tokens, stop)
-        pairs = zip(given, references[part], questions[part], strict=True)
-        return [loss_of(early, full, question) for early, full, question in pairs], given
-
-    tried: list[tuple[Policy, float, float]] = []
-    total = sum(map(len, lines))
-    for number, line in enumerate(lines):
-        for policy in line:
-            found, given = losses(policy, slice(0, first))
-            tried.append((policy, fmean(found), fmean(gain(one, fill) for one in given)))
-            progress("pilot", len(tried), total, f"loss {tried[-1][1]:.3f}")
-            if tried[-1][1] > 2 * risk:  # bolder ones lose more
-                break
-        total = len(tried) + sum(map(len, lines[number + 1 :]))
-    order = path([(lost, gained) for _, lost, gained in tried], risk)
-    on_path = [tried[index][0] for index in order]
-
-    kept: list[list[Generation]] = []
-
-    def along() -> Iterator[list[float]]:
-        for policy in on_path:
-            found, given = losses(policy, slice(first, None))
-            kept.append(given)
-            progress("test", len(kept), len(on_path), f"loss {fmean(found):.3f}")
-            yield found
-
-    tested = []
-    for (mean, p, passed), policy in zip(fixed_sequence(along(), risk, delta), on_path, strict=False):
-        saved, blocks = (fmean(getattr(one, what) for one in kept[-1]) for what in ("flops_saved", "mean_blocks"))
-        tested.append(Tested(policy, mean, p, passed, saved, blocks))
-    chosen = [one.policy for one in tested if one.passed]
-    needed = prompts_needed(tested[0].loss, risk, delta) if tested and not chosen else None
+    trial = _Trial.begin(backbone, exits, questions, config, reference or backbone, progress)
+    tested = trial.test(trial.find_path(lines, first), first)
+    passed = [test.policy for test in tested if test.passed]
     record = Calibration(
-        chosen[-1] if chosen else Policy((1.0,) * len(exits)),
-        loss,
-        fill,
-        backbone.weight_format,
-        risk,
-        delta,
-        len(questions) - first,
-        first,
-        max_tokens,
-        stop,
-        raw,
-        (reference or backbone).name,
-        hashlib.sha256("\n".join(one.prompt for one in questions).encode()).hexdigest(),
-        tuple(tested),
-        needed,
+        policy=passed[-1] if passed else Policy.closed(len(exits)),
+        loss=config.loss,
+        fill=config.fill,
+        weights=backbone.weight_format,
+        risk=config.risk,
+        delta=config.delta,
+        n=len(questions) - first,
+        pilot=first,
+        max_tokens=config.max_tokens,
+        stop=config.stop,
+        raw=config.raw,
+        reference=(reference or backbone).name,
+        prompts_sha256=sha256_of_text("\n".join(question.prompt for question in questions)),
+        tested=tuple(tested),
+        needed=prompts_needed(tested[0].loss, config.risk, config.delta) if tested and not passed else None,
     )
     exits.policy, exits.calibration = record.policy, asdict(record)
     return record
+
+
+@dataclass
+class _Trial:
+    """Policies tried on the same questions, against the same answers of full depth."""
+
+    backbone: Backbone
+    exits: Exits
+    questions: list[Question]
+    config: CalibrationConfig
+    ids: list[list[int]]  # of each question's prompt
+    references: list[Generation]  # full depth's answer to each question
+    progress: Progress
+
+    @classmethod
+    def begin(
+        cls,
+        backbone: Backbone,
+        exits: Exits,
+        questions: list[Question],
+        config: CalibrationConfig,
+        reference: Backbone,
+        progress: Progress,
+    ) -> _Trial:
+        """Have the reference model answer all questions at full depth."""
+        ids = [backbone.prompts.encode(question.prompt, config.raw) for question in questions]
+
+        def report(count: int) -> None:
+            progress("full depth", count, len(ids))
+
+        references = answers(Engine(reference), ids, config.max_tokens, config.stop, report)
+        return cls(backbone, exits, questions, config, ids, references, progress)
+
+    def losses(self, policy: Policy, part: slice) -> tuple[list[float], list[Generation]]:
+        """Each question's loss under a policy, for this part of the questions, and the answers."""
+        engine = Engine(self.backbone, self.exits, policy, self.config.fill)
+        early = answers(engine, self.ids[part], self.config.max_tokens, self.config.stop)
+        loss_of = LOSSES[self.config.loss]
+        triples = zip(early, self.references[part], self.questions[part], strict=True)
+        return [loss_of(*triple) for triple in triples], early
+
+    def find_path(self, lines: list[list[Policy]], first: int) -> list[Policy]:
+        """The policies to test, in order, as the first questions (the pilot) tell."""
+        tried: list[Policy] = []
+        results: list[tuple[float, float]] = []
+        total = sum(map(len, lines))
+        for number, line in enumerate(lines):
+            for policy in line:
+                losses, early = self.losses(policy, slice(0, first))
+                tried.append(policy)
+                results.append((fmean(losses), fmean(gain(answer, self.config.fill) for answer in early)))
+                self.progress("pilot", len(tried), total, f"loss {results[-1][0]:.3f}")
+                if results[-1][0] > 2 * self.config.risk:  # bolder ones lose more
+                    break
+            total = len(tried) + sum(map(len, lines[number + 1 :]))
+        return [tried[index] for index in path(results, self.config.risk)]
+
+    def test(self, policies: list[Policy], first: int) -> list[Tested]:
+        """Test the path on the questions after the first ones, up to the first policy that fails."""
+        kept: list[list[Generation]] = []
+
+        def along_the_path() -> Iterator[list[float]]:
+            for policy in policies:
+                losses, early = self.losses(policy, slice(first, None))
+                kept.append(early)
+                self.progress("test", len(kept), len(policies), f"loss {fmean(losses):.3f}")
+                yield losses
+
+        tested = []
+        results = fixed_sequence(along_the_path(), self.config.risk, self.config.delta)
+        for (mean, p, passed), policy in zip(results, policies, strict=False):
+            saved = fmean(answer.flops_saved for answer in kept[-1])
+            blocks = fmean(answer.mean_blocks for answer in kept[-1])
+            tested.append(Tested(policy, mean, p, passed, saved, blocks))
+        return tested
 
 
 def answers(
@@ -340,48 +380,42 @@ def answers(
     prompts: list[list[int]],
     max_tokens: int,
     stop: tuple[str, ...] = (),
-    done: Callable[[int], None] = lambda _: None,
+    report: Callable[[int], None] = lambda count: None,
 ) -> list[Generation]:
-    """An answer to each prompt, some side by side, those of like length together."""
+    """An answer to each prompt. Prompts of similar length are answered side by side; `report` gets the count so far."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    given: dict[int, Generation] = {}
-    for at in range(0, len(order), BATCH):
-        some = order[at : at + BATCH]
-        given.update(
-            zip(
-                some,
-                engine.generate_batch([prompts[index] for index in some], max_tokens=max_tokens, stop=stop),
-                strict=True,
-            )
-        )
-        done(len(given))
-    return [given[index] for index in range(len(prompts))]
+    answered: dict[int, Generation] = {}
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        generations = engine.generate_batch([prompts[index] for index in batch], max_tokens=max_tokens, stop=stop)
+        answered.update(zip(batch, generations, strict=True))
+        report(len(answered))
+    return [answered[index] for index in range(len(prompts))]
 
 
-def _check(questions: list[Question], risk: float, delta: float, loss: str, fill: str) -> None:
-    for name, value in (("risk", risk), ("delta", delta)):
+def _check(questions: list[Question], config: CalibrationConfig) -> None:
+    for name, value in (("risk", config.risk), ("delta", config.delta)):
         if not 0 < value < 1:
             raise BadInput(f"A {name} of {value} is not between 0 and 1.", "0.05 is usual.")
-    if loss not in LOSSES:
-        raise BadInput(f"There is no loss '{loss}'.", f"Choose from {', '.join(LOSSES)}.")
-    if fill in FILLS and FILLS[fill].verifies:
+    if config.loss not in LOSSES:
+        raise BadInput(f"There is no loss '{config.loss}'.", f"Choose from {', '.join(LOSSES)}.")
+    if fill_named(config.fill).verifies:
         raise BadInput(
             "Verified answers are the full model's own: there is nothing to guarantee.",
             "Their thresholds are a matter of speed: offramp bench --fills full,verify --threshold …",
         )
-    if fill not in (*FILLS, "defer"):
-        raise BadInput(f"There is no fill '{fill}'.", f"Choose from {', '.join(FILLS)}.")
-    needed = prompts_needed(0.0, risk, delta)
+    needed = prompts_needed(0.0, config.risk, config.delta)
     assert needed is not None
     if len(questions) * (1 - PILOT) < needed:
         raise BadInput(
-            f"{len(questions)} prompts are too few: even if no answer differed, they could not show a risk of {risk}.",
+            f"{len(questions)} prompts are too few: even if no answer differed, they could not show a risk of "
+            f"{config.risk}.",
             f"Give at least {math.ceil(needed / (1 - PILOT)) + 1}.",
         )
-    if loss == "task" and not all(one.references for one in questions):
+    if config.loss == "task" and not all(question.references for question in questions):
         raise BadInput(
             "The loss 'task' needs right answers beside the prompts.",
             "JSON lines with 'answer' or 'answers', such as TriviaQA's.",
         )
-    if len({one.prompt for one in questions}) < len(questions):
+    if len({question.prompt for question in questions}) < len(questions):
         raise BadInput("Some prompts are there twice, but losses must be independent.", "Leave each only once.")

@@ -1,88 +1,113 @@
-"""How exits are trained and models tuned: one field for each setting."""
+"""How exits are trained and calibrated, and how models are tuned.
+
+One frozen dataclass for each verb. A field with a help line is a flag of that verb (see `offramp.cli.flags`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from offramp.settings import setting
+
+PROMPTS_HELP = "A file of prompts to answer: lines, or JSON lines with 'prompt'. Default: a list that comes with offramp."
+TEXT_HELP = "A file to read besides: plain text, or JSON lines with 'text'. May be repeated."
+MAX_PROMPTS_HELP = "Use only this many prompts, the first ones. Default: all."
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How exits are trained; most fields are flags of `offramp train`.
+    """How exits are trained.
 
-    layers: blocks run before each exit (None: `suggested_layers`); top_k: the oracle's tokens that count as agreement;
-    prompts: a file of prompts to answer (None: the list that comes with offramp); texts: plain text read beside them;
-    max_prompts: use only the first so many; answer_tokens: longest own answer; epochs over the adapters' sequences and
-    over the gates'; batch: sequences a step; precision: agreement on held-out tokens that the default thresholds ask
-    for; open_from: share of the depth before which exits stay closed by default; shortlist: read out over so many of
-    the answers' most frequent tokens (0: all); sketch: dims of a sketch of the head (0: none; None: some, where it
-    pays); confidence, threshold: the default policy, where precision is not to choose it.
+    `open_from` is a share of the depth: exits before it stay closed by default. `shortlist` is a number of tokens: an exit
+    reads out only the most frequent ones of the answers (0: all). `confidence` and `threshold` are the default policy,
+    where `precision` does not choose it. `batch` counts the sequences of a step.
     """
 
-    layers: tuple[int, ...] | None = None
-    gate: str = "mamba"
-    readout: str = "mamba"
-    gate_width: int = 64
-    readout_width: int = 512
-    top_k: int = 1
-    prompts: str | None = None
-    texts: tuple[str, ...] = ()
-    max_prompts: int | None = None
-    answer_tokens: int = 48
-    epochs: int = 4
-    gate_epochs: int = 4
+    layers: tuple[int, ...] | None = setting(None, "Blocks that run before each exit: 10,15,20,25. Default: four places.")
+    gate: str = setting("mamba", "Exit classifier: linear, ffn or mamba.", draft="linear")
+    readout: str = setting("mamba", "Adapter before the LM head: none, linear, mamba or deep.", draft="deep")
+    gate_width: int = setting(64, "Bottleneck of a gate, in dims; a multiple of 16.")
+    readout_width: int = setting(512, "Bottleneck of a read-out, in dims; a multiple of 32.", draft=256)
+    top_k: int = setting(1, "An exit agrees if its token is among the full model's k most probable ones.")
+    prompts: str | None = setting(None, PROMPTS_HELP, flag="--own-prompts")
+    texts: tuple[str, ...] = setting((), TEXT_HELP, flag="--text")
+    max_prompts: int | None = setting(None, MAX_PROMPTS_HELP)
+    answer_tokens: int = setting(48, "Longest answer to a prompt, in tokens.", draft=96)
+    epochs: int = setting(4, "Passes over the text for the read-outs' adapters.", draft=8)
+    gate_epochs: int = setting(4, "Passes over the text for the gates.")
     batch: int = 8
-    learning_rate: float = 3e-3
+    learning_rate: float = setting(3e-3, "Highest learning rate of the adapters.", draft=2e-3)
     gate_learning_rate: float = 1e-3
-    precision: float = 0.98
+    precision: float = setting(0.98, "The default thresholds are set so that an exit that fires agrees this often.")
     open_from: float = 2 / 3
-    shortlist: int = 0
-    sketch: int | None = None
-    confidence: str = "gate"
-    threshold: float | None = None
-    seed: int = 0
+    shortlist: int = setting(0, draft=8192)
+    sketch: int | None = setting(
+        None,
+        "Dims of the sketch of the head that --candidates needs; a multiple of 32; 0 makes none. "
+        "Default: 128 for a large vocabulary, otherwise and with --draft none.",
+        draft=0,
+    )
+    confidence: str = setting("gate", draft="max-prob")
+    threshold: float | None = setting(None, draft=0.25)
+    seed: int = setting(0, "Seed of everything random.")
 
 
 def draft_config(n_blocks: int, **changed: Any) -> TrainConfig:
-    """How the exit that drafts for `verify` is trained: shallow, with deep memory, over a short list.
+    """How the exit that drafts for `verify` is trained, in a model of so many blocks; `changed` fields win.
 
-    A draft costs little and a wrong one is only taken back, so any that is right in a quarter of cases pays.
+    It is shallow, reads the top state of the token before, and reads out a short list of tokens. A draft costs little, and
+    a wrong one is only taken back. So a draft pays if it is right in a quarter of the cases.
     """
-    usual: dict[str, Any] = {
-        "layers": (max(1, round(n_blocks / 15)),),
-        "gate": "linear",
-        "readout": "deep",
-        "readout_width": 256,
-        "shortlist": 8192,
-        "sketch": 0,
-        "confidence": "max-prob",
-        "threshold": 0.25,
-        "answer_tokens": 96,
-        "epochs": 8,
-        "learning_rate": 2e-3,
-    }
-    return TrainConfig(**{**usual, **changed})
+    drafts = {item.name: item.metadata.get("draft") for item in fields(TrainConfig)}
+    usual = {name: value for name, value in drafts.items() if value is not None}
+    return TrainConfig(**{"layers": (max(1, round(n_blocks / 15)),), **usual, **changed})
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What a calibration must guarantee, and how the answers are made that it is for."""
+
+    risk: float = setting(0.05, "Highest expected loss of an answer, 0 to 1.")
+    delta: float = setting(0.05, "Highest probability that the guarantee fails, 0 to 1.")
+    loss: str = setting(
+        "f1",
+        "How an answer's loss is measured: f1 (1 − token F1 with full depth's answer), exact (1 if the answers differ), "
+        "task (how much worse it scores against the prompt's 'answer').",
+    )
+    kind: str = setting(
+        "thresholds",
+        "Policies to choose from: thresholds, decay (thresholds that fall along an answer), patience, fixed (one exit for "
+        "every token).",
+        flag="--policy",
+    )
+    confidence: str | None = setting(
+        None, "What thresholds are compared with: gate, max-prob, margin or entropy. Default: as the exits have it."
+    )
+    fill: str = setting("project", "The fill to calibrate for: project, copy, freeze or defer (see generate).")
+    max_tokens: int = setting(48, "Longest answer, in tokens.")
+    stop: tuple[str, ...] = setting((), "End an answer before this text. May be repeated.")
+    raw: bool = setting(False, "Give the prompts as they are, without the model's chat template.")
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """How a model is tuned; most fields are flags of `offramp tune`.
+    """How a model is tuned.
 
-    rank: of the update; skip: how often a sample skips the last block; exit_scale: how much exits weigh beside the last
-    block; every: a step reads out one in so many blocks; bfloat16: products in it, faster where the processor knows it;
-    the others as in `TrainConfig`.
+    `every`: a step reads out one in so many blocks. `bfloat16`: multiply in it, which is faster where the processor can.
+    `batch` counts the sequences of a step.
     """
 
-    rank: int = 32
-    skip: float = 0.05
-    exit_scale: float = 0.02
+    rank: int = setting(32, "Rank of the low-rank update.")
+    skip: float = setting(0.05, "Share of the samples that skip the last block; earlier blocks are skipped less often.")
+    exit_scale: float = setting(0.02, "Weight of early blocks' losses beside the last block's.")
     every: int = 4
     bfloat16: bool = True
-    prompts: str | None = None
-    texts: tuple[str, ...] = ()
-    max_prompts: int | None = None
-    answer_tokens: int = 96
-    epochs: int = 2
+    prompts: str | None = setting(None, PROMPTS_HELP, flag="--own-prompts")
+    texts: tuple[str, ...] = setting((), TEXT_HELP, flag="--text")
+    max_prompts: int | None = setting(None, MAX_PROMPTS_HELP)
+    answer_tokens: int = setting(96, "Longest answer to a prompt, in tokens.")
+    epochs: int = setting(2, "Passes over the text.")
     batch: int = 8
-    learning_rate: float = 2e-4
-    seed: int = 0
+    learning_rate: float = setting(2e-4, "Highest learning rate.")
+    seed: int = setting(0, "Seed of everything random.")

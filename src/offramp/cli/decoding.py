@@ -1,0 +1,197 @@
+"""The verbs that answer prompts: demo, generate and chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from offramp.cli.options import DecodingOptions, Json, Model, check_batch
+from offramp.decode.sampling import Sampling
+from offramp.errors import BadInput
+from offramp.settings import setting
+
+if TYPE_CHECKING:
+    from offramp.decode.request import Generation, Token
+    from offramp.model.backbone import Backbone
+
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+DEMO_QUESTIONS = {
+    "smollm2": [
+        "Why is the sky blue?",
+        "Why do cats purr?",
+        "Describe the taste of a ripe mango.",
+    ],
+    "mamba-tiny": [
+        "What is the capital of France?",
+        "Which planet is the largest?",
+        "Who wrote Romeo and Juliet?",
+    ],
+}
+CHAT_SAMPLING = Sampling(repetition_penalty=1.1)
+
+
+def demo(
+    questions: Annotated[list[str] | None, typer.Argument(help="Questions to ask. Default: three of ours.")] = None,
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="The model to ask. Default: smollm2. Another one needs exits: name their folder.")
+    ] = None,
+    decoding: DecodingOptions,
+    max_tokens: MaxTokens = 40,
+    both: Annotated[
+        bool, typer.Option("--both", help="Ask the Transformer and the Mamba model that come with offramp.")
+    ] = False,
+) -> None:
+    """Answer a few questions at full depth and with exits, and show the block that each token left at."""
+    from offramp.cli.terminal import answer_in_colour, comparison_table
+
+    if both and (decoding.exits or model):
+        raise BadInput("--both asks two models; --model and --exits name one.", "Leave --both out, or the others.")
+    names = list(DEMO_QUESTIONS) if both else [model or "smollm2"]
+    loaded = []
+    for name in names:
+        backbone = decoding.load(name)
+        loaded.append((name, backbone, decoding.engines(backbone, decoding.require_exits(backbone))))
+    compared = []
+    for name, backbone, (full, early) in loaded:
+        pairs = []
+        for question in questions or DEMO_QUESTIONS.get(name.removesuffix("-ee"), DEMO_QUESTIONS["smollm2"]):
+            pairs.append((full.generate(question, max_tokens=max_tokens), early.generate(question, max_tokens=max_tokens)))
+            answer_in_colour(question, *pairs[-1], name if both else None)
+        compared.append((backbone, pairs))
+    comparison_table(compared)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How long an answer may be, how the prompt is given, and how many answers are made at a time."""
+
+    max_tokens: int = setting(128, "Longest answer, in tokens.")
+    stop: tuple[str, ...] = setting((), "End an answer before this text. May be repeated.")
+    raw: bool = setting(False, "Give the prompt as it is, without the model's chat template.")
+    compare: bool = setting(False, "Also answer at full depth, and compare.")
+    batch: int = setting(1, "With --prompts: number of answers side by side.")
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt. Or use --prompts.", show_default=False)] = None,
+    *,
+    decoding: DecodingOptions,
+    sampling: Sampling,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of prompts: lines, or JSON lines with 'prompt'. Prints JSON lines.")
+    ] = None,
+    options: AnswerOptions,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, or a file of them, leaving the network early where an exit is sure enough."""
+    texts = _prompts(prompt, prompts)
+    check_batch(options.batch)
+    backbone = decoding.load(model)
+    full, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
+    tokens, stop = options.max_tokens, options.stop
+    if not (as_json or prompts or options.compare):
+        for token in early.stream(backbone.prompts.encode(texts[0], options.raw), max_tokens=tokens, stop=stop):
+            print(token.text, end="", flush=True)
+        print()
+        return
+    # What verified decoding gains shows only beside full depth.
+    compare = options.compare or (as_json and decoding.verifies)
+    for start in range(0, len(texts), options.batch):
+        batch = texts[start : start + options.batch]
+        ids = [backbone.prompts.encode(text, options.raw) for text in batch]
+        answers = early.generate_batch(ids, max_tokens=tokens, stop=stop)
+        references = full.generate_batch(ids, max_tokens=tokens, stop=stop) if compare else [None] * len(batch)
+        for text, answer, reference in zip(batch, answers, references, strict=True):
+            if as_json or prompts:
+                print(json.dumps(_record(answer, reference, text if prompts else None)), flush=True)
+            else:
+                _show_compared(backbone, text, answer, reference)
+
+
+def _prompts(prompt: str | None, file: Path | None) -> list[str]:
+    from offramp.files import read_lines
+
+    if (prompt is None) == (file is None):
+        raise BadInput("Give either a prompt or --prompts FILE.", 'For example: offramp generate smollm2 "Hello!"')
+    prompts = read_lines(file, ("prompt", "question")) if file else [prompt or ""]
+    if not all(text.strip() for text in prompts):
+        raise BadInput("The prompt is empty.", "Give some text to go on from.")
+    return prompts
+
+
+def _show_compared(backbone: Backbone, prompt: str, answer: Generation, reference: Generation | None) -> None:
+    from offramp.cli.terminal import answer_in_colour, comparison_table
+
+    assert reference is not None
+    answer_in_colour(prompt, reference, answer)
+    comparison_table([(backbone, [(reference, answer)])])
+
+
+def chat(
+    model: Model,
+    *,
+    decoding: DecodingOptions,
+    max_tokens: MaxTokens = 256,
+    sampling: Sampling = CHAT_SAMPLING,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each answer.")] = False,
+) -> None:
+    """Talk to the model. An empty line or Ctrl-D ends the talk."""
+    from offramp.decode.request import Decided, Prefilled, Talk
+
+    backbone = decoding.load(model)
+    _, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
+    talk = Talk()
+    messages: list[dict[str, str]] = []
+    for prompt in _typed_lines("" if as_json or not sys.stdin.isatty() else "you> "):
+        messages.append({"role": "user", "content": prompt})
+        ids = backbone.prompts.encode_chat(messages)
+        prefilled = started = time.perf_counter()
+        batch = early.batch()
+        request = batch.add(ids, talk, max_tokens=max_tokens)
+        for event in batch.run():
+            if isinstance(event, Prefilled):
+                prefilled = time.perf_counter()
+            elif isinstance(event, Decided) and not as_json:
+                _show_token(event.token, backbone)
+        answer = early.summarise(request, prefilled - started, time.perf_counter() - prefilled)
+        print(json.dumps(_record(answer, None, prompt)) if as_json else "", flush=True)
+        messages.append({"role": "assistant", "content": answer.text})
+
+
+def _typed_lines(prompt: str) -> Iterator[str]:
+    """Lines from stdin, up to an empty one or the end."""
+    while True:
+        try:
+            line = input(prompt)
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def _show_token(token: Token, backbone: Backbone) -> None:
+    from offramp.cli.terminal import shade
+
+    print(shade(token, backbone.n_blocks), end="", flush=True)
+
+
+def _record(answer: Generation, reference: Generation | None, prompt: str | None) -> dict[str, Any]:
+    """An answer as JSON, with its prompt and the full model's answer if they are given."""
+    from offramp.metrics import token_f1
+
+    record: dict[str, Any] = {"prompt": prompt} if prompt is not None else {}
+    record |= asdict(answer)
+    if reference is not None:
+        record["full"] = asdict(reference)
+        record["consistency"] = token_f1(answer.ids, reference.ids)
+    return record

@@ -1,0 +1,192 @@
+"""The verbs that measure: eval, report, inspect and bench."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offramp.cli.flags import Only
+from offramp.cli.options import DecodingOptions, Json, Model, Reference, check_batch
+from offramp.cli.progress import command_line, progress_bars, resumable
+from offramp.errors import BadInput
+from offramp.settings import setting
+
+if TYPE_CHECKING:
+    from offramp.evaluation.bench import FillComparison
+    from offramp.evaluation.evaluation import Condition
+    from offramp.model.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How many questions to ask, and how."""
+
+    limit: int | None = setting(None, "Ask only this many questions of each task. Default: all.")
+    batch: int = setting(1, "Number of answers side by side.")
+    seed: int = setting(0, "Seed of the resampling that gives the intervals.")
+
+
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="One or several of truthfulqa, truthfulqa-mc, triviaqa, coqa, with commas.")],
+    *,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="The task's official file, or TASK=FILE for one of several tasks. Default: from the hub."),
+    ] = None,
+    decoding: Annotated[DecodingOptions, Only("exits", "fill", "confidence", "decay", "candidates", "dtype")],
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option(help="As for generate. May be repeated, to measure each. Default: the exits' own policy."),
+    ] = None,
+    reference: Reference = None,
+    options: EvaluationOptions,
+    out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
+) -> None:
+    """Score answers on a task, with exits and at full depth, and show what they cost. Ctrl-C is safe."""
+    from offramp.cli.terminal import result_line
+    from offramp.evaluation.evaluation import Evaluation
+    from offramp.evaluation.results import save_results
+    from offramp.evaluation.tasks import load_task
+    from offramp.files import cache_folder
+
+    check_batch(options.batch)
+    names = task.split(",")
+    tasks = [load_task(name, _file_for(name, names, data or []), options.limit) for name in names]
+    backbone = decoding.load(model)
+    other = decoding.load(reference) if reference else None
+    conditions = _conditions(backbone, decoding, threshold)
+    work = out.with_name(f".{out.name}.answers") if out else cache_folder() / "answers"
+    results, runs = [], []
+    with resumable():
+        for questions in tasks:
+            with progress_bars() as progress:
+                run = Evaluation(backbone, questions, work, other, options.batch, options.seed, command_line(), progress)
+                of_this_task = [run.run(condition) for condition in conditions]
+            for result in of_this_task:
+                result_line(result)
+            runs.append(run)
+            results += of_this_task
+    if out:
+        save_results(results, out)
+    for file in {file for run in runs for file in run.files}:
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # another run's answers are there too
+        work.rmdir()
+
+
+def _conditions(backbone: Backbone, decoding: DecodingOptions, thresholds: list[str] | None) -> list[Condition]:
+    """Full depth, and with exits one condition for each threshold, or the exits' own policy."""
+    from offramp.evaluation.evaluation import Condition
+
+    exits = decoding.find_exits(backbone)
+    settings: list[str | None] = [*thresholds] if thresholds else [None]
+    policies = [replace(decoding, threshold=threshold).policy(backbone, exits) for threshold in settings]
+    early = [Condition(decoding.fill, policy, exits) for policy in policies]
+    return [Condition(), *early] if exits else [Condition()]
+
+
+def _file_for(task: str, tasks: list[str], data: list[str]) -> str | None:
+    """The file that `--data` names for a task. Raises `BadInput` where that is not clear."""
+    named = dict(entry.split("=", 1) for entry in data if "=" in entry)
+    plain = [entry for entry in data if "=" not in entry]
+    if len(plain) > 1 or (plain and len(tasks) > 1) or set(named) - set(tasks):
+        raise BadInput("It is not clear which --data is for which task.", "For example: --data triviaqa=FILE")
+    return named.get(task, plain[0] if plain else None)
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files that offramp eval --json wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write; its figures lie beside it.")],
+) -> None:
+    """Make a page from results: quality and consistency against cost, exits by position, coloured answers."""
+    from offramp.evaluation.report import write
+    from offramp.evaluation.results import load_results
+
+    figures = write(load_results(results), output)
+    print(f"{output}, and {len(figures)} figures in {figures[0].parent}" if figures else output)
+
+
+def inspect(model: Model, *, decoding: Annotated[DecodingOptions, Only("exits", "dtype")], as_json: Json = False) -> None:
+    """Show a model's blocks, where exits would go, and what a token costs there. The config is enough."""
+    from offramp.cli.terminal import anatomy_table
+    from offramp.evaluation.anatomy import anatomy
+    from offramp.model.loading import outline
+
+    backbone = outline(model, decoding.dtype)
+    facts = anatomy(backbone, decoding.find_exits(backbone))
+    if as_json:
+        print(json.dumps(asdict(facts)))
+    else:
+        anatomy_table(facts)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What is timed, and how often."""
+
+    tokens: int = setting(48, "Tokens to decode in each run.")
+    prefill: int | None = setting(None, "Time the reading of a prompt of this many tokens instead of decoding.")
+    pairs: int = setting(5, "Pairs of runs, taking turns.")
+
+    def check(self) -> None:
+        """Raises `BadInput` for runs that cannot be timed."""
+        if self.tokens < 2 or self.pairs < 1 or (self.prefill is not None and self.prefill < 2):
+            raise BadInput(
+                "A run needs at least 2 tokens, and there must be at least one pair.", "Try --tokens 48 --pairs 5."
+            )
+
+
+BENCH_DECODING = DecodingOptions(dtype="bfloat16")
+
+
+def bench(
+    *,
+    model: Annotated[str, typer.Option(help="The model, as for generate.")] = "smollm2",
+    against: Annotated[str, typer.Option(help="The library to compare with: transformers.")] = "transformers",
+    runs: Runs,
+    random: Annotated[
+        bool, typer.Option("--random", help="Random weights in the model's shape: only its config is needed.")
+    ] = False,
+    fills: Annotated[
+        str | None, typer.Option(help="Compare fills with one another instead: full,defer,verify.", show_default=False)
+    ] = None,
+    decoding: Annotated[
+        DecodingOptions, Only("exits", "threshold", "confidence", "decay", "candidates", "dtype")
+    ] = BENCH_DECODING,
+    as_json: Json = False,
+) -> None:
+    """Time decoding at full depth beside another library: paired runs, so that a slow minute meets both."""
+    from offramp.cli.terminal import bench_table, fills_table
+    from offramp.evaluation.bench import compare, compare_prefill
+    from offramp.model.loading import outline
+
+    if against != "transformers":
+        raise BadInput(f"'{against}' cannot be compared with here.", "Use transformers; `make bench` has more peers.")
+    runs.check()
+    backbone = outline(model, decoding.dtype, random=True) if random else decoding.load(model, keep=fills is None)
+    if fills is not None:
+        compared = _compare_fills(backbone, decoding, fills.split(","), runs)
+        print(json.dumps(asdict(compared))) if as_json else fills_table(compared)
+        return
+    if runs.prefill is None:
+        result = compare(backbone, runs.tokens, runs.pairs)
+    else:
+        result = compare_prefill(backbone, runs.prefill, runs.pairs)
+    print(json.dumps(asdict(result))) if as_json else bench_table(result)
+
+
+def _compare_fills(backbone: Backbone, decoding: DecodingOptions, fills: list[str], runs: Runs) -> FillComparison:
+    from offramp.evaluation.bench import compare_fills
+
+    exits, policies = {}, {}
+    for fill in fills:
+        chosen = replace(decoding, fill=fill)
+        exits[fill] = None if fill == "full" else chosen.require_exits(backbone)
+        policies[fill] = chosen.policy(backbone, exits[fill]) if exits[fill] else None
+    return compare_fills(backbone, exits, policies, runs.tokens, runs.pairs)

@@ -1,0 +1,132 @@
+"""What several verbs take: the model, how to decode it, and in which form to print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from offramp.cli.progress import status
+from offramp.errors import BadInput
+from offramp.settings import setting
+
+if TYPE_CHECKING:
+    from offramp.decode.engine import Engine
+    from offramp.decode.sampling import Sampling
+    from offramp.exits.exits import Exits
+    from offramp.exits.policy import Policy
+    from offramp.model.backbone import Backbone
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A hub name (org/name), a local folder, a GGUF file, or an alias (smollm2, mamba-tiny, mamba-tiny-ee).",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for another program to read.")]
+Reference = Annotated[
+    str | None,
+    typer.Option(help="Compare with another model's full depth, such as the one that MODEL was tuned from."),
+]
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How to decode: the weights' format, the exits, what skipped blocks remember, and when a token leaves."""
+
+    exits: str | None = setting(None, "Folder with trained exits. Default: the exits that ship for this model, if any.")
+    fill: str = setting(
+        "project",
+        "What skipped blocks remember of a token: project (keys, values and Mamba state computed from the exit's hidden "
+        "state), copy (the last computed block's keys and values), freeze (the Mamba state stays as it was), defer (the "
+        "exact states, computed together with the next token that goes deep), verify (as defer, and full depth decides).",
+    )
+    threshold: str | None = setting(
+        None,
+        "Confidence that a token must exceed to leave, 0 to 1: one number for all exits, or one for each (1,1,0.9,0.8). "
+        "1 closes an exit, 0 lets every token leave. It replaces the exits' whole policy. Default: the exits' own policy.",
+    )
+    confidence: str | None = setting(
+        None,
+        "What the threshold is compared with: gate (trained), or without training max-prob, margin, entropy or patience "
+        "(the share of open exits in a row that agree). Needs --threshold. Default: as the exits have it.",
+    )
+    decay: float = setting(
+        0.0, "Tokens over which thresholds fall at the beginning of an answer (CALM); 0: they stay. Needs --threshold."
+    )
+    candidates: int = setting(
+        0,
+        "Read out only this many tokens, such as 2048, that a sketch of the head ranks highest; 0: all. Needs --threshold, "
+        "and exits with a sketch.",
+    )
+    dtype: str | None = setting(
+        None, "Weights: bfloat16, float32, int8, int4 or int4-head4. Default: bfloat16 where it passes the self-check."
+    )
+
+    def load(self, model: str, keep: bool = False) -> Backbone:
+        """The model. `keep` the library's own weights beside those that are decoded with."""
+        with status(f"Loading {model} …"):
+            from offramp.model.loading import load
+
+            return load(model, self.dtype, keep=keep)
+
+    @property
+    def verifies(self) -> bool:
+        """Whether full depth decides, and exits only draft."""
+        from offramp.decode.fills import fill_named
+
+        return fill_named(self.fill).verifies
+
+    def find_exits(self, backbone: Backbone) -> Exits | None:
+        """The exits of the folder, or those that ship; for verified decoding, those that draft."""
+        from offramp.exits.exits import find_exits
+
+        return find_exits(backbone, self.exits, self.verifies)
+
+    def require_exits(self, backbone: Backbone) -> Exits:
+        """`find_exits`; raises `BadInput` where there are none."""
+        from offramp.exits.exits import require_exits
+
+        return require_exits(backbone, self.exits, self.verifies)
+
+    def policy(self, backbone: Backbone, exits: Exits | None) -> Policy | None:
+        """The policy that the flags name; None for the exits' own. Raises `BadInput` for flags that need another one."""
+        from offramp.exits.exits import no_exits
+        from offramp.exits.policy import Policy
+
+        if self.threshold is None:
+            own = exits is None or self.confidence in (None, exits.policy.confidence)
+            if self.decay or self.candidates or not own:
+                flags = {"confidence": not own, "decay": self.decay, "candidates": self.candidates}
+                named = " and ".join(f"--{name}" for name, value in flags.items() if value)
+                raise BadInput(f"There is no default threshold with {named}.", "Give one: --threshold 0.9")
+            return None
+        thresholds = _thresholds(self.threshold)
+        if exits is None:
+            if min(thresholds) < 1:
+                raise no_exits(backbone)
+            return None
+        thresholds = thresholds * len(exits) if len(thresholds) == 1 else thresholds
+        return Policy(thresholds, self.confidence or exits.policy.confidence, self.decay, self.candidates)
+
+    def engines(self, backbone: Backbone, exits: Exits | None, sampling: Sampling | None = None) -> tuple[Engine, Engine]:
+        """Two engines under the same settings: one at full depth, one with the exits."""
+        from offramp.decode.engine import Engine
+
+        early = Engine(backbone, exits, self.policy(backbone, exits), self.fill, sampling)
+        return Engine(backbone, sampling=sampling), early
+
+
+def _thresholds(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise BadInput(f"'{text}' is not a threshold.", "For example --threshold 0.9, or --threshold 1,1,0.9,0.8") from None
+
+
+def check_batch(batch: int) -> None:
+    """Raises `BadInput` for fewer than one answer side by side."""
+    if batch < 1:
+        raise BadInput(f"{batch} answers side by side are too few.", "Give --batch 1 or more.")

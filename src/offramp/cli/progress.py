@@ -1,0 +1,65 @@
+"""Signs of progress on stderr: a spinner, bars, and what to do after Ctrl-C."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from offramp.errors import OfframpError
+
+if TYPE_CHECKING:
+    from offramp.progress import Progress
+
+
+class Interrupted(OfframpError):
+    """The user stopped work that can be resumed."""
+
+
+@contextmanager
+def status(message: str) -> Iterator[None]:
+    from rich.console import Console
+
+    with Console(stderr=True).status(message):
+        yield
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Around work that keeps what it has done: Ctrl-C says so. Raises `Interrupted` then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped.", "Nothing is lost: the same command goes on from here.") from None
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A bar for each stage of the work."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, note="")
+            bars.update(tasks[stage], completed=done, total=total, note=note)
+
+        yield report
+
+
+def command_line() -> str:
+    """The command as the user typed it, to be kept in records."""
+    return " ".join(["offramp", *sys.argv[1:]])

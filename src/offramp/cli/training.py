@@ -1,0 +1,105 @@
+"""The verbs that make something: train, calibrate and tune."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from offramp.cli.flags import Chosen, Only
+from offramp.cli.options import DecodingOptions, Json, Model, Reference
+from offramp.cli.progress import command_line, progress_bars, resumable
+from offramp.errors import BadInput
+from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig, draft_config
+
+
+def train(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the exits.", show_default=False)],
+    *,
+    draft: Annotated[
+        bool,
+        typer.Option("--draft", help="Train one shallow exit instead, which drafts for --fill verify, in OUTPUT/draft."),
+    ] = False,
+    settings: Annotated[dict[str, Any], Chosen(TrainConfig)],
+    decoding: Annotated[DecodingOptions, Only("dtype")],
+    as_json: Json = False,
+) -> None:
+    """Train exits from the model's own answers. Ctrl-C is safe: the same command goes on where it stopped."""
+    from offramp.cli.terminal import training_table
+    from offramp.exits.exits import DRAFT
+    from offramp.training.training import train as train_exits
+
+    backbone = decoding.load(model)
+    config = draft_config(backbone.n_blocks, **settings) if draft else TrainConfig(**settings)
+    output = output / DRAFT if draft else output
+    with resumable(), progress_bars() as progress:
+        exits = train_exits(backbone, output, config, progress, command_line())
+    if as_json:
+        print(json.dumps({"output": str(output), "thresholds": exits.policy.thresholds, **exits.training}))
+    else:
+        training_table(exits, output)
+
+
+def calibrate(
+    model: Model,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help="A file of prompts like those to come: lines, or JSON lines with 'prompt' or 'question'.",
+            show_default=False,
+        ),
+    ],
+    *,
+    decoding: Annotated[DecodingOptions, Only("exits", "dtype")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the calibrated exits. Default: that of --exits.")
+    ] = None,
+    config: CalibrationConfig,
+    reference: Reference = None,
+    as_json: Json = False,
+) -> None:
+    """Set the exits' thresholds so that answers differ by at most RISK on average, with probability 1 − DELTA."""
+    from offramp.cli.terminal import calibration_table
+    from offramp.training.calibration import calibrate as calibrate_exits
+    from offramp.training.calibration import read_questions
+
+    folder = output or (Path(decoding.exits) if decoding.exits else None)
+    if folder is None:
+        raise BadInput("There is no folder to keep the thresholds in.", "Name one: --exits DIR, or -o DIR for a new one.")
+    questions = read_questions(prompts)
+    backbone = decoding.load(model)
+    exits = decoding.require_exits(backbone)
+    other = decoding.load(reference) if reference else None
+    with progress_bars() as progress:
+        record = calibrate_exits(backbone, exits, questions, config, other, progress)
+    if decoding.exits and folder == Path(decoding.exits):
+        exits.save_record(folder)
+    else:
+        exits.save(folder)
+    if as_json:
+        print(json.dumps({"model": backbone.name, "exits": str(folder), **exits.calibration, "passed": record.passed}))
+    else:
+        calibration_table(record, exits, folder)
+
+
+def tune(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tuned model.", show_default=False)],
+    *,
+    config: TuneConfig,
+    as_json: Json = False,
+) -> None:
+    """Tune a model so that its early blocks predict what it will say: a LoRA with LayerSkip's loss. Ctrl-C is safe."""
+    from offramp.cli.terminal import tuning_table
+    from offramp.training.tuning import tune as tune_model
+
+    backbone = DecodingOptions(dtype="float32").load(model, keep=True)
+    with resumable(), progress_bars() as progress:
+        record = tune_model(backbone, output, config, progress, command_line())
+    if as_json:
+        print(json.dumps({"output": str(output), **record}))
+    else:
+        tuning_table(record, output)

@@ -1,0 +1,128 @@
+"""A model's parts and what they cost: its blocks, where exits would go, and what a token costs that leaves there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from offramp.exits.exits import Exits, ExitsConfig, suggested_layers
+from offramp.model.backbone import Backbone
+from offramp.model.costs import Costs
+from offramp.model.families import UNBOUNDED
+
+CONTEXT = 256  # tokens before the one whose costs are stated
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """A token that leaves after so many blocks: parameters of the blocks that ran, FLOPs, and bytes of weights moved.
+
+    FLOPs include all gates that were asked, the read-outs, the `project` fill of skipped blocks, and the head.
+    """
+
+    after_block: int
+    parameters: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a model. Costs are FLOPs at a context of `cost_context` tokens.
+
+    Fields that end in `_in_blocks` are costs over that of a mean block. `context` is None where it is unbounded. `exits`
+    holds the layers and thresholds of the exits that were found, and is None if there are none; `gate` and `readout` are
+    then the default kinds, and `leaving` is for exits after `suggested_layers`.
+    """
+
+    model: str
+    sha256: str
+    model_type: str
+    weight_format: str
+    blocks: int
+    hidden_size: int
+    vocab_size: int
+    context: int | None
+    parameters: int
+    parameters_per_block: list[int]
+    kinds: list[str]
+    cost_context: int
+    block_flops: list[int]
+    block_bytes: list[int]
+    full_flops: int
+    head_in_blocks: float
+    gate: str
+    gate_in_blocks: float
+    readout: str
+    readout_in_blocks: float
+    fill_project_in_blocks: float
+    leaving: list[Leaving]
+    suggested_layers: list[int]
+    exits: dict[str, Any] | None
+
+
+def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> Anatomy:
+    """Count the parts of a model. The weights are not needed: an `outline` will do."""
+    costs = Costs(backbone)
+    suggested = suggested_layers(backbone.n_blocks)
+    parts = exits or Exits.new(backbone, ExitsConfig(suggested))
+    first = next(iter(parts))
+    block_flops = [costs.block(index, context) for index in range(backbone.n_blocks)]
+    mean_block = fmean(block_flops)
+    return Anatomy(
+        model=backbone.name,
+        sha256=backbone.source.sha256,
+        model_type=backbone.config.model_type,
+        weight_format=backbone.weight_format,
+        blocks=backbone.n_blocks,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        context=backbone.context if backbone.context < UNBOUNDED else None,
+        parameters=_parameters(backbone.model),
+        parameters_per_block=[_parameters(block) for block in backbone.blocks],
+        kinds=backbone.kinds,
+        cost_context=context,
+        block_flops=block_flops,
+        block_bytes=[costs.block_bytes(index, context) for index in range(backbone.n_blocks)],
+        full_flops=costs.full(context),
+        head_in_blocks=costs.head / mean_block,
+        gate=parts.config.gate,
+        gate_in_blocks=first.gate.flops() / mean_block,
+        readout=parts.config.readout,
+        readout_in_blocks=first.adapter.flops() / mean_block,
+        fill_project_in_blocks=fmean(_project_flops(costs)) / mean_block,
+        leaving=[_leaving(backbone, costs, parts, stop, context) for stop in (*parts.config.layers, backbone.n_blocks)],
+        suggested_layers=list(suggested),
+        exits=None if exits is None else _exits_found(exits),
+    )
+
+
+def _exits_found(exits: Exits) -> dict[str, Any]:
+    return {"layers": list(exits.config.layers), "thresholds": list(exits.policy.thresholds)}
+
+
+def _leaving(backbone: Backbone, costs: Costs, exits: Exits, stop: int, context: int) -> Leaving:
+    passed = [exit for exit in exits if exit.block <= stop]
+    # A recurrent read-out sees every token that gets there. Another one runs only where the token leaves.
+    readouts = [exit.adapter.flops() for exit in passed if exit.adapter.recurrent or exit.block == stop]
+    blocks = sum(costs.block(index, context) for index in range(stop))
+    return Leaving(
+        after_block=stop,
+        parameters=sum(_parameters(block) for block in backbone.blocks[:stop]),
+        flops=blocks
+        + sum(_project_flops(costs)[stop:])
+        + sum(exit.gate.flops() for exit in passed)
+        + sum(readouts)
+        + costs.head,
+        bytes=sum(costs.block_bytes(index, context) for index in range(stop)) + costs.head_bytes,
+    )
+
+
+def _project_flops(costs: Costs) -> list[int]:
+    """FLOPs of the `project` fill in each block."""
+    return [keys + state for keys, state in zip(costs.project_keys, costs.project_state, strict=True)]
+
+
+def _parameters(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,15 @@
+"""Fields of frozen dataclasses that the command line offers as flags: default and help stand in one place."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+
+def setting(default: Any, help: str = "", flag: str = "", draft: Any = None) -> Any:
+    """A dataclass field with this default and, if it has a `help` line, a flag.
+
+    `flag` is the flag's name; without it, the field's own. `draft` is the default under `offramp train --draft`, where it
+    is another one.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "draft": draft})

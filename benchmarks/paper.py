@@ -110,8 +110,8 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
     )
     kept = work / f".{name}-{task_name}"
 
-    def said(stage: str, done: int, total: int, note: str = "") -> None:
-        if done == total:
+    def said(stage: str, completed: int, total: int, note: str = "") -> None:
+        if completed == total:
             print(f"{time.strftime('%H:%M:%S')} {name} {task_name} {stage} {note}", flush=True)
 
     evaluation = Evaluation(backbone, asked, kept, reference, args.batch, command=shlex.join(sys.argv), progress=said)

@@ -60,8 +60,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> N
     straight = evaluation(tmp_path / "straight").run(OPEN)
     run = evaluation(tmp_path / "resumed")
 
-    def interrupt(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage != "full depth" and done == 3:
+    def interrupt(stage: str, completed: int, total: int, note: str = "") -> None:
+        if stage != "full depth" and completed == 3:
             raise KeyboardInterrupt
 
     run.progress = interrupt

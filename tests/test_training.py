@@ -118,7 +118,7 @@ class Interrupt:
     def __init__(self, stage: str, at: int) -> None:
         self.stage, self.left = stage, at
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+    def __call__(self, stage: str, completed: int, total: int, note: str = "") -> None:
         self.left -= stage == self.stage
         if self.left < 0:
             raise KeyboardInterrupt
@@ -210,7 +210,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, prompts: str) -> None:
     exits = Exits.new(backbone, ExitsConfig(LAYERS, "linear", "linear", 16, 32))
     most, before = 0, resident_bytes()
 
-    def progress(stage: str, done: int, total: int, note: str = "") -> None:
+    def progress(stage: str, completed: int, total: int, note: str = "") -> None:
         nonlocal most
         most = max(most, resident_bytes())
 

@@ -93,8 +93,8 @@ def test_an_interrupted_tuning_goes_on_to_the_same_weights(prompts: str, tmp_pat
     clock = itertools.count(step=50)  # every step is late enough for a checkpoint
     monkeypatch.setattr("offramp.training.loop.time.monotonic", lambda: next(clock))
 
-    def interrupt(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage == "tuning" and done == 3:
+    def interrupt(stage: str, completed: int, total: int, note: str = "") -> None:
+        if stage == "tuning" and completed == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told how far each stage is: (stage, steps or answers done, of how many, a word on how it goes)."""
+    """Called as work goes on: the stage, how many of its steps or answers are completed, of how many, and a note."""
 
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None: ...
+    def __call__(self, stage: str, completed: int, total: int, note: str = "") -> None: ...
 
 
-def silent(stage: str, done: int, total: int, note: str = "") -> None:
+def silent(stage: str, completed: int, total: int, note: str = "") -> None:
     pass

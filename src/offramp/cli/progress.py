@@ -52,10 +52,10 @@ def progress_bars() -> Iterator[Progress]:
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
-        def report(stage: str, done: int, total: int, note: str = "") -> None:
+        def report(stage: str, completed: int, total: int, note: str = "") -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, note="")
-            bars.update(tasks[stage], completed=done, total=total, note=note)
+            bars.update(tasks[stage], completed=completed, total=total, note=note)
 
         yield report
 

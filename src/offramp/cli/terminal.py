@@ -45,7 +45,7 @@ def answer_in_colour(question: str, full: Generation, early: Generation, model: 
     """A question, its answer at full depth, and its answer with exits, each token in its exit's colour."""
     console.print(Text(f"\n{question}", "bold") + Text(f"  {model}" if model else "", "dim"))
     console.print(Text("full depth  ", "dim") + Text(full.text.strip()), soft_wrap=True)
-    coloured = Text("with exits  ", "dim")
+    coloured = Text.assemble(("with exits  ", "dim"))  # dim itself, and not what is appended
     for token in early.tokens:
         coloured.append(token.text, _colour(token.exit_block, early.blocks))
     console.print(coloured, soft_wrap=True)

@@ -35,7 +35,7 @@ from offramp.decode.sequence import Decision, OpenExit, Sequence, looked_up
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
 from offramp.model.lean.base import joined
-from offramp.model.runtime import Step
+from offramp.model.runtime import Part, Step
 
 if TYPE_CHECKING:
     from offramp.decode.engine import Engine
@@ -66,13 +66,24 @@ class Climb:
     def sequence(self) -> Sequence:
         return self.request.sequence
 
+    @property
+    def hidden(self) -> Tensor:
+        """`h`, where there must be one: at an exit that was asked, and at the top."""
+        assert self.h is not None
+        return self.h
 
-@dataclass
-class Leaving:
-    """A token that may leave at an exit: its logits there (1, V), what they were read from (1, 1, D), its confidence."""
+    @property
+    def part(self) -> Part:
+        """What the backbone needs to run the tokens."""
+        assert self.step is not None
+        return self.hidden, self.sequence.state, self.step
+
+
+@dataclass(frozen=True, eq=False)
+class ReadOut:
+    """What an exit says of a climb's newest token: logits (1, V) or over the short list, read from h (1, 1, D)."""
 
     climb: Climb
-    confidence: float
     logits: Tensor
     h: Tensor
 
@@ -141,7 +152,7 @@ class Batch:
             if number < self.engine.top:
                 self._pass_exit(number, climbs)
         for climb in climbs:
-            climb.sequence.top = _hidden(climb)[:, -1:]
+            climb.sequence.top = climb.hidden[:, -1:]
             for follower in climb.sequence.followers:
                 follower.catch_up()
         for request in requests:
@@ -204,20 +215,20 @@ class Batch:
     def _run_blocks(self, number: int, climbs: list[Climb]) -> None:
         """Run a segment's blocks for all climbs that are there, in one pass over the weights."""
         engine, segment = self.engine, self.engine.segments[number]
-        parts = []
-        for climb in climbs:
-            if climb.h is not None and climb.step is not None:
-                if climb.sequence.drafts:  # they may have to be forgotten
-                    climb.sequence.state.watch(segment.start, segment.stop)
-                parts.append((climb.h, climb.sequence.state, climb.step))
-                climb.flops += engine.segment_flops(segment, climb.h.shape[1], climb.end) if climb.counted else 0
+        moving = [climb for climb in climbs if climb.h is not None]
+        if not moving:
+            return
+        for climb in moving:
+            if climb.sequence.drafts:  # they may have to be forgotten
+                climb.sequence.state.watch(segment.start, segment.stop)
+            if climb.counted:
+                climb.flops += engine.segment_flops(segment, climb.hidden.shape[1], climb.end)
         with engine.timed(engine.part_of(number)):
-            hidden = iter(engine.backbone.run_all(parts, segment.start, segment.stop) if parts else ())
-        for climb in climbs:
-            if climb.h is not None:
-                climb.h = next(hidden)
-                if number < engine.top:
-                    climb.sequence.exits[number].see(climb.h, climb.sequence.top)
+            hidden = engine.backbone.run_all([climb.part for climb in moving], segment.start, segment.stop)
+        for climb, h in zip(moving, hidden, strict=True):
+            climb.h = h
+            if number < engine.top:
+                climb.sequence.exits[number].see(h, climb.sequence.top)
 
     def _pass_exit(self, number: int, climbs: list[Climb]) -> None:
         """Go on past an exit, and take along the tokens that are pending there."""
@@ -232,29 +243,26 @@ class Batch:
     def _leave(self, number: int, climbs: list[Climb]) -> dict[Climb, Decision]:
         """The climbs that end at this exit, and what the exit says their next tokens are."""
         engine, left = self.engine, {}
-        for token in self._sure(number, [climb for climb in climbs if climb.may_leave and climb.h is not None]):
-            climb, sequence = token.climb, token.climb.sequence
+        for read, confidence in self._sure(number, [climb for climb in climbs if climb.may_leave and climb.h is not None]):
+            climb, sequence = read.climb, read.climb.sequence
             exit = sequence.exits[number]
             with engine.timed("sampling"):
-                id = engine.choose(engine.exit_head.over_vocabulary(token.logits)[-1], sequence.ids)
+                id = engine.choose(engine.exit_head.over_vocabulary(read.logits)[-1], sequence.ids)
             with engine.timed("fill"):
-                assert climb.step is not None
-                engine.fill.leave(_hidden(climb), exit, sequence, climb.step)
-            flops = climb.flops + engine.fill.flops(exit.block, engine.costs)
-            left[climb] = Decision(id, exit.block, token.confidence, flops)
+                engine.fill.leave(exit, climb.part)
+            left[climb] = Decision(id, exit.block, confidence, climb.flops + engine.fill.flops(exit.block, engine.costs))
             sequence.ids.append(id)
-            sequence.top = token.h
+            sequence.top = read.h
         return left
 
-    def _sure(self, number: int, climbs: list[Climb]) -> list[Leaving]:
-        """The tokens whose confidence at this exit is above the threshold, read out."""
+    def _sure(self, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, float]]:
+        """The newest tokens whose confidence at this exit is above the threshold: their read-outs and confidences."""
         if self.engine.policy.confidence == "gate":
-            confidences = {climb: self._ask_gate(climb, number) for climb in climbs}
-            return self._read_out(number, {climb: sure for climb, sure in confidences.items() if sure is not None})
-        leaving = self._read_out(number, dict.fromkeys(climbs, 1.0))
-        for token in leaving:
-            token.confidence = self._training_free(token)
-        return [token for token in leaving if token.confidence > self._threshold(token.climb, number)]
+            asked = {climb: self._ask_gate(climb, number) for climb in climbs}
+            confidences = {climb: confidence for climb, confidence in asked.items() if confidence is not None}
+            return [(read, confidences[read.climb]) for read in self._read_out(number, list(confidences))]
+        reads = [(read, self._training_free(read)) for read in self._read_out(number, climbs)]
+        return [(read, confidence) for read, confidence in reads if confidence > self._threshold(read.climb, number)]
 
     def _ask_gate(self, climb: Climb, number: int) -> float | None:
         """The gate's confidence if it is above the threshold, else None. A threshold of 0 asks no gate."""
@@ -274,35 +282,32 @@ class Batch:
         threshold = self.engine.policy.threshold(sequence.exits[number].index, decided)
         return threshold / math.prod(draft.confidence or 1.0 for draft in sequence.drafts)
 
-    def _read_out(self, number: int, confidences: dict[Climb, float]) -> list[Leaving]:
+    def _read_out(self, number: int, climbs: list[Climb]) -> list[ReadOut]:
         """The logits of the climbs' newest tokens at an exit."""
-        if not confidences:
+        if not climbs:
             return []
         head, adapted = self.engine.exit_head, []
         with self.engine.timed("exits"):
-            for climb in confidences:
+            for climb in climbs:
                 h, flops = climb.sequence.exits[number].readout.read()
                 climb.flops += flops + head.flops
                 adapted.append(h)
         rows = self._logits(head, [h.to(self.engine.backbone.dtype) for h in adapted])
-        return [
-            Leaving(climb, confidence, logits, h)
-            for (climb, confidence), logits, h in zip(confidences.items(), rows, adapted, strict=True)
-        ]
+        return [ReadOut(climb, logits, h) for climb, logits, h in zip(climbs, rows, adapted, strict=True)]
 
-    def _training_free(self, token: Leaving) -> float:
+    def _training_free(self, read: ReadOut) -> float:
         """A confidence that needs no gate, from the logits alone."""
-        kind, tops = self.engine.policy.confidence, token.climb.tops
+        kind, tops = self.engine.policy.confidence, read.climb.tops
         if kind != PATIENCE:
-            return float(TRAINING_FREE[kind](token.logits[0]))
-        tops.append(int(token.logits[0].argmax()))
+            return float(TRAINING_FREE[kind](read.logits[0]))
+        tops.append(int(read.logits[0].argmax()))
         agreeing = takewhile(tops[-1].__eq__, reversed(tops))
         return sum(1 for _ in agreeing) / len(self.engine.open_exits)
 
     def _judge(self, climbs: list[Climb]) -> list[Event]:
         """Full depth decides the tokens that reached the top: drafts that agree stand, and a token of its own follows."""
         head, verifies = self.engine.head, self.engine.fill.verifies
-        hidden = [h if verifies or h.shape[1] == 1 else h[:, -1:] for h in map(_hidden, climbs)]
+        hidden = [h if verifies or h.shape[1] == 1 else h[:, -1:] for h in (climb.hidden for climb in climbs)]
         events: list[Event] = []
         for climb, h, logits in zip(climbs, hidden, self._logits(head, hidden), strict=True):
             climb.flops += h.shape[1] * head.flops
@@ -369,8 +374,3 @@ class Batch:
             exits = [OpenExit.of(exit, index) for exit, index in self.engine.open_exits]
             talk.sequence = Sequence([*ids], self.engine.backbone.state(len(ids) + remaining), exits, len(ids))
         return talk.sequence
-
-
-def _hidden(climb: Climb) -> Tensor:
-    assert climb.h is not None, "a climb reaches an exit or the top with tokens"
-    return climb.h

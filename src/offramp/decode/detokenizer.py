@@ -6,7 +6,10 @@ from typing import Any
 
 
 class Detokenizer:
-    """Token ids → text, piece by piece: whole characters only, and nothing that may begin a stop string."""
+    """Token ids → text, piece by piece: only whole characters, and nothing that may be the beginning of a stop string.
+
+    `stopped`: a stop string has come; the text ends before it.
+    """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(string for string in stop if string)
@@ -15,6 +18,7 @@ class Detokenizer:
         self.stopped = False
 
     def push(self, token: int, last: bool) -> str:
+        """The text that this token completes, which may be empty. With the `last` token, nothing is held back."""
         self._ids.append(token)
         if self._tokenizer is None:
             return ""
@@ -30,6 +34,7 @@ class Detokenizer:
         return piece
 
     def _held(self, text: str) -> int:
+        """How many characters at the end of the text may begin a stop string."""
         longest = 0
         for string in self._stop:
             for size in range(min(len(string) - 1, len(text)), 0, -1):

@@ -24,13 +24,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from torch import Tensor
-
-from offramp.decode.sequence import OpenExit, Sequence
+from offramp.decode.sequence import OpenExit
 from offramp.errors import BadInput
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
-from offramp.model.runtime import Step
+from offramp.model.runtime import Part
 
 
 class Fill(ABC):
@@ -48,8 +46,11 @@ class Fill(ABC):
         self.backbone = backbone
 
     @abstractmethod
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
-        """A token has left at `exit`. h (1, n, D) are the hidden states there: the token's, behind those it took along."""
+    def leave(self, exit: OpenExit, part: Part) -> None:
+        """A token has left at `exit`.
+
+        `part`: hidden states h (1, n, D) there, the token's behind those it took along; the blocks' state; what they share.
+        """
 
     def flops(self, block: int, costs: Costs) -> int:
         """FLOPs of `leave` for one token that left after `block` blocks."""
@@ -61,8 +62,9 @@ class Project(Fill):
 
     name = "project"
 
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
-        self.backbone.project(h, exit.block, self.backbone.n_blocks, sequence.state, step)
+    def leave(self, exit: OpenExit, part: Part) -> None:
+        h, state, step = part
+        self.backbone.project(h, exit.block, self.backbone.n_blocks, state, step)
 
     def flops(self, block: int, costs: Costs) -> int:
         return sum(costs.project_keys[block:]) + sum(costs.project_state[block:])
@@ -78,9 +80,10 @@ class Freeze(Fill):
         if "mamba" not in backbone.kinds and "both" not in backbone.kinds:
             raise BadInput(f"{backbone.name} has no Mamba blocks whose state could be frozen.", "Use project or copy.")
 
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
+    def leave(self, exit: OpenExit, part: Part) -> None:
+        h, state, step = part
         for skipped in range(exit.block, self.backbone.n_blocks):
-            self.backbone.project_keys(h, skipped, sequence.state, step)
+            self.backbone.project_keys(h, skipped, state, step)
 
     def flops(self, block: int, costs: Costs) -> int:
         return sum(costs.project_keys[block:])
@@ -102,8 +105,8 @@ class Copy(Fill):
                 "Use --fill project.",
             )
 
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
-        state = sequence.state
+    def leave(self, exit: OpenExit, part: Part) -> None:
+        h, state, step = part
         skipped = [index for index in self._attention if index >= exit.block]
         computed = [index for index in self._attention if index < exit.block]
         if not computed:  # an exit below a hybrid's first attention block: there is nothing to copy
@@ -126,8 +129,8 @@ class Defer(Fill):
     name = "defer"
     waits = True
 
-    def leave(self, h: Tensor, exit: OpenExit, sequence: Sequence, step: Step) -> None:
-        exit.pending.append(h)
+    def leave(self, exit: OpenExit, part: Part) -> None:
+        exit.pending.append(part[0])
 
 
 class Verify(Defer):

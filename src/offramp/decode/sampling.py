@@ -1,9 +1,8 @@
 """From logits to a token: the most probable one, or one drawn at random.
 
-A draw depends on the seed, the place of the token in its text, and the logits, and on nothing else (the Gumbel-max trick:
-the largest of log p plus noise). So whoever decides on a place, an early exit's draft or full depth, decides under the same
-noise; what `verify` lets stand is what full depth would have drawn, token for token, and drafts are wrong less often than
-if each were drawn anew.
+A draw depends only on the seed, the token's position in the text, and the logits. It is the Gumbel-max trick: the token
+with the largest log p plus noise. So an exit's draft and full depth decide on a position under the same noise. What
+`verify` lets stand is what full depth would have drawn, and drafts are wrong less often than if each were drawn anew.
 """
 
 from __future__ import annotations
@@ -24,12 +23,9 @@ Choose = Callable[["Tensor", "list[int]"], int]  # logits (V,) and all ids befor
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: all but the draw itself by the library's logits processors, in the library's order.
+    """How tokens are chosen. The library's logits processors do all but the draw itself, in the library's order.
 
-    temperature: 0 takes the most probable token and needs none of the others but `repetition_penalty` (1 is none);
-    top_k: only so many (0: all); top_p: only the most probable that together have this probability (1: all); min_p: only
-    those with at least this share of the highest probability (0: all); seed: of the draws. Raises `BadInput` for values
-    outside these ranges.
+    With a temperature of 0, only `repetition_penalty` matters beside it. Raises `BadInput` for values outside their ranges.
     """
 
     temperature: float = setting(0.0, "0 takes the most probable token; above 0, tokens are drawn.")
@@ -52,6 +48,7 @@ class Sampling:
             raise BadInput(f"A repetition penalty of {self.repetition_penalty} is not positive.", "1 is no penalty.")
 
     def chooser(self) -> Choose:
+        """The function that chooses by these settings."""
         import transformers as library
 
         processors = library.LogitsProcessorList()
@@ -71,8 +68,7 @@ class Sampling:
 
 
 def chooser(processors: Any, seed: int | None) -> Choose:
-    """Chooses from what the library's `processors` make of the logits: the best, or with a seed, a draw."""
-
+    """A function that takes the best of what the library's `processors` make of the logits, or draws if there is a seed."""
     import torch
 
     def choose(logits: Tensor, ids: list[int]) -> int:
@@ -86,6 +82,7 @@ def chooser(processors: Any, seed: int | None) -> Choose:
 
 
 def _exponential(seed: int, place: int, size: int) -> Tensor:
+    """Noise (size,) for one position of a text, the same each time. Minus its logarithm is Gumbel noise."""
     import torch
 
     digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from rich.console import Console
 
 from models import BLOCKS, tiny
 from offramp import Engine, Exits, ExitsConfig
@@ -188,6 +189,8 @@ def run_cli(*arguments: str, folder: Path | None = None, stdin: str = "", **envi
     `main` lets through, and so would end a process in a traceback, is raised here.
     """
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    from offramp.cli import terminal
+
     settings = {"COLUMNS": "200", "TRANSFORMERS_VERBOSITY": "error", **environment}
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), redirect_stdout(stdout), redirect_stderr(stderr):
         warnings.simplefilter("default")
@@ -195,6 +198,8 @@ def run_cli(*arguments: str, folder: Path | None = None, stdin: str = "", **envi
             warnings.simplefilter("ignore", category)  # as Python does by itself, and pytest does not
         for name, value in settings.items():
             patch.setenv(name, value)
+        # The module's console took its width from the environment when it was imported.
+        patch.setattr(terminal, "console", Console(highlight=False))
         patch.chdir(folder or Path.cwd())
         patch.setattr(sys, "argv", ["offramp", *arguments])
         patch.setattr(sys, "stdin", io.StringIO(stdin))

@@ -9,7 +9,7 @@ demo: .venv/.installed
 	$(BIN)/offramp demo $(if $(MODEL),--model $(MODEL)) $(if $(BOTH),--both)
 
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

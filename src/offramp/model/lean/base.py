@@ -192,7 +192,7 @@ class Lean:
         return 1e-4 if self.head.w.dtype == torch.float32 else 1e-1
 
     def _compiles(self, dims: int) -> bool:
-        """Whether `native.c` can do the work: a compiler, weights and inner `dims` of whole vectors, on the CPU."""
+        """Whether the compiled engine can do the work: a compiler, the CPU, weights and inner `dims` of whole vectors."""
         weights = self._weights
         fits = all(weight.columns % (32 if isinstance(weight, Int4 | Int8) else 8) == 0 for weight in weights)
         return bool(fits and dims % 8 == 0 and self._device.type == "cpu" and library())

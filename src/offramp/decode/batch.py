@@ -6,14 +6,15 @@ Exits divide the blocks into segments. A climb runs a segment, then asks the exi
                      exit 0        exit 1
 
 At an exit the gate reads the hidden state. If its confidence is above the threshold, the read-out turns the hidden state
-into logits, and the token leaves; what the skipped blocks remember of it is the fill's business (`decode.fills`). Otherwise
-the token goes on through the next segment, and takes along, as one chunk, all tokens that wait at this exit.
+into logits, and the token leaves; the fill (`decode.fills`) decides what the skipped blocks remember of it. Otherwise the
+token runs the next segment, in one chunk with all tokens that wait at this exit.
 
-With `verify`, a token that left is a draft, and the sequence climbs again at once. When it gets to the top, the full
-model's logits decide: the drafts that agree stand, the first that differs is replaced, and all after it are taken back.
+With `verify`, a token that left is a draft, and the sequence climbs again at once. When a climb reaches the top, the full
+model's logits decide: drafts that agree stand, the first draft that differs is replaced, and all drafts after it are
+rejected.
 
-Of all climbs, those that are furthest behind go first. So sequences that go deep wait for each other below, and share one
-pass over the weights. Exits whose threshold is 1 never fire and are left out: full depth costs nothing extra.
+The climbs that are furthest behind run first. So sequences that go deep wait for each other, and share one pass over the
+weights. Exits whose threshold is 1 never fire and are left out: full depth costs nothing extra.
 """
 
 from __future__ import annotations
@@ -40,16 +41,17 @@ from offramp.model.runtime import Part, Step
 if TYPE_CHECKING:
     from offramp.decode.engine import Engine
 
-LOOKED_UP = 3  # drafts from a place where the text repeats itself: four rows cost little more than one, eight do
+# Most drafts from prompt look-up. A pass over four rows costs little more than over one; a pass over eight costs more.
+LOOKED_UP = 3
 
 
 @dataclass(eq=False)
 class Climb:
     """The newest tokens of a request's sequence on their way to the top.
 
-    h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None while the only
-    tokens to run are pending further up. `may_leave`: exits are asked. `counted`: FLOPs are (those of a prompt are not).
-    `tops`: what each exit on the way read out as the most probable token, for the confidence `patience`.
+    h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None while all tokens
+    to run are pending at later exits. `may_leave`: whether exits are asked. `counted`: whether FLOPs are counted (those of
+    a prompt are not). `tops`: the most probable token at each exit so far, for the confidence `patience`.
     """
 
     request: Request
@@ -64,11 +66,12 @@ class Climb:
 
     @property
     def sequence(self) -> Sequence:
+        """The request's sequence."""
         return self.request.sequence
 
     @property
     def hidden(self) -> Tensor:
-        """`h`, where there must be one: at an exit that was asked, and at the top."""
+        """`h`, where it cannot be None: at an exit that is asked, and at the top."""
         assert self.h is not None
         return self.h
 
@@ -81,7 +84,7 @@ class Climb:
 
 @dataclass(frozen=True, eq=False)
 class ReadOut:
-    """What an exit says of a climb's newest token: logits (1, V) or over the short list, read from h (1, 1, D)."""
+    """An exit's output for a climb's newest token: h (1, 1, D) from the adapter; logits (1, V), or over the short list."""
 
     climb: Climb
     logits: Tensor
@@ -101,9 +104,9 @@ class Batch:
         self.requests: list[Request] = []
 
     def add(self, ids: list[int], talk: Talk | None = None, **limits: Unpack[Limits]) -> Request:
-        """A request to go on with these token ids. It is worked on from the next step on.
+        """Add a request to continue these token ids; the next step starts on it.
 
-        With a `talk`, what was computed for the beginning of the same text is used again, and kept for the next turn.
+        A `talk` keeps what is computed for this request, and gives it what was computed for the beginning of the same text.
         Raises `BadInput` for an empty prompt, for one that leaves no room in the context, and for `max_tokens` below 1.
         """
         backbone = self.engine.backbone
@@ -131,7 +134,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Read the prompts of new requests, or else decide at least one token of every request. Returns what happened.
+        """Prefill the new requests; if there are none, decide at least one token of every request. Returns the events.
 
         Raises `BadNumbers` for NaN logits.
         """
@@ -139,7 +142,7 @@ class Batch:
         return self._prefill(new) if new else self._decode()
 
     def _prefill(self, requests: list[Request]) -> list[Event]:
-        """All of each prompt but its last token, at full depth; parts that remember see it too."""
+        """Run each prompt but its last token at full depth; recurrent gates and read-outs see these tokens too."""
         climbs = []
         for request in requests:
             end = len(request.sequence.ids) - 1
@@ -161,44 +164,44 @@ class Batch:
         return [Prefilled(request) for request in requests]
 
     def _decode(self) -> list[Event]:
-        """Every sequence climbs until a token of it is decided: the furthest behind go first."""
+        """Let every sequence climb until at least one of its tokens is decided. The climbs furthest behind run first."""
         events: list[Event] = []
         climbs = [self._set_out(request) for request in self.requests]
         while climbs:
             number = min(climb.segment for climb in climbs)
-            here = [climb for climb in climbs if climb.segment == number]
-            others = [climb for climb in climbs if climb.segment != number]
-            self._run_blocks(number, here)
+            at_segment = [climb for climb in climbs if climb.segment == number]
+            further_up = [climb for climb in climbs if climb.segment != number]
+            self._run_blocks(number, at_segment)
             if number == self.engine.top:
-                events += self._judge(here)
-                climbs = others
+                events += self._judge(at_segment)
+                climbs = further_up
                 continue
-            left = self._leave(number, here)
-            going_on = [climb for climb in here if climb not in left]
+            decisions = self._leave(number, at_segment)
+            going_on = [climb for climb in at_segment if climb not in decisions]
             self._pass_exit(number, going_on)
-            climbs = [*going_on, *others]
-            for climb, decision in left.items():
+            climbs = [*going_on, *further_up]
+            for climb, decision in decisions.items():
                 if self.engine.fill.verifies:
                     climb.sequence.drafts.append(decision)
                     climbs.append(self._set_out(climb.request))
                 else:
                     climb.sequence.settle()
-                    events += self._stand(climb.request, [decision])
+                    events += self._emit(climb.request, [decision])
         return events
 
     def _set_out(self, request: Request) -> Climb:
-        """Begin to run the newest token of a sequence, together with drafts that were looked up in its text."""
+        """Start a climb of a sequence's newest token, together with drafts that are looked up in its text."""
         sequence, ids = request.sequence, request.sequence.ids
         if not sequence.drafts and self.engine.lookup:
-            most = min(LOOKED_UP, self.engine.max_pending, request.remaining - 1)
-            looked = looked_up(ids, self.engine.lookup, most)
-            sequence.drafts += [Decision(id, 0, None, 0) for id in looked]
-            ids += looked
-            may_leave, end = not looked, len(ids)
+            limit = min(LOOKED_UP, self.engine.max_pending, request.remaining - 1)
+            draft_ids = looked_up(ids, self.engine.lookup, limit)
+            sequence.drafts += [Decision(id, 0, None, 0) for id in draft_ids]
+            ids += draft_ids
+            may_leave, end = not draft_ids, len(ids)
         else:
-            # The last draft ends the text: verify it, but do not go on from it.
-            ends = bool(sequence.drafts) and (len(sequence.drafts) == request.remaining or ids[-1] in request.end_ids)
-            may_leave, end = not ends, len(ids) - ends
+            # A draft that ends the text is verified, but the climb does not start from it.
+            text_ends = bool(sequence.drafts) and (len(sequence.drafts) == request.remaining or ids[-1] in request.end_ids)
+            may_leave, end = not text_ends, len(ids) - text_ends
         climb = Climb(request, end, may_leave and sequence.pending < self.engine.max_pending)
         self._embed(climb)
         return climb
@@ -213,13 +216,13 @@ class Batch:
             sequence.run = climb.end
 
     def _run_blocks(self, number: int, climbs: list[Climb]) -> None:
-        """Run a segment's blocks for all climbs that are there, in one pass over the weights."""
+        """Run a segment's blocks for all climbs that are at it, in one pass over the weights."""
         engine, segment = self.engine, self.engine.segments[number]
         moving = [climb for climb in climbs if climb.h is not None]
         if not moving:
             return
         for climb in moving:
-            if climb.sequence.drafts:  # they may have to be forgotten
+            if climb.sequence.drafts:  # the state must be able to forget them
                 climb.sequence.state.watch(segment.start, segment.stop)
             if climb.counted:
                 climb.flops += engine.segment_flops(segment, climb.hidden.shape[1], climb.end)
@@ -241,28 +244,32 @@ class Batch:
                 pending.clear()
 
     def _leave(self, number: int, climbs: list[Climb]) -> dict[Climb, Decision]:
-        """The climbs that end at this exit, and what the exit says their next tokens are."""
-        engine, left = self.engine, {}
-        for read, confidence in self._sure(number, [climb for climb in climbs if climb.may_leave and climb.h is not None]):
-            climb, sequence = read.climb, read.climb.sequence
+        """The climbs that end at this exit, each with the next token that the exit chose."""
+        engine, decisions = self.engine, {}
+        may_leave = [climb for climb in climbs if climb.may_leave and climb.h is not None]
+        for readout, confidence in self._sure(number, may_leave):
+            climb, sequence = readout.climb, readout.climb.sequence
             exit = sequence.exits[number]
             with engine.timed("sampling"):
-                id = engine.choose(engine.exit_head.over_vocabulary(read.logits)[-1], sequence.ids)
+                id = engine.choose(engine.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
             with engine.timed("fill"):
                 engine.fill.leave(exit, climb.part)
-            left[climb] = Decision(id, exit.block, confidence, climb.flops + engine.fill.flops(exit.block, engine.costs))
+            flops = climb.flops + engine.fill.flops(exit.block, engine.costs)
+            decisions[climb] = Decision(id, exit.block, confidence, flops)
             sequence.ids.append(id)
-            sequence.top = read.h
-        return left
+            sequence.top = readout.h
+        return decisions
 
     def _sure(self, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, float]]:
-        """The newest tokens whose confidence at this exit is above the threshold: their read-outs and confidences."""
+        """Read-outs and confidences of the newest tokens whose confidence at this exit is above the threshold."""
         if self.engine.policy.confidence == "gate":
-            asked = {climb: self._ask_gate(climb, number) for climb in climbs}
-            confidences = {climb: confidence for climb, confidence in asked.items() if confidence is not None}
-            return [(read, confidences[read.climb]) for read in self._read_out(number, list(confidences))]
-        reads = [(read, self._training_free(read)) for read in self._read_out(number, climbs)]
-        return [(read, confidence) for read, confidence in reads if confidence > self._threshold(read.climb, number)]
+            answers = {climb: self._ask_gate(climb, number) for climb in climbs}
+            confidences = {climb: confidence for climb, confidence in answers.items() if confidence is not None}
+            return [(readout, confidences[readout.climb]) for readout in self._read_out(number, list(confidences))]
+        scored = [(readout, self._training_free(readout)) for readout in self._read_out(number, climbs)]
+        return [
+            (readout, confidence) for readout, confidence in scored if confidence > self._threshold(readout.climb, number)
+        ]
 
     def _ask_gate(self, climb: Climb, number: int) -> float | None:
         """The gate's confidence if it is above the threshold, else None. A threshold of 0 asks no gate."""
@@ -276,7 +283,7 @@ class Batch:
         return confidence if confidence > threshold else None
 
     def _threshold(self, climb: Climb, number: int) -> float:
-        """What a confidence must exceed here. A draft is worth only what all drafts before it are worth, too."""
+        """The threshold at this exit. A draft stands only if all before it do, so their confidences raise the threshold."""
         sequence = climb.sequence
         decided = len(sequence.ids) - sequence.prompt
         threshold = self.engine.policy.threshold(sequence.exits[number].index, decided)
@@ -295,17 +302,17 @@ class Batch:
         rows = self._logits(head, [h.to(self.engine.backbone.dtype) for h in adapted])
         return [ReadOut(climb, logits, h) for climb, logits, h in zip(climbs, rows, adapted, strict=True)]
 
-    def _training_free(self, read: ReadOut) -> float:
+    def _training_free(self, readout: ReadOut) -> float:
         """A confidence that needs no gate, from the logits alone."""
-        kind, tops = self.engine.policy.confidence, read.climb.tops
+        kind, tops = self.engine.policy.confidence, readout.climb.tops
         if kind != PATIENCE:
-            return float(TRAINING_FREE[kind](read.logits[0]))
-        tops.append(int(read.logits[0].argmax()))
+            return float(TRAINING_FREE[kind](readout.logits[0]))
+        tops.append(int(readout.logits[0].argmax()))
         agreeing = takewhile(tops[-1].__eq__, reversed(tops))
         return sum(1 for _ in agreeing) / len(self.engine.open_exits)
 
     def _judge(self, climbs: list[Climb]) -> list[Event]:
-        """Full depth decides the tokens that reached the top: drafts that agree stand, and a token of its own follows."""
+        """Let full depth decide at the top: drafts that agree stand, and one token of its own follows."""
         head, verifies = self.engine.head, self.engine.fill.verifies
         hidden = [h if verifies or h.shape[1] == 1 else h[:, -1:] for h in (climb.hidden for climb in climbs)]
         events: list[Event] = []
@@ -313,37 +320,37 @@ class Batch:
             climb.flops += h.shape[1] * head.flops
             decisions = self._compare(climb, h, logits)
             climb.sequence.settle()
-            events += self._stand(climb.request, decisions)
+            events += self._emit(climb.request, decisions)
         return events
 
     def _compare(self, climb: Climb, h: Tensor, logits: Tensor) -> list[Decision]:
-        """The drafts that full depth chooses too, and the token that it chooses in place of the first that differs.
+        """The drafts that full depth chooses too, then the token that it chooses instead of the first that differs.
 
-        Row i of h (1, n, D) and logits (n, V) is what full depth says at the place of draft i. The rest is taken back.
+        Row i of h (1, n, D) and logits (n, V) decides the position of draft i. The drafts from that token on are rejected.
         """
         sequence, ids = climb.sequence, climb.sequence.ids
         drafts, first = sequence.drafts, len(ids) - len(sequence.drafts)
         sequence.deep_passes += 1
         for row, scores in enumerate(logits):
             sequence.top = h[:, row : row + 1]
-            place = first + row
+            position = first + row
             with self.engine.timed("sampling"):
-                id = self.engine.choose(scores, ids[:place])
-            if place < len(ids) and id == ids[place]:
+                id = self.engine.choose(scores, ids[:position])
+            if position < len(ids) and id == ids[position]:
                 continue
-            wasted = drafts[row:]
-            if wasted:
-                sequence.rejected += len(wasted)
+            rejected = drafts[row:]
+            if rejected:
+                sequence.rejected += len(rejected)
                 with self.engine.timed("rollback"):
-                    sequence.crop(place)
+                    sequence.crop(position)
             ids.append(id)
-            flops = climb.flops + sum(draft.flops for draft in wasted)
+            flops = climb.flops + sum(draft.flops for draft in rejected)
             return [*drafts[:row], Decision(id, self.engine.backbone.n_blocks, None, flops)]
         # The last draft ends the text, and all drafts stand.
         return [*drafts[:-1], replace(drafts[-1], flops=drafts[-1].flops + climb.flops)]
 
-    def _stand(self, request: Request, decisions: list[Decision]) -> list[Event]:
-        """Give out tokens that are decided, until the request ends."""
+    def _emit(self, request: Request, decisions: list[Decision]) -> list[Event]:
+        """The events of decided tokens, up to the one that ends the request."""
         events: list[Event] = []
         for decision in decisions:
             with self.engine.timed("text"):
@@ -355,7 +362,7 @@ class Batch:
         return events
 
     def _logits(self, head: Head, hidden: Many[Tensor]) -> list[Tensor]:
-        """The head on the rows of all climbs at once: hidden states (1, n, D) each → logits (n, V) each."""
+        """Run the head once on the rows of all climbs: hidden states (1, n, D) each → logits (n, V) each."""
         with self.engine.timed("heads"):
             logits = head.logits(joined(list(hidden), dim=1))[0]
         if not torch.isfinite(logits.amax()):

@@ -6,9 +6,9 @@ from typing import Any
 
 
 class Detokenizer:
-    """Token ids → text, piece by piece: only whole characters, and nothing that may be the beginning of a stop string.
+    """Turns token ids into text piece by piece: whole characters only, and nothing that may begin a stop string.
 
-    `stopped`: a stop string has come; the text ends before it.
+    `stopped`: whether a stop string has come; the text ends before it.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
@@ -23,9 +23,9 @@ class Detokenizer:
         if self._tokenizer is None:
             return ""
         text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        ends = [at for string in self._stop if (at := text.find(string)) >= 0]
-        if ends:
-            text, self.stopped = text[: min(ends)], True
+        starts = [start for string in self._stop if (start := text.find(string)) >= 0]
+        if starts:
+            text, self.stopped = text[: min(starts)], True
         elif not last:
             text = text.rstrip("\ufffd")
             text = text[: len(text) - self._held(text)]

@@ -22,7 +22,7 @@ from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 
-SHARED = 64  # tokens that neighbouring prompts must have in common to have them read once
+SHARED = 64  # tokens that neighbouring prompts must have in common, for these to be read only once
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Engine:
 
     `policy`: when a token leaves (the exits' own by default); `fill`: a name in `decode.fills.FILLS`; `sampling`: how a
     token is chosen (the most probable by default), or a function from logits (V,) and the ids before to an id;
-    `max_pending`: at most so many tokens wait at exits, so that a chunk has at most one row more, and at the cap a token
-    goes to the top whatever its gates say; `lookup`: with `verify`, a text that repeats its last `lookup` tokens is first
-    drafted from what followed them (0: not). To see where time goes, set `timed` to a `Timer`. Raises `BadInput` for a
-    policy that does not fit the exits.
+    `max_pending`: the most tokens that wait at exits; when that many wait, the next token goes to the top without asking
+    gates, so a chunk has at most `max_pending` + 1 rows; `lookup`: with `verify`, if the last `lookup` tokens stand earlier
+    in the text, the tokens that followed them there are drafts (0: no look-up). To see where time goes, set `timed` to a
+    `Timer`. Raises `BadInput` for a policy that does not fit the exits, an unknown fill, and `max_pending` below 1.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Engine:
         lookup: int = 3,
     ) -> None:
         if max_pending < 1:
-            raise BadInput(f"At most {max_pending} waiting tokens is too few.", "1 or more.")
+            raise BadInput(f"At most {max_pending} waiting tokens is too few.", "Give 1 or more.")
         self.backbone, self.max_pending = backbone, max_pending
         self.timed: Timed = untimed
         self.fill = fill_named(fill)(backbone)
@@ -71,22 +71,22 @@ class Engine:
 
     def _open(self, exits: Exits | None) -> None:
         """Divide the blocks at the exits that are open: those whose threshold is below 1."""
-        everyone = list(exits or ())
+        all_exits = list(exits or ())
         thresholds = self.policy.thresholds
-        if len(thresholds) != len(everyone):
+        if len(thresholds) != len(all_exits):
             raise BadInput(
-                f"{len(thresholds)} thresholds do not fit {len(everyone)} exits.", "Give one threshold for each exit."
+                f"{len(thresholds)} thresholds do not fit {len(all_exits)} exits.", "Give one threshold for each exit."
             )
-        self.thresholds = {exit.block: threshold for exit, threshold in zip(everyone, thresholds, strict=True)}
+        self.thresholds = {exit.block: threshold for exit, threshold in zip(all_exits, thresholds, strict=True)}
         self.open_exits: list[tuple[Exit, int]] = [
-            (exit, index) for index, exit in enumerate(everyone) if thresholds[index] < 1
+            (exit, index) for index, exit in enumerate(all_exits) if thresholds[index] < 1
         ]
         bounds = [0, *(exit.block for exit, _ in self.open_exits), self.backbone.n_blocks]
         self.segments = [Segment(start, stop) for start, stop in pairwise(bounds)]
         self.top = len(self.segments) - 1
 
     def _choose_heads(self, exits: Exits | None) -> None:
-        """`head` reads out at the top, `exit_head` at exits."""
+        """Set `head`, which reads out at the top, and `exit_head`, which reads out at exits."""
         self.head = Head.whole(self.backbone)
         if self.policy.candidates and not self.fill.verifies:
             self.head = Head.sketched(self.backbone, exits.sketch if exits else None, self.policy.candidates)
@@ -100,16 +100,16 @@ class Engine:
         return sum(part.flops() for part in parts if part.recurrent)
 
     def segment_flops(self, segment: Segment, tokens: int, end: int) -> int:
-        """FLOPs of a segment's blocks for so many tokens, the newest of them at position `end` - 1."""
+        """FLOPs of a segment's blocks for `tokens` tokens, the last of which is at position `end` - 1."""
         blocks, contexts = range(segment.start, segment.stop), range(end - tokens + 1, end + 1)
         return sum(self.costs.block(block, context) for block in blocks for context in contexts)
 
     def part_of(self, number: int) -> str:
-        """The name under which a segment's time is counted: blocks before the first open exit are shallow."""
+        """The timer's name for a segment: `shallow` before the first open exit, `deep` after it; `blocks` without exits."""
         return "deep" if number else "shallow" if self.top else "blocks"
 
     def batch(self) -> Batch:
-        """An empty batch: requests are added to it, stepped and cancelled. `stream` and `generate` are built on it."""
+        """An empty batch, to which requests are added. `stream` and `generate` are built on it."""
         return Batch(self)
 
     def stream(self, prompt: str | list[int], talk: Talk | None = None, **limits: Unpack[Limits]) -> Iterator[Token]:
@@ -130,7 +130,7 @@ class Engine:
     def generate_batch(self, prompts: Many[str | list[int]], **limits: Unpack[Limits]) -> list[Generation]:
         """Answer several prompts side by side.
 
-        Each sequence leaves where it likes and ends when it likes. What neighbours begin with alike, such as the examples
+        Sequences leave at exits and end independently. A beginning that neighbouring prompts share, such as the examples
         before a question, is read once. Times in the results are those of the whole batch.
         """
         started = prefilled = time.perf_counter()
@@ -153,7 +153,7 @@ class Engine:
         return talk
 
     def shared_talks(self, prompts: Many[list[int]]) -> list[Talk]:
-        """A talk for each prompt. Neighbours that mostly begin alike share what was computed for their beginning."""
+        """A talk for each prompt. Neighbouring prompts with a long common beginning share what is computed for it."""
         groups: list[tuple[list[int], int]] = []
         for ids in prompts:
             if groups:
@@ -167,24 +167,24 @@ class Engine:
         return [talk for beginning, count in groups for talk in (self.forked(beginning, count) if count > 1 else [Talk()])]
 
     def forked(self, ids: list[int], count: int) -> list[Talk]:
-        """Read these ids once, for `count` texts that go on from them."""
+        """`count` talks that have read all of these ids but the last. They are read once."""
         talk = self.read(ids)
         return [talk, *(talk.fork() for _ in range(count - 1))]
 
     def summarise(self, request: Request, prefill_seconds: float, decode_seconds: float) -> Generation:
-        """The answer of a request, with totals."""
+        """The answer of a finished request, with totals. The times are given in seconds."""
         tokens, prompt = request.tokens, request.sequence.prompt
         full = sum(self.costs.full(prompt + index) for index in range(len(tokens)))
-        end, blocks = tokens[-1], self.backbone.n_blocks
-        drafted = end.rejected + sum(token.exit_block < blocks for token in tokens)
+        last, blocks = tokens[-1], self.backbone.n_blocks
+        drafted = last.rejected + sum(token.exit_block < blocks for token in tokens)
         return Generation(
             text="".join(token.text for token in tokens),
             tokens=tokens,
             blocks=blocks,
             mean_blocks=sum(token.exit_block for token in tokens) / len(tokens),
-            flops_saved=1 - end.cumulative_flops / full,
-            tokens_per_deep_pass=len(tokens) / max(1, end.deep_passes),
-            acceptance_rate=1 - end.rejected / drafted if self.fill.verifies and drafted else None,
+            flops_saved=1 - last.cumulative_flops / full,
+            tokens_per_deep_pass=len(tokens) / max(1, last.deep_passes),
+            acceptance_rate=1 - last.rejected / drafted if self.fill.verifies and drafted else None,
             prefill_seconds=prefill_seconds,
             decode_tokens_per_second=len(tokens) / decode_seconds,
             fill=self.fill.name,
@@ -196,10 +196,10 @@ class Engine:
         return self.backbone.prompts.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _check_guarantee(self, exits: Exits) -> None:
-        """Warn where the exits' calibrated policy is used otherwise than it was calibrated."""
-        here = {"fill": self.fill.name, "weights": self.backbone.weight_format}
-        calibrated = {name: exits.calibration.get(name) for name in here}
-        differs = [f"{name} {calibrated[name]}, not {value}" for name, value in here.items() if calibrated[name] != value]
+        """Warn if the fill or the weight format is not the one that the exits' policy was calibrated with."""
+        used = {"fill": self.fill.name, "weights": self.backbone.weight_format}
+        calibrated = {name: exits.calibration.get(name) for name in used}
+        differs = [f"{name} {calibrated[name]}, not {value}" for name, value in used.items() if calibrated[name] != value]
         if differs and not self.fill.verifies:
             warnings.warn(
                 f"These thresholds were calibrated with {' and '.join(differs)}: here they guarantee nothing. "

@@ -1,20 +1,21 @@
-"""Fills: what the blocks that a token skipped remember of it.
+"""Fills: what skipped blocks remember of a token that left early.
 
 | fill | attention blocks remember | Mamba blocks remember | cost |
 |------|---------------------------|-----------------------|------|
 | `project` | keys and values of the exit's hidden state | their state, moved on by it | 5% of attention, half of Mamba |
-| `copy` | those of the last attention block that was computed | their state as it was | none |
+| `copy` | keys and values of the last computed attention block | their state as it was | none |
 | `freeze` | as `project` | their state as it was | as `project` in attention blocks |
 | `defer` | their own, exact, later | their own, exact, later | the skipped blocks, run later in one chunk |
-| `verify` | as `defer` | as `defer` | as `defer`, and the head on the chunk: full depth decides |
+| `verify` | as `defer` | as `defer` | as `defer`, and the head on the whole chunk |
 
 `project` runs each skipped block's own projections, convolution and scan, but no attention, gate path, output or MLP. It is
 CALM's state propagation for attention (arXiv 2207.07061, section 3.2) and DYNAMAX's partial forward for Mamba (arXiv
 2504.20922). `copy` and `freeze` are DYNAMAX's two ways without computation. These three are approximate: later tokens see
 only roughly what the skipped blocks would have remembered. A block with both parts (attention and Mamba) fills both.
 
-`defer` and `verify` wait. The token stands in a queue at its exit, and the next token that goes on takes the whole queue
-along as one chunk, for which the weights are read once. So every block sees every token in the end, and its state is exact.
+`defer` and `verify` wait. The token is queued at its exit. The next token that passes this exit runs in one chunk with the
+whole queue, so the weights are read once for all of them. In the end every block sees every token, so its state is exact.
+With `verify`, full depth then decides each token.
 
 A new fill is one class and one row in `FILLS`.
 """
@@ -34,8 +35,8 @@ from offramp.model.runtime import Part
 class Fill(ABC):
     """What the skipped blocks remember of a token that left early.
 
-    `waits`: tokens that left are queued, and their skipped blocks are run later. `verifies`: what an exit says is a draft,
-    and full depth decides. Raises `BadInput` for a backbone that the fill cannot serve.
+    `waits`: tokens that left are queued, and their skipped blocks are run later. `verifies`: a token that an exit
+    chose is a draft, and full depth decides. Raises `BadInput` for a backbone that the fill cannot serve.
     """
 
     name: ClassVar[str]
@@ -47,9 +48,10 @@ class Fill(ABC):
 
     @abstractmethod
     def leave(self, exit: OpenExit, part: Part) -> None:
-        """A token has left at `exit`.
+        """Do what the fill does for a token that has left at `exit`.
 
-        `part`: hidden states h (1, n, D) there, the token's behind those it took along; the blocks' state; what they share.
+        `part`: hidden states h (1, n, D) at the exit, of which the last is the token's and the others are of tokens that
+        waited; the blocks' state; what the blocks share.
         """
 
     def flops(self, block: int, costs: Costs) -> int:
@@ -58,7 +60,7 @@ class Fill(ABC):
 
 
 class Project(Fill):
-    """Each skipped block's own keys, values and state, made of the exit's hidden state (arXiv 2207.07061, section 3.2)."""
+    """Each skipped block's own keys, values and state, computed from the exit's hidden state (arXiv 2207.07061, 3.2)."""
 
     name = "project"
 
@@ -71,7 +73,7 @@ class Project(Fill):
 
 
 class Freeze(Fill):
-    """Mamba states stay as they were. Attention needs keys and values for every position: they are `Project`'s."""
+    """Mamba states stay as they were. Attention needs keys and values at every position, so it gets `Project`'s."""
 
     name = "freeze"
 
@@ -124,7 +126,7 @@ class Copy(Fill):
 
 
 class Defer(Fill):
-    """Nothing at once: the token waits at its exit, and its skipped blocks are run with the next token that goes on."""
+    """The token waits at its exit; its skipped blocks run later, together with the next token that passes the exit."""
 
     name = "defer"
     waits = True
@@ -134,7 +136,7 @@ class Defer(Fill):
 
 
 class Verify(Defer):
-    """As `Defer`; then the full model's logits decide, and the first draft that differs is taken back with all after it."""
+    """As `Defer`, and the full model's logits decide: the first draft that differs and all after it are rejected."""
 
     name = "verify"
     verifies = True

@@ -15,7 +15,7 @@ from offramp.model.backbone import Backbone
 class Head:
     """Final norm and LM head, or a cheaper stand-in.
 
-    `logits`: hidden states (1, n, D) → (1, n, V), or over the tokens of `shortlist` only; `flops`: of one token.
+    `logits`: hidden states (1, n, D) → (1, n, V), or over the tokens of `shortlist` only; `flops`: those of one token.
     """
 
     logits: Callable[[Tensor], Tensor]
@@ -36,7 +36,7 @@ class Head:
 
     @classmethod
     def sketched(cls, backbone: Backbone, sketch: tuple[Tensor, Tensor] | None, candidates: int) -> Head:
-        """The `candidates` likeliest tokens by the exits' sketch, −inf for all others.
+        """The tokens that the exits' sketch ranks highest, `candidates` of them; −inf for all others.
 
         Raises `BadInput` for exits without a sketch, and for more candidates than tokens.
         """
@@ -55,7 +55,7 @@ class Head:
         return cls(backbone.sketched(*sketch, candidates), flops, backbone.vocab_size)
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:
-        """Logits (n, …) that the head gave → (n, V), with −inf for tokens that are not on the short list."""
+        """Logits (n, …) of this head → (n, V), with −inf for tokens that are not on the short list."""
         if self.shortlist is None:
             return logits
         whole = logits.new_full((len(logits), self.vocab_size), float("-inf"))

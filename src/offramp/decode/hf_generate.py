@@ -26,8 +26,8 @@ def decoding(
     """A `custom_generate` for the library's `generate`; arguments as for `Engine`.
 
     The library's logits processors, stopping criteria, `do_sample`, left-padded batches, `num_return_sequences` and
-    `return_dict_in_generate` work as ever. Draws follow the library's distribution, not its random numbers; they are a
-    function of torch's global seed. transformers 5.24 does not pass its `streamer` on: name it here as well as there.
+    `return_dict_in_generate` work as usual. Draws have the library's distribution but not its random numbers; they
+    depend only on torch's global seed. transformers 5.24 does not pass its `streamer` on: give it here as well as there.
     Raises `BadInput` for beams and for `output_scores`, `ExitsMismatch` for another model's exits.
     """
 
@@ -52,17 +52,19 @@ def decoding(
 def _continue(
     engine: Engine, input_ids: Tensor, mask: Tensor | None, room: int, stopping_criteria: Any, streamer: Any
 ) -> list[Tensor]:
-    """Each row (T,) of input_ids (B, T), its pads included, with the tokens that follow it."""
-    named = [criterion.eos_token_id.tolist() for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
-    end_ids = frozenset(chain.from_iterable(named))
-    seen = torch.ones_like(input_ids) if mask is None else mask
-    prompts = [row[there.bool()].tolist() for row, there in zip(input_ids, seen, strict=True)]
+    """Continue each row (T,) of input_ids (B, T). Returns the rows, their pads included, with the new tokens."""
+    end_id_lists = [
+        criterion.eos_token_id.tolist() for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")
+    ]
+    end_ids = frozenset(chain.from_iterable(end_id_lists))
+    masks = torch.ones_like(input_ids) if mask is None else mask
+    prompts = [row[row_mask.bool()].tolist() for row, row_mask in zip(input_ids, masks, strict=True)]
     batch, rows = engine.batch(), {}
     for prompt, talk, row in zip(prompts, engine.shared_talks(prompts), input_ids, strict=True):
         rows[batch.add(prompt, talk, max_tokens=room, end_ids=end_ids)] = row
     for event in batch.run():
         if not isinstance(event, Decided) or event.request.finish_reason == "cancelled":
-            continue  # a step can decide several tokens, and the text has ended at one before
+            continue  # a step can decide several tokens, and a criterion ended the text at an earlier one
         new = torch.tensor([event.token.id], device=input_ids.device)
         rows[event.request] = row = torch.cat([rows[event.request], new])
         if streamer is not None:

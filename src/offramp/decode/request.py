@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it gives out: requests, tokens, finished answers, events."""
+"""Requests to the engine, and what it gives back: tokens, events and finished answers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from offramp.decode.sequence import Decision, Sequence
 class Limits(TypedDict, total=False):
     """When an answer ends.
 
-    `max_tokens`: most tokens to generate (128); `stop`: the answer ends before the first of these texts (none); `end_ids`:
-    tokens that end a text (those that the model names).
+    `max_tokens`: the most tokens to generate (default 128); `stop`: the answer ends before the first of these texts
+    (default none); `end_ids`: tokens that end a text (default: those that the model names).
     """
 
     max_tokens: int
@@ -25,9 +25,9 @@ class Limits(TypedDict, total=False):
 class Token:
     """One generated token.
 
-    `exit_block` is the number of blocks run for its logits (with `verify`, for the draft that stood), `confidence` the
-    exiting gate's (None at full depth). `deep_passes` and `rejected` count, up to here, the chunks that went to the top and
-    the drafts that were taken back.
+    `exit_block` is the number of blocks run for its logits (with `verify`, for the draft that stood). `confidence` is that
+    of the exit where it left (None at full depth). `deep_passes` counts the chunks that have gone to the top so far, and
+    `rejected` the drafts that have been rejected so far.
     """
 
     id: int
@@ -45,9 +45,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @dataclass(eq=False)
 class Request:
-    """One text to go on with, until an end token, a stop string or the limit.
+    """A text to continue until an end token, a stop string or the limit.
 
-    `remaining`: tokens that may still be generated; `tokens`: those that were.
+    `remaining`: the number of tokens that may still be generated; `tokens`: those generated so far.
     """
 
     sequence: Sequence
@@ -59,7 +59,7 @@ class Request:
     finish_reason: FinishReason | None = None
 
     def accept(self, decision: Decision) -> Token:
-        """The token of a decision, which ends the request if it is an end token, or the last that fits."""
+        """Append the token of a decision. An end token, a stop string or the limit sets `finish_reason`."""
         self.remaining -= 1
         ended = decision.id in self.end_ids
         text = self.detokenizer.push(decision.id, last=ended or not self.remaining)
@@ -111,9 +111,10 @@ Event = Prefilled | Decided | Finished
 class Generation:
     """A finished answer and what it cost.
 
-    `blocks` is the model's depth N; `flops_saved` is 1 − FLOPs of decoding (blocks, fills, gates, read-outs, heads) over
-    full-depth decoding of the same tokens, the prefill left out of both. `tokens_per_deep_pass` is how many tokens came
-    for each pass through the top blocks, and `acceptance_rate` the share of drafts that stood (None without drafts).
+    `blocks` is the model's depth N; `mean_blocks` is the mean `exit_block`. `flops_saved` is 1 − FLOPs of decoding (blocks,
+    fills, gates, read-outs, heads) / FLOPs of full-depth decoding of the same tokens, both without the prefill.
+    `tokens_per_deep_pass` is the number of tokens for each pass through the top blocks. `acceptance_rate` is the share of
+    drafts that stood (None without drafts).
     """
 
     text: str
@@ -131,17 +132,18 @@ class Generation:
 
     @property
     def ids(self) -> list[int]:
+        """The ids of the generated tokens."""
         return [token.id for token in self.tokens]
 
 
 class Talk:
-    """A text that goes on, turn after turn. What was computed of it is used again by the next request with this talk."""
+    """A text that grows turn by turn. The next request with this talk uses again what was computed for the text."""
 
     def __init__(self, sequence: Sequence | None = None) -> None:
         self.sequence = sequence
 
     def continues(self, ids: list[int]) -> bool:
-        """Whether these ids begin with all that the talk has read, and go on from there."""
+        """Whether these ids begin with all that the talk has read, and are more."""
         old = self.sequence
         return old is not None and old.run < len(ids) and old.ids[: old.run] == ids[: old.run] and not old.drafts
 

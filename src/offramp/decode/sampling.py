@@ -1,8 +1,8 @@
 """From logits to a token: the most probable one, or one drawn at random.
 
 A draw depends only on the seed, the token's position in the text, and the logits. It is the Gumbel-max trick: the token
-with the largest log p plus noise. So an exit's draft and full depth decide on a position under the same noise. What
-`verify` lets stand is what full depth would have drawn, and drafts are wrong less often than if each were drawn anew.
+with the largest log p plus noise is drawn. So an exit's draft and full depth decide a position under the same noise. The
+drafts that stand with `verify` are what full depth would have drawn, and fewer are rejected than with new noise each time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ Choose = Callable[["Tensor", "list[int]"], int]  # logits (V,) and all ids befor
 class Sampling:
     """How tokens are chosen. The library's logits processors do all but the draw itself, in the library's order.
 
-    With a temperature of 0, only `repetition_penalty` matters beside it. Raises `BadInput` for values outside their ranges.
+    At a temperature of 0, of the other fields only `repetition_penalty` matters. Raises `BadInput` for values outside their
+    ranges.
     """
 
     temperature: float = setting(0.0, "0 takes the most probable token; above 0, tokens are drawn.")
@@ -48,7 +49,7 @@ class Sampling:
             raise BadInput(f"A repetition penalty of {self.repetition_penalty} is not positive.", "1 is no penalty.")
 
     def chooser(self) -> Choose:
-        """The function that chooses by these settings."""
+        """A function that chooses tokens by these settings."""
         import transformers as library
 
         processors = library.LogitsProcessorList()
@@ -68,7 +69,7 @@ class Sampling:
 
 
 def chooser(processors: Any, seed: int | None) -> Choose:
-    """A function that takes the best of what the library's `processors` make of the logits, or draws if there is a seed."""
+    """A function that applies the library's `processors` to the logits and takes the best token, or draws with a seed."""
     import torch
 
     def choose(logits: Tensor, ids: list[int]) -> int:
@@ -81,10 +82,10 @@ def chooser(processors: Any, seed: int | None) -> Choose:
     return choose
 
 
-def _exponential(seed: int, place: int, size: int) -> Tensor:
-    """Noise (size,) for one position of a text, the same each time. Minus its logarithm is Gumbel noise."""
+def _exponential(seed: int, position: int, size: int) -> Tensor:
+    """Exponential noise (size,) that depends only on seed and position. Minus its logarithm is Gumbel noise."""
     import torch
 
-    digest = hashlib.sha256(f"{seed}/{place}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{position}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.empty(size).exponential_(generator=generator)

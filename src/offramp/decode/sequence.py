@@ -1,4 +1,4 @@
-"""What decoding one sequence carries from step to step, and how it forgets drafts that turn out wrong."""
+"""What one sequence keeps between decoding steps, and how it forgets rejected drafts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Follower:
     """A gate or a read-out that follows one sequence.
 
     `see` tells it every token's hidden state at its exit, once and in order. `read` runs it for the newest token; if it is
-    recurrent, over all tokens that it has not been run on yet. It can forget the tokens that it saw since `settle`.
+    recurrent, over all tokens that it has not been run on yet. `crop` can forget the tokens seen since `settle`.
     Raises `TypeError` for a part that returns a memory and does not declare `recurrent`: its memory would be lost.
     """
 
@@ -28,11 +28,11 @@ class Follower:
         self.length = 0
         self._memory: Memory = None
         self._unread: list[Tensor] = []
-        self._settled: tuple[int, Memory] = (0, None)  # tokens that are here to stay, and the memory after them
-        self._read: list[Tensor] = []  # since `settle`
+        self._settled: tuple[int, Memory] = (0, None)  # the number of settled tokens, and the memory after them
+        self._read: list[Tensor] = []  # what the part was run on since `settle`
 
     def see(self, h: Tensor) -> None:
-        """T more tokens have reached the exit: h (1, T, …)."""
+        """Take the hidden states h (1, T, …) of T more tokens that reached the exit."""
         self.length += h.shape[1]
         self._unread = [*self._unread, h] if self._part.recurrent else [h[:, -1:]]
 
@@ -54,12 +54,12 @@ class Follower:
             self.read()
 
     def settle(self) -> None:
-        """Keep all tokens so far for good."""
+        """Make all tokens so far final: `crop` cannot forget them any more."""
         self._settled = self.length - sum(h.shape[1] for h in self._unread), self._memory
         self._read = []
 
     def crop(self, length: int) -> None:
-        """Forget every token from the one numbered `length` on."""
+        """Forget all tokens but the first `length`."""
         if length >= self.length:
             return
         if self._part.recurrent:
@@ -79,10 +79,10 @@ class Follower:
 
 @dataclass
 class OpenExit:
-    """An open exit as one sequence meets it.
+    """An open exit with what it keeps for one sequence.
 
-    `block`: blocks run before it; `index`: its place in the policy. `pending`: hidden states (1, n, D) of tokens that left
-    here and whose deeper blocks are still to be run, oldest first.
+    `block`: the number of blocks run before it; `index`: its place in the policy. `pending`: hidden states (1, n, D) of
+    tokens that left here and whose deeper blocks are still to be run, oldest first.
     """
 
     block: int
@@ -94,14 +94,16 @@ class OpenExit:
 
     @classmethod
     def of(cls, exit: Exit, index: int) -> OpenExit:
+        """An exit for a new sequence; `index` is its place in the policy."""
         return cls(exit.block, index, Follower(exit.gate), Follower(exit.adapter), exit.adapter.reads_top)
 
     @property
     def followers(self) -> tuple[Follower, Follower]:
+        """The gate and the read-out."""
         return self.gate, self.readout
 
     def see(self, h: Tensor, top: Tensor | None) -> None:
-        """Tokens have got here: h (1, n, D). `top` (1, 1, D) is the top hidden state of the token before the newest."""
+        """Take h (1, n, D) of tokens at the exit, and `top` (1, 1, D), the top state of the token before the newest."""
         self.gate.see(h)
         if not self.reads_top:
             self.readout.see(h)
@@ -111,13 +113,14 @@ class OpenExit:
         self.readout.see(torch.cat([newest, top], dim=-1))
 
     def fork(self) -> OpenExit:
+        """The same exit for a second sequence with the same tokens."""
         gate, readout = (follower.fork() for follower in self.followers)
         return OpenExit(self.block, self.index, gate, readout, self.reads_top, [*self.pending])
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A token that was chosen: after how many blocks, with which confidence (None at full depth), for how many FLOPs."""
+    """A chosen token, the number of blocks run for it, the confidence (None at full depth), and the FLOPs spent."""
 
     id: int
     block: int
@@ -131,32 +134,31 @@ class Sequence:
 
     `ids`: prompt, decided tokens, drafts. All but the last have been run through the blocks before the first exit.
     Tokens that are pending at a later exit are older than those at an earlier one. `drafts`: the newest ids, not verified
-    yet.
+    yet. `top` (1, 1, D): the top hidden state of the token before the newest, or its read-out's output if it left early.
     """
 
     ids: list[int]
     state: State
     exits: list[OpenExit]
-    prompt: int  # ids that came with the prompt
+    prompt: int  # number of ids in the prompt
     drafts: list[Decision] = field(default_factory=list)
-    top: Tensor | None = (
-        None  # (1, 1, D): the top hidden state of the token before the newest, or a draft's stand-in for it
-    )
-    run: int = 0  # tokens that have been run through the blocks before the first exit
+    top: Tensor | None = None
+    run: int = 0  # number of tokens that have been run through the blocks before the first exit
     deep_passes: int = 0
     rejected: int = 0
 
     @property
     def pending(self) -> int:
-        """Tokens that wait at any exit."""
+        """The number of tokens that wait at exits."""
         return sum(h.shape[1] for exit in self.exits for h in exit.pending)
 
     @property
     def followers(self) -> list[Follower]:
+        """The gates and read-outs of all open exits."""
         return [follower for exit in self.exits for follower in exit.followers]
 
     def settle(self) -> None:
-        """All tokens are here to stay."""
+        """Make all tokens final: none of them is a draft any more."""
         self.drafts = []
         self.state.settle()
         for follower in self.followers:
@@ -177,7 +179,7 @@ class Sequence:
 
 
 def looked_up(ids: list[int], size: int, most: int) -> list[int]:
-    """The ids that followed the newest earlier place where the last `size` ids stood, at most `most` of them.
+    """Find where the last `size` ids last stood before, and return the ids that followed there, at most `most`.
 
     Prompt look-up (A. Saxena, "Prompt Lookup Decoding", 2023): drafts that cost nothing, and are right where a text
     repeats itself.

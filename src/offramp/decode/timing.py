@@ -11,13 +11,14 @@ Timed = Callable[[str], AbstractContextManager[None]]  # part → a context whos
 
 
 class Timer:
-    """Counts seconds by part. Set it as an engine's `timed`; without a timer the engine measures nothing."""
+    """Adds up seconds by part. Set it as an engine's `timed`; without a timer the engine measures nothing."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Count the time while the context is open as that of `part`."""
         started = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""Early exits for any Hugging Face causal language model: easy tokens leave the network early."""
+"""Early exits for Hugging Face causal language models: easy tokens leave the network early."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Errors a user can act on: one sentence that says what is wrong, and a hint that says what to do."""
+"""Errors that a user can act on: one sentence says what is wrong, and a hint says what to do."""
 
 
 class OfframpError(Exception):
-    """Base of every error offramp raises on purpose. ``str(error)`` is the sentence, ``error.hint`` the way out."""
+    """Base of every error that offramp raises on purpose. `str(error)` is the sentence, `error.hint` the hint."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -14,7 +14,7 @@ class ModelNotFound(OfframpError):
 
 
 class UnsupportedModel(OfframpError):
-    """The family has no row in ``FAMILIES``, or the self-check found that it would be decoded wrongly."""
+    """The family has no row in `FAMILIES`, or the self-check found that it would be decoded wrongly."""
 
 
 class ExitsMismatch(OfframpError):
@@ -26,8 +26,8 @@ class CorruptFile(OfframpError):
 
 
 class BadInput(OfframpError):
-    """A prompt, an option or a data file that cannot be used as given."""
+    """A prompt, an option or a data file cannot be used."""
 
 
 class BadNumbers(OfframpError):
-    """NaN or infinity where logits should be."""
+    """Logits or a loss are NaN or infinite."""

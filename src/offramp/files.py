@@ -16,8 +16,8 @@ ASSETS = Path(__file__).parent / "assets"  # prompts, model shapes, small models
 
 def cache_folder() -> Path:
     """`$OFFRAMP_CACHE`, or `offramp` in the user's cache folder."""
-    own = os.environ.get("OFFRAMP_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp"
+    configured = os.environ.get("OFFRAMP_CACHE")
+    return Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -35,6 +35,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty if the file is missing or damaged."""
     try:
         return dict(json.loads(path.read_text()))
     except (OSError, ValueError):
@@ -42,10 +43,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(*files: Path) -> str:
-    """SHA-256 over the files' contents in the order given, remembered by path, size and time of change."""
-    memory = cache_folder() / "hashes.json"
+    """SHA-256 over the files' contents in this order. The cache folder keeps it by path, size and time of change."""
+    cache = cache_folder() / "hashes.json"
     key = "|".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
-    known = read_json(memory)
+    known = read_json(cache)
     if key not in known:
         digest = hashlib.sha256()
         for file in files:
@@ -53,16 +54,17 @@ def sha256_of(*files: Path) -> str:
                 while block := stream.read(1 << 22):
                     digest.update(block)
         known[key] = digest.hexdigest()
-        write_atomically(memory, json.dumps(known, indent=1).encode())
+        write_atomically(cache, json.dumps(known, indent=1).encode())
     return str(known[key])
 
 
 def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_lines(path: str | Path, fields: tuple[str, ...]) -> list[str]:
-    """Lines of a text file, or the first of `fields` that each line of a `.jsonl` file has. Empty lines are skipped.
+    """The lines of a text file; of a `.jsonl` file, the first of `fields` that each line has. Empty lines are skipped.
 
     Raises `BadInput` for a file that is missing, empty, not UTF-8, or not JSON lines with such a field.
     """

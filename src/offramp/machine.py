@@ -10,7 +10,7 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """The processor, cores, threads and versions that a time depends on, and the date."""
+    """Processor, cores, threads, date and versions, to be kept beside a measured time."""
     import torch
     import transformers
 
@@ -36,8 +36,8 @@ def processor() -> str:
 
 def instruction_set() -> str:
     """The processor's feature flags as the system lists them; empty where it lists none."""
-    named = ("flags", "Features", "CPU part")
-    return "/".join(sorted({line for line in _processor_lines() if line.startswith(named)}))
+    prefixes = ("flags", "Features", "CPU part")
+    return "/".join(sorted({line for line in _processor_lines() if line.startswith(prefixes)}))
 
 
 def _processor_lines() -> list[str]:

@@ -29,7 +29,7 @@ def squad_words(text: str) -> list[str]:
 
 
 def trivia_words(text: str) -> list[str]:
-    """The same as TriviaQA's official script has it: there, punctuation, also of other quotes, parts words."""
+    """The words of an answer as TriviaQA's official script has them: punctuation and curly quotes separate words there."""
     parted = "".join(" " if character in _TRIVIA_PUNCTUATION else character for character in text.lower())
     return _ARTICLES.sub(" ", parted).split()
 
@@ -41,25 +41,25 @@ Words = Callable[[str], list[str]]
 
 def best_f1(answer: str, references: Sequence[str], words: Words = squad_words) -> float:
     """Word F1 with the best of the references, in [0, 1] (SQuAD, arXiv 1606.05250, section 6.1); 0 without any."""
-    mine = words(answer)
-    return max((_f1(mine, words(reference)) for reference in references), default=0.0)
+    answer_words = words(answer)
+    return max((_f1(answer_words, words(reference)) for reference in references), default=0.0)
 
 
 def best_match(answer: str, references: Sequence[str], words: Words = squad_words) -> float:
     """1 if the answer's words are one of the references', else 0."""
-    mine = words(answer)
-    return float(any(mine == words(reference) for reference in references))
+    answer_words = words(answer)
+    return float(any(answer_words == words(reference) for reference in references))
 
 
 def left_one_out(score: Callable[[str, Sequence[str]], float], answer: str, references: Sequence[str]) -> float:
-    """CoQA's way with several references (arXiv 1808.07042, section 5.1): each is left out once, and the scores averaged.
+    """The score by CoQA's rule: leave each reference out once, and average the scores (arXiv 1808.07042, section 5.1).
 
-    A person who gave one of them could be scored against the others only.
+    So models compare with people: a person who gave one of the references is scored against the others only.
     """
     if len(references) < 2:
         return score(answer, references)
-    left = [[*references[:index], *references[index + 1 :]] for index in range(len(references))]
-    return sum(score(answer, some) for some in left) / len(left)
+    subsets = [[*references[:index], *references[index + 1 :]] for index in range(len(references))]
+    return sum(score(answer, subset) for subset in subsets) / len(subsets)
 
 
 def auroc(scores: Tensor, positive: Tensor) -> float:

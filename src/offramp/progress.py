@@ -1,4 +1,4 @@
-"""How long work reports how far it is."""
+"""The function that long work calls to report its progress."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called as work goes on: the stage, how many of its steps or answers are completed, of how many, and a note."""
+    """A call names the stage, how many of its steps or answers are completed, how many there are, and a note."""
 
     def __call__(self, stage: str, completed: int, total: int, note: str = "") -> None: ...
 
 
 def silent(stage: str, completed: int, total: int, note: str = "") -> None:
-    pass
+    """Report nothing."""

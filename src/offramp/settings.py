@@ -1,4 +1,4 @@
-"""Fields of frozen dataclasses that the command line offers as flags: default and help stand in one place."""
+"""Fields of frozen dataclasses that the command line offers as flags. Default and help stand in one place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 def setting(default: Any, help: str = "", flag: str = "", draft: Any = None) -> Any:
     """A dataclass field with this default and, if it has a `help` line, a flag.
 
-    `flag` is the flag's name; without it, the field's own. `draft` is the default under `offramp train --draft`, where it
-    is another one.
+    `flag` is the flag's name; without it, the field's own. `draft` is the default under `offramp train --draft`, if that
+    differs.
     """
     return field(default=default, metadata={"help": help, "flag": flag, "draft": draft})

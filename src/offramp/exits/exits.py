@@ -1,9 +1,10 @@
-"""Exits: places after a block where decoding may stop. Each has a gate (may this token leave?) and a read-out (as what?).
+"""Exits: places after a block where decoding may stop. Each has a gate and a read-out.
 
-A gate reads the hidden state after its block and gives a logit, whose sigmoid is the confidence. The three kinds are those
-of the paper (DYNAMAX, arXiv 2504.20922): `linear` (CALM-style), `ffn`, and `mamba`, whose recurrent state remembers the
-tokens before. All work in a bottleneck, because a gate must be far cheaper than a block. A read-out corrects the hidden
-state with a small residual adapter and hands it to the backbone's own final norm and head.
+The gate decides whether a token leaves: it reads the hidden state after its block and gives a logit, whose sigmoid is the
+confidence. The three kinds are those of the paper (DYNAMAX, arXiv 2504.20922): `linear` (CALM-style), `ffn`, and `mamba`,
+whose recurrent state remembers the tokens before. `ffn` and `mamba` work in a bottleneck, because a gate must be far
+cheaper than a block. The read-out gives the logits of the next token: it corrects the hidden state with a small residual
+adapter and hands it to the backbone's own final norm and head.
 
 This module holds the artefact that `offramp train` makes: its parts, its files, and the search for the exits of a model.
 """
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 WEIGHTS, RECORD = "exits.safetensors", "offramp.json"
 SHORTLIST, SKETCH = "shortlist", ("sketch.reduce", "sketch.expand")  # names of tensors beside the modules' own
-DRAFT = "draft"  # the folder, within the folder of a model's exits, of those that draft for `verify`
+DRAFT = "draft"  # the subfolder, in the folder of a model's exits, for the exits that draft for `verify`
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ExitsConfig:
     sketch: int = 0
 
     def check(self, backbone: Backbone) -> None:
-        """Raises `OfframpError` for exits that cannot be made for this backbone."""
+        """Check the config against a backbone. Raises `OfframpError` for exits that cannot be made for it."""
         layers, last = list(self.layers), backbone.n_blocks - 1
         if not layers or layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= last:
             raise OfframpError(
@@ -91,8 +92,8 @@ class Exits:
     format that its weights ran in when the exits were trained. `policy` is the default one. `training` records how the
     exits were made. `calibration` records what `policy` guarantees (see `training.calibration`), and is empty for no
     guarantee. `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and
-    expand (D, k). Their product stands for the hidden state before the head, so that the head behind `expand` is small
-    (`training.sketch_of`).
+    expand (D, k). Before the head, expand · reduce · h stands in for the hidden state h, so that the head times `expand` is
+    a small matrix (`training.sketch_of`).
     """
 
     config: ExitsConfig
@@ -157,11 +158,11 @@ class Exits:
         write_atomically(Path(folder) / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
     def _check_config(self) -> None:
-        held = {
+        sizes = {
             "shortlist": 0 if self.shortlist is None else len(self.shortlist),
             "sketch": 0 if self.sketch is None else len(self.sketch[0]),
         }
-        for name, size in held.items():
+        for name, size in sizes.items():
             named = getattr(self.config, name)
             if named != size:
                 raise BadInput(
@@ -217,7 +218,7 @@ class Exits:
 
 @dataclass(frozen=True)
 class _Record:
-    """What `offramp.json` holds."""
+    """The contents of `offramp.json`."""
 
     config: ExitsConfig
     backbone: dict[str, Any]
@@ -228,6 +229,7 @@ class _Record:
 
     @classmethod
     def read(cls, folder: Path) -> _Record:
+        """Read the record of a folder. Raises `CorruptFile` where it or the weights are missing, or it is damaged."""
         hint = "Name a folder that `offramp train` wrote."
         if not folder.is_dir():
             raise CorruptFile(f"There is no folder {folder} with exits.", hint)
@@ -240,8 +242,8 @@ class _Record:
             policy = {**record["policy"], "thresholds": tuple(map(float, record["policy"]["thresholds"]))}
             if "sha256" not in record["backbone"]:
                 raise KeyError("sha256")
-            others = (record[name] for name in ("training", "calibration"))
-            return cls(ExitsConfig(**config), record["backbone"], record["weight_format"], Policy(**policy), *others)
+            histories = (record[name] for name in ("training", "calibration"))
+            return cls(ExitsConfig(**config), record["backbone"], record["weight_format"], Policy(**policy), *histories)
         except (ValueError, KeyError, TypeError, OfframpError) as error:
             raise CorruptFile(f"{folder / RECORD} is damaged: {error!r}.", "Train the exits again.") from error
 
@@ -259,9 +261,9 @@ class _Record:
 
 
 def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits | None:
-    """The exits in a folder, or without one those that come with offramp for this backbone's weights; None if none do.
+    """The exits in `folder`. Without a folder, those that ship for this backbone's weights, or None.
 
-    With `draft`, the exits that draft for `verify`, where there are some. Raises as `Exits.load` does.
+    With `draft`, the exits that draft for `verify`, if the folder has them. Raises as `Exits.load` does.
     """
     if folder is None:
         folders = (record.parent for record in sorted((ASSETS / "exits").glob(f"*/{RECORD}")))
@@ -273,7 +275,7 @@ def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool
 
 
 def require_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits:
-    """`find_exits`, for work that cannot be done without them. Raises `BadInput` where there are none."""
+    """As `find_exits`, for work that needs exits. Raises `BadInput` if there are none."""
     exits = find_exits(backbone, folder, draft)
     if exits is None:
         raise no_exits(backbone)

@@ -1,4 +1,4 @@
-"""Gates: hidden state → confidence."""
+"""Gates: hidden states (B, T, D) → logits (B, T), whose sigmoid is the confidence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LinearGate(Part):
 
 
 class FFNGate(Part):
-    """Shaped like a transformer block's feed-forward (gated SiLU), in a bottleneck of `width`, ending in a logit."""
+    """A gated SiLU network like a transformer block's feed-forward part, with a bottleneck of `width` and one logit."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class FFNGate(Part):
 class MambaGate(Part):
     """A Mamba block whose output projection gives one logit (DYNAMAX), in a bottleneck of `width`.
 
-    Beside it, unlike the paper's, a direct linear path and dropout: on some ten thousand tokens the block alone fits the
-    text it saw and ranks new text worse than a linear gate does.
+    Unlike the paper's gate, it also has a direct linear path and dropout. Trained on some ten thousand tokens, the block
+    alone overfits: it ranks the tokens of new text worse than a linear gate does.
     """
 
     recurrent = True

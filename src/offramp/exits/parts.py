@@ -20,9 +20,9 @@ Memory = tuple[Tensor, Tensor] | None
 
 
 class Part(nn.Module):
-    """Base of gates and read-outs: called with hidden states (B, T, …) and a memory, returns its output and the new memory.
+    """Base of gates and read-outs: hidden states (B, T, …) and a memory → the output and the new memory.
 
-    `recurrent`: it carries a memory from token to token, so it must see every token, in order.
+    `recurrent`: the part carries a memory from token to token, so it must see every token, in order.
     """
 
     recurrent: ClassVar[bool] = False
@@ -68,12 +68,12 @@ class MambaBlock(nn.Module):
         return out, (window, h)
 
     def scan_flops(self) -> int:
-        """Per token: convolution, then decay, outer product and read-out of every state entry (2 FLOPs each)."""
+        """FLOPs per token: convolution, then decay, outer product and read-out of every state entry (2 FLOPs each)."""
         return 2 * self.CONV * (self.inner + 2 * self.states) + 6 * self.inner * self.states
 
 
 class Standardise(nn.Module):
-    """Hidden states with each dim's mean and spread over the training text taken out, cut off at ±8 spreads.
+    """Standardises each dim of hidden states (…, D) by its mean and spread over the training text, and clamps to ±8.
 
     Hidden states have dims a hundred times larger than others, and tokens (often the first) a thousand times larger
     ("massive activations", arXiv 2402.17762): a part that learns for minutes cannot also learn to undo that.
@@ -97,6 +97,8 @@ class Standardise(nn.Module):
 
 
 def unit(h: Tensor) -> Tensor:
-    """Hidden states at a root mean square of 1: what the final norm makes of them anyway, and what a correction of
-    ordinary size can turn."""
+    """Hidden states (…, D) scaled to a root mean square of 1.
+
+    The final norm does the same later. At this scale, a correction of ordinary size can turn a hidden state.
+    """
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)

@@ -35,7 +35,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 TRAINING_FREE: dict[str, Callable[[Tensor], Tensor]] = {"max-prob": max_prob, "margin": margin, "entropy": entropy}
-# How many open exits in a row, up to and including this one, read out the same token; as a share of all open exits.
+# The number of open exits in a row, ending with this one, that read out the same token, over the number of open exits.
 PATIENCE = "patience"
 CONFIDENCES = ("gate", *TRAINING_FREE, PATIENCE)
 
@@ -47,8 +47,8 @@ class Policy:
     `thresholds` has one number in [0, 1] for each exit. 1 closes the exit. 0 lets every token leave, and no gate is asked.
     `decay` (tokens; 0: none) makes the beginning of an answer stricter: after t tokens the threshold λ is
     0.9 λ + 0.1 exp(−t / decay) (CALM, section 3.4). `candidates` (tokens; 0: all) limits the read-out, at exits and at the
-    top, to those that the exits' sketch of the head ranks highest: the head of a large vocabulary costs many blocks. Raises
-    `BadInput` for a threshold outside [0, 1], an unknown confidence, and negative numbers.
+    top, to the tokens that the exits' sketch of the head ranks highest, because the head of a large vocabulary costs many
+    blocks. Raises `BadInput` for a threshold outside [0, 1], an unknown confidence, and negative numbers.
     """
 
     thresholds: tuple[float, ...]
@@ -69,7 +69,7 @@ class Policy:
 
     @classmethod
     def closed(cls, exits: int) -> Policy:
-        """The policy for so many exits under which no token leaves early."""
+        """A policy for `exits` exits under which no token leaves early."""
         return cls((1.0,) * exits)
 
     def threshold(self, exit: int, decided: int) -> float:
@@ -83,12 +83,12 @@ class Policy:
         return ", ".join([self.confidence_name(gate), thresholds, *self.extras])
 
     def confidence_name(self, gate: str = "gate") -> str:
-        """What the confidence is called, where `gate` names the exits' kind of gate."""
+        """The name of the confidence; `gate` names the exits' kind of gate."""
         return gate if self.confidence == "gate" else self.confidence
 
     @property
     def extras(self) -> list[str]:
-        """In words, what the policy has beside thresholds."""
+        """The policy's decay and candidates in words, if it has them."""
         decay = [f"decay {self.decay:g}"] if self.decay else []
         return decay + ([f"{self.candidates:,} candidates"] if self.candidates else [])
 

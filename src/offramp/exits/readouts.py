@@ -12,16 +12,16 @@ from offramp.exits.parts import MambaBlock, Memory, Part, Standardise, unit
 
 
 class Readout(Part):
-    """Base of read-outs: hidden states (B, T, D) → (B, T, D), what the final norm and the head then read.
+    """Base of read-outs: hidden states (B, T, D) → (B, T, D), which the final norm and the head then read.
 
-    `reads_top`: it reads (B, T, 2 D), the hidden state and beside it the top one of the token before (deep memory).
+    `reads_top`: it reads (B, T, 2 D), the hidden state and the token before's top hidden state side by side (deep memory).
     """
 
     reads_top: ClassVar[bool] = False
 
 
 class NoAdapter(Readout):
-    """The hidden state as it is: the backbone's own norm and head, untrained."""
+    """Leaves the hidden state as it is. Nothing is trained: the backbone's own norm and head read out."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class LinearAdapter(Readout):
 
 
 class MambaAdapter(Readout):
-    """A residual Mamba block with an inner width of `width`: it sees the tokens before as well."""
+    """A residual Mamba block with an inner width of `width`. It also sees the tokens before."""
 
     recurrent = True
 
@@ -63,9 +63,9 @@ class MambaAdapter(Readout):
 class DeepAdapter(Readout):
     """A gated feed-forward network of `width` over the hidden state and the top one of the token before (deep memory).
 
-    What the whole network thought one token ago is most of what a shallow block lacks; EAGLE (arXiv 2401.15077) drafts
-    from that alone. Reads x (B, T, 2 D), both side by side; its output takes the place of the token's own top state, and
-    is given to it in turn for the next token while that is a draft.
+    The top state of the token before holds most of what a shallow block lacks; EAGLE (arXiv 2401.15077) drafts from it
+    alone. Reads x (B, T, 2 D), both side by side. In a run of drafts a token's own top state is unknown: the read-out's
+    output stands in for it when the next token is drafted.
     """
 
     reads_top = True
@@ -78,7 +78,7 @@ class DeepAdapter(Readout):
         self.up = nn.Linear(2 * hidden, width, bias=False)
         self.down = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.down.weight)
-        with torch.no_grad():  # at first, the hidden state as it is
+        with torch.no_grad():  # untrained, it passes on the hidden state alone
             self.skip.weight.copy_(torch.eye(hidden, 2 * hidden) / 2)
 
     def forward(self, x: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:

@@ -16,7 +16,7 @@ CONTEXT = 256  # tokens before the one whose costs are stated
 
 @dataclass(frozen=True)
 class Leaving:
-    """A token that leaves after so many blocks: parameters of the blocks that ran, FLOPs, and bytes of weights moved.
+    """The cost of a token that leaves after a block: parameters of the blocks that ran, FLOPs, bytes of weights moved.
 
     FLOPs include all gates that were asked, the read-outs, the `project` fill of skipped blocks, and the head.
     """
@@ -31,9 +31,9 @@ class Leaving:
 class Anatomy:
     """The parts of a model. Costs are FLOPs at a context of `cost_context` tokens.
 
-    Fields that end in `_in_blocks` are costs over that of a mean block. `context` is None where it is unbounded. `exits`
-    holds the layers and thresholds of the exits that were found, and is None if there are none; `gate` and `readout` are
-    then the default kinds, and `leaving` is for exits after `suggested_layers`.
+    Fields that end in `_in_blocks` are costs divided by that of a mean block. `context` is None where it is unbounded.
+    `exits` holds the layers and thresholds of the model's exits. It is None if there are none; then `gate` and `readout`
+    are the default kinds, and `leaving` is for exits after `suggested_layers`.
     """
 
     model: str
@@ -63,7 +63,7 @@ class Anatomy:
 
 
 def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> Anatomy:
-    """Count the parts of a model. The weights are not needed: an `outline` will do."""
+    """The parts of a model and their costs, for its exits or default ones. An `outline` without weights is enough."""
     costs = Costs(backbone)
     suggested = suggested_layers(backbone.n_blocks)
     parts = exits or Exits.new(backbone, ExitsConfig(suggested))
@@ -104,7 +104,7 @@ def _exits_found(exits: Exits) -> dict[str, Any]:
 
 def _leaving(backbone: Backbone, costs: Costs, exits: Exits, stop: int, context: int) -> Leaving:
     passed = [exit for exit in exits if exit.block <= stop]
-    # A recurrent read-out sees every token that gets there. Another one runs only where the token leaves.
+    # A recurrent read-out runs on every token that reaches it. Others run only where the token leaves.
     readouts = [exit.adapter.flops() for exit in passed if exit.adapter.recurrent or exit.block == stop]
     blocks = sum(costs.block(index, context) for index in range(stop))
     return Leaving(

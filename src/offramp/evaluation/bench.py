@@ -1,7 +1,7 @@
 """How fast decoding is: at full depth beside `transformers` on the same weights, and fills beside one another.
 
-Runs take turns (A B A B …), and a ratio is the median over pairs: a minute in which the machine is slow meets both. A rate
-counts the tokens after the first, so that it leaves the prefill out.
+Runs take turns (A B A B …), and a ratio is the median over pairs, so that a slow minute of the machine affects both sides.
+A rate counts the tokens after the first, and so leaves out the prefill.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from offramp.machine import machine
 from offramp.model.backbone import Backbone
 
 PROMPT = "Explain how rainbows form, in detail."
-# A fill is only as fast as its drafts are good, which differs from text to text.
+# With `verify`, speed depends on how many drafts stand, which differs from text to text.
 PROMPTS = (
     PROMPT,
     "What is the capital of France?",
@@ -33,12 +33,12 @@ PROMPTS = (
     "Who wrote Romeo and Juliet, and when?",
     "Write a Python function that reverses a string.",
 )
-REST = "everything else"  # what no named part of a token's time accounts for
+REST = "everything else"  # a token's time outside all named parts
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of two libraries: its rates in tokens a second, their median and every run's."""
+    """One of the two libraries, with the rate of each run and their median, in tokens a second."""
 
     name: str
     weights: str
@@ -48,9 +48,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Ours beside theirs. `ratio`: ours over theirs, the median of the pairs; `spread`: the lowest and highest pair.
+    """offramp (`ours`) beside another library (`theirs`), with rates in tokens a second.
 
-    `parts_ms`: where a token's time of ours goes, in ms.
+    `ratio`: our rate over theirs, the median of the pairs; `spread`: the lowest and highest pair. `parts_ms`: the parts of
+    our time for a token, in ms.
     """
 
     model: str
@@ -68,9 +69,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class FillSpeed:
-    """How fast a fill decodes. `ratio` and `spread` over the first fill; `equal`: share of tokens that are the first's.
+    """How fast a fill decodes, compared with the first fill.
 
-    `parts_ms`: where a token's time goes, in ms; `acceptance_rate`: share of drafts that stood, None without drafts.
+    `ratio`: its rate over the first fill's, the median of the pairs; `spread`: the lowest and highest pair; `equal`: share
+    of tokens that equal the first fill's; `parts_ms`: the parts of a token's time, in ms; `acceptance_rate`: share of
+    drafts that stood, None without drafts.
     """
 
     tokens_per_second: float
@@ -86,7 +89,7 @@ class FillSpeed:
 
 @dataclass(frozen=True)
 class FillComparison:
-    """Fills beside one another; `ratio` is the last fill's over the first."""
+    """Fills beside one another. `ratio` is the last fill's rate over the first's."""
 
     model: str
     what: str
@@ -115,7 +118,7 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> Comparison:
 
 
 def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> Comparison:
-    """As `compare`, for reading a prompt of `tokens` random tokens up to the logits that follow it."""
+    """As `compare`, for the prefill of `tokens` random tokens up to the logits of the next one."""
     _check_fits(backbone, tokens)
     ids = torch.tensor([_random_ids(backbone, tokens)], device=backbone.device)
 
@@ -149,8 +152,8 @@ def compare_fills(
 ) -> FillComparison:
     """Decode answers to `PROMPTS` with each fill in turn, `pairs` times after a warm-up.
 
-    A fill without exits is full depth. `policies` take the place of the exits' own. Raises `BadInput` for more tokens than
-    the context holds.
+    A fill without exits is full depth. A policy in `policies` replaces that of the fill's exits. Raises `BadInput` for more
+    tokens than the context holds.
     """
     prompts = [backbone.prompts.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
     _check_fits(backbone, max(map(len, prompts)) + tokens)
@@ -212,13 +215,13 @@ def _rate_of(answers: list[Generation]) -> float:
 def _fill_speed(answers: list[Generation], first: list[Generation], **measured: Any) -> FillSpeed:
     ends = [answer.tokens[-1] for answer in answers]
     count = sum(len(answer.tokens) for answer in answers)
-    pairs = [zip(answer.ids, other.ids, strict=False) for answer, other in zip(answers, first, strict=True)]
+    pairs = [zip(answer.ids, reference.ids, strict=False) for answer, reference in zip(answers, first, strict=True)]
     early = sum(token.exit_block < answer.blocks for answer in answers for token in answer.tokens)
     rejected = sum(end.rejected for end in ends)
     drafts = any(answer.acceptance_rate is not None for answer in answers)
     return FillSpeed(
         thresholds=answers[0].thresholds,
-        equal=sum(id == other for pair in pairs for id, other in pair) / count,
+        equal=sum(id == first_id for pair in pairs for id, first_id in pair) / count,
         mean_blocks=sum(token.exit_block for answer in answers for token in answer.tokens) / count,
         tokens_per_deep_pass=count / max(1, sum(end.deep_passes for end in ends)),
         acceptance_rate=early / (early + rejected) if drafts else None,
@@ -236,8 +239,8 @@ def _random_ids(backbone: Backbone, length: int) -> list[int]:
     return torch.randint(0, backbone.vocab_size, (length,), generator=generator).tolist()
 
 
-def _in_turn(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
-    return [(ours(), theirs()) for _ in range(pairs)]
+def _in_turn(our_run: Callable[[], float], their_run: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
+    return [(our_run(), their_run()) for _ in range(pairs)]
 
 
 def _comparison(
@@ -247,17 +250,20 @@ def _comparison(
     parts: dict[str, float],
     sizes: tuple[int, int],
 ) -> Comparison:
-    """What was measured, and the library's call; rates in tokens a second, ours and theirs; tokens and prompt."""
-    ratios = [mine / other for mine, other in rates]
-    ours, theirs = ([pair[side] for pair in rates] for side in (0, 1))
+    """The `Comparison` of pairs of rates, ours and theirs, in tokens a second.
+
+    `what`: what was measured, and the library's call; `sizes`: the number of tokens, and of those in the prompt.
+    """
+    ratios = [our_rate / their_rate for our_rate, their_rate in rates]
+    our_rates, their_rates = ([pair[side] for pair in rates] for side in (0, 1))
     dtype = str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch.")
     return Comparison(
         model=backbone.name,
         what=what[0],
         ratio=median(ratios),
         spread=(min(ratios), max(ratios)),
-        ours=Side(f"offramp ({backbone.engine})", backbone.weight_format, median(ours), ours),
-        theirs=Side(f"transformers {what[1]}", dtype, median(theirs), theirs),
+        ours=Side(f"offramp ({backbone.engine})", backbone.weight_format, median(our_rates), our_rates),
+        theirs=Side(f"transformers {what[1]}", dtype, median(their_rates), their_rates),
         parts_ms=parts,
         tokens=sizes[0],
         pairs=len(rates),
@@ -266,7 +272,7 @@ def _comparison(
 
 
 class _Times:
-    """When each token came. It stands in for a `transformers` streamer, whose `put` gets the prompt first."""
+    """Notes the time of each token. It stands in for a `transformers` streamer, whose `put` gets the prompt first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []

@@ -1,7 +1,7 @@
-"""What exits do to answers: a task's scores, consistency with the full model, and what it cost.
+"""What exits do to answers: a task's scores, consistency with the full model, and costs.
 
-Every condition (a fill and a policy) answers the same questions as full depth does. Each answer is kept at once, so that an
-interrupted run goes on where it stopped. What comes out is a `Result`.
+Every condition (a fill and a policy) answers the same questions as full depth does. Each answer is written at once, so that
+an interrupted run resumes where it stopped. The outcome of a condition is a `Result`.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ class Condition:
 
     @property
     def used_policy(self) -> Policy | None:
-        """The policy that decides: None without exits."""
+        """The policy in use; None without exits."""
         return (self.policy or self.exits.policy) if self.exits else None
 
     @property
     def name(self) -> str:
+        """The condition in words: fill, policy, and who chose the policy."""
         if self.exits is None or self.used_policy is None:
             return "full depth"
         chosen_by = "" if self.policy else ", calibrated" if self.exits.calibration else ", by default"
@@ -79,17 +80,18 @@ class Condition:
         return ConditionInfo(self.name, self.fill, self.exits.config.gate, self.used_policy, own)
 
     def engine(self, backbone: Backbone) -> Engine:
+        """An engine that decodes under this condition."""
         return Engine(backbone, self.exits, self.policy, self.fill if self.exits else "project")
 
     def scorer(self, backbone: Backbone, forced: Forced) -> Engine:
-        """An engine for likelihoods. It reads out all tokens: one that is not a candidate has no likelihood."""
+        """An engine for likelihoods. It reads out all tokens, because a token that is not a candidate has no likelihood."""
         policy = replace(self.used_policy, candidates=0) if self.used_policy else None
         return Engine(backbone, self.exits, policy, self.fill if self.exits else "project", forced)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as it is kept until its run is over. FLOPs of decoding; `prefill_flops` of reading the prompt."""
+    """An answer as it is kept until its run is over. `flops` are those of decoding, `prefill_flops` of the prompt."""
 
     ids: list[int]
     text: str
@@ -103,7 +105,7 @@ class Answer:
 
     @classmethod
     def of(cls, engine: Engine, prompt_length: int, answer: Generation, batch: int) -> Answer:
-        """From what the engine gave after a prompt of so many tokens, as one of `batch` answers side by side."""
+        """From the engine's answer to a prompt of `prompt_length` tokens, one of `batch` answers side by side."""
         costs = engine.costs
         blocks = sum(costs.full(context) - costs.head for context in range(1, prompt_length))
         return cls(
@@ -171,7 +173,7 @@ class Evaluation:
     _full: list[Kept] = field(default_factory=list, init=False)
 
     def run(self, condition: Condition) -> Result:
-        """A condition's Result. The first call also has full depth answer.
+        """Answer the questions under a condition. The first call also answers them at full depth.
 
         Raises `BadInput` for a task without questions, `CorruptFile` for damaged work. A prompt that does not fit loses its
         beginning.
@@ -219,7 +221,7 @@ class Evaluation:
         )
 
     def _answers(self, condition: Condition, backbone: Backbone) -> list[Kept]:
-        """An answer to each question: kept ones are read, the others made now."""
+        """An answer to each question: kept answers are read, missing ones are made."""
         file = self.work / f"{self._fingerprint(condition, backbone)}.jsonl"
         self.files.append(file)
         kept = _read(file, Likelihoods if self.task.multiple_choice else Answer)
@@ -237,7 +239,7 @@ class Evaluation:
         return [kept[item.id] for item in self.task.items]
 
     def _fingerprint(self, condition: Condition, backbone: Backbone) -> str:
-        """Names what an answer and its times depend on."""
+        """A hash of all that an answer and its times depend on."""
         exits, policy = condition.exits, condition.used_policy
         parts = [
             backbone.source.sha256,
@@ -289,7 +291,7 @@ def fingerprint(exits: Exits) -> str:
 
 
 def _read(file: Path, kind: type[Kept]) -> dict[str, Kept]:
-    """Answers by their question's id. Half a line at the end comes from a run that was cut off; it is dropped."""
+    """Answers by their question's id. Half a line at the end, from an interrupted run, is dropped."""
     if not file.exists():
         return {}
     whole, _, rest = file.read_text().rpartition("\n")

@@ -3,7 +3,7 @@
     python -m offramp.evaluation.harness run --model offramp --tasks truthfulqa_gen \\
         --model_args pretrained=smollm2,threshold=0.8
 
-This is the command `lm_eval`, which finds no models outside its own package, after the model `offramp` was registered.
+This runs the harness' command `lm_eval` with the model `offramp` registered; `lm_eval` itself finds only its own models.
 `model_args` are the fields of `ModelArguments`.
 """
 
@@ -39,7 +39,7 @@ class ModelArguments:
 
     @classmethod
     def read(cls, arguments: dict[str, Any]) -> ModelArguments:
-        """Raises `BadInput` for names that are none of the fields, and where `pretrained` is missing."""
+        """The arguments from a dict. Raises `BadInput` for names that are not fields, and if `pretrained` is missing."""
         known = [field.name for field in fields(cls)]
         for name in arguments:
             if name not in known:
@@ -59,7 +59,7 @@ class ModelArguments:
 
 @register_model("offramp")
 class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
-    """Answers the harness' requests one by one. Tokens leave at exits in generation and in likelihoods alike."""
+    """Answers the harness' requests one by one. Tokens leave at exits both in generation and in likelihoods."""
 
     def __init__(self, batch_size: Any = None, max_batch_size: Any = None, device: Any = None, **arguments: Any) -> None:
         """`arguments` are those of `ModelArguments`; the harness gives the other three to every model."""
@@ -74,9 +74,11 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
 
     @property
     def tokenizer_name(self) -> str:
+        """The name under which the harness caches rendered chats."""
         return self.arguments.pretrained
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as one text, in the model's chat template."""
         return str(
             self.backbone.tokenizer.apply_chat_template(
                 chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
@@ -84,23 +86,26 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         )
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """For each (context, continuation): log P in nats, and whether every token is the most probable one."""
         return [self._likelihood(*request.args) for request in requests]
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """The log-likelihood of each whole text, in nats."""
         return [self._rolling_likelihood(request.args[0]) for request in requests]
 
     def generate_until(self, requests: list[Any]) -> list[str]:
+        """The answer to each (prompt, settings), up to a stop string or the limit."""
         return [self._generate(*request.args) for request in requests]
 
     def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
-        until = settings.get("until") or []
+        stops = settings.get("until") or []
         max_tokens = int(settings.get("max_gen_toks", self.arguments.max_gen_toks))
         ids = self._ids(prompt)[-max(1, self.backbone.context - max_tokens) :]
-        stop = (until,) if isinstance(until, str) else tuple(until)
+        stop = (stops,) if isinstance(stops, str) else tuple(stops)
         return self._engine.generate(ids, max_tokens=max_tokens, stop=stop).text
 
     def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        # The harness cuts its own models' requests like this: a space at the seam goes to the continuation.
+        # As the harness does for its own models: spaces at the seam go to the continuation.
         seam = len(context) - len(context.rstrip())
         context, continuation = context[: len(context) - seam], context[len(context) - seam :] + continuation
         before = self._ids(context) if context else [self._prefix]
@@ -109,7 +114,7 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
         return total, self._forced.best
 
     def _rolling_likelihood(self, text: str) -> float:
-        """Of a whole text, in windows as long as the context that do not overlap but for one token."""
+        """log P of a whole text in nats, in windows as long as the context that overlap by one token."""
         ids = self._ids(text, begins=False)
         step = self.backbone.context - 1
         total, before = 0.0, [self._prefix]
@@ -131,6 +136,7 @@ class Harnessed(LM):  # type: ignore[misc]  # the library has no annotations
 
 
 def main() -> None:
+    """Run the harness' command line. An error of ours ends in one sentence and a hint."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

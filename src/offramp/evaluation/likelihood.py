@@ -18,7 +18,7 @@ class Forced:
         self._best: dict[int, bool] = {}
 
     def begin(self, start: int, tokens: list[int]) -> None:
-        """Choose these tokens next, for a text of which `start` tokens come before them."""
+        """Choose these tokens next, after the first `start` tokens of a text."""
         self.start, self.tokens, self.logp, self._best = start, tokens, {}, {}
 
     @property
@@ -27,16 +27,16 @@ class Forced:
         return all(self._best.values())
 
     def __call__(self, logits: Tensor, ids: list[int]) -> int:
-        place = len(ids) - self.start
-        token = self.tokens[place]
-        # With `verify`, full depth decides on a place after the exit did: the last call counts.
-        self.logp[place] = float(logits.log_softmax(-1)[token])
-        self._best[place] = int(logits.argmax()) == token
+        position = len(ids) - self.start
+        token = self.tokens[position]
+        # With `verify`, full depth decides a position after the exit did: the last call counts.
+        self.logp[position] = float(logits.log_softmax(-1)[token])
+        self._best[position] = int(logits.argmax()) == token
         return token
 
 
 def log_likelihoods(engine: Engine, forced: Forced, prompt: str, continuations: list[str]) -> list[float]:
-    """log P(continuation | prompt) of each, in nats, by an engine whose `sampling` is `forced`.
+    """log P(continuation | prompt) of each continuation, in nats, by an engine whose `sampling` is `forced`.
 
     Tokens leave at exits as in decoding. The prompt is read once; if it is too long, it loses its beginning.
     """

@@ -11,7 +11,7 @@ class Metric:
     """A task's score, or a measure of how an answer compares with full depth and what it cost.
 
     `name` is its key in JSON, `label` what people read. `better` says which way is better. `format` is that of `show`.
-    `report`: the report's table has a column for it. `line`: the line that `offramp eval` prints has it.
+    `score`: it is a task's score. `report`: the report's table has a column for it. `line`: `offramp eval` prints it.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Metric:
         return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
-# Of a task's scores, the first in this table is the one that figures show.
+# Figures show the first of a task's scores in this table.
 _TABLE = (
     Metric("f1", "F1", score=True, line=True),
     Metric("exact_match", "exact match", score=True, line=True),

@@ -1,7 +1,8 @@
-"""A page to look at, made from Results of `offramp eval`: one file that fetches nothing. Its figures lie beside it as SVG.
+"""An HTML page made from Results of `offramp eval`: one file that fetches nothing. Its figures lie beside it as SVG.
 
-What must be read is text and tables. Figures use colours that colour-blind readers can tell apart (Okabe and Ito), and a
-marker for each curve. Lines and letters take the colour of the page's text, so that figures can be read in the dark.
+Everything that must be read is in text and tables. Figures use colours that colour-blind readers can tell apart (Okabe and
+Ito), and a marker for each curve. Lines and letters take the colour of the page's text, so that figures can be read in the
+dark.
 """
 
 from __future__ import annotations
@@ -121,11 +122,11 @@ def _section(anchor: str, title: str, results: list[Result], figures: dict[str, 
 def _about(first: Result) -> str:
     note = f" <strong>{escape(first.task.note)}.</strong>" if first.task.note else ""
     reference = first.reference
-    other = f" Compared with {escape(reference.name)} at full depth." if reference != first.model else ""
+    comparison = f" Compared with {escape(reference.name)} at full depth." if reference != first.model else ""
     about = f"{first.task.questions} questions, {first.model.weights} weights."
     if first.task.batch > 1:
         about += f" {first.task.batch} answers side by side; times are their shares."
-    return f"<p>{escape(about)}{note}{other}</p>"
+    return f"<p>{escape(about)}{note}{comparison}</p>"
 
 
 def _quality(result: Result) -> str:
@@ -137,7 +138,7 @@ def _quality(result: Result) -> str:
 
 
 def _curves(results: list[Result]) -> list[tuple[str, list[Result]]]:
-    """Conditions that differ only in their thresholds: one curve for each fill and gate, full depth first.
+    """Groups of conditions that differ only in their thresholds: a curve for each fill and gate, full depth first.
 
     Conditions under the exits' own policy, calibrated or not, are in their gate's curve.
     """
@@ -160,8 +161,8 @@ def _own(result: Result) -> bool:
     return result.condition.calibration is not None
 
 
-def _telling(results: list[Result]) -> list[Result]:
-    """One condition of each curve: the earliest to leave of those that keep at least half of full depth's tokens."""
+def _examples(results: list[Result]) -> list[Result]:
+    """One condition of each curve: of those with a token F1 of at least 0.5, the one whose tokens leave earliest."""
     curves = [[result for result in curve if result.condition.policy] for _, curve in _curves(results)]
     kept = [[result for result in curve if result.summary["token_f1"].mean >= 0.5] or curve for curve in curves]
     return [min(curve, key=lambda result: result.summary["mean_blocks"].mean) for curve in kept if curve]
@@ -222,7 +223,7 @@ def _positions(results: list[Result]) -> str:
     """A figure of the blocks run for the first, second, … token of an answer, on average."""
 
     def draw(axes: Any) -> None:
-        for index, result in enumerate(_telling(results) or results):
+        for index, result in enumerate(_examples(results) or results):
             exits = [item.exits for item in result.items if isinstance(item, ScoredAnswer)]
             longest = max(map(len, exits))
             # Only as far as a tenth of the answers go.
@@ -237,7 +238,7 @@ def _positions(results: list[Result]) -> str:
 
 
 def _at_consistency(results: list[Result], wanted: float = 0.9) -> str:
-    """What each curve costs where it first falls to this consistency, in a straight line between its conditions."""
+    """The costs of each curve where it first falls to this consistency, by linear interpolation between conditions."""
     metrics = [METRICS[name] for name in ("mean_blocks", "flops_saved", "tokens_per_second")]
 
     def values(result: Result) -> list[float]:
@@ -289,10 +290,10 @@ def _cell(metric: Metric, value: Interval) -> str:
 
 
 def _answers(results: list[Result], count: int = 3) -> str:
-    """The first few answers of one condition of each curve, each token in the shade of the block it left at."""
+    """The first few answers of one condition of each curve, with each token in the shade of the block where it left."""
     early = [
         (result.condition.name, [item for item in result.items if isinstance(item, ScoredAnswer)])
-        for result in _telling(results)
+        for result in _examples(results)
     ]
     if not early:
         return ""
@@ -310,15 +311,15 @@ def _answers(results: list[Result], count: int = 3) -> str:
                 f'<span class="e{_shade(block, blocks)}" title="block {block}">{escape(piece)}</span>'
                 for piece, block in zip(item.pieces, item.exits, strict=True)
             )
-            left = [f"{place}: {block}" for place, block in enumerate(item.exits, start=1) if block < blocks]
-            small = f"<br><small>left early, token: block — {', '.join(left)}</small>" if left else ""
+            early_tokens = [f"{place}: {block}" for place, block in enumerate(item.exits, start=1) if block < blocks]
+            small = f"<br><small>left early, token: block — {', '.join(early_tokens)}</small>" if early_tokens else ""
             parts.append(f"<dt>{escape(name)}</dt><dd>{spans}{small}</dd>")
         parts.append("</dl>")
     return "\n".join(parts)
 
 
 def _shade(block: int, blocks: int) -> int:
-    """0 for full depth, up to 4 for the earliest."""
+    """The number of a shade: 0 for full depth, 1 for a late exit, up to 4 for an early one."""
     return 0 if block >= blocks else 4 - min(3, 4 * block // blocks)
 
 

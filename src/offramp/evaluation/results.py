@@ -1,4 +1,4 @@
-"""Results: what a condition scored on a task, what it cost, and everything that is needed to run it again.
+"""Results: what a condition scored on a task, what it cost, and everything that a second run needs.
 
 Results are frozen dataclasses, kept as JSON. Their means have 95% intervals, by bootstrap over the questions.
 """
@@ -32,7 +32,7 @@ class Interval:
 
     @classmethod
     def of(cls, mean: float, resampled: np.ndarray[Any, Any]) -> Interval:
-        """From the mean and the means of the resamples (RESAMPLES,): the interval is between their percentiles."""
+        """A mean, with the interval between percentiles of the means of the resamples (RESAMPLES,)."""
         low, high = np.quantile(resampled, (0.025, 0.975))
         return cls(float(mean), float(low), float(high))
 
@@ -50,8 +50,8 @@ class ModelInfo:
 class ConditionInfo:
     """How answers were decoded. All but the name is None for full depth.
 
-    `gate` is the kind of the exits' gates. `calibration` is the record of the exits' own policy, empty for one by default;
-    it is None where the user chose the policy.
+    `gate` is the kind of the exits' gates. `calibration` is the record of the exits' own policy, which is empty if that was
+    not calibrated. It is None if the user chose the policy.
     """
 
     name: str
@@ -121,11 +121,12 @@ class Result:
     items: list[Scored]
 
     def to_json(self) -> dict[str, Any]:
+        """The record that `from_json` reads."""
         return {"offramp": "result", **asdict(self)}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Result:
-        """Raises `KeyError`, `TypeError`, `ValueError`, `AttributeError` or `BadInput` for what is not a Result."""
+        """Read a record. Raises `KeyError`, `TypeError`, `ValueError`, `AttributeError` or `BadInput` for another one."""
         if record["offramp"] != "result":
             raise ValueError("not a Result")
         condition = record["condition"]
@@ -163,8 +164,8 @@ def summary(items: Sequence[Scored], seed: int = 0) -> dict[str, Interval]:
 def difference(items: Sequence[Scored], others: Sequence[Scored], name: str, seed: int = 0) -> Interval:
     """How much larger a score or measure is in `items` than in `others`, on the same questions: paired bootstrap."""
     places = {item.id: place for place, item in enumerate(others)}
-    theirs = _column(others, name)[[places[item.id] for item in items]]
-    gaps = _column(items, name) - theirs
+    other_values = _column(others, name)[[places[item.id] for item in items]]
+    gaps = _column(items, name) - other_values
     weights = _resampled(items, seed)
     return Interval.of(gaps.mean(), weights @ gaps / weights.sum(1))
 
@@ -176,7 +177,7 @@ def _column(items: Sequence[Scored], name: str) -> np.ndarray[Any, Any]:
 def _resampled(items: Sequence[Scored], seed: int) -> np.ndarray[Any, Any]:
     """How often each item is in each resample, (RESAMPLES, n)."""
     _, groups = np.unique([item.id.partition("/")[0] for item in items], return_inverse=True)
-    if len(items) > 1 and not groups.any():  # one group says nothing about others
+    if len(items) > 1 and not groups.any():  # a single group would give no spread
         groups = np.arange(len(items))
     count = int(groups.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)

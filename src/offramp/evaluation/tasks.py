@@ -5,8 +5,8 @@ Questions come from the hub (`truthfulqa/truthful_qa`, `mandarjoshi/trivia_qa`, 
 Prompts are plain text, without a chat template. TruthfulQA's prompt is its authors'. Those of TriviaQA and CoQA are worded
 nearly as in EleutherAI's lm-evaluation-harness.
 
-For TruthfulQA and TriviaQA, an answer gets the same scores as in the harness. Figures differ from the harness' all the
-same, because it asks otherwise: TruthfulQA without "A:", other stops, TriviaQA without examples, one turn of CoQA.
+For TruthfulQA and TriviaQA, an answer gets the same scores as in the harness. Means still differ from the harness',
+because it asks in another way: TruthfulQA without "A:", other stops, TriviaQA without examples, one turn of CoQA.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Task:
 def load_task(name: str, data: str | Path | None = None, limit: int | None = None) -> Task:
     """A task by name, from the hub or from the file `data`.
 
-    `limit`: keep only this many questions, the first by the order of their hashes (CoQA's: by their own order). Raises
+    `limit`: keep only this many questions, the first in the order of their hashes (CoQA: in the file's order). Raises
     `BadInput` for an unknown task, a limit below 1, and data that cannot be fetched or read.
     """
     if limit is not None and limit < 1:
@@ -90,13 +90,13 @@ def load_task(name: str, data: str | Path | None = None, limit: int | None = Non
     task = TASKS[name](data)
     # This order has nothing to do with the file's, so that a few questions are a fair sample.
     items = sorted(task.items, key=lambda item: sha256_of_text(f"{item.id} {item.question}"))
-    if name == "coqa":  # one conversation after another, turn by turn
+    if name == "coqa":  # conversations stay whole, turn by turn
         items = task.items
     return Task(**{**vars(task), "items": items[:limit]})
 
 
 def truthfulqa(data: str | Path | None) -> Task:
-    """TruthfulQA, generation: likeness to right answers, and by how much it exceeds that to wrong ones."""
+    """TruthfulQA, generation: likeness to right answers, and how much that exceeds the likeness to wrong ones."""
     items, source, digest = _truthful_items(data)
     return Task("truthfulqa", items, ("\n\n", "\nQ:", "Q:"), 50, score_truthful, source, digest)
 
@@ -191,8 +191,8 @@ def _bleu(reference: str, answer: str) -> float:
 
 def choices(item: Item) -> tuple[list[str], list[str]]:
     """The right and the wrong answers of a multiple-choice question; the best right answer comes first."""
-    others = [answer for answer in item.references if answer != item.best]
-    return [item.best, *others], list(item.wrong)
+    more_right = [answer for answer in item.references if answer != item.best]
+    return [item.best, *more_right], list(item.wrong)
 
 
 def score_choices(right: list[float], wrong: list[float]) -> Scores:
@@ -203,9 +203,9 @@ def score_choices(right: list[float], wrong: list[float]) -> Scores:
     """
     from math import exp
 
-    # Relative to the likeliest: sums of logs of whole answers are too small for exp.
-    most = max(*right, *wrong)
-    of_right, of_wrong = (sum(exp(value - most) for value in values) for values in (right, wrong))
+    # Relative to the likeliest answer, because exp of a whole answer's log-likelihood would be 0.
+    highest = max(*right, *wrong)
+    of_right, of_wrong = (sum(exp(value - highest) for value in values) for values in (right, wrong))
     return {"mc1": float(right[0] > max(wrong)), "mc2": of_right / (of_right + of_wrong)}
 
 
@@ -286,10 +286,10 @@ def _text(turn: Any) -> str:
 
 def _answered(story: dict[str, Any]) -> Iterable[list[str]]:
     """For each turn, the reference answers: the story's own first, then those of other people."""
-    others = list((story.get("additional_answers") or {}).values())
+    additional = list((story.get("additional_answers") or {}).values())
     for index, answer in enumerate(story["answers"]):
         own = list(map(_text, answer)) if isinstance(answer, list) else [_text(answer)]
-        yield [*own, *(_text(answers[index]) for answers in others)]
+        yield [*own, *(_text(answers[index]) for answers in additional)]
 
 
 def score_coqa(answer: str, item: Item) -> Scores:

@@ -1,6 +1,6 @@
 """Thresholds with a guarantee: Learn then Test (Angelopoulos et al., arXiv 2110.01052), on whole answers.
 
-A user names a risk α and a δ, and gives calibration prompts that are drawn as later prompts will be. The model answers them
+A user names a risk α and a δ, and gives calibration prompts from the distribution of later prompts. The model answers them
 at full depth and with exits. A loss in [0, 1] says how far the two answers differ. With probability 1 − δ over the
 calibration prompts, the policy that is returned has an expected loss of at most α on new prompts. This holds for any model,
 any exits and any fill.
@@ -10,9 +10,9 @@ Each policy is a hypothesis: "its expected loss is above α". Its p-value comes 
 first hypothesis that is not rejected (fixed-sequence testing, section 3). The last policy that passed is the result.
 
 The order of the path must not depend on the prompts of the test. Several exits have no natural order: which of two policies
-is bolder depends on how often each exit is right and on what its skipped blocks cost the rest of the answer. So some of the
-prompts, the pilot, are spent on finding the path. It consists of the candidates that no other candidate beats in both loss
-and gain (saved FLOPs, or with `defer` saved deep passes).
+is bolder depends on how often each exit is right and on what its skipped blocks cost the rest of the answer. So a share of
+the prompts, the pilot, is spent on finding the path. The path consists of the candidates that no other candidate beats in
+both loss and gain (saved FLOPs, or with `defer` saved deep passes).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PILOT = 0.2  # share of the prompts that finds the path
 LONGEST = 8  # policies on the path; more would only cost time
 CANDIDATES = (8192, 4096, 2048, 1024, 512)  # tokens that a sketch of the head names
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
-BATCH = 16  # answers side by side
+BATCH = 16  # number of answers side by side
 
 
 def p_value(mean: float, n: int, risk: float) -> float:
@@ -64,17 +64,17 @@ def _log_binomial(n: int, p: float, most: int) -> Iterator[float]:
         yield ways + k * math.log(p) + (n - k) * math.log1p(-p)
 
 
-MOST = 1_000_000  # prompts
+MOST = 1_000_000  # the largest number of prompts that `prompts_needed` gives
 
 
 def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
-    """How many prompts would show that a policy with this mean loss keeps the risk; None if more than a million."""
+    """The number of prompts that would show that a policy with this mean loss keeps the risk; None above a million."""
     if mean >= risk:
         return None
     n = 1
     while p_value(mean, n, risk) > delta:
         n *= 2
-        if n > MOST:  # nobody has so many, and the sum over their losses would take minutes
+        if n > MOST:  # nobody has more, and the sum in `p_value` would take minutes
             return None
     low, high = n // 2, n
     while high - low > 1:
@@ -97,24 +97,24 @@ def fixed_sequence(losses: Iterator[Many[float]], risk: float, delta: float) -> 
 
 
 def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST) -> list[int]:
-    """Which candidates to test, and in which order: their indices.
+    """The indices of the candidates to test, in the order of the test.
 
     `pilot` has each candidate's mean loss and gain on the pilot prompts. A candidate is left out if another loses less and
     gains at least as much, if it gains nothing, or if it loses twice the risk. Candidates of equal loss all stay, because a
-    pilot is too small to tell them apart. The order is that of rising gain, so the safest comes first. Of more than
-    `longest` candidates every n-th is kept, the first among them.
+    pilot is too small to tell them apart. The order is that of rising gain, so the safest comes first. If more than
+    `longest` candidates are left, every n-th is kept, from the first on.
     """
     order = [
         index
         for index, (loss, gain) in enumerate(pilot)
-        if gain > 0 and loss < 2 * risk and not any(other < loss and more >= gain for other, more in pilot)
+        if gain > 0 and loss < 2 * risk and not any(lower < loss and higher >= gain for lower, higher in pilot)
     ]
     order.sort(key=lambda index: pilot[index][1])
     return order[:: -(-len(order) // longest)] if order else []
 
 
 def candidates(count: int, kind: str, confidence: str = "gate", vocabulary: int = 0) -> list[list[Policy]]:
-    """Policies for `count` exits, in lines; each line goes from nearly closed to open.
+    """Lists of policies for `count` exits; each list, called a line, goes from nearly closed to open.
 
     There is one line for each exit that may be the first open one. The deepest comes first, so that deep exits open before
     shallow ones can do harm. The policies of a line, by `kind`:
@@ -126,6 +126,7 @@ def candidates(count: int, kind: str, confidence: str = "gate", vocabulary: int 
 
     `vocabulary` is the model's, for exits with a sketch of the head, else 0. With a sketch, one more line comes first: it
     closes all exits and reads out fewer and fewer candidates. The other lines then read out a middling number of them.
+    Raises `BadInput` for an unknown `kind`.
     """
     if kind not in KINDS:
         raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
@@ -193,12 +194,12 @@ def exact_loss(early: Generation, full: Generation, question: Question) -> float
 
 
 def task_loss(early: Generation, full: Generation, question: Question) -> float:
-    """How much lower than full depth's answer this one scores against the references (word F1); 0 if not lower."""
+    """Full depth's word F1 with the references minus this answer's; 0 if that is negative."""
     return max(0.0, best_f1(full.text, question.references) - best_f1(early.text, question.references))
 
 
 def gain(answer: Generation, fill: str) -> float:
-    """What an answer saved: the share of FLOPs; with `defer`, which runs all blocks later, the share of deep passes."""
+    """The share of FLOPs that an answer saved; with a fill that runs skipped blocks later, the share of deep passes."""
     return 1 - 1 / answer.tokens_per_deep_pass if fill_named(fill).waits else answer.flops_saved
 
 
@@ -223,11 +224,11 @@ class Tested:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was guaranteed: `policy` keeps the expected `loss` at `risk` or less, with probability 1 − `delta`.
+    """The guarantee of a calibration: `policy` keeps the expected `loss` at `risk` or less, with probability 1 − `delta`.
 
     `pilot` prompts found the path, and `n` others tested it. `tested` holds the policies of the path up to the first that
-    failed. `policy` is closed if none passed; `needed` is then the number of prompts to test with that would have let the
-    first one pass, or None if no number would. `raw`: the prompts took no chat template.
+    failed. If none passed, `policy` is closed, and `needed` is the number of test prompts with which the first one would
+    have passed, or None if it would not with any. `raw`: the prompts took no chat template.
     """
 
     policy: Policy
@@ -248,6 +249,7 @@ class Calibration:
 
     @property
     def passed(self) -> bool:
+        """Whether any policy passed the test."""
         return any(test.passed for test in self.tested)
 
 
@@ -261,9 +263,9 @@ def calibrate(
 ) -> Calibration:
     """Find the boldest policy that keeps the risk on these questions; set `exits.policy` and `exits.calibration`.
 
-    `reference` is another model whose full depth to compare with, such as the one that this model was tuned from; it must
-    have the same tokenizer. The hash of a prompt, and not its place, decides whether it is one of the pilot's. Raises
-    `BadInput` for settings that make no sense and for too few prompts.
+    `reference` is another model, such as the one that this model was tuned from: answers are then compared with its full
+    depth. It must have the same tokenizer. A prompt's hash, and not its position, decides if it belongs to the pilot.
+    Raises `BadInput` for settings that make no sense and for too few prompts.
     """
     config = config or CalibrationConfig()
     _check(questions, config)
@@ -302,13 +304,13 @@ def calibrate(
 
 @dataclass
 class _Trial:
-    """Policies tried on the same questions, against the same answers of full depth."""
+    """Tries policies on the same questions, against the same answers of full depth."""
 
     backbone: Backbone
     exits: Exits
     questions: list[Question]
     config: CalibrationConfig
-    ids: list[list[int]]  # of each question's prompt
+    ids: list[list[int]]  # the token ids of each question's prompt
     references: list[Generation]  # full depth's answer to each question
     progress: Progress
 
@@ -340,7 +342,7 @@ class _Trial:
         return [loss_of(*triple) for triple in triples], early
 
     def find_path(self, lines: list[list[Policy]], first: int) -> list[Policy]:
-        """The policies to test, in order, as the first questions (the pilot) tell."""
+        """The policies to test, in order, found on the first `first` questions (the pilot)."""
         tried: list[Policy] = []
         results: list[tuple[float, float]] = []
         total = sum(map(len, lines))
@@ -350,13 +352,13 @@ class _Trial:
                 tried.append(policy)
                 results.append((fmean(losses), fmean(gain(answer, self.config.fill) for answer in early)))
                 self.progress("pilot", len(tried), total, f"loss {results[-1][0]:.3f}")
-                if results[-1][0] > 2 * self.config.risk:  # bolder ones lose more
+                if results[-1][0] > 2 * self.config.risk:  # the rest of the line is bolder and loses more
                     break
             total = len(tried) + sum(map(len, lines[number + 1 :]))
         return [tried[index] for index in path(results, self.config.risk)]
 
     def test(self, policies: list[Policy], first: int) -> list[Tested]:
-        """Test the path on the questions after the first ones, up to the first policy that fails."""
+        """Test the path on the questions after the pilot's `first`, up to the first policy that fails."""
         kept: list[list[Generation]] = []
 
         def along_the_path() -> Iterator[list[float]]:
@@ -382,7 +384,7 @@ def answers(
     stop: tuple[str, ...] = (),
     report: Callable[[int], None] = lambda count: None,
 ) -> list[Generation]:
-    """An answer to each prompt. Prompts of similar length are answered side by side; `report` gets the count so far."""
+    """An answer to each prompt (token ids). Prompts of similar length run side by side; `report` gets the count so far."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answered: dict[int, Generation] = {}
     for start in range(0, len(order), BATCH):
@@ -415,7 +417,7 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
     if config.loss == "task" and not all(question.references for question in questions):
         raise BadInput(
             "The loss 'task' needs right answers beside the prompts.",
-            "JSON lines with 'answer' or 'answers', such as TriviaQA's.",
+            "Give JSON lines with 'answer' or 'answers', such as TriviaQA's.",
         )
     if len({question.prompt for question in questions}) < len(questions):
-        raise BadInput("Some prompts are there twice, but losses must be independent.", "Leave each only once.")
+        raise BadInput("Some prompts occur twice, but losses must be independent.", "Keep each prompt once.")

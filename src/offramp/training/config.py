@@ -11,7 +11,7 @@ from typing import Any
 from offramp.settings import setting
 
 PROMPTS_HELP = "A file of prompts to answer: lines, or JSON lines with 'prompt'. Default: a list that comes with offramp."
-TEXT_HELP = "A file to read besides: plain text, or JSON lines with 'text'. May be repeated."
+TEXT_HELP = "A file to read too: plain text, or JSON lines with 'text'. May be repeated."
 MAX_PROMPTS_HELP = "Use only this many prompts, the first ones. Default: all."
 
 
@@ -20,8 +20,8 @@ class TrainConfig:
     """How exits are trained.
 
     `open_from` is a share of the depth: exits before it stay closed by default. `shortlist` is a number of tokens: an exit
-    reads out only the most frequent ones of the answers (0: all). `confidence` and `threshold` are the default policy,
-    where `precision` does not choose it. `batch` counts the sequences of a step.
+    reads out only the most frequent ones of the answers (0: all). `confidence` and `threshold` are the default policy's;
+    with a `threshold` of None, `precision` chooses the thresholds. `batch` counts the sequences of a step.
     """
 
     layers: tuple[int, ...] | None = setting(None, "Blocks that run before each exit: 10,15,20,25. Default: four places.")
@@ -45,7 +45,7 @@ class TrainConfig:
     sketch: int | None = setting(
         None,
         "Dims of the sketch of the head that --candidates needs; a multiple of 32; 0 makes none. "
-        "Default: 128 for a large vocabulary, otherwise and with --draft none.",
+        "Default: 128 for a large vocabulary; none for a small one and with --draft.",
         draft=0,
     )
     confidence: str = setting("gate", draft="max-prob")
@@ -54,10 +54,10 @@ class TrainConfig:
 
 
 def draft_config(n_blocks: int, **changed: Any) -> TrainConfig:
-    """How the exit that drafts for `verify` is trained, in a model of so many blocks; `changed` fields win.
+    """How the exit that drafts for `verify` is trained, in a model of `n_blocks` blocks; `changed` fields win.
 
     It is shallow, reads the top state of the token before, and reads out a short list of tokens. A draft costs little, and
-    a wrong one is only taken back. So a draft pays if it is right in a quarter of the cases.
+    a wrong one is only rejected. So drafting pays even if only a quarter of the drafts are right.
     """
     drafts = {item.name: item.metadata.get("draft") for item in fields(TrainConfig)}
     usual = {name: value for name, value in drafts.items() if value is not None}
@@ -66,7 +66,7 @@ def draft_config(n_blocks: int, **changed: Any) -> TrainConfig:
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """What a calibration must guarantee, and how the answers are made that it is for."""
+    """What a calibration must guarantee, and how the answers are generated."""
 
     risk: float = setting(0.05, "Highest expected loss of an answer, 0 to 1.")
     delta: float = setting(0.05, "Highest probability that the guarantee fails, 0 to 1.")
@@ -94,13 +94,13 @@ class CalibrationConfig:
 class TuneConfig:
     """How a model is tuned.
 
-    `every`: a step reads out one in so many blocks. `bfloat16`: multiply in it, which is faster where the processor can.
+    `every`: a step reads out one of this many blocks. `bfloat16`: multiply matrices in it, faster if the processor can.
     `batch` counts the sequences of a step.
     """
 
     rank: int = setting(32, "Rank of the low-rank update.")
     skip: float = setting(0.05, "Share of the samples that skip the last block; earlier blocks are skipped less often.")
-    exit_scale: float = setting(0.02, "Weight of early blocks' losses beside the last block's.")
+    exit_scale: float = setting(0.02, "Weight of early blocks' losses relative to the last block's.")
     every: int = 4
     bfloat16: bool = True
     prompts: str | None = setting(None, PROMPTS_HELP, flag="--own-prompts")

@@ -22,7 +22,7 @@ PROMPTS = ASSETS / "prompts.txt"
 
 @dataclass(frozen=True)
 class Data:
-    """Texts with the teacher's outputs, on disk, each in one part only; and a record of the files that they came from."""
+    """Texts with the teacher's outputs, on disk, in three parts that share no text; and a record of the source files."""
 
     adapters: TeacherTexts
     gates: TeacherTexts
@@ -38,10 +38,10 @@ def gather(
     progress: Progress = silent,
     plan: dict[str, Any] | None = None,
 ) -> Data:
-    """Run the model over the config's prompts and texts, or go on with that in the folder `work`; split them 7 : 2 : 1.
+    """Run the model over the config's prompts and texts, and split these 7 : 2 : 1. Work in the folder `work` is resumed.
 
-    `plan`, by default the config, is what must not have changed since the work there was begun. Of several processes, each
-    runs the model over a share of the texts. Raises `BadInput` for too few texts, and for another plan.
+    `plan` (default: the config) must be the same as when that work began. With several processes, each runs the model over
+    a share of the texts. Raises `BadInput` for too few texts, and for another plan.
     """
     prompts, texts, files = _corpus(backbone, config)
     groups = group_texts(prompts, texts, config.answer_tokens, batch=48)

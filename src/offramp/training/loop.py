@@ -4,7 +4,7 @@
 function of the seed and the step's number. So a run that was interrupted and resumed ends bit for bit like one that was
 not.
 
-Several processes train together if `torchrun` starts them, or `accelerate launch` does on GPUs. Each process takes an equal
+Several processes train together if `torchrun` starts them, or on GPUs `accelerate launch`. Each process takes an equal
 share of a step's batch, and the gradients are averaged. The result is that of one process, up to rounding, on three
 conditions: the loss is a mean over the batch, all shares weigh the same in it (a mean over tokens needs as many tokens in
 each), and the step draws neither dropout nor a sampled vocabulary. Otherwise it is another run of the same method. Each
@@ -70,7 +70,7 @@ class Job:
 
 
 def accelerator_for(device: torch.device, bfloat16: bool = False) -> Accelerator:
-    """An accelerator for a model on this device; with `bfloat16`, matrix products under `autocast` are in it."""
+    """An accelerator for a model on this device; with `bfloat16`, matrix products under `autocast` are computed in it."""
     settings: dict[str, Any] = {"cpu": device.type == "cpu", "mixed_precision": "bf16" if bfloat16 else "no"}
     try:
         return Accelerator(step_scheduler_with_optimizer=False, **settings)
@@ -82,8 +82,8 @@ def accelerator_for(device: torch.device, bfloat16: bool = False) -> Accelerator
 class Loop:
     """Trains a job until its budget is spent, or goes on from the last checkpoint in `folder`.
 
-    step: steps done; seconds: of work; curve: points that the caller adds on the way; losses: what each step since the last
-    point reported. Raises `CorruptFile` for a damaged checkpoint.
+    step: the number of finished steps; seconds: of work; curve: points that the caller adds; losses: those that each step
+    since the last point reported. Raises `CorruptFile` for a damaged checkpoint.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Loop:
         return [float(value.detach()) for value in losses]
 
     def _share_of(self, items: Any) -> Any:
-        """This process's items: every n-th of n processes. Of fewer items than processes, each process takes all."""
+        """This process's items: with n processes every n-th, or all if there are fewer items than processes."""
         processes = self.accelerator.num_processes
         return items if len(items) < processes else items[self.accelerator.process_index :: processes]
 
@@ -171,15 +171,16 @@ class Loop:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside parameters, optimizers and schedules."""
+        """What a checkpoint keeps besides parameters, optimizers and schedules."""
         return {"step": self.step, "seconds": self.seconds, "curve": self.curve, "losses": self.losses}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` of an earlier run returned."""
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
         self.curve[:] = state["curve"]
 
     def _save(self) -> None:
-        """Write a checkpoint; a name that begins with `step-` is only given to a whole one."""
+        """Write a checkpoint. Only a complete one gets a name that begins with `step-`."""
         whole, partial = self.folder / f"step-{self.step:09d}", self.folder / "partial"
         if whole.exists() or not self.accelerator.is_main_process:
             return
@@ -201,7 +202,7 @@ class Loop:
 class Fit:
     """Fits modules in one or several stages, over epochs of texts; the losses go to `curve`.
 
-    Checkpoints of a stage go to the folder `work`/`stage`. Interrupted, the same calls go on from the last checkpoint.
+    Checkpoints of a stage go to the folder `work`/`stage`. After an interruption, the same calls resume from the last one.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class Fit:
         rate: float,
         loss_of: Callable[[list[int], int], Loss],
     ) -> None:
-        """AdamW with a short warm-up and a cosine to zero over `epochs`, each with the texts in a new order.
+        """Train `module` with AdamW: a short warm-up, then a cosine to zero. Each epoch has the texts in a new order.
 
         `loss_of` is given the indices of a batch's texts and the step.
         """
@@ -239,7 +240,7 @@ class Fit:
             return order[place * self.batch : (place + 1) * self.batch]
 
         def schedule_of(optimizer: Optimizer, share_spent: Callable[[], float]) -> LRScheduler:
-            # The library divides by zero for a warm-up of exactly one step, which 5% of 20 are.
+            # The library divides by zero for a warm-up of exactly one step: 5% of 20.
             return OneCycleLR(optimizer, rate, max(steps, 2), pct_start=0.05 if steps != 20 else 0.051)
 
         module.to(self.device).train()
@@ -261,11 +262,11 @@ class Fit:
 
 
 def claim(work: Path, plan: dict[str, Any]) -> None:
-    """Note in the folder `work` what is trained there. Raises `BadInput` if that was something else last time."""
-    note, wanted = work / "plan.json", json.dumps(plan)
-    if not note.exists():
-        write_atomically(note, wanted.encode())
-    elif note.read_text() != wanted:
+    """Write the plan of a training to the folder `work`. Raises `BadInput` if another plan is there already."""
+    file, content = work / "plan.json", json.dumps(plan)
+    if not file.exists():
+        write_atomically(file, content.encode())
+    elif file.read_text() != content:
         raise BadInput(
             f"{work} holds an unfinished training with other settings.",
             "Run it again with its own settings to finish it, or delete that folder to start anew.",

@@ -1,11 +1,11 @@
 """What exits learn from: the backbone's hidden states and final distributions over text, kept in shards on disk.
 
-The text is above all the model's own answers to prompts (what it will decode later), and any plain text given beside
-them. Answers are decoded greedily in batches of prompts that are equally long, so that no padding exists. The hidden states
+Most of the text is the model's own answers to prompts, which is what it will decode later. Plain texts can be added.
+Answers are decoded greedily in batches of prompts that are equally long, so that no padding exists. The hidden states
 are kept as decoding computes them, so nothing is computed twice.
 
-Training reads the texts from the shards one by one. Millions of tokens need little memory: what the system caches of the
-files, it drops when memory is short.
+Training reads the texts from the shards one by one. Millions of tokens need little memory, because the system drops its
+cache of the files when memory is short.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEACHER = 16  # most probable tokens of the final distribution that are kept for
 
 @dataclass(frozen=True)
 class TeacherText:
-    """One text of T tokens. Position t holds what the model knew after token t, and so its guess at token t + 1.
+    """One text of T tokens. Position t holds what the model computed after token t, which predicts token t + 1.
 
     ids (T,); hidden (T, J, D) float16 at the J exits; top_ids and top_logp (T, TEACHER): the final distribution's most
     probable tokens, best first; counted (T,): positions whose guess is trained on and measured (answers, not prompts).
@@ -48,7 +48,7 @@ FIELDS = tuple(field.name for field in fields(TeacherText))
 
 
 class _Place(NamedTuple):
-    """Where a text is: its rows of a shard."""
+    """Where a text is: rows `start` to `stop` - 1 of a shard."""
 
     shard: Path
     start: int
@@ -94,11 +94,12 @@ class TeacherTexts(Sequence[TeacherText]):
         return TeacherTexts(self._places + other._places)
 
     def subset(self, indices: Iterable[int]) -> TeacherTexts:
+        """The texts with these indices, in this order."""
         return TeacherTexts(self._places[index] for index in indices)
 
 
 def _tensors(shard: Path, names: tuple[str, ...], rows: slice = slice(None)) -> list[Tensor]:
-    """Rows of a shard's tensors: views of the file, which is read where they are."""
+    """Rows of a shard's tensors, as views of the file: only these rows are read."""
     try:
         with safe_open(shard, "pt") as file:
             return [file.get_slice(name)[rows] for name in names]
@@ -115,16 +116,16 @@ class TextGroup:
 
     @property
     def most_tokens(self) -> int:
-        """How many tokens the texts have, if every answer is as long as it may be."""
+        """The number of tokens of the texts if every answer has its full length."""
         return sum(len(ids) + self.answer_tokens for ids in self.ids)
 
 
 def group_texts(prompts: list[list[int]], texts: list[list[int]], answer_tokens: int, batch: int) -> list[TextGroup]:
-    """Cut the work into groups of at most `batch` texts."""
+    """Divide prompts and texts (token ids) into groups of at most `batch`. The prompts of a group are equally long."""
     groups = []
     for _, equally_long in groupby(sorted(prompts, key=len), key=len):
-        same = [tuple(ids) for ids in equally_long]
-        groups += [TextGroup(tuple(same[at : at + batch]), answer_tokens) for at in range(0, len(same), batch)]
+        rows = [tuple(ids) for ids in equally_long]
+        groups += [TextGroup(tuple(rows[at : at + batch]), answer_tokens) for at in range(0, len(rows), batch)]
     groups += [TextGroup(tuple(tuple(ids) for ids in texts[at : at + batch]), 0) for at in range(0, len(texts), batch)]
     return groups
 
@@ -139,7 +140,7 @@ def write_shards(
 ) -> list[Path]:
     """Run the model over the groups, and write a shard for each that has none yet. Returns the paths of all shards.
 
-    `share`: which of the groups are this process's; the others are left to other processes. `after_group` is called after
+    `share`: the groups that this process runs; other processes run the others. `after_group` is called after
     each group of the share.
     """
     shards = [folder / f"shard-{index:05d}.safetensors" for index in range(len(groups))]
@@ -154,7 +155,7 @@ def write_shards(
 
 
 def _through(backbone: Backbone, ids: Tensor, first: int, state: State, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Run ids (B, T) through all blocks: hidden states at the exits (B, T, J, D) float16, and at the top (B, T, D)."""
+    """Run ids (B, T) through all blocks → hidden states at the exits (B, T, J, D) float16, and at the top (B, T, D)."""
     h, step = backbone.embed(ids, first)
     at_exits, start = [], 0
     for layer in layers:
@@ -165,7 +166,7 @@ def _through(backbone: Backbone, ids: Tensor, first: int, state: State, layers: 
 
 
 def _most_probable(backbone: Backbone, top: Tensor) -> tuple[Tensor, Tensor]:
-    """The most probable tokens behind hidden states at the top (…, D), and their log probabilities, (…, TEACHER) both."""
+    """Hidden states at the top (…, D) → the most probable tokens and their log probabilities, both (…, TEACHER)."""
     logp, ids = backbone.logits(top).log_softmax(-1).topk(min(TEACHER, backbone.vocab_size), dim=-1)
     return ids.int(), logp.half()
 

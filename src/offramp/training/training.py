@@ -2,9 +2,10 @@
 
 1. Teacher: the model answers prompts; hidden states at the exits and the final distribution are written to shards.
 2. Adapters: each read-out is distilled towards the final distribution: cross-entropy with the teacher's most probable
-   tokens. The softmax is over those tokens of the batch and a fresh random sample of the others. Each of these is weighted
-   up by the inverse of its chance to be drawn, which estimates the full softmax at a fraction of the LM head's cost.
-   A `deep` read-out learns half the time from its own guess at the top state of the token before, as in a run of drafts.
+   tokens. The softmax is over these tokens of the whole batch and a new random sample of the others. Each of the others is
+   weighted by the inverse of its chance to be drawn, which estimates the full softmax at a fraction of the LM head's cost.
+   Every second step, a `deep` read-out also learns from its own guess at the top state of the token before, as in a run of
+   drafts.
 3. Gates: binary cross-entropy on "the read-out's top token is among the oracle's top k".
 
 Losses are summed over exits with weights that decay linearly with the exit's position (the paper). A text serves adapters,
@@ -38,7 +39,7 @@ from offramp.training.loop import Fit, Loss, accelerator_for, step_generator
 from offramp.training.teacher import TeacherText
 from offramp.training.validation import LabelledTexts, lowest_threshold, quality, scores
 
-SKETCH_DIMS, CANDIDATES = 128, 2048  # for SmolLM2's own tokens, all but 1 in 900 are among these
+SKETCH_DIMS, CANDIDATES = 128, 2048  # all but 1 in 900 of SmolLM2's own tokens are among the candidates
 
 
 def train(
@@ -48,9 +49,9 @@ def train(
     progress: Progress = silent,
     command: str = "",
 ) -> Exits:
-    """Train exits and save them in `folder`, which also holds the work until it is done (`.training`).
+    """Train exits and save them in `folder`; its subfolder `.training` holds unfinished work.
 
-    Called again after an interruption with the same config, it goes on where it stopped, to the same result. `command` is
+    Called again with the same config after an interruption, it resumes the work, and the result is the same. `command` is
     kept in the record. Raises `BadInput` for unusable files or settings, `CorruptFile` for damaged work files.
     """
     config = config or TrainConfig()
@@ -109,8 +110,8 @@ def _untrained(backbone: Backbone, config: TrainConfig) -> Exits:
 def _default_policy(exits: Exits, config: TrainConfig, scored: list[tuple[Tensor, Tensor]], n_blocks: int) -> Policy:
     """The config's threshold, or for each exit the lowest that reaches the config's precision on held-out text.
 
-    An exit that skips many blocks leaves them approximate states, and that alone can turn the rest of an answer, however
-    right the token was. So exits before `open_from` stay closed: a guess that calibration should replace.
+    An exit that skips many blocks leaves approximate states in them, and that alone can change the rest of an answer, even
+    if the token was right. So exits before `open_from` stay closed. This is a guess that calibration should replace.
     """
     thresholds = []
     for exit, (confidence, agrees) in zip(exits, scored, strict=True):
@@ -129,7 +130,7 @@ def _counted_tokens(data: Data) -> dict[str, int]:
 
 
 class _Clock:
-    """Seconds of work, earlier interrupted runs included."""
+    """Measures the seconds of work, including those of earlier interrupted runs."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -141,7 +142,7 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.time() - self._started
-        if self._path.parent.is_dir():  # not where the work never began
+        if self._path.parent.is_dir():  # it is missing if the work never began
             write_atomically(self._path, str(self.seconds).encode())
 
 
@@ -161,7 +162,10 @@ class Trainer:
 
     @torch.no_grad()
     def standardise(self, texts: Sequence[TeacherText], parts: str = "", most: int = 20_000) -> None:
-        """Give every part, or only the `gate`s, the mean and spread of its hidden states over about `most` tokens."""
+        """Give all parts of the exits the mean and spread of their hidden states over about `most` tokens.
+
+        With `parts` = "gate", only the gates get them.
+        """
         enough, tokens = 0, 0
         while enough < len(texts) and tokens < most:
             tokens += int(texts[enough].counted.sum())
@@ -173,6 +177,8 @@ class Trainer:
                     part.fit(hidden)
 
     def fit_adapters(self, texts: Sequence[TeacherText]) -> None:
+        """Train the read-outs towards the teacher's final distributions (step 2 above)."""
+
         def loss_of(batch: list[int], step: int) -> Loss:
             return self._weighted(self._adapter_losses([texts[index] for index in batch], step))
 
@@ -180,6 +186,8 @@ class Trainer:
         self.fit.run("adapters", adapters, texts, self.config.epochs, self.config.learning_rate, loss_of)
 
     def fit_gates(self, labelled: LabelledTexts) -> None:
+        """Train the gates to tell where their read-outs agree with the oracle (step 3 above)."""
+
         def loss_of(batch: list[int], step: int) -> Loss:
             agrees = torch.cat([labelled.agrees[index] for index in batch])
             return self._weighted(self._gate_losses([labelled.texts[index] for index in batch], agrees))
@@ -195,29 +203,29 @@ class Trainer:
         hidden = pad_batch([text.hidden for text in texts]).to(self.device).float()
         counted = pad_batch([text.counted for text in texts])
         teacher = pad_batch([text.top_ids for text in texts])[counted].long()  # (n, K)
-        wanted = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
+        targets = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
         if self.exits.shortlist is None:
             generator = step_generator(self.config.seed, step, "vocabulary")
             rows, offset = sampled_vocabulary(teacher, self.backbone.vocab_size, generator)
         else:
             rows, offset = self.exits.shortlist, torch.zeros(len(self.exits.shortlist))
         columns = torch.searchsorted(rows, teacher).clamp(max=len(rows) - 1)
-        wanted = wanted * (rows[columns] == teacher)  # none for tokens outside the short list
-        counted, wanted, columns, rows, offset = (
-            tensor.to(self.device) for tensor in (counted, wanted, columns, rows, offset)
+        targets = targets * (rows[columns] == teacher)  # tokens outside the short list count for nothing
+        counted, targets, columns, rows, offset = (
+            tensor.to(self.device) for tensor in (counted, targets, columns, rows, offset)
         )
 
         def cross_entropy(adapted: Tensor) -> Tensor:
             logits = self.backbone.logits(adapted[counted].to(self.backbone.dtype), rows) + offset
-            return -(wanted * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
+            return -(targets * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
 
         losses = []
         for index, exit in enumerate(self.exits):
             adapted, _ = exit.adapter(readout_input(exit, hidden, index))
             loss = cross_entropy(adapted)
             if exit.adapter.reads_top and step % 2:
-                again, _ = exit.adapter(readout_input(exit, hidden, index, top=adapted.detach()))
-                loss = (loss + cross_entropy(again)) / 2
+                redrafted, _ = exit.adapter(readout_input(exit, hidden, index, top=adapted.detach()))
+                loss = (loss + cross_entropy(redrafted)) / 2
             losses.append(loss)
         return losses
 
@@ -234,7 +242,7 @@ class Trainer:
 
     @torch.inference_mode()
     def labels(self, texts: Sequence[TeacherText]) -> LabelledTexts:
-        """Read every text out at every exit, over the full vocabulary, and compare with the oracle's top k."""
+        """Read out every text at every exit, over all tokens or the short list, and compare with the oracle's top k."""
         labels = []
         rows = self.exits.shortlist
         head = self.backbone.logits if rows is None else self.backbone.head_of(rows)
@@ -257,12 +265,12 @@ def sampled_vocabulary(
 ) -> tuple[Tensor, Tensor]:
     """The tokens of one step's softmax, rising, and what to add to their logits, both (n,).
 
-    They are the teacher's tokens and a random sample of the others.
+    They are the teacher's tokens (n, K), each once, and a random sample of `sample` others.
     """
     taught = teacher.unique()
-    others = torch.ones(vocabulary, dtype=torch.bool)
-    others[taught] = False
-    rest = others.nonzero().squeeze(1)
+    is_other = torch.ones(vocabulary, dtype=torch.bool)
+    is_other[taught] = False
+    rest = is_other.nonzero().squeeze(1)
     if len(rest) <= sample:
         return torch.arange(vocabulary), torch.zeros(vocabulary)
     drawn = rest[torch.randperm(len(rest), generator=generator)[:sample]]
@@ -273,9 +281,9 @@ def sampled_vocabulary(
 
 
 def readout_input(exit: Exit, hidden: Tensor, index: int, top: Tensor | None = None) -> Tensor:
-    """What the read-out of an exit reads: hidden (B, T, J, D) → (B, T, D), or if it is `deep` (B, T, 2 D).
+    """What the read-out of an exit reads: hidden (B, T, J, D) → (B, T, D), or (B, T, 2 D) if it reads the top.
 
-    Then the last of the J is the top, unless `top` (B, T, D) takes its place.
+    Such a read-out also gets the top state of the token before: from the last of the J, or from `top` (B, T, D) if given.
     """
     h = hidden[:, :, index]
     if not exit.adapter.reads_top:
@@ -286,11 +294,11 @@ def readout_input(exit: Exit, hidden: Tensor, index: int, top: Tensor | None = N
 
 @torch.inference_mode()
 def sketch_of(backbone: Backbone, texts: Sequence[TeacherText], dims: int) -> tuple[Tensor, Tensor]:
-    """Maps reduce (k, D) and expand (D, k) for which the head, behind both, errs least on hidden states like these.
+    """Maps reduce (k, D) and expand (D, k) that change the head's logits least on hidden states like these; k is `dims`.
 
-    The last of the texts' hidden states must be those at the top. With W the head and C the second moments of what it is
-    multiplied with, h: the best map of rank k is L Q Qᵀ L⁻¹, where C = L Lᵀ and Q has the k largest right singular vectors
-    of W L (SVD-softmax, Shim et al. 2017, which takes C for the identity).
+    The last of the texts' hidden states must be those at the top. Let W be the head's matrix and C the second moments of
+    its inputs. The best map of rank k is L Q Qᵀ L⁻¹, where C = L Lᵀ and Q has the right singular vectors of W L with the k
+    largest singular values (SVD-softmax, Shim et al. 2017, which takes C for the identity).
     """
     weight = backbone.head_weight()
     moments, tokens = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device), 0
@@ -309,7 +317,7 @@ def sketch_of(backbone: Backbone, texts: Sequence[TeacherText], dims: int) -> tu
 
 
 def frequent_tokens(texts: Sequence[TeacherText], count: int, vocabulary: int) -> Tensor:
-    """The `count` tokens that the model deems most probable most often, rising."""
+    """The `count` tokens with the most teacher probability over all counted positions, in rising order."""
     mass = torch.zeros(vocabulary)
     for text in texts:
         ids, logp = text.top_ids[text.counted], text.top_logp[text.counted]
@@ -318,7 +326,7 @@ def frequent_tokens(texts: Sequence[TeacherText], count: int, vocabulary: int) -
 
 
 def pad_batch(tensors: list[Tensor]) -> Tensor:
-    """Tensors (T, …) of different lengths T as one batch (B, longest T, …), zeros at their ends."""
+    """Tensors (T, …) of different lengths T → one batch (B, longest T, …), with zeros at the ends."""
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
 
 

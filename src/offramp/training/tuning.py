@@ -1,10 +1,10 @@
-"""Tune a model so that its blocks say early what they will say in the end: LayerSkip (arXiv 2404.16710) as a LoRA.
+"""Tune a model so that its early blocks predict what its last block will: LayerSkip (arXiv 2404.16710) as a LoRA.
 
-This changes the model, on purpose: a block's hidden state was never meant to be read out. A low-rank update of the blocks'
-matrices (LoRA, arXiv 2106.09685, by the library `peft`) is trained in two ways that LayerSkip describes. Samples skip
-blocks, deeper ones more often (section 3.1 there). And every step reads out some of the blocks with the model's own final
-norm and head, and deeper blocks count more (section 3.2). The targets are not a text's next tokens but the untuned model's
-own distribution over its own answers: the aim is the same model, earlier.
+This changes the model on purpose, because a block's hidden state was never meant to be read out. A low-rank update of the
+blocks' matrices (LoRA, arXiv 2106.09685, by the library `peft`) is trained in two ways that LayerSkip describes. Samples
+skip blocks, deeper ones more often (section 3.1 there). And every step reads out some of the blocks with the model's own
+final norm and head, and deeper blocks count more (section 3.2). The targets are not a text's next tokens but the untuned
+model's own distribution over its own answers: the tuned model should say the same, but earlier.
 
 The result is a new model, with the update merged into its weights; exits are then trained for it. `measure_held_out`
 compares it with the untuned model.
@@ -47,7 +47,7 @@ def exit_weights(blocks: int, step: int, exit_scale: float, every: int) -> dict[
 def draw_layer_dropout(blocks: int, samples: int, skip: float, generator: torch.Generator) -> Tensor:
     """Which samples run which block: (blocks, samples), 1 to run it and 0 to skip it (LayerSkip, section 3.1).
 
-    `skip` is how often a sample skips the last block.
+    `skip` is the probability that a sample skips the last block.
     """
     odds = torch.tensor([skip * (2 ** (index / max(1, blocks - 1)) - 1) for index in range(blocks)])
     return (torch.rand(blocks, samples, generator=generator) >= odds[:, None]).float()
@@ -55,7 +55,7 @@ def draw_layer_dropout(blocks: int, samples: int, skip: float, generator: torch.
 
 @contextmanager
 def record_states(backbone: Backbone, keep: Tensor | None = None) -> Iterator[list[Tensor]]:
-    """While the context is open, the list receives what leaves each block of the library's model, (B, T, D) each.
+    """While the context is open, append the output (B, T, D) of each block of the library's model to the list.
 
     With `keep` (blocks, B), a sample skips a block where it is 0.
     """
@@ -87,7 +87,7 @@ def tune(
     """Tune a model and save it in `folder`, for `load` and for the library; returns the record that is kept beside it.
 
     The backbone must run on the library's own float32 weights (`load(name, "float32", keep=True)`), and is changed. Called
-    again after an interruption with the same config, it goes on where it stopped. Raises `BadInput` for unusable settings,
+    again with the same config after an interruption, it resumes the work. Raises `BadInput` for unusable settings,
     and where `peft` is missing.
     """
     try:
@@ -148,17 +148,17 @@ def _check(backbone: Backbone, folder: Path, config: TuneConfig) -> None:
 
 
 def _loss(backbone: Backbone, texts: list[TeacherText], step: int, config: TuneConfig) -> Loss:
-    """Cross-entropy of the step's read-outs with the untuned model, in nats a token: their weighted sum, the last one's."""
+    """Cross-entropy with the untuned model, in nats a token: the weighted sum over the step's blocks; the last block's."""
     generator = step_generator(config.seed, step, "tuning")
     ids, counted = pad_batch([text.ids for text in texts]).long(), pad_batch([text.counted for text in texts])
     teacher = pad_batch([text.top_ids for text in texts])[counted].long()  # (n, K)
-    wanted = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
+    targets = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
     rows, offset = sampled_vocabulary(teacher, backbone.vocab_size, generator)
     columns = torch.searchsorted(rows, teacher)
     weights = exit_weights(backbone.n_blocks, step, config.exit_scale, config.every)
     keep = draw_layer_dropout(backbone.n_blocks, len(texts), config.skip, generator)
-    ids, counted, wanted, rows, offset, columns, keep = (
-        tensor.to(backbone.device) for tensor in (ids, counted, wanted, rows, offset, columns, keep)
+    ids, counted, targets, rows, offset, columns, keep = (
+        tensor.to(backbone.device) for tensor in (ids, counted, targets, rows, offset, columns, keep)
     )
     with record_states(backbone, keep) as states:
         _trunk(backbone)(input_ids=ids, use_cache=False)
@@ -166,18 +166,18 @@ def _loss(backbone: Backbone, texts: list[TeacherText], step: int, config: TuneC
     with torch.autocast(backbone.device.type, enabled=False):  # the head and the softmax stay in float32
         for index in weights:
             logits = backbone.logits(states[index][counted].float(), rows) + offset
-            losses[index] = -(wanted * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
+            losses[index] = -(targets * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
     total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
     return total, [total, losses[backbone.n_blocks - 1]]
 
 
 @torch.inference_mode()
 def measure_held_out(backbone: Backbone, texts: Sequence[TeacherText]) -> dict[str, Any]:
-    """The model on held-out answers of the untuned one.
+    """Measure the model on held-out answers of the untuned one.
 
     `positions`: how many were measured. `perplexity`: that of the answers at full depth. `agreement`: for each block, the
-    share of positions where the top token, read out after it by the model's own norm and head, is the untuned model's at
-    full depth.
+    share of positions where the model's own norm and head, applied after the block, choose the same token as the untuned
+    model at full depth.
     """
     backbone.model.eval()
     hits, nats, count = torch.zeros(backbone.n_blocks), 0.0, 0
@@ -185,12 +185,12 @@ def measure_held_out(backbone: Backbone, texts: Sequence[TeacherText]) -> dict[s
         counted = text.counted.to(backbone.device)
         with record_states(backbone) as states:
             _trunk(backbone)(input_ids=text.ids[None].long().to(backbone.device), use_cache=False)
-        wanted = text.top_ids[text.counted][:, 0].long().to(backbone.device)
+        targets = text.top_ids[text.counted][:, 0].long().to(backbone.device)
         for index, h in enumerate(states):
             logits = backbone.logits(h[0, counted])
-            hits[index] += int((logits.argmax(-1) == wanted).sum())
-        nats -= float(logits.log_softmax(-1).gather(1, wanted[:, None]).sum())
-        count += len(wanted)
+            hits[index] += int((logits.argmax(-1) == targets).sum())
+        nats -= float(logits.log_softmax(-1).gather(1, targets[:, None]).sum())
+        count += len(targets)
     return {
         "positions": count,
         "perplexity": round(math.exp(nats / count), 4),
@@ -218,11 +218,11 @@ def _matrices(backbone: Backbone) -> list[str]:
 
 def _save(backbone: Backbone, folder: Path, record: dict[str, Any]) -> None:
     """Write the model, its tokenizer and the record to `folder`, each file whole or not at all."""
-    made = folder / ".training" / "model"
+    unfinished = folder / ".training" / "model"
     dtype = getattr(backbone.config, "dtype", None) or torch.float32
-    backbone.model.to(dtype).save_pretrained(made, max_shard_size="1000GB")
+    backbone.model.to(dtype).save_pretrained(unfinished, max_shard_size="1000GB")
     if backbone.tokenizer is not None:
-        backbone.tokenizer.save_pretrained(made)
-    (made / "tuning.json").write_text(json.dumps(record, indent=1))
-    for file in sorted(made.iterdir()):
+        backbone.tokenizer.save_pretrained(unfinished)
+    (unfinished / "tuning.json").write_text(json.dumps(record, indent=1))
+    for file in sorted(unfinished.iterdir()):
         write_atomically(folder / file.name, file.read_bytes())

@@ -17,9 +17,9 @@ from offramp.training.teacher import TeacherText
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts, and for each whether every exit's read-out agrees with the oracle.
+    """Texts, and where each exit's read-out agrees with the oracle.
 
-    agrees: for each text (n, J), over its n counted positions and the J exits: whether the read-out's top token is among
+    agrees: for each text (n, J), over its n counted positions and the J exits, whether the read-out's top token is among
     the oracle's top k.
     """
 
@@ -59,9 +59,10 @@ def quality(exits: Exits, scored: list[tuple[Tensor, Tensor]]) -> list[dict[str,
 
 
 def lowest_threshold(confidence: Tensor, agrees: Tensor, precision: float, least: int = 50) -> float:
-    """The lowest threshold of four decimals above which the read-out agreed with the oracle at least this often.
+    """The lowest threshold, of four decimals, above which the share of tokens that agree is at least `precision`.
 
-    Only thresholds that at least `least` held-out tokens pass are trusted; 1 if there is none.
+    `confidence` and `agrees` (n,) are those of held-out tokens. Only thresholds that at least `least` of them pass count;
+    1 if there is none.
     """
     ordered, index = confidence.double().sort()
     thresholds = torch.arange(10_000, dtype=torch.float64) / 10_000

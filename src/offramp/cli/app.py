@@ -17,7 +17,7 @@ from offramp.cli.training import calibrate, train, tune
 from offramp.errors import OfframpError
 
 app = typer.Typer(
-    help="Early exits for any Hugging Face causal language model: easy tokens leave the network early.",
+    help="Early exits for Hugging Face causal language models: easy tokens leave the network early.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,7 +27,7 @@ for verb in (demo, generate, chat, train, calibrate, tune, evaluate, report, ins
 
 
 def main() -> None:
-    """Entry point. Every error that a user can cause ends in one sentence and a hint, never in a traceback."""
+    """Entry point. An error that a user can cause ends in one sentence and a hint, never in a traceback."""
     warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -37,7 +37,8 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("Stopped.", "", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; the exit must not write either
+        # The reader has gone. Python must not write to it when it exits, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}.", "", 1)

@@ -38,10 +38,12 @@ CHAT_SAMPLING = Sampling(repetition_penalty=1.1)
 
 
 def demo(
-    questions: Annotated[list[str] | None, typer.Argument(help="Questions to ask. Default: three of ours.")] = None,
+    questions: Annotated[
+        list[str] | None, typer.Argument(help="Questions to ask. Default: three that come with offramp.")
+    ] = None,
     *,
     model: Annotated[
-        str | None, typer.Option(help="The model to ask. Default: smollm2. Another one needs exits: name their folder.")
+        str | None, typer.Option(help="The model to ask. Default: smollm2. Another model must have exits (--exits).")
     ] = None,
     decoding: DecodingOptions,
     max_tokens: MaxTokens = 40,
@@ -49,7 +51,7 @@ def demo(
         bool, typer.Option("--both", help="Ask the Transformer and the Mamba model that come with offramp.")
     ] = False,
 ) -> None:
-    """Answer a few questions at full depth and with exits, and show the block that each token left at."""
+    """Answer a few questions at full depth and with exits, and show after which block each token left."""
     from offramp.cli.terminal import answer_in_colour, comparison_table
 
     if both and (decoding.exits or model):
@@ -103,7 +105,7 @@ def generate(
             print(token.text, end="", flush=True)
         print()
         return
-    # What verified decoding gains shows only beside full depth.
+    # The gain of verified decoding shows only beside full depth.
     compare = options.compare or (as_json and decoding.verifies)
     for start in range(0, len(texts), options.batch):
         batch = texts[start : start + options.batch]
@@ -124,7 +126,7 @@ def _prompts(prompt: str | None, file: Path | None) -> list[str]:
         raise BadInput("Give either a prompt or --prompts FILE.", 'For example: offramp generate smollm2 "Hello!"')
     prompts = read_lines(file, ("prompt", "question")) if file else [prompt or ""]
     if not all(text.strip() for text in prompts):
-        raise BadInput("The prompt is empty.", "Give some text to go on from.")
+        raise BadInput("The prompt is empty.", "Give some text to continue.")
     return prompts
 
 
@@ -168,7 +170,7 @@ def chat(
 
 
 def _typed_lines(prompt: str) -> Iterator[str]:
-    """Lines from stdin, up to an empty one or the end."""
+    """Lines from stdin, up to an empty line or the end."""
     while True:
         try:
             line = input(prompt)
@@ -186,7 +188,7 @@ def _show_token(token: Token, backbone: Backbone) -> None:
 
 
 def _record(answer: Generation, reference: Generation | None, prompt: str | None) -> dict[str, Any]:
-    """An answer as JSON, with its prompt and the full model's answer if they are given."""
+    """An answer as JSON, with its prompt and full depth's answer if they are not None."""
     from offramp.metrics import token_f1
 
     record: dict[str, Any] = {"prompt": prompt} if prompt is not None else {}

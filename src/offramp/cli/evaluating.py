@@ -33,7 +33,7 @@ class EvaluationOptions:
 
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option(help="One or several of truthfulqa, truthfulqa-mc, triviaqa, coqa, with commas.")],
+    task: Annotated[str, typer.Option(help="truthfulqa, truthfulqa-mc, triviaqa or coqa, or several of them with commas.")],
     *,
     data: Annotated[
         list[str] | None,
@@ -42,7 +42,7 @@ def evaluate(
     decoding: Annotated[DecodingOptions, Only("exits", "fill", "confidence", "decay", "candidates", "dtype")],
     threshold: Annotated[
         list[str] | None,
-        typer.Option(help="As for generate. May be repeated, to measure each. Default: the exits' own policy."),
+        typer.Option(help="As for generate. May be repeated to measure several. Default: the exits' own policy."),
     ] = None,
     reference: Reference = None,
     options: EvaluationOptions,
@@ -59,19 +59,20 @@ def evaluate(
     names = task.split(",")
     tasks = [load_task(name, _file_for(name, names, data or []), options.limit) for name in names]
     backbone = decoding.load(model)
-    other = decoding.load(reference) if reference else None
+    reference_model = decoding.load(reference) if reference else None
     conditions = _conditions(backbone, decoding, threshold)
     work = out.with_name(f".{out.name}.answers") if out else cache_folder() / "answers"
     results, runs = [], []
     with resumable():
         for questions in tasks:
             with progress_bars() as progress:
-                run = Evaluation(backbone, questions, work, other, options.batch, options.seed, command_line(), progress)
-                of_this_task = [run.run(condition) for condition in conditions]
-            for result in of_this_task:
+                batch, seed = options.batch, options.seed
+                run = Evaluation(backbone, questions, work, reference_model, batch, seed, command_line(), progress)
+                task_results = [run.run(condition) for condition in conditions]
+            for result in task_results:
                 result_line(result)
             runs.append(run)
-            results += of_this_task
+            results += task_results
     if out:
         save_results(results, out)
     for file in {file for run in runs for file in run.files}:
@@ -92,19 +93,19 @@ def _conditions(backbone: Backbone, decoding: DecodingOptions, thresholds: list[
 
 
 def _file_for(task: str, tasks: list[str], data: list[str]) -> str | None:
-    """The file that `--data` names for a task. Raises `BadInput` where that is not clear."""
-    named = dict(entry.split("=", 1) for entry in data if "=" in entry)
+    """The file that `--data` names for a task, or None. Raises `BadInput` if that is not clear."""
+    by_task = dict(entry.split("=", 1) for entry in data if "=" in entry)
     plain = [entry for entry in data if "=" not in entry]
-    if len(plain) > 1 or (plain and len(tasks) > 1) or set(named) - set(tasks):
+    if len(plain) > 1 or (plain and len(tasks) > 1) or set(by_task) - set(tasks):
         raise BadInput("It is not clear which --data is for which task.", "For example: --data triviaqa=FILE")
-    return named.get(task, plain[0] if plain else None)
+    return by_task.get(task, plain[0] if plain else None)
 
 
 def report(
     results: Annotated[list[Path], typer.Argument(help="Files that offramp eval --json wrote.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write; its figures lie beside it.")],
 ) -> None:
-    """Make a page from results: quality and consistency against cost, exits by position, coloured answers."""
+    """Make a page from results: quality and consistency against cost, where tokens leave, coloured answers."""
     from offramp.evaluation.report import write
     from offramp.evaluation.results import load_results
 
@@ -128,14 +129,14 @@ def inspect(model: Model, *, decoding: Annotated[DecodingOptions, Only("exits", 
 
 @dataclass(frozen=True)
 class Runs:
-    """What is timed, and how often."""
+    """How many tokens a run has, and how many runs there are."""
 
     tokens: int = setting(48, "Tokens to decode in each run.")
     prefill: int | None = setting(None, "Time the reading of a prompt of this many tokens instead of decoding.")
-    pairs: int = setting(5, "Pairs of runs, taking turns.")
+    pairs: int = setting(5, "Number of pairs of runs; the two sides take turns.")
 
     def check(self) -> None:
-        """Raises `BadInput` for runs that cannot be timed."""
+        """Raise `BadInput` for runs that cannot be timed."""
         if self.tokens < 2 or self.pairs < 1 or (self.prefill is not None and self.prefill < 2):
             raise BadInput(
                 "A run needs at least 2 tokens, and there must be at least one pair.", "Try --tokens 48 --pairs 5."
@@ -151,7 +152,7 @@ def bench(
     against: Annotated[str, typer.Option(help="The library to compare with: transformers.")] = "transformers",
     runs: Runs,
     random: Annotated[
-        bool, typer.Option("--random", help="Random weights in the model's shape: only its config is needed.")
+        bool, typer.Option("--random", help="Use random weights in the model's shape: only its config is needed.")
     ] = False,
     fills: Annotated[
         str | None, typer.Option(help="Compare fills with one another instead: full,defer,verify.", show_default=False)
@@ -161,7 +162,7 @@ def bench(
     ] = BENCH_DECODING,
     as_json: Json = False,
 ) -> None:
-    """Time decoding at full depth beside another library: paired runs, so that a slow minute meets both."""
+    """Time full-depth decoding beside another library, in paired runs, so that a slow minute affects both."""
     from offramp.cli.terminal import bench_table, fills_table
     from offramp.evaluation.bench import compare, compare_prefill
     from offramp.model.loading import outline

@@ -1,4 +1,4 @@
-"""Flags of a verb from the fields of frozen dataclasses: name, type, default and help stand in one place.
+"""Makes a verb's flags from the fields of frozen dataclasses: name, type, default and help stand in one place.
 
 A verb takes the dataclass itself, and `with_flags` gives it a signature that typer can read:
 
@@ -6,8 +6,8 @@ A verb takes the dataclass itself, and `with_flags` gives it a signature that ty
     @with_flags
     def tune(model: Model, *, config: TuneConfig) -> None: ...
 
-Each field with a help line (see `offramp.settings`) becomes a flag. A verb may also ask for some of the fields only
-(`Annotated[DecodingOptions, Only("dtype")]`), or for what the user chose instead of the whole dataclass
+Each field with a help line (see `offramp.settings`) becomes a flag. A verb may also take only some of the fields
+(`Annotated[DecodingOptions, Only("dtype")]`), or instead of the dataclass a dict of the fields that the user set
 (`Annotated[dict[str, Any], Chosen(TrainConfig)]`). A default instance in the verb's signature gives other defaults.
 """
 
@@ -32,7 +32,7 @@ class Only:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Marks a parameter of a verb that takes, as a dict, the fields of `config` that have another value than None."""
+    """Marks a dict parameter of a verb: it gets those fields of `config` whose value is not None."""
 
     config: type
 
@@ -47,7 +47,7 @@ class _Flag:
 
 @dataclass(frozen=True)
 class _Group:
-    """The flags of one dataclass, and what is made of their values."""
+    """The flags of one dataclass, and `make`, which turns their values into the verb's argument."""
 
     flags: Mapping[str, _Flag]
     make: Callable[[dict[str, Any]], Any]
@@ -82,7 +82,7 @@ def with_flags(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def _group(hint: Any, default: Any) -> _Group | None:
-    """The flags that a verb's parameter stands for; None if it is an ordinary one."""
+    """The flags that a verb's parameter stands for; None for an ordinary parameter."""
     config, marks = (hint, ()) if get_origin(hint) is not Annotated else (get_args(hint)[0], get_args(hint)[1:])
     for mark in marks:
         if isinstance(mark, Chosen):
@@ -110,7 +110,7 @@ def _flags(start: Any, only: tuple[str, ...] | None = None) -> dict[str, _Flag]:
         flag = item.metadata["flag"] or "--" + item.name.replace("_", "-")
         default = getattr(start, item.name)
         draft = item.metadata["draft"]
-        if draft is not None and default is not None:  # `offramp train` decides which of the two it is
+        if draft is not None and default is not None:  # `offramp train` decides which default holds
             help, default = f"{help} Default: {default}, with --draft {draft}.", None
         kind, read = _kind(hints[item.name], flag)
         default = None if isinstance(default, tuple) else default
@@ -122,7 +122,7 @@ def _flags(start: Any, only: tuple[str, ...] | None = None) -> dict[str, _Flag]:
 
 
 def _kind(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
-    """The type that typer reads for a field of this type, and how the field's value is made of it."""
+    """The type that typer reads for a field of this type, and the function from what typer reads to the field's value."""
     parts = get_args(hint)
     plain = parts[0] if type(None) in parts else hint
     if get_origin(plain) is not tuple:

@@ -1,4 +1,4 @@
-"""What several verbs take: the model, how to decode it, and in which form to print."""
+"""The arguments that several verbs share: the model, how to decode with it, and the output format."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ class DecodingOptions:
     )
     candidates: int = setting(
         0,
-        "Read out only this many tokens, such as 2048, that a sketch of the head ranks highest; 0: all. Needs --threshold, "
-        "and exits with a sketch.",
+        "Read out only the tokens that a sketch of the head ranks highest: this many, such as 2048; 0: all. Needs "
+        "--threshold, and exits with a sketch.",
     )
     dtype: str | None = setting(
         None, "Weights: bfloat16, float32, int8, int4 or int4-head4. Default: bfloat16 where it passes the self-check."
     )
 
     def load(self, model: str, keep: bool = False) -> Backbone:
-        """The model. `keep` the library's own weights beside those that are decoded with."""
+        """Load the model. `keep`: keep the library's own weights in memory too."""
         with status(f"Loading {model} …"):
             from offramp.model.loading import load
 
@@ -74,13 +74,13 @@ class DecodingOptions:
 
     @property
     def verifies(self) -> bool:
-        """Whether full depth decides, and exits only draft."""
+        """Whether full depth decides each token, and exits only draft."""
         from offramp.decode.fills import fill_named
 
         return fill_named(self.fill).verifies
 
     def find_exits(self, backbone: Backbone) -> Exits | None:
-        """The exits of the folder, or those that ship; for verified decoding, those that draft."""
+        """The exits of the folder, or those that ship, or None; for verified decoding, those that draft."""
         from offramp.exits.exits import find_exits
 
         return find_exits(backbone, self.exits, self.verifies)
@@ -92,16 +92,16 @@ class DecodingOptions:
         return require_exits(backbone, self.exits, self.verifies)
 
     def policy(self, backbone: Backbone, exits: Exits | None) -> Policy | None:
-        """The policy that the flags name; None for the exits' own. Raises `BadInput` for flags that need another one."""
+        """The policy that the flags name; None for the exits' own. Raises `BadInput` if a flag needs another one."""
         from offramp.exits.exits import no_exits
         from offramp.exits.policy import Policy
 
         if self.threshold is None:
-            own = exits is None or self.confidence in (None, exits.policy.confidence)
-            if self.decay or self.candidates or not own:
-                flags = {"confidence": not own, "decay": self.decay, "candidates": self.candidates}
-                named = " and ".join(f"--{name}" for name, value in flags.items() if value)
-                raise BadInput(f"There is no default threshold with {named}.", "Give one: --threshold 0.9")
+            own_confidence = exits is None or self.confidence in (None, exits.policy.confidence)
+            if self.decay or self.candidates or not own_confidence:
+                flags = {"confidence": not own_confidence, "decay": self.decay, "candidates": self.candidates}
+                flag_names = " and ".join(f"--{name}" for name, value in flags.items() if value)
+                raise BadInput(f"There is no default threshold with {flag_names}.", "Give one: --threshold 0.9")
             return None
         thresholds = _thresholds(self.threshold)
         if exits is None:
@@ -127,6 +127,6 @@ def _thresholds(text: str) -> tuple[float, ...]:
 
 
 def check_batch(batch: int) -> None:
-    """Raises `BadInput` for fewer than one answer side by side."""
+    """Raise `BadInput` for a batch of less than one answer."""
     if batch < 1:
         raise BadInput(f"{batch} answers side by side are too few.", "Give --batch 1 or more.")

@@ -1,4 +1,4 @@
-"""Signs of progress on stderr: a spinner, bars, and what to do after Ctrl-C."""
+"""Progress on stderr: a spinner, bars, and what Ctrl-C says about work that can be resumed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Interrupted(OfframpError):
 
 @contextmanager
 def status(message: str) -> Iterator[None]:
+    """A spinner with a message, while the context is open."""
     from rich.console import Console
 
     with Console(stderr=True).status(message):
@@ -27,7 +28,7 @@ def status(message: str) -> Iterator[None]:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """Around work that keeps what it has done: Ctrl-C says so. Raises `Interrupted` then."""
+    """Around work that can be resumed: turns Ctrl-C into `Interrupted`, which says so."""
     try:
         yield
     except KeyboardInterrupt:
@@ -61,5 +62,5 @@ def progress_bars() -> Iterator[Progress]:
 
 
 def command_line() -> str:
-    """The command as the user typed it, to be kept in records."""
+    """The command as the user typed it, for records."""
     return " ".join(["offramp", *sys.argv[1:]])

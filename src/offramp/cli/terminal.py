@@ -24,7 +24,7 @@ from offramp.model.backbone import Backbone
 from offramp.training.calibration import Calibration
 
 console = Console(highlight=False)
-# From early to late; full depth has no colour of its own.
+# From early exits to late ones. Full depth has the terminal's own colour.
 _COLOURS = ("green", "cyan", "yellow", "magenta")
 
 
@@ -35,7 +35,7 @@ def _colour(block: int, n_blocks: int) -> str:
 
 
 def shade(token: Token, n_blocks: int) -> str:
-    """A token's text with terminal codes for the colour of the block it left at; plain text where there is no terminal."""
+    """A token's text with terminal codes for the colour of the block where it left; plain text without a terminal."""
     with console.capture() as captured:
         console.print(Text(token.text, _colour(token.exit_block, n_blocks)), end="", soft_wrap=True)
     return captured.get()
@@ -45,12 +45,12 @@ def answer_in_colour(question: str, full: Generation, early: Generation, model: 
     """A question, its answer at full depth, and its answer with exits, each token in its exit's colour."""
     console.print(Text(f"\n{question}", "bold") + Text(f"  {model}" if model else "", "dim"))
     console.print(Text("full depth  ", "dim") + Text(full.text.strip()), soft_wrap=True)
-    coloured = Text.assemble(("with exits  ", "dim"))  # dim itself, and not what is appended
+    coloured = Text.assemble(("with exits  ", "dim"))  # only this part is dim, not what is appended
     for token in early.tokens:
         coloured.append(token.text, _colour(token.exit_block, early.blocks))
     console.print(coloured, soft_wrap=True)
-    left = [f"{token.exit_block}" for token in early.tokens]
-    console.print(Text(f"left after  {' '.join(left)}", "dim"), soft_wrap=True)
+    blocks = [f"{token.exit_block}" for token in early.tokens]
+    console.print(Text(f"left after  {' '.join(blocks)}", "dim"), soft_wrap=True)
 
 
 def comparison_table(compared: list[tuple[Backbone, list[tuple[Generation, Generation]]]]) -> None:
@@ -82,7 +82,7 @@ LOSS_LABELS = {"f1": "1 − token F1", "exact": "answers that differ", "task": "
 
 
 def calibration_table(record: Calibration, exits: Exits, folder: Path) -> None:
-    """The policies that were tested along the path, and the guarantee that came of it."""
+    """The policies that were tested, and the guarantee, or why there is none."""
     loss = LOSS_LABELS[record.loss]
     table = Table(title=f"{record.n} prompts, fill {record.fill}, {record.weights}", title_justify="left")
     for column in ("policy", loss, "p-value", "FLOPs saved", "mean blocks run", ""):
@@ -108,11 +108,11 @@ def _verdict(record: Calibration, folder: Path, loss: str) -> list[str]:
     return [failed, "The first policy lost about as much as the risk, or more: more prompts would not help."]
 
 
-WORSE = 0.02  # share by which a tuning may raise the perplexity
+WORSE = 0.02  # the share by which tuning may raise the perplexity without a warning
 
 
 def tuning_table(record: dict[str, Any], folder: Path) -> None:
-    """How often each block, read out as it is, agrees with the untuned model's full depth: before and after."""
+    """How often each block, read out by the model's own head, agrees with the untuned full depth, before and after."""
     before, after = record["held_out"]["before"], record["held_out"]["after"]
     table = Table(title=f"{folder}: agreement with the untuned model, on held-out answers of its own", title_justify="left")
     for column in ("after block", "before", "after"):
@@ -135,7 +135,7 @@ def tuning_table(record: dict[str, Any], folder: Path) -> None:
 
 
 def result_line(result: Result) -> None:
-    """One condition on one task, in a line: its metrics, each with its interval."""
+    """One condition on one task in a line: each metric with its interval."""
     task = result.task
     parts = []
     for metric in METRICS.values():
@@ -158,7 +158,7 @@ def training_table(exits: Exits, folder: Path) -> None:
         cells = (f"{row['agreement']:.1%}", f"{row['gate_auroc']:.3f}", show_threshold(threshold))
         table.add_row(str(row["block"]), *cells)
     console.print(table)
-    verified = " --fill verify" if exits.config.readout == "deep" else ""  # deep read-outs are made to draft
+    verified = " --fill verify" if exits.config.readout == "deep" else ""  # deep read-outs are for drafts
     minutes = exits.training["seconds"] / 60
     console.print(Text(f"{minutes:.1f} minutes. Try: offramp demo --exits {folder}{verified}", "dim"))
 

@@ -21,13 +21,13 @@ def train(
     *,
     draft: Annotated[
         bool,
-        typer.Option("--draft", help="Train one shallow exit instead, which drafts for --fill verify, in OUTPUT/draft."),
+        typer.Option("--draft", help="Train one shallow exit that drafts for --fill verify, in OUTPUT/draft."),
     ] = False,
     settings: Annotated[dict[str, Any], Chosen(TrainConfig)],
     decoding: Annotated[DecodingOptions, Only("dtype")],
     as_json: Json = False,
 ) -> None:
-    """Train exits from the model's own answers. Ctrl-C is safe: the same command goes on where it stopped."""
+    """Train exits on the model's own answers. Ctrl-C is safe: the same command resumes the work."""
     from offramp.cli.terminal import training_table
     from offramp.exits.exits import DRAFT
     from offramp.training.training import train as train_exits
@@ -48,7 +48,7 @@ def calibrate(
     prompts: Annotated[
         Path,
         typer.Option(
-            help="A file of prompts like those to come: lines, or JSON lines with 'prompt' or 'question'.",
+            help="A file of prompts like those of later use: lines, or JSON lines with 'prompt' or 'question'.",
             show_default=False,
         ),
     ],
@@ -72,9 +72,9 @@ def calibrate(
     questions = read_questions(prompts)
     backbone = decoding.load(model)
     exits = decoding.require_exits(backbone)
-    other = decoding.load(reference) if reference else None
+    reference_backbone = decoding.load(reference) if reference else None
     with progress_bars() as progress:
-        record = calibrate_exits(backbone, exits, questions, config, other, progress)
+        record = calibrate_exits(backbone, exits, questions, config, reference_backbone, progress)
     if decoding.exits and folder == Path(decoding.exits):
         exits.save_record(folder)
     else:
@@ -92,7 +92,7 @@ def tune(
     config: TuneConfig,
     as_json: Json = False,
 ) -> None:
-    """Tune a model so that its early blocks predict what it will say: a LoRA with LayerSkip's loss. Ctrl-C is safe."""
+    """Tune a model so that its early blocks predict its last one: a LoRA with LayerSkip's loss. Ctrl-C is safe."""
     from offramp.cli.terminal import tuning_table
     from offramp.training.tuning import tune as tune_model
 

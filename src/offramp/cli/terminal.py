@@ -212,8 +212,8 @@ _KIND = {"mamba": "Mamba", "both": "attention and Mamba", "neither": "neither at
 
 def bench_table(result: Comparison) -> None:
     """What `bench.compare` measured."""
-    what = f"{result.what}, {result.tokens} tokens, {result.pairs} pairs"
-    table = Table(title=f"{result.model}, {what}", title_justify="left")
+    runs = f"{result.what}, {result.tokens} tokens, {result.pairs} pairs"
+    table = Table(title=f"{result.model}, {runs}", title_justify="left")
     for title in ("", "weights", "tokens/s", "ms a token"):
         table.add_column(title, justify="left" if title in ("", "weights") else "right")
     for side in (result.ours, result.theirs):
@@ -229,8 +229,8 @@ def bench_table(result: Comparison) -> None:
 
 def fills_table(result: FillComparison) -> None:
     """What `bench.compare_fills` measured."""
-    what = f"{result.prompts} prompts, up to {result.tokens} tokens, {result.pairs} pairs"
-    table = Table(title=f"{result.model}, {result.weights}, {what}", title_justify="left")
+    runs = f"{result.prompts} prompts, up to {result.tokens} tokens, {result.pairs} pairs"
+    table = Table(title=f"{result.model}, {result.weights}, {runs}", title_justify="left")
     titles = ("", "tokens/s", "ratio", "pairs from–to", "equal", "mean blocks", "tokens a deep pass", "acceptance")
     for title in titles:
         table.add_column(title, justify="right" if title else "left")

@@ -350,7 +350,7 @@ class Batch:
         return [*drafts[:-1], replace(drafts[-1], flops=drafts[-1].flops + climb.flops)]
 
     def _emit(self, request: Request, decisions: list[Decision]) -> list[Event]:
-        """The events of decided tokens, up to the one that ends the request."""
+        """Accept decided tokens, up to the one that ends the request, and return their events."""
         events: list[Event] = []
         for decision in decisions:
             with self.engine.timed("text"):

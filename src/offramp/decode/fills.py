@@ -35,8 +35,8 @@ from offramp.model.runtime import Part
 class Fill(ABC):
     """What the skipped blocks remember of a token that left early.
 
-    `waits`: tokens that left are queued, and their skipped blocks are run later. `verifies`: a token that an exit
-    chose is a draft, and full depth decides. Raises `BadInput` for a backbone that the fill cannot serve.
+    `waits`: tokens that left are queued, and their skipped blocks are run later. `verifies`: a token that an exit chose
+    is a draft, and full depth decides. Raises `BadInput` for a backbone that the fill cannot serve.
     """
 
     name: ClassVar[str]
@@ -60,7 +60,7 @@ class Fill(ABC):
 
 
 class Project(Fill):
-    """Each skipped block's own keys, values and state, computed from the exit's hidden state (arXiv 2207.07061, 3.2)."""
+    """Keys, values and state of each skipped block, from the exit's hidden state (arXiv 2207.07061, section 3.2)."""
 
     name = "project"
 

@@ -27,7 +27,7 @@ def decoding(
 
     The library's logits processors, stopping criteria, `do_sample`, left-padded batches, `num_return_sequences` and
     `return_dict_in_generate` work as usual. Draws have the library's distribution but not its random numbers; they
-    depend only on torch's global seed. transformers 5.24 does not pass its `streamer` on: give it here as well as there.
+    are a function of torch's global seed. transformers 5.24 does not pass its `streamer` on: give it here as well as there.
     Raises `BadInput` for beams and for `output_scores`, `ExitsMismatch` for another model's exits.
     """
 

@@ -123,13 +123,13 @@ def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> Comparis
     ids = torch.tensor([_random_ids(backbone, tokens)], device=backbone.device)
 
     @torch.inference_mode()
-    def ours() -> None:
+    def read_ours() -> None:
         h, step = backbone.embed(ids)
         h = backbone.run(h, 0, backbone.n_blocks, backbone.state(tokens), step)
         backbone.logits(h[:, -1:]).sum().item()
 
     @torch.inference_mode()
-    def theirs() -> None:
+    def read_theirs() -> None:
         backbone.model(ids, use_cache=True, logits_to_keep=1).logits.sum().item()
 
     def rate(read: Callable[[], None]) -> float:
@@ -137,9 +137,9 @@ def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> Comparis
         read()
         return tokens / (time.perf_counter() - started)
 
-    rate(ours)
-    rate(theirs)
-    rates = _in_turn(lambda: rate(ours), lambda: rate(theirs), pairs)
+    rate(read_ours)
+    rate(read_theirs)
+    rates = _in_turn(lambda: rate(read_ours), lambda: rate(read_theirs), pairs)
     return _comparison(backbone, ("prefill", "forward"), rates, {}, (tokens, tokens))
 
 
@@ -245,25 +245,25 @@ def _in_turn(our_run: Callable[[], float], their_run: Callable[[], float], pairs
 
 def _comparison(
     backbone: Backbone,
-    what: tuple[str, str],
+    calls: tuple[str, str],
     rates: list[tuple[float, float]],
     parts: dict[str, float],
     sizes: tuple[int, int],
 ) -> Comparison:
     """The `Comparison` of pairs of rates, ours and theirs, in tokens a second.
 
-    `what`: what was measured, and the library's call; `sizes`: the number of tokens, and of those in the prompt.
+    `calls`: what was measured, and the name of the library's call; `sizes`: the number of tokens, and of prompt tokens.
     """
     ratios = [our_rate / their_rate for our_rate, their_rate in rates]
     our_rates, their_rates = ([pair[side] for pair in rates] for side in (0, 1))
     dtype = str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch.")
     return Comparison(
         model=backbone.name,
-        what=what[0],
+        what=calls[0],
         ratio=median(ratios),
         spread=(min(ratios), max(ratios)),
         ours=Side(f"offramp ({backbone.engine})", backbone.weight_format, median(our_rates), our_rates),
-        theirs=Side(f"transformers {what[1]}", dtype, median(their_rates), their_rates),
+        theirs=Side(f"transformers {calls[1]}", dtype, median(their_rates), their_rates),
         parts_ms=parts,
         tokens=sizes[0],
         pairs=len(rates),

@@ -60,18 +60,18 @@ class ExitsConfig:
                 f"Exits after blocks {', '.join(map(str, layers)) or '(none)'} do not fit a model of {backbone.n_blocks}.",
                 f"Give rising numbers from 1 to {last}, such as 10,15,20.",
             )
-        for kind, known, what in ((self.gate, GATES, "gate"), (self.readout, READOUTS, "read-out")):
+        for kind, known, part in ((self.gate, GATES, "gate"), (self.readout, READOUTS, "read-out")):
             if kind not in known:
-                raise OfframpError(f"There is no {what} '{kind}'.", f"Choose from {', '.join(known)}.")
+                raise OfframpError(f"There is no {part} '{kind}'.", f"Choose from {', '.join(known)}.")
         if self.sketch % 32 or not 0 <= self.sketch <= backbone.hidden_size:
             raise OfframpError(
                 f"A sketch of {self.sketch} dims cannot be made.",
                 f"Give a multiple of 32, at most {backbone.hidden_size}; 0 for none.",
             )
         # The Mamba parts are made of heads of 32 dims.
-        for width, unit, what in ((self.gate_width, 16, "gate"), (self.readout_width, 32, "read-out")):
+        for width, unit, part in ((self.gate_width, 16, "gate"), (self.readout_width, 32, "read-out")):
             if width < unit or width % unit:
-                raise OfframpError(f"A {what} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
+                raise OfframpError(f"A {part} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
 
 
 class Exit(nn.Module):

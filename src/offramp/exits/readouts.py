@@ -14,7 +14,7 @@ from offramp.exits.parts import MambaBlock, Memory, Part, Standardise, unit
 class Readout(Part):
     """Base of read-outs: hidden states (B, T, D) → (B, T, D), which the final norm and the head then read.
 
-    `reads_top`: it reads (B, T, 2 D), the hidden state and the token before's top hidden state side by side (deep memory).
+    `reads_top`: it reads (B, T, 2 D), the hidden state beside the top hidden state of the token before (deep memory).
     """
 
     reads_top: ClassVar[bool] = False

@@ -94,8 +94,8 @@ class CalibrationConfig:
 class TuneConfig:
     """How a model is tuned.
 
-    `every`: a step reads out one of this many blocks. `bfloat16`: multiply matrices in it, faster if the processor can.
-    `batch` counts the sequences of a step.
+    `every`: a step reads out one block in this many, and the last. `bfloat16`: multiply in it, which is faster where the
+    processor can. `batch` counts the sequences of a step.
     """
 
     rank: int = setting(32, "Rank of the low-rank update.")

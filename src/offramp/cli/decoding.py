@@ -94,7 +94,7 @@ def generate(
     options: AnswerOptions,
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt, or a file of them, leaving the network early where an exit is sure enough."""
+    """Answer a prompt, or a file of prompts. A token leaves the network early where an exit is sure enough."""
     texts = _prompts(prompt, prompts)
     check_batch(options.batch)
     backbone = decoding.load(model)

@@ -103,7 +103,7 @@ def _file_for(task: str, tasks: list[str], data: list[str]) -> str | None:
 
 def report(
     results: Annotated[list[Path], typer.Argument(help="Files that offramp eval --json wrote.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write; its figures lie beside it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write; figures go to a folder beside it.")],
 ) -> None:
     """Make a page from results: quality and consistency against cost, where tokens leave, coloured answers."""
     from offramp.evaluation.report import write

@@ -223,7 +223,7 @@ def bench_table(result: Comparison) -> None:
     low, high = result.spread
     console.print(f"ratio {result.ratio:.2f} (pairs from {low:.2f} to {high:.2f})")
     if result.parts_ms:
-        console.print(Text(f"of ours, ms a token: {_listed(result.parts_ms)}", "dim"))
+        console.print(Text(f"offramp, ms a token: {_listed(result.parts_ms)}", "dim"))
     console.print(Text(_listed(result.machine), "dim"))
 
 

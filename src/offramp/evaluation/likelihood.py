@@ -1,4 +1,4 @@
-"""Log-likelihoods of given texts, by an engine that leaves at exits as it would in decoding."""
+"""Log-likelihoods of given texts. Tokens leave at exits as they do in decoding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from offramp.decode.request import Talk
 
 
 class Forced:
-    """An engine's `sampling` that chooses given tokens, whatever the logits, and notes their log-probabilities."""
+    """An engine's `sampling` that chooses given tokens whatever the logits are, and notes their log-probabilities."""
 
     def __init__(self) -> None:
         self.start = 0

@@ -416,7 +416,7 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
         )
     if config.loss == "task" and not all(question.references for question in questions):
         raise BadInput(
-            "The loss 'task' needs right answers beside the prompts.",
+            "The loss 'task' needs right answers with the prompts.",
             "Give JSON lines with 'answer' or 'answers', such as TriviaQA's.",
         )
     if len({question.prompt for question in questions}) < len(questions):

@@ -80,7 +80,7 @@ def accelerator_for(device: torch.device, bfloat16: bool = False) -> Accelerator
 
 
 class Loop:
-    """Trains a job until its budget is spent, or goes on from the last checkpoint in `folder`.
+    """Trains a job until its budget is spent, from the last checkpoint in `folder` if there is one.
 
     step: the number of finished steps; seconds: of work; curve: points that the caller adds; losses: those that each step
     since the last point reported. Raises `CorruptFile` for a damaged checkpoint.
@@ -116,7 +116,7 @@ class Loop:
     def run(self, after_step: Callable[[], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Train, and call `after_step` after each step. Returns whether the budget is spent.
 
-        Before each step, `stop` is called: if it returns true, training stops, and can go on later. Raises `BadNumbers` for
+        Before each step, `stop` is called: if it returns true, training stops; it can be resumed. Raises `BadNumbers` for
         a loss that is not finite.
         """
         saved, started, worked_before = time.monotonic(), time.process_time(), self.seconds

@@ -11,7 +11,7 @@ evaluate.py   bits per byte at every depth, samples
 
 import os
 
-# A thread of GNU's OpenMP waits at full speed for the others. Where another program keeps one of them from running, that
-# takes about six milliseconds before it yields, hundreds of times a step. This variable shortens the wait. It is read when
-# torch is first imported.
+# A thread of GNU's OpenMP waits at full speed for the others. Where another program keeps one of them from running, it
+# waits about six milliseconds before it yields, hundreds of times a step. This variable shortens the wait. OpenMP reads it
+# when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")

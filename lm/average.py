@@ -1,4 +1,4 @@
-"""Average the weights of models that were trained one from another (arXiv 2203.05482).
+"""Average the weights of models, each trained from the one before (arXiv 2203.05482).
 
     python -m lm.average MODEL MODEL [...] -o MEAN
 

@@ -101,9 +101,8 @@ def questions_in(path: Path) -> list[str]:
         if path.suffix == ".json":
             stories = json.loads(path.read_text())["data"]
             turns = [turn for story in stories for turn in story["questions"]]
-            return [
-                turn if isinstance(turn, str) else turn["input_text"] for turn in turns
-            ]  # the hub's form, or the official one
+            # A turn is a string on the hub, and a record in the official file.
+            return [turn if isinstance(turn, str) else turn["input_text"] for turn in turns]
         return [json.loads(line)["question"] for line in path.read_text().split("\n") if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not a file of questions ({type(error).__name__}: {error}).") from error

@@ -1,4 +1,4 @@
-"""Token F1 and the area under the ROC curve, against what they mean."""
+"""Token F1 and the area under the ROC curve equal their definitions."""
 
 import math
 

@@ -126,6 +126,7 @@ def measure(format: str, repetitions: int, threads: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
     lines = [["exit after block", "GB read", "ms at the machine's bandwidth", "ms measured", "measured / bandwidth's"]]
     lines.append(["---:"] * len(lines[0]))
     for blocks, read in result["bytes"].items():

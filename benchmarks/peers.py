@@ -44,6 +44,7 @@ class Peer:
 
 
 def offramp_peer(args: argparse.Namespace) -> Peer:
+    """offramp's engine at full depth, or with verified exits."""
     import torch
 
     import offramp
@@ -94,6 +95,7 @@ def transformers_peer(args: argparse.Namespace) -> Peer:
 
 
 def economize_peer(args: argparse.Namespace) -> Peer:
+    """The package economize: early-exit drafts, or CALM."""
     import economize
     import torch
     from economize.techniques.dynamic_depth import CalmConfig
@@ -131,6 +133,7 @@ def economize_peer(args: argparse.Namespace) -> Peer:
 
 
 def llamacpp_peer(args: argparse.Namespace) -> Peer:
+    """llama.cpp on the model's GGUF file, requantised if asked for."""
     import ctypes
 
     import llama_cpp
@@ -187,6 +190,7 @@ def requantised(args: argparse.Namespace) -> Path:
 
 
 def openvino_peer(args: argparse.Namespace) -> Peer:
+    """OpenVINO GenAI on the model's GGUF file."""
     import numpy as np
     import openvino
     import openvino_genai
@@ -276,6 +280,7 @@ def streamed(generate: Callable[..., Any], options: dict[str, Any]) -> Callable[
 
 
 def torch_score(model: Any) -> Callable[[list[int]], list[float]]:
+    """`Peer.score` of a transformers model."""
     import torch
 
     @torch.inference_mode()
@@ -294,6 +299,7 @@ def nll(logits: Any, ids: list[int]) -> list[float]:
 
 
 def torch_facts(model: Any, way: str, library: str, plain: bool) -> dict[str, Any]:
+    """`Peer.facts` of a transformers model. `plain`: every token reads all weights once."""
     head = model.get_output_embeddings()
     return {
         "versions": versions(*dict.fromkeys((library, "transformers", "torch"))),
@@ -338,6 +344,7 @@ def gguf_facts(path: Path) -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
+    """The packages' installed versions."""
     return {package: version(package) for package in packages}
 
 

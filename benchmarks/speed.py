@@ -220,6 +220,7 @@ class Row:
 
 
 def total(runs: list[dict[str, Any]], key: str) -> float:
+    """The sum of one number of all runs."""
     return float(sum(run[key] for run in runs))
 
 
@@ -353,6 +354,7 @@ def table(results: list[dict[str, Any]], own: list[Row]) -> str:
 
 
 def spread(ratios: list[float] | None) -> str:
+    """The median, with the lowest and the highest in brackets."""
     return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else "–"
 
 

@@ -86,7 +86,7 @@ class _Level:
         self._passed_on = np.add.reduceat(discounts, starts) / totals
 
     def interpolate(self, grams: Grams, below: Floats) -> Floats:
-        """The probabilities (n,) of this order, from those of the order below. A new context gets the latter."""
+        """The probabilities (n,) of this order, from those of the order below, which a new context keeps."""
         share = _look_up(self._contexts, self._passed_on, grams >> self._bits, 1.0)
         return _look_up(self._grams, self._left, grams, 0.0) + share * below
 

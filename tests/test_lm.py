@@ -76,8 +76,8 @@ def test_the_splits_are_disjoint_and_the_same_again(corpus, tmp_path):
         parts[split] = {line for text in documents(corpus, split) for line in text.split("\n\n")}
         assert any(line.startswith("Question: ") for line in parts[split])
         assert any(not line.startswith("Question: ") for line in parts[split])
-    for split, second in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        assert not parts[split] & parts[second]
+    for first, second in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        assert not parts[first] & parts[second]
 
 
 def test_a_document_keeps_its_split_beside_other_text(corpus, tmp_path):
@@ -166,7 +166,7 @@ def naive(tokens, vocabulary, end, order):
         seen = following[length].get(tuple(context))
         if not seen:
             return below
-        taken = {other: discounts[length][min(count, 3)] for other, count in seen.items()}
+        taken = {piece: discounts[length][min(count, 3)] for piece, count in seen.items()}
         total = sum(seen.values())
         return (seen.get(token, 0) - taken.get(token, 0)) / total + sum(taken.values()) / total * below
 
@@ -309,8 +309,8 @@ def test_our_forward_pass_is_the_librarys(reloaded, tokens):
         theirs = reloaded(ids, output_hidden_states=True, use_cache=False)
         states = list(ours.states(ids))
         torch.testing.assert_close(ours.read(states[-1]) @ ours.head.T, theirs.logits, atol=1e-4, rtol=0)
-    for mine, other in zip(states, theirs.hidden_states, strict=False):
-        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+    for state, library_state in zip(states, theirs.hidden_states, strict=False):
+        torch.testing.assert_close(state, library_state, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("tokens", [5, 150])
@@ -325,10 +325,10 @@ def test_its_gradients_are_the_librarys_and_nearly_so_in_bfloat16(reloaded, toke
     wanted = gradients(torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten()))
     for dtype, far, small in ((torch.float32, 1e-3, 1e-7), (torch.bfloat16, 0.2, 3e-4)):
         ours = forward.Forward(reloaded, dtype=dtype)
-        for name, mine, other in zip(
+        for name, gradient, expected in zip(
             parameters, gradients(ours.loss(ours.last(ids[:, :-1]), ids[:, 1:])), wanted, strict=True
         ):
-            assert float((mine - other).norm()) <= far * float(other.norm()) + small, name
+            assert float((gradient - expected).norm()) <= far * float(expected.norm()) + small, name
 
 
 def test_the_loss_and_its_gradients_are_cross_entropys(monkeypatch):

@@ -25,8 +25,10 @@ def one_thread():
 
 @st.composite
 def scans(draw, kinds=("mamba1", "mamba2")):
-    """A scan and its arguments in float64, the state and the mask last (either may be None), with dt * |A| spread over a
-    drawn range between 1e-3 and 30."""
+    """A scan and its float64 arguments, the state and the mask last (either may be None).
+
+    dt * |A| is spread over a drawn range between 1e-3 and 30.
+    """
     kind = draw(st.sampled_from(kinds))
     batch, heads, dims, states, groups = (draw(st.integers(1, top)) for top in (3, 3, 4, 5, 2))
     tokens, (low, high) = draw(LENGTHS), draw(STRENGTHS)

@@ -197,8 +197,8 @@ def test_speed_runs_its_workers_by_turns(world, capsys) -> None:
         assert row["tokens_per_second"] > 0 < row["prefill_tokens_per_second"]
         assert [len(runs) for runs in row["runs"]] == [4, 4]
         assert all(run["decode_tokens"] == 4 for runs in row["runs"] for run in runs)
-    for mine, other in zip(ours["runs"], theirs["runs"], strict=True):
-        assert [run["ids"] for run in mine] == [run["ids"] for run in other]
+    for our_round, their_round in zip(ours["runs"], theirs["runs"], strict=True):
+        assert [run["ids"] for run in our_round] == [run["ids"] for run in their_round]
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
     assert len(theirs["ratios"]["offramp-float32"]) == 2
 

@@ -180,9 +180,9 @@ def test_what_neighbours_begin_with_is_read_once_and_changes_no_answer(family: s
         return
     monkeypatch.setattr("offramp.decode.engine.SHARED", 8)
     engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
-    one, other = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
+    start_a, start_b = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
     ends = some_prompts(5, seed=3)
-    prompts = [one + ends[0][:6], one + ends[1][:9], ends[2], other + ends[3][:3], other[:15] + ends[4][:8]]
+    prompts = [start_a + ends[0][:6], start_a + ends[1][:9], ends[2], start_b + ends[3][:3], start_b[:15] + ends[4][:8]]
     talks = engine.shared_talks(prompts)
     assert [talk.sequence.run if talk.sequence else 0 for talk in talks] == [19, 19, 0, 14, 14]
     together = engine.generate_batch(prompts, max_tokens=12)

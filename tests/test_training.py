@@ -274,11 +274,11 @@ def test_two_processes_train_the_exits_of_one(tmp_path, prompts: str) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, str(tmp_path / "worker.py"), str(tmp_path / "two"), prompts]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=100)
-    one, two = (torch.load(tmp_path / name / "trained.pt") for name in ("one", "two"))
-    for alone, shared in zip(one.pop("curve"), two.pop("curve"), strict=True):
+    in_one, in_two = (torch.load(tmp_path / name / "trained.pt") for name in ("one", "two"))
+    for alone, shared in zip(in_one.pop("curve"), in_two.pop("curve"), strict=True):
         assert alone["loss"] == pytest.approx(shared["loss"], abs=2e-4)
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-3)
+    for key, value in in_one.items():
+        torch.testing.assert_close(in_two[key], value, rtol=1e-3, atol=1e-3)
     exits = Exits.load(tmp_path / "two" / "exits", tiny("llama"))
     assert [row["block"] for row in exits.training["validation"]] == list(LAYERS)
     assert not (tmp_path / "two" / "exits" / ".training").exists()

@@ -40,7 +40,10 @@ class LibraryStep(Step):
 
 
 class LibraryBlocks:
-    """The `Runtime` that calls the library's modules block by block. The library's model is left as it is."""
+    """The `Runtime` that calls the library's modules block by block. `Runtime` documents the methods.
+
+    The library's model stays as it is.
+    """
 
     engine = "library blocks"
 

@@ -193,7 +193,7 @@ def _kernel() -> Scan | None:
         combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     except ImportError:
         return None
-    except Exception as error:  # whatever a broken install raises
+    except Exception as error:  # a broken install may raise anything
         warnings.warn(f"mamba-ssm cannot be imported ({error}): using offramp's scan.", stacklevel=3)
         return None
 

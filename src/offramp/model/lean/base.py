@@ -54,7 +54,7 @@ class Lean:
     """The `Runtime` that has a whole model on the lean path: its blocks, final norm and head, in one weight format.
 
     A subclass makes `blocks` and `_native`, and implements `_step` and the methods that run blocks or let them remember.
-    Hidden states, keys and values are float32.
+    `Runtime` documents the methods. Hidden states, keys and values are float32.
     """
 
     blocks: Sequence[Any]  # each with its `weights`

@@ -119,7 +119,7 @@ class LeanBlock:
         kv.write(self._heads(self.kv(self.attention_norm(h) if self.norm_first else h), step), step.places, step.end)
 
     def _heads(self, x: Tensor, step: RotaryStep) -> Tensor:
-        """Norm and turn x (R, heads · P), which holds queries, keys and values or only the latter two: (B, T, heads, P)."""
+        """Norm and turn x (R, heads · P), the queries, keys and values, or only the keys and values: (B, T, heads, P)."""
         heads = x.view(len(x), -1, self.dim)
         q, k, v = heads.split([heads.shape[1] - 2 * self.heads, self.heads, self.heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:

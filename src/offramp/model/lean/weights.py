@@ -192,6 +192,7 @@ class Format:
 
     @property
     def quantised(self) -> bool:
+        """Whether weights are kept as integers."""
         return self.blocks is not Weight
 
 

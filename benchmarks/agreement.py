@@ -1,9 +1,10 @@
-"""Is full depth what `transformers` would have generated, on a task's prompts? Answer by answer.
+"""Is each full-depth answer to a task's prompts the one that `transformers` generates?
 
     .venv/bin/python benchmarks/agreement.py triviaqa rc.nocontext.jsonl [--model smollm2] [--dtype float32] [--count 200]
 
-In float32 every answer must be the library's; where one is not, the two best logits are given at the first token that
-differs (closer than 1e-4: a tie). In bfloat16 the share that agrees is what the script is for.
+In float32 every answer must be the library's. For an answer that is not, the script prints the two best logits at the first
+token that differs; if they are closer than 1e-4, it is a tie. In bfloat16 answers may differ; the script prints how
+many are the same.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def main(argv: list[str] | None = None) -> None:
         ours = engine.generate(prompt, max_tokens=task.max_tokens, stop=task.stop).ids
         ids = torch.tensor([prompt])
         with torch.inference_mode():
-            made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(ours), do_sample=False)
-            theirs = made[0, len(prompt) :].tolist()
-            if ours == theirs:
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=len(ours), do_sample=False)
+            library_ids = generated[0, len(prompt) :].tolist()
+            if ours == library_ids:
                 same += 1
             else:
-                place = next(at for at, two in enumerate(zip(ours, theirs, strict=False)) if two[0] != two[1])
+                place = next(at for at, (our, its) in enumerate(zip(ours, library_ids, strict=False)) if our != its)
                 best = model(torch.tensor([prompt + ours[:place]])).logits[0, -1].float().topk(2).values.tolist()
                 print(f"{item.id}: token {place + 1} differs; best logits {best[0]:.5f} and {best[1]:.5f}", flush=True)
         if number % 20 == 0:

@@ -1,10 +1,10 @@
-"""How good are exits, on questions that nothing was trained on? Gates side by side, with the same read-out.
+"""How good are exits on questions that nothing was trained on? Compares gates that share a read-out.
 
     .venv/bin/python benchmarks/exits.py QUESTIONS [--exits DIR] [--count 50] [--tokens 16] [--work DIR]
 
-QUESTIONS is the official TruthfulQA.csv, or lines, or JSON lines with `prompt` or `question`. The read-outs of the given
-exits (default: the shipped ones), and the untrained read-out beside them, get a freshly trained gate of each kind, from
-the same own answers. Then, on the questions, with the model's own full-depth answers as the reference:
+QUESTIONS is the official TruthfulQA.csv, or lines, or JSON lines with `prompt` or `question`. For the read-outs of the
+given exits (default: the shipped ones), and again for untrained read-outs, a gate of each kind is trained anew, on the same
+own answers. Then the script measures on the questions, with the model's own full-depth answers as the reference:
 
 - agreement: how often an exit's top token is the full model's, and each gate's area under the ROC curve for it;
 - decoding freely at three thresholds: mean blocks run, FLOPs saved, consistency (token F1 with the full answer).
@@ -48,6 +48,7 @@ THRESHOLDS = (0.5, 0.7, 0.9)
 
 
 def questions_in(path: Path, count: int) -> list[str]:
+    """At most `count` of the file's questions, evenly spaced."""
     if path.suffix == ".csv":
         with path.open(encoding="utf-8", newline="") as stream:
             lines = [row["Question"] for row in csv.DictReader(stream)]
@@ -60,14 +61,16 @@ def with_gate(backbone: Backbone, base: Exits, gate: str, readout: str) -> Exits
     """Exits with an untrained gate of this kind and the read-outs of `base`, or untrained ones for `none`."""
     exits = Exits.new(backbone, replace(base.config, gate=gate, readout=readout))
     if readout != "none":
-        for mine, theirs in zip(exits, base, strict=True):
-            mine.adapter.load_state_dict(theirs.adapter.state_dict())
+        for exit, trained in zip(exits, base, strict=True):
+            exit.adapter.load_state_dict(trained.adapter.state_dict())
     exits.shortlist, exits.sketch = base.shortlist, base.sketch
     return exits
 
 
 @torch.inference_mode()
 def max_prob_scores(backbone: Backbone, exits: Exits, labelled: LabelledTexts) -> list[torch.Tensor]:
+    """For each exit, the probability of its likeliest token at every counted position of all texts, (positions,)."""
+
     def confidence(exit: Exit, index: int, text: TeacherText) -> torch.Tensor:
         adapted, _ = exit.adapter(text.hidden[None, :, index].float())
         return max_prob(backbone.logits(adapted[0, text.counted]))
@@ -76,21 +79,22 @@ def max_prob_scores(backbone: Backbone, exits: Exits, labelled: LabelledTexts) -
 
 
 def exits_for(backbone: Backbone, folder: Path | None) -> Exits:
+    """The exits in the folder; the shipped ones for None."""
     exits = Exits.load(folder, backbone) if folder else offramp.shipped_for(backbone)
     assert exits, f"no exits ship for {backbone.name}"
     return exits
 
 
 def compare_formats(args: argparse.Namespace) -> None:
-    """Each format answers the questions itself; its exits are compared with that answer."""
+    """For each weight format, compare the exits with what the model answers in that format."""
     print("| weights | head | agreement | gate AUROC |\n|---|---|---|---|")
     for name, kept in FORMATS.items():
         backbone = offramp.load(args.model, name)
         exits = exits_for(backbone, args.exits)
-        asked = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
+        prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
         folder = args.work / f"asked-{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        groups = group_texts(asked, [], args.tokens, batch=48)
+        groups = group_texts(prompts, [], args.tokens, batch=48)
         answers = TeacherTexts.open(write_shards(backbone, groups, exits.config.layers, folder))
         rows = quality(exits, scores(exits, Trainer(backbone, exits, TrainConfig(), args.work).labels(answers)))
         agreement = " ".join(f"{row['agreement']:.0%}" for row in rows)
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--work", type=Path, default=Path("build/exits"))
-    parser.add_argument("--fills", default="project", help=f"some of {', '.join(FILLS)}")
+    parser.add_argument("--fills", default="project", help=f"fills, by comma: {', '.join(FILLS)}")
     parser.add_argument("--own-prompts", help="prompts whose answers the gates learn from; default: offramp's own list")
     parser.add_argument("--formats", action="store_true", help="compare weight formats instead of gates")
     args = parser.parse_args(argv)
@@ -119,11 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     config = TrainConfig(prompts=args.own_prompts)
     fills = args.fills.split(",")
     data: Data = gather(exact, config, base.config.layers, args.work / "text")
-    asked = [exact.prompts.encode(question) for question in questions_in(args.questions, args.count)]
-    groups = group_texts(asked, [], args.tokens, batch=48)
+    prompts = [exact.prompts.encode(question) for question in questions_in(args.questions, args.count)]
+    groups = group_texts(prompts, [], args.tokens, batch=48)
     (args.work / "asked").mkdir(parents=True, exist_ok=True)
     answers = TeacherTexts.open(write_shards(exact, groups, base.config.layers, args.work / "asked"))
-    references = [Engine(fast).generate(ids, max_tokens=args.tokens) for ids in asked]
+    references = [Engine(fast).generate(ids, max_tokens=args.tokens) for ids in prompts]
 
     rows: list[dict[str, Any]] = []
     for readout in (base.config.readout, "none"):
@@ -152,17 +156,17 @@ def main(argv: list[str] | None = None) -> None:
             for fill, threshold in product(fills, THRESHOLDS):
                 policy = Policy((threshold,) * len(exits), "gate" if gate in GATES else "max-prob")
                 engine = Engine(fast, exits, policy, fill)
-                early = [engine.generate(ids, max_tokens=args.tokens) for ids in asked]
+                early = [engine.generate(ids, max_tokens=args.tokens) for ids in prompts]
                 row["free"][f"{fill}, threshold {threshold}"] = {
-                    "mean_blocks": round(mean(one.mean_blocks for one in early), 2),
-                    "flops_saved": round(mean(one.flops_saved for one in early), 3),
+                    "mean_blocks": round(mean(answer.mean_blocks for answer in early), 2),
+                    "flops_saved": round(mean(answer.flops_saved for answer in early), 3),
                     "consistency": round(mean(token_f1(a.ids, b.ids) for a, b in zip(early, references, strict=True)), 3),
                 }
             rows.append(row)
             print(json.dumps(row), flush=True)
 
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    note = f"{machine}, transformers {transformers.__version__}; {fast.weight_format} decoding, {len(asked)} questions"
+    note = f"{machine}, transformers {transformers.__version__}; {fast.weight_format} decoding, {len(prompts)} questions"
     (args.work / "exits.json").write_text(json.dumps({"machine": note, "rows": rows}, indent=1))
     layers = ", ".join(map(str, base.config.layers))
     cells = " | ".join(f"{setting}: blocks / FLOPs saved / consistency" for setting in rows[0]["free"])

@@ -1,19 +1,19 @@
-"""Does the Mamba gate win, and because it remembers? Gates of one size side by side, several seeds, with intervals.
+"""Is the Mamba gate better than others, and because it remembers? Compares gates of one size over several seeds.
 
     .venv/bin/python benchmarks/gates.py TruthfulQA.csv [--model smollm2] [--exits DIR] [--count 100] [--max-prompts 400]
 
-All gates judge the same read-outs, those of the given exits (default: the shipped ones), learn from the same own answers,
-and are measured on the same questions, none of them trained on:
+All gates judge the same read-outs, those of the given exits (default: the shipped ones). They learn from the same own
+answers, and are measured on the same questions, none of which was trained on:
 
-- `mamba`: the Mamba block of `--width`, and beside it a linear path, as shipped;
-- `ffn`: as many parameters as that; `ffn, equal FLOPs`: as many FLOPs;
-- `linear`: one linear map, which has no width;
-- `mamba, memory cut`: the trained Mamba gate with an empty memory at every token;
-- `mamba, never a memory`: trained so, too.
+- `mamba`: a Mamba block of `--width` beside a linear path, as in the shipped gates;
+- `ffn`: a feed-forward gate with as many parameters; `ffn, equal FLOPs`: one with as many FLOPs;
+- `linear`: a linear map, which has no width;
+- `mamba, memory cut`: the trained `mamba` gate, with an empty memory at every token;
+- `mamba, never a memory`: a gate that was also trained with an empty memory at every token.
 
-Prints a table in Markdown: parameters, FLOPs a token, and each exit's area under the ROC curve, mean over seeds, with a 95%
-interval over questions and seeds (bootstrap). The last column is the difference to `mamba` of the mean over exits, on the
-same resampled questions and seeds.
+Prints a table in Markdown: parameters, FLOPs a token, and each exit's area under the ROC curve: the mean over seeds, with a
+95% interval over questions and seeds (bootstrap). The last column is the mean over exits minus that of `mamba`, on the same
+resampled questions and seeds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Forgetful(Part):
 
 
 def equal(size: Callable[[int], int], wanted: int) -> int:
-    """The width, a multiple of 16, at which a gate's size is nearest to what is wanted."""
+    """The width, a multiple of 16, at which `size(width)` is nearest to `wanted`."""
     return min(range(16, 1024, 16), key=lambda width: abs(size(width) - wanted))
 
 
@@ -69,9 +69,10 @@ def scores(exits: Exits, answers: LabelledTexts) -> list[list[Tensor]]:
     ]
 
 
-def area(given: list[list[Tensor]], answers: LabelledTexts, chosen: np.ndarray, index: int) -> float:
+def area(logits: list[list[Tensor]], answers: LabelledTexts, chosen: np.ndarray, index: int) -> float:
+    """The area under the ROC curve of exit `index`, over the answers to the `chosen` questions."""
     agrees = torch.cat([answers.agrees[number][:, index] for number in chosen])
-    return auroc(torch.cat([given[number][index] for number in chosen]), agrees)
+    return auroc(torch.cat([logits[number][index] for number in chosen]), agrees)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,21 +93,21 @@ def main(argv: list[str] | None = None) -> None:
     base = exits_for(backbone, args.exits)
     settings = TrainConfig(prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs)
     data = gather(backbone, settings, base.config.layers, args.work / "text")
-    prompts = [backbone.prompts.encode(one) for one in questions_in(args.questions, args.count)]
+    prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
     groups = group_texts(prompts, [], args.tokens, batch=48)
     mark = hashlib.sha256(
         json.dumps([prompts, args.tokens, args.epochs, args.max_prompts, args.own_prompts, base.training]).encode()
     ).hexdigest()[:8]
-    asked = args.work / f"asked-{mark}"
-    asked.mkdir(parents=True, exist_ok=True)
+    shards = args.work / f"asked-{mark}"
+    shards.mkdir(parents=True, exist_ok=True)
     reader = Trainer(backbone, base, settings, args.work)
-    answers = reader.labels(TeacherTexts.open(write_shards(backbone, groups, base.config.layers, asked)))
+    answers = reader.labels(TeacherTexts.open(write_shards(backbone, groups, base.config.layers, shards)))
     to_learn = reader.labels(data.gates)
 
-    def made(kind: str, width: int) -> Exits:
+    def untrained(kind: str, width: int) -> Exits:
         exits = Exits.new(backbone, replace(base.config, gate=kind, gate_width=width))
-        for mine, theirs in zip(exits, base, strict=True):
-            mine.adapter.load_state_dict(theirs.adapter.state_dict())
+        for exit, trained in zip(exits, base, strict=True):
+            exit.adapter.load_state_dict(trained.adapter.state_dict())
         return exits
 
     def parameters(exits: Exits) -> int:
@@ -115,20 +116,20 @@ def main(argv: list[str] | None = None) -> None:
     def flops(exits: Exits) -> int:
         return sum(exit.gate.flops() for exit in exits)
 
-    mamba = made("mamba", args.width)
+    mamba = untrained("mamba", args.width)
     kinds = {
         "mamba": ("mamba", args.width),
-        "ffn": ("ffn", equal(lambda width: parameters(made("ffn", width)), parameters(mamba))),
-        "ffn, equal FLOPs": ("ffn", equal(lambda width: flops(made("ffn", width)), flops(mamba))),
+        "ffn": ("ffn", equal(lambda width: parameters(untrained("ffn", width)), parameters(mamba))),
+        "ffn, equal FLOPs": ("ffn", equal(lambda width: flops(untrained("ffn", width)), flops(mamba))),
         "linear": ("linear", 16),
         "mamba, never a memory": ("mamba", args.width),
     }
-    found: dict[str, list[list[list[Tensor]]]] = {}
+    logits: dict[str, list[list[list[Tensor]]]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for name, (kind, width) in kinds.items():
         for seed in range(args.seeds):
             torch.manual_seed(seed)
-            exits = made(kind, width)
+            exits = untrained(kind, width)
             sizes[name] = (parameters(exits), flops(exits))
             folder = args.work / f"{mark} {name} {width} {seed}"
             folder.mkdir(parents=True, exist_ok=True)
@@ -138,19 +139,19 @@ def main(argv: list[str] | None = None) -> None:
                 for exit in exits:
                     exit.gate = Forgetful(exit.gate)
             trainer.fit_gates(to_learn)
-            found.setdefault(name, []).append(scores(exits, answers))
+            logits.setdefault(name, []).append(scores(exits, answers))
             if name == "mamba":
                 for exit in exits:
                     exit.gate = Forgetful(exit.gate)
-                found.setdefault("mamba, memory cut", []).append(scores(exits, answers))
+                logits.setdefault("mamba, memory cut", []).append(scores(exits, answers))
                 sizes["mamba, memory cut"] = sizes["mamba"]
 
     count = len(base)
     draws = np.random.default_rng(0)
-    resampled: dict[str, list[list[float]]] = {name: [] for name in found}
+    resampled: dict[str, list[list[float]]] = {name: [] for name in logits}
     for _ in range(REPETITIONS):
         chosen, seeds = draws.integers(len(answers), size=len(answers)), draws.integers(args.seeds, size=args.seeds)
-        for name, runs in found.items():
+        for name, runs in logits.items():
             areas = [[area(runs[seed], answers, chosen, index) for index in range(count)] for seed in seeds]
             resampled[name].append(np.mean(areas, axis=0).tolist())
     tokens = sum(map(len, to_learn.agrees))
@@ -160,11 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"| gate | parameters | FLOPs a token | {columns} | mean, against mamba |")
     print("|---|---|---|" + "---|" * (count + 1))
     everything = np.arange(len(answers))
-    for name, runs in found.items():
+    for name, runs in logits.items():
         cells = []
         for index in range(count):
             mean = np.mean([area(run, answers, everything, index) for run in runs])
-            low, high = np.nanquantile([one[index] for one in resampled[name]], (0.025, 0.975))
+            low, high = np.nanquantile([areas[index] for areas in resampled[name]], (0.025, 0.975))
             cells.append(f"{mean:.3f} ({low:.3f}–{high:.3f})")
         gaps = np.nanmean(resampled[name], axis=1) - np.nanmean(resampled["mamba"], axis=1)
         low, high = np.quantile(gaps, (0.025, 0.975))

@@ -3,13 +3,13 @@
     .venv/bin/python benchmarks/growth.py [MODEL] [--random] [--formats bfloat16,int4] [--rounds 3] [--figure FILE]
 
 A step is embedding, blocks and head for new tokens after a context that is in memory already. Keys and values are cropped
-back after each repetition, so that all of them do the same work; a Mamba state costs the same after any text, and just goes
-on. A chunk's logits are those of its last row, as when a prompt
-is read; a batch's are those of every sequence. A step that leaves early also fills the blocks it skipped, by `project`.
+after each repetition, so that each does the same work. A Mamba state is not cropped: a step costs the same after any text.
+Of a chunk, only the last row gets logits, as when a prompt is read; of a batch, every sequence does. A step that leaves
+early also fills the blocks that it skips, by `project`.
 
-Formats take turns, round by round, so that a slow minute of the machine meets all of them.
+Formats take turns, round by round, so that a slow minute of the machine affects all of them.
 
-Prints a table in Markdown for each of the four, in medians of milliseconds, writes everything to build/bench/growth.json,
+Prints a table in Markdown for each of the four, with medians in milliseconds. Writes everything to build/bench/growth.json,
 and draws it.
 """
 
@@ -39,14 +39,14 @@ from offramp.model.state import State
 from speed import read_bandwidth
 
 WORK = Path("build/bench")
-CONTEXT = 256  # where something else grows
+CONTEXT = 256  # tokens of context while something else grows
 PIECE = 512  # tokens of a context that are read at once
 WARMUP, REPETITIONS = 2, 7  # in each round
 Axes = dict[str, tuple[int, ...]]
 
 
 def axes_of(backbone: Backbone) -> Axes:
-    """The values measured: contexts up to 4,096 tokens, or 16,384 where memory does not grow with them."""
+    """The values to measure: contexts up to 4,096 tokens, or up to 16,384 where memory does not grow with them."""
     sixths = sorted({max(1, round(backbone.n_blocks * part / 6)) for part in range(1, 7)})
     return {
         "context": (64, 256, 1024, 4096) if "attention" in backbone.kinds else (64, 256, 1024, 4096, 16384),
@@ -57,6 +57,7 @@ def axes_of(backbone: Backbone) -> Axes:
 
 
 def machine(threads: int, bandwidth: float) -> str:
+    """The machine and the versions in one line; `bandwidth` in GB/s."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         f"{processor()}, {os.cpu_count()} cores, {threads} threads, {memory:.0f} GiB of memory read at "
@@ -66,7 +67,7 @@ def machine(threads: int, bandwidth: float) -> str:
 
 
 def read(backbone: Backbone, state: State, start: int, length: int) -> None:
-    """Let `state`, which holds `start` tokens, hold `length` random ones: by `project`, a step costs the same after any."""
+    """Fill `state` from `start` to `length` random tokens by `project`. A step costs the same after any tokens."""
     for first in range(start, length, PIECE):
         ids = torch.randint(0, backbone.vocab_size, (1, min(PIECE, length - first)))
         h, step = backbone.embed(ids, first)
@@ -74,7 +75,7 @@ def read(backbone: Backbone, state: State, start: int, length: int) -> None:
 
 
 def decode(backbone: Backbone, state: State, batch: int = 1, rows: int = 1, blocks: int | None = None) -> None:
-    """One step: `rows` tokens of each of `batch` sequences through the first `blocks` blocks, all by default."""
+    """Run one step: `rows` tokens of each of `batch` sequences, through the first `blocks` blocks (default: all)."""
     blocks = blocks or backbone.n_blocks
     h, step = backbone.embed(torch.randint(0, backbone.vocab_size, (batch, rows)), state.length(0))
     h = backbone.run(h, 0, blocks, state, step)
@@ -84,8 +85,7 @@ def decode(backbone: Backbone, state: State, batch: int = 1, rows: int = 1, bloc
 
 
 def measure(backbone: Backbone, axes: Axes) -> Iterator[tuple[str, list[list[float]]]]:
-    """For each of the axes, the milliseconds of every repetition at every value."""
-
+    """For each axis, the milliseconds of every repetition at every value."""
     long, state, seen = backbone.state(max(axes["context"]) + 1), backbone.state(CONTEXT + max(axes["chunk rows"])), 0
 
     def timed(state: State, **shape: int) -> list[float]:
@@ -113,26 +113,26 @@ def measure(backbone: Backbone, axes: Axes) -> Iterator[tuple[str, list[list[flo
         "context": at_context,
         "chunk rows": lambda rows: timed(state, rows=rows),
         "blocks run": lambda blocks: timed(state, blocks=blocks),
-        "batch": in_batch,  # the last, since the state keeps the copies
+        "batch": in_batch,  # last, since the state keeps the copied sequences
     }
     for axis, way in ways.items():
         yield axis, [way(value) for value in axes[axis]]
 
 
 def table(axis: str, values: tuple[int, ...], ms: dict[str, list[float]]) -> str:
-    """Milliseconds for each format, and how many times those of the first row."""
+    """A Markdown table of milliseconds for each format, and their ratio to the first row's."""
     lines = [[axis, *(f"{format}, ms" for format in ms)], ["---:"] * (1 + len(ms))]
     for index, value in enumerate(values):
-        lines.append([str(value), *(f"{one[index]:.1f} (×{one[index] / one[0]:.2f})" for one in ms.values())])
+        lines.append([str(value), *(f"{times[index]:.1f} (×{times[index] / times[0]:.2f})" for times in ms.values())])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def figure(axes: Axes, medians: dict[str, dict[str, list[float]]]) -> str:
-    """One panel for each axis, values evenly spaced, milliseconds from zero; one line for each format."""
+    """An SVG with one panel for each axis: values evenly spaced, milliseconds from zero, one line for each format."""
     width, height, dashes = 150, 120, ("none", "6 3", "2 2", "8 2 2 2", "1 3")
     parts = []
     for panel, (axis, ms) in enumerate(medians.items()):
-        top, values = 1.1 * max(max(one) for one in ms.values()), axes[axis]
+        top, values = 1.1 * max(max(times) for times in ms.values()), axes[axis]
         places = [width * (index + 0.5) / len(values) for index in range(len(values))]
         parts.append(f'<g transform="translate({45 + 205 * panel} 45)"><path d="M0 0V{height}H{width}"/>')
         parts += [f'<text x="{x:.0f}" y="{height + 14}">{value}</text>' for x, value in zip(places, values, strict=True)]
@@ -144,15 +144,15 @@ def figure(axes: Axes, medians: dict[str, dict[str, list[float]]]) -> str:
         for tick in range(int(top / step) + 1):
             y = height * (1 - tick * step / top) + 4
             parts.append(f'<text x="-5" y="{y:.0f}" style="text-anchor:end">{tick * step:g}</text>')
-        for dash, one in zip(dashes, ms.values(), strict=False):
-            points = " ".join(f"{x:.1f},{height * (1 - y / top):.1f}" for x, y in zip(places, one, strict=True))
+        for dash, times in zip(dashes, ms.values(), strict=False):
+            points = " ".join(f"{x:.1f},{height * (1 - y / top):.1f}" for x, y in zip(places, times, strict=True))
             parts.append(f'<polyline points="{points}" stroke-width="2" stroke-dasharray="{dash}"/>')
         parts.append("</g>")
     for index, (dash, format) in enumerate(zip(dashes, next(iter(medians.values())), strict=False)):
         x = 45 + 150 * index
         parts.append(f'<path d="M{x} 12h30" stroke-width="2" stroke-dasharray="{dash}"/>')
         parts.append(f'<text x="{x + 36}" y="16" style="text-anchor:start">{format}</text>')
-    # An image in a page does not inherit the page's colour, only the reader's preference.
+    # An image in a page does not inherit the page's colour, but it knows whether the reader prefers a dark one.
     style = (
         "svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#ddd}}path,polyline{fill:none;stroke:currentColor}"
         "text{fill:currentColor;font:11px sans-serif;text-anchor:middle}"
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--random", action="store_true", help="random weights of the model's shape, from its config alone")
-    parser.add_argument("--formats", default="bfloat16,int4", help=f"some of {', '.join(FORMATS)}")
+    parser.add_argument("--formats", default="bfloat16,int4", help=f"formats, by comma: {', '.join(FORMATS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--figure", type=Path, default=Path("docs/growth.svg"))
@@ -189,9 +189,9 @@ def main(argv: list[str] | None = None) -> None:
         for format, backbone in backbones.items():
             for axis, measured in measure(backbone, axes):
                 times[axis][format] = [old + new for old, new in zip(times[axis][format], measured, strict=True)]
-    medians = {axis: {format: list(map(median, one)) for format, one in ms.items()} for axis, ms in times.items()}
+    medians = {axis: {format: list(map(median, values)) for format, values in ms.items()} for axis, ms in times.items()}
 
-    engines = {format: one.engine for format, one in backbones.items()}
+    engines = {format: backbone.engine for format, backbone in backbones.items()}
     repetitions = args.rounds * REPETITIONS
     settings: dict[str, Any] = {"model": args.model, "engines": engines, "repetitions": repetitions, "axes": axes}
     for path in (WORK, args.figure.parent):

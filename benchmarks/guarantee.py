@@ -1,13 +1,12 @@
-"""Does a calibrated risk hold on questions that were not calibrated on? Twenty splits of the same questions, as a figure.
+"""Does a calibrated risk hold on questions that were not calibrated on? Draws twenty splits of the same questions.
 
     .venv/bin/python benchmarks/guarantee.py TruthfulQA.csv trivia.jsonl [--model smollm2] [--exits DIR] [--count 400]
 
 The model answers each question at full depth, and once with each candidate policy
-(`offramp.training.calibration.candidates`); losses are kept in --work, so that an interrupted run goes on.
-Then, in each split, one half of the questions calibrates
-(pilot and test, as `offramp calibrate` does) and the other half says what the chosen policy really loses. The splits share
-their questions, so they illustrate the guarantee and do not prove it: `tests/test_calibration.py` simulates it on
-independent draws.
+(`offramp.training.calibration.candidates`). Losses are kept in --work, so that an interrupted run goes on. Then, in each
+split, one half of the questions calibrates (pilot and test, as `offramp calibrate` does), and the loss of the chosen policy
+is measured on the other half. The splits share their questions, so they illustrate the guarantee and do not prove it.
+`tests/test_calibration.py` simulates it on independent draws.
 
 Prints a table in Markdown and draws the held-out mean loss of each split with two standard errors.
 """
@@ -49,13 +48,17 @@ SPLITS = 20
 
 
 def questions_of(files: list[Path], count: int) -> list[Question]:
-    """Equally many of each file's, those of lowest hash."""
-    found: list[Question] = []
+    """The questions of lowest hash, equally many of each file, `count` in all."""
+    chosen: list[Question] = []
     for file in files:
-        some = read_questions(file) if file.suffix == ".jsonl" else [Question(one) for one in questions_in(file, 10**6)]
-        unique = {one.prompt: one for one in some}.values()
-        found += sorted(unique, key=lambda one: hashlib.sha256(one.prompt.encode()).digest())[: count // len(files)]
-    return found
+        if file.suffix == ".jsonl":
+            questions = read_questions(file)
+        else:
+            questions = [Question(prompt) for prompt in questions_in(file, 10**6)]
+        unique = {question.prompt: question for question in questions}.values()
+        by_hash = sorted(unique, key=lambda question: hashlib.sha256(question.prompt.encode()).digest())
+        chosen += by_hash[: count // len(files)]
+    return chosen
 
 
 def split(
@@ -66,7 +69,7 @@ def split(
     delta: float,
     seed: int,
 ) -> dict[str, Any]:
-    """Calibrate on one half, look at the other: the chosen policy (None: closed), its held-out loss and saved FLOPs."""
+    """Calibrate on one half; give the chosen policy (None: closed), and its loss and saved FLOPs on the other half."""
     names, count = list(losses), len(next(iter(losses.values())))
     order = random.Random(seed).sample(range(count), count)
     calibration, held = order[: count // 2], order[count // 2 :]
@@ -82,31 +85,33 @@ def split(
     passed = [name for name, (_, _, ok) in zip(on_path, tested, strict=False) if ok]
     if not passed:
         return {"policy": None, "loss": 0.0, "error": 0.0, "flops_saved": 0.0}
-    found = part(losses[passed[-1]], held)
+    held_losses = part(losses[passed[-1]], held)
     return {
         "policy": passed[-1],
-        "loss": fmean(found),
-        "error": stdev(found) / sqrt(len(found)),
+        "loss": fmean(held_losses),
+        "error": stdev(held_losses) / sqrt(len(held_losses)),
         "flops_saved": fmean(part(saved[passed[-1]], held)),
     }
 
 
 def draw(splits: list[dict[str, Any]], risk: float, title: str, file: Path) -> None:
+    """Draw each split's held-out loss, with two standard errors, and its saved FLOPs."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "offramp"  # the same figure again
+    matplotlib.rcParams["svg.hashsalt"] = "offramp"  # makes the same file for the same figure
     from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(
         2, 1, figsize=(7, 4.6), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
     places = range(1, len(splits) + 1)
-    above.errorbar(places, [one["loss"] for one in splits], [2 * one["error"] for one in splits], fmt="o", capsize=3)
+    losses, intervals = [result["loss"] for result in splits], [2 * result["error"] for result in splits]
+    above.errorbar(places, losses, intervals, fmt="o", capsize=3)
     above.axhline(risk, linestyle="--", color="tab:red")
     above.annotate(f"risk {risk:g}", (len(splits), risk), ha="right", va="bottom", color="tab:red")
     above.set(ylabel="held-out mean loss", ylim=(0, None), title=title)
-    below.bar(places, [100 * one["flops_saved"] for one in splits])
+    below.bar(places, [100 * result["flops_saved"] for result in splits])
     below.set(ylabel="FLOPs saved, %", xlabel="split", xticks=list(places))
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
@@ -133,12 +138,13 @@ def main(argv: list[str] | None = None) -> None:
         backbone = offramp.load(args.model, args.dtype)
         exits = require_exits(backbone, args.exits)
         reference = offramp.load(args.reference, args.dtype) if args.reference else backbone
-        asked = questions_of(args.questions, args.count)
+        questions = questions_of(args.questions, args.count)
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
-    ids = [backbone.prompts.encode(one.prompt) for one in asked]
+    ids = [backbone.prompts.encode(question.prompt) for question in questions]
     parts = (args.model, backbone.source.sha256, backbone.weight_format, exits.training, args.fill, args.tokens, args.loss)
-    mark = hashlib.sha256(json.dumps([*parts, args.reference, [one.prompt for one in asked]]).encode()).hexdigest()[:12]
+    prompts = [question.prompt for question in questions]
+    mark = hashlib.sha256(json.dumps([*parts, args.reference, prompts]).encode()).hexdigest()[:12]
 
     full: list[Any] = []
 
@@ -151,41 +157,41 @@ def main(argv: list[str] | None = None) -> None:
     def run(policy: Policy) -> dict[str, Any]:
         if not full:
             full.extend(answers(Engine(reference), ids, args.tokens))
-        given = answers(Engine(backbone, exits, policy, args.fill), ids, args.tokens)
-        pairs = zip(given, full, asked, strict=True)
+        early = answers(Engine(backbone, exits, policy, args.fill), ids, args.tokens)
+        triples = zip(early, full, questions, strict=True)
         return {
             "policy": asdict(policy),
-            "losses": [LOSSES[args.loss](early, whole, one) for early, whole, one in pairs],
-            "gain": [gain(one, args.fill) for one in given],
-            "flops_saved": [one.flops_saved for one in given],
-            "mean_blocks": fmean(one.mean_blocks for one in given),
+            "losses": [LOSSES[args.loss](answer, whole, question) for answer, whole, question in triples],
+            "gain": [gain(answer, args.fill) for answer in early],
+            "flops_saved": [answer.flops_saved for answer in early],
+            "mean_blocks": fmean(answer.mean_blocks for answer in early),
         }
 
-    found: dict[str, dict[str, Any]] = {}
+    records: dict[str, dict[str, Any]] = {}
     print("| thresholds | mean loss | FLOPs saved | mean blocks run |\n|---|---|---|---|")
     for line in candidates(len(exits), args.policy, exits.policy.confidence, backbone.vocab_size if exits.sketch else 0):
         for policy in line:
             name = " ".join(f"{threshold:.3g}" for threshold in policy.thresholds)
             name += f", {policy.candidates} candidates" if policy.candidates else ""
-            record = found[name] = kept(f"{policy.confidence} {policy.decay} {name}", partial(run, policy))
+            record = records[name] = kept(f"{policy.confidence} {policy.decay} {name}", partial(run, policy))
             loss = fmean(record["losses"])
             print(f"| {name} | {loss:.3f} | {fmean(record['flops_saved']):.1%} | {record['mean_blocks']:.1f} |", flush=True)
-            if loss > 2.5 * args.risk:  # bolder ones would never be tested
+            if loss > 2.5 * args.risk:  # the rest of the line is bolder and would never be tested
                 break
-    losses = {name: one["losses"] for name, one in found.items()}
-    gains = {name: one["gain"] for name, one in found.items()}
-    saved = {name: one["flops_saved"] for name, one in found.items()}
+    losses = {name: record["losses"] for name, record in records.items()}
+    gains = {name: record["gain"] for name, record in records.items()}
+    saved = {name: record["flops_saved"] for name, record in records.items()}
     splits = [split(losses, gains, saved, args.risk, args.delta, seed) for seed in range(SPLITS)]
-    title = f"{args.model}, {args.fill}: {SPLITS} splits of {len(asked)} questions"
+    title = f"{args.model}, {args.fill}: {SPLITS} splits of {len(questions)} questions"
     print(
         f"\n{title}; risk {args.risk}, delta {args.delta}, loss {args.loss}; {backbone.weight_format}, {args.tokens} tokens"
     )
-    print(f"held-out loss above the risk: {sum(one['loss'] > args.risk for one in splits)} of {SPLITS}")
-    closed = sum(one["policy"] is None for one in splits)
-    print(f"closed: {closed} of {SPLITS}; FLOPs saved, mean: {fmean(one['flops_saved'] for one in splits):.1%}")
-    for one in splits:
-        held_out = f"loss {one['loss']:.3f} ± {2 * one['error']:.3f}"
-        print(f"- {one['policy'] or 'closed'}: {held_out}, saved {one['flops_saved']:.1%}")
+    print(f"held-out loss above the risk: {sum(result['loss'] > args.risk for result in splits)} of {SPLITS}")
+    closed = sum(result["policy"] is None for result in splits)
+    print(f"closed: {closed} of {SPLITS}; FLOPs saved, mean: {fmean(result['flops_saved'] for result in splits):.1%}")
+    for result in splits:
+        held_out = f"loss {result['loss']:.3f} ± {2 * result['error']:.3f}"
+        print(f"- {result['policy'] or 'closed'}: {held_out}, saved {result['flops_saved']:.1%}")
     draw(splits, args.risk, title, args.figure)
 
 

@@ -1,15 +1,16 @@
-"""The experiment of DYNAMAX (arXiv 2504.20922) on small models: gates, fills, and what they keep of three tasks' answers.
+"""Repeats the experiment of DYNAMAX (arXiv 2504.20922) on small models: gates and fills on three tasks.
 
     .venv/bin/python benchmarks/paper.py --truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json [--quick]
 
-For each model: gates `linear`, `ffn` and `mamba`, trained on the same own answers beside the same read-outs, and the
-training-free `max-prob`, each at five thresholds and at the one calibrated for the task (risk 0.05, on questions that are
-not scored); then, with the gate that saves most at its calibrated point, every fill (where that opens no exit: at the
-threshold that saves most while consistency stays at 0.8). Of CoQA, all turns of five
-conversations. A model that `offramp tune` made is compared with the one it was made from. Without files, the tasks come
-from the hub.
+For each model, the gates are `linear`, `ffn` and `mamba`, trained on the same own answers beside the same read-outs, and
+`max-prob`, which needs no training. Each gate runs at five thresholds, and at the threshold calibrated for the task (risk
+0.05, on questions that are not scored). Then every fill runs with the gate that saves most at its calibrated threshold. If
+that opens no exit, fills run at the threshold that saves most while consistency stays at 0.8.
 
-Interrupted, the same command goes on. Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all.
+From CoQA come all turns of five conversations. A model that `offramp tune` made is compared with the model it was made
+from. Without files, the tasks come from the hub.
+
+After an interruption, the same command goes on. Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all.
 """
 
 from __future__ import annotations
@@ -52,9 +53,8 @@ FILLS = ("project", "freeze", "copy", "defer", "verify")
 def trained(
     backbone: Backbone, base: Exits, gates: list[str], prompts: str | None, count: int | None, work: Path
 ) -> dict[str, Exits]:
-    """Exits with each of the gates, beside the read-outs of `base`; kept in the folder `work`."""
+    """For each gate, exits with it and the read-outs of `base`; kept in the folder `work`."""
     config = TrainConfig(prompts=prompts, max_prompts=count)
-    found: dict[str, Exits] = {}
     missing = [gate for gate in gates if gate not in TRAINING_FREE and not (work / gate / "offramp.json").exists()]
     if missing:
         data = gather(backbone, config, base.config.layers, work / "text")
@@ -69,22 +69,22 @@ def trained(
             exits.modules.eval().requires_grad_(False)
             exits.training = {"command": shlex.join(sys.argv), "gate": gate, "read-outs": base.training.get("command")}
             exits.save(work / gate)
-    for gate in gates:
-        found[gate] = copy.copy(base) if gate in TRAINING_FREE else Exits.load(work / gate, backbone)
-    return found
+    return {gate: copy.copy(base) if gate in TRAINING_FREE else Exits.load(work / gate, backbone) for gate in gates}
 
 
 def untuned(backbone: Backbone) -> Backbone:
-    """The model that this one was tuned from by `offramp tune`, to compare with; itself, if it was not."""
+    """The model that `offramp tune` made this one from, to compare with; the model itself if it was not tuned."""
     record = Path(backbone.source.path) / "tuning.json"
     return offramp.load(json.loads(record.read_text())["untuned"]["name"]) if record.is_file() else backbone
 
 
-def mark(*what: Any) -> str:
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:8]
+def mark(*settings: Any) -> str:
+    """A short hash of settings, to name files by."""
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
 def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace) -> Path:
+    """Run the experiment for one model and task, and return the file of its results."""
     source, _, folder = model.partition("=")
     name = Path(source).name
     backbone = offramp.load(source)
@@ -92,8 +92,8 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
     base = exits_for(backbone, Path(folder) if folder else None)
     learned = [fingerprint(base), args.prompts, *([args.own_prompts] if args.own_prompts else [])]
     everything = load_task(task_name, data)
-    asking = [args.count, args.calibration, args.thresholds, args.batch, args.gates, everything.sha256]
-    work: Path = args.work / mark(backbone.source.sha256, reference.source.sha256, learned, asking)
+    setup = [args.count, args.calibration, args.thresholds, args.batch, args.gates, everything.sha256]
+    work: Path = args.work / mark(backbone.source.sha256, reference.source.sha256, learned, setup)
     file = work / f"{name}-{task_name}.json"
     if file.exists():
         return file
@@ -101,22 +101,24 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
     if task_name == "coqa":
         stories = list(dict.fromkeys(item.id.partition("/")[0] for item in everything.items))[: 1 if args.quick else 5]
         count = sum(item.id.partition("/")[0] in stories for item in everything.items)
-    asked = replace(everything, items=everything.items[:count])
-    others = [Question(item.prompt) for item in everything.items[count:]][: args.calibration]
-    if task_name == "coqa":  # turns of one conversation are no independent draws
-        others = []
+    scored = replace(everything, items=everything.items[:count])
+    unscored = [Question(item.prompt) for item in everything.items[count:]][: args.calibration]
+    if task_name == "coqa":  # turns of one conversation are not independent draws
+        unscored = []
     gates = trained(
         backbone, base, args.gates.split(","), args.own_prompts, args.prompts, args.work / f"{name}-{mark(learned)}"
     )
     kept = work / f".{name}-{task_name}"
 
-    def said(stage: str, completed: int, total: int, note: str = "") -> None:
+    def on_progress(stage: str, completed: int, total: int, note: str = "") -> None:
         if completed == total:
             print(f"{time.strftime('%H:%M:%S')} {name} {task_name} {stage} {note}", flush=True)
 
-    evaluation = Evaluation(backbone, asked, kept, reference, args.batch, command=shlex.join(sys.argv), progress=said)
+    evaluation = Evaluation(
+        backbone, scored, kept, reference, args.batch, command=shlex.join(sys.argv), progress=on_progress
+    )
     results = [evaluation.run(Condition()), evaluation.run(Condition("project", None, base))]
-    mostly: list[tuple[float, Policy, Exits]] = []
+    consistent: list[tuple[float, Policy, Exits]] = []
     calibrated: list[tuple[float, Policy, Exits]] = []
     for gate, exits in gates.items():
         confidence = gate if gate in TRAINING_FREE else "gate"
@@ -125,21 +127,21 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
             results.append(evaluation.run(Condition("project", policy, exits)))
             summary = results[-1].summary
             if summary["token_f1"].mean >= 0.8:
-                mostly.append((summary["flops_saved"].mean, policy, exits))
-        if others:
+                consistent.append((summary["flops_saved"].mean, policy, exits))
+        if unscored:
             chosen = copy.copy(exits)
             tokens, stop = everything.max_tokens, everything.stop
             config = CalibrationConfig(confidence=confidence, max_tokens=tokens, stop=stop, raw=True)
             try:
-                calibrate(backbone, chosen, others, config, reference)
+                calibrate(backbone, chosen, unscored, config, reference)
             except BadInput as error:
-                said("calibration", 1, 1, str(error))
+                on_progress("calibration", 1, 1, str(error))
                 continue
             results.append(evaluation.run(Condition("project", None, chosen)))
             if min(chosen.policy.thresholds) < 1:
                 calibrated.append((results[-1].summary["flops_saved"].mean, chosen.policy, chosen))
-    # Where no exit may open, or nothing was calibrated, fills differ only under thresholds that change some answers.
-    for _, policy, exits in sorted(calibrated or mostly, key=lambda one: -one[0])[:1]:
+    # Where calibration opens no exit, fills differ only under thresholds that change some answers.
+    for _, policy, exits in sorted(calibrated or consistent, key=lambda run: -run[0])[:1]:
         for fill in FILLS[1:]:
             if fill != "freeze" or "mamba" in backbone.kinds:
                 results.append(evaluation.run(Condition(fill, policy, exits)))
@@ -152,20 +154,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--truthfulqa", type=Path)
     parser.add_argument("--triviaqa", type=Path)
     parser.add_argument("--coqa", type=Path)
-    parser.add_argument("--models", default=",".join(ALIASES), help="models, by comma; MODEL=EXITS: its exits' folder")
+    parser.add_argument("--models", default=",".join(ALIASES), help="models, by comma; MODEL=DIR: exits in DIR")
     parser.add_argument("--tasks", default=",".join(TASKS), help="tasks, by comma")
     parser.add_argument("--gates", default=",".join(GATES), help="gates, by comma")
     parser.add_argument("--count", type=int, default=100, help="questions of each task")
     parser.add_argument("--calibration", type=int, default=300, help="other questions to calibrate on")
     parser.add_argument("--own-prompts", help="prompts whose answers the gates learn from; default: offramp's own list")
-    parser.add_argument("--prompts", type=int, help="only the first so many of them; default: all")
+    parser.add_argument("--prompts", type=int, help="use only the first PROMPTS of them; default: all")
     parser.add_argument("--batch", type=int, default=16, help="answers side by side; times are shares of a batch's")
     parser.add_argument("--quick", action="store_true", help="20 minutes: few questions, two thresholds, no calibration")
-    parser.add_argument("--work", type=Path, default=Path("build/paper"), help="settings get folders of their own in it")
+    parser.add_argument("--work", type=Path, default=Path("build/paper"), help="holds one folder for each setting")
     args = parser.parse_args(argv)
     args.thresholds = THRESHOLDS
-    for given, known in ((args.tasks, TASKS), (args.gates, GATES)):
-        if unknown := set(given.split(",")).difference(known):
+    for names, known in ((args.tasks, TASKS), (args.gates, GATES)):
+        if unknown := set(names.split(",")).difference(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
     if args.quick:
         args.count, args.calibration, args.prompts, args.thresholds = 12, 0, 100, THRESHOLDS[1:4:2]

@@ -1,11 +1,12 @@
-"""Is a large model as fast as memory allows? The geometry of Mistral-7B-v0.3 with random weights, left after some blocks.
+"""Is a large model as fast as memory allows? Times exits of Mistral-7B-v0.3's geometry, with random weights.
 
     .venv/bin/python benchmarks/paper_size.py [--format int4] [--repetitions 7]
 
-What a step costs does not depend on the weights' values, so none are fetched: one block is drawn and copied for the
-others, each into memory of its own, and the library's model has shapes only. One token at a time then runs through the
-first blocks and the head, at a fixed context. That is set beside the bytes it reads (weights, keys and values), at the
-speed at which this machine reads memory, measured between the steps. Needs 16 GB of memory for bfloat16, 7 GB for int4.
+The cost of a step does not depend on the weights' values, so no weights are fetched. One block is drawn at random, and
+every block gets a copy in memory of its own; the library's model has shapes only. One token at a time then runs through the
+first blocks and the head, at a fixed context. Its time is compared with the time that reading its bytes (weights, keys and
+values) takes at this machine's memory bandwidth, which is measured between the steps. This needs 16 GB of memory for
+bfloat16, and 7 GB for int4.
 
 Prints a table in Markdown for each format and writes everything to build/bench/paper_size.json.
 """
@@ -52,7 +53,7 @@ CONFIG = MistralConfig(
 
 
 class RandomLean(LeanLlama):
-    """The lean path with random weights of the layers' shapes, in place of theirs. Its blocks' values are the same."""
+    """The lean path with random weights in the layers' shapes. All blocks have the same values."""
 
     def _maker(self, name: int | str, kind: type[Weight]) -> MakeWeight:
         def make(part: str, layers: list[nn.Linear], order: Tensor | None) -> Weight:
@@ -64,7 +65,7 @@ class RandomLean(LeanLlama):
 
 
 def draw(kind: type[Weight], rows: int, columns: int) -> Tensors:
-    """What `kind` keeps of a random weight, with mean 0 and the deviation of a new model's."""
+    """The tensors of a random weight of this kind, with mean 0 and the standard deviation of a new model's weights."""
     deviation = CONFIG.initializer_range
     if kind is Int4:
         scale = torch.full((rows, columns // GROUP), deviation * 12**0.5 / 16)
@@ -76,7 +77,7 @@ def draw(kind: type[Weight], rows: int, columns: int) -> Tensors:
 
 
 def build(format: str) -> LeanLlama:
-    """The lean path, on modules of the library that hold nothing but norms and rotary tables."""
+    """The lean path, made of library modules that hold only norms and rotary tables."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
     trunk = model.model
@@ -93,12 +94,12 @@ def build(format: str) -> LeanLlama:
 
 
 def measure(format: str, repetitions: int, threads: int) -> dict[str, Any]:
-    """Milliseconds of every repetition, and bytes, for each of `EXITS`; GB/s at which memory was read meanwhile."""
+    """For each of `EXITS`, the milliseconds of every repetition and the bytes read; and the memory bandwidth in GB/s."""
     lean = build(format)
     state = State(["attention"] * len(lean.blocks), CONTEXT + 1)
 
     def run(ids: Tensor, first: int, blocks: int) -> Tensor:
-        """Token ids (1, T) → logits (1, 1, V) of the last one after so many blocks."""
+        """Token ids (1, T) → logits (1, 1, V) of the last token after `blocks` blocks."""
         h, step = lean.embed(ids, first)
         (h,) = lean.run_all([(h, state, step)], 0, blocks)
         return lean.logits(h[:, -1:])
@@ -106,7 +107,7 @@ def measure(format: str, repetitions: int, threads: int) -> dict[str, Any]:
     logits = run(torch.randint(0, CONFIG.vocab_size, (1, CONTEXT)), 0, len(lean.blocks))
     times: dict[int, list[float]] = {blocks: [] for blocks in EXITS}
     bandwidths = []
-    for repetition in range(repetitions + 1):  # by turns, so that a slow moment of the machine meets all of them
+    for repetition in range(repetitions + 1):  # by turns, so that a slow moment of the machine affects all of them
         bandwidths.append(read_bandwidth(threads))
         for blocks in EXITS:
             ids = logits[:, -1].argmax(-1, keepdim=True)
@@ -125,6 +126,7 @@ def measure(format: str, repetitions: int, threads: int) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
     lines = [["exit after block", "GB read", "ms at the machine's bandwidth", "ms measured", "measured / bandwidth's"]]
     lines.append(["---:"] * len(lines[0]))
     for blocks, read in result["bytes"].items():

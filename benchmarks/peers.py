@@ -1,16 +1,16 @@
-"""One peer of the speed benchmark: loads its model once, then answers requests, one JSON line each.
+"""One peer of the speed benchmark. It loads its model once, then answers requests, one JSON line each.
 
     PYTHON benchmarks/peers.py PEER [options]
 
-`benchmarks/speed.py` starts it in the peer's own environment, so nothing but the peer's library is imported here, and
-offramp for the peer `offramp` only. The first line says {"ready": {...}}: versions, formats, the way it is run. Then
+`benchmarks/speed.py` starts it in the peer's own environment, so it imports only the peer's library, and offramp only for
+the peer `offramp`. Its first line is {"ready": {...}}, with versions, formats, and how the peer is run. Then
 
     {"op": "generate", "ids": [...], "tokens": 64}  →  {"ids", "prefill_seconds", "decode_seconds", "decode_tokens"}
     {"op": "score", "ids": [...]}                   →  {"nll": [...]}
 
-`generate` is greedy, one prompt at a time, exactly `tokens` new tokens whatever ends a text. Prefill is until the first
-of them is out (the first few, where drafts come with it), decoding the rest. `score` gives −ln p of ids[1:], each after
-all the ids before it. A request that fails gives {"error": ...}.
+`generate` is greedy, takes one prompt at a time, and makes exactly `tokens` new tokens, even after an end of text. Prefill
+lasts until the first of them is out (with drafts, the first few); decoding is the rest. `score` gives −ln p of ids[1:],
+each after all the ids before it. A request that fails gives {"error": ...}.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Out = Callable[[list[int]], None]
 class Peer:
     """What a worker serves.
 
-    `facts` is for the reader of the table; its `weight_bytes` are the bytes of weights that a token must read, None
-    where that differs from token to token. `generate(ids, tokens, out)` calls `out` with new tokens as soon as the library
+    `facts` are for the reader of the table. Their `weight_bytes` are the bytes of weights that a token must read; None if
+    the number differs from token to token. `generate(ids, tokens, out)` calls `out` with new tokens as soon as the library
     hands them over: one, or several where drafts were accepted. `score` is None where the library gives no logits.
     """
 
@@ -44,6 +44,7 @@ class Peer:
 
 
 def offramp_peer(args: argparse.Namespace) -> Peer:
+    """offramp's engine at full depth, or with verified exits."""
     import torch
 
     import offramp
@@ -51,7 +52,7 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
 
     torch.set_num_threads(args.threads)
     model = offramp.load(args.model, args.dtype)
-    # The engine would stop at an end of text.
+    # Without this, the engine would stop at an end of text.
     type(model).stop_ids = frozenset()  # type: ignore[method-assign,assignment]
     exits = offramp.shipped_for(model, draft=True) if args.verify else None
     engine = offramp.Engine(model, exits, fill="verify" if exits else "project")
@@ -94,6 +95,7 @@ def transformers_peer(args: argparse.Namespace) -> Peer:
 
 
 def economize_peer(args: argparse.Namespace) -> Peer:
+    """The package economize: early-exit drafts, or CALM."""
     import economize
     import torch
     from economize.techniques.dynamic_depth import CalmConfig
@@ -124,13 +126,14 @@ def economize_peer(args: argparse.Namespace) -> Peer:
             return False
 
         result = model.decode(torch.tensor(ids), tokens, stop=watch)
-        if rest := result.tokens[seen - len(ids) :].tolist():  # it does not ask after the last ones
+        if rest := result.tokens[seen - len(ids) :].tolist():  # it does not call `stop` after the last tokens
             out(rest)
 
     return Peer(facts, generate, None)
 
 
 def llamacpp_peer(args: argparse.Namespace) -> Peer:
+    """llama.cpp on the model's GGUF file, requantised if asked for."""
     import ctypes
 
     import llama_cpp
@@ -187,6 +190,7 @@ def requantised(args: argparse.Namespace) -> Path:
 
 
 def openvino_peer(args: argparse.Namespace) -> Peer:
+    """OpenVINO GenAI on the model's GGUF file."""
     import numpy as np
     import openvino
     import openvino_genai
@@ -245,7 +249,7 @@ def hugging_face(args: argparse.Namespace) -> Any:
 
 
 def streamed(generate: Callable[..., Any], options: dict[str, Any]) -> Callable[[list[int], int, Out], None]:
-    """`generate` of the transformers kind, with its streamer as `out`."""
+    """Call a `generate` of the transformers kind, and hand what it streams to `out`."""
     import torch
 
     class Streamer:
@@ -276,6 +280,7 @@ def streamed(generate: Callable[..., Any], options: dict[str, Any]) -> Callable[
 
 
 def torch_score(model: Any) -> Callable[[list[int]], list[float]]:
+    """`Peer.score` of a transformers model."""
     import torch
 
     @torch.inference_mode()
@@ -294,6 +299,7 @@ def nll(logits: Any, ids: list[int]) -> list[float]:
 
 
 def torch_facts(model: Any, way: str, library: str, plain: bool) -> dict[str, Any]:
+    """`Peer.facts` of a transformers model. `plain`: every token reads all weights once."""
     head = model.get_output_embeddings()
     return {
         "versions": versions(*dict.fromkeys((library, "transformers", "torch"))),
@@ -325,23 +331,25 @@ def gguf_facts(path: Path) -> dict[str, Any]:
 
     tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     head = tensors.get("output.weight", tensors["token_embd.weight"])
-    read = [one for name, one in tensors.items() if name != "token_embd.weight" or one is head]
+    read = [tensor for name, tensor in tensors.items() if name != "token_embd.weight" or tensor is head]
     sizes: dict[str, int] = {}
-    for one in read:
-        if one is not head:
-            sizes[one.tensor_type.name] = sizes.get(one.tensor_type.name, 0) + int(one.n_bytes)
+    for tensor in read:
+        if tensor is not head:
+            sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
     return {
         "weights": " + ".join(name for name in sorted(sizes, key=lambda name: -sizes[name]) if name != "F32"),
         "head": head.tensor_type.name,
-        "weight_bytes": sum(int(one.n_bytes) for one in read),
+        "weight_bytes": sum(int(tensor.n_bytes) for tensor in read),
     }
 
 
 def versions(*packages: str) -> dict[str, str]:
+    """The packages' installed versions."""
     return {package: version(package) for package in packages}
 
 
 def answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
+    """The peer's answer to a request, with its times in seconds."""
     if request["op"] == "score":
         if peer.score is None:
             return {"error": "this peer gives no logits"}
@@ -374,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--verify", action="store_true", help="offramp: with the exits that draft")
     parser.add_argument("--compiled", action="store_true", help="transformers: static cache and torch.compile")
-    parser.add_argument("--layer", type=int, default=10, help="block after which drafts leave, or from which CALM may")
+    parser.add_argument("--layer", type=int, default=10, help="drafts leave after this block; CALM may leave from it on")
     parser.add_argument("--way", choices=("draft", "calm"), default="draft", help="economize: which technique")
     parser.add_argument("--requantise", help="a GGUF format, such as Q8_0, made from --model by llama.cpp")
     parser.add_argument("--work", default="build/bench", help="folder for what --requantise makes")

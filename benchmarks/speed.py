@@ -1,12 +1,12 @@
-"""How fast is decoding, beside other libraries on the same machine, the same model and the same prompts?
+"""How fast is decoding beside other libraries, on the same machine, model and prompts?
 
     make bench    or    .venv/bin/python benchmarks/speed.py [--peers a,b] [--ours int8] [--rounds 3] [--tokens 64]
                                                              [--model NAME]
 
 Every peer is a worker process (`benchmarks/peers.py`) in an environment of its own under build/bench, made from
-`benchmarks/requirements/`; those that need only our dependencies share .venv. All are loaded and warmed up, then take
-turns: prompt by prompt, one computing at a time, so that a slow minute of the machine meets all of them. A ratio is of
-tokens a second within one round, ours over theirs; the table gives the median of the rounds, the lowest and the highest.
+`benchmarks/requirements/`; those that need only our dependencies share .venv. All are loaded and warmed up. Then they take
+turns, prompt by prompt, and one computes at a time, so that a slow minute of the machine affects all of them. A ratio is
+our tokens a second over a peer's, within one round. The table gives the median of the rounds, the lowest and the highest.
 
 Prints the table in Markdown and writes everything to build/bench/speed.json. A peer that cannot be installed or run gets
 a row with the reason.
@@ -83,7 +83,7 @@ class Failed(Exception):
 
 
 def paths_of(model: str) -> dict[str, str]:
-    """What workers are given for a model: its name, its safetensors folder and, where it comes in one, its GGUF file."""
+    """What a worker may load for a model: its `name`, its safetensors `folder`, and its `gguf` file if it has one."""
     paths = {"name": model, "folder": str(resolve(model).path)}
     wheel = ALIASES.get(model)
     if isinstance(wheel, Wheel):
@@ -105,15 +105,17 @@ def chat_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def ours(dtype: str) -> str:
+    """The name of offramp's row in this format."""
     return f"offramp-{dtype}"
 
 
 def entry(name: str) -> Entry:
+    """The entry of a peer, or of offramp in a format."""
     return ENTRIES.get(name) or Entry("", "name", ("offramp", "--dtype", name.removeprefix("offramp-")))
 
 
 def interpreter(environment: str) -> str:
-    """The environment's Python, installed first where its requirements are new. Raises `Failed` with pip's last words."""
+    """The environment's Python. Installs the environment if its requirements changed. Raises `Failed` if pip fails."""
     if not environment:
         return sys.executable
     folder, wanted = WORK / environment, HERE / "requirements" / f"{environment}.txt"
@@ -132,18 +134,19 @@ def interpreter(environment: str) -> str:
 
 
 def last_words(log: Path) -> str:
+    """The log's last line that names an error, or else its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines or ["no reason given"])[-1][:200]
 
 
 class Worker:
-    """A peer's process. Raises `Failed` when it does not start, dies, is silent for `LIMIT` seconds or says so."""
+    """A peer's process. Raises `Failed` if it does not start, dies, reports an error, or is silent for `LIMIT` s."""
 
     def __init__(self, name: str, paths: dict[str, str], threads: int) -> None:
-        one = entry(name)
+        peer = entry(name)
         self.log = WORK / f"{name}.log"
-        command = [interpreter(one.environment), str(HERE / "peers.py"), *one.options, "--model", paths[one.weights]]
+        command = [interpreter(peer.environment), str(HERE / "peers.py"), *peer.options, "--model", paths[peer.weights]]
         settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -157,6 +160,7 @@ class Worker:
         self.facts: dict[str, Any] = self._read()["ready"]
 
     def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and return the answer."""
         assert self.process.stdin
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
@@ -165,6 +169,7 @@ class Worker:
         return self._read()
 
     def close(self) -> None:
+        """End the process."""
         self.process.kill()
         self.process.wait()
 
@@ -176,15 +181,15 @@ class Worker:
         line = self.process.stdout.readline()
         if not line:
             raise Failed(f"stopped: {last_words(self.log)}")
-        said: dict[str, Any] = json.loads(line)
-        if "error" in said:
-            raise Failed(said["error"].splitlines()[0][:200])
-        return said
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise Failed(answer["error"].splitlines()[0][:200])
+        return answer
 
 
 @dataclass
 class Row:
-    """What is known of a peer: its worker, its runs as round → prompt → answer, or why there are none."""
+    """What is known of a peer: its worker, its answers `runs[round][prompt]`, or the reason why it failed."""
 
     name: str
     worker: Worker | None = None
@@ -193,7 +198,7 @@ class Row:
     failure: str | None = None
 
     def attempt(self, step: Any) -> None:
-        """Run `step` for this peer; when it fails, keep the reason and leave the peer out from then on."""
+        """Run `step` for this peer. If it fails, keep the reason, and skip this peer from then on."""
         if self.failure is None:
             try:
                 step(self)
@@ -204,7 +209,7 @@ class Row:
                     self.worker.close()
 
     def speeds(self) -> list[float]:
-        """Decoded tokens a second, one number a round."""
+        """Decoded tokens a second, one number for each round."""
         return [
             sum(run["decode_tokens"] for run in runs) / sum(run["decode_seconds"] for run in runs) for runs in self.runs
         ]
@@ -215,13 +220,14 @@ class Row:
 
 
 def total(runs: list[dict[str, Any]], key: str) -> float:
+    """The sum of one number of all runs."""
     return float(sum(run[key] for run in runs))
 
 
 def measure(
     rows: list[Row], paths: dict[str, str], prompts: list[list[int]], text: list[int], args: argparse.Namespace
 ) -> None:
-    """Start all workers, warm each up on every prompt, then let them take turns; fills in the rows."""
+    """Fill in the rows: start all workers, warm each up on every prompt, then let them take turns."""
 
     def start(row: Row) -> None:
         began = time.perf_counter()
@@ -261,7 +267,7 @@ NUMBERS = 200_000_000  # float32, 800 MB: more than any cache holds
 
 
 def read_bandwidth(threads: int) -> float:
-    """GB/s at which `threads` threads read memory: the best of five sums over `NUMBERS` numbers."""
+    """The bandwidth in GB/s at which `threads` threads read memory: the best of five sums over `NUMBERS` numbers."""
     torch.set_num_threads(threads)
     numbers = torch.ones(NUMBERS)
     times = []
@@ -273,6 +279,7 @@ def read_bandwidth(threads: int) -> float:
 
 
 def machine(threads: int, bandwidth: float, rows: list[Row]) -> str:
+    """The machine and the packages' versions in one line; `bandwidth` in GB/s."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     known: dict[str, str] = {}
     for row in rows:
@@ -286,15 +293,15 @@ def machine(threads: int, bandwidth: float, rows: list[Row]) -> str:
 
 
 def figures(row: Row, own: list[Row], lengths: list[int]) -> dict[str, Any]:
-    """The row's numbers; ratios are ours / theirs, round by round."""
+    """The row's numbers. Ratios are the speeds of each row of `own` over this row's, round by round."""
     if row.failure is not None or row.worker is None:
         return {"peer": row.name, "failure": row.failure}
     speed = median(row.speeds())
     weight_bytes = row.worker.facts["weight_bytes"]
     ratios = {
-        one.name: [mine / theirs for mine, theirs in zip(one.speeds(), row.speeds(), strict=True)]
-        for one in own
-        if one.failure is None and one is not row
+        own_row.name: [speed / row_speed for speed, row_speed in zip(own_row.speeds(), row.speeds(), strict=True)]
+        for own_row in own
+        if own_row.failure is None and own_row is not row
     }
     return {
         "peer": row.name,
@@ -311,6 +318,8 @@ def figures(row: Row, own: list[Row], lengths: list[int]) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]], own: list[Row]) -> str:
+    """The results as a Markdown table."""
+
     def cells(result: dict[str, Any]) -> list[str]:
         if "failure" in result:
             return [result["peer"], f"failed: {result['failure']}"]
@@ -322,12 +331,12 @@ def table(results: list[dict[str, Any]], own: list[Row]) -> str:
             result["head"],
             f"{result['tokens_per_second']:.1f}",
             f"{result['ms_per_token']:.1f}",
-            *(spread(result["ratios"].get(one.name)) for one in own),
+            *(spread(result["ratios"].get(own_row.name)) for own_row in own),
             f"{result['prefill_tokens_per_second']:.0f}",
             *optional,
         ]
 
-    ratio = [f"{one.name} / it: median (lowest–highest)" for one in own]
+    ratio = [f"{own_row.name} / it: median (lowest–highest)" for own_row in own]
     titles = [
         "peer",
         "weights",
@@ -345,14 +354,15 @@ def table(results: list[dict[str, Any]], own: list[Row]) -> str:
 
 
 def spread(ratios: list[float] | None) -> str:
+    """The median, with the lowest and the highest in brackets."""
     return f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if ratios else "–"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", default=",".join(ENTRIES), help=f"some of {', '.join(ENTRIES)}")
+    parser.add_argument("--peers", default=",".join(ENTRIES), help=f"peers, by comma: {', '.join(ENTRIES)}")
     parser.add_argument("--ours", default=",".join(FORMATS), help="formats to run offramp in, and to take ratios of")
-    parser.add_argument("--model", default=MODEL, help="peers that need its GGUF file can only run the default")
+    parser.add_argument("--model", default=MODEL, help="peers that need a GGUF file can only run the default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())

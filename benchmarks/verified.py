@@ -1,11 +1,12 @@
-"""Are verified answers full depth's own? On a model, or on random tiny models of every family.
+"""Are verified answers equal to full depth's? Checks a model, or random tiny models of every family.
 
     .venv/bin/python benchmarks/verified.py TruthfulQA.csv [--model smollm2] [--dtype float32] [--engine native]
     .venv/bin/python benchmarks/verified.py --tiny [--count 200]
 
-Every question is answered at full depth and with `--fill verify`, and answers that differ are listed with how far apart the
-two best logits lie where they first do: in float32 only ties may differ, on the compiled path nothing may. `--engine` names
-the path that the blocks run on: native (compiled), torch (the same on torch's operators) or library (its own blocks).
+Every question is answered at full depth and with `--fill verify`. For answers that differ, the script prints how far apart
+the two best logits are at the first token that differs. In float32, only ties may differ; on the compiled path, nothing
+may. `--engine` names the path that the blocks run on: native (compiled), torch (the same on torch's operators) or library
+(the library's own blocks).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 
 def compare(backbone: Backbone, exits: Exits, policy: Policy | None, prompts: list[list[int]], tokens: int) -> str:
-    """Answers each prompt both ways; a line on what differed, what stood and what was taken back."""
+    """Answer each prompt both ways, and say in a line how many answers differ, and how many drafts stood."""
     full, engine = Engine(backbone), Engine(backbone, exits, policy, "verify")
     gaps, stood, rejected, count, passes = [], 0, 0, 0, 0
     for ids in prompts:
@@ -37,7 +38,7 @@ def compare(backbone: Backbone, exits: Exits, policy: Policy | None, prompts: li
         stood += sum(token.exit_block < backbone.n_blocks for token in answer.tokens)
         rejected, passes, count = rejected + end.rejected, passes + end.deep_passes, count + len(answer.tokens)
         if answer.ids != whole.ids:
-            place = next(at for at, two in enumerate(zip(answer.ids, whole.ids, strict=False)) if two[0] != two[1])
+            place = next(at for at, (our, full_id) in enumerate(zip(answer.ids, whole.ids, strict=False)) if our != full_id)
             with torch.inference_mode():
                 best = backbone.forward(torch.tensor([ids + whole.ids[:place]]))[0, -1].topk(2).values
             gaps.append(float(best[0] - best[1]))
@@ -50,6 +51,7 @@ def compare(backbone: Backbone, exits: Exits, policy: Policy | None, prompts: li
 
 
 def tiny_models(count: int) -> None:
+    """Compare on `count` prompts for a random tiny model of each family."""
     sys.path.insert(0, str(TESTS))
     helpers, models = import_module("helpers"), import_module("models")
     for family in models.VARIANTS:

@@ -5,12 +5,13 @@ corpus.py     documents → tokenizer → tokens for training, validation and te
 answers.py    a larger model's answers to questions, as more text
 forward.py    the model's forward pass and loss for training: start here
 train.py      plain training, and training for early exits
-baselines.py  what a 5-gram model and xz make of the same text
+baselines.py  how well a 5-gram model and xz predict the same text
 evaluate.py   bits per byte at every depth, samples
 """
 
 import os
 
-# GNU's OpenMP has a thread wait about six milliseconds at full speed for one that another program keeps from running,
-# hundreds of times a step, before it yields. It reads this when torch is first imported.
+# A thread of GNU's OpenMP waits at full speed for the others. Where another program keeps one of them from running, it
+# waits about six milliseconds before it yields, hundreds of times a step. This variable shortens the wait. OpenMP reads it
+# when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")

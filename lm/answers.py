@@ -2,7 +2,7 @@
 
     python -m lm.answers smollm2 trivia.jsonl --count 10000 -o answers.jsonl
 
-The questions of lowest hash are answered. After an interruption, the same command goes on where it stopped.
+It answers the `--count` questions of lowest hash. After an interruption, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ BATCH = 64
 
 
 def questions_of(files: list[Path], count: int) -> list[str]:
-    """`count` of the files' questions: those of lowest hash, none twice."""
+    """The `count` questions of lowest hash in the files, each once."""
     questions = {document.question for file in files for document in read_source(file).documents if document.question}
     return sorted(questions, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
 
 
 @torch.inference_mode()
 def answers(backbone: Any, questions: list[str], tokens: int) -> list[str]:
-    """The model's greedy answers, each cut after its last whole sentence; empty where none is whole."""
+    """The model's greedy answers, each cut after its last whole sentence; empty if an answer has none."""
     tokenizer = backbone.tokenizer
     prompts = [backbone.prompts.encode(question) for question in questions]
     longest = max(map(len, prompts))
@@ -51,7 +51,7 @@ def whole_sentences(text: str) -> str:
 
 
 def batches(questions: list[str]) -> Iterator[list[str]]:
-    """Batches of questions of about the same length, so that little is padded."""
+    """Batches of questions of about the same length, which need little padding."""
     for start in range(0, len(questions), 16 * BATCH):
         by_length = sorted(questions[start : start + 16 * BATCH], key=len)
         yield from (by_length[at : at + BATCH] for at in range(0, len(by_length), BATCH))

@@ -1,9 +1,9 @@
-"""The mean of the weights of models that were trained one from another (arXiv 2203.05482).
+"""Average the weights of models, each trained from the one before (arXiv 2203.05482).
 
     python -m lm.average MODEL MODEL [...] -o MEAN
 
-The mean is often better than each of them: every training ends in another place around the same minimum, and the loss in
-the middle is lower. Everything but the weights is the last model's; `training.json` keeps the records of all.
+The mean is often better than each model: every training ends in another place around the same minimum, and the loss in the
+middle is lower. Everything but the weights comes from the last model. `training.json` keeps the records of all models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from offramp.errors import BadInput, OfframpError
 
 
 def average(folders: list[Path], out: Path, command: str = "") -> dict[str, Any]:
-    """Save the mean of the models' weights, and return its record. Raises `BadInput` for models of different shapes."""
+    """Save the mean of the models' weights in `out`, and return its record.
+
+    Raises `BadInput` for a folder without a training record, and for models of different shapes.
+    """
     records = []
     for folder in folders:
         try:

@@ -1,9 +1,9 @@
-"""What simpler models make of the same text: a 5-gram model over the same tokens, and xz.
+"""How well do simpler models predict the same text? A 5-gram model over the same tokens, and xz.
 
     python -m lm.baselines CORPUS
 
 Both learn from the training split and are measured on the test split, in bits per byte of its UTF-8 text. A language model
-of a corpus must predict the end of every document too. The bits of these ends are counted, though they stand for no byte.
+of a corpus must predict the end of every document too. The bits of these ends count, although they stand for no byte.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class KneserNey:
         return p
 
     def bits(self, tokens: Tokens) -> float:
-        """−log2 of the probability of all tokens, the first after `end`."""
+        """−log2 of the probability of all tokens together; the first one follows `end`."""
         return float(-np.log2(self.probabilities(self._windows(tokens, self.order))).sum())
 
     def _windows(self, tokens: Tokens, order: int) -> Tokens:
@@ -86,15 +86,15 @@ class _Level:
         self._passed_on = np.add.reduceat(discounts, starts) / totals
 
     def interpolate(self, grams: Grams, below: Floats) -> Floats:
-        """The probabilities of this order, from those of the order below, which are also those of a new context."""
+        """The probabilities (n,) of this order, from those of the order below, which a new context keeps."""
         share = _look_up(self._contexts, self._passed_on, grams >> self._bits, 1.0)
         return _look_up(self._grams, self._left, grams, 0.0) + share * below
 
 
 def modified_discounts(counts: npt.NDArray[np.int64]) -> Floats:
-    """The discounts of a count of 0, 1, 2, and 3 or more, (4,): a function of how many n-grams have the counts 1 to 4."""
+    """The discounts (4,) of a count of 0, 1, 2, and 3 or more. They depend on how many n-grams have the counts 1 to 4."""
     n = [int((counts == count).sum()) for count in range(1, 5)]
-    fallback = np.array([0.0, 0.5, 1.0, 1.5])  # if no n-gram has one of the counts: a small text, a full level
+    fallback = np.array([0.0, 0.5, 1.0, 1.5])  # for a small text or a full level, in which one of the counts does not occur
     if not all(n):
         return fallback
     y = n[0] / (n[0] + 2 * n[1])
@@ -103,7 +103,7 @@ def modified_discounts(counts: npt.NDArray[np.int64]) -> Floats:
 
 
 def _look_up(keys: Grams, values: Floats, wanted: Grams, otherwise: float) -> Floats:
-    """The values of the wanted keys; `otherwise` for a key that is missing. The keys rise."""
+    """The values of the wanted keys; `otherwise` for a key that is missing. The keys are sorted."""
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     looked_up: Floats = np.where(keys[at] == wanted, values[at], otherwise)
     return looked_up

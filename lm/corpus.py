@@ -1,10 +1,10 @@
-"""Text → a tokenizer, and tokens for training, validation and test, without the questions that models are tested on.
+"""Turn text into a tokenizer and tokens for training, validation and test, without the questions models are tested on.
 
     python -m lm.corpus -o CORPUS --text books.txt.xz trivia.jsonl wn.dict.dz --exclude TruthfulQA.csv coqa.json
 
 The unit that is held out is a document: a question with its answer, a dictionary's entry, or a contiguous piece of about
-20 kB of a book, so that the books are in all splits. Which split a document is in depends on its own hash only (that of
-its question, where it has one), so it stays there when other text is added. Afterwards, CORPUS holds
+20 kB of a book, so that the books are in all splits. A document's own hash (that of its question, where it has one) decides
+which split it is in, so it stays there when other text is added. Afterwards, CORPUS holds
 
     {train,valid,test}.npy   uint16 tokens, every document ended by <|endoftext|>
     {train,valid,test}.txt   the same documents in UTF-8, a form feed after each
@@ -45,7 +45,7 @@ from offramp.files import write_atomically
 
 END = "<|endoftext|>"
 Tokens = npt.NDArray[np.uint16]
-Lengths = npt.NDArray[np.int64]  # of pieces, in bytes
+Lengths = npt.NDArray[np.int64]  # bytes of each piece
 # Questions as the model sees them in its training text (see `question_and_answer`).
 CHAT = (
     "{{ bos_token }}{% for message in messages %}"
@@ -53,19 +53,19 @@ CHAT = (
     "{% else %} {{ message['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 SPLITS = ("train", "valid", "test")
-HELD = 0.01  # of the documents, for validation and again for test
+HELD = 0.01  # share of the documents for validation; test gets the same share
 # Words with the space before them, single digits, and punctuation with the line breaks after it.
 _PRE_TOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s*\n+|\s+(?!\S)|\s+"
 
 
 def splits(documents: list[Document]) -> list[str]:
-    """For each document the name of its split."""
+    """The name of each document's split."""
     keys = [letters_of(document.question) if document.question else document.text for document in documents]
     places = list(map(hash_share, keys))
     names = ["test" if place < HELD else "valid" if place < 2 * HELD else "train" for place in places]
     if len(documents) >= len(SPLITS) and not any(document.question for document in documents):
         for index, name in zip(np.argsort(places), ("test", "valid"), strict=False):
-            if name not in names:  # a source of few pieces is tested too
+            if name not in names:  # so that a source of few pieces is tested too
                 names[index] = name
     return names
 
@@ -100,13 +100,13 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
-    made.chat_template = CHAT
-    return made
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
+    wrapped.chat_template = CHAT
+    return wrapped
 
 
 def piece_bytes(tokenizer: Any) -> Lengths:
-    """How many bytes of text each piece stands for, (V,); none for `END`."""
+    """How many bytes of text each piece stands for, (V,); 0 for `END`."""
     # Byte-level pieces are written with one character a byte.
     names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     return np.array([0 if name == END else len(name) for name in names], dtype=np.int64)
@@ -132,7 +132,10 @@ def build(
     dictionary_share: float = 0.15,
     command: str = "",
 ) -> dict[str, Any]:
-    """Make the corpus in `folder` and return its record. With `tokenizer_of`, that folder's tokenizer is used."""
+    """Make the corpus in `folder` and return its record. With `tokenizer_of`, that folder's tokenizer is used.
+
+    Raises `BadInput` for files that cannot be read, and where no text is left to train on.
+    """
     tests = {path.name: questions_in(path) for path in excluding}
     excluded = Excluded(question for questions in tests.values() for question in questions)
     sources = [read_source(path) for path in texts] + [read_hub(name) for name in hub]
@@ -146,7 +149,7 @@ def build(
     if tokenizer_of:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     else:
-        # A third of every source is enough.
+        # A third of each source is enough to train a tokenizer.
         joined = ["\n\n".join(parts["train"]) for parts in split]
         sample = [text[at : at + PIECE] for text in joined for at in range(0, len(text), 3 * PIECE)]
         tokenizer = train_tokenizer(sample, vocabulary)
@@ -171,11 +174,11 @@ def build(
 def _write_split(
     folder: Path, name: str, tokenizer: Any, texts: list[list[str]], records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Write one split, from each source's texts, and note its size in each source's record. Returns its sizes in all."""
+    """Write one split from each source's texts, and note each source's size in its record. Returns the total sizes."""
     lengths, rows = piece_bytes(tokenizer), []
     for record, documents in zip(records, texts, strict=True):
         row = encode(tokenizer, documents)
-        # The pieces must be the text again, byte for byte: bits per byte would be wrong otherwise.
+        # The pieces must give back the text, byte for byte, or bits per byte would be wrong.
         size = sum(len(text.encode()) for text in documents)
         if int(lengths[row].sum()) != size:
             raise BadInput(f"The tokenizer does not keep the text of {record['name']}.", "Use a byte-level one.")

@@ -1,4 +1,4 @@
-"""Text files → documents: cleaned, without the questions that models are tested on, dictionaries limited to a share."""
+"""Turn text files into clean documents, without the questions models are tested on, and with few dictionary entries."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from typing import Any
 from offramp.errors import BadInput
 
 PIECE = 20_000  # bytes of a book that are held out together
-SHORTEST = 5  # words from which a question is looked for within other text
+SHORTEST = 5  # the fewest words of a question that is searched for within other text
 
 
 @dataclass(frozen=True)
 class Document:
     """A text that is in one split as a whole.
 
-    question: the question that it answers, if it is an answer. follows: it goes on where the document before it stopped.
-    capped: it is of a dictionary, and dictionaries together get a limited share.
+    question: the question that it answers, if it is an answer. follows: whether it goes on where the document before it
+    stopped. capped: whether it is a dictionary's entry; dictionaries together get a limited share.
     """
 
     text: str
@@ -90,7 +90,10 @@ class Excluded:
 
 
 def questions_in(path: Path) -> list[str]:
-    """The questions of an evaluation file: TruthfulQA's CSV, CoQA's JSON, or JSON lines with `question`."""
+    """The questions of an evaluation file: TruthfulQA's CSV, CoQA's JSON, or JSON lines with `question`.
+
+    Raises `BadInput` for any other file.
+    """
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8", newline="") as stream:
@@ -98,14 +101,15 @@ def questions_in(path: Path) -> list[str]:
         if path.suffix == ".json":
             stories = json.loads(path.read_text())["data"]
             turns = [turn for story in stories for turn in story["questions"]]
-            return [turn if isinstance(turn, str) else turn["input_text"] for turn in turns]  # as on the hub, or officially
+            # A turn is a string on the hub, and a record in the official file.
+            return [turn if isinstance(turn, str) else turn["input_text"] for turn in turns]
         return [json.loads(line)["question"] for line in path.read_text().split("\n") if line.strip()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not a file of questions ({type(error).__name__}: {error}).") from error
 
 
 def read_source(path: Path) -> Source:
-    """The cleaned documents of a file. The file's name tells its kind."""
+    """The cleaned documents of a file, whose name tells its kind. Raises `BadInput` if it cannot be read as text."""
     try:
         raw = path.read_bytes()
         digest = hashlib.sha256(raw).hexdigest()
@@ -202,8 +206,8 @@ def pieces(text: str) -> Iterator[Document]:
 
 
 def entries(text: str) -> Iterator[Document]:
-    """The entries of a dictd dictionary: headwords at the start of a line, what they mean indented below."""
-    # Markup of references, synonyms and sources; some lines are broken within a reference, and lose their indent.
+    """The entries of a dictd dictionary: each headword starts a line, and its meaning is indented below."""
+    # Markup of references, synonyms and sources goes. Some lines break within a reference; they are joined first.
     text = re.sub(r"\{([^{}]*)\}", lambda match: " ".join(match[1].split()), text)
     text = re.sub(r"\s*\[(?:syn|ant|also|WordNet|1913|Jargon)[^\]]*\]", "", text)
     for entry in re.findall(r"^(\S.*\n(?:\S.*\n)*(?:(?:[ \t].*)?\n)+)", text, re.MULTILINE):
@@ -214,7 +218,7 @@ def entries(text: str) -> Iterator[Document]:
 
 
 def exclude(source: Source, excluded: Excluded) -> None:
-    """Drop excluded questions, documents and paragraphs that hold one, and documents that are there twice."""
+    """Drop documents and paragraphs that hold an excluded question, and repeated documents."""
     kept: list[Document] = []
     seen: set[str] = set()
     for document in source.documents:
@@ -238,14 +242,14 @@ def exclude(source: Source, excluded: Excluded) -> None:
 
 def cap(sources: list[Source], share: float) -> None:
     """Drop the dictionaries' entries of highest hash, until entries are at most this share of all bytes."""
-    sizes = {True: 0, False: 0}  # bytes of documents that are capped, and of the others
+    sizes = {True: 0, False: 0}  # bytes of capped documents, and of all others
     for source in sources:
         for document in source.documents:
             sizes[document.capped] += len(document.text.encode())
     keep = share / (1 - share) * sizes[False] / sizes[True] if sizes[True] else 1.0
     if keep < 1:
         for source in sources:
-            # Not the hash that decides on the split: its lowest values are the held-out documents.
+            # This hash must differ from the split's, whose lowest values are the held-out documents.
             kept = [
                 document
                 for document in source.documents
@@ -257,5 +261,5 @@ def cap(sources: list[Source], share: float) -> None:
 
 
 def hash_share(text: str) -> float:
-    """The text's hash as a number from 0 to 1."""
+    """The text's hash as a number from 0 (included) to 1 (excluded)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

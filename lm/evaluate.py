@@ -3,12 +3,12 @@
     python -m lm.evaluate MODEL CORPUS [--read-out-steps 600] [--samples FILE.md]
 
 Every test token is predicted with at least 1,024 tokens before it (fewer only at the text's start): the first half of a
-window of 2,048 is context. After each block, the model's own final norm and head read the hidden state out. They are
-trained for the last block only; `--read-out-steps` trains a read-out for the middle of the model, to see what half the
-depth knows.
+window of 2,048 is context. After each block, the model's own final norm and head read the hidden state out. They were
+trained for the last block only. `--read-out-steps` trains a read-out for the middle of the model, which shows how well half
+the depth can predict.
 
-Samples are the first that the seed gives, without selection: half answer questions of offramp's own list of prompts, half
-begin with nothing.
+Samples are the first that the seed gives, without selection. Half of them answer questions of offramp's own list of
+prompts; the other half have an empty prompt.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def train_read_out(forward: Forward, tokens: Tokens, block: int, steps: int, set
 
 
 def at_depth(forward: Forward, ids: Tensor, block: int) -> Tensor:
-    """The hidden state (B, T, D) after `block` blocks; deeper blocks are not run."""
+    """The hidden state (B, T, D) after `block` blocks. Deeper blocks do not run. Raises `ValueError` if there are fewer."""
     for blocks_run, h in enumerate(forward.states(ids), start=1):
         if blocks_run == block:
             return h
@@ -99,8 +99,8 @@ def at_depth(forward: Forward, ids: Tensor, block: int) -> Tensor:
 class Depths:
     """How good the read-out is after each block.
 
-    bits: bits per byte. agreement: how often its likeliest piece is that after the last block. trained: both, for the
-    trained read-out.
+    bits: bits per byte. agreement: how often the likeliest piece is the same as after the last block. trained: bits and
+    agreement of the trained read-out.
     """
 
     bits: list[float]
@@ -110,7 +110,7 @@ class Depths:
 
 @torch.no_grad()
 def depths(forward: Forward, tokens: Tokens, lengths: Lengths, block: int = 0, read_out: ReadOut | None = None) -> Depths:
-    """Measure the read-outs over all tokens; if `read_out` is given, that too, after `block` blocks."""
+    """Measure over all tokens the read-out after each block, and `read_out`, if it is given, after `block` blocks."""
     rows, counted = windows(tokens)
     size = int(lengths[rows[:, 1:]][counted].sum())
     blocks = len(forward.model.backbone.layers)
@@ -139,7 +139,7 @@ class Sample:
 def samples(
     model: Any, tokenizer: Any, questions: list[str], count: int = 20, most: int = 120, seed: int = 0
 ) -> list[Sample]:
-    """`count` samples at temperature 0.8 and top-p 0.95: half answer some of the questions, half begin with nothing."""
+    """`count` samples at temperature 0.8 and top-p 0.95: half answer questions, half have an empty prompt."""
     chosen = sorted(np.random.default_rng(seed).permutation(len(questions))[: count // 2].tolist())
     prompts = [END + question_and_answer(questions[index]) for index in chosen] + [END] * (count - len(chosen))
     out = []

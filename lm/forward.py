@@ -1,4 +1,4 @@
-"""The forward pass of a `Mamba2ForCausalLM` for training on CPUs: the library's parameters, none of its code.
+"""The forward pass of a `Mamba2ForCausalLM` for training on CPUs. It uses the library's parameters and none of its code.
 
 Mamba-2: Dao and Gu, arXiv 2405.21060. One group (B and C are shared by all heads), no biases but the convolution's.
 
@@ -24,7 +24,7 @@ class Forward:
     """Hidden states of the library's model, with gradients to its parameters.
 
     compiled: torch.compile fuses the elementwise work between matrix products, once for all blocks and each input shape.
-    dtype: of the operands of matrix products.
+    dtype: the dtype of the operands of matrix products.
     """
 
     def __init__(self, model: Any, compiled: bool = False, dtype: torch.dtype = torch.float32) -> None:
@@ -47,7 +47,7 @@ class Forward:
         """What a block adds to its input h (B, T, D): norm, then Mamba-2's mixer from an empty state."""
         mixer, tokens = block.mixer, h.shape[1]
         inner, heads = mixer.intermediate_size, mixer.num_heads
-        taps = mixer.conv1d.weight[:, 0].T.contiguous()  # (W, C): rows, since strided reads are several times slower
+        taps = mixer.conv1d.weight[:, 0].T.contiguous()  # (W, C), contiguous, since strided reads are several times slower
         before = len(taps) - 1
         # The convolution reads zeros before the first token: without biases, the projection of zeros is zeros. Zeros after
         # the last token fill its chunk, and no token sees them.
@@ -71,7 +71,7 @@ class Forward:
         return h
 
     def read(self, h: Tensor) -> Tensor:
-        """h (B, T, D) → the model's final norm of it, which the head is multiplied with."""
+        """The model's final norm of h (B, T, D), which the head is multiplied with."""
         norm = self.model.backbone.norm_f
         scale: Tensor = norm.weight
         return rms_norm(h, norm.variance_epsilon, h.dtype) * scale
@@ -152,15 +152,18 @@ class Convolution(torch.autograd.Function):
 
 
 def preactivation(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """The convolution before its SiLU: x (B, W − 1 + T, C) → (B, T, C)."""
     tokens = x.shape[1] - len(taps) + 1
     return sum(x[:, tap : tap + tokens] * taps[tap] for tap in range(len(taps))) + bias
 
 
 def convolve(x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """The convolution and its SiLU: x (B, W − 1 + T, C) → (B, T, C)."""
     return F.silu(preactivation(x, taps, bias)).to(x.dtype)
 
 
 def activation_gradient(grad: Tensor, x: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    """The gradient before the SiLU from that after it, grad (B, T, C) → (B, T, C)."""
     y = preactivation(x, taps, bias)
     gate = torch.sigmoid(y)
     return (grad * gate * (1 + y * (1 - gate))).to(x.dtype)
@@ -178,6 +181,7 @@ def convolution_gradients(grad: Tensor, x: Tensor, taps: Tensor) -> tuple[Tensor
 
 
 def rms_norm(x: Tensor, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """x / √(mean x² + ε) over the last dim, in `dtype`."""
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)).to(dtype)
 
 
@@ -206,14 +210,14 @@ def chunked_scan(xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, dims: int, size:
     chunks, inner = tokens // CHUNK, heads * dims
     x, B, C = xBC.reshape(batch * chunks, CHUNK, -1).split([inner, size, size], dim=-1)
     dt = dt.reshape(batch * chunks, CHUNK, heads).float()
-    total = torch.cumsum(dt * A, dim=1)  # (M, Q, H): log of the decay from the chunk's start up to and with t
+    total = torch.cumsum(dt * A, dim=1)  # (M, Q, H): log of the decay from the chunk's start up to and including t
     t_total, t_dt = total.transpose(1, 2), dt.transpose(1, 2)  # (M, H, Q)
 
     by_head, product = x.unflatten(2, (heads, dims)).transpose(1, 2), torch.bmm(C, B.transpose(1, 2))
     own: Tensor = Within.apply(by_head, product, t_total, t_dt)  # type: ignore[no-untyped-call]
     own = own.transpose(1, 2)  # (M, Q, H, P)
 
-    left = (torch.exp(total[:, -1:] - total) * dt)[..., None]  # from after t to the chunk's end
+    left = (torch.exp(total[:, -1:] - total) * dt)[..., None]  # decay from after t to the chunk's end, times dt
     added = torch.bmm((x.unflatten(2, (heads, dims)) * left).to(x.dtype).flatten(2).transpose(1, 2), B)  # (M, E, N)
     # The state at a chunk's start is what the chunks before it left, decayed by the chunks in between. These decays are a
     # matrix (chunks, chunks) for each head.
@@ -252,7 +256,7 @@ class Within(torch.autograd.Function):
 
 
 def decays(total: Tensor, dt: Tensor) -> Tensor:
-    """(M, H, t, s): dt of token s, times the decay of the tokens after s up to and with t; 0 above the diagonal."""
+    """(M, H, t, s): dt of token s, times the decay of the tokens after s up to and including t; 0 above the diagonal."""
     between = total[..., :, None] - total[..., None, :]
     causal = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=total.device).tril()
     # The mask comes before exp: above the diagonal the exponent is positive and may overflow.

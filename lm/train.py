@@ -8,7 +8,7 @@ CORPUS is a folder made by `python -m lm.corpus`. After an interruption (Ctrl-C)
 the time worked: processor time divided by threads, so that neither pauses nor a busy machine count. The result is a folder
 that transformers' AutoModelForCausalLM loads, in bfloat16.
 
-`--early-exit` is LayerSkip (arXiv 2404.16710): samples skip blocks, deeper ones more often, and every step reads out some
+`--early-exit` is LayerSkip (arXiv 2404.16710): samples skip blocks, deeper blocks more often, and every step reads out some
 of the blocks with the model's own final norm and head. The losses are weighted by depth.
 """
 
@@ -44,7 +44,7 @@ from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, clai
 from offramp.training.tuning import draw_layer_dropout, exit_weights
 
 LARGEST = 16_000_000  # bytes of the weights file
-VALIDATE = 0.05  # of the budget, between two points of the curve
+VALIDATE = 0.05  # share of the budget between two points of the curve
 VALIDATION_TOKENS = 50_000
 CHECKPOINT = 120.0  # seconds between checkpoints
 
@@ -53,12 +53,12 @@ CHECKPOINT = 120.0  # seconds between checkpoints
 class Settings:
     """How a model is trained; the fields are the flags of `python -m lm.train`.
 
-    hours, steps: the budget, in hours of work or in steps. blocks, width, state: the model's shape. batch, length: windows
-    a step, and tokens a window. learning_rate, matrix_rate: the highest rates, of AdamW and of Muon, which trains the
-    blocks' matrices (0: AdamW trains them too). warm_up, decay: the shares of the budget in which the rates rise, and fall
-    to zero. bfloat16: compute matrix products in it, twice as fast on a processor with AMX or AVX-512 BF16.
-    early_exit: use LayerSkip. skip: how often a sample skips the last block. exit_scale: the weight of the exits' losses
-    beside the last block's. every: a step reads out one in so many blocks.
+    hours, steps: the budget, in hours of work or in steps. blocks, width, state: the model's shape. batch: windows of a
+    step. length: tokens of a window. learning_rate: AdamW's highest rate. matrix_rate: the highest rate of Muon, which
+    trains the blocks' matrices; with 0, AdamW trains them too. warm_up, decay: the shares of the budget in which the rates
+    rise, and fall to zero. bfloat16: compute matrix products in bfloat16, which is twice as fast on a processor with AMX or
+    AVX-512 BF16. early_exit: use LayerSkip. skip: how often a sample skips the last block. exit_scale: the weight of the
+    exits' losses beside the last block's. every: a step reads out one block in `every`.
     """
 
     hours: float | None = None
@@ -110,7 +110,10 @@ def new_model(settings: Settings, vocabulary: int, end: int) -> Mamba2ForCausalL
 
 
 def batch_at(tokens: Tokens, step: int, settings: Settings) -> Tensor:
-    """The step's windows, (batch, length + 1). Every epoch cuts the tokens at new places, and shuffles the windows."""
+    """The step's windows of tokens, (batch, length + 1). Raises `BadInput` for too few tokens.
+
+    Every epoch cuts the tokens at new places and shuffles the windows.
+    """
     windows = (len(tokens) - 1) // settings.length - 1
     if windows < settings.batch:
         raise BadInput(f"{len(tokens)} tokens are too few for batches of {settings.batch} × {settings.length}.")
@@ -122,15 +125,15 @@ def batch_at(tokens: Tokens, step: int, settings: Settings) -> Tensor:
     return torch.from_numpy(np.stack([tokens[at : at + settings.length + 1] for at in starts]).astype(np.int64))
 
 
-def schedule(settings: Settings, done: float) -> float:
-    """The rate as a share of the highest: warm-up, constant, linear to zero. `done` is the share of the budget spent."""
-    rise = done / settings.warm_up if settings.warm_up else 1.0
-    fall = (1 - done) / settings.decay if settings.decay else 1.0
+def schedule(settings: Settings, share_spent: float) -> float:
+    """The learning rate as a share of the highest, at this share of the budget: it rises, stays, falls to zero."""
+    rise = share_spent / settings.warm_up if settings.warm_up else 1.0
+    fall = (1 - share_spent) / settings.decay if settings.decay else 1.0
     return max(0.0, min(1.0, rise, fall))
 
 
 def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest."""
+    """AdamW, and Muon (Jordan et al. 2024) for the matrices of the blocks. Raises `BadInput` if torch has no Muon."""
     matrices = [parameter for parameter in model.backbone.layers.parameters() if parameter.ndim == 2]
     if not settings.matrix_rate:
         matrices = []
@@ -138,7 +141,7 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
         raise BadInput(f"torch {torch.__version__} has no Muon.", "Install torch 2.9 or newer, or give --matrix-rate 0.")
     taken = {id(parameter) for parameter in matrices}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    # Only matrices decay: norms, biases, the convolution and the scan's own parameters have scales of their own.
+    # Only matrices get weight decay: the scale of norms, biases, the convolution and the scan's parameters matters.
     groups = [
         {"params": [parameter for parameter in rest if parameter.ndim == 2], "weight_decay": 0.1},
         {"params": [parameter for parameter in rest if parameter.ndim != 2], "weight_decay": 0.0},
@@ -172,7 +175,7 @@ def bits_per_byte(forward: Forward, tokens: Tokens, lengths: Lengths, length: in
     It overestimates, since a window's first tokens have little context; `lm.evaluate` gives every token its context.
     """
     windows = max(1, (len(tokens) - 1) // length)
-    # All batches have one shape: the compiled code is made for one shape.
+    # All batches have the same shape, since the compiled code is made for one.
     batches = max(1, min(windows, VALIDATION_TOKENS // length) // batch)
     starts = np.linspace(0, windows - 1, batches * batch).astype(int) * length
     nats, size = 0.0, 0
@@ -222,7 +225,7 @@ def train(
     loop = Loop(work / "checkpoint", job, Budget(settings.steps, settings.hours), accelerator)
     after_step = Validation(loop, forward, settings, load_tokens(corpus, "valid"), piece_bytes(tokenizer), folder)
     with Stop() as stop:
-        if not loop.run(after_step, lambda: stop.asked):
+        if not loop.run(after_step, lambda: stop.requested):
             return None
 
     record = {
@@ -246,7 +249,7 @@ def train(
 
 
 def model_to_train(corpus: Path, tokenizer: Any, settings: Settings, start: Path | None) -> Any:
-    """A random model, or that in the folder `start` in float32. Raises `BadInput` if its tokenizer is not the corpus's."""
+    """A random model, or the model in the folder `start`, in float32. Raises `BadInput` if their tokenizers differ."""
     if start is None:
         return new_model(settings, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
     if AutoTokenizer.from_pretrained(start).get_vocab() != tokenizer.get_vocab():
@@ -290,6 +293,7 @@ class Validation:
 
 
 def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide on the result."""
     return {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
@@ -302,7 +306,7 @@ def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> No
     """Write the model in bfloat16, its tokenizer and its record to `folder`, and delete the unfinished work there."""
     made = folder / ".training" / "model"
     end = model.config.eos_token_id
-    # The setting is for new weights, but transformers 5 applies it to loaded weights too, each time.
+    # The setting is meant for new weights, but transformers 5 applies it to loaded weights too, at each loading.
     model.config.rescale_prenorm_residual = False
     # A copy is rounded; the model itself stays in float32.
     rounded = type(model)(model.config).to(torch.bfloat16)
@@ -320,7 +324,7 @@ def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> No
 
 
 def keep_memory() -> None:
-    """Make glibc keep freed memory for the next step, which otherwise spends an eighth of its time on allocating it."""
+    """Make glibc keep freed memory for the next step. Allocating it anew takes an eighth of a step's time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: take large blocks from the heap too
@@ -328,19 +332,19 @@ def keep_memory() -> None:
 
 
 class Stop:
-    """While this context is open, SIGINT (Ctrl-C) and SIGTERM only set `asked`, so that no step is cut in two."""
+    """While this context is open, SIGINT (Ctrl-C) and SIGTERM only set `requested`, so that no step is interrupted."""
 
     def __enter__(self) -> Stop:
-        self.asked = False
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.requested = False
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
+    def _request(self, number: int, frame: Any) -> None:
+        self.requested = True
 
 
 def main() -> None:
@@ -366,7 +370,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="the model to go on with; it decides on the shape")
     parser.add_argument("--skip", type=float, default=Settings.skip, help="how often a sample skips the last block")
     parser.add_argument("--exit-scale", type=float, default=Settings.exit_scale, help="the exits' weight")
-    parser.add_argument("--every", type=int, default=Settings.every, help="a step reads out one in so many blocks")
+    parser.add_argument("--every", type=int, default=Settings.every, help="a step reads out one block in EVERY")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Fixtures: a family, a cache folder of the test's own, the real model."""
+"""Fixtures: each family, a cache folder for one test, and the real model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models import VARIANTS  # before anything of offramp: it keeps the Hugging Face hub out
+from models import VARIANTS  # imported before offramp, since it keeps the Hugging Face hub out
 from offramp.model.backbone import Backbone
 
 pytest.register_assert_rewrite("helpers")  # a failing comparison in a helper shows its values
@@ -26,7 +26,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Backbone:
-    """The real model, in float32, the library's own beside it."""
+    """The real model in float32, with the library's own model kept beside it."""
     import offramp
 
     return offramp.load("smollm2", "float32", keep=True)

@@ -1,4 +1,4 @@
-"""What test modules share: random exits, prompts, comparisons with full depth, and streams seen from inside."""
+"""What test modules share: random exits, prompts, comparisons with full depth, and a request decoded step by step."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ MADE_AT_ONCE = [name for name, fill in FILLS.items() if not fill.waits]  # fills
 PROMPT = "Some words to go on from"
 LAYERS = (1, 3, 5)
 HYBRIDS = ["bamba", "jamba", "granitemoehybrid", "falcon_h1", "nemotron_h"]
-NEAR = 1e-4  # two best logits closer than this may change places
+NEAR = 1e-4  # if the two best logits are closer than this, either token may win
 SOURCE = {"source": "made up", "sha256": "0"}
 
 
 def exits_for(family: str, gate: str = "mamba", readout: str = "mamba", seed: int = 0) -> Exits:
-    """Random exits whose gates spread over [0, 1] and whose adapters do something."""
+    """Random exits: the gates' confidences spread over [0, 1], and the adapters change the hidden state."""
     torch.manual_seed(seed)
     exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32))
     with torch.no_grad():
@@ -50,7 +50,7 @@ def exits_for(family: str, gate: str = "mamba", readout: str = "mamba", seed: in
 
 
 def modest_exits(family: str, seed: int = 0, gate: str = "mamba", readout: str = "linear") -> Exits:
-    """Random gates that open and close, and read-outs close enough to the untrained one to be right now and then."""
+    """Random gates that open and close, and read-outs near the untrained one, which are sometimes right."""
     torch.manual_seed(seed)
     exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32))
     with torch.no_grad():
@@ -64,7 +64,7 @@ def modest_exits(family: str, seed: int = 0, gate: str = "mamba", readout: str =
 
 
 def sketched(family: str, dims: int = 32) -> Exits:
-    """Exits with a sketch that is exact at 32 dims, the tiny models' width, and rough below."""
+    """Exits with a sketch. It is exact at 32 dims, the tiny models' width, and rough with fewer."""
     exits = exits_for(family, "ffn")
     backbone = tiny(family)
     g = torch.Generator().manual_seed(0)
@@ -105,9 +105,9 @@ def library_tokens(family: str, prompt: str, n: int, **kwargs) -> list[int]:
 
 @torch.inference_mode()
 def same_or_tied(family: str, prompt: list[int], ours: list[int], theirs: list[int]) -> bool:
-    """Whether two answers are equal, or differ first where full depth's two best logits are as good as equal."""
-    for place, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
-        if mine != other:
+    """Whether two answers are equal, or first differ where full depth's two best logits are within `NEAR`."""
+    for place, (our_id, their_id) in enumerate(zip(ours, theirs, strict=False)):
+        if our_id != their_id:
             logits = tiny(family).forward(torch.tensor([prompt + ours[:place]]))[0, -1]
             best = logits.topk(2).values
             return float(best[0] - best[1]) <= NEAR
@@ -132,7 +132,7 @@ def begun(engine: Engine, tokens: int = 48) -> tuple[Batch, Sequence]:
 
 
 def after(engine: Engine, tokens: int) -> Sequence:
-    """The sequence after so many new tokens."""
+    """The sequence after `tokens` new tokens."""
     batch, sequence = begun(engine)
     for _ in range(tokens):
         batch.step()
@@ -141,7 +141,7 @@ def after(engine: Engine, tokens: int) -> Sequence:
 
 @torch.inference_mode()
 def exact(sequence: Sequence, family: str) -> None:
-    """Assert that every block's memory equals that of a full-depth pass over as many of the sequence's tokens as it saw."""
+    """Assert that each block's memory equals that of a full-depth pass over the tokens that the block has seen."""
     backbone = tiny(family)
     counts = [sequence.run] * BLOCKS  # tokens that each block has seen
     for exit in sequence.exits:
@@ -175,7 +175,7 @@ def task(count: int = 6, **changed) -> Task:
 
 
 class Ran(NamedTuple):
-    """What a command left behind."""
+    """A command's exit code and output."""
 
     code: int
     stdout: str

@@ -18,7 +18,7 @@ from offramp.model.families import FAMILIES
 from offramp.model.lean.native import library
 from offramp.model.loading import wrap
 
-# Machines without a C compiler test what they can.
+# A machine without a C compiler tests only `torch`.
 ENGINES = ["torch", *(["native"] if library() else [])]
 
 VOCAB, HIDDEN, BLOCKS = 260, 32, 6
@@ -44,8 +44,8 @@ HEADS = {
     "mamba_expand": 2,
     "mamba_chunk_size": 8,
 }
-# What a family needs beside `SMALL` for its own peculiarities to show: windows shorter than the tests' texts, caps and
-# scales that are not 1, blocks without rotary positions.
+# What a family's config adds to `SMALL`, so that tests meet what is special about it: windows shorter than the tests'
+# texts, caps and scales that are not 1, blocks without rotary positions.
 PECULIAR: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 7},
@@ -110,7 +110,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
         "moe_shared_expert_intermediate_size": 32,
-        # The library clamps step sizes to this in a pass over many tokens and not token by token: it must not bite.
+        # The library limits step sizes only in passes over many tokens, so no step size may reach the limit.
         "time_step_min": 1e-6,
         "time_step_floor": 1e-6,
     },
@@ -120,7 +120,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
 @cache
 @torch.inference_mode(False)  # the first test to ask may be in inference mode; training needs ordinary tensors
 def tiny(family: str, seed: int = 0) -> Backbone:
-    """A random float32 model of this family, wrapped (and so checked); the same one for every test that asks.
+    """A random float32 model of this family, wrapped (and so checked). Every test gets the same one.
 
     "llama/torch" and "llama/native" are the same model on the lean path, by torch's operators and by native.c.
     """
@@ -151,7 +151,7 @@ VARIANTS = sorted(FAMILIES) + [f"{family}/{engine}" for family in LEAN for engin
 
 @cache
 def byte_tokenizer() -> Any:
-    """One token a byte, 256 and 257 beginning and ending a text."""
+    """A tokenizer with one token for each byte. 256 begins a text, and 257 ends it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

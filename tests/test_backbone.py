@@ -160,10 +160,10 @@ def test_a_backbone_can_change_its_runtime_and_change_back(family_with_lean_path
 
 
 def test_a_models_backbone_is_found_as_long_as_it_is_in_use() -> None:
-    model, other = (copy.deepcopy(tiny("llama").model) for _ in range(2))
+    model, unwrapped = (copy.deepcopy(tiny("llama").model) for _ in range(2))
     first = Backbone(model, None, Source("first", "", ""))
     assert Backbone.of(model) is first
-    assert Backbone.of(other) is None
+    assert Backbone.of(unwrapped) is None
     second = Backbone(model, None, Source("second", "", ""))
     assert Backbone.of(model) is second
     del second
@@ -211,7 +211,7 @@ def test_a_local_folder_loads_in_both_dtypes_with_the_same_hash(tmp_path, own_ca
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba"])
 def test_loaded_weights_are_not_initialised_once_more(family: str, tmp_path, own_cache) -> None:
-    """transformers 5 divides out_proj by √blocks as it loads it, where the config asks for that in new weights."""
+    """transformers 5 divides a loaded out_proj by √blocks, where the config asks for that for new weights."""
     backbone = tiny(family)
     folder = saved(backbone, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

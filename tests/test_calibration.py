@@ -1,4 +1,4 @@
-"""The guarantee of Learn then Test: p-values against known ones, failures over many repetitions, whole calibrations."""
+"""The guarantee of Learn then Test: known p-values, the share of failures over many repetitions, whole calibrations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REPETITIONS = 500
     [
         (0.0, 59, 0.05, 0.95**59),  # no loss at all: (1 − α)ⁿ
         (0.0, 1, 0.5, 0.5),
-        # Losses that sum to 4: here Bentkus' bound is the smaller one, and with a mean near the risk Hoeffding's.
+        # The losses sum to 4, where Bentkus' bound is the smaller one. With a mean near the risk, Hoeffding's is.
         (0.02, 200, 0.05, math.e * sum(math.comb(200, k) * 0.05**k * 0.95 ** (200 - k) for k in range(5))),
         (0.41, 10, 0.5, math.exp(-10 * (0.41 * math.log(0.41 / 0.5) + 0.59 * math.log(0.59 / 0.5)))),
         (0.2, 100, 0.05, 1.0),
@@ -53,7 +53,7 @@ def test_known_p_values(mean: float, n: int, risk: float, expected: float) -> No
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.floats(0.01, 0.6), st.data())
 def test_a_p_value_is_one_for_coins(n: int, risk: float, data: st.DataObject) -> None:
-    """P(p ≤ δ) ≤ δ where each loss is 1 with just the risk's probability: exactly, by adding up the binomial."""
+    """P(p ≤ δ) ≤ δ if each loss is 1 with the risk's probability. It is computed exactly, from the binomial."""
     delta = data.draw(st.floats(0.001, 0.5))
     weights = [math.comb(n, k) * risk**k * (1 - risk) ** (n - k) for k in range(n + 1)]
     assert sum(weight for k, weight in enumerate(weights) if p_value(k / n, n, risk) <= delta) <= delta + 1e-9
@@ -81,7 +81,7 @@ def test_59_prompts_without_a_difference_show_a_risk_of_5_percent() -> None:
 
 
 def failures(draw, true: list[float], n: int, pilot: int, risk: float, delta: float) -> float:
-    """How often, over many repetitions, a policy is chosen whose expected loss is above the risk.
+    """The share of repetitions in which a policy is chosen whose expected loss is above the risk.
 
     `draw(generator, n)` gives losses (policies, n); the path is found on a pilot, as in `calibrate`.
     """
@@ -99,7 +99,7 @@ def failures(draw, true: list[float], n: int, pilot: int, risk: float, delta: fl
 @pytest.mark.parametrize("delta", [0.05, 0.2])
 @pytest.mark.parametrize("kind", ["coins", "parts", "the same prompts are hard for all"])
 def test_the_guarantee_fails_at_most_as_often_as_promised(kind: str, delta: float) -> None:
-    """Ten policies; the bolder half loses more than the risk of 0.1, the sixth only just: the hardest case."""
+    """Ten policies. The bolder half loses more than the risk of 0.1, the sixth only just, which is the hardest case."""
     risk, n = 0.1, 200
     true = [0.02, 0.04, 0.06, 0.08, 0.09, 0.101, 0.12, 0.14, 0.17, 0.2]
     means = np.array(true)[:, None]
@@ -113,7 +113,7 @@ def test_the_guarantee_fails_at_most_as_often_as_promised(kind: str, delta: floa
 
     slack = 3 * math.sqrt(delta * (1 - delta) / REPETITIONS)
     assert failures(draw, true, n, 50, risk, delta) <= delta + slack
-    # The test can fail: without its margin, by the mean alone, the promise would be broken.
+    # This test can fail: choosing by the mean alone, without a margin, breaks the promise.
     careless = [fmean(draw(np.random.default_rng(seed), n)[5]) <= risk for seed in range(REPETITIONS)]
     assert fmean(careless) > delta + slack
 
@@ -123,7 +123,7 @@ def test_the_path_goes_from_safe_to_bold_and_skips_what_is_worse_in_both() -> No
     assert path(pilot, risk=0.05) == [1, 4, 3]
     assert path(pilot, risk=0.15) == [1, 4, 3, 5]
     assert path([(0.0, 0.0)], 0.05) == []
-    # Nothing lost on the pilot's few prompts says little: the safest of these is tested first.
+    # Several policies lose nothing on the pilot's few prompts, which says little. The safest of them is tested first.
     assert path([(0.0, 0.03), (0.0, 0.01), (0.0, 0.02), (0.01, 0.02)], 0.05) == [1, 2, 0]
     assert len(path([(index / 1000, index + 1.0) for index in range(20)], 0.05, longest=8)) <= 8
 
@@ -160,7 +160,7 @@ def questions(count: int) -> list[Question]:
     return [Question(f"Question {number}?", ("42",)) for number in range(count)]
 
 
-# Heads at every exit cost this tiny model more than its blocks: `patience` saves nothing there but deep passes.
+# In this tiny model a head at every exit costs more than the blocks, so `patience` saves only deep passes.
 COMBINED = [
     ("thresholds", "project"),
     ("decay", "project"),
@@ -172,16 +172,16 @@ COMBINED = [
 
 @pytest.mark.parametrize(("kind", "fill"), COMBINED)
 def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: str) -> None:
-    """A generous risk that a tiny random model keeps: what passed is the last of the path to pass, and says so."""
+    """At a generous risk, a tiny random model passes. The chosen policy is the last of the path that passed."""
     readout = "none" if kind == "patience" else "mamba"  # random adapters never agree
     backbone, exits = tiny("llama"), exits_for("llama", readout=readout)
     config = CalibrationConfig(risk=0.9, delta=0.1, fill=fill, kind=kind, max_tokens=6)
     record = calibrate(backbone, exits, questions(40), config)
     assert record.passed
     assert (record.n, record.pilot) == (32, 8)
-    passed = [one for one in record.tested if one.passed]
+    passed = [step for step in record.tested if step.passed]
     assert record.policy == exits.policy == passed[-1].policy
-    assert all(one.p_value <= 0.1 and one.loss < 0.9 for one in passed)
+    assert all(step.p_value <= 0.1 and step.loss < 0.9 for step in passed)
     assert exits.calibration["fill"] == fill
     assert exits.calibration["policy"]["thresholds"] == exits.policy.thresholds
 
@@ -189,7 +189,7 @@ def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: s
 def test_the_prompts_order_does_not_matter() -> None:
     config = CalibrationConfig(risk=0.9, delta=0.1, fill="defer", kind="fixed", max_tokens=6)
     records = [
-        calibrate(tiny("llama"), exits_for("llama"), asked, config) for asked in (questions(40), questions(40)[::-1])
+        calibrate(tiny("llama"), exits_for("llama"), sample, config) for sample in (questions(40), questions(40)[::-1])
     ]
     assert records[0] == records[1]
 
@@ -257,6 +257,13 @@ def test_questions_are_read_with_their_answers(tmp_path) -> None:
         {"question": "Six?", "answer": 6},
     ]
     file.write_text("\n".join(map(json.dumps, lines)))
-    assert [one.references for one in read_questions(file)] == [("Uno", "Eins"), ("Due", "Zwei"), ("Tre",), (), (), ("6",)]
+    assert [question.references for question in read_questions(file)] == [
+        ("Uno", "Eins"),
+        ("Due", "Zwei"),
+        ("Tre",),
+        (),
+        (),
+        ("6",),
+    ]
     (tmp_path / "lines.txt").write_text("One?\n\nTwo?\n")
     assert read_questions(tmp_path / "lines.txt") == [Question("One?"), Question("Two?")]

@@ -1,4 +1,4 @@
-"""The verbs: what they print, and that no mistake of a user's ends in a traceback."""
+"""The verbs print what they promise, and no mistake of a user ends in a traceback."""
 
 from __future__ import annotations
 
@@ -66,23 +66,23 @@ def world(tmp_path_factory):
 
 
 def run(world, *arguments: str, stdin: str = "", code: int = 0, **environment: str) -> Ran:
-    done = run_cli(*arguments, folder=world, stdin=stdin, OFFRAMP_CACHE=str(world / "cache"), **environment)
-    assert done.code == code, done.stderr
-    return done
+    ran = run_cli(*arguments, folder=world, stdin=stdin, OFFRAMP_CACHE=str(world / "cache"), **environment)
+    assert ran.code == code, ran.stderr
+    return ran
 
 
 def run_process(world, *arguments: str, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own, for what only a process can show. It costs seconds."""
+    """Like `run`, but in a process of its own, for what only a process can show. It takes seconds."""
     settings = {**os.environ, "OFFRAMP_CACHE": str(world / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     command = [sys.executable, "-c", "from offramp.cli import main; main()", *arguments]
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=world, env=settings)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+    ran = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=world, env=settings)
+    assert ran.returncode == code, ran.stderr
+    assert "Traceback" not in ran.stderr
+    return ran
 
 
 def options_of(verb: str) -> dict[str, Any]:
-    """A verb's options by their flags, as the command line's parser has them."""
+    """A verb's options by their flags, from the command line's parser."""
     command = typer.main.get_command(app).commands[verb]
     return {flag: option for option in command.params for flag in option.opts}
 
@@ -182,8 +182,8 @@ def test_a_verb_may_take_some_fields_with_other_defaults_or_only_what_was_chosen
 def test_generate_prints_the_answer_that_the_engine_gives(world) -> None:
     from offramp import Engine
 
-    done = run(world, "generate", "model", "Hello there", "--max-tokens", "12", "--dtype", "float32")
-    assert done.stdout == Engine(tiny("llama")).generate("Hello there", max_tokens=12).text + "\n"
+    ran = run(world, "generate", "model", "Hello there", "--max-tokens", "12", "--dtype", "float32")
+    assert ran.stdout == Engine(tiny("llama")).generate("Hello there", max_tokens=12).text + "\n"
 
 
 def test_generate_json_has_the_promised_fields(world) -> None:
@@ -268,7 +268,7 @@ def test_inspect_describes_model_and_exits(world) -> None:
     assert facts["blocks"] == BLOCKS == len(facts["parameters_per_block"])
     assert facts["exits"]["layers"] == [1, 3, 5]
     assert facts["head_in_blocks"] > 0 < facts["gate_in_blocks"]
-    assert [one["after_block"] for one in facts["leaving"]] == [1, 3, 5, BLOCKS]
+    assert [row["after_block"] for row in facts["leaving"]] == [1, 3, 5, BLOCKS]
     assert all(low["flops"] < high["flops"] for low, high in zip(facts["leaving"], facts["leaving"][1:], strict=False))
     assert "one LM head call" in run(world, "inspect", "model").stdout
 
@@ -291,12 +291,12 @@ def test_inspect_knows_the_papers_models_from_their_config_alone(world, name, pa
 
 def test_train_writes_exits_that_generate_uses(world) -> None:
     (world / "ask.txt").write_text("\n".join(f"Prompt number {n}" for n in range(12)))
-    done = run(
+    ran = run(
         world,
         *("train", "model", "-o", "mine", "--layers", "2,4", "--own-prompts", "ask.txt", "--answer-tokens", "4"),
         *("--epochs", "1", "--gate-epochs", "1", "--gate", "ffn", "--readout", "linear", "--json"),
     )
-    record = json.loads(done.stdout)
+    record = json.loads(ran.stdout)
     assert [row["block"] for row in record["validation"]] == [2, 4]
     assert record["command"].startswith("offramp train model -o mine")
     answer = run(world, "generate", "model", "Hi", "--exits", "mine", "--threshold", "0", "--max-tokens", "3", "--json")
@@ -306,16 +306,16 @@ def test_train_writes_exits_that_generate_uses(world) -> None:
 def test_calibrate_keeps_its_thresholds_with_the_exits(world) -> None:
     (world / "prompts.txt").write_text("".join(f"Prompt {number}\n" for number in range(40)))
     arguments = ("model", "--prompts", "prompts.txt", "--policy", "decay", "--max-tokens", "16", "--delta", "0.2")
-    done = run(world, "calibrate", *arguments, "--risk", "0.95", "--exits", "exits", "-o", "calibrated", "--json")
-    record = json.loads(done.stdout)
+    ran = run(world, "calibrate", *arguments, "--risk", "0.95", "--exits", "exits", "-o", "calibrated", "--json")
+    record = json.loads(ran.stdout)
     assert record["passed"]
     kept = json.loads((world / "calibrated" / "offramp.json").read_text())
     assert kept["policy"] == record["policy"] == kept["calibration"]["policy"]
     answer = json.loads(run(world, "generate", "model", "Prompt 41", "--exits", "calibrated", "--json").stdout)
     assert list(answer["thresholds"].values()) == record["policy"]["thresholds"]
-    done = run(world, "generate", "model", "Prompt 41", "--exits", "calibrated", "--fill", "copy", "--max-tokens", "4")
-    assert "guarantee nothing" in done.stderr
-    # Without -o, in place; at a risk that these exits cannot keep, all stay closed.
+    ran = run(world, "generate", "model", "Prompt 41", "--exits", "calibrated", "--fill", "copy", "--max-tokens", "4")
+    assert "guarantee nothing" in ran.stderr
+    # Without -o, the exits are calibrated in place. These cannot keep the risk, so all stay closed.
     assert "stay closed" in run(world, "calibrate", *arguments, "--exits", "calibrated", "--risk", "0.1").stdout
     kept = json.loads((world / "calibrated" / "offramp.json").read_text())
     assert kept["policy"]["thresholds"] == [1.0, 1.0, 1.0]
@@ -325,15 +325,15 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
     lines = [{"question_id": n, "question": f"Who {n}?", "answer": {"value": "Me", "aliases": []}} for n in range(9)]
     (world / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
     command = ("eval", "model", "--task", "triviaqa", "--data", "trivia.jsonl", "--exits", "exits", "--limit", "3")
-    done = run(world, *command, "--threshold", "0.5", "--threshold", "1,1,0.9", "--json", "out.json")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("triviaqa, 3 questions")]
+    ran = run(world, *command, "--threshold", "0.5", "--threshold", "1,1,0.9", "--json", "out.json")
+    lines = [line for line in ran.stdout.splitlines() if line.startswith("triviaqa, 3 questions")]
     assert [", ".join(line.split(": ")[0].split(", ")[2:]) for line in lines] == [
         "full depth",
         "project, mamba, 0.5 0.5 0.5",
         "project, mamba, closed closed 0.9",
     ]
     results = json.loads((world / "out.json").read_text())["results"]
-    assert [len(one["items"]) for one in results] == [3, 3, 3]
+    assert [len(result["items"]) for result in results] == [3, 3, 3]
     assert not list(world.glob(".out.json*"))
     assert "report.html" in run(world, "report", "out.json", "-o", "report.html").stdout
     assert (world / "report-figures").is_dir()
@@ -389,7 +389,7 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
     ],
 )
 def test_mistakes_get_one_sentence_and_a_hint(world, arguments, sentence: str, monkeypatch, capsys) -> None:
-    """In this process, since starting another takes longer than everything else."""
+    """Run in this process, since starting another takes longer than the whole test."""
     from offramp.cli import main
 
     monkeypatch.chdir(world)
@@ -398,13 +398,13 @@ def test_mistakes_get_one_sentence_and_a_hint(world, arguments, sentence: str, m
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 1
-    done = capsys.readouterr()
-    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    printed = capsys.readouterr()
+    errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert sentence in errors[0]
-    assert done.out == ""
+    assert printed.out == ""
     if "Not a directory" not in sentence:
-        assert "hint: " in done.err
+        assert "hint: " in printed.err
 
 
 def test_stopped_work_says_that_the_same_command_goes_on(world, monkeypatch, capsys) -> None:

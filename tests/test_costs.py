@@ -1,4 +1,4 @@
-"""The analytic FLOPs and bytes, against what torch's own counter sees on tiny models."""
+"""The analytic FLOPs and bytes equal what torch's own counter counts on tiny models."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def counted(function):
 
 
 def before_the_last(backbone):
-    """The last of CONTEXT tokens, embedded, with a state that holds the others; attention in plain products.
+    """The last of CONTEXT tokens, embedded, and a state that holds the tokens before it. Attention is plain products.
 
     The counter knows `bmm` but not SDPA on the CPU.
     """
@@ -117,7 +117,7 @@ def mamba(request):
 
 @torch.inference_mode()
 def test_a_mamba_blocks_products_cost_what_the_counter_counts(mamba):
-    """The counter sees matrix products only, and of the scan only C h: 2 of the 6 FLOPs for every entry of the state."""
+    """The counter counts only matrix products. Of the scan that is C h: 2 of the 6 FLOPs for every entry of the state."""
     costs, state = Costs(mamba), mamba.state()
     h, step = mamba.embed(torch.tensor([[3]]))
     for index in range(mamba.n_blocks):
@@ -164,7 +164,7 @@ def test_a_mamba_token_costs_the_same_whatever_came_before_it(mamba):
 def test_the_linear_share_of_an_exit_part_is_what_the_counter_counts(make):
     part = make(HIDDEN, 64).eval()
     mixers = [module for module in part.modules() if isinstance(module, MambaBlock)]
-    # Of a scan the counter sees only C h, which is a product.
+    # Of a scan, the counter counts only C h, which is a matrix product.
     unseen = sum(mixer.scan_flops() - 2 * mixer.inner * mixer.states for mixer in mixers)
     read = torch.ones(1, 1, 2 * HIDDEN if make is READOUTS["deep"] else HIDDEN)
     assert counted(lambda: part(read)) == part.flops() - unseen

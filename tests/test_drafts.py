@@ -14,7 +14,7 @@ from offramp import Engine, Policy
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])  # random models whose early blocks are often right
 def test_a_draft_is_only_worth_what_all_drafts_before_it_are_worth_together(family: str) -> None:
-    """A draft is of no use once one before it was wrong: the product of their confidences must pass the threshold."""
+    """A draft is useless if a draft before it is wrong, so the product of their confidences must pass the threshold."""
     engine = Engine(tiny(family), modest_exits(family), Policy((0.3,) * 3), "verify", lookup=0)
     longest = 0
     for prompt in some_prompts(6, seed=1):

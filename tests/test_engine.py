@@ -58,7 +58,7 @@ def test_exits_that_are_open_but_never_sure_do_not_change_the_tokens(gate: str) 
             out.bias.fill_(-5.0)
     answer = Engine(tiny("llama"), exits, Policy((0.9,) * 3)).generate(PROMPT, max_tokens=16)
     assert answer.ids == library_tokens("llama", PROMPT, 16)
-    assert answer.flops_saved < 0  # gates and recurrent read-outs ran in vain, and are counted
+    assert answer.flops_saved < 0  # gates and recurrent read-outs ran for nothing, and count
 
 
 def test_the_repetition_penalty_is_the_librarys() -> None:
@@ -120,7 +120,7 @@ def test_a_decay_makes_answers_begin_strictly() -> None:
     assert early
     assert all(token.confidence > policy.threshold(LAYERS.index(token.exit_block), place) for place, token in early)
     assert any(token.confidence <= policy.threshold(LAYERS.index(token.exit_block), 0) for _, token in early)
-    # At first as strict as 0.9 λ + 0.1, and the whole prompt does not count.
+    # The first token's threshold is 0.9 λ + 0.1: the prompt's tokens do not count.
     strict = Engine(tiny("llama"), exits, Policy((0.55, 0.64, 0.73))).generate(PROMPT, max_tokens=1)
     assert strict.tokens == answer.tokens[:1]
 
@@ -132,8 +132,8 @@ def test_patience_leaves_where_so_many_exits_on_end_agree(run: int) -> None:
     for seed in range(40):
         ids = torch.randint(0, 256, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
         fixed = [Policy(tuple(float(other != exit) for other in range(3))) for exit in range(3)]
-        said = [Engine(backbone, exits, policy).generate(ids, max_tokens=1).ids[0] for policy in fixed]
-        wanted = next((LAYERS[end] for end in range(run - 1, 3) if len(set(said[end - run + 1 : end + 1])) == 1), BLOCKS)
+        tokens = [Engine(backbone, exits, policy).generate(ids, max_tokens=1).ids[0] for policy in fixed]
+        wanted = next((LAYERS[end] for end in range(run - 1, 3) if len(set(tokens[end - run + 1 : end + 1])) == 1), BLOCKS)
         answer = Engine(backbone, exits, Policy(((run - 0.5) / 3,) * 3, "patience")).generate(ids, max_tokens=1)
         assert answer.tokens[0].exit_block == wanted
         left.add(wanted)
@@ -172,7 +172,7 @@ def test_copy_gives_skipped_blocks_the_last_computed_blocks_keys_and_values() ->
 @pytest.mark.parametrize("fill", MADE_AT_ONCE)
 @torch.inference_mode()
 def test_what_skipped_blocks_remember_in_mamba_models_and_hybrids(family: str, fill: str) -> None:
-    """Mamba states move on with `project` only; attention always has something for every position."""
+    """Only `project` updates Mamba states. Attention has keys and values for every position with any fill."""
     backbone = tiny(family)
     engine = Engine(backbone, exits_for(family), Policy((1.0, 0.0, 1.0)), fill)
     batch, sequence = begun(engine)
@@ -225,7 +225,7 @@ def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold: float, fil
 
 
 def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text(monkeypatch) -> None:
-    """Gates that never fire see each token once, in order: their confidences equal those of one pass over the text."""
+    """Gates that never open see each token once, in order. Their confidences equal those of one pass over the text."""
     backbone, exits = tiny("llama"), exits_for("llama")
     engine = Engine(backbone, exits, Policy((0.9999999,) * 3))
     seen: list[float] = []
@@ -233,7 +233,7 @@ def test_a_recurrent_gate_decodes_as_it_would_read_the_whole_text(monkeypatch) -
 
     def spied(follower: Follower) -> tuple[torch.Tensor, int]:
         out, flops = read(follower)
-        if out.numel() == 1:  # a gate's
+        if out.numel() == 1:  # a gate's output
             seen.append(float(out.sigmoid()))
         return out, flops
 
@@ -329,7 +329,7 @@ def test_an_answer_ends_where_the_context_does() -> None:
 
 
 class Counter(Part):
-    """A gate that opens at every third token: it must be told of every token, in order."""
+    """A gate that opens at every third token. It must be given every token, in order."""
 
     recurrent = True
 

@@ -97,7 +97,7 @@ def test_log_likelihoods_are_the_librarys(family: str) -> None:
     ):
         alone, *_, again = log_likelihoods(engine, forced, prompt, [continuation, " something else", continuation])
         assert alone == again == pytest.approx(wanted, abs=1e-3)
-    # A wrong draft does not make the full model's choice another.
+    # A wrong draft does not change the full model's choice.
     verifying = Engine(backbone, exits_for(family), Policy((0.0,) * 3), "verify", forced)
     forced.begin(start, [int(logp[0].argmax())])
     list(verifying.stream(ids[0, :start].tolist(), max_tokens=1, end_ids=frozenset()))
@@ -120,7 +120,10 @@ def test_multiple_choice_is_scored_by_likelihood(tmp_path) -> None:
 def test_likelihoods_are_of_all_tokens_whatever_the_candidates(tmp_path) -> None:
     exits = sketched("llama")
     few, all_ = (Condition("project", Policy((1.0,) * len(exits), candidates=number), exits) for number in (4, 0))
-    runs = [evaluation(tmp_path, multiple_choice=True, score=lambda answer, item: {}).run(one) for one in (few, all_)]
+    runs = [
+        evaluation(tmp_path, multiple_choice=True, score=lambda answer, item: {}).run(condition)
+        for condition in (few, all_)
+    ]
     assert [item.right for item in runs[0].items] == [item.right for item in runs[1].items]
     assert "4 candidates" in runs[0].condition.name
 
@@ -226,11 +229,11 @@ def test_turns_of_one_conversation_are_resampled_together() -> None:
 
 
 def test_other_runs_answers_stay(tmp_path) -> None:
-    run, other = evaluation(tmp_path), evaluation(tmp_path, max_tokens=4)
+    run, shorter = evaluation(tmp_path), evaluation(tmp_path, max_tokens=4)
     run.run(OPEN)
-    other.run(OPEN)
-    assert len(set(run.files)) == len(set(other.files)) == 2
-    assert not set(run.files) & set(other.files)
+    shorter.run(OPEN)
+    assert len(set(run.files)) == len(set(shorter.files)) == 2
+    assert not set(run.files) & set(shorter.files)
 
 
 def test_gates_that_read_the_prompt_are_counted() -> None:

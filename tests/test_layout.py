@@ -10,7 +10,7 @@ import pytest
 import offramp
 
 PACKAGE = Path(offramp.__file__).parent
-# A folder may import only the folders before it, and files at the bottom any that stand before them.
+# A folder may import only what stands before it here. So may a file at the bottom.
 FOLDERS = ["model", "exits", "decode", "training", "evaluation", "cli"]
 BOTTOM = ["errors", "settings", "progress", "files", "metrics", "machine"]
 ORDER = [*BOTTOM, *FOLDERS]
@@ -18,7 +18,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 
 
 def home_of(dotted):
-    """The folder, or the file at the bottom, that a module of the package lies in: model.lean.llama → model."""
+    """The folder that a module of the package is in, or the module itself at the bottom: model.lean.llama → model."""
     return dotted.split(".")[0]
 
 
@@ -40,7 +40,7 @@ def run_nodes(tree):
 
 def imports(source):
     """Names of the package's own modules that `source` imports when it runs."""
-    found = set()
+    homes = set()
     for node in run_nodes(ast.parse(source)):
         if isinstance(node, ast.Import):
             dotted = [alias.name for alias in node.names]
@@ -53,8 +53,8 @@ def imports(source):
             package, _, rest = name.partition(".")
             if package == "offramp" and rest:
                 first = rest.split(".")[0]
-                found.add(home_of(offramp._HOME_OF.get(first, first)))
-    return {name for name in found if not name.startswith("__")}
+                homes.add(home_of(offramp._HOME_OF.get(first, first)))
+    return {name for name in homes if not name.startswith("__")}
 
 
 def test_imports_are_found_in_functions_and_not_under_type_checking():

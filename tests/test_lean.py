@@ -1,4 +1,4 @@
-"""The lean path equals the library's logits in every format, in chunks and ragged batches, with few operations."""
+"""The lean path gives the library's logits in every format, in chunks and ragged batches, with few operations."""
 
 import copy
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def lean(family, format, engine, store=None):
-    """A tiny model in this format, the library's own model beside it with the same weights."""
+    """A tiny model in this format, and the library's own model with the same weights."""
     base = tiny(family)
     model = copy.deepcopy(base.model)
     if format == "bfloat16":
@@ -62,7 +62,7 @@ def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(family, engine):
     backbone = tiny(f"{family}/{engine}")
     g = torch.Generator().manual_seed(1)
     texts = [torch.randint(0, 256, (length,), generator=g).tolist() for length in (21, 12, 30)]
-    starts = [5, 1, 9]  # how much of each is read in a first, ragged call
+    starts = [5, 1, 9]  # how many tokens of each a first, ragged call reads
     state = backbone.state(capacity=8)
     seen = [0, 0, 0]
     for sizes in (starts, [3, 1, 2], [1, 1, 1], [6, 2, 11], [1, 1, 1]):
@@ -153,7 +153,7 @@ def test_code_that_was_compiled_on_another_kind_of_machine_is_not_used(name, mon
 
 
 class Counting(TorchDispatchMode):
-    """Counts torch's operators, the tensors that they allocate, and reads of a tensor by Python, which a GPU waits for."""
+    """Counts torch's operators, the tensors they allocate, and reads of a tensor from Python, which make a GPU wait."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ class Counting(TorchDispatchMode):
 @pytest.mark.parametrize(("family", "allowed"), [("llama", (47, 18)), ("mamba2", (69, 31))])
 @torch.inference_mode()
 def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatch):
-    """A guard against slow-downs that needs no clock: raise a number here only with a measurement that says why.
+    """Guard against slow-downs without a clock. Raise a number here only with a measurement that says why.
 
     `allowed`: operators and allocations for each block of the torch engine.
     """

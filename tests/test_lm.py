@@ -1,4 +1,4 @@
-"""lm/: the corpus and its splits, the 5-gram baseline, training that can be interrupted, the saved folder."""
+"""The parts of lm/: the corpus and its splits, the 5-gram baseline, training that can be interrupted, the saved folder."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from offramp.errors import BadInput
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Products as small as these only wait for a second one."""
+    """Use one thread: products as small as these only wait for a second thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -41,17 +41,17 @@ def words(count, seed):
 
 
 def sources(folder):
-    """A book of several pieces with an excluded question in it, and trivia with an excluded and a repeated one."""
+    """A book of several pieces that holds an excluded question, and trivia with an excluded and a repeated question."""
     folder.mkdir(exist_ok=True)
-    some = words(30_000, seed=1)
-    paragraphs = [" ".join(some[at : at + 60]).capitalize() + "." for at in range(0, len(some), 60)]
+    text = words(30_000, seed=1)
+    paragraphs = [" ".join(text[at : at + 60]).capitalize() + "." for at in range(0, len(text), 60)]
     paragraphs[7] = "She asked: “What is the TALLEST mountain, in all of the world?” He did not know."
     (folder / "book.txt").write_text("\n\n".join(["# Title: A Book", "## Year: 1900", "-------", *paragraphs]))
     pairs = [(" ".join(words(8, seed)).capitalize() + "?", words(1, seed)[0]) for seed in range(300)]
     pairs += [(EXCLUDED.lower(), "Everest"), pairs[0], (f"Tell me: {EXCLUDED}", "Everest"), ("Why not?", "No")]
     lines = [json.dumps({"question": question, "answer": answer}) for question, answer in pairs]
     (folder / "trivia.jsonl").write_text("\n".join(lines))
-    (folder / "asked.jsonl").write_text("\n".join(json.dumps({"question": one}) for one in (EXCLUDED, "Why not")))
+    (folder / "asked.jsonl").write_text("\n".join(json.dumps({"question": question}) for question in (EXCLUDED, "Why not")))
     return [folder / "book.txt", folder / "trivia.jsonl"], [folder / "asked.jsonl"]
 
 
@@ -73,11 +73,11 @@ def test_the_splits_are_disjoint_and_the_same_again(corpus, tmp_path):
     parts = {}
     for split in lm_corpus.SPLITS:
         assert np.array_equal(lm_corpus.load_tokens(tmp_path / "again", split), lm_corpus.load_tokens(corpus, split))
-        parts[split] = {line for one in documents(corpus, split) for line in one.split("\n\n")}
+        parts[split] = {line for text in documents(corpus, split) for line in text.split("\n\n")}
         assert any(line.startswith("Question: ") for line in parts[split])
         assert any(not line.startswith("Question: ") for line in parts[split])
-    for one, other in (("train", "valid"), ("train", "test"), ("valid", "test")):
-        assert not parts[one] & parts[other]
+    for first, second in (("train", "valid"), ("train", "test"), ("valid", "test")):
+        assert not parts[first] & parts[second]
 
 
 def test_a_document_keeps_its_split_beside_other_text(corpus, tmp_path):
@@ -126,13 +126,13 @@ def test_text_is_cleaned():
 
 
 def test_records_and_dictionaries_become_documents():
-    (one,) = lm_documents.record_documents(
+    (document,) = lm_documents.record_documents(
         {"prompt": "Do.\n\n### Instruction:\nName  a cow.\n\n### Response:\n", "response": "Elsie"}
     )
-    assert (one.text, one.question) == ("Question: Name a cow. Answer: Elsie", "Name  a cow.")
+    assert (document.text, document.question) == ("Question: Name a cow. Answer: Elsie", "Name  a cow.")
     entries = "able\n    adj 1: having the\n        means [syn: {fit}]\n\nbe\n  to {exist}\n"
-    found = lm_documents.entries("00-database-short\n     A dictionary\n" + entries)
-    assert [one.text for one in found] == ["able: adj 1: having the means", "be: to exist"]
+    entries_read = lm_documents.entries("00-database-short\n     A dictionary\n" + entries)
+    assert [entry.text for entry in entries_read] == ["able: adj 1: having the means", "be: to exist"]
     with pytest.raises(BadInput, match="neither question and answer nor text"):
         lm_documents.record_documents({"title": "x"})
 
@@ -142,12 +142,12 @@ def test_dictionaries_get_at_most_their_share():
     entries = [lm_documents.Document(f"{number}: " + "y" * 100, capped=True) for number in range(5000)]
     dictionary = lm_documents.Source("dictionary", "", entries)
     lm_documents.cap([plain, dictionary], 0.15)
-    share = sum(len(one.text) for one in dictionary.documents)
+    share = sum(len(entry.text) for entry in dictionary.documents)
     assert share / (share + 100_000) == pytest.approx(0.15, abs=0.02)
 
 
 def naive(tokens, vocabulary, end, order):
-    """Chen and Goodman's formulas with dictionaries, one probability at a time."""
+    """Chen and Goodman's formulas, computed with dictionaries, one probability at a time."""
     row = [end] * (order - 1) + tokens
     counts = [Counter() for _ in range(order + 1)]
     counts[order] = Counter(tuple(row[at : at + order]) for at in range(len(tokens)))
@@ -166,7 +166,7 @@ def naive(tokens, vocabulary, end, order):
         seen = following[length].get(tuple(context))
         if not seen:
             return below
-        taken = {other: discounts[length][min(count, 3)] for other, count in seen.items()}
+        taken = {piece: discounts[length][min(count, 3)] for piece, count in seen.items()}
         total = sum(seen.values())
         return (seen.get(token, 0) - taken.get(token, 0)) / total + sum(taken.values()) / total * below
 
@@ -227,7 +227,7 @@ def reloaded(trained):
 
 
 def interrupt_at(monkeypatch, step):
-    """Ctrl-C in the middle of this step."""
+    """Press Ctrl-C in the middle of this step."""
     real = train.batch_at
 
     def batch_at(tokens, at, settings):
@@ -265,16 +265,16 @@ def test_an_unfinished_training_keeps_its_settings(corpus, tmp_path, monkeypatch
 
 
 def test_the_mean_of_two_models_is_a_model(trained, reloaded, tmp_path):
-    other = AutoModelForCausalLM.from_pretrained(trained[0], dtype=torch.float32)
+    shifted = AutoModelForCausalLM.from_pretrained(trained[0], dtype=torch.float32)
     with torch.no_grad():
-        other.backbone.norm_f.weight += 0.5
-    train.save(other, AutoTokenizer.from_pretrained(trained[0]), tmp_path / "other", {**trained[1], "command": "another"})
+        shifted.backbone.norm_f.weight += 0.5
+    train.save(shifted, AutoTokenizer.from_pretrained(trained[0]), tmp_path / "other", {**trained[1], "command": "another"})
     average.average([trained[0], tmp_path / "other"], tmp_path / "mean", "the mean")
     mean = AutoModelForCausalLM.from_pretrained(tmp_path / "mean", dtype=torch.float32)
     assert torch.allclose(mean.backbone.norm_f.weight, reloaded.backbone.norm_f.weight + 0.25, atol=0.01)
     assert torch.equal(mean.backbone.embeddings.weight, reloaded.backbone.embeddings.weight)
     record = json.loads((tmp_path / "mean" / "training.json").read_text())
-    assert [one["command"] for one in record["models"]] == [trained[1]["command"], "another"]
+    assert [model["command"] for model in record["models"]] == [trained[1]["command"], "another"]
     assert record["corpus"] == trained[1]["corpus"]
     assert not (tmp_path / "mean" / ".training").exists()
     with pytest.raises(BadInput, match="is no folder that lm"):
@@ -309,8 +309,8 @@ def test_our_forward_pass_is_the_librarys(reloaded, tokens):
         theirs = reloaded(ids, output_hidden_states=True, use_cache=False)
         states = list(ours.states(ids))
         torch.testing.assert_close(ours.read(states[-1]) @ ours.head.T, theirs.logits, atol=1e-4, rtol=0)
-    for mine, other in zip(states, theirs.hidden_states, strict=False):
-        torch.testing.assert_close(mine, other, atol=1e-4, rtol=0)
+    for state, library_state in zip(states, theirs.hidden_states, strict=False):
+        torch.testing.assert_close(state, library_state, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("tokens", [5, 150])
@@ -325,10 +325,10 @@ def test_its_gradients_are_the_librarys_and_nearly_so_in_bfloat16(reloaded, toke
     wanted = gradients(torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten()))
     for dtype, far, small in ((torch.float32, 1e-3, 1e-7), (torch.bfloat16, 0.2, 3e-4)):
         ours = forward.Forward(reloaded, dtype=dtype)
-        for name, mine, other in zip(
+        for name, gradient, expected in zip(
             parameters, gradients(ours.loss(ours.last(ids[:, :-1]), ids[:, 1:])), wanted, strict=True
         ):
-            assert float((mine - other).norm()) <= far * float(other.norm()) + small, name
+            assert float((gradient - expected).norm()) <= far * float(expected.norm()) + small, name
 
 
 def test_the_loss_and_its_gradients_are_cross_entropys(monkeypatch):
@@ -368,25 +368,25 @@ def test_evaluation_agrees_with_the_library(reloaded, corpus):
         lm_corpus.load_tokens(corpus, "test")[:400],
         lm_corpus.piece_bytes(AutoTokenizer.from_pretrained(corpus)),
     )
-    found = evaluate.depths(forward.Forward(reloaded), tokens, lengths, 2, evaluate.ReadOut(32))
+    depths = evaluate.depths(forward.Forward(reloaded), tokens, lengths, 2, evaluate.ReadOut(32))
     ids = torch.from_numpy(tokens.astype(np.int64))[None]
     with torch.no_grad():
         nats = torch.nn.functional.cross_entropy(reloaded(ids, use_cache=False).logits[0, :-1], ids[0, 1:], reduction="sum")
-    assert found.bits[-1] == pytest.approx(float(nats) / np.log(2) / lengths[tokens[1:]].sum(), rel=1e-4)
-    assert found.agreement[-1] == 1
-    assert found.trained == pytest.approx((found.bits[1], found.agreement[1]))  # an untrained read-out changes nothing
+    assert depths.bits[-1] == pytest.approx(float(nats) / np.log(2) / lengths[tokens[1:]].sum(), rel=1e-4)
+    assert depths.agreement[-1] == 1
+    assert depths.trained == pytest.approx((depths.bits[1], depths.agreement[1]))  # an untrained read-out changes nothing
 
 
 def test_samples_are_the_same_again(reloaded, corpus):
     tokenizer = AutoTokenizer.from_pretrained(corpus)
     once, again = (evaluate.samples(reloaded, tokenizer, ["Why?", "How?", "Who?"], count=4, most=5) for _ in range(2))
     assert once == again
-    assert sum(one.prompt.startswith(f"{lm_corpus.END}Question: ") for one in once) == 2
-    assert sum(one.prompt == lm_corpus.END for one in once) == 2
+    assert sum(sample.prompt.startswith(f"{lm_corpus.END}Question: ") for sample in once) == 2
+    assert sum(sample.prompt == lm_corpus.END for sample in once) == 2
 
 
 def test_a_larger_models_answers_become_text(tmp_path):
-    """Cut after a whole sentence, the same beside others as alone, and each question answered once."""
+    """An answer is cut after a whole sentence and does not depend on its batch. Each question is answered once."""
     assert answers.whole_sentences("It is blue. It is also") == "It is blue."
     assert answers.whole_sentences("no sentence") == ""
     file = tmp_path / "questions.jsonl"
@@ -395,6 +395,6 @@ def test_a_larger_models_answers_become_text(tmp_path):
     assert len(set(questions)) == 6
     assert questions[:4] == answers.questions_of([file], 4)
     backbone = tiny("llama")
-    alone = [answers.answers(backbone, [one], 12)[0] for one in questions]
+    alone = [answers.answers(backbone, [question], 12)[0] for question in questions]
     assert answers.answers(backbone, questions, 12) == alone
-    assert [len(some) for some in answers.batches([str(n) for n in range(150)])] == [64, 64, 22]
+    assert [len(batch) for batch in answers.batches([str(n) for n in range(150)])] == [64, 64, 22]

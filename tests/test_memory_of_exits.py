@@ -1,4 +1,4 @@
-"""Gates and read-outs that remember: they see each token that stands, once and in order, and forget what was taken back."""
+"""Gates and read-outs with a memory see each token that stands once, in order, and forget tokens that were taken back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from offramp import Engine, Exits, Policy
 
 @torch.inference_mode()
 def over_the_whole_text(family: str, exits: Exits, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """From one pass over a text of T tokens: gates' confidences (T, exits) and read-outs' best tokens (T, exits)."""
+    """The gates' confidences (T, exits) and the read-outs' best tokens (T, exits), from one pass over T tokens."""
     backbone, start = tiny(family), 0
     h, step = backbone.embed(torch.tensor([ids]))
     state, confidences, tokens = backbone.state(), [], []

@@ -1,4 +1,4 @@
-"""Token F1 and the area under the ROC curve, against what they mean."""
+"""Token F1 and the area under the ROC curve equal their definitions."""
 
 import math
 
@@ -23,8 +23,8 @@ def area_by_pairs(pairs):
         1.0 if high > low else 0.5 if high == low else 0.0
         for high, positive in pairs
         if positive
-        for low, other in pairs
-        if not other
+        for low, also_positive in pairs
+        if not also_positive
     ]
     return sum(above) / len(above) if above else math.nan
 

@@ -1,4 +1,4 @@
-"""Confidences lie in [0, 1] and order distributions by how sure they are; a policy refuses what it cannot use."""
+"""Confidences lie in [0, 1] and are higher for surer distributions. A policy refuses what it cannot use."""
 
 import math
 
@@ -91,7 +91,7 @@ def test_a_decaying_threshold_is_calms():
     policy = Policy((0.5, 1.0, 0.0), decay=10)
     assert policy.threshold(0, 0) == pytest.approx(0.9 * 0.5 + 0.1)
     assert policy.threshold(0, 10) == pytest.approx(0.9 * 0.5 + 0.1 * math.exp(-1))
-    assert policy.threshold(1, 3) == 1  # closed is closed
+    assert policy.threshold(1, 3) == 1  # a closed exit stays closed
     assert policy.threshold(2, 1000) == pytest.approx(0)
     assert Policy((0.5,)).threshold(0, 7) == 0.5
     with pytest.raises(BadInput, match="decay"):

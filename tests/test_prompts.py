@@ -1,4 +1,4 @@
-"""Prompts become token ids through the chat template where there is one; those that cannot be answered are refused."""
+"""Prompts become token ids, through the chat template if there is one. Prompts that cannot be answered are refused."""
 
 import copy
 

@@ -101,7 +101,7 @@ def test_a_trained_read_out_beats_an_untrained_one(smollm2: Backbone, shipped: E
 
 
 def test_int4_keeps_the_weights_of_the_file_and_decodes_like_the_library_with_them(smollm2: Backbone) -> None:
-    """The file's blocks are in Q4_1; its head, and so the library's, is rounded to 8 bits."""
+    """The file's blocks are in Q4_1. The head, and with it the library's head, is rounded to 8 bits."""
     backbone = offramp.load("smollm2", "int4", keep=True)
     assert max(check(backbone)) <= 2e-3
     original = dict(smollm2.model.named_parameters())
@@ -166,7 +166,8 @@ def test_the_mamba_models_exits_open_and_every_fill_decodes(mamba_tiny: Backbone
     assert exits
     for fill in MADE_AT_ONCE:
         answers = [
-            Engine(mamba_tiny, exits, Policy((0.5,) * len(exits)), fill).generate(one, max_tokens=16) for one in PROMPTS
+            Engine(mamba_tiny, exits, Policy((0.5,) * len(exits)), fill).generate(prompt, max_tokens=16)
+            for prompt in PROMPTS
         ]
         assert any(token.exit_block < mamba_tiny.n_blocks for answer in answers for token in answer.tokens)
         assert sum(answer.flops_saved for answer in answers) > 0
@@ -177,8 +178,12 @@ def test_the_mamba_model_says_what_it_was_trained_on_and_is_small(mamba_tiny: Ba
     record = json.loads((folder / "training.json").read_text())
     assert record["parameters"] == sum(parameter.numel() for parameter in mamba_tiny.model.parameters())
     assert all(source["sha256"] for source in record["corpus"]["sources"])
-    assert {one["name"] for one in record["corpus"]["excluded"]} >= {"TruthfulQA.csv", "coqa.json", "rc.nocontext.jsonl"}
-    assert all(one["curve"] for one in record.get("models", [record]))
+    assert {source["name"] for source in record["corpus"]["excluded"]} >= {
+        "TruthfulQA.csv",
+        "coqa.json",
+        "rc.nocontext.jsonl",
+    }
+    assert all(model["curve"] for model in record.get("models", [record]))
     assert (folder / "model.safetensors").stat().st_size <= 16_000_000
     assert sum(file.stat().st_size for file in (ASSETS / "exits" / mamba_tiny.name).iterdir()) <= 3_000_000
 
@@ -192,7 +197,7 @@ def test_the_demo_shows_both_models_side_by_side() -> None:
 @pytest.mark.parametrize(("name", "dtype"), [("smollm2", "bfloat16"), ("smollm2", "int4"), ("mamba-tiny", "bfloat16")])
 @pytest.mark.filterwarnings("ignore:These exits were trained")
 def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str, dtype: str) -> None:
-    """The compiled path adds up each row in one order, so a chunk's tokens are those one by one: no ties to allow for."""
+    """The compiled path adds up each row in one order, so a chunk gives the tokens that single steps give, even at ties."""
     backbone = offramp.load(name, dtype)
     if backbone.engine != "native":
         pytest.skip("no C compiler")

@@ -27,7 +27,7 @@ CHROMIUM = next(
 def results(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     exits = exits_for("llama", "ffn")
-    conditions = [Condition(), *(Condition("project", Policy((one,) * 3), exits) for one in (0.3, 0.5, 0.9))]
+    conditions = [Condition(), *(Condition("project", Policy((threshold,) * 3), exits) for threshold in (0.3, 0.5, 0.9))]
     plain = Evaluation(tiny("llama"), task(), work, command="offramp eval <tiny>")
     choice = Evaluation(
         tiny("llama"),
@@ -35,7 +35,7 @@ def results(tmp_path_factory):
         work,
         command="other",
     )
-    return [one.run(condition) for one in (plain, choice) for condition in conditions]
+    return [evaluation.run(condition) for evaluation in (plain, choice) for condition in conditions]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_browser_shows_it_without_an_error(page: Path, tmp_path, name: str, si
     assert done.returncode == 0
     assert picture.stat().st_size > 20_000
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    # A page that measures itself as it is laid out: nothing overlaps the edge, and every figure has a size.
+    # The page measures its own layout: nothing overlaps the edge, and every figure has a size.
     probe = tmp_path / "probe.html"
     script = (
         "<script>addEventListener('load', () => { const shown = [...document.querySelectorAll('figure svg')]"

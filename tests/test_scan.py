@@ -1,4 +1,4 @@
-"""The scans, the causal convolution and the mixer made of both: the same numbers however the tokens are cut up."""
+"""The scans, the causal convolution and the mixers give the same numbers however the tokens are cut into chunks."""
 
 import math
 
@@ -16,7 +16,7 @@ STRENGTHS = st.tuples(*[st.floats(math.log10(1e-3), math.log10(30))] * 2).map(so
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """On a busy machine, threads that wait for each other make these many small products fifty times slower."""
+    """Use one thread: on a busy machine, threads that wait for each other make these small products fifty times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,8 +25,10 @@ def one_thread():
 
 @st.composite
 def scans(draw, kinds=("mamba1", "mamba2")):
-    """A scan and its arguments in float64, the state and the mask last (either may be None), with dt * |A| spread over a
-    drawn range between 1e-3 and 30."""
+    """A scan and its float64 arguments, the state and the mask last (either may be None).
+
+    dt * |A| is spread over a drawn range between 1e-3 and 30.
+    """
     kind = draw(st.sampled_from(kinds))
     batch, heads, dims, states, groups = (draw(st.integers(1, top)) for top in (3, 3, 4, 5, 2))
     tokens, (low, high) = draw(LENGTHS), draw(STRENGTHS)
@@ -40,7 +42,7 @@ def scans(draw, kinds=("mamba1", "mamba2")):
 
     if kind == "mamba1":
         function, groups, channels, A = selective_scan, (), (dims,), -(0.5 + 7.5 * uniform(dims, states))
-        rate = -A.amin(1)  # the strongest decay of each channel is what dt is drawn for
+        rate = -A.amin(1)  # dt is drawn for the strongest decay of each channel
     else:
         function, groups, channels, A = scan, (groups,), (heads * groups, dims), -(0.5 + 7.5 * uniform(heads * groups))
         rate = -A
@@ -52,7 +54,7 @@ def scans(draw, kinds=("mamba1", "mamba2")):
 
 
 def token_by_token(function, arguments):
-    """The recurrence as the papers have it, Mamba-1 as heads of one dim."""
+    """The recurrence as the papers write it; Mamba-1 has heads of one dim."""
     x, dt, A, B, C, D, h, mask = arguments
     batch, tokens = x.shape[:2]
     if function is selective_scan:
@@ -75,13 +77,13 @@ def token_by_token(function, arguments):
 
 
 def off(got, want):
-    """Largest difference, as a share of the largest number wanted (or of 1)."""
+    """The largest difference, as a share of the largest expected number (or of 1)."""
     assert got.shape == want.shape
     return float((got - want).abs().max() / want.abs().max().clamp(min=1))
 
 
 def of_real_tokens(y, mask):
-    """Outputs of tokens that are no padding; the others mean nothing."""
+    """The outputs of tokens that are not padding; the others mean nothing."""
     return y if mask is None else y[mask]
 
 
@@ -243,7 +245,7 @@ def test_padding_enters_no_window(arguments, seed):
 
 
 def mixer_both_ways(dtype, seed, tokens, scale):
-    """How far a mixer token by token is from one call: outputs, window, state."""
+    """How far outputs, window and state of a mixer that runs token by token are from those of one call."""
     torch.manual_seed(0)
     mixer = MambaBlock(width=12, inner=32, out=7, states=5, head=8).eval().to(dtype)
     u = (scale * torch.randn(2, tokens, 12, generator=torch.Generator().manual_seed(seed))).to(dtype)

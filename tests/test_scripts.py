@@ -16,7 +16,9 @@ from helpers import modest_exits
 from models import ENGINES, VARIANTS, saved, tiny
 from offramp import Policy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # as where a script is run: they import from one another
+sys.path.insert(
+    0, str(Path(__file__).parents[1] / "benchmarks")
+)  # the scripts import from one another, as they can when one is run
 
 import agreement
 import exits
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny model and exits that are right now and then, questions, prompts, and a file of TriviaQA's kind."""
+    """A tiny model with exits that are sometimes right, questions, prompts, and a file like TriviaQA's."""
     folder = tmp_path_factory.mktemp("scripts")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OFFRAMP_CACHE", str(folder / "cache"))
@@ -51,7 +53,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(world, tmp_path, monkeypatch):
-    """Scripts write below the folder they are run in, and set torch's threads."""
+    """Run in a folder of the test's own, where scripts write, and restore torch's threads, which they set."""
     threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OFFRAMP_CACHE", str(world / "cache"))
@@ -176,7 +178,7 @@ def test_paper_size_sets_times_beside_the_machines_bandwidth(format: str, capsys
     _, *table = rows(capsys.readouterr().out)
     assert [row[0] for row in table] == ["2", "4"]
     (result,) = json.loads(Path("build/bench/paper_size.json").read_text())["results"]
-    assert result["bytes"]["2"] < result["bytes"]["4"] < 2 * result["bytes"]["2"]  # the head is read by both
+    assert result["bytes"]["2"] < result["bytes"]["4"] < 2 * result["bytes"]["2"]  # both read the head
     assert [len(times) for times in result["ms"].values()] == [2, 2]
     assert result["bandwidth"] > 0
 
@@ -195,8 +197,8 @@ def test_speed_runs_its_workers_by_turns(world, capsys) -> None:
         assert row["tokens_per_second"] > 0 < row["prefill_tokens_per_second"]
         assert [len(runs) for runs in row["runs"]] == [4, 4]
         assert all(run["decode_tokens"] == 4 for runs in row["runs"] for run in runs)
-    for mine, other in zip(ours["runs"], theirs["runs"], strict=True):
-        assert [run["ids"] for run in mine] == [run["ids"] for run in other]
+    for our_round, their_round in zip(ours["runs"], theirs["runs"], strict=True):
+        assert [run["ids"] for run in our_round] == [run["ids"] for run in their_round]
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-3)
     assert len(theirs["ratios"]["offramp-float32"]) == 2
 
@@ -213,14 +215,14 @@ def test_verified_compares_with_full_depth(world, capsys, engine: str) -> None:
     arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--dtype", "float32", "--engine", engine]
     verified.main([*arguments, "--exits", str(world / "exits"), "--count", "3", "--tokens", "12"])
     line = capsys.readouterr().out
-    found = re.fullmatch(
+    match = re.fullmatch(
         rf".*model, float32, {engine}: 3 answers, 0 differ; (\d+) drafts stood, (\d+) taken back \(.+\), "
         r"(\d+\.\d\d) tokens a deep pass\n",
         line,
     )
-    assert found, line
-    assert int(found[1]) > 0 < int(found[2])
-    assert float(found[3]) > 1
+    assert match, line
+    assert int(match[1]) > 0 < int(match[2])
+    assert float(match[3]) > 1
 
 
 def test_verified_compares_on_tiny_models_of_every_family(capsys, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Deferred and verified exits: exact states, full depth's own tokens, whatever the gates do; and sequences side by side."""
+"""Deferred and verified exits keep states exact, and verified tokens are full depth's, whatever the gates do."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_a_deep_read_out_gets_the_top_of_the_token_before_or_what_it_made_of_it(
             top = backbone.run(h, 0, BLOCKS, backbone.state(), step)[0]
             before = {}
             for run, x, out in read:
-                given = x[HIDDEN:]
+                received = x[HIDDEN:]
                 known = top[run - 2] if run > 1 else torch.zeros(HIDDEN)
                 drafted = before.get(run - 1, known)
-                assert min(float((given - one).abs().max()) for one in (known, drafted)) <= 1e-4 or run > len(prompt) + len(
-                    ids
-                )
+                assert min(float((received - memory).abs().max()) for memory in (known, drafted)) <= 1e-4 or run > len(
+                    prompt
+                ) + len(ids)
                 before[run] = out
 
 
@@ -77,12 +77,12 @@ def test_states_are_exact_after_any_run_of_exits(family: str, data: st.DataObjec
     engine = Engine(tiny(family), exits, Policy(thresholds), fill, max_pending=most)
     (prompt,) = some_prompts(1, data.draw(st.integers(0, 99)))
     talk = Talk()
-    given = [token.id for token in engine.stream(prompt, max_tokens=tokens, talk=talk)]
-    assert len(given) == tokens or given[-1] == 257
-    assert talk.sequence.ids == prompt + given  # nothing is drafted beyond the end
+    answer = [token.id for token in engine.stream(prompt, max_tokens=tokens, talk=talk)]
+    assert len(answer) == tokens or answer[-1] == 257
+    assert talk.sequence.ids == prompt + answer  # nothing is drafted beyond the end
     assert talk.sequence.pending <= most
     exact(talk.sequence, family)
-    # Another turn: what waits is carried along, and nothing is read twice.
+    # In another turn, waiting tokens are carried along, and nothing is read twice.
     more = [*talk.sequence.ids, *some_prompts(1, tokens)[0]]
     before = talk.sequence
     batch = engine.batch()
@@ -180,9 +180,9 @@ def test_what_neighbours_begin_with_is_read_once_and_changes_no_answer(family: s
         return
     monkeypatch.setattr("offramp.decode.engine.SHARED", 8)
     engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
-    one, other = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
+    start_a, start_b = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
     ends = some_prompts(5, seed=3)
-    prompts = [one + ends[0][:6], one + ends[1][:9], ends[2], other + ends[3][:3], other[:15] + ends[4][:8]]
+    prompts = [start_a + ends[0][:6], start_a + ends[1][:9], ends[2], start_b + ends[3][:3], start_b[:15] + ends[4][:8]]
     talks = engine.shared_talks(prompts)
     assert [talk.sequence.run if talk.sequence else 0 for talk in talks] == [19, 19, 0, 14, 14]
     together = engine.generate_batch(prompts, max_tokens=12)
@@ -279,7 +279,7 @@ def test_looked_up_drafts_are_verified_too(family: str) -> None:
     repeated = [*prompt, *prompt, *prompt]
 
     def mostly_repeats(logits: torch.Tensor, ids: list[int]) -> int:
-        """The text goes on repeating itself, but for every fifth token, which is the model's best."""
+        """The text repeats itself, except every fifth token, which is the model's best."""
         return ids[-len(prompt)] if len(ids) % 5 else int(logits.argmax())
 
     exits = modest_exits(family)

@@ -1,4 +1,4 @@
-"""A block's memory behaves like a plain concatenation, and every block has a length of its own."""
+"""A block's memory behaves like a plain concatenation, and every block has its own length."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Prompts as the field has them, and scores: cases worked out by hand from the official scripts' rules."""
+"""Prompts are the field's, and scores follow the official scripts' rules, in cases worked out by hand."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from offramp.metrics import best_f1, best_match, left_one_out, squad_words, triv
         ("The  Lone Ranger!", "lone ranger", "lone ranger"),
         ("It's a dog.", "its dog", "it s dog"),
         ("Hi-yo, Silver", "hiyo silver", "hi yo silver"),
-        ("an A-team", "ateam", "team"),  # where the hyphen parts words, "A" is an article
+        ("an A-team", "ateam", "team"),  # if the hyphen separates words, "A" is an article
         ("‘Another’ theatre", "‘another’ theatre", "another theatre"),
         ("snake_case", "snakecase", "snake case"),
-        ("a–b", "–b", "–b"),  # an article ends at any sign that is not of a word
+        ("a–b", "–b", "–b"),  # an article ends at any character that is not part of a word
         ("The", "", ""),
     ],
 )
@@ -52,7 +52,7 @@ def test_coqa_leaves_each_reference_out_once() -> None:
     item = Item("1", "?", "", ("white", "white", "pure white", "snow"))
     # Without either "white", the other remains; without "pure white" or "snow", both do.
     assert score_coqa("white", item) == {"exact_match": 1, "f1": 1}
-    # "snow" is right but for where it is left out: then F1 0.
+    # "snow" is right, except where it is left out: then F1 is 0.
     assert score_coqa("snow", item)["exact_match"] == pytest.approx(3 / 4)
     assert score_coqa("pure white", item)["f1"] == pytest.approx((3 * 1 + 2 / 3) / 4)
     assert left_one_out(best_match, "white", ["white"]) == 1
@@ -83,7 +83,7 @@ def test_choices_are_scored_by_likelihood() -> None:
     found = score_choices([-1000.0, -1002.0], [-1001.0])
     odds = [1.0, math.exp(-2), math.exp(-1)]
     assert found == {"mc1": 1.0, "mc2": pytest.approx((odds[0] + odds[1]) / sum(odds))}
-    # MC1 has one right answer only: another, likelier one does not help.
+    # MC1 counts one right answer only. Another right answer that is likelier does not help.
     assert score_choices([-3.0, -1.0], [-2.0])["mc1"] == 0
 
 

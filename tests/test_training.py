@@ -94,7 +94,7 @@ def test_every_kind_trains(tmp_path, prompts: str, gate: str, readout: str) -> N
 
 
 def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: str) -> None:
-    """Verified with it, the tiny model gives its own answers, in fewer passes to the top than tokens."""
+    """With the draft exit and `verify`, the tiny model gives its own answers, with fewer deep passes than tokens."""
     backbone = tiny("llama")
     settings = config(
         prompts, layers=(2,), gate="linear", readout="deep", shortlist=100, confidence="max-prob", threshold=0.2
@@ -125,7 +125,7 @@ class Interrupt:
 
 
 def checkpoint_after_every_step(monkeypatch) -> None:
-    clock = itertools.count(step=50)  # seconds, more than lie between checkpoints
+    clock = itertools.count(step=50)  # seconds a step, more than the time between checkpoints
     monkeypatch.setattr("offramp.training.loop.time.monotonic", lambda: next(clock))
 
 
@@ -194,12 +194,12 @@ def resident_bytes() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured on Linux only")
 def test_memory_does_not_grow_with_the_text(tmp_path, prompts: str) -> None:
-    """192 MB of hidden states: every stage that reads them holds a small part at a time."""
+    """Of 192 MB of hidden states, every stage that reads them holds a small part at a time."""
     tokens, shards = 48, []
     for index in range(8):
         count = 128 * tokens
         shards.append(tmp_path / f"{index}.safetensors")
-        hidden = torch.randn(tokens, 61, HIDDEN).half().repeat(128, 1, 1)  # so many exits that texts are large and few
+        hidden = torch.randn(tokens, 61, HIDDEN).half().repeat(128, 1, 1)  # many exits, so that texts are few and large
         top_ids = torch.randint(0, 260, (count, 16), dtype=torch.int)
         rest = {"lengths": torch.full((128,), tokens), "counted": torch.ones(count, dtype=torch.bool)}
         top = {"top_ids": top_ids, "top_logp": torch.zeros(count, 16).half(), "ids": top_ids[:, 0].contiguous()}
@@ -265,7 +265,7 @@ def equally_long_texts() -> list[TeacherText]:
 
 
 def test_two_processes_train_the_exits_of_one(tmp_path, prompts: str) -> None:
-    """Each takes half of every batch. `train` as a whole runs in both, and saves the exits once."""
+    """Each process takes half of every batch. `train` runs in both, and saves the exits once."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     train_equally_long(tmp_path / "one", prompts)
@@ -274,18 +274,18 @@ def test_two_processes_train_the_exits_of_one(tmp_path, prompts: str) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, str(tmp_path / "worker.py"), str(tmp_path / "two"), prompts]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, check=True, timeout=100)
-    one, two = (torch.load(tmp_path / name / "trained.pt") for name in ("one", "two"))
-    for alone, shared in zip(one.pop("curve"), two.pop("curve"), strict=True):
+    in_one, in_two = (torch.load(tmp_path / name / "trained.pt") for name in ("one", "two"))
+    for alone, shared in zip(in_one.pop("curve"), in_two.pop("curve"), strict=True):
         assert alone["loss"] == pytest.approx(shared["loss"], abs=2e-4)
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-3, atol=1e-3)
+    for key, value in in_one.items():
+        torch.testing.assert_close(in_two[key], value, rtol=1e-3, atol=1e-3)
     exits = Exits.load(tmp_path / "two" / "exits", tiny("llama"))
     assert [row["block"] for row in exits.training["validation"]] == list(LAYERS)
     assert not (tmp_path / "two" / "exits" / ".training").exists()
 
 
 def test_a_run_of_twenty_steps_trains(tmp_path) -> None:
-    """Its warm-up is exactly one step."""
+    """The warm-up of so short a run is exactly one step."""
     module = torch.nn.Linear(1, 1)
     fit = Fit(tmp_path, torch.device("cpu"), batch=1)
     fit.run("line", module, range(20), 1, 1e-2, lambda batch, step: (module.weight.square().sum(), [module.weight.sum()]))

@@ -23,10 +23,10 @@ CONFIG = TuneConfig(rank=8, skip=0.1, exit_scale=0.2, answer_tokens=12, epochs=1
 
 def test_exits_weigh_more_with_depth_and_take_turns() -> None:
     read = [exit_weights(12, step, exit_scale=0.2, every=3) for step in range(3)]
-    assert [sorted(one) for one in read] == [[3, 6, 9, 11], [1, 4, 7, 10, 11], [2, 5, 8, 11]]
-    for one in read:
-        assert sum(one.values()) == pytest.approx(1)
-        assert list(one.values()) == sorted(one.values())
+    assert [sorted(weights) for weights in read] == [[3, 6, 9, 11], [1, 4, 7, 10, 11], [2, 5, 8, 11]]
+    for weights in read:
+        assert sum(weights.values()) == pytest.approx(1)
+        assert list(weights.values()) == sorted(weights.values())
 
 
 def test_deep_blocks_are_skipped_more_often() -> None:
@@ -62,7 +62,7 @@ def prompts(tmp_path) -> str:
 
 
 def fresh(folder, family: str):
-    """A model of its own: tuning changes it."""
+    """A copy of the model, since tuning changes it."""
     if not (folder / "config.json").exists():
         saved(tiny(family), folder)
     return offramp.load(str(folder), "float32", keep=True)
@@ -79,7 +79,7 @@ def test_early_blocks_learn_to_say_what_the_model_says(family: str, prompts: str
     assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
     assert before["agreement"][-1] == 1
     assert record["parameters"] > 0
-    # What is saved is what was measured: a model like any other, with other weights than before.
+    # The saved model is the measured one. It loads like any model, and its weights differ from before.
     tuned = offramp.load(str(tmp_path / "tuned"), "float32", keep=True)
     assert tuned.source.sha256 != record["untuned"]["sha256"]
     assert json.loads((tmp_path / "tuned" / "tuning.json").read_text()) == record
@@ -115,10 +115,10 @@ def test_an_untuned_model_agrees_with_itself(prompts: str, tmp_path) -> None:
 
     backbone = wrap(tiny("llama").model, tiny("llama").tokenizer)
     data = gather(backbone, TrainConfig(prompts=prompts, answer_tokens=8), (BLOCKS,), tmp_path / "work")
-    found = measure_held_out(backbone, data.held)
-    assert found["agreement"][-1] == 1
-    assert found["perplexity"] >= 1
-    assert found["positions"] == sum(int(one.counted.sum()) for one in data.held)
+    measured = measure_held_out(backbone, data.held)
+    assert measured["agreement"][-1] == 1
+    assert measured["perplexity"] >= 1
+    assert measured["positions"] == sum(int(text.counted.sum()) for text in data.held)
 
 
 def test_the_model_itself_is_not_written_over(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Weight formats keep what they say they keep, and torch's products multiply with exactly that."""
+"""Weight formats keep what they promise, and torch's products multiply with exactly those values."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def random_weight(kind, rows=48, columns=96, bias=False):
 
 
 def gguf_values(quantisation, rows=40, columns=256):
-    """What a GGUF file of this type holds of random weights."""
+    """Random weights as a GGUF file of this type holds them."""
     weight = np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float32)
     kind = GGMLQuantizationType[quantisation]
     return torch.from_numpy(quants.dequantize(quants.quantize(weight, kind), kind).copy())
@@ -75,7 +75,7 @@ def test_the_native_product_is_with_the_dense_weight_and_each_row_for_itself(kin
     native = Native([], CShape(96, 1, 1, 8, 96), 96)
     product = native.product(CWeight.of(weight), x)
     wanted = x @ weight.dense().T + weight.bias
-    allowed = 1e-4 if kind.startswith("int") else 1e-5  # rows are 16-bit integers there
+    allowed = 1e-4 if kind.startswith("int") else 1e-5  # integer weights round rows to 16 bits
     assert (product - wanted).abs().max() <= allowed * wanted.abs().max()
     alone = torch.cat([native.product(CWeight.of(weight), row[None].contiguous()) for row in x])
     assert torch.equal(product, alone)

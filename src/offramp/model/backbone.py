@@ -1,8 +1,8 @@
 """A frozen causal language model as embed → blocks → norm → head, with every part callable by itself.
 
-A `Runtime` runs the blocks: `LibraryBlocks` with the library's own modules, or, for the families that have one, the lean
-path. Whether it runs them rightly is not taken on trust. When a model is loaded, `loading.check` compares a full and a
-cached pass with the library's own logits, and refuses a model that would be decoded wrongly.
+A `Runtime` runs the blocks. `LibraryBlocks` calls the library's own modules; the families with a lean path have blocks of
+this project's own. When a model is loaded, `loading.check` compares the logits of a full pass and of a cached pass with the
+library's, and refuses a model that would be decoded wrongly.
 
 Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
 """
@@ -33,16 +33,16 @@ __all__ = ["Backbone", "Part", "Runtime", "Step"]
 
 LEAN_PATHS: dict[str, type[LeanLlama] | type[LeanMamba]] = {"llama": LeanLlama, "mamba2": LeanMamba}
 
-_BACKBONES: WeakKeyDictionary[Any, ReferenceType[Backbone]] = WeakKeyDictionary()  # of each library model, the newest
+_BACKBONES: WeakKeyDictionary[Any, ReferenceType[Backbone]] = WeakKeyDictionary()  # library model → its newest backbone
 
 
 class Backbone:
     """A causal language model whose blocks can be run range by range. Make one with `offramp.load`.
 
-    Attributes: `model` and `tokenizer` are the library's own; `config` the model's text config; `n_blocks` N,
-    `hidden_size` D, `vocab_size` V, `context` the longest sequence the model was made for; `kinds` the kind of each
-    block; `source` where the weights came from, with their hash; `prompts` turns text into token ids; `modules` the
-    library's modules; `runtime` what runs the blocks.
+    Attributes: `model` and `tokenizer` are the library's own, and `config` is the model's text config. `n_blocks` is N,
+    `hidden_size` D, `vocab_size` V, and `context` the length of the longest sequence the model was made for, in tokens.
+    `kinds` holds the kind of each block. `source` says where the weights came from, with their hash. `prompts` turns text
+    into token ids. `modules` holds the library's modules, and `runtime` runs the blocks.
     """
 
     def __init__(self, model: Any, tokenizer: Any, source: Source) -> None:
@@ -70,6 +70,7 @@ class Backbone:
 
     @property
     def name(self) -> str:
+        """The model's name as the user gave it."""
         return self.source.name
 
     @property
@@ -98,7 +99,7 @@ class Backbone:
         return self.modules.head
 
     def mixer(self, index: int) -> Any:
-        """The Mamba mixer of block `index`, the library's module; None where it has none."""
+        """The library's Mamba mixer of block `index`; None if the block has none."""
         return self.modules.mixers[index]
 
     @property
@@ -114,9 +115,9 @@ class Backbone:
     def use_lean_path(self, format: str, store: Store | None = None, native: bool = True) -> None:
         """Run the blocks and the head on the lean path from now on, with weights in this format (see `weights.FORMATS`).
 
-        With a quantised format, the library's own model is given the quantised weights too, and `store` keeps them.
-        `native` false keeps to torch's operators. Raises `UnsupportedModel` for a family without a lean path, and for
-        shapes that do not fit the format.
+        A quantised format also writes the quantised values into the library's own model, and `store` keeps them. With
+        `native` false, torch's operators do the work even where there is a C compiler. Raises `UnsupportedModel` for a
+        family without a lean path, and for shapes that do not fit the format.
         """
         if not self.family.lean:
             raise UnsupportedModel(f"The family '{self.config.model_type}' has no lean path.", "Use bfloat16 or float32.")
@@ -143,11 +144,11 @@ class Backbone:
         return State(self.kinds, capacity)
 
     def window(self, index: int) -> int | None:
-        """How many tokens, itself included, a token sees in block `index`; None for all of them."""
+        """The number of tokens that a token sees in block `index`, itself included; None if it sees all of them."""
         return self.modules.windows[index]
 
     def kv_shape(self, index: int) -> tuple[int, int]:
-        """Key/value heads and head dim of block `index`."""
+        """The number of key/value heads of block `index`, and their head dim."""
         heads = self.config.num_attention_heads
         dim = getattr(self.config, "head_dim", None) or self.hidden_size // heads
         return getattr(self.config, "num_key_value_heads", None) or heads, dim
@@ -177,17 +178,18 @@ class Backbone:
     def project(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> None:
         """Store what blocks `start` to `stop` - 1 would remember if each of them saw `h` (B, T, D) as its input.
 
-        Attention: only the keys and values are computed, by each block's own input norm and projections, CALM's state
-        propagation (arXiv 2207.07061, section 3.2). Mamba: only what feeds convolution and state (`mamba.remember`).
+        Attention blocks compute only keys and values, with their own input norm and projections. This is CALM's state
+        propagation (arXiv 2207.07061, section 3.2). Mamba blocks compute only what feeds their convolution and state
+        (`mamba.remember`).
         """
         self.runtime.remember_all([(h, state, step)], start, stop)
 
     def project_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
-        """The attention part of `project`, for one block; nothing where it has none."""
+        """Do the attention part of `project` in block `index`. Does nothing if the block has no attention."""
         self.runtime.remember_keys(h, index, state, step)
 
     def project_state(self, h: Tensor, index: int, state: State) -> None:
-        """The Mamba part of `project`, for one block; nothing where it has none."""
+        """Do the Mamba part of `project` in block `index`. Does nothing if the block has no Mamba mixer."""
         self.runtime.remember_state(h, index, state)
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -195,19 +197,20 @@ class Backbone:
         return self._finished(self.runtime.logits(h, rows))
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        """`logits` of the tokens `rows` only, as a function to be called many times."""
+        """A function that gives the `logits` of the n tokens `rows` only, (…, D) → (…, n). It is meant for many calls."""
         logits = self.runtime.head_of(rows)
         return lambda h: self._finished(logits(h))
 
     def _finished(self, logits: Tensor) -> Tensor:
-        """Logits after what the family does to them behind the head, in float32."""
+        """Apply what the family does to logits after the head (a scale, a soft cap), and return them in float32."""
         logits = self.family.finish(logits, self.config)
         return logits if logits.dtype == torch.float32 else logits.float()
 
     def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
-        """`logits` of as many tokens as there are `candidates`, the likeliest by a sketch of the head; −inf for all others.
+        """A function like `logits` that reads out only the `candidates` likeliest tokens; all others get −inf.
 
-        The sketch is the head behind `expand` · `reduce`, (D, k) and (k, D), for a small k.
+        A sketch of the head estimates which tokens are the likeliest. It is the head times `expand` (D, k), and takes the
+        hidden state times `reduce` (k, D), for a small k.
         """
         guess = self.runtime.head_behind(expand)
 
@@ -222,7 +225,7 @@ class Backbone:
         return logits
 
     def final(self, h: Tensor) -> Tensor:
-        """What the head is multiplied with: the final norm of h (…, D), in float32."""
+        """The final norm of h (…, D) in float32, which the head is multiplied with."""
         return self.runtime.final(h)
 
     def head_weight(self) -> Tensor:
@@ -230,14 +233,14 @@ class Backbone:
         return self.runtime.head_weight()
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) → logits (B, T, V), full depth, with an empty memory at the start and none kept."""
+        """Token ids (B, T) → logits (B, T, V) at full depth. The memory is empty at the start and is not kept."""
         h, step = self.embed(ids)
         return self.logits(self.run(h, 0, self.n_blocks, self.state(ids.shape[1]), step))
 
 
 def _largest(rows: Tensor, count: int) -> Tensor:
-    """Where the `count` largest of each row (n, V) are, in any order: (n, count)."""
+    """The places (n, count) of the `count` largest entries of each row (n, V), in any order."""
     if rows.device.type != "cpu":
         return rows.topk(count, dim=-1, sorted=False).indices
-    # On a CPU several times as fast as torch's topk.
+    # On a CPU this is several times as fast as torch's topk.
     return torch.from_numpy(np.argpartition(rows.numpy(), -count, axis=-1)[:, -count:])

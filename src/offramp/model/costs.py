@@ -4,12 +4,12 @@
 |------|------------------------------------------------------------------|--------|
 | linear layers of a block | 2 · (entries of their weight matrices) | Kaplan et al., arXiv 2001.08361, table 1 |
 | attention of a block | 2 · L · heads · head dim, for the scores and again for the values | ibid. |
-| experts of a block | those that a token is sent to | |
+| experts of a block | 2 · (entries of the experts that a token is sent to) | |
 | convolution, scan of a Mamba block | 2 · W · channels + 6 · (entries of its state): decay, input, read-out | 2405.21060 |
-| LM head | 2 · V · D | ibid. |
+| LM head | 2 · V · D | Kaplan et al., table 1 |
 | `project` fill of a block | 2 · (entries of its K and V projections) | CALM, arXiv 2207.07061, section 3.2 |
-| `project` fill of a Mamba block | 2 · (entries of what feeds convolution and state), and both | DYNAMAX, 2504.20922 |
-| `copy`, `freeze` | 0; `project`'s in attention blocks that have nothing to copy | |
+| `project` fill of a Mamba block | 2 · (entries of what feeds convolution and scan), plus both | DYNAMAX, 2504.20922 |
+| `copy`, `freeze` | 0, or as `project` in attention blocks that have nothing to copy | |
 | gate, read-out adapter | 2 · (entries of their weight matrices), and `MambaBlock.scan_flops` | arXiv 2405.21060 |
 
 Norms, activations, rotary tables and residuals are left out: they are below 1% of a block's products. A block with a
@@ -28,7 +28,7 @@ from offramp.model.library_blocks import active_experts
 
 
 def matrix_flops(module: nn.Module, active: float = 1.0) -> int:
-    """FLOPs of one token through every weight matrix in `module`: 2 · entries; of stacked experts a share `active`."""
+    """FLOPs of one token through every weight matrix in `module`: 2 · entries, of stacked experts the share `active`."""
     entries = 0
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2 and not name.endswith("A_log"):  # Mamba-1's decay rates are no matrix product
@@ -41,8 +41,8 @@ def matrix_flops(module: nn.Module, active: float = 1.0) -> int:
 class Costs:
     """FLOPs and bytes of a backbone's parts, for one token.
 
-    `block(i, context)`, `full(context)` and `head` are FLOPs, and so are the `project` fill's two parts in block i,
-    `project_keys[i]` and `project_state[i]`. `block_bytes(i, context)` and `head_bytes` are bytes.
+    These are FLOPs: `block(i, context)`, `full(context)`, `head`, and the two parts of the `project` fill in block i,
+    `project_keys[i]` and `project_state[i]`. These are bytes: `block_bytes(i, context)` and `head_bytes`.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -95,7 +95,7 @@ def scan_flops(mixer: Any) -> int:
 
 def projected(mixer: Any) -> int:
     """FLOPs of one token through the projections that feed a Mamba mixer's convolution and state (`mamba.remember`)."""
-    rows = mixer.in_proj.out_features - mixer.intermediate_size  # all but the gate's
+    rows = mixer.in_proj.out_features - mixer.intermediate_size  # all rows but the gate's
     inner = sum(
         matrix_flops(part) for part in (getattr(mixer, name, None) for name in ("x_proj", "dt_proj")) if part is not None
     )

@@ -1,6 +1,6 @@
-"""What differs between llama and each other model family, one row a family.
+"""How each model family differs from llama: one row for each family.
 
-A new family is a new row; the conformance tests cover it.
+To add a family, add a row; the conformance tests then cover it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Family:
     blocks: str = "layers"
     norm: str = "norm"
     attention: str = "self_attn"
-    mixer: str | None = None  # a Mamba mixer; blocks may have it, attention, both or neither
+    mixer: str | None = None  # the Mamba mixer; a block may have it, attention, both or neither
     input_norm: str | None = "input_layernorm"
     positions: str | None = None  # an embedding of absolute positions, added to the tokens' own
     rotary: str | None = "rotary_emb"
@@ -77,7 +77,7 @@ class Family:
     cache_kwarg: str = "cache"
     implementation: str = "sdpa"  # which of the library's attention functions
     keys_values: KeysValues = _split_kv
-    projected: int = 2  # how many of queries, keys and values `keys_values` computes
+    projected: int = 2  # how many of the three (queries, keys, values) `keys_values` computes
     scale_in: Callable[[Config], float] = lambda config: 1.0
     finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
     lean: str | None = None  # the kind of lean path that fits the blocks: llama or mamba2

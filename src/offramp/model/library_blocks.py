@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 @dataclass
 class LibraryStep(Step):
-    """Positions (1, T), the library's rotary tables, and the attention masks that blocks have asked for so far."""
+    """Positions (1, T), the library's rotary tables, and the attention masks that were made for blocks so far."""
 
     positions: Tensor
     rotary: Any = None
@@ -40,7 +40,10 @@ class LibraryStep(Step):
 
 
 class LibraryBlocks:
-    """The `Runtime` that calls the library's modules block by block. The library's model is left as it is."""
+    """The `Runtime` that calls the library's modules block by block. `Runtime` documents the methods.
+
+    The library's model stays as it is.
+    """
 
     engine = "library blocks"
 
@@ -174,8 +177,8 @@ class LibraryBlocks:
     def _make_mask(self, window: int | None, past: int, step: LibraryStep, dtype: torch.dtype) -> Tensor | None:
         """Which of `past` remembered tokens and the T new ones each new token may see: (1, 1, T, past + T).
 
-        None where the attention function needs no mask: for one token that sees everything, and with SDPA for T tokens that
-        have nothing before them. True means "sees" for SDPA. The eager function adds the mask to the scores instead.
+        Returns None where the attention function needs no mask: for one token that sees everything, and with SDPA for T
+        tokens that have nothing before them. For SDPA, True means "sees". The eager function adds the mask to the scores.
         """
         tokens, device = step.tokens, step.positions.device
         everything = window is None or past + tokens <= window
@@ -192,7 +195,7 @@ class LibraryBlocks:
 
 
 class Outline(LibraryBlocks):
-    """A model's shape without weights. Nothing can be run; its sizes are those that the lean path would have."""
+    """A model's shape without weights, which cannot run. Its sizes in bytes are those that the lean path would have."""
 
     def __init__(self, modules: Modules, family: Family, config: Any, weight_format: str) -> None:
         super().__init__(modules, family, config)
@@ -217,7 +220,7 @@ def active_experts(config: Any) -> float:
 
 
 def stored_bytes(block: nn.Module, format: type[Weight], itemsize: int, active: float = 1.0) -> int:
-    """Bytes of the parameters that one token reads, with matrices in this format; of stacked experts a share `active`."""
+    """Bytes of the parameters that one token reads, with matrices in this format, of stacked experts the share `active`."""
     matrices = [parameter.shape for parameter in block.parameters() if parameter.ndim == 2]
     others = [(name, parameter) for name, parameter in block.named_parameters() if parameter.ndim != 2]
     entries = sum(part.numel() * (active if part.ndim == 3 and "conv" not in name else 1) for name, part in others)

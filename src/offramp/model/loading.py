@@ -1,4 +1,4 @@
-"""From a name to a backbone that decodes like the library: load it, and compare its logits with the library's."""
+"""Load a model by its name, and check that its logits are the library's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from offramp.model.mamba import is_mamba1
 class Reference:
     """The library's own logits (1, T, V) for fixed token ids: `full` in one pass, `cached` in three pieces over its cache.
 
-    The library's Mamba-1 is wrong in pieces, so such a model reads the tokens one by one. `pieces` are ours, always three.
+    `pieces` are the three pieces that offramp reads. The library's Mamba-1 computes pieces of several tokens wrongly, so
+    for such a model the library reads the tokens one by one.
     """
 
     ids: Tensor
@@ -34,7 +35,7 @@ class Reference:
     @classmethod
     @torch.inference_mode()
     def of(cls, backbone: Backbone) -> Reference:
-        """Raises `BadNumbers` when the library's logits are not finite."""
+        """Run the library's model. Raises `BadNumbers` when its logits are not finite."""
         generator = torch.Generator().manual_seed(0)
         length = min(16, backbone.context)
         ids = torch.randint(0, backbone.vocab_size, (1, length), generator=generator).to(backbone.device)
@@ -115,8 +116,8 @@ def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbon
     logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-        family = family_of(config, source)  # a wrong family should not cost a minute of loading
-        # Meant for new weights, but transformers 5 divides every loaded out_proj of a Mamba model by √blocks, too.
+        family = family_of(config, source)  # first, so that an unsupported family is refused before a minute of loading
+        # It is meant for new weights, but transformers 5 divides every loaded out_proj of a Mamba model by √blocks, too.
         if hasattr(config, "rescale_prenorm_residual"):
             config.rescale_prenorm_residual = False
         model = AutoModelForCausalLM.from_pretrained(
@@ -139,7 +140,7 @@ def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbon
 
 
 def _make_ready(backbone: Backbone, dtype: str, store: Store) -> None:
-    """Use the lean path where there is one that passes the self-check, else the library's blocks, also checked."""
+    """Use the lean path if there is one and it passes the self-check, else the library's blocks, which are checked too."""
     quantised = FORMATS[dtype].quantised
     if backbone.family.lean or quantised:
         try:
@@ -156,7 +157,7 @@ def _make_ready(backbone: Backbone, dtype: str, store: Store) -> None:
 def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbone:
     """A model's shape, from its config alone. It has no weights, so it takes no memory and cannot run.
 
-    With `random` it has random weights, and is checked and ready to be timed. It has no tokenizer. Raises `ModelNotFound`,
+    With `random` it has random weights; it is checked, and can be timed. It has no tokenizer. Raises `ModelNotFound`,
     `UnsupportedModel`, `CorruptFile`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -179,7 +180,7 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
             )
     except Exception as error:  # the library raises anything from KeyError to ValueError for a config's odd values
         raise source.unreadable(error) from error
-    if random:  # random tokens should not end a text
+    if random:  # a random token must not end a text
         config.eos_token_id = model.generation_config.eos_token_id = None
     backbone = Backbone(model, None, source)
     if FORMATS[dtype].quantised and not family.lean:

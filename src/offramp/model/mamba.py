@@ -1,12 +1,12 @@
 """The mixers of the library's Mamba blocks, continued from any state, in chunks of any length.
 
-The library's own mixers are right for a whole text and for one token after another. Its Mamba-1 mixer forgets its state
-when a chunk follows, and loops over the tokens of a prompt. So our runs use the library's blocks with another mixer in
-them: `with_own_mixer` makes a copy of a block that shares all weights with it. The library's model stays as it is.
+The library's own mixers compute a whole text, and then single tokens, rightly. But its Mamba-1 mixer forgets its state when
+a chunk of several tokens follows, and it loops over the tokens of a prompt. So our runs put another mixer into its blocks:
+`with_own_mixer` makes a copy of a block that shares all weights with it. The library's model stays as it is.
 
 Mamba-1 (arXiv 2312.00752, section 3.4): mamba, falcon_mamba and jamba, the latter two with norms on dt, B and C.
-Mamba-2 (2405.21060, section 7): mamba2, bamba, granitemoehybrid, nemotron_h, and falcon_h1 with multipliers and without
-the norm if so configured.
+Mamba-2 (2405.21060, section 7): mamba2, bamba, granitemoehybrid, nemotron_h, and falcon_h1, which adds multipliers
+and, where the config says so, leaves the norm out.
 
 Shapes: B batch, T tokens, D hidden size, E inner width, G groups, N state size, W the convolution's width.
 """
@@ -45,7 +45,7 @@ class StatefulMixer(nn.Module):
         self.mixer = mixer
 
     def forward(self, hidden_states: Tensor, cache: State, attention_mask: Any = None, **_: Any) -> Tensor:
-        """The library's signature. hidden_states (B, T, D) → (B, T, D); the block's memory in `cache` moves on."""
+        """hidden_states (B, T, D) → (B, T, D). Updates the block's memory in `cache`. The signature is the library's."""
         return mix(self.mixer, hidden_states, cache.ssm[self.mixer.layer_idx])
 
 
@@ -57,7 +57,7 @@ def with_own_mixer(block: nn.Module, name: str) -> nn.Module:
 
 
 def mix(mixer: LibraryMixer, u: Tensor, memory: SSM | None = None) -> Tensor:
-    """What the mixer makes of u (B, T, D): (B, T, D). Continues from `memory` and leaves the new state there."""
+    """The mixer's output (B, T, D) for u (B, T, D). It continues from `memory` and leaves the new state there."""
     if is_mamba1(mixer):
         x, z = _linear(mixer.in_proj, u).chunk(2, dim=-1)
         y = _advance_mamba1(mixer, x, memory) * F.silu(z.float())
@@ -98,11 +98,11 @@ def _advance_mamba1(mixer: LibraryMixer, x: Tensor, memory: SSM | None) -> Tenso
     return _recorded(advance, inputs, memory)
 
 
-Advance = Callable[[Tensor | None, int], tuple[Tensor, Tensor]]  # runs the first n tokens from state h: y and the new h
+Advance = Callable[[Tensor | None, int], tuple[Tensor, Tensor]]  # (state h, n) → y of the first n tokens, new h
 
 
 def _recorded(advance: Advance, inputs: Tensor, memory: SSM | None) -> Tensor:
-    """The y of all tokens, from the remembered state on. The memory moves on and records how to repeat that."""
+    """The y of all tokens, from the remembered state on. `memory` gets the new state and records how to repeat them."""
     tokens = inputs.shape[1]
     y, h = advance(None if memory is None else memory.h, tokens)
     if memory is not None:

@@ -19,9 +19,9 @@ KINDS = {(True, False): "attention", (False, True): "mamba", (True, True): "both
 class Modules:
     """Embedding, blocks, final norm and head of a model.
 
-    The sequences have one entry a block: `attention` and `mixers` its attention and its Mamba mixer, None where it has
-    none; `layer_types` full_attention, sliding_attention, or the config's word for a block without attention; `windows`
-    the number of tokens, itself included, that a token sees, None for all of them.
+    Four sequences have one entry for each block. `attention` and `mixers` hold its attention and its Mamba mixer, None
+    where it has none. `layer_types` holds full_attention, sliding_attention, or the config's word for a block without
+    attention. `windows` holds the number of tokens that a token sees, itself included; None if it sees all of them.
     """
 
     embedding: Any

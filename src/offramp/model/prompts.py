@@ -1,4 +1,4 @@
-"""From a user's words to token ids."""
+"""Turn a user's prompts and conversations into token ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from offramp.errors import BadInput
 class Prompts:
     """Turns prompts and conversations into token ids, and refuses those that a model cannot answer.
 
-    `tokenizer` is the library's; `context` the number of tokens that the model called `name` holds, answer included.
+    `tokenizer` is the library's. `context` is the number of tokens that the model `name` holds, answer included.
     """
 
     def __init__(self, tokenizer: Any, context: int, name: str) -> None:
@@ -36,7 +36,7 @@ class Prompts:
         return list(ids)
 
     def check(self, ids: list[int]) -> None:
-        """Raises `BadInput` for a prompt of no tokens, and for one that leaves no room for an answer."""
+        """Refuse a prompt of no tokens, and one that leaves no room for an answer, with `BadInput`."""
         if not ids:
             raise BadInput("The prompt is empty.", "Give some text to go on from.")
         if len(ids) >= self._context:

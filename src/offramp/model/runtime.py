@@ -1,7 +1,7 @@
-"""What a backbone needs of the code that runs its blocks. There are two such runtimes.
+"""The protocol of a runtime: the code that runs a backbone's blocks. There are two runtimes.
 
 `library_blocks.LibraryBlocks` calls the modules of the library (`transformers`). `lean.base.Lean` has blocks of its own for
-the kinds of model that have a lean path. `Backbone` holds one of them and does not ask which it is.
+the kinds of model that have a lean path. `Backbone` holds one of them, and treats both alike.
 
 Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
 """
@@ -61,19 +61,19 @@ class Runtime(Protocol):
         ...
 
     def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
-        """Each part's hidden states through blocks `start` to `stop` - 1, which remember its tokens."""
+        """Run each part's hidden states through blocks `start` to `stop` - 1, which remember its tokens."""
         ...
 
     def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
-        """Remember only: blocks `start` to `stop` - 1 each store what they would if a part's h were their input."""
+        """Remember only: blocks `start` to `stop` - 1 store what each would store if a part's h were its input."""
         ...
 
     def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
-        """The attention part of `remember_all`, for one block and one h (B, T, D); nothing where it has none."""
+        """Do the attention part of `remember_all` for one h (B, T, D). Does nothing in a block without attention."""
         ...
 
     def remember_state(self, h: Tensor, index: int, state: State) -> None:
-        """The Mamba part of `remember_all`, for one block and one h (B, T, D); nothing where it has none."""
+        """Do the Mamba part of `remember_all` for one h (B, T, D). Does nothing in a block without a Mamba mixer."""
         ...
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class Runtime(Protocol):
         ...
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        """`logits` of the tokens `rows` only, as a function to be called many times."""
+        """A function that gives the `logits` of the n tokens `rows` only, (…, D) → (…, n). It is meant for many calls."""
         ...
 
     def head_behind(self, expand: Tensor) -> Callable[[Tensor], Tensor]:

@@ -4,8 +4,8 @@ Gu and Dao, "Mamba" (arXiv 2312.00752) and Dao and Gu, "Transformers are SSMs" (
 
     h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t x_t        y_t = C_t h_t + D x_t
 
-Mamba-1 (`selective_scan`) has a decay for every entry of the state; Mamba-2 (`scan`) one for each head, which turns a chunk
-of tokens into a few matrix products.
+Mamba-1 (`selective_scan`) has a decay for every entry of the state. Mamba-2 (`scan`) has one for each head, so a chunk of
+tokens becomes a few matrix products.
 
 | here | paper | Mamba-2 | Mamba-1 | meaning |
 |------|-------|---------|---------|---------|
@@ -15,7 +15,7 @@ of tokens into a few matrix products.
 | B, C | B, C  | (B, T, G, N) | (B, T, N) | input and output maps; G groups of H / G heads share theirs |
 | D    | D     | (H,)         | (E,)      | skip |
 | h    | h     | (B, H, P, N) | (B, E, N) | state |
-| mask |       | (B, T)       | (B, T)    | False for padding: it leaves the state as it was, its y means nothing |
+| mask |       | (B, T)       | (B, T)    | False for padding, which leaves the state as it was; its y means nothing |
 
 Everything is computed in float32 (float64 for float64 inputs), whatever dtype comes in.
 """
@@ -31,9 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64  # tokens whose mutual influence is computed as one matrix (2405.21060, section 6); longer only costs more
+CHUNK = 64  # tokens whose mutual influence is computed as one matrix (2405.21060, section 6); longer chunks only cost more
 FEW = 16  # tokens of Mamba-1 whose decays and inputs are computed at once
-SPAN = 16 * CHUNK  # tokens whose chunks are computed side by side: bounds the memory of a long prompt
+SPAN = 16 * CHUNK  # tokens whose chunks are computed side by side; this bounds the memory of a long prompt
 
 
 def scan(
@@ -95,10 +95,10 @@ def _chunks(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -
         return chunks
 
     B, C, fed = cut(B), cut(C), cut(x * dt[..., None])
-    # Log of the decay from the chunk's start up to and with t, (B, c, H, L). In float64: strong decay makes it large, and
-    # the differences below are small.
+    # Log of the decay from the chunk's start up to and including t, (B, c, H, L). It is in float64, since strong decay
+    # makes it large and the differences below are small.
     total = torch.cumsum((cut(dt[..., None]).squeeze(-1) * A[:, None]).double(), dim=-1)
-    between = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # from after s up to and with t, (B, c, H, t, s)
+    between = (total[..., :, None] - total[..., None, :]).to(x.dtype)  # after s, up to and including t: (B, c, H, t, s)
     future = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     # Masked before exp: above the diagonal the exponent is positive and may overflow.
     decay = torch.exp(between.masked_fill(future, float("-inf")))
@@ -128,8 +128,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1: run T tokens from state `h` (zeros if None). Returns y (B, T, E) and the new h.
 
-    The recurrence runs token by token. What does not depend on the token before is computed for a few tokens at once, as
-    many as stay in the processor's cache. States are written in place, so gradients do not pass through.
+    The recurrence runs token by token. What does not depend on the token before is computed for `FEW` tokens at once, so
+    that it stays in the processor's cache. States are written in place, so gradients do not pass through.
     """
     x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
     if mask is not None:
@@ -144,7 +144,7 @@ def selective_scan(
     for start in range(0, x.shape[1], FEW):
         piece = slice(start, start + FEW)
         decays = torch.exp(dt[:, piece].transpose(0, 1)[:, :, None] * rates)  # (L, B, N, E)
-        states = fed[:, piece].transpose(0, 1)[:, :, None] * B[:, piece].transpose(0, 1)[..., None]  # as yet the inputs
+        states = fed[:, piece].transpose(0, 1)[:, :, None] * B[:, piece].transpose(0, 1)[..., None]  # the inputs, so far
         for decay, state in zip(decays.unbind(), states.unbind(), strict=True):
             h = state.addcmul_(decay, h)
         outputs.append((C[:, piece, None] @ states.transpose(0, 1)).squeeze(2))
@@ -154,9 +154,10 @@ def selective_scan(
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution, then SiLU. x (B, T, E), weight (E, W), and the inputs before, window (B, W - 1, E).
+    """Depthwise causal convolution of x (B, T, E) with weight (E, W), then SiLU: (B, T, E), and the new window.
 
-    Returns (B, T, E) and the new window. Tokens where `mask` (B, T) is False enter no window; their outputs mean nothing.
+    `window` (B, W - 1, E) holds the inputs before x. Tokens where `mask` (B, T) is False enter no window, and their outputs
+    mean nothing.
     """
     width, tokens = weight.shape[1], x.shape[1]
     order = None
@@ -164,9 +165,9 @@ def causal_conv(
         order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
         x = x.gather(1, order)
     joined = torch.cat([window.to(x.dtype), x], dim=1)
-    if tokens == 1:  # one product and one sum are cheaper than a few of each
+    if tokens == 1:  # one product and one sum are cheaper than one for each tap
         y = (joined.transpose(1, 2) * weight).sum(-1)[:, None]
-    else:  # no transposes, so several times faster on a CPU than a convolution call
+    else:  # without transposes, this is several times as fast on a CPU as a convolution call
         y = joined[:, :tokens] * weight[:, 0]
         for tap in range(1, width):
             y = torch.addcmul(y, joined[:, tap : tap + tokens], weight[:, tap])
@@ -192,7 +193,7 @@ def _kernel() -> Scan | None:
         combined = import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     except ImportError:
         return None
-    except Exception as error:  # whatever a broken install raises
+    except Exception as error:  # a broken install may raise anything
         warnings.warn(f"mamba-ssm cannot be imported ({error}): using offramp's scan.", stacklevel=3)
         return None
 

@@ -1,7 +1,7 @@
-"""What each block remembers of the tokens it has seen. Each block's memory has a length of its own.
+"""What each block remembers of the tokens it has seen.
 
-A block that an early exit skipped is behind the others until its fill catches up, so there is no single length of the
-past. `State.update` has the signature by which the library's blocks store their keys and values, so a `State` is passed to
+Each block's memory has its own length: a block that an early exit skipped is behind the others until its fill catches up.
+`State.update` has the signature by which the library's blocks store their keys and values, so a `State` is passed to
 them in place of a `transformers.Cache`.
 """
 
@@ -19,7 +19,7 @@ class KV:
 
     A token's keys and values stand together, at the place of its position: (batch, capacity, keys then values, head
     dim). `keys` and `values` are views of the first `length` tokens in the library's layout (batch, KV heads, tokens,
-    head dim). To forget is to lower `length`.
+    head dim). Lowering `length` forgets tokens.
     """
 
     def __init__(self, capacity: int = 256) -> None:
@@ -29,10 +29,12 @@ class KV:
 
     @property
     def keys(self) -> Tensor:
+        """A view (B, KV heads, tokens, head dim)."""
         return self._view(0)
 
     @property
     def values(self) -> Tensor:
+        """A view (B, KV heads, tokens, head dim)."""
         return self._view(1)
 
     def _view(self, half: int) -> Tensor:
@@ -57,7 +59,7 @@ class KV:
         return buffer
 
     def room(self, like: Tensor, end: int) -> Tensor:
-        """The buffer, with room for `end` tokens like those in `like`. From now on the length is `end`.
+        """Set the length to `end`, and return the buffer with room for that many tokens like those in `like`.
 
         Raises `ValueError` for tokens of another batch size, shape or dtype than those in memory.
         """
@@ -68,7 +70,7 @@ class KV:
             )
         if old is None or end > old.shape[1]:
             capacity = max(self._capacity, end if old is None else 2 * end)
-            # Zeros: what a mask hides is still multiplied by 0, and 0 times NaN is NaN.
+            # Zeros, since what a mask hides is still multiplied by 0, and 0 times NaN is NaN.
             self._buffer = like.new_zeros(len(like), capacity, *like.shape[2:])
             if old is not None:
                 self._buffer[:, : self.length] = old[:, : self.length]
@@ -77,9 +79,11 @@ class KV:
         return self._buffer
 
     def crop(self, length: int) -> None:
+        """Forget every token from position `length` on."""
         self.length = min(self.length, length)
 
     def select(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch, in this order."""
         if self._buffer is not None:
             self._buffer = self._buffer.index_select(0, rows)
 
@@ -91,8 +95,8 @@ class SSM:
     """What a Mamba block remembers: the convolution's last inputs and the scan's state; None before the first token.
 
     `window` is (B, W - 1, E + 2 G N) for Mamba-2, (B, W - 1, E) for Mamba-1; `h` is (B, H, P, N) or (B, E, N). Neither
-    grows with the text. Tokens can be forgotten only under a watch: then a journal records what each token did. `crop` goes
-    back to where the watch began and repeats the tokens that stay, without the block's weights.
+    grows with the text. Tokens can be forgotten only during a watch, in which a journal records what each token did. `crop`
+    goes back to where the watch began and repeats the tokens that stay, without the block's weights.
     """
 
     def __init__(self) -> None:
@@ -104,10 +108,11 @@ class SSM:
 
     @property
     def watched(self) -> bool:
+        """Whether tokens taken in now can be forgotten."""
         return self._start is not None
 
     def watch(self) -> None:
-        """From now on, tokens can be forgotten. Does nothing under a watch."""
+        """Begin a watch: tokens taken in from now on can be forgotten. Does nothing during a watch."""
         if self._start is None:
             window, h = self.window, self.h
             self._start = self.length, None if window is None else window.clone(), None if h is None else h.clone()
@@ -118,11 +123,11 @@ class SSM:
         self._journal.clear()
 
     def record(self, tokens: int, inputs: Tensor | None = None, replay: Replay | None = None) -> None:
-        """Count T more tokens that the block has taken in, and under a watch keep how to repeat them.
+        """Count T more `tokens` that the block has taken in, and during a watch keep how to repeat them.
 
-        That is the convolution's inputs (1, T, C) and replay(h, n), which moves a state on by the first n of the tokens and
-        may write it in place. Raises `ValueError` for a batch under a watch, since its sequences may have to forget
-        differently.
+        `inputs` (1, T, C) are the convolution's. replay(h, n) gives the state after the first n of the tokens, from state
+        h, which it may write into. Raises `ValueError` for a batch during a watch, since its sequences may have to forget
+        different tokens.
         """
         self.length += tokens
         if self._start is not None and inputs is not None and replay is not None:
@@ -153,7 +158,7 @@ class SSM:
         self.window, self.h, self.length, self._journal = window.contiguous(), h, length, kept
 
     def room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Window and state, to be written in place; zeros before the first token. Both shapes include the batch.
+        """The window and the state, to be written in place; zeros before the first token. Both shapes include the batch.
 
         Raises `ValueError` for a memory of other shapes.
         """
@@ -164,17 +169,18 @@ class SSM:
         return self.window, self.h
 
     def select(self, rows: Tensor) -> None:
+        """Keep only these rows of the batch, in this order."""
         if self.window is not None and self.h is not None:
             self.window, self.h = self.window.index_select(0, rows), self.h.index_select(0, rows)
 
 
-KINDS = ("attention", "mamba", "both", "neither")  # of a block's memory; hybrids mix them
+KINDS = ("attention", "mamba", "both", "neither")  # what a block's memory holds; a hybrid model has blocks of several kinds
 
 
 class State:
     """The memory of a backbone's blocks for one batch of sequences that share their positions.
 
-    `kv[i]` and `ssm[i]` are block i's keys and values and its Mamba state, None where it has no such part.
+    `kv[i]` holds the keys and values of block i, and `ssm[i]` its Mamba state; None where the block has no such part.
     """
 
     def __init__(self, kinds: list[str], capacity: int = 256) -> None:

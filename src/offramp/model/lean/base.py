@@ -1,7 +1,7 @@
-"""What the lean paths of all block kinds share: the weights in one format, the final norm and head, two engines.
+"""What the lean paths of all kinds of block share: weights in one format, the final norm and head, and two engines.
 
-An engine does the work: `native` where a C compiler is at hand, and torch's operators, which also serve GPUs and are what
-`native` is tested against. `loading.check` compares both with the library's own logits.
+There are two engines. `native` runs where there is a C compiler. `torch` uses torch's operators; it also runs on GPUs, and
+`native` is tested against it. `loading.check` compares both with the library's own logits.
 
 Shapes: B batch, T tokens of this call, D hidden size, R = B · T rows.
 """
@@ -54,7 +54,7 @@ class Lean:
     """The `Runtime` that has a whole model on the lean path: its blocks, final norm and head, in one weight format.
 
     A subclass makes `blocks` and `_native`, and implements `_step` and the methods that run blocks or let them remember.
-    Hidden states, keys and values are float32.
+    `Runtime` documents the methods. Hidden states, keys and values are float32.
     """
 
     blocks: Sequence[Any]  # each with its `weights`
@@ -79,14 +79,14 @@ class Lean:
         return self._step(first, batch, tokens)
 
     def _step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> Step:
-        """For `tokens` tokens of each sequence, at position `first` and on; `first` (B,) may differ from row to row.
+        """What the blocks share for `tokens` tokens of each sequence, at positions `first`, `first` + 1, …
 
-        `mask` (B, T) is False for tokens that are only padding.
+        `first` (B,) gives each sequence its own first position. `mask` (B, T) is False for padding.
         """
         raise NotImplementedError
 
     def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
-        """`Runtime.run_all`, which the native engine does in one pass over the weights."""
+        """`Runtime.run_all`. The native engine does it in one pass over the weights."""
         flat = [_rows(h) for h, _, _ in parts]
         if start == stop:
             rows = flat
@@ -101,7 +101,7 @@ class Lean:
         return [x.view(h.shape) for x, (h, _, _) in zip(rows, parts, strict=True)]
 
     def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
-        """`Runtime.remember_all`, which the native engine does in one pass over the weights."""
+        """`Runtime.remember_all`. The native engine does it in one pass over the weights."""
         flat = [_rows(h) for h, _, _ in parts]
         if start == stop:
             return
@@ -112,19 +112,19 @@ class Lean:
             self._remember_native(joined(flat).contiguous(), start, stop, parts)
 
     def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
-        """rows (R, D) of one state through the blocks, in place."""
+        """Run the rows (R, D) of one state through the blocks, in place."""
         raise NotImplementedError
 
     def _remember_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
-        """Only write the state, as if rows (R, D) were the input of each of the blocks."""
+        """Only write the state, as if the rows (R, D) were the input of each block."""
         raise NotImplementedError
 
     def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        """The rows of all parts, one after another, through the blocks, in place."""
+        """Run the rows (R, D) of all parts, which stand one after another, through the blocks, in place."""
         raise NotImplementedError
 
     def _remember_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        """Only write the states, as if the rows of all parts were the input of each of the blocks."""
+        """Only write the states, as if the rows (R, D) of all parts were the input of each block."""
         raise NotImplementedError
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -137,7 +137,7 @@ class Lean:
         return out.view(*h.shape[:-1], -1)
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        """`logits` of the tokens `rows` only, without gradients, as a function that has picked its weights once."""
+        """A function that gives the `logits` of the tokens `rows` only, without gradients. It picks their weights once."""
         product = self._product_with(self.head.pick(rows))
 
         def logits(h: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Lean:
         return self._product_with(kind(kind.tensors(product.to(self.head.w.dtype) if kind is Weight else product)))
 
     def _product_with(self, weight: Weight) -> Callable[[Tensor], Tensor]:
-        """x (n, K) → (n, N) with this weight, on the engine in use; keeps the weight alive."""
+        """A function x (n, K) → (n, N) that multiplies with this weight on the engine in use. It keeps the weight alive."""
         native, handle = self._native, CWeight.of(weight)
         return lambda x: native.product(handle, x.contiguous()) if native else weight(x)
 
@@ -182,17 +182,17 @@ class Lean:
 
     @property
     def tolerance(self) -> float:
-        """How far logits may be from the library's, as shares of the largest, because products are rounded.
+        """How far logits may be from the library's because products are rounded, as a share of the largest logit.
 
-        float32: 1e-4. Integer weights: 2e-3 where rows are rounded to 16 bits (`native`), 1e-1 where to bfloat16 (torch).
-        bfloat16: 1e-1, since the library rounds every result, which alone puts SmolLM2's logits 4e-2 off.
+        float32: 1e-4. Integer weights: 2e-3 on `native`, which rounds rows to 16 bits; 1e-1 on `torch`, which rounds them
+        to bfloat16. bfloat16: 1e-1, since the library rounds every result; that alone moves SmolLM2's logits by 4e-2.
         """
         if self._format.quantised:
             return 2e-3 if self._native else 1e-1
         return 1e-4 if self.head.w.dtype == torch.float32 else 1e-1
 
     def _compiles(self, dims: int) -> bool:
-        """Whether the compiled engine can do the work: a compiler, the CPU, weights and inner `dims` of whole vectors."""
+        """Whether `native` can run: it needs a compiler, a CPU, and weights and inner `dims` that fill whole vectors."""
         weights = self._weights
         fits = all(weight.columns % (32 if isinstance(weight, Int4 | Int8) else 8) == 0 for weight in weights)
         return bool(fits and dims % 8 == 0 and self._device.type == "cpu" and library())
@@ -210,7 +210,7 @@ class Lean:
         return max(weight.columns for weight in self._weights)
 
     def _maker(self, name: int | str, kind: type[Weight]) -> MakeWeight:
-        """Makes one weight of several linear layers, stacked, with the rows in the order given.
+        """A function that makes one weight of several stacked linear layers, with its rows in a given order.
 
         Quantised values are written back to those layers, so the library's own model computes with the weights that are
         multiplied here.
@@ -239,11 +239,12 @@ def _rows(h: Tensor) -> Tensor:
 
 
 def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The parts as one tensor; a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def numbered(steps: Sequence[LeanStep]) -> Tensor:
-    """The sequence of each row, (R,), counted over all steps."""
+    """The sequence of each row, (R,), numbered through over all steps; -1 stays -1."""
     firsts = list(accumulate((step.batch for step in steps), initial=0))[:-1]
     moved = [torch.where(step.sequences < 0, -1, step.sequences + at) for step, at in zip(steps, firsts, strict=True) if at]
     return joined([steps[0].sequences, *moved])

@@ -105,7 +105,7 @@ static void project(const Block *b, const Worker *w, float *const *kv, int64_t q
 #pragma omp barrier
 }
 
-// Attention over kv, its output projection, and the norm between attention and MLP. `h` moves on.
+// Attention over kv, its output projection, and the norm between attention and MLP. Adds to `h`.
 static void attention(const Block *b, const Worker *w, float *const *kv) {
     const Shape *s = w->s;
     const Tokens *tokens = w->tokens;
@@ -133,7 +133,7 @@ static void attention(const Block *b, const Worker *w, float *const *kv) {
 #pragma omp barrier
 }
 
-// The MLP: `h` moves on.
+// The MLP. Adds to `h`.
 static void gated_mlp(const Block *b, const Worker *w) {
     const int64_t D = w->s->hidden, F = w->s->width, R = w->tokens->count;
     float *h = w->tokens->h, *x = w->x, *mlp = w->mlp, *out = b->norm_first ? h : x;
@@ -159,7 +159,7 @@ static void gated_mlp(const Block *b, const Worker *w) {
     }
 }
 
-// The rows through `count` blocks, h in place. kv[i · S + q] is what block i remembers of sequence q of S, (capacity, 2H, P).
+// Runs the rows through `count` blocks, h in place. kv[i · S + q] is what block i remembers of sequence q of S, (capacity, 2H, P).
 void offramp_run(const Block *blocks, int64_t count, const Shape *s, float *const *kv, int64_t S, const Tokens *tokens,
                  const Scratch *scratch) {
 #pragma omp parallel num_threads(scratch->threads)
@@ -173,7 +173,7 @@ void offramp_run(const Block *blocks, int64_t count, const Shape *s, float *cons
     }
 }
 
-// Stores only the keys and values that each of the blocks would make of the rows.
+// Stores only the keys and values, as if the rows were the input of each of the blocks.
 void offramp_remember(const Block *blocks, int64_t count, const Shape *s, float *const *kv, int64_t S, const Tokens *tokens,
                       const Scratch *scratch) {
 #pragma omp parallel num_threads(scratch->threads)

@@ -28,12 +28,12 @@ from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step
 from offramp.model.state import KV, State
 
-ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # those whose angles do not depend on the text's length
+ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # rotary kinds whose angles do not depend on the text's length
 
 
 @dataclass
 class RotaryStep(LeanStep):
-    """The position of each row (R,) and its rotary pairs (R, P).
+    """The position of each row, `positions` (R,), and its rotary pairs, `turn` (R, P).
 
     `first` is the position of the first token; None where each sequence has its own first position (a ragged batch). `end`
     is one more than the highest position.
@@ -47,11 +47,11 @@ class RotaryStep(LeanStep):
 
     @property
     def places(self) -> int | Tensor:
-        """Where the tokens' keys and values go, as `KV.write` takes it."""
+        """The positions that the tokens' keys and values are written at, as `KV.write` takes them."""
         return self.positions.view(self.batch, self.tokens) if self.first is None else self.first
 
     def mask(self, window: int | None, group: int) -> Tensor | None:
-        """Added to the scores of each token's `group` queries: (B, 1, T · group, end); None where all is seen."""
+        """The mask (B, 1, T · group, end), added to the scores of each token's `group` queries; None if all is seen."""
         if window not in self.masks:
             behind = self.positions[:, None] - torch.arange(self.end, device=self.turn.device)  # (R, end)
             hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
@@ -62,7 +62,7 @@ class RotaryStep(LeanStep):
 
 
 class LeanBlock:
-    """One block of the llama kind. A token sees `window` tokens, itself included; all of them for None."""
+    """One block of the llama kind. A token sees `window` tokens, itself included; None means all of them."""
 
     def __init__(self, block: Any, rotary_dim: int, window: int | None, make: MakeWeight) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -101,6 +101,7 @@ class LeanBlock:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
+        """The matrices that a token is multiplied with."""
         return self.qkv, self.o, self.gate_up, self.down
 
     def __call__(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
@@ -118,7 +119,7 @@ class LeanBlock:
         kv.write(self._heads(self.kv(self.attention_norm(h) if self.norm_first else h), step), step.places, step.end)
 
     def _heads(self, x: Tensor, step: RotaryStep) -> Tensor:
-        """Queries, keys and values (R, heads · P), or only the latter two, normed and turned: (B, T, heads, P)."""
+        """Norm and turn x (R, heads · P), the queries, keys and values, or only the keys and values: (B, T, heads, P)."""
         heads = x.view(len(x), -1, self.dim)
         q, k, v = heads.split([heads.shape[1] - 2 * self.heads, self.heads, self.heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -150,10 +151,11 @@ class LeanBlock:
         return out.reshape(*out.shape[:2], step.tokens, -1).transpose(1, 2).reshape(len(step.positions), -1)
 
     def _newest_only(self, step: RotaryStep) -> bool:
-        """One token that sees everything: no mask, and no look at the mask's numbers to find that out."""
+        """Whether this is one token that sees everything. Then no mask need be made to find that none is needed."""
         return step.tokens == 1 and step.first is not None and (self.window is None or step.end <= self.window)
 
     def native(self) -> CBlock:
+        """The block as the C code takes it. The C code holds addresses only, so this block must stay alive."""
         norms = (self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm)
         return CBlock(
             *map(CWeight.of, self.weights),

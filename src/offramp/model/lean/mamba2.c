@@ -27,7 +27,7 @@ static inline float silu(float x) { return x / (1.0f + exp_(-x)); }
 
 static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
-// The recurrence for one row and one head: state (P, N) moves on; y (P), unless it is NULL, becomes C h + D x. Never
+// The recurrence for one row and one head: updates the state (P, N); y (P), unless it is NULL, becomes C h + D x. Never
 // inlined, so that a replay repeats it bit for bit.
 static __attribute__((noinline)) void advance(const MambaShape *s, float *state, const float *x, const float *B,
                                               const float *C, float dt, float decay, float skip, float *y) {
@@ -89,7 +89,7 @@ static void project_in(const MambaBlock *b, const MambaWorker *w, int64_t skip) 
 #pragma omp barrier
 }
 
-// The convolution of x, B and C, and SiLU. The windows in `memory` move on. `i` is the number of the block.
+// The convolution of x, B and C, and SiLU. Updates the windows in `memory`. `i` is the number of the block.
 static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i) {
     const int64_t C = w->C, W = w->s->width, *sequence = w->tokens->sequences;
     int64_t from, to;
@@ -114,7 +114,7 @@ static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemor
 #pragma omp barrier
 }
 
-// The recurrence: the states in `memory` move on. With `gated`, x receives y · silu(z).
+// The recurrence. Updates the states in `memory`. With `gated`, x receives y · silu(z).
 static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i, int gated) {
     const int64_t H = w->s->heads, P = w->s->dim, G = w->s->groups, N = w->s->states, E = w->E, C = w->C;
     const int64_t *sequence = w->tokens->sequences;
@@ -137,7 +137,7 @@ static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *
 #pragma omp barrier
 }
 
-// The norm over each group, and the output projection: `h` moves on.
+// The norm over each group, and the output projection. Adds to `h`.
 static void project_out(const MambaBlock *b, const MambaWorker *w) {
     const int64_t D = w->s->hidden, G = w->s->groups, E = w->E, R = w->tokens->count;
     int64_t from, to;
@@ -152,7 +152,7 @@ static void project_out(const MambaBlock *b, const MambaWorker *w) {
 #pragma omp barrier
 }
 
-// The rows through `count` blocks, h in place. memory[i · S + q] is what block i remembers of sequence q of S.
+// Runs the rows through `count` blocks, h in place. memory[i · S + q] is what block i remembers of sequence q of S.
 void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, int64_t S,
                        const MambaTokens *tokens, const Scratch *scratch) {
 #pragma omp parallel num_threads(scratch->threads)
@@ -167,7 +167,7 @@ void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape
     }
 }
 
-// Only moves the memories on, as if the rows were the input of each of the blocks.
+// Only updates the memories, as if the rows were the input of each of the blocks.
 void offramp_mamba_remember(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory,
                             int64_t S, const MambaTokens *tokens, const Scratch *scratch) {
 #pragma omp parallel num_threads(scratch->threads)
@@ -181,7 +181,7 @@ void offramp_mamba_remember(const MambaBlock *blocks, int64_t count, const Mamba
     }
 }
 
-// Moves a state (H, P, N) on by R rows of a journal, as the pass that wrote it did.
+// Repeats on a state (H, P, N) what R rows of a journal did in the pass that wrote it.
 void offramp_mamba_replay(const MambaBlock *b, const MambaShape *s, float *h, const float *journal, int64_t R) {
     const int64_t H = s->heads, P = s->dim, G = s->groups, N = s->states, C = H * P + 2 * G * N;
     for (int64_t head = 0; head < H; head++)

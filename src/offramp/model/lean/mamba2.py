@@ -1,7 +1,7 @@
 """The lean path for blocks of the Mamba-2 kind: norm, one product in, convolution and scan in place, one product out.
 
-The convolution's window and the scan's state are written in place, so a token costs the same whatever came before it. The
-torch engine uses `scan`.
+The convolution's window and the scan's state are written in place. A token costs the same, however long the text before it
+is. The torch engine uses `scan`.
 
 Shapes: B batch, T tokens, R = B · T rows, D hidden size, E inner width (H heads of P dims), G groups, N state size, W the
 convolution's width, C = E + 2 G N its channels.
@@ -54,14 +54,15 @@ class LeanMambaBlock:
 
     @property
     def weights(self) -> tuple[Weight, ...]:
+        """The matrices that a token is multiplied with."""
         return self.project_in, self.project_out
 
     def memory(self, ssm: SSM, like: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Window (B, W - 1, C) and state (B, H, P, N), to be written in place."""
+        """The window (B, W - 1, C) and the state (B, H, P, N) of `ssm`, to be written in place."""
         return ssm.room(like, (batch, len(self.conv) - 1, self.channels), (batch, self.heads, self.dim, self.states))
 
     def __call__(self, h: Tensor, ssm: SSM, step: MambaStep) -> None:
-        """Add the block's output to h (R, D) in place, and move the memory on."""
+        """Add the block's output to h (R, D) in place, and update the memory."""
         z, xBC, dt = self.project_in(self.norm(h)).split([self.inner, self.channels, self.heads], dim=-1)
         y = self._advance(xBC, dt, ssm, step).reshape(len(h), -1) * F.silu(z)
         groups = y.unflatten(1, (self.groups, -1))
@@ -69,12 +70,12 @@ class LeanMambaBlock:
         h += self.project_out(y.flatten(1) * self.gated_norm)
 
     def remember(self, h: Tensor, ssm: SSM, step: MambaStep) -> None:
-        """Only move the memory on as if h (R, D) were the block's input."""
+        """Only update the memory, as if h (R, D) were the block's input."""
         xBC, dt = self.advance_in(self.norm(h)).split([self.channels, self.heads], dim=-1)
         self._advance(xBC, dt, ssm, step)
 
     def _advance(self, xBC: Tensor, dt: Tensor, ssm: SSM, step: MambaStep) -> Tensor:
-        """Convolution and scan: (R, C) and (R, H) → (B, T, H, P)."""
+        """Convolution and scan: xBC (R, C) and dt (R, H) → (B, T, H, P)."""
         window, state = self.memory(ssm, xBC, step.batch)
         rows = (step.batch, step.tokens, -1)
         inputs = xBC.reshape(rows)
@@ -94,6 +95,7 @@ class LeanMambaBlock:
         return y
 
     def native(self) -> CMambaBlock:
+        """The block as the C code takes it. The C code holds addresses only, so this block must stay alive."""
         parts = (self.norm.weight, self.gated_norm, self.conv, self.conv_bias, self.dt_bias, self.decay, self.skip)
         weights = map(CWeight.of, self.weights)
         return CMambaBlock(*weights, *map(address, parts), self.norm.eps, self.gated_eps, *self.limits)
@@ -157,7 +159,7 @@ class LeanMamba(Lean):
         self._call(self._native.remember, rows, start, stop, parts)
 
     def _call(self, native: NativeCall, h: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        """Call `native` with all rows h (R, D) and the parts' memories, and record in those what they took in."""
+        """Call `native` with all rows h (R, D) and the parts' memories, and record there what they took in."""
         assert self._native
         addresses: MambaAddresses = [[] for _ in range(start, stop)]
         memories = [self._memories(start, stop, state) for _, state, _ in parts]

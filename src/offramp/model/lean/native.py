@@ -1,7 +1,7 @@
-"""The C code from Python: compiled where a C compiler is at hand, once for each machine, and called through ctypes.
+"""Compile the C code, once for each machine, and call it through ctypes.
 
-`llama.c` and `mamba2.c` run a range of blocks in one call, `head.c` multiplies with the LM head; `products.h` is what they
-share. Without a compiler nothing here is used, and the lean path does the same with torch's operators.
+`llama.c` and `mamba2.c` run a range of blocks in one call. `head.c` multiplies with the LM head. `products.h` holds what
+they share. Without a C compiler nothing here is used: the lean path then computes the same with torch's operators.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 
 
 class CWeight(ctypes.Structure):
+    """`Weight` in products.h."""
+
     _fields_ = (
         *((name, c_int64) for name in ("kind", "rows", "columns")),
         *((name, c_void_p) for name in ("w", "scale", "low", "bias")),
@@ -44,16 +46,21 @@ class CWeight(ctypes.Structure):
 
     @classmethod
     def of(cls, weight: Weight) -> CWeight:
+        """The weight as the C code takes it. It holds addresses only, so `weight` must stay alive."""
         kind = ("float32", "bfloat16", "int8", "int4").index(weight.name)
         parts = (weight.w, weight.scale, weight.low, weight.bias)
         return cls(kind, weight.rows, weight.columns, *map(address, parts))
 
 
 class CScratch(ctypes.Structure):
+    """`Scratch` in products.h."""
+
     _fields_ = (("floats", c_void_p), ("own", c_int64), ("threads", c_int64))
 
 
 class CBlock(ctypes.Structure):
+    """`Block` in llama.c."""
+
     _fields_ = (
         *((name, CWeight) for name in ("qkv", "o", "gate_up", "down")),
         *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
@@ -63,10 +70,14 @@ class CBlock(ctypes.Structure):
 
 
 class CShape(ctypes.Structure):
+    """`Shape` in llama.c."""
+
     _fields_ = tuple((name, c_int64) for name in ("hidden", "queries", "heads", "dim", "width"))
 
 
 class CTokens(ctypes.Structure):
+    """`Tokens` in llama.c."""
+
     _fields_ = (
         ("h", c_void_p),
         ("count", c_int64),
@@ -77,6 +88,8 @@ class CTokens(ctypes.Structure):
 
 
 class CMambaBlock(ctypes.Structure):
+    """`MambaBlock` in mamba2.c."""
+
     _fields_ = (
         *((name, CWeight) for name in ("in", "out")),
         *((name, c_void_p) for name in ("norm", "gated_norm", "conv", "conv_bias", "dt_bias", "decay", "skip")),
@@ -85,14 +98,20 @@ class CMambaBlock(ctypes.Structure):
 
 
 class CMambaShape(ctypes.Structure):
+    """`MambaShape` in mamba2.c."""
+
     _fields_ = tuple((name, c_int64) for name in ("hidden", "heads", "dim", "groups", "states", "width"))
 
 
 class CMambaMemory(ctypes.Structure):
+    """`MambaMemory` in mamba2.c."""
+
     _fields_ = (("window", c_void_p), ("h", c_void_p))
 
 
 class CMambaTokens(ctypes.Structure):
+    """`MambaTokens` in mamba2.c."""
+
     _fields_ = (
         ("h", c_void_p),
         ("count", c_int64),
@@ -103,6 +122,7 @@ class CMambaTokens(ctypes.Structure):
 
 
 def address(tensor: Tensor | None) -> int | None:
+    """Where the tensor's memory begins; None (NULL in C) for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -112,13 +132,13 @@ def _from_row(tensor: Tensor, row: int) -> int:
 
 
 def rows_of(tensor: Tensor) -> list[int]:
-    """Address of each row."""
+    """The address of each row of a tensor."""
     return [_from_row(tensor, row) for row in range(len(tensor))]
 
 
 @cache
 def library() -> Any:
-    """The compiled library, or None where there is no working C compiler. `CC` names another compiler."""
+    """The compiled library, or None where no C compiler works. The environment variable `CC` names another compiler."""
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
     command = [*compiler, *FLAGS]
     compiled = _compiled_file(command)
@@ -172,10 +192,10 @@ class _Room(threading.local):
 class _Native:
     """What both compiled paths share. All tensors are float32 and contiguous, on the CPU."""
 
-    ROWS = 256  # at most this many in one call: more would need much scratch and gain nothing
+    ROWS = 256  # the most rows of one call; more would need much scratch and gain nothing
 
     def __init__(self, kind: Any, blocks: Sequence[Any], columns: int) -> None:
-        """`columns`: of the widest weight. Whoever calls keeps the tensors alive that the blocks point to."""
+        """`columns` are those of the widest weight. The caller keeps the tensors alive that the blocks point to."""
         self._library = library()
         self._kind, self._blocks = kind, (kind * len(blocks))(*blocks)
         self._columns = columns
@@ -186,7 +206,7 @@ class _Native:
         return ctypes.cast(ctypes.byref(self._blocks, start * ctypes.sizeof(self._kind)), POINTER(self._kind))
 
     def product(self, weight: CWeight, x: Tensor) -> Tensor:
-        """x (R, K) → (R, N)."""
+        """Multiply x (R, K) with a weight: (R, N)."""
         y = torch.empty(len(x), weight.rows, dtype=torch.float32)
         for first, rows in self._pieces(len(x)):
             scratch = self._scratch(rows, 0, 0)
@@ -199,7 +219,7 @@ class _Native:
             yield first, min(self.ROWS, count - first)
 
     def _scratch(self, rows: int, shared: int, scores: int) -> CScratch:
-        """Scratch with `shared` floats for all threads, and for each its own part: enough for its rows and its scores."""
+        """Scratch with `shared` floats for all threads, and a part for each thread that holds its rows or its scores."""
         threads = torch.get_num_threads()
         own = max(scores, rows * self._columns)
         if len(self._room.floats) < shared + threads * own:
@@ -209,9 +229,9 @@ class _Native:
 
 @dataclass(frozen=True)
 class Rows:
-    """Of each row r its position and its sequence, (R,) int64 each, and its rotary pairs, turn (R, P).
+    """The position and the sequence of each row, (R,) int64 each, and its rotary pairs, `turn` (R, P).
 
-    positions[r] < end. The rows of a sequence stand in the order of their positions.
+    Every position is less than `end`. The rows of a sequence stand in the order of their positions.
     """
 
     positions: Tensor
@@ -230,14 +250,14 @@ class Native(_Native):
         self._row = row + max(2 * shape.width, shape.hidden)
 
     def run(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
-        """h (R, D) through the blocks from `start` on, one for each of the `memories`, in place.
+        """Run h (R, D) in place through the blocks from `start` on, one block for each of the `memories`.
 
-        A memory is for each sequence the address of its keys and values.
+        memories[i][q] is the address of the keys and values that the i-th of these blocks has of sequence q.
         """
         self._call(self._library.offramp_run, h, start, memories, rows)
 
     def remember(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
-        """Only write the `memories`, as if h (R, D) were the input of each of their blocks."""
+        """Only write the `memories`, as if h (R, D) were the input of each of the blocks."""
         self._call(self._library.offramp_remember, h, start, memories, rows)
 
     def _call(self, function: Any, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
@@ -256,7 +276,7 @@ class Native(_Native):
             function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, scratch)
 
 
-MambaAddresses = list[list[tuple[int, int]]]  # of each block and sequence, its window and its state
+MambaAddresses = list[list[tuple[int, int]]]  # [block][sequence]: addresses of its window and of its state
 
 
 class NativeMamba(_Native):
@@ -270,13 +290,13 @@ class NativeMamba(_Native):
         self._row = max(shape.hidden, inner) + inner + 2 * self._channels + shape.heads
 
     def journal(self, blocks: int, rows: int) -> Tensor:
-        """Room for what rows do to the memories of blocks: (blocks, R, 2C + H)."""
+        """An empty journal (blocks, R, 2C + H), in which blocks record what rows do to their memories."""
         return torch.empty(blocks, rows, 2 * self._channels + self._shape.heads)
 
     def run(
         self, h: Tensor, start: int, memories: MambaAddresses, sequences: Tensor, journal: Tensor | None = None
     ) -> None:
-        """h (R, D) through the blocks from `start` on, one for each of the `memories`, in place.
+        """Run h (R, D) in place through the blocks from `start` on, one block for each of the `memories`.
 
         Row r is the next token of sequences[r] (int64), or padding where that is -1. The `journal`, if given, receives each
         row's inputs and outputs of the convolution, and dt.
@@ -286,7 +306,7 @@ class NativeMamba(_Native):
     def remember(
         self, h: Tensor, start: int, memories: MambaAddresses, sequences: Tensor, journal: Tensor | None = None
     ) -> None:
-        """Only move the `memories` on, as if h (R, D) were the input of each of their blocks."""
+        """Only update the `memories`, as if h (R, D) were the input of each of the blocks."""
         self._call(self._library.offramp_mamba_remember, h, start, memories, sequences, journal)
 
     def _call(
@@ -305,6 +325,6 @@ class NativeMamba(_Native):
             function(self._from(start), len(memories), self._shape, memory, len(memories[0]), tokens, scratch)
 
     def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:
-        """The state h (1, H, P, N) of block `index`, moved on in place by its first tokens of a journal (1, T, 2C + H)."""
+        """Repeat the first `tokens` of block `index`'s journal (1, T, 2C + H) on its state h (1, H, P, N), in place."""
         self._library.offramp_mamba_replay(self._from(index), self._shape, h.data_ptr(), journal.data_ptr(), tokens)
         return h

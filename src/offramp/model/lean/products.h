@@ -1,7 +1,7 @@
-// Products of rows with weights in any format, and what else the blocks share. Included by head.c, llama.c and mamba2.c.
+// Products of rows with weights in any format, and the helpers that all blocks share. Included by head.c, llama.c and mamba2.c.
 //
-// Activations are float32 whatever the weights are kept in. A row's sums are added in the same order however many rows
-// there are, so a chunk gives bit for bit what its tokens give one by one.
+// Activations are float32 in every weight format. A row's sums are added in the same order however many rows there are, so
+// a chunk gives bit for bit what its tokens give one by one.
 
 #pragma once
 #include <math.h>
@@ -42,7 +42,7 @@ static inline float sum(v8 v) {
     return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
 
-// Eight parts of a dot product, which is their sum.
+// Eight numbers whose sum is the dot product.
 static inline v8 dots(const float *a, const float *b, int64_t n) {
     v8 acc = {0};
     int64_t i = 0;
@@ -85,7 +85,7 @@ static inline i32x8 add_pairs(i16x16 a, i16x16 b) {
 #endif
 
 // Rows that weights are multiplied with, `stride` apart. For integer weights they are 16-bit integers as well, with a
-// scale for every 32. This loses a hundred thousandth of the largest, and twice as many products fit in an instruction.
+// scale for every 32. Rounding loses a hundred thousandth of the largest; twice as many products fit in an instruction.
 typedef struct {
     const float *x;
     int64_t stride, groups;
@@ -103,7 +103,7 @@ static Rows prepare(const Weight *m, const float *x, int64_t stride, int64_t R, 
             float most = 1e-30f;
             for (int k = 0; k < 32; k++) most = fabsf(p[k]) > most ? fabsf(p[k]) : most;
             sums[i] = sum((load(p) + load(p + 8)) + (load(p + 16) + load(p + 24)));
-            scale[i] = most / 32767 + 0 * sums[i];  // NaN stays NaN, which integers cannot be
+            scale[i] = most / 32767 + 0 * sums[i];  // keeps a NaN, which an integer cannot hold
             const float factor = 32767 / most;
             for (int k = 0; k < 32; k++) q[32 * i + k] = (int16_t)(p[k] * factor + (p[k] < 0 ? -0.5f : 0.5f));
         }
@@ -186,7 +186,7 @@ static Times *const times[4][5] = {ROW(FLOAT32), ROW(BFLOAT16), ROW(INT8), ROW(I
 // Rows `from` to `to` - 1 of the weight times R rows of x. The results go to y, whose rows stand `stride` apart, or are
 // added to it.
 static void product(const Weight *m, Rows x, int64_t R, float *y, int64_t stride, int add, int64_t from, int64_t to) {
-    for (int64_t first = 0; first < R; first += 64) {  // as many rows of x as a cache holds
+    for (int64_t first = 0; first < R; first += 64) {  // 64 rows of x fit in the cache
         const int64_t last = R < first + 64 ? R : first + 64;
         for (int64_t n = from; n < to; n++)
             for (int64_t r = first; r < last;) {

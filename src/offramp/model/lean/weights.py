@@ -8,8 +8,8 @@
 | `int4` | 4 bits, a scale and a minimum for every 32 | 8 bits, one scale a row |
 | `int4-head4` | as `int4` | as the blocks |
 
-Weights that already lie on a 4-bit grid, as those of a GGUF file in Q4_0 or Q4_1 do, keep their values in `int4`. Rows are
-float32 before and after a product, whatever the format. The products here are torch's; `native` has faster ones.
+Weights that already lie on a 4-bit grid, such as those of a GGUF file in Q4_0 or Q4_1, keep their values in `int4`. Rows
+are float32 before and after a product, in every format. The products here are torch's; `native` has faster ones.
 
 Shapes: N rows of a weight (outputs), K its columns (inputs), R rows multiplied at once.
 """
@@ -50,7 +50,7 @@ class Weight:
 
     @classmethod
     def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
-        """`nbytes` of a weight (N, K) without making it; `itemsize` of the dtype that plain formats load."""
+        """`nbytes` of a weight (N, K), without making it. An entry of a plain format takes `itemsize` bytes."""
         return rows * columns * itemsize
 
     @property
@@ -60,7 +60,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes read for a product."""
+        """Bytes of weights that one product reads."""
         return sum(part.nbytes for part in (self.w, self.scale, self.low) if part is not None)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -74,11 +74,11 @@ class Weight:
         return F.linear(x.to(w.dtype), w).float()
 
     def pick(self, rows: slice | Tensor) -> Weight:
-        """The product with these rows only."""
+        """A weight of these rows (outputs) only."""
         parts = {"w": self.w, "scale": self.scale, "low": self.low}
         return type(self)(
             {
-                # Several times as fast as indexing.
+                # index_select is several times as fast as indexing.
                 name: part.index_select(0, rows) if isinstance(rows, Tensor) else part[rows]
                 for name, part in parts.items()
                 if part is not None
@@ -87,7 +87,7 @@ class Weight:
         )
 
     def dense(self) -> Tensor:
-        """The weight that is multiplied with, (N, K) in float32."""
+        """The values that rows are multiplied with, (N, K) in float32."""
         return self.w.float()
 
 
@@ -135,7 +135,7 @@ class Int4(Weight):
 
     @classmethod
     def tensors(cls, weight: Tensor) -> Tensors:
-        """Each group keeps the grid of at most 16 values that it lies on; without one it gets 16 values over its range."""
+        """A group that lies on a grid of at most 16 values keeps it; any other gets 16 values over its range."""
         if weight.shape[1] % GROUP:
             raise ValueError(f"rows of {weight.shape[1]} weights cannot be cut into groups of {GROUP}")
         groups = weight.unflatten(1, (-1, GROUP))
@@ -158,7 +158,7 @@ class Int4(Weight):
 
     @cached_property
     def _packed(self) -> tuple[Tensor, Tensor]:
-        spare = (0, 0, 0, -self.rows % 16)  # torch's kernel takes rows by the sixteen
+        spare = (0, 0, 0, -self.rows % 16)  # torch's kernel needs a multiple of 16 rows
         q, scale, low = (F.pad(part, spare) for part in (self._q.flatten(1).int(), self.scale, self.low))
         # It computes (q - 8) · scale + zero.
         scale_zero = torch.stack([scale, low + 8 * scale], dim=-1).transpose(0, 1).contiguous().bfloat16()
@@ -192,6 +192,7 @@ class Format:
 
     @property
     def quantised(self) -> bool:
+        """Whether weights are kept as integers."""
         return self.blocks is not Weight
 
 
@@ -207,8 +208,8 @@ FORMATS = {
 class Store:
     """Quantised weights on disk, so that they are made only once.
 
-    A call with a key returns the tensors that are stored under it, or makes them. `save` writes the file if it lacks any of
-    them. A damaged file counts as an empty one.
+    A call with a key returns the tensors stored under that key, or makes and keeps them. A damaged file counts as an empty
+    one. Without a path, nothing is written.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -230,6 +231,7 @@ class Store:
         return tensors
 
     def save(self) -> None:
+        """Write the file, if there is one and it lacks tensors that were made."""
         if self._path and self._incomplete:
             from safetensors.torch import save
 

@@ -24,22 +24,20 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.heads import Head
+from offramp.decode.plan import Plan
 from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Request, Talk
 from offramp.decode.sequence import Decision, OpenExit, Sequence, looked_up
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
 from offramp.model.lean.base import joined
 from offramp.model.runtime import Part, Step
-
-if TYPE_CHECKING:
-    from offramp.decode.engine import Engine
 
 # Most drafts from prompt look-up. A pass over four rows costs little more than over one; a pass over eight costs more.
 LOOKED_UP = 3
@@ -99,8 +97,8 @@ class Batch:
     elsewhere sequences take turns).
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
         self.requests: list[Request] = []
 
     def add(self, ids: list[int], talk: Talk | None = None, **limits: Unpack[Limits]) -> Request:
@@ -109,7 +107,7 @@ class Batch:
         A `talk` keeps what is computed for this request, and gives it what was computed for the beginning of the same text.
         Raises `BadInput` for an empty prompt, for one that leaves no room in the context, and for `max_tokens` below 1.
         """
-        backbone = self.engine.backbone
+        backbone = self.plan.backbone
         max_tokens = limits.get("max_tokens", 128)
         if max_tokens < 1:
             raise BadInput(f"{max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
@@ -150,9 +148,9 @@ class Batch:
                 climbs.append(Climb(request, end, may_leave=False, counted=False))
         for climb in climbs:
             self._embed(climb)
-        for number in range(len(self.engine.segments)):
+        for number in range(len(self.plan.segments)):
             self._run_blocks(number, climbs)
-            if number < self.engine.top:
+            if number < self.plan.top:
                 self._pass_exit(number, climbs)
         for climb in climbs:
             climb.sequence.top = climb.hidden[:, -1:]
@@ -172,7 +170,7 @@ class Batch:
             at_segment = [climb for climb in climbs if climb.segment == number]
             further_up = [climb for climb in climbs if climb.segment != number]
             self._run_blocks(number, at_segment)
-            if number == self.engine.top:
+            if number == self.plan.top:
                 events += self._judge(at_segment)
                 climbs = further_up
                 continue
@@ -181,7 +179,7 @@ class Batch:
             self._pass_exit(number, going_on)
             climbs = [*going_on, *further_up]
             for climb, decision in decisions.items():
-                if self.engine.fill.verifies:
+                if self.plan.fill.verifies:
                     climb.sequence.drafts.append(decision)
                     climbs.append(self._set_out(climb.request))
                 else:
@@ -192,9 +190,9 @@ class Batch:
     def _set_out(self, request: Request) -> Climb:
         """Start a climb of a sequence's newest token, together with drafts that are looked up in its text."""
         sequence, ids = request.sequence, request.sequence.ids
-        if not sequence.drafts and self.engine.lookup:
-            limit = min(LOOKED_UP, self.engine.max_pending, request.remaining - 1)
-            draft_ids = looked_up(ids, self.engine.lookup, limit)
+        if not sequence.drafts and self.plan.lookup:
+            limit = min(LOOKED_UP, self.plan.max_pending, request.remaining - 1)
+            draft_ids = looked_up(ids, self.plan.lookup, limit)
             sequence.drafts += [Decision(id, 0, None, 0) for id in draft_ids]
             ids += draft_ids
             may_leave, end = not draft_ids, len(ids)
@@ -202,22 +200,22 @@ class Batch:
             # A draft that ends the text is verified, but the climb does not start from it.
             text_ends = bool(sequence.drafts) and (len(sequence.drafts) == request.remaining or ids[-1] in request.end_ids)
             may_leave, end = not text_ends, len(ids) - text_ends
-        climb = Climb(request, end, may_leave and sequence.pending < self.engine.max_pending)
+        climb = Climb(request, end, may_leave and sequence.pending < self.plan.max_pending)
         self._embed(climb)
         return climb
 
     def _embed(self, climb: Climb) -> None:
         """Embed the tokens that have not been run yet."""
-        sequence, backbone = climb.sequence, self.engine.backbone
+        sequence, backbone = climb.sequence, self.plan.backbone
         if sequence.run < climb.end:
-            with self.engine.timed("embedding"):
+            with self.plan.timed("embedding"):
                 ids = torch.tensor([sequence.ids[sequence.run : climb.end]], device=backbone.device)
                 climb.h, climb.step = backbone.embed(ids, sequence.run)
             sequence.run = climb.end
 
     def _run_blocks(self, number: int, climbs: list[Climb]) -> None:
         """Run a segment's blocks for all climbs that are at it, in one pass over the weights."""
-        engine, segment = self.engine, self.engine.segments[number]
+        plan, segment = self.plan, self.plan.segments[number]
         moving = [climb for climb in climbs if climb.h is not None]
         if not moving:
             return
@@ -225,12 +223,12 @@ class Batch:
             if climb.sequence.drafts:  # the state must be able to forget them
                 climb.sequence.state.watch(segment.start, segment.stop)
             if climb.counted:
-                climb.flops += engine.segment_flops(segment, climb.hidden.shape[1], climb.end)
-        with engine.timed(engine.part_of(number)):
-            hidden = engine.backbone.run_all([climb.part for climb in moving], segment.start, segment.stop)
+                climb.flops += plan.segment_flops(segment, climb.hidden.shape[1], climb.end)
+        with plan.timed(plan.part_of(number)):
+            hidden = plan.backbone.run_all([climb.part for climb in moving], segment.start, segment.stop)
         for climb, h in zip(moving, hidden, strict=True):
             climb.h = h
-            if number < engine.top:
+            if number < plan.top:
                 climb.sequence.exits[number].see(h, climb.sequence.top)
 
     def _pass_exit(self, number: int, climbs: list[Climb]) -> None:
@@ -240,21 +238,21 @@ class Batch:
             pending = climb.sequence.exits[number].pending
             if pending:
                 climb.h = torch.cat(pending if climb.h is None else [*pending, climb.h], dim=1)
-                climb.step = self.engine.backbone.step(climb.h, climb.end - climb.h.shape[1])
+                climb.step = self.plan.backbone.step(climb.h, climb.end - climb.h.shape[1])
                 pending.clear()
 
     def _leave(self, number: int, climbs: list[Climb]) -> dict[Climb, Decision]:
         """The climbs that end at this exit, each with the next token that the exit chose."""
-        engine, decisions = self.engine, {}
+        plan, decisions = self.plan, {}
         may_leave = [climb for climb in climbs if climb.may_leave and climb.h is not None]
         for readout, confidence in self._sure(number, may_leave):
             climb, sequence = readout.climb, readout.climb.sequence
             exit = sequence.exits[number]
-            with engine.timed("sampling"):
-                id = engine.choose(engine.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
-            with engine.timed("fill"):
-                engine.fill.leave(exit, climb.part)
-            flops = climb.flops + engine.fill.flops(exit.block, engine.costs)
+            with plan.timed("sampling"):
+                id = plan.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
+            with plan.timed("fill"):
+                plan.fill.leave(exit, climb.part)
+            flops = climb.flops + plan.fill.flops(exit.block, plan.costs)
             decisions[climb] = Decision(id, exit.block, confidence, flops)
             sequence.ids.append(id)
             sequence.top = readout.h
@@ -262,7 +260,7 @@ class Batch:
 
     def _sure(self, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, float]]:
         """Read-outs and confidences of the newest tokens whose confidence at this exit is above the threshold."""
-        if self.engine.policy.confidence == "gate":
+        if self.plan.policy.confidence == "gate":
             answers = {climb: self._ask_gate(climb, number) for climb in climbs}
             confidences = {climb: confidence for climb, confidence in answers.items() if confidence is not None}
             return [(readout, confidences[readout.climb]) for readout in self._read_out(number, list(confidences))]
@@ -276,7 +274,7 @@ class Batch:
         threshold = self._threshold(climb, number)
         if not threshold > 0:
             return 1.0
-        with self.engine.timed("exits"):
+        with self.plan.timed("exits"):
             score, flops = climb.sequence.exits[number].gate.read()
             climb.flops += flops
             confidence = float(score.sigmoid())
@@ -286,34 +284,34 @@ class Batch:
         """The threshold at this exit. A draft stands only if all before it do, so their confidences raise the threshold."""
         sequence = climb.sequence
         decided = len(sequence.ids) - sequence.prompt
-        threshold = self.engine.policy.threshold(sequence.exits[number].index, decided)
+        threshold = self.plan.policy.threshold(sequence.exits[number].index, decided)
         return threshold / math.prod(draft.confidence or 1.0 for draft in sequence.drafts)
 
     def _read_out(self, number: int, climbs: list[Climb]) -> list[ReadOut]:
         """The logits of the climbs' newest tokens at an exit."""
         if not climbs:
             return []
-        head, adapted = self.engine.exit_head, []
-        with self.engine.timed("exits"):
+        head, adapted = self.plan.exit_head, []
+        with self.plan.timed("exits"):
             for climb in climbs:
                 h, flops = climb.sequence.exits[number].readout.read()
                 climb.flops += flops + head.flops
                 adapted.append(h)
-        rows = self._logits(head, [h.to(self.engine.backbone.dtype) for h in adapted])
+        rows = self._logits(head, [h.to(self.plan.backbone.dtype) for h in adapted])
         return [ReadOut(climb, logits, h) for climb, logits, h in zip(climbs, rows, adapted, strict=True)]
 
     def _training_free(self, readout: ReadOut) -> float:
         """A confidence that needs no gate, from the logits alone."""
-        kind, tops = self.engine.policy.confidence, readout.climb.tops
+        kind, tops = self.plan.policy.confidence, readout.climb.tops
         if kind != PATIENCE:
             return float(TRAINING_FREE[kind](readout.logits[0]))
         tops.append(int(readout.logits[0].argmax()))
         agreeing = takewhile(tops[-1].__eq__, reversed(tops))
-        return sum(1 for _ in agreeing) / len(self.engine.open_exits)
+        return sum(1 for _ in agreeing) / len(self.plan.open_exits)
 
     def _judge(self, climbs: list[Climb]) -> list[Event]:
         """Let full depth decide at the top: drafts that agree stand, and one token of its own follows."""
-        head, verifies = self.engine.head, self.engine.fill.verifies
+        head, verifies = self.plan.head, self.plan.fill.verifies
         hidden = [h if verifies or h.shape[1] == 1 else h[:, -1:] for h in (climb.hidden for climb in climbs)]
         events: list[Event] = []
         for climb, h, logits in zip(climbs, hidden, self._logits(head, hidden), strict=True):
@@ -334,18 +332,18 @@ class Batch:
         for row, scores in enumerate(logits):
             sequence.top = h[:, row : row + 1]
             position = first + row
-            with self.engine.timed("sampling"):
-                id = self.engine.choose(scores, ids[:position])
+            with self.plan.timed("sampling"):
+                id = self.plan.choose(scores, ids[:position])
             if position < len(ids) and id == ids[position]:
                 continue
             rejected = drafts[row:]
             if rejected:
                 sequence.rejected += len(rejected)
-                with self.engine.timed("rollback"):
+                with self.plan.timed("rollback"):
                     sequence.crop(position)
             ids.append(id)
             flops = climb.flops + sum(draft.flops for draft in rejected)
-            return [*drafts[:row], Decision(id, self.engine.backbone.n_blocks, None, flops)]
+            return [*drafts[:row], Decision(id, self.plan.backbone.n_blocks, None, flops)]
         # The last draft ends the text, and all drafts stand.
         return [*drafts[:-1], replace(drafts[-1], flops=drafts[-1].flops + climb.flops)]
 
@@ -353,7 +351,7 @@ class Batch:
         """Accept decided tokens, up to the one that ends the request, and return their events."""
         events: list[Event] = []
         for decision in decisions:
-            with self.engine.timed("text"):
+            with self.plan.timed("text"):
                 events.append(Decided(request, request.accept(decision)))
             if request.finish_reason:
                 self.requests.remove(request)
@@ -363,10 +361,10 @@ class Batch:
 
     def _logits(self, head: Head, hidden: Many[Tensor]) -> list[Tensor]:
         """Run the head once on the rows of all climbs: hidden states (1, n, D) each → logits (n, V) each."""
-        with self.engine.timed("heads"):
+        with self.plan.timed("heads"):
             logits = head.logits(joined(list(hidden), dim=1))[0]
         if not torch.isfinite(logits.amax()):
-            backbone = self.engine.backbone
+            backbone = self.plan.backbone
             raise BadNumbers(
                 f"{backbone.name} gave NaN or infinite logits in {backbone.weight_format}.",
                 "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
@@ -378,6 +376,6 @@ class Batch:
         if talk.continues(ids) and talk.sequence is not None:
             talk.sequence.ids, talk.sequence.prompt = [*ids], len(ids)
         else:
-            exits = [OpenExit.of(exit, index) for exit, index in self.engine.open_exits]
-            talk.sequence = Sequence([*ids], self.engine.backbone.state(len(ids) + remaining), exits, len(ids))
+            exits = [OpenExit.of(exit, index) for exit, index in self.plan.open_exits]
+            talk.sequence = Sequence([*ids], self.plan.backbone.state(len(ids) + remaining), exits, len(ids))
         return talk.sequence

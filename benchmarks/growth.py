@@ -1,4 +1,4 @@
-"""How does the cost of a decode step grow: with the context, the rows of a chunk, the batch, the exit?
+"""How does the cost of a decode step grow with the context, the rows of a chunk, the batch, and the exit?
 
     .venv/bin/python benchmarks/growth.py [MODEL] [--random] [--formats bfloat16,int4] [--rounds 3] [--figure FILE]
 

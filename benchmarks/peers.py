@@ -183,7 +183,7 @@ def requantised(args: argparse.Namespace) -> Path:
         params.nthread, params.allow_requantize = args.threads, True
         params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{args.requantise}")
         unfinished = path.with_suffix(".part")
-        if llama_cpp.llama_model_quantize(args.model.prompts.encode(), str(unfinished).encode(), params):
+        if llama_cpp.llama_model_quantize(args.model.encode(), str(unfinished).encode(), params):
             raise RuntimeError(f"llama_model_quantize could not write {args.requantise}")
         unfinished.rename(path)
     return path

@@ -26,7 +26,7 @@ from models import BLOCKS, tiny
 from offramp import Engine, Policy
 from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.fills import FILLS
-from offramp.decode.request import Decided, Finished, Prefilled
+from offramp.decode.request import Decided, Finished, Prefilled, Talk
 from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import Follower
 from offramp.errors import BadInput, BadNumbers
@@ -393,3 +393,62 @@ def test_an_answer_that_fills_the_context_ends_for_its_length() -> None:
     room = backbone.context - 5
     answer = Engine(backbone).generate((prompt * 512)[:room], max_tokens=9)
     assert (len(answer.tokens), answer.finish_reason) == (5, "length")
+
+
+class Fails:
+    """Chooses the most probable token, and fails once, at its n-th call."""
+
+    def __init__(self, call: int) -> None:
+        self.calls, self.call = 0, call
+
+    def __call__(self, logits: torch.Tensor, ids: list[int]) -> int:
+        self.calls += 1
+        if self.calls == self.call:
+            raise RuntimeError("the chooser failed")
+        return int(logits.argmax())
+
+
+@pytest.mark.parametrize("fill", ["project", "defer", "verify"])
+@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+def test_a_failed_step_ends_the_batch_and_a_talk_starts_anew(family: str, fill: str) -> None:
+    prompt, failures = some_prompts(1, seed=2)[0], 0
+    for call in range(1, 8):
+        engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill, Fails(call))
+        batch, talk = engine.batch(), Talk()
+        request = batch.add(prompt, talk, max_tokens=12)
+        neighbour = batch.add(some_prompts(1, seed=3)[0], max_tokens=12)
+        with pytest.raises(RuntimeError, match="the chooser failed"):
+            list(batch.run())
+        failures += 1
+        assert not batch.requests
+        assert request.finish_reason == neighbour.finish_reason == "failed"
+        more = [*talk.sequence.ids, *some_prompts(1, seed=5)[0]]
+        again = [token.id for token in engine.stream(more, talk, max_tokens=12)]
+        assert again == engine.generate(more, max_tokens=12).ids
+    assert failures == 7
+
+
+def test_a_talk_goes_on_only_where_its_memory_fits() -> None:
+    backbone, exits = tiny("llama"), modest_exits("llama")
+    wide, narrow = (Engine(backbone, exits, Policy(thresholds), "defer") for thresholds in ((0.4,) * 3, (1.0, 0.4, 1.0)))
+    prompt, talk = some_prompts(1, seed=2)[0], Talk()
+    first = [token.id for token in wide.stream(prompt, talk, max_tokens=8)]
+    more = [*prompt, *first, 65, 66]
+    answer = [token.id for token in narrow.stream(more, talk, max_tokens=8)]
+    assert answer == narrow.generate(more, max_tokens=8).ids
+    batch = narrow.batch()
+    batch.add(more, talk)
+    with pytest.raises(BadInput, match="Another request"):
+        batch.add(more, talk)
+
+
+def test_mistakes_in_a_request_are_named() -> None:
+    engine = Engine(tiny("llama"))
+    with pytest.raises(TypeError, match="max_token"):
+        engine.generate(PROMPT, max_token=3)  # type: ignore[call-arg]
+    with pytest.raises(BadInput, match="stop texts"):
+        engine.generate(PROMPT, stop="ab")  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="has 260 tokens"):
+        engine.generate([1, 260])
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.summarise(engine.batch().add([1, 2]), 0.1, 0.1)

@@ -69,6 +69,7 @@ def test_stopping_criteria_streamers_and_samples() -> None:
     settings = {"do_sample": True, "temperature": 0.9, "num_return_sequences": 2}
     drawn = [generate("llama/native", seed=seed, **settings) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0][0], drawn[0][1])  # rows with the same prompt draw for themselves
     assert not torch.equal(drawn[0], drawn[2])
 
 

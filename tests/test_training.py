@@ -24,7 +24,7 @@ from offramp.exits.readouts import READOUTS
 from offramp.files import read_lines
 from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS
-from offramp.training.loop import Fit
+from offramp.training.loop import Fit, accelerator_for
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts, write_shards
 from offramp.training.training import Trainer, sketch_of, train
 from offramp.training.validation import lowest_threshold, scores
@@ -356,3 +356,41 @@ def test_no_evaluation_question_is_among_the_training_prompts() -> None:
     for line in PROMPTS.read_text().splitlines():
         bare = re.sub(r"^(question|q) | (answer|a)$", "", plain(line))
         assert bare not in questions, line
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"epochs": -1}, "epochs"),
+        ({"answer_tokens": 0}, "answer tokens"),
+        ({"top_k": 0}, "top k"),
+        ({"max_prompts": -3}, "max prompts"),
+        ({"learning_rate": -1.0}, "learning rate"),
+        ({"precision": 2.0}, "precision"),
+    ],
+)
+def test_settings_that_cannot_train_are_named(settings: dict, words: str) -> None:
+    with pytest.raises(BadInput, match=words) as raised:
+        TrainConfig(**settings)
+    assert raised.value.hint
+
+
+def test_no_epochs_leave_the_exits_untrained(tmp_path, prompts: str) -> None:
+    exits = train(tiny("llama"), tmp_path, config(prompts, epochs=0, gate_epochs=0))
+    assert exits.training["curve"] == []
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_kept(tmp_path, prompts: str) -> None:
+    work = tmp_path / ".training"
+    work.mkdir()
+    (work / "adapters.pt").write_bytes(b"old")
+    with pytest.raises(BadInput, match="earlier version"):
+        train(tiny("llama"), tmp_path, config(prompts))
+    assert (work / "adapters.pt").read_bytes() == b"old"
+
+
+def test_another_accelerator_in_the_process_keeps_its_precision() -> None:
+    own = Accelerator(mixed_precision=accelerator_for(torch.device("cpu")).mixed_precision)
+    for bfloat16 in (True, False):
+        accelerator_for(torch.device("cpu"), bfloat16)
+        assert own.mixed_precision == "no"

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from collections.abc import Sequence as Many
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Unpack
@@ -33,11 +32,11 @@ from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.heads import Head
 from offramp.decode.plan import Plan
 from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Request, Talk
+from offramp.decode.sampling import Choose
 from offramp.decode.sequence import Decision, OpenExit, Sequence, looked_up
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
-from offramp.model.lean.base import joined
-from offramp.model.runtime import Part, Step
+from offramp.model.runtime import Part, Step, joined
 
 # Most drafts from prompt look-up. A pass over four rows costs little more than over one; a pass over eight costs more.
 LOOKED_UP = 3
@@ -101,43 +100,59 @@ class Batch:
         self.plan = plan
         self.requests: list[Request] = []
 
-    def add(self, ids: list[int], talk: Talk | None = None, **limits: Unpack[Limits]) -> Request:
+    def add(
+        self, ids: list[int], talk: Talk | None = None, choose: Choose | None = None, **limits: Unpack[Limits]
+    ) -> Request:
         """Add a request to continue these token ids; the next step starts on it.
 
         A `talk` keeps what is computed for this request, and gives it what was computed for the beginning of the same text.
-        Raises `BadInput` for an empty prompt, for one that leaves no room in the context, and for `max_tokens` below 1.
+        `choose` takes the place of the plan's own. Raises `BadInput` for an empty prompt, for one that leaves no room in
+        the context, for ids that are no tokens, for `max_tokens` below 1, and for a talk that another request is using.
         """
-        backbone = self.plan.backbone
-        max_tokens = limits.get("max_tokens", 128)
-        if max_tokens < 1:
-            raise BadInput(f"{max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
+        backbone, max_tokens = self.plan.backbone, limits.get("max_tokens", 128)
+        _check_limits(limits)
         backbone.prompts.check(ids)
+        if not 0 <= min(ids) <= max(ids) < backbone.vocab_size:
+            raise BadInput(
+                f"The prompt has ids from {min(ids)} to {max(ids)}; {backbone.name} has {backbone.vocab_size} tokens.",
+                "Make the ids with the model's own tokenizer.",
+            )
         remaining = min(max_tokens, backbone.context - len(ids))
         sequence = self._sequence(ids, remaining, talk or Talk())
         detokenizer = Detokenizer(backbone.tokenizer, limits.get("stop", ()))
-        request = Request(sequence, remaining, limits.get("end_ids", backbone.stop_ids), detokenizer)
+        end_ids = limits.get("end_ids", backbone.stop_ids)
+        request = Request(sequence, remaining, end_ids, detokenizer, choose or self.plan.choose)
         self.requests.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Drop a request: no more of its tokens are decoded."""
+        """Drop a request: no more of its tokens are decoded. Does nothing for a request that is not in the batch."""
         if request in self.requests:
             self.requests.remove(request)
-        request.finish_reason = "cancelled"
+            request.finish_reason = "cancelled"
 
     def run(self) -> Iterator[Event]:
-        """Step until every request has finished; yield what happens."""
+        """Step until every request has finished; yield what happens, but for requests that were cancelled meanwhile."""
         while self.requests:
-            yield from self.step()
+            for event in self.step():
+                if event.request.finish_reason != "cancelled":
+                    yield event
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Prefill the new requests; if there are none, decide at least one token of every request. Returns the events.
 
-        Raises `BadNumbers` for NaN logits.
+        Raises `BadNumbers` for NaN logits. After any error the memories are half-written: the batch is empty, its requests
+        have the finish reason "failed", and their talks start anew.
         """
         new = [request for request in self.requests if not request.prefilled]
-        return self._prefill(new) if new else self._decode()
+        try:
+            return self._prefill(new) if new else self._decode()
+        except BaseException:
+            for request in self.requests:
+                request.finish_reason, request.sequence.whole = "failed", False
+            self.requests.clear()
+            raise
 
     def _prefill(self, requests: list[Request]) -> list[Event]:
         """Run each prompt but its last token at full depth; recurrent gates and read-outs see these tokens too."""
@@ -249,7 +264,7 @@ class Batch:
             climb, sequence = readout.climb, readout.climb.sequence
             exit = sequence.exits[number]
             with plan.timed("sampling"):
-                id = plan.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
+                id = climb.request.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
             with plan.timed("fill"):
                 plan.fill.leave(exit, climb.part)
             flops = climb.flops + plan.fill.flops(exit.block, plan.costs)
@@ -333,7 +348,7 @@ class Batch:
             sequence.top = h[:, row : row + 1]
             position = first + row
             with self.plan.timed("sampling"):
-                id = self.plan.choose(scores, ids[:position])
+                id = climb.request.choose(scores, ids[:position])
             if position < len(ids) and id == ids[position]:
                 continue
             rejected = drafts[row:]
@@ -359,10 +374,10 @@ class Batch:
                 break
         return events
 
-    def _logits(self, head: Head, hidden: Many[Tensor]) -> list[Tensor]:
+    def _logits(self, head: Head, hidden: list[Tensor]) -> list[Tensor]:
         """Run the head once on the rows of all climbs: hidden states (1, n, D) each → logits (n, V) each."""
         with self.plan.timed("heads"):
-            logits = head.logits(joined(list(hidden), dim=1))[0]
+            logits = head.logits(joined(hidden, dim=1))[0]
         if not torch.isfinite(logits.amax()):
             backbone = self.plan.backbone
             raise BadNumbers(
@@ -373,9 +388,22 @@ class Batch:
 
     def _sequence(self, ids: list[int], remaining: int, talk: Talk) -> Sequence:
         """The talk's sequence if these ids continue it, else a new one, which the talk keeps."""
-        if talk.continues(ids) and talk.sequence is not None:
+        if any(request.sequence is talk.sequence for request in self.requests):
+            raise BadInput("Another request is continuing this talk.", "Wait for its end, or use another talk.")
+        if talk.sequence is not None and talk.sequence.continued_by(ids, self.plan.open_exits):
             talk.sequence.ids, talk.sequence.prompt = [*ids], len(ids)
         else:
             exits = [OpenExit.of(exit, index) for exit, index in self.plan.open_exits]
             talk.sequence = Sequence([*ids], self.plan.backbone.state(len(ids) + remaining), exits, len(ids))
         return talk.sequence
+
+
+def _check_limits(limits: Limits) -> None:
+    """Raises `TypeError` for a misspelt limit, and `BadInput` for limits that cannot be kept."""
+    for name in limits:
+        if name not in Limits.__annotations__:
+            raise TypeError(f"unexpected argument '{name}': the limits are {', '.join(Limits.__annotations__)}")
+    if isinstance(limits.get("stop", ()), str):
+        raise BadInput("The stop texts are one text, not a tuple of texts.", 'For example: stop=("\\n",)')
+    if limits.get("max_tokens", 1) < 1:
+        raise BadInput(f"{limits['max_tokens']} tokens cannot be generated.", "Give --max-tokens 1 or more.")

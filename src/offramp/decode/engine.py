@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from typing import Unpack
 
@@ -37,7 +36,7 @@ class Engine(Plan):
         """Answer a prompt (text, or token ids): `stream` run to its end, with times and totals."""
         return self.generate_batch([prompt], **limits)[0]
 
-    def generate_batch(self, prompts: Many[str | list[int]], **limits: Unpack[Limits]) -> list[Generation]:
+    def generate_batch(self, prompts: Iterable[str | list[int]], **limits: Unpack[Limits]) -> list[Generation]:
         """Answer several prompts side by side.
 
         Sequences leave at exits and end independently. A beginning that neighbouring prompts share, such as the examples
@@ -62,7 +61,7 @@ class Engine(Plan):
         batch.step()
         return talk
 
-    def shared_talks(self, prompts: Many[list[int]]) -> list[Talk]:
+    def shared_talks(self, prompts: Iterable[list[int]]) -> list[Talk]:
         """A talk for each prompt. Neighbouring prompts with a long common beginning share what is computed for it."""
         groups: list[tuple[list[int], int]] = []
         for ids in prompts:
@@ -82,8 +81,10 @@ class Engine(Plan):
         return [talk, *(talk.fork() for _ in range(count - 1))]
 
     def summarise(self, request: Request, prefill_seconds: float, decode_seconds: float) -> Generation:
-        """The answer of a finished request, with totals. The times are given in seconds."""
+        """The answer of a finished request, with totals; times in seconds. Raises `ValueError` for one without tokens."""
         tokens, prompt = request.tokens, request.sequence.prompt
+        if not tokens:
+            raise ValueError("the request has no tokens yet")
         full = sum(self.costs.full(prompt + index) for index in range(len(tokens)))
         last, blocks = tokens[-1], self.backbone.n_blocks
         drafted = last.rejected + sum(token.exit_block < blocks for token in tokens)

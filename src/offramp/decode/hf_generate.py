@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.decode.batch import Batch
 from offramp.decode.engine import Engine
-from offramp.decode.request import Decided
+from offramp.decode.request import Decided, Request
 from offramp.decode.sampling import chooser
 from offramp.errors import BadInput, ExitsMismatch
 from offramp.exits.exits import Exits
@@ -39,37 +40,52 @@ def decoding(
         _check_supported(generation_config)
         backbone = _backbone_of(model, exits)
         seed = int(torch.randint(2**62, ())) if generation_config.do_sample else None
-        engine = Engine(backbone, exits, policy, fill, chooser(logits_processor, seed), max_pending)
-        room = generation_config.max_length - input_ids.shape[1]
-        rows = _continue(engine, input_ids, inputs.get("attention_mask"), room, stopping_criteria, streamer)
+        # Rows may have the same prompt: each draws by a seed of its own.
+        choosers = [chooser(logits_processor, None if seed is None else seed + row) for row in range(len(input_ids))]
+        engine = Engine(backbone, exits, policy, fill, max_pending=max_pending)
+        batch = engine.batch()
+        masks = inputs.get("attention_mask")
+        room, ends = generation_config.max_length - input_ids.shape[1], _end_ids(stopping_criteria)
+        prompts = _without_pads(input_ids, masks)
+        rows = {
+            batch.add(prompt, talk, choose, max_tokens=room, end_ids=ends): row
+            for prompt, talk, choose, row in zip(prompts, engine.shared_talks(prompts), choosers, input_ids, strict=True)
+        }
+        finished = _continue(batch, rows, stopping_criteria, streamer)
         pad = generation_config._pad_token_tensor
-        sequences = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0 if pad is None else int(pad))
+        sequences = torch.nn.utils.rnn.pad_sequence(
+            finished, batch_first=True, padding_value=0 if pad is None else int(pad)
+        )
         return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
 
     return generate
 
 
-def _continue(
-    engine: Engine, input_ids: Tensor, mask: Tensor | None, room: int, stopping_criteria: Any, streamer: Any
-) -> list[Tensor]:
-    """Continue each row (T,) of input_ids (B, T). Returns the rows, their pads included, with the new tokens."""
-    end_id_lists = [
-        criterion.eos_token_id.tolist() for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")
-    ]
-    end_ids = frozenset(chain.from_iterable(end_id_lists))
-    masks = torch.ones_like(input_ids) if mask is None else mask
-    prompts = [row[row_mask.bool()].tolist() for row, row_mask in zip(input_ids, masks, strict=True)]
-    batch, rows = engine.batch(), {}
-    for prompt, talk, row in zip(prompts, engine.shared_talks(prompts), input_ids, strict=True):
-        rows[batch.add(prompt, talk, max_tokens=room, end_ids=end_ids)] = row
+def _end_ids(stopping_criteria: Any) -> frozenset[int]:
+    """The tokens that end a text, as the library's criteria name them."""
+    ids = [criterion.eos_token_id.tolist() for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
+    return frozenset(chain.from_iterable(ids))
+
+
+def _without_pads(input_ids: Tensor, masks: Tensor | None) -> list[list[int]]:
+    """The rows of input_ids (B, T) without the tokens that the masks (B, T) hide."""
+    masks = torch.ones_like(input_ids) if masks is None else masks
+    return [row[mask.bool()].tolist() for row, mask in zip(input_ids, masks, strict=True)]
+
+
+def _continue(batch: Batch, rows: dict[Request, Tensor], stopping_criteria: Any, streamer: Any) -> list[Tensor]:
+    """Decode until every request has ended. Returns each one's row (T,), its pads included, with the new tokens."""
+    stopped: set[Request] = set()
     for event in batch.run():
-        if not isinstance(event, Decided) or event.request.finish_reason == "cancelled":
-            continue  # a step can decide several tokens, and a criterion ended the text at an earlier one
-        new = torch.tensor([event.token.id], device=input_ids.device)
+        # A step can decide several tokens, and a criterion may have ended the text at an earlier one.
+        if not isinstance(event, Decided) or event.request in stopped:
+            continue
+        new = torch.tensor([event.token.id], device=rows[event.request].device)
         rows[event.request] = row = torch.cat([rows[event.request], new])
         if streamer is not None:
             streamer.put(new.cpu())
         if bool(stopping_criteria(row[None], None)):
+            stopped.add(event.request)
             batch.cancel(event.request)
     if streamer is not None:
         streamer.end()
@@ -89,7 +105,7 @@ def _backbone_of(model: Any, exits: Exits) -> Backbone:
     if backbone is None:
         raise BadInput(
             "This model was not given to offramp.",
-            "Load it with offramp.load(name, keep=True) and use its `model`, or call offramp.wrap(model, tokenizer) first.",
+            "Keep what offramp.load(name, keep=True) or offramp.wrap(model, tokenizer) returns, and use its `model`.",
         )
     if backbone.source.sha256 != exits.backbone["sha256"]:
         raise ExitsMismatch(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 from offramp.decode.detokenizer import Detokenizer
+from offramp.decode.sampling import Choose
 from offramp.decode.sequence import Decision, Sequence
 
 
@@ -40,7 +41,7 @@ class Token:
     rejected: int
 
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 
 @dataclass(eq=False)
@@ -54,6 +55,7 @@ class Request:
     remaining: int
     end_ids: frozenset[int]
     detokenizer: Detokenizer
+    choose: Choose
     prefilled: bool = False
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -141,11 +143,6 @@ class Talk:
 
     def __init__(self, sequence: Sequence | None = None) -> None:
         self.sequence = sequence
-
-    def continues(self, ids: list[int]) -> bool:
-        """Whether these ids begin with all that the talk has read, and are more."""
-        old = self.sequence
-        return old is not None and old.run < len(ids) and old.ids[: old.run] == ids[: old.run] and not old.drafts
 
     def fork(self) -> Talk:
         """A second talk with the same beginning."""

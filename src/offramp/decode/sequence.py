@@ -81,21 +81,25 @@ class Follower:
 class OpenExit:
     """An open exit with what it keeps for one sequence.
 
-    `block`: the number of blocks run before it; `index`: its place in the policy. `pending`: hidden states (1, n, D) of
-    tokens that left here and whose deeper blocks are still to be run, oldest first.
+    `index`: its place in the policy. `pending`: hidden states (1, n, D) of tokens that left here and whose deeper blocks
+    are still to be run, oldest first.
     """
 
-    block: int
+    exit: Exit
     index: int
     gate: Follower
     readout: Follower
-    reads_top: bool
     pending: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def of(cls, exit: Exit, index: int) -> OpenExit:
         """An exit for a new sequence; `index` is its place in the policy."""
-        return cls(exit.block, index, Follower(exit.gate), Follower(exit.adapter), exit.adapter.reads_top)
+        return cls(exit, index, Follower(exit.gate), Follower(exit.adapter))
+
+    @property
+    def block(self) -> int:
+        """The number of blocks run before the exit."""
+        return self.exit.block
 
     @property
     def followers(self) -> tuple[Follower, Follower]:
@@ -105,7 +109,7 @@ class OpenExit:
     def see(self, h: Tensor, top: Tensor | None) -> None:
         """Take h (1, n, D) of tokens at the exit, and `top` (1, 1, D), the top state of the token before the newest."""
         self.gate.see(h)
-        if not self.reads_top:
+        if not self.exit.adapter.reads_top:
             self.readout.see(h)
             return
         newest = h[:, -1:]
@@ -115,7 +119,7 @@ class OpenExit:
     def fork(self) -> OpenExit:
         """The same exit for a second sequence with the same tokens."""
         gate, readout = (follower.fork() for follower in self.followers)
-        return OpenExit(self.block, self.index, gate, readout, self.reads_top, [*self.pending])
+        return OpenExit(self.exit, self.index, gate, readout, [*self.pending])
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ class Sequence:
     `ids`: prompt, decided tokens, drafts. All but the last have been run through the blocks before the first exit.
     Tokens that are pending at a later exit are older than those at an earlier one. `drafts`: the newest ids, not verified
     yet. `top` (1, 1, D): the top hidden state of the token before the newest, or its read-out's output if it left early.
+    `whole`: no step failed half-way, so what the blocks remember is right.
     """
 
     ids: list[int]
@@ -146,6 +151,13 @@ class Sequence:
     run: int = 0  # number of tokens that have been run through the blocks before the first exit
     deep_passes: int = 0
     rejected: int = 0
+    whole: bool = True
+
+    def continued_by(self, ids: list[int], open_exits: list[tuple[Exit, int]]) -> bool:
+        """Whether these ids begin with all that has been run and go on, at the same open exits, so it can be used again."""
+        same_exits = [(exit.exit, exit.index) for exit in self.exits] == open_exits
+        begins = self.run < len(ids) and self.ids[: self.run] == ids[: self.run]
+        return self.whole and begins and same_exits and not self.drafts
 
     @property
     def pending(self) -> int:

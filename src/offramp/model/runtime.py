@@ -29,6 +29,11 @@ class Step:
 Part = tuple[Tensor, State, Step]  # hidden states (B, T, D), what the blocks remember, what the blocks share
 
 
+def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The parts as one tensor; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
 class Runtime(Protocol):
     """Runs the blocks and the head of one model."""
 

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -83,7 +82,7 @@ def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
     return high
 
 
-def fixed_sequence(losses: Iterator[Many[float]], risk: float, delta: float) -> Iterator[tuple[float, float, bool]]:
+def fixed_sequence(losses: Iterator[Sequence[float]], risk: float, delta: float) -> Iterator[tuple[float, float, bool]]:
     """Test policies along a path, up to the first that fails.
 
     Takes each policy's losses. Yields each policy's mean loss, its p-value, and whether it passed.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from offramp.errors import BadInput
 from offramp.settings import setting
 
 PROMPTS_HELP = "A file of prompts to answer: lines, or JSON lines with 'prompt'. Default: a list that comes with offramp."
@@ -51,6 +52,12 @@ class TrainConfig:
     confidence: str = setting("gate", draft="max-prob")
     threshold: float | None = setting(None, draft=0.25)
     seed: int = setting(0, "Seed of everything random.")
+
+    def __post_init__(self) -> None:
+        _check_least(self, top_k=1, max_prompts=1, answer_tokens=1, epochs=0, gate_epochs=0, batch=1)
+        _check_rates(self.learning_rate, self.gate_learning_rate)
+        if not 0 <= self.precision <= 1:
+            raise BadInput(f"A precision of {self.precision} is not in [0, 1].", "0.98 is the default.")
 
 
 def draft_config(n_blocks: int, **changed: Any) -> TrainConfig:
@@ -111,3 +118,26 @@ class TuneConfig:
     batch: int = 8
     learning_rate: float = setting(2e-4, "Highest learning rate.")
     seed: int = setting(0, "Seed of everything random.")
+
+    def __post_init__(self) -> None:
+        _check_least(self, rank=1, every=1, max_prompts=1, answer_tokens=1, epochs=0, batch=1)
+        _check_rates(self.learning_rate)
+        if not 0 <= self.skip < 1:
+            raise BadInput(f"A share of {self.skip} samples cannot skip a block.", "Give a number from 0 to below 1.")
+
+
+def _check_least(config: Any, **least: int) -> None:
+    """Raises `BadInput` for a field of the config that is below its least value."""
+    for name, value in least.items():
+        setting_value = getattr(config, name)
+        if setting_value is not None and setting_value < value:
+            raise BadInput(
+                f"The setting '{name.replace('_', ' ')}' is {setting_value}, which is too low.", f"Give {value} or more."
+            )
+
+
+def _check_rates(*rates: float) -> None:
+    """Raises `BadInput` for a learning rate that cannot train."""
+    for rate in rates:
+        if not rate > 0:
+            raise BadInput(f"A learning rate of {rate} cannot train.", "Give a number above 0, such as 0.001.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from offramp.errors import BadInput
-from offramp.files import ASSETS, read_lines
+from offramp.files import ASSETS, read_lines, sha256_of
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
@@ -73,14 +72,10 @@ def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], l
     """Prompts and texts as token ids, and a record of the files they came from."""
     source = Path(config.prompts or PROMPTS)
     lines = read_lines(source, ("prompt", "question"))[: config.max_prompts]
-    record = [{"prompts": source.name, "lines": len(lines), "sha256": _digest(source)}]
+    record = [{"prompts": source.name, "lines": len(lines), "sha256": sha256_of(source)}]
     texts: list[list[int]] = []
     for path in map(Path, config.texts):
         pieces = read_texts(path, backbone)
-        record.append({"text": path.name, "pieces": len(pieces), "sha256": _digest(path)})
+        record.append({"text": path.name, "pieces": len(pieces), "sha256": sha256_of(path)})
         texts += pieces
     return [backbone.prompts.encode(line) for line in lines], texts, record
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -19,13 +19,13 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sized
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
@@ -56,7 +56,7 @@ class Job:
     are trained and saved, the others are not. batch_of: the items of a step's batch, a list or a tensor of one item a row.
     loss_of: the loss of a share of these items in that step. optimizers: one or several, for different parameters.
     schedule_of: the learning rate schedule of an optimizer, stepped after each step; it is given a function that returns
-    the share of the budget that is spent. save_every: seconds between checkpoints.
+    the share of the budget that is spent. save_every: seconds between checkpoints. bfloat16: matrix products in it.
     """
 
     name: str
@@ -67,16 +67,21 @@ class Job:
     schedule_of: Callable[[Optimizer, Callable[[], float]], LRScheduler]
     seed: int = 0
     save_every: float = 20.0
+    bfloat16: bool = False
 
 
 def accelerator_for(device: torch.device, bfloat16: bool = False) -> Accelerator:
-    """An accelerator for a model on this device; with `bfloat16`, matrix products under `autocast` are computed in it."""
-    settings: dict[str, Any] = {"cpu": device.type == "cpu", "mixed_precision": "bf16" if bfloat16 else "no"}
+    """An accelerator for a model on this device; with `bfloat16`, matrix products under `autocast` are computed in it.
+
+    accelerate keeps one precision for the whole process. If another one is set already, it stays, and the loop's own
+    autocast takes its place.
+    """
+    place: dict[str, Any] = {"cpu": device.type == "cpu"}
     try:
-        return Accelerator(step_scheduler_with_optimizer=False, **settings)
-    except ValueError:  # accelerate keeps one precision for the whole process, and an earlier run had another
-        AcceleratorState._reset_state()
-        return Accelerator(step_scheduler_with_optimizer=False, **settings)
+        precision = "bf16" if bfloat16 else "no"
+        return Accelerator(step_scheduler_with_optimizer=False, mixed_precision=precision, **place)
+    except ValueError:
+        return Accelerator(step_scheduler_with_optimizer=False, **place)
 
 
 class Loop:
@@ -105,7 +110,7 @@ class Loop:
     def share_spent(self) -> float:
         """The share of the budget that is spent, from 0; 1 or more at the end."""
         if self.budget.steps is not None:
-            return self.step / self.budget.steps
+            return self.step / self.budget.steps if self.budget.steps > 0 else 1.0
         return self.seconds / (3600 * (self.budget.hours or 0))
 
     def add_point(self, point: dict[str, Any]) -> None:
@@ -141,7 +146,7 @@ class Loop:
     def _train_step(self) -> list[float]:
         job, process = self.job, self.accelerator.process_index
         torch.manual_seed(step_generator(job.seed, self.step, job.name).initial_seed() + process)  # dropout
-        with self.accelerator.autocast():
+        with self._autocast():
             loss, losses = job.loss_of(self._share_of(job.batch_of(self.step)), self.step)
         if not math.isfinite(float(loss.detach())):
             raise BadNumbers(f"The loss of the {job.name} became NaN at step {self.step}.", "Try a lower --learning-rate.")
@@ -156,6 +161,13 @@ class Loop:
         for optimizer in self._optimizers:
             optimizer.step()
         return [float(value.detach()) for value in losses]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The job's precision: accelerate's, or torch's own where accelerate was set to another one before."""
+        if (self.accelerator.mixed_precision == "bf16") == self.job.bfloat16:
+            precision: AbstractContextManager[Any] = self.accelerator.autocast()
+            return precision
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.job.bfloat16)
 
     def _share_of(self, items: Any) -> Any:
         """This process's items: with n processes every n-th, or all if there are fewer items than processes."""
@@ -246,7 +258,7 @@ class Fit:
         module.to(self.device).train()
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
-        job = Job(stage, module, batch_of, loss_of, [optimizer], schedule_of, self.seed)
+        job = Job(stage, module, batch_of, loss_of, [optimizer], schedule_of, self.seed, bfloat16=self.bfloat16)
         accelerator = accelerator_for(self.device, self.bfloat16)
         loop = Loop(self.work / stage, job, Budget(steps), accelerator, self.curve)
         progress = self.progress if accelerator.is_main_process else silent
@@ -262,11 +274,19 @@ class Fit:
 
 
 def claim(work: Path, plan: dict[str, Any]) -> None:
-    """Write the plan of a training to the folder `work`. Raises `BadInput` if another plan is there already."""
-    file, content = work / "plan.json", json.dumps(plan)
-    if not file.exists():
-        write_atomically(file, content.encode())
-    elif file.read_text() != content:
+    """Note in the folder `work` what is trained there.
+
+    Raises `BadInput` if that was something else last time, and for the checkpoints of an earlier version.
+    """
+    if any(work.glob("*.pt")):
+        raise BadInput(
+            f"{work} holds an unfinished training of an earlier version of offramp, which this one cannot go on with.",
+            "Finish it with that version, or delete that folder to start anew.",
+        )
+    note, wanted = work / "plan.json", json.dumps(plan)
+    if not note.exists():
+        write_atomically(note, wanted.encode())
+    elif note.read_text() != wanted:
         raise BadInput(
             f"{work} holds an unfinished training with other settings.",
             "Run it again with its own settings to finish it, or delete that folder to start anew.",

@@ -103,7 +103,11 @@ def _tensors(shard: Path, names: tuple[str, ...], rows: slice = slice(None)) -> 
     try:
         with safe_open(shard, "pt") as file:
             return [file.get_slice(name)[rows] for name in names]
-    except Exception as error:
+    except FileNotFoundError as error:
+        raise CorruptFile(
+            f"The shard {shard} is gone.", "Does another training run in the same folder? Run the command again."
+        ) from error
+    except Exception as error:  # whatever safetensors raises for bytes that it cannot read
         raise CorruptFile(f"The shard {shard} is damaged: {error}", "Delete it and run the command again.") from error
 
 

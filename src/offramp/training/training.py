@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offramp import __version__
 from offramp.exits.exits import Exit, Exits, ExitsConfig, suggested_layers
 from offramp.exits.parts import Standardise
 from offramp.exits.policy import Policy
@@ -84,7 +85,7 @@ def train(
         "text": data.files,
         "tokens": _counted_tokens(data),
         "seconds": round(clock.seconds, 1),
-        "versions": {"torch": torch.__version__, "offramp": _version()},
+        "versions": {"torch": torch.__version__, "offramp": __version__},
         "validation": quality(exits, scored),
         "curve": trainer.fit.curve,
     }
@@ -134,7 +135,7 @@ class _Clock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds = float(path.read_text()) if path.exists() else 0.0
+        self.seconds = float(path.read_text() or 0) if path.exists() else 0.0
 
     def __enter__(self) -> _Clock:
         self._started = time.time()
@@ -328,9 +329,3 @@ def frequent_tokens(texts: Sequence[TeacherText], count: int, vocabulary: int) -
 def pad_batch(tensors: list[Tensor]) -> Tensor:
     """Tensors (T, …) of different lengths T → one batch (B, longest T, …), with zeros at the ends."""
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-
-
-def _version() -> str:
-    from offramp import __version__
-
-    return __version__

@@ -96,7 +96,7 @@ def tune(
         raise BadInput("Tuning needs the library peft.", "Install it: pip install 'offramp[tune]'") from error
 
     config, folder = config or TuneConfig(), Path(folder)
-    _check(backbone, folder, config)
+    _check(backbone, folder)
     work = folder / ".training"
     accelerator = accelerator_for(backbone.device)
     progress = progress if accelerator.is_main_process else silent
@@ -137,12 +137,8 @@ def tune(
     return record
 
 
-def _check(backbone: Backbone, folder: Path, config: TuneConfig) -> None:
-    """Raise `BadInput` for settings that cannot be used, and for the model's own folder."""
-    if config.rank < 1 or not config.learning_rate > 0:
-        raise BadInput(
-            "The rank and the learning rate must be more than 0.", "For example: --rank 32 --learning-rate 0.001"
-        )
+def _check(backbone: Backbone, folder: Path) -> None:
+    """Raise `BadInput` for the model's own folder."""
     if backbone.source.path and folder.resolve() == Path(backbone.source.path).resolve():
         raise BadInput(f"{folder} holds the model itself, which would be lost.", "Name another folder.")
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from offramp.model.lean.native import CWeight, Native, NativeMamba, library
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Store, Weight
 from offramp.model.modules import Modules
-from offramp.model.runtime import Part, Step
+from offramp.model.runtime import Part, Step, joined
 from offramp.model.state import State
 
 MakeWeight = Callable[[str, list[nn.Linear], Tensor | None], Weight]  # see `Lean._maker`
@@ -236,11 +236,6 @@ class Lean:
 def _rows(h: Tensor) -> Tensor:
     """Hidden states (B, T, D) as float32 rows (R, D)."""
     return h.float().reshape(-1, h.shape[-1])
-
-
-def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """The parts as one tensor; a single part is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def numbered(steps: Sequence[LeanStep]) -> Tensor:

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp.model.lean.base import Lean, LeanStep, MakeWeight, RMSNorm, joined, numbered
+from offramp.model.lean.base import Lean, LeanStep, MakeWeight, RMSNorm, numbered
 from offramp.model.lean.native import CBlock, CShape, CWeight, Native, Rows, address, rows_of
 from offramp.model.lean.weights import Store, Weight
 from offramp.model.modules import Modules
-from offramp.model.runtime import Part, Step
+from offramp.model.runtime import Part, Step, joined
 from offramp.model.state import KV, State
 
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # rotary kinds whose angles do not depend on the text's length

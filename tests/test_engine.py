@@ -74,15 +74,16 @@ def test_the_repetition_penalty_is_the_librarys() -> None:
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(("family", "fill"), [("llama", "project"), ("llama", "copy"), ("mamba2", "freeze")])
 def test_every_kind_of_exit_opens_and_reports(gate: str, readout: str, family: str, fill: str) -> None:
-    answer = Engine(tiny(family), exits_for(family, gate, readout), Policy((0.5,) * 3), fill).generate(
-        PROMPT, max_tokens=24
-    )
-    early = [token for token in answer.tokens if token.exit_block < BLOCKS]
-    assert early
-    assert {token.exit_block for token in answer.tokens} <= {*LAYERS, BLOCKS}
-    assert all(token.confidence is not None and 0.5 < token.confidence <= 1 for token in early)
-    assert all(token.confidence is None for token in answer.tokens if token.exit_block == BLOCKS)
-    assert answer.mean_blocks == sum(token.exit_block for token in answer.tokens) / len(answer.tokens)
+    exits, left = exits_for(family, gate, readout), 0
+    for threshold in (0.5, 0.01):  # a random gate may be above the first nowhere
+        answer = Engine(tiny(family), exits, Policy((threshold,) * 3), fill).generate(PROMPT, max_tokens=24)
+        early = [token for token in answer.tokens if token.exit_block < BLOCKS]
+        left += len(early)
+        assert {token.exit_block for token in answer.tokens} <= {*LAYERS, BLOCKS}
+        assert all(token.confidence is not None and threshold < token.confidence <= 1 for token in early)
+        assert all(token.confidence is None for token in answer.tokens if token.exit_block == BLOCKS)
+        assert answer.mean_blocks == sum(token.exit_block for token in answer.tokens) / len(answer.tokens)
+    assert left
 
 
 @pytest.mark.parametrize("fill", MADE_AT_ONCE)
@@ -169,7 +170,7 @@ def test_copy_gives_skipped_blocks_the_last_computed_blocks_keys_and_values() ->
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "falcon_mamba", *HYBRIDS])
-@pytest.mark.parametrize("fill", MADE_AT_ONCE)
+@pytest.mark.parametrize("fill", ["project", "copy", "freeze"])
 @torch.inference_mode()
 def test_what_skipped_blocks_remember_in_mamba_models_and_hybrids(family: str, fill: str) -> None:
     """Only `project` updates Mamba states. Attention has keys and values for every position with any fill."""

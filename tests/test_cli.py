@@ -16,7 +16,7 @@ import typer
 
 from helpers import Ran, exits_for, run_cli
 from models import BLOCKS, saved, tiny
-from offramp import Policy, Sampling
+from offramp import Engine, Policy, Sampling
 from offramp.cli.app import app
 from offramp.cli.flags import Chosen, Only, with_flags
 from offramp.cli.options import DecodingOptions
@@ -426,3 +426,21 @@ def test_stopped_work_says_that_the_same_command_goes_on(world, monkeypatch, cap
 
 def test_a_mistake_ends_the_process_without_a_traceback(world) -> None:
     assert "error: There is no model" in run_process(world, "generate", "modle", "Hi", code=1).stderr
+
+
+def test_a_token_that_left_has_the_colour_of_its_exit(monkeypatch) -> None:
+    from rich.console import Console
+
+    from offramp.cli import terminal
+
+    console = Console(force_terminal=True, color_system="standard", width=200, highlight=False)
+    monkeypatch.setattr(terminal, "console", console)
+    engine = Engine(tiny("llama"), exits_for("llama"), Policy((0.0,) * 3))
+    answer = engine.generate("Some words", max_tokens=4)
+    with console.capture() as captured:
+        terminal.answer_in_colour("Some words", answer, answer)
+    line = next(line for line in captured.get().splitlines() if "with exits" in line)
+    label, _, tokens = line.partition("with exits  ")
+    assert "\x1b[2m" in label  # the label is dim
+    assert "\x1b[32m" in tokens  # the tokens are green and not dim
+    assert "\x1b[2" not in tokens.replace("\x1b[0m", "")

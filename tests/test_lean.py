@@ -206,3 +206,19 @@ def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatc
     else:
         assert total <= allowed[0] * blocks + 32
         assert counting.allocated <= allowed[1] * blocks + 12
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@pytest.mark.parametrize("family", LEAN)
+@torch.inference_mode()
+def test_the_number_of_threads_changes_no_bit_of_the_compiled_path(family: str) -> None:
+    backbone, ids, threads = tiny(f"{family}/native"), torch.arange(40)[None], torch.get_num_threads()
+    logits = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            logits.append(backbone.forward(ids))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])

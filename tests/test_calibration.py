@@ -239,8 +239,9 @@ def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
         Engine(backbone, loaded)
         Engine(backbone, loaded, fill="verify")
         Engine(backbone, loaded, Policy((0.5,) * 3), fill="copy")  # the user's own thresholds
-    with pytest.warns(UserWarning, match="calibrated with fill project, not copy"):
+    with pytest.warns(UserWarning, match="calibrated with fill project, not copy") as caught:
         Engine(backbone, loaded, fill="copy")
+    assert caught[0].filename == __file__  # it points at the line that made the engine
     loaded.calibration["weights"] = "int4"
     with pytest.warns(UserWarning, match="calibrated with weights int4, not float32"):
         Engine(backbone, loaded)

@@ -71,7 +71,8 @@ def fresh(folder, family: str):
 @pytest.mark.parametrize("family", ["llama", "mamba2"])
 def test_early_blocks_learn_to_say_what_the_model_says(family: str, prompts: str, tmp_path) -> None:
     config = TuneConfig(**{**vars(CONFIG), "prompts": prompts})
-    record = tune(fresh(tmp_path / "model", family), tmp_path / "tuned", config)
+    backbone = fresh(tmp_path / "model", family)
+    record = tune(backbone, tmp_path / "tuned", config)
     before, after = record["held_out"]["before"], record["held_out"]["after"]
     if family == "llama":  # the other's answers at random weights are too varied for 60 prompts to teach
         assert sum(after["agreement"][:-1]) > sum(before["agreement"][:-1])
@@ -84,6 +85,10 @@ def test_early_blocks_learn_to_say_what_the_model_says(family: str, prompts: str
     assert tuned.source.sha256 != record["untuned"]["sha256"]
     assert json.loads((tmp_path / "tuned" / "tuning.json").read_text()) == record
     assert not (tmp_path / "tuned" / ".training").exists()
+    # The backbone that was tuned runs the tuned weights.
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.forward(ids), tuned.forward(ids), rtol=1e-4, atol=1e-4)
 
 
 def test_an_interrupted_tuning_goes_on_to_the_same_weights(prompts: str, tmp_path, monkeypatch) -> None:

@@ -24,15 +24,15 @@ class Head:
     shortlist: Tensor | None = None
 
     @classmethod
-    def whole(cls, backbone: Backbone) -> Head:
-        """Every token of the vocabulary."""
-        return cls(backbone.logits, 2 * backbone.vocab_size * backbone.hidden_size, backbone.vocab_size)
+    def whole(cls, backbone: Backbone, flops: int) -> Head:
+        """Every token of the vocabulary; `flops` are those of the backbone's head (`Costs.head`)."""
+        return cls(backbone.logits, flops, backbone.vocab_size)
 
     @classmethod
-    def short(cls, backbone: Backbone, shortlist: Tensor) -> Head:
-        """The tokens of `shortlist` (n,) only."""
-        flops = 2 * len(shortlist) * backbone.hidden_size
-        return cls(backbone.head_of(shortlist), flops, backbone.vocab_size, shortlist)
+    def short(cls, backbone: Backbone, flops: int, shortlist: Tensor) -> Head:
+        """The tokens of `shortlist` (n,) only; `flops` are those of the backbone's whole head."""
+        share = flops * len(shortlist) // backbone.vocab_size
+        return cls(backbone.head_of(shortlist), share, backbone.vocab_size, shortlist)
 
     @classmethod
     def sketched(cls, backbone: Backbone, sketch: tuple[Tensor, Tensor] | None, candidates: int) -> Head:

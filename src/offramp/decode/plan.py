@@ -79,11 +79,11 @@ class Plan:
 
     def _choose_heads(self, exits: Exits | None) -> None:
         """Set `head`, which reads out at the top, and `exit_head`, which reads out at exits."""
-        self.head = Head.whole(self.backbone)
+        self.head = Head.whole(self.backbone, self.costs.head)
         if self.policy.candidates and not self.fill.verifies:
             self.head = Head.sketched(self.backbone, exits.sketch if exits else None, self.policy.candidates)
         shortlist = exits.shortlist if exits else None
-        self.exit_head = self.head if shortlist is None else Head.short(self.backbone, shortlist)
+        self.exit_head = self.head if shortlist is None else Head.short(self.backbone, self.costs.head, shortlist)
 
     @property
     def prefill_flops(self) -> int:
@@ -109,5 +109,5 @@ class Plan:
             warnings.warn(
                 f"These thresholds were calibrated with {' and '.join(differs)}: here they guarantee nothing. "
                 "Calibrate anew: offramp calibrate",
-                stacklevel=4,
+                stacklevel=3,
             )

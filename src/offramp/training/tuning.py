@@ -118,7 +118,7 @@ def tune(
     fit.run("tuning", adapted, texts, config.epochs, config.learning_rate, loss_of)
     parameters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     adapted.merge_and_unload()
-    backbone.blocks[:] = list(getattr(_trunk(backbone), backbone.family.blocks))
+    backbone.use_library_blocks()
     record = {
         "command": command,
         "config": {**asdict(config), "prompts": None, "texts": []},

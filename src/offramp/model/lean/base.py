@@ -53,7 +53,7 @@ class LeanStep(Step):
 class Lean:
     """The `Runtime` that has a whole model on the lean path: its blocks, final norm and head, in one weight format.
 
-    A subclass makes `blocks` and `_native`, and implements `_step` and the methods that run blocks or let them remember.
+    A subclass makes `blocks` and `_native`, and implements `_step`, `_memories` and `_call`.
     `Runtime` documents the methods. Hidden states, keys and values are float32.
     """
 
@@ -93,10 +93,11 @@ class Lean:
         elif self._native is None:
             rows = [h.clone(memory_format=torch.contiguous_format) for h in flat]
             for x, (_, state, step) in zip(rows, parts, strict=True):
-                self._run_torch(x, start, stop, state, step)
+                for block, memory in self._memories(start, stop, state):
+                    block(x, memory, step)
         else:
             together = flat[0].clone(memory_format=torch.contiguous_format) if len(flat) == 1 else torch.cat(flat)
-            self._run_native(together, start, stop, parts)
+            self._call(self._native.run, together, start, stop, parts)
             rows = list(together.split([len(h) for h in flat]))
         return [x.view(h.shape) for x, (h, _, _) in zip(rows, parts, strict=True)]
 
@@ -107,24 +108,20 @@ class Lean:
             return
         if self._native is None:
             for x, (_, state, step) in zip(flat, parts, strict=True):
-                self._remember_torch(x, start, stop, state, step)
+                for block, memory in self._memories(start, stop, state):
+                    block.remember(x, memory, step)
         else:
-            self._remember_native(joined(flat).contiguous(), start, stop, parts)
+            self._call(self._native.remember, joined(flat).contiguous(), start, stop, parts)
 
-    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
-        """Run the rows (R, D) of one state through the blocks, in place."""
+    def _memories(self, start: int, stop: int, state: State) -> list[tuple[Any, Any]]:
+        """Blocks `start` to `stop` - 1, each with what it remembers in the state."""
         raise NotImplementedError
 
-    def _remember_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
-        """Only write the state, as if the rows (R, D) were the input of each block."""
-        raise NotImplementedError
+    def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        """Call `native`, the compiled `run` or `remember`, with the rows (R, D) of all parts, one part after another.
 
-    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        """Run the rows (R, D) of all parts, which stand one after another, through the blocks, in place."""
-        raise NotImplementedError
-
-    def _remember_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        """Only write the states, as if the rows (R, D) of all parts were the input of each block."""
+        First, the parts' memories get room for the new tokens. `run` changes the rows in place.
+        """
         raise NotImplementedError
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:

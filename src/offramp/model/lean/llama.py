@@ -165,9 +165,6 @@ class LeanBlock:
         )  # fmt: skip
 
 
-NativeCall = Callable[[Tensor, int, list[list[int]], Rows], None]
-
-
 class LeanLlama(Lean):
     """Blocks of the llama kind.
 
@@ -236,35 +233,19 @@ class LeanLlama(Lean):
     def remember_state(self, h: Tensor, index: int, state: State) -> None:
         pass  # no block has a Mamba mixer
 
-    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
-        for block, kv in self._memories(start, stop, state):
-            block(rows, kv, _rotary(step))
-
-    def _remember_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
-        for block, kv in self._memories(start, stop, state):
-            block.remember(rows, kv, _rotary(step))
-
     def _memories(self, start: int, stop: int, state: State) -> list[tuple[LeanBlock, KV]]:
         return [(self.blocks[index], kv) for index in range(start, stop) if (kv := state.kv[index]) is not None]
 
-    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        assert self._native
-        self._call(self._native.run, rows, start, stop, parts)
-
-    def _remember_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        assert self._native
-        self._call(self._native.remember, rows, start, stop, parts)
-
-    def _call(self, native: NativeCall, h: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        """Make room in the parts' memories for their tokens, and call `native` with all rows h (R, D)."""
+    def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        """Make room in the parts' memories for their tokens, and call `native` with all rows (R, D)."""
         steps = [_rotary(step) for _, _, step in parts]
         memories: list[list[int]] = [[] for _ in range(start, stop)]
         for step, (_, state, _) in zip(steps, parts, strict=True):
-            like = h.new_empty(step.batch, 0, 2 * self.heads, self.dim)
+            like = rows.new_empty(step.batch, 0, 2 * self.heads, self.dim)
             for (_, kv), addresses in zip(self._memories(start, stop, state), memories, strict=True):
                 addresses += rows_of(kv.room(like, step.end))
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
-        native(h, start, memories, Rows(positions, numbered(steps), turn, max(step.end for step in steps)))
+        native(rows, start, memories, Rows(positions, numbered(steps), turn, max(step.end for step in steps)))
 
 
 def _rotary(step: Step) -> RotaryStep:

@@ -105,9 +105,6 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().float().clone(memory_format=torch.contiguous_format)
 
 
-NativeCall = Callable[[Tensor, int, MambaAddresses, Tensor, Tensor | None], None]
-
-
 class LeanMamba(Lean):
     """Blocks of the Mamba-2 kind. Raises `ValueError` for a model whose shapes a format does not fit."""
 
@@ -139,37 +136,21 @@ class LeanMamba(Lean):
     def remember_state(self, h: Tensor, index: int, state: State) -> None:
         self.remember_all([(h, state, self.step(h, 0))], index, index + 1)
 
-    def _run_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
-        for block, ssm in self._memories(start, stop, state):
-            block(rows, ssm, _mamba(step))
-
-    def _remember_torch(self, rows: Tensor, start: int, stop: int, state: State, step: Step) -> None:
-        for block, ssm in self._memories(start, stop, state):
-            block.remember(rows, ssm, _mamba(step))
-
     def _memories(self, start: int, stop: int, state: State) -> list[tuple[LeanMambaBlock, SSM]]:
         return [(self.blocks[index], ssm) for index in range(start, stop) if (ssm := state.ssm[index]) is not None]
 
-    def _run_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        assert self._native
-        self._call(self._native.run, rows, start, stop, parts)
-
-    def _remember_native(self, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        assert self._native
-        self._call(self._native.remember, rows, start, stop, parts)
-
-    def _call(self, native: NativeCall, h: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
-        """Call `native` with all rows h (R, D) and the parts' memories, and record there what they took in."""
+    def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+        """Call `native` with all rows (R, D) and the parts' memories, and record there what they took in."""
         assert self._native
         addresses: MambaAddresses = [[] for _ in range(start, stop)]
         memories = [self._memories(start, stop, state) for _, state, _ in parts]
         for (_, _, step), pairs in zip(parts, memories, strict=True):
             for (block, ssm), places in zip(pairs, addresses, strict=True):
-                window, state = block.memory(ssm, h, step.batch)
+                window, state = block.memory(ssm, rows, step.batch)
                 places += zip(rows_of(window), rows_of(state), strict=True)
         watched = any(ssm.watched for pairs in memories for _, ssm in pairs)
-        journal = self._native.journal(stop - start, len(h)) if watched else None
-        native(h, start, addresses, numbered([_mamba(step) for _, _, step in parts]), journal)
+        journal = self._native.journal(stop - start, len(rows)) if watched else None
+        native(rows, start, addresses, numbered([_mamba(step) for _, _, step in parts]), journal)
         first = 0
         for (_, _, step), pairs in zip(parts, memories, strict=True):
             after = first + step.batch * step.tokens

@@ -280,7 +280,7 @@ def claim(work: Path, plan: dict[str, Any]) -> None:
     """
     if any(work.glob("*.pt")):
         raise BadInput(
-            f"{work} holds an unfinished training of an earlier version of offramp, which this one cannot go on with.",
+            f"An earlier version of offramp left an unfinished training in {work}, and this version cannot resume it.",
             "Finish it with that version, or delete that folder to start anew.",
         )
     note, wanted = work / "plan.json", json.dumps(plan)

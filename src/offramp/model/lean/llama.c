@@ -39,26 +39,94 @@ static void remember(const Block *b, const Shape *s, float *row, int64_t queries
     memcpy(place, row + queries * P, 2 * s->heads * P * sizeof(float));
 }
 
-// The queries of row r that share key/value head `head`, over positions `start` to `end` - 1.
-static void attend(const Shape *s, const float *q, const float *kv, int64_t head, int64_t start, int64_t end, float scale,
-                   float *scores, float *out) {
-    const int64_t P = s->dim, group = s->queries / s->heads, step = 2 * s->heads * P, S = end - start;
-    const float *keys = kv + start * step + head * P, *values = keys + s->heads * P;
-    for (int64_t i = 0; i < S; i++)
-        for (int64_t g = 0; g < group; g++) scores[g * S + i] = scale * dot(q + g * P, keys + i * step, P);
-    for (int64_t g = 0; g < group; g++) {
-        float *p = scores + g * S, most = p[0], total = 0;
-        for (int64_t i = 1; i < S; i++) most = p[i] > most ? p[i] : most;
-        for (int64_t i = 0; i < S; i++) p[i] = exp_(p[i] - most);
-        for (int64_t i = 0; i < S; i++) total += p[i];
-        for (int64_t i = 0; i < S; i++) p[i] /= total;
-    }
-    memset(out, 0, group * P * sizeof(float));
-    for (int64_t i = 0; i < S; i++)
-        for (int64_t g = 0; g < group; g++) {
-            const float p = scores[g * S + i];
-            for (int64_t k = 0; k < P; k++) out[g * P + k] += p * values[i * step + k];
+enum { KEYS = 64, DIMS = 4 };  // positions that are attended to in one go, cut at multiples; vectors of values in registers
+
+// Scores of G queries, P apart, with the keys of positions j to j + TILE_ROWS - 1, of which there are `count`.
+static inline __attribute__((always_inline)) void scores_of(const float *q, const float *keys, int64_t step, int64_t P, int64_t count,
+                                                            float scale, float *scores, const int G) {
+    for (int g = 0; g < G; g++, q += P, scores += KEYS) {
+        vf acc[TILE_ROWS] = {0};
+        if (count >= TILE_ROWS) {
+            for (int64_t p = 0; p < P; p += LANES) {
+                const vf part = load_up_to(q + p, P - p);
+#pragma GCC unroll 8
+                for (int i = 0; i < TILE_ROWS; i++) acc[i] = fma_(part, load_up_to(keys + i * step + p, P - p), acc[i]);
+            }
+            sums_of(acc, scores);
+            for (int i = 0; i < TILE_ROWS; i++) scores[i] *= scale;
+        } else {
+            for (int i = 0; i < count; i++) scores[i] = scale * sum(dots(q, keys + i * step, P));
         }
+    }
+}
+
+// Adds the values of positions `from` to `to` - 1, each times its weight, to DIMS vectors (or one, which may be cut short) of
+// the outputs of G queries; what was there before is multiplied by `keep` first.
+static inline __attribute__((always_inline)) void values_of(const float *values, int64_t step, int64_t P, int64_t dim, int64_t from,
+                                                            int64_t to, const float *weights, const float *keep, float *out, const int G,
+                                                            const int V) {
+    const int64_t left = P - dim;
+    vf acc[4][DIMS];
+    for (int g = 0; g < G; g++)
+        for (int v = 0; v < V; v++) acc[g][v] = load_up_to(out + g * P + dim + v * LANES, left - v * LANES) * keep[g];
+    for (int64_t j = from; j < to; j++) {
+        vf value[DIMS];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) value[v] = load_up_to(values + j * step + dim + v * LANES, left - v * LANES);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; g++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) acc[g][v] = fma_(value[v], all(weights[g * KEYS + j]), acc[g][v]);
+    }
+    for (int g = 0; g < G; g++)
+        for (int v = 0; v < V; v++) store_up_to(out + g * P + dim + v * LANES, acc[g][v], left - v * LANES);
+}
+
+// One row's G queries over one piece of the positions: `from` to `to` - 1 of the KEYS whose keys and values these are. What
+// stands in `most`, `total` and `out` (G, P) so far is brought up to date ("online softmax", arXiv 1805.02867).
+static inline __attribute__((always_inline)) void attend_to(const float *q, const float *keys, const float *values, int64_t step,
+                                                            int64_t P, int64_t from, int64_t to, float scale, float *most,
+                                                            float *total, float *out, const int G) {
+    float scores[4 * KEYS], keep[4];
+    for (int64_t j = from / TILE_ROWS * TILE_ROWS; j < to; j += TILE_ROWS)
+        scores_of(q, keys + j * step, step, P, to - j, scale, scores + j, G);
+    for (int g = 0; g < G; g++) {
+        float *s = scores + g * KEYS;
+        vf tops = all(most[g]), sums = {0};
+        for (int64_t j = from / LANES * LANES; j < to; j += LANES) {
+            const vi inside = (COUNT + (int32_t)j >= (int32_t)from) & (COUNT + (int32_t)j < (int32_t)to);
+            const vf v = choose(inside, load(s + j), all(-INFINITY));
+            tops = choose(v > tops, v, tops);
+            store(s + j, v);
+        }
+        const float highest = largest(tops);
+        for (int64_t j = from / LANES * LANES; j < to; j += LANES) {
+            const vf v = load(s + j), weights = choose(v > all(-INFINITY), exp_(v - highest), (vf){0});
+            store(s + j, weights);
+            sums += weights;
+        }
+        keep[g] = exp_(all(most[g] - highest))[0];
+        total[g] = total[g] * keep[g] + sum(sums);
+        most[g] = highest;
+    }
+    int64_t dim = 0;
+    for (; dim + DIMS * LANES <= P; dim += DIMS * LANES) values_of(values, step, P, dim, from, to, scores, keep, out, G, DIMS);
+    for (; dim < P; dim += LANES) values_of(values, step, P, dim, from, to, scores, keep, out, G, 1);
+}
+
+// As `attend_to`, for any number of queries.
+static void attend_group(const float *q, const float *keys, const float *values, int64_t step, int64_t P, int64_t group, int64_t from,
+                         int64_t to, float scale, float *most, float *total, float *out) {
+    for (int64_t g = 0; g < group;) {
+        const int64_t left = group - g, G = left >= 4 ? 4 : left;
+#define OF(n) attend_to(q + g * P, keys, values, step, P, from, to, scale, most + g, total + g, out + g * P, n)
+        if (G == 4) OF(4);
+        else if (G == 3) OF(3);
+        else if (G == 2) OF(2);
+        else OF(1);
+#undef OF
+        g += G;
+    }
 }
 
 // The rows of one call. Row r is at position positions[r] of sequence sequences[r]; turn (count, P) are the rotary pairs.
@@ -70,20 +138,26 @@ typedef struct {
 } Tokens;
 
 // What one thread of a call works with: buffers shared with the others, and a part of its own. The scratch holds
-// R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) shared floats; a thread's own also hold Q / H · (highest position + 1).
+// R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) shared floats, and R · (K + 64) for the K columns of the widest weight; a
+// thread's own hold 2 · TILE_ROWS · Q / H beside PANEL.
 typedef struct {
     const Shape *s;
     const Tokens *tokens;
-    float *x, *qkv, *mlp, *local;
-    int t, n;  // this thread, number of threads
+    float *x, *qkv, *mlp, *room, *local;
+    int t, n;
 } Worker;
+
+static int64_t widest(const Shape *s) {
+    const int64_t inner = s->queries * s->dim, outer = s->hidden > s->width ? s->hidden : s->width;
+    return inner > outer ? inner : outer;
+}
 
 static Worker worker(const Shape *s, const Tokens *tokens, const Scratch *scratch) {
     const int64_t D = s->hidden, P = s->dim, Q = s->queries, F = s->width, R = tokens->count;
     float *x = scratch->floats, *qkv = x + R * (D > Q * P ? D : Q * P), *mlp = qkv + R * (Q + 2 * s->heads) * P;
+    float *room = mlp + R * (2 * F > D ? 2 * F : D);
     const int t = omp_get_thread_num();
-    float *local = mlp + R * (2 * F > D ? 2 * F : D) + t * scratch->own;
-    return (Worker){s, tokens, x, qkv, mlp, local, t, omp_get_num_threads()};
+    return (Worker){s, tokens, x, qkv, mlp, room, room + R * (widest(s) + 64) + t * scratch->own, t, omp_get_num_threads()};
 }
 
 // Input norm, and the projections to `queries` query heads (all or none), keys and values. Keys and values are stored in kv.
@@ -93,11 +167,12 @@ static void project(const Block *b, const Worker *w, float *const *kv, int64_t q
     const int64_t D = s->hidden, P = s->dim, H = s->heads, A = (s->queries + 2 * H) * P, R = tokens->count;
     const int64_t skip = (s->queries - queries) * P, *position = tokens->positions, *sequence = tokens->sequences;
     int64_t from, to;
-    if (b->norm_first)
+    if (b->norm_first) {
         for (int64_t r = w->t; r < R; r += w->n) norm(tokens->h + r * D, b->attention_norm, b->eps, w->x + r * D, D);
 #pragma omp barrier
+    }
     share(A - skip, w->t, w->n, &from, &to);
-    const Rows rows = prepare(&b->qkv, b->norm_first ? w->x : tokens->h, D, R, w->local);
+    const Rows rows = prepare(&b->qkv, b->norm_first ? w->x : tokens->h, D, R, w->room, w->local);
     product(&b->qkv, rows, R, w->qkv, A, 0, from + skip, to + skip);
 #pragma omp barrier
     for (int64_t r = w->t; r < R; r += w->n)
@@ -105,23 +180,47 @@ static void project(const Block *b, const Worker *w, float *const *kv, int64_t q
 #pragma omp barrier
 }
 
+// Attention of `rows` rows of one sequence that follow each other, for the queries of one key/value head. The pieces of the
+// positions are the same for every row, so what a row gets does not depend on the rows beside it.
+static void attend(const Block *b, const Worker *w, const float *kv, int64_t first, int64_t rows, int64_t head) {
+    const Shape *s = w->s;
+    const int64_t P = s->dim, Q = s->queries, H = s->heads, A = (Q + 2 * H) * P, group = Q / H, step = 2 * H * P;
+    const int64_t *position = w->tokens->positions + first, end = position[rows - 1] + 1;
+    const float *q = w->qkv + first * A + head * group * P;
+    float *out = w->x + first * Q * P + head * group * P, *most = w->local + PANEL, *total = most + rows * group;
+    for (int64_t i = 0; i < rows * group; i++) most[i] = -INFINITY, total[i] = 0;
+    for (int64_t r = 0; r < rows; r++) memset(out + r * Q * P, 0, group * P * sizeof(float));
+    const int64_t seen = b->window && position[0] + 1 > b->window ? position[0] + 1 - b->window : 0;
+    for (int64_t piece = seen / KEYS * KEYS; piece < end; piece += KEYS) {
+        const float *keys = kv + piece * step + head * P, *values = keys + H * P;
+        for (int64_t r = 0; r < rows; r++) {
+            const int64_t after = position[r] + 1, start = b->window && after > b->window ? after - b->window : 0;
+            const int64_t from = start > piece ? start - piece : 0, to = min_(after - piece, KEYS);
+            if (from < to)
+                attend_group(q + r * A, keys, values, step, P, group, from, to, b->scale, most + r * group, total + r * group,
+                             out + r * Q * P);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t g = 0; g < group; g++)
+            for (int64_t p = 0; p < P; p++) out[r * Q * P + g * P + p] /= total[r * group + g];
+}
+
 // Attention over kv, its output projection, and the norm between attention and MLP. Adds to `h`.
 static void attention(const Block *b, const Worker *w, float *const *kv) {
     const Shape *s = w->s;
     const Tokens *tokens = w->tokens;
-    const int64_t D = s->hidden, P = s->dim, Q = s->queries, H = s->heads, A = (Q + 2 * H) * P, group = Q / H;
-    const int64_t R = tokens->count;
+    const int64_t D = s->hidden, Q = s->queries, H = s->heads, P = s->dim, R = tokens->count, *sequence = tokens->sequences;
     float *h = tokens->h, *x = w->x, *out = b->norm_first ? h : w->mlp;
-    int64_t from, to;
-    for (int64_t item = w->t; item < R * H; item += w->n) {
-        const int64_t r = item / H, head = item % H, end = tokens->positions[r] + 1;
-        const int64_t start = b->window && end > b->window ? end - b->window : 0;
-        attend(s, w->qkv + r * A + head * group * P, kv[tokens->sequences[r]], head, start, end, b->scale, w->local,
-               x + r * Q * P + head * group * P);
+    int64_t from, to, item = 0, rows;
+    for (int64_t r = 0; r < R; r += rows) {
+        for (rows = 1; rows < TILE_ROWS && r + rows < R && sequence[r + rows] == sequence[r];) rows++;
+        for (int64_t head = 0; head < H; head++)
+            if (item++ % w->n == w->t) attend(b, w, kv[sequence[r]], r, rows, head);
     }
 #pragma omp barrier
     share(D, w->t, w->n, &from, &to);
-    product(&b->o, prepare(&b->o, x, Q * P, R, w->local), R, out, D, b->norm_first, from, to);
+    product(&b->o, prepare(&b->o, x, Q * P, R, w->room, w->local), R, out, D, b->norm_first, from, to);
 #pragma omp barrier
     for (int64_t r = w->t; r < R; r += w->n)
         if (b->norm_first) {
@@ -139,16 +238,17 @@ static void gated_mlp(const Block *b, const Worker *w) {
     float *h = w->tokens->h, *x = w->x, *mlp = w->mlp, *out = b->norm_first ? h : x;
     int64_t from, to;
     share(F, w->t, w->n, &from, &to);
-    const Rows rows = prepare(&b->gate_up, b->norm_first ? x : h, D, R, w->local);
+    const Rows rows = prepare(&b->gate_up, b->norm_first ? x : h, D, R, w->room, w->local);
     product(&b->gate_up, rows, R, mlp, 2 * F, 0, from, to);
     product(&b->gate_up, rows, R, mlp, 2 * F, 0, F + from, F + to);
     for (int64_t r = 0; r < R; r++) {
         float *gate = mlp + r * 2 * F, *up = gate + F;
-        for (int64_t k = from; k < to; k++) gate[k] = gate[k] / (1.0f + exp_(-gate[k])) * up[k];
+        for (int64_t k = from; k < to; k += LANES)
+            store_up_to(gate + k, silu(load_up_to(gate + k, to - k)) * load_up_to(up + k, to - k), to - k);
     }
 #pragma omp barrier
     share(D, w->t, w->n, &from, &to);
-    product(&b->down, prepare(&b->down, mlp, 2 * F, R, w->local), R, out, D, b->norm_first, from, to);
+    product(&b->down, prepare(&b->down, mlp, 2 * F, R, w->room, w->local), R, out, D, b->norm_first, from, to);
 #pragma omp barrier
     if (!b->norm_first) {
         for (int64_t r = w->t; r < R; r += w->n) {

@@ -245,7 +245,7 @@ class LeanLlama(Lean):
             for (_, kv), addresses in zip(self._memories(start, stop, state), memories, strict=True):
                 addresses += rows_of(kv.room(like, step.end))
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
-        native(rows, start, memories, Rows(positions, numbered(steps), turn, max(step.end for step in steps)))
+        native(rows, start, memories, Rows(positions, numbered(steps), turn))
 
 
 def _rotary(step: Step) -> RotaryStep:

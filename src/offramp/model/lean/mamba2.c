@@ -21,26 +21,52 @@ typedef struct {
     float *window, *h;
 } MambaMemory;
 
-static inline void store(float *p, v8 v) { memcpy(p, &v, sizeof v); }
-
-static inline float silu(float x) { return x / (1.0f + exp_(-x)); }
-
 static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
-// The recurrence for one row and one head: updates the state (P, N); y (P), unless it is NULL, becomes C h + D x. Never
-// inlined, so that a replay repeats it bit for bit.
-static __attribute__((noinline)) void advance(const MambaShape *s, float *state, const float *x, const float *B,
-                                              const float *C, float dt, float decay, float skip, float *y) {
+enum { TOKENS = TILE_ROWS, REGISTERS = 8 };  // tokens whose outputs are summed at once; vectors of a state in registers
+
+// What T ≤ TOKENS tokens of a sequence feed to one head, and what they get.
+typedef struct {
+    const float *x[TOKENS], *B[TOKENS], *C[TOKENS];  // (P), (N), (N)
+    float dt[TOKENS], keep[TOKENS], *y[TOKENS];      // keep is exp(dt · decay); y (P), NULL if it is not wanted
+} Fed;
+
+// V vectors of one row of a state, from column n on (one vector may be cut short): T tokens pass, the sums for y grow.
+static inline __attribute__((always_inline)) void pass(const MambaShape *s, float *state, int64_t n, const float *in, const Fed *fed,
+                                                       int64_t T, vf *sums, const int V) {
+    vf v[REGISTERS];
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) v[i] = load_up_to(state + n + i * LANES, s->states - n - i * LANES);
+    for (int64_t t = 0; t < T; t++) {
+        vf even = sums[t], odd = {0};
+        const vf fresh = all(in[t]), kept = all(fed->keep[t]);
+#pragma GCC unroll 8
+        for (int i = 0; i < V; i++) {
+            const int64_t left = s->states - n - i * LANES;
+            v[i] = fma_(load_up_to(fed->B[t] + n + i * LANES, left), fresh, v[i] * kept);
+            vf *part = i % 2 ? &odd : &even;
+            *part = fma_(v[i], load_up_to(fed->C[t] + n + i * LANES, left), *part);
+        }
+        sums[t] = even + odd;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) store_up_to(state + n + i * LANES, v[i], s->states - n - i * LANES);
+}
+
+// The recurrence for T tokens and one head: updates the state (P, N); each y becomes C h + D x. Never inlined, so that a replay
+// repeats it bit for bit. A row of the state stays in registers while the tokens pass.
+static __attribute__((noinline)) void advance(const MambaShape *s, float *state, const Fed *fed, int64_t T, float skip) {
     const int64_t N = s->states;
     for (int64_t p = 0; p < s->dim; p++, state += N) {
-        const float in = dt * x[p];
-        v8 acc = {0};
-        for (int64_t n = 0; n < N; n += 8) {
-            const v8 v = load(state + n) * decay + load(B + n) * in;
-            store(state + n, v);
-            acc += v * load(C + n);
-        }
-        if (y) y[p] = sum(acc) + skip * x[p];
+        vf sums[TOKENS] = {0};
+        float in[TOKENS], y[TOKENS];
+        for (int64_t t = 0; t < T; t++) in[t] = fed->dt[t] * fed->x[t][p];
+        int64_t n = 0;
+        for (; n + REGISTERS * LANES <= N; n += REGISTERS * LANES) pass(s, state, n, in, fed, T, sums, REGISTERS);
+        for (; n < N; n += LANES) pass(s, state, n, in, fed, T, sums, 1);
+        if (!fed->y[0]) continue;
+        sums_of(sums, y);
+        for (int64_t t = 0; t < T; t++) fed->y[t][p] = y[t] + skip * fed->x[t][p];
     }
 }
 
@@ -55,21 +81,23 @@ typedef struct {
     int64_t stride;
 } MambaTokens;
 
-// What one thread of a call works with. The scratch holds R · (max(D, E) + E + C + H + C) shared floats.
+// What one thread of a call works with. The scratch holds R · (max(D, E) + E + C + H + C) shared floats, and R · (K + 64) for
+// the K columns of the wider weight.
 typedef struct {
     const MambaShape *s;
     const MambaTokens *tokens;
     int64_t E, C, A;              // inner width, channels, rows of `in`
-    float *x, *in, *conv, *local;  // in (R, A), conv (R, C)
+    float *x, *in, *conv, *room, *local;  // in (R, A), conv (R, C)
     int t, n;
 } MambaWorker;
 
 static MambaWorker mamba_worker(const MambaShape *s, const MambaTokens *tokens, const Scratch *scratch) {
     const int64_t D = s->hidden, E = s->heads * s->dim, C = E + 2 * s->groups * s->states, A = E + C + s->heads;
-    const int64_t R = tokens->count;
-    float *x = scratch->floats, *in = x + R * (D > E ? D : E), *conv = in + R * A;
+    const int64_t R = tokens->count, K = D > E ? D : E;
+    float *x = scratch->floats, *in = x + R * K, *conv = in + R * A, *room = conv + R * C;
     const int t = omp_get_thread_num();
-    return (MambaWorker){s, tokens, E, C, A, x, in, conv, conv + R * C + t * scratch->own, t, omp_get_num_threads()};
+    float *local = room + R * (K + 64) + t * scratch->own;
+    return (MambaWorker){s, tokens, E, C, A, x, in, conv, room, local, t, omp_get_num_threads()};
 }
 
 // Row r of a block's journal; NULL where there is none.
@@ -85,31 +113,46 @@ static void project_in(const MambaBlock *b, const MambaWorker *w, int64_t skip) 
     for (int64_t r = w->t; r < R; r += w->n) norm(w->tokens->h + r * D, b->norm, b->eps, w->x + r * D, D);
 #pragma omp barrier
     share(w->A - skip, w->t, w->n, &from, &to);
-    product(&b->in, prepare(&b->in, w->x, D, R, w->local), R, w->in, w->A, 0, from + skip, to + skip);
+    product(&b->in, prepare(&b->in, w->x, D, R, w->room, w->local), R, w->in, w->A, 0, from + skip, to + skip);
 #pragma omp barrier
+}
+
+// The rows from r on that belong to the same sequence, of which there is at least one.
+static int64_t run_of(const MambaTokens *tokens, int64_t r) {
+    int64_t rows = 1;
+    while (r + rows < tokens->count && tokens->sequences[r + rows] == tokens->sequences[r]) rows++;
+    return rows;
 }
 
 // The convolution of x, B and C, and SiLU. Updates the windows in `memory`. `i` is the number of the block.
 static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i) {
     const int64_t C = w->C, W = w->s->width, *sequence = w->tokens->sequences;
-    int64_t from, to;
+    int64_t from, to, rows;
     share(C, w->t, w->n, &from, &to);
-    for (int64_t r = 0; r < w->tokens->count; r++) {
-        if (sequence[r] < 0) continue;
-        float *window = memory[sequence[r]].window, *out = w->conv + r * C, *note = note_of(w, i, r);
-        const float *in = w->in + r * w->A + w->E, *last = b->conv + (W - 1) * C;
-        for (int64_t c = from; c < to; c++) out[c] = last[c] * in[c] + (b->conv_bias ? b->conv_bias[c] : 0.0f);
-        for (int64_t tap = 0; tap < W - 1; tap++) {
-            float *now = window + tap * C;
-            const float *taps = b->conv + tap * C, *next = tap < W - 2 ? now + C : in;
-            for (int64_t c = from; c < to; c++) out[c] += taps[c] * now[c];
-            for (int64_t c = from; c < to; c++) now[c] = next[c];
+    for (int64_t first = 0; first < w->tokens->count; first += rows) {
+        rows = run_of(w->tokens, first);
+        if (sequence[first] < 0) continue;
+        float *window = memory[sequence[first]].window;
+        const float *in = w->in + first * w->A + w->E;
+        // Input t of the run; those before it, t < 0, are in the window.
+#define INPUT(t) ((t) < 0 ? window + (W - 1 + (t)) * C : in + (t) * w->A)
+        for (int64_t t = 0; t < rows; t++) {
+            float *out = w->conv + (first + t) * C, *note = note_of(w, i, first + t);
+            for (int64_t c = from; c < to; c += LANES) {
+                const int64_t left = to - c;
+                vf y = b->conv_bias ? load_up_to(b->conv_bias + c, left) : (vf){0};
+                for (int64_t tap = 0; tap < W; tap++)
+                    y = fma_(load_up_to(b->conv + tap * C + c, left), load_up_to(INPUT(t + tap - W + 1) + c, left), y);
+                store_up_to(out + c, silu(y), left);
+            }
+            if (note) {
+                memcpy(note + from, in + t * w->A + from, (to - from) * sizeof(float));
+                memcpy(note + C + from, out + from, (to - from) * sizeof(float));
+            }
         }
-        for (int64_t c = from; c < to; c++) out[c] = silu(out[c]);
-        if (note) {
-            memcpy(note + from, in + from, (to - from) * sizeof(float));
-            memcpy(note + C + from, out + from, (to - from) * sizeof(float));
-        }
+        for (int64_t tap = 0; tap < W - 1; tap++)  // rises, so nothing is overwritten before it is read
+            memcpy(window + tap * C + from, INPUT(rows + tap - W + 1) + from, (to - from) * sizeof(float));
+#undef INPUT
     }
 #pragma omp barrier
 }
@@ -117,22 +160,30 @@ static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemor
 // The recurrence. Updates the states in `memory`. With `gated`, x receives y · silu(z).
 static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i, int gated) {
     const int64_t H = w->s->heads, P = w->s->dim, G = w->s->groups, N = w->s->states, E = w->E, C = w->C;
-    const int64_t *sequence = w->tokens->sequences;
-    int64_t from, to;
+    const int64_t *sequence = w->tokens->sequences, R = w->tokens->count;
+    int64_t from, to, T;
     share(H, w->t, w->n, &from, &to);
     for (int64_t head = from; head < to; head++)
-        for (int64_t r = 0; r < w->tokens->count; r++) {
-            if (sequence[r] < 0) continue;
-            const float *row = w->in + r * w->A, *conv = w->conv + r * C, *B = conv + E + head / (H / G) * N;
-            const float *z = row + head * P;
-            float dt = softplus(row[E + C + head] + b->dt_bias[head]), *y = w->x + r * E + head * P;
-            float *note = note_of(w, i, r);
-            dt = dt < b->dt_low ? b->dt_low : dt > b->dt_high ? b->dt_high : dt;
-            if (note) note[2 * C + head] = dt;
-            advance(w->s, memory[sequence[r]].h + head * P * N, conv + head * P, B, B + G * N, dt,
-                    expf(dt * b->decay[head]), b->skip[head], gated ? y : NULL);
-            if (gated)
-                for (int64_t p = 0; p < P; p++) y[p] *= silu(z[p]);
+        for (int64_t first = 0; first < R; first += T) {
+            T = min_(TOKENS, run_of(w->tokens, first));
+            if (sequence[first] < 0) continue;
+            Fed fed;
+            for (int64_t t = 0; t < T; t++) {
+                const float *in = w->in + (first + t) * w->A + E + C, *conv = w->conv + (first + t) * C;
+                float dt = softplus(in[head] + b->dt_bias[head]), *note = note_of(w, i, first + t);
+                dt = dt < b->dt_low ? b->dt_low : dt > b->dt_high ? b->dt_high : dt;
+                if (note) note[2 * C + head] = dt;
+                fed.x[t] = conv + head * P, fed.B[t] = conv + E + head / (H / G) * N, fed.C[t] = fed.B[t] + G * N;
+                fed.dt[t] = dt, fed.keep[t] = expf(dt * b->decay[head]);
+                fed.y[t] = gated ? w->x + (first + t) * E + head * P : NULL;
+            }
+            advance(w->s, memory[sequence[first]].h + head * P * N, &fed, T, b->skip[head]);
+            for (int64_t t = 0; gated && t < T; t++) {
+                const float *z = w->in + (first + t) * w->A + head * P;
+                float *y = fed.y[t];
+                for (int64_t p = 0; p < P; p += LANES)
+                    store_up_to(y + p, load_up_to(y + p, P - p) * silu(load_up_to(z + p, P - p)), P - p);
+            }
         }
 #pragma omp barrier
 }
@@ -148,7 +199,7 @@ static void project_out(const MambaBlock *b, const MambaWorker *w) {
         }
 #pragma omp barrier
     share(D, w->t, w->n, &from, &to);
-    product(&b->out, prepare(&b->out, w->x, E, R, w->local), R, w->tokens->h, D, 1, from, to);
+    product(&b->out, prepare(&b->out, w->x, E, R, w->room, w->local), R, w->tokens->h, D, 1, from, to);
 #pragma omp barrier
 }
 
@@ -185,9 +236,14 @@ void offramp_mamba_remember(const MambaBlock *blocks, int64_t count, const Mamba
 void offramp_mamba_replay(const MambaBlock *b, const MambaShape *s, float *h, const float *journal, int64_t R) {
     const int64_t H = s->heads, P = s->dim, G = s->groups, N = s->states, C = H * P + 2 * G * N;
     for (int64_t head = 0; head < H; head++)
-        for (int64_t r = 0; r < R; r++) {
-            const float *conv = journal + r * (2 * C + H) + C, *B = conv + H * P + head / (H / G) * N;
-            const float dt = conv[C + head];
-            advance(s, h + head * P * N, conv + head * P, B, B, dt, expf(dt * b->decay[head]), 0, NULL);
+        for (int64_t first = 0; first < R; first += TOKENS) {
+            const int64_t T = min_(TOKENS, R - first);
+            Fed fed = {.y = {NULL}};
+            for (int64_t t = 0; t < T; t++) {
+                const float *conv = journal + (first + t) * (2 * C + H) + C;
+                fed.x[t] = conv + head * P, fed.B[t] = fed.C[t] = conv + H * P + head / (H / G) * N;
+                fed.dt[t] = conv[C + head], fed.keep[t] = expf(conv[C + head] * b->decay[head]);
+            }
+            advance(s, h + head * P * N, &fed, T, 0);
         }
 }

@@ -179,7 +179,17 @@ def _declared(loaded: Any) -> Any:
     for name, arguments in signatures.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
+    loaded.offramp_rounds_to_bfloat16.restype = c_int64
     return loaded
+
+
+def rounds_to_bfloat16(format: str) -> bool:
+    """Whether the compiled path rounds rows to bfloat16 before it multiplies them with weights in this format.
+
+    `format` is a `Weight.name`. Where rows are rounded, so are int4's weights.
+    """
+    compiled = library()
+    return format in ("bfloat16", "int4") and bool(compiled and compiled.offramp_rounds_to_bfloat16())
 
 
 class _Room(threading.local):
@@ -193,6 +203,7 @@ class _Native:
     """What both compiled paths share. All tensors are float32 and contiguous, on the CPU."""
 
     ROWS = 256  # the most rows of one call; more would need much scratch and gain nothing
+    TILE, PANEL = 8, 1 << 15  # of products.h: at least TILE_ROWS, and PANEL
 
     def __init__(self, kind: Any, blocks: Sequence[Any], columns: int) -> None:
         """`columns` are those of the widest weight. The caller keeps the tensors alive that the blocks point to."""
@@ -209,7 +220,7 @@ class _Native:
         """Multiply x (R, K) with a weight: (R, N)."""
         y = torch.empty(len(x), weight.rows, dtype=torch.float32)
         for first, rows in self._pieces(len(x)):
-            scratch = self._scratch(rows, 0, 0)
+            scratch = self._scratch(rows, 0)
             self._library.offramp_product(weight, _from_row(x, first), rows, _from_row(y, first), scratch)
         return y
 
@@ -218,10 +229,10 @@ class _Native:
         for first in range(0, count, self.ROWS):
             yield first, min(self.ROWS, count - first)
 
-    def _scratch(self, rows: int, shared: int, scores: int) -> CScratch:
-        """Scratch with `shared` floats for all threads, and a part for each thread that holds its rows or its scores."""
-        threads = torch.get_num_threads()
-        own = max(scores, rows * self._columns)
+    def _scratch(self, rows: int, row: int, own: int = 0) -> CScratch:
+        """Scratch for so many rows: `row` floats for each and its narrow form, and `own` floats for each thread."""
+        threads, own = torch.get_num_threads(), own + self.PANEL
+        shared = rows * (row + self._columns + 64)
         if len(self._room.floats) < shared + threads * own:
             self._room.floats = torch.empty(shared + threads * own, dtype=torch.float32)
         return CScratch(self._room.floats.data_ptr(), own, threads)
@@ -231,13 +242,12 @@ class _Native:
 class Rows:
     """The position and the sequence of each row, (R,) int64 each, and its rotary pairs, `turn` (R, P).
 
-    Every position is less than `end`. The rows of a sequence stand in the order of their positions.
+    The rows of a sequence follow each other, in the order of their positions.
     """
 
     positions: Tensor
     sequences: Tensor
     turn: Tensor
-    end: int
 
 
 class Native(_Native):
@@ -268,11 +278,11 @@ class Native(_Native):
                 f"{len(rows.turn)} rotary rows"
             )
         kv = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
-        scores = self._shape.queries // self._shape.heads * rows.end
+        own = 2 * self.TILE * (self._shape.queries // self._shape.heads)
         for first, piece in self._pieces(count):
             starts = (_from_row(part, first) for part in (rows.positions, rows.sequences, rows.turn))
             tokens = CTokens(_from_row(h, first), piece, *starts)
-            scratch = self._scratch(piece, piece * self._row, scores)
+            scratch = self._scratch(piece, self._row, own)
             function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, scratch)
 
 
@@ -321,7 +331,7 @@ class NativeMamba(_Native):
         for first, piece in self._pieces(count):
             notes = None if journal is None else _from_row(journal[0], first)
             tokens = CMambaTokens(_from_row(h, first), piece, _from_row(sequences, first), notes, count)
-            scratch = self._scratch(piece, piece * self._row, 0)
+            scratch = self._scratch(piece, self._row)
             function(self._from(start), len(memories), self._shape, memory, len(memories[0]), tokens, scratch)
 
     def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:

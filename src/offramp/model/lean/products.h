@@ -1,7 +1,14 @@
 // Products of rows with weights in any format, and the helpers that all blocks share. Included by head.c, llama.c and mamba2.c.
 //
-// Activations are float32 in every weight format. A row's sums are added in the same order however many rows there are, so
-// a chunk gives bit for bit what its tokens give one by one.
+// A row's sums are added in the same order however many rows there are, so a chunk of any length gives bit for bit what its
+// tokens give one by one, and no sequence depends on its neighbours. What rows are multiplied as:
+//
+// | weights | rows |
+// |---------|------|
+// | float32 | float32 |
+// | bfloat16 | bfloat16 where the processor multiplies it (AVX512-BF16), else float32 |
+// | int8 | 16-bit integers with a scale for every BLOCK columns |
+// | int4 | bfloat16 where the processor multiplies it, as are the weights then; else as with int8 |
 
 #pragma once
 #include <math.h>
@@ -9,14 +16,42 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef float v8 __attribute__((vector_size(32)));
-typedef int32_t i32x8 __attribute__((vector_size(32)));
-typedef int16_t i16x16 __attribute__((vector_size(32)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef int8_t s8x16 __attribute__((vector_size(16)));
-typedef uint16_t u16x8 __attribute__((vector_size(16)));
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define WIDE 1
+#define LANES 16     // float32 numbers in a vector
+#define TILE_ROWS 8  // rows and weights that are multiplied at once: as many as registers hold
+#define TILE_WEIGHTS 3
+#else
+#define WIDE 0
+#define LANES 8
+#define TILE_ROWS 4
+#define TILE_WEIGHTS 2
+#endif
+#if WIDE && defined(__AVX512BF16__)
+#define MULTIPLIES_BFLOAT16 1
+#else
+#define MULTIPLIES_BFLOAT16 0
+#endif
+#if WIDE || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef int16_t vs __attribute__((vector_size(4 * LANES)));       // twice LANES
+typedef int8_t half_vs __attribute__((vector_size(2 * LANES)));   // as many bytes as vs has numbers
+typedef uint8_t nibbles __attribute__((vector_size(16)));
+typedef uint16_t half_vf __attribute__((vector_size(2 * LANES)));  // LANES bfloat16 numbers
+
+#if WIDE
+static const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+static const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
+// Columns with one scale, of int4 weights and of rows; columns that are multiplied in one go; floats of unpacked int4 weights.
+enum { GROUP = 32, BLOCK = 256, DEPTH = 2048, PANEL = 1 << 15 };
 
 typedef struct {
     int64_t kind, rows, columns;
@@ -26,180 +61,422 @@ typedef struct {
     const float *bias;   // or NULL
 } Weight;
 
-static inline v8 load(const float *p) {
-    v8 v;
+// Memory of one call: floats that all threads share, then `own` floats for each thread, of which the first PANEL are for
+// `product`.
+typedef struct {
+    float *floats;
+    int64_t own, threads;
+} Scratch;
+
+static inline int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline vf load(const float *p) {
+    vf v;
     memcpy(&v, p, sizeof v);
     return v;
 }
 
-static inline i16x16 load16(const int16_t *p) {
-    i16x16 v;
-    memcpy(&v, p, sizeof v);
+static inline void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+// The first n numbers, at most LANES, and zeros.
+static inline vf load_up_to(const float *p, int64_t n) {
+    if (n >= LANES) return load(p);
+#if WIDE
+    return (vf)_mm512_maskz_loadu_ps((1u << n) - 1, p);
+#else
+    vf v = {0};
+    for (int64_t i = 0; i < n; i++) v[i] = p[i];
     return v;
+#endif
 }
 
-static inline float sum(v8 v) {
-    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+static inline void store_up_to(float *p, vf v, int64_t n) {
+    if (n >= LANES) {
+        store(p, v);
+        return;
+    }
+#if WIDE
+    _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+#else
+    for (int64_t i = 0; i < n; i++) p[i] = v[i];
+#endif
 }
 
-// Eight numbers whose sum is the dot product.
-static inline v8 dots(const float *a, const float *b, int64_t n) {
-    v8 acc = {0};
+// a · b + c with one rounding, whatever the compiler makes of the code around it.
+static inline vf fma_(vf a, vf b, vf c) {
+#if WIDE
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline vf all(float x) { return x - (vf){0}; }
+
+// Sums of vectors. `sum` and `sums_of` (the sums of TILE_ROWS vectors) add the lanes in the same order.
+#if WIDE
+static inline float sum(vf v) {
+    const __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+    return c[0] + c[1];
+}
+
+static inline void sums_of(const vf *v, float *out) {
+    __m512 pairs[4], fours[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        pairs[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const __m512 a = pairs[2 * i], b = pairs[2 * i + 1];
+        fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+    }
+    const __m512 a = fours[0], b = fours[1];
+    const __m512 eights = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
+    const __m512 all = _mm512_add_ps(eights, _mm512_shuffle_ps(eights, eights, 0xB1));
+    // Lanes 0, 4, 8, 12 hold the sums of the first four, and lanes 2, 6, 10, 14 those of the others.
+    const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 4, 8, 12, 2, 6, 10, 14);
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(places, all)));
+}
+#else
+static inline float sum(vf v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+static inline void sums_of(const vf *v, float *out) {
+    for (int i = 0; i < TILE_ROWS; i++) out[i] = sum(v[i]);
+}
+#endif
+
+static inline float largest(vf v) {
+#if WIDE
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
+    return most;
+#endif
+}
+
+// LANES numbers whose sum is the dot product.
+static inline vf dots(const float *a, const float *b, int64_t n) {
+    vf acc = {0};
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) acc += load(a + i) * load(b + i);
-    for (; i < n; i++) acc[0] += a[i] * b[i];
-    return acc;
+    for (; i + LANES <= n; i += LANES) acc = fma_(load(a + i), load(b + i), acc);
+    return i < n ? fma_(load_up_to(a + i, n - i), load_up_to(b + i, n - i), acc) : acc;
 }
 
-static inline float dot(const float *a, const float *b, int64_t n) { return sum(dots(a, b, n)); }
+// Lanes of a where the mask is -1, of b where it is 0.
+static inline vf choose(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 
-static inline float exp_(float x) {  // Cephes: within 2 units in the last place
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = floorf(x * 1.44269504f + 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+static inline vf exp_(vf x) {  // Cephes: within 2 units in the last place
+    x = choose(x < -87.0f, all(-87.0f), x);
+    x = choose(x > 88.0f, all(88.0f), x);
+    const vf scaled = x * 1.44269504f + 0.5f;
+    vi n = __builtin_convertvector(scaled, vi);
+    n += __builtin_convertvector(n, vf) > scaled;  // rounded down: a comparison that holds is -1
+    const vf whole = __builtin_convertvector(n, vf);
+    const vf r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vf p = all(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return p * power;
+    return p * (vf)((n + 127) << 23);
 }
 
-// Compilers do not find these two instructions by themselves.
-#ifdef __AVX2__
-#include <immintrin.h>
-static inline i16x16 widen(s8x16 v) { return (i16x16)_mm256_cvtepi8_epi16((__m128i)v); }
-static inline i32x8 add_pairs(i16x16 a, i16x16 b) { return (i32x8)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+static inline vf silu(vf x) { return x / (1.0f + exp_(-x)); }
+
+// Dot products of 16-bit integers: lane i adds the products of numbers 2 i and 2 i + 1.
+static inline vi dot_pairs(vi acc, vs a, vs b) {
+#if WIDE && defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif WIDE
+    return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
-static inline i16x16 widen(s8x16 v) { return __builtin_convertvector(v, i16x16); }
-static inline i32x8 add_pairs(i16x16 a, i16x16 b) {
-    i32x8 sums;
-    for (int i = 0; i < 8; i++) sums[i] = (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
-    return sums;
+    for (int i = 0; i < LANES; i++) acc[i] += (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
+    return acc;
+#endif
+}
+
+static inline vs widen(half_vs v) {
+#if WIDE
+    return (vs)_mm512_cvtepi8_epi16((__m256i)v);
+#elif defined(__AVX2__)
+    return (vs)_mm256_cvtepi8_epi16((__m128i)v);
+#else
+    return __builtin_convertvector(v, vs);
+#endif
+}
+
+// Rows as they are multiplied, `stride` apart. For integer weights and where bfloat16 is multiplied, `q` holds them in 16 bits,
+// `width` numbers a row, zeros after the last column.
+typedef struct {
+    const float *x;
+    int64_t stride, width;
+    const int16_t *q;
+    const float *scale, *sums;  // of each block of a row; of each group of a row
+    float *panel;               // the calling thread's own PANEL floats
+} Rows;
+
+static inline int narrow(int64_t kind) {
+    return kind == INT8 || kind == INT4 || (kind == BFLOAT16 && MULTIPLIES_BFLOAT16);
+}
+
+static inline int64_t blocks_in(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
+
+// Where the narrow rows of x (R, K) go: `room` has at least R · (K + 64) floats.
+static Rows rows_in(const Weight *m, const float *x, int64_t stride, int64_t R, float *room, float *panel) {
+    const int64_t K = m->columns, width = (K + 31) / 32 * 32;
+    float *scale = room, *sums = scale + R * blocks_in(K);
+    return (Rows){x, stride, width, (const int16_t *)(sums + R * (width / GROUP)), scale, sums, panel};
+}
+
+// One block of a row as 16-bit integers. Rounding loses a thirty-thousandth of the block's largest.
+static inline void quantise(const float *p, int64_t n, int16_t *q, float *scale) {
+    float most = 1e-30f, nothing = 0;
+    for (int64_t k = 0; k < n; k++) most = fabsf(p[k]) > most ? fabsf(p[k]) : most;
+    for (int64_t k = 0; k < n; k++) nothing += 0 * p[k];
+    *scale = most / 32767 + nothing;  // keeps a NaN, which an integer cannot hold
+    const float factor = 32767 / most;
+    for (int64_t k = 0; k < n; k++) q[k] = (int16_t)(int32_t)(p[k] * factor + (p[k] < 0 ? -0.5f : 0.5f));
+}
+
+// Makes row r narrow, if the weight is multiplied with narrow rows.
+static void pack(const Weight *m, const Rows *x, int64_t r) {
+    if (!narrow(m->kind)) return;
+    const int64_t K = m->columns, B = blocks_in(K), G = x->width / GROUP;
+    const float *p = x->x + r * x->stride;
+    int16_t *q = (int16_t *)x->q + r * x->width;
+#if MULTIPLIES_BFLOAT16
+    if (m->kind != INT8) {
+        for (int64_t k = 0; k < K; k += 32) {
+            const vf high = k + LANES < K ? load_up_to(p + k + LANES, K - k - LANES) : (vf){0};
+            const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)load_up_to(p + k, K - k));
+            memcpy(q + k, &both, sizeof both);
+        }
+        return;
+    }
+#endif
+    float *scale = (float *)x->scale + r * B, *sums = (float *)x->sums + r * G;
+    for (int64_t b = 0; b < B; b++) quantise(p + b * BLOCK, min_(BLOCK, K - b * BLOCK), q + b * BLOCK, scale + b);
+    for (int64_t g = 0; g < G; g++) {
+        vf s = {0};
+        for (int64_t k = 0; k < GROUP; k += LANES) s += load(p + g * GROUP + k);
+        sums[g] = sum(s);
+    }
+}
+
+// `count` weights of row `w` from column `k` on, as float32.
+static inline vf widened(int64_t kind, const char *w, int64_t k, int64_t count) {
+    if (kind == FLOAT32) return load_up_to((const float *)w + k, count);
+    half_vf v = {0};
+    if (count >= LANES) memcpy(&v, w + 2 * k, sizeof v);
+    else memcpy(&v, w + 2 * k, 2 * count);
+    return (vf)(__builtin_convertvector(v, vi) << 16);
+}
+
+// The 32 weights of group g of an integer row, as 16-bit integers: one vector, or two.
+static inline void group(int64_t kind, const char *w, int64_t g, vs *out) {
+    if (kind == INT8) {
+        for (int i = 0; i < 16 / LANES; i++) {
+            half_vs v;
+            memcpy(&v, w + GROUP * g + 2 * LANES * i, sizeof v);
+            out[i] = widen(v);
+        }
+        return;
+    }
+    nibbles both;
+    memcpy(&both, w + GROUP / 2 * g, sizeof both);
+#if WIDE
+    const __m256i words = _mm256_cvtepu8_epi16((__m128i)both);
+    const __m512i pair = _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
+    out[0] = (vs)_mm512_and_si512(pair, _mm512_set1_epi16(15));
+#else
+    out[0] = widen((half_vs)(both & 15));
+    out[1] = widen((half_vs)(both >> 4));
+#endif
+}
+
+#if MULTIPLIES_BFLOAT16
+// 32 weights of a row from column k on, as bfloat16. Those of an int4 group are looked up in a table of its 16 values.
+static inline __m512i in_bfloat16(const Weight *m, int64_t n, int64_t k) {
+    const int64_t K = m->columns;
+    if (m->kind == INT4) {
+        const int64_t g = (n * K + k) / GROUP;
+        const vf values = fma_(__builtin_convertvector(COUNT, vf), all(m->scale[g]), all(m->low[g]));
+        const __m512i table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh((__m512)values));
+        const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)m->w + g));
+        // Of an index the lowest five bits count, and the table stands there twice, so the high half need not be cleared.
+        return _mm512_permutexvar_epi16(_mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1), table);
+    }
+    const int16_t *w = (const int16_t *)m->w + n * K + k;
+    return k + 32 <= K ? _mm512_loadu_si512(w) : _mm512_maskz_loadu_epi16((1u << (K - k)) - 1, w);
 }
 #endif
 
-// Rows that weights are multiplied with, `stride` apart. For integer weights they are 16-bit integers as well, with a
-// scale for every 32. Rounding loses a hundred thousandth of the largest; twice as many products fit in an instruction.
-typedef struct {
-    const float *x;
-    int64_t stride, groups;
-    const int16_t *q;
-    const float *scale, *sums;
-} Rows;
-
-static Rows prepare(const Weight *m, const float *x, int64_t stride, int64_t R, float *local) {
-    const int64_t K = m->columns, G = K / 32;
-    float *scale = local, *sums = local + R * G;
-    int16_t *q = (int16_t *)(local + 2 * R * G);
-    if (m->kind == INT8 || m->kind == INT4)
-        for (int64_t i = 0; i < R * G; i++) {
-            const float *p = x + i / G * stride + i % G * 32;
-            float most = 1e-30f;
-            for (int k = 0; k < 32; k++) most = fabsf(p[k]) > most ? fabsf(p[k]) : most;
-            sums[i] = sum((load(p) + load(p + 8)) + (load(p + 16) + load(p + 24)));
-            scale[i] = most / 32767 + 0 * sums[i];  // keeps a NaN, which an integer cannot hold
-            const float factor = 32767 / most;
-            for (int k = 0; k < 32; k++) q[32 * i + k] = (int16_t)(p[k] * factor + (p[k] < 0 ? -0.5f : 0.5f));
+// N rows of a weight from row n on times T rows of x from row r on, over the columns `from` to `to` - 1: out[i][t].
+#define EACH_WEIGHT _Pragma("GCC unroll 3") for (int i = 0; i < N; i++)
+#define EACH_ROW _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)
+static inline __attribute__((always_inline)) void tile(const Weight *m, const Rows *x, int64_t n, int64_t r, int64_t from,
+                                                       int64_t to, float (*out)[TILE_ROWS], int64_t kind, const int N, const int T) {
+    const int64_t K = m->columns, G = x->width / GROUP, B = blocks_in(K);
+    vf acc[TILE_WEIGHTS][TILE_ROWS] = {0};
+#if MULTIPLIES_BFLOAT16
+    if (kind == BFLOAT16 || kind == INT4) {
+        Weight known = *m;
+        known.kind = kind;  // so that the compiler knows it
+        const int16_t *q = x->q + r * x->width;
+        for (int64_t k = from; k < to; k += 32) {
+            __m512i v[TILE_WEIGHTS];
+            EACH_WEIGHT v[i] = in_bfloat16(&known, n + i, k);
+            EACH_ROW {
+                const __m512bh p = (__m512bh)_mm512_loadu_si512(q + t * x->width + k);
+                EACH_WEIGHT acc[i][t] = (vf)_mm512_dpbf16_ps((__m512)acc[i][t], (__m512bh)v[i], p);
+            }
         }
-    return (Rows){x, stride, G, q, scale, sums};
-}
-
-// Eight weights of row `w` from column `k` on, as float32.
-static inline v8 weights(int64_t kind, const char *w, int64_t k) {
-    if (kind == FLOAT32) return load((const float *)w + k);
-    u16x8 v;
-    memcpy(&v, w + 2 * k, sizeof v);
-    return (v8)(__builtin_convertvector(v, i32x8) << 16);
-}
-
-// Row n of a weight times T rows of x from row r on.
-static inline __attribute__((always_inline)) void row_times(
-    const Weight *m, int64_t n, const Rows *x, int64_t r, float *out, int64_t kind, const int T) {
-    const int64_t K = m->columns, G = x->groups;
-    v8 acc[4] = {{0}};
+    } else
+#endif
     if (kind == INT8 || kind == INT4) {
         const char *w = (const char *)m->w + n * (kind == INT8 ? K : K / 2);
-        for (int64_t g = 0; g < G; g++) {
-            s8x16 a, b;
-            memcpy(&a, w + (kind == INT8 ? 32 : 16) * g, sizeof a);
-            if (kind == INT8) {
-                memcpy(&b, w + 32 * g + 16, sizeof b);
-            } else {
-                b = (s8x16)((u8x16)a >> 4);
-                a &= 15;
-            }
-            const i16x16 low = widen(a), high = widen(b);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                const int16_t *q = x->q + ((r + t) * G + g) * 32;
-                const v8 d = __builtin_convertvector(add_pairs(low, load16(q)) + add_pairs(high, load16(q + 16)), v8);
-                acc[t] += d * (x->scale[(r + t) * G + g] * (kind == INT4 ? m->scale[n * G + g] : 1.0f));
+        const int16_t *q = x->q + r * x->width;
+        for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
+            const int64_t last = min_(to, (b + 1) * BLOCK) / GROUP;
+            vi whole[TILE_WEIGHTS][TILE_ROWS] = {0};  // int8
+            vf part[TILE_WEIGHTS][TILE_ROWS] = {0};   // int4
+            for (int64_t g = b * BLOCK / GROUP; g < last; g++)
+                EACH_WEIGHT {
+                    vs v[16 / LANES];
+                    group(kind, w + i * (kind == INT8 ? K : K / 2), g, v);
+                    const vf scale = kind == INT4 ? all(m->scale[(n + i) * G + g]) : all(1);
+                    EACH_ROW {
+                        vi d = kind == INT8 ? whole[i][t] : (vi){0};
+                        for (int j = 0; j < 16 / LANES; j++) {
+                            vs p;
+                            memcpy(&p, q + t * x->width + GROUP * g + 2 * LANES * j, sizeof p);
+                            d = dot_pairs(d, v[j], p);
+                        }
+                        if (kind == INT8) whole[i][t] = d;
+                        else part[i][t] = fma_(__builtin_convertvector(d, vf), scale, part[i][t]);
+                    }
+                }
+            EACH_WEIGHT EACH_ROW {
+                const vf d = kind == INT8 ? __builtin_convertvector(whole[i][t], vf) : part[i][t];
+                acc[i][t] = fma_(d, all(x->scale[(r + t) * B + b]), acc[i][t]);
             }
         }
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++)
-            out[t] = kind == INT8 ? sum(acc[t]) * m->scale[n]
-                                  : sum(acc[t] + dots(m->low + n * G, x->sums + (r + t) * G, G));
     } else {
-        const char *w = (const char *)m->w + n * K * (kind == FLOAT32 ? 4 : 2);
+        const int64_t size = kind == FLOAT32 ? 4 : 2;
+        const char *w = (const char *)m->w + n * K * size;
         const float *p = x->x + r * x->stride;
-        v8 more[4] = {{0}};  // two sums, so that one need not wait for the other
-        int64_t k = 0;
-        for (; k + 16 <= K; k += 16) {
-            const v8 a = weights(kind, w, k), b = weights(kind, w, k + 8);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) {
-                acc[t] += a * load(p + t * x->stride + k);
-                more[t] += b * load(p + t * x->stride + k + 8);
+        for (int64_t k = from; k < to; k += LANES) {
+            vf v[TILE_WEIGHTS];
+            EACH_WEIGHT v[i] = widened(kind, w + i * K * size, k, to - k);
+            EACH_ROW {
+                const vf part = load_up_to(p + t * x->stride + k, to - k);
+                EACH_WEIGHT acc[i][t] = fma_(v[i], part, acc[i][t]);
             }
         }
-        if (k < K) {
-            const v8 a = weights(kind, w, k);
-#pragma GCC unroll 4
-            for (int t = 0; t < T; t++) acc[t] += a * load(p + t * x->stride + k);
-        }
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) out[t] = sum(acc[t] + more[t]);
     }
-    if (m->bias)
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) out[t] += m->bias[n];
+    EACH_WEIGHT {
+        if (kind == INT4 && !MULTIPLIES_BFLOAT16)
+            EACH_ROW acc[i][t] += dots(m->low + (n + i) * G + from / GROUP, x->sums + (r + t) * G + from / GROUP, (to - from) / GROUP);
+        if (T == TILE_ROWS) sums_of(acc[i], out[i]);
+        else EACH_ROW out[i][t] = sum(acc[i][t]);
+        if (kind == INT8) EACH_ROW out[i][t] *= m->scale[n + i];
+    }
 }
 
-// One function for each kind and each T, so that both are constants in its loops.
-typedef void Times(const Weight *m, int64_t n, const Rows *x, int64_t r, float *out);
-#define TIMES(kind, T)                                                                                               \
-    static __attribute__((noinline)) void kind##_##T(const Weight *m, int64_t n, const Rows *x, int64_t r, float *out) { \
-        row_times(m, n, x, r, out, kind, T);                                                                         \
+// One function for each kind, and each number of weights and of rows that is used, so that these are constants in its loops.
+typedef void Tile(const Weight *m, const Rows *x, int64_t n, int64_t r, int64_t from, int64_t to, float (*out)[TILE_ROWS]);
+#define TILE(kind, N, T)                                                                                              \
+    static __attribute__((noinline)) void kind##_##N##_##T(const Weight *m, const Rows *x, int64_t n, int64_t r,      \
+                                                           int64_t from, int64_t to, float (*out)[TILE_ROWS]) {       \
+        tile(m, x, n, r, from, to, out, kind, N, T);                                                                  \
     }
-#define KIND(kind) TIMES(kind, 1) TIMES(kind, 2) TIMES(kind, 3) TIMES(kind, 4)
-KIND(FLOAT32) KIND(BFLOAT16) KIND(INT8) KIND(INT4)
-#define ROW(kind) {0, kind##_1, kind##_2, kind##_3, kind##_4}
-static Times *const times[4][5] = {ROW(FLOAT32), ROW(BFLOAT16), ROW(INT8), ROW(INT4)};
+#if WIDE
+#define TILES(kind, N) TILE(kind, N, 1) TILE(kind, N, 2) TILE(kind, N, 4) TILE(kind, N, 8)
+#define COUNTS(kind, N) {kind##_##N##_1, kind##_##N##_2, kind##_##N##_4, kind##_##N##_8}
+#define PLAIN_WEIGHTS 3
+#define PLAIN(make, kind) make(kind, 3)
+#else
+#define TILES(kind, N) TILE(kind, N, 1) TILE(kind, N, 2) TILE(kind, N, 4)
+#define COUNTS(kind, N) {kind##_##N##_1, kind##_##N##_2, kind##_##N##_4}
+#define PLAIN_WEIGHTS 2
+#define PLAIN(make, kind) make(kind, 2)
+#endif
+TILES(FLOAT32, 1) TILES(BFLOAT16, 1) TILES(INT8, 1) TILES(INT4, 1)
+PLAIN(TILES, FLOAT32) PLAIN(TILES, BFLOAT16) TILES(INT8, 2) TILES(INT4, 2)
+static Tile *const tiles[4][2][4] = {  // [kind][one weight, or several][log2 of the number of rows]
+    {COUNTS(FLOAT32, 1), PLAIN(COUNTS, FLOAT32)},
+    {COUNTS(BFLOAT16, 1), PLAIN(COUNTS, BFLOAT16)},
+    {COUNTS(INT8, 1), COUNTS(INT8, 2)},
+    {COUNTS(INT4, 1), COUNTS(INT4, 2)},
+};
+
+// Rows `from` to `to` - 1 of the weight, over the columns `first` to `last` - 1, times R rows of x.
+static void strips(const Weight *m, const Rows *x, int64_t R, int64_t first, int64_t last, float *y, int64_t stride, int add,
+                   int64_t from, int64_t to) {
+    const int64_t several = m->kind == FLOAT32 || m->kind == BFLOAT16 ? PLAIN_WEIGHTS : 2;
+    float out[TILE_WEIGHTS][TILE_ROWS];
+    int64_t T = TILE_ROWS;
+    for (int64_t r = 0; r < R; r += T) {
+        while (T > R - r) T /= 2;
+        const int rows = T == 8 ? 3 : T == 4 ? 2 : T - 1;
+        for (int64_t n = from, N; n < to; n += N) {
+            N = to - n >= several ? several : 1;
+            tiles[m->kind][N > 1][rows](m, x, n, r, first, last, out);
+            for (int64_t i = 0; i < N; i++)
+                for (int64_t t = 0; t < T; t++) {
+                    float *place = y + (r + t) * stride + n + i, bias = m->bias && !first ? m->bias[n + i] : 0;
+                    *place = add ? *place + (out[i][t] + bias) : out[i][t] + bias;
+                }
+        }
+    }
+}
+
+#if MULTIPLIES_BFLOAT16
+// Unpacks rows `from` to `to` - 1 of an int4 weight over the columns `first` to `last` - 1, as a weight of its own.
+static Weight unpacked(const Weight *m, int64_t first, int64_t last, int64_t from, int64_t to, float *panel) {
+    const int64_t K = last - first;
+    for (int64_t n = from; n < to; n++)
+        for (int64_t k = 0; k < K; k += 32) _mm512_storeu_si512((int16_t *)panel + (n - from) * K + k, in_bfloat16(m, n, first + k));
+    return (Weight){BFLOAT16, to - from, K, panel, NULL, NULL, m->bias && !first ? m->bias + from : NULL};
+}
+#endif
 
 // Rows `from` to `to` - 1 of the weight times R rows of x. The results go to y, whose rows stand `stride` apart, or are
-// added to it.
+// added to it. Weights are cut into panels that stay in the cache while all rows pass; for many rows, int4 weights are
+// unpacked once.
 static void product(const Weight *m, Rows x, int64_t R, float *y, int64_t stride, int add, int64_t from, int64_t to) {
-    for (int64_t first = 0; first < R; first += 64) {  // 64 rows of x fit in the cache
-        const int64_t last = R < first + 64 ? R : first + 64;
-        for (int64_t n = from; n < to; n++)
-            for (int64_t r = first; r < last;) {
-                float out[4];
-                const int64_t T = last - r >= 4 ? 4 : last - r;
-                times[m->kind][T](m, n, &x, r, out);
-                for (int64_t t = 0; t < T; t++, r++) y[r * stride + n] = add ? y[r * stride + n] + out[t] : out[t];
+    const int64_t bits[] = {32, 16, 8, 16}, K = m->columns;
+    for (int64_t first = 0; first < K; first += DEPTH) {
+        const int64_t last = min_(K, first + DEPTH), panel = PANEL * 32 / (bits[m->kind] * (last - first)) / 6 * 6;
+        for (int64_t n = from; n < to; n += panel) {
+            const int64_t end = min_(to, n + panel);
+#if MULTIPLIES_BFLOAT16
+            if (m->kind == INT4 && R > TILE_ROWS) {
+                const Weight plain = unpacked(m, first, last, n, end, x.panel);
+                Rows part = x;
+                part.q += first;
+                strips(&plain, &part, R, 0, last - first, y + n, stride, add || first, 0, end - n);
+                continue;
             }
+#endif
+            strips(m, &x, R, first, last, y, stride, add || first, n, end);
+        }
     }
 }
 
 static inline void norm(const float *x, const float *weight, float eps, float *out, int64_t n) {
-    float factor = 1.0f / sqrtf(dot(x, x, n) / n + eps);
+    const float factor = 1.0f / sqrtf(sum(dots(x, x, n)) / n + eps);
     for (int64_t i = 0; i < n; i++) out[i] = x[i] * factor * weight[i];
 }
 
@@ -208,9 +485,12 @@ static void share(int64_t n, int t, int threads, int64_t *from, int64_t *to) {
     *to = n * (t + 1) / threads;
 }
 
-// Memory of one call: floats that all threads share, then `own` floats for each thread, enough for R · columns of the widest
-// weight.
-typedef struct {
-    float *floats;
-    int64_t own, threads;
-} Scratch;
+// The rows of one thread are made narrow by it; every thread waits until all are.
+static Rows prepare(const Weight *m, const float *x, int64_t stride, int64_t R, float *room, float *panel) {
+    const Rows rows = rows_in(m, x, stride, R, room, panel);
+    if (narrow(m->kind)) {
+        for (int64_t r = omp_get_thread_num(); r < R; r += omp_get_num_threads()) pack(m, &rows, r);
+#pragma omp barrier
+    }
+    return rows;
+}

@@ -26,6 +26,7 @@ class KV:
         self.length = 0
         self._capacity = capacity
         self._buffer: Tensor | None = None
+        self._addresses: tuple[int, int, list[int]] = (0, 0, [])  # the buffer's, its capacity, its sequences'
 
     @property
     def keys(self) -> Tensor:
@@ -78,6 +79,18 @@ class KV:
         assert self._buffer is not None
         return self._buffer
 
+    def addresses(self, like: Tensor, end: int) -> list[int]:
+        """As `room`, for compiled code: the address of each sequence's part of the buffer."""
+        start, capacity, addresses = self._addresses
+        if self._buffer is not None and end <= capacity and self._buffer.data_ptr() == start:
+            self.length = end
+            return addresses
+        buffer = self.room(like, end)
+        start, size = buffer.data_ptr(), buffer.stride(0) * buffer.itemsize
+        addresses = [start + row * size for row in range(len(buffer))]
+        self._addresses = start, buffer.shape[1], addresses
+        return addresses
+
     def crop(self, length: int) -> None:
         """Forget every token from position `length` on."""
         self.length = min(self.length, length)
@@ -85,7 +98,7 @@ class KV:
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
         if self._buffer is not None:
-            self._buffer = self._buffer.index_select(0, rows)
+            self._buffer, self._addresses = self._buffer.index_select(0, rows), (0, 0, [])
 
 
 Replay = Callable[[Tensor, int], Tensor]

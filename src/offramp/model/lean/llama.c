@@ -47,11 +47,15 @@ static inline __attribute__((always_inline)) void scores_of(const float *q, cons
     for (int g = 0; g < G; g++, q += P, scores += KEYS) {
         vf acc[TILE_ROWS] = {0};
         if (count >= TILE_ROWS) {
-            for (int64_t p = 0; p < P; p += LANES) {
-                const vf part = load_up_to(q + p, P - p);
+            int64_t p = 0;
+            for (; p + LANES <= P; p += LANES) {
+                const vf part = load(q + p);
 #pragma GCC unroll 8
-                for (int i = 0; i < TILE_ROWS; i++) acc[i] = fma_(part, load_up_to(keys + i * step + p, P - p), acc[i]);
+                for (int i = 0; i < TILE_ROWS; i++) acc[i] = fma_(part, load(keys + i * step + p), acc[i]);
             }
+            if (p < P)
+                for (int i = 0; i < TILE_ROWS; i++)
+                    acc[i] = fma_(load_up_to(q + p, P - p), load_up_to(keys + i * step + p, P - p), acc[i]);
             sums_of(acc, scores);
             for (int i = 0; i < TILE_ROWS; i++) scores[i] *= scale;
         } else {
@@ -72,7 +76,7 @@ static inline __attribute__((always_inline)) void values_of(const float *values,
     for (int64_t j = from; j < to; j++) {
         vf value[DIMS];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) value[v] = load_up_to(values + j * step + dim + v * LANES, left - v * LANES);
+        for (int v = 0; v < V; v++) value[v] = load_up_to(values + j * step + dim + v * LANES, V > 1 ? LANES : left);
 #pragma GCC unroll 4
         for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
@@ -95,13 +99,15 @@ static inline __attribute__((always_inline)) void attend_to(const float *q, cons
         vf tops = all(most[g]), sums = {0};
         for (int64_t j = from / LANES * LANES; j < to; j += LANES) {
             const vi inside = (COUNT + (int32_t)j >= (int32_t)from) & (COUNT + (int32_t)j < (int32_t)to);
-            const vf v = choose(inside, load(s + j), all(-INFINITY));
+            const int whole = j >= from && j + LANES <= to;
+            const vf v = whole ? load(s + j) : choose(inside, load(s + j), all(-INFINITY));
             tops = choose(v > tops, v, tops);
             store(s + j, v);
         }
         const float highest = largest(tops);
         for (int64_t j = from / LANES * LANES; j < to; j += LANES) {
-            const vf v = load(s + j), weights = choose(v > all(-INFINITY), exp_(v - highest), (vf){0});
+            const int whole = j >= from && j + LANES <= to;
+            const vf v = load(s + j), e = exp_(v - highest), weights = whole ? e : choose(v > all(-INFINITY), e, (vf){0});
             store(s + j, weights);
             sums += weights;
         }

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.model.lean.base import Lean, LeanStep, MakeWeight, RMSNorm, numbered
-from offramp.model.lean.native import CBlock, CShape, CWeight, Native, Rows, address, rows_of
+from offramp.model.lean.native import CBlock, CShape, CWeight, Native, Rows, address
 from offramp.model.lean.weights import Store, Weight
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined
@@ -243,7 +243,7 @@ class LeanLlama(Lean):
         for step, (_, state, _) in zip(steps, parts, strict=True):
             like = rows.new_empty(step.batch, 0, 2 * self.heads, self.dim)
             for (_, kv), addresses in zip(self._memories(start, stop, state), memories, strict=True):
-                addresses += rows_of(kv.room(like, step.end))
+                addresses += kv.addresses(like, step.end)
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
         native(rows, start, memories, Rows(positions, numbered(steps), turn))
 

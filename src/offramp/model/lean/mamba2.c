@@ -42,7 +42,7 @@ static inline __attribute__((always_inline)) void pass(const MambaShape *s, floa
         const vf fresh = all(in[t]), kept = all(fed->keep[t]);
 #pragma GCC unroll 8
         for (int i = 0; i < V; i++) {
-            const int64_t left = s->states - n - i * LANES;
+            const int64_t left = V > 1 ? LANES : s->states - n;
             v[i] = fma_(load_up_to(fed->B[t] + n + i * LANES, left), fresh, v[i] * kept);
             vf *part = i % 2 ? &odd : &even;
             *part = fma_(v[i], load_up_to(fed->C[t] + n + i * LANES, left), *part);

@@ -172,9 +172,18 @@ static inline vf dots(const float *a, const float *b, int64_t n) {
 // Lanes of a where the mask is -1, of b where it is 0.
 static inline vf choose(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 
+// x within bounds; a NaN stays.
+static inline vf clamped(vf x, float low, float high) {
+#if WIDE
+    return (vf)_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+#else
+    x = choose(x < low, all(low), x);
+    return choose(x > high, all(high), x);
+#endif
+}
+
 static inline vf exp_(vf x) {  // Cephes: within 2 units in the last place
-    x = choose(x < -87.0f, all(-87.0f), x);
-    x = choose(x > 88.0f, all(88.0f), x);
+    x = clamped(x, -87.0f, 88.0f);
     const vf scaled = x * 1.44269504f + 0.5f;
     vi n = __builtin_convertvector(scaled, vi);
     n += __builtin_convertvector(n, vf) > scaled;  // rounded down: a comparison that holds is -1

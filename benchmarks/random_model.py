@@ -29,9 +29,9 @@ def shipped_config(name: str, **changed: Any) -> Any:
 
 @torch.no_grad()
 def write_random(config: Any, folder: Path, shard: int = SHARD) -> int:
-    """Write a checkpoint of this shape, as the hub keeps them: bfloat16, in shards of about `shard` bytes, with a tokenizer.
+    """Write a checkpoint of this shape as the hub keeps them: bfloat16, in shards of about `shard` bytes, with a tokenizer.
 
-    The weights are drawn as the library draws those of a new model, block by block. The memory holds one shard. Returns the
+    The weights are drawn as the library draws those of a new model, block by block, so memory holds one shard. Returns the
     bytes of all weights.
     """
     folder.mkdir(parents=True)

@@ -76,7 +76,8 @@ def mamba_folder() -> Path:
 def readings(title: str, paths: dict[str, str], formats: list[str], lengths: list[int]) -> list[Trial]:
     """For each format, prompts of these lengths to read: the beginnings of the text of offramp's own prompts."""
     ids = AutoTokenizer.from_pretrained(paths["folder"])(PROMPTS.read_text(encoding="utf-8"))["input_ids"]
-    assert len(ids) >= max(lengths), f"the text has only {len(ids)} tokens"
+    if len(ids) < max(lengths):
+        raise SystemExit(f"The prompts that come with offramp have {len(ids)} tokens: give shorter --lengths.")
     requests = [{"op": "prefill", "ids": ids[:length]} for length in lengths]
     labels = [f"{length} tokens" for length in lengths]
     return [Trial(title, (ours(format), PEERS[format]), paths, requests, labels) for format in formats]

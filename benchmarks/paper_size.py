@@ -57,6 +57,7 @@ PROMPT = 512  # tokens of the prefill
 CONTEXT = 64  # tokens before a token that is timed
 TOKENS = 16  # decoded with each fill
 TEXT, QUESTIONS, ANSWER = 2048, 8, 8  # tokens of text, and prompts with tokens of answers, to train on
+EPOCHS = 2
 VERIFIED = 48  # tokens decoded from drafts
 ALWAYS = 1e-30  # a threshold that every confidence exceeds; at 0 no gate would be asked
 GB = 1e9
@@ -210,6 +211,8 @@ def train_and_decode(job: Job) -> dict[str, Any]:
             texts=(str(text),),
             max_prompts=QUESTIONS,
             answer_tokens=ANSWER,
+            epochs=EPOCHS,
+            gate_epochs=EPOCHS,
         )
         exits = offramp.train(backbone, work / f"exits-{job.format}-{gate}", config)
         facts = {"tokens": sum(exits.training["tokens"].values()), "seconds": exits.training["seconds"]}

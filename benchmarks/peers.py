@@ -5,12 +5,18 @@
 `benchmarks/speed.py` starts it in the peer's own environment, so it imports only the peer's library, and offramp only for
 the peer `offramp`. Its first line is {"ready": {...}}, with versions, formats, and how the peer is run. Then
 
-    {"op": "generate", "ids": [...], "tokens": 64}  →  {"ids", "prefill_seconds", "decode_seconds", "decode_tokens"}
-    {"op": "score", "ids": [...]}                   →  {"nll": [...]}
+    {"op": "generate", "ids": [...], "tokens": 64}          →  {"ids", "prefill_seconds", "decode_seconds", "decode_tokens"}
+    {"op": "score", "ids": [...]}                           →  {"nll": [...]}
+    {"op": "prefill", "ids": [...]}                         →  {"ids", "seconds", "tokens"}
+    {"op": "batch", "prompts": [[...], ...], "tokens": 64}  →  {"ids", "seconds", "tokens"}
+    {"op": "teach", "prompts": 128, "tokens": 64}           →  {"seconds", "tokens"}
 
 `generate` is greedy, takes one prompt at a time, and makes exactly `tokens` new tokens, even after an end of text. Prefill
 lasts until the first of them is out (with drafts, the first few); decoding is the rest. `score` gives −ln p of ids[1:],
-each after all the ids before it. A request that fails gives {"error": ...}.
+each after all the ids before it. `prefill` reads a prompt and chooses one token. `batch` answers all prompts at once, as
+`generate` does. `teach` makes answers for training exits, to the first prompts that come with offramp. The `seconds` of
+these three are from the request to its end, and their `tokens` are those read (`prefill`) or made. A request that fails
+gives {"error": ...}.
 """
 
 from __future__ import annotations
@@ -22,11 +28,24 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-Out = Callable[[list[int]], None]
+from torch_peers import (
+    Out,
+    formats,
+    hugging_face,
+    nll,
+    streamed,
+    torch_batch,
+    torch_facts,
+    torch_prefill,
+    torch_score,
+    versions,
+)
+
+CONTEXT = 4096  # tokens that llama.cpp reserves memory for
 
 
 @dataclass(frozen=True)
@@ -35,12 +54,17 @@ class Peer:
 
     `facts` are for the reader of the table. Their `weight_bytes` are the bytes of weights that a token must read; None if
     the number differs from token to token. `generate(ids, tokens, out)` calls `out` with new tokens as soon as the library
-    hands them over: one, or several where drafts were accepted. `score` is None where the library gives no logits.
+    hands them over: one, or several where drafts were accepted. `score` is None where the library gives no logits. The
+    others are None where nothing is compared by them: `prefill(ids)` gives the next token, `batch(prompts, tokens)` the
+    answers, `teach(prompts, tokens)` the number of tokens made.
     """
 
     facts: dict[str, Any]
     generate: Callable[[list[int], int, Out], None]
     score: Callable[[list[int]], list[float]] | None
+    prefill: Callable[[list[int]], int] | None = None
+    batch: Callable[[list[list[int]], int], list[list[int]]] | None = None
+    teach: Callable[[int, int], int] | None = None
 
 
 def offramp_peer(args: argparse.Namespace) -> Peer:
@@ -61,6 +85,9 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
         for token in engine.stream(ids, max_tokens=tokens):
             out([token.id])
 
+    def batch(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        return [answer.ids for answer in engine.generate_batch(prompts, max_tokens=tokens)]
+
     costs, lean = engine.costs, model.runtime if isinstance(model.runtime, Lean) else None
     depth = "verified exits" if exits else "full depth"
     facts = {
@@ -70,14 +97,33 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
         "weight_bytes": sum(costs.block_bytes(index, 0) for index in range(model.n_blocks)) + costs.head_bytes,
         "way": f"Engine.stream, {depth}, {model.engine}",
     }
-    return Peer(facts, generate, lambda ids: nll(model.forward(torch.tensor([ids]))[0], ids))
+    return Peer(
+        facts,
+        generate,
+        lambda ids: nll(model.forward(torch.tensor([ids]))[0], ids),
+        lambda ids: next(engine.stream(ids, max_tokens=1)).id,
+        batch,
+        lambda prompts, tokens: taught(model, prompts, tokens),
+    )
+
+
+def taught(model: Any, prompts: int, tokens: int) -> int:
+    """Answer prompts as `offramp train` does, for exits at four places. Returns the number of tokens of the answers."""
+    from offramp.exits.exits import suggested_layers
+    from offramp.training.config import TrainConfig
+    from offramp.training.data import gather
+
+    config = TrainConfig(max_prompts=prompts, answer_tokens=tokens)
+    with TemporaryDirectory() as work:
+        data = gather(model, config, suggested_layers(model.n_blocks), Path(work))
+        return sum(int(text.counted.sum()) for part in (data.adapters, data.gates, data.held) for text in part)
 
 
 def transformers_peer(args: argparse.Namespace) -> Peer:
     """The library's own `generate`: plain, compiled, or one of its two ways to draft without a second model."""
     model = hugging_face(args)
     ways: dict[str, tuple[str, dict[str, Any]]] = {
-        "transformers": ("generate, SDPA", {}),
+        "transformers": (f"generate, {model.config._attn_implementation}", {}),
         "layerskip": (f"generate(assistant_early_exit={args.layer})", {"assistant_early_exit": args.layer}),
         "lookup": ("generate(prompt_lookup_num_tokens=10)", {"prompt_lookup_num_tokens": 10}),
     }
@@ -91,7 +137,9 @@ def transformers_peer(args: argparse.Namespace) -> Peer:
         options = {"cache_implementation": "static", "max_cache_len": 512, "compile_config": compiling}
         way = 'generate(cache_implementation="static"), torch.compile'
     facts = torch_facts(model, way, "transformers", plain=args.peer == "transformers")
-    return Peer(facts, streamed(model.generate, options), torch_score(model))
+    if args.peer != "transformers" or args.compiled:
+        return Peer(facts, streamed(model.generate, options), torch_score(model))
+    return Peer(facts, streamed(model.generate, options), torch_score(model), torch_prefill(model), torch_batch(model))
 
 
 def economize_peer(args: argparse.Namespace) -> Peer:
@@ -145,15 +193,22 @@ def llamacpp_peer(args: argparse.Namespace) -> Peer:
         threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
         return llama_cpp.Llama(str(path), n_ctx=context, logits_all=logits_all, verbose=False, **threads)
 
-    model = load(2048, False)
+    model = load(CONTEXT, False)
     greedy = llama_cpp.llama_sampler_init_greedy()
+
+    def step(ids: list[int]) -> int:
+        model.eval(ids)
+        return int(llama_cpp.llama_sampler_sample(greedy, model.ctx, -1))
 
     def generate(ids: list[int], tokens: int, out: Out) -> None:
         model.reset()
         for _ in range(tokens):
-            model.eval(ids)
-            ids = [llama_cpp.llama_sampler_sample(greedy, model.ctx, -1)]
+            ids = [step(ids)]
             out(ids)
+
+    def prefill(ids: list[int]) -> int:
+        model.reset()
+        return step(ids)
 
     def score(ids: list[int]) -> list[float]:
         scorer = load(len(ids), True)  # keeps every token's logits, which would slow `generate`
@@ -170,7 +225,7 @@ def llamacpp_peer(args: argparse.Namespace) -> Peer:
         **gguf_facts(path),
         "way": f"eval and greedy sampler, token by token; {name.value.decode()}; compiled for this processor",
     }
-    return Peer(facts, generate, score)
+    return Peer(facts, generate, score, prefill)
 
 
 def requantised(args: argparse.Namespace) -> Path:
@@ -235,96 +290,6 @@ PEERS = {
 }
 
 
-def hugging_face(args: argparse.Namespace) -> Any:
-    """The safetensors folder as the library loads it, without the tokens that end a text."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), attn_implementation="sdpa", local_files_only=True
-    ).eval()
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def streamed(generate: Callable[..., Any], options: dict[str, Any]) -> Callable[[list[int], int, Out], None]:
-    """Call a `generate` of the transformers kind, and hand what it streams to `out`."""
-    import torch
-
-    class Streamer:
-        def __init__(self, out: Out) -> None:
-            self.out, self.prompt_seen = out, False
-
-        def put(self, tokens: torch.Tensor) -> None:
-            if self.prompt_seen:
-                self.out(tokens.flatten().tolist())
-            self.prompt_seen = True  # the library streams the prompt first
-
-        def end(self) -> None:
-            pass
-
-    @torch.inference_mode()
-    def run(ids: list[int], tokens: int, out: Out) -> None:
-        prompt = torch.tensor([ids])
-        generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=tokens,
-            do_sample=False,
-            streamer=Streamer(out),
-            **options,
-        )
-
-    return run
-
-
-def torch_score(model: Any) -> Callable[[list[int]], list[float]]:
-    """`Peer.score` of a transformers model."""
-    import torch
-
-    @torch.inference_mode()
-    def score(ids: list[int]) -> list[float]:
-        return nll(model(torch.tensor([ids])).logits[0], ids)
-
-    return score
-
-
-def nll(logits: Any, ids: list[int]) -> list[float]:
-    """Logits (T, V) over T ids → −ln p of ids[1:]."""
-    import torch
-
-    logs = logits[:-1].double().log_softmax(-1)
-    return list((-logs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]).tolist())
-
-
-def torch_facts(model: Any, way: str, library: str, plain: bool) -> dict[str, Any]:
-    """`Peer.facts` of a transformers model. `plain`: every token reads all weights once."""
-    head = model.get_output_embeddings()
-    return {
-        "versions": versions(*dict.fromkeys((library, "transformers", "torch"))),
-        "weights": formats(model.get_decoder().layers),
-        "head": formats(head),
-        "weight_bytes": bytes_of(model.get_decoder().layers, model.get_decoder().norm, head) if plain else None,
-        "way": way,
-    }
-
-
-def formats(module: Any) -> str:
-    """The dtypes of a torch module's parameters and buffers, the largest share first."""
-    sizes: dict[str, int] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        name = str(tensor.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + tensor.nbytes
-    return " + ".join(sorted(sizes, key=lambda name: -sizes[name]))
-
-
-def bytes_of(*modules: Any) -> int:
-    """Bytes of the modules' parameters and buffers; a tensor that several of them share counts once."""
-    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
 def gguf_facts(path: Path) -> dict[str, Any]:
     """Formats and bytes in a GGUF file. A tied embedding is the head too, so it is read whole for every token."""
     from gguf import GGUFReader
@@ -343,34 +308,47 @@ def gguf_facts(path: Path) -> dict[str, Any]:
     }
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """The packages' installed versions."""
-    return {package: version(package) for package in packages}
-
-
 def answer(peer: Peer, request: dict[str, Any]) -> dict[str, Any]:
     """The peer's answer to a request, with its times in seconds."""
-    if request["op"] == "score":
-        if peer.score is None:
-            return {"error": "this peer gives no logits"}
-        return {"nll": peer.score(request["ids"])}
+    op = request.pop("op")
+    if op == "generate":
+        return generated(peer, **request)
+    way: Callable[..., Any] | None = getattr(peer, op)
+    if way is None:
+        return {"error": f"this peer does not do '{op}'"}
+    started = time.perf_counter()
+    result = way(**request)
+    seconds = time.perf_counter() - started
+    if op == "score":
+        return {"nll": result}
+    if op == "teach":
+        return {"seconds": seconds, "tokens": result}
+    if op == "prefill":
+        return {"seconds": seconds, "tokens": len(request["ids"]), "ids": [result]}
+    if any(len(ids) != request["tokens"] for ids in result):
+        return {"error": f"an answer does not have {request['tokens']} tokens"}
+    return {"seconds": seconds, "tokens": sum(map(len, result)), "ids": result}
+
+
+def generated(peer: Peer, ids: list[int], tokens: int) -> dict[str, Any]:
+    """The answer to a request to generate."""
     bursts: list[list[int]] = []
     times: list[float] = []
 
-    def out(tokens: list[int]) -> None:
+    def out(burst: list[int]) -> None:
         times.append(time.perf_counter())
-        bursts.append(tokens)
+        bursts.append(burst)
 
     started = time.perf_counter()
-    peer.generate(request["ids"], request["tokens"], out)
-    ids = [token for burst in bursts for token in burst]
-    if len(ids) != request["tokens"]:
-        return {"error": f"{len(ids)} tokens came instead of {request['tokens']}"}
+    peer.generate(ids, tokens, out)
+    made = [token for burst in bursts for token in burst]
+    if len(made) != tokens:
+        return {"error": f"{len(made)} tokens came instead of {tokens}"}
     return {
-        "ids": ids,
+        "ids": made,
         "prefill_seconds": times[0] - started,
         "decode_seconds": times[-1] - times[0],
-        "decode_tokens": len(ids) - len(bursts[0]),
+        "decode_tokens": len(made) - len(bursts[0]),
     }
 
 

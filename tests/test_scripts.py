@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import MistralConfig
 
 import offramp
 from helpers import modest_exits
 from models import ENGINES, VARIANTS, saved, tiny
 from offramp import Policy
+from offramp.decode.fills import FILLS
 
 sys.path.insert(
     0, str(Path(__file__).parents[1] / "benchmarks")
@@ -27,8 +28,12 @@ import growth
 import guarantee
 import paper
 import paper_size
+import prefill
+import random_model
 import speed
 import verified
+
+SMALL_MAMBA = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 1024}
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -171,19 +176,92 @@ def test_paper_scores_every_gate_and_writes_the_report(world, capsys) -> None:
     assert all(len(result["items"]) == 5 for result in results)
 
 
-@pytest.mark.parametrize("format", ["int4", "bfloat16"])
-def test_paper_size_sets_times_beside_the_machines_bandwidth(format: str, capsys, monkeypatch) -> None:
-    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": None, "tie_word_embeddings": False}
-    monkeypatch.setattr(paper_size, "CONFIG", MistralConfig(**shape))
-    monkeypatch.setattr(paper_size, "EXITS", (2, 4))
-    paper_size.main(["--format", format, "--repetitions", "2", "--threads", "1"])
-    _, *table = rows(capsys.readouterr().out)
-    assert [row[0] for row in table] == ["2", "4"]
+@pytest.mark.parametrize(("model", "format"), [("mistral", "bfloat16"), ("codestral", "int4")])
+def test_paper_size_does_everything_with_a_checkpoint_and_removes_it(model, format, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(paper_size, "fresh", lambda function, *arguments: function(*arguments))
+    paper_size.main(["--models", model, "--formats", format, "--small", "--repetitions", "2", "--threads", "1"])
+    out = capsys.readouterr().out
+    assert "equal to full depth's answer; " in out
+    assert "NOT EQUAL" not in out
     (result,) = json.loads(Path("build/bench/paper_size.json").read_text())["results"]
-    assert result["bytes"]["2"] < result["bytes"]["4"] < 2 * result["bytes"]["2"]  # both read the head
-    assert [len(times) for times in result["ms"].values()] == [2, 2]
-    assert result["bandwidth"] > 0
+    parts = result[format]
+    for load in (parts["first"], parts["second"]):
+        assert 0 < load["peak_loaded"] <= load["peak"]
+        assert load["allowed"] == pytest.approx(1.15 * load["weights"] + 0.8)
+    read = list(parts["speed"]["bytes"].values())
+    assert all(0 < less < more for less, more in pairwise(read))
+    assert [len(times) for times in parts["speed"]["ms"].values()] == [2] * 4
+    fills = {(row["gate"], row["fill"]): row for row in parts["exits"]["fills"]}
+    assert list(fills) == [(gate, fill) for gate in ("linear", "mamba") for fill in FILLS]
+    for (_, fill), row in fills.items():
+        assert ("refused" in row) == (fill == "freeze" and model == "mistral")
+        if "refused" not in row:
+            assert row["mean_blocks"] < 4
+    assert all(fills[gate, "verify"]["same"] == paper_size.TOKENS for gate in ("linear", "mamba"))
+    verified = parts["exits"]["verify"]
+    assert verified["rollbacks"] <= verified["rejected"]
+    # Each corrupted token is rejected where it is met, or falls with one before it, and each pass adds one of its own.
+    assert verified["stood"] + verified["deep_passes"] == paper_size.VERIFIED
+    assert 0 < verified["rollbacks"] < verified["deep_passes"]
+    assert not Path("build/bench/paper_size").exists()
+
+
+def test_paper_size_goes_on_after_a_step_that_fails() -> None:
+    """Each step is a process; the second one here finds the folder taken."""
+    arguments = (paper_size.SHAPES["mistral"], True, Path("model"), 1)
+    assert paper_size.fresh(paper_size.write, *arguments)["bytes"] > 0
+    assert paper_size.fresh(paper_size.write, *arguments)["failure"].startswith("FileExistsError")
+
+
+def test_a_random_checkpoint_has_every_weight_in_shards() -> None:
+    config = random_model.shipped_config("AntonV/mamba2-130m-hf", **SMALL_MAMBA)
+    size = random_model.write_random(config, Path("model"), shard=100_000)
+    shards = sorted(Path("model").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert size == pytest.approx(sum(shard.stat().st_size for shard in shards), rel=0.1)
+    backbone = offramp.load("model", "float32", keep=True)
+    assert not backbone.stop_ids
+    assert backbone.model.state_dict()["backbone.layers.0.mixer.in_proj.weight"].std() == pytest.approx(0.02, rel=0.1)
+    assert backbone.tokenizer.decode(backbone.tokenizer("é 1")["input_ids"]) == "é 1"
+    with pytest.raises(FileExistsError):
+        random_model.write_random(config, Path("model"))
+
+
+def test_prefill_compares_in_pairs_that_take_turns(world, capsys, monkeypatch) -> None:
+    small = random_model.shipped_config("AntonV/mamba2-130m-hf", **SMALL_MAMBA)
+    monkeypatch.setattr(prefill, "mamba_config", lambda: small)
+    arguments = ["--model", str(world / "model"), "--formats", "float32,int4", "--lengths", "9,70", "--rounds", "2"]
+    prefill.main([*arguments, "--prompts", "3", "--training-prompts", "4", "--tokens", "5", "--threads", "1"])
+    table = [row for row in rows(capsys.readouterr().out) if row[0] != "ours"]
+    pair = ["offramp-float32", "transformers-float32"]
+    assert [row[1] for row in table] == [
+        *["9 tokens", "70 tokens"] * 2,  # the model and the Mamba; llama.cpp, int4's peer, has no file of either
+        "3 prompts, 5 new tokens each",
+        "4 prompts, 5 tokens of answer each",
+    ]
+    assert [[row[0], row[3]] for row in table] == [pair] * 5 + [["offramp-bfloat16", "–"]]
+    assert all(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d–\d+\.\d\d\)", row[5]) for row in table[:5])
+    for result in json.loads(Path("build/bench/prefill.json").read_text())["results"]:
+        assert not result["failures"]
+        assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result["speeds"].values())
+
+
+def test_peers_read_and_answer_alike(world) -> None:
+    """offramp and `transformers` choose the same tokens after a prompt, and for prompts of several lengths at once."""
+    folder = str(world / "model")
+    prompts = [[5, 9, 70], [7] * 9, list(range(20, 36))]
+    answers = []
+    for name in ("offramp-float32", "transformers-float32"):
+        speed.WORK.mkdir(parents=True, exist_ok=True)
+        worker = speed.Worker(name, {"name": folder, "folder": folder}, 1)
+        read = [worker.ask(op="prefill", ids=ids) for ids in prompts]
+        batch = worker.ask(op="batch", prompts=prompts, tokens=6)
+        worker.close()
+        assert [answer["tokens"] for answer in read] == list(map(len, prompts))
+        assert batch["tokens"] == 3 * 6
+        assert [ids[:1] for ids in batch["ids"]] == [answer["ids"] for answer in read]
+        answers.append(batch["ids"])
+    assert answers[0] == answers[1]
 
 
 def test_speed_runs_its_workers_by_turns(world, capsys) -> None:

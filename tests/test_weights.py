@@ -5,6 +5,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
+import offramp.model.lean.weights
 from offramp.model.lean.native import CShape, CWeight, Native, library, rounds_to_bfloat16
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Store, Weight
 
@@ -58,9 +59,12 @@ def test_rows_that_cannot_be_grouped_are_refused():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("multiplies_bfloat16", [True, False])
+@pytest.mark.parametrize("rows", [1, 3, 20, 300])
 @pytest.mark.parametrize("kind", KINDS)
-def test_torchs_product_is_with_the_dense_weight(kind, rows, bias):
+def test_torchs_product_is_with_the_dense_weight(kind, rows, bias, multiplies_bfloat16, monkeypatch):
+    monkeypatch.setattr(offramp.model.lean.weights, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
+    monkeypatch.setattr(offramp.model.lean.weights, "SLICE", 96 * 20)  # three slices, the last one short
     weight, x = random_weight(kind, bias=bias), torch.randn(rows, 96)
     wanted = x @ weight.dense().T + (weight.bias if bias else 0)
     rounded = 0.02 if kind != "float32" else 1e-5

@@ -29,6 +29,8 @@ from torch import Tensor
 from offramp.files import write_atomically
 
 GROUP = 32
+MANY = 256  # rows from which it is faster to unpack integer weights and multiply them as plain ones
+SLICE = 1 << 22  # weights that are unpacked at once: 16 MB in float32
 Tensors = dict[str, Tensor]
 
 
@@ -68,10 +70,18 @@ class Weight:
         return y if self.bias is None else y + self.bias
 
     def _times(self, x: Tensor) -> Tensor:
-        w = self.w
-        if w.dtype == torch.float32 or (len(x) >= 16 and x.device.type == "cpu"):
-            return F.linear(x, w.float())  # without bfloat16 instructions, many rows are faster in float32
-        return F.linear(x.to(w.dtype), w).float()
+        if self.w.dtype == torch.float32:
+            return F.linear(x, self.w)
+        if len(x) >= 16 and x.device.type == "cpu" and not _multiplies_bfloat16():
+            return self._unpacked_times(x)  # many rows are faster in float32
+        return F.linear(x.to(self.w.dtype), self.w).float()
+
+    def _unpacked_times(self, x: Tensor) -> Tensor:
+        """The product on a CPU by way of a plain matrix, a slice of the weight's rows at a time."""
+        dtype = torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+        x, size = x.to(dtype), max(1, SLICE // self.columns)
+        slices = (slice(at, at + size) for at in range(0, self.rows, size))
+        return torch.cat([F.linear(x, self._dense(rows).to(dtype)) for rows in slices], dim=-1).float()
 
     def pick(self, rows: slice | Tensor) -> Weight:
         """A weight of these rows (outputs) only."""
@@ -88,7 +98,10 @@ class Weight:
 
     def dense(self) -> Tensor:
         """The values that rows are multiplied with, (N, K) in float32."""
-        return self.w.float()
+        return self._dense(slice(None))
+
+    def _dense(self, rows: slice) -> Tensor:
+        return self.w[rows].float()
 
 
 class Int8(Weight):
@@ -110,10 +123,12 @@ class Int8(Weight):
     def _times(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.linear(x, self.dense())
+        if len(x) >= MANY:
+            return self._unpacked_times(x)
         return torch._weight_int8pack_mm(x.bfloat16(), self.w, self.scale.bfloat16()).float()
 
-    def dense(self) -> Tensor:
-        return self.w * self.scale[:, None]
+    def _dense(self, rows: slice) -> Tensor:
+        return self.w[rows].float().mul_(self.scale[rows, None])
 
 
 class Int4(Weight):
@@ -151,15 +166,14 @@ class Int4(Weight):
         q = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
         return {"w": (q[..., :16] | (q[..., 16:] << 4)).flatten(1), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
 
-    @property
-    def _q(self) -> Tensor:
-        halves = self.w.unflatten(1, (-1, GROUP // 2))
+    def _q(self, rows: slice = slice(None)) -> Tensor:
+        halves = self.w[rows].unflatten(1, (-1, GROUP // 2))
         return torch.cat([halves & 15, halves >> 4], dim=-1)
 
     @cached_property
     def _packed(self) -> tuple[Tensor, Tensor]:
         spare = (0, 0, 0, -self.rows % 16)  # torch's kernel needs a multiple of 16 rows
-        q, scale, low = (F.pad(part, spare) for part in (self._q.flatten(1).int(), self.scale, self.low))
+        q, scale, low = (F.pad(part, spare) for part in (self._q().flatten(1).int(), self.scale, self.low))
         # It computes (q - 8) · scale + zero.
         scale_zero = torch.stack([scale, low + 8 * scale], dim=-1).transpose(0, 1).contiguous().bfloat16()
         return torch._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero
@@ -167,13 +181,20 @@ class Int4(Weight):
     def _times(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.linear(x, self.dense())
+        if len(x) >= MANY:
+            return self._unpacked_times(x)
         packed, scale_zero = self._packed
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, scale_zero)
         return y[:, : self.rows].float()
 
-    def dense(self) -> Tensor:
-        values: Tensor = self._q * self.scale[..., None] + self.low[..., None]
-        return values.flatten(1)
+    def _dense(self, rows: slice) -> Tensor:
+        # Step by step in place, since torch is slow at products of different dtypes.
+        return self._q(rows).float().mul_(self.scale[rows, :, None]).add_(self.low[rows, :, None]).flatten(1)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16, so that torch multiplies in it faster than in float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _on_grid(groups: Tensor, low: Tensor, scale: Tensor) -> Tensor:

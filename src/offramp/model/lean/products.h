@@ -51,7 +51,7 @@ static const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
 // Columns with one scale, of int4 weights and of rows; columns that are multiplied in one go; floats of unpacked int4 weights.
-enum { GROUP = 32, BLOCK = 256, DEPTH = 2048, PANEL = 1 << 15 };
+enum { GROUP = 32, BLOCK = 128, DEPTH = 2048, PANEL = 1 << 15 };
 
 typedef struct {
     int64_t kind, rows, columns;

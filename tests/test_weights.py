@@ -1,11 +1,14 @@
 """Weight formats keep what they promise, and torch's products multiply with exactly those values."""
 
+import platform
+
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
 import offramp.model.lean.weights
+from offramp.model.lean import native
 from offramp.model.lean.native import CShape, CWeight, Native, library, rounds_to_bfloat16
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Store, Weight
 
@@ -71,21 +74,45 @@ def test_torchs_product_is_with_the_dense_weight(kind, rows, bias, multiplies_bf
     assert (weight(x) - wanted).abs().max() <= rounded * wanted.abs().max()
 
 
-@pytest.mark.skipif(not library(), reason="no C compiler")
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 70])
+# Instructions that the compiler must not use, so that one machine tests the kernels of several.
+WITHOUT = {
+    "none": "",
+    "bfloat16": "-mno-avx512bf16 -mno-avx512vnni",
+    "avx512": "-mno-avx512f",
+    "avx2": "-mno-avx512f -mno-avx2 -mno-fma",
+}
+
+
+@pytest.fixture(params=[name for name in WITHOUT if name == "none" or platform.machine() == "x86_64"])
+def compiled(request, monkeypatch, tmp_path_factory):
+    """The C code, compiled without these instructions."""
+    if not library():
+        pytest.skip("no C compiler")
+    if request.param != "none":
+        monkeypatch.setenv("CC", f"gcc {WITHOUT[request.param]}")
+        monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
+        found = library.__wrapped__()
+        if not found:
+            pytest.skip("no gcc")
+        monkeypatch.setattr(native, "library", lambda: found)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind, rows):
-    weight, x = random_weight(kind, rows=37, bias=True), torch.randn(rows, 96)
-    native = Native([], CShape(96, 1, 1, 8, 96), 96)
-    product = native.product(CWeight.of(weight), x)
-    rows, dense = x, weight.dense()
-    if rounds_to_bfloat16(kind):
-        rows, dense = x.bfloat16().float(), dense.bfloat16().float()
-    wanted = rows @ dense.T + weight.bias
-    allowed = 2e-4 if kind.startswith("int") else 1e-5  # integer weights round rows to 16 bits
-    assert (product - wanted).abs().max() <= allowed * wanted.abs().max()
-    alone = torch.cat([native.product(CWeight.of(weight), row[None].contiguous()) for row in x])
-    assert torch.equal(product, alone)
+def test_a_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind, compiled):
+    """With any number of rows, also where columns do not fill a vector, and where they are more than `DEPTH`."""
+    for columns in (96, 320, 2112):
+        weight = random_weight(kind, rows=37, columns=columns, bias=True)
+        rows, dense = torch.randn(70, columns), weight.dense()
+        multiplier, handle = Native([], CShape(columns, 1, 1, 8, columns), columns), CWeight.of(weight)
+        product = multiplier.product(handle, rows)
+        for count in (1, 2, 3, 4, 7, 8, 13):
+            alone = torch.cat([multiplier.product(handle, part.contiguous()) for part in rows.split(count)])
+            assert torch.equal(product, alone), f"{count} rows of {columns}"
+        if rounds_to_bfloat16(kind):
+            rows, dense = rows.bfloat16().float(), dense.bfloat16().float()
+        wanted = rows @ dense.T + weight.bias
+        allowed = 2e-4 if kind.startswith("int") else 1e-5  # integer weights round rows to 16 bits
+        assert (product - wanted).abs().max() <= allowed * wanted.abs().max()
 
 
 @pytest.mark.skipif(not library(), reason="no C compiler")

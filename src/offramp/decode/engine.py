@@ -57,8 +57,9 @@ class Engine(Plan):
     def read(self, ids: list[int]) -> Talk:
         """A talk that has read all of these ids but the last."""
         talk, batch = Talk(), self.batch()
-        batch.add(ids, talk, max_tokens=1)
-        batch.step()
+        request = batch.add(ids, talk, max_tokens=1)
+        while not request.prefilled:
+            batch.step()
         return talk
 
     def shared_talks(self, prompts: Iterable[list[int]]) -> list[Talk]:

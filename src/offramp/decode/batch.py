@@ -163,7 +163,7 @@ class Batch:
             raise
 
     def _prefill(self, requests: list[Request]) -> list[Event]:
-        """Run a piece of each prompt at full depth, up to its last token but one; recurrent gates and read-outs see it too."""
+        """Run a piece of each prompt at full depth, but not its last token; recurrent gates and read-outs see it too."""
         climbs = []
         for request in requests:
             sequence = request.sequence
@@ -244,8 +244,8 @@ class Batch:
             sequences = [climb.sequence for climb in setting_out]
             texts = [[climb.sequence.ids[climb.sequence.run : climb.end]] for climb in setting_out]
             embedded = embed_all(self.plan.backbone, texts, [sequence.run for sequence in sequences])
-        for climb, (climb.h, climb.step) in zip(setting_out, embedded, strict=True):
-            climb.sequence.run = climb.end
+        for climb, (h, step) in zip(setting_out, embedded, strict=True):
+            climb.h, climb.step, climb.sequence.run = h, step, climb.end
 
     def _run_blocks(self, number: int, climbs: list[Climb]) -> None:
         """Run a segment's blocks for all climbs that are at it, in one pass over the weights."""

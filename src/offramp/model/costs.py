@@ -26,6 +26,8 @@ from torch import nn
 from offramp.model.backbone import Backbone
 from offramp.model.library_blocks import active_experts
 
+ROOM = 4 << 30  # bytes that what sequences side by side remember may take
+
 
 def matrix_flops(module: nn.Module, active: float = 1.0) -> int:
     """FLOPs of one token through every weight matrix in `module`: 2 · entries, of stacked experts the share `active`."""
@@ -94,6 +96,10 @@ class Costs:
     def memory(self, tokens: int) -> int:
         """Bytes of what all blocks remember of a sequence of `tokens` tokens: keys, values and Mamba states."""
         return tokens * self._itemsize * sum(self._kept) + 4 * sum(self._states)
+
+    def at_once(self, tokens: int, most: int) -> int:
+        """How many sequences of so many tokens to keep in memory side by side: `most`, or as many as `ROOM` holds."""
+        return max(1, min(most, ROOM // max(1, self.memory(tokens))))
 
 
 def state_size(mixer: Any) -> int:

@@ -38,6 +38,7 @@ from offramp.decode.sequence import Decision, OpenExit, Sequence, looked_up
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
 from offramp.model.runtime import Part, Step, joined
+from offramp.progress import Progress, silent
 
 # Most tokens of a prompt that one step reads. More would be no faster, and progress would be seldom.
 PIECE = 512
@@ -136,10 +137,21 @@ class Batch:
             self.requests.remove(request)
             request.finish_reason = "cancelled"
 
-    def run(self) -> Iterator[Event]:
-        """Step until every request has finished; yield what happens, but for requests that were cancelled meanwhile."""
+    def run(self, progress: Progress = silent) -> Iterator[Event]:
+        """Step until every request has finished; yield what happens, but for requests that were cancelled meanwhile.
+
+        `progress` is told how many tokens have been read of the prompts that take several steps.
+        """
+        read: dict[Request, tuple[int, int]] = {}  # of these prompts: the tokens read, and all tokens
         while self.requests:
             for event in self.step():
+                if isinstance(event, Reading):
+                    read[event.request] = event.tokens, event.total
+                elif isinstance(event, Prefilled) and event.request in read:
+                    read[event.request] = (read[event.request][1],) * 2
+                if read and isinstance(event, Reading | Prefilled):
+                    tokens, totals = zip(*read.values(), strict=True)
+                    progress("reading", sum(tokens), sum(totals))
                 if event.request.finish_reason != "cancelled":
                     yield event
 

@@ -14,7 +14,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -120,7 +120,7 @@ def _tensors(shard: Path, names: tuple[str, ...], rows: slice = slice(None)) -> 
 
 @dataclass(frozen=True)
 class TextGroup:
-    """Texts that are written as one shard: prompts to answer, or plain texts to read."""
+    """Texts that are written as one shard: prompts of one length to answer, or plain texts to read."""
 
     ids: tuple[tuple[int, ...], ...]
     answer_tokens: int  # 0: plain text
@@ -132,13 +132,13 @@ class TextGroup:
 
 
 def group_texts(prompts: list[list[int]], texts: list[list[int]], answer_tokens: int, batch: int) -> list[TextGroup]:
-    """Divide prompts and texts (token ids) into groups of at most `batch`. Short prompts come first."""
-    by_length = sorted(prompts, key=len)
-    return [
-        TextGroup(tuple(tuple(ids) for ids in rows[at : at + batch]), tokens)
-        for rows, tokens in ((by_length, answer_tokens), (texts, 0))
-        for at in range(0, len(rows), batch)
-    ]
+    """Divide prompts and texts (token ids) into groups of at most `batch`. The prompts of a group are equally long."""
+    groups = []
+    for _, equally_long in groupby(sorted(prompts, key=len), key=len):
+        rows = [tuple(ids) for ids in equally_long]
+        groups += [TextGroup(tuple(rows[at : at + batch]), answer_tokens) for at in range(0, len(rows), batch)]
+    groups += [TextGroup(tuple(tuple(ids) for ids in texts[at : at + batch]), 0) for at in range(0, len(texts), batch)]
+    return groups
 
 
 def write_shards(
@@ -161,16 +161,29 @@ def write_shards(
             after_group(group)
         else:
             missing.append((group, shard))
-    for answered in (True, False):
-        chosen = [(group, shard) for group, shard in missing if bool(group.answer_tokens) == answered]
-        make = _answer if answered else _read
-        for index, texts in make(backbone, [group for group, _ in chosen], layers):
+    asked = [(group, shard) for group, shard in missing if group.answer_tokens]
+    plain = [(group, shard) for group, shard in missing if not group.answer_tokens]
+    # Of all prompts, so that work that is resumed computes what it would have computed at once.
+    shared = _alike([ids for group in groups if group.answer_tokens for ids in group.ids])
+    answering = _answer(backbone, [group for group, _ in asked], layers, shared)
+    reading = _read(backbone, [group for group, _ in plain], layers)
+    for chosen, made in ((asked, answering), (plain, reading)):
+        for index, texts in made:
             group, shard = chosen[index]
             tensors = {name: torch.cat([getattr(text, name) for text in texts]) for name in FIELDS}
             tensors["lengths"] = torch.tensor([len(text.ids) for text in texts])
             write_atomically(shard, save(tensors))
             after_group(group)
     return shards
+
+
+def _alike(prompts: list[tuple[int, ...]]) -> int:
+    """How many ids all prompts begin with, such as those of a chat template; at least one id of each is left out."""
+    if not prompts:
+        return 0
+    pairs = zip(min(prompts), max(prompts), strict=False)
+    count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return min(count, min(map(len, prompts)) - 1)
 
 
 def _through(backbone: Backbone, parts: list[Part], layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
@@ -246,21 +259,18 @@ class _Answers:
     """Answers the groups' prompts greedily, at most `ROWS` at a time, and fewer where their memory would be too large.
 
     On the compiled path all states share each pass over the weights: every text has a state of its own, and the next prompt
-    takes the place of an answer that ends. Elsewhere states take turns: equally long prompts share one, and the next
-    prompts wait until all of its answers have ended.
+    takes the place of an answer that ends. Elsewhere states take turns: the prompts of a group share one, and the next
+    group waits until all of its answers have ended.
     """
 
-    def __init__(self, backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...]) -> None:
+    def __init__(self, backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int) -> None:
+        """The prompts have their first `shared` ids in common: that part is run once."""
         self.backbone, self.layers = backbone, layers
         self._costs, self._compiled = Costs(backbone), backbone.engine == "native"
         self._stop_ids = backbone.stop_ids
-        prompts = [ids for group in groups for ids in group.ids]
-        # A chat template begins every prompt alike: that part is run once.
-        alike = takewhile(lambda pair: pair[0] == pair[1], zip(min(prompts), max(prompts), strict=False))
-        self._shared = min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
-        self._beginning, hidden = backbone.state(self._shared), []
-        if self._shared:
-            h, step = backbone.embed(torch.tensor([prompts[0][: self._shared]], device=backbone.device))
+        self._shared, self._beginning, hidden = shared, backbone.state(shared), []
+        if shared:
+            h, step = backbone.embed(torch.tensor([groups[0].ids[0][:shared]], device=backbone.device))
             (at_exits,), _ = _through(backbone, [(h, self._beginning, step)], layers)
             hidden = [at_exits[0]]
         self._waiting = deque(
@@ -279,14 +289,14 @@ class _Answers:
     def _fill(self) -> None:
         """Let waiting texts take the free places."""
         while self._waiting and (self._compiled or not self._running):
-            length = len(self._waiting[0].prompt)
-            rows = self._costs.at_once(length + self._waiting[0].answer_tokens, ROWS)
+            text = self._waiting[0]
+            rows = self._costs.at_once(len(text.prompt) + text.answer_tokens, ROWS)
             free = rows - sum(len(abreast.texts) for abreast in self._running)
             if free < 1:
                 return
             most = 1 if self._compiled else free
             texts = [self._waiting.popleft()]
-            while len(texts) < most and self._waiting and len(self._waiting[0].prompt) == length:
+            while len(texts) < most and self._waiting and self._waiting[0].group == texts[0].group:
                 texts.append(self._waiting.popleft())
             state = copy.deepcopy(self._beginning)
             if len(texts) > 1:
@@ -326,13 +336,16 @@ class _Answers:
 
 @torch.inference_mode()
 def _answer(
-    backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...]
+    backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int
 ) -> Iterator[tuple[int, list[TeacherText]]]:
-    """Answer the groups' prompts. Yields the index of each group whose answers have all ended, and its texts."""
+    """Answer the groups' prompts, whose first `shared` ids are the same.
+
+    Yields the index of each group whose answers have all ended, and its texts.
+    """
     if not groups:
         return
     ended: list[dict[int, TeacherText]] = [{} for _ in groups]
-    for text in _Answers(backbone, groups, layers).run():
+    for text in _Answers(backbone, groups, layers, shared).run():
         texts = ended[text.group]
         texts[text.place] = text.finished()
         if len(texts) == len(groups[text.group].ids):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
@@ -184,6 +185,27 @@ def test_generate_prints_the_answer_that_the_engine_gives(world) -> None:
 
     ran = run(world, "generate", "model", "Hello there", "--max-tokens", "12", "--dtype", "float32")
     assert ran.stdout == Engine(tiny("llama")).generate("Hello there", max_tokens=12).text + "\n"
+
+
+@pytest.mark.parametrize("arguments", ["generate model {}", "generate model {} --json", "chat model"])
+def test_a_long_prompt_shows_its_progress_and_a_short_one_does_not(world, arguments: str, monkeypatch) -> None:
+    from offramp.cli import progress
+    from offramp.decode import batch
+
+    reports: list[tuple[str, int, int]] = []
+
+    @contextmanager
+    def bars(transient: bool):
+        yield lambda stage, completed, total, note: reports.append((stage, completed, total))
+
+    monkeypatch.setattr(progress, "progress_bars", bars)
+    monkeypatch.setattr(batch, "PIECE", 16)
+    for prompt, shown in (("Hi", False), ("Hello there, " * 4, True)):
+        filled = [argument.format(prompt) for argument in arguments.split()]
+        run(world, *filled, "--max-tokens", "2", "--dtype", "float32", stdin=f"{prompt}\n")
+        assert bool(reports) == shown
+    assert [completed for _, completed, _ in reports] == [16, 32, 48, 51]
+    assert {(stage, total) for stage, _, total in reports} == {("reading", 51)}
 
 
 def test_generate_json_has_the_promised_fields(world) -> None:

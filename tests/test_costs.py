@@ -5,9 +5,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import models
 from offramp.exits.gates import GATES
 from offramp.exits.parts import MambaBlock
 from offramp.exits.readouts import READOUTS
+from offramp.model import costs as model_costs
 from offramp.model.costs import Costs, matrix_flops, projected, scan_flops
 from offramp.model.families import FAMILIES
 from offramp.model.loading import wrap
@@ -199,6 +201,32 @@ def test_a_block_reads_its_parameters_and_the_keys_and_values_seen(backbone):
 
 def test_the_head_reads_its_weight(backbone):
     assert Costs(backbone).head_bytes == 4 * backbone.head.weight.numel()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama/torch", "mamba2", "bamba", "falcon_h1"])
+@torch.inference_mode()
+def test_a_sequences_memory_is_what_its_blocks_keep(family: str) -> None:
+    backbone, costs, tokens = models.tiny(family), Costs(models.tiny(family)), 11
+    state = backbone.state(tokens)
+    h, step = backbone.embed(torch.arange(tokens)[None])
+    backbone.run(h, 0, backbone.n_blocks, state, step)
+    kept = [part for kv in state.kv if kv is not None for part in (kv.keys, kv.values)]
+    kept += [ssm.h for ssm in state.ssm if ssm is not None]
+    assert costs.memory(tokens) == sum(part.numel() * part.itemsize for part in kept)
+
+
+def test_as_many_sequences_stand_side_by_side_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = Costs(models.tiny("llama"))
+    assert costs.at_once(100, 64) == 64
+    monkeypatch.setattr(model_costs, "ROOM", 5 * costs.memory(100) + 1)
+    assert costs.at_once(100, 64) == 5
+    assert costs.at_once(1000, 64) == 1
+
+
+def test_the_costs_of_several_blocks_are_their_sum(sliding):
+    costs = Costs(sliding)
+    for context in (1, 60, 3, 60):
+        assert costs.blocks(0, 2, context) == costs.block(0, context) + costs.block(1, context)
 
 
 def test_a_block_with_a_sliding_window_costs_no_more_past_the_window(sliding):

@@ -24,7 +24,7 @@ from helpers import (
 )
 from models import BLOCKS, tiny
 from offramp import Engine, Policy
-from offramp.decode.detokenizer import Detokenizer
+from offramp.decode.detokenizer import WINDOW, Detokenizer
 from offramp.decode.fills import FILLS
 from offramp.decode.request import Decided, Finished, Prefilled, Talk
 from offramp.decode.sampling import Sampling
@@ -282,7 +282,7 @@ class Bytes:
 
 
 @settings(deadline=None)
-@given(text=st.text(max_size=30), stop=st.lists(st.text(min_size=1, max_size=4), max_size=2))
+@given(text=st.text(max_size=120), stop=st.lists(st.text(min_size=1, max_size=4), max_size=2))
 def test_streamed_pieces_are_the_text_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
     streamed, pieces = Detokenizer(Bytes(), tuple(stop)), []
     raw = text.encode()
@@ -299,6 +299,27 @@ def test_streamed_pieces_are_the_text_up_to_the_first_stop_string(text: str, sto
     else:
         assert whole == text
         assert not any(string in text for string in stop)
+
+
+class Words:
+    """A tokenizer for single characters that, as Llama's does, leaves out a space at the beginning."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        self.most = max(self.most, len(ids))
+        return "".join(chr(id) for id in ids if id).removeprefix(" ")
+
+
+@settings(deadline=None)
+@given(text=st.text(alphabet=" ab\x00", max_size=150))
+def test_a_long_text_is_decoded_in_short_windows(text: str) -> None:
+    tokenizer = Words()
+    streamed = Detokenizer(tokenizer, ())
+    pieces = [streamed.push(ord(character), last=False) for character in text]
+    assert tokenizer.most <= 2 * WINDOW + text.count(" ") + text.count("\x00")
+    assert "".join(pieces) == tokenizer.decode([ord(character) for character in text], True)
 
 
 def test_nan_logits_are_named_not_decoded() -> None:

@@ -221,6 +221,19 @@ def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str
     assert stood > 0 < rejected
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
+def test_an_answer_of_the_real_model_is_the_same_among_seventy(dtype: str) -> None:
+    backbone = offramp.load("smollm2", dtype)
+    if backbone.engine != "native":
+        pytest.skip("no C compiler")
+    drafting = shipped_for(backbone, draft=True)
+    assert drafting
+    many = [f"{PROMPTS[place % 6]} Give {place} reasons." for place in range(70)]
+    for engine in (Engine(backbone), Engine(backbone, drafting, fill="verify")):
+        alone = [engine.generate(prompt, max_tokens=12).ids for prompt in many[:4]]
+        assert [answer.ids for answer in engine.generate_batch(many, max_tokens=12)[:4]] == alone
+
+
 def test_verified_exits_equal_the_librarys_generate_in_float32(smollm2: Backbone, mamba_tiny: Backbone) -> None:
     for backbone in (smollm2, mamba_tiny):
         exits = shipped_for(backbone)

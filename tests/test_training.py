@@ -14,14 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from models import HIDDEN, tiny
+from helpers import same_or_tied, some_prompts
+from models import ENGINES, HIDDEN, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits.exits import Exits, ExitsConfig
 from offramp.exits.readouts import READOUTS
 from offramp.files import read_lines
+from offramp.model.backbone import Backbone
+from offramp.training import teacher
 from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS
 from offramp.training.loop import Fit, accelerator_for
@@ -30,6 +35,7 @@ from offramp.training.training import Trainer, sketch_of, train
 from offramp.training.validation import lowest_threshold, scores
 
 LAYERS = (2, 4)
+ANSWERING = ["llama", "bamba", *(f"{family}/{engine}" for family in ("llama", "mamba2") for engine in ENGINES)]
 
 
 @pytest.fixture
@@ -73,6 +79,43 @@ def test_groups_hold_prompts_of_one_length() -> None:
         TextGroup(((1,) * 5, (1,) * 5), 4),
         TextGroup(((1, 2),), 0),
     ]
+
+
+@pytest.mark.parametrize("beginning", [[], [7, 8, 9]])
+@pytest.mark.parametrize("family", ANSWERING)
+def test_own_answers_are_full_depths_however_many_stand_side_by_side(
+    family: str, beginning: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny(family)
+    prompts = [beginning + ids for ids in some_prompts(11, seed=3)]
+    engine = Engine(backbone)
+    free = [engine.generate(prompt, max_tokens=9).ids for prompt in prompts]
+    # Tokens that end some of the answers early, so that other prompts take their places.
+    ends = frozenset({257, free[0][2], free[4][5]})
+    monkeypatch.setattr(Backbone, "stop_ids", ends)
+    wanted = {tuple(prompt): engine.generate(prompt, max_tokens=9, end_ids=ends).ids for prompt in prompts}
+    assert len({len(ids) for ids in wanted.values()}) > 1
+    kept = []
+    for rows in (1, 3, 64):
+        monkeypatch.setattr(teacher, "ROWS", rows)
+        folder = tmp_path / str(rows)
+        groups = group_texts(prompts, [], 9, batch=4)
+        texts = TeacherTexts.open(write_shards(backbone, groups, LAYERS, folder))
+        for ids, text in zip([ids for group in groups for ids in group.ids], texts, strict=True):
+            answer = text.top_ids[text.counted][:, 0].tolist()
+            assert same_or_tied(family, list(ids), answer, wanted[ids])
+            assert text.ids.tolist() == [*ids, *answer[:-1]]
+            assert len(text.hidden) == len(text.ids)
+        kept.append([path.read_bytes() for path in sorted(folder.iterdir())])
+    if "native" in family:  # bit for bit
+        assert kept[0] == kept[1] == kept[2]
+
+
+@settings(deadline=None, max_examples=30)
+@given(width=st.sampled_from([100, 1024, 1088, 2048]), count=st.integers(1, 16), seed=st.integers(0, 99))
+def test_the_most_probable_tokens_are_found_in_order(width: int, count: int, seed: int) -> None:
+    logits = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(teacher._largest(logits, count), logits.topk(count, dim=-1).indices)
 
 
 def test_training_lowers_the_loss_and_keeps_its_record(tmp_path, prompts: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offramp.cli.options import DecodingOptions, Json, Model, check_batch
+from offramp.cli.progress import reading_bar
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
 from offramp.settings import setting
@@ -65,7 +66,9 @@ def demo(
     for name, backbone, (full, early) in loaded:
         pairs = []
         for question in questions or DEMO_QUESTIONS.get(name.removesuffix("-ee"), DEMO_QUESTIONS["smollm2"]):
-            pairs.append((full.generate(question, max_tokens=max_tokens), early.generate(question, max_tokens=max_tokens)))
+            with reading_bar() as progress:
+                answers = [engine.generate(question, progress=progress, max_tokens=max_tokens) for engine in (full, early)]
+            pairs.append((answers[0], answers[1]))
             answer_in_colour(question, *pairs[-1], name if both else None)
         compared.append((backbone, pairs))
     comparison_table(compared)
@@ -101,17 +104,23 @@ def generate(
     full, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
     tokens, stop = options.max_tokens, options.stop
     if not (as_json or prompts or options.compare):
-        for token in early.stream(backbone.prompts.encode(texts[0], options.raw), max_tokens=tokens, stop=stop):
-            print(token.text, end="", flush=True)
+        ids = backbone.prompts.encode(texts[0], options.raw)
+        with reading_bar() as progress:
+            for token in early.stream(ids, progress=progress, max_tokens=tokens, stop=stop):
+                print(token.text, end="", flush=True)
         print()
         return
     # The gain of verified decoding shows only beside full depth.
     compare = options.compare or (as_json and decoding.verifies)
     for start in range(0, len(texts), options.batch):
         batch = texts[start : start + options.batch]
-        ids = [backbone.prompts.encode(text, options.raw) for text in batch]
-        answers = early.generate_batch(ids, max_tokens=tokens, stop=stop)
-        references = full.generate_batch(ids, max_tokens=tokens, stop=stop) if compare else [None] * len(batch)
+        prompt_ids = [backbone.prompts.encode(text, options.raw) for text in batch]
+        with reading_bar() as progress:
+            answers, *others = (
+                engine.generate_batch(prompt_ids, progress=progress, max_tokens=tokens, stop=stop)
+                for engine in ([early, full] if compare else [early])
+            )
+        references = others[0] if others else [None] * len(batch)
         for text, answer, reference in zip(batch, answers, references, strict=True):
             if as_json or prompts:
                 print(json.dumps(_record(answer, reference, text if prompts else None)), flush=True)
@@ -159,11 +168,12 @@ def chat(
         prefilled = started = time.perf_counter()
         batch = early.batch()
         request = batch.add(ids, talk, max_tokens=max_tokens)
-        for event in batch.run():
-            if isinstance(event, Prefilled):
-                prefilled = time.perf_counter()
-            elif isinstance(event, Decided) and not as_json:
-                _show_token(event.token, backbone)
+        with reading_bar() as progress:
+            for event in batch.run(progress):
+                if isinstance(event, Prefilled):
+                    prefilled = time.perf_counter()
+                elif isinstance(event, Decided) and not as_json:
+                    _show_token(event.token, backbone)
         answer = early.summarise(request, prefilled - started, time.perf_counter() - prefilled)
         print(json.dumps(_record(answer, None, prompt)) if as_json else "", flush=True)
         messages.append({"role": "assistant", "content": answer.text})

@@ -27,7 +27,7 @@ class EvaluationOptions:
     """How many questions to ask, and how."""
 
     limit: int | None = setting(None, "Ask only this many questions of each task. Default: all.")
-    batch: int = setting(1, "Number of answers side by side.")
+    batch: int = setting(64, "Most answers side by side; times are shares of the batch's. 1: each answer by itself.")
     seed: int = setting(0, "Seed of the resampling that gives the intervals.")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import OfframpError
@@ -36,8 +36,8 @@ def resumable() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """A bar for each stage of the work."""
+def progress_bars(transient: bool = False) -> Iterator[Progress]:
+    """A bar for each stage of the work; `transient` bars are wiped away at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -50,13 +50,30 @@ def progress_bars() -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=transient) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, completed: int, total: int, note: str = "") -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, note="")
             bars.update(tasks[stage], completed=completed, total=total, note=note)
+
+        yield report
+
+
+@contextmanager
+def reading_bar() -> Iterator[Progress]:
+    """A bar while a long prompt is read. It comes with the first report, and is gone when everything is read."""
+    with ExitStack() as shown:
+        bars: list[Progress] = []
+
+        def report(stage: str, completed: int, total: int, note: str = "") -> None:
+            if not bars:
+                bars.append(shown.enter_context(progress_bars(transient=True)))
+            bars[0](stage, completed, total, note)
+            if completed == total:
+                shown.close()
+                bars.clear()
 
         yield report
 

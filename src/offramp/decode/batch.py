@@ -29,14 +29,19 @@ import torch
 from torch import Tensor
 
 from offramp.decode.detokenizer import Detokenizer
+from offramp.decode.embedding import embed_all
 from offramp.decode.heads import Head
 from offramp.decode.plan import Plan
-from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Request, Talk
+from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Reading, Request, Talk
 from offramp.decode.sampling import Choose
 from offramp.decode.sequence import Decision, OpenExit, Sequence, looked_up
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
 from offramp.model.runtime import Part, Step, joined
+from offramp.progress import Progress, silent
+
+# Most tokens of a prompt that one step reads. More would be no faster, and progress would be seldom.
+PIECE = 512
 
 # Most drafts from prompt look-up. A pass over four rows costs little more than over one; a pass over eight costs more.
 LOOKED_UP = 3
@@ -99,6 +104,7 @@ class Batch:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.requests: list[Request] = []
+        self._has_read = False  # whether the last step read prompts
 
     def add(
         self, ids: list[int], talk: Talk | None = None, choose: Choose | None = None, **limits: Unpack[Limits]
@@ -131,23 +137,37 @@ class Batch:
             self.requests.remove(request)
             request.finish_reason = "cancelled"
 
-    def run(self) -> Iterator[Event]:
-        """Step until every request has finished; yield what happens, but for requests that were cancelled meanwhile."""
+    def run(self, progress: Progress = silent) -> Iterator[Event]:
+        """Step until every request has finished; yield what happens, but for requests that were cancelled meanwhile.
+
+        `progress` is told how many tokens have been read of the prompts that take several steps.
+        """
+        read: dict[Request, tuple[int, int]] = {}  # of these prompts: the tokens read, and all tokens
         while self.requests:
             for event in self.step():
+                if isinstance(event, Reading):
+                    read[event.request] = event.tokens, event.total
+                elif isinstance(event, Prefilled) and event.request in read:
+                    read[event.request] = (read[event.request][1],) * 2
+                if read and isinstance(event, Reading | Prefilled):
+                    tokens, totals = zip(*read.values(), strict=True)
+                    progress("reading", sum(tokens), sum(totals))
                 if event.request.finish_reason != "cancelled":
                     yield event
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Prefill the new requests; if there are none, decide at least one token of every request. Returns the events.
+        """Read a piece of each new prompt, or decide at least one token of every request that is read. Returns the events.
 
-        Raises `BadNumbers` for NaN logits. After any error the memories are half-written: the batch is empty, its requests
-        have the finish reason "failed", and their talks start anew.
+        While there is work of both kinds, steps take turns, so that a long prompt does not hold up other answers. Raises
+        `BadNumbers` for NaN logits. After any error the memories are half-written: the batch is empty, its requests have
+        the finish reason "failed", and their talks start anew.
         """
         new = [request for request in self.requests if not request.prefilled]
+        ready = [request for request in self.requests if request.prefilled]
+        self._has_read = bool(new) and not (ready and self._has_read)
         try:
-            return self._prefill(new) if new else self._decode()
+            return self._prefill(new) if self._has_read else self._decode(ready)
         except BaseException:
             for request in self.requests:
                 request.finish_reason, request.sequence.whole = "failed", False
@@ -155,14 +175,14 @@ class Batch:
             raise
 
     def _prefill(self, requests: list[Request]) -> list[Event]:
-        """Run each prompt but its last token at full depth; recurrent gates and read-outs see these tokens too."""
+        """Run a piece of each prompt at full depth, but not its last token; recurrent gates and read-outs see it too."""
         climbs = []
         for request in requests:
-            end = len(request.sequence.ids) - 1
-            if request.sequence.run < end:
+            sequence = request.sequence
+            end = min(len(sequence.ids) - 1, sequence.run + PIECE)
+            if sequence.run < end:
                 climbs.append(Climb(request, end, may_leave=False, counted=False))
-        for climb in climbs:
-            self._embed(climb)
+                self._embed(climbs[-1:])
         for number in range(len(self.plan.segments)):
             self._run_blocks(number, climbs)
             if number < self.plan.top:
@@ -171,15 +191,19 @@ class Batch:
             climb.sequence.top = climb.hidden[:, -1:]
             for follower in climb.sequence.followers:
                 follower.catch_up()
-        for request in requests:
-            request.sequence.settle()
-            request.prefilled = True
-        return [Prefilled(request) for request in requests]
-
-    def _decode(self) -> list[Event]:
-        """Let every sequence climb until at least one of its tokens is decided. The climbs furthest behind run first."""
         events: list[Event] = []
-        climbs = [self._set_out(request) for request in self.requests]
+        for request in requests:
+            sequence, total = request.sequence, len(request.sequence.ids) - 1
+            sequence.settle()
+            request.prefilled = sequence.run == total
+            events.append(Prefilled(request) if request.prefilled else Reading(request, sequence.run, total))
+        return events
+
+    def _decode(self, requests: list[Request]) -> list[Event]:
+        """Let the requests' sequences climb until a token of each is decided. The climbs furthest behind run first."""
+        events: list[Event] = []
+        climbs = [self._set_out(request) for request in requests]
+        self._embed(climbs)
         while climbs:
             number = min(climb.segment for climb in climbs)
             at_segment = [climb for climb in climbs if climb.segment == number]
@@ -193,13 +217,14 @@ class Batch:
             going_on = [climb for climb in at_segment if climb not in decisions]
             self._pass_exit(number, going_on)
             climbs = [*going_on, *further_up]
+            if self.plan.fill.verifies:
+                anew = [self._draft(climb, decision) for climb, decision in decisions.items()]
+                self._embed(anew)
+                climbs += anew
+                continue
             for climb, decision in decisions.items():
-                if self.plan.fill.verifies:
-                    climb.sequence.drafts.append(decision)
-                    climbs.append(self._set_out(climb.request))
-                else:
-                    climb.sequence.settle()
-                    events += self._emit(climb.request, [decision])
+                climb.sequence.settle()
+                events += self._emit(climb.request, [decision])
         return events
 
     def _set_out(self, request: Request) -> Climb:
@@ -215,18 +240,24 @@ class Batch:
             # A draft that ends the text is verified, but the climb does not start from it.
             text_ends = bool(sequence.drafts) and (len(sequence.drafts) == request.remaining or ids[-1] in request.end_ids)
             may_leave, end = not text_ends, len(ids) - text_ends
-        climb = Climb(request, end, may_leave and sequence.pending < self.plan.max_pending)
-        self._embed(climb)
-        return climb
+        return Climb(request, end, may_leave and sequence.pending < self.plan.max_pending)
 
-    def _embed(self, climb: Climb) -> None:
-        """Embed the tokens that have not been run yet."""
-        sequence, backbone = climb.sequence, self.plan.backbone
-        if sequence.run < climb.end:
-            with self.plan.timed("embedding"):
-                ids = torch.tensor([sequence.ids[sequence.run : climb.end]], device=backbone.device)
-                climb.h, climb.step = backbone.embed(ids, sequence.run)
-            sequence.run = climb.end
+    def _draft(self, climb: Climb, decision: Decision) -> Climb:
+        """Take the token that a climb left with as a draft, and set out again."""
+        climb.sequence.drafts.append(decision)
+        return self._set_out(climb.request)
+
+    def _embed(self, climbs: list[Climb]) -> None:
+        """Embed the climbs' tokens that have not been run yet."""
+        setting_out = [climb for climb in climbs if climb.sequence.run < climb.end]
+        if not setting_out:
+            return
+        with self.plan.timed("embedding"):
+            sequences = [climb.sequence for climb in setting_out]
+            texts = [[climb.sequence.ids[climb.sequence.run : climb.end]] for climb in setting_out]
+            embedded = embed_all(self.plan.backbone, texts, [sequence.run for sequence in sequences])
+        for climb, (h, step) in zip(setting_out, embedded, strict=True):
+            climb.h, climb.step, climb.sequence.run = h, step, climb.end
 
     def _run_blocks(self, number: int, climbs: list[Climb]) -> None:
         """Run a segment's blocks for all climbs that are at it, in one pass over the weights."""
@@ -236,7 +267,7 @@ class Batch:
             return
         for climb in moving:
             if climb.sequence.drafts:  # the state must be able to forget them
-                climb.sequence.state.watch(segment.start, segment.stop)
+                climb.sequence.watch(segment.start, segment.stop)
             if climb.counted:
                 climb.flops += plan.segment_flops(segment, climb.hidden.shape[1], climb.end)
         with plan.timed(plan.part_of(number)):

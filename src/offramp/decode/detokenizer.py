@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+WINDOW = 16  # tokens that are decoded again with each new one; a character, or a space between words, needs fewer
+
 
 class Detokenizer:
     """Turns token ids into text piece by piece: whole characters only, and nothing that may begin a stop string.
@@ -13,25 +15,38 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(string for string in stop if string)
-        self._ids: list[int] = []
-        self._sent = ""
+        self._ids: list[int] = []  # the newest tokens
+        self._before = ""  # the text of the tokens before them
+        self._sent = 0  # characters
         self.stopped = False
 
     def push(self, token: int, last: bool) -> str:
         """The text that this token completes, which may be empty. With the `last` token, nothing is held back."""
-        self._ids.append(token)
         if self._tokenizer is None:
             return ""
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        starts = [start for string in self._stop if (start := text.find(string)) >= 0]
+        self._ids.append(token)
+        text = self._before + self._decode(self._ids)
+        if len(self._ids) >= 2 * WINDOW:
+            self._shorten(text)
+        starts = [start for string in self._stop if (start := text.find(string, self._sent)) >= 0]
         if starts:
             text, self.stopped = text[: min(starts)], True
         elif not last:
             text = text.rstrip("\ufffd")
             text = text[: len(text) - self._held(text)]
-        piece = text[len(self._sent) :]
-        self._sent += piece
+        piece = text[self._sent :]
+        self._sent += len(piece)
         return piece
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def _shorten(self, text: str) -> None:
+        """Keep only the newest tokens, if they end the `text` by themselves: not if they begin within a character."""
+        newest = self._decode(self._ids[-WINDOW:])
+        if newest and text.endswith(newest):
+            self._ids, self._before = self._ids[-WINDOW:], text.removesuffix(newest)
 
     def _held(self, text: str) -> int:
         """How many characters at the end of the text may begin a stop string."""

@@ -9,7 +9,8 @@ from typing import Unpack
 
 from offramp.decode.batch import Batch
 from offramp.decode.plan import Plan
-from offramp.decode.request import Decided, Generation, Limits, Prefilled, Request, Talk, Token
+from offramp.decode.request import Decided, Generation, Limits, Prefilled, Reading, Request, Talk, Token
+from offramp.progress import Progress, silent
 
 SHARED = 64  # tokens that neighbouring prompts must have in common, for these to be read only once
 
@@ -21,8 +22,15 @@ class Engine(Plan):
         """An empty batch, to which requests are added. `stream` and `generate` are built on it."""
         return Batch(self)
 
-    def stream(self, prompt: str | list[int], talk: Talk | None = None, **limits: Unpack[Limits]) -> Iterator[Token]:
-        """Yield tokens as they are decided, for a prompt (text, or token ids).
+    def stream(
+        self,
+        prompt: str | list[int],
+        talk: Talk | None = None,
+        *,
+        progress: Progress = silent,
+        **limits: Unpack[Limits],
+    ) -> Iterator[Token]:
+        """Yield tokens as they are decided, for a prompt (text, or token ids). A long prompt reports its `progress`.
 
         A token's text may be empty and come with a later token: a character can span tokens, and text that may turn out
         to begin a stop string is held back. Raises `BadInput` (empty prompt, prompt beyond the context) and `BadNumbers`
@@ -30,38 +38,42 @@ class Engine(Plan):
         """
         batch = self.batch()
         batch.add(self._ids(prompt), talk, **limits)
-        return (event.token for event in batch.run() if isinstance(event, Decided))
+        return (event.token for event in batch.run(progress) if isinstance(event, Decided))
 
-    def generate(self, prompt: str | list[int], **limits: Unpack[Limits]) -> Generation:
+    def generate(self, prompt: str | list[int], *, progress: Progress = silent, **limits: Unpack[Limits]) -> Generation:
         """Answer a prompt (text, or token ids): `stream` run to its end, with times and totals."""
-        return self.generate_batch([prompt], **limits)[0]
+        return self.generate_batch([prompt], progress=progress, **limits)[0]
 
-    def generate_batch(self, prompts: Iterable[str | list[int]], **limits: Unpack[Limits]) -> list[Generation]:
+    def generate_batch(
+        self, prompts: Iterable[str | list[int]], *, progress: Progress = silent, **limits: Unpack[Limits]
+    ) -> list[Generation]:
         """Answer several prompts side by side.
 
         Sequences leave at exits and end independently. A beginning that neighbouring prompts share, such as the examples
         before a question, is read once. Times in the results are those of the whole batch.
         """
-        started = prefilled = time.perf_counter()
+        last, seconds = time.perf_counter(), {"prefill": 0.0, "decode": 0.0}
         ids = [self._ids(prompt) for prompt in prompts]
         for prompt in ids:
             self.backbone.prompts.check(prompt)
         batch = self.batch()
-        requests = [batch.add(prompt, talk, **limits) for prompt, talk in zip(ids, self.shared_talks(ids), strict=True)]
-        for event in batch.run():
-            if isinstance(event, Prefilled):
-                prefilled = time.perf_counter()
-        decode = time.perf_counter() - prefilled
-        return [self.summarise(request, prefilled - started, decode) for request in requests]
+        talks = self.shared_talks(ids, progress)
+        requests = [batch.add(prompt, talk, **limits) for prompt, talk in zip(ids, talks, strict=True)]
+        for event in batch.run(progress):
+            # The events of a step are all of one kind, so the time of the step goes with its first event.
+            now = time.perf_counter()
+            seconds["prefill" if isinstance(event, Reading | Prefilled) else "decode"] += now - last
+            last = now
+        return [self.summarise(request, seconds["prefill"], seconds["decode"]) for request in requests]
 
-    def read(self, ids: list[int]) -> Talk:
+    def read(self, ids: list[int], progress: Progress = silent) -> Talk:
         """A talk that has read all of these ids but the last."""
         talk, batch = Talk(), self.batch()
         batch.add(ids, talk, max_tokens=1)
-        batch.step()
+        next(event for event in batch.run(progress) if isinstance(event, Prefilled))
         return talk
 
-    def shared_talks(self, prompts: Iterable[list[int]]) -> list[Talk]:
+    def shared_talks(self, prompts: Iterable[list[int]], progress: Progress = silent) -> list[Talk]:
         """A talk for each prompt. Neighbouring prompts with a long common beginning share what is computed for it."""
         groups: list[tuple[list[int], int]] = []
         for ids in prompts:
@@ -73,11 +85,15 @@ class Engine(Plan):
                     groups[-1] = common, count + 1
                     continue
             groups.append((ids[:-1], 1))
-        return [talk for beginning, count in groups for talk in (self.forked(beginning, count) if count > 1 else [Talk()])]
+        return [
+            talk
+            for beginning, count in groups
+            for talk in (self.forked(beginning, count, progress) if count > 1 else [Talk()])
+        ]
 
-    def forked(self, ids: list[int], count: int) -> list[Talk]:
+    def forked(self, ids: list[int], count: int, progress: Progress = silent) -> list[Talk]:
         """`count` talks that have read all of these ids but the last. They are read once."""
-        talk = self.read(ids)
+        talk = self.read(ids, progress)
         return [talk, *(talk.fork() for _ in range(count - 1))]
 
     def summarise(self, request: Request, prefill_seconds: float, decode_seconds: float) -> Generation:

@@ -93,8 +93,8 @@ class Plan:
 
     def segment_flops(self, segment: Segment, tokens: int, end: int) -> int:
         """FLOPs of a segment's blocks for `tokens` tokens, the last of which is at position `end` - 1."""
-        blocks, contexts = range(segment.start, segment.stop), range(end - tokens + 1, end + 1)
-        return sum(self.costs.block(block, context) for block in blocks for context in contexts)
+        contexts = range(end - tokens + 1, end + 1)
+        return sum(self.costs.blocks(segment.start, segment.stop, context) for context in contexts)
 
     def part_of(self, number: int) -> str:
         """The timer's name for a segment: `shallow` before the first open exit, `deep` after it; `blocks` without exits."""

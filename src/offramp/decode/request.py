@@ -85,6 +85,15 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
+class Reading:
+    """A piece of a long prompt has been read: by now `tokens` of the `total` that are read before the first answer."""
+
+    request: Request
+    tokens: int
+    total: int
+
+
+@dataclass(frozen=True, eq=False)
 class Prefilled:
     """The prompt of a request has been read: the prefill is over."""
 
@@ -106,7 +115,7 @@ class Finished:
     request: Request
 
 
-Event = Prefilled | Decided | Finished
+Event = Reading | Prefilled | Decided | Finished
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def chooser(processors: Any, seed: int | None) -> Choose:
             logits = processors(torch.tensor([ids], device=logits.device), logits[None])[0]
         if seed is not None:
             logits = logits - _exponential(seed, len(ids), len(logits)).to(logits.device).log()
-        return int(logits.argmax())
+        # On a CPU, NumPy finds the largest several times as fast as torch.
+        return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
 
     return choose
 

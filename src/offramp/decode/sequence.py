@@ -152,6 +152,7 @@ class Sequence:
     deep_passes: int = 0
     rejected: int = 0
     whole: bool = True
+    watched: bool = False  # whether blocks keep what they need to forget drafts
 
     def continued_by(self, ids: list[int], open_exits: list[tuple[Exit, int]]) -> bool:
         """Whether these ids begin with all that has been run and go on, at the same open exits, so it can be used again."""
@@ -172,9 +173,16 @@ class Sequence:
     def settle(self) -> None:
         """Make all tokens final: none of them is a draft any more."""
         self.drafts = []
-        self.state.settle()
+        if self.watched:
+            self.state.settle()
+            self.watched = False
         for follower in self.followers:
             follower.settle()
+
+    def watch(self, start: int, stop: int) -> None:
+        """From now on, blocks `start` to `stop` - 1 can forget the tokens they take in, until `settle`."""
+        self.state.watch(start, stop)
+        self.watched = True
 
     def crop(self, length: int) -> None:
         """Forget every token from position `length` on. None of the tokens before may be pending."""

@@ -192,7 +192,8 @@ def parts_of_a_token(engine: Engine, prompt: list[int], tokens: int) -> dict[str
     """
     batch = engine.batch()
     request = batch.add(prompt, max_tokens=tokens)
-    batch.step()  # the prompt is read
+    while not request.prefilled:
+        batch.step()
     engine.timed = timer = Timer()
     started = time.perf_counter()
     try:

@@ -158,7 +158,7 @@ class Evaluation:
     """One task on one model.
 
     `work` is the folder where answers are kept. `reference` is another model to compare with at full depth. `batch`: the
-    number of answers side by side; their times are then shares of the batch's.
+    most answers side by side, fewer where their memory would be too large; their times are then shares of the batch's.
     """
 
     backbone: Backbone
@@ -253,9 +253,11 @@ class Evaluation:
 
     def _generations(self, condition: Condition, backbone: Backbone, items: list[Item]) -> Iterator[tuple[str, Kept]]:
         engine = condition.engine(backbone)
-        for start in range(0, len(items), self.batch):
-            batch = items[start : start + self.batch]
-            ids = [self._encode(backbone, item) for item in batch]
+        prompts = [self._encode(backbone, item) for item in items]
+        longest = max(map(len, prompts), default=0)
+        size = engine.costs.at_once(longest + self.task.max_tokens, self.batch)
+        for start in range(0, len(items), size):
+            batch, ids = items[start : start + size], prompts[start : start + size]
             answers = engine.generate_batch(ids, max_tokens=self.task.max_tokens, stop=self.task.stop)
             for item, prompt, answer in zip(batch, ids, answers, strict=True):
                 yield item.id, Answer.of(engine, len(prompt), answer, len(batch))

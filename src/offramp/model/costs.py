@@ -26,6 +26,8 @@ from torch import nn
 from offramp.model.backbone import Backbone
 from offramp.model.library_blocks import active_experts
 
+ROOM = 4 << 30  # bytes that what sequences side by side remember may take
+
 
 def matrix_flops(module: nn.Module, active: float = 1.0) -> int:
     """FLOPs of one token through every weight matrix in `module`: 2 · entries, of stacked experts the share `active`."""
@@ -41,8 +43,9 @@ def matrix_flops(module: nn.Module, active: float = 1.0) -> int:
 class Costs:
     """FLOPs and bytes of a backbone's parts, for one token.
 
-    These are FLOPs: `block(i, context)`, `full(context)`, `head`, and the two parts of the `project` fill in block i,
-    `project_keys[i]` and `project_state[i]`. These are bytes: `block_bytes(i, context)` and `head_bytes`.
+    These are FLOPs: `block(i, context)`, `blocks(start, stop, context)`, `full(context)`, `head`, and the two parts of the
+    `project` fill in block i, `project_keys[i]` and `project_state[i]`. These are bytes: `block_bytes(i, context)`,
+    `head_bytes`, and `memory(tokens)` of a whole sequence.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -64,6 +67,7 @@ class Costs:
         self.head = 2 * backbone.vocab_size * backbone.hidden_size
         self._weight_bytes = [backbone.runtime.block_bytes(index) for index in range(self.n_blocks)]
         self.head_bytes = backbone.runtime.head_bytes()
+        self._known: dict[tuple[int, int, int], int] = {}
 
     def _seen(self, index: int, context: int) -> int:
         window = self._windows[index]
@@ -78,9 +82,24 @@ class Costs:
         kept = self._seen(index, context) * self._kept[index] * self._itemsize
         return self._weight_bytes[index] + kept + 2 * 4 * self._states[index]
 
+    def blocks(self, start: int, stop: int, context: int) -> int:
+        """FLOPs of blocks `start` to `stop` - 1 for one token that sees `context` tokens, itself included."""
+        key = start, stop, context
+        if key not in self._known:  # every token of every sequence asks
+            self._known[key] = sum(self.block(index, context) for index in range(start, stop))
+        return self._known[key]
+
     def full(self, context: int) -> int:
         """FLOPs of one token at full depth, LM head included."""
-        return sum(self.block(index, context) for index in range(self.n_blocks)) + self.head
+        return self.blocks(0, self.n_blocks, context) + self.head
+
+    def memory(self, tokens: int) -> int:
+        """Bytes of what all blocks remember of a sequence of `tokens` tokens: keys, values and Mamba states."""
+        return tokens * self._itemsize * sum(self._kept) + 4 * sum(self._states)
+
+    def at_once(self, tokens: int, most: int) -> int:
+        """How many sequences of so many tokens to keep in memory side by side: `most`, or as many as `ROOM` holds."""
+        return max(1, min(most, ROOM // max(1, self.memory(tokens))))
 
 
 def state_size(mixer: Any) -> int:

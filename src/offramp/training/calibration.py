@@ -40,7 +40,7 @@ PILOT = 0.2  # share of the prompts that finds the path
 LONGEST = 8  # policies on the path; more would only cost time
 CANDIDATES = (8192, 4096, 2048, 1024, 512)  # tokens that a sketch of the head names
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
-BATCH = 16  # number of answers side by side
+BATCH = 64  # most answers side by side
 
 
 def p_value(mean: float, n: int, risk: float) -> float:
@@ -386,8 +386,10 @@ def answers(
     """An answer to each prompt (token ids). Prompts of similar length run side by side; `report` gets the count so far."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answered: dict[int, Generation] = {}
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
+    while len(answered) < len(order):
+        start = len(answered)
+        longest = len(prompts[order[min(start + BATCH, len(order)) - 1]])
+        batch = order[start : start + engine.costs.at_once(longest + max_tokens, BATCH)]
         generations = engine.generate_batch([prompts[index] for index in batch], max_tokens=max_tokens, stop=stop)
         answered.update(zip(batch, generations, strict=True))
         report(len(answered))

@@ -1,8 +1,8 @@
 """What exits learn from: the backbone's hidden states and final distributions over text, kept in shards on disk.
 
 Most of the text is the model's own answers to prompts, which is what it will decode later. Plain texts can be added.
-Answers are decoded greedily in batches of prompts that are equally long, so that no padding exists. The hidden states
-are kept as decoding computes them, so nothing is computed twice.
+`answers` decodes them, many side by side. The hidden states are kept as decoding computes them, so nothing is computed
+twice.
 
 Training reads the texts from the shards one by one. Millions of tokens need little memory, because the system drops its
 cache of the files when memory is short.
@@ -10,9 +10,11 @@ cache of the files when memory is short.
 
 from __future__ import annotations
 
+import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import groupby
+from dataclasses import dataclass, field, fields
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -21,11 +23,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from offramp.decode.embedding import embed_all
 from offramp.errors import CorruptFile
 from offramp.files import read_lines, write_atomically
 from offramp.model.backbone import Backbone
+from offramp.model.costs import Costs
+from offramp.model.runtime import Part, joined
 from offramp.model.state import State
 
+ROWS = 64  # answers side by side; more would hardly be faster, and need more memory
+BUCKET = 64  # entries
 TEACHER = 16  # most probable tokens of the final distribution that are kept for each position
 
 
@@ -113,7 +120,7 @@ def _tensors(shard: Path, names: tuple[str, ...], rows: slice = slice(None)) -> 
 
 @dataclass(frozen=True)
 class TextGroup:
-    """Texts that are run together and written as one shard: prompts of one length to answer, or plain texts to read."""
+    """Texts that are written as one shard: prompts of one length to answer, or plain texts to read."""
 
     ids: tuple[tuple[int, ...], ...]
     answer_tokens: int  # 0: plain text
@@ -148,88 +155,217 @@ def write_shards(
     each group of the share.
     """
     shards = [folder / f"shard-{index:05d}.safetensors" for index in range(len(groups))]
+    missing = []
     for group, shard in zip(groups[share], shards[share], strict=True):
-        if not shard.exists():
-            texts = list(_answer(backbone, group, layers) if group.answer_tokens else _read(backbone, group, layers))
+        if shard.exists():
+            after_group(group)
+        else:
+            missing.append((group, shard))
+    asked = [(group, shard) for group, shard in missing if group.answer_tokens]
+    plain = [(group, shard) for group, shard in missing if not group.answer_tokens]
+    # Of all prompts, so that work that is resumed computes what it would have computed at once.
+    shared = _alike([ids for group in groups if group.answer_tokens for ids in group.ids])
+    answering = _answer(backbone, [group for group, _ in asked], layers, shared)
+    reading = _read(backbone, [group for group, _ in plain], layers)
+    for chosen, made in ((asked, answering), (plain, reading)):
+        for index, texts in made:
+            group, shard = chosen[index]
             tensors = {name: torch.cat([getattr(text, name) for text in texts]) for name in FIELDS}
             tensors["lengths"] = torch.tensor([len(text.ids) for text in texts])
             write_atomically(shard, save(tensors))
-        after_group(group)
+            after_group(group)
     return shards
 
 
-def _through(backbone: Backbone, ids: Tensor, first: int, state: State, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Run ids (B, T) through all blocks → hidden states at the exits (B, T, J, D) float16, and at the top (B, T, D)."""
-    h, step = backbone.embed(ids, first)
-    at_exits, start = [], 0
-    for layer in layers:
-        h = backbone.run(h, start, layer, state, step)
-        at_exits.append(h.half())
-        start = layer
-    return torch.stack(at_exits, dim=2), backbone.run(h, start, backbone.n_blocks, state, step)
+def _alike(prompts: list[tuple[int, ...]]) -> int:
+    """How many ids all prompts begin with, such as those of a chat template; at least one id of each is left out."""
+    if not prompts:
+        return 0
+    pairs = zip(min(prompts), max(prompts), strict=False)
+    count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return min(count, min(map(len, prompts)) - 1)
+
+
+def _through(backbone: Backbone, parts: list[Part], layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Run the parts through all blocks → each one's states at the exits (B, T, J, D) float16 and at the top (B, T, D)."""
+    hidden, at_exits, start = [h for h, _, _ in parts], [], 0
+    for stop in (*layers, backbone.n_blocks):
+        running = [(h, state, step) for h, (_, state, step) in zip(hidden, parts, strict=True)]
+        hidden = backbone.run_all(running, start, stop)
+        at_exits.append(joined([h.flatten(0, 1) for h in hidden]).half())
+        start = stop
+    stacked = torch.stack(at_exits[:-1], dim=1).split([h.shape[0] * h.shape[1] for h in hidden])
+    return [rows.unflatten(0, h.shape[:2]) for rows, h in zip(stacked, hidden, strict=True)], hidden
 
 
 def _most_probable(backbone: Backbone, top: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states at the top (…, D) → the most probable tokens and their log probabilities, both (…, TEACHER)."""
-    logp, ids = backbone.logits(top).log_softmax(-1).topk(min(TEACHER, backbone.vocab_size), dim=-1)
-    return ids.int(), logp.half()
+    """Hidden states at the top (n, D) → the most probable tokens and their log probabilities, both (n, TEACHER)."""
+    logits = backbone.logits(top)
+    ids = _largest(logits, min(TEACHER, backbone.vocab_size))
+    return ids.int(), logits.log_softmax(-1).gather(1, ids).half()
 
 
-@torch.inference_mode()
-def _answer(backbone: Backbone, group: TextGroup, layers: tuple[int, ...]) -> Iterator[TeacherText]:
-    """Answer the group's prompts greedily, all at once."""
-    prompts = torch.tensor(group.ids, device=backbone.device)
-    rows, length = prompts.shape
-    shared = 0  # a chat template begins every prompt alike: that part is run once for all rows
-    while shared < length - 1 and bool((prompts[:, shared] == prompts[0, shared]).all()):
-        shared += 1
-    state = backbone.state(length + group.answer_tokens)
-    hidden: list[list[Tensor]] = [[] for _ in range(rows)]
-    if shared:
-        before, _ = _through(backbone, prompts[:1, :shared], 0, state, layers)
-        state.select(torch.zeros(rows, dtype=torch.long, device=backbone.device))
-        for row in range(rows):
-            hidden[row].append(before[0])
-    teachers: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(rows)]
-    running = list(range(rows))  # rows whose answers have not ended
-    ids, first = prompts[:, shared:], shared
-    for _ in range(group.answer_tokens):
-        at_exits, top = _through(backbone, ids, first, state, layers)
-        top_ids, top_logp = _most_probable(backbone, top[:, -1])
-        for at, row in enumerate(running):
-            hidden[row].append(at_exits[at])
-            teachers[row].append((top_ids[at], top_logp[at]))
-        first += ids.shape[1]
-        ids = top_ids[:, :1].long()
-        going_on = [at for at in range(len(running)) if int(ids[at, 0]) not in backbone.stop_ids]
-        if not going_on or first >= backbone.context:
-            break
-        if len(going_on) < len(running):
-            running = [running[at] for at in going_on]
-            keep = torch.tensor(going_on, device=backbone.device)
-            ids = ids.index_select(0, keep)
-            state.select(keep)
-    for row in range(rows):
-        top_ids, top_logp = (torch.stack(parts) for parts in zip(*teachers[row], strict=True))
-        unanswered = length - 1  # positions of the prompt whose next token is the prompt's own
-        yield TeacherText(
-            torch.cat([prompts[row].int(), top_ids[:-1, 0]]).cpu(),
-            torch.cat(hidden[row]).cpu(),
+def _largest(rows: Tensor, count: int) -> Tensor:
+    """The places (n, count) of the largest entries of each row (n, V), the largest first."""
+    width = rows.shape[1]
+    if rows.device.type != "cpu" or width % BUCKET or width < BUCKET * count:
+        return rows.topk(count, dim=-1).indices
+    # The largest entries are in the buckets with the largest maxima. This is several times as fast as topk over all.
+    buckets: Tensor = rows.unflatten(1, (-1, BUCKET))
+    chosen = buckets.amax(-1).topk(count, dim=-1).indices
+    places: Tensor = buckets.gather(1, chosen[:, :, None].expand(-1, -1, BUCKET)).flatten(1).topk(count, dim=-1).indices
+    return chosen.gather(1, places // BUCKET) * BUCKET + places % BUCKET
+
+
+@dataclass(eq=False)
+class _Text:
+    """A prompt and its answer so far: the text at `place` in the group at `group`.
+
+    Each entry of `hidden` is (T, J, D); each of `top_ids` and `top_logp` is (TEACHER,), one for each token of the answer.
+    """
+
+    group: int
+    place: int
+    prompt: tuple[int, ...]
+    answer_tokens: int
+    hidden: list[Tensor]
+    top_ids: list[Tensor] = field(default_factory=list)
+    top_logp: list[Tensor] = field(default_factory=list)
+
+    def finished(self) -> TeacherText:
+        """The text as it is stored."""
+        top_ids, top_logp = torch.stack(self.top_ids), torch.stack(self.top_logp)
+        unanswered = len(self.prompt) - 1  # positions of the prompt whose next token is the prompt's own
+        return TeacherText(
+            torch.cat([torch.tensor(self.prompt, dtype=torch.int32), top_ids[:-1, 0].cpu()]),
+            torch.cat(self.hidden).cpu(),
             torch.cat([top_ids.new_zeros(unanswered, top_ids.shape[1]), top_ids]).cpu(),
             torch.cat([top_logp.new_zeros(unanswered, top_ids.shape[1]), top_logp]).cpu(),
             torch.arange(unanswered + len(top_ids)) >= unanswered,
         )
 
 
+@dataclass(eq=False)
+class _Abreast:
+    """Texts of one length, with one state. `ids` (B, T) are run next; the first of them stand at position `first`."""
+
+    texts: list[_Text]
+    state: State
+    ids: list[list[int]]
+    first: int
+
+
+class _Answers:
+    """Answers the groups' prompts greedily, at most `ROWS` at a time, and fewer where their memory would be too large.
+
+    On the compiled path all states share each pass over the weights: every text has a state of its own, and the next prompt
+    takes the place of an answer that ends. Elsewhere states take turns: the prompts of a group share one, and the next
+    group waits until all of its answers have ended.
+    """
+
+    def __init__(self, backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int) -> None:
+        """The prompts have their first `shared` ids in common: that part is run once."""
+        self.backbone, self.layers = backbone, layers
+        self._costs, self._compiled = Costs(backbone), backbone.engine == "native"
+        self._stop_ids = backbone.stop_ids
+        self._shared, self._beginning, hidden = shared, backbone.state(shared), []
+        if shared:
+            h, step = backbone.embed(torch.tensor([groups[0].ids[0][:shared]], device=backbone.device))
+            (at_exits,), _ = _through(backbone, [(h, self._beginning, step)], layers)
+            hidden = [at_exits[0]]
+        self._waiting = deque(
+            _Text(index, place, ids, group.answer_tokens, [*hidden])
+            for index, group in enumerate(groups)
+            for place, ids in enumerate(group.ids)
+        )
+        self._running: list[_Abreast] = []
+
+    def run(self) -> Iterator[_Text]:
+        """The texts as they end."""
+        while self._waiting or self._running:
+            self._fill()
+            yield from self._step()
+
+    def _fill(self) -> None:
+        """Let waiting texts take the free places."""
+        while self._waiting and (self._compiled or not self._running):
+            text = self._waiting[0]
+            rows = self._costs.at_once(len(text.prompt) + text.answer_tokens, ROWS)
+            free = rows - sum(len(abreast.texts) for abreast in self._running)
+            if free < 1:
+                return
+            most = 1 if self._compiled else free
+            texts = [self._waiting.popleft()]
+            while len(texts) < most and self._waiting and self._waiting[0].group == texts[0].group:
+                texts.append(self._waiting.popleft())
+            state = copy.deepcopy(self._beginning)
+            if len(texts) > 1:
+                state.select(torch.zeros(len(texts), dtype=torch.long, device=self.backbone.device))
+            self._running.append(_Abreast(texts, state, [[*text.prompt[self._shared :]] for text in texts], self._shared))
+
+    def _step(self) -> Iterator[_Text]:
+        """Run the next tokens of all texts. Yields those that end."""
+        running = self._running
+        embedded = embed_all(self.backbone, [abreast.ids for abreast in running], [abreast.first for abreast in running])
+        parts = [(h, abreast.state, step) for abreast, (h, step) in zip(running, embedded, strict=True)]
+        at_exits, tops = _through(self.backbone, parts, self.layers)
+        top_ids, top_logp = _most_probable(self.backbone, joined([top[:, -1] for top in tops]))
+        rows = iter(zip(top_ids, top_logp, top_ids[:, 0].tolist(), strict=True))
+        for abreast, hidden in zip(running, at_exits, strict=True):
+            abreast.first += hidden.shape[1]
+            going_on, abreast.ids = [], []
+            for place, text in enumerate(abreast.texts):
+                ids, logp, newest = next(rows)
+                text.hidden.append(hidden[place])
+                text.top_ids.append(ids)
+                text.top_logp.append(logp)
+                if self._ends(text, newest, abreast.first):
+                    yield text
+                else:
+                    going_on.append(place)
+                    abreast.ids.append([newest])
+            if 0 < len(going_on) < len(abreast.texts):
+                abreast.state.select(torch.tensor(going_on, device=self.backbone.device))
+            abreast.texts = [abreast.texts[place] for place in going_on]
+        self._running = [abreast for abreast in running if abreast.texts]
+
+    def _ends(self, text: _Text, newest: int, position: int) -> bool:
+        full = len(text.top_ids) == text.answer_tokens or position >= self.backbone.context
+        return full or newest in self._stop_ids
+
+
 @torch.inference_mode()
-def _read(backbone: Backbone, group: TextGroup, layers: tuple[int, ...]) -> Iterator[TeacherText]:
-    """Read the group's plain texts, one by one: every position counts."""
-    for ids in group.ids:
-        row = torch.tensor([ids], device=backbone.device)
-        at_exits, top = _through(backbone, row, 0, backbone.state(len(ids)), layers)
-        top_ids, top_logp = _most_probable(backbone, top[0])
-        counted = torch.ones(len(ids), dtype=torch.bool)
-        yield TeacherText(row[0].int().cpu(), at_exits[0].cpu(), top_ids.cpu(), top_logp.cpu(), counted)
+def _answer(
+    backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int
+) -> Iterator[tuple[int, list[TeacherText]]]:
+    """Answer the groups' prompts, whose first `shared` ids are the same.
+
+    Yields the index of each group whose answers have all ended, and its texts.
+    """
+    if not groups:
+        return
+    ended: list[dict[int, TeacherText]] = [{} for _ in groups]
+    for text in _Answers(backbone, groups, layers, shared).run():
+        texts = ended[text.group]
+        texts[text.place] = text.finished()
+        if len(texts) == len(groups[text.group].ids):
+            yield text.group, [texts[place] for place in sorted(texts)]
+            texts.clear()
+
+
+@torch.inference_mode()
+def _read(backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...]) -> Iterator[tuple[int, list[TeacherText]]]:
+    """Read each group's plain texts, one by one: every position counts. Yields the group's index and its texts."""
+    for index, group in enumerate(groups):
+        texts = []
+        for ids in group.ids:
+            row = torch.tensor([ids], device=backbone.device)
+            h, step = backbone.embed(row)
+            (at_exits,), (top,) = _through(backbone, [(h, backbone.state(len(ids)), step)], layers)
+            top_ids, top_logp = _most_probable(backbone, top[0])
+            counted = torch.ones(len(ids), dtype=torch.bool)
+            texts.append(TeacherText(row[0].int().cpu(), at_exits[0].cpu(), top_ids.cpu(), top_logp.cpu(), counted))
+        yield index, texts
 
 
 def read_texts(path: str | Path, backbone: Backbone, length: int = 256) -> list[list[int]]:

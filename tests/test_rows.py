@@ -1,0 +1,170 @@
+"""Rows stay their own: what a sequence computes depends neither on its neighbours nor on how its text was read."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+
+from helpers import exact, modest_exits, same_or_tied, some_prompts
+from models import ENGINES, LEAN, tiny
+from offramp import Engine, Policy
+from offramp.decode import batch as batch_module
+from offramp.decode.embedding import embed_all
+from offramp.decode.request import Decided, Prefilled, Reading, Talk
+from offramp.decode.sampling import Sampling
+from offramp.model.backbone import Backbone
+
+compiled = pytest.mark.skipif("native" not in ENGINES, reason="no C compiler")
+FILLS = ["full", "defer", "verify", "project"]
+KINDS = ["llama", "llama/torch", *([f"{family}/native" for family in LEAN[:2]] if "native" in ENGINES else []), "bamba"]
+
+
+@cache
+@torch.inference_mode(False)
+def native(family: str, format: str) -> Backbone:
+    """A tiny model on the compiled path in this format."""
+    base = tiny(family)
+    model = copy.deepcopy(base.model)
+    backbone = Backbone(model.bfloat16() if format == "bfloat16" else model, base.tokenizer, base.source)
+    backbone.use_lean_path(format)
+    assert backbone.engine == "native"
+    return backbone
+
+
+def engine_of(backbone: Backbone, family: str, fill: str) -> Engine:
+    """An engine whose exits open now and then, or one at full depth.
+
+    The exits have no memory: torch rounds a scan in another way for each length of the chunk, and confidences with it.
+    """
+    if fill == "full":
+        return Engine(backbone)
+    return Engine(backbone, modest_exits(family, gate="linear"), Policy((0.4,) * 3), fill)
+
+
+@compiled
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int4"])
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+def test_an_answer_is_the_same_alone_and_among_any_number_of_others(family: str, format: str, fill: str) -> None:
+    engine = engine_of(native(family, format), family, fill)
+    prompts = some_prompts(70, seed=7)
+    alone = [engine.generate(prompt, max_tokens=9).tokens for prompt in prompts[:7]]
+    assert fill == "full" or any(token.exit_block < 6 for tokens in alone for token in tokens)
+    for count in (7, 70):
+        answers = engine.generate_batch(prompts[:count], max_tokens=9)
+        assert [answer.tokens for answer in answers[:7]] == alone
+
+
+@compiled
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("format", ["float32", "bfloat16", "int4"])
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+def test_an_answer_is_the_same_however_its_prompt_was_read(family: str, format: str, fill: str, monkeypatch) -> None:
+    engine = engine_of(native(family, format), family, fill)
+    prompt = [id for ids in some_prompts(12, seed=3) for id in ids]
+    whole = engine.generate(prompt, max_tokens=9).tokens
+    for piece in (1, 3, 64):
+        monkeypatch.setattr(batch_module, "PIECE", piece)
+        assert engine.generate(prompt, max_tokens=9).tokens == whole
+        for length in (2, len(prompt) // 2, len(prompt) - 1):
+            talk, fork = engine.forked(prompt[:length], 2)
+            assert list(engine.stream(prompt, talk, max_tokens=9)) == whole
+            assert list(engine.stream(prompt, fork, max_tokens=9)) == whole
+    if fill in ("full", "verify"):  # what an answer leaves in memory is what reading it leaves there
+        talk = Talk()
+        first = [token.id for token in engine.stream(prompt, talk, max_tokens=5)]
+        more = [*prompt, *first, 65, 66]
+        continued = [token.id for token in engine.stream(more, talk, max_tokens=9)]
+        assert continued == engine.generate(more, max_tokens=9).ids
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("readout", ["mamba", "deep"])
+def test_a_prompt_in_pieces_gives_the_states_and_the_answer_of_the_whole(family: str, readout: str, monkeypatch) -> None:
+    """Recurrent gates and read-outs too see each token once, in order."""
+    backbone = tiny(family)
+    engine = Engine(backbone, modest_exits(family, readout=readout), Policy((0.4,) * 3), "defer")
+    prompt = [id for ids in some_prompts(5, seed=1) for id in ids]
+    whole = engine.generate(prompt, max_tokens=12)
+    monkeypatch.setattr(batch_module, "PIECE", 4)
+    batch, talk = engine.batch(), Talk()
+    batch.add(prompt, talk, max_tokens=12)
+    events = [event for _ in range(-(-(len(prompt) - 1) // 4)) for event in batch.step()]
+    total = len(prompt) - 1
+    assert [(event.tokens, event.total) for event in events if isinstance(event, Reading)] == [
+        (at, total) for at in range(4, total, 4)
+    ]
+    assert isinstance(events[-1], Prefilled)
+    exact(talk.sequence, family)
+    ids = [event.token.id for event in batch.run() if isinstance(event, Decided)]
+    assert same_or_tied(family, prompt, ids, whole.ids)
+
+
+def test_a_long_prompt_does_not_hold_up_other_answers(monkeypatch) -> None:
+    monkeypatch.setattr(batch_module, "PIECE", 4)
+    engine, (short, other) = Engine(tiny("llama")), some_prompts(2, seed=8)
+    long = (other * 20)[:22]
+    alone = [engine.generate(prompt, max_tokens=10).ids for prompt in (short[:4], long)]
+    batch = engine.batch()
+    first = batch.add(short[:4], max_tokens=10)
+    batch.step()
+    second = batch.add(long, max_tokens=10)
+    counts = []
+    while not second.prefilled:
+        batch.step()
+        counts.append(len(first.tokens))
+    assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]  # a token, a piece, and so on
+    assert not second.tokens
+    list(batch.run())
+    assert [[token.id for token in request.tokens] for request in (first, second)] == alone
+
+
+def test_a_talk_goes_on_from_the_pieces_that_a_cancelled_request_has_read(monkeypatch) -> None:
+    monkeypatch.setattr(batch_module, "PIECE", 4)
+    engine, talk = Engine(tiny("llama")), Talk()
+    prompt = [id for ids in some_prompts(5, seed=1) for id in ids]
+    batch = engine.batch()
+    request = batch.add(prompt, talk)
+    batch.step()
+    batch.cancel(request)
+    assert talk.sequence.run == 4
+    ids = [token.id for token in engine.stream(prompt, talk, max_tokens=8)]
+    assert ids == engine.generate(prompt, max_tokens=8).ids
+
+
+def test_only_long_prompts_report_progress(monkeypatch) -> None:
+    monkeypatch.setattr(batch_module, "PIECE", 10)
+    engine, reports = Engine(tiny("llama")), []
+    prompts = [[65] * 8, [66] * 25, [67] * 16]
+    engine.generate_batch(prompts[:1], max_tokens=3, progress=lambda *report: reports.append(report))
+    assert not reports
+    engine.generate_batch(prompts, max_tokens=3, progress=lambda *report: reports.append(report))
+    assert reports[-1] == ("reading", 39, 39)
+    completed = [report[1] for report in reports]
+    assert completed == sorted(completed)
+    assert len(completed) >= 3
+
+
+@pytest.mark.parametrize("family", [*KINDS, "gpt2", "gemma2"])
+@torch.inference_mode()
+def test_embeddings_together_are_those_of_each_sequence(family: str) -> None:
+    backbone = tiny(family)
+    texts, firsts = [[[1]], [[2, 3], [4, 5]], [[6, 7, 8]]], [4, 0, 17]
+    for (h, step), rows, first in zip(embed_all(backbone, texts, firsts), texts, firsts, strict=True):
+        wanted, _ = backbone.embed(torch.tensor(rows), first)
+        assert torch.equal(h, wanted)
+        assert (step.batch, step.tokens) == (len(rows), len(rows[0]))
+        states = backbone.state(), backbone.state()
+        outs = [
+            backbone.run(x, 0, 2, state, made)
+            for state, (x, made) in zip(states, ((h, step), backbone.embed(torch.tensor(rows), first)), strict=True)
+        ]
+        assert torch.equal(*outs)
+
+
+def test_the_first_of_equal_logits_is_chosen() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0, 3.0])
+    assert Sampling().chooser()(logits, []) == int(logits.argmax()) == 1

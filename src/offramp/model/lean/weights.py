@@ -16,20 +16,16 @@ Shapes: N rows of a weight (outputs), K its columns (inputs), R rows multiplied 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp.files import write_atomically
+from offramp.model.store import Tensors
 
 GROUP = 32
-Tensors = dict[str, Tensor]
 
 
 class Weight:
@@ -203,36 +199,3 @@ FORMATS = {
     "int4": Format(blocks=Int4, head=Int8),
     "int4-head4": Format(blocks=Int4, head=Int4),
 }
-
-
-class Store:
-    """Quantised weights on disk, so that they are made only once.
-
-    A call with a key returns the tensors stored under that key, or makes and keeps them. A damaged file counts as an empty
-    one. Without a path, nothing is written.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._path, self._incomplete = path, False  # whether the file lacks tensors that were made
-        self._tensors: Tensors = {}
-        if path and path.exists():
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-
-            with suppress(SafetensorError, OSError):
-                self._tensors = load_file(path)
-
-    def __call__(self, key: str, make: Callable[[], Tensors]) -> Tensors:
-        prefix = f"{key}/"
-        tensors = {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
-        if not tensors:
-            tensors, self._incomplete = make(), True
-            self._tensors |= {prefix + name: tensor for name, tensor in tensors.items()}
-        return tensors
-
-    def save(self) -> None:
-        """Write the file, if there is one and it lacks tensors that were made."""
-        if self._path and self._incomplete:
-            from safetensors.torch import save
-
-            write_atomically(self._path, save({key: value.contiguous() for key, value in self._tensors.items()}))

@@ -39,7 +39,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which weights ran, in which format."""
+    """Which weights ran, in which format. `sha256` is their fingerprint; results of earlier versions have their files' hash."""
 
     name: str
     sha256: str

@@ -142,8 +142,10 @@ class Int4(Weight):
         for steps in range(14, 0, -1):
             if fitted.all():
                 break
-            fits = _on_grid(groups, low, span / steps) & ~fitted
-            scale, fitted = torch.where(fits, span / steps, scale), fitted | fits
+            # Most groups of most models fit no grid, which a few of their weights show.
+            some = ~fitted & _on_grid(groups[..., :4], low, span / steps)
+            some[some.clone()] = _on_grid(groups[some[..., 0]], low[some[..., 0]], span[some[..., 0]] / steps)[:, 0]
+            scale, fitted = torch.where(some, span / steps, scale), fitted | some
         q = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
         return {"w": (q[..., :16] | (q[..., 16:] << 4)).flatten(1), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
 

@@ -53,7 +53,7 @@ class _Place:
     def read(self, start: int, stop: int) -> Tensor:
         """The bytes of rows `start` to `stop` - 1. Raises `OSError` where the file ends before them."""
         out = torch.empty((stop - start) * self.row_bytes, dtype=torch.uint8)
-        rest = memoryview(out.numpy())
+        rest = out.numpy().data
         with self.file.open("rb", buffering=0) as stream:
             stream.seek(self.offset + start * self.row_bytes)
             while rest:
@@ -275,7 +275,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], values: Values) ->
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             for _, _, piece in values.pieces(tensor):
-                stream.write(memoryview(piece.float().contiguous().flatten().numpy()).cast("B"))
+                stream.write(piece.float().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _spaced(length: int, count: int) -> list[int]:

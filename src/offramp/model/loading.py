@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -38,7 +39,7 @@ from offramp.model.lean.native import library
 from offramp.model.lean.weights import FORMATS
 from offramp.model.library_blocks import Outline
 from offramp.model.selfcheck import Lender, check
-from offramp.model.store import Get, Store
+from offramp.model.store import Get, Store, Tensors
 from offramp.progress import Progress, silent
 
 __all__ = ["check", "library_folder", "load", "outline", "wrap"]
@@ -86,7 +87,7 @@ class _Loading:
 
         logging.disable_progress_bar()
         self.source, self.device, self.keep, self.progress = source, device, keep, progress
-        self.folder = Path(source.path)
+        self.folder: Path = Path(source.path)
         try:
             self.config = AutoConfig.from_pretrained(source.path, local_files_only=True)
             # First, so that an unsupported family is refused before a minute of loading.
@@ -234,11 +235,14 @@ def _fill(model: Any, family: Family, store: Store, values: Values) -> None:
     in_blocks = {id(tensor) for block in blocks for tensor in chain(block.parameters(), block.buffers())}
     tensors = {id(tensor): (name, tensor) for name, tensor in named_tensors(model).items()}
 
+    def read(tensor: Tensor) -> Tensors:
+        return {"": values.whole(tensor, tensor.dtype)}
+
     def fill(wanted: Iterable[int]) -> Callable[[Get], None]:
         def build(get: Get) -> None:
             for key in wanted:
                 name, tensor = tensors[key]
-                new[key] = get(name, lambda tensor=tensor: {"": values.whole(tensor, tensor.dtype)})[""]
+                new[key] = get(name, partial(read, tensor))[""]
 
         return build
 
@@ -354,7 +358,7 @@ def library_folder(name: str) -> Path:
     record = read_json(loading.folder / RECORD)
     if "gguf" not in record:
         return loading.folder
-    folder = cache_folder() / "models" / record["sha256"][:16]
+    folder = cache_folder() / "models" / str(record["sha256"])[:16]
     weights = folder / "model.safetensors"
     if weights.is_file() and sha256_of(weights) == read_json(folder / RECORD).get("converted_sha256"):
         return folder

@@ -134,7 +134,7 @@ class Store:
                     stream.write(bytes(-stream.tell() % ALIGNED))
                     dtype = str(tensor.dtype).removeprefix("torch.")
                     places[key][name] = [dtype, list(tensor.shape), stream.tell()]
-                    stream.write(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+                    stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._record["parts"][part] = places
 
     def _begin(self) -> tuple[Path, IO[bytes]]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +26,7 @@ PIECE = 1 << 22  # entries of a tensor that are converted at once
 RECORD = "offramp-source.json"  # in a folder made of a GGUF file: where that file is, and its hash
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GGUF_FORMS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # its types of numbers, as `struct` names them
 ROW_WISE = {"TensorProcessor", "Gemma2TensorProcessor", "MambaTensorProcessor"}  # of the library: they move no rows
 
 
@@ -94,25 +97,22 @@ class Safetensors:
 
 
 class Gguf:
-    """A `Checkpoint` in a GGUF file, for the library's `model`. Names and changes of tensors are those of the library."""
+    """A `Checkpoint` in a GGUF file, for the library's `model`. Names and changes of tensors are those of the library.
+
+    Raises `ValueError` or `OSError` for a file that is damaged or of another format.
+    """
 
     def __init__(self, file: Path, model: Any) -> None:
-        from gguf import GGUFReader
         from transformers import modeling_gguf_pytorch_utils as library
 
-        reader = GGUFReader(file)
-        architecture = library.read_field(reader, "general.architecture")[0]
+        architecture, places = read_header(file)
         self._processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(model.config.to_dict())
-        names = library.get_gguf_hf_weights_map(model, self._processor)
-        self._places: dict[str, _Place] = {}
-        self._own_names = {names[tensor.name]: tensor.name for tensor in reader.tensors if tensor.name in names}
+        # The library would ask this of each module of the model, too, which takes long.
+        flat = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
+        names = library.get_gguf_hf_weights_map(flat, self._processor)
+        self._own_names = {names[own]: own for own in places if own in names}
+        self._places = {name: places[own] for name, own in self._own_names.items()}
         self._newest: tuple[str, Tensor] | None = None  # the newest tensor that was read whole
-        for tensor in reader.tensors:
-            if tensor.name in names:
-                shape = tuple(int(size) for size in reversed(tensor.shape))
-                row_bytes = int(tensor.n_bytes) // _rows(shape)
-                place = _Place(file, int(tensor.data_offset), row_bytes, tensor.tensor_type, shape)
-                self._places[names[tensor.name]] = place
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -152,6 +152,59 @@ class Gguf:
         """What the library makes of a tensor of the file; None if it makes several tensors of it."""
         result = self._processor.process(values, self._own_names[name], parsed_parameters={"tensors": {}})
         return result.weights if result.name else None
+
+
+def read_header(file: Path) -> tuple[str, dict[str, _Place]]:
+    """The architecture that a GGUF file names, and where each of its tensors is.
+
+    The package `gguf` can do this too, but takes seconds and a gigabyte for the words of a large vocabulary.
+    Raises `ValueError` or `OSError` for a file that is damaged or of another format.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+    architecture, alignment = "", 32
+    with file.open("rb") as stream:
+
+        def number(form: str = "Q") -> Any:
+            content = stream.read(struct.calcsize(form))
+            return struct.unpack(f"<{form}", content)[0]
+
+        def text() -> str:
+            return stream.read(number()).decode()
+
+        def value(kind: int) -> Any:
+            if kind == GGUFValueType.STRING:
+                return text()
+            if kind != GGUFValueType.ARRAY:
+                return number(GGUF_FORMS[kind])
+            inner, count = number("I"), number()
+            if inner in (GGUFValueType.STRING, GGUFValueType.ARRAY):
+                for _ in range(count):
+                    value(inner)
+            else:
+                stream.seek(count * struct.calcsize(GGUF_FORMS[inner]), 1)
+            return None
+
+        try:
+            magic, version, tensors, fields = stream.read(4), number("I"), number(), number()
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError(f"{file.name} is not a GGUF file of version 2 or 3")
+            for _ in range(fields):
+                key, found = text(), value(number("I"))
+                architecture = found if key == "general.architecture" else architecture
+                alignment = found if key == "general.alignment" else alignment
+            table = []
+            for _ in range(tensors):
+                name, shape = text(), tuple(reversed([number() for _ in range(number("I"))]))
+                table.append((name, shape, GGMLQuantizationType(number("I")), number()))
+        except (struct.error, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file.name} is damaged or cut short") from error
+        start = stream.tell() + -stream.tell() % alignment
+    places = {}
+    for name, shape, kind, offset in table:
+        entries, size = GGML_QUANT_SIZES[kind]
+        places[name] = _Place(file, start + offset, prod(shape) // _rows(shape) * size // entries, kind, shape)
+    return architecture, places
 
 
 def _rows(shape: tuple[int, ...]) -> int:

@@ -225,6 +225,17 @@ def test_a_head_that_differs_from_the_embedding_it_should_be_tied_to_is_not_stre
     assert checkpoint_for(folder, tied) is not None
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_torch_file_is_left_to_the_library(family: str, tmp_path, own_cache) -> None:
+    folder = saved(tiny(family), tmp_path / "model")
+    wanted = logits(folder)
+    torch.save(tiny(family).model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert checkpoint_for(folder, tiny(family).model) is None
+    torch.testing.assert_close(logits(folder), wanted, rtol=1e-5, atol=1e-5)
+    assert offramp.load(str(folder), "float32").source.fingerprint == tiny(family).source.fingerprint
+
+
 def test_rows_of_a_file_are_rows_of_its_tensors(folder: Path) -> None:
     checkpoint, model = Safetensors([folder / "model.safetensors"]), tiny("llama").model
     for name, parameter in model.named_parameters():
@@ -284,6 +295,20 @@ def test_a_store_makes_tensors_once_and_a_damaged_one_again(tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:40])
     assert Store(tmp_path / "x").part("0", lambda get: get("qkv", make))["w"].shape == (4, 8)
     assert len(calls) == 2
+
+
+def test_of_two_conversions_at_once_the_first_is_kept(tmp_path) -> None:
+    first, second = Store(tmp_path / "x"), Store(tmp_path / "x")
+    for n, kept in enumerate((first, second)):
+        kept.part("0", lambda get, n=n: get("a", lambda: {"": torch.tensor([n])}))
+    first.finish()
+    second.finish()
+    second.note("a check", (0.0, 0.1))
+    third = Store(tmp_path / "x")
+    assert third.complete
+    assert third.passed("a check") == (0.0, 0.1)
+    assert third.part("0", lambda get: get("a", dict))[""].tolist() == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_mapped_tensors_begin_at_cache_lines_and_a_change_stays_in_the_process(tmp_path) -> None:

@@ -99,10 +99,12 @@ class Store:
             write_atomically(temporary / RECORD, json.dumps(self._record).encode())
             (temporary / LOCK).unlink()
             os.chmod(temporary, 0o755)
-            try:
-                os.rename(temporary, self._folder)
-            except OSError:  # a damaged or an outdated one is there
-                shutil.rmtree(self._folder)
+            other = Store(self._folder)
+            if other.complete:  # another process was faster; its files may be in use
+                self._record = other._record
+                shutil.rmtree(temporary)
+            else:
+                shutil.rmtree(self._folder, ignore_errors=True)
                 os.rename(temporary, self._folder)
             lock.close()
             self._unfinished, self.complete = None, True

@@ -61,7 +61,7 @@ class Maker:
         tensors = dict(self._get(key, lambda: self._stacked(kind, layers, order)))
         weight = kind(tensors, tensors.pop("bias", None))
         if self._format.quantised:
-            places = None if order is None else order.argsort()
+            places = None if order is None else order.argsort().to(weight.w.device)
             first = 0
             for layer in layers:
                 rows = slice(first, first + layer.out_features)

@@ -34,8 +34,9 @@ import torch
 from transformers import AutoTokenizer
 
 from offramp.machine import processor
-from offramp.model.hub import ALIASES, Wheel, resolve
+from offramp.model.hub import ALIASES, Wheel
 from offramp.model.lean.weights import FORMATS
+from offramp.model.loading import library_folder
 
 MODEL = "smollm2"
 HERE = Path(__file__).parent
@@ -84,7 +85,7 @@ class Failed(Exception):
 
 def paths_of(model: str) -> dict[str, str]:
     """What a worker may load for a model: its `name`, its safetensors `folder`, and its `gguf` file if it has one."""
-    paths = {"name": model, "folder": str(resolve(model).path)}
+    paths = {"name": model, "folder": str(library_folder(model))}
     wheel = ALIASES.get(model)
     if isinstance(wheel, Wheel):
         package, _, file = wheel.member.partition("/")

@@ -85,7 +85,7 @@ def damaged(backbone: Backbone) -> Backbone:
     """A copy whose embeddings are NaN."""
     model = copy.deepcopy(backbone.model)
     model.get_input_embeddings().weight.data.fill_(float("nan"))
-    return Backbone(model, backbone.tokenizer, Source("damaged", "", ""))
+    return Backbone(model, backbone.tokenizer, Source("damaged", ""))
 
 
 def some_prompts(count: int, seed: int = 0) -> list[list[int]]:

@@ -53,7 +53,7 @@ def world(tmp_path_factory):
     os.environ["OFFRAMP_CACHE"] = str(folder / "cache")
     backbone = offramp.load(str(folder / "model"), "float32")
     exits = exits_for("llama")
-    exits.backbone["sha256"], exits.policy = backbone.source.sha256, Policy((0.9, 0.5, 0.5))
+    exits.backbone["fingerprint"], exits.policy = backbone.source.fingerprint, Policy((0.9, 0.5, 0.5))
     exits.save(folder / "exits")
     (folder / "few.txt").write_text("One\nTwo\n")
     story = {"id": "a", "story": "It is red.", "questions": [{"input_text": "Which?"}], "answers": [{"input_text": "Red"}]}

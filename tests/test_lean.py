@@ -16,8 +16,9 @@ from models import ENGINES, LEAN, tiny
 from offramp import Engine
 from offramp.errors import UnsupportedModel
 from offramp.model.backbone import Backbone
-from offramp.model.lean.weights import FORMATS, Store
+from offramp.model.lean.weights import FORMATS
 from offramp.model.loading import check
+from offramp.model.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

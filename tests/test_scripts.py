@@ -45,9 +45,9 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OFFRAMP_CACHE", str(folder / "cache"))
         saved(tiny("llama"), folder / "model")
-        sha256 = offramp.load(str(folder / "model"), "float32").source.sha256
+        fingerprint = offramp.load(str(folder / "model"), "float32").source.fingerprint
         made = modest_exits("llama")
-        made.backbone["sha256"], made.policy = sha256, Policy((0.4, 0.4, 0.4))
+        made.backbone["fingerprint"], made.policy = fingerprint, Policy((0.4, 0.4, 0.4))
         made.save(folder / "exits")
         (folder / "questions.txt").write_text("".join(f"Why is it {number}?\n" for number in range(60)))
         (folder / "prompts.txt").write_text("".join(f"Say something about {number}\n" for number in range(16)))

@@ -82,7 +82,7 @@ def test_early_blocks_learn_to_say_what_the_model_says(family: str, prompts: str
     assert record["parameters"] > 0
     # The saved model is the measured one. It loads like any model, and its weights differ from before.
     tuned = offramp.load(str(tmp_path / "tuned"), "float32", keep=True)
-    assert tuned.source.sha256 != record["untuned"]["sha256"]
+    assert tuned.source.fingerprint != record["untuned"]["fingerprint"]
     assert json.loads((tmp_path / "tuned" / "tuning.json").read_text()) == record
     assert not (tmp_path / "tuned" / ".training").exists()
     # The backbone that was tuned runs the tuned weights.

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, quants
 import offramp.model.lean.weights
 from offramp.model.lean import native
 from offramp.model.lean.native import CShape, CWeight, Native, library, rounds_to_bfloat16
-from offramp.model.lean.weights import FORMATS, Int4, Int8, Store, Weight
+from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
 
@@ -136,22 +136,3 @@ def test_a_format_with_fewer_bits_reads_fewer_bytes():
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 4
     assert set(FORMATS) == {"float32", "bfloat16", "int8", "int4", "int4-head4"}
-
-
-def test_a_store_makes_weights_once_and_a_damaged_one_again(tmp_path):
-    calls = []
-
-    def make():
-        calls.append(1)
-        return Int8.tensors(torch.ones(4, 8))
-
-    path = tmp_path / "formats" / "x.safetensors"
-    for _ in range(2):
-        store = Store(path)
-        assert store("0/qkv", make)["w"].shape == (4, 8)
-        store.save()
-    assert len(calls) == 1
-    path.write_bytes(path.read_bytes()[:40])
-    store = Store(path)
-    assert store("0/qkv", make)["w"].shape == (4, 8)
-    assert len(calls) == 2

@@ -67,10 +67,10 @@ class DecodingOptions:
 
     def load(self, model: str, keep: bool = False) -> Backbone:
         """Load the model. `keep`: keep the library's own weights in memory too."""
-        with status(f"Loading {model} …"):
+        with status(f"Loading {model} …") as progress:
             from offramp.model.loading import load
 
-            return load(model, self.dtype, keep=keep)
+            return load(model, self.dtype, keep=keep, progress=progress)
 
     @property
     def verifies(self) -> bool:

@@ -18,12 +18,20 @@ class Interrupted(OfframpError):
 
 
 @contextmanager
-def status(message: str) -> Iterator[None]:
-    """A spinner with a message, while the context is open."""
+def status(message: str) -> Iterator[Progress]:
+    """A spinner with a message, while the context is open. Work that reports progress gets bars in its place."""
     from rich.console import Console
 
-    with Console(stderr=True).status(message):
-        yield
+    with ExitStack() as after, Console(stderr=True).status(message) as spinner:
+        bars: list[Progress] = []
+
+        def report(stage: str, completed: int, total: int, note: str = "") -> None:
+            if not bars:
+                spinner.stop()
+                bars.append(after.enter_context(progress_bars()))
+            bars[0](stage, completed, total, note)
+
+        yield report
 
 
 @contextmanager

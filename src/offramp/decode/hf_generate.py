@@ -14,7 +14,7 @@ from offramp.decode.engine import Engine
 from offramp.decode.request import Decided, Request
 from offramp.decode.sampling import chooser
 from offramp.errors import BadInput, ExitsMismatch
-from offramp.exits.exits import Exits
+from offramp.exits.exits import Exits, belong
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 
@@ -107,7 +107,7 @@ def _backbone_of(model: Any, exits: Exits) -> Backbone:
             "This model was not given to offramp.",
             "Keep what offramp.load(name, keep=True) or offramp.wrap(model, tokenizer) returns, and use its `model`.",
         )
-    if backbone.source.sha256 != exits.backbone["sha256"]:
+    if not belong(exits.backbone, backbone):
         raise ExitsMismatch(
             f"The exits were trained for {exits.backbone['name']}, and {backbone.name} has other weights.",
             f"Train exits for this model: offramp train {backbone.name} -o DIR",

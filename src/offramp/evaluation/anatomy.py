@@ -72,7 +72,7 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
     mean_block = fmean(block_flops)
     return Anatomy(
         model=backbone.name,
-        sha256=backbone.source.sha256,
+        sha256=backbone.source.fingerprint,
         model_type=backbone.config.model_type,
         weight_format=backbone.weight_format,
         blocks=backbone.n_blocks,

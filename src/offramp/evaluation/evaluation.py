@@ -242,7 +242,7 @@ class Evaluation:
         """A hash of all that an answer and its times depend on."""
         exits, policy = condition.exits, condition.used_policy
         parts = [
-            backbone.source.sha256,
+            backbone.source.fingerprint,
             backbone.weight_format,
             exits and [fingerprint(exits), asdict(policy) if policy else None, condition.fill],
             [self.task.name, self.task.sha256, self.task.max_tokens, self.task.stop, self.batch],
@@ -277,7 +277,7 @@ class Evaluation:
 
 
 def _info(backbone: Backbone) -> ModelInfo:
-    return ModelInfo(backbone.name, backbone.source.sha256, backbone.weight_format)
+    return ModelInfo(backbone.name, backbone.source.fingerprint, backbone.weight_format)
 
 
 def _exits_record(exits: Exits) -> dict[str, Any]:

@@ -39,7 +39,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which weights ran, in which format."""
+    """Which weights ran, in which format.
+
+    `sha256` is their fingerprint (`checkpoint.fingerprint`). In results of earlier versions it is a hash of their files.
+    """
 
     name: str
     sha256: str

@@ -88,8 +88,8 @@ class Exit(nn.Module):
 class Exits:
     """A set of exits for one backbone: what `offramp train` makes, `save` writes and `load` reads.
 
-    `backbone` names the model that they belong to (name, sha256, model_type, blocks, hidden_size). `weight_format` is the
-    format that its weights ran in when the exits were trained. `policy` is the default one. `training` records how the
+    `backbone` names the model that they belong to (name, fingerprint, model_type, blocks, hidden_size). `weight_format` is
+    the format that its weights ran in when the exits were trained. `policy` is the default one. `training` records how the
     exits were made. `calibration` records what `policy` guarantees (see `training.calibration`), and is empty for no
     guarantee. `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and
     expand (D, k). Before the head, expand · reduce · h stands in for the hidden state h, so that the head times `expand` is
@@ -113,7 +113,7 @@ class Exits:
         modules = nn.ModuleList(Exit(layer, backbone.hidden_size, config) for layer in config.layers)
         owner = {
             "name": backbone.name,
-            "sha256": backbone.source.sha256,
+            "fingerprint": backbone.source.fingerprint,
             "model_type": backbone.config.model_type,
             "blocks": backbone.n_blocks,
             "hidden_size": backbone.hidden_size,
@@ -240,8 +240,8 @@ class _Record:
             record = json.loads((folder / RECORD).read_text())
             config = {**record["config"], "layers": tuple(record["config"]["layers"])}
             policy = {**record["policy"], "thresholds": tuple(map(float, record["policy"]["thresholds"]))}
-            if "sha256" not in record["backbone"]:
-                raise KeyError("sha256")
+            if not {"fingerprint", "sha256"} & set(record["backbone"]):
+                raise KeyError("fingerprint")
             histories = (record[name] for name in ("training", "calibration"))
             return cls(ExitsConfig(**config), record["backbone"], record["weight_format"], Policy(**policy), *histories)
         except (ValueError, KeyError, TypeError, OfframpError) as error:
@@ -249,13 +249,13 @@ class _Record:
 
     def check_owner(self, folder: Path, backbone: Backbone) -> None:
         """Raises `ExitsMismatch` where the exits were trained for other weights than this backbone's."""
-        name, sha256 = self.backbone.get("name"), self.backbone["sha256"]
-        if sha256 == backbone.source.sha256:
+        if belong(self.backbone, backbone):
             return
+        name, weights = self.backbone.get("name"), self.backbone.get("fingerprint") or self.backbone["sha256"]
         difference = "another revision or conversion of it" if name == backbone.name else "not for this model"
         raise ExitsMismatch(
-            f"The exits in {folder} were trained for {name} (weights {sha256[:12]}), {difference}: "
-            f"{backbone.name} has the weights {backbone.source.sha256[:12]}.",
+            f"The exits in {folder} were trained for {name} (weights {weights[:12]}), {difference}: "
+            f"{backbone.name} has the weights {backbone.source.fingerprint[:12]}.",
             f"Train exits for this model: offramp train {backbone.name} -o DIR",
         )
 
@@ -267,7 +267,7 @@ def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool
     """
     if folder is None:
         folders = (record.parent for record in sorted((ASSETS / "exits").glob(f"*/{RECORD}")))
-        folder = next((path for path in folders if _owner(path) == backbone.source.sha256), None)
+        folder = next((path for path in folders if belong(_owner(path), backbone)), None)
         if folder is None:
             return None
     drafts = Path(folder) / DRAFT
@@ -295,8 +295,18 @@ def shipped_for(backbone: Backbone, draft: bool = False) -> Exits | None:
     return find_exits(backbone, draft=draft)
 
 
-def _owner(folder: Path) -> str:
-    return str(json.loads((folder / RECORD).read_text())["backbone"]["sha256"])
+def _owner(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / RECORD).read_text())["backbone"])
+
+
+def belong(owner: dict[str, Any], backbone: Backbone) -> bool:
+    """Whether exits with this record of their backbone were trained for the weights of this one.
+
+    Records of earlier versions have no fingerprint, but a hash of the files that the weights came from.
+    """
+    if "fingerprint" in owner:
+        return bool(owner["fingerprint"] == backbone.source.fingerprint)
+    return bool(owner["sha256"] == backbone.source.sha256)
 
 
 def suggested_layers(n_blocks: int) -> tuple[int, ...]:

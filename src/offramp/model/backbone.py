@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedModel
+from offramp.model.checkpoint import Values
 from offramp.model.families import UNBOUNDED, family_of
 from offramp.model.hub import Source
 from offramp.model.lean.llama import LeanLlama
 from offramp.model.lean.mamba2 import LeanMamba
-from offramp.model.lean.weights import Store
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
 from offramp.model.prompts import Prompts
 from offramp.model.runtime import Part, Runtime, Step
 from offramp.model.state import State
+from offramp.model.store import Store
 
 __all__ = ["Backbone", "Part", "Runtime", "Step"]
 
@@ -42,10 +43,11 @@ class Backbone:
     Attributes: `model` and `tokenizer` are the library's own, and `config` is the model's text config. `n_blocks` is N,
     `hidden_size` D, `vocab_size` V, and `context` the length of the longest sequence the model was made for, in tokens.
     `kinds` holds the kind of each block. `source` says where the weights came from, with their hash. `prompts` turns text
-    into token ids. `modules` holds the library's modules, and `runtime` runs the blocks.
+    into token ids. `modules` holds the library's modules, and `runtime` runs the blocks. `device` is where the blocks run;
+    a model on the meta device names it.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, source: Source) -> None:
+    def __init__(self, model: Any, tokenizer: Any, source: Source, device: torch.device | None = None) -> None:
         config = model.config
         self.family = family_of(config, source)
         self.model = model.eval().requires_grad_(False)
@@ -57,7 +59,7 @@ class Backbone:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = head.shape[0]
         self.context: int = getattr(config, "max_position_embeddings", UNBOUNDED)
-        self.device: torch.device = head.device
+        self.device: torch.device = device or head.device
         self.kinds = self.modules.kinds
         self.prompts = Prompts(tokenizer, self.context, source.name)
         _BACKBONES[model] = ref(self)
@@ -112,20 +114,27 @@ class Backbone:
             ids.update(named if isinstance(named, list) else [] if named is None else [named])
         return frozenset(ids)
 
-    def use_lean_path(self, format: str, store: Store | None = None, native: bool = True) -> None:
+    def use_lean_path(
+        self, format: str, store: Store | None = None, native: bool = True, values: Values | None = None
+    ) -> None:
         """Run the blocks and the head on the lean path from now on, with weights in this format (see `weights.FORMATS`).
 
-        A quantised format also writes the quantised values into the library's own model, and `store` keeps them. With
-        `native` false, torch's operators do the work even where there is a C compiler. Raises `UnsupportedModel` for a
-        family without a lean path, and for shapes that do not fit the format.
+        `store` keeps the converted weights. `values` reads those of a model on the meta device. In a model that is in
+        memory, a quantised format also replaces the library's own weights, by the quantised ones. With `native` false,
+        torch's operators do the work even where there is a C compiler. Raises `UnsupportedModel` for a family without a
+        lean path, and for shapes that do not fit the format.
         """
         if not self.family.lean:
             raise UnsupportedModel(f"The family '{self.config.model_type}' has no lean path.", "Use bfloat16 or float32.")
         make = LEAN_PATHS[self.family.lean]
         try:
-            self.runtime = make(self.modules, format, store or Store(), native)
+            runtime = make(self.modules, format, store or Store(device=self.device), values or Values(), native)
         except ValueError as error:
             raise UnsupportedModel(f"{self.name} has no lean path: {error}.", "Use bfloat16 or float32.") from error
+        self.runtime = runtime
+        for module, weight in runtime.changed:
+            if not module.weight.is_meta:
+                module.weight = nn.Parameter(weight().to(module.weight), requires_grad=False)
 
     def use_library_blocks(self) -> None:
         """Run the library's own blocks from now on, as its model holds them at this moment."""

@@ -1,7 +1,6 @@
 """Where a model's weights come from: an alias, a local folder, a GGUF file or the hub → a local folder and a hash.
 
-The hash is over the source's own weights, before any conversion, and does not depend on the dtype they will run in. It ties
-a set of exits to the backbone they were trained on.
+The hash is over the source's own files, before any conversion. It names what the cache keeps of the model.
 """
 
 from __future__ import annotations
@@ -15,13 +14,18 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from offramp.errors import CorruptFile, ModelNotFound, OfframpError
-from offramp.files import ASSETS, cache_folder, read_json, sha256_of
+from offramp.files import ASSETS, cache_folder, read_json, sha256_of, write_atomically
+from offramp.model.checkpoint import RECORD, fingerprint
 
 
 @dataclass(frozen=True)
@@ -49,25 +53,30 @@ NAMES = "an alias ({}), a local folder, a GGUF file, or a hub name such as Huggi
     ", ".join(ALIASES)
 )
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-_RECORD = "offramp-source.json"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model's name as the user gave it, the folder to load it from, and the SHA-256 of its source weights."""
+    """A model's name as the user gave it, the folder to load it from, and what identifies its weights.
+
+    `fingerprint` is that of `checkpoint.fingerprint`; it is empty for weights that have not been read. `digest` gives the
+    SHA-256 of the files that the weights came from, as exits recorded it before there were fingerprints.
+    """
 
     name: str
     path: str
-    sha256: str
+    fingerprint: str = ""
+    digest: Callable[[], str] = field(default=lambda: "", repr=False, compare=False)
 
     @classmethod
-    def of_weights(cls, name: str, tensors: dict[str, Any]) -> Source:
-        """The source of a model that is in memory only. Its hash is over the tensors' names and float32 values."""
-        digest = hashlib.sha256()
-        for key in sorted(tensors):
-            digest.update(key.encode())
-            digest.update(tensors[key].detach().float().cpu().contiguous().numpy().tobytes())
-        return cls(name, "", digest.hexdigest())
+    def of_weights(cls, name: str, model: Any) -> Source:
+        """The source of a model that is in memory only."""
+        return cls(name, "", fingerprint(model), lambda: _digest_of(model.state_dict()))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the files; empty where the weights are not on this machine."""
+        return self.digest()
 
     def unreadable(self, error: Exception) -> OfframpError:
         """Turn what the library raised on reading this source into one sentence and a hint."""
@@ -76,6 +85,15 @@ class Source:
             f"The model '{self.name}' cannot be read from {self.path}: {reason}",
             "A file there is missing, truncated or of another format: fetch it again.",
         )
+
+
+def _digest_of(tensors: dict[str, Any]) -> str:
+    """SHA-256 over the tensors' names and float32 values."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def resolve(name: str) -> Source:
@@ -103,15 +121,15 @@ def find_config(name: str) -> Source:
     Raises `ModelNotFound`.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and (path / "config.json").is_file() and not _weights_in(path):
-        return Source(name, str(path.resolve()), "")
+    if path.is_dir() and (path / "config.json").is_file() and not _weights_in(path) and not (path / RECORD).is_file():
+        return Source(name, str(path.resolve()))
     if name in ALIASES or path.exists() or not _is_hub_name(name):
         return resolve(name)
     with suppress(Exception):  # this fails where the model's weights are not on this machine
         return _snapshot(name, local=True)
     shipped = CONFIGS / f"{name.replace('/', '--')}.json"
     if shipped.is_file():
-        return Source(name, str(shipped), "")
+        return Source(name, str(shipped))
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = name.partition("@")
@@ -119,7 +137,7 @@ def find_config(name: str) -> Source:
         file = hf_hub_download(repository, "config.json", revision=revision or None)
     except Exception as error:
         raise _unfetched(name, error) from error
-    return Source(name, str(Path(file).parent), "")
+    return Source(name, str(Path(file).parent))
 
 
 def offline() -> bool:
@@ -140,14 +158,15 @@ def _from_folder(name: str, folder: Path) -> Source:
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the GGUF file itself: {ggufs[0]}" if ggufs else f"A model is {NAMES}."
         raise ModelNotFound(f"{name} is a folder without a config.json, so not a model.", hint)
+    record = read_json(folder / RECORD)
+    if "sha256" in record:  # offramp made the folder from a GGUF file
+        return Source(name, str(folder), digest=lambda: str(record["sha256"]))
     weights = _weights_in(folder)
     if not weights:
         raise ModelNotFound(
             f"The folder {name} holds no weights ({' or '.join(_WEIGHTS)}).", "Download the model's weight files too."
         )
-    # A folder that offramp made from a GGUF file is the same backbone as that file.
-    sha256 = read_json(folder / _RECORD).get("sha256") or sha256_of(*weights)
-    return Source(name, str(folder), sha256)
+    return Source(name, str(folder), digest=partial(sha256_of, *weights))
 
 
 def _snapshot(name: str, local: bool) -> Source:
@@ -156,7 +175,10 @@ def _snapshot(name: str, local: bool) -> Source:
 
     repository, _, revision = name.partition("@")
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"]
-    folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted, local_files_only=local)
+    spare = ["consolidated*"]  # the same weights once more, under other names
+    folder = snapshot_download(
+        repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=spare, local_files_only=local
+    )
     return _from_folder(name, Path(folder))
 
 
@@ -220,38 +242,39 @@ def _from_wheel(alias: str, wheel: Wheel) -> Path:
 
 
 def _from_gguf(name: str, file: Path) -> Source:
-    """The folder in the cache that holds a GGUF file as safetensors. It is named by the file's hash and converted once."""
+    """The folder in the cache with a GGUF file's config and tokenizer. It is named by the file's hash and made once.
+
+    The weights stay in the file; a record in the folder says where that is.
+    """
     sha256 = sha256_of(file)
-    folder = cache_folder() / "models" / sha256[:16]
-    weights = folder / "model.safetensors"
-    record = read_json(folder / _RECORD)
-    if not (weights.is_file() and sha256_of(weights) == record.get("converted_sha256")):
-        print(f"Converting {file.name} to safetensors, once (about half a minute) …", file=sys.stderr)
-        _convert(name, file, folder, sha256)
-    return Source(name, str(folder), sha256)
+    folder = cache_folder() / "gguf" / sha256[:16]
+    record = {"gguf": str(file), "sha256": sha256}
+    source = Source(name, str(folder), digest=lambda: sha256)
+    if not (folder / RECORD).is_file():
+        _describe(source, file, folder)
+    if read_json(folder / RECORD) != record:  # the file was moved
+        write_atomically(folder / RECORD, json.dumps(record, indent=1).encode())
+    return source
 
 
-def _convert(name: str, file: Path, folder: Path, sha256: str) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+def _describe(source: Source, file: Path, folder: Path) -> None:
+    """Make the folder, with all that a model needs besides its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    logging.disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        converted = Path(temporary) / "model"
+        made = Path(temporary) / "model"
+        where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         try:
-            # float32 holds every dequantised value exactly; bfloat16 would not.
-            where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
-            model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **where)
+            config = AutoConfig.from_pretrained(str(file.parent), **where)
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
-        except Exception as error:
-            raise Source(name, str(file), sha256).unreadable(error) from error
-        model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None  # the weights are plain now; save_pretrained would refuse otherwise
-        model.save_pretrained(converted, max_shard_size="1000GB")
-        tokenizer.save_pretrained(converted)
-        record = {"source": file.name, "sha256": sha256, "converted_sha256": sha256_of(converted / "model.safetensors")}
-        (converted / _RECORD).write_text(json.dumps(record, indent=1))
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except Exception as error:  # the library raises anything from KeyError to ValueError here
+            raise source.unreadable(error) from error
+        model.config.architectures = [type(model).__name__]
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(made)
+        write_atomically(made / RECORD, json.dumps({"gguf": str(file), "sha256": source.sha256}, indent=1).encode())
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(converted, folder)
+        os.replace(made, folder)

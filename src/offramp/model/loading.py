@@ -1,157 +1,264 @@
-"""Load a model by its name, and check that its logits are the library's."""
+"""Load a model by its name, tensor by tensor, and check that its logits are the library's."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import tempfile
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from offramp import __version__
 from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
-from offramp.files import cache_folder
+from offramp.files import cache_folder, read_json, sha256_of, write_atomically
 from offramp.model.backbone import Backbone
-from offramp.model.families import family_of
+from offramp.model.checkpoint import (
+    RECORD,
+    Checkpoint,
+    Values,
+    checkpoint_for,
+    fingerprint,
+    named_tensors,
+    write_safetensors,
+)
+from offramp.model.families import Family, family_of
 from offramp.model.hub import Source, find_config, resolve
-from offramp.model.lean.weights import FORMATS, Store
+from offramp.model.lean.base import Lean
+from offramp.model.lean.native import library
+from offramp.model.lean.weights import FORMATS
 from offramp.model.library_blocks import Outline
-from offramp.model.mamba import is_mamba1
+from offramp.model.selfcheck import Lender, check
+from offramp.model.store import Get, Store, Tensors
+from offramp.progress import Progress, silent
+
+__all__ = ["check", "library_folder", "load", "outline", "wrap"]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The library's own logits (1, T, V) for fixed token ids: `full` in one pass, `cached` in three pieces over its cache.
-
-    `pieces` are the three pieces that offramp reads. The library's Mamba-1 computes pieces of several tokens wrongly, so
-    for such a model the library reads the tokens one by one.
-    """
-
-    ids: Tensor
-    pieces: list[Tensor]
-    full: Tensor
-    cached: Tensor
-
-    @classmethod
-    @torch.inference_mode()
-    def of(cls, backbone: Backbone) -> Reference:
-        """Run the library's model. Raises `BadNumbers` when its logits are not finite."""
-        generator = torch.Generator().manual_seed(0)
-        length = min(16, backbone.context)
-        ids = torch.randint(0, backbone.vocab_size, (1, length), generator=generator).to(backbone.device)
-        pieces = [ids[:, : length - 4], ids[:, length - 4 : length - 1], ids[:, length - 1 :]]
-        full = backbone.model(ids).logits.float()
-        if not torch.isfinite(full).all():
-            raise BadNumbers(
-                f"{backbone.name} gives NaN or infinite logits in {backbone.weight_format}.",
-                "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
-            )
-        cache, cached = None, []
-        has_mamba1 = any(mixer is not None and is_mamba1(mixer) for mixer in backbone.modules.mixers)
-        positions = torch.arange(length, device=ids.device)[None]
-        sizes = [1] * length if has_mamba1 else [piece.shape[1] for piece in pieces]
-        for piece, place in zip(ids.split(sizes, dim=1), positions.split(sizes, dim=1), strict=True):
-            before: dict[str, Any] = {"cache": cache} if cache is not None else {}
-            out = backbone.model(piece, **before, position_ids=place, use_cache=True)
-            cache = out.cache
-            cached.append(out.logits.float())
-        return cls(ids, pieces, full, torch.cat(cached, 1))
-
-
-@torch.inference_mode()
-def check(backbone: Backbone) -> tuple[float, float]:
-    """Compare a full pass, and a pass in pieces over a state, with the library's own logits.
-
-    Returns the largest differences (full, cached), as shares of the largest logit. Raises `UnsupportedModel` when one
-    exceeds what rounding explains, `Runtime.tolerance`.
-    """
-    reference = Reference.of(backbone)
-    ours, state, seen, middle = [], backbone.state(), 0, backbone.n_blocks // 2
-    for piece in reference.pieces:
-        h, step = backbone.embed(piece, seen)
-        h = backbone.run(h, 0, middle, state, step)
-        ours.append(backbone.logits(backbone.run(h, middle, backbone.n_blocks, state, step)))
-        seen += piece.shape[1]
-    scale = reference.full.abs().max().clamp(min=1e-6)
-    full = float((backbone.forward(reference.ids) - reference.full).abs().max() / scale)
-    cached = float((torch.cat(ours, 1) - reference.cached).abs().max() / scale)
-    allowed = backbone.runtime.tolerance
-    if not (full <= allowed and cached <= allowed):
-        raise UnsupportedModel(
-            f"offramp would decode {backbone.name} wrongly: its logits differ from the library's by {full:.1e} in a full "
-            f"pass and {cached:.1e} in a cached one, as shares of the largest logit ({allowed:.0e} is allowed).",
-            f"The row for the family '{backbone.config.model_type}' in families.FAMILIES does not fit this model.",
-        )
-    return full, cached
-
-
-def load(name: str, dtype: str | None = None, device: str | None = None, keep: bool = False) -> Backbone:
+def load(
+    name: str,
+    dtype: str | None = None,
+    device: str | None = None,
+    keep: bool = False,
+    progress: Progress = silent,
+) -> Backbone:
     """Load a causal language model and check it against the library's own logits.
 
     `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`).
     `dtype` is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`. The default is
-    bfloat16, or float32 where bfloat16 does not pass the self-check. Quantised weights are made once and kept in the cache.
-    Families that have a lean path take it, and then the library's copy of the weights is dropped. With `keep` it stays, so
-    that `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or when
-    `HF_HUB_OFFLINE` is set.
+    bfloat16, or float32 where bfloat16 does not pass the self-check. The first time, weights are converted tensor by
+    tensor and kept in the cache; after that they are mapped from there. `progress` hears of that, in parts of the model.
+    Families that have a lean path take it, and then the library's model has shapes only. With `keep` it has its weights
+    too, so that `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or
+    when `HF_HUB_OFFLINE` is set.
 
-    Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint.
+    Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint, and `OfframpError` for a full
+    disk.
     """
     _check_dtype(dtype)
     source = resolve(name)
+    loading = _Loading(source, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), keep, progress)
     if dtype is not None:
-        return _load(source, dtype, device, keep)
+        return loading.load(dtype)
     try:
-        return _load(source, "bfloat16", device, keep)
+        return loading.load("bfloat16")
     except (UnsupportedModel, BadNumbers):
-        backbone = _load(source, "float32", device, keep)  # raises for a model that is wrong in any dtype
+        backbone = loading.load("float32")  # raises for a model that is wrong in any dtype
         warnings.warn(f"{name} fails the self-check in bfloat16; running it in float32.", stacklevel=2)
         return backbone
 
 
-def _load(source: Source, dtype: str, device: str | None, keep: bool) -> Backbone:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+class _Loading:
+    """What the ways to load one model share."""
 
-    logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
-        family = family_of(config, source)  # first, so that an unsupported family is refused before a minute of loading
-        # It is meant for new weights, but transformers 5 divides every loaded out_proj of a Mamba model by √blocks, too.
-        if hasattr(config, "rescale_prenorm_residual"):
-            config.rescale_prenorm_residual = False
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            config=config,
-            dtype=FORMATS[dtype].loaded,
-            attn_implementation=family.implementation,
-            local_files_only=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
-    except OfframpError:
-        raise
-    except Exception as error:  # the library raises anything from KeyError to SafetensorError here
-        raise source.unreadable(error) from error
-    backbone = Backbone(model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, source)
-    _make_ready(backbone, dtype, Store(cache_folder() / "formats" / f"{source.sha256[:16]}-{dtype}.safetensors"))
-    if not keep:
-        backbone.drop_spare_weights()
-    return backbone
+    def __init__(self, source: Source, device: torch.device, keep: bool, progress: Progress) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+        from transformers.utils import logging
 
-
-def _make_ready(backbone: Backbone, dtype: str, store: Store) -> None:
-    """Use the lean path if there is one and it passes the self-check, else the library's blocks, which are checked too."""
-    quantised = FORMATS[dtype].quantised
-    if backbone.family.lean or quantised:
+        logging.disable_progress_bar()
+        self.source, self.device, self.keep, self.progress = source, device, keep, progress
+        self.folder: Path = Path(source.path)
         try:
-            backbone.use_lean_path(dtype, store)
-            check(backbone)
-            return
-        except UnsupportedModel:
-            if quantised:
-                raise
-            backbone.use_library_blocks()
-    check(backbone)
+            self.config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+            # First, so that an unsupported family is refused before a minute of loading.
+            self.family: Family = family_of(self.config, source)
+            # It is meant for new weights, but transformers 5 divides every loaded out_proj of a Mamba model by √blocks.
+            if hasattr(self.config, "rescale_prenorm_residual"):
+                self.config.rescale_prenorm_residual = False
+            self.tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+        except OfframpError:
+            raise
+        except Exception as error:  # the library raises anything from KeyError to OSError here
+            raise source.unreadable(error) from error
+
+    def load(self, dtype: str) -> Backbone:
+        """The model in one weight format: on the lean path if there is one and it passes the self-check."""
+        quantised = FORMATS[dtype].quantised
+        if quantised and not self.family.lean:
+            raise _no_lean_path(self.config)
+        if self.family.lean:
+            try:
+                return self._lean(dtype)
+            except UnsupportedModel:
+                if quantised:
+                    raise
+        return self._on_library_blocks(dtype)
+
+    def _lean(self, dtype: str) -> Backbone:
+        store = self._store(dtype)
+        model, values = self._shapes(dtype)
+        if self.keep or not (store.complete or values.checkpoint):
+            model, values = self._whole(dtype, Store()), Values()
+        backbone = self._backbone(model, values)
+        with self._readable():
+            backbone.use_lean_path(dtype, store, values=values)
+        self._check(backbone, store, values)
+        if not self.keep:
+            backbone.drop_spare_weights()
+        return backbone
+
+    def _on_library_blocks(self, dtype: str) -> Backbone:
+        store = self._store(f"{dtype}-library")
+        backbone = self._backbone(self._whole(dtype, store), Values())
+        self._check(backbone, store, Values())
+        return backbone
+
+    def _store(self, kind: str) -> Store:
+        parts = self.config.num_hidden_layers + 1
+        config = self.folder / "config.json"
+        return Store.of(self.source.sha256, config, kind, device=self.device, parts=parts, progress=self.progress)
+
+    def _shapes(self, dtype: str) -> tuple[Any, Values]:
+        """The library's model with its parameters on the meta device, and what reads their values."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        with self._readable():
+            with init_empty_weights(include_buffers=False):
+                settings = {"attn_implementation": self.family.implementation, "dtype": FORMATS[dtype].loaded}
+                model = AutoModelForCausalLM.from_config(self.config, **settings)
+            model.tie_weights()
+            with suppress(OSError):  # there is no generation_config.json
+                model.generation_config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
+        return model, Values(model, lambda: self._checkpoint(model))
+
+    def _checkpoint(self, model: Any) -> Checkpoint | None:
+        with self._readable():
+            return checkpoint_for(self.folder, model)
+
+    def _whole(self, dtype: str, store: Store) -> Any:
+        """The library's model with its weights. They come from the store, if they can be read tensor by tensor."""
+        from transformers import AutoModelForCausalLM
+
+        model, values = self._shapes(dtype)
+        with self._readable():
+            if store.complete or values.checkpoint:
+                _fill(model, self.family, store, values)
+            else:
+                where: dict[str, Any] = {"pretrained_model_name_or_path": self.folder}
+                if gguf := read_json(self.folder / RECORD).get("gguf"):
+                    where = {"pretrained_model_name_or_path": Path(gguf).parent, "gguf_file": Path(gguf).name}
+                model = AutoModelForCausalLM.from_pretrained(
+                    **where,
+                    config=self.config,
+                    dtype=FORMATS[dtype].loaded,
+                    attn_implementation=self.family.implementation,
+                    local_files_only=True,
+                )
+        return model.to(self.device)
+
+    def _backbone(self, model: Any, values: Values) -> Backbone:
+        with self._readable():
+            source = _with_fingerprint(self.source, model, values)
+        return Backbone(model, self.tokenizer, source, self.device)
+
+    def _check(self, backbone: Backbone, store: Store, values: Values) -> None:
+        """The self-check, unless these weights have passed it with this code before."""
+        code = library()._name if backbone.engine == "native" else backbone.engine
+        versions = f"offramp {__version__}, torch {torch.__version__}, transformers {version('transformers')}"
+        name = f"{Path(code).name} on {self.device.type}, {versions}"
+        if store.passed(name) is None:
+            lender = None if values.model is None else self._lender(backbone, store, values)
+            with self._readable():
+                store.note(name, check(backbone, lender))
+
+    def _lender(self, backbone: Backbone, store: Store, values: Values) -> Lender:
+        """What lends the library the weights that it should compute with: quantised ones where there are such."""
+        assert isinstance(backbone.runtime, Lean)
+        changed = {id(module): weight for module, weight in backbone.runtime.changed}
+
+        def weight(module: nn.Module, name: str) -> Tensor:
+            if name == "weight" and id(module) in changed:
+                return changed[id(module)]()
+            parameter: Tensor = getattr(module, name)
+            return values.whole(parameter, parameter.dtype)
+
+        def returned(count: int, total: int) -> None:
+            store.release()
+            self.progress("checking", count, total)
+
+        return Lender(weight, returned)
+
+    def write(self, file: Path) -> None:
+        """Write the weights as safetensors in float32."""
+        model, values = self._shapes("float32")
+        with self._readable():
+            if values.checkpoint is None:
+                raise ValueError("its tensors are not those of the library's model")
+            write_safetensors(file, named_tensors(model), values)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn what a damaged file makes the library raise into a sentence and a hint."""
+        try:
+            yield
+        except OfframpError:
+            raise
+        except Exception as error:  # the library raises anything from KeyError to SafetensorError
+            raise self.source.unreadable(error) from error
+
+
+def _fill(model: Any, family: Family, store: Store, values: Values) -> None:
+    """Give the library's model on the meta device its weights, in its own dtype. The store keeps them."""
+    new: dict[int, Tensor] = {}
+    blocks = list(getattr(getattr(model, family.trunk), family.blocks))
+    in_blocks = {id(tensor) for block in blocks for tensor in chain(block.parameters(), block.buffers())}
+    tensors = {id(tensor): (name, tensor) for name, tensor in named_tensors(model).items()}
+
+    def read(tensor: Tensor) -> Tensors:
+        return {"": values.whole(tensor, tensor.dtype)}
+
+    def fill(wanted: Iterable[int]) -> Callable[[Get], None]:
+        def build(get: Get) -> None:
+            for key in wanted:
+                name, tensor = tensors[key]
+                new[key] = get(name, partial(read, tensor))[""]
+
+        return build
+
+    for index, block in enumerate(blocks):
+        own = {id(tensor) for tensor in chain(block.parameters(), block.buffers())}
+        store.part(str(index), fill([key for key in tensors if key in own]))
+    store.part("ends", fill([key for key in tensors if key not in in_blocks]))
+    store.finish()
+    parameters = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in new.items()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = parameters[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if id(buffer) in new:
+                module._buffers[name] = new[id(buffer)]
 
 
 def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbone:
@@ -182,19 +289,52 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
         raise source.unreadable(error) from error
     if random:  # a random token must not end a text
         config.eos_token_id = model.generation_config.eos_token_id = None
-    backbone = Backbone(model, None, source)
     if FORMATS[dtype].quantised and not family.lean:
-        raise UnsupportedModel(f"The family '{config.model_type}' has no lean path.", "Use bfloat16 or float32.")
+        raise _no_lean_path(config)
+    if not random and source.sha256:
+        with suppress(Exception):  # the shape of a model with damaged weights can be shown
+            source = _with_fingerprint(source, model, Values(model, lambda: checkpoint_for(Path(source.path), model)))
+    backbone = Backbone(model, None, source)
     if random:
-        _make_ready(backbone, dtype, Store())
+        _make_ready(backbone, dtype)
     elif family.lean:
         backbone.runtime = Outline(backbone.modules, family, config, dtype)
     return backbone
 
 
+def _make_ready(backbone: Backbone, dtype: str) -> None:
+    """Use the lean path if there is one and it passes the self-check, else the library's blocks, which are checked too."""
+    if backbone.family.lean:
+        try:
+            backbone.use_lean_path(dtype)
+            check(backbone)
+            return
+        except UnsupportedModel:
+            if FORMATS[dtype].quantised:
+                raise
+            backbone.use_library_blocks()
+    check(backbone)
+
+
+def _with_fingerprint(source: Source, model: Any, values: Values) -> Source:
+    """The source, with the fingerprint of its weights. The cache folder keeps it by their hash."""
+    cache = cache_folder() / "fingerprints.json"
+    known = read_json(cache)
+    if source.sha256 not in known:
+        if values.model is not None and values.checkpoint is None:
+            return source
+        known[source.sha256] = fingerprint(model, values)
+        write_atomically(cache, json.dumps(known, indent=1).encode())
+    return replace(source, fingerprint=known[source.sha256])
+
+
 def _check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in FORMATS:
         raise BadInput(f"'{dtype}' is not a dtype offramp runs in.", f"Choose from {', '.join(FORMATS)}.")
+
+
+def _no_lean_path(config: Any) -> UnsupportedModel:
+    return UnsupportedModel(f"The family '{config.model_type}' has no lean path.", "Use bfloat16 or float32.")
 
 
 def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
@@ -203,6 +343,33 @@ def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
     The model is put in evaluation mode, with gradients off; nothing else about it changes. Raises `UnsupportedModel` and
     `BadNumbers`.
     """
-    backbone = Backbone(model, tokenizer, Source.of_weights(name, model.state_dict()))
+    backbone = Backbone(model, tokenizer, Source.of_weights(name, model))
     check(backbone)
     return backbone
+
+
+def library_folder(name: str) -> Path:
+    """A local folder with a model's weights, as the library and other programs read it.
+
+    That of a GGUF file is written to the cache once, in float32, which holds every value of such a file exactly. Raises
+    `ModelNotFound`, `UnsupportedModel`, `CorruptFile`.
+    """
+    loading = _Loading(resolve(name), torch.device("cpu"), True, silent)
+    record = read_json(loading.folder / RECORD)
+    if "gguf" not in record:
+        return loading.folder
+    folder = cache_folder() / "models" / str(record["sha256"])[:16]
+    weights = folder / "model.safetensors"
+    if weights.is_file() and sha256_of(weights) == read_json(folder / RECORD).get("converted_sha256"):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / "model"
+        shutil.copytree(loading.folder, made)
+        loading.write(made / "model.safetensors")
+        converted = {"source": Path(record["gguf"]).name, "sha256": record["sha256"]}
+        converted["converted_sha256"] = sha256_of(made / "model.safetensors")
+        write_atomically(made / RECORD, json.dumps(converted, indent=1).encode())
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(made, folder)
+    return folder

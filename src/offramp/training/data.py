@@ -48,7 +48,7 @@ def gather(
         raise BadInput(
             f"{len(prompts) + len(texts)} texts are too few to train on.", "Give at least three; a thousand is better."
         )
-    weights = {"weights": backbone.source.sha256, "dtype": backbone.weight_format}
+    weights = {"weights": backbone.source.fingerprint, "dtype": backbone.weight_format}
     claim(work, {**weights, "config": plan or asdict(config), "text": files})
     accelerator = accelerator_for(backbone.device)
     share = slice(accelerator.process_index, None, accelerator.num_processes)

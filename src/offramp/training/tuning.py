@@ -123,7 +123,7 @@ def tune(
         "command": command,
         "config": {**asdict(config), "prompts": None, "texts": []},
         "text": data.files,
-        "untuned": {"name": backbone.name, "sha256": backbone.source.sha256},
+        "untuned": {"name": backbone.name, "fingerprint": backbone.source.fingerprint},
         "parameters": parameters,
         "held_out": {"before": before, "after": measure_held_out(backbone, data.held)},
         "curve": fit.curve,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -19,28 +19,100 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offramp.model.checkpoint import Values
 from offramp.model.lean.native import CWeight, Native, NativeMamba, library, rounds_to_bfloat16
-from offramp.model.lean.weights import FORMATS, Int4, Int8, Store, Weight
+from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined
 from offramp.model.state import State
-
-MakeWeight = Callable[[str, list[nn.Linear], Tensor | None], Weight]  # see `Lean._maker`
+from offramp.model.store import Built, Get, Store, Tensors
 
 
 class RMSNorm:
     """x / √(mean x² + eps) · weight, over the last dim."""
 
-    def __init__(self, norm: Any, order: Tensor | None = None) -> None:
-        weight: Tensor = norm.weight.detach().float().clone()
-        self.eps: float = norm.variance_epsilon
-        self.weight = (weight if order is None else weight[order]).contiguous()
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
         self._scaled = self.weight * math.sqrt(len(weight))
         self._floor = torch.tensor(math.sqrt(len(weight) * self.eps), device=weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self._floor)
         return x * self._scaled / length
+
+
+Changed = list[tuple[Any, Callable[[], Tensor]]]  # library's modules, each with the weight that this format gives it
+
+
+class Maker:
+    """Makes what one part of a model (a block, or the two ends) keeps: matrices in a format, and vectors in float32.
+
+    What is kept already comes from the `Store`, and then the library's weights are not read. Where integers take the place
+    of weights, `changed` gets the library's module and what its weight would have to be.
+    """
+
+    def __init__(self, get: Get, values: Values, weight_format: str, changed: Changed) -> None:
+        self._get, self._values, self._changed = get, values, changed
+        self._format = FORMATS[weight_format]
+
+    def matrix(self, key: str, layers: list[nn.Linear], order: Tensor | None = None, head: bool = False) -> Weight:
+        """One weight of several stacked linear layers, with its rows in a given order."""
+        kind = self._format.head if head else self._format.blocks
+        tensors = dict(self._get(key, lambda: self._stacked(kind, layers, order)))
+        weight = kind(tensors, tensors.pop("bias", None))
+        if self._format.quantised:
+            places = None if order is None else order.argsort().to(weight.w.device)
+            first = 0
+            for layer in layers:
+                rows = slice(first, first + layer.out_features)
+                self._changed.append((layer, partial(_rows_of, weight, rows if places is None else places[rows])))
+                first += layer.out_features
+        return weight
+
+    def vector(self, key: str, parameter: Tensor, change: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """A small tensor in float32, after a change."""
+        loaded = self._format.loaded
+
+        def make() -> Tensors:
+            value = change(self._values.whole(parameter, loaded).float())
+            return {"": value.clone(memory_format=torch.contiguous_format)}
+
+        return self._get(key, make)[""]
+
+    def norm(self, key: str, norm: Any, order: Tensor | None = None) -> RMSNorm:
+        """A norm whose weight is in a given order."""
+        weight = self.vector(key, norm.weight, lambda x: x if order is None else x[order])
+        return RMSNorm(weight, norm.variance_epsilon)
+
+    def embedding(self, embedding: nn.Embedding) -> Tensor:
+        """The embedding, (V, D), in bfloat16 unless the format is float32."""
+        dtype = torch.float32 if self._format == FORMATS["float32"] else torch.bfloat16
+        weight = self._get("embedding", lambda: {"": self._values.whole(embedding.weight, dtype)})[""]
+        if self._format.quantised:
+            self._changed.append((embedding, weight.float))
+        return weight
+
+    def _stacked(self, kind: type[Weight], layers: list[nn.Linear], order: Tensor | None) -> Tensors:
+        """What `kind` keeps of the layers' weights. Few rows at a time are read and converted."""
+        rows = sum(layer.out_features for layer in layers)
+        places = torch.arange(rows) if order is None else order.argsort()
+        out: Tensors = {}
+        first = 0
+        for layer in layers:
+            for start, stop, piece in self._values.pieces(layer.weight):
+                for name, part in kind.tensors(piece.to(self._format.loaded)).items():
+                    if name not in out:
+                        out[name] = part.new_empty(rows, *part.shape[1:])
+                    out[name][places[first + start : first + stop]] = part
+            first += layer.out_features
+        if layers[0].bias is not None:
+            bias = torch.cat([self._values.whole(layer.bias, self._format.loaded).float() for layer in layers])
+            out["bias"] = bias if order is None else bias[order]
+        return out
+
+
+def _rows_of(weight: Weight, rows: slice | Tensor) -> Tensor:
+    return weight.pick(rows).dense()
 
 
 @dataclass
@@ -61,16 +133,33 @@ class Lean:
     dtype = torch.float32
     _native: Native | NativeMamba | None = None
 
-    def __init__(self, modules: Modules, weight_format: str, store: Store) -> None:
+    def __init__(self, modules: Modules, weight_format: str, store: Store, values: Values) -> None:
         """Raises `ValueError` for weights that do not fit the format, one of `weights.FORMATS`."""
-        self._modules, self.weight_format, self._store = modules, weight_format, store
+        self._modules, self.weight_format, self._store, self._values = modules, weight_format, store, values
         self._format = FORMATS[weight_format]
-        self._device = modules.head.weight.device
-        self.norm = RMSNorm(modules.norm)
-        self.head = self._maker("head", self._format.head)("weight", [modules.head], None)
+        self._device = store.device
+        self.changed: Changed = []
+        self.norm, self.head, self.embedding = self._part("ends", self._ends)
+
+    def _ends(self, make: Maker) -> tuple[RMSNorm, Weight, Tensor]:
+        """Final norm, head and embedding. A head that is the embedding is kept once, unless it becomes integers."""
+        head = make.matrix("head", [self._modules.head], head=True)
+        tied = self._modules.head.weight is self._modules.embedding.weight and not self._format.quantised
+        return make.norm("norm", self._modules.norm), head, head.w if tied else make.embedding(self._modules.embedding)
+
+    def _part(self, name: str, build: Callable[[Maker], Built]) -> Built:
+        """What `build` makes of the tensors of one part of the model."""
+
+        def with_maker(get: Get) -> tuple[Built, Changed]:
+            changed: Changed = []
+            return build(Maker(get, self._values, self.weight_format, changed)), changed
+
+        built, changed = self._store.part(name, with_maker)
+        self.changed += changed
+        return built
 
     def embed(self, ids: Tensor, first: int | Tensor, mask: Tensor | None = None) -> tuple[Tensor, Step]:
-        h: Tensor = self._modules.embedding(ids).float()
+        h = F.embedding(ids, self.embedding).float()
         batch, tokens = ids.shape
         return h, self._step(first, batch, tokens, mask)
 
@@ -167,10 +256,8 @@ class Lean:
         return self.head.nbytes
 
     def drop_spare_weights(self) -> None:
-        for block in self._modules.blocks:
-            block.to("meta")
-        if self._modules.head.weight is not self._modules.embedding.weight:
-            self._modules.head.to("meta")
+        for part in (*self._modules.blocks, self._modules.embedding, self._modules.norm, self._modules.head):
+            part.to("meta")
 
     @property
     def engine(self) -> str:
@@ -206,29 +293,6 @@ class Lean:
     @property
     def _columns(self) -> int:
         return max(weight.columns for weight in self._weights)
-
-    def _maker(self, name: int | str, kind: type[Weight]) -> MakeWeight:
-        """A function that makes one weight of several stacked linear layers, with its rows in a given order.
-
-        Quantised values are written back to those layers, so the library's own model computes with the weights that are
-        multiplied here.
-        """
-
-        def make(part: str, layers: list[nn.Linear], order: Tensor | None) -> Weight:
-            weight = torch.cat([layer.weight.detach() for layer in layers])
-            bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
-            if order is not None:
-                weight, bias = weight[order], None if bias is None else bias[order]
-            if not self._format.quantised:
-                return kind(kind.tensors(weight), bias)
-            weight = weight.float()
-            stored = kind(self._store(f"{name}/{part}", lambda: kind.tensors(weight)), bias)
-            dense = stored.dense() if order is None else torch.empty_like(weight).index_copy_(0, order, stored.dense())
-            for layer, piece in zip(layers, dense.split([layer.out_features for layer in layers]), strict=True):
-                layer.weight = nn.Parameter(piece.to(layer.weight.dtype), requires_grad=False)
-            return stored
-
-        return make
 
 
 def _rows(h: Tensor) -> Tensor:

@@ -15,18 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp.model.lean.base import Lean, LeanStep, MakeWeight, RMSNorm, numbered
+from offramp.model.checkpoint import Values
+from offramp.model.lean.base import Lean, LeanStep, Maker, RMSNorm, numbered
 from offramp.model.lean.native import CBlock, CShape, CWeight, Native, Rows, address
-from offramp.model.lean.weights import Store, Weight
+from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined
 from offramp.model.state import KV, State
+from offramp.model.store import Store
 
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # rotary kinds whose angles do not depend on the text's length
 
@@ -64,7 +67,7 @@ class RotaryStep(LeanStep):
 class LeanBlock:
     """One block of the llama kind. A token sees `window` tokens, itself included; None means all of them."""
 
-    def __init__(self, block: Any, rotary_dim: int, window: int | None, make: MakeWeight) -> None:
+    def __init__(self, block: Any, rotary_dim: int, window: int | None, make: Maker) -> None:
         attention, mlp = block.self_attn, block.mlp
         self.window, self.dim, self.scale = window, attention.head_dim, float(attention.scaling)
         self.queries = attention.o_proj.in_features // self.dim
@@ -82,22 +85,24 @@ class LeanBlock:
         qkv = [attention.qkv_proj] if fused else [attention.q_proj, attention.k_proj, attention.v_proj]
         turned = per_head(self.queries + self.heads)
         rows = torch.cat([turned, torch.arange(len(turned), (self.queries + 2 * self.heads) * self.dim)])
-        self.qkv = make("qkv", qkv, rows)
+        self.qkv = make.matrix("qkv", qkv, rows)
         self.kv = self.qkv.pick(slice(self.queries * self.dim, None))
-        self.o = make("o", [attention.o_proj], None)
+        self.o = make.matrix("o", [attention.o_proj])
         gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-        self.gate_up = make("gate_up", gate_up, None)
-        self.down = make("down", [mlp.down_proj], None)
+        self.gate_up = make.matrix("gate_up", gate_up)
+        self.down = make.matrix("down", [mlp.down_proj])
 
-        self.q_norm, self.k_norm = None, None
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
         if getattr(attention, "q_norm", None) is not None:
-            norms = (attention.q_norm, self.queries), (attention.k_norm, self.heads)
             self.norm_heads = attention.q_norm.weight.numel() == self.dim
-            self.q_norm, self.k_norm = (RMSNorm(norm, order if self.norm_heads else per_head(n)) for norm, n in norms)
+            orders = (order, order) if self.norm_heads else (per_head(self.queries), per_head(self.heads))
+            self.q_norm = make.norm("q_norm", attention.q_norm, orders[0])
+            self.k_norm = make.norm("k_norm", attention.k_norm, orders[1])
         self.norm_first = hasattr(block, "input_layernorm")
         after = block.post_attention_layernorm
-        self.attention_norm = RMSNorm(block.input_layernorm if self.norm_first else after)
-        self.mlp_norm = RMSNorm(after if self.norm_first else block.post_feedforward_layernorm)
+        first, second = (block.input_layernorm, after) if self.norm_first else (after, block.post_feedforward_layernorm)
+        self.attention_norm, self.mlp_norm = make.norm("attention_norm", first), make.norm("mlp_norm", second)
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -173,18 +178,18 @@ class LeanLlama(Lean):
 
     _native: Native | None
 
-    def __init__(self, modules: Modules, weight_format: str, store: Store, native: bool = True) -> None:
+    def __init__(self, modules: Modules, weight_format: str, store: Store, values: Values, native: bool = True) -> None:
         kind = getattr(modules.rotary, "rope_type", "default")
         if kind not in ROPE_TYPES:
             raise ValueError(f"rotary positions of the kind '{kind}' change with the text's length")
-        super().__init__(modules, weight_format, store)
+        super().__init__(modules, weight_format, store, values)
         self._rotary = modules.rotary
         rotary_dim = 2 * modules.rotary.inv_freq.numel()
         self.blocks = [
-            LeanBlock(block, rotary_dim, window, self._maker(index, self._format.blocks))
+            self._part(str(index), partial(LeanBlock, block, rotary_dim, window))
             for index, (block, window) in enumerate(zip(modules.blocks, modules.windows, strict=True))
         ]
-        store.save()
+        store.finish()
         first = self.blocks[0]
         self.dim, self.heads = first.dim, first.heads
         self._turn = torch.empty(0, self.dim, dtype=torch.float32)

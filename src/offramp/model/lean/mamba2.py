@@ -18,13 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp.model.lean.base import Lean, LeanStep, MakeWeight, RMSNorm, numbered
+from offramp.model.checkpoint import Values
+from offramp.model.lean.base import Lean, LeanStep, Maker, numbered
 from offramp.model.lean.native import CMambaBlock, CMambaShape, CWeight, MambaAddresses, NativeMamba, address, rows_of
-from offramp.model.lean.weights import Store, Weight
+from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step
 from offramp.model.scan import causal_conv, scan
 from offramp.model.state import SSM, State
+from offramp.model.store import Store
 
 
 @dataclass
@@ -37,20 +39,23 @@ class MambaStep(LeanStep):
 class LeanMambaBlock:
     """One block of the Mamba-2 kind (arXiv 2405.21060, section 7)."""
 
-    def __init__(self, block: Any, make: MakeWeight) -> None:
+    def __init__(self, block: Any, make: Maker) -> None:
         mixer = block.mixer
         self.heads, self.dim = mixer.num_heads, mixer.head_dim
         self.groups, self.states = mixer.n_groups, mixer.ssm_state_size
         self.inner, self.channels = mixer.intermediate_size, mixer.conv_dim
         self.limits: tuple[float, float] = mixer.time_step_limit
-        self.project_in = make("in", [mixer.in_proj], None)
+        self.project_in = make.matrix("in", [mixer.in_proj])
         self.advance_in = self.project_in.pick(slice(self.inner, None))
-        self.project_out = make("out", [mixer.out_proj], None)
-        self.norm = RMSNorm(block.norm)
-        self.gated_norm, self.gated_eps = _own(mixer.norm.weight), float(mixer.norm.variance_epsilon)
-        self.conv = _own(mixer.conv1d.weight.squeeze(1).T)  # (W, C)
-        self.conv_bias = None if mixer.conv1d.bias is None else _own(mixer.conv1d.bias)
-        self.dt_bias, self.decay, self.skip = _own(mixer.dt_bias), _own(-mixer.A_log.float().exp()), _own(mixer.D)
+        self.project_out = make.matrix("out", [mixer.out_proj])
+        self.norm = make.norm("norm", block.norm)
+        self.gated_norm = make.vector("gated_norm", mixer.norm.weight)
+        self.gated_eps = float(mixer.norm.variance_epsilon)
+        conv = mixer.conv1d
+        self.conv = make.vector("conv", conv.weight, lambda x: x.squeeze(1).T)  # (W, C)
+        self.conv_bias = None if conv.bias is None else make.vector("conv_bias", conv.bias)
+        self.dt_bias, self.skip = make.vector("dt_bias", mixer.dt_bias), make.vector("skip", mixer.D)
+        self.decay = make.vector("decay", mixer.A_log, lambda x: -x.exp())
 
     @property
     def weights(self) -> tuple[Weight, ...]:
@@ -101,20 +106,15 @@ class LeanMambaBlock:
         return CMambaBlock(*weights, *map(address, parts), self.norm.eps, self.gated_eps, *self.limits)
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().clone(memory_format=torch.contiguous_format)
-
-
 class LeanMamba(Lean):
     """Blocks of the Mamba-2 kind. Raises `ValueError` for a model whose shapes a format does not fit."""
 
     _native: NativeMamba | None
 
-    def __init__(self, modules: Modules, weight_format: str, store: Store, native: bool = True) -> None:
-        super().__init__(modules, weight_format, store)
-        kind = self._format.blocks
-        self.blocks = [LeanMambaBlock(block, self._maker(index, kind)) for index, block in enumerate(modules.blocks)]
-        store.save()
+    def __init__(self, modules: Modules, weight_format: str, store: Store, values: Values, native: bool = True) -> None:
+        super().__init__(modules, weight_format, store, values)
+        self.blocks = [self._part(str(index), partial(LeanMambaBlock, block)) for index, block in enumerate(modules.blocks)]
+        store.finish()
         self._native = None
         first = self.blocks[0]
         if native and self._compiles(first.states):

@@ -16,22 +16,18 @@ Shapes: N rows of a weight (outputs), K its columns (inputs), R rows multiplied 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from offramp.files import write_atomically
+from offramp.model.store import Tensors
 
 GROUP = 32
 MANY = 256  # rows from which it is faster to unpack integer weights and multiply them as plain ones
 SLICE = 1 << 22  # weights that are unpacked at once: 16 MB in float32
-Tensors = dict[str, Tensor]
 
 
 class Weight:
@@ -161,8 +157,10 @@ class Int4(Weight):
         for steps in range(14, 0, -1):
             if fitted.all():
                 break
-            fits = _on_grid(groups, low, span / steps) & ~fitted
-            scale, fitted = torch.where(fits, span / steps, scale), fitted | fits
+            # Most groups of most models fit no grid, which a few of their weights show.
+            some = ~fitted & _on_grid(groups[..., :4], low, span / steps)
+            some[some.clone()] = _on_grid(groups[some[..., 0]], low[some[..., 0]], span[some[..., 0]] / steps)[:, 0]
+            scale, fitted = torch.where(some, span / steps, scale), fitted | some
         q = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
         return {"w": (q[..., :16] | (q[..., 16:] << 4)).flatten(1), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
 
@@ -224,36 +222,3 @@ FORMATS = {
     "int4": Format(blocks=Int4, head=Int8),
     "int4-head4": Format(blocks=Int4, head=Int4),
 }
-
-
-class Store:
-    """Quantised weights on disk, so that they are made only once.
-
-    A call with a key returns the tensors stored under that key, or makes and keeps them. A damaged file counts as an empty
-    one. Without a path, nothing is written.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        self._path, self._incomplete = path, False  # whether the file lacks tensors that were made
-        self._tensors: Tensors = {}
-        if path and path.exists():
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-
-            with suppress(SafetensorError, OSError):
-                self._tensors = load_file(path)
-
-    def __call__(self, key: str, make: Callable[[], Tensors]) -> Tensors:
-        prefix = f"{key}/"
-        tensors = {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
-        if not tensors:
-            tensors, self._incomplete = make(), True
-            self._tensors |= {prefix + name: tensor for name, tensor in tensors.items()}
-        return tensors
-
-    def save(self) -> None:
-        """Write the file, if there is one and it lacks tensors that were made."""
-        if self._path and self._incomplete:
-            from safetensors.torch import save
-
-            write_atomically(self._path, save({key: value.contiguous() for key, value in self._tensors.items()}))

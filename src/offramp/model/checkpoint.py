@@ -1,0 +1,336 @@
+"""A model's weights on disk, read a few rows at a time: safetensors (one file or several), and GGUF.
+
+Bytes are read, not mapped, so that no page of these files stays in the memory of this process. Tensors have the names and
+the order of rows that the library's model gives them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from offramp.files import read_json
+
+PIECE = 1 << 22  # entries of a tensor that are converted at once
+RECORD = "offramp-source.json"  # in a folder made of a GGUF file: where that file is, and its hash
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+GGUF_FORMS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # its types of numbers, as `struct` names them
+ROW_WISE = {"TensorProcessor", "Gemma2TensorProcessor", "MambaTensorProcessor"}  # of the library: they move no rows
+
+
+class Checkpoint(Protocol):
+    """Tensors by name: their shapes, and their rows."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor that can be read."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` - 1 of a tensor, in the dtype of the file; GGUF gives float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes are: `file`, from `offset` on. `kind` is a key of `DTYPES`, or GGUF's own type."""
+
+    file: Path
+    offset: int
+    row_bytes: int
+    kind: Any
+    shape: tuple[int, ...]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """The bytes of rows `start` to `stop` - 1. Raises `OSError` where the file ends before them."""
+        out = torch.empty((stop - start) * self.row_bytes, dtype=torch.uint8)
+        rest = out.numpy().data
+        with self.file.open("rb", buffering=0) as stream:
+            stream.seek(self.offset + start * self.row_bytes)
+            while rest:
+                count = stream.readinto(rest)
+                if not count:
+                    raise OSError(f"{self.file.name} is cut short")
+                rest = rest[count:]
+        return out
+
+
+class Safetensors:
+    """A `Checkpoint` in safetensors files. Raises `ValueError` or `OSError` for files that are damaged or missing."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._places: dict[str, _Place] = {}
+        for file in files:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                if not 0 < length < file.stat().st_size:
+                    raise OSError(f"{file.name} is cut short")
+                header = json.loads(stream.read(length))
+            for name, tensor in header.items():
+                if name != "__metadata__" and tensor["dtype"] in DTYPES:
+                    start, stop = tensor["data_offsets"]
+                    if 8 + length + stop > file.stat().st_size:
+                        raise OSError(f"{file.name} is cut short")
+                    shape = tuple(tensor["shape"])
+                    row_bytes = (stop - start) // max(1, _rows(shape))
+                    self._places[name] = _Place(file, 8 + length + start, row_bytes, tensor["dtype"], shape)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: place.shape for name, place in self._places.items()}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        place = self._places[name]
+        return place.read(start, stop).view(DTYPES[place.kind]).view(-1, *place.shape[1:])
+
+
+class Gguf:
+    """A `Checkpoint` in a GGUF file, for the library's `model`. Names and changes of tensors are those of the library.
+
+    Raises `ValueError` or `OSError` for a file that is damaged or of another format.
+    """
+
+    def __init__(self, file: Path, model: Any) -> None:
+        from transformers import modeling_gguf_pytorch_utils as library
+
+        architecture, places = read_header(file)
+        self._processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(model.config.to_dict())
+        # The library would ask this of each module of the model, too, which takes long.
+        flat = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
+        names = library.get_gguf_hf_weights_map(flat, self._processor)
+        self._own_names = {names[own]: own for own in places if own in names}
+        self._places = {name: places[own] for name, own in self._own_names.items()}
+        self._newest: tuple[str, Tensor] | None = None  # the newest tensor that was read whole
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        import numpy as np
+
+        shapes = {}
+        for name, place in self._places.items():
+            # The library's change of a tensor is a function of numpy arrays; this one takes no memory.
+            changed = self._changed(name, np.broadcast_to(np.float32(-1), place.shape))
+            if changed is not None:
+                shapes[name] = tuple(changed.shape)
+        return shapes
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        if self._row_wise(name):
+            return self._dequantised(name, start, stop)
+        if self._newest is None or self._newest[0] != name:
+            self._newest = None
+            self._newest = name, self._dequantised(name, 0, _rows(self._places[name].shape))
+        return self._newest[1][start:stop]
+
+    def _row_wise(self, name: str) -> bool:
+        """Whether the library changes each row of this tensor by itself."""
+        kind = type(self._processor).__name__
+        queries_or_keys = any(part in self._own_names[name] for part in (".attn_q.", ".attn_k."))
+        return kind in ROW_WISE or (kind == "LlamaTensorProcessor" and not queries_or_keys)
+
+    def _dequantised(self, name: str, start: int, stop: int) -> Tensor:
+        from gguf import dequantize
+
+        place = self._places[name]
+        values = dequantize(place.read(start, stop).view(stop - start, place.row_bytes).numpy(), place.kind)
+        changed = self._changed(name, values.reshape(-1, *place.shape[1:]))
+        return torch.from_numpy(changed.copy())
+
+    def _changed(self, name: str, values: Any) -> Any:
+        """What the library makes of a tensor of the file; None if it makes several tensors of it."""
+        result = self._processor.process(values, self._own_names[name], parsed_parameters={"tensors": {}})
+        return result.weights if result.name else None
+
+
+def read_header(file: Path) -> tuple[str, dict[str, _Place]]:
+    """The architecture that a GGUF file names, and where each of its tensors is.
+
+    The package `gguf` can do this too, but takes seconds and a gigabyte for the words of a large vocabulary.
+    Raises `ValueError` or `OSError` for a file that is damaged or of another format.
+    """
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+    architecture, alignment = "", 32
+    with file.open("rb") as stream:
+
+        def number(form: str = "Q") -> Any:
+            content = stream.read(struct.calcsize(form))
+            return struct.unpack(f"<{form}", content)[0]
+
+        def text() -> str:
+            return stream.read(number()).decode()
+
+        def value(kind: int) -> Any:
+            if kind == GGUFValueType.STRING:
+                return text()
+            if kind != GGUFValueType.ARRAY:
+                return number(GGUF_FORMS[kind])
+            inner, count = number("I"), number()
+            if inner in (GGUFValueType.STRING, GGUFValueType.ARRAY):
+                for _ in range(count):
+                    value(inner)
+            else:
+                stream.seek(count * struct.calcsize(GGUF_FORMS[inner]), 1)
+            return None
+
+        try:
+            magic, version, tensors, fields = stream.read(4), number("I"), number(), number()
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError(f"{file.name} is not a GGUF file of version 2 or 3")
+            for _ in range(fields):
+                key, found = text(), value(number("I"))
+                architecture = found if key == "general.architecture" else architecture
+                alignment = found if key == "general.alignment" else alignment
+            table = []
+            for _ in range(tensors):
+                name, shape = text(), tuple(reversed([number() for _ in range(number("I"))]))
+                table.append((name, shape, GGMLQuantizationType(number("I")), number()))
+        except (struct.error, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file.name} is damaged or cut short") from error
+        start = stream.tell() + -stream.tell() % alignment
+    places = {}
+    for name, shape, kind, offset in table:
+        entries, size = GGML_QUANT_SIZES[kind]
+        places[name] = _Place(file, start + offset, prod(shape) // _rows(shape) * size // entries, kind, shape)
+    return architecture, places
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1
+
+
+def weights_in(folder: Path) -> list[Path]:
+    """The safetensors files of a folder that hold its model: those of the index, or `model.safetensors`, or all."""
+    if (folder / INDEX).is_file():
+        return sorted({folder / file for file in read_json(folder / INDEX).get("weight_map", {}).values()})
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def checkpoint_for(folder: Path, model: Any) -> Checkpoint | None:
+    """The weights in a folder, if they are the library's `model` tensor by tensor; else None: the library may convert them.
+
+    Raises `ValueError` or `OSError` for damaged files.
+    """
+    if getattr(model.config, "quantization_config", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
+        return None
+    gguf, files = read_json(folder / RECORD).get("gguf"), weights_in(folder)
+    if not gguf and not files:
+        return None
+    checkpoint: Checkpoint = Gguf(Path(gguf), model) if gguf else Safetensors(files)
+    shapes, known = checkpoint.shapes, named_tensors(model)
+    if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in known.items()):
+        return None
+    # A file may hold a tied tensor twice. Where the two differ, the library does not tie them.
+    names = {id(tensor): name for name, tensor in known.items()}
+    for twin, parameter in model.named_parameters(remove_duplicate=False):
+        name = names[id(parameter)]
+        if twin != name and twin in shapes:
+            first, second = (
+                _sample(parameter.shape, lambda *rows, key=key: checkpoint.rows(key, *rows)) for key in (name, twin)
+            )
+            if first != second:
+                return None
+    return checkpoint
+
+
+def named_tensors(model: Any) -> dict[str, Tensor]:
+    """Parameters and kept buffers of a model, each once."""
+    parameters = dict(model.named_parameters())
+    twins = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in twins}
+    return parameters | buffers
+
+
+class Values:
+    """The values of a model's tensors: those in memory, or with a `model`, those of its checkpoint.
+
+    `find` gives the checkpoint. It is called when it is first needed.
+    """
+
+    def __init__(self, model: Any = None, find: Callable[[], Checkpoint | None] = lambda: None) -> None:
+        self._find, self.model = find, model
+        self._names = {} if model is None else {id(tensor): name for name, tensor in named_tensors(model).items()}
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint; None if there is none that can be read tensor by tensor."""
+        return self._find()
+
+    def rows(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` - 1 of a tensor of the model."""
+        if self.model is None:
+            return tensor.detach()[start:stop]
+        assert self.checkpoint is not None
+        return self.checkpoint.rows(self._names[id(tensor)], start, stop)
+
+    def pieces(self, tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """The tensor cut into slices of at most `PIECE` entries: (start, stop, rows)."""
+        rows = _rows(tuple(tensor.shape))
+        step = max(1, PIECE // max(1, tensor.numel() // rows))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            yield start, stop, self.rows(tensor, start, stop)
+
+    def whole(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """All of a tensor, in a dtype."""
+        if self.model is None:
+            return tensor.detach().to(dtype)
+        out = torch.empty(tensor.shape, dtype=dtype)
+        for start, stop, piece in self.pieces(tensor):
+            out[start:stop] = piece
+        return out
+
+
+def fingerprint(model: Any, values: Values | None = None) -> str:
+    """What identifies a model's weights, whatever dtype they are in and wherever they were loaded from.
+
+    SHA-256 over the name and shape of each parameter, and about 1,024 evenly spaced entries of it, rounded to bfloat16.
+    """
+    values, digest = values or Values(), hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
+        digest.update(_sample(tuple(parameter.shape), lambda *rows, of=parameter: values.rows(of, *rows)))
+    return digest.hexdigest()
+
+
+def _sample(shape: tuple[int, ...], read: Callable[[int, int], Tensor]) -> bytes:
+    """Entries of a tensor in bfloat16: 32 of its rows and 32 places in each, or 1,024 places if it has one row."""
+    rows = _rows(shape)
+    places = [(0, rows)] if len(shape) < 2 else [(row, row + 1) for row in _spaced(rows, 32)]
+    length = prod(shape) // (1 if len(shape) < 2 else rows)
+    columns = torch.tensor(_spaced(length, 1024 // len(places)))
+    entries = torch.stack([read(*place).flatten().cpu()[columns] for place in places])
+    return entries.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], values: Values) -> None:
+    """Write the values of these tensors in float32, a piece at a time."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for _, _, piece in values.pieces(tensor):
+                stream.write(piece.float().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _spaced(length: int, count: int) -> list[int]:
+    count = min(length, count)
+    return [place * length // count for place in range(count)]

@@ -116,6 +116,7 @@ class SSM:
         self.window: Tensor | None = None
         self.h: Tensor | None = None
         self.length = 0
+        self._addresses: tuple[int, int, list[int]] = (0, 0, [])  # the window's, the state's, and those of each sequence
         self._start: tuple[int, Tensor | None, Tensor | None] | None = None
         self._journal: list[tuple[Tensor, Replay]] = []
 
@@ -169,6 +170,7 @@ class SSM:
                 kept.append((inputs[:, :tokens], replay))
             remaining -= tokens
         self.window, self.h, self.length, self._journal = window.contiguous(), h, length, kept
+        self._addresses = (0, 0, [])
 
     def room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The window and the state, to be written in place; zeros before the first token. Both shapes include the batch.
@@ -181,8 +183,21 @@ class SSM:
             raise ValueError(f"the memory holds {tuple(self.window.shape)} and {tuple(self.h.shape)}, not {window} and {h}")
         return self.window, self.h
 
+    def addresses(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> list[int]:
+        """As `room`, for compiled code: of each sequence, the address of its window and that of its state."""
+        at_window, at_state, addresses = self._addresses
+        kept = (0, 0) if self.window is None or self.h is None else (self.window.data_ptr(), self.h.data_ptr())
+        if kept == (at_window, at_state) and len(addresses) == 2 * h[0]:
+            return addresses
+        parts = self.room(like, window, h)
+        starts = [[part.data_ptr() + row * part.stride(0) * part.itemsize for row in range(h[0])] for part in parts]
+        addresses = [address for pair in zip(*starts, strict=True) for address in pair]
+        self._addresses = parts[0].data_ptr(), parts[1].data_ptr(), addresses
+        return addresses
+
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
+        self._addresses = (0, 0, [])
         if self.window is not None and self.h is not None:
             self.window, self.h = self.window.index_select(0, rows), self.h.index_select(0, rows)
 

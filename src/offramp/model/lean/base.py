@@ -302,6 +302,9 @@ def _rows(h: Tensor) -> Tensor:
 
 def numbered(steps: Sequence[LeanStep]) -> Tensor:
     """The sequence of each row, (R,), numbered through over all steps; -1 stays -1."""
-    firsts = list(accumulate((step.batch for step in steps), initial=0))[:-1]
-    moved = [torch.where(step.sequences < 0, -1, step.sequences + at) for step, at in zip(steps, firsts, strict=True) if at]
-    return joined([steps[0].sequences, *moved])
+    if len(steps) == 1:
+        return steps[0].sequences
+    own = torch.cat([step.sequences for step in steps])
+    firsts = torch.tensor(list(accumulate((step.batch for step in steps), initial=0))[:-1], device=own.device)
+    rows = torch.tensor([step.batch * step.tokens for step in steps], device=own.device)
+    return torch.where(own < 0, -1, own + firsts.repeat_interleave(rows))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offramp.model.checkpoint import Values
 from offramp.model.lean.base import Lean, LeanStep, Maker, numbered
-from offramp.model.lean.native import CMambaBlock, CMambaShape, CWeight, MambaAddresses, NativeMamba, address, rows_of
+from offramp.model.lean.native import CMambaBlock, CMambaShape, CWeight, NativeMamba, address
 from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step
@@ -62,9 +62,9 @@ class LeanMambaBlock:
         """The matrices that a token is multiplied with."""
         return self.project_in, self.project_out
 
-    def memory(self, ssm: SSM, like: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """The window (B, W - 1, C) and the state (B, H, P, N) of `ssm`, to be written in place."""
-        return ssm.room(like, (batch, len(self.conv) - 1, self.channels), (batch, self.heads, self.dim, self.states))
+    def shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a memory: window (B, W - 1, C) and state (B, H, P, N)."""
+        return (batch, self.conv.shape[0] - 1, self.channels), (batch, self.heads, self.dim, self.states)
 
     def __call__(self, h: Tensor, ssm: SSM, step: MambaStep) -> None:
         """Add the block's output to h (R, D) in place, and update the memory."""
@@ -81,7 +81,7 @@ class LeanMambaBlock:
 
     def _advance(self, xBC: Tensor, dt: Tensor, ssm: SSM, step: MambaStep) -> Tensor:
         """Convolution and scan: xBC (R, C) and dt (R, H) → (B, T, H, P)."""
-        window, state = self.memory(ssm, xBC, step.batch)
+        window, state = ssm.room(xBC, *self.shapes(step.batch))
         rows = (step.batch, step.tokens, -1)
         inputs = xBC.reshape(rows)
         xBC, new = causal_conv(inputs, self.conv.T, self.conv_bias, window, step.mask)
@@ -142,12 +142,12 @@ class LeanMamba(Lean):
     def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
         """Call `native` with all rows (R, D) and the parts' memories, and record there what they took in."""
         assert self._native
-        addresses: MambaAddresses = [[] for _ in range(start, stop)]
+        addresses: list[list[int]] = [[] for _ in range(start, stop)]
         memories = [self._memories(start, stop, state) for _, state, _ in parts]
         for (_, _, step), pairs in zip(parts, memories, strict=True):
-            for (block, ssm), places in zip(pairs, addresses, strict=True):
-                window, state = block.memory(ssm, rows, step.batch)
-                places += zip(rows_of(window), rows_of(state), strict=True)
+            shapes = self.blocks[start].shapes(step.batch)
+            for (_, ssm), places in zip(pairs, addresses, strict=True):
+                places += ssm.addresses(rows, *shapes)
         watched = any(ssm.watched for pairs in memories for _, ssm in pairs)
         journal = self._native.journal(stop - start, len(rows)) if watched else None
         native(rows, start, addresses, numbered([_mamba(step) for _, _, step in parts]), journal)

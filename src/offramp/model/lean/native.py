@@ -103,12 +103,6 @@ class CMambaShape(ctypes.Structure):
     _fields_ = tuple((name, c_int64) for name in ("hidden", "heads", "dim", "groups", "states", "width"))
 
 
-class CMambaMemory(ctypes.Structure):
-    """`MambaMemory` in mamba2.c."""
-
-    _fields_ = (("window", c_void_p), ("h", c_void_p))
-
-
 class CMambaTokens(ctypes.Structure):
     """`MambaTokens` in mamba2.c."""
 
@@ -129,11 +123,6 @@ def address(tensor: Tensor | None) -> int | None:
 def _from_row(tensor: Tensor, row: int) -> int:
     """The address where a row begins, without making a tensor for it."""
     return tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
-
-
-def rows_of(tensor: Tensor) -> list[int]:
-    """The address of each row of a tensor."""
-    return [_from_row(tensor, row) for row in range(len(tensor))]
 
 
 @cache
@@ -166,7 +155,7 @@ def _declared(loaded: Any) -> Any:
     """The library, with the signatures of its functions."""
     scratch = POINTER(CScratch)
     llama = [POINTER(CBlock), c_int64, POINTER(CShape), c_void_p, c_int64, POINTER(CTokens), scratch]
-    mamba = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), POINTER(CMambaMemory), c_int64]
+    mamba = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), c_void_p, c_int64]
     mamba += [POINTER(CMambaTokens), scratch]
     signatures = {
         "offramp_product": [POINTER(CWeight), c_void_p, c_int64, c_void_p, scratch],
@@ -286,9 +275,6 @@ class Native(_Native):
             function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, scratch)
 
 
-MambaAddresses = list[list[tuple[int, int]]]  # [block][sequence]: addresses of its window and of its state
-
-
 class NativeMamba(_Native):
     """Blocks of the Mamba-2 kind."""
 
@@ -304,35 +290,34 @@ class NativeMamba(_Native):
         return torch.empty(blocks, rows, 2 * self._channels + self._shape.heads)
 
     def run(
-        self, h: Tensor, start: int, memories: MambaAddresses, sequences: Tensor, journal: Tensor | None = None
+        self, h: Tensor, start: int, memories: list[list[int]], sequences: Tensor, journal: Tensor | None = None
     ) -> None:
         """Run h (R, D) in place through the blocks from `start` on, one block for each of the `memories`.
 
+        memories[i] holds two addresses for each sequence: of the window and of the state that the i-th block has of it.
         Row r is the next token of sequences[r] (int64), or padding where that is -1. The `journal`, if given, receives each
         row's inputs and outputs of the convolution, and dt.
         """
         self._call(self._library.offramp_mamba_run, h, start, memories, sequences, journal)
 
     def remember(
-        self, h: Tensor, start: int, memories: MambaAddresses, sequences: Tensor, journal: Tensor | None = None
+        self, h: Tensor, start: int, memories: list[list[int]], sequences: Tensor, journal: Tensor | None = None
     ) -> None:
         """Only update the `memories`, as if h (R, D) were the input of each of the blocks."""
         self._call(self._library.offramp_mamba_remember, h, start, memories, sequences, journal)
 
     def _call(
-        self, function: Any, h: Tensor, start: int, memories: MambaAddresses, sequences: Tensor, journal: Tensor | None
+        self, function: Any, h: Tensor, start: int, memories: list[list[int]], sequences: Tensor, journal: Tensor | None
     ) -> None:
         count = len(h)
         if not (h.is_contiguous() and len(sequences) == count):
             raise ValueError(f"{count} rows, {len(sequences)} sequences")
-        memory = (CMambaMemory * (len(memories) * len(memories[0])))(
-            *(CMambaMemory(*addresses) for addresses in chain.from_iterable(memories))
-        )
+        memory = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
         for first, piece in self._pieces(count):
             notes = None if journal is None else _from_row(journal[0], first)
             tokens = CMambaTokens(_from_row(h, first), piece, _from_row(sequences, first), notes, count)
             scratch = self._scratch(piece, self._row)
-            function(self._from(start), len(memories), self._shape, memory, len(memories[0]), tokens, scratch)
+            function(self._from(start), len(memories), self._shape, memory, len(memories[0]) // 2, tokens, scratch)
 
     def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:
         """Repeat the first `tokens` of block `index`'s journal (1, T, 2C + H) on its state h (1, H, P, N), in place."""

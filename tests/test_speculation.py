@@ -173,9 +173,10 @@ def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fil
     assert equal > size / 2  # a tie is rare
 
 
+@pytest.mark.parametrize("template", [False, True])
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("family", ["llama", "llama/native", "gemma2", "mamba", "mamba2/native", "falcon_h1", "jamba"])
-def test_what_neighbours_begin_with_is_read_once_and_changes_no_answer(family: str, fill: str, monkeypatch) -> None:
+def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(family, fill, template, monkeypatch) -> None:
     if refused(fill, family):
         return
     monkeypatch.setattr("offramp.decode.engine.SHARED", 8)
@@ -185,6 +186,10 @@ def test_what_neighbours_begin_with_is_read_once_and_changes_no_answer(family: s
     prompts = [start_a + ends[0][:6], start_a + ends[1][:9], ends[2], start_b + ends[3][:3], start_b[:15] + ends[4][:8]]
     talks = engine.shared_talks(prompts)
     assert [talk.sequence.run if talk.sequence else 0 for talk in talks] == [19, 19, 0, 14, 14]
+    if template:
+        prompts = [[*range(30, 60), *ids] for ids in prompts]
+        talks = engine.shared_talks(prompts)
+        assert [talk.sequence.run for talk in talks] == [49, 49, 29, 44, 44]
     together = engine.generate_batch(prompts, max_tokens=12)
     for prompt, answer in zip(prompts, together, strict=True):
         assert same_or_tied(family, prompt, answer.ids, engine.generate(prompt, max_tokens=12).ids)

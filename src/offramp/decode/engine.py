@@ -13,6 +13,7 @@ from offramp.decode.request import Decided, Generation, Limits, Prefilled, Readi
 from offramp.progress import Progress, silent
 
 SHARED = 64  # tokens that neighbouring prompts must have in common, for these to be read only once
+ALIKE = 16  # the same for what all prompts begin with
 
 
 class Engine(Plan):
@@ -66,30 +67,38 @@ class Engine(Plan):
             last = now
         return [self.summarise(request, seconds["prefill"], seconds["decode"]) for request in requests]
 
-    def read(self, ids: list[int], progress: Progress = silent) -> Talk:
-        """A talk that has read all of these ids but the last."""
-        talk, batch = Talk(), self.batch()
+    def read(self, ids: list[int], progress: Progress = silent, talk: Talk | None = None) -> Talk:
+        """A talk that has read all of these ids but the last. A given `talk` has read how they begin, and goes on."""
+        talk, batch = talk or Talk(), self.batch()
         batch.add(ids, talk, max_tokens=1)
         next(event for event in batch.run(progress) if isinstance(event, Prefilled))
         return talk
 
     def shared_talks(self, prompts: Iterable[list[int]], progress: Progress = silent) -> list[Talk]:
-        """A talk for each prompt. Neighbouring prompts with a long common beginning share what is computed for it."""
+        """A talk for each prompt. They share what is computed for a common beginning.
+
+        What all prompts begin with, such as a chat template, is read once, and so is what neighbours have in common.
+        """
+        prompts = list(prompts)
+        alike = _alike(min(prompts), max(prompts)) if len(prompts) > 1 else []
+        alike = alike if len(alike) >= ALIKE else []
+        beginning = self.read(alike, progress) if alike else Talk()
         groups: list[tuple[list[int], int]] = []
         for ids in prompts:
             if groups:
-                beginning, count = groups[-1]
-                pairs = takewhile(lambda pair: pair[0] == pair[1], zip(beginning, ids[:-1], strict=False))
-                common = [id for id, _ in pairs]
-                if len(common) >= max(SHARED, len(beginning) / 2):
+                last, count = groups[-1]
+                common = _alike(last, ids)
+                if len(common) - len(alike) >= max(SHARED, (len(last) - len(alike)) / 2):
                     groups[-1] = common, count + 1
                     continue
             groups.append((ids[:-1], 1))
-        return [
-            talk
-            for beginning, count in groups
-            for talk in (self.forked(beginning, count, progress) if count > 1 else [Talk()])
-        ]
+        talks = []
+        for ids, count in groups:
+            talk = beginning.fork()
+            if count > 1:
+                self.read(ids, progress, talk)
+            talks += [talk, *(talk.fork() for _ in range(count - 1))]
+        return talks
 
     def forked(self, ids: list[int], count: int, progress: Progress = silent) -> list[Talk]:
         """`count` talks that have read all of these ids but the last. They are read once."""
@@ -121,3 +130,9 @@ class Engine(Plan):
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         return self.backbone.prompts.encode(prompt) if isinstance(prompt, str) else prompt
+
+
+def _alike(first: list[int], second: list[int]) -> list[int]:
+    """What two prompts begin with; at least the last id of the second is left out."""
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, second[:-1], strict=False))
+    return [id for id, _ in pairs]

@@ -87,13 +87,18 @@ static inline __attribute__((always_inline)) void values_of(const float *values,
 }
 
 // One row's G queries over one piece of the positions: `from` to `to` - 1 of the KEYS whose keys and values these are. What
-// stands in `most`, `total` and `out` (G, P) so far is brought up to date ("online softmax", arXiv 1805.02867).
+// stands in `most`, `total` and `out` (G, P) so far is brought up to date ("online softmax", arXiv 1805.02867). `fresh`: they
+// are probably not in the cache.
 static inline __attribute__((always_inline)) void attend_to(const float *q, const float *keys, const float *values, int64_t step,
-                                                            int64_t P, int64_t from, int64_t to, float scale, float *most,
+                                                            int64_t P, int64_t from, int64_t to, float scale, int fresh, float *most,
                                                             float *total, float *out, const int G) {
     float scores[4 * KEYS], keep[4];
-    for (int64_t j = from / TILE_ROWS * TILE_ROWS; j < to; j += TILE_ROWS)
+    for (int64_t j = from / TILE_ROWS * TILE_ROWS; j < to; j += TILE_ROWS) {
+        if (fresh)
+            for (int i = 0; i < TILE_ROWS; i++)
+                for (int64_t p = 0; p < P; p += 16) expect(keys + (j + 2 * TILE_ROWS + i) * step + p), expect(values + (j + i) * step + p);
         scores_of(q, keys + j * step, step, P, to - j, scale, scores + j, G);
+    }
     for (int g = 0; g < G; g++) {
         float *s = scores + g * KEYS;
         vf tops = all(most[g]), sums = {0};
@@ -122,10 +127,10 @@ static inline __attribute__((always_inline)) void attend_to(const float *q, cons
 
 // As `attend_to`, for any number of queries.
 static void attend_group(const float *q, const float *keys, const float *values, int64_t step, int64_t P, int64_t group, int64_t from,
-                         int64_t to, float scale, float *most, float *total, float *out) {
+                         int64_t to, float scale, int fresh, float *most, float *total, float *out) {
     for (int64_t g = 0; g < group;) {
         const int64_t left = group - g, G = left >= 4 ? 4 : left;
-#define OF(n) attend_to(q + g * P, keys, values, step, P, from, to, scale, most + g, total + g, out + g * P, n)
+#define OF(n) attend_to(q + g * P, keys, values, step, P, from, to, scale, fresh && !g, most + g, total + g, out + g * P, n)
         if (G == 4) OF(4);
         else if (G == 3) OF(3);
         else if (G == 2) OF(2);
@@ -203,7 +208,7 @@ static void attend(const Block *b, const Worker *w, const float *kv, int64_t fir
             const int64_t after = position[r] + 1, start = b->window && after > b->window ? after - b->window : 0;
             const int64_t from = start > piece ? start - piece : 0, to = min_(after - piece, KEYS);
             if (from < to)
-                attend_group(q + r * A, keys, values, step, P, group, from, to, b->scale, most + r * group, total + r * group,
+                attend_group(q + r * A, keys, values, step, P, group, from, to, b->scale, !r, most + r * group, total + r * group,
                              out + r * Q * P);
         }
     }

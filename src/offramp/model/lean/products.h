@@ -331,6 +331,9 @@ static inline __m512i in_bfloat16(const Weight *m, int64_t n, int64_t k) {
 }
 #endif
 
+// Asks for the weights that the next call will need: the processor does not see by itself that several rows are read at once.
+static inline void expect(const void *place) { __builtin_prefetch(place); }
+
 // N rows of a weight from row n on times T rows of x from row r on, over the columns `from` to `to` - 1: out[i][t].
 #define EACH_WEIGHT _Pragma("GCC unroll 3") for (int i = 0; i < N; i++)
 #define EACH_ROW _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)
@@ -346,6 +349,7 @@ static inline __attribute__((always_inline)) void tile(const Weight *m, const Ro
         for (int64_t k = from; k < to; k += 32) {
             __m512i v[TILE_WEIGHTS];
             EACH_WEIGHT v[i] = in_bfloat16(&known, n + i, k);
+            if (kind == BFLOAT16) EACH_WEIGHT expect((const int16_t *)m->w + (n + N + i) * K + k);
             EACH_ROW {
                 const __m512bh p = (__m512bh)_mm512_loadu_si512(q + t * x->width + k);
                 EACH_WEIGHT acc[i][t] = (vf)_mm512_dpbf16_ps((__m512)acc[i][t], (__m512bh)v[i], p);
@@ -388,6 +392,7 @@ static inline __attribute__((always_inline)) void tile(const Weight *m, const Ro
         for (int64_t k = from; k < to; k += LANES) {
             vf v[TILE_WEIGHTS];
             EACH_WEIGHT v[i] = widened(kind, w + i * K * size, k, to - k);
+            EACH_WEIGHT expect(w + ((N + i) * K + k) * size);
             EACH_ROW {
                 const vf part = load_up_to(p + t * x->stride + k, to - k);
                 EACH_WEIGHT acc[i][t] = fma_(v[i], part, acc[i][t]);

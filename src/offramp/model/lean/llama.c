@@ -41,23 +41,23 @@ static void remember(const Block *b, const Shape *s, float *row, int64_t queries
 
 enum { KEYS = 64, DIMS = 4 };  // positions that are attended to in one go, cut at multiples; vectors of values in registers
 
-// Scores of G queries, P apart, with the keys of positions j to j + TILE_ROWS - 1, of which there are `count`.
+// Scores of G queries, P apart, with the keys of positions j to j + EIGHT - 1, of which there are `count`.
 static inline __attribute__((always_inline)) void scores_of(const float *q, const float *keys, int64_t step, int64_t P, int64_t count,
                                                             float scale, float *scores, const int G) {
     for (int g = 0; g < G; g++, q += P, scores += KEYS) {
-        vf acc[TILE_ROWS] = {0};
-        if (count >= TILE_ROWS) {
+        vf acc[EIGHT] = {0};
+        if (count >= EIGHT) {
             int64_t p = 0;
             for (; p + LANES <= P; p += LANES) {
                 const vf part = load(q + p);
 #pragma GCC unroll 8
-                for (int i = 0; i < TILE_ROWS; i++) acc[i] = fma_(part, load(keys + i * step + p), acc[i]);
+                for (int i = 0; i < EIGHT; i++) acc[i] = fma_(part, load(keys + i * step + p), acc[i]);
             }
             if (p < P)
-                for (int i = 0; i < TILE_ROWS; i++)
+                for (int i = 0; i < EIGHT; i++)
                     acc[i] = fma_(load_up_to(q + p, P - p), load_up_to(keys + i * step + p, P - p), acc[i]);
             sums_of(acc, scores);
-            for (int i = 0; i < TILE_ROWS; i++) scores[i] *= scale;
+            for (int i = 0; i < EIGHT; i++) scores[i] *= scale;
         } else {
             for (int i = 0; i < count; i++) scores[i] = scale * sum(dots(q, keys + i * step, P));
         }
@@ -93,10 +93,10 @@ static inline __attribute__((always_inline)) void attend_to(const float *q, cons
                                                             int64_t P, int64_t from, int64_t to, float scale, int fresh, float *most,
                                                             float *total, float *out, const int G) {
     float scores[4 * KEYS], keep[4];
-    for (int64_t j = from / TILE_ROWS * TILE_ROWS; j < to; j += TILE_ROWS) {
+    for (int64_t j = from / EIGHT * EIGHT; j < to; j += EIGHT) {
         if (fresh)
-            for (int i = 0; i < TILE_ROWS; i++)
-                for (int64_t p = 0; p < P; p += 16) expect(keys + (j + 2 * TILE_ROWS + i) * step + p), expect(values + (j + i) * step + p);
+            for (int i = 0; i < EIGHT; i++)
+                for (int64_t p = 0; p < P; p += 16) expect(keys + (j + 2 * EIGHT + i) * step + p), expect(values + (j + i) * step + p);
         scores_of(q, keys + j * step, step, P, to - j, scale, scores + j, G);
     }
     for (int g = 0; g < G; g++) {
@@ -150,7 +150,7 @@ typedef struct {
 
 // What one thread of a call works with: buffers shared with the others, and a part of its own. The scratch holds
 // R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) shared floats, and R · (K + 64) for the K columns of the widest weight; a
-// thread's own hold 2 · TILE_ROWS · Q / H beside PANEL.
+// thread's own hold 2 · EIGHT · Q / H beside PANEL.
 typedef struct {
     const Shape *s;
     const Tokens *tokens;
@@ -225,7 +225,7 @@ static void attention(const Block *b, const Worker *w, float *const *kv) {
     float *h = tokens->h, *x = w->x, *out = b->norm_first ? h : w->mlp;
     int64_t from, to, item = 0, rows;
     for (int64_t r = 0; r < R; r += rows) {
-        for (rows = 1; rows < TILE_ROWS && r + rows < R && sequence[r + rows] == sequence[r];) rows++;
+        for (rows = 1; rows < EIGHT && r + rows < R && sequence[r + rows] == sequence[r];) rows++;
         for (int64_t head = 0; head < H; head++)
             if (item++ % w->n == w->t) attend(b, w, kv[sequence[r]], r, rows, head);
     }

@@ -23,7 +23,7 @@ typedef struct {
 
 static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
-enum { TOKENS = TILE_ROWS, REGISTERS = 8 };  // tokens whose outputs are summed at once; vectors of a state in registers
+enum { TOKENS = EIGHT, REGISTERS = 8 };  // tokens whose outputs are summed at once; vectors of a state in registers
 
 // What T ≤ TOKENS tokens of a sequence feed to one head, and what they get.
 typedef struct {

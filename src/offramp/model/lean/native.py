@@ -33,7 +33,7 @@ from offramp.model.lean.weights import Weight
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("head.c", "llama.c", "mamba2.c")]
 HEADER = FOLDER / "products.h"
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 
 
 class CWeight(ctypes.Structure):

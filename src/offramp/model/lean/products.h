@@ -18,14 +18,10 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define WIDE 1
-#define LANES 16     // float32 numbers in a vector
-#define TILE_ROWS 8  // rows and weights that are multiplied at once: as many as registers hold
-#define TILE_WEIGHTS 3
+#define LANES 16  // float32 numbers in a vector
 #else
 #define WIDE 0
 #define LANES 8
-#define TILE_ROWS 4
-#define TILE_WEIGHTS 2
 #endif
 #if WIDE && defined(__AVX512BF16__)
 #define MULTIPLIES_BFLOAT16 1
@@ -102,7 +98,8 @@ static inline void store_up_to(float *p, vf v, int64_t n) {
 #endif
 }
 
-// a · b + c with one rounding, whatever the compiler makes of the code around it.
+// a · b + c with one rounding, where the processor can. Elsewhere products and sums are rounded one by one
+// (-ffp-contract=off): if the compiler chose, the same sum could be rounded differently in two places.
 static inline vf fma_(vf a, vf b, vf c) {
 #if WIDE
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -115,7 +112,9 @@ static inline vf fma_(vf a, vf b, vf c) {
 
 static inline vf all(float x) { return x - (vf){0}; }
 
-// Sums of vectors. `sum` and `sums_of` (the sums of TILE_ROWS vectors) add the lanes in the same order.
+enum { EIGHT = 8 };  // vectors that are summed at once
+
+// Sums of vectors. `sum` and `sums_of`, for EIGHT vectors, add the lanes in the same order.
 #if WIDE
 static inline float sum(vf v) {
     const __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
@@ -147,7 +146,7 @@ static inline void sums_of(const vf *v, float *out) {
 static inline float sum(vf v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
 static inline void sums_of(const vf *v, float *out) {
-    for (int i = 0; i < TILE_ROWS; i++) out[i] = sum(v[i]);
+    for (int i = 0; i < EIGHT; i++) out[i] = sum(v[i]);
 }
 #endif
 
@@ -184,18 +183,17 @@ static inline vf clamped(vf x, float low, float high) {
 
 static inline vf exp_(vf x) {  // Cephes: within 2 units in the last place
     x = clamped(x, -87.0f, 88.0f);
-    const vf scaled = x * 1.44269504f + 0.5f;
+    const vf scaled = fma_(x, all(1.44269504f), all(0.5f));
     vi n = __builtin_convertvector(scaled, vi);
     n += __builtin_convertvector(n, vf) > scaled;  // rounded down: a comparison that holds is -1
     const vf whole = __builtin_convertvector(n, vf);
-    const vf r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vf p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    const vf r = fma_(whole, all(2.12194440e-4f), fma_(whole, all(-0.693359375f), x));
+    vf p = fma_(all(1.9875691500e-4f), r, all(1.3981999507e-3f));
+    p = fma_(p, r, all(8.3334519073e-3f));
+    p = fma_(p, r, all(4.1665795894e-2f));
+    p = fma_(p, r, all(1.6666665459e-1f));
+    p = fma_(p, r, all(5.0000001201e-1f));
+    p = fma_(p * r, r, r + 1.0f);
     return p * (vf)((n + 127) << 23);
 }
 
@@ -334,25 +332,34 @@ static inline __m512i in_bfloat16(const Weight *m, int64_t n, int64_t k) {
 // Asks for the weights that the next call will need: the processor does not see by itself that several rows are read at once.
 static inline void expect(const void *place) { __builtin_prefetch(place); }
 
-// N rows of a weight from row n on times T rows of x from row r on, over the columns `from` to `to` - 1: out[i][t].
-#define EACH_WEIGHT _Pragma("GCC unroll 3") for (int i = 0; i < N; i++)
+// Where the results of a product go: rows `stride` apart. With `add`, they are added to what is there.
+typedef struct {
+    float *y;
+    int64_t stride;
+    int add;
+} Out;
+
+enum { MOST_WEIGHTS = 4, MOST_ROWS = 8 };  // of a tile
+
+// N rows of a weight from row n on times T rows of x from row r on, over the columns `from` to `to` - 1.
+#define EACH_WEIGHT _Pragma("GCC unroll 4") for (int i = 0; i < N; i++)
 #define EACH_ROW _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)
 static inline __attribute__((always_inline)) void tile(const Weight *m, const Rows *x, int64_t n, int64_t r, int64_t from,
-                                                       int64_t to, float (*out)[TILE_ROWS], int64_t kind, const int N, const int T) {
+                                                       int64_t to, const Out *out, int64_t kind, const int N, const int T) {
     const int64_t K = m->columns, G = x->width / GROUP, B = blocks_in(K);
-    vf acc[TILE_WEIGHTS][TILE_ROWS] = {0};
+    vf acc[MOST_ROWS * MOST_WEIGHTS] = {0};  // [t · N + i]
 #if MULTIPLIES_BFLOAT16
     if (kind == BFLOAT16 || kind == INT4) {
         Weight known = *m;
         known.kind = kind;  // so that the compiler knows it
         const int16_t *q = x->q + r * x->width;
         for (int64_t k = from; k < to; k += 32) {
-            __m512i v[TILE_WEIGHTS];
+            __m512i v[MOST_WEIGHTS];
             EACH_WEIGHT v[i] = in_bfloat16(&known, n + i, k);
             if (kind == BFLOAT16) EACH_WEIGHT expect((const int16_t *)m->w + (n + N + i) * K + k);
             EACH_ROW {
                 const __m512bh p = (__m512bh)_mm512_loadu_si512(q + t * x->width + k);
-                EACH_WEIGHT acc[i][t] = (vf)_mm512_dpbf16_ps((__m512)acc[i][t], (__m512bh)v[i], p);
+                EACH_WEIGHT acc[t * N + i] = (vf)_mm512_dpbf16_ps((__m512)acc[t * N + i], (__m512bh)v[i], p);
             }
         }
     } else
@@ -362,96 +369,101 @@ static inline __attribute__((always_inline)) void tile(const Weight *m, const Ro
         const int16_t *q = x->q + r * x->width;
         for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
             const int64_t last = min_(to, (b + 1) * BLOCK) / GROUP;
-            vi whole[TILE_WEIGHTS][TILE_ROWS] = {0};  // int8
-            vf part[TILE_WEIGHTS][TILE_ROWS] = {0};   // int4
+            vi whole[MOST_ROWS * MOST_WEIGHTS] = {0};  // int8
+            vf part[MOST_ROWS * MOST_WEIGHTS] = {0};   // int4
             for (int64_t g = b * BLOCK / GROUP; g < last; g++)
                 EACH_WEIGHT {
                     vs v[16 / LANES];
                     group(kind, w + i * (kind == INT8 ? K : K / 2), g, v);
                     const vf scale = kind == INT4 ? all(m->scale[(n + i) * G + g]) : all(1);
                     EACH_ROW {
-                        vi d = kind == INT8 ? whole[i][t] : (vi){0};
+                        vi d = kind == INT8 ? whole[t * N + i] : (vi){0};
                         for (int j = 0; j < 16 / LANES; j++) {
                             vs p;
                             memcpy(&p, q + t * x->width + GROUP * g + 2 * LANES * j, sizeof p);
                             d = dot_pairs(d, v[j], p);
                         }
-                        if (kind == INT8) whole[i][t] = d;
-                        else part[i][t] = fma_(__builtin_convertvector(d, vf), scale, part[i][t]);
+                        if (kind == INT8) whole[t * N + i] = d;
+                        else part[t * N + i] = fma_(__builtin_convertvector(d, vf), scale, part[t * N + i]);
                     }
                 }
-            EACH_WEIGHT EACH_ROW {
-                const vf d = kind == INT8 ? __builtin_convertvector(whole[i][t], vf) : part[i][t];
-                acc[i][t] = fma_(d, all(x->scale[(r + t) * B + b]), acc[i][t]);
+            EACH_ROW EACH_WEIGHT {
+                const vf d = kind == INT8 ? __builtin_convertvector(whole[t * N + i], vf) : part[t * N + i];
+                acc[t * N + i] = fma_(d, all(x->scale[(r + t) * B + b]), acc[t * N + i]);
             }
+        }
+        if (kind == INT4) {
+            const int64_t first = from / GROUP, count = (to - from) / GROUP;
+            EACH_ROW EACH_WEIGHT
+                acc[t * N + i] += dots(m->low + (n + i) * G + first, x->sums + (r + t) * G + first, count);
         }
     } else {
         const int64_t size = kind == FLOAT32 ? 4 : 2;
         const char *w = (const char *)m->w + n * K * size;
         const float *p = x->x + r * x->stride;
         for (int64_t k = from; k < to; k += LANES) {
-            vf v[TILE_WEIGHTS];
+            vf v[MOST_WEIGHTS];
             EACH_WEIGHT v[i] = widened(kind, w + i * K * size, k, to - k);
             EACH_WEIGHT expect(w + ((N + i) * K + k) * size);
             EACH_ROW {
                 const vf part = load_up_to(p + t * x->stride + k, to - k);
-                EACH_WEIGHT acc[i][t] = fma_(v[i], part, acc[i][t]);
+                EACH_WEIGHT acc[t * N + i] = fma_(v[i], part, acc[t * N + i]);
             }
         }
     }
-    EACH_WEIGHT {
-        if (kind == INT4 && !MULTIPLIES_BFLOAT16)
-            EACH_ROW acc[i][t] += dots(m->low + (n + i) * G + from / GROUP, x->sums + (r + t) * G + from / GROUP, (to - from) / GROUP);
-        if (T == TILE_ROWS) sums_of(acc[i], out[i]);
-        else EACH_ROW out[i][t] = sum(acc[i][t]);
-        if (kind == INT8) EACH_ROW out[i][t] *= m->scale[n + i];
+    float sums[MOST_ROWS * MOST_WEIGHTS], bias[MOST_WEIGHTS];
+#pragma GCC unroll 4
+    for (int j = 0; j < N * T; j += EIGHT) sums_of(acc + j, sums + j);
+    EACH_WEIGHT bias[i] = m->bias && !from ? m->bias[n + i] : 0;
+    EACH_ROW {
+        float *y = out->y + (r + t) * out->stride + n;
+        if (kind == INT8) EACH_WEIGHT sums[t * N + i] *= m->scale[n + i];
+        if (out->add) EACH_WEIGHT y[i] += sums[t * N + i] + bias[i];
+        else EACH_WEIGHT y[i] = sums[t * N + i] + bias[i];
     }
 }
 
 // One function for each kind, and each number of weights and of rows that is used, so that these are constants in its loops.
-typedef void Tile(const Weight *m, const Rows *x, int64_t n, int64_t r, int64_t from, int64_t to, float (*out)[TILE_ROWS]);
+typedef void Tile(const Weight *m, const Rows *x, int64_t n, int64_t r, int64_t from, int64_t to, const Out *out);
 #define TILE(kind, N, T)                                                                                              \
     static __attribute__((noinline)) void kind##_##N##_##T(const Weight *m, const Rows *x, int64_t n, int64_t r,      \
-                                                           int64_t from, int64_t to, float (*out)[TILE_ROWS]) {       \
+                                                           int64_t from, int64_t to, const Out *out) {                \
         tile(m, x, n, r, from, to, out, kind, N, T);                                                                  \
     }
-#if WIDE
-#define TILES(kind, N) TILE(kind, N, 1) TILE(kind, N, 2) TILE(kind, N, 4) TILE(kind, N, 8)
-#define COUNTS(kind, N) {kind##_##N##_1, kind##_##N##_2, kind##_##N##_4, kind##_##N##_8}
-#define PLAIN_WEIGHTS 3
-#define PLAIN(make, kind) make(kind, 3)
+#define TILES(kind, N, most) TILE(kind, N, 1) TILE(kind, N, 2) TILE(kind, N, 4) TILE(kind, N, most)
+#define ROW(kind, N, most) {kind##_##N##_1, kind##_##N##_2, kind##_##N##_4, kind##_##N##_##most}
+#define KIND(kind, N, most) TILES(kind, 1, most) TILES(kind, N, most)
+#define FORM(kind, N, most) {N, most, {ROW(kind, 1, most), ROW(kind, N, most)}}
+#if WIDE  // as many weights and rows as 32 registers hold
+#define FLOAT_TILES(make, kind) make(kind, 4, 6)
+#define INTEGER_TILES(make, kind) make(kind, 2, 8)
 #else
-#define TILES(kind, N) TILE(kind, N, 1) TILE(kind, N, 2) TILE(kind, N, 4)
-#define COUNTS(kind, N) {kind##_##N##_1, kind##_##N##_2, kind##_##N##_4}
-#define PLAIN_WEIGHTS 2
-#define PLAIN(make, kind) make(kind, 2)
+#define FLOAT_TILES(make, kind) make(kind, 2, 5)
+#define INTEGER_TILES(make, kind) make(kind, 2, 5)
 #endif
-TILES(FLOAT32, 1) TILES(BFLOAT16, 1) TILES(INT8, 1) TILES(INT4, 1)
-PLAIN(TILES, FLOAT32) PLAIN(TILES, BFLOAT16) TILES(INT8, 2) TILES(INT4, 2)
-static Tile *const tiles[4][2][4] = {  // [kind][one weight, or several][log2 of the number of rows]
-    {COUNTS(FLOAT32, 1), PLAIN(COUNTS, FLOAT32)},
-    {COUNTS(BFLOAT16, 1), PLAIN(COUNTS, BFLOAT16)},
-    {COUNTS(INT8, 1), COUNTS(INT8, 2)},
-    {COUNTS(INT4, 1), COUNTS(INT4, 2)},
+FLOAT_TILES(KIND, FLOAT32) FLOAT_TILES(KIND, BFLOAT16) INTEGER_TILES(KIND, INT8) INTEGER_TILES(KIND, INT4)
+static const struct {
+    int64_t weights, rows;  // the most of a tile
+    Tile *tiles[2][4];      // [one weight, or the most][1, 2, 4 or the most rows]
+} forms[4] = {
+    FLOAT_TILES(FORM, FLOAT32), FLOAT_TILES(FORM, BFLOAT16), INTEGER_TILES(FORM, INT8), INTEGER_TILES(FORM, INT4),
 };
 
-// Rows `from` to `to` - 1 of the weight, over the columns `first` to `last` - 1, times R rows of x.
-static void strips(const Weight *m, const Rows *x, int64_t R, int64_t first, int64_t last, float *y, int64_t stride, int add,
-                   int64_t from, int64_t to) {
-    const int64_t several = m->kind == FLOAT32 || m->kind == BFLOAT16 ? PLAIN_WEIGHTS : 2;
-    float out[TILE_WEIGHTS][TILE_ROWS];
-    int64_t T = TILE_ROWS;
-    for (int64_t r = 0; r < R; r += T) {
-        while (T > R - r) T /= 2;
-        const int rows = T == 8 ? 3 : T == 4 ? 2 : T - 1;
+// Rows `from` to `to` - 1 of the weight, over the columns `first` to `last` - 1, times R rows of x. Meanwhile the `size` bytes
+// at `next` come into the cache.
+static void strips(const Weight *m, const Rows *x, int64_t R, int64_t first, int64_t last, const Out *out, int64_t from, int64_t to,
+                   const char *next, int64_t size) {
+    const int64_t several = forms[m->kind].weights, most = forms[m->kind].rows;
+    const int64_t share = size / (((to - from) / several + 1) * (R / most + 1)) + 64;
+    const char *end = next + size;
+    for (int64_t r = 0, T; r < R; r += T) {
+        const int64_t left = R - r;
+        const int form = left >= most ? 3 : left >= 4 ? 2 : left >= 2;
+        T = form == 3 ? most : 1 << form;
         for (int64_t n = from, N; n < to; n += N) {
             N = to - n >= several ? several : 1;
-            tiles[m->kind][N > 1][rows](m, x, n, r, first, last, out);
-            for (int64_t i = 0; i < N; i++)
-                for (int64_t t = 0; t < T; t++) {
-                    float *place = y + (r + t) * stride + n + i, bias = m->bias && !first ? m->bias[n + i] : 0;
-                    *place = add ? *place + (out[i][t] + bias) : out[i][t] + bias;
-                }
+            forms[m->kind].tiles[N > 1][form](m, x, n, r, first, last, out);
+            for (const char *stop = next + share; next < stop && next < end; next += 64) expect(next);
         }
     }
 }
@@ -470,21 +482,25 @@ static Weight unpacked(const Weight *m, int64_t first, int64_t last, int64_t fro
 // added to it. Weights are cut into panels that stay in the cache while all rows pass; for many rows, int4 weights are
 // unpacked once.
 static void product(const Weight *m, Rows x, int64_t R, float *y, int64_t stride, int add, int64_t from, int64_t to) {
-    const int64_t bits[] = {32, 16, 8, 16}, K = m->columns;
+    static const int64_t bits[] = {32, 16, 8, 4}, spread[] = {32, 16, 8, 16};
+    const int64_t K = m->columns, row = K * bits[m->kind] / 8;
     for (int64_t first = 0; first < K; first += DEPTH) {
-        const int64_t last = min_(K, first + DEPTH), panel = PANEL * 32 / (bits[m->kind] * (last - first)) / 6 * 6;
+        const int64_t last = min_(K, first + DEPTH), panel = PANEL * 32 / (spread[m->kind] * (last - first)) / 4 * 4;
         for (int64_t n = from; n < to; n += panel) {
-            const int64_t end = min_(to, n + panel);
+            const int64_t end = min_(to, n + panel), size = K <= DEPTH && R > EIGHT ? min_(panel, to - end) * row : 0;
+            const char *next = (const char *)m->w + end * row;
 #if MULTIPLIES_BFLOAT16
-            if (m->kind == INT4 && R > TILE_ROWS) {
+            if (m->kind == INT4 && R > EIGHT) {
                 const Weight plain = unpacked(m, first, last, n, end, x.panel);
+                const Out out = {y + n, stride, add || first};
                 Rows part = x;
                 part.q += first;
-                strips(&plain, &part, R, 0, last - first, y + n, stride, add || first, 0, end - n);
+                strips(&plain, &part, R, 0, last - first, &out, 0, end - n, next, size);
                 continue;
             }
 #endif
-            strips(m, &x, R, first, last, y, stride, add || first, n, end);
+            const Out out = {y, stride, add || first};
+            strips(m, &x, R, first, last, &out, n, end, next, size);
         }
     }
 }

@@ -48,6 +48,20 @@ def test_a_memory_equals_a_plain_concatenation_after_any_operations(operations, 
         assert same(kv, keys, values) if stored else kv.length == 0
 
 
+def test_a_memory_grows_once_to_what_was_reserved():
+    state = State(["attention"], capacity=2)
+    kv, token = state.kv[0], torch.ones(1, 1, 1, 4)
+    kv.append(token, token)
+    state.reserve(50)
+    kv.append(token, token)
+    kv.append(token, token)
+    grown = kv.keys.data_ptr()
+    for _ in range(47):
+        kv.append(token, token)
+    assert kv.keys.data_ptr() == grown
+    assert torch.equal(kv.values, torch.ones(1, 1, 50, 4))
+
+
 def test_a_memory_grows_past_its_capacity_and_keeps_what_it_held():
     kv = KV(capacity=2)
     pieces = [random_tokens(1, tokens, seed=tokens) for tokens in (1, 1, 1, 5, 40)]

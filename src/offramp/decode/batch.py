@@ -423,6 +423,7 @@ class Batch:
             raise BadInput("Another request is continuing this talk.", "Wait for its end, or use another talk.")
         if talk.sequence is not None and talk.sequence.continued_by(ids, self.plan.open_exits):
             talk.sequence.ids, talk.sequence.prompt = [*ids], len(ids)
+            talk.sequence.state.reserve(len(ids) + remaining)
         else:
             exits = [OpenExit.of(exit, index) for exit, index in self.plan.open_exits]
             talk.sequence = Sequence([*ids], self.plan.backbone.state(len(ids) + remaining), exits, len(ids))

@@ -70,7 +70,7 @@ class KV:
                 f"the memory holds {old.dtype} {tuple(old.shape)}, the tokens are {like.dtype} {tuple(like.shape)}"
             )
         if old is None or end > old.shape[1]:
-            capacity = max(self._capacity, end if old is None else 2 * end)
+            capacity = self._capacity if end <= self._capacity else end if old is None else 2 * end
             # Zeros, since what a mask hides is still multiplied by 0, and 0 times NaN is NaN.
             self._buffer = like.new_zeros(len(like), capacity, *like.shape[2:])
             if old is not None:
@@ -78,6 +78,10 @@ class KV:
         self.length = end
         assert self._buffer is not None
         return self._buffer
+
+    def reserve(self, capacity: int) -> None:
+        """When the buffer grows next, let it have room for this many tokens."""
+        self._capacity = max(self._capacity, capacity)
 
     def addresses(self, like: Tensor, end: int) -> list[int]:
         """As `room`, for compiled code: the address of each sequence's part of the buffer."""
@@ -228,6 +232,12 @@ class State:
         assert block is not None
         block.append(keys, values)
         return block.keys, block.values
+
+    def reserve(self, capacity: int) -> None:
+        """Expect this many tokens: memories that grow are then made large enough at once."""
+        for kv in self.kv:
+            if kv is not None:
+                kv.reserve(capacity)
 
     def watch(self, start: int, stop: int) -> None:
         """From now on, blocks `start` to `stop` - 1 can forget the tokens they take in, until `settle`."""

@@ -1,4 +1,4 @@
-// Decoder blocks of the llama kind on a CPU: a range of blocks, all of their rows, in one call, with one pass over the weights.
+// Decoder blocks of the llama kind on a CPU: a range of blocks, all of their rows, in one call and one pass over the weights.
 // llama.py says what is computed and in which layout.
 //
 // D hidden size, Q query heads, H key/value heads, P head dim, F width of the MLP.
@@ -41,9 +41,18 @@ static void remember(const Block *b, const Shape *s, float *row, int64_t queries
 
 enum { KEYS = 64, DIMS = 4 };  // positions that are attended to in one go, cut at multiples; vectors of values in registers
 
+// What is attended to: the keys and values of one head, `step` floats from one position to the next, of P dims each.
+typedef struct {
+    const float *keys, *values;
+    int64_t step, P;
+    float scale;
+    int fresh;  // they are probably not in the cache
+} Seen;
+
 // Scores of G queries, P apart, with the keys of positions j to j + EIGHT - 1, of which there are `count`.
-static inline __attribute__((always_inline)) void scores_of(const float *q, const float *keys, int64_t step, int64_t P, int64_t count,
-                                                            float scale, float *scores, const int G) {
+ALWAYS void scores_of(const float *q, const Seen *seen, int64_t j, int64_t count, float *scores, const int G) {
+    const int64_t P = seen->P, step = seen->step;
+    const float *keys = seen->keys + j * step, scale = seen->scale;
     for (int g = 0; g < G; g++, q += P, scores += KEYS) {
         vf acc[EIGHT] = {0};
         if (count >= EIGHT) {
@@ -64,19 +73,24 @@ static inline __attribute__((always_inline)) void scores_of(const float *q, cons
     }
 }
 
-// Adds the values of positions `from` to `to` - 1, each times its weight, to DIMS vectors (or one, which may be cut short) of
-// the outputs of G queries; what was there before is multiplied by `keep` first.
-static inline __attribute__((always_inline)) void values_of(const float *values, int64_t step, int64_t P, int64_t dim, int64_t from,
-                                                            int64_t to, const float *weights, const float *keep, float *out, const int G,
-                                                            const int V) {
-    const int64_t left = P - dim;
+// The outputs of queries so far (P dims each), not yet divided by `total`, the sum of their weights exp(score - most).
+typedef struct {
+    float *most, *total, *out;
+} Softmax;
+
+// Adds the values of positions `from` to `to` - 1, each times its weight, to V vectors of the outputs of G queries, from `dim`
+// on (one vector may be cut short). What was there before is multiplied by `keep` first.
+ALWAYS void values_of(const Seen *seen, int64_t dim, int64_t from, int64_t to, const float *weights, const float *keep, float *out,
+                      const int G, const int V) {
+    const int64_t P = seen->P, left = P - dim;
+    const float *values = seen->values + dim;
     vf acc[4][DIMS];
     for (int g = 0; g < G; g++)
         for (int v = 0; v < V; v++) acc[g][v] = load_up_to(out + g * P + dim + v * LANES, left - v * LANES) * keep[g];
     for (int64_t j = from; j < to; j++) {
         vf value[DIMS];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) value[v] = load_up_to(values + j * step + dim + v * LANES, V > 1 ? LANES : left);
+        for (int v = 0; v < V; v++) value[v] = load_up_to(values + j * seen->step + v * LANES, V > 1 ? LANES : left);
 #pragma GCC unroll 4
         for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
@@ -86,57 +100,57 @@ static inline __attribute__((always_inline)) void values_of(const float *values,
         for (int v = 0; v < V; v++) store_up_to(out + g * P + dim + v * LANES, acc[g][v], left - v * LANES);
 }
 
-// One row's G queries over one piece of the positions: `from` to `to` - 1 of the KEYS whose keys and values these are. What
-// stands in `most`, `total` and `out` (G, P) so far is brought up to date ("online softmax", arXiv 1805.02867). `fresh`: they
-// are probably not in the cache.
-static inline __attribute__((always_inline)) void attend_to(const float *q, const float *keys, const float *values, int64_t step,
-                                                            int64_t P, int64_t from, int64_t to, float scale, int fresh, float *most,
-                                                            float *total, float *out, const int G) {
+// Turns the scores s of positions `from` to `to` - 1 into weights. Returns what earlier weights are to be multiplied by.
+static float weigh(float *s, int64_t from, int64_t to, float *most, float *total) {
+    const int64_t first = from / LANES * LANES;
+    vf tops = all(*most), sums = {0};
+    for (int64_t j = first; j < to; j += LANES) {
+        const vi inside = (COUNT + (int32_t)j >= (int32_t)from) & (COUNT + (int32_t)j < (int32_t)to);
+        const vf v = choose(inside, load(s + j), all(-INFINITY));
+        tops = choose(v > tops, v, tops);
+        store(s + j, v);
+    }
+    const float highest = largest(tops), keep = exp_(all(*most - highest))[0];
+    for (int64_t j = first; j < to; j += LANES) {
+        const vf v = load(s + j), weights = choose(v == all(-INFINITY), (vf){0}, exp_(v - highest));
+        store(s + j, weights);
+        sums += weights;
+    }
+    *total = *total * keep + sum(sums);
+    *most = highest;
+    return keep;
+}
+
+// One row's G queries over positions `from` to `to` - 1 of one piece. Brings their softmax up to date ("online softmax", arXiv
+// 1805.02867).
+ALWAYS void attend_to(const float *q, const Seen *seen, int64_t from, int64_t to, Softmax so_far, const int G) {
+    const int64_t P = seen->P;
     float scores[4 * KEYS], keep[4];
     for (int64_t j = from / EIGHT * EIGHT; j < to; j += EIGHT) {
-        if (fresh)
-            for (int i = 0; i < EIGHT; i++)
-                for (int64_t p = 0; p < P; p += 16) expect(keys + (j + 2 * EIGHT + i) * step + p), expect(values + (j + i) * step + p);
-        scores_of(q, keys + j * step, step, P, to - j, scale, scores + j, G);
+        if (seen->fresh)
+            for (int64_t i = j; i < j + EIGHT; i++)
+                for (int64_t p = 0; p < P; p += 16) {
+                    expect(seen->keys + (i + 2 * EIGHT) * seen->step + p);
+                    expect(seen->values + i * seen->step + p);
+                }
+        scores_of(q, seen, j, to - j, scores + j, G);
     }
-    for (int g = 0; g < G; g++) {
-        float *s = scores + g * KEYS;
-        vf tops = all(most[g]), sums = {0};
-        for (int64_t j = from / LANES * LANES; j < to; j += LANES) {
-            const vi inside = (COUNT + (int32_t)j >= (int32_t)from) & (COUNT + (int32_t)j < (int32_t)to);
-            const int whole = j >= from && j + LANES <= to;
-            const vf v = whole ? load(s + j) : choose(inside, load(s + j), all(-INFINITY));
-            tops = choose(v > tops, v, tops);
-            store(s + j, v);
-        }
-        const float highest = largest(tops);
-        for (int64_t j = from / LANES * LANES; j < to; j += LANES) {
-            const int whole = j >= from && j + LANES <= to;
-            const vf v = load(s + j), e = exp_(v - highest), weights = whole ? e : choose(v > all(-INFINITY), e, (vf){0});
-            store(s + j, weights);
-            sums += weights;
-        }
-        keep[g] = exp_(all(most[g] - highest))[0];
-        total[g] = total[g] * keep[g] + sum(sums);
-        most[g] = highest;
-    }
+    for (int g = 0; g < G; g++) keep[g] = weigh(scores + g * KEYS, from, to, so_far.most + g, so_far.total + g);
     int64_t dim = 0;
-    for (; dim + DIMS * LANES <= P; dim += DIMS * LANES) values_of(values, step, P, dim, from, to, scores, keep, out, G, DIMS);
-    for (; dim < P; dim += LANES) values_of(values, step, P, dim, from, to, scores, keep, out, G, 1);
+    for (; dim + DIMS * LANES <= P; dim += DIMS * LANES) values_of(seen, dim, from, to, scores, keep, so_far.out, G, DIMS);
+    for (; dim < P; dim += LANES) values_of(seen, dim, from, to, scores, keep, so_far.out, G, 1);
 }
 
 // As `attend_to`, for any number of queries.
-static void attend_group(const float *q, const float *keys, const float *values, int64_t step, int64_t P, int64_t group, int64_t from,
-                         int64_t to, float scale, int fresh, float *most, float *total, float *out) {
-    for (int64_t g = 0; g < group;) {
-        const int64_t left = group - g, G = left >= 4 ? 4 : left;
-#define OF(n) attend_to(q + g * P, keys, values, step, P, from, to, scale, fresh && !g, most + g, total + g, out + g * P, n)
-        if (G == 4) OF(4);
-        else if (G == 3) OF(3);
-        else if (G == 2) OF(2);
-        else OF(1);
-#undef OF
-        g += G;
+static void attend_group(const float *q, const Seen *seen, int64_t from, int64_t to, Softmax so_far, int64_t group) {
+    for (int64_t g = 0; g < group; g += 4) {
+        const Softmax part = {so_far.most + g, so_far.total + g, so_far.out + g * seen->P};
+        switch (min_(4, group - g)) {
+            case 4: attend_to(q + g * seen->P, seen, from, to, part, 4); break;
+            case 3: attend_to(q + g * seen->P, seen, from, to, part, 3); break;
+            case 2: attend_to(q + g * seen->P, seen, from, to, part, 2); break;
+            default: attend_to(q + g * seen->P, seen, from, to, part, 1);
+        }
     }
 }
 
@@ -201,15 +215,15 @@ static void attend(const Block *b, const Worker *w, const float *kv, int64_t fir
     float *out = w->x + first * Q * P + head * group * P, *most = w->local + PANEL, *total = most + rows * group;
     for (int64_t i = 0; i < rows * group; i++) most[i] = -INFINITY, total[i] = 0;
     for (int64_t r = 0; r < rows; r++) memset(out + r * Q * P, 0, group * P * sizeof(float));
-    const int64_t seen = b->window && position[0] + 1 > b->window ? position[0] + 1 - b->window : 0;
-    for (int64_t piece = seen / KEYS * KEYS; piece < end; piece += KEYS) {
-        const float *keys = kv + piece * step + head * P, *values = keys + H * P;
+    const int64_t oldest = b->window && position[0] + 1 > b->window ? position[0] + 1 - b->window : 0;
+    for (int64_t piece = oldest / KEYS * KEYS; piece < end; piece += KEYS) {
+        const float *keys = kv + piece * step + head * P;
         for (int64_t r = 0; r < rows; r++) {
             const int64_t after = position[r] + 1, start = b->window && after > b->window ? after - b->window : 0;
             const int64_t from = start > piece ? start - piece : 0, to = min_(after - piece, KEYS);
-            if (from < to)
-                attend_group(q + r * A, keys, values, step, P, group, from, to, b->scale, !r, most + r * group, total + r * group,
-                             out + r * Q * P);
+            const Seen seen = {keys, keys + H * P, step, P, b->scale, !r};
+            const Softmax so_far = {most + r * group, total + r * group, out + r * Q * P};
+            if (from < to) attend_group(q + r * A, &seen, from, to, so_far, group);
         }
     }
     for (int64_t r = 0; r < rows; r++)

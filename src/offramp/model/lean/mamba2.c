@@ -32,8 +32,8 @@ typedef struct {
 } Fed;
 
 // V vectors of one row of a state, from column n on (one vector may be cut short): T tokens pass, the sums for y grow.
-static inline __attribute__((always_inline)) void pass(const MambaShape *s, float *state, int64_t n, const float *in, const Fed *fed,
-                                                       int64_t T, vf *sums, const int V) {
+ALWAYS void pass(const MambaShape *s, float *state, int64_t n, const float *in, const Fed *fed, int64_t T, vf *sums,
+                 const int V) {
     vf v[REGISTERS];
 #pragma GCC unroll 8
     for (int i = 0; i < V; i++) v[i] = load_up_to(state + n + i * LANES, s->states - n - i * LANES);

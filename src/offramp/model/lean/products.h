@@ -1,4 +1,4 @@
-// Products of rows with weights in any format, and the helpers that all blocks share. Included by head.c, llama.c and mamba2.c.
+// Products of rows with weights in any format, and the helpers that all blocks share. For head.c, llama.c and mamba2.c.
 //
 // A row's sums are added in the same order however many rows there are, so a chunk of any length gives bit for bit what its
 // tokens give one by one, and no sequence depends on its neighbours. What rows are multiplied as:
@@ -46,7 +46,7 @@ static const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
 
 enum { FLOAT32, BFLOAT16, INT8, INT4 };
-// Columns with one scale, of int4 weights and of rows; columns that are multiplied in one go; floats of unpacked int4 weights.
+// Columns with one scale, of int4 weights and of rows; columns multiplied in one go; floats of unpacked int4 weights.
 enum { GROUP = 32, BLOCK = 128, DEPTH = 2048, PANEL = 1 << 15 };
 
 typedef struct {
@@ -329,7 +329,7 @@ static inline __m512i in_bfloat16(const Weight *m, int64_t n, int64_t k) {
 }
 #endif
 
-// Asks for the weights that the next call will need: the processor does not see by itself that several rows are read at once.
+// Asks for what will be needed soon: where several rows are read at once, the processor does not foresee it by itself.
 static inline void expect(const void *place) { __builtin_prefetch(place); }
 
 // Where the results of a product go: rows `stride` apart. With `add`, they are added to what is there.
@@ -339,97 +339,116 @@ typedef struct {
     int add;
 } Out;
 
-enum { MOST_WEIGHTS = 4, MOST_ROWS = 8 };  // of a tile
-
 // N rows of a weight from row n on times T rows of x from row r on, over the columns `from` to `to` - 1.
+typedef struct {
+    const Weight *m;
+    const Rows *x;
+    int64_t n, r, from, to;
+} Tile;
+
+enum { MOST_WEIGHTS = 4, MOST_ROWS = 8 };  // of a tile
 #define EACH_WEIGHT _Pragma("GCC unroll 4") for (int i = 0; i < N; i++)
 #define EACH_ROW _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)
-static inline __attribute__((always_inline)) void tile(const Weight *m, const Rows *x, int64_t n, int64_t r, int64_t from,
-                                                       int64_t to, const Out *out, int64_t kind, const int N, const int T) {
-    const int64_t K = m->columns, G = x->width / GROUP, B = blocks_in(K);
-    vf acc[MOST_ROWS * MOST_WEIGHTS] = {0};  // [t · N + i]
+#define ALWAYS static inline __attribute__((always_inline))
+
+// The three ways to multiply. Each adds to N · T vectors, of which acc[t · N + i] is for row r + t and weight n + i; the sum of a
+// vector's lanes is the result.
 #if MULTIPLIES_BFLOAT16
-    if (kind == BFLOAT16 || kind == INT4) {
-        Weight known = *m;
-        known.kind = kind;  // so that the compiler knows it
-        const int16_t *q = x->q + r * x->width;
-        for (int64_t k = from; k < to; k += 32) {
-            __m512i v[MOST_WEIGHTS];
-            EACH_WEIGHT v[i] = in_bfloat16(&known, n + i, k);
-            if (kind == BFLOAT16) EACH_WEIGHT expect((const int16_t *)m->w + (n + N + i) * K + k);
-            EACH_ROW {
-                const __m512bh p = (__m512bh)_mm512_loadu_si512(q + t * x->width + k);
-                EACH_WEIGHT acc[t * N + i] = (vf)_mm512_dpbf16_ps((__m512)acc[t * N + i], (__m512bh)v[i], p);
-            }
-        }
-    } else
-#endif
-    if (kind == INT8 || kind == INT4) {
-        const char *w = (const char *)m->w + n * (kind == INT8 ? K : K / 2);
-        const int16_t *q = x->q + r * x->width;
-        for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
-            const int64_t last = min_(to, (b + 1) * BLOCK) / GROUP;
-            vi whole[MOST_ROWS * MOST_WEIGHTS] = {0};  // int8
-            vf part[MOST_ROWS * MOST_WEIGHTS] = {0};   // int4
-            for (int64_t g = b * BLOCK / GROUP; g < last; g++)
-                EACH_WEIGHT {
-                    vs v[16 / LANES];
-                    group(kind, w + i * (kind == INT8 ? K : K / 2), g, v);
-                    const vf scale = kind == INT4 ? all(m->scale[(n + i) * G + g]) : all(1);
-                    EACH_ROW {
-                        vi d = kind == INT8 ? whole[t * N + i] : (vi){0};
-                        for (int j = 0; j < 16 / LANES; j++) {
-                            vs p;
-                            memcpy(&p, q + t * x->width + GROUP * g + 2 * LANES * j, sizeof p);
-                            d = dot_pairs(d, v[j], p);
-                        }
-                        if (kind == INT8) whole[t * N + i] = d;
-                        else part[t * N + i] = fma_(__builtin_convertvector(d, vf), scale, part[t * N + i]);
-                    }
-                }
-            EACH_ROW EACH_WEIGHT {
-                const vf d = kind == INT8 ? __builtin_convertvector(whole[t * N + i], vf) : part[t * N + i];
-                acc[t * N + i] = fma_(d, all(x->scale[(r + t) * B + b]), acc[t * N + i]);
-            }
-        }
-        if (kind == INT4) {
-            const int64_t first = from / GROUP, count = (to - from) / GROUP;
-            EACH_ROW EACH_WEIGHT
-                acc[t * N + i] += dots(m->low + (n + i) * G + first, x->sums + (r + t) * G + first, count);
-        }
-    } else {
-        const int64_t size = kind == FLOAT32 ? 4 : 2;
-        const char *w = (const char *)m->w + n * K * size;
-        const float *p = x->x + r * x->stride;
-        for (int64_t k = from; k < to; k += LANES) {
-            vf v[MOST_WEIGHTS];
-            EACH_WEIGHT v[i] = widened(kind, w + i * K * size, k, to - k);
-            EACH_WEIGHT expect(w + ((N + i) * K + k) * size);
-            EACH_ROW {
-                const vf part = load_up_to(p + t * x->stride + k, to - k);
-                EACH_WEIGHT acc[t * N + i] = fma_(v[i], part, acc[t * N + i]);
-            }
+ALWAYS void bfloat16_tile(const Tile *c, vf *acc, int64_t kind, const int N, const int T) {
+    const int64_t K = c->m->columns, width = c->x->width;
+    const int16_t *q = c->x->q + c->r * width;
+    Weight known = *c->m;
+    known.kind = kind;  // so that the compiler knows it
+    for (int64_t k = c->from; k < c->to; k += 32) {
+        __m512i v[MOST_WEIGHTS];
+        EACH_WEIGHT v[i] = in_bfloat16(&known, c->n + i, k);
+        if (kind == BFLOAT16) EACH_WEIGHT expect((const int16_t *)known.w + (c->n + N + i) * K + k);
+        EACH_ROW {
+            const __m512bh p = (__m512bh)_mm512_loadu_si512(q + t * width + k);
+            EACH_WEIGHT acc[t * N + i] = (vf)_mm512_dpbf16_ps((__m512)acc[t * N + i], (__m512bh)v[i], p);
         }
     }
+}
+#endif
+
+ALWAYS void float_tile(const Tile *c, vf *acc, int64_t kind, const int N, const int T) {
+    const int64_t K = c->m->columns, size = kind == FLOAT32 ? 4 : 2, stride = c->x->stride;
+    const char *w = (const char *)c->m->w + c->n * K * size;
+    const float *p = c->x->x + c->r * stride;
+    for (int64_t k = c->from; k < c->to; k += LANES) {
+        vf v[MOST_WEIGHTS];
+        EACH_WEIGHT v[i] = widened(kind, w + i * K * size, k, c->to - k);
+        EACH_WEIGHT expect(w + ((N + i) * K + k) * size);
+        EACH_ROW {
+            const vf part = load_up_to(p + t * stride + k, c->to - k);
+            EACH_WEIGHT acc[t * N + i] = fma_(v[i], part, acc[t * N + i]);
+        }
+    }
+}
+
+// Integers are added up as such over a block (int8), or over a group (int4).
+ALWAYS void integer_tile(const Tile *c, vf *acc, int64_t kind, const int N, const int T) {
+    const Weight *m = c->m;
+    const Rows *x = c->x;
+    const int64_t K = m->columns, G = x->width / GROUP, B = blocks_in(K), row = kind == INT8 ? K : K / 2;
+    const char *w = (const char *)m->w + c->n * row;
+    const int16_t *q = x->q + c->r * x->width;
+    for (int64_t b = c->from / BLOCK; b * BLOCK < c->to; b++) {
+        const int64_t last = min_(c->to, (b + 1) * BLOCK) / GROUP;
+        vi whole[MOST_ROWS * MOST_WEIGHTS] = {0};
+        vf part[MOST_ROWS * MOST_WEIGHTS] = {0};
+        for (int64_t g = b * BLOCK / GROUP; g < last; g++)
+            EACH_WEIGHT {
+                vs v[16 / LANES];
+                group(kind, w + i * row, g, v);
+                const vf scale = kind == INT4 ? all(m->scale[(c->n + i) * G + g]) : all(1);
+                EACH_ROW {
+                    vi d = kind == INT8 ? whole[t * N + i] : (vi){0};
+                    for (int j = 0; j < 16 / LANES; j++) {
+                        vs p;
+                        memcpy(&p, q + t * x->width + GROUP * g + 2 * LANES * j, sizeof p);
+                        d = dot_pairs(d, v[j], p);
+                    }
+                    if (kind == INT8) whole[t * N + i] = d;
+                    else part[t * N + i] = fma_(__builtin_convertvector(d, vf), scale, part[t * N + i]);
+                }
+            }
+        EACH_ROW EACH_WEIGHT {
+            const vf d = kind == INT8 ? __builtin_convertvector(whole[t * N + i], vf) : part[t * N + i];
+            acc[t * N + i] = fma_(d, all(x->scale[(c->r + t) * B + b]), acc[t * N + i]);
+        }
+    }
+    if (kind == INT8) return;
+    const int64_t first = c->from / GROUP, groups = (c->to - c->from) / GROUP;
+    EACH_ROW EACH_WEIGHT
+        acc[t * N + i] += dots(m->low + (c->n + i) * G + first, x->sums + (c->r + t) * G + first, groups);
+}
+
+ALWAYS void tile(const Tile *c, const Out *out, int64_t kind, const int N, const int T) {
+    const Weight *m = c->m;
+    vf acc[MOST_ROWS * MOST_WEIGHTS] = {0};
     float sums[MOST_ROWS * MOST_WEIGHTS], bias[MOST_WEIGHTS];
+#if MULTIPLIES_BFLOAT16
+    if (kind == BFLOAT16 || kind == INT4) bfloat16_tile(c, acc, kind, N, T);
+    else
+#endif
+        if (kind == FLOAT32 || kind == BFLOAT16) float_tile(c, acc, kind, N, T);
+        else integer_tile(c, acc, kind, N, T);
 #pragma GCC unroll 4
     for (int j = 0; j < N * T; j += EIGHT) sums_of(acc + j, sums + j);
-    EACH_WEIGHT bias[i] = m->bias && !from ? m->bias[n + i] : 0;
+    EACH_WEIGHT bias[i] = m->bias && !c->from ? m->bias[c->n + i] : 0;
     EACH_ROW {
-        float *y = out->y + (r + t) * out->stride + n;
-        if (kind == INT8) EACH_WEIGHT sums[t * N + i] *= m->scale[n + i];
+        float *y = out->y + (c->r + t) * out->stride + c->n;
+        if (kind == INT8) EACH_WEIGHT sums[t * N + i] *= m->scale[c->n + i];
         if (out->add) EACH_WEIGHT y[i] += sums[t * N + i] + bias[i];
         else EACH_WEIGHT y[i] = sums[t * N + i] + bias[i];
     }
 }
 
 // One function for each kind, and each number of weights and of rows that is used, so that these are constants in its loops.
-typedef void Tile(const Weight *m, const Rows *x, int64_t n, int64_t r, int64_t from, int64_t to, const Out *out);
-#define TILE(kind, N, T)                                                                                              \
-    static __attribute__((noinline)) void kind##_##N##_##T(const Weight *m, const Rows *x, int64_t n, int64_t r,      \
-                                                           int64_t from, int64_t to, const Out *out) {                \
-        tile(m, x, n, r, from, to, out, kind, N, T);                                                                  \
-    }
+typedef void Multiply(const Tile *c, const Out *out);
+#define TILE(kind, N, T) \
+    static __attribute__((noinline)) void kind##_##N##_##T(const Tile *c, const Out *out) { tile(c, out, kind, N, T); }
 #define TILES(kind, N, most) TILE(kind, N, 1) TILE(kind, N, 2) TILE(kind, N, 4) TILE(kind, N, most)
 #define ROW(kind, N, most) {kind##_##N##_1, kind##_##N##_2, kind##_##N##_4, kind##_##N##_##most}
 #define KIND(kind, N, most) TILES(kind, 1, most) TILES(kind, N, most)
@@ -444,26 +463,29 @@ typedef void Tile(const Weight *m, const Rows *x, int64_t n, int64_t r, int64_t 
 FLOAT_TILES(KIND, FLOAT32) FLOAT_TILES(KIND, BFLOAT16) INTEGER_TILES(KIND, INT8) INTEGER_TILES(KIND, INT4)
 static const struct {
     int64_t weights, rows;  // the most of a tile
-    Tile *tiles[2][4];      // [one weight, or the most][1, 2, 4 or the most rows]
+    Multiply *tiles[2][4];  // [one weight, or the most][1, 2, 4 or the most rows]
 } forms[4] = {
     FLOAT_TILES(FORM, FLOAT32), FLOAT_TILES(FORM, BFLOAT16), INTEGER_TILES(FORM, INT8), INTEGER_TILES(FORM, INT4),
 };
 
-// Rows `from` to `to` - 1 of the weight, over the columns `first` to `last` - 1, times R rows of x. Meanwhile the `size` bytes
-// at `next` come into the cache.
+// Bytes that are to come into the cache.
+typedef struct {
+    const char *from, *to;
+} Next;
+
+// Rows `from` to `to` - 1 of the weight, over the columns `first` to `last` - 1, times R rows of x. Meanwhile `next` is fetched.
 static void strips(const Weight *m, const Rows *x, int64_t R, int64_t first, int64_t last, const Out *out, int64_t from, int64_t to,
-                   const char *next, int64_t size) {
+                   Next next) {
     const int64_t several = forms[m->kind].weights, most = forms[m->kind].rows;
-    const int64_t share = size / (((to - from) / several + 1) * (R / most + 1)) + 64;
-    const char *end = next + size;
+    const int64_t share = (next.to - next.from) / (((to - from) / several + 1) * (R / most + 1)) + 64;
     for (int64_t r = 0, T; r < R; r += T) {
         const int64_t left = R - r;
         const int form = left >= most ? 3 : left >= 4 ? 2 : left >= 2;
         T = form == 3 ? most : 1 << form;
         for (int64_t n = from, N; n < to; n += N) {
             N = to - n >= several ? several : 1;
-            forms[m->kind].tiles[N > 1][form](m, x, n, r, first, last, out);
-            for (const char *stop = next + share; next < stop && next < end; next += 64) expect(next);
+            forms[m->kind].tiles[N > 1][form](&(Tile){m, x, n, r, first, last}, out);
+            for (const char *stop = next.from + share; next.from < stop && next.from < next.to; next.from += 64) expect(next.from);
         }
     }
 }
@@ -482,25 +504,25 @@ static Weight unpacked(const Weight *m, int64_t first, int64_t last, int64_t fro
 // added to it. Weights are cut into panels that stay in the cache while all rows pass; for many rows, int4 weights are
 // unpacked once.
 static void product(const Weight *m, Rows x, int64_t R, float *y, int64_t stride, int add, int64_t from, int64_t to) {
-    static const int64_t bits[] = {32, 16, 8, 4}, spread[] = {32, 16, 8, 16};
+    static const int64_t bits[] = {32, 16, 8, 4}, unpacked_bits[] = {32, 16, 8, 16};
     const int64_t K = m->columns, row = K * bits[m->kind] / 8;
     for (int64_t first = 0; first < K; first += DEPTH) {
-        const int64_t last = min_(K, first + DEPTH), panel = PANEL * 32 / (spread[m->kind] * (last - first)) / 4 * 4;
+        const int64_t last = min_(K, first + DEPTH), panel = PANEL * 32 / (unpacked_bits[m->kind] * (last - first)) / 4 * 4;
         for (int64_t n = from; n < to; n += panel) {
-            const int64_t end = min_(to, n + panel), size = K <= DEPTH && R > EIGHT ? min_(panel, to - end) * row : 0;
-            const char *next = (const char *)m->w + end * row;
+            const int64_t end = min_(to, n + panel);
+            const char *weights = m->w;
+            const int many = K <= DEPTH && R > EIGHT;  // enough time to fetch the next panel
+            const Next next = {weights + end * row, weights + (many ? min_(to, end + panel) : end) * row};
 #if MULTIPLIES_BFLOAT16
             if (m->kind == INT4 && R > EIGHT) {
                 const Weight plain = unpacked(m, first, last, n, end, x.panel);
-                const Out out = {y + n, stride, add || first};
                 Rows part = x;
                 part.q += first;
-                strips(&plain, &part, R, 0, last - first, &out, 0, end - n, next, size);
+                strips(&plain, &part, R, 0, last - first, &(Out){y + n, stride, add || first}, 0, end - n, next);
                 continue;
             }
 #endif
-            const Out out = {y, stride, add || first};
-            strips(m, &x, R, first, last, &out, n, end, next, size);
+            strips(m, &x, R, first, last, &(Out){y, stride, add || first}, n, end, next);
         }
     }
 }

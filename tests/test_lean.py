@@ -210,6 +210,22 @@ def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatc
         assert counting.allocated <= allowed[1] * blocks + 12
 
 
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+@torch.inference_mode()
+def test_sequences_side_by_side_share_the_products_of_torchs_engine(family):
+    engine = Engine(tiny(f"{family}/torch"))
+    products = []
+    for count in (1, 5):
+        batch = engine.batch()
+        for start in range(count):
+            batch.add([start + 1, 2, 3], max_tokens=10)
+        batch.step()
+        with Counting() as counting:
+            batch.step()
+        products.append(counting.operators["linear"])
+    assert products[0] == products[1] > engine.backbone.n_blocks
+
+
 @pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
 @pytest.mark.parametrize("family", LEAN)
 @torch.inference_mode()

@@ -181,7 +181,7 @@ class Backbone:
         return self.runtime.run_all([(h, state, step)], start, stop)[0]
 
     def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
-        """`run` for several states at once. Where the lean path is compiled, this is one pass over the weights."""
+        """`run` for several states at once. On the lean path, this is one pass over the weights."""
         return self.runtime.run_all(parts, start, stop)
 
     def project(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> None:

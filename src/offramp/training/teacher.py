@@ -258,7 +258,7 @@ class _Abreast:
 class _Answers:
     """Answers the groups' prompts greedily, at most `ROWS` at a time, and fewer where their memory would be too large.
 
-    On the compiled path all states share each pass over the weights: every text has a state of its own, and the next prompt
+    On the lean path all states share each pass over the weights: every text has a state of its own, and the next prompt
     takes the place of an answer that ends. Elsewhere states take turns: the prompts of a group share one, and the next
     group waits until all of its answers have ended.
     """
@@ -266,7 +266,7 @@ class _Answers:
     def __init__(self, backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int) -> None:
         """The prompts have their first `shared` ids in common: that part is run once."""
         self.backbone, self.layers = backbone, layers
-        self._costs, self._compiled = Costs(backbone), backbone.engine == "native"
+        self._costs, self._share = Costs(backbone), backbone.engine != "library blocks"
         self._stop_ids = backbone.stop_ids
         self._shared, self._beginning, hidden = shared, backbone.state(shared), []
         if shared:
@@ -288,13 +288,13 @@ class _Answers:
 
     def _fill(self) -> None:
         """Let waiting texts take the free places."""
-        while self._waiting and (self._compiled or not self._running):
+        while self._waiting and (self._share or not self._running):
             text = self._waiting[0]
             rows = self._costs.at_once(len(text.prompt) + text.answer_tokens, ROWS)
             free = rows - sum(len(abreast.texts) for abreast in self._running)
             if free < 1:
                 return
-            most = 1 if self._compiled else free
+            most = 1 if self._share else free
             texts = [self._waiting.popleft()]
             while len(texts) < most and self._waiting and self._waiting[0].group == texts[0].group:
                 texts.append(self._waiting.popleft())

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens of this call, D hidden size, R = B · T rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -175,35 +175,39 @@ class Lean:
         raise NotImplementedError
 
     def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
-        """`Runtime.run_all`. The native engine does it in one pass over the weights."""
+        """`Runtime.run_all`, in one pass over the weights."""
         flat = [_rows(h) for h, _, _ in parts]
+        rows = flat[0].clone(memory_format=torch.contiguous_format) if len(flat) == 1 else torch.cat(flat)
         if start == stop:
-            rows = flat
-        elif self._native is None:
-            rows = [h.clone(memory_format=torch.contiguous_format) for h in flat]
-            for x, (_, state, step) in zip(rows, parts, strict=True):
-                for block, memory in self._memories(start, stop, state):
-                    block(x, memory, step)
+            pass
+        elif self._native:
+            self._call(self._native.run, rows, start, stop, parts)
         else:
-            together = flat[0].clone(memory_format=torch.contiguous_format) if len(flat) == 1 else torch.cat(flat)
-            self._call(self._native.run, together, start, stop, parts)
-            rows = list(together.split([len(h) for h in flat]))
-        return [x.view(h.shape) for x, (h, _, _) in zip(rows, parts, strict=True)]
+            for block, memories in self._with_memories(start, stop, parts):
+                block(rows, memories)
+        pieces = pieces_of(rows, [len(x) for x in flat])
+        return [x.view(h.shape) for x, (h, _, _) in zip(pieces, parts, strict=True)]
 
     def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
-        """`Runtime.remember_all`. The native engine does it in one pass over the weights."""
-        flat = [_rows(h) for h, _, _ in parts]
+        """`Runtime.remember_all`, in one pass over the weights."""
+        rows = joined([_rows(h) for h, _, _ in parts]).contiguous()
         if start == stop:
             return
-        if self._native is None:
-            for x, (_, state, step) in zip(flat, parts, strict=True):
-                for block, memory in self._memories(start, stop, state):
-                    block.remember(x, memory, step)
+        if self._native:
+            self._call(self._native.remember, rows, start, stop, parts)
         else:
-            self._call(self._native.remember, joined(flat).contiguous(), start, stop, parts)
+            for block, memories in self._with_memories(start, stop, parts):
+                block.remember(rows, memories)
 
-    def _memories(self, start: int, stop: int, state: State) -> list[tuple[Any, Any]]:
-        """Blocks `start` to `stop` - 1, each with what it remembers in the state."""
+    def _with_memories(self, start: int, stop: int, parts: Sequence[Part]) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
+        """Blocks `start` to `stop` - 1, each with what it remembers of each part, and the part's step."""
+        memories = [self._memories(start, stop, state) for _, state, _ in parts]
+        steps = [step for _, _, step in parts]
+        for block, *own in zip(self.blocks[start:stop], *memories, strict=True):
+            yield block, list(zip(own, steps, strict=True))
+
+    def _memories(self, start: int, stop: int, state: State) -> Sequence[Any]:
+        """What blocks `start` to `stop` - 1 remember in the state."""
         raise NotImplementedError
 
     def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
@@ -298,6 +302,11 @@ class Lean:
 def _rows(h: Tensor) -> Tensor:
     """Hidden states (B, T, D) as float32 rows (R, D)."""
     return h.float().reshape(-1, h.shape[-1])
+
+
+def pieces_of(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """The rows in pieces of these sizes."""
+    return [rows] if len(sizes) == 1 else rows.split(sizes)
 
 
 def numbered(steps: Sequence[LeanStep]) -> Tensor:

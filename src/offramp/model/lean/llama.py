@@ -13,7 +13,7 @@ Shapes: B batch, T tokens of this call, D hidden size, Q query heads, H key/valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.model.checkpoint import Values
-from offramp.model.lean.base import Lean, LeanStep, Maker, RMSNorm, numbered
+from offramp.model.lean.base import Lean, LeanStep, Maker, RMSNorm, numbered, pieces_of
 from offramp.model.lean.native import CBlock, CShape, CWeight, Native, Rows, address
 from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules
@@ -62,6 +62,9 @@ class RotaryStep(LeanStep):
             mask = mask.repeat_interleave(group, dim=0).view(self.batch, 1, self.tokens * group, self.end)
             self.masks[window] = mask if hidden.any() else None
         return self.masks[window]
+
+
+Memories = Sequence[tuple[KV, RotaryStep]]
 
 
 class LeanBlock:
@@ -109,19 +112,31 @@ class LeanBlock:
         """The matrices that a token is multiplied with."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def __call__(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
-        """Add the block's attention and MLP to h (R, D) in place, and remember the tokens in `kv`."""
-        heads = self._heads(self.qkv(self.attention_norm(h) if self.norm_first else h), step)
-        buffer = kv.write(heads[:, :, self.queries :], step.places, step.end)
-        out = self.o(self._attend(heads[:, :, : self.queries], buffer, step))
+    def __call__(self, h: Tensor, memories: Memories) -> None:
+        """Add the block's attention and MLP to h (R, D) in place, and remember the tokens.
+
+        Each of the memories is for as many rows as its step has, in order. Only attention treats them one by one.
+        """
+        attended = []
+        for heads, (kv, step) in self._of_each(self.qkv(self.attention_norm(h) if self.norm_first else h), memories):
+            buffer = kv.write(heads[:, :, self.queries :], step.places, step.end)
+            attended.append(self._attend(heads[:, :, : self.queries], buffer, step))
+        out = self.o(joined(attended))
         h += out if self.norm_first else self.attention_norm(out)
         gate, up = self.gate_up(self.mlp_norm(h) if self.norm_first else h).chunk(2, dim=-1)
         out = self.down(F.silu(gate) * up)
         h += out if self.norm_first else self.mlp_norm(out)
 
-    def remember(self, h: Tensor, kv: KV, step: RotaryStep) -> None:
-        """Store in `kv` only what it would keep if h (R, D) were the block's input."""
-        kv.write(self._heads(self.kv(self.attention_norm(h) if self.norm_first else h), step), step.places, step.end)
+    def remember(self, h: Tensor, memories: Memories) -> None:
+        """Store only what each of the memories would keep if h (R, D) were the block's input."""
+        for heads, (kv, step) in self._of_each(self.kv(self.attention_norm(h) if self.norm_first else h), memories):
+            kv.write(heads, step.places, step.end)
+
+    def _of_each(self, x: Tensor, memories: Memories) -> Iterator[tuple[Tensor, tuple[KV, RotaryStep]]]:
+        """What `_heads` makes of the rows x of each memory, with the memory."""
+        sizes = [len(step.positions) for _, step in memories]
+        for rows, memory in zip(pieces_of(x, sizes), memories, strict=True):
+            yield self._heads(rows, memory[1]), memory
 
     def _heads(self, x: Tensor, step: RotaryStep) -> Tensor:
         """Norm and turn x (R, heads · P), the queries, keys and values, or only the keys and values: (B, T, heads, P)."""
@@ -238,8 +253,8 @@ class LeanLlama(Lean):
     def remember_state(self, h: Tensor, index: int, state: State) -> None:
         pass  # no block has a Mamba mixer
 
-    def _memories(self, start: int, stop: int, state: State) -> list[tuple[LeanBlock, KV]]:
-        return [(self.blocks[index], kv) for index in range(start, stop) if (kv := state.kv[index]) is not None]
+    def _memories(self, start: int, stop: int, state: State) -> list[KV]:
+        return [kv for kv in state.kv[start:stop] if kv is not None]
 
     def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
         """Make room in the parts' memories for their tokens, and call `native` with all rows (R, D)."""
@@ -247,7 +262,7 @@ class LeanLlama(Lean):
         memories: list[list[int]] = [[] for _ in range(start, stop)]
         for step, (_, state, _) in zip(steps, parts, strict=True):
             like = rows.new_empty(step.batch, 0, 2 * self.heads, self.dim)
-            for (_, kv), addresses in zip(self._memories(start, stop, state), memories, strict=True):
+            for kv, addresses in zip(self._memories(start, stop, state), memories, strict=True):
                 addresses += kv.addresses(like, step.end)
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
         native(rows, start, memories, Rows(positions, numbered(steps), turn))

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.model.checkpoint import Values
-from offramp.model.lean.base import Lean, LeanStep, Maker, numbered
+from offramp.model.lean.base import Lean, LeanStep, Maker, numbered, pieces_of
 from offramp.model.lean.native import CMambaBlock, CMambaShape, CWeight, NativeMamba, address
 from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules
-from offramp.model.runtime import Part, Step
+from offramp.model.runtime import Part, Step, joined
 from offramp.model.scan import causal_conv, scan
 from offramp.model.state import SSM, State
 from offramp.model.store import Store
@@ -34,6 +34,9 @@ class MambaStep(LeanStep):
     """`mask` (B, T) is False for padding; None where there is none."""
 
     mask: Tensor | None = None
+
+
+Memories = Sequence[tuple[SSM, MambaStep]]
 
 
 class LeanMambaBlock:
@@ -66,18 +69,27 @@ class LeanMambaBlock:
         """The shapes of a memory: window (B, W - 1, C) and state (B, H, P, N)."""
         return (batch, self.conv.shape[0] - 1, self.channels), (batch, self.heads, self.dim, self.states)
 
-    def __call__(self, h: Tensor, ssm: SSM, step: MambaStep) -> None:
-        """Add the block's output to h (R, D) in place, and update the memory."""
+    def __call__(self, h: Tensor, memories: Memories) -> None:
+        """Add the block's output to h (R, D) in place, and update the memories.
+
+        Each of them is for as many rows as its step has, in order. Only convolution and scan treat them one by one.
+        """
         z, xBC, dt = self.project_in(self.norm(h)).split([self.inner, self.channels, self.heads], dim=-1)
-        y = self._advance(xBC, dt, ssm, step).reshape(len(h), -1) * F.silu(z)
+        y = self._advance_each(xBC, dt, memories) * F.silu(z)
         groups = y.unflatten(1, (self.groups, -1))
         y = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.gated_eps)
         h += self.project_out(y.flatten(1) * self.gated_norm)
 
-    def remember(self, h: Tensor, ssm: SSM, step: MambaStep) -> None:
-        """Only update the memory, as if h (R, D) were the block's input."""
+    def remember(self, h: Tensor, memories: Memories) -> None:
+        """Only update the memories, as if h (R, D) were the block's input."""
         xBC, dt = self.advance_in(self.norm(h)).split([self.channels, self.heads], dim=-1)
-        self._advance(xBC, dt, ssm, step)
+        self._advance_each(xBC, dt, memories)
+
+    def _advance_each(self, xBC: Tensor, dt: Tensor, memories: Memories) -> Tensor:
+        """`_advance` for the rows of each memory: (R, E)."""
+        sizes = [step.batch * step.tokens for _, step in memories]
+        pieces = zip(pieces_of(xBC, sizes), pieces_of(dt, sizes), memories, strict=True)
+        return joined([self._advance(x, steps, ssm, step).reshape(len(x), -1) for x, steps, (ssm, step) in pieces])
 
     def _advance(self, xBC: Tensor, dt: Tensor, ssm: SSM, step: MambaStep) -> Tensor:
         """Convolution and scan: xBC (R, C) and dt (R, H) → (B, T, H, P)."""
@@ -136,31 +148,31 @@ class LeanMamba(Lean):
     def remember_state(self, h: Tensor, index: int, state: State) -> None:
         self.remember_all([(h, state, self.step(h, 0))], index, index + 1)
 
-    def _memories(self, start: int, stop: int, state: State) -> list[tuple[LeanMambaBlock, SSM]]:
-        return [(self.blocks[index], ssm) for index in range(start, stop) if (ssm := state.ssm[index]) is not None]
+    def _memories(self, start: int, stop: int, state: State) -> list[SSM]:
+        return [ssm for ssm in state.ssm[start:stop] if ssm is not None]
 
     def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
         """Call `native` with all rows (R, D) and the parts' memories, and record there what they took in."""
         assert self._native
         addresses: list[list[int]] = [[] for _ in range(start, stop)]
         memories = [self._memories(start, stop, state) for _, state, _ in parts]
-        for (_, _, step), pairs in zip(parts, memories, strict=True):
+        for (_, _, step), own in zip(parts, memories, strict=True):
             shapes = self.blocks[start].shapes(step.batch)
-            for (_, ssm), places in zip(pairs, addresses, strict=True):
+            for ssm, places in zip(own, addresses, strict=True):
                 places += ssm.addresses(rows, *shapes)
-        watched = any(ssm.watched for pairs in memories for _, ssm in pairs)
+        watched = any(ssm.watched for own in memories for ssm in own)
         journal = self._native.journal(stop - start, len(rows)) if watched else None
         native(rows, start, addresses, numbered([_mamba(step) for _, _, step in parts]), journal)
         first = 0
-        for (_, _, step), pairs in zip(parts, memories, strict=True):
+        for (_, _, step), own in zip(parts, memories, strict=True):
             after = first + step.batch * step.tokens
-            for index, (block, ssm) in enumerate(pairs):
+            for index, ssm in enumerate(own):
                 if journal is None:
                     ssm.record(step.tokens)
                 else:
                     notes = journal[index, first:after].view(step.batch, step.tokens, -1)
                     replay = partial(self._native.replay, start + index, notes)
-                    ssm.record(step.tokens, notes[..., : block.channels], replay)
+                    ssm.record(step.tokens, notes[..., : self.blocks[start].channels], replay)
             first = after
 
 

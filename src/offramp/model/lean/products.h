@@ -500,31 +500,44 @@ static Weight unpacked(const Weight *m, int64_t first, int64_t last, int64_t fro
 }
 #endif
 
-// Rows `from` to `to` - 1 of the weight times R rows of x. The results go to y, whose rows stand `stride` apart, or are
-// added to it. Weights are cut into panels that stay in the cache while all rows pass; for many rows, int4 weights are
-// unpacked once.
-static void product(const Weight *m, Rows x, int64_t R, float *y, int64_t stride, int add, int64_t from, int64_t to) {
+// For few rows: each weight is read once and in order.
+static void product_of_few(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to) {
+    const int64_t K = m->columns, several = forms[m->kind].weights;
+    const Out more = {out.y, out.stride, 1};
+    for (int64_t n = from; n < to; n += several)
+        for (int64_t first = 0; first < K; first += DEPTH)
+            strips(m, x, R, first, min_(K, first + DEPTH), first ? &more : &out, n, min_(to, n + several), (Next){NULL, NULL});
+}
+
+// For many rows: weights are cut into panels that stay in the cache while all rows pass, and int4 weights are unpacked once.
+static void product_of_many(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to) {
     static const int64_t bits[] = {32, 16, 8, 4}, unpacked_bits[] = {32, 16, 8, 16};
     const int64_t K = m->columns, row = K * bits[m->kind] / 8;
-    for (int64_t first = 0; first < K; first += DEPTH) {
+    for (int64_t first = 0; first < K; first += DEPTH, out.add = 1) {
         const int64_t last = min_(K, first + DEPTH), panel = PANEL * 32 / (unpacked_bits[m->kind] * (last - first)) / 4 * 4;
         for (int64_t n = from; n < to; n += panel) {
             const int64_t end = min_(to, n + panel);
             const char *weights = m->w;
-            const int many = K <= DEPTH && R > EIGHT;  // enough time to fetch the next panel
-            const Next next = {weights + end * row, weights + (many ? min_(to, end + panel) : end) * row};
+            const Next next = {weights + end * row, weights + (K <= DEPTH ? min_(to, end + panel) : end) * row};
 #if MULTIPLIES_BFLOAT16
-            if (m->kind == INT4 && R > EIGHT) {
-                const Weight plain = unpacked(m, first, last, n, end, x.panel);
-                Rows part = x;
+            if (m->kind == INT4) {
+                const Weight plain = unpacked(m, first, last, n, end, x->panel);
+                const Out moved = {out.y + n, out.stride, out.add};
+                Rows part = *x;
                 part.q += first;
-                strips(&plain, &part, R, 0, last - first, &(Out){y + n, stride, add || first}, 0, end - n, next);
+                strips(&plain, &part, R, 0, last - first, &moved, 0, end - n, next);
                 continue;
             }
 #endif
-            strips(m, &x, R, first, last, &(Out){y, stride, add || first}, n, end, next);
+            strips(m, x, R, first, last, &out, n, end, next);
         }
     }
+}
+
+// Rows `from` to `to` - 1 of the weight times R rows of x. The results go to y, whose rows stand `stride` apart, or are
+// added to it. The sum over the columns is made in pieces of DEPTH, for few rows as for many.
+static void product(const Weight *m, Rows x, int64_t R, float *y, int64_t stride, int add, int64_t from, int64_t to) {
+    (R > EIGHT ? product_of_many : product_of_few)(m, &x, R, (Out){y, stride, add}, from, to);
 }
 
 static inline void norm(const float *x, const float *weight, float eps, float *out, int64_t n) {

@@ -122,6 +122,18 @@ def test_a_long_prompt_does_not_hold_up_other_answers(monkeypatch) -> None:
     assert [[token.id for token in request.tokens] for request in (first, second)] == alone
 
 
+def test_a_step_reads_only_so_many_prompts(monkeypatch) -> None:
+    monkeypatch.setattr(batch_module, "MOST_READ", 10)
+    engine, prompts = Engine(tiny("llama")), some_prompts(9, seed=4)
+    batch = engine.batch()
+    requests = [batch.add(prompt, max_tokens=6) for prompt in prompts]
+    batch.step()
+    assert 0 < sum(request.prefilled for request in requests) < len(requests)
+    list(batch.run())
+    alone = [engine.generate(prompt, max_tokens=6).ids for prompt in prompts]
+    assert [[token.id for token in request.tokens] for request in requests] == alone
+
+
 def test_a_talk_goes_on_from_the_pieces_that_a_cancelled_request_has_read(monkeypatch) -> None:
     monkeypatch.setattr(batch_module, "PIECE", 4)
     engine, talk = Engine(tiny("llama")), Talk()

@@ -48,6 +48,16 @@ def test_a_memory_equals_a_plain_concatenation_after_any_operations(operations, 
         assert same(kv, keys, values) if stored else kv.length == 0
 
 
+def test_a_memory_of_another_batch_is_refused():
+    kv = KV()
+    addresses = kv.addresses(2, 1, 4, end=3)
+    assert kv.addresses(2, 1, 4, end=5) == addresses
+    assert kv.length == 5
+    for batch in (1, 3):
+        with pytest.raises(ValueError, match="the memory holds"):
+            kv.addresses(batch, 1, 4, end=6)
+
+
 def test_a_memory_grows_once_to_what_was_reserved():
     state = State(["attention"], capacity=2)
     kv, token = state.kv[0], torch.ones(1, 1, 1, 4)

@@ -123,6 +123,11 @@ def test_nan_is_not_lost_in_a_native_product(kind):
     assert Native([], CShape(96, 1, 1, 8, 96), 96).product(CWeight.of(random_weight(kind)), x).isnan().all()
 
 
+def test_int8_multiplies_at_any_width():
+    weight, x = random_weight("int8", columns=40), torch.randn(5, 40)
+    torch.testing.assert_close(weight(x), x @ weight.dense().T, rtol=0.02, atol=0.2)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_picked_rows_give_the_same_results(kind):
     weight = random_weight(kind, bias=True)

@@ -42,6 +42,7 @@ from offramp.progress import Progress, silent
 
 # Most tokens of a prompt that one step reads. More would be no faster, and progress would be seldom.
 PIECE = 512
+MOST_READ = 4096  # tokens of prompts that a step reads: their hidden states are in memory at once
 
 # Most drafts from prompt look-up. A pass over four rows costs little more than over one; a pass over eight costs more.
 LOOKED_UP = 3
@@ -175,12 +176,21 @@ class Batch:
             raise
 
     def _prefill(self, requests: list[Request]) -> list[Event]:
-        """Run a piece of each prompt at full depth, but not its last token; recurrent gates and read-outs see it too."""
-        climbs = []
+        """Run a piece of each prompt at full depth, but not its last token; recurrent gates and read-outs see it too.
+
+        Prompts whose pieces would make more than about `MOST_READ` rows wait for the next step.
+        """
+        climbs: list[Climb] = []
+        reading: list[Request] = []
+        rows = 0
         for request in requests:
+            if rows >= MOST_READ:
+                break
             sequence = request.sequence
             end = min(len(sequence.ids) - 1, sequence.run + PIECE)
+            reading.append(request)
             if sequence.run < end:
+                rows += end - sequence.run
                 climbs.append(Climb(request, end, may_leave=False, counted=False))
                 self._embed(climbs[-1:])
         for number in range(len(self.plan.segments)):
@@ -192,7 +202,7 @@ class Batch:
             for follower in climb.sequence.followers:
                 follower.catch_up()
         events: list[Event] = []
-        for request in requests:
+        for request in reading:
             sequence, total = request.sequence, len(request.sequence.ids) - 1
             sequence.settle()
             request.prefilled = sequence.run == total

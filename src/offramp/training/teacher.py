@@ -299,6 +299,7 @@ class _Answers:
             while len(texts) < most and self._waiting and self._waiting[0].group == texts[0].group:
                 texts.append(self._waiting.popleft())
             state = copy.deepcopy(self._beginning)
+            state.reserve(len(text.prompt) + text.answer_tokens)
             if len(texts) > 1:
                 state.select(torch.zeros(len(texts), dtype=torch.long, device=self.backbone.device))
             self._running.append(_Abreast(texts, state, [[*text.prompt[self._shared :]] for text in texts], self._shared))

@@ -261,9 +261,8 @@ class LeanLlama(Lean):
         steps = [_rotary(step) for _, _, step in parts]
         memories: list[list[int]] = [[] for _ in range(start, stop)]
         for step, (_, state, _) in zip(steps, parts, strict=True):
-            like = rows.new_empty(step.batch, 0, 2 * self.heads, self.dim)
             for kv, addresses in zip(self._memories(start, stop, state), memories, strict=True):
-                addresses += kv.addresses(like, step.end)
+                addresses += kv.addresses(step.batch, 2 * self.heads, self.dim, step.end)
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
         native(rows, start, memories, Rows(positions, numbered(steps), turn))
 

@@ -119,7 +119,7 @@ class Int8(Weight):
     def _times(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return F.linear(x, self.dense())
-        if len(x) >= MANY:
+        if len(x) >= MANY or self.columns % 32:  # torch's product of packed weights fails at other widths
             return self._unpacked_times(x)
         return torch._weight_int8pack_mm(x.bfloat16(), self.w, self.scale.bfloat16()).float()
 

@@ -201,6 +201,19 @@ def test_a_change_of_any_matrix_changes_the_fingerprint() -> None:
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("shape", [(512, 64), (64, 512), (3000, 40, 4)])
+def test_a_fingerprint_sees_changes_of_a_few_rows_or_columns(shape: tuple[int, ...]) -> None:
+    model = torch.nn.Module()
+    model.register_parameter("weight", torch.nn.Parameter(torch.zeros(shape), requires_grad=False))
+    before, flat = fingerprint(model), model.weight.view(shape[0], -1)
+    for part in range(16):
+        for changed in (flat[part::16], flat[:, part::16]):
+            changed += 1
+            assert fingerprint(model) != before
+            changed -= 1
+    assert fingerprint(model) == before
+
+
 def test_exits_of_earlier_versions_still_fit(folder: Path, tmp_path) -> None:
     for backbone in (offramp.load(str(folder), "float32"), tiny("llama")):
         exits = Exits.new(backbone, ExitsConfig((2,), gate_width=32, readout_width=32))
@@ -241,6 +254,7 @@ def test_rows_of_a_file_are_rows_of_its_tensors(folder: Path) -> None:
     for name, parameter in model.named_parameters():
         assert checkpoint.shapes[name] == tuple(parameter.shape)
         assert torch.equal(checkpoint.rows(name, 3, 9), parameter[3:9])
+        assert torch.equal(checkpoint.entries(name, torch.tensor([3, 0, 9])), parameter.flatten()[[3, 0, 9]])
 
 
 def test_gguf_rows_have_the_librarys_names_order_and_values(tmp_path) -> None:
@@ -269,6 +283,8 @@ def test_gguf_rows_have_the_librarys_names_order_and_values(tmp_path) -> None:
     for name, value in wanted.items():
         for start, stop in ((0, 7), (5, 32)):
             assert torch.equal(checkpoint.rows(name, start, stop), torch.from_numpy(value[start:stop].copy())), name
+        places = torch.arange(0, value.size, 5).flip(0)
+        assert torch.equal(checkpoint.entries(name, places), torch.from_numpy(value.flatten()[places])), name
 
 
 def test_large_tensors_are_read_in_pieces() -> None:

@@ -24,6 +24,7 @@ from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
 from offramp.files import cache_folder, read_json, sha256_of, write_atomically
 from offramp.model.backbone import Backbone
 from offramp.model.checkpoint import (
+    EDITION,
     RECORD,
     Checkpoint,
     Values,
@@ -318,14 +319,19 @@ def _make_ready(backbone: Backbone, dtype: str) -> None:
 
 def _with_fingerprint(source: Source, model: Any, values: Values) -> Source:
     """The source, with the fingerprint of its weights. The cache folder keeps it by their hash."""
-    cache = cache_folder() / "fingerprints.json"
+    cache, key = cache_folder() / "fingerprints.json", _fingerprint_key(source)
     known = read_json(cache)
-    if source.sha256 not in known:
+    if key not in known:
         if values.model is not None and values.checkpoint is None:
             return source
-        known[source.sha256] = fingerprint(model, values)
-        write_atomically(cache, json.dumps(known, indent=1).encode())
-    return replace(source, fingerprint=known[source.sha256])
+        known[key] = fingerprint(model, values)
+        with suppress(OSError):  # it is computed again next time
+            write_atomically(cache, json.dumps(known, indent=1).encode())
+    return replace(source, fingerprint=known[key])
+
+
+def _fingerprint_key(source: Source) -> str:
+    return f"{EDITION} {source.sha256}"
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -272,7 +272,7 @@ def checkpoint_for(folder: Path, model: Any) -> Checkpoint | None:
         name = names[id(parameter)]
         if twin != name and twin in shapes:
             places = _scattered(tuple(parameter.shape))
-            if not torch.equal(checkpoint.entries(name, places), checkpoint.entries(twin, places)):
+            if _rounded(checkpoint.entries(name, places)) != _rounded(checkpoint.entries(twin, places)):
                 return None
     return checkpoint
 
@@ -341,24 +341,24 @@ def fingerprint(model: Any, values: Values | None = None) -> str:
     values, digest = values or Values(), hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        entries = values.entries(parameter, _scattered(tuple(parameter.shape)))
-        digest.update(entries.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        digest.update(_rounded(values.entries(parameter, _scattered(tuple(parameter.shape)))))
     return digest.hexdigest()
+
+
+def _rounded(entries: Tensor) -> bytes:
+    return entries.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
 
 
 def _scattered(shape: tuple[int, ...]) -> Tensor:
     """`SAMPLE` places of a tensor, counted as if it were flat, or all places of a small one.
 
-    They are in evenly spaced rows. Steps of the golden ratio spread them over the columns, so that no two rows have theirs
-    in the same pattern.
+    They are in evenly spaced rows. Steps of the golden ratio spread them over the columns.
     """
     entries, rows = prod(shape), _rows(shape)
     if entries <= SAMPLE:
         return torch.arange(entries)
     columns = entries // rows
-    return torch.tensor(
-        [n * rows // SAMPLE * columns + (n * GOLDEN % (1 << 64) * columns >> 64) for n in range(SAMPLE)],
-    )
+    return torch.tensor([n * rows // SAMPLE * columns + (n * GOLDEN % (1 << 64) * columns >> 64) for n in range(SAMPLE)])
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], values: Values) -> None:

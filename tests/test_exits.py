@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import exits_for, sketched
 from models import tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
-from offramp.exits.exits import find_exits, require_exits, suggested_layers
+from offramp.exits.exits import belong, find_exits, require_exits, suggested_layers
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
 from offramp.training.teacher import TeacherText
@@ -91,6 +92,17 @@ def test_exits_of_another_revision_are_refused(tmp_path) -> None:
     other_model = tiny("llama", seed=1)
     with pytest.raises(ExitsMismatch, match="another revision"):
         Exits.load(tmp_path, other_model)
+
+
+@pytest.mark.parametrize("kind", ["fingerprint", "sha256"])
+def test_weights_that_are_not_known_are_not_taken_for_the_exits_own(kind: str, tmp_path) -> None:
+    backbone = copy(tiny("llama"))
+    backbone.source = replace(backbone.source, fingerprint="", digest=lambda: "")
+    assert not belong({kind: ""}, backbone)
+    exits = Exits.new(backbone, ExitsConfig((2,), gate_width=32, readout_width=32))
+    exits.save(tmp_path)
+    with pytest.raises(ExitsMismatch, match="weights unknown"):
+        Exits.load(tmp_path, backbone)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -17,7 +19,7 @@ import torch
 import offramp
 from models import saved, tiny
 from offramp import files
-from offramp.errors import CorruptFile, ModelNotFound
+from offramp.errors import CorruptFile, ModelNotFound, OfframpError
 from offramp.files import sha256_of, write_atomically
 from offramp.model import hub
 from offramp.model.checkpoint import RECORD
@@ -188,3 +190,16 @@ def test_a_gguf_file_is_streamed_as_the_library_loads_it_and_can_be_written_for_
     weights.write_bytes(content[:-1000])
     assert library_folder("smollm2") == folder
     assert weights.read_bytes() == content
+
+
+@pytest.mark.parametrize(("code", "named"), [(errno.ENOSPC, False), (errno.EROFS, False), (errno.EACCES, True)])
+def test_a_cache_that_takes_no_description_of_a_gguf_file_is_named(code, named, tmp_path, own_cache, monkeypatch) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+
+    def fails(*_) -> None:
+        raise OSError(code, os.strerror(code), *([str(own_cache / "gguf")] if named else []))
+
+    monkeypatch.setattr(hub, "_describe", fails)
+    with pytest.raises(OfframpError, match="cache folder") as raised:
+        resolve(str(tmp_path / "x.gguf"))
+    assert "OFFRAMP_CACHE" in raised.value.hint

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import offramp
 from models import SMALL, byte_tokenizer, saved, tiny
-from offramp import Exits, ExitsConfig
-from offramp.errors import ExitsMismatch, OfframpError
-from offramp.model import library_blocks, loading, store
+from offramp import Exits, ExitsConfig, files
+from offramp.errors import CorruptFile, ExitsMismatch, OfframpError
+from offramp.files import write_atomically
+from offramp.model import library_blocks, loading, selfcheck, store
 from offramp.model.checkpoint import PIECE, Gguf, Safetensors, Values, checkpoint_for, fingerprint
 from offramp.model.families import FAMILIES
 from offramp.model.lean.weights import Int8
@@ -36,7 +38,7 @@ def folder(tmp_path: Path, own_cache: Path) -> Path:
 
 
 def conversions(cache: Path) -> list[str]:
-    return sorted(path.name for path in (cache / "formats").glob("*")) + sorted((cache / "formats").glob(".*"))
+    return sorted(path.name for path in (cache / "formats").glob("*") if path.name != store.LOCK)
 
 
 @torch.inference_mode()
@@ -124,6 +126,53 @@ def test_a_conversion_tells_its_progress(folder: Path) -> None:
     assert not heard
 
 
+def changed_names(folder: Path) -> None:
+    """Make the model one that the library must convert: its tensors have other names than the library's."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("lost", ["verdict", "fingerprint"])
+def test_a_model_that_is_not_streamed_loads_again_after_an_upgrade(folder: Path, own_cache: Path, lost: str) -> None:
+    changed_names(folder)
+    assert checkpoint_for(folder, tiny("llama").model) is None
+    first = offramp.load(str(folder), "bfloat16")
+    if lost == "verdict":
+        record = next((own_cache / "formats").glob("*/record.json"))
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"checks": {}}))
+    else:
+        (own_cache / "fingerprints.json").unlink()
+    again = offramp.load(str(folder), "bfloat16")
+    assert again.source.fingerprint == first.source.fingerprint
+    assert first.source.fingerprint
+    assert all(parameter.is_meta for parameter in again.model.parameters())
+
+
+def test_a_fingerprint_of_an_earlier_kind_is_made_again(folder: Path, own_cache: Path) -> None:
+    wanted = offramp.load(str(folder), "float32").source
+    (own_cache / "fingerprints.json").write_text(json.dumps({wanted.sha256: "old"}))
+    assert offramp.load(str(folder), "float32").source.fingerprint == wanted.fingerprint
+
+
+def test_the_self_check_is_repeated_when_the_code_has_changed(folder: Path, monkeypatch) -> None:
+    logits(folder)
+    checks = []
+    monkeypatch.setattr(loading, "check", lambda *_: checks.append(1) or (0.0, 0.0))
+    monkeypatch.setattr(loading, "code_hash", lambda: "other code")
+    logits(folder)
+    assert checks
+
+
+def test_the_hash_of_the_code_covers_the_runtime(tmp_path, monkeypatch) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(Path(selfcheck.__file__).parent, copy)
+    monkeypatch.setattr(selfcheck, "__file__", str(copy / "selfcheck.py"))
+    same = selfcheck.code_hash.__wrapped__()
+    (copy / "lean" / "llama.py").open("a").write("# changed")
+    assert selfcheck.code_hash.__wrapped__() != same
+
+
 def test_an_interrupted_conversion_leaves_nothing(folder: Path, own_cache: Path) -> None:
     def interrupt(stage: str, done: int, total: int, note: str = "") -> None:
         if done == 3:
@@ -136,15 +185,44 @@ def test_an_interrupted_conversion_leaves_nothing(folder: Path, own_cache: Path)
     assert len(conversions(own_cache)) == 1
 
 
+def test_a_conversion_interrupted_while_its_files_are_mapped_leaves_nothing(folder: Path, own_cache, monkeypatch) -> None:
+    mapped = Store._mapped
+
+    def interrupt(self: Store, part: str):
+        if part == "2":
+            raise KeyboardInterrupt
+        return mapped(self, part)
+
+    monkeypatch.setattr(Store, "_mapped", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(folder)
+    assert conversions(own_cache) == []
+
+
+def test_a_conversion_that_the_end_of_the_process_cuts_off_leaves_nothing(tmp_path) -> None:
+    code = """
+import sys, torch
+from pathlib import Path
+from offramp.model.store import Store
+kept = Store(Path(sys.argv[1]))
+kept.part("0", lambda get: get("a", lambda: {"": torch.ones(3)}))
+print(len([path for path in Path(sys.argv[1]).parent.iterdir() if path.is_dir()]))
+"""
+    shown = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == [store.LOCK]
+
+
 def test_what_a_killed_conversion_left_is_removed_and_a_running_one_stays(folder: Path, own_cache: Path) -> None:
-    for name in ("dead", "alive"):
-        (own_cache / "formats" / f".{name}").mkdir(parents=True)
-        (own_cache / "formats" / f".{name}" / store.LOCK).touch()
+    logits(folder)
+    for name in ("dead", "alive", "cut off at once"):
+        (own_cache / "formats" / f".{name}").mkdir()
+        if name != "cut off at once":
+            (own_cache / "formats" / f".{name}" / store.LOCK).touch()
     with (own_cache / "formats" / ".alive" / store.LOCK).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        logits(folder)
-        assert not (own_cache / "formats" / ".dead").exists()
-        assert (own_cache / "formats" / ".alive").exists()
+        logits(folder)  # it is enough that a model is loaded
+        assert [name for name in conversions(own_cache) if name.startswith(".")] == [".alive"]
 
 
 def test_a_full_disk_gets_one_sentence_and_leaves_nothing(folder: Path, own_cache: Path, monkeypatch) -> None:
@@ -156,10 +234,57 @@ def test_a_full_disk_gets_one_sentence_and_leaves_nothing(folder: Path, own_cach
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Store, "_write", full)
-    with pytest.raises(OfframpError, match="disk is full") as raised:
+    with pytest.raises(OfframpError, match=r"disk with the cache folder .* is full") as raised:
         logits(folder)
     assert "OFFRAMP_CACHE" in raised.value.hint
     assert conversions(own_cache) == []
+
+
+def test_a_cache_folder_that_cannot_be_written_gets_one_sentence(folder: Path, own_cache: Path, monkeypatch) -> None:
+    def denied(**where) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(where["dir"]))
+
+    monkeypatch.setattr(store.tempfile, "mkdtemp", denied)
+    with pytest.raises(OfframpError, match=r"cache folder .* cannot be used: Permission denied") as raised:
+        logits(folder)
+    assert not isinstance(raised.value, CorruptFile)
+    assert "OFFRAMP_CACHE" in raised.value.hint
+
+
+def test_a_model_that_may_not_be_read_is_not_taken_for_a_cache_that_may_not_be_written(folder: Path, monkeypatch) -> None:
+    def denied(self: Safetensors, name: str, start: int, stop: int) -> torch.Tensor:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder / "model.safetensors"))
+
+    monkeypatch.setattr(Safetensors, "rows", denied)
+    with pytest.raises(CorruptFile, match="Permission denied"):
+        logits(folder)
+
+
+def test_a_full_disk_stops_no_load_once_the_weights_are_converted(folder: Path, own_cache: Path, monkeypatch) -> None:
+    def full(path: Path, content: bytes) -> None:
+        if path.parent.name.startswith(".") and path.name == "record.json":  # of a conversion
+            return write_atomically(path, content)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in (files, loading, store):
+        monkeypatch.setattr(module, "write_atomically", full)
+    assert torch.isfinite(logits(folder)).all()
+    assert not (own_cache / "fingerprints.json").exists()
+    assert "checks" not in json.loads(next((own_cache / "formats").glob("*/record.json")).read_text())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("lost", ["key", "part"])
+def test_a_cache_that_lacks_a_tensor_is_made_anew(family: str, dtype: str, lost: str, tmp_path, own_cache) -> None:
+    folder = saved(tiny(family), tmp_path / "model")
+    wanted = logits(folder, dtype)
+    file = next((own_cache / "formats").glob("*/record.json"))
+    record = json.loads(file.read_text())
+    record["parts"]["3"].popitem() if lost == "key" else record["parts"].pop("3")
+    file.write_text(json.dumps(record))
+    assert torch.equal(logits(folder, dtype), wanted)
+    assert len(conversions(own_cache)) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
@@ -201,6 +326,19 @@ def test_a_change_of_any_matrix_changes_the_fingerprint() -> None:
     assert fingerprint(model) == before
 
 
+@pytest.mark.parametrize("shape", [(512, 64), (64, 512), (3000, 40, 4)])
+def test_a_fingerprint_sees_changes_of_a_few_rows_or_columns(shape: tuple[int, ...]) -> None:
+    model = torch.nn.Module()
+    model.register_parameter("weight", torch.nn.Parameter(torch.zeros(shape), requires_grad=False))
+    before, flat = fingerprint(model), model.weight.view(shape[0], -1)
+    for part in range(16):
+        for changed in (flat[part::16], flat[:, part::16]):
+            changed += 1
+            assert fingerprint(model) != before
+            changed -= 1
+    assert fingerprint(model) == before
+
+
 def test_exits_of_earlier_versions_still_fit(folder: Path, tmp_path) -> None:
     for backbone in (offramp.load(str(folder), "float32"), tiny("llama")):
         exits = Exits.new(backbone, ExitsConfig((2,), gate_width=32, readout_width=32))
@@ -213,8 +351,6 @@ def test_exits_of_earlier_versions_still_fit(folder: Path, tmp_path) -> None:
 
 
 def test_a_head_that_differs_from_the_embedding_it_should_be_tied_to_is_not_streamed(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     tied = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
@@ -241,6 +377,7 @@ def test_rows_of_a_file_are_rows_of_its_tensors(folder: Path) -> None:
     for name, parameter in model.named_parameters():
         assert checkpoint.shapes[name] == tuple(parameter.shape)
         assert torch.equal(checkpoint.rows(name, 3, 9), parameter[3:9])
+        assert torch.equal(checkpoint.entries(name, torch.tensor([3, 0, 9])), parameter.flatten()[[3, 0, 9]])
 
 
 def test_gguf_rows_have_the_librarys_names_order_and_values(tmp_path) -> None:
@@ -269,6 +406,8 @@ def test_gguf_rows_have_the_librarys_names_order_and_values(tmp_path) -> None:
     for name, value in wanted.items():
         for start, stop in ((0, 7), (5, 32)):
             assert torch.equal(checkpoint.rows(name, start, stop), torch.from_numpy(value[start:stop].copy())), name
+        places = torch.arange(0, value.size, 5).flip(0)
+        assert torch.equal(checkpoint.entries(name, places), torch.from_numpy(value.flatten()[places])), name
 
 
 def test_large_tensors_are_read_in_pieces() -> None:
@@ -308,7 +447,40 @@ def test_of_two_conversions_at_once_the_first_is_kept(tmp_path) -> None:
     assert third.complete
     assert third.passed("a check") == (0.0, 0.1)
     assert third.part("0", lambda get: get("a", dict))[""].tolist() == [0]
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert {path.name for path in tmp_path.iterdir()} == {"x", store.LOCK}
+
+
+def test_a_check_is_added_to_the_record_that_is_there_now(tmp_path) -> None:
+    first = Store(tmp_path / "x")
+    first.part("0", lambda get: get("a", lambda: {"": torch.ones(3)}))
+    first.finish()
+    second = Store(tmp_path / "x")
+    first.note("one", (0.0, 0.1))
+    second.note("two", (0.2, 0.3))
+    assert (Store(tmp_path / "x").passed("one"), Store(tmp_path / "x").passed("two")) == ((0.0, 0.1), (0.2, 0.3))
+    (tmp_path / "x" / "0.bin").unlink()  # another process makes it again, from a file of another time
+    third = Store(tmp_path / "x")
+    third.part("0", lambda get: get("a", lambda: {"": torch.ones(3)}))
+    third.finish()
+    first.note("three", (0.0, 0.1))
+    assert Store(tmp_path / "x").complete
+
+
+def test_a_conversion_gets_its_name_while_no_other_does(tmp_path, monkeypatch) -> None:
+    kept = Store(tmp_path / "x")
+    kept.part("0", lambda get: get("a", lambda: {"": torch.ones(3)}))
+    complete = store._complete
+
+    def looked(folder: Path):
+        with (tmp_path / store.LOCK).open("ab") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return complete(folder)
+
+    monkeypatch.setattr(store, "_complete", looked)
+    kept.finish()
+    kept.note("a check", (0.0, 0.1))
+    monkeypatch.undo()
+    assert Store(tmp_path / "x").passed("a check") == (0.0, 0.1)
 
 
 def test_mapped_tensors_begin_at_cache_lines_and_a_change_stays_in_the_process(tmp_path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import BadInput
+from offramp.errors import BadInput, OfframpError
 
 ASSETS = Path(__file__).parent / "assets"  # prompts, model shapes, small models and their exits
 
@@ -18,6 +21,23 @@ def cache_folder() -> Path:
     """`$OFFRAMP_CACHE`, or `offramp` in the user's cache folder."""
     configured = os.environ.get("OFFRAMP_CACHE")
     return Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp"
+
+
+@contextmanager
+def in_the_cache() -> Iterator[None]:
+    """Turn what the system raises where the cache folder is full or cannot be written into a sentence and a hint."""
+    try:
+        yield
+    except OSError as error:
+        named = isinstance(error.filename, str | os.PathLike)
+        within = named and Path(error.filename).absolute().is_relative_to(cache_folder().absolute())
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message, hint = f"The disk with the cache folder {cache_folder()} is full.", "Free some space, or name"
+        elif error.errno == errno.EROFS or (within and isinstance(error, PermissionError)):
+            message, hint = f"The cache folder {cache_folder()} cannot be used: {error.strerror}.", "Name"
+        else:
+            raise
+        raise OfframpError(message, f"{hint} a folder elsewhere in OFFRAMP_CACHE.") from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -54,7 +74,8 @@ def sha256_of(*files: Path) -> str:
                 while block := stream.read(1 << 22):
                     digest.update(block)
         known[key] = digest.hexdigest()
-        write_atomically(cache, json.dumps(known, indent=1).encode())
+        with suppress(OSError):  # it is computed again next time
+            write_atomically(cache, json.dumps(known, indent=1).encode())
     return str(known[key])
 
 

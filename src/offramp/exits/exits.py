@@ -251,11 +251,12 @@ class _Record:
         """Raises `ExitsMismatch` where the exits were trained for other weights than this backbone's."""
         if belong(self.backbone, backbone):
             return
-        name, weights = self.backbone.get("name"), self.backbone.get("fingerprint") or self.backbone["sha256"]
+        name = self.backbone.get("name")
+        weights = self.backbone.get("fingerprint") or self.backbone.get("sha256") or "unknown"
         difference = "another revision or conversion of it" if name == backbone.name else "not for this model"
         raise ExitsMismatch(
             f"The exits in {folder} were trained for {name} (weights {weights[:12]}), {difference}: "
-            f"{backbone.name} has the weights {backbone.source.fingerprint[:12]}.",
+            f"{backbone.name} has the weights {backbone.source.fingerprint[:12] or 'unknown'}.",
             f"Train exits for this model: offramp train {backbone.name} -o DIR",
         )
 
@@ -305,8 +306,8 @@ def belong(owner: dict[str, Any], backbone: Backbone) -> bool:
     Records of earlier versions have no fingerprint, but a hash of the files that the weights came from.
     """
     if "fingerprint" in owner:
-        return bool(owner["fingerprint"] == backbone.source.fingerprint)
-    return bool(owner["sha256"] == backbone.source.sha256)
+        return bool(owner["fingerprint"] and owner["fingerprint"] == backbone.source.fingerprint)
+    return bool(owner["sha256"] and owner["sha256"] == backbone.source.sha256)
 
 
 def suggested_layers(n_blocks: int) -> tuple[int, ...]:

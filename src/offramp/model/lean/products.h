@@ -332,9 +332,9 @@ static inline __m512i in_bfloat16(const Weight *m, int64_t n, int64_t k) {
 // Asks for what will be needed soon: where several rows are read at once, the processor does not foresee it by itself.
 static inline void expect(const void *place) { __builtin_prefetch(place); }
 
-// Asks for group g of a row of integer weights, once a cache line.
-static inline __attribute__((always_inline)) void expect_group(const Weight *m, int64_t kind, int64_t n, int64_t g) {
-    const int64_t at = n * (m->columns / GROUP) + g;
+// Asks for group g of a row of integer weights, once a cache line: the row that is at least N further, and a few kilobytes.
+static inline __attribute__((always_inline)) void expect_group(const Weight *m, int64_t kind, int64_t n, int64_t g, const int N) {
+    const int64_t K = m->columns, at = (n + (K < 1024 ? 8 * N : K < 4096 ? 4 * N : N)) * (K / GROUP) + g;
     if (kind == INT8 && g % 2 == 0) expect((const char *)m->w + GROUP * at);
     if (kind == INT4 && g % 4 == 0) expect((const char *)m->w + GROUP / 2 * at);
     if (kind == INT4 && g % 16 == 0) expect(m->scale + at), expect(m->low + at);
@@ -371,7 +371,7 @@ ALWAYS void bfloat16_tile(const Tile *c, vf *acc, int64_t kind, const int N, con
         __m512i v[MOST_WEIGHTS];
         EACH_WEIGHT v[i] = in_bfloat16(&known, c->n + i, k);
         if (kind == BFLOAT16) EACH_WEIGHT expect((const int16_t *)known.w + (c->n + N + i) * K + k);
-        else EACH_WEIGHT expect_group(&known, kind, c->n + N + i, k / GROUP);
+        else EACH_WEIGHT expect_group(&known, kind, c->n + i, k / GROUP, N);
         EACH_ROW {
             const __m512bh p = (__m512bh)_mm512_loadu_si512(q + t * width + k);
             EACH_WEIGHT acc[t * N + i] = (vf)_mm512_dpbf16_ps((__m512)acc[t * N + i], (__m512bh)v[i], p);
@@ -409,7 +409,7 @@ ALWAYS void integer_tile(const Tile *c, vf *acc, int64_t kind, const int N, cons
         for (int64_t g = b * BLOCK / GROUP; g < last; g++)
             EACH_WEIGHT {
                 vs v[16 / LANES];
-                expect_group(m, kind, c->n + N + i, g);
+                expect_group(m, kind, c->n + i, g, N);
                 group(kind, w + i * row, g, v);
                 const vf scale = kind == INT4 ? all(m->scale[(c->n + i) * G + g]) : all(1);
                 EACH_ROW {

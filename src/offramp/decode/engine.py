@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from itertools import takewhile
 from typing import Unpack
 
 from offramp.decode.batch import Batch
 from offramp.decode.plan import Plan
 from offramp.decode.request import Decided, Generation, Limits, Prefilled, Reading, Request, Talk, Token
+from offramp.decode.sequence import begin_alike
 from offramp.progress import Progress, silent
 
 SHARED = 64  # tokens that neighbouring prompts must have in common, for these to be read only once
@@ -80,23 +80,23 @@ class Engine(Plan):
         What all prompts begin with, such as a chat template, is read once, and so is what neighbours have in common.
         """
         prompts = list(prompts)
-        alike = _alike(min(prompts), max(prompts)) if len(prompts) > 1 else []
-        alike = alike if len(alike) >= ALIKE else []
-        beginning = self.read(alike, progress) if alike else Talk()
-        groups: list[tuple[list[int], int]] = []
+        alike = begin_alike(prompts) if len(prompts) > 1 else 0
+        alike = alike if alike >= ALIKE else 0
+        beginning = self.read(prompts[0][:alike], progress) if alike else Talk()
+        groups: list[tuple[list[int], int, int]] = []  # the newest prompt, how much its group has in common, its size
         for ids in prompts:
             if groups:
-                last, count = groups[-1]
-                common = _alike(last, ids)
-                if len(common) - len(alike) >= max(SHARED, (len(last) - len(alike)) / 2):
-                    groups[-1] = common, count + 1
+                last, length, count = groups[-1]
+                common = min(length, begin_alike([last, ids]))
+                if common - alike >= max(SHARED, (length - alike) / 2):
+                    groups[-1] = ids, common, count + 1
                     continue
-            groups.append((ids[:-1], 1))
+            groups.append((ids, len(ids) - 1, 1))
         talks = []
-        for ids, count in groups:
+        for ids, length, count in groups:
             talk = beginning.fork()
             if count > 1:
-                self.read(ids, progress, talk)
+                self.read(ids[:length], progress, talk)
             talks += [talk, *(talk.fork() for _ in range(count - 1))]
         return talks
 
@@ -130,9 +130,3 @@ class Engine(Plan):
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         return self.backbone.prompts.encode(prompt) if isinstance(prompt, str) else prompt
-
-
-def _alike(first: list[int], second: list[int]) -> list[int]:
-    """What two prompts begin with; at least the last id of the second is left out."""
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(first, second[:-1], strict=False))
-    return [id for id, _ in pairs]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 from array import array
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +15,8 @@ from torch import Tensor
 from offramp.exits.exits import Exit
 from offramp.exits.parts import Memory, Part
 from offramp.model.state import State
+
+TokenIds = TypeVar("TokenIds", list[int], tuple[int, ...])
 
 
 class Follower:
@@ -196,6 +201,15 @@ class Sequence:
         """A second sequence with the same tokens, which goes on independently of this one."""
         exits = [exit.fork() for exit in self.exits]
         return Sequence([*self.ids], copy.deepcopy(self.state), exits, self.prompt, top=self.top, run=self.run)
+
+
+def begin_alike(prompts: Collection[TokenIds]) -> int:
+    """How many ids all prompts begin with, such as those of a chat template; at least one id of each is left out."""
+    if not prompts:
+        return 0
+    pairs = zip(min(prompts), max(prompts), strict=False)  # of prompts in order, the first and the last differ soonest
+    count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return min(count, min(map(len, prompts)) - 1)
 
 
 def looked_up(ids: list[int], size: int, most: int) -> list[int]:

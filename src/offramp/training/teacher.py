@@ -14,7 +14,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -24,6 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from offramp.decode.embedding import embed_all
+from offramp.decode.sequence import begin_alike
 from offramp.errors import CorruptFile
 from offramp.files import read_lines, write_atomically
 from offramp.model.backbone import Backbone
@@ -164,7 +165,7 @@ def write_shards(
     asked = [(group, shard) for group, shard in missing if group.answer_tokens]
     plain = [(group, shard) for group, shard in missing if not group.answer_tokens]
     # Of all prompts, so that work that is resumed computes what it would have computed at once.
-    shared = _alike([ids for group in groups if group.answer_tokens for ids in group.ids])
+    shared = begin_alike([ids for group in groups if group.answer_tokens for ids in group.ids])
     answering = _answer(backbone, [group for group, _ in asked], layers, shared)
     reading = _read(backbone, [group for group, _ in plain], layers)
     for chosen, made in ((asked, answering), (plain, reading)):
@@ -175,15 +176,6 @@ def write_shards(
             write_atomically(shard, save(tensors))
             after_group(group)
     return shards
-
-
-def _alike(prompts: list[tuple[int, ...]]) -> int:
-    """How many ids all prompts begin with, such as those of a chat template; at least one id of each is left out."""
-    if not prompts:
-        return 0
-    pairs = zip(min(prompts), max(prompts), strict=False)
-    count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return min(count, min(map(len, prompts)) - 1)
 
 
 def _through(backbone: Backbone, parts: list[Part], layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,8 +1,8 @@
 """A frozen causal language model as embed → blocks → norm → head, with every part callable by itself.
 
 A `Runtime` runs the blocks. `LibraryBlocks` calls the library's own modules; the families with a lean path have blocks of
-this project's own. When a model is loaded, `loading.check` compares the logits of a full pass and of a cached pass with the
-library's, and refuses a model that would be decoded wrongly.
+this project's own. When a model is loaded, `selfcheck.check` compares the logits of a full pass and of a cached pass with
+the library's, and refuses a model that would be decoded wrongly.
 
 Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
 """

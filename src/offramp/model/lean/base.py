@@ -1,7 +1,7 @@
 """What the lean paths of all kinds of block share: weights in one format, the final norm and head, and two engines.
 
 There are two engines. `native` runs where there is a C compiler. `torch` uses torch's operators; it also runs on GPUs, and
-`native` is tested against it. `loading.check` compares both with the library's own logits.
+`native` is tested against it. `selfcheck.check` compares both with the library's own logits.
 
 Shapes: B batch, T tokens of this call, D hidden size, R = B · T rows.
 """
@@ -178,11 +178,9 @@ class Lean:
         """`Runtime.run_all`, in one pass over the weights."""
         flat = [_rows(h) for h, _, _ in parts]
         rows = flat[0].clone(memory_format=torch.contiguous_format) if len(flat) == 1 else torch.cat(flat)
-        if start == stop:
-            pass
-        elif self._native:
+        if self._native and start < stop:
             self._call(self._native.run, rows, start, stop, parts)
-        else:
+        elif start < stop:
             for block, memories in self._with_memories(start, stop, parts):
                 block(rows, memories)
         pieces = pieces_of(rows, [len(x) for x in flat])

@@ -256,9 +256,8 @@ static inline void quantise(const float *p, int64_t n, int16_t *q, float *scale)
     for (int64_t k = 0; k < n; k++) q[k] = (int16_t)(int32_t)(p[k] * factor + (p[k] < 0 ? -0.5f : 0.5f));
 }
 
-// Makes row r narrow, if the weight is multiplied with narrow rows.
+// Makes row r narrow, for a weight that is multiplied with narrow rows.
 static void pack(const Weight *m, const Rows *x, int64_t r) {
-    if (!narrow(m->kind)) return;
     const int64_t K = m->columns, B = blocks_in(K), G = x->width / GROUP;
     const float *p = x->x + r * x->stride;
     int16_t *q = (int16_t *)x->q + r * x->width;

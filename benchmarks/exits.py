@@ -31,17 +31,15 @@ import transformers
 import offramp
 from offramp import Engine, Exits, Policy
 from offramp.decode.fills import FILLS
-from offramp.exits.exits import Exit
-from offramp.exits.policy import max_prob
 from offramp.files import read_lines
 from offramp.metrics import auroc, token_f1
 from offramp.model.backbone import Backbone
 from offramp.model.lean.weights import FORMATS
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather
-from offramp.training.teacher import TeacherText, TeacherTexts, group_texts, write_shards
-from offramp.training.training import Trainer
-from offramp.training.validation import LabelledTexts, quality, scores
+from offramp.training.teacher import TeacherTexts, group_texts, write_shards
+from offramp.training.trainer import Trainer, needed_layers
+from offramp.training.validation import LabelledTexts, evidence, quality
 
 GATES = ("linear", "ffn", "mamba")
 THRESHOLDS = (0.5, 0.7, 0.9)
@@ -68,14 +66,9 @@ def with_gate(backbone: Backbone, base: Exits, gate: str, readout: str) -> Exits
 
 
 @torch.inference_mode()
-def max_prob_scores(backbone: Backbone, exits: Exits, labelled: LabelledTexts) -> list[torch.Tensor]:
-    """For each exit, the probability of its likeliest token at every counted position of all texts, (positions,)."""
-
-    def confidence(exit: Exit, index: int, text: TeacherText) -> torch.Tensor:
-        adapted, _ = exit.adapter(text.hidden[None, :, index].float())
-        return max_prob(backbone.logits(adapted[0, text.counted]))
-
-    return [torch.cat([confidence(exit, index, text) for text in labelled.texts]) for index, exit in enumerate(exits)]
+def max_prob_scores(exits: Exits, labelled: LabelledTexts) -> list[torch.Tensor]:
+    """For each exit, the probability of its likeliest token at every labelled position of all texts, (positions,)."""
+    return [known.key for known in evidence(exits, labelled)]
 
 
 def exits_for(backbone: Backbone, folder: Path | None) -> Exits:
@@ -95,8 +88,8 @@ def compare_formats(args: argparse.Namespace) -> None:
         folder = args.work / f"asked-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         groups = group_texts(prompts, [], args.tokens, batch=48)
-        answers = TeacherTexts.open(write_shards(backbone, groups, exits.config.layers, folder))
-        rows = quality(exits, scores(exits, Trainer(backbone, exits, TrainConfig(), args.work).labels(answers)))
+        answers = TeacherTexts.open(write_shards(backbone, groups, needed_layers(exits), folder))
+        rows = quality(exits, evidence(exits, Trainer(backbone, exits, TrainConfig(), args.work).labels(answers)))
         agreement = " ".join(f"{row['agreement']:.0%}" for row in rows)
         head = kept.head.__name__ if kept.quantised else name
         print(f"| {name} | {head} | {agreement} | {' '.join(str(row['gate_auroc']) for row in rows)} |", flush=True)
@@ -122,11 +115,11 @@ def main(argv: list[str] | None = None) -> None:
     base = exits_for(exact, args.exits)
     config = TrainConfig(prompts=args.own_prompts)
     fills = args.fills.split(",")
-    data: Data = gather(exact, config, base.config.layers, args.work / "text")
+    data: Data = gather(exact, config, needed_layers(base), args.work / "text")
     prompts = [exact.prompts.encode(question) for question in questions_in(args.questions, args.count)]
     groups = group_texts(prompts, [], args.tokens, batch=48)
     (args.work / "asked").mkdir(parents=True, exist_ok=True)
-    answers = TeacherTexts.open(write_shards(exact, groups, base.config.layers, args.work / "asked"))
+    answers = TeacherTexts.open(write_shards(exact, groups, needed_layers(base), args.work / "asked"))
     references = [Engine(fast).generate(ids, max_tokens=args.tokens) for ids in prompts]
 
     rows: list[dict[str, Any]] = []
@@ -142,15 +135,15 @@ def main(argv: list[str] | None = None) -> None:
                 trainer = Trainer(exact, exits, config, folder)
                 trainer.standardise(data.adapters, "gate")
                 trainer.fit_gates(to_learn)
-                confidences = [confidence for confidence, _ in scores(exits, labelled)]
+                confidences = [known.gate for known in evidence(exits, labelled)]
             else:
-                confidences = max_prob_scores(exact, exits, labelled)
-            agrees = torch.cat(labelled.agrees)
+                confidences = max_prob_scores(exits, labelled)
+            agreed = [known.agrees for known in evidence(exits, labelled)]
             row: dict[str, Any] = {
                 "readout": readout,
                 "gate": gate,
-                "agreement": [round(float(value), 3) for value in agrees.float().mean(0)],
-                "auroc": [round(auroc(c, agrees[:, index]), 3) for index, c in enumerate(confidences)],
+                "agreement": [round(float(agrees.float().mean()), 3) for agrees in agreed],
+                "auroc": [round(auroc(c, agrees), 3) for c, agrees in zip(confidences, agreed, strict=True)],
                 "free": {},
             }
             for fill, threshold in product(fills, THRESHOLDS):

@@ -37,7 +37,7 @@ from offramp.metrics import auroc
 from offramp.training.config import TrainConfig
 from offramp.training.data import gather
 from offramp.training.teacher import TeacherTexts, group_texts, write_shards
-from offramp.training.training import Trainer
+from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import LabelledTexts
 
 REPETITIONS = 400
@@ -64,15 +64,16 @@ def equal(size: Callable[[int], int], wanted: int) -> int:
 def scores(exits: Exits, answers: LabelledTexts) -> list[list[Tensor]]:
     """For each question and exit, the gate's logits on the answer's tokens."""
     return [
-        [exit.gate(text.hidden[None, :, j].float())[0][0][text.counted] for j, exit in enumerate(exits)]
+        [exit.gate(text.hidden[None, :, answers.places[exit.block]].float())[0][0][text.counted] for exit in exits]
         for text in answers.texts
     ]
 
 
 def area(logits: list[list[Tensor]], answers: LabelledTexts, chosen: np.ndarray, index: int) -> float:
     """The area under the ROC curve of exit `index`, over the answers to the `chosen` questions."""
-    agrees = torch.cat([answers.agrees[number][:, index] for number in chosen])
-    return auroc(torch.cat([logits[number][index] for number in chosen]), agrees)
+    agrees = torch.cat([answers.labels[number].agrees[:, index] for number in chosen])
+    known = agrees >= 0
+    return auroc(torch.cat([logits[number][index] for number in chosen])[known], agrees[known].bool())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone = offramp.load(args.model)
     base = exits_for(backbone, args.exits)
     settings = TrainConfig(prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs)
-    data = gather(backbone, settings, base.config.layers, args.work / "text")
+    data = gather(backbone, settings, needed_layers(base), args.work / "text")
     prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
     groups = group_texts(prompts, [], args.tokens, batch=48)
     mark = hashlib.sha256(
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     shards = args.work / f"asked-{mark}"
     shards.mkdir(parents=True, exist_ok=True)
     reader = Trainer(backbone, base, settings, args.work)
-    answers = reader.labels(TeacherTexts.open(write_shards(backbone, groups, base.config.layers, shards)))
+    answers = reader.labels(TeacherTexts.open(write_shards(backbone, groups, needed_layers(base), shards)))
     to_learn = reader.labels(data.gates)
 
     def untrained(kind: str, width: int) -> Exits:
@@ -154,9 +155,10 @@ def main(argv: list[str] | None = None) -> None:
         for name, runs in logits.items():
             areas = [[area(runs[seed], answers, chosen, index) for index in range(count)] for seed in seeds]
             resampled[name].append(np.mean(areas, axis=0).tolist())
-    tokens = sum(map(len, to_learn.agrees))
+    tokens = sum(len(labels.agrees) for labels in to_learn.labels)
     print(f"\n{backbone.name}, {backbone.weight_format}: gates trained on {tokens} tokens, {args.seeds} seeds; measured on")
-    print(f"{sum(map(len, answers.agrees))} tokens of answers to {len(answers)} questions\n")
+    asked = sum(len(labels.agrees) for labels in answers.labels)
+    print(f"{asked} tokens of answers to {len(answers)} questions\n")
     columns = " | ".join(f"block {layer}" for layer in base.config.layers)
     print(f"| gate | parameters | FLOPs a token | {columns} | mean, against mamba |")
     print("|---|---|---|" + "---|" * (count + 1))

@@ -42,7 +42,7 @@ from offramp.model.hub import ALIASES
 from offramp.training.calibration import Question, calibrate
 from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.data import gather
-from offramp.training.training import Trainer
+from offramp.training.trainer import Trainer, needed_layers
 
 TASKS = ("truthfulqa", "triviaqa", "coqa")
 GATES = ("linear", "ffn", "mamba", "max-prob")
@@ -57,7 +57,7 @@ def trained(
     config = TrainConfig(prompts=prompts, max_prompts=count)
     missing = [gate for gate in gates if gate not in TRAINING_FREE and not (work / gate / "offramp.json").exists()]
     if missing:
-        data = gather(backbone, config, base.config.layers, work / "text")
+        data = gather(backbone, config, needed_layers(base), work / "text")
         labelled = Trainer(backbone, base, config, work).labels(data.gates)
         for gate in missing:
             torch.manual_seed(config.seed)
@@ -131,7 +131,7 @@ def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace)
         if unscored:
             chosen = copy.copy(exits)
             tokens, stop = everything.max_tokens, everything.stop
-            config = CalibrationConfig(confidence=confidence, max_tokens=tokens, stop=stop, raw=True)
+            config = CalibrationConfig(kind="thresholds", confidence=confidence, max_tokens=(tokens,), stop=stop, raw=True)
             try:
                 calibrate(backbone, chosen, unscored, config, reference)
             except BadInput as error:

@@ -26,7 +26,7 @@ from offramp.settings import setting
 from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig
 
 VERBS = ("demo", "generate", "chat", "train", "calibrate", "tune", "eval", "report", "inspect", "bench")
-TOKEN = {"id", "text", "exit_block", "confidence", "flops", "cumulative_flops", "deep_passes", "rejected"}
+TOKEN = {"id", "text", "exit_block", "blocks", "confidence", "flops", "cumulative_flops", "deep_passes", "rejected"}
 ANSWER = {
     "text",
     "tokens",
@@ -122,7 +122,8 @@ def test_a_verbs_flags_defaults_and_help_are_its_configs(verb: str, config: type
         option = options[field.metadata["flag"] or f"--{field.name.replace('_', '-')}"]
         assert option.help.startswith(field.metadata["help"])
         if field.metadata["draft"] is None and field.default != ():
-            assert option.default == field.default
+            several = isinstance(field.default, tuple)
+            assert option.default == (",".join(map(str, field.default)) if several else field.default)
 
 
 @dataclass(frozen=True)

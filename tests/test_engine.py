@@ -12,6 +12,7 @@ from helpers import (
     LAYERS,
     MADE_AT_ONCE,
     PROMPT,
+    TAILS,
     after,
     begun,
     damaged,
@@ -21,6 +22,7 @@ from helpers import (
     refused,
     same_or_tied,
     some_prompts,
+    with_and_without_tails,
 )
 from models import BLOCKS, tiny
 from offramp import Engine, Policy
@@ -41,7 +43,7 @@ def test_full_depth_equals_the_librarys_generate(family: str) -> None:
 
 
 def test_closed_exits_equal_the_librarys_generate(family: str) -> None:
-    engine = Engine(tiny(family), exits_for(family), Policy((1.0,) * 3))
+    engine = Engine(tiny(family), exits_for(family, tails=TAILS), Policy((1.0,) * 3))
     answer = engine.generate(PROMPT, max_tokens=24)
     assert answer.ids == library_tokens(family, PROMPT, 24)
     assert answer.flops_saved == 0
@@ -82,16 +84,19 @@ def test_every_kind_of_exit_opens_and_reports(gate: str, readout: str, family: s
         assert {token.exit_block for token in answer.tokens} <= {*LAYERS, BLOCKS}
         assert all(token.confidence is not None and threshold < token.confidence <= 1 for token in early)
         assert all(token.confidence is None for token in answer.tokens if token.exit_block == BLOCKS)
-        assert answer.mean_blocks == sum(token.exit_block for token in answer.tokens) / len(answer.tokens)
+        assert answer.mean_blocks == sum(token.blocks for token in answer.tokens) / len(answer.tokens)
     assert left
 
 
+@with_and_without_tails
 @pytest.mark.parametrize("fill", MADE_AT_ONCE)
-def test_wide_open_exits_take_the_first_one_for_every_family(family: str, fill: str) -> None:
+def test_wide_open_exits_take_the_first_one_for_every_family(family: str, fill: str, tails: tuple[int, ...]) -> None:
     if refused(fill, family):
         return
-    answer = Engine(tiny(family), exits_for(family), Policy((0.0,) * 3), fill).generate(PROMPT, max_tokens=12)
+    exits = exits_for(family, tails=tails)
+    answer = Engine(tiny(family), exits, Policy((0.0,) * 3), fill).generate(PROMPT, max_tokens=12)
     assert {token.exit_block for token in answer.tokens} == {LAYERS[0]}
+    assert {token.blocks for token in answer.tokens} == {LAYERS[0] + sum(tails[:1])}
     assert 0 < answer.flops_saved < 1
 
 
@@ -206,11 +211,17 @@ def test_copy_is_refused_where_shapes_differ(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @settings(max_examples=15, deadline=None)
-@given(threshold=st.floats(0.05, 0.95), fill=st.sampled_from(sorted(MADE_AT_ONCE)), seed=st.integers(0, 20))
-def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold: float, fill: str, seed: int) -> None:
+@given(
+    threshold=st.floats(0.05, 0.95),
+    fill=st.sampled_from(sorted(MADE_AT_ONCE)),
+    seed=st.integers(0, 20),
+    tails=st.sampled_from([(), TAILS]),
+    keys=st.sampled_from([{}, {"perhaps": (0.0,) * 3, "keys": (0.2, 0.1, 0.05)}]),
+)
+def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold, fill, seed, tails, keys) -> None:
     family = "falcon_h1" if fill == "freeze" else "llama"
     backbone = tiny(family)
-    engine = Engine(backbone, exits_for(family, seed=seed), Policy((threshold,) * 3), fill)
+    engine = Engine(backbone, exits_for(family, seed=seed, tails=tails), Policy((threshold,) * 3, **keys), fill)
     answer = engine.generate(PROMPT, max_tokens=10)
     total = 0
     for token in answer.tokens:
@@ -376,12 +387,13 @@ def test_a_gate_with_a_memory_keeps_it_because_its_class_says_so(monkeypatch: py
         Engine(tiny("llama"), exits, Policy((1.0, 0.5, 1.0))).generate(ids, max_tokens=2)
 
 
+@with_and_without_tails
 @pytest.mark.parametrize("family", ["llama/native", "mamba2/native", "bamba"])
 @pytest.mark.parametrize("fill", FILLS)
-def test_requests_join_and_leave_between_steps_and_change_no_other_answer(family: str, fill: str) -> None:
+def test_requests_join_and_leave_between_steps_and_change_no_other_answer(family, fill, tails) -> None:
     if refused(fill, family):
         return
-    engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
+    engine = Engine(tiny(family), modest_exits(family, tails=tails), Policy((0.4,) * 3), fill)
     prompts = some_prompts(3, seed=4)
     alone = [engine.generate(prompt, max_tokens=20).ids for prompt in prompts]
     batch = engine.batch()
@@ -435,7 +447,7 @@ class Fails:
 def test_a_failed_step_ends_the_batch_and_a_talk_starts_anew(family: str, fill: str) -> None:
     prompt, failures = some_prompts(1, seed=2)[0], 0
     for call in range(1, 8):
-        engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill, Fails(call))
+        engine = Engine(tiny(family), modest_exits(family, tails=TAILS), Policy((0.4,) * 3), fill, Fails(call))
         batch, talk = engine.batch(), Talk()
         request = batch.add(prompt, talk, max_tokens=12)
         neighbour = batch.add(some_prompts(1, seed=3)[0], max_tokens=12)

@@ -171,7 +171,8 @@ def test_results_on_disk_have_the_promised_fields_and_say_which_way_is_better(tm
     (record,) = content["results"]
     assert set(record) == RESULT
     assert set(record["condition"]) == {"name", "fill", "gate", "policy", "calibration"}
-    assert set(record["condition"]["policy"]) == {"thresholds", "confidence", "decay", "candidates"}
+    fields = {"thresholds", "confidence", "decay", "candidates", "exit_candidates", "perhaps", "keys", "key"}
+    assert set(record["condition"]["policy"]) == fields
     assert set(record["summary"]["f1"]) == {"mean", "low", "high"}
     assert set(content["metrics"]) == set(record["summary"])
     assert content["metrics"]["mean_blocks"] == {"label": "mean blocks run", "unit": "blocks", "better": "lower"}

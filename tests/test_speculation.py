@@ -7,7 +7,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import HYBRIDS, LAYERS, exact, exits_for, modest_exits, refused, same_or_tied, some_prompts
+from helpers import (
+    HYBRIDS,
+    LAYERS,
+    TAILS,
+    exact,
+    exits_for,
+    modest_exits,
+    refused,
+    same_or_tied,
+    some_prompts,
+    with_and_without_tails,
+)
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Policy
 from offramp.decode.fills import FILLS
@@ -18,9 +29,10 @@ from offramp.errors import BadInput
 from offramp.model.state import SSM
 
 
+@with_and_without_tails
 @pytest.mark.parametrize("kind", ["mamba", "linear"])
-def test_verified_exits_give_full_depths_tokens(family: str, kind: str) -> None:
-    full, exits = Engine(tiny(family)), modest_exits(family, gate=kind, readout=kind)
+def test_verified_exits_give_full_depths_tokens(family: str, kind: str, tails: tuple[int, ...]) -> None:
+    full, exits = Engine(tiny(family)), modest_exits(family, gate=kind, readout=kind, tails=tails)
     stood = rejected = 0
     for threshold in (0.0, 0.4, 0.6):
         engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", max_pending=4, lookup=0)
@@ -67,14 +79,16 @@ def test_a_deep_read_out_gets_the_top_of_the_token_before_or_what_it_made_of_it(
                 before[run] = out
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_states_are_exact_after_any_run_of_exits(family: str, data: st.DataObject) -> None:
     fill = data.draw(st.sampled_from(["defer", "verify"]))
     thresholds = tuple(data.draw(st.sampled_from([0.0, 0.3, 0.5, 0.7, 0.999])) for _ in LAYERS)
     tokens, most = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 8))
-    exits = modest_exits(family, data.draw(st.integers(0, 5)))
-    engine = Engine(tiny(family), exits, Policy(thresholds), fill, max_pending=most)
+    tails = data.draw(st.sampled_from([(), TAILS, (4, 0, 0), (1, 1, 0)]))
+    exits = modest_exits(family, data.draw(st.integers(0, 5)), tails=tails)
+    keys = data.draw(st.sampled_from([{}, {"perhaps": (0.0, 0.3, 0.5), "keys": (0.3, 0.1, 0.05)}]))
+    engine = Engine(tiny(family), exits, Policy(thresholds, **keys), fill, max_pending=most)
     (prompt,) = some_prompts(1, data.draw(st.integers(0, 99)))
     talk = Talk()
     answer = [token.id for token in engine.stream(prompt, max_tokens=tokens, talk=talk)]
@@ -126,7 +140,7 @@ def test_drafts_do_not_run_past_the_end_of_a_text_or_of_the_answer(monkeypatch: 
 
 def test_verified_samples_are_full_depths_samples() -> None:
     for family in ("llama/native", "mamba2/native", "jamba"):
-        exits, drawn, stood, rejected = modest_exits(family), set(), 0, 0
+        exits, drawn, stood, rejected = modest_exits(family, tails=TAILS), set(), 0, 0
         for seed, prompt in enumerate(some_prompts(6)):
             sampling = Sampling(0.8, top_k=40, top_p=0.95, min_p=0.01, seed=seed, repetition_penalty=1.2)
             full = Engine(tiny(family), sampling=sampling).generate(prompt, max_tokens=16)
@@ -154,13 +168,17 @@ def test_draws_follow_the_processed_probabilities() -> None:
     assert float(((counts - expected) ** 2 / expected)[:7].sum()) < 22.5  # 6 degrees of freedom: p = 0.001
 
 
+@with_and_without_tails
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("size", [1, 2, 5, 16])
 @pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native", "mamba2/torch", "falcon_h1"])
-def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fill: str) -> None:
+def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fill: str, tails: tuple[int, ...]) -> None:
     if refused(fill, family):
         return
-    engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
+    keys = {"perhaps": (0.3, 0.3, 0.3), "keys": (0.05, 0.05, 0.02)} if tails else {}
+    engine = Engine(
+        tiny(family), modest_exits(family, tails=tails), Policy((0.6,) * 3 if tails else (0.4,) * 3, **keys), fill
+    )
     prompts = some_prompts(size, seed=size)
     together = engine.generate_batch(prompts, max_tokens=12)
     equal = 0
@@ -180,7 +198,7 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(family, fill
     if refused(fill, family):
         return
     monkeypatch.setattr("offramp.decode.engine.SHARED", 8)
-    engine = Engine(tiny(family), modest_exits(family), Policy((0.4,) * 3), fill)
+    engine = Engine(tiny(family), modest_exits(family, tails=TAILS if template else ()), Policy((0.4,) * 3), fill)
     start_a, start_b = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
     ends = some_prompts(5, seed=3)
     prompts = [start_a + ends[0][:6], start_a + ends[1][:9], ends[2], start_b + ends[3][:3], start_b[:15] + ends[4][:8]]
@@ -279,7 +297,8 @@ def test_prompt_lookup_finds_the_newest_earlier_place(ids: list[int], size: int,
     assert looked_up(ids, size, most) == ids[after : after + most]
 
 
-def test_looked_up_drafts_are_verified_too(family: str) -> None:
+@with_and_without_tails
+def test_looked_up_drafts_are_verified_too(family: str, tails: tuple[int, ...]) -> None:
     (prompt,) = some_prompts(1, seed=5)
     repeated = [*prompt, *prompt, *prompt]
 
@@ -287,7 +306,7 @@ def test_looked_up_drafts_are_verified_too(family: str) -> None:
         """The text repeats itself, except every fifth token, which is the model's best."""
         return ids[-len(prompt)] if len(ids) % 5 else int(logits.argmax())
 
-    exits = modest_exits(family)
+    exits = modest_exits(family, tails=tails)
     for choose in (None, mostly_repeats):
         whole = Engine(tiny(family), sampling=choose).generate(repeated, max_tokens=24)
         for threshold in (0.4, 1.0):

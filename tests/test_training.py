@@ -31,8 +31,9 @@ from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS
 from offramp.training.loop import Fit, accelerator_for
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts, write_shards
-from offramp.training.training import Trainer, sketch_of, train
-from offramp.training.validation import lowest_threshold, scores
+from offramp.training.trainer import Trainer
+from offramp.training.training import sketch_of, train
+from offramp.training.validation import evidence, lowest
 
 LAYERS = (2, 4)
 ANSWERING = ["llama", "bamba", *(f"{family}/{engine}" for family in ("llama", "mamba2") for engine in ENGINES)]
@@ -172,7 +173,7 @@ def checkpoint_after_every_step(monkeypatch) -> None:
     monkeypatch.setattr("offramp.training.loop.time.monotonic", lambda: next(clock))
 
 
-@pytest.mark.parametrize(("stage", "at"), [("reading", 2), ("adapters", 5), ("labels", 3), ("gates", 2)])
+@pytest.mark.parametrize(("stage", "at"), [("reading", 2), ("adapters", 5), ("labels", 1), ("gates", 2)])
 def test_ctrl_c_and_resume_give_the_result_of_an_uninterrupted_run(
     tmp_path, prompts: str, monkeypatch, stage: str, at: int
 ) -> None:
@@ -263,7 +264,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, prompts: str) -> None:
     trainer.fit_adapters(texts)
     labelled = trainer.labels(texts)
     trainer.fit_gates(labelled)
-    scores(exits, labelled)
+    evidence(exits, labelled)
     progress("scores", 1, 1)
     assert len(texts) == 1024
     assert most - before < size / 4
@@ -365,10 +366,11 @@ def test_plain_text_and_json_lines_are_read_in_pieces(tmp_path) -> None:
 def test_a_threshold_is_the_lowest_that_keeps_the_precision() -> None:
     confidence = torch.linspace(0, 1, 1001)
     agrees = confidence > 0.4
-    threshold = lowest_threshold(confidence, agrees, precision=0.9)
+    threshold, leaving = lowest(confidence, agrees, precision=0.9)
+    assert leaving == int((confidence > threshold).sum())
     assert agrees[confidence > threshold].float().mean() >= 0.9
     assert agrees[confidence > threshold - 0.0011].float().mean() < 0.9  # the tokens are 0.001 apart
-    assert lowest_threshold(confidence, torch.zeros(1001, dtype=torch.bool), 0.9) == 1.0
+    assert lowest(confidence, torch.zeros(1001, dtype=torch.bool), 0.9) == (1.0, 0)
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -66,7 +66,7 @@ def test_rows_that_cannot_be_grouped_are_refused():
 @pytest.mark.parametrize("rows", [1, 3, 20, 300])
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchs_product_is_with_the_dense_weight(kind, rows, bias, multiplies_bfloat16, monkeypatch):
-    monkeypatch.setattr(offramp.model.lean.weights, "_multiplies_bfloat16", lambda: multiplies_bfloat16)
+    monkeypatch.setattr(offramp.model.lean.weights, "multiplies_bfloat16", lambda: multiplies_bfloat16)
     monkeypatch.setattr(offramp.model.lean.weights, "SLICE", 96 * 20)  # three slices, the last one short
     weight, x = random_weight(kind, bias=bias), torch.randn(rows, 96)
     wanted = x @ weight.dense().T + (weight.bias if bias else 0)

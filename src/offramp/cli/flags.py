@@ -113,7 +113,8 @@ def _flags(start: Any, only: tuple[str, ...] | None = None) -> dict[str, _Flag]:
         if draft is not None and default is not None:  # `offramp train` decides which default holds
             help, default = f"{help} Default: {default}, with --draft {draft}.", None
         kind, read = _kind(hints[item.name], flag)
-        default = None if isinstance(default, tuple) else default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default)) or None
         option = typer.Option(flag, help=help, show_default=default is not None)
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameter = inspect.Parameter(item.name, keyword, default=default, annotation=Annotated[kind, option])
@@ -128,7 +129,8 @@ def _kind(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
     if get_origin(plain) is not tuple:
         return hint, lambda value: value
     if get_args(plain)[0] is int:
-        return str | None, lambda text: None if text is None else _numbers(text, flag)
+        missing = None if type(None) in parts else ()
+        return str | None, lambda text: missing if text is None else _numbers(text, flag)
     return list[get_args(plain)[0]] | None, lambda values: tuple(values or ())  # type: ignore[misc]
 
 

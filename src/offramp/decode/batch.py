@@ -20,7 +20,7 @@ weights. Exits whose threshold is 1 never fire and are left out: full depth cost
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Unpack
@@ -34,7 +34,7 @@ from offramp.decode.heads import Head
 from offramp.decode.plan import Plan
 from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Reading, Request, Talk
 from offramp.decode.sampling import Choose
-from offramp.decode.sequence import Decision, OpenExit, Sequence, looked_up
+from offramp.decode.sequence import NO_WORK, Decision, OpenExit, Sequence, Work, looked_up
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
 from offramp.model.runtime import Part, Step, joined
@@ -53,8 +53,8 @@ class Climb:
     """The newest tokens of a request's sequence on their way to the top.
 
     h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None while all tokens
-    to run are pending at later exits. `may_leave`: whether exits are asked. `counted`: whether FLOPs are counted (those of
-    a prompt are not). `tops`: the most probable token at each exit so far, for the confidence `patience`.
+    to run are pending at later exits. `may_leave`: whether exits are asked. `counted`: whether work is counted (that of a
+    prompt is not). `tops`: the most probable token at each exit so far, for the confidence `patience`.
     """
 
     request: Request
@@ -64,7 +64,7 @@ class Climb:
     h: Tensor | None = None
     step: Step | None = None
     segment: int = 0
-    flops: int = 0
+    work: Work = NO_WORK
     tops: list[int] = field(default_factory=list)
 
     @property
@@ -84,10 +84,16 @@ class Climb:
         assert self.step is not None
         return self.hidden, self.sequence.state, self.step
 
+    def spend(self, flops: int) -> None:
+        """Count FLOPs that were not spent in blocks."""
+        self.work = self.work.plus(Work(flops))
+
 
 @dataclass(frozen=True, eq=False)
 class ReadOut:
-    """An exit's output for a climb's newest token: h (1, 1, D) from the adapter; logits (1, V), or over the short list."""
+    """An exit's output for a climb's newest token: h (1, 1, D) from the adapter or the tail; logits (1, V), or over the
+    short list.
+    """
 
     climb: Climb
     logits: Tensor
@@ -243,7 +249,7 @@ class Batch:
         if not sequence.drafts and self.plan.lookup:
             limit = min(LOOKED_UP, self.plan.max_pending, request.remaining - 1)
             draft_ids = looked_up(ids, self.plan.lookup, limit)
-            sequence.drafts += [Decision(id, 0, None, 0) for id in draft_ids]
+            sequence.drafts += [Decision(id, 0, None) for id in draft_ids]
             ids += draft_ids
             may_leave, end = not draft_ids, len(ids)
         else:
@@ -278,8 +284,12 @@ class Batch:
         for climb in moving:
             if climb.sequence.drafts:  # the state must be able to forget them
                 climb.sequence.watch(segment.start, segment.stop)
+            tokens = climb.hidden.shape[1]
+            if climb.sequence.watched and segment.stop > plan.first_tail:
+                # What tokens that left early put into the tails' blocks makes room for their exact states.
+                climb.sequence.state.crop(climb.end - tokens, max(segment.start, plan.first_tail), segment.stop)
             if climb.counted:
-                climb.flops += plan.segment_flops(segment, climb.hidden.shape[1], climb.end)
+                climb.work = climb.work.plus(plan.work(segment.start, segment.stop, tokens, climb.end))
         with plan.timed(plan.part_of(number)):
             hidden = plan.backbone.run_all([climb.part for climb in moving], segment.start, segment.stop)
         for climb, h in zip(moving, hidden, strict=True):
@@ -307,58 +317,90 @@ class Batch:
             with plan.timed("sampling"):
                 id = climb.request.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
             with plan.timed("fill"):
+                self._watch_tails(sequence)
                 plan.fill.leave(exit, climb.part)
-            flops = climb.flops + plan.fill.flops(exit.block, plan.costs)
-            decisions[climb] = Decision(id, exit.block, confidence, flops)
+            climb.spend(plan.fill.flops(exit.exit, plan.costs))
+            decisions[climb] = Decision(id, exit.block, confidence, climb.work)
             sequence.ids.append(id)
             sequence.top = readout.h
         return decisions
 
     def _sure(self, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, float]]:
-        """Read-outs and confidences of the newest tokens whose confidence at this exit is above the threshold."""
-        if self.plan.policy.confidence == "gate":
-            answers = {climb: self._ask_gate(climb, number) for climb in climbs}
-            confidences = {climb: confidence for climb, confidence in answers.items() if confidence is not None}
-            return [(readout, confidences[readout.climb]) for readout in self._read_out(number, list(confidences))]
-        scored = [(readout, self._training_free(readout)) for readout in self._read_out(number, climbs)]
-        return [
-            (readout, confidence) for readout, confidence in scored if confidence > self._threshold(readout.climb, number)
-        ]
+        """Read-outs and confidences of the newest tokens that leave at this exit. The others' tails are taken back."""
+        policy = self.plan.policy
+        confidences: dict[Climb, float] = {}
+        kind, key_threshold = policy.confidence, policy.threshold
+        if kind == "gate":
+            climbs = [climb for climb in climbs if self._ask_gate(climb, number, confidences)]
+            kind, key_threshold = policy.key, policy.key_threshold
+        leaving = []
+        for readout in self._read_out(number, climbs):
+            climb = readout.climb
+            sure = climb in confidences and confidences[climb] > self._threshold(climb, number, policy.threshold)
+            confidence = confidences[climb] if sure else self._training_free(kind, readout)
+            exit = climb.sequence.exits[number]
+            if sure or confidence > self._threshold(climb, number, key_threshold):
+                leaving.append((readout, confidence))
+            elif exit.tail:
+                climb.sequence.state.take_back(self.plan.backbone.n_blocks - exit.tail)
+        return leaving
 
-    def _ask_gate(self, climb: Climb, number: int) -> float | None:
-        """The gate's confidence if it is above the threshold, else None. A threshold of 0 asks no gate."""
-        threshold = self._threshold(climb, number)
+    def _ask_gate(self, climb: Climb, number: int, confidences: dict[Climb, float]) -> bool:
+        """Note the gate's confidence. Returns whether the exit is to read out. A threshold of 0 asks no gate."""
+        index, policy = climb.sequence.exits[number].index, self.plan.policy
+        threshold = self._threshold(climb, number, policy.threshold)
+        lowest = min(threshold, policy.perhaps[index]) if policy.has_key(index) else threshold
         if not threshold > 0:
-            return 1.0
+            confidences[climb] = 1.0
+            return True
         with self.plan.timed("exits"):
             score, flops = climb.sequence.exits[number].gate.read()
-            climb.flops += flops
-            confidence = float(score.sigmoid())
-        return confidence if confidence > threshold else None
+            climb.spend(flops)
+            confidences[climb] = float(score.sigmoid())
+        return confidences[climb] > lowest
 
-    def _threshold(self, climb: Climb, number: int) -> float:
+    def _threshold(self, climb: Climb, number: int, of: Callable[[int, int], float]) -> float:
         """The threshold at this exit. A draft stands only if all before it do, so their confidences raise the threshold."""
         sequence = climb.sequence
         decided = len(sequence.ids) - sequence.prompt
-        threshold = self.plan.policy.threshold(sequence.exits[number].index, decided)
+        threshold = of(sequence.exits[number].index, decided)
         return threshold / math.prod(draft.confidence or 1.0 for draft in sequence.drafts)
 
     def _read_out(self, number: int, climbs: list[Climb]) -> list[ReadOut]:
-        """The logits of the climbs' newest tokens at an exit."""
+        """The logits of the climbs' newest tokens at an exit, after the exit's tail if it has one."""
         if not climbs:
             return []
-        head, adapted = self.plan.exit_head, []
+        head, adapted, dtype = self.plan.exit_head, [], self.plan.backbone.dtype
         with self.plan.timed("exits"):
             for climb in climbs:
                 h, flops = climb.sequence.exits[number].readout.read()
-                climb.flops += flops + head.flops
+                climb.spend(flops + head.flops)
                 adapted.append(h)
-        rows = self._logits(head, [h.to(self.plan.backbone.dtype) for h in adapted])
+        if climbs[0].sequence.exits[number].tail:
+            adapted = self._run_tail(climbs[0].sequence.exits[number].tail, climbs, [h.to(dtype) for h in adapted])
+        rows = self._logits(head, [h.to(dtype) for h in adapted])
         return [ReadOut(climb, logits, h) for climb, logits, h in zip(climbs, rows, adapted, strict=True)]
 
-    def _training_free(self, readout: ReadOut) -> float:
+    def _watch_tails(self, sequence: Sequence) -> None:
+        """Let the tails' blocks be able to forget what a token leaves there, if that may be necessary."""
+        if self.plan.longest_tail and self.plan.takes_back:
+            sequence.watch(self.plan.first_tail, self.plan.backbone.n_blocks)
+
+    def _run_tail(self, tail: int, climbs: list[Climb], adapted: list[Tensor]) -> list[Tensor]:
+        """The climbs' newest tokens, adapted (1, 1, D) each, through the model's last `tail` blocks."""
+        plan, stop = self.plan, self.plan.backbone.n_blocks
+        parts = []
+        for climb, h in zip(climbs, adapted, strict=True):
+            climb.work = climb.work.plus(plan.work(stop - tail, stop, 1, climb.end))
+            self._watch_tails(climb.sequence)
+            _, state, step = climb.part
+            parts.append((h, state, step if step.tokens == 1 else plan.backbone.step(h, climb.end - 1)))
+        with plan.timed("tails"):
+            return plan.backbone.run_all(parts, stop - tail, stop)
+
+    def _training_free(self, kind: str, readout: ReadOut) -> float:
         """A confidence that needs no gate, from the logits alone."""
-        kind, tops = self.plan.policy.confidence, readout.climb.tops
+        tops = readout.climb.tops
         if kind != PATIENCE:
             return float(TRAINING_FREE[kind](readout.logits[0]))
         tops.append(int(readout.logits[0].argmax()))
@@ -371,7 +413,7 @@ class Batch:
         hidden = [h if verifies or h.shape[1] == 1 else h[:, -1:] for h in (climb.hidden for climb in climbs)]
         events: list[Event] = []
         for climb, h, logits in zip(climbs, hidden, self._logits(head, hidden), strict=True):
-            climb.flops += h.shape[1] * head.flops
+            climb.spend(h.shape[1] * head.flops)
             decisions = self._compare(climb, h, logits)
             climb.sequence.settle()
             events += self._emit(climb.request, decisions)
@@ -398,10 +440,10 @@ class Batch:
                 with self.plan.timed("rollback"):
                     sequence.crop(position)
             ids.append(id)
-            flops = climb.flops + sum(draft.flops for draft in rejected)
-            return [*drafts[:row], Decision(id, self.plan.backbone.n_blocks, None, flops)]
+            work = climb.work.plus(*(draft.work for draft in rejected))
+            return [*drafts[:row], Decision(id, self.plan.backbone.n_blocks, None, work)]
         # The last draft ends the text, and all drafts stand.
-        return [*drafts[:-1], replace(drafts[-1], flops=drafts[-1].flops + climb.flops)]
+        return [*drafts[:-1], replace(drafts[-1], work=drafts[-1].work.plus(climb.work))]
 
     def _emit(self, request: Request, decisions: list[Decision]) -> list[Event]:
         """Accept decided tokens, up to the one that ends the request, and return their events."""

@@ -117,7 +117,7 @@ class Engine(Plan):
             text="".join(token.text for token in tokens),
             tokens=tokens,
             blocks=blocks,
-            mean_blocks=sum(token.exit_block for token in tokens) / len(tokens),
+            mean_blocks=sum(token.blocks for token in tokens) / len(tokens),
             flops_saved=1 - last.cumulative_flops / full,
             tokens_per_deep_pass=len(tokens) / max(1, last.deep_passes),
             acceptance_rate=1 - last.rejected / drafted if self.fill.verifies and drafted else None,

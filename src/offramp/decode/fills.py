@@ -27,6 +27,7 @@ from typing import ClassVar
 
 from offramp.decode.sequence import OpenExit
 from offramp.errors import BadInput
+from offramp.exits.exits import Exit
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.model.runtime import Part
@@ -43,8 +44,13 @@ class Fill(ABC):
     waits: ClassVar[bool] = False
     verifies: ClassVar[bool] = False
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, longest_tail: int = 0) -> None:
+        """`longest_tail` is that of the open exits."""
+        self.backbone, self.first_tail = backbone, backbone.n_blocks - longest_tail
+
+    def skipped(self, exit: Exit | OpenExit) -> range:
+        """The blocks that a token skips which leaves at `exit`: those between the exit and its tail."""
+        return range(exit.block, self.backbone.n_blocks - exit.tail)
 
     @abstractmethod
     def leave(self, exit: OpenExit, part: Part) -> None:
@@ -54,8 +60,8 @@ class Fill(ABC):
         waited; the blocks' state; what the blocks share.
         """
 
-    def flops(self, block: int, costs: Costs) -> int:
-        """FLOPs of `leave` for one token that left after `block` blocks."""
+    def flops(self, exit: Exit, costs: Costs) -> int:
+        """FLOPs of `leave` for one token."""
         return 0
 
 
@@ -66,10 +72,11 @@ class Project(Fill):
 
     def leave(self, exit: OpenExit, part: Part) -> None:
         h, state, step = part
-        self.backbone.project(h, exit.block, self.backbone.n_blocks, state, step)
+        skipped = self.skipped(exit)
+        self.backbone.project(h, skipped.start, skipped.stop, state, step)
 
-    def flops(self, block: int, costs: Costs) -> int:
-        return sum(costs.project_keys[block:]) + sum(costs.project_state[block:])
+    def flops(self, exit: Exit, costs: Costs) -> int:
+        return costs.projected(self.skipped(exit))
 
 
 class Freeze(Fill):
@@ -77,18 +84,18 @@ class Freeze(Fill):
 
     name = "freeze"
 
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone)
+    def __init__(self, backbone: Backbone, longest_tail: int = 0) -> None:
+        super().__init__(backbone, longest_tail)
         if "mamba" not in backbone.kinds and "both" not in backbone.kinds:
             raise BadInput(f"{backbone.name} has no Mamba blocks whose state could be frozen.", "Use project or copy.")
 
     def leave(self, exit: OpenExit, part: Part) -> None:
         h, state, step = part
-        for skipped in range(exit.block, self.backbone.n_blocks):
+        for skipped in self.skipped(exit):
             self.backbone.project_keys(h, skipped, state, step)
 
-    def flops(self, block: int, costs: Costs) -> int:
-        return sum(costs.project_keys[block:])
+    def flops(self, exit: Exit, costs: Costs) -> int:
+        return sum(costs.project_keys[index] for index in self.skipped(exit))
 
 
 class Copy(Fill):
@@ -96,8 +103,8 @@ class Copy(Fill):
 
     name = "copy"
 
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone)
+    def __init__(self, backbone: Backbone, longest_tail: int = 0) -> None:
+        super().__init__(backbone, longest_tail)
         self._attention = [index for index, kind in enumerate(backbone.kinds) if kind in ("attention", "both")]
         shapes = {backbone.kv_shape(index) for index in self._attention}
         if len(shapes) > 1:
@@ -109,7 +116,7 @@ class Copy(Fill):
 
     def leave(self, exit: OpenExit, part: Part) -> None:
         h, state, step = part
-        skipped = [index for index in self._attention if index >= exit.block]
+        skipped = [index for index in self._attention if index in self.skipped(exit)]
         computed = [index for index in self._attention if index < exit.block]
         if not computed:  # an exit below a hybrid's first attention block: there is nothing to copy
             for index in skipped:
@@ -121,18 +128,37 @@ class Copy(Fill):
         for index in skipped:
             state.update(keys, values, index)
 
-    def flops(self, block: int, costs: Costs) -> int:
-        return 0 if any(index < block for index in self._attention) else sum(costs.project_keys[block:])
+    def flops(self, exit: Exit, costs: Costs) -> int:
+        has_source = any(index < exit.block for index in self._attention)
+        return 0 if has_source else sum(costs.project_keys[index] for index in self.skipped(exit))
 
 
 class Defer(Fill):
-    """The token waits at its exit; its skipped blocks run later, together with the next token that passes the exit."""
+    """The token waits at its exit; its skipped blocks run later, together with the next token that passes the exit.
+
+    Until then, every block of the longest tail remembers something of it, since the next token may run that tail: what the
+    token's own tail computed, and below that what `Project` stores. The later run replaces both by exact states.
+    """
 
     name = "defer"
     waits = True
 
     def leave(self, exit: OpenExit, part: Part) -> None:
-        exit.pending.append(part[0])
+        h, state, step = part
+        exit.pending.append(h)
+        skipped = self._stood_in(exit)
+        if skipped:
+            newest = h[:, -1:]
+            step = step if step.tokens == 1 else self.backbone.step(newest, exit.gate.length - 1)
+            self.backbone.project(newest, skipped.start, skipped.stop, state, step)
+
+    def flops(self, exit: Exit, costs: Costs) -> int:
+        return costs.projected(self._stood_in(exit))
+
+    def _stood_in(self, exit: Exit | OpenExit) -> range:
+        """The blocks of the longest tail that the exit's own tail lacks."""
+        skipped = self.skipped(exit)
+        return range(max(skipped.start, self.first_tail), skipped.stop)
 
 
 class Verify(Defer):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from offramp.errors import BadInput
 from offramp.model.backbone import Backbone
+from offramp.model.costs import Costs
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Head:
         return cls(backbone.head_of(shortlist), share, backbone.vocab_size, shortlist)
 
     @classmethod
-    def sketched(cls, backbone: Backbone, sketch: tuple[Tensor, Tensor] | None, candidates: int) -> Head:
+    def sketched(cls, backbone: Backbone, costs: Costs, sketch: tuple[Tensor, Tensor] | None, candidates: int) -> Head:
         """The tokens that the exits' sketch ranks highest, `candidates` of them; −inf for all others.
 
         Raises `BadInput` for exits without a sketch, and for more candidates than tokens.
@@ -50,8 +51,7 @@ class Head:
                 f"{candidates} candidates cannot be read out: there are {backbone.vocab_size} tokens.",
                 "Give 0 for all tokens.",
             )
-        dims, hidden = sketch[0].shape
-        flops = 2 * (hidden * dims + backbone.vocab_size * dims + candidates * hidden)
+        flops = costs.sketched(len(sketch[0]), candidates)
         return cls(backbone.sketched(*sketch, candidates), flops, backbone.vocab_size)
 
     def over_vocabulary(self, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from offramp.decode.fills import fill_named
 from offramp.decode.heads import Head
 from offramp.decode.sampling import Choose, Sampling
+from offramp.decode.sequence import Work
 from offramp.decode.timing import Timed, untimed
 from offramp.errors import BadInput
 from offramp.exits.exits import Exit, Exits
@@ -50,19 +51,19 @@ class Plan:
             raise BadInput(f"At most {max_pending} waiting tokens is too few.", "Give 1 or more.")
         self.backbone, self.max_pending = backbone, max_pending
         self.timed: Timed = untimed
-        self.fill = fill_named(fill)(backbone)
-        self.lookup = lookup if self.fill.verifies else 0
         self.costs = Costs(backbone)
         sampling = sampling or Sampling()
         self.choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
-        if exits and policy is None and exits.calibration:
-            self._check_guarantee(exits)
         self.policy = policy or (exits.policy if exits else Policy(()))
         self._open(exits)
+        self.fill = fill_named(fill)(backbone, self.longest_tail)
+        self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
+        if exits and policy is None and exits.calibration:
+            self._check_guarantee(exits)
 
     def _open(self, exits: Exits | None) -> None:
-        """Divide the blocks at the exits that are open: those whose threshold is below 1."""
+        """Divide the blocks at the exits that are open: those where a token may leave."""
         all_exits = list(exits or ())
         thresholds = self.policy.thresholds
         if len(thresholds) != len(all_exits):
@@ -71,8 +72,9 @@ class Plan:
             )
         self.thresholds = {exit.block: threshold for exit, threshold in zip(all_exits, thresholds, strict=True)}
         self.open_exits: list[tuple[Exit, int]] = [
-            (exit, index) for index, exit in enumerate(all_exits) if thresholds[index] < 1
+            (exit, index) for index, exit in enumerate(all_exits) if self.policy.opens(index)
         ]
+        self.longest_tail = max((exit.tail for exit, _ in self.open_exits), default=0)
         bounds = [0, *(exit.block for exit, _ in self.open_exits), self.backbone.n_blocks]
         self.segments = [Segment(start, stop) for start, stop in pairwise(bounds)]
         self.top = len(self.segments) - 1
@@ -80,10 +82,14 @@ class Plan:
     def _choose_heads(self, exits: Exits | None) -> None:
         """Set `head`, which reads out at the top, and `exit_head`, which reads out at exits."""
         self.head = Head.whole(self.backbone, self.costs.head)
+        backbone, costs, sketch = self.backbone, self.costs, exits.sketch if exits else None
         if self.policy.candidates and not self.fill.verifies:
-            self.head = Head.sketched(self.backbone, exits.sketch if exits else None, self.policy.candidates)
-        shortlist = exits.shortlist if exits else None
-        self.exit_head = self.head if shortlist is None else Head.short(self.backbone, self.costs.head, shortlist)
+            self.head = Head.sketched(backbone, costs, sketch, self.policy.candidates)
+        self.exit_head = self.head
+        if exits and exits.shortlist is not None:
+            self.exit_head = Head.short(backbone, costs.head, exits.shortlist)
+        elif self.policy.exit_candidates and self.open_exits:
+            self.exit_head = Head.sketched(backbone, costs, sketch, self.policy.exit_candidates)
 
     @property
     def prefill_flops(self) -> int:
@@ -91,10 +97,25 @@ class Plan:
         parts = [part for exit, _ in self.open_exits for part in (exit.gate, exit.adapter)]
         return sum(part.flops() for part in parts if part.recurrent)
 
-    def segment_flops(self, segment: Segment, tokens: int, end: int) -> int:
-        """FLOPs of a segment's blocks for `tokens` tokens, the last of which is at position `end` - 1."""
+    def work(self, start: int, stop: int, tokens: int, end: int) -> Work:
+        """The work of blocks `start` to `stop` - 1 for `tokens` tokens, the last of which is at position `end` - 1."""
         contexts = range(end - tokens + 1, end + 1)
-        return sum(self.costs.blocks(segment.start, segment.stop, context) for context in contexts)
+        flops = sum(self.costs.blocks(start, stop, context) for context in contexts)
+        return Work(flops, tokens * (stop - start))
+
+    @property
+    def first_tail(self) -> int:
+        """The number of blocks before the longest tail of the open exits."""
+        return self.backbone.n_blocks - self.longest_tail
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether what a token leaves in the tails' blocks may have to be forgotten.
+
+        That is so where the read-out may refuse to let it leave, and where its exact states are to come.
+        """
+        has_keys = any(self.policy.has_key(index) for _, index in self.open_exits)
+        return self.fill.waits or has_keys or self.policy.confidence != "gate"
 
     def part_of(self, number: int) -> str:
         """The timer's name for a segment: `shallow` before the first open exit, `deep` after it; `blocks` without exits."""

@@ -26,14 +26,17 @@ class Limits(TypedDict, total=False):
 class Token:
     """One generated token.
 
-    `exit_block` is the number of blocks run for its logits (with `verify`, for the draft that stood). `confidence` is that
-    of the exit where it left (None at full depth). `deep_passes` counts the chunks that have gone to the top so far, and
-    `rejected` the drafts that have been rejected so far.
+    `exit_block` is the number of blocks before the exit that chose it (with `verify`, before the draft that stood), and the
+    model's depth for a token of full depth. `blocks` counts all blocks that were run for it: those before its exit, tails,
+    also of exits that then kept it, and blocks that ran for tokens deferred or taken back. `confidence` is that of the exit
+    where it left (None at full depth). `deep_passes` counts the chunks that have gone to the top so far, and `rejected` the
+    drafts that have been rejected so far.
     """
 
     id: int
     text: str
     exit_block: int
+    blocks: int
     confidence: float | None
     flops: int
     cumulative_flops: int
@@ -70,9 +73,10 @@ class Request:
             decision.id,
             text,
             decision.block,
+            decision.work.blocks,
             decision.confidence,
-            decision.flops,
-            spent + decision.flops,
+            decision.work.flops,
+            spent + decision.work.flops,
             self.sequence.deep_passes,
             self.sequence.rejected,
         )
@@ -122,8 +126,8 @@ Event = Reading | Prefilled | Decided | Finished
 class Generation:
     """A finished answer and what it cost.
 
-    `blocks` is the model's depth N; `mean_blocks` is the mean `exit_block`. `flops_saved` is 1 − FLOPs of decoding (blocks,
-    fills, gates, read-outs, heads) / FLOPs of full-depth decoding of the same tokens, both without the prefill.
+    `blocks` is the model's depth N; `mean_blocks` is the tokens' mean `blocks`. `flops_saved` is 1 − FLOPs of decoding
+    (blocks, fills, gates, read-outs, heads) / FLOPs of full-depth decoding of the same tokens, both without the prefill.
     `tokens_per_deep_pass` is the number of tokens for each pass through the top blocks. `acceptance_rate` is the share of
     drafts that stood (None without drafts).
     """

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -107,6 +107,11 @@ class OpenExit:
         return self.exit.block
 
     @property
+    def tail(self) -> int:
+        """How many of the model's last blocks run after the adapter."""
+        return self.exit.tail
+
+    @property
     def followers(self) -> tuple[Follower, Follower]:
         """The gate and the read-out."""
         return self.gate, self.readout
@@ -127,14 +132,28 @@ class OpenExit:
         return OpenExit(self.exit, self.index, gate, readout, [*self.pending])
 
 
+class Work(NamedTuple):
+    """FLOPs, and blocks run for one token each: a chunk of three tokens through four blocks is twelve."""
+
+    flops: int = 0
+    blocks: int = 0
+
+    def plus(self, *others: Work) -> Work:
+        """The sum."""
+        return Work(*map(sum, zip(self, *others, strict=True)))
+
+
+NO_WORK = Work()
+
+
 @dataclass(frozen=True)
 class Decision:
-    """A chosen token, the number of blocks run for it, the confidence (None at full depth), and the FLOPs spent."""
+    """A chosen token, the number of blocks before the exit that chose it, its confidence (None at full depth), the work."""
 
     id: int
     block: int
     confidence: float | None
-    flops: int
+    work: Work = NO_WORK
 
 
 @dataclass
@@ -176,9 +195,12 @@ class Sequence:
         return [follower for exit in self.exits for follower in exit.followers]
 
     def settle(self) -> None:
-        """Make all tokens final: none of them is a draft any more."""
+        """Make all tokens final: none of them is a draft any more.
+
+        While tokens are pending, what they left in the tails' blocks can still be forgotten.
+        """
         self.drafts = []
-        if self.watched:
+        if self.watched and not self.pending:
             self.state.settle()
             self.watched = False
         for follower in self.followers:

@@ -223,7 +223,7 @@ def _fill_speed(answers: list[Generation], first: list[Generation], **measured: 
     return FillSpeed(
         thresholds=answers[0].thresholds,
         equal=sum(id == first_id for pair in pairs for id, first_id in pair) / count,
-        mean_blocks=sum(token.exit_block for answer in answers for token in answer.tokens) / count,
+        mean_blocks=sum(token.blocks for answer in answers for token in answer.tokens) / count,
         tokens_per_deep_pass=count / max(1, sum(end.deep_passes for end in ends)),
         acceptance_rate=early / (early + rejected) if drafts else None,
         **measured,

@@ -91,12 +91,17 @@ class Condition:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as it is kept until its run is over. `flops` are those of decoding, `prefill_flops` of the prompt."""
+    """An answer as it is kept until its run is over.
+
+    `exits`: the block that each token left at; `blocks`: all blocks that were run; `flops`: those of decoding;
+    `prefill_flops`: those of the prompt.
+    """
 
     ids: list[int]
     text: str
     pieces: list[str]
     exits: list[int]
+    blocks: int
     flops: int
     flops_saved: float
     prefill_flops: int
@@ -113,6 +118,7 @@ class Answer:
             text=answer.text,
             pieces=[token.text for token in answer.tokens],
             exits=[token.exit_block for token in answer.tokens],
+            blocks=sum(token.blocks for token in answer.tokens),
             flops=answer.tokens[-1].cumulative_flops,
             flops_saved=answer.flops_saved,
             prefill_flops=blocks + (prompt_length - 1) * engine.prefill_flops,
@@ -127,7 +133,7 @@ class Answer:
             "token_f1": token_f1(self.ids, full.ids),
             "same_answer": float(self.ids == full.ids),
             "rouge_l": 1.0 if self.text == full.text else rouge_l(full.text, self.text),
-            "mean_blocks": sum(self.exits) / tokens,
+            "mean_blocks": self.blocks / tokens,
             "flops_saved": self.flops_saved,
             "flops_per_token": self.flops / tokens,
             "flops_per_request": self.flops + self.prefill_flops,
@@ -281,7 +287,8 @@ def _info(backbone: Backbone) -> ModelInfo:
 
 
 def _exits_record(exits: Exits) -> dict[str, Any]:
-    return {**asdict(exits.config), "layers": list(exits.config.layers), "training": exits.training.get("command", "")}
+    places = {"layers": list(exits.config.layers), "tails": list(exits.config.tails)}
+    return {**asdict(exits.config), **places, "training": exits.training.get("command", "")}
 
 
 def fingerprint(exits: Exits) -> str:

@@ -135,7 +135,7 @@ class Result:
         condition = record["condition"]
         policy = condition["policy"]
         if policy is not None:
-            policy = Policy(**{**policy, "thresholds": tuple(policy["thresholds"])})
+            policy = Policy.from_json(policy)
         parsed: dict[str, Any] = {
             "model": ModelInfo(**record["model"]),
             "reference": ModelInfo(**record["reference"]),

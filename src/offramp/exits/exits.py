@@ -40,8 +40,9 @@ DRAFT = "draft"  # the subfolder, in the folder of a model's exits, for the exit
 class ExitsConfig:
     """What a set of exits is made of.
 
-    `layers`: for each exit, the number of blocks that run before it. Widths are bottlenecks, in dims. `shortlist`: read out
-    only this many frequent tokens (0: all). `sketch`: dims of a sketch of the head (0: none).
+    `layers`: for each exit, the number of blocks that run before it. `tails`: for each exit, how many of the model's last
+    blocks run after its adapter (0: none); empty where no exit has a tail. Widths are bottlenecks, in dims. `shortlist`:
+    read out only this many frequent tokens (0: all). `sketch`: dims of a sketch of the head (0: none).
     """
 
     layers: tuple[int, ...]
@@ -51,6 +52,12 @@ class ExitsConfig:
     readout_width: int = 512
     shortlist: int = 0
     sketch: int = 0
+    tails: tuple[int, ...] = ()
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """For each exit, the blocks before it and its tail."""
+        return list(zip(self.layers, self.tails or [0] * len(self.layers), strict=True))
 
     def check(self, backbone: Backbone) -> None:
         """Check the config against a backbone. Raises `OfframpError` for exits that cannot be made for it."""
@@ -59,6 +66,14 @@ class ExitsConfig:
             raise OfframpError(
                 f"Exits after blocks {', '.join(map(str, layers)) or '(none)'} do not fit a model of {backbone.n_blocks}.",
                 f"Give rising numbers from 1 to {last}, such as 10,15,20.",
+            )
+        if len(self.tails) not in (0, len(layers)) or not all(
+            0 <= tail < backbone.n_blocks - layer for layer, tail in zip(layers, self.tails, strict=False)
+        ):
+            raise OfframpError(
+                f"Tails of {', '.join(map(str, self.tails))} blocks do not fit exits after blocks "
+                f"{', '.join(map(str, layers))} of {backbone.n_blocks}.",
+                "Give each exit a tail of fewer blocks than it skips, such as 3,3,3; 0 for none.",
             )
         for kind, known, part in ((self.gate, GATES, "gate"), (self.readout, READOUTS, "read-out")):
             if kind not in known:
@@ -75,13 +90,13 @@ class ExitsConfig:
 
 
 class Exit(nn.Module):
-    """One exit: `block` blocks run before it."""
+    """One exit: `block` blocks run before it, and after its adapter the model's last `tail` blocks."""
 
-    def __init__(self, block: int, hidden: int, config: ExitsConfig) -> None:
+    def __init__(self, block: int, tail: int, hidden: int, config: ExitsConfig) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.tail = block, tail
         self.gate = GATES[config.gate](hidden, config.gate_width)
-        self.adapter = READOUTS[config.readout](hidden, config.readout_width)
+        self.adapter = READOUTS[config.readout](hidden, config.readout_width, tail)
 
 
 @dataclass
@@ -110,7 +125,7 @@ class Exits:
     def new(cls, backbone: Backbone, config: ExitsConfig) -> Exits:
         """Untrained exits, all closed. Raises `OfframpError` for a config that does not fit the model."""
         config.check(backbone)
-        modules = nn.ModuleList(Exit(layer, backbone.hidden_size, config) for layer in config.layers)
+        modules = nn.ModuleList(Exit(layer, tail, backbone.hidden_size, config) for layer, tail in config.places)
         owner = {
             "name": backbone.name,
             "fingerprint": backbone.source.fingerprint,
@@ -238,12 +253,13 @@ class _Record:
                 raise CorruptFile(f"{folder} holds no {name}, so no exits.", hint)
         try:
             record = json.loads((folder / RECORD).read_text())
-            config = {**record["config"], "layers": tuple(record["config"]["layers"])}
-            policy = {**record["policy"], "thresholds": tuple(map(float, record["policy"]["thresholds"]))}
+            places = {name: tuple(record["config"].get(name, ())) for name in ("layers", "tails")}
+            config = {**record["config"], **places}
+            policy = Policy.from_json(record["policy"])
             if not {"fingerprint", "sha256"} & set(record["backbone"]):
                 raise KeyError("fingerprint")
             histories = (record[name] for name in ("training", "calibration"))
-            return cls(ExitsConfig(**config), record["backbone"], record["weight_format"], Policy(**policy), *histories)
+            return cls(ExitsConfig(**config), record["backbone"], record["weight_format"], policy, *histories)
         except (ValueError, KeyError, TypeError, OfframpError) as error:
             raise CorruptFile(f"{folder / RECORD} is damaged: {error!r}.", "Train the exits again.") from error
 

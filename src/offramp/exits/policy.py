@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -48,39 +49,91 @@ class Policy:
     `decay` (tokens; 0: none) makes the beginning of an answer stricter: after t tokens the threshold λ is
     0.9 λ + 0.1 exp(−t / decay) (CALM, section 3.4). `candidates` (tokens; 0: all) limits the read-out, at exits and at the
     top, to the tokens that the exits' sketch of the head ranks highest, because the head of a large vocabulary costs many
-    blocks. Raises `BadInput` for a threshold outside [0, 1], an unknown confidence, and negative numbers.
+    blocks; `exit_candidates` (0: as many as `candidates`) limits it at exits only.
+
+    Exits may have a second key. Where the gate's confidence is at most the threshold but above `perhaps`, the exit reads
+    out, and the token leaves if the read-out's own confidence, `key` (max-prob or margin), is above `keys`. Both have one
+    number for each exit, or none at all. Raises `BadInput` for numbers outside [0, 1], an unknown confidence or key, second
+    keys beside a training-free confidence, and negative numbers.
     """
 
     thresholds: tuple[float, ...]
     confidence: str = "gate"
     decay: float = 0.0
     candidates: int = 0
+    exit_candidates: int = 0
+    perhaps: tuple[float, ...] = ()
+    keys: tuple[float, ...] = ()
+    key: str = "max-prob"
 
     def __post_init__(self) -> None:
-        for threshold in self.thresholds:
+        for threshold in (*self.thresholds, *self.perhaps, *self.keys):
             if not 0 <= threshold <= 1:
                 raise BadInput(f"A threshold of {threshold} is not in [0, 1].", "1 closes an exit, 0 opens it wide.")
+        if self.perhaps or self.keys:
+            if not len(self.perhaps) == len(self.keys) == len(self.thresholds):
+                raise BadInput(
+                    f"{len(self.perhaps)} and {len(self.keys)} numbers do not make second keys for {len(self.thresholds)} "
+                    "exits.",
+                    "Give 'perhaps' and 'keys' one number for each exit.",
+                )
+            if self.confidence != "gate" or self.key not in TRAINING_FREE:
+                raise BadInput(
+                    f"A second key '{self.key}' does not go with the confidence '{self.confidence}'.",
+                    f"The confidence must be gate; keys are {', '.join(TRAINING_FREE)}.",
+                )
         if self.confidence not in CONFIDENCES:
             raise BadInput(f"There is no confidence '{self.confidence}'.", f"Choose from {', '.join(CONFIDENCES)}.")
         if not self.decay >= 0:
             raise BadInput(f"Thresholds cannot decay over {self.decay} tokens.", "Give a number of tokens, or 0 for none.")
-        if self.candidates < 0:
-            raise BadInput(f"{self.candidates} candidates cannot be read out.", "Give 0 for all tokens, or some thousands.")
+        if (fewest := min(self.candidates, self.exit_candidates)) < 0:
+            raise BadInput(f"{fewest} candidates cannot be read out.", "Give 0 for all tokens, or some thousands.")
 
     @classmethod
     def closed(cls, exits: int) -> Policy:
         """A policy for `exits` exits under which no token leaves early."""
         return cls((1.0,) * exits)
 
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Policy:
+        """The policy of a record that `dataclasses.asdict` made, or an earlier version, which knew fewer fields."""
+        lists = {name: tuple(map(float, record.get(name, ()))) for name in ("thresholds", "perhaps", "keys")}
+        return cls(**{**record, **lists})
+
+    def opens(self, exit: int) -> bool:
+        """Whether any token may leave at this exit."""
+        return self.thresholds[exit] < 1 or self.has_key(exit)
+
+    def has_key(self, exit: int) -> bool:
+        """Whether this exit has a second key."""
+        return bool(self.keys) and self.perhaps[exit] < 1 and self.keys[exit] < 1
+
     def threshold(self, exit: int, decided: int) -> float:
         """The threshold of an exit for the token that follows `decided` tokens of the answer."""
-        threshold = self.thresholds[exit]
+        return self._decayed(self.thresholds[exit], decided)
+
+    def key_threshold(self, exit: int, decided: int) -> float:
+        """What the second key of an exit must exceed for the token that follows `decided` tokens of the answer."""
+        return self._decayed(self.keys[exit], decided)
+
+    def _decayed(self, threshold: float, decided: int) -> float:
         return 0.9 * threshold + 0.1 * math.exp(-decided / self.decay) if self.decay and threshold < 1 else threshold
 
     def describe(self, gate: str = "gate") -> str:
-        """The policy in words: "mamba, closed closed 0.9, decay 16". `gate` names the exits' kind of gate."""
-        thresholds = " ".join(map(show_threshold, self.thresholds))
-        return ", ".join([self.confidence_name(gate), thresholds, *self.extras])
+        """The policy in words: "mamba, closed closed 0.9, decay 16". `gate` names the exits' kind of gate.
+
+        An exit with a second key is written "0.99 or 0.3+0.9": leave above 0.99, or above 0.3 if the key is above 0.9.
+        """
+        return ", ".join([self.confidence_name(gate), " ".join(self.in_words()), *self.extras])
+
+    def in_words(self) -> list[str]:
+        """For each exit, what must be exceeded to leave there."""
+        words = [show_threshold(threshold) for threshold in self.thresholds]
+        for exit, (perhaps, key) in enumerate(zip(self.perhaps, self.keys, strict=True)):
+            if self.has_key(exit):
+                alone = f"{words[exit]} or " if self.thresholds[exit] < 1 else ""
+                words[exit] = f"{alone}{perhaps:g}+{key:g}"
+        return words
 
     def confidence_name(self, gate: str = "gate") -> str:
         """The name of the confidence; `gate` names the exits' kind of gate."""
@@ -89,8 +142,11 @@ class Policy:
     @property
     def extras(self) -> list[str]:
         """The policy's decay and candidates in words, if it has them."""
+        key = [f"second key {self.key}"] if any(map(self.has_key, range(len(self.thresholds)))) else []
         decay = [f"decay {self.decay:g}"] if self.decay else []
-        return decay + ([f"{self.candidates:,} candidates"] if self.candidates else [])
+        candidates = [f"{self.candidates:,} candidates"] if self.candidates else []
+        at_exits = [f"{self.exit_candidates:,} candidates at exits"] if self.exit_candidates else []
+        return key + decay + candidates + at_exits
 
 
 def show_threshold(threshold: float) -> str:

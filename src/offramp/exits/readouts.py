@@ -1,4 +1,8 @@
-"""Read-outs: an adapter that corrects the hidden state before the backbone's own final norm and head."""
+"""Read-outs: an adapter that turns the hidden state at an exit into what the backbone reads next.
+
+Without a tail, that is the final norm and the head. With a tail of m blocks, it is the model's own last m blocks: the exit
+jumps over the middle of the network, and the adapter maps the state after block k to where block N - m + 1 expects it.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +15,115 @@ from torch import Tensor, nn
 from offramp.exits.parts import MambaBlock, Memory, Part, Standardise, unit
 
 
-class Readout(Part):
-    """Base of read-outs: hidden states (B, T, D) → (B, T, D), which the final norm and the head then read.
+class Jump(nn.Module):
+    """What every adapter before a tail has: a full linear map, and the scale of the states that the tail expects.
 
-    `reads_top`: it reads (B, T, 2 D), the hidden state beside the top hidden state of the token before (deep memory).
+    The adapter's output is h + spread ⊙ (W x + c), for the hidden state h, its standardised form x, and the correction c of
+    the kind of read-out. `spread` (D,) is the standard deviation, over the training text, of the states before the tail.
+    """
+
+    spread: Tensor
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.direct = nn.Linear(hidden, hidden)
+        nn.init.zeros_(self.direct.weight)
+        nn.init.zeros_(self.direct.bias)
+        self.register_buffer("spread", torch.ones(hidden))
+
+    def fit(self, x: Tensor, h: Tensor, target: Tensor) -> None:
+        """Start from the linear map that takes h (n, D), standardised x (n, D), nearest to `target` (n, D)."""
+        self.spread.copy_(target.std(0).clamp(min=1e-6))
+        ones = torch.ones(len(x), 1, device=x.device)
+        inputs = torch.cat([x, ones], dim=1).double()
+        gram = inputs.T @ inputs
+        gram.diagonal().add_(1e-2 * len(x))
+        found = torch.linalg.solve(gram, inputs.T @ ((target - h) / self.spread).clamp(-8, 8).double()).float()
+        with torch.no_grad():
+            self.direct.weight.copy_(found[:-1].T)
+            self.direct.bias.copy_(found[-1])
+
+    def forward(self, h: Tensor, x: Tensor, correction: Tensor) -> Tensor:
+        jumped: Tensor = h + self.spread * (self.direct(x) + correction)
+        return jumped
+
+
+class Readout(Part):
+    """Base of read-outs: hidden states (B, T, D) → (B, T, D), which the tail, or the final norm and the head, then read.
+
+    `reads_top`: it reads (B, T, 2 D), the hidden state beside the top hidden state of the token before (deep memory). A
+    subclass gives the `correction` of a hidden state.
     """
 
     reads_top: ClassVar[bool] = False
 
+    def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
+        super().__init__()
+        self.jump = Jump(hidden) if tail else None
+        self.norm = Standardise(hidden)
+
+    def correction(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """Standardised hidden states x (B, T, D) → what is added to them, and the new memory."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
+        x = self.norm(h)
+        correction, memory = self.correction(x, memory)
+        if self.jump is not None:
+            return self.jump(h, x, correction), memory
+        return unit(h) + correction, memory
+
 
 class NoAdapter(Readout):
-    """Leaves the hidden state as it is. Nothing is trained: the backbone's own norm and head read out."""
+    """Leaves the hidden state as it is. Nothing is trained: the tail, or the backbone's own norm and head, read it."""
 
-    def __init__(self, hidden: int, width: int) -> None:
-        super().__init__()
+    def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
+        Part.__init__(self)
 
     def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         return h, None
 
 
 class LinearAdapter(Readout):
-    """A residual linear map through a bottleneck of `width`."""
+    """A linear map through a bottleneck of `width`."""
 
-    def __init__(self, hidden: int, width: int) -> None:
-        super().__init__()
-        self.norm = Standardise(hidden)
+    def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
+        super().__init__(hidden, width, tail)
         self.down = nn.Linear(hidden, width, bias=False)
         self.up = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
-        return unit(h) + self.up(self.down(self.norm(h))), None
+    def correction(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        return self.up(self.down(x)), None
+
+
+class FFNAdapter(Readout):
+    """A gated SiLU network of `width`, like a transformer block's feed-forward part."""
+
+    def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
+        super().__init__(hidden, width, tail)
+        self.gate = nn.Linear(hidden, width, bias=False)
+        self.up = nn.Linear(hidden, width, bias=False)
+        self.down = nn.Linear(width, hidden, bias=False)
+        nn.init.zeros_(self.down.weight)
+
+    def correction(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        return self.down(F.silu(self.gate(x)) * self.up(x)), None
 
 
 class MambaAdapter(Readout):
-    """A residual Mamba block with an inner width of `width`. It also sees the tokens before."""
+    """A Mamba block with an inner width of `width`. It also sees the tokens before."""
 
     recurrent = True
 
-    def __init__(self, hidden: int, width: int) -> None:
-        super().__init__()
-        self.norm = Standardise(hidden)
+    def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
+        super().__init__(hidden, width, tail)
         self.mixer = MambaBlock(hidden, width, hidden)
         nn.init.zeros_(self.mixer.project_out.weight)
 
-    def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
-        correction, memory = self.mixer(self.norm(h), memory)
-        return unit(h) + correction, memory
+    def correction(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        out, memory = self.mixer(x, memory)
+        return out, memory
 
 
 class DeepAdapter(Readout):
@@ -65,31 +131,33 @@ class DeepAdapter(Readout):
 
     The top state of the token before holds most of what a shallow block lacks; EAGLE (arXiv 2401.15077) drafts from it
     alone. Reads x (B, T, 2 D), both side by side. In a run of drafts a token's own top state is unknown: the read-out's
-    output stands in for it when the next token is drafted.
+    output (or the tail's) stands in for it when the next token is drafted.
     """
 
     reads_top = True
 
-    def __init__(self, hidden: int, width: int) -> None:
-        super().__init__()
-        self.norm = Standardise(hidden)
+    def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
+        super().__init__(hidden, width, tail)
         self.skip = nn.Linear(2 * hidden, hidden, bias=False)
         self.gate = nn.Linear(2 * hidden, width, bias=False)
         self.up = nn.Linear(2 * hidden, width, bias=False)
         self.down = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.down.weight)
         with torch.no_grad():  # untrained, it passes on the hidden state alone
-            self.skip.weight.copy_(torch.eye(hidden, 2 * hidden) / 2)
+            self.skip.weight.zero_() if tail else self.skip.weight.copy_(torch.eye(hidden, 2 * hidden) / 2)
 
     def forward(self, x: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         h, top = x.chunk(2, dim=-1)
-        x = torch.cat([self.norm(h), unit(top)], dim=-1)
-        return self.skip(x) + self.down(F.silu(self.gate(x)) * self.up(x)), None
+        known = self.norm(h)
+        x = torch.cat([known, unit(top)], dim=-1)
+        correction = self.skip(x) + self.down(F.silu(self.gate(x)) * self.up(x))
+        return correction if self.jump is None else self.jump(h, known, correction), None
 
 
 READOUTS: dict[str, type[Readout]] = {
     "none": NoAdapter,
     "linear": LinearAdapter,
+    "ffn": FFNAdapter,
     "mamba": MambaAdapter,
     "deep": DeepAdapter,
 }

@@ -21,6 +21,7 @@ from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.families import UNBOUNDED, family_of
 from offramp.model.hub import Source
+from offramp.model.lean.base import Lean
 from offramp.model.lean.llama import LeanLlama
 from offramp.model.lean.mamba2 import LeanMamba
 from offramp.model.library_blocks import LibraryBlocks
@@ -140,6 +141,18 @@ class Backbone:
         """Run the library's own blocks from now on, as its model holds them at this moment."""
         self.modules = Modules.of(self.model, self.family)
         self.runtime = LibraryBlocks(self.modules, self.family, self.config)
+
+    def trainable_from(self, start: int) -> Runtime:
+        """A runtime for blocks `start` to N - 1 only, through which gradients pass. Their weights stay as they are.
+
+        They are the library's blocks, with the weights that this backbone runs with: in bfloat16 where the processor
+        multiplies it and the backbone does not run in float32.
+        """
+        if not isinstance(self.runtime, Lean):
+            return self.runtime
+        filled = [self.runtime.filled(block) for block in self.modules.blocks[start:]]
+        modules = self.modules.with_blocks([*self.modules.blocks[:start], *filled], self.family)
+        return LibraryBlocks(modules, self.family, self.config)
 
     def drop_spare_weights(self) -> None:
         """Free the library's weights that the lean path has copies of; `model` cannot be used by itself afterwards.

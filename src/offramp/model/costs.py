@@ -65,6 +65,7 @@ class Costs:
         self._states = [0 if mixer is None else state_size(mixer) for mixer in mixers]
         self.project_state: list[int] = [0 if mixer is None else projected(mixer) + scan_flops(mixer) for mixer in mixers]
         self.head = 2 * backbone.vocab_size * backbone.hidden_size
+        self._hidden, self._vocabulary = backbone.hidden_size, backbone.vocab_size
         self._weight_bytes = [backbone.runtime.block_bytes(index) for index in range(self.n_blocks)]
         self.head_bytes = backbone.runtime.head_bytes()
         self._known: dict[tuple[int, int, int], int] = {}
@@ -88,6 +89,14 @@ class Costs:
         if key not in self._known:  # every token of every sequence asks
             self._known[key] = sum(self.block(index, context) for index in range(start, stop))
         return self._known[key]
+
+    def projected(self, blocks: range) -> int:
+        """FLOPs of the `project` fill in these blocks, for one token."""
+        return sum(self.project_keys[index] + self.project_state[index] for index in blocks)
+
+    def sketched(self, dims: int, candidates: int) -> int:
+        """FLOPs of a head that reads out `candidates` tokens, which a sketch of `dims` dims names."""
+        return 2 * (self._hidden * dims + self._vocabulary * dims + candidates * self._hidden)
 
     def full(self, context: int) -> int:
         """FLOPs of one token at full depth, LM head included."""

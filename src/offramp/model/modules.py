@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -56,6 +56,11 @@ class Modules:
             layer_types=types,
             windows=[sizes.get(kind) for kind in types],
         )
+
+    def with_blocks(self, blocks: list[nn.Module], family: Family) -> Modules:
+        """The same modules but for the blocks, which are copies of these."""
+        attention = [_attention_of(block, family) for block in blocks]
+        return replace(self, blocks=blocks, attention=attention, mixers=[_mixer_of(block, family) for block in blocks])
 
     @property
     def kinds(self) -> list[str]:

@@ -124,6 +124,13 @@ class SSM:
         self._start: tuple[int, Tensor | None, Tensor | None] | None = None
         self._journal: list[tuple[Tensor, Replay]] = []
 
+    def __deepcopy__(self, _: Any) -> SSM:
+        """A memory that goes on independently. What a journal holds is only read, so both share it."""
+        twin = SSM()
+        twin.window, twin.h = (None if part is None else part.clone() for part in (self.window, self.h))
+        twin.length, twin._start, twin._journal = self.length, self._start, [*self._journal]
+        return twin
+
     @property
     def watched(self) -> bool:
         """Whether tokens taken in now can be forgotten."""
@@ -251,14 +258,20 @@ class State:
             if ssm is not None:
                 ssm.settle()
 
-    def crop(self, length: int) -> None:
-        """Forget every token from position `length` on.
+    def crop(self, length: int, start: int = 0, stop: int | None = None) -> None:
+        """Forget every token from position `length` on, in blocks `start` to `stop` - 1 (by default, in all).
 
         Raises `ValueError` where a Mamba state took in one of them without a watch.
         """
-        for block in (*self.kv, *self.ssm):
+        for block in (*self.kv[start:stop], *self.ssm[start:stop]):
             if block is not None:
                 block.crop(length)
+
+    def take_back(self, start: int) -> None:
+        """Forget the newest token, in blocks `start` and after. Raises as `crop` does."""
+        for block in (*self.kv[start:], *self.ssm[start:]):
+            if block is not None:
+                block.crop(block.length - 1)
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order; a row that is named twice is copied."""

@@ -12,17 +12,19 @@ first hypothesis that is not rejected (fixed-sequence testing, section 3). The l
 The order of the path must not depend on the prompts of the test. Several exits have no natural order: which of two policies
 is bolder depends on how often each exit is right and on what its skipped blocks cost the rest of the answer. So a share of
 the prompts, the pilot, is spent on finding the path. The path consists of the candidates that no other candidate beats in
-both loss and gain (saved FLOPs, or with `defer` saved deep passes).
+both loss and gain (saved FLOPs, or with `defer` saved deep passes). The pilot's answers also show how often each exit is
+right, so that policies can be made for a precision (`points`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 
 from offramp.decode.engine import Engine
 from offramp.decode.fills import fill_named
@@ -33,86 +35,26 @@ from offramp.exits.policy import PATIENCE, Policy
 from offramp.files import read_lines, sha256_of_text
 from offramp.metrics import best_f1, token_f1
 from offramp.model.backbone import Backbone
+from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
-from offramp.training.config import CalibrationConfig
+from offramp.training.config import CalibrationConfig, TrainConfig
+from offramp.training.points import policies
+from offramp.training.risk import fixed_sequence, path, prompts_needed
+from offramp.training.teacher import TeacherTexts, group_texts, write_shards
+from offramp.training.trainer import Trainer, needed_layers
+from offramp.training.validation import evidence
 
 PILOT = 0.2  # share of the prompts that finds the path
-LONGEST = 8  # policies on the path; more would only cost time
 CANDIDATES = (8192, 4096, 2048, 1024, 512)  # tokens that a sketch of the head names
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
+PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7)
+ROUNDS = 6  # in which tokens of the pilot's answers jump, to see how often exits with tails are right
 BATCH = 64  # most answers side by side
 
 
-def p_value(mean: float, n: int, risk: float) -> float:
-    """Hoeffding–Bentkus p-value (section 3.1) of "the expected loss is above the risk α", given the mean of n losses.
-
-    It is the smaller of exp(−n h(min(mean, α), α)), where h is the relative entropy of two coins, and
-    e · P(Binomial(n, α) ≤ ⌈n mean⌉).
-    """
-    below = min(mean, risk)
-    entropy = sum(p * math.log(p / q) for p, q in ((below, risk), (1 - below, 1 - risk)) if p)
-    # Rounding must not lift a mean of k / n above k.
-    tail = sum(map(math.exp, _log_binomial(n, risk, math.ceil(n * mean - 1e-9))))
-    return min(1.0, math.exp(-n * entropy), math.e * tail)
-
-
-def _log_binomial(n: int, p: float, most: int) -> Iterator[float]:
-    """log P(Binomial(n, p) = k) for k up to `most`."""
-    for k in range(min(n, most) + 1):
-        ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-        yield ways + k * math.log(p) + (n - k) * math.log1p(-p)
-
-
-MOST = 1_000_000  # the largest number of prompts that `prompts_needed` gives
-
-
-def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
-    """The number of prompts that would show that a policy with this mean loss keeps the risk; None above a million."""
-    if mean >= risk:
-        return None
-    n = 1
-    while p_value(mean, n, risk) > delta:
-        n *= 2
-        if n > MOST:  # nobody has more, and the sum in `p_value` would take minutes
-            return None
-    low, high = n // 2, n
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if p_value(mean, middle, risk) <= delta else (middle, high)
-    return high
-
-
-def fixed_sequence(losses: Iterator[Sequence[float]], risk: float, delta: float) -> Iterator[tuple[float, float, bool]]:
-    """Test policies along a path, up to the first that fails.
-
-    Takes each policy's losses. Yields each policy's mean loss, its p-value, and whether it passed.
-    """
-    for policy_losses in losses:
-        mean = fmean(policy_losses)
-        p = p_value(mean, len(policy_losses), risk)
-        yield mean, p, p <= delta
-        if p > delta:
-            return
-
-
-def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST) -> list[int]:
-    """The indices of the candidates to test, in the order of the test.
-
-    `pilot` has each candidate's mean loss and gain on the pilot prompts. A candidate is left out if another loses less and
-    gains at least as much, if it gains nothing, or if it loses twice the risk. Candidates of equal loss all stay, because a
-    pilot is too small to tell them apart. The order is that of rising gain, so the safest comes first. If more than
-    `longest` candidates are left, every n-th is kept, from the first on.
-    """
-    order = [
-        index
-        for index, (loss, gain) in enumerate(pilot)
-        if gain > 0 and loss < 2 * risk and not any(lower < loss and higher >= gain for lower, higher in pilot)
-    ]
-    order.sort(key=lambda index: pilot[index][1])
-    return order[:: -(-len(order) // longest)] if order else []
-
-
-def candidates(count: int, kind: str, confidence: str = "gate", vocabulary: int = 0) -> list[list[Policy]]:
+def candidates(
+    count: int, kind: str, confidence: str = "gate", vocabulary: int = 0, whole_head: bool = False
+) -> list[list[Policy]]:
     """Lists of policies for `count` exits; each list, called a line, goes from nearly closed to open.
 
     There is one line for each exit that may be the first open one. The deepest comes first, so that deep exits open before
@@ -123,20 +65,22 @@ def candidates(count: int, kind: str, confidence: str = "gate", vocabulary: int 
     - `patience`: a token leaves where 2, 3, … open exits in a row read out the same token;
     - `fixed`: every token leaves at that exit.
 
+    The kind `precision` has no such lines: its policies are made from the pilot's answers (`points.policies`).
+
     `vocabulary` is the model's, for exits with a sketch of the head, else 0. With a sketch, one more line comes first: it
-    closes all exits and reads out fewer and fewer candidates. The other lines then read out a middling number of them.
-    Raises `BadInput` for an unknown `kind`.
+    closes all exits and reads out fewer and fewer candidates. The other lines then read out a middling number of them; with
+    `whole_head` at exits only, and the first line is left out. Raises `BadInput` for an unknown `kind`.
     """
     if kind not in KINDS:
         raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
     fewer = [number for number in CANDIDATES if number < vocabulary]
-    lines = [[Policy((1.0,) * count, confidence, candidates=number) for number in fewer]]
-    middling = fewer[len(fewer) // 2] if fewer else 0
+    lines = [[Policy((1.0,) * count, confidence, candidates=number) for number in fewer]] if not whole_head else []
+    head = heads(vocabulary, whole_head)
     for closed in reversed(range(count)):
         opened = count - closed
 
         def policy(threshold: float, confidence: str = confidence, closed: int = closed, decay: float = 0.0) -> Policy:
-            return Policy((1.0,) * closed + (threshold,) * (count - closed), confidence, decay, middling)
+            return Policy((1.0,) * closed + (threshold,) * (count - closed), confidence, decay, *head)
 
         if kind == "thresholds":
             lines.append([policy(threshold) for threshold in GRID])
@@ -146,11 +90,18 @@ def candidates(count: int, kind: str, confidence: str = "gate", vocabulary: int 
             lines.append([policy((run - 0.5) / opened, PATIENCE) for run in range(opened, 1, -1)])
         elif kind == "fixed":
             alone = (1.0,) * closed + (0.0,) + (1.0,) * (opened - 1)
-            lines.append([Policy(alone, candidates=middling)])
+            lines.append([Policy(alone, "gate", 0.0, *head)])
     return [line for line in lines if line]
 
 
-KINDS = ("thresholds", "decay", PATIENCE, "fixed")
+KINDS = ("precision", "thresholds", "decay", PATIENCE, "fixed")
+
+
+def heads(vocabulary: int, whole_head: bool) -> tuple[int, int]:
+    """A policy's `candidates` and `exit_candidates` for exits with a sketch; with `whole_head`, only the latter."""
+    fewer = [number for number in CANDIDATES if number < vocabulary]
+    middling = fewer[len(fewer) // 2] if fewer else 0
+    return (0, middling) if whole_head else (middling, 0)
 
 
 @dataclass(frozen=True)
@@ -225,9 +176,10 @@ class Tested:
 class Calibration:
     """The guarantee of a calibration: `policy` keeps the expected `loss` at `risk` or less, with probability 1 − `delta`.
 
-    `pilot` prompts found the path, and `n` others tested it. `tested` holds the policies of the path up to the first that
-    failed. If none passed, `policy` is closed, and `needed` is the number of test prompts with which the first one would
-    have passed, or None if it would not with any. `raw`: the prompts took no chat template.
+    `pilot` prompts found the path, and `n` others tested it. `max_tokens`: the longest answers, each to an equal share of
+    the prompts. `tested` holds the policies of the path up to the first that failed. If none passed, `policy` is closed,
+    and `needed` is the number of test prompts with which the first one would have passed, or None if it would not with any.
+    `raw`: the prompts took no chat template.
     """
 
     policy: Policy
@@ -238,7 +190,7 @@ class Calibration:
     delta: float
     n: int
     pilot: int
-    max_tokens: int
+    max_tokens: tuple[int, ...]
     stop: tuple[str, ...]
     raw: bool
     reference: str
@@ -274,10 +226,13 @@ def calibrate(
             "Compare with the model that it was tuned from.",
         )
     confidence = config.confidence or exits.policy.confidence
-    lines = candidates(len(exits), config.kind, confidence, backbone.vocab_size if exits.sketch else 0)
+    vocabulary = backbone.vocab_size if exits.sketch else 0
+    lines = candidates(len(exits), config.kind, confidence, vocabulary, config.whole_head)
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
     first = max(1, round(PILOT * len(questions)))
     trial = _Trial.begin(backbone, exits, questions, config, reference or backbone, progress)
+    if config.kind == "precision":
+        lines.append(trial.by_precision(first, heads(vocabulary, config.whole_head)))
     tested = trial.test(trial.find_path(lines, first), first)
     passed = [test.policy for test in tested if test.passed]
     record = Calibration(
@@ -310,6 +265,7 @@ class _Trial:
     questions: list[Question]
     config: CalibrationConfig
     ids: list[list[int]]  # the token ids of each question's prompt
+    lengths: list[int]  # the most tokens of each answer
     references: list[Generation]  # full depth's answer to each question
     progress: Progress
 
@@ -329,16 +285,29 @@ class _Trial:
         def report(count: int) -> None:
             progress("full depth", count, len(ids))
 
-        references = answers(Engine(reference), ids, config.max_tokens, config.stop, report)
-        return cls(backbone, exits, questions, config, ids, references, progress)
+        lengths = [config.max_tokens[index % len(config.max_tokens)] for index in range(len(ids))]
+        references = answers(Engine(reference), ids, lengths, config.stop, report)
+        return cls(backbone, exits, questions, config, ids, lengths, references, progress)
 
     def losses(self, policy: Policy, part: slice) -> tuple[list[float], list[Generation]]:
         """Each question's loss under a policy, for this part of the questions, and the answers."""
         engine = Engine(self.backbone, self.exits, policy, self.config.fill)
-        early = answers(engine, self.ids[part], self.config.max_tokens, self.config.stop)
+        early = answers(engine, self.ids[part], self.lengths[part], self.config.stop)
         loss_of = LOSSES[self.config.loss]
         triples = zip(early, self.references[part], self.questions[part], strict=True)
         return [loss_of(*triple) for triple in triples], early
+
+    def by_precision(self, first: int, head: tuple[int, int]) -> list[Policy]:
+        """A line of policies for falling precisions, from how often exits are right in answers to the pilot's questions.
+
+        `head`: the policies' `candidates` and `exit_candidates`.
+        """
+        groups = group_texts(self.ids[:first], [], max(self.config.max_tokens), batch=48)
+        with TemporaryDirectory() as folder:
+            texts = TeacherTexts.open(write_shards(self.backbone, groups, needed_layers(self.exits), Path(folder)))
+            trainer = Trainer(self.backbone, self.exits, TrainConfig(), Path(folder), self.progress)
+            known = evidence(self.exits, trainer.labels(texts, ROUNDS))
+        return policies(self.exits, known, Costs(self.backbone), PRECISIONS, *head)
 
     def find_path(self, lines: list[list[Policy]], first: int) -> list[Policy]:
         """The policies to test, in order, found on the first `first` questions (the pilot)."""
@@ -379,17 +348,22 @@ class _Trial:
 def answers(
     engine: Engine,
     prompts: list[list[int]],
-    max_tokens: int,
+    lengths: list[int],
     stop: tuple[str, ...] = (),
     report: Callable[[int], None] = lambda count: None,
 ) -> list[Generation]:
-    """An answer to each prompt (token ids). Prompts of similar length run side by side; `report` gets the count so far."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    """An answer to each prompt (token ids) of at most its length in tokens.
+
+    Prompts of similar length run side by side; `report` gets the count so far.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: (lengths[index], len(prompts[index])))
     answered: dict[int, Generation] = {}
     while len(answered) < len(order):
         start = len(answered)
-        longest = len(prompts[order[min(start + BATCH, len(order)) - 1]])
-        batch = order[start : start + engine.costs.at_once(longest + max_tokens, BATCH)]
+        max_tokens = lengths[order[start]]
+        batch = [index for index in order[start : start + BATCH] if lengths[index] == max_tokens]
+        longest = max(len(prompts[index]) for index in batch)
+        batch = batch[: engine.costs.at_once(longest + max_tokens, BATCH)]
         generations = engine.generate_batch([prompts[index] for index in batch], max_tokens=max_tokens, stop=stop)
         answered.update(zip(batch, generations, strict=True))
         report(len(answered))
@@ -402,6 +376,10 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
             raise BadInput(f"A {name} of {value} is not between 0 and 1.", "0.05 is usual.")
     if config.loss not in LOSSES:
         raise BadInput(f"There is no loss '{config.loss}'.", f"Choose from {', '.join(LOSSES)}.")
+    if config.kind == "precision" and config.confidence not in (None, "gate"):
+        raise BadInput(
+            f"The policies of the kind 'precision' compare gates, not {config.confidence}.", "Add --policy thresholds."
+        )
     if fill_named(config.fill).verifies:
         raise BadInput(
             "Verified answers are the full model's own: there is nothing to guarantee.",

@@ -20,14 +20,15 @@ MAX_PROMPTS_HELP = "Use only this many prompts, the first ones. Default: all."
 class TrainConfig:
     """How exits are trained.
 
-    `open_from` is a share of the depth: exits before it stay closed by default. `shortlist` is a number of tokens: an exit
-    reads out only the most frequent ones of the answers (0: all). `confidence` and `threshold` are the default policy's;
+    `shortlist` is a number of tokens: an exit reads out only the most frequent ones of the answers (0: all). `confidence`
+    and `threshold` are the default policy's;
     with a `threshold` of None, `precision` chooses the thresholds. `batch` counts the sequences of a step.
     """
 
     layers: tuple[int, ...] | None = setting(None, "Blocks that run before each exit: 10,15,20,25. Default: four places.")
+    tails: tuple[int, ...] = setting((), "The model's last blocks that each exit runs: 4,3,3. Default: none.")
     gate: str = setting("mamba", "Exit classifier: linear, ffn or mamba.", draft="linear")
-    readout: str = setting("mamba", "Adapter before the LM head: none, linear, mamba or deep.", draft="deep")
+    readout: str = setting("mamba", "Adapter before the LM head: none, linear, ffn, mamba or deep.", draft="deep")
     gate_width: int = setting(64, "Bottleneck of a gate, in dims; a multiple of 16.")
     readout_width: int = setting(512, "Bottleneck of a read-out, in dims; a multiple of 32.", draft=256)
     top_k: int = setting(1, "An exit agrees if its token is among the full model's k most probable ones.")
@@ -41,7 +42,6 @@ class TrainConfig:
     learning_rate: float = setting(3e-3, "Highest learning rate of the adapters.", draft=2e-3)
     gate_learning_rate: float = 1e-3
     precision: float = setting(0.98, "The default thresholds are set so that an exit that fires agrees this often.")
-    open_from: float = 2 / 3
     shortlist: int = setting(0, draft=8192)
     sketch: int | None = setting(
         None,
@@ -83,16 +83,20 @@ class CalibrationConfig:
         "task (how much worse it scores against the prompt's 'answer').",
     )
     kind: str = setting(
-        "thresholds",
-        "Policies to choose from: thresholds, decay (thresholds that fall along an answer), patience, fixed (one exit for "
-        "every token).",
+        "precision",
+        "Policies to choose from: precision (thresholds and second keys under which every exit is right equally often), "
+        "thresholds (one for all exits), decay (thresholds that fall along an answer), patience, fixed (one exit for every "
+        "token).",
         flag="--policy",
     )
+    whole_head: bool = setting(False, "Read out all tokens at full depth: only exits use the sketch of the head.")
     confidence: str | None = setting(
         None, "What thresholds are compared with: gate, max-prob, margin or entropy. Default: as the exits have it."
     )
     fill: str = setting("project", "The fill to calibrate for: project, copy, freeze or defer (see generate).")
-    max_tokens: int = setting(48, "Longest answer, in tokens.")
+    max_tokens: tuple[int, ...] = setting(
+        (48,), "Longest answer, in tokens. Several, such as 48,128, are each for an equal share of the prompts."
+    )
     stop: tuple[str, ...] = setting((), "End an answer before this text. May be repeated.")
     raw: bool = setting(False, "Give the prompts as they are, without the model's chat template.")
 

@@ -31,6 +31,7 @@ from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.model.runtime import Part, joined
 from offramp.model.state import State
+from offramp.training.loop import step_generator
 
 ROWS = 64  # answers side by side; more would hardly be faster, and need more memory
 BUCKET = 64  # entries
@@ -121,10 +122,15 @@ def _tensors(shard: Path, names: tuple[str, ...], rows: slice = slice(None)) -> 
 
 @dataclass(frozen=True)
 class TextGroup:
-    """Texts that are written as one shard: prompts of one length to answer, or plain texts to read."""
+    """Texts that are written as one shard: prompts of one length to answer, or plain texts to read.
+
+    `temperatures`: for each prompt, 0 for a greedy answer; above 0, each token is drawn from the `TEACHER` most probable
+    ones. Empty: all answers are greedy.
+    """
 
     ids: tuple[tuple[int, ...], ...]
     answer_tokens: int  # 0: plain text
+    temperatures: tuple[float, ...] = ()
 
     @property
     def most_tokens(self) -> int:
@@ -132,12 +138,24 @@ class TextGroup:
         return sum(len(ids) + self.answer_tokens for ids in self.ids)
 
 
-def group_texts(prompts: list[list[int]], texts: list[list[int]], answer_tokens: int, batch: int) -> list[TextGroup]:
-    """Divide prompts and texts (token ids) into groups of at most `batch`. The prompts of a group are equally long."""
+def group_texts(
+    prompts: list[list[int]],
+    texts: list[list[int]],
+    answer_tokens: int,
+    batch: int,
+    temperatures: Sequence[float] = (),
+) -> list[TextGroup]:
+    """Divide prompts and texts (token ids) into groups of at most `batch`. The prompts of a group are equally long.
+
+    `temperatures`: those of the answers, one for each prompt; by default all are greedy.
+    """
     groups = []
-    for _, equally_long in groupby(sorted(prompts, key=len), key=len):
-        rows = [tuple(ids) for ids in equally_long]
-        groups += [TextGroup(tuple(rows[at : at + batch]), answer_tokens) for at in range(0, len(rows), batch)]
+    asked = zip(prompts, temperatures or [0.0] * len(prompts), strict=True)
+    for _, equally_long in groupby(sorted(asked, key=lambda pair: len(pair[0])), key=lambda pair: len(pair[0])):
+        rows = [(tuple(ids), temperature) for ids, temperature in equally_long]
+        for at in range(0, len(rows), batch):
+            ids, warmth = zip(*rows[at : at + batch], strict=True)
+            groups.append(TextGroup(ids, answer_tokens, warmth if any(warmth) else ()))
     groups += [TextGroup(tuple(tuple(ids) for ids in texts[at : at + batch]), 0) for at in range(0, len(texts), batch)]
     return groups
 
@@ -214,13 +232,17 @@ class _Text:
     """A prompt and its answer so far: the text at `place` in the group at `group`.
 
     Each entry of `hidden` is (T, J, D); each of `top_ids` and `top_logp` is (TEACHER,), one for each token of the answer.
+    `draws`: for each token of the answer, the number in [0, 1) that chooses it; 0 chooses the most probable.
     """
 
     group: int
     place: int
     prompt: tuple[int, ...]
     answer_tokens: int
+    temperature: float
+    draws: list[float]
     hidden: list[Tensor]
+    answer: list[int] = field(default_factory=list)
     top_ids: list[Tensor] = field(default_factory=list)
     top_logp: list[Tensor] = field(default_factory=list)
 
@@ -229,7 +251,7 @@ class _Text:
         top_ids, top_logp = torch.stack(self.top_ids), torch.stack(self.top_logp)
         unanswered = len(self.prompt) - 1  # positions of the prompt whose next token is the prompt's own
         return TeacherText(
-            torch.cat([torch.tensor(self.prompt, dtype=torch.int32), top_ids[:-1, 0].cpu()]),
+            torch.tensor([*self.prompt, *self.answer[:-1]], dtype=torch.int32),
             torch.cat(self.hidden).cpu(),
             torch.cat([top_ids.new_zeros(unanswered, top_ids.shape[1]), top_ids]).cpu(),
             torch.cat([top_logp.new_zeros(unanswered, top_ids.shape[1]), top_logp]).cpu(),
@@ -248,7 +270,7 @@ class _Abreast:
 
 
 class _Answers:
-    """Answers the groups' prompts greedily, at most `ROWS` at a time, and fewer where their memory would be too large.
+    """Answers the groups' prompts, at most `ROWS` at a time, and fewer where their memory would be too large.
 
     On the lean path all states share each pass over the weights: every text has a state of its own, and the next prompt
     takes the place of an answer that ends. Elsewhere states take turns: the prompts of a group share one, and the next
@@ -266,7 +288,7 @@ class _Answers:
             (at_exits,), _ = _through(backbone, [(h, self._beginning, step)], layers)
             hidden = [at_exits[0]]
         self._waiting = deque(
-            _Text(index, place, ids, group.answer_tokens, [*hidden])
+            _Text(index, place, ids, group.answer_tokens, *_draws(group, index, place), [*hidden])
             for index, group in enumerate(groups)
             for place, ids in enumerate(group.ids)
         )
@@ -303,7 +325,8 @@ class _Answers:
         parts = [(h, abreast.state, step) for abreast, (h, step) in zip(running, embedded, strict=True)]
         at_exits, tops = _through(self.backbone, parts, self.layers)
         top_ids, top_logp = _most_probable(self.backbone, joined([top[:, -1] for top in tops]))
-        rows = iter(zip(top_ids, top_logp, top_ids[:, 0].tolist(), strict=True))
+        chosen = _chosen(top_logp, [text for abreast in running for text in abreast.texts])
+        rows = iter(zip(top_ids, top_logp, top_ids.gather(1, chosen[:, None])[:, 0].tolist(), strict=True))
         for abreast, hidden in zip(running, at_exits, strict=True):
             abreast.first += hidden.shape[1]
             going_on, abreast.ids = [], []
@@ -312,6 +335,7 @@ class _Answers:
                 text.hidden.append(hidden[place])
                 text.top_ids.append(ids)
                 text.top_logp.append(logp)
+                text.answer.append(newest)
                 if self._ends(text, newest, abreast.first):
                     yield text
                 else:
@@ -325,6 +349,23 @@ class _Answers:
     def _ends(self, text: _Text, newest: int, position: int) -> bool:
         full = len(text.top_ids) == text.answer_tokens or position >= self.backbone.context
         return full or newest in self._stop_ids
+
+
+def _draws(group: TextGroup, index: int, place: int) -> tuple[float, list[float]]:
+    """The temperature of a text, and the numbers that choose its tokens. They follow from the text's place alone."""
+    temperature = group.temperatures[place] if group.temperatures else 0.0
+    if not temperature:
+        return 1.0, [0.0] * group.answer_tokens
+    generator = step_generator(index, place, "answers")
+    return temperature, torch.rand(group.answer_tokens, generator=generator).tolist()
+
+
+def _chosen(top_logp: Tensor, texts: list[_Text]) -> Tensor:
+    """Which of its most probable tokens (n, TEACHER) each text goes on with, (n,)."""
+    temperatures = top_logp.new_tensor([text.temperature for text in texts], dtype=torch.float32)
+    draws = temperatures.new_tensor([text.draws[len(text.answer)] for text in texts])
+    chances = (top_logp.float() / temperatures[:, None]).softmax(-1).cumsum(-1)
+    return (chances <= draws[:, None]).sum(-1).clamp(max=top_logp.shape[1] - 1)
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ from offramp.training.config import TrainConfig, TuneConfig
 from offramp.training.data import gather
 from offramp.training.loop import Fit, Loss, accelerator_for, step_generator
 from offramp.training.teacher import TeacherText
-from offramp.training.training import pad_batch, sampled_vocabulary
+from offramp.training.trainer import pad_batch, sampled_vocabulary
 
 
 def exit_weights(blocks: int, step: int, exit_scale: float, every: int) -> dict[int, float]:

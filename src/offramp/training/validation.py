@@ -7,67 +7,112 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.exits.exits import Exits
 from offramp.metrics import auroc
 from offramp.training.teacher import TeacherText
 
+LEAST = 30  # tokens that must leave, or a precision means nothing
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the J exits say at n positions.
+
+    oracle (n, K): the oracle's most probable tokens; agrees (n, J): 1 where the exit's most probable token is among the
+    first k of them, 0 where not, −1 where it is unknown; top_prob (n, J): the probability of the exit's own.
+    """
+
+    oracle: Tensor
+    agrees: Tensor
+    top_prob: Tensor
+
+    @classmethod
+    def unknown(cls, oracle: Tensor, exits: int) -> Labels:
+        """Labels of which none is known yet."""
+        return cls(oracle, torch.full((len(oracle), exits), -1, dtype=torch.int8), torch.zeros(len(oracle), exits))
+
+    def split(self, sizes: list[int]) -> list[Labels]:
+        """The labels in pieces of these sizes."""
+        parts = (self.oracle.split(sizes), self.agrees.split(sizes), self.top_prob.split(sizes))
+        return [Labels(*pieces) for pieces in zip(*parts, strict=True)]
+
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts, and where each exit's read-out agrees with the oracle.
-
-    agrees: for each text (n, J), over its n counted positions and the J exits, whether the read-out's top token is among
-    the oracle's top k.
-    """
+    """Texts, and for each what the exits say at its counted positions. `places`: of each block, among the hidden states."""
 
     texts: Sequence[TeacherText]
-    agrees: list[Tensor]
+    labels: list[Labels]
+    places: dict[int, int]
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, part: slice) -> LabelledTexts:
-        return LabelledTexts(self.texts[part], self.agrees[part])
+        return LabelledTexts(self.texts[part], self.labels[part], self.places)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of n tokens at one exit: the gate's confidence, the read-out's own, and whether it is right, (n,)."""
+
+    gate: Tensor
+    key: Tensor
+    agrees: Tensor
 
 
 @torch.inference_mode()
-def scores(exits: Exits, labelled: LabelledTexts) -> list[tuple[Tensor, Tensor]]:
-    """For each exit: its gate's confidence and whether its read-out agrees, over all counted positions, both (n,)."""
+def evidence(exits: Exits, labelled: LabelledTexts) -> list[Evidence]:
+    """What the labelled positions of the texts show of each exit."""
     device = next(exits.modules.parameters()).device
     confidence: list[list[Tensor]] = [[] for _ in exits]
     for text in labelled.texts:
         for index, exit in enumerate(exits):
-            logit, _ = exit.gate(text.hidden[None, :, index].float().to(device))
+            logit, _ = exit.gate(text.hidden[None, :, labelled.places[exit.block]].float().to(device))
             confidence[index].append(logit[0].sigmoid().cpu()[text.counted])
-    agrees = torch.cat(labelled.agrees)
-    return [(torch.cat(values), agrees[:, index]) for index, values in enumerate(confidence)]
-
-
-def quality(exits: Exits, scored: list[tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
-    """For each exit, from its `scores`: agreement with the oracle's top k, and its gate's area under the ROC curve."""
+    agrees = torch.cat([labels.agrees for labels in labelled.labels])
+    top_prob = torch.cat([labels.top_prob for labels in labelled.labels])
+    known = agrees >= 0
     return [
-        {
-            "block": exit.block,
-            "agreement": round(float(agrees.float().mean()), 4),
-            "gate_auroc": round(auroc(confidence, agrees), 4),
-        }
-        for exit, (confidence, agrees) in zip(exits, scored, strict=True)
+        Evidence(torch.cat(gate)[known[:, index]], top_prob[known[:, index], index], agrees[known[:, index], index].bool())
+        for index, gate in enumerate(confidence)
     ]
 
 
-def lowest_threshold(confidence: Tensor, agrees: Tensor, precision: float, least: int = 50) -> float:
-    """The lowest threshold, of four decimals, above which the share of tokens that agree is at least `precision`.
+def quality(exits: Exits, shown: list[Evidence]) -> list[dict[str, Any]]:
+    """How good each exit is, from its evidence.
 
-    `confidence` and `agrees` (n,) are those of held-out tokens. Only thresholds that at least `least` of them pass count;
-    1 if there is none.
+    `agreement` with the oracle's top k; areas under the ROC curve of the gate and of the read-out's own confidence; and the
+    shares of the tokens that may leave if 99% and 95% of them must be right, ranked by that confidence.
     """
-    ordered, index = confidence.double().sort()
-    thresholds = torch.arange(10_000, dtype=torch.float64) / 10_000
-    first = torch.searchsorted(ordered, thresholds, right=True)  # tokens from here on pass
-    passed = len(ordered) - first
-    right = F.pad(agrees[index].flip(0).long().cumsum(0), (1, 0))[passed]
-    good = thresholds[(passed >= least) & (right >= precision * passed)]
-    return float(good[0]) if len(good) else 1.0
+    return [
+        {
+            "block": exit.block,
+            "tail": exit.tail,
+            "tokens": len(tokens.agrees),
+            "agreement": round(float(tokens.agrees.float().mean()), 4),
+            "gate_auroc": round(auroc(tokens.gate, tokens.agrees), 4),
+            "key_auroc": round(auroc(tokens.key, tokens.agrees), 4),
+            "leave_at_99": round(lowest(tokens.key, tokens.agrees, 0.99)[1] / len(tokens.agrees), 4),
+            "leave_at_95": round(lowest(tokens.key, tokens.agrees, 0.95)[1] / len(tokens.agrees), 4),
+        }
+        for exit, tokens in zip(exits, shown, strict=True)
+    ]
+
+
+def lowest(confidence: Tensor, agrees: Tensor, precision: float) -> tuple[float, int]:
+    """The lowest threshold above which the share of tokens that agree is at least `precision`, and how many those are.
+
+    `confidence` and `agrees` are (n,). Without such a threshold, or with fewer than `LEAST` tokens above it: (1, 0).
+    """
+    ordered, order = confidence.double().sort(descending=True)
+    right, count = agrees[order].long().cumsum(0), torch.arange(1, len(ordered) + 1)
+    below = torch.cat([ordered[1:], ordered.new_zeros(1)])
+    # Of tokens with the same confidence, all leave or none.
+    good = ((below < ordered) & (right >= precision * count) & (count >= LEAST)).nonzero()[:, 0]
+    if not len(good):
+        return 1.0, 0
+    place = int(good[-1])
+    return float(ordered[place] + below[place]) / 2, place + 1

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of this call, D hidden size, R = B · T rows.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.lean.native import CWeight, Native, NativeMamba, library, rounds_to_bfloat16
-from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight
+from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined
 from offramp.model.state import State
@@ -256,6 +258,23 @@ class Lean:
 
     def head_bytes(self) -> int:
         return self.head.nbytes
+
+    def filled(self, block: nn.Module) -> nn.Module:
+        """A copy of one of the library's blocks, with the weights that this runtime runs with."""
+        changed = {id(module): weight for module, weight in self.changed}
+        copied, multiplies = copy.deepcopy(block), self.weight_format != "float32" and multiplies_bfloat16(self._device)
+        dtype = torch.bfloat16 if multiplies else torch.float32
+        for module, twin in zip(block.modules(), copied.modules(), strict=True):
+            for name, parameter in module.named_parameters(recurse=False):
+                from_integers = changed.get(id(module)) if name == "weight" else None
+                value = self._values.whole(parameter, dtype) if from_integers is None else from_integers().to(dtype)
+                if value.is_meta:
+                    raise UnsupportedModel(
+                        "The library's weights of this model were freed, so nothing can be trained through its blocks.",
+                        "Load it with keep=True.",
+                    )
+                twin._parameters[name] = nn.Parameter(value.to(self._device), requires_grad=False)
+        return copied
 
     def drop_spare_weights(self) -> None:
         for part in (*self._modules.blocks, self._modules.embedding, self._modules.norm, self._modules.head):

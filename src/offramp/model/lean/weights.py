@@ -68,13 +68,13 @@ class Weight:
     def _times(self, x: Tensor) -> Tensor:
         if self.w.dtype == torch.float32:
             return F.linear(x, self.w)
-        if len(x) >= 16 and x.device.type == "cpu" and not _multiplies_bfloat16():
+        if len(x) >= 16 and x.device.type == "cpu" and not multiplies_bfloat16():
             return self._unpacked_times(x)  # many rows are faster in float32
         return F.linear(x.to(self.w.dtype), self.w).float()
 
     def _unpacked_times(self, x: Tensor) -> Tensor:
         """The product on a CPU by way of a plain matrix, a slice of the weight's rows at a time."""
-        dtype = torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+        dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
         x, size = x.to(dtype), max(1, SLICE // self.columns)
         slices = (slice(at, at + size) for at in range(0, self.rows, size))
         return torch.cat([F.linear(x, self._dense(rows).to(dtype)) for rows in slices], dim=-1).float()
@@ -190,8 +190,10 @@ class Int4(Weight):
         return self._q(rows).float().mul_(self.scale[rows, :, None]).add_(self.low[rows, :, None]).flatten(1)
 
 
-def _multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for bfloat16, so that torch multiplies in it faster than in float32."""
+def multiplies_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether the device (the CPU by default) has instructions for bfloat16: torch multiplies faster in it."""
+    if device is not None and device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -1,0 +1,98 @@
+"""Policies by precision: at each exit, the thresholds above which a given share of the tokens that leave are right.
+
+A threshold means something else at each exit, and for each gate. A precision means the same everywhere. So a calibration
+goes along a line of precisions. For each of them, every exit gets the cheapest rule that reaches it on labelled text:
+
+- the gate alone: a token leaves above a threshold;
+- the gate and the second key: above a lower threshold the exit reads out, and the token leaves if the read-out's own
+  confidence is above the key. This leaves fewer wrong tokens, and costs a read-out for each token that then stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offramp.exits.exits import Exit, Exits
+from offramp.exits.policy import Policy
+from offramp.model.costs import Costs
+from offramp.training.validation import Evidence, lowest
+
+CONTEXT = 128  # tokens before the one whose costs decide between the rules
+FILTERS = 24  # thresholds that are tried for the gate before the second key
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a token leaves at one exit, as `Policy` has it, and the FLOPs saved for a mean token."""
+
+    threshold: float = 1.0
+    perhaps: float = 1.0
+    key: float = 1.0
+    saved: float = 0.0
+
+
+def rule(known: Evidence, precision: float, gain: float, price: float) -> Rule:
+    """The rule that reaches the precision and saves most.
+
+    `gain`: FLOPs saved by a token that leaves; `price`: FLOPs of a read-out that then keeps the token.
+    """
+    best = Rule()
+    tokens = len(known.agrees)
+    threshold, leaving = lowest(known.gate, known.agrees, precision)
+    if leaving:
+        best = Rule(threshold=threshold, saved=gain * leaving / tokens)
+    for filter in [0.0, *torch.quantile(known.gate.float(), torch.linspace(0.04, 0.96, FILTERS - 1)).tolist()]:
+        perhaps = round(filter, 4)
+        asked = known.gate > perhaps
+        key, leaving = lowest(known.key[asked], known.agrees[asked], precision)
+        saved = (gain * leaving - price * (int(asked.sum()) - leaving)) / tokens
+        if leaving and saved > best.saved:
+            best = Rule(perhaps=perhaps, key=key, saved=saved)
+    return best
+
+
+def policies(
+    exits: Exits, known: list[Evidence], costs: Costs, precisions: Sequence[float], candidates: int, at_exits: int
+) -> list[Policy]:
+    """A policy for each precision; `candidates` and `at_exits` are the policies' `candidates` and `exit_candidates`.
+
+    A precision that opens no exit is left out, and so is a policy that equals the one before.
+    """
+    found: list[Policy] = []
+    for precision in precisions:
+        rules = []
+        for exit, tokens in zip(exits, known, strict=True):
+            price = _read_out(exits, exit, costs, candidates or at_exits)
+            head = _head(exits, costs, candidates)
+            rules.append(rule(tokens, precision, _skipped(exit, costs) + head - price, price))
+        policy = Policy(
+            tuple(each.threshold for each in rules),
+            candidates=candidates,
+            exit_candidates=at_exits,
+            perhaps=tuple(each.perhaps for each in rules),
+            keys=tuple(each.key for each in rules),
+        )
+        if any(map(policy.opens, range(len(exits)))) and policy not in found:
+            found.append(policy)
+    return found
+
+
+def _skipped(exit: Exit, costs: Costs) -> int:
+    """FLOPs of the blocks after an exit, without the `project` fill of those that a token skips."""
+    filled = costs.projected(range(exit.block, costs.n_blocks - exit.tail))
+    return costs.blocks(exit.block, costs.n_blocks, CONTEXT) - filled
+
+
+def _read_out(exits: Exits, exit: Exit, costs: Costs, candidates: int) -> int:
+    """FLOPs of an exit's adapter, tail and head."""
+    tail = costs.blocks(costs.n_blocks - exit.tail, costs.n_blocks, CONTEXT)
+    return exit.adapter.flops() + tail + _head(exits, costs, candidates)
+
+
+def _head(exits: Exits, costs: Costs, candidates: int) -> int:
+    if exits.sketch is None or not candidates:
+        return costs.head
+    return costs.sketched(len(exits.sketch[0]), candidates)

@@ -1,0 +1,279 @@
+"""Fits the parts of exits to texts: adapters by distillation, gates by what their read-outs get right.
+
+Adapters: cross-entropy with the teacher's most probable tokens. The softmax is over these tokens of the whole batch and a
+new random sample of the others. Each of the others is weighted by the inverse of its chance to be drawn, which estimates
+the full softmax at a fraction of the LM head's cost. Exits with tails share each pass through the model's last blocks: a
+random share of a text's tokens jump, each at one of the exits, and the others stay exact. Every second step, a `deep`
+read-out without a tail also learns from its own guess at the top state of the token before, as in a run of drafts.
+
+Gates: binary cross-entropy on "the read-out's top token is among the oracle's top k".
+
+Losses are summed over exits with weights that decay linearly with the exit's position (DYNAMAX, arXiv 2504.20922).
+Everything random is a function of the seed and the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from offramp.exits.exits import Exit, Exits
+from offramp.exits.parts import Standardise
+from offramp.exits.policy import max_prob
+from offramp.model.backbone import Backbone
+from offramp.model.lean.weights import multiplies_bfloat16
+from offramp.model.runtime import Runtime
+from offramp.progress import Progress, silent
+from offramp.training.config import TrainConfig
+from offramp.training.loop import Fit, Loss, step_generator
+from offramp.training.tails import LEAST_SHARE, Jumped, drawn_exits, first_tail, through_tails
+from offramp.training.teacher import TeacherText
+from offramp.training.validation import LabelledTexts, Labels
+
+LABELLED = 1 / 3  # of a text's tokens that jump when exits are judged: about as many as leave in decoding
+
+
+def needed_layers(exits: Exits) -> tuple[int, ...]:
+    """The numbers of blocks after which training needs the hidden states, rising."""
+    n_blocks = exits.backbone["blocks"]
+    needed = {exit.block for exit in exits} | {n_blocks - exit.tail for exit in exits if exit.tail}
+    if exits.config.sketch or any(exit.adapter.reads_top for exit in exits):
+        needed.add(n_blocks)
+    return tuple(sorted(needed))
+
+
+class Trainer:
+    """Fits the parts of `exits` to texts; checkpoints go to the folder `work`.
+
+    The texts' hidden states are those after the blocks `layers`, by default those of `needed_layers`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: Exits,
+        config: TrainConfig,
+        work: Path,
+        progress: Progress = silent,
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
+        self.backbone, self.exits, self.config = backbone, exits, config
+        self.progress, self.device = progress, backbone.device
+        bfloat16 = backbone.weight_format != "float32" and multiplies_bfloat16(backbone.device)
+        self.fit = Fit(work, backbone.device, config.seed, config.batch, progress, bfloat16)
+        self.place = {block: index for index, block in enumerate(layers or needed_layers(exits))}
+        self.tails = [exit for exit in exits if exit.tail]
+        self.start = first_tail(exits, backbone.n_blocks)
+        exits.modules.to(backbone.device)
+        count = len(exits)
+        # Decays linearly with the exit's position (the paper); the sum is 1.
+        self.weights = [2 * (count - index) / (count * (count + 1)) for index in range(count)]
+
+    @torch.no_grad()
+    def standardise(self, texts: Sequence[TeacherText], parts: str = "", most: int = 20_000) -> None:
+        """Give all parts of the exits the mean and spread of their hidden states over about `most` tokens.
+
+        Jumps start from the linear map that fits these tokens best. With `parts` = "gate", only the gates are changed.
+        """
+        enough, tokens = 0, 0
+        while enough < len(texts) and tokens < most:
+            tokens += int(texts[enough].counted.sum())
+            enough += 1
+        for exit in self.exits:
+            hidden = self._counted(texts[:enough], exit.block)
+            for part in exit.get_submodule(parts).modules():
+                if isinstance(part, Standardise):
+                    part.fit(hidden)
+            jump = getattr(exit.adapter, "jump", None)
+            if jump is not None and not parts:
+                target = self._counted(texts[:enough], self.backbone.n_blocks - exit.tail)
+                jump.fit(hidden, exit.adapter.norm(hidden), target)
+
+    def _counted(self, texts: Sequence[TeacherText], block: int) -> Tensor:
+        """The hidden states (n, D) after a block, at all counted positions of the texts."""
+        place = self.place[block]
+        return torch.cat([text.hidden[text.counted, place] for text in texts]).float().to(self.device)
+
+    def fit_adapters(self, texts: Sequence[TeacherText]) -> None:
+        """Train the read-outs towards the teacher's final distributions (step 2 above)."""
+        runtime = self.backbone.trainable_from(self.start)
+
+        def loss_of(batch: list[int], step: int) -> Loss:
+            return self._weighted(self._adapter_losses([texts[index] for index in batch], step, runtime))
+
+        adapters = nn.ModuleList(exit.adapter for exit in self.exits)
+        self.fit.run("adapters", adapters, texts, self.config.epochs, self.config.learning_rate, loss_of)
+
+    def fit_gates(self, labelled: LabelledTexts) -> None:
+        """Train the gates to tell where their read-outs agree with the oracle (step 3 above)."""
+
+        def loss_of(batch: list[int], step: int) -> Loss:
+            agrees = torch.cat([labelled.labels[index].agrees for index in batch])
+            return self._weighted(self._gate_losses([labelled.texts[index] for index in batch], agrees))
+
+        gates = nn.ModuleList(exit.gate for exit in self.exits)
+        self.fit.run("gates", gates, labelled, self.config.gate_epochs, self.config.gate_learning_rate, loss_of)
+
+    def _weighted(self, losses: list[Tensor]) -> Loss:
+        return torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum(), losses
+
+    def _adapter_losses(self, texts: list[TeacherText], step: int, runtime: Runtime) -> list[Tensor]:
+        """For each exit, the cross-entropy of its read-out with the teacher, in nats a token."""
+        hidden = self._padded([text.hidden for text in texts]).float()
+        counted = self._padded([text.counted for text in texts])
+        score = self._scorer(texts, step)
+        tops: dict[Exit, tuple[Tensor, Tensor]] = {}
+        if self.tails:
+            generator = step_generator(self.config.seed, step, "exits of the tokens")
+            share = LEAST_SHARE + (1 - LEAST_SHARE) * torch.rand(len(texts), 1, generator=generator)
+            chosen = drawn_exits(counted.cpu(), len(self.tails), share, generator).to(self.device)
+            tops = self._jump(hidden, chosen, runtime)
+        losses = []
+        for exit in self.exits:
+            if exit in tops:
+                where, top = tops[exit]
+                losses.append(score(top[where], where[counted]))
+                continue
+            adapted, _ = exit.adapter(self._input(exit, hidden))
+            loss = score(adapted[counted])
+            if exit.adapter.reads_top and step % 2:
+                redrafted, _ = exit.adapter(self._input(exit, hidden, top=adapted.detach()))
+                loss = (loss + score(redrafted[counted])) / 2
+            losses.append(loss)
+        return losses
+
+    def _scorer(self, texts: list[TeacherText], step: int) -> Callable[..., Tensor]:
+        """A function that gives the mean cross-entropy of states (n, D) before the final norm with the teacher.
+
+        They are those of all counted positions, or of those that its second argument is true for.
+        """
+        counted = pad_batch([text.counted for text in texts])
+        teacher = pad_batch([text.top_ids for text in texts])[counted].long()  # (n, K)
+        targets = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
+        if self.exits.shortlist is None:
+            generator = step_generator(self.config.seed, step, "vocabulary")
+            rows, offset = sampled_vocabulary(teacher, self.backbone.vocab_size, generator)
+        else:
+            rows, offset = self.exits.shortlist, torch.zeros(len(self.exits.shortlist))
+        columns = torch.searchsorted(rows, teacher).clamp(max=len(rows) - 1)
+        targets = targets * (rows[columns] == teacher)  # tokens outside the short list count for nothing
+        targets, columns, rows, offset = (tensor.to(self.device) for tensor in (targets, columns, rows, offset))
+
+        def cross_entropy(h: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
+            logits = self.backbone.logits(h.to(self.backbone.dtype), rows) + offset
+            likelihoods = logits.log_softmax(-1).gather(-1, columns[which])
+            return -(targets[which] * likelihoods).sum(-1).sum() / max(1, len(h))
+
+        return cross_entropy
+
+    def _jump(self, hidden: Tensor, chosen: Tensor, runtime: Runtime) -> dict[Exit, tuple[Tensor, Tensor]]:
+        """Let tokens jump at the exits with tails: `chosen` (B, T) is the index of each one's exit, −1 for none.
+
+        Returns for each exit where its tokens stand, (B, T), and the states at the top, (B, T, D), which all exits share.
+        """
+        jumps = []
+        for index, exit in enumerate(self.tails):
+            where = chosen == index
+            x = self._input(exit, hidden)
+            # A part without a memory need not see the tokens that do not jump.
+            adapted = exit.adapter(x)[0][where] if exit.adapter.recurrent else exit.adapter(x[where][None])[0][0]
+            jumps.append(Jumped(exit, where, adapted))
+        top = through_tails(self.backbone, runtime, hidden[:, :, self.place[self.start]], jumps)
+        return {jump.exit: (jump.where, top) for jump in jumps}
+
+    def _input(self, exit: Exit, hidden: Tensor, top: Tensor | None = None) -> Tensor:
+        """What the read-out of an exit reads: hidden (B, T, J, D) → (B, T, D), or (B, T, 2 D) if it reads the top.
+
+        Such a read-out also gets the top state of the token before, or what stands in for it, `top` (B, T, D).
+        """
+        h = hidden[:, :, self.place[exit.block]]
+        if not exit.adapter.reads_top:
+            return h
+        top = hidden[:, :, self.place[self.backbone.n_blocks]] if top is None else top
+        return torch.cat([h, F.pad(top[:, :-1], (0, 0, 1, 0))], dim=-1)
+
+    def _padded(self, tensors: list[Tensor]) -> Tensor:
+        return pad_batch(tensors).to(self.device)
+
+    def _gate_losses(self, texts: list[TeacherText], agrees: Tensor) -> list[Tensor]:
+        """For each exit, the binary cross-entropy of its gate with `agrees` (n, J) at the texts' counted positions."""
+        hidden = self._padded([text.hidden for text in texts]).float()
+        counted = self._padded([text.counted for text in texts])
+        agrees = agrees.to(self.device)
+        losses = []
+        for index, exit in enumerate(self.exits):
+            score, _ = exit.gate(hidden[:, :, self.place[exit.block]])
+            known = agrees[:, index] >= 0
+            loss = F.binary_cross_entropy_with_logits(score[counted][known], agrees[known, index].float(), reduction="sum")
+            losses.append(loss / max(1, int(known.sum())))
+        return losses
+
+    @torch.inference_mode()
+    def labels(self, texts: Sequence[TeacherText], rounds: int = 2) -> LabelledTexts:
+        """Read out the texts at every exit, over all tokens or the short list, and compare with the oracle's top k.
+
+        Exits without a tail read out every position. In each of the `rounds`, `LABELLED` of the tokens jump, each
+        at one of the other exits. What a token would say where it did not jump stays unknown.
+        """
+        labelled: list[Labels] = []
+        for first in range(0, len(texts), self.config.batch):
+            batch = [texts[index] for index in range(first, min(first + self.config.batch, len(texts)))]
+            hidden = self._padded([text.hidden for text in batch]).float()
+            counted = self._padded([text.counted for text in batch])
+            labels = Labels.unknown(torch.cat([text.top_ids[text.counted] for text in batch]), len(self.exits))
+            for index, exit in enumerate(self.exits):
+                if not exit.tail:
+                    adapted, _ = exit.adapter(self._input(exit, hidden))
+                    self._label(labels, index, adapted[counted], torch.ones(len(labels.oracle), dtype=torch.bool))
+            for number in range(rounds if self.tails else 0):
+                generator = step_generator(self.config.seed, first, f"labels {number}")
+                chosen = drawn_exits(counted.cpu(), len(self.tails), LABELLED, generator).to(self.device)
+                tops = self._jump(hidden, chosen, self.backbone.runtime)
+                for index, exit in enumerate(self.exits):
+                    if exit in tops:
+                        where, top = tops[exit]
+                        self._label(labels, index, top[where], where[counted].cpu())
+            labelled += labels.split([int(text.counted.sum()) for text in batch])
+            self.progress("labels", first + len(batch), len(texts))
+        return LabelledTexts(texts, labelled, self.place)
+
+    def _label(self, labels: Labels, index: int, h: Tensor, which: Tensor) -> None:
+        """Note what exit `index` says at the positions `which` (n,), from states h before the final norm."""
+        rows = self.exits.shortlist
+        head = self.backbone.logits if rows is None else self.backbone.head_of(rows)
+        for part, place in zip(h.split(256), which.nonzero()[:, 0].split(256), strict=True):
+            logits = head(part.to(self.backbone.dtype))
+            best = logits.argmax(-1).cpu()
+            best = best if rows is None else rows[best]
+            agrees = (labels.oracle[place, : self.config.top_k] == best[:, None]).any(-1)
+            labels.agrees[place, index] = agrees.to(torch.int8)
+            labels.top_prob[place, index] = max_prob(logits).cpu()
+
+
+def sampled_vocabulary(
+    teacher: Tensor, vocabulary: int, generator: torch.Generator, sample: int = 6144
+) -> tuple[Tensor, Tensor]:
+    """The tokens of one step's softmax, rising, and what to add to their logits, both (n,).
+
+    They are the teacher's tokens (n, K), each once, and a random sample of `sample` others.
+    """
+    taught = teacher.unique()
+    is_other = torch.ones(vocabulary, dtype=torch.bool)
+    is_other[taught] = False
+    rest = is_other.nonzero().squeeze(1)
+    if len(rest) <= sample:
+        return torch.arange(vocabulary), torch.zeros(vocabulary)
+    drawn = rest[torch.randperm(len(rest), generator=generator)[:sample]]
+    offset = torch.zeros(vocabulary)
+    offset[drawn] = float(torch.tensor(len(rest) / sample).log())
+    rows = torch.cat([taught, drawn]).sort().values
+    return rows, offset[rows]
+
+
+def pad_batch(tensors: list[Tensor]) -> Tensor:
+    """Tensors (T, …) of different lengths T → one batch (B, longest T, …), with zeros at the ends."""
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)

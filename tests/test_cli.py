@@ -39,6 +39,7 @@ ANSWER = {
     "decode_tokens_per_second",
     "fill",
     "thresholds",
+    "policy",
     "finish_reason",
 }
 

@@ -7,9 +7,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -28,8 +31,8 @@ from offramp.files import read_lines
 from offramp.model.backbone import Backbone
 from offramp.training import teacher
 from offramp.training.config import TrainConfig
-from offramp.training.data import PROMPTS
-from offramp.training.loop import Fit, accelerator_for
+from offramp.training.data import PROMPTS, turns
+from offramp.training.loop import Budget, Fit, accelerator_for, batches
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts, write_shards
 from offramp.training.trainer import Trainer
 from offramp.training.training import sketch_of, train
@@ -47,7 +50,15 @@ def prompts(tmp_path) -> str:
 
 
 def config(prompts: str, **kwargs) -> TrainConfig:
-    settings = {"layers": LAYERS, "answer_tokens": 12, "epochs": 8, "gate_epochs": 4, "learning_rate": 1e-2}
+    settings = {
+        "layers": LAYERS,
+        "answer_tokens": 12,
+        "temperatures": (0.0,),
+        "batch": 8,
+        "epochs": 8,
+        "gate_epochs": 4,
+        "learning_rate": 1e-2,
+    }
     return TrainConfig(prompts=prompts, gate_width=16, readout_width=32, **{**settings, **kwargs})
 
 
@@ -332,7 +343,14 @@ def test_a_run_of_twenty_steps_trains(tmp_path) -> None:
     """The warm-up of so short a run is exactly one step."""
     module = torch.nn.Linear(1, 1)
     fit = Fit(tmp_path, torch.device("cpu"), batch=1)
-    fit.run("line", module, range(20), 1, 1e-2, lambda batch, step: (module.weight.square().sum(), [module.weight.sum()]))
+    fit.run(
+        "line",
+        module,
+        range(20),
+        Budget(20),
+        1e-2,
+        lambda batch, step: (module.weight.square().sum(), [module.weight.sum()]),
+    )
     assert fit.curve[-1]["step"] == 20
 
 
@@ -361,6 +379,77 @@ def test_plain_text_and_json_lines_are_read_in_pieces(tmp_path) -> None:
     (tmp_path / "b.jsonl").write_text('{"text": "hello"}\n{"text": "world!"}\n')
     assert [len(piece) for piece in read_texts(tmp_path / "a.txt", tiny("llama"))] == [256, 256, 88]
     assert [len(piece) for piece in read_texts(tmp_path / "b.jsonl", tiny("llama"))] == [5, 6]
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "mamba2", "bamba", "gemma2"])
+def test_jumps_learn_to_say_what_the_model_says(tmp_path, prompts: str, family: str) -> None:
+    settings = config(prompts, layers=(2, 3), tails=(2, 1), readout="ffn", temperatures=(0.0, 0.8), answers=80, epochs=12)
+    after = train(tiny(family), tmp_path / "after", settings)
+    losses = [point["loss"] for point in after.training["curve"] if point["stage"] == "adapters"]
+    for exit in range(2):
+        assert fmean(loss[exit] for loss in losses[-6:]) < losses[0][exit] - 0.1
+    assert [row["tail"] for row in after.training["validation"]] == [2, 1]
+    assert all(0 <= row["agreement"] <= 1 for row in after.training["validation"])
+    # They go on from where they stopped.
+    again = train(tiny(family), tmp_path / "again", replace(settings, epochs=0, gate_epochs=0), start=after)
+    for key, value in after.modules.state_dict().items():
+        assert torch.equal(again.modules.state_dict()[key], value), key
+
+
+def test_answers_are_drawn_at_their_temperatures(tmp_path) -> None:
+    backbone = tiny("llama/torch")
+    prompt = backbone.prompts.encode("Some words")
+    temperatures = [0.0] * 2 + [1.0] * 60
+    groups = group_texts([prompt] * 62, [], 6, 31, temperatures)
+    assert [group.temperatures for group in groups] == [tuple(temperatures[:31]), tuple(temperatures[31:])]
+    texts = TeacherTexts.open(write_shards(backbone, groups, LAYERS, tmp_path / "one"))
+    answers = [tuple(text.ids[len(prompt) :].tolist()) for text in texts]
+    assert answers[0] == answers[1] == tuple(texts[0].top_ids[len(prompt) - 1 : -1, 0].tolist())
+    assert len(set(answers[2:])) > 50
+    # The first tokens are drawn by the teacher's probabilities.
+    first = texts[0].top_ids[len(prompt) - 1].tolist()
+    chances = texts[0].top_logp[len(prompt) - 1].float().softmax(-1)
+    counts = torch.zeros(16)
+    for answer in answers[2:]:
+        counts[first.index(answer[0])] += 1
+    assert float((counts / 60 - chances).abs().sum()) < 0.6
+    # The same groups give the same answers, also where half of the work was done before.
+    again = tmp_path / "two"
+    again.mkdir()
+    shutil.copy(tmp_path / "one" / "shard-00000.safetensors", again)
+    twice = TeacherTexts.open(write_shards(backbone, groups, LAYERS, again))
+    assert [text.ids.tolist() for text in twice] == [text.ids.tolist() for text in texts]
+
+
+def test_prompts_are_answered_in_turn_at_every_temperature() -> None:
+    asked, temperatures = turns([[1], [2]], (0.0, 0.5, 1.0), 5)
+    assert asked == [[1], [2], [1], [2], [1]]
+    assert temperatures == [0.0, 0.5, 0.5, 1.0, 1.0]
+
+
+def test_batches_hold_every_text_once_and_similar_ones_together() -> None:
+    lengths = [7 * index % 101 for index in range(100)]
+    found = batches(100, 8, torch.Generator().manual_seed(0), lengths)
+    assert sorted(index for batch in found for index in batch) == list(range(100))
+    spread = [max(lengths[index] for index in batch) - min(lengths[index] for index in batch) for batch in found]
+    assert max(spread) < 12
+    assert found != batches(100, 8, torch.Generator().manual_seed(1), lengths)
+
+
+def test_a_time_is_kept_and_said_beforehand(tmp_path, prompts: str) -> None:
+    said: list[str] = []
+
+    def progress(stage: str, completed: int, total: int, note: str = "") -> None:
+        said.extend([note] if stage == "plan" else [])
+
+    settings = config(prompts, hours=0.004, epochs=None, gate_epochs=None)
+    exits = train(tiny("llama/torch"), tmp_path, settings, progress)
+    assert re.fullmatch(r"[\d,]+ answers of about [\d.]+ tokens \(\d+ min\), then \d+ min of training", said[0])
+    plan = exits.training["plan"]
+    assert 3 <= plan["answers"] <= 12 * 40
+    assert plan["adapter_hours"] == pytest.approx(0.45 * 0.004)
+    spent = [point for point in exits.training["curve"] if point["stage"] == "adapters"]
+    assert spent
 
 
 def test_a_threshold_is_the_lowest_that_keeps_the_precision() -> None:

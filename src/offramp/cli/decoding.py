@@ -102,6 +102,7 @@ def generate(
     check_batch(options.batch)
     backbone = decoding.load(model)
     full, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
+    early.check_use(options.max_tokens, options.raw)
     tokens, stop = options.max_tokens, options.stop
     if not (as_json or prompts or options.compare):
         ids = backbone.prompts.encode(texts[0], options.raw)

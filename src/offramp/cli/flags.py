@@ -128,14 +128,15 @@ def _kind(hint: Any, flag: str) -> tuple[Any, Callable[[Any], Any]]:
     plain = parts[0] if type(None) in parts else hint
     if get_origin(plain) is not tuple:
         return hint, lambda value: value
-    if get_args(plain)[0] is int:
+    if (number := get_args(plain)[0]) in (int, float):
         missing = None if type(None) in parts else ()
-        return str | None, lambda text: missing if text is None else _numbers(text, flag)
+        return str | None, lambda text: missing if text is None else _numbers(text, flag, number)
     return list[get_args(plain)[0]] | None, lambda values: tuple(values or ())  # type: ignore[misc]
 
 
-def _numbers(text: str, flag: str) -> tuple[int, ...]:
+def _numbers(text: str, flag: str, number: Callable[[str], Any]) -> tuple[Any, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(number(part) for part in text.split(","))
     except ValueError:
-        raise BadInput(f"'{text}' is not a list of whole numbers.", f"For example: {flag} 10,15,20,25") from None
+        kind, example = ("whole numbers", "10,15,20,25") if number is int else ("numbers", "0,0.7,0.9")
+        raise BadInput(f"'{text}' is not a list of {kind}.", f"For example: {flag} {example}") from None

@@ -18,7 +18,6 @@ from offramp.evaluation.bench import Comparison, FillComparison
 from offramp.evaluation.metrics_table import METRICS
 from offramp.evaluation.results import Result
 from offramp.exits.exits import Exits
-from offramp.exits.policy import show_threshold
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
 from offramp.training.calibration import Calibration
@@ -72,9 +71,9 @@ def comparison_table(compared: list[tuple[Backbone, list[tuple[Generation, Gener
     console.print()
     console.print(table)
     for backbone, pairs in compared:
-        by_block = pairs[0][1].thresholds.items()
-        thresholds = ", ".join(f"{show_threshold(threshold)} at block {block}" for block, threshold in by_block)
-        console.print(Text(f"{backbone.name}: thresholds {thresholds}.", "dim"))
+        early = pairs[0][1]
+        blocks = ", ".join(map(str, early.thresholds))
+        console.print(Text(f"{backbone.name}: exits after blocks {blocks}; a token leaves above {early.policy}.", "dim"))
     console.print(Text("Consistency: token F1 with the full-depth answer.", "dim"))
 
 
@@ -150,14 +149,16 @@ def result_line(result: Result) -> None:
 
 
 def training_table(exits: Exits, folder: Path) -> None:
-    """How each trained exit did on held-out text, and its default threshold."""
+    """How each trained exit did on held-out text, and when a token leaves there by default."""
     table = Table(title=f"Exits in {folder}, on held-out text", title_justify="left")
-    for column in ("after block", "agrees with full depth", "gate AUROC", "default threshold"):
+    for column in ("after block", "tail", "agrees with full depth", "gate AUROC", "key AUROC", "leaves above"):
         table.add_column(column, justify="right")
-    for row, threshold in zip(exits.training["validation"], exits.policy.thresholds, strict=True):
-        cells = (f"{row['agreement']:.1%}", f"{row['gate_auroc']:.3f}", show_threshold(threshold))
-        table.add_row(str(row["block"]), *cells)
+    for row, rule in zip(exits.training["validation"], exits.policy.in_words(), strict=True):
+        areas = (f"{row['gate_auroc']:.3f}", f"{row['key_auroc']:.3f}")
+        table.add_row(str(row["block"]), f"{row['tail'] or ''}", f"{row['agreement']:.1%}", *areas, rule)
     console.print(table)
+    note = "Gate and key rank the tokens by how sure the exit is: the gate before it reads out, the key afterwards."
+    console.print(Text(f"{note} 0.3+0.9: leaves if the gate is above 0.3 and the key above 0.9.", "dim"))
     verified = " --fill verify" if exits.config.readout == "deep" else ""  # deep read-outs are for drafts
     minutes = exits.training["seconds"] / 60
     console.print(Text(f"{minutes:.1f} minutes. Try: offramp demo --exits {folder}{verified}", "dim"))
@@ -181,18 +182,19 @@ def anatomy_table(facts: Anatomy) -> None:
         (f"one gate ({facts.gate})", f"{facts.gate_in_blocks:.3f} blocks"),
         (f"one read-out adapter ({facts.readout})", f"{facts.readout_in_blocks:.3f} blocks"),
         ("the project fill, per skipped block", f"{facts.fill_project_in_blocks:.3f} blocks"),
-        ("exits found", "after blocks " + ", ".join(map(str, facts.exits["layers"])) if facts.exits else "none"),
+        ("exits", _places(facts.exits["layers"], facts.exits["tails"]) if facts.exits else "none"),
     ]
     for row in rows:
         table.add_row(*row)
     console.print(table)
     title = "A token that leaves there" if facts.exits else "A token that would leave there"
     leaving = Table(title=title, title_justify="left")
-    for column in ("after block", "parameters", "GFLOPs", "of full depth", "GB moved"):
+    for column in ("after block", "tail", "parameters", "GFLOPs", "of full depth", "GB moved"):
         leaving.add_column(column, justify="right")
     for token in facts.leaving:
         leaving.add_row(
             str(token.after_block),
+            f"{token.tail or ''}",
             f"{token.parameters:,}",
             f"{token.flops / 1e9:.3f}",
             f"{token.flops / facts.full_flops:.0%}",
@@ -200,11 +202,19 @@ def anatomy_table(facts: Anatomy) -> None:
         )
     console.print(leaving)
     note = (
-        f"Costs are at a context of {facts.cost_context} tokens; a block is a mean block's FLOPs. GFLOPs count blocks, "
-        "gates, read-outs, the project fill and the head; in the last row every gate was asked and none let the token "
-        "leave. GB count the weights of the blocks that run and of the head."
+        f"Costs are at a context of {facts.cost_context} tokens; a block is a mean block's FLOPs. A tail is the model's "
+        "last blocks, which run after the exit's adapter. GFLOPs count blocks, gates, read-outs, the project fill and the "
+        "head; in the last row every gate was asked and none let the token leave. GB count the weights of the blocks that "
+        "run and of the head."
     )
     console.print(Text(note, "dim"))
+
+
+def _places(layers: list[int], tails: list[int]) -> str:
+    """Where exits are, in words: "after blocks 10 + 4, 20 + 3"."""
+    return "after blocks " + ", ".join(
+        f"{layer} + {tail}" if tail else str(layer) for layer, tail in zip(layers, tails, strict=True)
+    )
 
 
 _KIND = {"mamba": "Mamba", "both": "attention and Mamba", "neither": "neither attention nor Mamba"}

@@ -24,19 +24,21 @@ def train(
         typer.Option("--draft", help="Train one shallow exit that drafts for --fill verify, in OUTPUT/draft."),
     ] = False,
     settings: Annotated[dict[str, Any], Chosen(TrainConfig)],
+    start: Annotated[Path | None, typer.Option(help="A folder of exits to go on from.", show_default=False)] = None,
     decoding: Annotated[DecodingOptions, Only("dtype")],
     as_json: Json = False,
 ) -> None:
     """Train exits on the model's own answers. Ctrl-C is safe: the same command resumes the work."""
     from offramp.cli.terminal import training_table
-    from offramp.exits.exits import DRAFT
+    from offramp.exits.exits import DRAFT, Exits
     from offramp.training.training import train as train_exits
 
     backbone = decoding.load(model)
     config = draft_config(backbone.n_blocks, **settings) if draft else TrainConfig(**settings)
     output = output / DRAFT if draft else output
+    before = None if start is None else Exits.load(start, backbone)
     with resumable(), progress_bars() as progress:
-        exits = train_exits(backbone, output, config, progress, command_line())
+        exits = train_exits(backbone, output, config, progress, command_line(), before)
     if as_json:
         print(json.dumps({"output": str(output), "thresholds": exits.policy.thresholds, **exits.training}))
     else:

@@ -131,6 +131,7 @@ class Batch:
                 "Make the ids with the model's own tokenizer.",
             )
         remaining = min(max_tokens, backbone.context - len(ids))
+        self.plan.check_use(remaining)
         sequence = self._sequence(ids, remaining, talk or Talk())
         detokenizer = Detokenizer(backbone.tokenizer, limits.get("stop", ()))
         end_ids = limits.get("end_ids", backbone.stop_ids)

@@ -125,6 +125,7 @@ class Engine(Plan):
             decode_tokens_per_second=len(tokens) / decode_seconds,
             fill=self.fill.name,
             thresholds=self.thresholds,
+            policy=self.policy.describe(self.gate),
             finish_reason=request.finish_reason or "length",
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from offramp.decode.fills import fill_named
 from offramp.decode.heads import Head
@@ -51,16 +52,19 @@ class Plan:
             raise BadInput(f"At most {max_pending} waiting tokens is too few.", "Give 1 or more.")
         self.backbone, self.max_pending = backbone, max_pending
         self.timed: Timed = untimed
+        self._has_warned = False
         self.costs = Costs(backbone)
         sampling = sampling or Sampling()
         self.choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
         self.policy = policy or (exits.policy if exits else Policy(()))
+        self.gate = exits.config.gate if exits else "gate"
         self._open(exits)
         self.fill = fill_named(fill)(backbone, self.longest_tail)
         self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
-        if exits and policy is None and exits.calibration:
-            self._check_guarantee(exits)
+        self._calibration: dict[str, Any] = exits.calibration if exits and policy is None else {}
+        if self._calibration and not self.fill.verifies:
+            self._check_guarantee(sampling)
 
     def _open(self, exits: Exits | None) -> None:
         """Divide the blocks at the exits that are open: those where a token may leave."""
@@ -121,14 +125,35 @@ class Plan:
         """The timer's name for a segment: `shallow` before the first open exit, `deep` after it; `blocks` without exits."""
         return "deep" if number else "shallow" if self.top else "blocks"
 
-    def _check_guarantee(self, exits: Exits) -> None:
-        """Warn if the fill or the weight format is not the one that the exits' policy was calibrated with."""
-        used = {"fill": self.fill.name, "weights": self.backbone.weight_format}
-        calibrated = {name: exits.calibration.get(name) for name in used}
-        differs = [f"{name} {calibrated[name]}, not {value}" for name, value in used.items() if calibrated[name] != value]
-        if differs and not self.fill.verifies:
+    def _check_guarantee(self, sampling: Sampling | Choose) -> None:
+        """Warn if fill, weight format or sampling are not those that the exits' policy was calibrated with."""
+        used: dict[str, Any] = {"fill": self.fill.name, "weights": self.backbone.weight_format}
+        calibrated: dict[str, Any] = {name: self._calibration.get(name) for name in used}
+        if isinstance(sampling, Sampling):
+            used |= {"temperature": sampling.temperature, "repetition penalty": sampling.repetition_penalty}
+            calibrated |= {"temperature": 0.0, "repetition penalty": 1.0}
+        self._warn([f"{name} {calibrated[name]}, not {used[name]}" for name in used if calibrated[name] != used[name]])
+
+    def check_use(self, max_tokens: int, raw: bool | None = None) -> None:
+        """Warn, once, if answers may be longer than those that the exits' policy was calibrated with.
+
+        Where it is known that prompts are `raw`, or that they are not, that is compared too.
+        """
+        calibrated = self._calibration
+        if not calibrated or self.fill.verifies or self._has_warned:
+            return
+        lengths = calibrated.get("max_tokens", ())
+        longest = max(lengths, default=max_tokens) if isinstance(lengths, list | tuple) else lengths
+        differs = [f"answers of at most {longest} tokens, not {max_tokens}"] if max_tokens > longest else []
+        if raw is not None and raw != calibrated.get("raw", raw):
+            differs.append("prompts as they are" if calibrated["raw"] else "the model's chat template")
+        self._has_warned = bool(differs)
+        self._warn(differs)
+
+    def _warn(self, differs: list[str]) -> None:
+        if differs:
             warnings.warn(
                 f"These thresholds were calibrated with {' and '.join(differs)}: here they guarantee nothing. "
                 "Calibrate anew: offramp calibrate",
-                stacklevel=3,
+                stacklevel=4,
             )

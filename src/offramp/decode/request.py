@@ -129,7 +129,7 @@ class Generation:
     `blocks` is the model's depth N; `mean_blocks` is the tokens' mean `blocks`. `flops_saved` is 1 − FLOPs of decoding
     (blocks, fills, gates, read-outs, heads) / FLOPs of full-depth decoding of the same tokens, both without the prefill.
     `tokens_per_deep_pass` is the number of tokens for each pass through the top blocks. `acceptance_rate` is the share of
-    drafts that stood (None without drafts).
+    drafts that stood (None without drafts). `thresholds`: those of the exits, by block; `policy`: the policy in words.
     """
 
     text: str
@@ -143,6 +143,7 @@ class Generation:
     decode_tokens_per_second: float
     fill: str
     thresholds: dict[int, float]
+    policy: str
     finish_reason: str  # "stop" or "length"
 
     @property

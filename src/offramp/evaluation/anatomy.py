@@ -18,10 +18,12 @@ CONTEXT = 256  # tokens before the one whose costs are stated
 class Leaving:
     """The cost of a token that leaves after a block: parameters of the blocks that ran, FLOPs, bytes of weights moved.
 
-    FLOPs include all gates that were asked, the read-outs, the `project` fill of skipped blocks, and the head.
+    All include the exit's `tail`, the last blocks that run after its adapter. FLOPs also include all gates that were asked,
+    the read-outs, the `project` fill of skipped blocks, and the head.
     """
 
     after_block: int
+    tail: int
     parameters: int
     flops: int
     bytes: int
@@ -32,8 +34,8 @@ class Anatomy:
     """The parts of a model. Costs are FLOPs at a context of `cost_context` tokens.
 
     Fields that end in `_in_blocks` are costs divided by that of a mean block. `context` is None where it is unbounded.
-    `exits` holds the layers and thresholds of the model's exits. It is None if there are none; then `gate` and `readout`
-    are the default kinds, and `leaving` is for exits after `suggested_layers`.
+    `exits` holds the layers, tails and thresholds of the model's exits, and its policy in words. It is None if there are
+    none; then `gate` and `readout` are the default kinds, and `leaving` is for exits after `suggested_layers`.
     """
 
     model: str
@@ -91,37 +93,37 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
         gate_in_blocks=first.gate.flops() / mean_block,
         readout=parts.config.readout,
         readout_in_blocks=first.adapter.flops() / mean_block,
-        fill_project_in_blocks=fmean(_project_flops(costs)) / mean_block,
-        leaving=[_leaving(backbone, costs, parts, stop, context) for stop in (*parts.config.layers, backbone.n_blocks)],
+        fill_project_in_blocks=costs.projected(range(backbone.n_blocks)) / backbone.n_blocks / mean_block,
+        leaving=[
+            _leaving(backbone, costs, parts, *place, context) for place in (*parts.config.places, (backbone.n_blocks, 0))
+        ],
         suggested_layers=list(suggested),
         exits=None if exits is None else _exits_found(exits),
     )
 
 
 def _exits_found(exits: Exits) -> dict[str, Any]:
-    return {"layers": list(exits.config.layers), "thresholds": list(exits.policy.thresholds)}
+    places = {"layers": list(exits.config.layers), "tails": [tail for _, tail in exits.config.places]}
+    return {**places, "thresholds": list(exits.policy.thresholds), "rules": exits.policy.in_words()}
 
 
-def _leaving(backbone: Backbone, costs: Costs, exits: Exits, stop: int, context: int) -> Leaving:
+def _leaving(backbone: Backbone, costs: Costs, exits: Exits, stop: int, tail: int, context: int) -> Leaving:
     passed = [exit for exit in exits if exit.block <= stop]
     # A recurrent read-out runs on every token that reaches it. Others run only where the token leaves.
     readouts = [exit.adapter.flops() for exit in passed if exit.adapter.recurrent or exit.block == stop]
-    blocks = sum(costs.block(index, context) for index in range(stop))
+    skipped = range(stop, backbone.n_blocks - tail)
+    run = [index for index in range(backbone.n_blocks) if index not in skipped]
     return Leaving(
         after_block=stop,
-        parameters=sum(_parameters(block) for block in backbone.blocks[:stop]),
-        flops=blocks
-        + sum(_project_flops(costs)[stop:])
+        tail=tail,
+        parameters=sum(_parameters(backbone.blocks[index]) for index in run),
+        flops=sum(costs.block(index, context) for index in run)
+        + costs.projected(skipped)
         + sum(exit.gate.flops() for exit in passed)
         + sum(readouts)
         + costs.head,
-        bytes=sum(costs.block_bytes(index, context) for index in range(stop)) + costs.head_bytes,
+        bytes=sum(costs.block_bytes(index, context) for index in run) + costs.head_bytes,
     )
-
-
-def _project_flops(costs: Costs) -> list[int]:
-    """FLOPs of the `project` fill in each block."""
-    return [keys + state for keys, state in zip(costs.project_keys, costs.project_state, strict=True)]
 
 
 def _parameters(module: Any) -> int:

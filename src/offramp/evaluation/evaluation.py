@@ -85,7 +85,7 @@ class Condition:
 
     def scorer(self, backbone: Backbone, forced: Forced) -> Engine:
         """An engine for likelihoods. It reads out all tokens, because a token that is not a candidate has no likelihood."""
-        policy = replace(self.used_policy, candidates=0) if self.used_policy else None
+        policy = replace(self.used_policy, candidates=0, exit_candidates=0) if self.used_policy else None
         return Engine(backbone, self.exits, policy, self.fill if self.exits else "project", forced)
 
 

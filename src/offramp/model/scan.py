@@ -129,7 +129,7 @@ def selective_scan(
     """Mamba-1: run T tokens from state `h` (zeros if None). Returns y (B, T, E) and the new h.
 
     The recurrence runs token by token. What does not depend on the token before is computed for `FEW` tokens at once, so
-    that it stays in the processor's cache. States are written in place, so gradients do not pass through.
+    that it stays in the processor's cache. States are written in place, unless gradients must pass through.
     """
     x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
     if mask is not None:
@@ -145,8 +145,11 @@ def selective_scan(
         piece = slice(start, start + FEW)
         decays = torch.exp(dt[:, piece].transpose(0, 1)[:, :, None] * rates)  # (L, B, N, E)
         states = fed[:, piece].transpose(0, 1)[:, :, None] * B[:, piece].transpose(0, 1)[..., None]  # the inputs, so far
+        run = []
         for decay, state in zip(decays.unbind(), states.unbind(), strict=True):
-            h = state.addcmul_(decay, h)
+            h = torch.addcmul(state, decay, h) if states.requires_grad else state.addcmul_(decay, h)
+            run.append(h)
+        states = torch.stack(run) if states.requires_grad else states
         outputs.append((C[:, piece, None] @ states.transpose(0, 1)).squeeze(2))
     return torch.cat(outputs, dim=1) + x * D, h.transpose(1, 2).contiguous()
 

@@ -35,11 +35,19 @@ class TrainConfig:
     prompts: str | None = setting(None, PROMPTS_HELP, flag="--own-prompts")
     texts: tuple[str, ...] = setting((), TEXT_HELP, flag="--text")
     max_prompts: int | None = setting(None, MAX_PROMPTS_HELP)
-    answer_tokens: int = setting(48, "Longest answer to a prompt, in tokens.", draft=96)
-    epochs: int = setting(4, "Passes over the text for the read-outs' adapters.", draft=8)
-    gate_epochs: int = setting(4, "Passes over the text for the gates.")
-    batch: int = 8
-    learning_rate: float = setting(3e-3, "Highest learning rate of the adapters.", draft=2e-3)
+    hours: float = setting(0.5, "Time to spend, unless --epochs says how much to do.")
+    answers: int | None = setting(
+        None, "Answers to train on. Default: as many as --hours allows, or with --epochs one for each prompt."
+    )
+    temperatures: tuple[float, ...] = setting(
+        (0.0, 0.7, 0.9),
+        "Temperatures of the answers, in turn; 0 is greedy. A prompt is answered once at each, or more often.",
+    )
+    answer_tokens: int = setting(128, "Longest answer to a prompt, in tokens.")
+    epochs: int | None = setting(None, "Passes over the text for the read-outs' adapters. Default: as --hours allows.")
+    gate_epochs: int | None = setting(None, "Passes over the text for the gates. Default: as --hours allows.")
+    batch: int = 16
+    learning_rate: float = setting(1e-3, "Highest learning rate of the adapters.")
     gate_learning_rate: float = 1e-3
     precision: float = setting(0.98, "The default thresholds are set so that an exit that fires agrees this often.")
     shortlist: int = setting(0, draft=8192)
@@ -54,7 +62,11 @@ class TrainConfig:
     seed: int = setting(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
-        _check_least(self, top_k=1, max_prompts=1, answer_tokens=1, epochs=0, gate_epochs=0, batch=1)
+        _check_least(self, top_k=1, max_prompts=1, answers=1, answer_tokens=1, epochs=0, gate_epochs=0, batch=1)
+        if not self.hours > 0:
+            raise BadInput(f"{self.hours} hours are no time to train in.", "Give a number above 0, such as 0.5.")
+        if not self.temperatures or min(self.temperatures) < 0:
+            raise BadInput("Temperatures must be 0 or more, and there must be one.", "For example 0,0.7,0.9.")
         _check_rates(self.learning_rate, self.gate_learning_rate)
         if not 0 <= self.precision <= 1:
             raise BadInput(f"A precision of {self.precision} is not in [0, 1].", "0.98 is the default.")

@@ -39,14 +39,16 @@ def gather(
 ) -> Data:
     """Run the model over the config's prompts and texts, and split these 7 : 2 : 1. Work in the folder `work` is resumed.
 
-    `plan` (default: the config) must be the same as when that work began. With several processes, each runs the model over
-    a share of the texts. Raises `BadInput` for too few texts, and for another plan.
+    There are `config.answers` answers, or one for each prompt. `plan` (default: the config) must be the same as when that
+    work began. With several processes, each runs the model over a share of the texts. Raises `BadInput` for too few texts,
+    and for another plan.
     """
     prompts, texts, files = _corpus(backbone, config)
-    groups = group_texts(prompts, texts, config.answer_tokens, batch=48)
-    if len(prompts) + len(texts) < 3:
+    asked, temperatures = turns(prompts, config.temperatures, config.answers or len(prompts))
+    groups = group_texts(asked, texts, config.answer_tokens, 48, temperatures)
+    if len(asked) + len(texts) < 3:
         raise BadInput(
-            f"{len(prompts) + len(texts)} texts are too few to train on.", "Give at least three; a thousand is better."
+            f"{len(asked) + len(texts)} texts are too few to train on.", "Give at least three; a thousand is better."
         )
     weights = {"weights": backbone.source.fingerprint, "dtype": backbone.weight_format}
     claim(work, {**weights, "config": plan or asdict(config), "text": files})
@@ -68,14 +70,26 @@ def gather(
     return Data(teacher.subset(adapters), teacher.subset(gates), teacher.subset(held), files)
 
 
+def turns(prompts: list[list[int]], temperatures: tuple[float, ...], answers: int) -> tuple[list[list[int]], list[float]]:
+    """Which prompts to answer, and at which temperatures: each prompt in turn, at each of the temperatures in turn."""
+    pairs = [divmod(number, len(prompts)) for number in range(answers)] if prompts else []
+    asked = [prompts[place] for _, place in pairs]
+    return asked, [temperatures[(place + turn) % len(temperatures)] for turn, place in pairs]
+
+
 def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], list[list[int]], list[dict[str, Any]]]:
     """Prompts and texts as token ids, and a record of the files they came from."""
-    source = Path(config.prompts or PROMPTS)
-    lines = read_lines(source, ("prompt", "question"))[: config.max_prompts]
-    record = [{"prompts": source.name, "lines": len(lines), "sha256": sha256_of(source)}]
+    source, prompts = Path(config.prompts or PROMPTS), prompts_of(backbone, config)
+    record = [{"prompts": source.name, "lines": len(prompts), "sha256": sha256_of(source)}]
     texts: list[list[int]] = []
     for path in map(Path, config.texts):
         pieces = read_texts(path, backbone)
         record.append({"text": path.name, "pieces": len(pieces), "sha256": sha256_of(path)})
         texts += pieces
-    return [backbone.prompts.encode(line) for line in lines], texts, record
+    return prompts, texts, record
+
+
+def prompts_of(backbone: Backbone, config: TrainConfig) -> list[list[int]]:
+    """The config's prompts as token ids."""
+    lines = read_lines(Path(config.prompts or PROMPTS), ("prompt", "question"))[: config.max_prompts]
+    return [backbone.prompts.encode(line) for line in lines]

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from offramp.errors import BadInput, BadNumbers, CorruptFile
 from offramp.files import write_atomically
 from offramp.progress import Progress, silent
 
+POINTS = 60  # of a stage's curve of losses
+SIMILAR = 32  # batches whose texts are sorted by length
 Loss = tuple[Tensor, list[Tensor]]  # what a step minimises, and the losses that are reported
 
 
@@ -235,42 +238,71 @@ class Fit:
         stage: str,
         module: nn.Module,
         texts: Sized,
-        epochs: int,
+        budget: Budget,
         rate: float,
         loss_of: Callable[[list[int], int], Loss],
+        lengths: list[int] | None = None,
     ) -> None:
         """Train `module` with AdamW: a short warm-up, then a cosine to zero. Each epoch has the texts in a new order.
 
-        `loss_of` is given the indices of a batch's texts and the step.
+        `loss_of` is given the indices of a batch's texts and the step. `lengths`: those of the texts; with them, the texts
+        of a batch have similar lengths, so that little is padded.
         """
-        per_epoch = -(-len(texts) // self.batch)
-        steps = per_epoch * epochs
+        per_epoch = self.steps_of(texts)
+
+        @cache
+        def batches_of(epoch: int) -> list[list[int]]:
+            return batches(len(texts), self.batch, step_generator(self.seed, epoch, stage), lengths)
 
         def batch_of(step: int) -> list[int]:
             epoch, place = divmod(step, per_epoch)
-            order = torch.randperm(len(texts), generator=step_generator(self.seed, epoch, stage)).tolist()
-            return order[place * self.batch : (place + 1) * self.batch]
+            return batches_of(epoch)[place]
 
         def schedule_of(optimizer: Optimizer, share_spent: Callable[[], float]) -> LRScheduler:
-            # The library divides by zero for a warm-up of exactly one step: 5% of 20.
-            return OneCycleLR(optimizer, rate, max(steps, 2), pct_start=0.05 if steps != 20 else 0.051)
+            return LambdaLR(optimizer, lambda _: warmed_cosine(share_spent()))
 
         module.to(self.device).train()
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
         job = Job(stage, module, batch_of, loss_of, [optimizer], schedule_of, self.seed, bfloat16=self.bfloat16)
         accelerator = accelerator_for(self.device, self.bfloat16)
-        loop = Loop(self.work / stage, job, Budget(steps), accelerator, self.curve)
+        loop = Loop(self.work / stage, job, budget, accelerator, self.curve)
         progress = self.progress if accelerator.is_main_process else silent
 
         def after_step() -> None:
             losses = [round(loss, 4) for loss in loop.losses[-1]]
-            if loop.step % max(1, steps // 60) == 0 or loop.step == steps:
+            spent = loop.share_spent()
+            points = sum(point["stage"] == stage for point in self.curve)
+            if spent >= min(1.0, (points + 1) / POINTS):
                 loop.add_point({"stage": stage, "step": loop.step, "loss": losses})
-            progress(stage, loop.step, steps, f"loss {sum(losses) / len(losses):.3f}")
+            progress(stage, min(1000, int(1000 * spent)), 1000, f"loss {sum(losses) / len(losses):.3f}")
 
         loop.run(after_step)
         module.eval()
+
+    def steps_of(self, texts: Sized, epochs: int = 1) -> int:
+        """The number of steps for so many epochs."""
+        return epochs * -(-len(texts) // self.batch)
+
+
+def batches(count: int, size: int, generator: torch.Generator, lengths: list[int] | None = None) -> list[list[int]]:
+    """The indices of `count` texts in batches, in random order; with their `lengths`, similar ones together."""
+    order = torch.randperm(count, generator=generator).tolist()
+    if lengths is not None:
+        window = SIMILAR * size
+        windows = [order[at : at + window] for at in range(0, count, window)]
+        order = [index for part in windows for index in sorted(part, key=lengths.__getitem__)]
+    found = [order[at : at + size] for at in range(0, count, size)]
+    if lengths is not None:
+        found = [found[place] for place in torch.randperm(len(found), generator=generator)]
+    return found
+
+
+def warmed_cosine(spent: float, warm: float = 0.05) -> float:
+    """The learning rate as a share of the highest, when the share `spent` of the budget is spent."""
+    if spent < warm:
+        return max(spent / warm, 0.04)
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (spent - warm) / (1 - warm)))
 
 
 def claim(work: Path, plan: dict[str, Any]) -> None:

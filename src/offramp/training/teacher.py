@@ -99,6 +99,11 @@ class TeacherTexts(Sequence[TeacherText]):
         place = self._places[index]
         return TeacherText(*_tensors(place.shard, FIELDS, slice(place.start, place.stop)))
 
+    @property
+    def lengths(self) -> list[int]:
+        """The length of each text, in tokens."""
+        return [place.stop - place.start for place in self._places]
+
     def __add__(self, other: TeacherTexts) -> TeacherTexts:
         return TeacherTexts(self._places + other._places)
 
@@ -125,12 +130,13 @@ class TextGroup:
     """Texts that are written as one shard: prompts of one length to answer, or plain texts to read.
 
     `temperatures`: for each prompt, 0 for a greedy answer; above 0, each token is drawn from the `TEACHER` most probable
-    ones. Empty: all answers are greedy.
+    ones. Empty: all answers are greedy. `seed` is that of the draws.
     """
 
     ids: tuple[tuple[int, ...], ...]
     answer_tokens: int  # 0: plain text
     temperatures: tuple[float, ...] = ()
+    seed: int = 0
 
     @property
     def most_tokens(self) -> int:
@@ -155,7 +161,8 @@ def group_texts(
         rows = [(tuple(ids), temperature) for ids, temperature in equally_long]
         for at in range(0, len(rows), batch):
             ids, warmth = zip(*rows[at : at + batch], strict=True)
-            groups.append(TextGroup(ids, answer_tokens, warmth if any(warmth) else ()))
+            drawn = (warmth, len(groups)) if any(warmth) else ()
+            groups.append(TextGroup(ids, answer_tokens, *drawn))
     groups += [TextGroup(tuple(tuple(ids) for ids in texts[at : at + batch]), 0) for at in range(0, len(texts), batch)]
     return groups
 
@@ -288,7 +295,7 @@ class _Answers:
             (at_exits,), _ = _through(backbone, [(h, self._beginning, step)], layers)
             hidden = [at_exits[0]]
         self._waiting = deque(
-            _Text(index, place, ids, group.answer_tokens, *_draws(group, index, place), [*hidden])
+            _Text(index, place, ids, group.answer_tokens, *_draws(group, place), [*hidden])
             for index, group in enumerate(groups)
             for place, ids in enumerate(group.ids)
         )
@@ -351,12 +358,12 @@ class _Answers:
         return full or newest in self._stop_ids
 
 
-def _draws(group: TextGroup, index: int, place: int) -> tuple[float, list[float]]:
+def _draws(group: TextGroup, place: int) -> tuple[float, list[float]]:
     """The temperature of a text, and the numbers that choose its tokens. They follow from the text's place alone."""
     temperature = group.temperatures[place] if group.temperatures else 0.0
     if not temperature:
         return 1.0, [0.0] * group.answer_tokens
-    generator = step_generator(index, place, "answers")
+    generator = step_generator(group.seed, place, "answers")
     return temperature, torch.rand(group.answer_tokens, generator=generator).tolist()
 
 

@@ -14,12 +14,14 @@ Everything random is a function of the seed and the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.parts import Standardise
@@ -29,11 +31,12 @@ from offramp.model.lean.weights import multiplies_bfloat16
 from offramp.model.runtime import Runtime
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
-from offramp.training.loop import Fit, Loss, step_generator
+from offramp.training.loop import Budget, Fit, Loss, step_generator
 from offramp.training.tails import LEAST_SHARE, Jumped, drawn_exits, first_tail, through_tails
-from offramp.training.teacher import TeacherText
+from offramp.training.teacher import TeacherText, TeacherTexts
 from offramp.training.validation import LabelledTexts, Labels
 
+EPOCHS = 4  # passes over the text where neither a number nor a time is given
 LABELLED = 1 / 3  # of a text's tokens that jump when exits are judged: about as many as leave in decoding
 
 
@@ -98,25 +101,33 @@ class Trainer:
         place = self.place[block]
         return torch.cat([text.hidden[text.counted, place] for text in texts]).float().to(self.device)
 
-    def fit_adapters(self, texts: Sequence[TeacherText]) -> None:
-        """Train the read-outs towards the teacher's final distributions (step 2 above)."""
+    def fit_adapters(self, texts: Sequence[TeacherText], hours: float | None = None) -> None:
+        """Train the read-outs towards the teacher's final distributions, for the config's epochs or so many `hours`."""
         runtime = self.backbone.trainable_from(self.start)
 
         def loss_of(batch: list[int], step: int) -> Loss:
             return self._weighted(self._adapter_losses([texts[index] for index in batch], step, runtime))
 
         adapters = nn.ModuleList(exit.adapter for exit in self.exits)
-        self.fit.run("adapters", adapters, texts, self.config.epochs, self.config.learning_rate, loss_of)
+        budget = self._budget(texts, self.config.epochs, hours)
+        # On a CPU, attention as plain products trains faster than torch's fused kernel.
+        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+            self.fit.run("adapters", adapters, texts, budget, self.config.learning_rate, loss_of, lengths_of(texts))
 
-    def fit_gates(self, labelled: LabelledTexts) -> None:
-        """Train the gates to tell where their read-outs agree with the oracle (step 3 above)."""
+    def fit_gates(self, labelled: LabelledTexts, hours: float | None = None) -> None:
+        """Train the gates to tell where their read-outs agree with the oracle, for as long as `fit_adapters`."""
 
         def loss_of(batch: list[int], step: int) -> Loss:
             agrees = torch.cat([labelled.labels[index].agrees for index in batch])
             return self._weighted(self._gate_losses([labelled.texts[index] for index in batch], agrees))
 
         gates = nn.ModuleList(exit.gate for exit in self.exits)
-        self.fit.run("gates", gates, labelled, self.config.gate_epochs, self.config.gate_learning_rate, loss_of)
+        budget = self._budget(labelled, self.config.gate_epochs, hours)
+        lengths = lengths_of(labelled.texts)
+        self.fit.run("gates", gates, labelled, budget, self.config.gate_learning_rate, loss_of, lengths)
+
+    def _budget(self, texts: Sized, epochs: int | None, hours: float | None) -> Budget:
+        return Budget(hours=hours) if hours else Budget(self.fit.steps_of(texts, EPOCHS if epochs is None else epochs))
 
     def _weighted(self, losses: list[Tensor]) -> Loss:
         return torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum(), losses
@@ -272,6 +283,11 @@ def sampled_vocabulary(
     offset[drawn] = float(torch.tensor(len(rest) / sample).log())
     rows = torch.cat([taught, drawn]).sort().values
     return rows, offset[rows]
+
+
+def lengths_of(texts: Sequence[TeacherText]) -> list[int]:
+    """The length of each text, in tokens."""
+    return texts.lengths if isinstance(texts, TeacherTexts) else [len(text.ids) for text in texts]
 
 
 def pad_batch(tensors: list[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig, TuneConfig
 from offramp.training.data import gather
-from offramp.training.loop import Fit, Loss, accelerator_for, step_generator
+from offramp.training.loop import Budget, Fit, Loss, accelerator_for, step_generator
 from offramp.training.teacher import TeacherText
 from offramp.training.trainer import pad_batch, sampled_vocabulary
 
@@ -115,7 +115,7 @@ def tune(
     def loss_of(batch: list[int], step: int) -> Loss:
         return _loss(backbone, [texts[index] for index in batch], step, config)
 
-    fit.run("tuning", adapted, texts, config.epochs, config.learning_rate, loss_of)
+    fit.run("tuning", adapted, texts, Budget(fit.steps_of(texts, config.epochs)), config.learning_rate, loss_of)
     parameters = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     adapted.merge_and_unload()
     backbone.use_library_blocks()

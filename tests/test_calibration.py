@@ -10,6 +10,7 @@ from statistics import fmean
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from helpers import TAILS, exits_for, modest_exits
 from models import tiny
 from offramp import Engine, Exits, Policy
 from offramp.errors import BadInput
+from offramp.model.costs import Costs
 from offramp.training import calibration
 from offramp.training.calibration import (
     KINDS,
@@ -27,7 +29,9 @@ from offramp.training.calibration import (
     read_questions,
 )
 from offramp.training.config import CalibrationConfig
+from offramp.training.points import Rule, policies, rule
 from offramp.training.risk import fixed_sequence, p_value, path, prompts_needed
+from offramp.training.validation import Evidence
 
 REPETITIONS = 500
 
@@ -270,3 +274,41 @@ def test_questions_are_read_with_their_answers(tmp_path) -> None:
     ]
     (tmp_path / "lines.txt").write_text("One?\n\nTwo?\n")
     assert read_questions(tmp_path / "lines.txt") == [Question("One?"), Question("Two?")]
+
+
+def shown(gate: torch.Tensor, key: torch.Tensor, chance: torch.Tensor, seed: int = 0) -> Evidence:
+    """Tokens that are right with the given chances."""
+    drawn = torch.rand(len(chance), generator=torch.Generator().manual_seed(seed))
+    return Evidence(gate, key, drawn < chance)
+
+
+def test_a_rule_reaches_its_precision_and_asks_the_key_where_that_saves_more() -> None:
+    generator = torch.Generator().manual_seed(1)
+    gate, key = torch.rand(20_000, generator=generator), torch.rand(20_000, generator=generator)
+    both = shown(gate, key, gate * key)
+    for precision in (0.6, 0.8, 0.9):
+        cheap, dear = rule(both, precision, gain=100, price=1), rule(both, precision, gain=100, price=20)
+        for found in (cheap, dear):
+            leaves = (gate > found.threshold) | ((gate > found.perhaps) & (key > found.key))
+            assert found == Rule() or both.agrees[leaves].float().mean() >= precision - 0.01
+        assert cheap.key < 1 > cheap.perhaps
+        assert cheap.saved > dear.saved
+        assert dear.perhaps >= cheap.perhaps  # a dear key is asked less often
+    gate_alone = rule(shown(gate, key, gate), 0.9, gain=100, price=1)
+    assert gate_alone.threshold < 1
+    assert gate_alone.key == 1
+    assert rule(shown(gate, key, 0 * gate), 0.5, gain=100, price=1) == Rule()
+
+
+def test_policies_by_precision_open_more_and_more() -> None:
+    backbone, exits = tiny("llama"), modest_exits("llama", tails=TAILS)
+    generator = torch.Generator().manual_seed(2)
+    known = []
+    for index in range(3):
+        gate, key = torch.rand(5_000, generator=generator), torch.rand(5_000, generator=generator)
+        known.append(shown(gate, key, (gate * key) ** 0.2, index))
+    found = policies(exits, known, Costs(backbone), (0.99, 0.95, 0.9, 0.9, 0.8), 0, 0)
+    assert len(found) <= 4
+    opened = [sum(map(policy.opens, range(3))) for policy in found]
+    assert opened == sorted(opened)
+    assert opened[-1] > 0

@@ -91,13 +91,16 @@ class Climb:
 
 @dataclass(frozen=True, eq=False)
 class ReadOut:
-    """An exit's output for a climb's newest token: h (1, 1, D) from the adapter or the tail; logits (1, V), or over the
-    short list.
+    """An exit's output for a climb's newest token: logits (1, V), or over the short list.
+
+    `h` (1, 1, D) is the state that they were read from, at the end of the tail if there is one; `landing` (1, 1, D) is the
+    adapter's output, with which the token comes in again before the tail.
     """
 
     climb: Climb
     logits: Tensor
     h: Tensor
+    landing: Tensor
 
 
 class Batch:
@@ -319,7 +322,7 @@ class Batch:
                 id = climb.request.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
             with plan.timed("fill"):
                 self._watch_tails(sequence)
-                plan.fill.leave(exit, climb.part)
+                plan.fill.leave(exit, climb.part, readout.landing)
             climb.spend(plan.fill.flops(exit.exit, plan.costs))
             decisions[climb] = Decision(id, exit.block, confidence, climb.work)
             sequence.ids.append(id)
@@ -377,10 +380,11 @@ class Batch:
                 h, flops = climb.sequence.exits[number].readout.read()
                 climb.spend(flops + head.flops)
                 adapted.append(h)
-        if climbs[0].sequence.exits[number].tail:
-            adapted = self._run_tail(climbs[0].sequence.exits[number].tail, climbs, [h.to(dtype) for h in adapted])
-        rows = self._logits(head, [h.to(dtype) for h in adapted])
-        return [ReadOut(climb, logits, h) for climb, logits, h in zip(climbs, rows, adapted, strict=True)]
+        tail, tops = climbs[0].sequence.exits[number].tail, adapted
+        if tail:
+            tops = self._run_tail(tail, climbs, [h.to(dtype) for h in adapted])
+        rows = self._logits(head, [h.to(dtype) for h in tops])
+        return [ReadOut(*parts) for parts in zip(climbs, rows, tops, adapted, strict=True)]
 
     def _watch_tails(self, sequence: Sequence) -> None:
         """Let the tails' blocks be able to forget what a token leaves there, if that may be necessary."""

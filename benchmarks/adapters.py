@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,9 +41,10 @@ def parameters(backbone: Backbone, config: ExitsConfig) -> int:
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 
-def nearest(size: Callable[[int], int], wanted: int, step: int = 32) -> int:
-    """The width, a multiple of `step`, at which `size(width)` is nearest to `wanted`."""
-    return min(range(step, 4096, step), key=lambda width: abs(size(width) - wanted))
+def alike(backbone: Backbone, config: ExitsConfig, wanted: int) -> ExitsConfig:
+    """The config with the width, a multiple of 32, at which an adapter has nearest to `wanted` parameters."""
+    configs = [replace(config, readout_width=width) for width in range(256, 4096, 32)]
+    return min(configs, key=lambda each: abs(parameters(backbone, each) - wanted))
 
 
 def measures(labels: list[Labels], chosen: np.ndarray, index: int) -> tuple[float, float]:
@@ -83,8 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     places = " | ".join(f"{layer} + {tail}: agreement | may leave at 95%" for layer, tail in base.places)
     print(f"| adapter | parameters | minutes | {places} |\n|---|---|---|" + "---|---|" * len(base.layers), flush=True)
     for kind in KINDS:
-        width = nearest(lambda w, kind=kind: parameters(backbone, replace(base, readout=kind, readout_width=w)), wanted)
-        config = replace(base, readout=kind, readout_width=width)
+        config = alike(backbone, replace(base, readout=kind), wanted)
+        width = config.readout_width
         runs: list[list[Labels]] = []
         started = time.perf_counter()
         for seed in range(args.seeds):

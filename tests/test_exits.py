@@ -13,7 +13,7 @@ from helpers import exits_for, sketched
 from models import tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
-from offramp.exits.exits import belong, find_exits, require_exits, suggested_layers
+from offramp.exits.exits import belong, find_exits, require_exits, suggested_places
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
 from offramp.training.teacher import TeacherText
@@ -176,12 +176,14 @@ def test_a_gates_score_depends_on_earlier_tokens_only_if_it_is_recurrent(kind: s
     assert last_differs == GATES[kind].recurrent
 
 
-def test_suggested_layers_fit_every_depth() -> None:
-    assert suggested_layers(30) == (10, 15, 20, 25)
+def test_suggested_places_fit_every_depth() -> None:
+    assert suggested_places(30) == ((10, 15, 20), (4, 3, 3))
     for blocks in range(2, 100):
-        layers = suggested_layers(blocks)
+        layers, tails = suggested_places(blocks)
         assert layers
-        assert all(0 < layer < blocks for layer in layers)
+        assert all(
+            0 < layer < layer + tail < blocks or tail == 0 < layer for layer, tail in zip(layers, tails, strict=True)
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "llama/native", "llama/torch", "mamba2", "gemma2", "cohere"])

@@ -442,12 +442,16 @@ def test_a_time_is_kept_and_said_beforehand(tmp_path, prompts: str) -> None:
     def progress(stage: str, completed: int, total: int, note: str = "") -> None:
         said.extend([note] if stage == "plan" else [])
 
-    settings = config(prompts, hours=0.004, epochs=None, gate_epochs=None)
+    settings = config(prompts, layers=None, hours=0.004, epochs=None, gate_epochs=None)
     exits = train(tiny("llama/torch"), tmp_path, settings, progress)
-    assert re.fullmatch(r"[\d,]+ answers of about [\d.]+ tokens \(\d+ min\), then \d+ min of training", said[0])
+    words = (
+        r"exits after blocks 2 \+ \d, 3 \+ \d, 4 \+ \d; [\d,]+ answers of about \d+ tokens in \d+ min; \d+ min of training"
+    )
+    assert re.fullmatch(words, said[0])
     plan = exits.training["plan"]
     assert 3 <= plan["answers"] <= 12 * 40
-    assert plan["adapter_hours"] == pytest.approx(0.45 * 0.004)
+    assert plan["adapter_hours"] == pytest.approx(0.4 * 0.004)
+    assert plan["tails"] == [exit.tail for exit in exits]
     spent = [point for point in exits.training["curve"] if point["stage"] == "adapters"]
     assert spent
 

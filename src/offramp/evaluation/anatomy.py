@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from offramp.exits.exits import Exits, ExitsConfig, suggested_layers
+from offramp.exits.exits import Exits, ExitsConfig, suggested_places
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.model.families import UNBOUNDED
@@ -35,7 +35,8 @@ class Anatomy:
 
     Fields that end in `_in_blocks` are costs divided by that of a mean block. `context` is None where it is unbounded.
     `exits` holds the layers, tails and thresholds of the model's exits, and its policy in words. It is None if there are
-    none; then `gate` and `readout` are the default kinds, and `leaving` is for exits after `suggested_layers`.
+    none; then `gate` and `readout` are the default kinds, and `leaving` is for exits at `suggested_layers`, with
+    `suggested_tails`.
     """
 
     model: str
@@ -61,14 +62,15 @@ class Anatomy:
     fill_project_in_blocks: float
     leaving: list[Leaving]
     suggested_layers: list[int]
+    suggested_tails: list[int]
     exits: dict[str, Any] | None
 
 
 def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> Anatomy:
     """The parts of a model and their costs, for its exits or default ones. An `outline` without weights is enough."""
     costs = Costs(backbone)
-    suggested = suggested_layers(backbone.n_blocks)
-    parts = exits or Exits.new(backbone, ExitsConfig(suggested))
+    layers, tails = suggested_places(backbone.n_blocks)
+    parts = exits or Exits.new(backbone, ExitsConfig(layers, tails=tails))
     first = next(iter(parts))
     block_flops = [costs.block(index, context) for index in range(backbone.n_blocks)]
     mean_block = fmean(block_flops)
@@ -97,7 +99,8 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
         leaving=[
             _leaving(backbone, costs, parts, *place, context) for place in (*parts.config.places, (backbone.n_blocks, 0))
         ],
-        suggested_layers=list(suggested),
+        suggested_layers=list(layers),
+        suggested_tails=list(tails),
         exits=None if exits is None else _exits_found(exits),
     )
 

@@ -326,8 +326,12 @@ def belong(owner: dict[str, Any], backbone: Backbone) -> bool:
     return bool(owner["sha256"] and owner["sha256"] == backbone.source.sha256)
 
 
-def suggested_layers(n_blocks: int) -> tuple[int, ...]:
-    """Where exits go by default: after a third, a half, two thirds and five sixths of the blocks."""
-    return tuple(
-        sorted({min(n_blocks - 1, max(1, math.floor(n_blocks * part + 0.5))) for part in (1 / 3, 1 / 2, 2 / 3, 5 / 6)})
-    )
+def suggested_places(n_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where exits go by default, and their tails: after a third, a half and two thirds of the blocks, with a tenth of them.
+
+    The first exit, which knows least, gets one block more where that is not much.
+    """
+    layers = sorted({min(n_blocks - 1, max(1, math.floor(n_blocks * part + 0.5))) for part in (1 / 3, 1 / 2, 2 / 3)})
+    tail = max(1, round(n_blocks / 10))
+    tails = [tail + (index == 0 and n_blocks >= 20) for index in range(len(layers))]
+    return tuple(layers), tuple(min(tail, n_blocks - layer - 1) for layer, tail in zip(layers, tails, strict=True))

@@ -54,6 +54,11 @@ def rule(known: Evidence, precision: float, gain: float, price: float) -> Rule:
     return best
 
 
+def saved(exits: Exits, shown: list[Evidence], costs: Costs, precision: float) -> float:
+    """FLOPs that the exits save for a mean token if each lets tokens leave at this precision by itself, added up."""
+    return sum(_rule_at(exits, exit, known, costs, precision, 0, 0).saved for exit, known in zip(exits, shown, strict=True))
+
+
 def policies(
     exits: Exits, known: list[Evidence], costs: Costs, precisions: Sequence[float], candidates: int, at_exits: int
 ) -> list[Policy]:
@@ -63,11 +68,10 @@ def policies(
     """
     found: list[Policy] = []
     for precision in precisions:
-        rules = []
-        for exit, tokens in zip(exits, known, strict=True):
-            price = _read_out(exits, exit, costs, candidates or at_exits)
-            head = _head(exits, costs, candidates)
-            rules.append(rule(tokens, precision, _skipped(exit, costs) + head - price, price))
+        rules = [
+            _rule_at(exits, exit, tokens, costs, precision, candidates, at_exits)
+            for exit, tokens in zip(exits, known, strict=True)
+        ]
         policy = Policy(
             tuple(each.threshold for each in rules),
             candidates=candidates,
@@ -78,6 +82,14 @@ def policies(
         if any(map(policy.opens, range(len(exits)))) and policy not in found:
             found.append(policy)
     return found
+
+
+def _rule_at(
+    exits: Exits, exit: Exit, known: Evidence, costs: Costs, precision: float, candidates: int, at_exits: int
+) -> Rule:
+    """The rule of one exit, with its own gain and price."""
+    price = _read_out(exits, exit, costs, candidates or at_exits)
+    return rule(known, precision, _skipped(exit, costs) + _head(exits, costs, candidates) - price, price)
 
 
 def _skipped(exit: Exit, costs: Costs) -> int:

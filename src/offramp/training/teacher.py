@@ -155,7 +155,7 @@ def group_texts(
 
     `temperatures`: those of the answers, one for each prompt; by default all are greedy.
     """
-    groups = []
+    groups: list[TextGroup] = []
     asked = zip(prompts, temperatures or [0.0] * len(prompts), strict=True)
     for _, equally_long in groupby(sorted(asked, key=lambda pair: len(pair[0])), key=lambda pair: len(pair[0])):
         rows = [(tuple(ids), temperature) for ids, temperature in equally_long]

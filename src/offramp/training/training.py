@@ -1,6 +1,6 @@
 """Train exits for a frozen backbone, from the backbone's own outputs (DYNAMAX, arXiv 2504.20922).
 
-0. Plan: a short probe of how fast the model answers says how many answers fit into the time.
+0. Plan: a short probe says how many answers fit into the time, and how long the exits' tails should be (`planning`).
 1. Teacher: the model answers prompts; hidden states at the exits and the final distribution are written to shards.
 2. Adapters: each read-out is distilled towards the final distribution (`Trainer.fit_adapters`).
 3. Gates learn where their read-outs agree with the oracle (`Trainer.fit_gates`).
@@ -14,35 +14,30 @@ the seed and the step, so a run of so many epochs that was interrupted and resum
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from offramp import __version__
-from offramp.exits.exits import Exits, ExitsConfig, suggested_layers
+from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
 from offramp.files import write_atomically
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
-from offramp.training.data import Data, gather, prompts_of, turns
+from offramp.training.data import Data, gather
 from offramp.training.loop import accelerator_for
+from offramp.training.planning import CANDIDATES, planned, shape_of
 from offramp.training.points import policies
-from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, write_shards
+from offramp.training.teacher import TeacherText
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import Evidence, evidence, quality
-
-ANSWERING, FITTING, GATING = 0.4, 0.45, 0.1  # shares of the time; the rest is for labels
-MOST_ANSWERS = 12  # to one prompt: more would hardly say anything new
-PROBED = 128  # answers
-SKETCH_DIMS, CANDIDATES = 128, 2048  # all but 1 in 900 of SmolLM2's own tokens are among the candidates
 
 
 def train(
@@ -64,9 +59,12 @@ def train(
     accelerator = accelerator_for(backbone.device)
     progress = progress if accelerator.is_main_process else silent
     torch.manual_seed(config.seed)
-    exits = _untrained(backbone, config) if start is None else _shaped_like(backbone, start)
     with _Clock(work / "seconds") as clock:
-        plan = planned(backbone, config, work, progress)
+        with accelerator.main_process_first():
+            plan = planned(backbone, config, work, progress, start)
+        exits = Exits.new(backbone, start.config if start else shape_of(backbone, config, plan.layers, plan.tails))
+        if start is not None:
+            exits.shortlist, exits.sketch = start.shortlist, start.sketch
         settings = {**asdict(config), "start": start.training if start else None}
         text = replace(config, answers=plan.answers)
         data = gather(backbone, text, needed_layers(exits), work, progress, settings)
@@ -104,79 +102,6 @@ def train(
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return Exits.load(folder, backbone)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a training does: the number of answers, and hours for adapters and gates; None where epochs are given."""
-
-    answers: int | None
-    adapter_hours: float | None
-    gate_hours: float | None
-
-
-def planned(backbone: Backbone, config: TrainConfig, work: Path, progress: Progress = silent) -> Plan:
-    """The plan for the config's budget. It is kept in the folder `work`, so that resumed work keeps to it.
-
-    With a time, `PROBED` answers show how many of them fit into `ANSWERING` of it.
-    """
-    if config.epochs is not None:
-        return Plan(config.answers, None, None)
-    kept = work / "budget.json"
-    if not kept.exists():
-        answers, note = config.answers, ""
-        if answers is None:
-            seconds, tokens = _probe(backbone, config, work / "probe", progress)
-            prompts = prompts_of(backbone, config)
-            answers = min(MOST_ANSWERS * len(prompts), max(1, int(3600 * config.hours * ANSWERING / seconds)))
-            note = f" of about {tokens:.0f} tokens ({answers * seconds / 60:.0f} min)"
-        gates = None if config.gate_epochs is not None else config.hours * GATING
-        plan = Plan(answers, config.hours * FITTING, gates)
-        progress(
-            "plan", 1, 1, f"{answers:,} answers{note}, then {60 * config.hours * (FITTING + GATING):.0f} min of training"
-        )
-        write_atomically(kept, json.dumps(asdict(plan)).encode())
-    return Plan(**json.loads(kept.read_text()))
-
-
-def _probe(backbone: Backbone, config: TrainConfig, folder: Path, progress: Progress) -> tuple[float, float]:
-    """The seconds and the tokens of an answer, from `PROBED` answers side by side."""
-    prompts = prompts_of(backbone, config)
-    asked, temperatures = turns(prompts, config.temperatures, PROBED)
-    groups = group_texts(asked, [], config.answer_tokens, PROBED, temperatures)
-    shutil.rmtree(folder, ignore_errors=True)
-    started, done = time.perf_counter(), 0
-
-    def after_group(group: TextGroup) -> None:
-        nonlocal done
-        done += len(group.ids)
-        progress("probe", done, PROBED)
-
-    texts = TeacherTexts.open(write_shards(backbone, groups, (backbone.n_blocks,), folder, after_group))
-    seconds = time.perf_counter() - started
-    tokens = sum(int(text.counted.sum()) for text in texts)
-    shutil.rmtree(folder)
-    return seconds / PROBED, tokens / PROBED
-
-
-def _shaped_like(backbone: Backbone, start: Exits) -> Exits:
-    """New exits with the config of others, to go on from them."""
-    exits = Exits.new(backbone, start.config)
-    exits.shortlist, exits.sketch = start.shortlist, start.sketch
-    return exits
-
-
-def _untrained(backbone: Backbone, config: TrainConfig) -> Exits:
-    """New exits of the shape that the config describes."""
-    layers = config.layers or suggested_layers(backbone.n_blocks)
-    shortlist = config.shortlist if config.shortlist < backbone.vocab_size else 0
-    # With few tokens or dims, a sketch would cost as much as the head.
-    large = backbone.vocab_size >= 8 * CANDIDATES and backbone.hidden_size >= 4 * SKETCH_DIMS
-    sketch = (SKETCH_DIMS if large else 0) if config.sketch is None else config.sketch
-    widths = config.gate_width, config.readout_width
-    tails = config.tails if any(config.tails) else ()
-    parts = ExitsConfig(tuple(layers), config.gate, config.readout, *widths, shortlist, sketch, tails)
-    return Exits.new(backbone, parts)
 
 
 def _default_policy(exits: Exits, config: TrainConfig, shown: list[Evidence], costs: Costs) -> Policy:

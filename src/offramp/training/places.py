@@ -1,0 +1,68 @@
+"""How long the exits' tails are: a short trial on the model itself confirms the rule of `suggested_places`, or corrects it.
+
+The answers of the probe serve as its text. Adapters with shorter tails, with those of the rule, and with longer ones are
+each trained for a few steps. The tails whose exits save most on held-out answers win. So short a training leaves the exits
+worse than they will be, but all of them alike.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from offramp.exits.exits import Exits, ExitsConfig
+from offramp.model.backbone import Backbone
+from offramp.model.costs import Costs
+from offramp.progress import Progress, silent
+from offramp.training.config import TrainConfig
+from offramp.training.points import saved
+from offramp.training.teacher import TeacherTexts
+from offramp.training.trainer import Trainer
+from offramp.training.validation import evidence
+
+STEPS = 60  # of each training in the trial
+PRECISION = 0.9  # of the tokens that leave; a higher one would let too few of them leave after so short a training
+ROUNDS = 6
+
+
+def variants(tails: tuple[int, ...], room: list[int]) -> list[tuple[int, ...]]:
+    """Tails that the trial compares: those of the rule, shorter and longer ones; `room` has the most blocks for each."""
+    step = max(1, max(tails) // 3)
+    shifted = [
+        tuple(min(most, max(0, tail + by)) for tail, most in zip(tails, room, strict=True)) for by in (0, -step, step)
+    ]
+    return list(dict.fromkeys(shifted))
+
+
+def tried(
+    backbone: Backbone,
+    config: TrainConfig,
+    parts: ExitsConfig,
+    texts: TeacherTexts,
+    layers: tuple[int, ...],
+    work: Path,
+    progress: Progress = silent,
+) -> tuple[int, ...]:
+    """The best tails for exits like `parts`. The hidden states of the texts are those after the blocks `layers`."""
+    held = max(1, len(texts) // 4)
+    batch = min(config.batch, len(texts) - held)
+    epochs = max(1, round(STEPS * batch / (len(texts) - held)))
+    settings = replace(config, epochs=epochs, batch=batch)
+    costs, found = Costs(backbone), []
+    candidates = variants(parts.tails, [backbone.n_blocks - layer - 1 for layer in parts.layers])
+    for number, tails in enumerate(candidates):
+        torch.manual_seed(config.seed)
+        exits = Exits.new(backbone, replace(parts, tails=tails if any(tails) else ()))
+        folder = work / f"tails-{'-'.join(map(str, tails))}"
+        trainer = Trainer(backbone, exits, settings, folder, layers=layers)
+        trainer.standardise(texts[held:])
+        trainer.fit_adapters(texts[held:])
+        exits.modules.eval().requires_grad_(False)
+        shown = evidence(exits, trainer.labels(texts[:held], ROUNDS))
+        found.append(saved(exits, shown, costs, PRECISION))
+        shutil.rmtree(folder, ignore_errors=True)
+        progress("trial", number + 1, len(candidates), f"tails {', '.join(map(str, tails))}")
+    return candidates[found.index(max(found))]

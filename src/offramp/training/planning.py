@@ -1,0 +1,116 @@
+"""What a training does with its time: where exits go, how many answers the model makes, and how long the exits learn.
+
+A short probe of how fast the model answers says how many answers fit into the time. The same answers serve a trial of how
+long the exits' tails should be (`places`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from offramp.exits.exits import Exits, ExitsConfig, suggested_places
+from offramp.files import write_atomically
+from offramp.model.backbone import Backbone
+from offramp.progress import Progress, silent
+from offramp.training.config import TrainConfig
+from offramp.training.data import prompts_of, turns
+from offramp.training.places import tried, variants
+from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, write_shards
+
+ANSWERING, FITTING, GATING = 0.4, 0.4, 0.1  # shares of the time; the rest is for the probe, the trial and labels
+MOST_ANSWERS = 12  # to one prompt: more would hardly say anything new
+PROBED = 256  # answers
+SKETCH_DIMS, CANDIDATES = 128, 2048  # all but 1 in 900 of SmolLM2's own tokens are among the candidates
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training does: the exits' places, the number of answers, and hours for adapters and gates.
+
+    Without a number there is one answer for each prompt. Hours are None where epochs are given.
+    """
+
+    layers: tuple[int, ...]
+    tails: tuple[int, ...]
+    answers: int | None = None
+    adapter_hours: float | None = None
+    gate_hours: float | None = None
+
+
+def planned(
+    backbone: Backbone, config: TrainConfig, work: Path, progress: Progress = silent, start: Exits | None = None
+) -> Plan:
+    """The plan for the config's budget, for exits that go on from `start` or are new.
+
+    It is kept in the folder `work`, so that resumed work keeps to it. What it will do is the note of the stage "plan".
+    """
+    layers, tails = suggested_places(backbone.n_blocks)
+    if start is not None:
+        layers, tails = start.config.layers, start.config.tails
+    elif config.layers:
+        layers, tails = config.layers, config.tails
+    tails = config.tails or tails
+    if config.epochs is not None:
+        return Plan(layers, tails, config.answers)
+    kept = work / "budget.json"
+    if not kept.exists():
+        free = start is None and not config.layers and not config.tails
+        plan, note = _measured(backbone, config, layers, tails, work / "probe", progress, free)
+        write_atomically(kept, json.dumps(asdict(plan)).encode())
+        progress("plan", 1, 1, note)
+    record = json.loads(kept.read_text())
+    return Plan(**{**record, "layers": tuple(record["layers"]), "tails": tuple(record["tails"])})
+
+
+def shape_of(backbone: Backbone, config: TrainConfig, layers: tuple[int, ...], tails: tuple[int, ...]) -> ExitsConfig:
+    """The shape of new exits at these places."""
+    shortlist = config.shortlist if config.shortlist < backbone.vocab_size else 0
+    # With few tokens or dims, a sketch would cost as much as the head.
+    large = backbone.vocab_size >= 8 * CANDIDATES and backbone.hidden_size >= 4 * SKETCH_DIMS
+    sketch = (SKETCH_DIMS if large else 0) if config.sketch is None else config.sketch
+    widths = config.gate_width, config.readout_width
+    return ExitsConfig(layers, config.gate, config.readout, *widths, shortlist, sketch, tails if any(tails) else ())
+
+
+def _measured(
+    backbone: Backbone,
+    config: TrainConfig,
+    layers: tuple[int, ...],
+    tails: tuple[int, ...],
+    folder: Path,
+    progress: Progress,
+    free: bool,
+) -> tuple[Plan, str]:
+    """A plan from `PROBED` answers side by side, and what it says. If the tails are `free`, a trial chooses them."""
+    prompts = prompts_of(backbone, config)
+    asked, temperatures = turns(prompts, config.temperatures, PROBED)
+    groups = group_texts(asked, [], config.answer_tokens, 48, temperatures)
+    shutil.rmtree(folder, ignore_errors=True)
+    started, done = time.perf_counter(), 0
+
+    def after_group(group: TextGroup) -> None:
+        nonlocal done
+        done += len(group.ids)
+        progress("probe", done, PROBED)
+
+    room = [backbone.n_blocks - layer - 1 for layer in layers]
+    starts = {backbone.n_blocks - tail for tails in variants(tails, room) for tail in tails if tail} if free else set()
+    needed = tuple(sorted({*layers, *starts, backbone.n_blocks}))
+    texts = TeacherTexts.open(write_shards(backbone, groups, needed, folder, after_group))
+    seconds = (time.perf_counter() - started) / PROBED
+    tokens = sum(int(text.counted.sum()) for text in texts) / PROBED
+    if free:
+        tails = tried(backbone, config, shape_of(backbone, config, layers, tails), texts, needed, folder, progress)
+    shutil.rmtree(folder)
+    fits = max(1, int(3600 * config.hours * ANSWERING / seconds))
+    answers = config.answers or min(MOST_ANSWERS * len(prompts), fits)
+    gates = None if config.gate_epochs is not None else config.hours * GATING
+    plan = Plan(layers, tails, answers, config.hours * FITTING, gates)
+    where = ", ".join(f"{layer} + {tail}" for layer, tail in zip(layers, tails or [0] * len(layers), strict=True))
+    answering, training = answers * seconds / 60, 60 * config.hours * (FITTING + GATING)
+    says = f"{answers:,} answers of about {tokens:.0f} tokens in {answering:.0f} min; {training:.0f} min of training"
+    return plan, f"exits after blocks {where}; {says}"

@@ -19,6 +19,7 @@ import torch
 
 import offramp
 from offramp import Exits, ExitsConfig
+from offramp.exits.readouts import READOUTS
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
 from offramp.training.config import TrainConfig
@@ -36,14 +37,15 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def parameters(backbone: Backbone, config: ExitsConfig) -> int:
-    """The parameters of the first exit's adapter."""
-    adapter = next(iter(Exits.new(backbone, config))).adapter
+    """The parameters of an adapter."""
+    with torch.device("meta"):
+        adapter = READOUTS[config.readout](backbone.hidden_size, config.readout_width, tail=1)
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 
 def alike(backbone: Backbone, config: ExitsConfig, wanted: int) -> ExitsConfig:
     """The config with the width, a multiple of 32, at which an adapter has nearest to `wanted` parameters."""
-    configs = [replace(config, readout_width=width) for width in range(256, 4096, 32)]
+    configs = [replace(config, readout_width=width) for width in range(32, 4096, 32)]
     return min(configs, key=lambda each: abs(parameters(backbone, each) - wanted))
 
 

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
     fast, exact = offramp.load(args.model), offramp.load(args.model, "float32")
     base = exits_for(exact, args.exits)
-    config = TrainConfig(prompts=args.own_prompts)
+    config = TrainConfig(prompts=args.own_prompts, gate_target="agreement")
     fills = args.fills.split(",")
     data: Data = gather(exact, config, needed_layers(base), args.work / "text")
     prompts = [exact.prompts.encode(question) for question in questions_in(args.questions, args.count)]

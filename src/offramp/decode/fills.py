@@ -25,9 +25,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from offramp.decode.sequence import OpenExit
 from offramp.errors import BadInput
 from offramp.exits.exits import Exit
@@ -56,11 +53,11 @@ class Fill(ABC):
         return range(exit.block, self.backbone.n_blocks - exit.tail)
 
     @abstractmethod
-    def leave(self, exit: OpenExit, part: Part, landing: Tensor) -> None:
+    def leave(self, exit: OpenExit, part: Part) -> None:
         """Do what the fill does for a token that has left at `exit`.
 
         `part`: hidden states h (1, n, D) at the exit, of which the last is the token's and the others are of tokens that
-        waited; the blocks' state; what the blocks share. `landing` (1, 1, D): the token's state before the exit's tail.
+        waited; the blocks' state; what the blocks share.
         """
 
     def flops(self, exit: Exit, costs: Costs) -> int:
@@ -73,16 +70,10 @@ class Project(Fill):
 
     name = "project"
 
-    def leave(self, exit: OpenExit, part: Part, landing: Tensor) -> None:
+    def leave(self, exit: OpenExit, part: Part) -> None:
         h, state, step = part
         skipped = self.skipped(exit)
-        import os
-
-        if not exit.tail or not os.environ.get("INTERP"):
-            self.backbone.project(h, skipped.start, skipped.stop, state, step)
-            return
-        for place, block in enumerate(skipped):
-            self.backbone.project(torch.lerp(h, landing.to(h), place / len(skipped)), block, block + 1, state, step)
+        self.backbone.project(h, skipped.start, skipped.stop, state, step)
 
     def flops(self, exit: Exit, costs: Costs) -> int:
         return costs.projected(self.skipped(exit))
@@ -98,7 +89,7 @@ class Freeze(Fill):
         if "mamba" not in backbone.kinds and "both" not in backbone.kinds:
             raise BadInput(f"{backbone.name} has no Mamba blocks whose state could be frozen.", "Use project or copy.")
 
-    def leave(self, exit: OpenExit, part: Part, landing: Tensor) -> None:
+    def leave(self, exit: OpenExit, part: Part) -> None:
         h, state, step = part
         for skipped in self.skipped(exit):
             self.backbone.project_keys(h, skipped, state, step)
@@ -123,7 +114,7 @@ class Copy(Fill):
                 "Use --fill project.",
             )
 
-    def leave(self, exit: OpenExit, part: Part, landing: Tensor) -> None:
+    def leave(self, exit: OpenExit, part: Part) -> None:
         h, state, step = part
         skipped = [index for index in self._attention if index in self.skipped(exit)]
         computed = [index for index in self._attention if index < exit.block]
@@ -152,7 +143,7 @@ class Defer(Fill):
     name = "defer"
     waits = True
 
-    def leave(self, exit: OpenExit, part: Part, landing: Tensor) -> None:
+    def leave(self, exit: OpenExit, part: Part) -> None:
         h, state, step = part
         exit.pending.append(h)
         skipped = self._stood_in(exit)

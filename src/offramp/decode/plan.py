@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from offramp.decode.fills import fill_named
 from offramp.decode.heads import Head
 from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import Work
 from offramp.decode.timing import Timed, untimed
-from offramp.errors import BadInput
+from offramp.errors import BadInput, BadNumbers
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
+from offramp.model.runtime import joined
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,21 @@ class Plan:
         """
         has_keys = any(self.policy.has_key(index) for _, index in self.open_exits)
         return self.fill.waits or has_keys or self.policy.confidence != "gate"
+
+    def logits_of(self, head: Head, hidden: list[Tensor]) -> list[Tensor]:
+        """Run a head once on the rows of several sequences: hidden states (1, n, D) each → logits (n, V) each.
+
+        Raises `BadNumbers` for NaN logits.
+        """
+        with self.timed("heads"):
+            logits = head.logits(joined(hidden, dim=1))[0]
+        if not torch.isfinite(logits.amax()):
+            backbone = self.backbone
+            raise BadNumbers(
+                f"{backbone.name} gave NaN or infinite logits in {backbone.weight_format}.",
+                "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
+            )
+        return [logits] if len(hidden) == 1 else list(logits.split([h.shape[1] for h in hidden]))
 
     def part_of(self, number: int) -> str:
         """The timer's name for a segment: `shallow` before the first open exit, `deep` after it; `blocks` without exits."""

@@ -132,7 +132,7 @@ class Policy:
         for exit, (perhaps, key) in enumerate(zip(self.perhaps, self.keys, strict=True)):
             if self.has_key(exit):
                 alone = f"{words[exit]} or " if self.thresholds[exit] < 1 else ""
-                words[exit] = f"{alone}{perhaps:g}+{key:g}"
+                words[exit] = f"{alone}{perhaps:.4g}+{key:.4g}"
         return words
 
     def confidence_name(self, gate: str = "gate") -> str:

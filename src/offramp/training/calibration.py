@@ -98,10 +98,14 @@ KINDS = ("precision", "thresholds", "decay", PATIENCE, "fixed")
 
 
 def heads(vocabulary: int, whole_head: bool) -> tuple[int, int]:
-    """A policy's `candidates` and `exit_candidates` for exits with a sketch; with `whole_head`, only the latter."""
+    """A policy's `candidates` and `exit_candidates` for exits with a sketch; with `whole_head`, only the latter.
+
+    At exits few are enough: a token whose likeliest successor is not among them would not be sure enough to leave.
+    """
     fewer = [number for number in CANDIDATES if number < vocabulary]
-    middling = fewer[len(fewer) // 2] if fewer else 0
-    return (0, middling) if whole_head else (middling, 0)
+    if not fewer:
+        return 0, 0
+    return (0 if whole_head else fewer[len(fewer) // 2]), fewer[-1]
 
 
 @dataclass(frozen=True)

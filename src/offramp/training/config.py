@@ -30,6 +30,9 @@ class TrainConfig:
     gate: str = setting("mamba", "Exit classifier: linear, ffn or mamba.", draft="linear")
     readout: str = setting("mamba", "Adapter before the LM head: none, linear, ffn, mamba or deep.", draft="deep")
     gate_width: int = setting(64, "Bottleneck of a gate, in dims; a multiple of 16.")
+    gate_target: str = setting(
+        "key", "What gates learn to foresee: key (that the read-out will be sure enough) or agreement (that it is right)."
+    )
     readout_width: int = setting(512, "Bottleneck of a read-out, in dims; a multiple of 32.", draft=256)
     top_k: int = setting(1, "An exit agrees if its token is among the full model's k most probable ones.")
     prompts: str | None = setting(None, PROMPTS_HELP, flag="--own-prompts")
@@ -65,6 +68,8 @@ class TrainConfig:
         _check_least(self, top_k=1, max_prompts=1, answers=1, answer_tokens=1, epochs=0, gate_epochs=0, batch=1)
         if not self.hours > 0:
             raise BadInput(f"{self.hours} hours are no time to train in.", "Give a number above 0, such as 0.5.")
+        if self.gate_target not in ("key", "agreement"):
+            raise BadInput(f"Gates cannot foresee '{self.gate_target}'.", "Choose from key, agreement.")
         if not self.temperatures or min(self.temperatures) < 0:
             raise BadInput("Temperatures must be 0 or more, and there must be one.", "For example 0,0.7,0.9.")
         _check_rates(self.learning_rate, self.gate_learning_rate)

@@ -54,6 +54,7 @@ def planned(
     elif config.layers:
         layers, tails = config.layers, config.tails
     tails = config.tails or tails
+    shape_of(backbone, config, layers, tails).check(backbone)
     if config.epochs is not None:
         return Plan(layers, tails, config.answers)
     kept = work / "budget.json"

@@ -114,7 +114,7 @@ def _default_policy(exits: Exits, config: TrainConfig, shown: list[Evidence], co
     closed = (1.0,) * len(exits)
     if config.threshold is not None:
         return Policy((config.threshold,) * len(exits), config.confidence, candidates=number)
-    found = policies(exits, shown, costs, [config.precision], number, 0)
+    found = policies(exits, shown, costs, [config.precision], number, number // 4)
     return found[0] if found else Policy(closed, candidates=number)
 
 

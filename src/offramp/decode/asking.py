@@ -1,0 +1,141 @@
+"""Asking an exit: which tokens leave there, and with which next token.
+
+The gate reads the hidden state at the exit. Where it is sure, or where it says "perhaps" and there is a second key, the
+read-out runs: the adapter, then the exit's tail if it has one, then the head. With a second key, or with a confidence that
+needs no gate, the logits decide. What the tail's blocks remember of a token that then stays is taken back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
+
+from torch import Tensor
+
+from offramp.decode.climb import Climb
+from offramp.decode.plan import Plan
+from offramp.decode.sequence import Decision, Sequence
+from offramp.exits.policy import PATIENCE, TRAINING_FREE
+
+
+@dataclass(frozen=True, eq=False)
+class ReadOut:
+    """An exit's output for a climb's newest token: logits (1, V), or over the short list.
+
+    `h` (1, 1, D) is the state that they were read from: the adapter's output, or that of the tail if there is one.
+    """
+
+    climb: Climb
+    logits: Tensor
+    h: Tensor
+
+
+def leave(plan: Plan, number: int, climbs: list[Climb]) -> dict[Climb, Decision]:
+    """The climbs that end at this exit, each with the next token that the exit chose."""
+    decisions = {}
+    may_leave = [climb for climb in climbs if climb.may_leave and climb.h is not None]
+    for readout, confidence in _sure(plan, number, may_leave):
+        climb, sequence = readout.climb, readout.climb.sequence
+        exit = sequence.exits[number]
+        with plan.timed("sampling"):
+            id = climb.request.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
+        with plan.timed("fill"):
+            _watch_tails(plan, sequence)
+            plan.fill.leave(exit, climb.part)
+        climb.spend(plan.fill.flops(exit.exit, plan.costs))
+        decisions[climb] = Decision(id, exit.block, confidence, climb.work)
+        sequence.ids.append(id)
+        sequence.top = readout.h
+    return decisions
+
+
+def _sure(plan: Plan, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, float]]:
+    """Read-outs and confidences of the newest tokens that leave at this exit. The others' tails are taken back."""
+    policy = plan.policy
+    confidences: dict[Climb, float] = {}
+    kind, key_threshold = policy.confidence, policy.threshold
+    if kind == "gate":
+        climbs = [climb for climb in climbs if _ask_gate(plan, climb, number, confidences)]
+        kind, key_threshold = policy.key, policy.key_threshold
+    leaving = []
+    for readout in _read_out(plan, number, climbs):
+        climb = readout.climb
+        sure = climb in confidences and confidences[climb] > _threshold(plan, climb, number, policy.threshold)
+        confidence = confidences[climb] if sure else _training_free(plan, kind, readout)
+        exit = climb.sequence.exits[number]
+        if sure or confidence > _threshold(plan, climb, number, key_threshold):
+            leaving.append((readout, confidence))
+        elif exit.tail:
+            climb.sequence.state.take_back(plan.backbone.n_blocks - exit.tail)
+    return leaving
+
+
+def _ask_gate(plan: Plan, climb: Climb, number: int, confidences: dict[Climb, float]) -> bool:
+    """Note the gate's confidence. Returns whether the exit is to read out. A threshold of 0 asks no gate."""
+    index, policy = climb.sequence.exits[number].index, plan.policy
+    threshold = _threshold(plan, climb, number, policy.threshold)
+    lowest = min(threshold, policy.perhaps[index]) if policy.has_key(index) else threshold
+    if not threshold > 0:
+        confidences[climb] = 1.0
+        return True
+    with plan.timed("exits"):
+        score, flops = climb.sequence.exits[number].gate.read()
+        climb.spend(flops)
+        confidences[climb] = float(score.sigmoid())
+    return confidences[climb] > lowest
+
+
+def _threshold(plan: Plan, climb: Climb, number: int, of: Callable[[int, int], float]) -> float:
+    """The threshold at this exit. A draft stands only if all before it do, so their confidences raise the threshold."""
+    sequence = climb.sequence
+    decided = len(sequence.ids) - sequence.prompt
+    threshold = of(sequence.exits[number].index, decided)
+    return threshold / math.prod(draft.confidence or 1.0 for draft in sequence.drafts)
+
+
+def _read_out(plan: Plan, number: int, climbs: list[Climb]) -> list[ReadOut]:
+    """The logits of the climbs' newest tokens at an exit, after the exit's tail if it has one."""
+    if not climbs:
+        return []
+    head, adapted, dtype = plan.exit_head, [], plan.backbone.dtype
+    with plan.timed("exits"):
+        for climb in climbs:
+            h, flops = climb.sequence.exits[number].readout.read()
+            climb.spend(flops + head.flops)
+            adapted.append(h)
+    tail, tops = climbs[0].sequence.exits[number].tail, adapted
+    if tail:
+        tops = _run_tail(plan, tail, climbs, [h.to(dtype) for h in adapted])
+    rows = plan.logits_of(head, [h.to(dtype) for h in tops])
+    return [ReadOut(*parts) for parts in zip(climbs, rows, tops, strict=True)]
+
+
+def _watch_tails(plan: Plan, sequence: Sequence) -> None:
+    """Let the tails' blocks be able to forget what a token leaves there, if that may be necessary."""
+    if plan.longest_tail and plan.takes_back:
+        sequence.watch(plan.first_tail, plan.backbone.n_blocks)
+
+
+def _run_tail(plan: Plan, tail: int, climbs: list[Climb], adapted: list[Tensor]) -> list[Tensor]:
+    """The climbs' newest tokens, adapted (1, 1, D) each, through the model's last `tail` blocks."""
+    stop = plan.backbone.n_blocks
+    parts = []
+    for climb, h in zip(climbs, adapted, strict=True):
+        climb.work = climb.work.plus(plan.work(stop - tail, stop, 1, climb.end))
+        _watch_tails(plan, climb.sequence)
+        _, state, step = climb.part
+        parts.append((h, state, step if step.tokens == 1 else plan.backbone.step(h, climb.end - 1)))
+    with plan.timed("tails"):
+        return plan.backbone.run_all(parts, stop - tail, stop)
+
+
+def _training_free(plan: Plan, kind: str, readout: ReadOut) -> float:
+    """A confidence that needs no gate, from the logits alone."""
+    tops = readout.climb.tops
+    if kind != PATIENCE:
+        return float(TRAINING_FREE[kind](readout.logits[0]))
+    tops.append(int(readout.logits[0].argmax()))
+    agreeing = takewhile(tops[-1].__eq__, reversed(tops))
+    return sum(1 for _ in agreeing) / len(plan.open_exits)

@@ -1,0 +1,52 @@
+"""A climb: the newest tokens of a sequence on their way through the blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from offramp.decode.request import Request
+from offramp.decode.sequence import NO_WORK, Sequence, Work
+from offramp.model.runtime import Part, Step
+
+
+@dataclass(eq=False)
+class Climb:
+    """The newest tokens of a request's sequence on their way to the top.
+
+    h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None while all tokens
+    to run are pending at later exits. `may_leave`: whether exits are asked. `counted`: whether work is counted (that of a
+    prompt is not). `tops`: the most probable token at each exit so far, for the confidence `patience`.
+    """
+
+    request: Request
+    end: int
+    may_leave: bool
+    counted: bool = True
+    h: Tensor | None = None
+    step: Step | None = None
+    segment: int = 0
+    work: Work = NO_WORK
+    tops: list[int] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> Sequence:
+        """The request's sequence."""
+        return self.request.sequence
+
+    @property
+    def hidden(self) -> Tensor:
+        """`h`, where it cannot be None: at an exit that is asked, and at the top."""
+        assert self.h is not None
+        return self.h
+
+    @property
+    def part(self) -> Part:
+        """What the backbone needs to run the tokens."""
+        assert self.step is not None
+        return self.hidden, self.sequence.state, self.step
+
+    def spend(self, flops: int) -> None:
+        """Count FLOPs that were not spent in blocks."""
+        self.work = self.work.plus(Work(flops))

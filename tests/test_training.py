@@ -390,6 +390,8 @@ def test_jumps_learn_to_say_what_the_model_says(tmp_path, prompts: str, family: 
         assert fmean(loss[exit] for loss in losses[-6:]) < losses[0][exit] - 0.1
     assert [row["tail"] for row in after.training["validation"]] == [2, 1]
     assert all(0 <= row["agreement"] <= 1 for row in after.training["validation"])
+    with pytest.raises(BadInput, match="at other places"):
+        train(tiny(family), tmp_path / "other", replace(settings, layers=(1, 3)), start=after)
     # They go on from where they stopped.
     again = train(tiny(family), tmp_path / "again", replace(settings, epochs=0, gate_epochs=0), start=after)
     for key, value in after.modules.state_dict().items():

@@ -73,7 +73,7 @@ def comparison_table(compared: list[tuple[Backbone, list[tuple[Generation, Gener
     for backbone, pairs in compared:
         early = pairs[0][1]
         blocks = ", ".join(map(str, early.thresholds))
-        console.print(Text(f"{backbone.name}: exits after blocks {blocks}; a token leaves above {early.policy}.", "dim"))
+        console.print(Text(f"{backbone.name}: exits after blocks {blocks}; policy: {early.policy}.", "dim"))
     console.print(Text("Consistency: token F1 with the full-depth answer.", "dim"))
 
 

@@ -25,8 +25,10 @@ class TrainConfig:
     with a `threshold` of None, `precision` chooses the thresholds. `batch` counts the sequences of a step.
     """
 
-    layers: tuple[int, ...] | None = setting(None, "Blocks that run before each exit: 10,15,20,25. Default: four places.")
-    tails: tuple[int, ...] = setting((), "The model's last blocks that each exit runs: 4,3,3. Default: none.")
+    layers: tuple[int, ...] | None = setting(None, "Blocks that run before each exit: 10,15,20,25. Default: three places.")
+    tails: tuple[int, ...] = setting(
+        (), "The number of the model's last blocks that each exit runs: 4,3,3. Default: by trial; none with --layers."
+    )
     gate: str = setting("mamba", "Exit classifier: linear, ffn or mamba.", draft="linear")
     readout: str = setting("mamba", "Adapter before the LM head: none, linear, ffn, mamba or deep.", draft="deep")
     gate_width: int = setting(64, "Bottleneck of a gate, in dims; a multiple of 16.")

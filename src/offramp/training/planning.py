@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from offramp.errors import BadInput
 from offramp.exits.exits import Exits, ExitsConfig, suggested_places
 from offramp.files import write_atomically
 from offramp.model.backbone import Backbone
@@ -47,10 +48,16 @@ def planned(
     """The plan for the config's budget, for exits that go on from `start` or are new.
 
     It is kept in the folder `work`, so that resumed work keeps to it. What it will do is the note of the stage "plan".
+    Raises `BadInput` where the config wants other places than those of `start`.
     """
     layers, tails = suggested_places(backbone.n_blocks)
     if start is not None:
         layers, tails = start.config.layers, start.config.tails
+        if config.layers not in (None, layers) or config.tails not in ((), tails):
+            raise BadInput(
+                "Training goes on with exits where they are, and these are at other places.",
+                "Leave --layers and --tails out, or train new exits, without --start.",
+            )
     elif config.layers:
         layers, tails = config.layers, config.tails
     tails = config.tails or tails

@@ -51,8 +51,8 @@ def train(
     """Train exits and save them in `folder`; its subfolder `.training` holds unfinished work.
 
     Called again with the same config after an interruption, it resumes the work. `command` is kept in the record. `start`
-    holds exits of the same shape to go on from. Raises `BadInput` for unusable files or settings, and for exits of another
-    shape, `CorruptFile` for damaged work files.
+    holds exits to go on from; they keep their shape. Raises `BadInput` for unusable files or settings, and for other places
+    than those of `start`, `CorruptFile` for damaged work files.
     """
     config = config or TrainConfig()
     folder, work = Path(folder), Path(folder) / ".training"

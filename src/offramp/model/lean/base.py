@@ -271,7 +271,7 @@ class Lean:
                 if value.is_meta:
                     raise UnsupportedModel(
                         "The library's weights of this model were freed, so nothing can be trained through its blocks.",
-                        "Load it with keep=True.",
+                        "Train exits without tails (--layers), or load the model with keep=True.",
                     )
                 twin._parameters[name] = nn.Parameter(value.to(self._device), requires_grad=False)
         return copied

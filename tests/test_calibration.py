@@ -276,10 +276,10 @@ def test_questions_are_read_with_their_answers(tmp_path) -> None:
     assert read_questions(tmp_path / "lines.txt") == [Question("One?"), Question("Two?")]
 
 
-def shown(gate: torch.Tensor, key: torch.Tensor, chance: torch.Tensor, seed: int = 0) -> Evidence:
-    """Tokens that are right with the given chances."""
-    drawn = torch.rand(len(chance), generator=torch.Generator().manual_seed(seed))
-    return Evidence(gate, key, drawn < chance)
+def shown(gate: torch.Tensor, key: torch.Tensor, chance: torch.Tensor, harm: float = 0.0) -> Evidence:
+    """Tokens that are right with the given chances, and change so many later ones where the gate is below a half."""
+    drawn = torch.rand(len(chance), generator=torch.Generator().manual_seed(0))
+    return Evidence(gate, key, drawn < chance, harm * (gate < 0.5))
 
 
 def test_a_rule_reaches_its_precision_and_asks_the_key_where_that_saves_more() -> None:
@@ -298,6 +298,10 @@ def test_a_rule_reaches_its_precision_and_asks_the_key_where_that_saves_more() -
     assert gate_alone.threshold < 1
     assert gate_alone.key == 1
     assert rule(shown(gate, key, 0 * gate), 0.5, gain=100, price=1) == Rule()
+    # Right tokens that change many later ones stay. Without harm, all would leave.
+    assert rule(shown(gate, key, gate + 1), 0.99, gain=100, price=1).saved == pytest.approx(99, abs=1.5)
+    harmful = rule(shown(gate, key, gate + 1, harm=3.0), 0.99, gain=100, price=1)
+    assert 0.49 < harmful.threshold < 0.5
 
 
 def test_policies_by_precision_open_more_and_more() -> None:

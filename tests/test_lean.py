@@ -240,3 +240,30 @@ def test_the_number_of_threads_changes_no_bit_of_the_compiled_path(family: str) 
         torch.set_num_threads(threads)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@pytest.mark.parametrize("format", FORMATS)
+@torch.inference_mode()
+def test_candidates_are_the_sketchs_likeliest_however_many_threads_and_rows(format: str) -> None:
+    backbone, threads = lean("llama", format, "native"), torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    h, reduce = torch.randn(1, 5, 32, generator=generator), torch.randn(32, 32, generator=generator)
+    expand = torch.linalg.inv(reduce) + 0.1 * torch.randn(32, 32, generator=generator)
+    read_out = backbone.sketched(reduce, expand, 20)
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(read_out(h))
+            assert torch.equal(found[-1], torch.cat([read_out(h[:, row : row + 1]) for row in range(5)], dim=1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    chosen = found[0] > float("-inf")
+    assert (chosen.sum(-1) == 20).all()
+    assert torch.equal(found[0][chosen], backbone.logits(h)[chosen])
+    estimates = backbone.final(h) @ reduce.T @ (backbone.head_weight() @ expand).T
+    likeliest = torch.zeros_like(chosen).scatter(-1, estimates.topk(20).indices, True)
+    assert (chosen & likeliest).sum() >= (100 if format == "float32" else 60)  # the others round the estimates

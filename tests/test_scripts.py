@@ -16,6 +16,7 @@ from helpers import modest_exits
 from models import ENGINES, VARIANTS, saved, tiny
 from offramp import Policy
 from offramp.decode.fills import FILLS
+from offramp.files import read_lines
 
 sys.path.insert(
     0, str(Path(__file__).parents[1] / "benchmarks")
@@ -30,8 +31,10 @@ import guarantee
 import paper
 import paper_size
 import prefill
+import prompts
 import random_model
 import speed
+import trade
 import verified
 
 SMALL_MAMBA = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -87,6 +90,42 @@ def test_every_script_has_a_test() -> None:
 def test_agreement_counts_the_answers_that_are_the_librarys(world, capsys) -> None:
     agreement.main(["triviaqa", str(world / "trivia.jsonl"), "--model", str(world / "model"), "--count", "4"])
     assert capsys.readouterr().out.endswith("model, float32, triviaqa: 4 of 4 answers are the library's\n")
+
+
+def test_prompts_are_divided_into_parts_that_share_none(tmp_path, capsys) -> None:
+    alpaca = "Below is an instruction.\n\n### Instruction:\nDo {}.\n\n### Response:\n"
+    lines = {
+        "dolly": [{"prompt": alpaca.format(number)} for number in range(60)],
+        "trivia": [{"question": f"Who is {number % 590}?", "answer": "Me"} for number in range(600)],
+    }
+    for name, rows in lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--trivia", str(tmp_path / "trivia.jsonl"), "--instructions", str(tmp_path / "dolly.jsonl")]
+    prompts.main([*arguments, "--share", "0.05", "-o", str(tmp_path / "parts")])
+    parts = {file.stem: read_lines(file, ("prompt",)) for file in (tmp_path / "parts").glob("*.jsonl")}
+    assert set(parts) == {"train", "calibrate", "own-train", "own-calibrate", "own-result"}
+    assert sum(len(set(part)) for part in parts.values()) == len(set().union(*parts.values()))
+    assert len(parts["own-train"]) == 200
+    assert "Do 1." in parts["train"] + parts["calibrate"]
+    # A prompt that comes several times is answered at a different temperature each time.
+    places = [place % 3 for place, line in enumerate(parts["train"]) if line == parts["train"][0]]
+    assert len(places) == prompts.REPEATS
+    assert set(places) == {0, 1, 2}
+    assert "own-train: 200 prompts" in capsys.readouterr().out
+
+
+def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:
+    exits = f"jump={world / 'exits'}"
+    arguments = ["--model", str(world / "model"), "--exits", exits, "--pilot", str(world / "prompts.txt"), "--tokens", "6"]
+    trade.main([*arguments, "--triviaqa", str(world / "trivia.jsonl"), "--count", "4", "--work", "work"])
+    table = rows(capsys.readouterr().out)
+    assert table[0] == ["line", "policy", *trade.MEASURES]
+    assert table[1][:2] == ["full depth", "full depth"]
+    assert table[1][2].startswith("1.000")
+    assert len([row for row in table if row[0] == "jump, gate alone"]) == len(trade.THRESHOLDS)
+    assert "<svg" in Path("work/trade.svg").read_text()
+    found = json.loads(Path("work/trade.json").read_text())["tasks"]["triviaqa"]
+    assert all(len(answers) == 4 for points in found.values() for answers in points)
 
 
 def test_exits_compares_gates(world, capsys) -> None:

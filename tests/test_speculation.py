@@ -50,7 +50,7 @@ def test_a_deep_read_out_gets_the_top_of_the_token_before_or_what_it_made_of_it(
     exits.shortlist = torch.arange(0, backbone.vocab_size, 2)
     engine = Engine(backbone, exits, Policy((0.0, 1.0, 1.0), "max-prob"), "verify", max_pending=2, lookup=0)
     read: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-    first = next(iter(exits)).adapter
+    first = engine.parts[next(iter(exits)).adapter]  # as it is run
     with pytest.MonkeyPatch.context() as patch:
         forward = first.forward
 

@@ -15,7 +15,9 @@ from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, OfframpError
 from offramp.exits.readouts import READOUTS
+from offramp.training.harm import CHANGES, harms
 from offramp.training.tails import Jumped, drawn_exits, first_tail, through_tails
+from offramp.training.teacher import TeacherText
 
 LEAN = [f"{family}/{engine}" for family in ("llama", "mamba2") for engine in ENGINES]
 
@@ -178,3 +180,60 @@ def test_a_sketch_at_exits_only_leaves_full_depth_as_it_is() -> None:
     opened = Engine(tiny("llama"), exits, replace(closed, thresholds=(0.0, 1.0, 1.0)))
     whole = Engine(tiny("llama"), exits, Policy((0.0, 1.0, 1.0)))
     assert opened.head.flops == whole.head.flops == whole.exit_head.flops > opened.exit_head.flops
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("index", [0, 1])
+def test_harm_is_what_a_token_that_leaves_does_to_later_ones(family: str, index: int) -> None:
+    backbone = tiny(family)
+    exit = list(modest_exits(family, readout="ffn", tails=TAILS))[index]
+    ids, counted, start = list(range(40, 60)), torch.arange(20) >= 8, exit.block
+    at = hidden_at(family, ids)
+    logits = backbone.logits(at[BLOCKS][0])
+    top = logits.log_softmax(-1).topk(16)
+    text = TeacherText(torch.tensor(ids), at[start][0, :, None], top.indices, top.values, counted)
+    adapted, _ = exit.adapter(at[start].float())
+    rows = top.indices[counted, :4].unique()
+    for position, harm in zip([8, 13, 18], harms(backbone, exit, text, 0, adapted, [8, 13, 18]).tolist(), strict=True):
+        state, later = backbone.state(), []
+        for place in range(20):
+            h = at[start][:, place : place + 1]
+            step = backbone.step(h, place)
+            if place == position:
+                backbone.project(h, start, BLOCKS - exit.tail, state, step)
+                backbone.run(adapted[:, place : place + 1], BLOCKS - exit.tail, BLOCKS, state, step)
+            else:
+                later.append(backbone.run(h, start, BLOCKS, state, step)[0])
+        q = backbone.logits(torch.cat(later[position:]), rows).log_softmax(-1)
+        p = logits[position + 1 :, rows].log_softmax(-1)
+        roots = (p.exp() * (p - q)).sum(-1).clamp(min=0).sqrt()
+        assert harm == pytest.approx(CHANGES * float(roots.sum()), rel=2e-2, abs=3e-4)
+        assert harm > 1e-3
+
+
+NATIVE = [name for name in LEAN if name.endswith("/native")]
+
+
+@pytest.mark.parametrize("gate", ["linear", "ffn"])
+@pytest.mark.parametrize("variant", NATIVE)
+@pytest.mark.parametrize("fill", ["project", "defer"])
+def test_compiled_gates_decide_as_exits_that_are_asked_one_by_one(variant: str, gate: str, fill: str) -> None:
+    exits = exits_for(variant, gate, "ffn", tails=TAILS)
+    policies = [
+        Policy((0.5, 0.6, 0.5)),
+        Policy((0.9, 0.0, 0.5)),  # every token leaves at the second exit at the latest
+        Policy((1.0, 1.0, 0.7), perhaps=(0.4, 0.5, 1.0), keys=(0.02, 0.02, 1.0)),
+    ]
+    stops = set()
+    for policy in policies:
+        engine, stepwise = (Engine(tiny(variant), exits, policy, fill) for _ in range(2))
+        assert engine.gating
+        stepwise.gating = None
+        for prompt in some_prompts(5):
+            one, other = (each.generate(prompt, max_tokens=12) for each in (engine, stepwise))
+            assert one.ids == other.ids
+            assert (one.mean_blocks, one.flops_saved) == (other.mean_blocks, other.flops_saved)
+            for token, twin in zip(one.tokens, other.tokens, strict=True):
+                assert token.confidence == pytest.approx(twin.confidence, abs=1e-5)
+            stops |= {token.exit_block for token in one.tokens}
+    assert stops > {3, BLOCKS}

@@ -33,6 +33,7 @@ from offramp.training import teacher
 from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS, turns
 from offramp.training.loop import Budget, Fit, accelerator_for, batches
+from offramp.training.planning import FITTING
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts, write_shards
 from offramp.training.trainer import Trainer
 from offramp.training.training import sketch_of, train
@@ -452,7 +453,7 @@ def test_a_time_is_kept_and_said_beforehand(tmp_path, prompts: str) -> None:
     assert re.fullmatch(words, said[0])
     plan = exits.training["plan"]
     assert 3 <= plan["answers"] <= 12 * 40
-    assert plan["adapter_hours"] == pytest.approx(0.4 * 0.004)
+    assert plan["adapter_hours"] == pytest.approx(FITTING * 0.004)
     assert plan["tails"] == [exit.tail for exit in exits]
     spent = [point for point in exits.training["curve"] if point["stage"] == "adapters"]
     assert spent

@@ -51,6 +51,33 @@ def leave(plan: Plan, number: int, climbs: list[Climb]) -> dict[Climb, Decision]
     return decisions
 
 
+def runs_on(plan: Plan, climb: Climb) -> bool:
+    """Whether a climb can run on through several exits: it has one token, and none waits at an exit on its way."""
+    ahead = climb.sequence.exits[climb.segment :]
+    alone = climb.h is not None and climb.h.shape[1] == 1 and not any(exit.pending for exit in ahead)
+    return bool(plan.gating and ahead and climb.may_leave and alone)
+
+
+def run_on(plan: Plan, climb: Climb) -> None:
+    """Let a climb run up to the first exit whose gate is sure enough to leave or to read out, or else to the top."""
+    assert plan.gating
+    numbers, start = range(climb.segment, plan.top), plan.segments[climb.segment].start
+    lowest = [_lowest(plan, climb, number) for number in numbers]
+    climb.make_room(start, plan.backbone.n_blocks, plan.first_tail)
+    with plan.timed("blocks"):
+        climb.h, reached, said = plan.gating.run(climb.part, start, lowest)
+    climb.work = climb.work.plus(plan.work(start, reached, 1, climb.end))
+    climb.segment = plan.top
+    for number, (h, confidence) in zip(numbers, said, strict=False):
+        exit = climb.sequence.exits[number]
+        exit.see(h, climb.sequence.top)
+        if lowest[number - numbers.start] > 0:
+            climb.spend(exit.gate.flops_per_token)
+            climb.gates[number] = confidence
+        if exit.block == reached:
+            climb.segment = number
+
+
 def _sure(plan: Plan, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, float]]:
     """Read-outs and confidences of the newest tokens that leave at this exit. The others' tails are taken back."""
     policy = plan.policy
@@ -74,17 +101,33 @@ def _sure(plan: Plan, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, f
 
 def _ask_gate(plan: Plan, climb: Climb, number: int, confidences: dict[Climb, float]) -> bool:
     """Note the gate's confidence. Returns whether the exit is to read out. A threshold of 0 asks no gate."""
-    index, policy = climb.sequence.exits[number].index, plan.policy
-    threshold = _threshold(plan, climb, number, policy.threshold)
-    lowest = min(threshold, policy.perhaps[index]) if policy.has_key(index) else threshold
-    if not threshold > 0:
+    if not _threshold(plan, climb, number, plan.policy.threshold) > 0:
         confidences[climb] = 1.0
         return True
-    with plan.timed("exits"):
-        score, flops = climb.sequence.exits[number].gate.read()
-        climb.spend(flops)
-        confidences[climb] = float(score.sigmoid())
-    return confidences[climb] > lowest
+    if number in climb.gates:
+        confidences[climb] = climb.gates[number]
+    else:
+        with plan.timed("exits"):
+            confidences[climb] = _gate_says(plan, climb, number)
+    return confidences[climb] > _lowest(plan, climb, number)
+
+
+def _gate_says(plan: Plan, climb: Climb, number: int) -> float:
+    """The confidence of the gate at an exit for a climb's newest token."""
+    gate = climb.sequence.exits[number].gate
+    if plan.gating:
+        climb.spend(gate.flops_per_token)
+        return plan.gating.ask(number, climb.hidden[:, -1:])
+    score, flops = gate.read()
+    climb.spend(flops)
+    return float(score.sigmoid())
+
+
+def _lowest(plan: Plan, climb: Climb, number: int) -> float:
+    """What the gate's confidence must exceed, or the token goes on without a read-out."""
+    index, policy = climb.sequence.exits[number].index, plan.policy
+    threshold = _threshold(plan, climb, number, policy.threshold)
+    return min(threshold, policy.perhaps[index]) if policy.has_key(index) else threshold
 
 
 def _threshold(plan: Plan, climb: Climb, number: int, of: Callable[[int, int], float]) -> float:

@@ -13,8 +13,10 @@ With `verify`, a token that left is a draft, and the sequence climbs again at on
 model's logits decide: drafts that agree stand, the first draft that differs is replaced, and all drafts after it are
 rejected.
 
-The climbs that are furthest behind run first. So sequences that go deep wait for each other, and share one pass over the
-weights. Exits whose threshold is 1 never fire and are left out: full depth costs nothing extra.
+A token that climbs alone does not stop at exits whose gate is not sure enough: blocks and gates run in one call
+(`decode.gating`). Of several climbs, those that are furthest behind run first. So sequences that go deep wait for each
+other, and share one pass over the weights. Exits whose threshold is 1 never fire and are left out: full depth costs nothing
+extra.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from offramp.decode.asking import leave
+from offramp.decode.asking import leave, run_on, runs_on
 from offramp.decode.climb import Climb
 from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.embedding import embed_all
@@ -167,10 +169,14 @@ class Batch:
         climbs = [self._set_out(request) for request in requests]
         self._embed(climbs)
         while climbs:
-            number = min(climb.segment for climb in climbs)
-            at_segment = [climb for climb in climbs if climb.segment == number]
-            further_up = [climb for climb in climbs if climb.segment != number]
-            self._run_blocks(number, at_segment)
+            if len(climbs) == 1 and runs_on(self.plan, climbs[0]):
+                run_on(self.plan, climbs[0])
+                number, at_segment, further_up = climbs[0].segment, climbs, []
+            else:
+                number = min(climb.segment for climb in climbs)
+                at_segment = [climb for climb in climbs if climb.segment == number]
+                further_up = [climb for climb in climbs if climb.segment != number]
+                self._run_blocks(number, at_segment)
             if number == self.plan.top:
                 events += self._judge(at_segment)
                 climbs = further_up
@@ -228,13 +234,9 @@ class Batch:
         if not moving:
             return
         for climb in moving:
-            if climb.sequence.drafts:  # the state must be able to forget them
-                climb.sequence.watch(segment.start, segment.stop)
-            tokens = climb.hidden.shape[1]
-            if climb.sequence.watched and segment.stop > plan.first_tail:
-                # What tokens that left early put into the tails' blocks makes room for their exact states.
-                climb.sequence.state.crop(climb.end - tokens, max(segment.start, plan.first_tail), segment.stop)
+            climb.make_room(segment.start, segment.stop, plan.first_tail)
             if climb.counted:
+                tokens = climb.hidden.shape[1]
                 climb.work = climb.work.plus(plan.work(segment.start, segment.stop, tokens, climb.end))
         with plan.timed(plan.part_of(number)):
             hidden = plan.backbone.run_all([climb.part for climb in moving], segment.start, segment.stop)
@@ -311,7 +313,7 @@ class Batch:
             talk.sequence.ids, talk.sequence.prompt = [*ids], len(ids)
             talk.sequence.state.reserve(len(ids) + remaining)
         else:
-            exits = [OpenExit.of(exit, index) for exit, index in self.plan.open_exits]
+            exits = [OpenExit.of(exit, index, self.plan.parts) for exit, index in self.plan.open_exits]
             talk.sequence = Sequence([*ids], self.plan.backbone.state(len(ids) + remaining), exits, len(ids))
         return talk.sequence
 

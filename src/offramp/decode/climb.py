@@ -17,7 +17,8 @@ class Climb:
 
     h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None while all tokens
     to run are pending at later exits. `may_leave`: whether exits are asked. `counted`: whether work is counted (that of a
-    prompt is not). `tops`: the most probable token at each exit so far, for the confidence `patience`.
+    prompt is not). `tops`: the most probable token at each exit so far, for the confidence `patience`. `gates`: what gates
+    said that were asked on the way, by the number of the exit.
     """
 
     request: Request
@@ -29,6 +30,7 @@ class Climb:
     segment: int = 0
     work: Work = NO_WORK
     tops: list[int] = field(default_factory=list)
+    gates: dict[int, float] = field(default_factory=dict)
 
     @property
     def sequence(self) -> Sequence:
@@ -46,6 +48,15 @@ class Climb:
         """What the backbone needs to run the tokens."""
         assert self.step is not None
         return self.hidden, self.sequence.state, self.step
+
+    def make_room(self, start: int, stop: int, first_tail: int) -> None:
+        """Get what blocks `start` to `stop` - 1 remember ready for the tokens. The longest tail begins at `first_tail`."""
+        sequence = self.sequence
+        if sequence.drafts:  # the state must be able to forget them
+            sequence.watch(start, stop)
+        if sequence.watched and stop > first_tail:
+            # What tokens that left early put into the tails' blocks makes room for their exact states.
+            sequence.state.crop(self.end - self.hidden.shape[1], max(start, first_tail), stop)
 
     def spend(self, flops: int) -> None:
         """Count FLOPs that were not spent in blocks."""

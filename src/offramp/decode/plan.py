@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from offramp.decode.fills import fill_named
+from offramp.decode.gating import Gating
 from offramp.decode.heads import Head
 from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import Work
 from offramp.decode.timing import Timed, untimed
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.exits import Exit, Exits
+from offramp.exits.parts import Part, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
+from offramp.model.lean.base import Lean
 from offramp.model.runtime import joined
 
 
@@ -82,6 +85,14 @@ class Plan:
         self.open_exits: list[tuple[Exit, int]] = [
             (exit, index) for index, exit in enumerate(all_exits) if self.policy.opens(index)
         ]
+        exits_in_order, runtime = [exit for exit, _ in self.open_exits], self.backbone.runtime
+        self.gating = Gating.of(self.backbone, exits_in_order) if self.policy.confidence == "gate" else None
+        # Gates and read-outs as they are run: with the backbone's compiled products, where it has them.
+        self.parts: dict[Part, Part] = {
+            part: with_products(part, runtime.product_of) if isinstance(runtime, Lean) and runtime.compiled else part
+            for exit in exits_in_order
+            for part in (exit.gate, exit.adapter)
+        }
         self.longest_tail = max((exit.tail for exit, _ in self.open_exits), default=0)
         bounds = [0, *(exit.block for exit, _ in self.open_exits), self.backbone.n_blocks]
         self.segments = [Segment(start, stop) for start, stop in pairwise(bounds)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from array import array
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -27,8 +28,9 @@ class Follower:
     Raises `TypeError` for a part that returns a memory and does not declare `recurrent`: its memory would be lost.
     """
 
-    def __init__(self, part: Part) -> None:
-        self._part = part
+    def __init__(self, part: Part, run: Part | None = None) -> None:
+        """`run`: the same part as it is to be run, such as one with compiled products; by default `part` itself."""
+        self._part = run or part
         self.flops_per_token = part.flops()
         self.length = 0
         self._memory: Memory = None
@@ -97,9 +99,10 @@ class OpenExit:
     pending: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, exit: Exit, index: int) -> OpenExit:
-        """An exit for a new sequence; `index` is its place in the policy."""
-        return cls(exit, index, Follower(exit.gate), Follower(exit.adapter))
+    def of(cls, exit: Exit, index: int, run: Mapping[Part, Part] = MappingProxyType({})) -> OpenExit:
+        """An exit for a new sequence; `index` is its place in the policy, `run` are its parts as they are to be run."""
+        gate, readout = (Follower(part, run.get(part)) for part in (exit.gate, exit.adapter))
+        return cls(exit, index, gate, readout)
 
     @property
     def block(self) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.exits.parts import MambaBlock, Memory, Part, Standardise
+from offramp.model.lean.native import GateParts
+from offramp.model.lean.weights import Weight
 
 
 class LinearGate(Part):
@@ -56,6 +59,17 @@ class MambaGate(Part):
         x = self.norm(h)
         logit, memory = self.mixer(F.dropout(self.down(x), 0.3, self.training), memory)
         return (logit + self.direct(x)).squeeze(-1), memory
+
+
+def compiled(gate: Part, dtype: torch.dtype) -> GateParts | None:
+    """What `Lean.run_until` needs of a gate, with its matrices in `dtype`; None for a gate that cannot be asked there."""
+    if not isinstance(gate, LinearGate | FFNGate):
+        return None
+    inward, out = gate.out.weight, None
+    if isinstance(gate, FFNGate):
+        inward, out = torch.cat([gate.gate.weight, gate.up.weight]), gate.out.weight[0].detach().float().contiguous()
+    mean, spread = (vector.float().contiguous() for vector in (gate.norm.mean, gate.norm.spread))
+    return GateParts(Weight({"w": inward.detach().to(dtype)}), mean, spread, out, float(gate.out.bias))
 
 
 GATES: dict[str, type[Part]] = {"linear": LinearGate, "ffn": FFNGate, "mamba": MambaGate}

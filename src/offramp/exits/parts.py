@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D the backbone's hidden size.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -32,6 +34,27 @@ class Part(nn.Module):
         blocks = [part for part in self.modules() if isinstance(part, MambaBlock)]
         convolutions = sum(2 * block.conv_weight.numel() for block in blocks)  # `scan_flops` counts them already
         return matrix_flops(self) - convolutions + sum(block.scan_flops() for block in blocks)
+
+
+class Product(nn.Module):
+    """A linear layer that decoding multiplies by `times`, (n, inputs) → (n, outputs), in place of its own weight."""
+
+    def __init__(self, times: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._times(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+
+
+def with_products(part: Part, product_of: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> Part:
+    """A copy of a gate or a read-out for decoding, in which `product_of` says how each linear layer is multiplied."""
+    twin = copy.deepcopy(part)
+    for module in list(twin.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(module, name, Product(product_of(layer)))
+    return twin
 
 
 class MambaBlock(nn.Module):

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -234,15 +233,15 @@ class Backbone:
         A sketch of the head estimates which tokens are the likeliest. It is the head times `expand` (D, k), and takes the
         hidden state times `reduce` (k, D), for a small k.
         """
-        guess = self.runtime.head_behind(expand)
+        read_out = self.runtime.sketched(expand, candidates)
 
         def logits(h: Tensor) -> Tensor:
-            flat = h.reshape(-1, h.shape[-1])
-            likeliest = _largest(guess(self.final(flat) @ reduce.T), candidates)
-            out = torch.full((len(flat), self.vocab_size), float("-inf"), device=h.device)
-            for row, tokens in enumerate(likeliest):
-                out[row, tokens] = self.head_of(tokens)(flat[row : row + 1])[0]
-            return out.view(*h.shape[:-1], -1)
+            x = self.final(h).reshape(-1, h.shape[-1])
+            raw = read_out(x, x @ reduce.T)
+            finished = self._finished(raw)
+            if finished is not raw:  # a soft cap would make finite numbers of the others' −inf
+                finished = torch.where(raw == float("-inf"), raw, finished)
+            return finished.view(*h.shape[:-1], -1)
 
         return logits
 
@@ -258,11 +257,3 @@ class Backbone:
         """Token ids (B, T) → logits (B, T, V) at full depth. The memory is empty at the start and is not kept."""
         h, step = self.embed(ids)
         return self.logits(self.run(h, 0, self.n_blocks, self.state(ids.shape[1]), step))
-
-
-def _largest(rows: Tensor, count: int) -> Tensor:
-    """The places (n, count) of the `count` largest entries of each row (n, V), in any order."""
-    if rows.device.type != "cpu":
-        return rows.topk(count, dim=-1, sorted=False).indices
-    # On a CPU this is several times as fast as torch's topk.
-    return torch.from_numpy(np.argpartition(rows.numpy(), -count, axis=-1)[:, -count:])

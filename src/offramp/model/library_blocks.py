@@ -12,7 +12,6 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from offramp.model.families import Family
 from offramp.model.lean.weights import FORMATS, Weight
 from offramp.model.mamba import remember, with_own_mixer
 from offramp.model.modules import Modules
-from offramp.model.runtime import Part, Step
+from offramp.model.runtime import Part, Step, read_out_likeliest
 from offramp.model.state import State
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -144,8 +143,14 @@ class LibraryBlocks:
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda h: self.logits(h, rows)
 
-    def head_behind(self, expand: Tensor) -> Callable[[Tensor], Tensor]:
-        return partial(F.linear, weight=self.head_weight() @ expand)
+    def sketched(self, expand: Tensor, candidates: int) -> Callable[[Tensor, Tensor], Tensor]:
+        sketch, head = self.head_weight() @ expand, self._modules.head.weight
+
+        def logits(x: Tensor, z: Tensor) -> Tensor:
+            normed = x.to(self.dtype)
+            return read_out_likeliest(F.linear(z, sketch), candidates, normed, lambda row, ids: F.linear(row, head[ids]))
+
+        return logits
 
     def final(self, h: Tensor) -> Tensor:
         normed: Tensor = self._modules.norm(h).float()

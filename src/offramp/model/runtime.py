@@ -34,6 +34,17 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
+def read_out_likeliest(estimates: Tensor, candidates: int, x: Tensor, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Logits (n, V) of the tokens with the highest estimates (n, V), −inf for the others.
+
+    head(row, ids) gives the logits of the tokens `ids` for one row (1, D) of x.
+    """
+    out = torch.full(estimates.shape, float("-inf"), device=estimates.device)
+    for row, ids in enumerate(estimates.topk(candidates, dim=-1, sorted=False).indices):
+        out[row, ids] = head(x[row : row + 1], ids)[0].float()
+    return out
+
+
 class Runtime(Protocol):
     """Runs the blocks and the head of one model."""
 
@@ -89,8 +100,12 @@ class Runtime(Protocol):
         """A function that gives the `logits` of the n tokens `rows` only, (…, D) → (…, n). It is meant for many calls."""
         ...
 
-    def head_behind(self, expand: Tensor) -> Callable[[Tensor], Tensor]:
-        """The head after a linear map `expand` (D, k), as one product: (n, k) → (n, V)."""
+    def sketched(self, expand: Tensor, candidates: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """The head on those tokens only that a sketch of it, the head times `expand` (D, k), finds likeliest.
+
+        The result takes rows x (n, D) after the final norm, and z (n, k), what the sketch reads of them. It gives the
+        logits (n, V) of each row's `candidates` likeliest tokens (more if estimates are equal), and −inf for all others.
+        """
         ...
 
     def final(self, h: Tensor) -> Tensor:

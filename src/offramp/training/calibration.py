@@ -94,6 +94,30 @@ def candidates(
     return [line for line in lines if line]
 
 
+def precision_line(
+    backbone: Backbone,
+    exits: Exits,
+    prompts: list[list[int]],
+    config: CalibrationConfig,
+    head: tuple[int, int],
+    progress: Progress = silent,
+) -> list[Policy]:
+    """Policies for falling precisions, from how often exits are right in the model's answers to prompts (token ids).
+
+    If the config's fill leaves approximate states, it also counts what these change. `head`: the policies' `candidates` and
+    `exit_candidates`.
+    """
+    groups = group_texts(prompts, [], max(config.max_tokens), batch=48)
+    with TemporaryDirectory() as folder:
+        texts = TeacherTexts.open(write_shards(backbone, groups, needed_layers(exits), Path(folder)))
+        trainer = Trainer(backbone, exits, TrainConfig(), Path(folder), progress)
+        labelled = trainer.labels(texts, ROUNDS)
+        if not fill_named(config.fill).waits:
+            trainer.measure_harm(labelled)
+        known = evidence(exits, labelled)
+    return policies(exits, known, Costs(backbone), PRECISIONS, *head)
+
+
 KINDS = ("precision", "thresholds", "decay", PATIENCE, "fixed")
 
 
@@ -236,7 +260,8 @@ def calibrate(
     first = max(1, round(PILOT * len(questions)))
     trial = _Trial.begin(backbone, exits, questions, config, reference or backbone, progress)
     if config.kind == "precision":
-        lines.append(trial.by_precision(first, heads(vocabulary, config.whole_head)))
+        head = heads(vocabulary, config.whole_head)
+        lines.append(precision_line(backbone, exits, trial.ids[:first], config, head, progress))
     tested = trial.test(trial.find_path(lines, first), first)
     passed = [test.policy for test in tested if test.passed]
     record = Calibration(
@@ -300,18 +325,6 @@ class _Trial:
         loss_of = LOSSES[self.config.loss]
         triples = zip(early, self.references[part], self.questions[part], strict=True)
         return [loss_of(*triple) for triple in triples], early
-
-    def by_precision(self, first: int, head: tuple[int, int]) -> list[Policy]:
-        """A line of policies for falling precisions, from how often exits are right in answers to the pilot's questions.
-
-        `head`: the policies' `candidates` and `exit_candidates`.
-        """
-        groups = group_texts(self.ids[:first], [], max(self.config.max_tokens), batch=48)
-        with TemporaryDirectory() as folder:
-            texts = TeacherTexts.open(write_shards(self.backbone, groups, needed_layers(self.exits), Path(folder)))
-            trainer = Trainer(self.backbone, self.exits, TrainConfig(), Path(folder), self.progress)
-            known = evidence(self.exits, trainer.labels(texts, ROUNDS))
-        return policies(self.exits, known, Costs(self.backbone), PRECISIONS, *head)
 
     def find_path(self, lines: list[list[Policy]], first: int) -> list[Policy]:
         """The policies to test, in order, found on the first `first` questions (the pilot)."""

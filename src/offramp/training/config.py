@@ -33,7 +33,10 @@ class TrainConfig:
     readout: str = setting("mamba", "Adapter before the LM head: none, linear, ffn, mamba or deep.", draft="deep")
     gate_width: int = setting(64, "Bottleneck of a gate, in dims; a multiple of 16.")
     gate_target: str = setting(
-        "key", "What gates learn to foresee: key (that the read-out will be sure enough) or agreement (that it is right)."
+        "harmless",
+        "What gates learn to foresee: key (that the read-out will be sure enough), harmless (also that later tokens will "
+        "not miss what the skipped blocks would remember) or agreement (that the read-out is right).",
+        draft="key",
     )
     readout_width: int = setting(512, "Bottleneck of a read-out, in dims; a multiple of 32.", draft=256)
     top_k: int = setting(1, "An exit agrees if its token is among the full model's k most probable ones.")
@@ -70,8 +73,8 @@ class TrainConfig:
         _check_least(self, top_k=1, max_prompts=1, answers=1, answer_tokens=1, epochs=0, gate_epochs=0, batch=1)
         if not self.hours > 0:
             raise BadInput(f"{self.hours} hours are no time to train in.", "Give a number above 0, such as 0.5.")
-        if self.gate_target not in ("key", "agreement"):
-            raise BadInput(f"Gates cannot foresee '{self.gate_target}'.", "Choose from key, agreement.")
+        if self.gate_target not in ("key", "harmless", "agreement"):
+            raise BadInput(f"Gates cannot foresee '{self.gate_target}'.", "Choose from key, harmless, agreement.")
         if not self.temperatures or min(self.temperatures) < 0:
             raise BadInput("Temperatures must be 0 or more, and there must be one.", "For example 0,0.7,0.9.")
         _check_rates(self.learning_rate, self.gate_learning_rate)

@@ -17,6 +17,7 @@ from offramp.training.loop import accelerator_for, claim, step_generator
 from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, read_texts, write_shards
 
 PROMPTS = ASSETS / "prompts.txt"
+MOST_FOR_GATES, MOST_HELD = 2000, 1000  # texts: more of them would serve adapters better
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ def gather(
     progress: Progress = silent,
     plan: dict[str, Any] | None = None,
 ) -> Data:
-    """Run the model over the config's prompts and texts, and split these 7 : 2 : 1. Work in the folder `work` is resumed.
+    """Run the model over the config's prompts and texts, and split these. Work in the folder `work` is resumed.
 
+    Adapters, gates and validation get 7 : 2 : 1 of the texts; of many texts, gates and validation get a smaller share. If
+    the adapters are not to be trained, gates get nearly all.
     There are `config.answers` answers, or one for each prompt. `plan` (default: the config) must be the same as when that
     work began. With several processes, each runs the model over a share of the texts. Raises `BadInput` for too few texts,
     and for another plan.
@@ -65,7 +68,9 @@ def gather(
     accelerator.wait_for_everyone()
     teacher = TeacherTexts.open(shards)
     order = torch.randperm(len(teacher), generator=step_generator(config.seed, 0)).tolist()
-    fifth, tenth = max(1, len(order) // 5), max(1, len(order) // 10)
+    fifth, tenth = (max(1, min(most, len(order) // part)) for part, most in ((5, MOST_FOR_GATES), (10, MOST_HELD)))
+    if config.epochs == 0:
+        fifth = len(order) - tenth - 1
     adapters, gates, held = order[tenth + fifth :], order[tenth : tenth + fifth], order[:tenth]
     return Data(teacher.subset(adapters), teacher.subset(gates), teacher.subset(held), files)
 

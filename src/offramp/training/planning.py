@@ -22,7 +22,8 @@ from offramp.training.data import prompts_of, turns
 from offramp.training.places import tried, variants
 from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, write_shards
 
-ANSWERING, FITTING, GATING = 0.4, 0.4, 0.1  # shares of the time; the rest is for the probe, the trial and labels
+# Shares of the time; the rest is for the probe, the trial and labels.
+ANSWERING, FITTING, GATING, MEASURING = 0.38, 0.38, 0.07, 0.08
 MOST_ANSWERS = 12  # to one prompt: more would hardly say anything new
 PROBED = 256  # answers
 SKETCH_DIMS, CANDIDATES = 128, 2048  # all but 1 in 900 of SmolLM2's own tokens are among the candidates
@@ -30,7 +31,7 @@ SKETCH_DIMS, CANDIDATES = 128, 2048  # all but 1 in 900 of SmolLM2's own tokens 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training does: the exits' places, the number of answers, and hours for adapters and gates.
+    """What a training does: the exits' places, the number of answers, and hours for adapters, gates and measuring harm.
 
     Without a number there is one answer for each prompt. Hours are None where epochs are given.
     """
@@ -40,6 +41,7 @@ class Plan:
     answers: int | None = None
     adapter_hours: float | None = None
     gate_hours: float | None = None
+    harm_hours: float | None = None
 
 
 def planned(
@@ -117,7 +119,7 @@ def _measured(
     fits = max(1, int(3600 * config.hours * ANSWERING / seconds))
     answers = config.answers or min(MOST_ANSWERS * len(prompts), fits)
     gates = None if config.gate_epochs is not None else config.hours * GATING
-    plan = Plan(layers, tails, answers, config.hours * FITTING, gates)
+    plan = Plan(layers, tails, answers, config.hours * FITTING, gates, config.hours * MEASURING)
     where = ", ".join(f"{layer} + {tail}" for layer, tail in zip(layers, tails or [0] * len(layers), strict=True))
     answering, training = answers * seconds / 60, 60 * config.hours * (FITTING + GATING)
     says = f"{answers:,} answers of about {tokens:.0f} tokens in {answering:.0f} min; {training:.0f} min of training"

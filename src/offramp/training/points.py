@@ -1,7 +1,8 @@
 """Policies by precision: at each exit, the thresholds above which a given share of the tokens that leave are right.
 
 A threshold means something else at each exit, and for each gate. A precision means the same everywhere. So a calibration
-goes along a line of precisions. For each of them, every exit gets the cheapest rule that reaches it on labelled text:
+goes along a line of precisions. Where the fill is approximate, the later tokens that a token changes count as wrong too
+(`Evidence.worth`). For each precision, every exit gets the rule that saves most and reaches it on labelled text:
 
 - the gate alone: a token leaves above a threshold;
 - the gate and the second key: above a lower threshold the exit reads out, and the token leaves if the read-out's own
@@ -42,12 +43,12 @@ def rule(known: Evidence, precision: float, gain: float, price: float) -> Rule:
     """
     best = Rule()
     tokens = len(known.agrees)
-    threshold, leaving = lowest(known.gate, known.agrees, precision)
+    threshold, leaving = lowest(known.gate, known.worth, precision)
     if leaving:
         best = Rule(threshold=threshold, saved=gain * leaving / tokens)
     for perhaps in [0.0, *torch.quantile(known.gate.float(), 1 - torch.tensor(ASKED)).tolist()]:
         asked = known.gate > perhaps
-        key, leaving = lowest(known.key[asked], known.agrees[asked], precision)
+        key, leaving = lowest(known.key[asked], known.worth[asked], precision)
         saved = (gain * leaving - price * (int(asked.sum()) - leaving)) / tokens
         if leaving and saved > best.saved:
             best = Rule(perhaps=perhaps, key=key, saved=saved)

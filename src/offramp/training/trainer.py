@@ -14,6 +14,8 @@ Everything random is a function of the seed and the step.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,6 +33,7 @@ from offramp.model.lean.weights import multiplies_bfloat16
 from offramp.model.runtime import Runtime
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
+from offramp.training.harm import harms
 from offramp.training.loop import Budget, Fit, Loss, step_generator
 from offramp.training.tails import LEAST_SHARE, Jumped, drawn_exits, first_tail, through_tails
 from offramp.training.teacher import TeacherText, TeacherTexts
@@ -38,6 +41,8 @@ from offramp.training.validation import LabelledTexts, Labels, lowest
 
 EPOCHS = 4  # passes over the text where neither a number nor a time is given
 SURE = 0.97  # the precision at which a second key is foreseen by the gate before it
+LIKELY = 0.8  # the confidence of a read-out below which no rule would let a token leave whose harm matters
+MISSED = 0.1  # later tokens that change, at which a gate should be sure by 1/e only
 LABELLED = 1 / 3  # of a text's tokens that jump when exits are judged: about as many as leave in decoding
 
 
@@ -257,6 +262,30 @@ class Trainer:
             self.progress("labels", first + len(batch), len(texts))
         return LabelledTexts(texts, labelled, self.place)
 
+    @torch.inference_mode()
+    def measure_harm(self, labelled: LabelledTexts, hours: float | None = None) -> None:
+        """Note the harm of leaving at each exit, for the tokens that may leave; text by text, for at most so many `hours`.
+
+        Tokens that the read-out is not sure of (`LIKELY`) count as if they changed one token. Wrong ones count by
+        themselves, so they have no harm.
+        """
+        until = time.monotonic() + 3600 * (math.inf if hours is None else hours)
+        for done, (text, labels) in enumerate(zip(labelled.texts, labelled.labels, strict=True)):
+            if time.monotonic() > until:
+                return
+            positions = text.counted.nonzero()[:, 0]
+            hidden = text.hidden[None].float().to(self.device)
+            for index, exit in enumerate(self.exits):
+                likely = labels.top_prob[:, index] > LIKELY
+                labels.harm[:, index] = (~likely).float()
+                measured = likely & (labels.agrees[:, index] == 1) & (positions < len(text.ids) - 1)
+                if measured.any():
+                    adapted, _ = exit.adapter(self._input(exit, hidden))
+                    chosen = positions[measured].tolist()
+                    found = harms(self.backbone, exit, text, self.place[exit.block], adapted, chosen)
+                    labels.harm[measured, index] = found
+            self.progress("harm", done + 1, len(labelled))
+
     def _label(self, labels: Labels, index: int, h: Tensor, which: Tensor) -> None:
         """Note what exit `index` says at the positions `which` (n,), from states h before the final norm."""
         rows = self.exits.shortlist
@@ -291,23 +320,27 @@ def sampled_vocabulary(
 
 
 def gate_targets(labelled: LabelledTexts, target: str) -> list[Tensor]:
-    """For each text, what the gates should say, (n, J): 1, 0, or −1 where it is unknown.
+    """For each text, what the gates should say, (n, J) from 0 to 1, or −1 where it is unknown.
 
     With the target `agreement`: whether the read-out agrees with the oracle (the paper's). With `key`: whether the
     read-out's own confidence lets the token leave, at a precision of `SURE`. Few tokens are both right and known to be
     right. A gate that foresees these wastes fewer read-outs than one that foresees agreement. Where no threshold reaches
-    that precision, agreement is the target.
+    that precision, agreement is the target. With `harmless`: the same, times exp(−harm / `MISSED`); as `key` if no harm was
+    measured.
     """
-    if target == "agreement":
-        return [labels.agrees for labels in labelled.labels]
-    agrees = torch.cat([labels.agrees for labels in labelled.labels])
-    top_prob = torch.cat([labels.top_prob for labels in labelled.labels])
-    targets = agrees.clone()
-    for index in range(agrees.shape[1]):
-        known = agrees[:, index] >= 0
-        threshold, leaving = lowest(top_prob[known, index], agrees[known, index].bool(), SURE)
+    labels = labelled.together()
+    if labels.harm.isnan().all():
+        target = "key" if target == "harmless" else target
+    targets = labels.agrees.float()
+    for index in range(targets.shape[1] if target != "agreement" else 0):
+        known, key = targets[:, index] >= 0, labels.top_prob[:, index]
+        threshold, leaving = lowest(key[known], targets[known, index], SURE)
         if leaving:
-            targets[known, index] = (top_prob[known, index] > threshold).to(targets.dtype)
+            targets[known, index] = (key[known] > threshold).to(targets.dtype)
+        if target == "harmless":
+            harm = labels.harm[:, index]
+            targets[known, index] *= torch.exp(-harm[known] / MISSED)
+            targets[harm.isnan(), index] = -1
     return list(targets.split([len(labels.agrees) for labels in labelled.labels]))
 
 

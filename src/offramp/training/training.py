@@ -3,7 +3,7 @@
 0. Plan: a short probe says how many answers fit into the time, and how long the exits' tails should be (`planning`).
 1. Teacher: the model answers prompts; hidden states at the exits and the final distribution are written to shards.
 2. Adapters: each read-out is distilled towards the final distribution (`Trainer.fit_adapters`).
-3. Gates learn where their read-outs agree with the oracle (`Trainer.fit_gates`).
+3. Gates learn where a token may leave: where its read-out is sure, and later tokens will not miss it (`Trainer.fit_gates`).
 
 A text serves adapters, gates or validation, never two of them: a gate must learn how the read-out does on text it was not
 fitted to.
@@ -80,10 +80,14 @@ def train(
         if exits.config.readout != "none":
             trainer.fit_adapters(data.adapters, plan.adapter_hours)
         labelled = trainer.labels(data.gates + data.held)
-        trainer.fit_gates(labelled[: len(data.gates)], plan.gate_hours)
+        gates, held = labelled[: len(data.gates)], labelled[len(data.gates) :]
+        if config.gate_target == "harmless":
+            trainer.measure_harm(held, plan.harm_hours and plan.harm_hours / 3)
+            trainer.measure_harm(gates, plan.harm_hours and plan.harm_hours * 2 / 3)
+        trainer.fit_gates(gates, plan.gate_hours)
 
     exits.modules.eval().requires_grad_(False)
-    shown = evidence(exits, labelled[len(data.gates) :])
+    shown = evidence(exits, held)
     exits.policy = _default_policy(exits, config, shown, Costs(backbone))
     exits.training = {
         "command": command,
@@ -95,6 +99,7 @@ def train(
         "versions": {"torch": torch.__version__, "offramp": __version__},
         "validation": quality(exits, shown),
         "curve": trainer.fit.curve,
+        **({"start": start.training} if start else {}),
     }
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -107,8 +112,7 @@ def train(
 def _default_policy(exits: Exits, config: TrainConfig, shown: list[Evidence], costs: Costs) -> Policy:
     """The config's threshold, or for each exit the rule that reaches the config's precision on held-out text.
 
-    An exit that skips many blocks leaves approximate states in them, and that alone can change the rest of an answer, even
-    if the token was right. So this is a guess that calibration should replace.
+    This is a guess from tokens that leave one by one. Only a calibration tests whole answers.
     """
     number = CANDIDATES if exits.config.sketch else 0
     closed = (1.0,) * len(exits)

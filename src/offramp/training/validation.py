@@ -21,21 +21,24 @@ class Labels:
     """What the J exits say at n positions.
 
     oracle (n, K): the oracle's most probable tokens; agrees (n, J): 1 where the exit's most probable token is among the
-    first k of them, 0 where not, −1 where it is unknown; top_prob (n, J): the probability of the exit's own.
+    first k of them, 0 where not, −1 where it is unknown; top_prob (n, J): the probability of the exit's own. harm (n, J):
+    how many later tokens change if the token leaves (`training.harm`); NaN where it is unknown.
     """
 
     oracle: Tensor
     agrees: Tensor
     top_prob: Tensor
+    harm: Tensor
 
     @classmethod
     def unknown(cls, oracle: Tensor, exits: int) -> Labels:
         """Labels of which none is known yet."""
-        return cls(oracle, torch.full((len(oracle), exits), -1, dtype=torch.int8), torch.zeros(len(oracle), exits))
+        shape = len(oracle), exits
+        return cls(oracle, torch.full(shape, -1, dtype=torch.int8), torch.zeros(shape), torch.full(shape, torch.nan))
 
     def split(self, sizes: list[int]) -> list[Labels]:
         """The labels in pieces of these sizes."""
-        parts = (self.oracle.split(sizes), self.agrees.split(sizes), self.top_prob.split(sizes))
+        parts = (self.oracle.split(sizes), self.agrees.split(sizes), self.top_prob.split(sizes), self.harm.split(sizes))
         return [Labels(*pieces) for pieces in zip(*parts, strict=True)]
 
 
@@ -53,32 +56,48 @@ class LabelledTexts:
     def __getitem__(self, part: slice) -> LabelledTexts:
         return LabelledTexts(self.texts[part], self.labels[part], self.places)
 
+    def together(self) -> Labels:
+        """The labels of all texts in one piece."""
+        parts = zip(*((each.oracle, each.agrees, each.top_prob, each.harm) for each in self.labels), strict=True)
+        return Labels(*map(torch.cat, parts))
+
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of n tokens at one exit: the gate's confidence, the read-out's own, and whether it is right, (n,)."""
+    """What is known of n tokens at one exit, each (n,).
+
+    The gate's confidence, the read-out's own, whether it is right, and the `harm` if the token leaves: how many later
+    tokens change. The harm is 0 where it was not measured, as for a fill that makes up for it.
+    """
 
     gate: Tensor
     key: Tensor
     agrees: Tensor
+    harm: Tensor
+
+    @property
+    def worth(self) -> Tensor:
+        """Of a token that leaves: 1, less 1 if it is wrong, less the later tokens that change, (n,)."""
+        return self.agrees.double() - self.harm
 
 
 @torch.inference_mode()
 def evidence(exits: Exits, labelled: LabelledTexts) -> list[Evidence]:
-    """What the labelled positions of the texts show of each exit."""
+    """What the labelled positions of the texts show of each exit; if harm was measured, those where it is known."""
     device = next(exits.modules.parameters()).device
     confidence: list[list[Tensor]] = [[] for _ in exits]
     for text in labelled.texts:
         for index, exit in enumerate(exits):
             logit, _ = exit.gate(text.hidden[None, :, labelled.places[exit.block]].float().to(device))
             confidence[index].append(logit[0].sigmoid().cpu()[text.counted])
-    agrees = torch.cat([labels.agrees for labels in labelled.labels])
-    top_prob = torch.cat([labels.top_prob for labels in labelled.labels])
-    known = agrees >= 0
-    return [
-        Evidence(torch.cat(gate)[known[:, index]], top_prob[known[:, index], index], agrees[known[:, index], index].bool())
-        for index, gate in enumerate(confidence)
-    ]
+    labels = labelled.together()
+    measured = ~labels.harm.isnan()
+    shown = []
+    for index, gate in enumerate(confidence):
+        known = (labels.agrees[:, index] >= 0) & (measured[:, index] | ~measured.any())
+        key, agrees, harm = labels.top_prob[known, index], labels.agrees[known, index], labels.harm[known, index]
+        shown.append(Evidence(torch.cat(gate)[known], key, agrees.bool(), harm.nan_to_num(0.0)))
+    return shown
 
 
 def quality(exits: Exits, shown: list[Evidence]) -> list[dict[str, Any]]:
@@ -102,13 +121,14 @@ def quality(exits: Exits, shown: list[Evidence]) -> list[dict[str, Any]]:
     ]
 
 
-def lowest(confidence: Tensor, agrees: Tensor, precision: float) -> tuple[float, int]:
-    """The lowest threshold above which the share of tokens that agree is at least `precision`, and how many those are.
+def lowest(confidence: Tensor, worth: Tensor, precision: float) -> tuple[float, int]:
+    """The lowest threshold above which the tokens' mean worth is at least `precision`, and how many those are.
 
-    `confidence` and `agrees` are (n,). Without such a threshold, or with fewer than `LEAST` tokens above it: (1, 0).
+    `confidence` and `worth` are (n,); a token's worth is 1 or true if it is right. Without such a threshold, or with fewer
+    than `LEAST` tokens above it: (1, 0).
     """
     ordered, order = confidence.double().sort(descending=True)
-    right, count = agrees[order].long().cumsum(0), torch.arange(1, len(ordered) + 1)
+    right, count = worth[order].double().cumsum(0), torch.arange(1, len(ordered) + 1)
     below = torch.cat([ordered[1:], ordered.new_zeros(1)])
     # Of tokens with the same confidence, all leave or none.
     good = ((below < ordered) & (right >= precision * count) & (count >= LEAST)).nonzero()[:, 0]

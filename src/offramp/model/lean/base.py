@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.lean.native import CWeight, Native, NativeMamba, library, rounds_to_bfloat16
+from offramp.model.lean.native import Asked, CWeight, GateParts, Gates, Native, NativeMamba, library, rounds_to_bfloat16
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
-from offramp.model.runtime import Part, Step, joined
+from offramp.model.runtime import Part, Step, joined, read_out_likeliest
 from offramp.model.state import State
 from offramp.model.store import Built, Get, Store, Tensors
 
@@ -210,12 +210,33 @@ class Lean:
         """What blocks `start` to `stop` - 1 remember in the state."""
         raise NotImplementedError
 
-    def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+    def _call(self, native: Callable[..., int], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> int:
         """Call `native`, the compiled `run` or `remember`, with the rows (R, D) of all parts, one part after another.
 
-        First, the parts' memories get room for the new tokens. `run` changes the rows in place.
+        First, the parts' memories get room for the new tokens. `run` changes the rows in place. Returns the number of
+        blocks that ran; the others remember nothing of the tokens.
         """
         raise NotImplementedError
+
+    def gates(self, blocks: Sequence[int], gates: Sequence[GateParts]) -> Gates | None:
+        """Gates after so many blocks each, for `run_until`; None if they cannot be compiled."""
+        compiled = Gates(blocks, gates) if self._native and gates else None
+        return compiled if compiled and self._native and compiled.width <= self._native.room_for_gates else None
+
+    def run_until(self, part: Part, start: int, asked: Asked) -> tuple[Tensor, int]:
+        """Run one token from block `start` up to the first gate that is sure enough, or to the top.
+
+        Returns its hidden state (1, 1, D) there, and the number of blocks before.
+        """
+        assert self._native
+        rows = _rows(part[0]).clone(memory_format=torch.contiguous_format)
+        run = self._call(partial(self._native.run, asked=asked), rows, start, len(self.blocks), [part])
+        return rows[None], start + run
+
+    def ask(self, gates: Gates, index: int, h: Tensor) -> float:
+        """The logit of one of the gates for a hidden state h (1, 1, D)."""
+        assert self._native
+        return self._native.ask(gates.compiled[index], h.float().contiguous())
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         """Final norm and head: h (…, D) → (…, V), or of the tokens `rows` only. Gradients pass through with `rows`."""
@@ -236,11 +257,27 @@ class Lean:
 
         return logits
 
-    def head_behind(self, expand: Tensor) -> Callable[[Tensor], Tensor]:
-        """The head after a linear map `expand` (D, k), as one product in the head's own format: (n, k) → (n, V)."""
+    def sketched(self, expand: Tensor, candidates: int) -> Callable[[Tensor, Tensor], Tensor]:
         kind = type(self.head)
         product = self.head.dense() @ expand
-        return self._product_with(kind(kind.tensors(product.to(self.head.w.dtype) if kind is Weight else product)))
+        sketch = kind(kind.tensors(product.to(self.head.w.dtype) if kind is Weight else product))
+        if not self._native:
+            return lambda x, z: read_out_likeliest(sketch(z), candidates, x, lambda row, ids: self.head.pick(ids)(row))
+        native, handle, head = self._native, CWeight.of(sketch), self._head
+
+        def logits(x: Tensor, z: Tensor) -> Tensor:
+            assert sketch.w.numel()  # the handle holds its address only
+            return native.sketched(handle, head, z.contiguous(), x.contiguous(), candidates)
+
+        return logits
+
+    def product_of(self, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+        """A function x (n, K) → (n, N) that multiplies with a linear layer's weights, kept in bfloat16 unless the blocks'
+        are float32.
+        """
+        dtype = torch.float32 if self.weight_format == "float32" else torch.bfloat16
+        bias = None if layer.bias is None else layer.bias.detach()
+        return self._product_with(Weight({"w": layer.weight.detach().to(dtype)}, bias))
 
     def _product_with(self, weight: Weight) -> Callable[[Tensor], Tensor]:
         """A function x (n, K) → (n, N) that multiplies with this weight on the engine in use. It keeps the weight alive."""
@@ -279,6 +316,11 @@ class Lean:
     def drop_spare_weights(self) -> None:
         for part in (*self._modules.blocks, self._modules.embedding, self._modules.norm, self._modules.head):
             part.to("meta")
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled path does the work."""
+        return self._native is not None
 
     @property
     def engine(self) -> str:

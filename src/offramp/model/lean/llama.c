@@ -3,7 +3,7 @@
 //
 // D hidden size, Q query heads, H key/value heads, P head dim, F width of the MLP.
 
-#include "products.h"
+#include "gates.h"
 
 typedef struct {
     Weight qkv, o, gate_up, down;
@@ -285,17 +285,26 @@ static void gated_mlp(const Block *b, const Worker *w) {
 }
 
 // Runs the rows through `count` blocks, h in place. kv[i · S + q] is what block i remembers of sequence q of S, (capacity, 2H, P).
-void offramp_run(const Block *blocks, int64_t count, const Shape *s, float *const *kv, int64_t S, const Tokens *tokens,
-                 const Scratch *scratch) {
+// A single row may have gates (else NULL). Returns the number of blocks run.
+int64_t offramp_run(const Block *blocks, int64_t count, const Shape *s, float *const *kv, int64_t S, const Tokens *tokens,
+                    const Gates *gates, const Scratch *scratch) {
+    int64_t run = count;
 #pragma omp parallel num_threads(scratch->threads)
     {
         const Worker w = worker(s, tokens, scratch);
+        const Asker asker = {w.x, w.mlp, w.room, w.local, w.t, w.n};
+        int64_t gate = 0;
         for (int64_t i = 0; i < count; i++) {
             project(blocks + i, &w, kv + i * S, s->queries);
             attention(blocks + i, &w, kv + i * S);
             gated_mlp(blocks + i, &w);
+            if (stops(gates, &gate, i + 1, tokens->h, &asker)) {
+                if (!w.t) run = i + 1;
+                break;
+            }
         }
     }
+    return run;
 }
 
 // Stores only the keys and values, as if the rows were the input of each of the blocks.

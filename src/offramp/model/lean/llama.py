@@ -256,7 +256,7 @@ class LeanLlama(Lean):
     def _memories(self, start: int, stop: int, state: State) -> list[KV]:
         return [kv for kv in state.kv[start:stop] if kv is not None]
 
-    def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+    def _call(self, native: Callable[..., int], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> int:
         """Make room in the parts' memories for their tokens, and call `native` with all rows (R, D)."""
         steps = [_rotary(step) for _, _, step in parts]
         memories: list[list[int]] = [[] for _ in range(start, stop)]
@@ -264,7 +264,11 @@ class LeanLlama(Lean):
             for kv, addresses in zip(self._memories(start, stop, state), memories, strict=True):
                 addresses += kv.addresses(step.batch, 2 * self.heads, self.dim, step.end)
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
-        native(rows, start, memories, Rows(positions, numbered(steps), turn))
+        run = native(rows, start, memories, Rows(positions, numbered(steps), turn))
+        if run < stop - start:
+            for step, (_, state, _) in zip(steps, parts, strict=True):
+                state.crop(step.end - step.tokens, start + run, stop)
+        return run
 
 
 def _rotary(step: Step) -> RotaryStep:

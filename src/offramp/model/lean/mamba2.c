@@ -3,7 +3,7 @@
 //
 // D hidden size, E inner width (H heads of P dims), G groups, N state size, W the convolution's width, C = E + 2GN channels.
 
-#include "products.h"
+#include "gates.h"
 
 typedef struct {
     Weight in, out;                                     // rows of `in`: z (E), x, B and C (C together), dt (H)
@@ -203,19 +203,28 @@ static void project_out(const MambaBlock *b, const MambaWorker *w) {
 #pragma omp barrier
 }
 
-// Runs the rows through `count` blocks, h in place. memory[i · S + q] is what block i remembers of sequence q of S.
-void offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, int64_t S,
-                       const MambaTokens *tokens, const Scratch *scratch) {
+// Runs the rows through `count` blocks, h in place. memory[i · S + q] is what block i remembers of sequence q of S. A single row
+// may have gates (else NULL). Returns the number of blocks run.
+int64_t offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, int64_t S,
+                          const MambaTokens *tokens, const Gates *gates, const Scratch *scratch) {
+    int64_t run = count;
 #pragma omp parallel num_threads(scratch->threads)
     {
         const MambaWorker w = mamba_worker(s, tokens, scratch);
+        const Asker asker = {w.x, w.in, w.room, w.local, w.t, w.n};
+        int64_t gate = 0;
         for (int64_t i = 0; i < count; i++) {
             project_in(blocks + i, &w, 0);
             convolve(blocks + i, &w, memory + i * S, i);
             recur(blocks + i, &w, memory + i * S, i, 1);
             project_out(blocks + i, &w);
+            if (stops(gates, &gate, i + 1, tokens->h, &asker)) {
+                if (!w.t) run = i + 1;
+                break;
+            }
         }
     }
+    return run;
 }
 
 // Only updates the memories, as if the rows were the input of each of the blocks.

@@ -151,7 +151,7 @@ class LeanMamba(Lean):
     def _memories(self, start: int, stop: int, state: State) -> list[SSM]:
         return [ssm for ssm in state.ssm[start:stop] if ssm is not None]
 
-    def _call(self, native: Callable[..., None], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+    def _call(self, native: Callable[..., int], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> int:
         """Call `native` with all rows (R, D) and the parts' memories, and record there what they took in."""
         assert self._native
         addresses: list[list[int]] = [[] for _ in range(start, stop)]
@@ -162,11 +162,11 @@ class LeanMamba(Lean):
                 places += ssm.addresses(rows, *shapes)
         watched = any(ssm.watched for own in memories for ssm in own)
         journal = self._native.journal(stop - start, len(rows)) if watched else None
-        native(rows, start, addresses, numbered([_mamba(step) for _, _, step in parts]), journal)
+        run = native(rows, start, addresses, numbered([_mamba(step) for _, _, step in parts]), journal)
         first = 0
         for (_, _, step), own in zip(parts, memories, strict=True):
             after = first + step.batch * step.tokens
-            for index, ssm in enumerate(own):
+            for index, ssm in enumerate(own[:run]):
                 if journal is None:
                     ssm.record(step.tokens)
                 else:
@@ -174,6 +174,7 @@ class LeanMamba(Lean):
                     replay = partial(self._native.replay, start + index, notes)
                     ssm.record(step.tokens, notes[..., : self.blocks[start].channels], replay)
             first = after
+        return run
 
 
 def _mamba(step: Step) -> MambaStep:

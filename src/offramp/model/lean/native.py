@@ -1,7 +1,8 @@
 """Compile the C code, once for each machine, and call it through ctypes.
 
-`llama.c` and `mamba2.c` run a range of blocks in one call. `head.c` multiplies with the LM head. `products.h` holds what
-they share. Without a C compiler nothing here is used: the lean path then computes the same with torch's operators.
+`llama.c` and `mamba2.c` run a range of blocks in one call. `head.c` multiplies with the LM head. `products.h`, `gates.h`
+and `sketch.h` hold what they are made of. Without a C compiler nothing here is used: the lean path then computes the same
+with torch's operators.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from offramp.model.lean.weights import Weight
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("head.c", "llama.c", "mamba2.c")]
-HEADER = FOLDER / "products.h"
+HEADERS = [FOLDER / name for name in ("products.h", "gates.h", "sketch.h")]
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 
 
@@ -115,6 +116,23 @@ class CMambaTokens(ctypes.Structure):
     )
 
 
+class CGate(ctypes.Structure):
+    """`Gate` in gates.h."""
+
+    _fields_ = (
+        ("after", c_int64),
+        ("in", CWeight),
+        *((name, c_void_p) for name in ("mean", "spread", "out")),
+        *((name, c_float) for name in ("bias", "threshold")),
+    )
+
+
+class CGates(ctypes.Structure):
+    """`Gates` in gates.h."""
+
+    _fields_ = (("gates", POINTER(CGate)), ("count", c_int64), ("seen", c_void_p), ("logits", c_void_p))
+
+
 def address(tensor: Tensor | None) -> int | None:
     """Where the tensor's memory begins; None (NULL in C) for no tensor."""
     return None if tensor is None else tensor.data_ptr()
@@ -147,27 +165,31 @@ def _compiled_file(command: list[str]) -> Path:
     """Where the compiled library is kept: one file for each source, compiler command and kind of processor."""
     # -march=native means something else on each machine, and machines may share a cache folder.
     machine = "/".join([*command, platform.machine(), processor(), instruction_set()])
-    code = b"".join(file.read_bytes() for file in (*SOURCES, HEADER))
+    code = b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS))
     return cache_folder() / "native" / f"{hashlib.sha256(code + machine.encode()).hexdigest()[:16]}.so"
 
 
 def _declared(loaded: Any) -> Any:
     """The library, with the signatures of its functions."""
     scratch = POINTER(CScratch)
-    llama = [POINTER(CBlock), c_int64, POINTER(CShape), c_void_p, c_int64, POINTER(CTokens), scratch]
-    mamba = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), c_void_p, c_int64]
-    mamba += [POINTER(CMambaTokens), scratch]
+    llama = [POINTER(CBlock), c_int64, POINTER(CShape), c_void_p, c_int64, POINTER(CTokens)]
+    mamba = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), c_void_p, c_int64, POINTER(CMambaTokens)]
     signatures = {
-        "offramp_product": [POINTER(CWeight), c_void_p, c_int64, c_void_p, scratch],
-        "offramp_run": llama,
-        "offramp_remember": llama,
-        "offramp_mamba_run": mamba,
-        "offramp_mamba_remember": mamba,
-        "offramp_mamba_replay": [POINTER(CMambaBlock), POINTER(CMambaShape), c_void_p, c_void_p, c_int64],
+        "offramp_product": (None, [POINTER(CWeight), c_void_p, c_int64, c_void_p, scratch]),
+        "offramp_sketched": (
+            None,
+            [POINTER(CWeight), POINTER(CWeight), c_void_p, c_void_p, c_int64, c_int64, c_void_p, scratch],
+        ),
+        "offramp_ask": (c_float, [POINTER(CGate), c_void_p, scratch]),
+        "offramp_run": (c_int64, [*llama, POINTER(CGates), scratch]),
+        "offramp_remember": (None, [*llama, scratch]),
+        "offramp_mamba_run": (c_int64, [*mamba, POINTER(CGates), scratch]),
+        "offramp_mamba_remember": (None, [*mamba, scratch]),
+        "offramp_mamba_replay": (None, [POINTER(CMambaBlock), POINTER(CMambaShape), c_void_p, c_void_p, c_int64]),
     }
-    for name, arguments in signatures.items():
+    for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, result
     loaded.offramp_rounds_to_bfloat16.restype = c_int64
     return loaded
 
@@ -181,6 +203,54 @@ def rounds_to_bfloat16(format: str) -> bool:
     return format in ("bfloat16", "int4") and bool(compiled and compiled.offramp_rounds_to_bfloat16())
 
 
+@dataclass(frozen=True)
+class GateParts:
+    """What a gate is made of: `inward` (2W, D) and `out` (W,), or `inward` (1, D) alone; mean and spread (D,); a bias."""
+
+    inward: Weight
+    mean: Tensor
+    spread: Tensor
+    out: Tensor | None
+    bias: float
+
+    def compiled(self) -> CGate:
+        """The gate as the C code takes it. It holds addresses only, so these parts must stay alive."""
+        addresses = (address(tensor) for tensor in (self.mean, self.spread, self.out))
+        return CGate(0, CWeight.of(self.inward), *addresses, self.bias, 0.0)
+
+
+class Gates:
+    """The gates of a model's open exits, in order, which the compiled path asks between blocks (`exits.gates`)."""
+
+    def __init__(self, blocks: Sequence[int], gates: Sequence[GateParts]) -> None:
+        """`blocks`: the number of blocks before each gate."""
+        self.blocks, self._parts = blocks, gates  # the latter keeps tensors alive
+        self.compiled = (CGate * len(gates))(*(parts.compiled() for parts in gates))
+        self.width = max(parts.inward.rows for parts in gates)
+
+    def __len__(self) -> int:
+        return len(self.compiled)
+
+    def ahead(self, start: int, thresholds: Sequence[float]) -> Asked:
+        """The last of the gates, on the way of a row that sets out before block `start`; a threshold for each logit."""
+        first = len(self) - len(thresholds)
+        gates = (CGate * len(thresholds))(*self.compiled[first:])
+        for gate, blocks, threshold in zip(gates, self.blocks[first:], thresholds, strict=True):
+            gate.after, gate.threshold = blocks - start, threshold
+        return Asked(gates, torch.empty(len(gates), self._parts[0].mean.numel(), dtype=torch.float32))
+
+
+class Asked:
+    """Gates on the way of one row. What they are told and say: hidden states `seen` (n, D), and n `logits`."""
+
+    def __init__(self, gates: Any, seen: Tensor) -> None:
+        self.gates, self.seen, self.logits = gates, seen, (c_float * len(gates))()
+
+    def compiled(self) -> CGates:
+        """The gates as the C code takes them."""
+        return CGates(self.gates, len(self.gates), self.seen.data_ptr(), ctypes.addressof(self.logits))
+
+
 class _Room(threading.local):
     """Scratch memory: each Python thread has its own, since a call to C lets the others run."""
 
@@ -191,6 +261,7 @@ class _Room(threading.local):
 class _Native:
     """What both compiled paths share. All tensors are float32 and contiguous, on the CPU."""
 
+    room_for_gates = 0  # floats that a gate may use beside the row
     ROWS = 256  # the most rows of one call; more would need much scratch and gain nothing
     TILE, PANEL = 8, 1 << 15  # of products.h: at least TILE_ROWS, and PANEL
 
@@ -212,6 +283,21 @@ class _Native:
             scratch = self._scratch(rows, 0)
             self._library.offramp_product(weight, _from_row(x, first), rows, _from_row(y, first), scratch)
         return y
+
+    def sketched(self, sketch: CWeight, head: CWeight, z: Tensor, x: Tensor, candidates: int) -> Tensor:
+        """Logits (R, V) of rows x (R, D) of the tokens that z (R, k) times the sketch (V, k) finds likeliest; −inf else."""
+        y = torch.empty(len(x), head.rows, dtype=torch.float32)
+        for first, rows in self._pieces(len(x)):
+            scratch = self._scratch(rows, sketch.columns + 64)
+            starts = (_from_row(z, first), _from_row(x, first))
+            self._library.offramp_sketched(sketch, head, *starts, rows, candidates, _from_row(y, first), scratch)
+        return y
+
+    def ask(self, gate: CGate, h: Tensor) -> float:
+        """The logit of a gate for a hidden state h of D numbers."""
+        weight = getattr(gate, "in")
+        scratch = self._scratch(1, weight.columns + weight.rows)
+        return float(self._library.offramp_ask(gate, h.data_ptr(), scratch))
 
     def _pieces(self, count: int) -> Iterator[tuple[int, int]]:
         """The first row and the number of rows of each call."""
@@ -246,21 +332,28 @@ class Native(_Native):
         super().__init__(CBlock, blocks, columns)
         self._shape = shape
         row = max(shape.hidden, shape.queries * shape.dim) + (shape.queries + 2 * shape.heads) * shape.dim
-        self._row = row + max(2 * shape.width, shape.hidden)
+        self.room_for_gates = max(2 * shape.width, shape.hidden)
+        self._row = row + self.room_for_gates
 
-    def run(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
+    def run(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows, asked: Asked | None = None) -> int:
         """Run h (R, D) in place through the blocks from `start` on, one block for each of the `memories`.
 
-        memories[i][q] is the address of the keys and values that the i-th of these blocks has of sequence q.
+        memories[i][q] is the address of the keys and values that the i-th of these blocks has of sequence q. Gates may be
+        `asked` about a single row: it stops at the first one whose logit is above its threshold. Returns the number of
+        blocks run.
         """
-        self._call(self._library.offramp_run, h, start, memories, rows)
+        gates = asked.compiled() if asked else None
+        return self._call(self._library.offramp_run, h, start, memories, rows, gates)
 
-    def remember(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
-        """Only write the `memories`, as if h (R, D) were the input of each of the blocks."""
+    def remember(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> int:
+        """Only write the `memories`, as if h (R, D) were the input of each of the blocks. Returns their number."""
         self._call(self._library.offramp_remember, h, start, memories, rows)
+        return len(memories)
 
-    def _call(self, function: Any, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> None:
-        count = len(h)
+    def _call(
+        self, function: Any, h: Tensor, start: int, memories: list[list[int]], rows: Rows, *gates: CGates | None
+    ) -> int:
+        count, run = len(h), 0
         if not (h.is_contiguous() and len(rows.positions) == len(rows.sequences) == len(rows.turn) == count):
             raise ValueError(
                 f"{count} rows, {len(rows.positions)} positions, {len(rows.sequences)} sequences, "
@@ -272,7 +365,8 @@ class Native(_Native):
             starts = (_from_row(part, first) for part in (rows.positions, rows.sequences, rows.turn))
             tokens = CTokens(_from_row(h, first), piece, *starts)
             scratch = self._scratch(piece, self._row, own)
-            function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, scratch)
+            run = function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, *gates, scratch)
+        return run
 
 
 class NativeMamba(_Native):
@@ -283,41 +377,58 @@ class NativeMamba(_Native):
         self._shape = shape
         inner = shape.heads * shape.dim
         self._channels = inner + 2 * shape.groups * shape.states
-        self._row = max(shape.hidden, inner) + inner + 2 * self._channels + shape.heads
+        self.room_for_gates = inner + self._channels + shape.heads
+        self._row = max(shape.hidden, inner) + self.room_for_gates + self._channels
 
     def journal(self, blocks: int, rows: int) -> Tensor:
         """An empty journal (blocks, R, 2C + H), in which blocks record what rows do to their memories."""
         return torch.empty(blocks, rows, 2 * self._channels + self._shape.heads)
 
     def run(
-        self, h: Tensor, start: int, memories: list[list[int]], sequences: Tensor, journal: Tensor | None = None
-    ) -> None:
+        self,
+        h: Tensor,
+        start: int,
+        memories: list[list[int]],
+        sequences: Tensor,
+        journal: Tensor | None = None,
+        asked: Asked | None = None,
+    ) -> int:
         """Run h (R, D) in place through the blocks from `start` on, one block for each of the `memories`.
 
         memories[i] holds two addresses for each sequence: of the window and of the state that the i-th block has of it.
         Row r is the next token of sequences[r] (int64), or padding where that is -1. The `journal`, if given, receives each
-        row's inputs and outputs of the convolution, and dt.
+        row's inputs and outputs of the convolution, and dt. `asked`, and what is returned, are as in `Native.run`.
         """
-        self._call(self._library.offramp_mamba_run, h, start, memories, sequences, journal)
+        gates = asked.compiled() if asked else None
+        return self._call(self._library.offramp_mamba_run, h, start, memories, sequences, journal, gates)
 
     def remember(
         self, h: Tensor, start: int, memories: list[list[int]], sequences: Tensor, journal: Tensor | None = None
-    ) -> None:
-        """Only update the `memories`, as if h (R, D) were the input of each of the blocks."""
+    ) -> int:
+        """Only update the `memories`, as if h (R, D) were the input of each of the blocks. Returns their number."""
         self._call(self._library.offramp_mamba_remember, h, start, memories, sequences, journal)
+        return len(memories)
 
     def _call(
-        self, function: Any, h: Tensor, start: int, memories: list[list[int]], sequences: Tensor, journal: Tensor | None
-    ) -> None:
-        count = len(h)
+        self,
+        function: Any,
+        h: Tensor,
+        start: int,
+        memories: list[list[int]],
+        sequences: Tensor,
+        journal: Tensor | None,
+        *gates: CGates | None,
+    ) -> int:
+        count, run = len(h), 0
         if not (h.is_contiguous() and len(sequences) == count):
             raise ValueError(f"{count} rows, {len(sequences)} sequences")
         memory = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
         for first, piece in self._pieces(count):
             notes = None if journal is None else _from_row(journal[0], first)
             tokens = CMambaTokens(_from_row(h, first), piece, _from_row(sequences, first), notes, count)
-            scratch = self._scratch(piece, self._row)
-            function(self._from(start), len(memories), self._shape, memory, len(memories[0]) // 2, tokens, scratch)
+            scratch, lines = self._scratch(piece, self._row), len(memories[0]) // 2
+            run = function(self._from(start), len(memories), self._shape, memory, lines, tokens, *gates, scratch)
+        return run
 
     def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:
         """Repeat the first `tokens` of block `index`'s journal (1, T, 2C + H) on its state h (1, H, P, N), in place."""

@@ -1,0 +1,78 @@
+"""Prompts to train and calibrate exits with, in parts that share none.
+
+    .venv/bin/python benchmarks/prompts.py --trivia opentriviaqa.jsonl --instructions dolly-1000.jsonl -o build/prompts
+
+It writes five files of JSON lines. `train` and `calibrate` are a mix of offramp's own list, instructions and trivia
+questions; in `train`, the first two come several times, so that they are answered at several temperatures. `own-train`,
+`own-calibrate` and `own-result` are a matched workload of trivia questions alone, with their answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+
+from offramp.files import read_lines, write_atomically
+from offramp.training.data import PROMPTS
+
+REPEATS = 4  # of offramp's own prompts and of instructions
+LONGEST = 800  # characters of an instruction
+CALIBRATE = {"own": 240, "instructions": 120, "trivia": 540}
+MATCHED = {"own-train": 4000, "own-calibrate": 1000, "own-result": 400}
+
+
+def instructions(path: Path) -> list[dict[str, str]]:
+    """The instructions of a file of prompts in Alpaca's format, without that format."""
+    found = (re.sub(r"(?s)^.*### Instruction:\n|\n*### Response:\s*$", "", line) for line in read_lines(path, ("prompt",)))
+    return [{"prompt": prompt} for prompt in dict.fromkeys(found) if len(prompt) <= LONGEST]
+
+
+def trivia(path: Path) -> list[dict[str, str]]:
+    """Trivia questions, each once, with their answers."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return list({row["question"]: {"prompt": row["question"], "answer": row["answer"]} for row in rows}.values())
+
+
+def divided(sources: dict[str, list[dict[str, str]]], share: float = 1.0) -> dict[str, list[dict[str, str]]]:
+    """The five parts; `share` makes all of them smaller."""
+    draw = random.Random(0)
+    for rows in sources.values():
+        draw.shuffle(rows)
+    questions, parts = iter(sources["trivia"]), {}
+    for name, count in MATCHED.items():
+        parts[name] = [next(questions) for _ in range(round(count * share))]
+    calibrate = {name: round(count * share) for name, count in CALIBRATE.items()}
+    sources = {**sources, "trivia": list(questions)}
+    parts["calibrate"] = [{"prompt": row["prompt"]} for name, n in calibrate.items() for row in sources[name][:n]]
+    rest = {name: rows[calibrate[name] :] for name, rows in sources.items()}
+    repeated = rest["own"] + rest["instructions"]
+    new = min(len(rest["trivia"]) // REPEATS, round(3000 * share))
+    parts["train"] = []
+    for turn in range(REPEATS):
+        rows = repeated + rest["trivia"][turn * new : (turn + 1) * new]
+        # Temperatures are used in turn, line by line: a line more or less gives a prompt another one at each turn.
+        rows = rows[: len(rows) - (len(rows) - 1) % 3]
+        parts["train"] += [{"prompt": row["prompt"]} for row in rows]
+    return parts
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trivia", type=Path, required=True)
+    parser.add_argument("--instructions", type=Path, required=True)
+    parser.add_argument("--share", type=float, default=1.0, help="of all parts; for a trial")
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/prompts"))
+    args = parser.parse_args(argv)
+    own = [{"prompt": line} for line in read_lines(PROMPTS, ("prompt",))]
+    sources = {"own": own, "instructions": instructions(args.instructions), "trivia": trivia(args.trivia)}
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, rows in divided(sources, args.share).items():
+        write_atomically(args.output / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        print(f"{name}: {len(rows)} prompts")
+
+
+if __name__ == "__main__":
+    main()

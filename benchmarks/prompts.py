@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/prompts.py --trivia opentriviaqa.jsonl --instructions dolly-1000.jsonl -o build/prompts
 
-It writes five files of JSON lines. `train` and `calibrate` are a mix of offramp's own list, instructions and trivia
-questions; in `train`, the first two come several times, so that they are answered at several temperatures. `own-train`,
+It writes six files of JSON lines. `train` and `calibrate` are a mix of offramp's own list, instructions and trivia
+questions; in `train`, the first two come several times, so that they are answered at several temperatures. `gates` are
+some lines of the second half of `train`, for gates that are trained after the read-outs. `own-train`,
 `own-calibrate` and `own-result` are a matched workload of trivia questions alone, with their answers.
 """
 
@@ -21,6 +22,7 @@ from offramp.training.data import PROMPTS
 REPEATS = 4  # of offramp's own prompts and of instructions
 LONGEST = 800  # characters of an instruction
 CALIBRATE = {"own": 240, "instructions": 120, "trivia": 540}
+FOR_GATES = slice(10478, 11778)  # lines of `train`, which begin a turn of the repeated prompts
 MATCHED = {"own-train": 4000, "own-calibrate": 1000, "own-result": 400}
 
 
@@ -37,7 +39,7 @@ def trivia(path: Path) -> list[dict[str, str]]:
 
 
 def divided(sources: dict[str, list[dict[str, str]]], share: float = 1.0) -> dict[str, list[dict[str, str]]]:
-    """The five parts; `share` makes all of them smaller."""
+    """The six parts; `share` makes all but `gates` smaller."""
     draw = random.Random(0)
     for rows in sources.values():
         draw.shuffle(rows)
@@ -56,6 +58,7 @@ def divided(sources: dict[str, list[dict[str, str]]], share: float = 1.0) -> dic
         # Temperatures are used in turn, line by line: a line more or less gives a prompt another one at each turn.
         rows = rows[: len(rows) - (len(rows) - 1) % 3]
         parts["train"] += [{"prompt": row["prompt"]} for row in rows]
+    parts["gates"] = parts["train"][FOR_GATES]
     return parts
 
 

@@ -26,8 +26,8 @@ MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 DEMO_QUESTIONS = {
     "smollm2": [
         "Why is the sky blue?",
-        "Why do cats purr?",
-        "Describe the taste of a ripe mango.",
+        "What did the Romans use concrete for?",
+        "List three uses of vinegar in the house.",
     ],
     "mamba-tiny": [
         "What is the capital of France?",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -35,9 +36,9 @@ from offramp.training.data import PROMPTS, turns
 from offramp.training.loop import Budget, Fit, accelerator_for, batches
 from offramp.training.planning import FITTING
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts, write_shards
-from offramp.training.trainer import Trainer
+from offramp.training.trainer import MISSED, Trainer, gate_targets
 from offramp.training.training import sketch_of, train
-from offramp.training.validation import evidence, lowest
+from offramp.training.validation import LabelledTexts, Labels, evidence, lowest
 
 LAYERS = (2, 4)
 ANSWERING = ["llama", "bamba", *(f"{family}/{engine}" for family in ("llama", "mamba2") for engine in ENGINES)]
@@ -395,6 +396,7 @@ def test_jumps_learn_to_say_what_the_model_says(tmp_path, prompts: str, family: 
         train(tiny(family), tmp_path / "other", replace(settings, layers=(1, 3)), start=after)
     # They go on from where they stopped.
     again = train(tiny(family), tmp_path / "again", replace(settings, epochs=0, gate_epochs=0), start=after)
+    assert again.training["tokens"]["gates"] > again.training["tokens"]["adapters"]  # which learn nothing
     for key, value in after.modules.state_dict().items():
         assert torch.equal(again.modules.state_dict()[key], value), key
 
@@ -535,3 +537,24 @@ def test_another_accelerator_in_the_process_keeps_its_precision() -> None:
     for bfloat16 in (True, False):
         accelerator_for(torch.device("cpu"), bfloat16)
         assert own.mixed_precision == "no"
+
+
+def test_gates_learn_which_sure_tokens_do_harm() -> None:
+    """Sure tokens count the less, the more later tokens change; where harm is unknown, nothing is learned."""
+    count = 200
+    labels = Labels.unknown(torch.zeros(count, 1), 1)
+    labels.agrees[:] = 1
+    labels.top_prob[:, 0] = torch.linspace(0.5, 1, count)
+    labels.agrees[: count // 2] = 0
+    labelled = LabelledTexts([], [labels], {})
+    (key,) = gate_targets(labelled, "key")
+    assert torch.equal(gate_targets(labelled, "harmless")[0], key)  # as long as no harm was measured
+    assert key[: count // 2 - 10].sum() == 0
+    assert key[count // 2 :].all()
+    labels.harm[:, 0] = torch.tensor([0.0, MISSED] * (count // 2))
+    labels.harm[-1] = torch.nan
+    (wanted,) = gate_targets(labelled, "harmless")
+    assert wanted[-1] == -1
+    assert wanted[-2] == 1 == wanted[-4]
+    assert float(wanted[-3]) == pytest.approx(math.exp(-1), rel=1e-5)
+    assert wanted[: count // 2 - 10].abs().sum() == 0

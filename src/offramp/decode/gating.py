@@ -1,4 +1,4 @@
-"""The compiled gates of the open exits, which one token passes without a stop between the blocks.
+"""Compiled gates: a token that climbs alone runs blocks and the open exits' gates in one call.
 
 They are used where the gate's confidence decides and every open gate can be compiled. Elsewhere gates are asked as modules.
 """

@@ -89,7 +89,9 @@ class Plan:
         self.gating = Gating.of(self.backbone, exits_in_order) if self.policy.confidence == "gate" else None
         # Gates and read-outs as they are run: with the backbone's compiled products, where it has them.
         self.parts: dict[Part, Part] = {
-            part: with_products(part, runtime.product_of) if isinstance(runtime, Lean) and runtime.compiled else part
+            part: with_products(part, runtime.product_of)
+            if isinstance(runtime, Lean) and runtime.engine == "native"
+            else part
             for exit in exits_in_order
             for part in (exit.gate, exit.adapter)
         }

@@ -49,12 +49,9 @@ class Product(nn.Module):
 
 def with_products(part: Part, product_of: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> Part:
     """A copy of a gate or a read-out for decoding, in which `product_of` says how each linear layer is multiplied."""
-    twin = copy.deepcopy(part)
-    for module in list(twin.modules()):
-        for name, layer in module.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(module, name, Product(product_of(layer)))
-    return twin
+    layers = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
+    # A copy takes what its memo has for an object, so the layers' own weights are not copied.
+    return copy.deepcopy(part, {id(layer): Product(product_of(layer)) for layer in layers})
 
 
 class MambaBlock(nn.Module):

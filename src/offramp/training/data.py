@@ -37,11 +37,12 @@ def gather(
     work: Path,
     progress: Progress = silent,
     plan: dict[str, Any] | None = None,
+    gates_only: bool = False,
 ) -> Data:
     """Run the model over the config's prompts and texts, and split these. Work in the folder `work` is resumed.
 
-    Adapters, gates and validation get 7 : 2 : 1 of the texts; of many texts, gates and validation get a smaller share. If
-    the adapters are not to be trained, gates get nearly all.
+    Adapters, gates and validation get 7 : 2 : 1 of the texts; of many texts, gates and validation get a smaller share. With
+    `gates_only`, adapters get a single text, and gates the rest.
     There are `config.answers` answers, or one for each prompt. `plan` (default: the config) must be the same as when that
     work began. With several processes, each runs the model over a share of the texts. Raises `BadInput` for too few texts,
     and for another plan.
@@ -69,7 +70,7 @@ def gather(
     teacher = TeacherTexts.open(shards)
     order = torch.randperm(len(teacher), generator=step_generator(config.seed, 0)).tolist()
     fifth, tenth = (max(1, min(most, len(order) // part)) for part, most in ((5, MOST_FOR_GATES), (10, MOST_HELD)))
-    if config.epochs == 0:
+    if gates_only:
         fifth = len(order) - tenth - 1
     adapters, gates, held = order[tenth + fifth :], order[tenth : tenth + fifth], order[:tenth]
     return Data(teacher.subset(adapters), teacher.subset(gates), teacher.subset(held), files)

@@ -67,7 +67,8 @@ def train(
             exits.shortlist, exits.sketch = start.shortlist, start.sketch
         settings = {**asdict(config), "start": start.training if start else None}
         text = replace(config, answers=plan.answers)
-        data = gather(backbone, text, needed_layers(exits), work, progress, settings)
+        gates_only = start is not None and config.epochs == 0
+        data = gather(backbone, text, needed_layers(exits), work, progress, settings, gates_only)
         if exits.config.shortlist and exits.shortlist is None:
             exits.shortlist = frequent_tokens(data.adapters, exits.config.shortlist, backbone.vocab_size)
         if exits.config.sketch and exits.sketch is None:

@@ -318,11 +318,6 @@ class Lean:
             part.to("meta")
 
     @property
-    def compiled(self) -> bool:
-        """Whether the compiled path does the work."""
-        return self._native is not None
-
-    @property
     def engine(self) -> str:
         """What does the work: `native` or `torch`."""
         return "native" if self._native else "torch"

@@ -31,7 +31,7 @@ void offramp_sketched(const Weight *sketch, const Weight *head, const float *z, 
         const Rows rows = prepare(head, x, D, R, room + R * (k + 64), panel);
 #pragma omp barrier
         for (int64_t r = 0; r < R; r++)
-            read_out(head, &rows, r, largest_but(y + r * V, V, candidates, own, scratch->own, t, n), y, V, t, n);
+            read_out(head, &rows, r, nth_largest(y + r * V, V, candidates, own, scratch->own, t, n), y, V, t, n);
     }
 }
 

@@ -14,7 +14,7 @@ static inline uint32_t ordered(float x) {
 
 // The `wanted`-th largest of V numbers, as `ordered` gives it. Found digit by digit: each thread counts the digits of its own
 // chunks in its bins, which stand `apart` floats from those of the next thread.
-static uint32_t largest_but(const float *y, int64_t V, int64_t wanted, float *bins, int64_t apart, int t, int n) {
+static uint32_t nth_largest(const float *y, int64_t V, int64_t wanted, float *bins, int64_t apart, int t, int n) {
     static const int shifts[] = {32 - BITS, 32 - 2 * BITS, 0};
     uint32_t known = 0, mask = 0;
     for (int digit = 0; digit < 3; digit++) {

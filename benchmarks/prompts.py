@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/prompts.py --trivia opentriviaqa.jsonl --instructions dolly-1000.jsonl -o build/prompts
 
-It writes six files of JSON lines. `train` and `calibrate` are a mix of offramp's own list, instructions and trivia
-questions; in `train`, the first two come several times, so that they are answered at several temperatures. `gates` are
-some lines of the second half of `train`, for gates that are trained after the read-outs. `own-train`,
-`own-calibrate` and `own-result` are a matched workload of trivia questions alone, with their answers.
+It writes six files of JSON lines. `first`, `second` and `calibrate` are a mix of offramp's own list, instructions and trivia
+questions. `first` and `second` are for two stages of a training. In them, the own list and the instructions come several
+times, so that they are answered at several temperatures. `own-train`, `own-calibrate` and `own-result` are a matched
+workload of trivia questions alone, with their answers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from offramp.files import read_lines, write_atomically
 from offramp.training.data import PROMPTS
 
-REPEATS = 4  # of offramp's own prompts and of instructions
+REPEATS = 5  # of offramp's own prompts and of instructions
 LONGEST = 800  # characters of an instruction
 CALIBRATE = {"own": 240, "instructions": 120, "trivia": 540}
-FOR_GATES = slice(10478, 11778)  # lines of `train`, which begin a turn of the repeated prompts
+FIRST, SECOND = 10476, 12000  # prompts of the two stages: 0.9 and 1.1 million tokens of answers
 MATCHED = {"own-train": 4000, "own-calibrate": 1000, "own-result": 400}
 
 
@@ -39,7 +39,7 @@ def trivia(path: Path) -> list[dict[str, str]]:
 
 
 def divided(sources: dict[str, list[dict[str, str]]], share: float = 1.0) -> dict[str, list[dict[str, str]]]:
-    """The six parts; `share` makes all but `gates` smaller."""
+    """The six parts; `share` makes them smaller."""
     draw = random.Random(0)
     for rows in sources.values():
         draw.shuffle(rows)
@@ -50,15 +50,16 @@ def divided(sources: dict[str, list[dict[str, str]]], share: float = 1.0) -> dic
     sources = {**sources, "trivia": list(questions)}
     parts["calibrate"] = [{"prompt": row["prompt"]} for name, n in calibrate.items() for row in sources[name][:n]]
     rest = {name: rows[calibrate[name] :] for name, rows in sources.items()}
-    repeated = rest["own"] + rest["instructions"]
+    repeated = [row for name in ("own", "instructions") for row in rest[name][: round(len(sources[name]) * share)]]
     new = min(len(rest["trivia"]) // REPEATS, round(3000 * share))
-    parts["train"] = []
+    train: list[dict[str, str]] = []
     for turn in range(REPEATS):
         rows = repeated + rest["trivia"][turn * new : (turn + 1) * new]
         # Temperatures are used in turn, line by line: a line more or less gives a prompt another one at each turn.
         rows = rows[: len(rows) - (len(rows) - 1) % 3]
-        parts["train"] += [{"prompt": row["prompt"]} for row in rows]
-    parts["gates"] = parts["train"][FOR_GATES]
+        train += [{"prompt": row["prompt"]} for row in rows]
+    first, second = 3 * round(FIRST * share / 3), round(SECOND * share)
+    parts["first"], parts["second"] = train[:first], train[first : first + second]
     return parts
 
 

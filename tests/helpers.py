@@ -28,7 +28,7 @@ from offramp.evaluation.tasks import Item, Task, score_coqa
 from offramp.model.backbone import Backbone
 from offramp.model.hub import Source
 from offramp.training import teacher
-from offramp.training.training import sketch_of
+from offramp.training.sketch import closest
 
 MADE_AT_ONCE = [name for name, fill in FILLS.items() if not fill.waits]  # fills that leave nothing for later
 PROMPT = "Some words to go on from"
@@ -83,7 +83,7 @@ def sketched(family: str, dims: int = 32) -> Exits:
         teacher.TeacherText(row.int(), top[:, None], row[:, None], row[:, None], everything)
         for row, top in zip(ids, h, strict=True)
     ]
-    exits.config, exits.sketch = replace(exits.config, sketch=dims), sketch_of(backbone, texts, dims)
+    exits.config, exits.sketch = replace(exits.config, sketch=dims), closest(backbone, texts, dims)
     return exits
 
 

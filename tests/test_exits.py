@@ -16,8 +16,9 @@ from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.exits import belong, find_exits, require_exits, suggested_places
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
+from offramp.training.loop import Fit
+from offramp.training.sketch import closest, sketch_of
 from offramp.training.teacher import TeacherText
-from offramp.training.training import sketch_of
 
 
 @pytest.mark.parametrize("readout", READOUTS)
@@ -220,13 +221,40 @@ def test_the_sketch_errs_least_on_hidden_states_like_those_it_was_made_of() -> N
     backbone = tiny("llama")
     h = torch.randn(400, 1, 32) @ mix.T
     texts = [TeacherText(torch.zeros(400), h, torch.zeros(400, 1), torch.zeros(400, 1), torch.ones(400, dtype=torch.bool))]
-    reduce, expand = sketch_of(backbone, texts, 8)
+    reduce, expand = closest(backbone, texts, 8)
     new = backbone.final(torch.randn(400, 32) @ mix.T)
     weight = backbone.head_weight()
     _, _, vectors = torch.linalg.svd(weight, full_matrices=False)
     ours = (new - new @ reduce.T @ expand.T) @ weight.T
     plain = (new - new @ vectors[:8].T @ vectors[:8]) @ weight.T
     assert ours.square().mean() < 0.7 * plain.square().mean()
+
+
+def test_a_trained_sketch_names_the_models_tokens_more_often_than_the_closest(tmp_path) -> None:
+    """On states that it was not trained on, where the model chooses among 40 of its 260 tokens."""
+    backbone, dice = tiny("llama"), torch.Generator().manual_seed(0)
+    everything = torch.ones(30, dtype=torch.bool)
+    liked = backbone.head_weight()[::6][:40]
+    liked = liked / liked.norm(dim=-1, keepdim=True)
+
+    def text() -> TeacherText:
+        h = liked[torch.randint(40, (30, 1), generator=dice)] + 0.1 * torch.randn(30, 1, 32, generator=dice)
+        top = backbone.logits(h[:, 0]).log_softmax(-1).topk(16)
+        return TeacherText(torch.zeros(30), h, top.indices, top.values, everything)
+
+    with torch.no_grad():
+        texts = [text() for _ in range(440)]
+    new = torch.cat([each.hidden[:, 0] for each in texts[400:]])
+
+    def misses(reduce: torch.Tensor, expand: torch.Tensor) -> float:
+        named = backbone.sketched(reduce, expand, 4)(new).isfinite()
+        return float((~named.gather(-1, backbone.logits(new).argmax(-1, keepdim=True))).float().mean())
+
+    with torch.inference_mode():
+        closest_misses = misses(*closest(backbone, texts[:400], 8))
+    trained = sketch_of(backbone, texts[:400], 8, Fit(tmp_path, backbone.device))
+    with torch.inference_mode():
+        assert misses(*trained) < 0.9 * closest_misses
 
 
 def test_fewer_candidates_cost_less_and_are_counted() -> None:

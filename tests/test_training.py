@@ -35,9 +35,10 @@ from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS, turns
 from offramp.training.loop import Budget, Fit, accelerator_for, batches
 from offramp.training.planning import FITTING
+from offramp.training.sketch import sketch_of
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts, write_shards
 from offramp.training.trainer import MISSED, Trainer, gate_targets
-from offramp.training.training import sketch_of, train
+from offramp.training.training import train
 from offramp.training.validation import LabelledTexts, Labels, evidence, lowest
 
 LAYERS = (2, 4)
@@ -273,7 +274,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path, prompts: str) -> None:
 
     trainer = Trainer(backbone, exits, config(prompts, epochs=1, gate_epochs=1), tmp_path, progress)
     trainer.standardise(texts)
-    sketch_of(backbone, texts, 16)
+    sketch_of(backbone, texts, 16, trainer.fit)
     trainer.fit_adapters(texts)
     labelled = trainer.labels(texts)
     trainer.fit_gates(labelled)

@@ -108,7 +108,7 @@ class Exits:
     exits were made. `calibration` records what `policy` guarantees (see `training.calibration`), and is empty for no
     guarantee. `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and
     expand (D, k). Before the head, expand · reduce · h stands in for the hidden state h, so that the head times `expand` is
-    a small matrix (`training.sketch_of`).
+    a small matrix (`offramp.training.sketch`).
     """
 
     config: ExitsConfig

@@ -62,7 +62,7 @@ class TrainConfig:
     sketch: int | None = setting(
         None,
         "Dims of the sketch of the head that --candidates needs; a multiple of 32; 0 makes none. "
-        "Default: 128 for a large vocabulary; none for a small one and with --draft.",
+        "Default: 64 for a large vocabulary; none for a small one and with --draft.",
         draft=0,
     )
     confidence: str = setting("gate", draft="max-prob")

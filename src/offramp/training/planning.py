@@ -26,7 +26,7 @@ from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, write
 ANSWERING, FITTING, GATING, MEASURING = 0.38, 0.38, 0.07, 0.08
 MOST_ANSWERS = 12  # to one prompt: more would hardly say anything new
 PROBED = 256  # answers
-SKETCH_DIMS, CANDIDATES = 128, 2048  # all but 1 in 900 of SmolLM2's own tokens are among the candidates
+SKETCH_DIMS, CANDIDATES = 64, 2048  # all but 1 in 500 of SmolLM2's own tokens are among the candidates
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def shape_of(backbone: Backbone, config: TrainConfig, layers: tuple[int, ...], t
     """The shape of new exits at these places."""
     shortlist = config.shortlist if config.shortlist < backbone.vocab_size else 0
     # With few tokens or dims, a sketch would cost as much as the head.
-    large = backbone.vocab_size >= 8 * CANDIDATES and backbone.hidden_size >= 4 * SKETCH_DIMS
+    large = backbone.vocab_size >= 8 * CANDIDATES and backbone.hidden_size >= 8 * SKETCH_DIMS
     sketch = (SKETCH_DIMS if large else 0) if config.sketch is None else config.sketch
     widths = config.gate_width, config.readout_width
     return ExitsConfig(layers, config.gate, config.readout, *widths, shortlist, sketch, tails if any(tails) else ())

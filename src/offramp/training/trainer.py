@@ -1,10 +1,9 @@
 """Fits the parts of exits to texts: adapters by distillation, gates by what their read-outs get right.
 
-Adapters: cross-entropy with the teacher's most probable tokens. The softmax is over these tokens of the whole batch and a
-new random sample of the others. Each of the others is weighted by the inverse of its chance to be drawn, which estimates
-the full softmax at a fraction of the LM head's cost. Exits with tails share each pass through the model's last blocks: a
-random share of a text's tokens jump, each at one of the exits, and the others stay exact. Every second step, a `deep`
-read-out without a tail also learns from its own guess at the top state of the token before, as in a run of drafts.
+Adapters: cross-entropy with the teacher's most probable tokens (`distillation`). Exits with tails share each pass through
+the model's last blocks: a random share of a text's tokens jump, each at one of the exits, and the others stay exact. Every
+second step, a `deep` read-out without a tail also learns from its own guess at the top state of the token before, as in a
+run of drafts.
 
 Gates: binary cross-entropy on whether the token could leave (`gate_targets`).
 
@@ -33,6 +32,7 @@ from offramp.model.lean.weights import multiplies_bfloat16
 from offramp.model.runtime import Runtime
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
+from offramp.training.distillation import Distillation, pad_batch
 from offramp.training.harm import harms
 from offramp.training.loop import Budget, Fit, Loss, step_generator
 from offramp.training.tails import LEAST_SHARE, Jumped, drawn_exits, first_tail, through_tails
@@ -169,22 +169,11 @@ class Trainer:
 
         They are those of all counted positions, or of those that its second argument is true for.
         """
-        counted = pad_batch([text.counted for text in texts])
-        teacher = pad_batch([text.top_ids for text in texts])[counted].long()  # (n, K)
-        targets = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
-        if self.exits.shortlist is None:
-            generator = step_generator(self.config.seed, step, "vocabulary")
-            rows, offset = sampled_vocabulary(teacher, self.backbone.vocab_size, generator)
-        else:
-            rows, offset = self.exits.shortlist, torch.zeros(len(self.exits.shortlist))
-        columns = torch.searchsorted(rows, teacher).clamp(max=len(rows) - 1)
-        targets = targets * (rows[columns] == teacher)  # tokens outside the short list count for nothing
-        targets, columns, rows, offset = (tensor.to(self.device) for tensor in (targets, columns, rows, offset))
+        generator = step_generator(self.config.seed, step, "vocabulary")
+        wanted = Distillation.of(texts, self.backbone.vocab_size, generator, self.device, self.exits.shortlist)
 
         def cross_entropy(h: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
-            logits = self.backbone.logits(h.to(self.backbone.dtype), rows) + offset
-            likelihoods = logits.log_softmax(-1).gather(-1, columns[which])
-            return -(targets[which] * likelihoods).sum(-1).sum() / max(1, len(h))
+            return wanted.loss(self.backbone.logits(h.to(self.backbone.dtype), wanted.rows), which)
 
         return cross_entropy
 
@@ -299,26 +288,6 @@ class Trainer:
             labels.top_prob[place, index] = max_prob(logits).cpu()
 
 
-def sampled_vocabulary(
-    teacher: Tensor, vocabulary: int, generator: torch.Generator, sample: int = 6144
-) -> tuple[Tensor, Tensor]:
-    """The tokens of one step's softmax, rising, and what to add to their logits, both (n,).
-
-    They are the teacher's tokens (n, K), each once, and a random sample of `sample` others.
-    """
-    taught = teacher.unique()
-    is_other = torch.ones(vocabulary, dtype=torch.bool)
-    is_other[taught] = False
-    rest = is_other.nonzero().squeeze(1)
-    if len(rest) <= sample:
-        return torch.arange(vocabulary), torch.zeros(vocabulary)
-    drawn = rest[torch.randperm(len(rest), generator=generator)[:sample]]
-    offset = torch.zeros(vocabulary)
-    offset[drawn] = float(torch.tensor(len(rest) / sample).log())
-    rows = torch.cat([taught, drawn]).sort().values
-    return rows, offset[rows]
-
-
 def gate_targets(labelled: LabelledTexts, target: str) -> list[Tensor]:
     """For each text, what the gates should say, (n, J) from 0 to 1, or −1 where it is unknown.
 
@@ -347,8 +316,3 @@ def gate_targets(labelled: LabelledTexts, target: str) -> list[Tensor]:
 def lengths_of(texts: Sequence[TeacherText]) -> list[int]:
     """The length of each text, in tokens."""
     return texts.lengths if isinstance(texts, TeacherTexts) else [len(text.ids) for text in texts]
-
-
-def pad_batch(tensors: list[Tensor]) -> Tensor:
-    """Tensors (T, …) of different lengths T → one batch (B, longest T, …), with zeros at the ends."""
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True)

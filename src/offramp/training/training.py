@@ -2,8 +2,9 @@
 
 0. Plan: a short probe says how many answers fit into the time, and how long the exits' tails should be (`planning`).
 1. Teacher: the model answers prompts; hidden states at the exits and the final distribution are written to shards.
-2. Adapters: each read-out is distilled towards the final distribution (`Trainer.fit_adapters`).
-3. Gates learn where a token may leave: where its read-out is sure, and later tokens will not miss it (`Trainer.fit_gates`).
+2. The sketch of a large LM head learns to name the model's next tokens (`sketch`).
+3. Adapters: each read-out is distilled towards the final distribution (`Trainer.fit_adapters`).
+4. Gates learn where a token may leave: where its read-out is sure, and later tokens will not miss it (`Trainer.fit_gates`).
 
 A text serves adapters, gates or validation, never two of them: a gate must learn how the read-out does on text it was not
 fitted to.
@@ -35,6 +36,7 @@ from offramp.training.data import Data, gather
 from offramp.training.loop import accelerator_for
 from offramp.training.planning import CANDIDATES, planned, shape_of
 from offramp.training.points import policies
+from offramp.training.sketch import sketch_of
 from offramp.training.teacher import TeacherText
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import Evidence, evidence, quality
@@ -71,9 +73,9 @@ def train(
         data = gather(backbone, text, needed_layers(exits), work, progress, settings, gates_only)
         if exits.config.shortlist and exits.shortlist is None:
             exits.shortlist = frequent_tokens(data.adapters, exits.config.shortlist, backbone.vocab_size)
-        if exits.config.sketch and exits.sketch is None:
-            exits.sketch = sketch_of(backbone, data.adapters, exits.config.sketch)
         trainer = Trainer(backbone, exits, config, work, progress)
+        if exits.config.sketch and exits.sketch is None:
+            exits.sketch = sketch_of(backbone, data.adapters, exits.config.sketch, trainer.fit)
         if start is None:
             trainer.standardise(data.adapters)
         else:
@@ -143,30 +145,6 @@ class _Clock:
         self.seconds += time.time() - self._started
         if self._path.parent.is_dir():  # it is missing if the work never began
             write_atomically(self._path, str(self.seconds).encode())
-
-
-@torch.inference_mode()
-def sketch_of(backbone: Backbone, texts: Sequence[TeacherText], dims: int) -> tuple[Tensor, Tensor]:
-    """Maps reduce (k, D) and expand (D, k) that change the head's logits least on hidden states like these; k is `dims`.
-
-    The last of the texts' hidden states must be those at the top. Let W be the head's matrix and C the second moments of
-    its inputs. The best map of rank k is L Q Qᵀ L⁻¹, where C = L Lᵀ and Q has the right singular vectors of W L with the k
-    largest singular values (SVD-softmax, Shim et al. 2017, which takes C for the identity).
-    """
-    weight = backbone.head_weight()
-    moments, tokens = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device), 0
-    for text in texts:
-        h = backbone.final(text.hidden[text.counted, -1].float().to(backbone.device)).double()
-        moments += h.T @ h
-        tokens += len(h)
-    moments /= tokens
-    values, vectors = torch.linalg.eigh(moments + 1e-6 * moments.diagonal().mean() * torch.eye(len(moments)).to(moments))
-    root = values.clamp(min=1e-12).sqrt()
-    gram = (weight.T @ weight).double()
-    # Right singular vectors of W L are the eigenvectors of Lᵀ Wᵀ W L.
-    _, order = torch.linalg.eigh((vectors * root).T @ gram @ (vectors * root))
-    best = order[:, -dims:]
-    return (best.T @ (vectors / root).T).float().cpu(), ((vectors * root) @ best).float().cpu()
 
 
 def frequent_tokens(texts: Sequence[TeacherText], count: int, vocabulary: int) -> Tensor:

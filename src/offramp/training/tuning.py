@@ -31,9 +31,9 @@ from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig, TuneConfig
 from offramp.training.data import gather
+from offramp.training.distillation import Distillation, pad_batch
 from offramp.training.loop import Budget, Fit, Loss, accelerator_for, step_generator
 from offramp.training.teacher import TeacherText
-from offramp.training.trainer import pad_batch, sampled_vocabulary
 
 
 def exit_weights(blocks: int, step: int, exit_scale: float, every: int) -> dict[int, float]:
@@ -147,22 +147,16 @@ def _loss(backbone: Backbone, texts: list[TeacherText], step: int, config: TuneC
     """Cross-entropy with the untuned model, in nats a token: the weighted sum over the step's blocks; the last block's."""
     generator = step_generator(config.seed, step, "tuning")
     ids, counted = pad_batch([text.ids for text in texts]).long(), pad_batch([text.counted for text in texts])
-    teacher = pad_batch([text.top_ids for text in texts])[counted].long()  # (n, K)
-    targets = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
-    rows, offset = sampled_vocabulary(teacher, backbone.vocab_size, generator)
-    columns = torch.searchsorted(rows, teacher)
+    wanted = Distillation.of(texts, backbone.vocab_size, generator, backbone.device)
     weights = exit_weights(backbone.n_blocks, step, config.exit_scale, config.every)
     keep = draw_layer_dropout(backbone.n_blocks, len(texts), config.skip, generator)
-    ids, counted, targets, rows, offset, columns, keep = (
-        tensor.to(backbone.device) for tensor in (ids, counted, targets, rows, offset, columns, keep)
-    )
+    ids, counted, keep = (tensor.to(backbone.device) for tensor in (ids, counted, keep))
     with record_states(backbone, keep) as states:
         _trunk(backbone)(input_ids=ids, use_cache=False)
     losses = {}
     with torch.autocast(backbone.device.type, enabled=False):  # the head and the softmax stay in float32
         for index in weights:
-            logits = backbone.logits(states[index][counted].float(), rows) + offset
-            losses[index] = -(targets * logits.log_softmax(-1).gather(-1, columns)).sum(-1).mean()
+            losses[index] = wanted.loss(backbone.logits(states[index][counted].float(), wanted.rows))
     total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
     return total, [total, losses[backbone.n_blocks - 1]]
 

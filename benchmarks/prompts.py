@@ -2,10 +2,10 @@
 
     .venv/bin/python benchmarks/prompts.py --trivia opentriviaqa.jsonl --instructions dolly-1000.jsonl -o build/prompts
 
-It writes six files of JSON lines. `first`, `second` and `calibrate` are a mix of offramp's own list, instructions and trivia
-questions. `first` and `second` are for two stages of a training. In them, the own list and the instructions come several
-times, so that they are answered at several temperatures. `own-train`, `own-calibrate` and `own-result` are a matched
-workload of trivia questions alone, with their answers.
+It writes six files of JSON lines. `first`, `second` and `calibrate` are a mix of offramp's own list, instructions and
+trivia questions. `first` and `second` are for two stages of a training. In them, the own list and the instructions come
+several times, so that they are answered at several temperatures. `own-train`, `own-calibrate` and `own-result` are a
+matched workload of trivia questions alone, with their answers.
 """
 
 from __future__ import annotations

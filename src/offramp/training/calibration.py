@@ -45,7 +45,9 @@ from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import evidence
 
 PILOT = 0.2  # share of the prompts that finds the path
-CANDIDATES = (8192, 4096, 2048, 1024, 512)  # tokens that a sketch of the head names
+# Tokens that a sketch of the head names. Fewer would use up the risk before an exit opens, and save hardly more.
+CANDIDATES = (8192, 4096, 3072)
+EXIT_CANDIDATES = 512
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
 PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7)
 ROUNDS = 6  # in which tokens of the pilot's answers jump, to see how often exits with tails are right
@@ -68,8 +70,8 @@ def candidates(
     The kind `precision` has no such lines: its policies are made from the pilot's answers (`points.policies`).
 
     `vocabulary` is the model's, for exits with a sketch of the head, else 0. With a sketch, one more line comes first: it
-    closes all exits and reads out fewer and fewer candidates. The other lines then read out a middling number of them; with
-    `whole_head` at exits only, and the first line is left out. Raises `BadInput` for an unknown `kind`.
+    closes all exits and reads out fewer and fewer candidates. The other lines then read out the smallest number of them;
+    with `whole_head` at exits only, and the first line is left out. Raises `BadInput` for an unknown `kind`.
     """
     if kind not in KINDS:
         raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
@@ -126,10 +128,9 @@ def heads(vocabulary: int, whole_head: bool) -> tuple[int, int]:
 
     At exits few are enough: a token whose likeliest successor is not among them would not be sure enough to leave.
     """
-    fewer = [number for number in CANDIDATES if number < vocabulary]
-    if not fewer:
+    if vocabulary <= CANDIDATES[-1]:
         return 0, 0
-    return (0 if whole_head else fewer[len(fewer) // 2]), fewer[-1]
+    return (0 if whole_head else CANDIDATES[-1]), EXIT_CANDIDATES
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from offramp.model.backbone import Backbone
 from offramp.training.distillation import Distillation
 from offramp.training.loop import Budget, Fit, Loss, step_generator
-from offramp.training.teacher import TeacherText, TeacherTexts
+from offramp.training.teacher import TeacherText, lengths_of
 
 STEPS, EPOCHS = 200, 4  # the smaller one counts; more hardly change anything
 CLOSEST = 500  # texts that the map to begin with is made of
@@ -47,7 +47,8 @@ def sketch_of(backbone: Backbone, texts: Sequence[TeacherText], dims: int, fit: 
 
     The last of the texts' hidden states must be those at the top.
     """
-    sketch, weight = Sketch(*closest(backbone, texts[:CLOSEST], dims)), backbone.head_weight().clone()
+    sketch = Sketch(*closest(backbone, texts[:CLOSEST], dims))
+    weight = backbone.head_weight().clone()  # a tensor of inference mode cannot be part of a gradient
 
     def loss_of(batch: list[int], step: int) -> Loss:
         chosen = [texts[index] for index in batch]
@@ -56,8 +57,7 @@ def sketch_of(backbone: Backbone, texts: Sequence[TeacherText], dims: int, fit: 
         loss = wanted.loss(F.linear(sketch(_tops(backbone, chosen)), weight[wanted.rows]))
         return loss, [loss]
 
-    lengths = texts.lengths if isinstance(texts, TeacherTexts) else None
-    fit.run("sketch", sketch, texts, Budget(min(STEPS, fit.steps_of(texts, EPOCHS))), RATE, loss_of, lengths)
+    fit.run("sketch", sketch, texts, Budget(min(STEPS, fit.steps_of(texts, EPOCHS))), RATE, loss_of, lengths_of(texts))
     reduce, expand = sketch.maps()
     return reduce.detach().cpu(), expand.detach().cpu()
 

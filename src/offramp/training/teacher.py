@@ -112,6 +112,11 @@ class TeacherTexts(Sequence[TeacherText]):
         return TeacherTexts(self._places[index] for index in indices)
 
 
+def lengths_of(texts: Sequence[TeacherText]) -> list[int]:
+    """The length of each text, in tokens."""
+    return texts.lengths if isinstance(texts, TeacherTexts) else [len(text.ids) for text in texts]
+
+
 def _tensors(shard: Path, names: tuple[str, ...], rows: slice = slice(None)) -> list[Tensor]:
     """Rows of a shard's tensors, as views of the file: only these rows are read."""
     try:

@@ -36,7 +36,7 @@ from offramp.training.distillation import Distillation, pad_batch
 from offramp.training.harm import harms
 from offramp.training.loop import Budget, Fit, Loss, step_generator
 from offramp.training.tails import LEAST_SHARE, Jumped, drawn_exits, first_tail, through_tails
-from offramp.training.teacher import TeacherText, TeacherTexts
+from offramp.training.teacher import TeacherText, lengths_of
 from offramp.training.validation import LabelledTexts, Labels, lowest
 
 EPOCHS = 4  # passes over the text where neither a number nor a time is given
@@ -311,8 +311,3 @@ def gate_targets(labelled: LabelledTexts, target: str) -> list[Tensor]:
             targets[known, index] *= torch.exp(-harm[known] / MISSED)
             targets[harm.isnan(), index] = -1
     return list(targets.split([len(labels.agrees) for labels in labelled.labels]))
-
-
-def lengths_of(texts: Sequence[TeacherText]) -> list[int]:
-    """The length of each text, in tokens."""
-    return texts.lengths if isinstance(texts, TeacherTexts) else [len(text.ids) for text in texts]

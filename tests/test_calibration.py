@@ -26,10 +26,11 @@ from offramp.training.calibration import (
     Question,
     calibrate,
     candidates,
+    heads,
     read_questions,
 )
 from offramp.training.config import CalibrationConfig
-from offramp.training.points import Rule, policies, rule
+from offramp.training.points import SHARES, Rule, narrowed, policies, rule
 from offramp.training.risk import fixed_sequence, p_value, path, prompts_needed
 from offramp.training.validation import Evidence
 
@@ -282,6 +283,11 @@ def shown(gate: torch.Tensor, key: torch.Tensor, chance: torch.Tensor, harm: flo
     return Evidence(gate, key, drawn < chance, harm * (gate < 0.5))
 
 
+def leaving(found: Rule, known: Evidence) -> torch.Tensor:
+    """Which tokens leave by the rule."""
+    return (known.gate > found.threshold) | ((known.gate > found.perhaps) & (known.key > found.key))
+
+
 def test_a_rule_reaches_its_precision_and_asks_the_key_where_that_saves_more() -> None:
     generator = torch.Generator().manual_seed(1)
     gate, key = torch.rand(20_000, generator=generator), torch.rand(20_000, generator=generator)
@@ -289,7 +295,7 @@ def test_a_rule_reaches_its_precision_and_asks_the_key_where_that_saves_more() -
     for precision in (0.6, 0.8, 0.9):
         cheap, dear = rule(both, precision, gain=100, price=1), rule(both, precision, gain=100, price=20)
         for found in (cheap, dear):
-            leaves = (gate > found.threshold) | ((gate > found.perhaps) & (key > found.key))
+            leaves = leaving(found, both)
             assert found == Rule() or both.agrees[leaves].float().mean() >= precision - 0.01
         assert cheap.key < 1 > cheap.perhaps
         assert cheap.saved > dear.saved
@@ -312,7 +318,28 @@ def test_policies_by_precision_open_more_and_more() -> None:
         gate, key = torch.rand(5_000, generator=generator), torch.rand(5_000, generator=generator)
         known.append(shown(gate, key, (gate * key) ** 0.2, index))
     found = policies(exits, known, Costs(backbone), (0.99, 0.95, 0.9, 0.9, 0.8), 0, 0)
-    assert len(found) <= 4
+    assert len(found) <= 4 + len(SHARES)
     opened = [sum(map(policy.opens, range(3))) for policy in found]
     assert opened == sorted(opened)
-    assert opened[-1] > 0
+    assert opened[0] > 0
+
+
+@pytest.mark.parametrize("wide", [Rule(threshold=0.4, saved=8.0), Rule(perhaps=0.2, key=0.3, saved=8.0)])
+def test_a_narrower_rule_lets_the_surest_of_the_same_tokens_leave(wide: Rule) -> None:
+    generator = torch.Generator().manual_seed(3)
+    known = shown(torch.rand(1_000, generator=generator), torch.rand(1_000, generator=generator), torch.ones(1_000))
+    few = narrowed(wide, known, 0.25)
+    assert few.saved == 2
+    before, after = leaving(wide, known), leaving(few, known)
+    assert not (after & ~before).any()
+    assert after.sum() == pytest.approx(0.25 * before.sum(), abs=1)
+    assert narrowed(Rule(), known, 0.25) == Rule()
+
+
+def test_a_sketch_keeps_enough_candidates_to_leave_risk_for_exits() -> None:
+    """With fewer candidates, the sketch alone would use up the risk, and no exit could open."""
+    assert heads(49_152, whole_head=False) == (3072, 512)
+    assert heads(49_152, whole_head=True) == (0, 512)
+    assert heads(3000, whole_head=False) == (0, 0)
+    least = min(policy.candidates for line in candidates(3, "thresholds", vocabulary=49_152) for policy in line)
+    assert least == 3072

@@ -12,7 +12,7 @@ goes along a line of precisions. Where the fill is approximate, the later tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,8 @@ from offramp.training.validation import Evidence, lowest
 CONTEXT = 128  # tokens before the one whose costs decide between the rules
 # Shares of the tokens that may be asked for the second key. The best is often a few percent.
 ASKED = (0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4, 0.5, 0.65, 0.8)
+# The first precision that opens exits may let many tokens leave at once. Before it, only these shares of them do.
+SHARES = (0.2, 0.4, 0.6, 0.8)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,20 @@ def rule(known: Evidence, precision: float, gain: float, price: float) -> Rule:
     return best
 
 
+def narrowed(wide: Rule, known: Evidence, share: float) -> Rule:
+    """The rule that lets about this share of the tokens leave that leave by another: those that are surest.
+
+    What it saves is taken to be the same share.
+    """
+    if wide.key < 1:
+        leaving = known.key[(known.gate > wide.perhaps) & (known.key > wide.key)]
+        return replace(wide, key=float(leaving.double().quantile(1 - share)), saved=share * wide.saved)
+    if wide.threshold < 1:
+        leaving = known.gate[known.gate > wide.threshold]
+        return replace(wide, threshold=float(leaving.double().quantile(1 - share)), saved=share * wide.saved)
+    return wide
+
+
 def saved(exits: Exits, shown: list[Evidence], costs: Costs, precision: float) -> float:
     """FLOPs that the exits save for a mean token if each lets tokens leave at this precision by itself, added up."""
     return sum(_rule_at(exits, exit, known, costs, precision, 0, 0).saved for exit, known in zip(exits, shown, strict=True))
@@ -65,14 +81,24 @@ def policies(
 ) -> list[Policy]:
     """A policy for each precision; `candidates` and `at_exits` are the policies' `candidates` and `exit_candidates`.
 
-    A precision that opens no exit is left out, and so is a policy that equals the one before.
+    A precision that opens no exit is left out, and so is a policy that equals the one before. Some policies that let fewer
+    tokens leave come before the first one.
     """
-    found: list[Policy] = []
-    for precision in precisions:
-        rules = [
+    by_precision = [
+        [
             _rule_at(exits, exit, tokens, costs, precision, candidates, at_exits)
             for exit, tokens in zip(exits, known, strict=True)
         ]
+        for precision in precisions
+    ]
+    opening = [rules for rules in by_precision if any(each != Rule() for each in rules)]
+    before = [
+        [narrowed(each, tokens, share) for each, tokens in zip(rules, known, strict=True)]
+        for rules in opening[:1]
+        for share in SHARES
+    ]
+    found: list[Policy] = []
+    for rules in before + opening:
         policy = Policy(
             tuple(each.threshold for each in rules),
             candidates=candidates,
@@ -80,7 +106,7 @@ def policies(
             perhaps=tuple(each.perhaps for each in rules),
             keys=tuple(each.key for each in rules),
         )
-        if any(map(policy.opens, range(len(exits)))) and policy not in found:
+        if policy not in found:
             found.append(policy)
     return found
 

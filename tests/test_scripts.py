@@ -28,6 +28,7 @@ import exits
 import gates
 import growth
 import guarantee
+import matched
 import paper
 import paper_size
 import prefill
@@ -128,6 +129,15 @@ def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:
     assert "<svg" in Path("work/trade.svg").read_text()
     found = json.loads(Path("work/trade.json").read_text())["tasks"]["triviaqa"]
     assert all(len(answers) == 4 for points in found.values() for answers in points)
+
+
+def test_matched_shows_what_a_policy_saves_on_other_prompts(world, capsys) -> None:
+    arguments = [str(world / "prompts.txt"), "--model", str(world / "model"), "--exits", f"own={world / 'exits'}"]
+    matched.main([*arguments, "--tokens", "6"])
+    table = rows(capsys.readouterr().out)
+    assert table[0] == ["exits", *matched.COLUMNS]
+    assert [row[0] for row in table[1:]] == ["none", "own"]
+    assert table[1][1:3] == ["0.0% (0.0–0.0)", "100.0% (100.0–100.0)"]
 
 
 def test_exits_compares_gates(world, capsys) -> None:

@@ -24,8 +24,8 @@ from offramp.training.validation import Evidence, lowest
 CONTEXT = 128  # tokens before the one whose costs decide between the rules
 # Shares of the tokens that may be asked for the second key. The best is often a few percent.
 ASKED = (0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4, 0.5, 0.65, 0.8)
-# The first precision that opens exits may let many tokens leave at once. Before it, only these shares of them do.
-SHARES = (0.2, 0.4, 0.6, 0.8)
+# Where the next lower precision saves more than twice as much, these shares of its tokens leave first.
+SHARES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,15 @@ def rule(known: Evidence, precision: float, gain: float, price: float) -> Rule:
 
 
 def narrowed(wide: Rule, known: Evidence, share: float) -> Rule:
-    """The rule that lets about this share of the tokens leave that leave by another: those that are surest.
+    """The rule that lets about this share of the tokens leave that leave by another: those of which the gate is surest.
 
     What it saves is taken to be the same share.
     """
-    if wide.key < 1:
-        leaving = known.key[(known.gate > wide.perhaps) & (known.key > wide.key)]
-        return replace(wide, key=float(leaving.double().quantile(1 - share)), saved=share * wide.saved)
-    if wide.threshold < 1:
-        leaving = known.gate[known.gate > wide.threshold]
-        return replace(wide, threshold=float(leaving.double().quantile(1 - share)), saved=share * wide.saved)
-    return wide
+    leaving = (known.gate > wide.threshold) | ((known.gate > wide.perhaps) & (known.key > wide.key))
+    if not leaving.any():
+        return wide
+    bound, saved = float(known.gate[leaving].double().quantile(1 - share)), share * wide.saved
+    return replace(wide, perhaps=bound, saved=saved) if wide.key < 1 else replace(wide, threshold=bound, saved=saved)
 
 
 def saved(exits: Exits, shown: list[Evidence], costs: Costs, precision: float) -> float:
@@ -81,24 +79,24 @@ def policies(
 ) -> list[Policy]:
     """A policy for each precision; `candidates` and `at_exits` are the policies' `candidates` and `exit_candidates`.
 
-    A precision that opens no exit is left out, and so is a policy that equals the one before. Some policies that let fewer
-    tokens leave come before the first one.
+    A precision that opens no exit is left out, and so is a policy that equals the one before. Where a step is wide, narrower
+    policies come first (`SHARES`).
     """
-    by_precision = [
-        [
+    steps: list[list[Rule]] = []
+    before = 0.0
+    for precision in precisions:
+        rules = [
             _rule_at(exits, exit, tokens, costs, precision, candidates, at_exits)
             for exit, tokens in zip(exits, known, strict=True)
         ]
-        for precision in precisions
-    ]
-    opening = [rules for rules in by_precision if any(each != Rule() for each in rules)]
-    before = [
-        [narrowed(each, tokens, share) for each, tokens in zip(rules, known, strict=True)]
-        for rules in opening[:1]
-        for share in SHARES
-    ]
+        saved = sum(each.saved for each in rules)
+        if saved > 2 * before:
+            pairs = list(zip(rules, known, strict=True))
+            steps += [[narrowed(each, tokens, share) for each, tokens in pairs] for share in SHARES]
+        steps.append(rules)
+        before = saved
     found: list[Policy] = []
-    for rules in before + opening:
+    for rules in steps:
         policy = Policy(
             tuple(each.threshold for each in rules),
             candidates=candidates,
@@ -106,7 +104,7 @@ def policies(
             perhaps=tuple(each.perhaps for each in rules),
             keys=tuple(each.key for each in rules),
         )
-        if policy not in found:
+        if any(map(policy.opens, range(len(exits)))) and policy not in found:
             found.append(policy)
     return found
 

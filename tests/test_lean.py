@@ -41,9 +41,7 @@ def lean(family, format, engine, store=None):
 def test_logits_are_the_librarys_with_the_same_weights(family, format, engine):
     backbone = lean(family, format, engine)
     full, cached = check(backbone)
-    rounded = 2e-3 if backbone.runtime.tolerance < 1e-2 else 1e-1
-    exact = {"float32": 1e-5, "bfloat16": 1e-1}.get(format, rounded)
-    assert max(full, cached) <= exact
+    assert max(full, cached) <= (1e-5 if format == "float32" else 1e-1)
 
 
 def test_quantised_weights_are_not_the_original_ones():

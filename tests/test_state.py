@@ -50,12 +50,14 @@ def test_a_memory_equals_a_plain_concatenation_after_any_operations(operations, 
 
 def test_a_memory_of_another_batch_is_refused():
     kv = KV()
-    addresses = kv.addresses(2, 1, 4, end=3)
-    assert kv.addresses(2, 1, 4, end=5) == addresses
+    addresses = kv.addresses(2, 1, 4, end=3, dtype=torch.float32)
+    assert kv.addresses(2, 1, 4, end=5, dtype=torch.float32) == addresses
     assert kv.length == 5
     for batch in (1, 3):
         with pytest.raises(ValueError, match="the memory holds"):
-            kv.addresses(batch, 1, 4, end=6)
+            kv.addresses(batch, 1, 4, end=6, dtype=torch.float32)
+    with pytest.raises(ValueError, match="the memory holds"):
+        kv.addresses(2, 1, 4, end=6, dtype=torch.bfloat16)
 
 
 def test_a_memory_grows_once_to_what_was_reserved():

@@ -20,7 +20,7 @@ def random_weight(kind, rows=48, columns=96, bias=False):
     weight = torch.randn(rows, columns) * torch.logspace(-2, 1, rows)[:, None]
     if kind == "bfloat16":
         weight = weight.bfloat16()
-    return KINDS[kind](KINDS[kind].tensors(weight), torch.randn(rows) if bias else None)
+    return KINDS[kind].of(weight, torch.randn(rows) if bias else None)
 
 
 def gguf_values(quantisation, rows=40, columns=256):
@@ -33,12 +33,12 @@ def gguf_values(quantisation, rows=40, columns=256):
 @pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1"])
 def test_int4_keeps_the_values_of_a_4_bit_gguf(quantisation):
     values = gguf_values(quantisation)
-    torch.testing.assert_close(Int4(Int4.tensors(values)).dense(), values, rtol=0, atol=2e-6)
+    torch.testing.assert_close(Int4.of(values).dense(), values, rtol=0, atol=2e-6)
 
 
 def test_int4_does_not_keep_what_has_more_than_16_values():
     values = gguf_values("Q8_0")
-    assert (Int4(Int4.tensors(values)).dense() - values).abs().max() > 1e-2
+    assert (Int4.of(values).dense() - values).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("int8", 254), ("int4", 15)])
@@ -47,13 +47,13 @@ def test_rounding_is_at_most_half_a_step(kind, steps):
     weight = torch.randn(16, 64)
     groups = weight if kind == "int8" else weight.unflatten(1, (-1, 32))
     span = 2 * groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
-    error = (KINDS[kind](KINDS[kind].tensors(weight)).dense() - weight).view_as(groups).abs().amax(-1)
+    error = (KINDS[kind].of(weight).dense() - weight).view_as(groups).abs().amax(-1)
     assert (error <= span / steps / 2 * 1.001).all()
 
 
 def test_a_group_of_equal_weights_stays_as_it_is():
     weight = torch.full((16, 32), 0.3)
-    torch.testing.assert_close(Int4(Int4.tensors(weight)).dense(), weight, rtol=1e-6, atol=0)
+    torch.testing.assert_close(Int4.of(weight).dense(), weight, rtol=1e-6, atol=0)
 
 
 def test_rows_that_cannot_be_grouped_are_refused():
@@ -97,22 +97,32 @@ def compiled(request, monkeypatch, tmp_path_factory):
         monkeypatch.setattr(native, "library", lambda: found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind, compiled):
+def rounded(rows, kind, fine=False):
+    """The numbers that rows are multiplied as."""
+    most = 127 * 256 if fine else 127
+    if kind == "bfloat16" and rounds_to_bfloat16():
+        return rows.bfloat16().float()
+    if kind.startswith("int"):
+        parts = rows.split(64 if kind == "int8" else 32, dim=1)
+        scales = [part.abs().amax(-1, keepdim=True) for part in parts]
+        numbers = [(part * (most / scale) + part.sign() / 2).trunc() for part, scale in zip(parts, scales, strict=True)]
+        return torch.cat([part.double() * (scale / most) for part, scale in zip(numbers, scales, strict=True)], dim=1)
+    return rows
+
+
+@pytest.mark.parametrize(("kind", "fine"), [*((kind, False) for kind in KINDS), ("int8", True), ("int4", True)])
+def test_a_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind, fine, compiled):
     """With any number of rows, also where columns do not fill a vector, and where they are more than `DEPTH`."""
     for columns in (96, 320, 2112):
         weight = random_weight(kind, rows=37, columns=columns, bias=True)
         rows, dense = torch.randn(70, columns), weight.dense()
-        multiplier, handle = Native([], CShape(columns, 1, 1, 8, columns), columns), CWeight.of(weight)
+        multiplier, handle = Native([], CShape(columns, 1, 1, 8, columns), columns), CWeight.of(weight, fine)
         product = multiplier.product(handle, rows)
         for count in (1, 2, 3, 4, 7, 8, 13):
             alone = torch.cat([multiplier.product(handle, part.contiguous()) for part in rows.split(count)])
             assert torch.equal(product, alone), f"{count} rows of {columns}"
-        if rounds_to_bfloat16(kind):
-            rows, dense = rows.bfloat16().float(), dense.bfloat16().float()
-        wanted = rows @ dense.T + weight.bias
-        allowed = 2e-4 if kind.startswith("int") else 1e-5  # integer weights round rows to 16 bits
-        assert (product - wanted).abs().max() <= allowed * wanted.abs().max()
+        wanted = rounded(rows, kind, fine).double() @ dense.double().T + weight.bias
+        assert (product - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.skipif(not library(), reason="no C compiler")

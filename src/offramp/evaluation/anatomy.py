@@ -10,6 +10,7 @@ from offramp.exits.exits import Exits, ExitsConfig, suggested_places
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.model.families import UNBOUNDED
+from offramp.model.lean.native import kernels
 
 CONTEXT = 256  # tokens before the one whose costs are stated
 
@@ -33,6 +34,7 @@ class Leaving:
 class Anatomy:
     """The parts of a model. Costs are FLOPs at a context of `cost_context` tokens.
 
+    `kernels` are the processor's instructions that compiled blocks multiply with on this machine; "" without a compiler.
     Fields that end in `_in_blocks` are costs divided by that of a mean block. `context` is None where it is unbounded.
     `exits` holds the layers, tails and thresholds of the model's exits, and its policy in words. It is None if there are
     none; then `gate` and `readout` are the default kinds, and `leaving` is for exits at `suggested_layers`, with
@@ -43,6 +45,7 @@ class Anatomy:
     sha256: str
     model_type: str
     weight_format: str
+    kernels: str
     blocks: int
     hidden_size: int
     vocab_size: int
@@ -79,6 +82,7 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
         sha256=backbone.source.fingerprint,
         model_type=backbone.config.model_type,
         weight_format=backbone.weight_format,
+        kernels=kernels(),
         blocks=backbone.n_blocks,
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,

@@ -22,6 +22,7 @@ from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
+from offramp.model.lean.native import kernels
 
 PROMPT = "Explain how rainbows form, in detail."
 # With `verify`, speed depends on how many drafts stand, which differs from text to text.
@@ -64,7 +65,7 @@ class Comparison:
     tokens: int
     pairs: int
     prompt_tokens: int
-    machine: dict[str, Any] = field(default_factory=machine)
+    machine: dict[str, Any] = field(default_factory=lambda: machine() | {"kernels": kernels()})
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class FillComparison:
     tokens: int
     prompts: int
     pairs: int
-    machine: dict[str, Any] = field(default_factory=machine)
+    machine: dict[str, Any] = field(default_factory=lambda: machine() | {"kernels": kernels()})
 
 
 def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> Comparison:

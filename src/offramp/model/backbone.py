@@ -82,7 +82,7 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of hidden states, keys and values."""
+        """The dtype of hidden states."""
         return self.runtime.dtype
 
     @property

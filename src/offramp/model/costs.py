@@ -54,7 +54,7 @@ class Costs:
         active = active_experts(config)
         self._linear = [matrix_flops(block, active) for block in backbone.blocks]
         self._windows = [backbone.window(index) for index in range(self.n_blocks)]
-        self._itemsize = backbone.dtype.itemsize
+        self._itemsize = backbone.runtime.kept_dtype.itemsize
         attends = [kind in ("attention", "both") for kind in backbone.kinds]
         shapes = [backbone.kv_shape(index) if attention else (0, 0) for index, attention in enumerate(attends)]
         self._queries = [config.num_attention_heads * dim if dim else 0 for _, dim in shapes]

@@ -48,7 +48,7 @@ class LibraryBlocks:
 
     def __init__(self, modules: Modules, family: Family, config: Any) -> None:
         self._modules, self._family, self._config = modules, family, config
-        self.dtype: torch.dtype = modules.head.weight.dtype
+        self.dtype = self.kept_dtype = modules.head.weight.dtype
         self.weight_format = str(self.dtype).removeprefix("torch.")
         name = family.mixer or ""
         self._blocks = [

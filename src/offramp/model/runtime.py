@@ -60,7 +60,12 @@ class Runtime(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of hidden states, keys and values."""
+        """The dtype of hidden states."""
+        ...
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """The dtype in which keys and values are kept."""
         ...
 
     @property

@@ -83,13 +83,13 @@ class KV:
         """When the buffer grows next, let it have room for this many tokens."""
         self._capacity = max(self._capacity, capacity)
 
-    def addresses(self, batch: int, heads: int, dim: int, end: int) -> list[int]:
+    def addresses(self, batch: int, heads: int, dim: int, end: int, dtype: torch.dtype) -> list[int]:
         """As `room`, for compiled code: the address of each sequence's part of the buffer. Tokens are (`heads`, `dim`)."""
         start, capacity, addresses = self._addresses
         if len(addresses) == batch and end <= capacity and self._buffer is not None and self._buffer.data_ptr() == start:
             self.length = end
             return addresses
-        buffer = self.room(torch.empty(batch, 0, heads, dim, dtype=torch.float32), end)
+        buffer = self.room(torch.empty(batch, 0, heads, dim, dtype=dtype), end)
         start, size = buffer.data_ptr(), buffer.stride(0) * buffer.itemsize
         addresses = [start + row * size for row in range(batch)]
         self._addresses = start, buffer.shape[1], addresses

@@ -79,8 +79,8 @@ def policies(
 ) -> list[Policy]:
     """A policy for each precision; `candidates` and `at_exits` are the policies' `candidates` and `exit_candidates`.
 
-    A precision that opens no exit is left out, and so is a policy that equals the one before. Where a step is wide, narrower
-    policies come first (`SHARES`).
+    A precision that opens no exit is left out, and so is a policy that equals the one before. Where a step is wide,
+    narrower policies come first (`SHARES`).
     """
     steps: list[list[Rule]] = []
     before = 0.0

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.lean.native import Asked, CWeight, GateParts, Gates, Native, NativeMamba, library, rounds_to_bfloat16
+from offramp.model.lean.native import Asked, CWeight, GateParts, Gates, Native, NativeMamba, library
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined, read_out_likeliest
@@ -107,6 +107,7 @@ class Maker:
                         out[name] = part.new_empty(rows, *part.shape[1:])
                     out[name][places[first + start : first + stop]] = part
             first += layer.out_features
+        out = kind.packed(out)
         if layers[0].bias is not None:
             bias = torch.cat([self._values.whole(layer.bias, self._format.loaded).float() for layer in layers])
             out["bias"] = bias if order is None else bias[order]
@@ -128,11 +129,12 @@ class Lean:
     """The `Runtime` that has a whole model on the lean path: its blocks, final norm and head, in one weight format.
 
     A subclass makes `blocks` and `_native`, and implements `_step`, `_memories` and `_call`.
-    `Runtime` documents the methods. Hidden states, keys and values are float32.
+    `Runtime` documents the methods. Hidden states are float32, and so are keys and values unless a
+    subclass says otherwise.
     """
 
     blocks: Sequence[Any]  # each with its `weights`
-    dtype = torch.float32
+    dtype = kept_dtype = torch.float32
     _native: Native | NativeMamba | None = None
 
     def __init__(self, modules: Modules, weight_format: str, store: Store, values: Values) -> None:
@@ -260,10 +262,10 @@ class Lean:
     def sketched(self, expand: Tensor, candidates: int) -> Callable[[Tensor, Tensor], Tensor]:
         kind = type(self.head)
         product = self.head.dense() @ expand
-        sketch = kind(kind.tensors(product.to(self.head.w.dtype) if kind is Weight else product))
+        sketch = kind.of(product.to(self.head.w.dtype) if kind is Weight else product)
         if not self._native:
             return lambda x, z: read_out_likeliest(sketch(z), candidates, x, lambda row, ids: self.head.pick(ids)(row))
-        native, handle, head = self._native, CWeight.of(sketch), self._head
+        native, handle, head = self._native, CWeight.of(sketch, fine=True), self._head
 
         def logits(x: Tensor, z: Tensor) -> Tensor:
             assert sketch.w.numel()  # the handle holds its address only
@@ -326,12 +328,9 @@ class Lean:
     def tolerance(self) -> float:
         """How far logits may be from the library's because products are rounded, as a share of the largest logit.
 
-        float32: 1e-4. Integer weights: 2e-3 where rows are rounded to 16-bit integers (`native`, but for int4 where the
-        processor multiplies bfloat16), 1e-1 where they are rounded to bfloat16. bfloat16: 1e-1, since the library rounds
-        every result; that alone moves SmolLM2's logits by 4e-2.
+        float32: 1e-4. Integer weights: 1e-1, since rows are rounded to 8-bit integers (`native`) or to bfloat16 (`torch`).
+        bfloat16: 1e-1, since the library rounds every result; that alone moves SmolLM2's logits by 4e-2.
         """
-        if self._format.quantised:
-            return 2e-3 if self._native and not any(rounds_to_bfloat16(weight.name) for weight in self._weights) else 1e-1
         return 1e-4 if self.head.w.dtype == torch.float32 else 1e-1
 
     def _compiles(self, dims: int) -> bool:
@@ -346,7 +345,7 @@ class Lean:
 
     @cached_property
     def _head(self) -> CWeight:
-        return CWeight.of(self.head)
+        return CWeight.of(self.head, fine=True)
 
     @property
     def _columns(self) -> int:

@@ -19,52 +19,50 @@ typedef struct {
     float *seen, *logits;
 } Gates;
 
-// The team of threads that asks, and what it works with: x (D) and act (2W) are shared; room and local are as for `prepare`.
+// What the asking threads work with: x (D) and act (2W) are shared; room is as for `prepare`.
 typedef struct {
-    float *x, *act, *room, *local;
-    int t, n;
+    float *x, *act, *room;
 } Asker;
 
 enum { MOST_SPREADS = 8 };  // of Standardise in exits/parts.py
 
-// Asks gate g about a hidden state h (D). All threads get the same logit. They may change x and act right after.
-static float ask(const Gate *gate, const float *h, const Asker *a) {
+// Asks a gate about a hidden state h (D), shared out. Writes its logit.
+static void ask(Hand *hand, const Gate *gate, const float *h, const Asker *a, float *logit) {
     const int64_t D = gate->in.columns, W = gate->in.rows / 2;
-    int64_t from, to;
-    share(D, a->t, a->n, &from, &to);
-    for (int64_t k = from; k < to; k++) {
-        const float x = (h[k] - gate->mean[k]) / gate->spread[k];
-        a->x[k] = x < -MOST_SPREADS ? -MOST_SPREADS : x > MOST_SPREADS ? MOST_SPREADS : x;
+    const Rows row = rows_in(&gate->in, a->x, D, 1, a->room);
+    EACH_PIECE(i, hand, 1) {
+        for (int64_t k = 0; k < D; k++) {
+            const float x = (h[k] - gate->mean[k]) / gate->spread[k];
+            a->x[k] = x < -MOST_SPREADS ? -MOST_SPREADS : x > MOST_SPREADS ? MOST_SPREADS : x;
+        }
+        if (narrow(gate->in.kind)) pack(&gate->in, &row, 0);
     }
-#pragma omp barrier
-    const Rows row = prepare(&gate->in, a->x, D, 1, a->room, a->local);
-    if (gate->out) {
-        share(W, a->t, a->n, &from, &to);
-        product(&gate->in, row, 1, a->act, 2 * W, 0, from, to);
-        product(&gate->in, row, 1, a->act, 2 * W, 0, W + from, W + to);
-        for (int64_t k = from; k < to; k += LANES)
-            store_up_to(a->act + k, silu(load_up_to(a->act + k, to - k)) * load_up_to(a->act + W + k, to - k), to - k);
-    } else if (!a->t) {
-        product(&gate->in, row, 1, a->act, 1, 0, 0, 1);
+    multiply(hand, &gate->in, row, 1, (Out){a->act, gate->in.rows, 0}, 0, gate->in.rows);
+    EACH_PIECE(i, hand, 1) {
+        float sums = a->act[0];
+        if (gate->out) {
+            for (int64_t k = 0; k < W; k += LANES)
+                store_up_to(a->act + k, silu(load_up_to(a->act + k, W - k)) * load_up_to(a->act + W + k, W - k), W - k);
+            sums = sum(dots(a->act, gate->out, W));
+        }
+        *logit = sums + gate->bias;
     }
-#pragma omp barrier
-    const float logit = (gate->out ? sum(dots(a->act, gate->out, W)) : a->act[0]) + gate->bias;
-#pragma omp barrier
-    return logit;
 }
 
-// Asks the gates that stand after so many blocks, from *next on. Returns whether one of them is sure enough.
-static int stops(const Gates *gates, int64_t *next, int64_t blocks, const float *h, const Asker *a) {
+// Asks the gates that stand after so many blocks, from *next on. Returns whether one of them is sure enough. What decides is kept,
+// so that a thread that comes late decides the same.
+static int stops(Hand *hand, const Gates *gates, int64_t *next, int64_t blocks, const float *h, const Asker *a) {
     while (gates && *next < gates->count && gates->gates[*next].after == blocks) {
         const Gate *gate = gates->gates + *next;
-        const int open = gate->threshold == -INFINITY;  // every row stops
-        const float logit = open ? 0 : ask(gate, h, a);
-        if (!a->t) {
-            memcpy(gates->seen + *next * gate->in.columns, h, gate->in.columns * sizeof(float));
-            gates->logits[*next] = logit;
-        }
+        float *logit = gates->logits + *next, *seen = gates->seen + *next * gate->in.columns;
         (*next)++;
-        if (open || logit > gate->threshold) return 1;
+        EACH_PIECE(i, hand, 1) memcpy(seen, h, gate->in.columns * sizeof(float));
+        if (gate->threshold == -INFINITY) {  // every row stops
+            EACH_PIECE(i, hand, 1) *logit = 0;
+            return 1;
+        }
+        ask(hand, gate, seen, a, logit);
+        if (*logit > gate->threshold) return 1;
     }
     return 0;
 }

@@ -17,10 +17,11 @@ typedef struct {
 
 typedef struct {
     int64_t hidden, queries, heads, dim, width;
+    int64_t half;  // 1: keys and values are kept in bfloat16, 0: in float32
 } Shape;
 
 // Queries, keys and values of one row (heads · P): normed, turned, keys and values stored at `place` (2H, P).
-static void remember(const Block *b, const Shape *s, float *row, int64_t queries, const float *turn, float *place) {
+static void remember(const Block *b, const Shape *s, float *row, int64_t queries, const float *turn, char *place) {
     const int64_t P = s->dim;
     if (b->k_norm) {
         const int64_t size = b->norm_heads ? P : 0;
@@ -36,40 +37,68 @@ static void remember(const Block *b, const Shape *s, float *row, int64_t queries
                 x[0] = re * turn[p] - im * turn[p + 1];
                 x[1] = re * turn[p + 1] + im * turn[p];
             }
-    memcpy(place, row + queries * P, 2 * s->heads * P * sizeof(float));
+    const int64_t kept = 2 * s->heads * P;
+    row += queries * P;
+    if (!s->half) memcpy(place, row, kept * sizeof(float));
+    else for (int64_t i = 0; i < kept; i += LANES) to_bfloat16((uint16_t *)place + i, load_up_to(row + i, kept - i), kept - i);
 }
 
-enum { KEYS = 64, DIMS = 4 };  // positions that are attended to in one go, cut at multiples; vectors of values in registers
+// Positions that are attended to in one go, those whose softmax is one part of the sum, both cut at multiples; vectors of values in
+// registers.
+enum { KEYS = 64, STRETCH = 256, DIMS = 4 };
 
-// What is attended to: the keys and values of one head, `step` floats from one position to the next, of P dims each.
+// What is attended to: keys and values of one head, in float32 or bfloat16 (`half`), `step` bytes from one position to the next, of
+// P dims each.
 typedef struct {
-    const float *keys, *values;
+    const char *keys, *values;
     int64_t step, P;
     float scale;
-    int fresh;  // they are probably not in the cache
+    const char *next;  // what will be attended to soon
+    int64_t ahead;     // bytes of it to ask for with every EIGHT positions
 } Seen;
 
+ALWAYS vf numbers(const char *p, int64_t dim, int64_t left, int half) {
+    return half ? from_bfloat16((const uint16_t *)p + dim, left) : load_up_to((const float *)p + dim, left);
+}
+
+#define KEYS_MULTIPLY_BFLOAT16(half) ((half) && MULTIPLIES_BFLOAT16)
+
+// Adds the products of a query and of `count` keys, over the dims from p on, of which there are `left`. Where the processor
+// multiplies bfloat16, the query is rounded to it, too.
+ALWAYS void add_products(const float *q, const char *keys, int64_t step, int64_t p, int64_t left, int64_t count, vf *acc, int half) {
+#if MULTIPLIES_BFLOAT16
+    if (half) {
+        const vf high = left > LANES ? load_up_to(q + p + LANES, left - LANES) : (vf){0};
+        const __m512bh two = _mm512_cvtne2ps_pbh((__m512)high, (__m512)load_up_to(q + p, left));
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++) {
+            const uint16_t *key = (const uint16_t *)(keys + i * step) + p;
+            const __m512i v = left < 32 ? _mm512_maskz_loadu_epi16((1u << left) - 1, key) : _mm512_loadu_si512(key);
+            acc[i] = (vf)_mm512_dpbf16_ps((__m512)acc[i], two, (__m512bh)v);
+        }
+        return;
+    }
+#endif
+    const vf part = load_up_to(q + p, left);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++) acc[i] = fma_(part, numbers(keys + i * step, p, left, half), acc[i]);
+}
+
 // Scores of G queries, P apart, with the keys of positions j to j + EIGHT - 1, of which there are `count`.
-ALWAYS void scores_of(const float *q, const Seen *seen, int64_t j, int64_t count, float *scores, const int G) {
-    const int64_t P = seen->P, step = seen->step;
-    const float *keys = seen->keys + j * step, scale = seen->scale;
+ALWAYS void scores_of(const float *q, const Seen *seen, int64_t j, int64_t count, float *scores, const int G, const int half) {
+    const int64_t P = seen->P, step = seen->step, width = KEYS_MULTIPLY_BFLOAT16(half) ? 2 * LANES : LANES;
+    const char *keys = seen->keys + j * step;
     for (int g = 0; g < G; g++, q += P, scores += KEYS) {
         vf acc[EIGHT] = {0};
+        int64_t p = 0;
         if (count >= EIGHT) {
-            int64_t p = 0;
-            for (; p + LANES <= P; p += LANES) {
-                const vf part = load(q + p);
-#pragma GCC unroll 8
-                for (int i = 0; i < EIGHT; i++) acc[i] = fma_(part, load(keys + i * step + p), acc[i]);
-            }
-            if (p < P)
-                for (int i = 0; i < EIGHT; i++)
-                    acc[i] = fma_(load_up_to(q + p, P - p), load_up_to(keys + i * step + p, P - p), acc[i]);
-            sums_of(acc, scores);
-            for (int i = 0; i < EIGHT; i++) scores[i] *= scale;
+            for (; p + width <= P; p += width) add_products(q, keys, step, p, width, EIGHT, acc, half);
+            if (p < P) add_products(q, keys, step, p, P - p, EIGHT, acc, half);
         } else {
-            for (int i = 0; i < count; i++) scores[i] = scale * sum(dots(q, keys + i * step, P));
+            for (; p < P; p += width) add_products(q, keys, step, p, min_(P - p, width), count, acc, half);
         }
+        sums_of(acc, scores);
+        for (int i = 0; i < EIGHT; i++) scores[i] *= seen->scale;
     }
 }
 
@@ -81,16 +110,15 @@ typedef struct {
 // Adds the values of positions `from` to `to` - 1, each times its weight, to V vectors of the outputs of G queries, from `dim`
 // on (one vector may be cut short). What was there before is multiplied by `keep` first.
 ALWAYS void values_of(const Seen *seen, int64_t dim, int64_t from, int64_t to, const float *weights, const float *keep, float *out,
-                      const int G, const int V) {
+                      const int G, const int V, const int half) {
     const int64_t P = seen->P, left = P - dim;
-    const float *values = seen->values + dim;
     vf acc[4][DIMS];
     for (int g = 0; g < G; g++)
         for (int v = 0; v < V; v++) acc[g][v] = load_up_to(out + g * P + dim + v * LANES, left - v * LANES) * keep[g];
     for (int64_t j = from; j < to; j++) {
         vf value[DIMS];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) value[v] = load_up_to(values + j * seen->step + v * LANES, V > 1 ? LANES : left);
+        for (int v = 0; v < V; v++) value[v] = numbers(seen->values + j * seen->step, dim + v * LANES, V > 1 ? LANES : left, half);
 #pragma GCC unroll 4
         for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
@@ -123,34 +151,52 @@ static float weigh(float *s, int64_t from, int64_t to, float *most, float *total
 
 // One row's G queries over positions `from` to `to` - 1 of one piece. Brings their softmax up to date ("online softmax", arXiv
 // 1805.02867).
-ALWAYS void attend_to(const float *q, const Seen *seen, int64_t from, int64_t to, Softmax so_far, const int G) {
+ALWAYS void attend_to(const float *q, const Seen *seen, int64_t from, int64_t to, Softmax so_far, const int G, const int half) {
     const int64_t P = seen->P;
     float scores[4 * KEYS], keep[4];
     for (int64_t j = from / EIGHT * EIGHT; j < to; j += EIGHT) {
-        if (seen->fresh)
-            for (int64_t i = j; i < j + EIGHT; i++)
-                for (int64_t p = 0; p < P; p += 16) {
-                    expect(seen->keys + (i + 2 * EIGHT) * seen->step + p);
-                    expect(seen->values + i * seen->step + p);
-                }
-        scores_of(q, seen, j, to - j, scores + j, G);
+        const char *next = seen->next + j / EIGHT * seen->ahead;
+        for (int64_t at = 0; at < seen->ahead; at += 64) __builtin_prefetch(next + at, 0, 2);
+        scores_of(q, seen, j, to - j, scores + j, G, half);
     }
     for (int g = 0; g < G; g++) keep[g] = weigh(scores + g * KEYS, from, to, so_far.most + g, so_far.total + g);
     int64_t dim = 0;
-    for (; dim + DIMS * LANES <= P; dim += DIMS * LANES) values_of(seen, dim, from, to, scores, keep, so_far.out, G, DIMS);
-    for (; dim < P; dim += LANES) values_of(seen, dim, from, to, scores, keep, so_far.out, G, 1);
+    for (; dim + DIMS * LANES <= P; dim += DIMS * LANES) values_of(seen, dim, from, to, scores, keep, so_far.out, G, DIMS, half);
+    for (; dim < P; dim += LANES) values_of(seen, dim, from, to, scores, keep, so_far.out, G, 1, half);
 }
 
 // As `attend_to`, for any number of queries.
-static void attend_group(const float *q, const Seen *seen, int64_t from, int64_t to, Softmax so_far, int64_t group) {
+static void attend_group(const float *q, const Seen *seen, int64_t from, int64_t to, Softmax so_far, int64_t group, int half) {
     for (int64_t g = 0; g < group; g += 4) {
         const Softmax part = {so_far.most + g, so_far.total + g, so_far.out + g * seen->P};
-        switch (min_(4, group - g)) {
-            case 4: attend_to(q + g * seen->P, seen, from, to, part, 4); break;
-            case 3: attend_to(q + g * seen->P, seen, from, to, part, 3); break;
-            case 2: attend_to(q + g * seen->P, seen, from, to, part, 2); break;
-            default: attend_to(q + g * seen->P, seen, from, to, part, 1);
+        const float *queries = q + g * seen->P;
+        switch (2 * min_(4, group - g) + half) {
+            case 9: attend_to(queries, seen, from, to, part, 4, 1); break;
+            case 8: attend_to(queries, seen, from, to, part, 4, 0); break;
+            case 7: attend_to(queries, seen, from, to, part, 3, 1); break;
+            case 6: attend_to(queries, seen, from, to, part, 3, 0); break;
+            case 5: attend_to(queries, seen, from, to, part, 2, 1); break;
+            case 4: attend_to(queries, seen, from, to, part, 2, 0); break;
+            case 3: attend_to(queries, seen, from, to, part, 1, 1); break;
+            default: attend_to(queries, seen, from, to, part, 1, 0);
         }
+    }
+}
+
+static void begin(Softmax s, int64_t queries, int64_t P) {
+    for (int64_t i = 0; i < queries; i++) s.most[i] = -INFINITY, s.total[i] = 0;
+    memset(s.out, 0, queries * P * sizeof(float));
+}
+
+// Adds one more part of the sum over the positions.
+static void merge(Softmax sum, Softmax part, int64_t queries, int64_t P) {
+    for (int64_t i = 0; i < queries; i++) {
+        if (part.most[i] == -INFINITY) continue;
+        const float most = sum.most[i] > part.most[i] ? sum.most[i] : part.most[i];
+        const float keep = sum.most[i] == -INFINITY ? 0 : exp_(all(sum.most[i] - most))[0], add = exp_(all(part.most[i] - most))[0];
+        sum.most[i] = most;
+        sum.total[i] = sum.total[i] * keep + part.total[i] * add;
+        for (int64_t p = i * P; p < (i + 1) * P; p++) sum.out[p] = sum.out[p] * keep + part.out[p] * add;
     }
 }
 
@@ -160,16 +206,18 @@ typedef struct {
     int64_t count;
     const int64_t *positions, *sequences;
     const float *turn;
+    int64_t end;  // one more than the highest position
 } Tokens;
 
 // What one thread of a call works with: buffers shared with the others, and a part of its own. The scratch holds
-// R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) shared floats, and R · (K + 64) for the K columns of the widest weight; a
-// thread's own hold 2 · EIGHT · Q / H beside PANEL.
+// R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) shared floats, R · (K + 64) for the K columns of the widest weight, and for
+// few rows R · Q · (P + 2) for each stretch up to the last position; a thread's own hold 2 · EIGHT · Q / H · (P + 2).
 typedef struct {
     const Shape *s;
     const Tokens *tokens;
-    float *x, *qkv, *mlp, *room, *local;
-    int t, n;
+    float *x, *qkv, *mlp, *room, *parts, *local;
+    int few;  // rows, so that threads share the positions
+    Hand hand;
 } Worker;
 
 static int64_t widest(const Shape *s) {
@@ -177,129 +225,226 @@ static int64_t widest(const Shape *s) {
     return inner > outer ? inner : outer;
 }
 
-static Worker worker(const Shape *s, const Tokens *tokens, const Scratch *scratch) {
+static Worker worker(const Shape *s, const Tokens *tokens, const Scratch *scratch, Crew *crew) {
     const int64_t D = s->hidden, P = s->dim, Q = s->queries, F = s->width, R = tokens->count;
     float *x = scratch->floats, *qkv = x + R * (D > Q * P ? D : Q * P), *mlp = qkv + R * (Q + 2 * s->heads) * P;
     float *room = mlp + R * (2 * F > D ? 2 * F : D);
-    const int t = omp_get_thread_num();
-    return (Worker){s, tokens, x, qkv, mlp, room, room + R * (widest(s) + 64) + t * scratch->own, t, omp_get_num_threads()};
+    const Hand hand = hand_of(crew);
+    const int few = R <= EIGHT;
+    float *parts = room + R * (widest(s) + 64), *local = parts + (few ? R * Q * (P + 2) * (tokens->end / STRETCH + 1) : 0);
+    return (Worker){s, tokens, x, qkv, mlp, room, parts, local + hand.t * scratch->own, few, hand};
 }
 
 // Input norm, and the projections to `queries` query heads (all or none), keys and values. Keys and values are stored in kv.
-static void project(const Block *b, const Worker *w, float *const *kv, int64_t queries) {
+static void project(const Block *b, Worker *w, char *const *kv, int64_t queries) {
     const Shape *s = w->s;
     const Tokens *tokens = w->tokens;
     const int64_t D = s->hidden, P = s->dim, H = s->heads, A = (s->queries + 2 * H) * P, R = tokens->count;
     const int64_t skip = (s->queries - queries) * P, *position = tokens->positions, *sequence = tokens->sequences;
-    int64_t from, to;
-    if (b->norm_first) {
-        for (int64_t r = w->t; r < R; r += w->n) norm(tokens->h + r * D, b->attention_norm, b->eps, w->x + r * D, D);
-#pragma omp barrier
+    Hand *hand = &w->hand;
+    const Rows rows = b->norm_first ? prepare_normed(hand, &b->qkv, tokens->h, b->attention_norm, b->eps, R, w->x, w->room)
+                                    : prepare(hand, &b->qkv, tokens->h, D, R, w->room);
+    multiply(hand, &b->qkv, rows, R, (Out){w->qkv, A, 0}, skip, A);
+    EACH_PIECE(r, hand, R) {
+        char *place = kv[sequence[r]] + position[r] * 2 * H * P * (s->half ? 2 : 4);
+        remember(b, s, w->qkv + r * A + skip, queries, tokens->turn + r * P, place);
     }
-    share(A - skip, w->t, w->n, &from, &to);
-    const Rows rows = prepare(&b->qkv, b->norm_first ? w->x : tokens->h, D, R, w->room, w->local);
-    product(&b->qkv, rows, R, w->qkv, A, 0, from + skip, to + skip);
-#pragma omp barrier
-    for (int64_t r = w->t; r < R; r += w->n)
-        remember(b, s, w->qkv + r * A + skip, queries, tokens->turn + r * P, kv[sequence[r]] + position[r] * 2 * H * P);
-#pragma omp barrier
 }
 
-// Attention of `rows` rows of one sequence that follow each other, for the queries of one key/value head. The pieces of the
-// positions are the same for every row, so what a row gets does not depend on the rows beside it.
-static void attend(const Block *b, const Worker *w, const float *kv, int64_t first, int64_t rows, int64_t head) {
+// Rows of one sequence that follow each other.
+typedef struct {
+    int64_t first, rows;
+} Run;
+
+// The rows from r on of the same sequence, at most EIGHT.
+static Run run_from(const Tokens *tokens, int64_t r) {
+    Run run = {r, 1};
+    while (run.rows < EIGHT && r + run.rows < tokens->count && tokens->sequences[r + run.rows] == tokens->sequences[r]) run.rows++;
+    return run;
+}
+
+// The stretches that a run sees: `from` to `to` - 1.
+static void stretches(const Block *b, const Worker *w, Run run, int64_t *from, int64_t *to) {
+    const int64_t first = w->tokens->positions[run.first] + 1, last = w->tokens->positions[run.first + run.rows - 1] + 1;
+    *from = b->window && first > b->window ? (first - b->window) / STRETCH : 0;
+    *to = (last + STRETCH - 1) / STRETCH;
+}
+
+// Where the results of `queries` queries of P dims lie one after another.
+static Softmax softmax_at(float *place, int64_t queries) { return (Softmax){place, place + queries, place + 2 * queries}; }
+
+// Attention of a run's rows over one stretch, for the queries of the key/value heads `from` to `to` - 1. The results of each head
+// are (rows, group) queries; the next head's follow. The pieces and stretches are the same for every row, so what a row gets does
+// not depend on the rows beside it.
+static void attend(const Block *b, const Worker *w, const char *kv, Run run, int64_t stretch, int64_t from, int64_t to, float *results) {
     const Shape *s = w->s;
-    const int64_t P = s->dim, Q = s->queries, H = s->heads, A = (Q + 2 * H) * P, group = Q / H, step = 2 * H * P;
-    const int64_t *position = w->tokens->positions + first, end = position[rows - 1] + 1;
-    const float *q = w->qkv + first * A + head * group * P;
-    float *out = w->x + first * Q * P + head * group * P, *most = w->local + PANEL, *total = most + rows * group;
-    for (int64_t i = 0; i < rows * group; i++) most[i] = -INFINITY, total[i] = 0;
-    for (int64_t r = 0; r < rows; r++) memset(out + r * Q * P, 0, group * P * sizeof(float));
-    const int64_t oldest = b->window && position[0] + 1 > b->window ? position[0] + 1 - b->window : 0;
-    for (int64_t piece = oldest / KEYS * KEYS; piece < end; piece += KEYS) {
-        const float *keys = kv + piece * step + head * P;
-        for (int64_t r = 0; r < rows; r++) {
-            const int64_t after = position[r] + 1, start = b->window && after > b->window ? after - b->window : 0;
-            const int64_t from = start > piece ? start - piece : 0, to = min_(after - piece, KEYS);
-            const Seen seen = {keys, keys + H * P, step, P, b->scale, !r};
-            const Softmax so_far = {most + r * group, total + r * group, out + r * Q * P};
-            if (from < to) attend_group(q + r * A, &seen, from, to, so_far, group);
+    const int64_t P = s->dim, Q = s->queries, H = s->heads, A = (Q + 2 * H) * P, group = Q / H, queries = run.rows * group;
+    const int64_t size = s->half ? 2 : 4, step = 2 * H * P * size, *position = w->tokens->positions + run.first;
+    const int64_t end = min_((stretch + 1) * STRETCH, position[run.rows - 1] + 1);
+    for (int64_t head = from; head < to; head++) begin(softmax_at(results + (head - from) * queries * (P + 2), queries), queries, P);
+    for (int64_t piece = stretch * STRETCH; piece < end; piece += KEYS) {
+        for (int64_t head = from; head < to; head++) {
+            const Softmax all_rows = softmax_at(results + (head - from) * queries * (P + 2), queries);
+            const char *keys = kv + piece * step + head * P * size;
+            for (int64_t r = 0; r < run.rows; r++) {
+                const int64_t after = position[r] + 1, start = b->window && after > b->window ? after - b->window : 0;
+                const int64_t first = start > piece ? start - piece : 0, last = min_(after - piece, KEYS);
+                // The first of few rows asks for the next piece, each head for its share.
+                const int64_t ahead = r || !w->few ? 0 : KEYS * step / (to - from);
+                const char *next = kv + (piece + KEYS) * step + (head - from) * ahead;
+                const Seen seen = {keys, keys + H * P * size, step, P, b->scale, next, ahead / (KEYS / EIGHT)};
+                const Softmax so_far = {all_rows.most + r * group, all_rows.total + r * group, all_rows.out + r * group * P};
+                if (first < last) attend_group(w->qkv + r * A + run.first * A + head * group * P, &seen, first, last, so_far, group, s->half);
+            }
         }
     }
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t g = 0; g < group; g++)
-            for (int64_t p = 0; p < P; p++) out[r * Q * P + g * P + p] /= total[r * group + g];
 }
 
-// Attention over kv, its output projection, and the norm between attention and MLP. Adds to `h`.
-static void attention(const Block *b, const Worker *w, float *const *kv) {
-    const Shape *s = w->s;
-    const Tokens *tokens = w->tokens;
-    const int64_t D = s->hidden, Q = s->queries, H = s->heads, P = s->dim, R = tokens->count, *sequence = tokens->sequences;
-    float *h = tokens->h, *x = w->x, *out = b->norm_first ? h : w->mlp;
-    int64_t from, to, item = 0, rows;
-    for (int64_t r = 0; r < R; r += rows) {
-        for (rows = 1; rows < EIGHT && r + rows < R && sequence[r + rows] == sequence[r];) rows++;
-        for (int64_t head = 0; head < H; head++)
-            if (item++ % w->n == w->t) attend(b, w, kv[sequence[r]], r, rows, head);
+// Puts the outputs of a run's rows, for one head, where the next product finds them.
+static void finish(const Worker *w, Run run, int64_t head, Softmax sum) {
+    const int64_t P = w->s->dim, Q = w->s->queries, group = Q / w->s->heads;
+    for (int64_t r = 0; r < run.rows; r++)
+        for (int64_t g = 0; g < group; g++)
+            for (int64_t p = 0; p < P; p++) {
+                const int64_t i = r * group + g;
+                w->x[(run.first + r) * Q * P + (head * group + g) * P + p] = sum.out[i * P + p] / sum.total[i];
+            }
+}
+
+// Attention of many rows: a piece is a run and a head.
+static void attend_many(const Block *b, Worker *w, char *const *kv) {
+    const int64_t H = w->s->heads, P = w->s->dim, group = w->s->queries / H;
+    int64_t runs = 0, at = -1, from, to;
+    for (int64_t r = 0; r < w->tokens->count; r += run_from(w->tokens, r).rows) runs++;
+    Run run = {0, 0};
+    EACH_PIECE(i, &w->hand, runs * H) {
+        for (; at < i / H; at++) run = run_from(w->tokens, run.first + run.rows);
+        const int64_t queries = run.rows * group, head = i % H;
+        const Softmax sum = softmax_at(w->local, queries), part = softmax_at(w->local + queries * (P + 2), queries);
+        begin(sum, queries, P);
+        stretches(b, w, run, &from, &to);
+        for (int64_t stretch = from; stretch < to; stretch++) {
+            attend(b, w, kv[w->tokens->sequences[run.first]], run, stretch, head, head + 1, part.most);
+            merge(sum, part, queries, P);
+        }
+        finish(w, run, head, sum);
     }
-#pragma omp barrier
-    share(D, w->t, w->n, &from, &to);
-    product(&b->o, prepare(&b->o, x, Q * P, R, w->room, w->local), R, out, D, b->norm_first, from, to);
-#pragma omp barrier
-    for (int64_t r = w->t; r < R; r += w->n)
-        if (b->norm_first) {
-            norm(h + r * D, b->mlp_norm, b->eps, x + r * D, D);
-        } else {
+}
+
+// The stretches of few rows, one run after another: of number i, its run, its own number, and where its results go.
+typedef struct {
+    Run run;
+    int64_t stretch;
+    float *place;
+} Stretch;
+
+static Stretch stretch_of(const Block *b, const Worker *w, int64_t i) {
+    const int64_t size = w->s->queries * (w->s->dim + 2);
+    Stretch found = {{0, 0}, 0, w->parts};
+    for (int64_t from, to;; i -= to - from, found.place += (to - from) * found.run.rows * size) {
+        found.run = run_from(w->tokens, found.run.first + found.run.rows);
+        stretches(b, w, found.run, &from, &to);
+        if (i < to - from) return (Stretch){found.run, from + i, found.place + i * found.run.rows * size};
+    }
+}
+
+// Attention of few rows: threads share the stretches, too; where there are fewer than threads, also the heads. Each result gets a
+// place of its own in `parts`. Then the parts of each run become one, and its rows narrow for the next product.
+static Rows attend_few(const Block *b, Worker *w, char *const *kv) {
+    const int64_t H = w->s->heads, P = w->s->dim, group = w->s->queries / H, R = w->tokens->count;
+    int64_t runs = 0, all = 0, from, to;
+    for (int64_t r = 0; r < R; runs++) {
+        const Run run = run_from(w->tokens, r);
+        stretches(b, w, run, &from, &to);
+        r += run.rows, all += to - from;
+    }
+    const int64_t heads = all < w->hand.n ? 1 : H;
+    EACH_PIECE(i, &w->hand, all * H / heads) {
+        const Stretch s = stretch_of(b, w, i * heads / H);
+        const int64_t head = i * heads % H;
+        float *place = s.place + head * s.run.rows * group * (P + 2);
+        attend(b, w, kv[w->tokens->sequences[s.run.first]], s.run, s.stretch, head, head + heads, place);
+    }
+    const Rows rows = rows_in(&b->o, w->x, w->s->queries * P, R, w->room);
+    EACH_PIECE(i, &w->hand, runs) {
+        float *place = w->parts;
+        Run run = {0, 0};
+        for (int64_t at = -1; at < i; at++) {
+            place += at < 0 ? 0 : (to - from) * H * run.rows * group * (P + 2);
+            run = run_from(w->tokens, run.first + run.rows);
+            stretches(b, w, run, &from, &to);
+        }
+        const int64_t queries = run.rows * group, size = queries * (P + 2);
+        const Softmax sum = softmax_at(w->local, queries);
+        for (int64_t head = 0; head < H; head++) {
+            begin(sum, queries, P);
+            for (int64_t n = 0; n < to - from; n++) merge(sum, softmax_at(place + (n * H + head) * size, queries), queries, P);
+            finish(w, run, head, sum);
+        }
+        for (int64_t r = run.first; r < run.first + run.rows && narrow(b->o.kind); r++) pack(&b->o, &rows, r);
+    }
+    return rows;
+}
+
+// Attention over kv, and its output projection. Adds to `h`.
+static void attention(const Block *b, Worker *w, char *const *kv) {
+    const Shape *s = w->s;
+    const int64_t D = s->hidden, R = w->tokens->count;
+    float *h = w->tokens->h, *x = w->x, *out = b->norm_first ? h : w->mlp;
+    if (!w->few) attend_many(b, w, kv);
+    const Rows rows = w->few ? attend_few(b, w, kv) : prepare(&w->hand, &b->o, x, s->queries * s->dim, R, w->room);
+    multiply(&w->hand, &b->o, rows, R, (Out){out, D, b->norm_first}, 0, D);
+    if (!b->norm_first)
+        EACH_PIECE(r, &w->hand, R) {
             norm(out + r * D, b->attention_norm, b->eps, x + r * D, D);
             for (int64_t k = 0; k < D; k++) h[r * D + k] += x[r * D + k];
         }
-#pragma omp barrier
 }
 
 // The MLP. Adds to `h`.
-static void gated_mlp(const Block *b, const Worker *w) {
+static void gated_mlp(const Block *b, Worker *w) {
     const int64_t D = w->s->hidden, F = w->s->width, R = w->tokens->count;
     float *h = w->tokens->h, *x = w->x, *mlp = w->mlp, *out = b->norm_first ? h : x;
-    int64_t from, to;
-    share(F, w->t, w->n, &from, &to);
-    const Rows rows = prepare(&b->gate_up, b->norm_first ? x : h, D, R, w->room, w->local);
-    product(&b->gate_up, rows, R, mlp, 2 * F, 0, from, to);
-    product(&b->gate_up, rows, R, mlp, 2 * F, 0, F + from, F + to);
-    for (int64_t r = 0; r < R; r++) {
-        float *gate = mlp + r * 2 * F, *up = gate + F;
-        for (int64_t k = from; k < to; k += LANES)
-            store_up_to(gate + k, silu(load_up_to(gate + k, to - k)) * load_up_to(up + k, to - k), to - k);
+    Hand *hand = &w->hand;
+    Rows rows = b->norm_first ? prepare_normed(hand, &b->gate_up, h, b->mlp_norm, b->eps, R, x, w->room)
+                              : prepare(hand, &b->gate_up, h, D, R, w->room);
+    const Division d = divided(hand, F, IS_INT4(b->gate_up.kind) ? ROWS : FOUR);
+    EACH_PIECE(i, hand, d.pieces) {
+        int64_t from, to;
+        part_of(&d, i, &from, &to);
+        product(&b->gate_up, &rows, R, (Out){mlp, 2 * F, 0}, from, to, F);
+        for (int64_t r = 0; r < R; r++) {
+            float *gate = mlp + r * 2 * F, *up = gate + F;
+            for (int64_t k = from; k < to; k += LANES)
+                store_up_to(gate + k, silu(load_up_to(gate + k, to - k)) * load_up_to(up + k, to - k), to - k);
+        }
     }
-#pragma omp barrier
-    share(D, w->t, w->n, &from, &to);
-    product(&b->down, prepare(&b->down, mlp, 2 * F, R, w->room, w->local), R, out, D, b->norm_first, from, to);
-#pragma omp barrier
-    if (!b->norm_first) {
-        for (int64_t r = w->t; r < R; r += w->n) {
+    rows = prepare(hand, &b->down, mlp, 2 * F, R, w->room);
+    multiply(hand, &b->down, rows, R, (Out){out, D, b->norm_first}, 0, D);
+    if (!b->norm_first)
+        EACH_PIECE(r, hand, R) {
             norm(x + r * D, b->mlp_norm, b->eps, x + r * D, D);
             for (int64_t k = 0; k < D; k++) h[r * D + k] += x[r * D + k];
         }
-#pragma omp barrier
-    }
 }
 
-// Runs the rows through `count` blocks, h in place. kv[i · S + q] is what block i remembers of sequence q of S, (capacity, 2H, P).
-// A single row may have gates (else NULL). Returns the number of blocks run.
-int64_t offramp_run(const Block *blocks, int64_t count, const Shape *s, float *const *kv, int64_t S, const Tokens *tokens,
+// Runs the rows through `count` blocks, h in place. kv[i · S + q] is what block i remembers of sequence q of S, (capacity, 2H, P) in
+// float32 or bfloat16. A single row may have gates (else NULL). Returns the number of blocks run.
+int64_t offramp_run(const Block *blocks, int64_t count, const Shape *s, char *const *kv, int64_t S, const Tokens *tokens,
                     const Gates *gates, const Scratch *scratch) {
     int64_t run = count;
+    Crew crew = {0};
 #pragma omp parallel num_threads(scratch->threads)
     {
-        const Worker w = worker(s, tokens, scratch);
-        const Asker asker = {w.x, w.mlp, w.room, w.local, w.t, w.n};
+        Worker w = worker(s, tokens, scratch, &crew);
+        const Asker asker = {w.x, w.mlp, w.room};
         int64_t gate = 0;
         for (int64_t i = 0; i < count; i++) {
             project(blocks + i, &w, kv + i * S, s->queries);
             attention(blocks + i, &w, kv + i * S);
             gated_mlp(blocks + i, &w);
-            if (stops(gates, &gate, i + 1, tokens->h, &asker)) {
-                if (!w.t) run = i + 1;
+            if (stops(&w.hand, gates, &gate, i + 1, tokens->h, &asker)) {
+                if (!w.hand.t) run = i + 1;
                 break;
             }
         }
@@ -308,11 +453,12 @@ int64_t offramp_run(const Block *blocks, int64_t count, const Shape *s, float *c
 }
 
 // Stores only the keys and values, as if the rows were the input of each of the blocks.
-void offramp_remember(const Block *blocks, int64_t count, const Shape *s, float *const *kv, int64_t S, const Tokens *tokens,
+void offramp_remember(const Block *blocks, int64_t count, const Shape *s, char *const *kv, int64_t S, const Tokens *tokens,
                       const Scratch *scratch) {
+    Crew crew = {0};
 #pragma omp parallel num_threads(scratch->threads)
     {
-        const Worker w = worker(s, tokens, scratch);
+        Worker w = worker(s, tokens, scratch, &crew);
         for (int64_t i = 0; i < count; i++) project(blocks + i, &w, kv + i * S, 0);
     }
 }

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -89,7 +89,6 @@ class LeanBlock:
         turned = per_head(self.queries + self.heads)
         rows = torch.cat([turned, torch.arange(len(turned), (self.queries + 2 * self.heads) * self.dim)])
         self.qkv = make.matrix("qkv", qkv, rows)
-        self.kv = self.qkv.pick(slice(self.queries * self.dim, None))
         self.o = make.matrix("o", [attention.o_proj])
         gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
         self.gate_up = make.matrix("gate_up", gate_up)
@@ -111,6 +110,11 @@ class LeanBlock:
     def weights(self) -> tuple[Weight, ...]:
         """The matrices that a token is multiplied with."""
         return self.qkv, self.o, self.gate_up, self.down
+
+    @cached_property
+    def kv(self) -> Weight:
+        """The projections to keys and values only."""
+        return self.qkv.pick(slice(self.queries * self.dim, None))
 
     def __call__(self, h: Tensor, memories: Memories) -> None:
         """Add the block's attention and MLP to h (R, D) in place, and remember the tokens.
@@ -178,7 +182,7 @@ class LeanBlock:
         """The block as the C code takes it. The C code holds addresses only, so this block must stay alive."""
         norms = (self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm)
         return CBlock(
-            *map(CWeight.of, self.weights),
+            CWeight.of(self.qkv, fine=True), *map(CWeight.of, (self.o, self.gate_up, self.down)),
             *(None if norm is None else address(norm.weight) for norm in norms),
             self.window or 0, self.rotary, self.norm_first, self.q_norm is not None and self.norm_heads,
             self.attention_norm.eps, self.q_norm.eps if self.q_norm else 0.0, self.scale,
@@ -211,7 +215,9 @@ class LeanLlama(Lean):
         self._count = torch.empty(0, dtype=torch.int64)
         self._native = None
         if native and self._compiles(self.dim):
-            shape = CShape(first.o.rows, first.queries, first.heads, first.dim, first.down.columns)
+            half = weight_format != "float32"
+            self.kept_dtype = torch.bfloat16 if half else torch.float32
+            shape = CShape(first.o.rows, first.queries, first.heads, first.dim, first.down.columns, half)
             self._native = Native([block.native() for block in self.blocks], shape, self._columns)
 
     def _step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> RotaryStep:
@@ -262,9 +268,10 @@ class LeanLlama(Lean):
         memories: list[list[int]] = [[] for _ in range(start, stop)]
         for step, (_, state, _) in zip(steps, parts, strict=True):
             for kv, addresses in zip(self._memories(start, stop, state), memories, strict=True):
-                addresses += kv.addresses(step.batch, 2 * self.heads, self.dim, step.end)
+                addresses += kv.addresses(step.batch, 2 * self.heads, self.dim, step.end, self.kept_dtype)
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
-        run = native(rows, start, memories, Rows(positions, numbered(steps), turn))
+        end = max(step.end for step in steps)
+        run = native(rows, start, memories, Rows(positions, numbered(steps), turn, end))
         if run < stop - start:
             for step, (_, state, _) in zip(steps, parts, strict=True):
                 state.crop(step.end - step.tokens, start + run, stop)

@@ -87,17 +87,15 @@ typedef struct {
     const MambaShape *s;
     const MambaTokens *tokens;
     int64_t E, C, A;              // inner width, channels, rows of `in`
-    float *x, *in, *conv, *room, *local;  // in (R, A), conv (R, C)
-    int t, n;
+    float *x, *in, *conv, *room;  // in (R, A), conv (R, C)
+    Hand hand;
 } MambaWorker;
 
-static MambaWorker mamba_worker(const MambaShape *s, const MambaTokens *tokens, const Scratch *scratch) {
+static MambaWorker mamba_worker(const MambaShape *s, const MambaTokens *tokens, const Scratch *scratch, Crew *crew) {
     const int64_t D = s->hidden, E = s->heads * s->dim, C = E + 2 * s->groups * s->states, A = E + C + s->heads;
     const int64_t R = tokens->count, K = D > E ? D : E;
     float *x = scratch->floats, *in = x + R * K, *conv = in + R * A, *room = conv + R * C;
-    const int t = omp_get_thread_num();
-    float *local = room + R * (K + 64) + t * scratch->own;
-    return (MambaWorker){s, tokens, E, C, A, x, in, conv, room, local, t, omp_get_num_threads()};
+    return (MambaWorker){s, tokens, E, C, A, x, in, conv, room, hand_of(crew)};
 }
 
 // Row r of a block's journal; NULL where there is none.
@@ -107,14 +105,10 @@ static float *note_of(const MambaWorker *w, int64_t block, int64_t r) {
 }
 
 // Norm and input projection, without its first `skip` rows.
-static void project_in(const MambaBlock *b, const MambaWorker *w, int64_t skip) {
-    const int64_t D = w->s->hidden, R = w->tokens->count;
-    int64_t from, to;
-    for (int64_t r = w->t; r < R; r += w->n) norm(w->tokens->h + r * D, b->norm, b->eps, w->x + r * D, D);
-#pragma omp barrier
-    share(w->A - skip, w->t, w->n, &from, &to);
-    product(&b->in, prepare(&b->in, w->x, D, R, w->room, w->local), R, w->in, w->A, 0, from + skip, to + skip);
-#pragma omp barrier
+static void project_in(const MambaBlock *b, MambaWorker *w, int64_t skip) {
+    const int64_t R = w->tokens->count;
+    const Rows rows = prepare_normed(&w->hand, &b->in, w->tokens->h, b->norm, b->eps, R, w->x, w->room);
+    multiply(&w->hand, &b->in, rows, R, (Out){w->in, w->A, 0}, skip, w->A);
 }
 
 // The rows from r on that belong to the same sequence, of which there is at least one.
@@ -124,11 +118,11 @@ static int64_t run_of(const MambaTokens *tokens, int64_t r) {
     return rows;
 }
 
-// The convolution of x, B and C, and SiLU. Updates the windows in `memory`. `i` is the number of the block.
-static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i) {
+// The convolution of x, B and C, and SiLU, for channels `from` to `to` - 1. Updates the windows in `memory`. `i` is the number of
+// the block.
+static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i, int64_t from, int64_t to) {
     const int64_t C = w->C, W = w->s->width, *sequence = w->tokens->sequences;
-    int64_t from, to, rows;
-    share(C, w->t, w->n, &from, &to);
+    int64_t rows;
     for (int64_t first = 0; first < w->tokens->count; first += rows) {
         rows = run_of(w->tokens, first);
         if (sequence[first] < 0) continue;
@@ -154,15 +148,14 @@ static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemor
             memcpy(window + tap * C + from, INPUT(rows + tap - W + 1) + from, (to - from) * sizeof(float));
 #undef INPUT
     }
-#pragma omp barrier
 }
 
-// The recurrence. Updates the states in `memory`. With `gated`, x receives y · silu(z).
-static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i, int gated) {
+// The recurrence of heads `from` to `to` - 1. Updates the states in `memory`. With `gated`, x receives y · silu(z).
+static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i, int gated, int64_t from,
+                  int64_t to) {
     const int64_t H = w->s->heads, P = w->s->dim, G = w->s->groups, N = w->s->states, E = w->E, C = w->C;
     const int64_t *sequence = w->tokens->sequences, R = w->tokens->count;
-    int64_t from, to, T;
-    share(H, w->t, w->n, &from, &to);
+    int64_t T;
     for (int64_t head = from; head < to; head++)
         for (int64_t first = 0; first < R; first += T) {
             T = min_(TOKENS, run_of(w->tokens, first));
@@ -185,22 +178,35 @@ static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *
                     store_up_to(y + p, load_up_to(y + p, P - p) * silu(load_up_to(z + p, P - p)), P - p);
             }
         }
-#pragma omp barrier
+}
+
+// Convolution and recurrence, shared out.
+static void advance_memories(const MambaBlock *b, MambaWorker *w, const MambaMemory *memory, int64_t i, int gated) {
+    Hand *hand = &w->hand;
+    const Division channels = divided(hand, w->C, LANES), heads = divided(hand, w->s->heads, 1);
+    int64_t from, to;
+    EACH_PIECE(piece, hand, channels.pieces) {
+        part_of(&channels, piece, &from, &to);
+        convolve(b, w, memory, i, from, to);
+    }
+    EACH_PIECE(piece, hand, heads.pieces) {
+        part_of(&heads, piece, &from, &to);
+        recur(b, w, memory, i, gated, from, to);
+    }
 }
 
 // The norm over each group, and the output projection. Adds to `h`.
-static void project_out(const MambaBlock *b, const MambaWorker *w) {
+static void project_out(const MambaBlock *b, MambaWorker *w) {
     const int64_t D = w->s->hidden, G = w->s->groups, E = w->E, R = w->tokens->count;
-    int64_t from, to;
-    for (int64_t r = w->t; r < R; r += w->n)
+    const Rows rows = rows_in(&b->out, w->x, E, R, w->room);
+    EACH_PIECE(r, &w->hand, R) {
         for (int64_t g = 0; g < G; g++) {
             float *part = w->x + r * E + g * (E / G);
             norm(part, b->gated_norm + g * (E / G), b->gated_eps, part, E / G);
         }
-#pragma omp barrier
-    share(D, w->t, w->n, &from, &to);
-    product(&b->out, prepare(&b->out, w->x, E, R, w->room, w->local), R, w->tokens->h, D, 1, from, to);
-#pragma omp barrier
+        if (narrow(b->out.kind)) pack(&b->out, &rows, r);
+    }
+    multiply(&w->hand, &b->out, rows, R, (Out){w->tokens->h, D, 1}, 0, D);
 }
 
 // Runs the rows through `count` blocks, h in place. memory[i · S + q] is what block i remembers of sequence q of S. A single row
@@ -208,18 +214,18 @@ static void project_out(const MambaBlock *b, const MambaWorker *w) {
 int64_t offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, int64_t S,
                           const MambaTokens *tokens, const Gates *gates, const Scratch *scratch) {
     int64_t run = count;
+    Crew crew = {0};
 #pragma omp parallel num_threads(scratch->threads)
     {
-        const MambaWorker w = mamba_worker(s, tokens, scratch);
-        const Asker asker = {w.x, w.in, w.room, w.local, w.t, w.n};
+        MambaWorker w = mamba_worker(s, tokens, scratch, &crew);
+        const Asker asker = {w.x, w.in, w.room};
         int64_t gate = 0;
         for (int64_t i = 0; i < count; i++) {
             project_in(blocks + i, &w, 0);
-            convolve(blocks + i, &w, memory + i * S, i);
-            recur(blocks + i, &w, memory + i * S, i, 1);
+            advance_memories(blocks + i, &w, memory + i * S, i, 1);
             project_out(blocks + i, &w);
-            if (stops(gates, &gate, i + 1, tokens->h, &asker)) {
-                if (!w.t) run = i + 1;
+            if (stops(&w.hand, gates, &gate, i + 1, tokens->h, &asker)) {
+                if (!w.hand.t) run = i + 1;
                 break;
             }
         }
@@ -230,13 +236,13 @@ int64_t offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaSh
 // Only updates the memories, as if the rows were the input of each of the blocks.
 void offramp_mamba_remember(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory,
                             int64_t S, const MambaTokens *tokens, const Scratch *scratch) {
+    Crew crew = {0};
 #pragma omp parallel num_threads(scratch->threads)
     {
-        const MambaWorker w = mamba_worker(s, tokens, scratch);
+        MambaWorker w = mamba_worker(s, tokens, scratch, &crew);
         for (int64_t i = 0; i < count; i++) {
             project_in(blocks + i, &w, w.E);
-            convolve(blocks + i, &w, memory + i * S, i);
-            recur(blocks + i, &w, memory + i * S, i, 0);
+            advance_memories(blocks + i, &w, memory + i * S, i, 0);
         }
     }
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -49,7 +49,6 @@ class LeanMambaBlock:
         self.inner, self.channels = mixer.intermediate_size, mixer.conv_dim
         self.limits: tuple[float, float] = mixer.time_step_limit
         self.project_in = make.matrix("in", [mixer.in_proj])
-        self.advance_in = self.project_in.pick(slice(self.inner, None))
         self.project_out = make.matrix("out", [mixer.out_proj])
         self.norm = make.norm("norm", block.norm)
         self.gated_norm = make.vector("gated_norm", mixer.norm.weight)
@@ -64,6 +63,11 @@ class LeanMambaBlock:
     def weights(self) -> tuple[Weight, ...]:
         """The matrices that a token is multiplied with."""
         return self.project_in, self.project_out
+
+    @cached_property
+    def advance_in(self) -> Weight:
+        """The rows of `project_in` that the memory depends on."""
+        return self.project_in.pick(slice(self.inner, None))
 
     def shapes(self, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of a memory: window (B, W - 1, C) and state (B, H, P, N)."""
@@ -114,7 +118,7 @@ class LeanMambaBlock:
     def native(self) -> CMambaBlock:
         """The block as the C code takes it. The C code holds addresses only, so this block must stay alive."""
         parts = (self.norm.weight, self.gated_norm, self.conv, self.conv_bias, self.dt_bias, self.decay, self.skip)
-        weights = map(CWeight.of, self.weights)
+        weights = (CWeight.of(weight, fine=True) for weight in self.weights)
         return CMambaBlock(*weights, *map(address, parts), self.norm.eps, self.gated_eps, *self.limits)
 
 

@@ -1,8 +1,8 @@
 """Compile the C code, once for each machine, and call it through ctypes.
 
-`llama.c` and `mamba2.c` run a range of blocks in one call. `head.c` multiplies with the LM head. `products.h`, `gates.h`
-and `sketch.h` hold what they are made of. Without a C compiler nothing here is used: the lean path then computes the same
-with torch's operators.
+`llama.c` and `mamba2.c` run a range of blocks in one call. `head.c` multiplies with the LM head. The headers hold what they
+are made of: vectors, products, gates, and the sketch of the head. Without a C compiler nothing here is used: the lean path
+then computes the same with torch's operators.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from ctypes import POINTER, c_float, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -32,8 +32,7 @@ from offramp.machine import instruction_set, processor
 from offramp.model.lean.weights import Weight
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("head.c", "llama.c", "mamba2.c")]
-HEADERS = [FOLDER / name for name in ("products.h", "gates.h", "sketch.h")]
+SOURCE = FOLDER / "kernels.c"
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 
 
@@ -42,15 +41,18 @@ class CWeight(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("kind", "rows", "columns")),
-        *((name, c_void_p) for name in ("w", "scale", "low", "bias")),
+        *((name, c_void_p) for name in ("w", "scale", "bias")),
     )
 
     @classmethod
-    def of(cls, weight: Weight) -> CWeight:
-        """The weight as the C code takes it. It holds addresses only, so `weight` must stay alive."""
-        kind = ("float32", "bfloat16", "int8", "int4").index(weight.name)
-        parts = (weight.w, weight.scale, weight.low, weight.bias)
-        return cls(kind, weight.rows, weight.columns, *map(address, parts))
+    def of(cls, weight: Weight, fine: bool = False) -> CWeight:
+        """The weight as the C code takes it. It holds addresses only, so `weight` must stay alive.
+
+        `fine`: rows that are multiplied with integer weights are rounded to 16 bits instead of 8.
+        """
+        fine = fine and weight.name.startswith("int")
+        kind = ("float32", "bfloat16", "int8", "int4", "fine int8", "fine int4").index("fine " * fine + weight.name)
+        return cls(kind, weight.rows, weight.columns, *map(address, (weight.w, weight.scale, weight.bias)))
 
 
 class CScratch(ctypes.Structure):
@@ -73,7 +75,7 @@ class CBlock(ctypes.Structure):
 class CShape(ctypes.Structure):
     """`Shape` in llama.c."""
 
-    _fields_ = tuple((name, c_int64) for name in ("hidden", "queries", "heads", "dim", "width"))
+    _fields_ = tuple((name, c_int64) for name in ("hidden", "queries", "heads", "dim", "width", "half"))
 
 
 class CTokens(ctypes.Structure):
@@ -85,6 +87,7 @@ class CTokens(ctypes.Structure):
         ("positions", c_void_p),
         ("sequences", c_void_p),
         ("turn", c_void_p),
+        ("end", c_int64),
     )
 
 
@@ -154,7 +157,7 @@ def library() -> Any:
             compiled.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=compiled.parent) as temporary:
                 new = Path(temporary) / "new.so"
-                subprocess.run([*command, "-o", str(new), *map(str, SOURCES), "-lm"], check=True, capture_output=True)
+                subprocess.run([*command, "-o", str(new), str(SOURCE), "-lm"], check=True, capture_output=True)
                 os.replace(new, compiled)
         return _declared(ctypes.CDLL(str(compiled)))
     except (OSError, subprocess.CalledProcessError):
@@ -165,7 +168,7 @@ def _compiled_file(command: list[str]) -> Path:
     """Where the compiled library is kept: one file for each source, compiler command and kind of processor."""
     # -march=native means something else on each machine, and machines may share a cache folder.
     machine = "/".join([*command, platform.machine(), processor(), instruction_set()])
-    code = b"".join(file.read_bytes() for file in (*SOURCES, *HEADERS))
+    code = b"".join(file.read_bytes() for file in sorted(FOLDER.glob("*.[ch]")))
     return cache_folder() / "native" / f"{hashlib.sha256(code + machine.encode()).hexdigest()[:16]}.so"
 
 
@@ -191,16 +194,20 @@ def _declared(loaded: Any) -> Any:
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, result
     loaded.offramp_rounds_to_bfloat16.restype = c_int64
+    loaded.offramp_kernels.restype = c_char_p
     return loaded
 
 
-def rounds_to_bfloat16(format: str) -> bool:
-    """Whether the compiled path rounds rows to bfloat16 before it multiplies them with weights in this format.
-
-    `format` is a `Weight.name`. Where rows are rounded, so are int4's weights.
-    """
+def kernels() -> str:
+    """The processor's instructions that the compiled path multiplies with, such as "AVX2"; "" where nothing is compiled."""
     compiled = library()
-    return format in ("bfloat16", "int4") and bool(compiled and compiled.offramp_rounds_to_bfloat16())
+    return compiled.offramp_kernels().decode() if compiled else ""
+
+
+def rounds_to_bfloat16() -> bool:
+    """Whether the compiled path rounds rows to bfloat16 before it multiplies them with weights in bfloat16."""
+    compiled = library()
+    return bool(compiled and compiled.offramp_rounds_to_bfloat16())
 
 
 @dataclass(frozen=True)
@@ -263,7 +270,8 @@ class _Native:
 
     room_for_gates = 0  # floats that a gate may use beside the row
     ROWS = 256  # the most rows of one call; more would need much scratch and gain nothing
-    TILE, PANEL = 8, 1 << 15  # of products.h: at least TILE_ROWS, and PANEL
+    FEW, STRETCH = 8, 256  # EIGHT of vectors.h; of llama.c
+    OWN = 1 << 11  # floats of a thread's own for sketch.h, at least BINS
 
     def __init__(self, kind: Any, blocks: Sequence[Any], columns: int) -> None:
         """`columns` are those of the widest weight. The caller keeps the tensors alive that the blocks point to."""
@@ -306,7 +314,7 @@ class _Native:
 
     def _scratch(self, rows: int, row: int, own: int = 0) -> CScratch:
         """Scratch for so many rows: `row` floats for each and its narrow form, and `own` floats for each thread."""
-        threads, own = torch.get_num_threads(), own + self.PANEL
+        threads, own = torch.get_num_threads(), own + self.OWN
         shared = rows * (row + self._columns + 64)
         if len(self._room.floats) < shared + threads * own:
             self._room.floats = torch.empty(shared + threads * own, dtype=torch.float32)
@@ -317,12 +325,13 @@ class _Native:
 class Rows:
     """The position and the sequence of each row, (R,) int64 each, and its rotary pairs, `turn` (R, P).
 
-    The rows of a sequence follow each other, in the order of their positions.
+    `end` is one more than the highest position. The rows of a sequence follow each other, in the order of their positions.
     """
 
     positions: Tensor
     sequences: Tensor
     turn: Tensor
+    end: int
 
 
 class Native(_Native):
@@ -360,12 +369,14 @@ class Native(_Native):
                 f"{len(rows.turn)} rotary rows"
             )
         kv = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
-        own = 2 * self.TILE * (self._shape.queries // self._shape.heads)
+        shape = self._shape
+        own = 2 * self.FEW * (shape.queries // shape.heads) * (shape.dim + 2)
+        parts = shape.queries * (shape.dim + 2) * (rows.end // self.STRETCH + 1)
         for first, piece in self._pieces(count):
             starts = (_from_row(part, first) for part in (rows.positions, rows.sequences, rows.turn))
-            tokens = CTokens(_from_row(h, first), piece, *starts)
-            scratch = self._scratch(piece, self._row, own)
-            run = function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, *gates, scratch)
+            tokens = CTokens(_from_row(h, first), piece, *starts, rows.end)
+            scratch = self._scratch(piece, self._row + (parts if piece <= self.FEW else 0), own)
+            run = function(self._from(start), len(memories), shape, kv, len(memories[0]), tokens, *gates, scratch)
         return run
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from torch import Tensor
 from offramp.model.store import Tensors
 
 GROUP = 32
+PANEL = 16  # rows of an int4 weight that are kept together
 MANY = 256  # rows from which it is faster to unpack integer weights and multiply them as plain ones
 SLICE = 1 << 22  # weights that are unpacked at once: 16 MB in float32
 
@@ -34,7 +36,6 @@ class Weight:
     """Weights as they are, float32 or bfloat16: x (R, K) → x · weightᵀ + bias (R, N)."""
 
     scale: Tensor | None = None
-    low: Tensor | None = None
 
     def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
         self.w = tensors["w"].contiguous()
@@ -43,8 +44,18 @@ class Weight:
 
     @classmethod
     def tensors(cls, weight: Tensor) -> Tensors:
-        """What this format keeps of a weight (N, K)."""
+        """The weight (N, K) in this format, in parts whose rows are the weight's."""
         return {"w": weight}
+
+    @classmethod
+    def packed(cls, tensors: Tensors) -> Tensors:
+        """`tensors` in the order in which they are kept."""
+        return tensors
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
+        """A weight (N, K) in this format."""
+        return cls(cls.packed(cls.tensors(weight)), bias)
 
     @classmethod
     def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
@@ -59,7 +70,7 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of weights that one product reads."""
-        return sum(part.nbytes for part in (self.w, self.scale, self.low) if part is not None)
+        return self.w.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._times(x)
@@ -81,16 +92,15 @@ class Weight:
 
     def pick(self, rows: slice | Tensor) -> Weight:
         """A weight of these rows (outputs) only."""
-        parts = {"w": self.w, "scale": self.scale, "low": self.low}
-        return type(self)(
-            {
-                # index_select is several times as fast as indexing.
-                name: part.index_select(0, rows) if isinstance(rows, Tensor) else part[rows]
-                for name, part in parts.items()
-                if part is not None
-            },
-            None if self.bias is None else self.bias[rows],
-        )
+        return type(self)(self.packed(self._rows(rows)), None if self.bias is None else self.bias[rows])
+
+    def _rows(self, rows: slice | Tensor) -> Tensors:
+        """These rows of the weight, as `tensors` gives them."""
+        parts = {"w": self.w} if self.scale is None else {"w": self.w, "scale": self.scale}
+        # index_select is several times as fast as indexing.
+        return {
+            name: part.index_select(0, rows) if isinstance(rows, Tensor) else part[rows] for name, part in parts.items()
+        }
 
     def dense(self) -> Tensor:
         """The values that rows are multiplied with, (N, K) in float32."""
@@ -130,19 +140,47 @@ class Int8(Weight):
 class Int4(Weight):
     """4-bit integers with a scale and a minimum for every 32 weights of a row: weight = q · scale + low.
 
-    Byte j of a group holds q[j] in its low half and q[j + 16] in its high half. On a CPU the product rounds its rows,
-    scales and minima to bfloat16; elsewhere these weights save memory only.
+    Scales and minima are float16. `w` (panels, groups, 320) keeps 16 rows together: products.h says how. On a CPU the
+    product of torch rounds its rows, scales and minima to bfloat16; elsewhere these weights save memory only.
     """
 
     def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
-        super().__init__(tensors, bias)
-        self.scale: Tensor = tensors["scale"].contiguous()
-        self.low: Tensor = tensors["low"].contiguous()
-        self.columns = GROUP * self.scale.shape[1]
+        super().__init__(tensors | {"w": tensors["w"].flatten(1)}, bias)
+        self.w = tensors["w"]
+        self.rows, self.columns = int(tensors["rows"]), GROUP * self.w.shape[1]
 
     @classmethod
     def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
-        return rows * columns // 2 + 2 * 4 * rows * columns // GROUP
+        return -(-rows // PANEL) * PANEL * columns // GROUP * (GROUP // 2 + 4)
+
+    @classmethod
+    def packed(cls, tensors: Tensors) -> Tensors:
+        w, scale, low = tensors["w"], tensors["scale"], tensors["low"]
+        spare = -len(w) % PANEL
+        nibbles = F.pad(w, (0, 0, 0, spare)).view(-1, PANEL, scale.shape[1], 4, 4)
+        ends = torch.stack([F.pad(part, (0, 0, 0, spare)).view(-1, PANEL, scale.shape[1]) for part in (scale, low)], dim=1)
+        ends = ends.permute(0, 3, 1, 2).contiguous().view(torch.uint8)  # (panels, groups, 2, 32)
+        panels = torch.cat([nibbles.permute(0, 2, 3, 1, 4).flatten(2), ends.flatten(2)], dim=2)
+        return {"w": panels, "rows": torch.tensor([len(w)])}
+
+    def _rows(self, rows: slice | Tensor) -> Tensors:
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.rows)
+            first, lanes = start // PANEL, slice(start % PANEL, stop - start // PANEL * PANEL)
+            panels = self.w[first : -(-stop // PANEL)]
+            nibbles, ends = self._views(panels)
+            w = nibbles.permute(0, 3, 1, 2, 4).reshape(-1, self.columns // 2)[lanes]
+            scale, low = ends.permute(2, 0, 3, 1).reshape(2, -1, self.columns // GROUP)[:, lanes]
+        else:
+            panel, lane = rows // PANEL, rows % PANEL
+            nibbles, ends = self._views(self.w)
+            w, (scale, low) = nibbles[panel, :, :, lane].flatten(1), ends[panel, :, :, lane].permute(2, 0, 1)
+        return {"w": w, "scale": scale, "low": low}
+
+    def _views(self, panels: Tensor) -> tuple[Tensor, Tensor]:
+        """Nibbles (panels, groups, 4, 16, 4), and scales and minima (panels, groups, 2, 16)."""
+        nibbles, ends = panels.split([GROUP // 2 * PANEL, 4 * PANEL], dim=2)
+        return nibbles.unflatten(2, (4, PANEL, 4)), ends.view(torch.float16).unflatten(2, (2, PANEL))
 
     @classmethod
     def tensors(cls, weight: Tensor) -> Tensors:
@@ -150,28 +188,21 @@ class Int4(Weight):
         if weight.shape[1] % GROUP:
             raise ValueError(f"rows of {weight.shape[1]} weights cannot be cut into groups of {GROUP}")
         groups = weight.unflatten(1, (-1, GROUP))
-        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        span = (high - low).clamp(min=1e-12)
-        scale = span / 15
-        fitted = _on_grid(groups, low, scale)
-        for steps in range(14, 0, -1):
-            if fitted.all():
-                break
-            # Most groups of most models fit no grid, which a few of their weights show.
-            some = ~fitted & _on_grid(groups[..., :4], low, span / steps)
-            some[some.clone()] = _on_grid(groups[some[..., 0]], low[some[..., 0]], span[some[..., 0]] / steps)[:, 0]
-            scale, fitted = torch.where(some, span / steps, scale), fitted | some
-        q = ((groups - low) / scale).round().clamp(0, 15).to(torch.uint8)
+        scale, low = _grids(groups)
+        q = ((groups - low.float()) / scale.float()).nan_to_num(0, 0, 0).round().clamp(0, 15).to(torch.uint8)
         return {"w": (q[..., :16] | (q[..., 16:] << 4)).flatten(1), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
 
-    def _q(self, rows: slice = slice(None)) -> Tensor:
-        halves = self.w[rows].unflatten(1, (-1, GROUP // 2))
-        return torch.cat([halves & 15, halves >> 4], dim=-1)
+    def _numbers(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """q (n, groups, 32), and scales and minima (n, groups) in float32."""
+        parts = self._rows(rows)
+        halves = parts["w"].unflatten(1, (-1, GROUP // 2))
+        return torch.cat([halves & 15, halves >> 4], dim=-1), parts["scale"].float(), parts["low"].float()
 
     @cached_property
     def _packed(self) -> tuple[Tensor, Tensor]:
         spare = (0, 0, 0, -self.rows % 16)  # torch's kernel needs a multiple of 16 rows
-        q, scale, low = (F.pad(part, spare) for part in (self._q().flatten(1).int(), self.scale, self.low))
+        q, scale, low = self._numbers()
+        q, scale, low = (F.pad(part, spare) for part in (q.flatten(1).int(), scale, low))
         # It computes (q - 8) · scale + zero.
         scale_zero = torch.stack([scale, low + 8 * scale], dim=-1).transpose(0, 1).contiguous().bfloat16()
         return torch._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero
@@ -187,7 +218,8 @@ class Int4(Weight):
 
     def _dense(self, rows: slice) -> Tensor:
         # Step by step in place, since torch is slow at products of different dtypes.
-        return self._q(rows).float().mul_(self.scale[rows, :, None]).add_(self.low[rows, :, None]).flatten(1)
+        q, scale, low = self._numbers(rows)
+        return q.float().mul_(scale[:, :, None]).add_(low[:, :, None]).flatten(1)
 
 
 def multiplies_bfloat16(device: torch.device | None = None) -> bool:
@@ -197,9 +229,42 @@ def multiplies_bfloat16(device: torch.device | None = None) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _on_grid(groups: Tensor, low: Tensor, scale: Tensor) -> Tensor:
-    """Whether all weights of a group are low + a whole number of scales, up to float32's rounding: (N, groups, 1)."""
-    steps = (groups - low) / scale
+def _grids(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Of groups (N, G, 32): scales and minima (N, G, 1), in float16, of a grid of at most 16 points for each.
+
+    A group whose values lie on such a grid gets that grid, if its scale and its first point are float16 numbers, as those
+    of a GGUF file are. The first point may be beyond the values, and a scale may be negative, as in Q4_0. Any other group
+    gets 16 points over its range.
+    """
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    span = most - least
+    scale, low = (span / 15).half(), least.half()
+    # A group of one value: its q is 1, and its scale is what float16 loses of it.
+    scale = torch.where(span == 0, (least - low.float()).half(), scale)
+    missing = span.new_full(span.shape, float("inf")).masked_fill_(span == 0, 0)  # how far a group is from its grid
+    for steps in range(15, 0, -1):
+        inexact = missing > 1e-3 * span / 15
+        if not inexact.any():
+            break
+        # Most groups of most models lie on no grid, which a few of their weights show.
+        chosen = (inexact & _on_grid(groups[..., :4], least, span / steps))[..., 0]
+        chosen[chosen.clone()] = _on_grid(groups[chosen], least[chosen], span[chosen] / steps)[:, 0]
+        own = (span[chosen] / steps).half()
+        beyond = torch.arange(16 - steps, device=groups.device) * own.float()  # from the last value to the first point
+        exact = torch.cat([least[chosen] - beyond, most[chosen] + beyond], dim=-1)  # first points of a grid up, or down
+        firsts = exact.half()
+        errors = (firsts.float() - exact).abs() + (own.float() * steps - span[chosen]).abs()
+        error, best = errors.min(-1, keepdim=True)
+        better = error < missing[chosen]
+        scale[chosen] = torch.where(better, torch.where(best < beyond.shape[-1], own, -own), scale[chosen])
+        low[chosen] = torch.where(better, firsts.gather(-1, best), low[chosen])
+        missing[chosen] = error.minimum(missing[chosen])
+    return scale, low
+
+
+def _on_grid(groups: Tensor, least: Tensor, scale: Tensor) -> Tensor:
+    """Whether all weights of a group are the least one + a whole number of scales, up to float32's rounding: (…, 1)."""
+    steps = (groups - least) / scale
     return ((steps - steps.round()).abs() < 1e-3).all(-1, keepdim=True)
 
 

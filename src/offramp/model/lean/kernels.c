@@ -1,0 +1,5 @@
+// The compiled path in one piece: each part by itself would compile the products anew.
+
+#include "head.c"
+#include "llama.c"
+#include "mamba2.c"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -108,16 +109,28 @@ def test_a_trained_read_out_beats_an_untrained_one(smollm2: Backbone, shipped: E
             assert trained.float().mean() > untrained.float().mean() + 0.2
 
 
+@torch.inference_mode()
 def test_int4_keeps_the_weights_of_the_file_and_decodes_like_the_library_with_them(smollm2: Backbone) -> None:
-    """The file's blocks are in Q4_1. The head, and with it the library's head, is rounded to 8 bits."""
+    """The file's blocks are in Q4_1. The head, and with it the library's head, is rounded to 8 bits.
+
+    Rows are rounded, too, to 8 bits: where the library's two best tokens are close, the other one may come first.
+    """
     backbone = offramp.load("smollm2", "int4", keep=True)
     assert max(check(backbone)) <= 3e-2
     original = dict(smollm2.model.named_parameters())
     for name, weight in backbone.model.named_parameters():
         if "proj" in name:
             torch.testing.assert_close(weight, original[name], rtol=0, atol=1e-6)
-    for prompt in PROMPTS[:2]:
-        assert Engine(backbone).generate(prompt, max_tokens=24).ids == library_tokens(backbone, prompt, 24)
+    agrees = []
+    for prompt in PROMPTS:
+        theirs = library_tokens(backbone, prompt, 24)
+        ids = torch.tensor([backbone.prompts.encode(prompt) + theirs])[:, :-1]
+        ours, exact = (x[0, -24:] for x in (backbone.forward(ids), backbone.model(ids).logits))
+        chosen = ours.argmax(-1)
+        gap = exact.amax(-1) - exact.gather(1, chosen[:, None])[:, 0]
+        assert (gap <= 3e-2 * exact.abs().amax()).all()
+        agrees.append((chosen == exact.argmax(-1)).float().mean())
+    assert fmean(map(float, agrees)) > 0.9
 
 
 @pytest.mark.parametrize("fill", ["full", "verify"])

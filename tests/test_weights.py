@@ -90,7 +90,8 @@ def compiled(request, monkeypatch, tmp_path_factory):
         pytest.skip("no C compiler")
     if request.param != "none":
         monkeypatch.setenv("CC", f"gcc {WITHOUT[request.param]}")
-        monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path_factory.getbasetemp() / "compiled"))
+        # Beside the folders of the test run's processes, which share what is compiled.
+        monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path_factory.getbasetemp().parent / "compiled"))
         found = library.__wrapped__()
         if not found:
             pytest.skip("no gcc")

@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType, quants
 
 import offramp.model.lean.weights
 from offramp.model.lean import native
-from offramp.model.lean.native import CShape, CWeight, Native, library, rounds_to_bfloat16
+from offramp.model.lean.native import CShape, CWeight, Native, kernels, library
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
@@ -101,7 +101,7 @@ def compiled(request, monkeypatch, tmp_path_factory):
 def rounded(rows, kind, fine=False):
     """The numbers that rows are multiplied as."""
     most = 127 * 256 if fine else 127
-    if kind == "bfloat16" and rounds_to_bfloat16():
+    if kind == "bfloat16" and "BF16" in kernels():
         return rows.bfloat16().float()
     if kind.startswith("int"):
         parts = rows.split(64 if kind == "int8" else 32, dim=1)

@@ -37,6 +37,11 @@ PROMPTS = (
 REST = "everything else"  # a token's time outside all named parts
 
 
+def _machine() -> dict[str, Any]:
+    """The machine, and the instructions that compiled blocks multiply with on it."""
+    return machine() | {"kernels": kernels()}
+
+
 @dataclass(frozen=True)
 class Side:
     """One of the two libraries, with the rate of each run and their median, in tokens a second."""
@@ -65,7 +70,7 @@ class Comparison:
     tokens: int
     pairs: int
     prompt_tokens: int
-    machine: dict[str, Any] = field(default_factory=lambda: machine() | {"kernels": kernels()})
+    machine: dict[str, Any] = field(default_factory=_machine)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ class FillComparison:
     tokens: int
     prompts: int
     pairs: int
-    machine: dict[str, Any] = field(default_factory=lambda: machine() | {"kernels": kernels()})
+    machine: dict[str, Any] = field(default_factory=_machine)
 
 
 def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> Comparison:

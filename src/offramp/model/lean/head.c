@@ -51,6 +51,3 @@ float offramp_ask(const Gate *gate, const float *h, const Scratch *scratch) {
 
 // Which of the processor's instructions multiply.
 const char *offramp_kernels(void) { return KERNELS; }
-
-// Whether rows are rounded to bfloat16 for weights in bfloat16.
-int64_t offramp_rounds_to_bfloat16(void) { return MULTIPLIES_BFLOAT16; }

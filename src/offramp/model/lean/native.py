@@ -193,7 +193,6 @@ def _declared(loaded: Any) -> Any:
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, result
-    loaded.offramp_rounds_to_bfloat16.restype = c_int64
     loaded.offramp_kernels.restype = c_char_p
     return loaded
 
@@ -202,12 +201,6 @@ def kernels() -> str:
     """The processor's instructions that the compiled path multiplies with, such as "AVX2"; "" where nothing is compiled."""
     compiled = library()
     return compiled.offramp_kernels().decode() if compiled else ""
-
-
-def rounds_to_bfloat16() -> bool:
-    """Whether the compiled path rounds rows to bfloat16 before it multiplies them with weights in bfloat16."""
-    compiled = library()
-    return bool(compiled and compiled.offramp_rounds_to_bfloat16())
 
 
 @dataclass(frozen=True)

@@ -338,8 +338,8 @@ def test_a_narrower_rule_lets_the_surest_of_the_same_tokens_leave(wide: Rule) ->
 
 def test_a_sketch_keeps_enough_candidates_to_leave_risk_for_exits() -> None:
     """With fewer candidates, the sketch alone would use up the risk, and no exit could open."""
-    assert heads(49_152, whole_head=False) == (3072, 512)
+    assert heads(49_152, whole_head=False) == (4096, 512)
     assert heads(49_152, whole_head=True) == (0, 512)
     assert heads(3000, whole_head=False) == (0, 0)
     least = min(policy.candidates for line in candidates(3, "thresholds", vocabulary=49_152) for policy in line)
-    assert least == 3072
+    assert least == 4096

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from models import VARIANTS  # imported before offramp, since it keeps the Hugging Face hub out
+from models import VARIANTS, cache_in  # imported before offramp, since it keeps the Hugging Face hub out
 from offramp.model.backbone import Backbone
 
 pytest.register_assert_rewrite("helpers")  # a failing comparison in a helper shows its values
@@ -20,8 +20,9 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own."""
-    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    folder = cache_in(tmp_path / "cache")
+    monkeypatch.setenv("OFFRAMP_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,22 @@ from typing import Any
 import torch
 import transformers
 
+from offramp.files import cache_folder
 from offramp.model.backbone import Backbone
 from offramp.model.families import FAMILIES
 from offramp.model.lean.native import library
 from offramp.model.loading import wrap
+
+COMPILED = cache_folder() / "native"
+
+
+def cache_in(folder: Path) -> Path:
+    """A cache folder of a test's own, at this place. Only the compiled code, which takes long to make, is everybody's."""
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "native").symlink_to(COMPILED)
+    return folder
+
 
 # A machine without a C compiler tests only `torch`.
 ENGINES = ["torch", *(["native"] if library() else [])]

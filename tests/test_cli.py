@@ -16,7 +16,7 @@ import pytest
 import typer
 
 from helpers import Ran, exits_for, run_cli
-from models import BLOCKS, saved, tiny
+from models import BLOCKS, cache_in, saved, tiny
 from offramp import Engine, Policy, Sampling
 from offramp.cli.app import app
 from offramp.cli.flags import Chosen, Only, with_flags
@@ -51,7 +51,7 @@ def world(tmp_path_factory):
     saved(tiny("llama"), folder / "model")
     import offramp
 
-    os.environ["OFFRAMP_CACHE"] = str(folder / "cache")
+    os.environ["OFFRAMP_CACHE"] = str(cache_in(folder / "cache"))
     backbone = offramp.load(str(folder / "model"), "float32")
     exits = exits_for("llama")
     exits.backbone["fingerprint"], exits.policy = backbone.source.fingerprint, Policy((0.9, 0.5, 0.5))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import offramp.model.lean.native
 from models import ENGINES, LEAN, tiny
 from offramp import Engine
+from offramp.decode.plan import MOST_AHEAD
 from offramp.errors import UnsupportedModel
 from offramp.model.backbone import Backbone
 from offramp.model.lean.weights import FORMATS
@@ -168,18 +169,11 @@ class Counting(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("family", "allowed"), [("llama", (47, 18)), ("mamba2", (69, 31))])
-@torch.inference_mode()
-def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatch):
-    """Guard against slow-downs without a clock. Raise a number here only with a measurement that says why.
-
-    `allowed`: operators and allocations for each block of the torch engine.
-    """
-    backbone = tiny(f"{family}/{engine}")
+def calls_of(monkeypatch, family, names):
+    """Counts the calls of these methods of the compiled path."""
     calls = Counter()
     kind = {"llama": offramp.model.lean.native.Native, "mamba2": offramp.model.lean.native.NativeMamba}[family]
-    for name in ("run", "product"):
+    for name in names:
         wrapped = getattr(kind, name)
 
         def counted(self, *args, name=name, wrapped=wrapped, **kwargs):
@@ -187,9 +181,40 @@ def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatc
             return wrapped(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, name, counted)
+    return calls
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+@torch.inference_mode()
+def test_greedy_tokens_of_full_depth_take_one_compiled_call_together(family, monkeypatch):
+    """Guard against slow-downs without a clock, as the next test."""
+    calls = calls_of(monkeypatch, family, ["run", "logits", "step"])
+    stream = Engine(tiny(f"{family}/native")).stream([1, 2, 3], max_tokens=1 + 2 * MOST_AHEAD)
+    next(stream)  # the first token comes alone
+    calls.clear()
+    with Counting() as counting:
+        next(stream)
+    for _ in range(MOST_AHEAD - 1):
+        next(stream)
+    assert calls == {"step": 1}
+    assert sum(counting.operators.values()) <= 4
+    assert counting.allocated <= 4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("family", "allowed"), [("llama", (47, 18)), ("mamba2", (69, 31))])
+@torch.inference_mode()
+def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatch):
+    """Guard against slow-downs without a clock. Raise a number here only with a measurement that says why.
+
+    `allowed`: operators and allocations for each block of the torch engine. Tokens are decided one by one.
+    """
+    backbone = tiny(f"{family}/{engine}")
+    calls = calls_of(monkeypatch, family, ["run", "product"])
     logits = Backbone.logits
     monkeypatch.setattr(Backbone, "logits", lambda self, *a: (calls.update(["head"]), logits(self, *a))[1])
-    stream = Engine(backbone).stream([1, 2, 3], max_tokens=10)
+    stream = Engine(backbone, sampling=lambda logits, ids: int(logits.argmax())).stream([1, 2, 3], max_tokens=10)
     next(stream)
     calls.clear()
     with Counting() as counting:
@@ -198,9 +223,9 @@ def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatc
     total = sum(counting.operators.values())
     blocks = backbone.n_blocks
     assert calls["head"] == 1
-    assert reads == 1, "whether the logits are finite"
+    assert reads == 2, "the choice, and whether the logits are finite"
     if engine == "native":
-        assert (calls["run"], calls["product"]) == (1, 1)
+        assert (calls["run"], calls["product"]) == (1, 0)
         assert total <= 32
         assert counting.allocated <= 12
     else:

@@ -13,7 +13,7 @@ import torch
 
 import offramp
 from helpers import modest_exits
-from models import ENGINES, VARIANTS, saved, tiny
+from models import ENGINES, VARIANTS, cache_in, saved, tiny
 from offramp import Policy
 from offramp.decode.fills import FILLS
 from offramp.files import read_lines
@@ -48,7 +48,7 @@ def world(tmp_path_factory):
     """A tiny model with exits that are sometimes right, questions, prompts, and a file like TriviaQA's."""
     folder = tmp_path_factory.mktemp("scripts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFRAMP_CACHE", str(folder / "cache"))
+        patch.setenv("OFFRAMP_CACHE", str(cache_in(folder / "cache")))
         saved(tiny("llama"), folder / "model")
         fingerprint = offramp.load(str(folder / "model"), "float32").source.fingerprint
         made = modest_exits("llama")

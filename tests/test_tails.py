@@ -228,7 +228,7 @@ def test_compiled_gates_decide_as_exits_that_are_asked_one_by_one(variant: str, 
     for policy in policies:
         engine, stepwise = (Engine(tiny(variant), exits, policy, fill) for _ in range(2))
         assert engine.gating
-        stepwise.gating = None
+        stepwise.gating = stepwise.ahead = None
         for prompt in some_prompts(5):
             one, other = (each.generate(prompt, max_tokens=12) for each in (engine, stepwise))
             assert one.ids == other.ids

@@ -1,6 +1,9 @@
 """Weight formats keep what they promise, and torch's products multiply with exactly those values."""
 
 import platform
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from gguf import GGMLQuantizationType, quants
 
 import offramp.model.lean.weights
 from offramp.model.lean import native
-from offramp.model.lean.native import CShape, CWeight, Native, kernels, library
+from offramp.model.lean.native import Native, kernels, library
+from offramp.model.lean.structures import CShape, CWeight
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
@@ -83,6 +87,10 @@ WITHOUT = {
 }
 
 
+# What is compiled for a test only is not optimised as far: that takes long.
+QUICK = ["-O1" if flag == "-O3" else flag for flag in native.FLAGS]
+
+
 @pytest.fixture(params=[name for name in WITHOUT if name == "none" or platform.machine() == "x86_64"])
 def compiled(request, monkeypatch, tmp_path_factory):
     """The C code, compiled without these instructions."""
@@ -90,6 +98,7 @@ def compiled(request, monkeypatch, tmp_path_factory):
         pytest.skip("no C compiler")
     if request.param != "none":
         monkeypatch.setenv("CC", f"gcc {WITHOUT[request.param]}")
+        monkeypatch.setattr(native, "FLAGS", QUICK)
         # Beside the folders of the test run's processes, which share what is compiled.
         monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path_factory.getbasetemp().parent / "compiled"))
         found = library.__wrapped__()
@@ -98,10 +107,10 @@ def compiled(request, monkeypatch, tmp_path_factory):
         monkeypatch.setattr(native, "library", lambda: found)
 
 
-def rounded(rows, kind, fine=False):
-    """The numbers that rows are multiplied as."""
+def rounded(rows, kind, fine=False, multiplies=kernels):
+    """The numbers that rows are multiplied as, by kernels of this name."""
     most = 127 * 256 if fine else 127
-    if kind == "bfloat16" and "BF16" in kernels():
+    if kind == "bfloat16" and "BF16" in multiplies():
         return rows.bfloat16().float()
     if kind.startswith("int"):
         parts = rows.split(64 if kind == "int8" else 32, dim=1)
@@ -124,6 +133,38 @@ def test_a_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind,
             assert torch.equal(product, alone), f"{count} rows of {columns}"
         wanted = rounded(rows, kind, fine).double() @ dense.double().T + weight.bias
         assert (product - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")  # of Debian's packages gcc-aarch64-linux-gnu and qemu-user
+
+
+@pytest.fixture(scope="module", params=["armv8-a", "armv8.2-a+dotprod"])
+def arm_product(request, tmp_path_factory):
+    """product.c, compiled for ARM processors with NEON, and for those that also have dot products."""
+    if not all(map(shutil.which, ARM)):
+        pytest.skip(f"no {' or no '.join(ARM)}")
+    program = tmp_path_factory.mktemp("arm") / "product"
+    flags = [f"-march={request.param}", *(flag for flag in QUICK if flag not in ("-march=native", "-shared", "-fPIC"))]
+    source = Path(__file__).with_name("product.c")
+    command = [ARM[0], *flags, "-static", "-I", str(native.FOLDER), "-o", str(program), str(source), "-lm"]
+    subprocess.run(command, check=True, capture_output=True)
+    return [ARM[1], "-cpu", "max", str(program)]
+
+
+@pytest.mark.parametrize(("kind", "fine"), [*((kind, False) for kind in KINDS), ("int8", True), ("int4", True)])
+def test_a_product_on_arm_is_with_the_dense_weight_and_each_row_for_itself(kind, fine, arm_product, tmp_path):
+    """Emulated by qemu, so its speed says nothing."""
+    weight, rows = random_weight(kind, rows=37, columns=352), torch.randn(13, 352)
+    sizes = [CWeight.of(weight, fine).kind, weight.rows, weight.columns, weight.w.nbytes, len(rows)]
+    parts = [np.array(sizes, np.int64), weight.w.view(torch.uint8), *([weight.scale] if kind == "int8" else []), rows]
+    file = tmp_path / "product"
+    file.write_bytes(b"".join(np.asarray(part).tobytes() for part in parts))
+    done = subprocess.run([*arm_product, str(file)], capture_output=True, check=False)
+    assert done.returncode == 0, "few rows at a time gave other bits" if done.returncode == 1 else done.stderr
+    assert done.stderr.startswith(b"NEON")
+    product = torch.from_numpy(np.frombuffer(done.stdout, np.float32).reshape(13, 37).copy())
+    wanted = rounded(rows, kind, fine, done.stderr.decode).double() @ weight.dense().double().T
+    assert (product - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.skipif(not library(), reason="no C compiler")

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from offramp.decode.climb import Climb
 from offramp.decode.plan import Plan
-from offramp.decode.sequence import Decision, Sequence
+from offramp.decode.sampling import most_probable
+from offramp.decode.sequence import Decision, Sequence, Work
+from offramp.decode.timing import Timer
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
 
 
@@ -67,11 +69,68 @@ def run_on(plan: Plan, climb: Climb) -> None:
     with plan.timed("blocks"):
         climb.h, reached, said = plan.gating.run(climb.part, start, lowest)
     climb.work = climb.work.plus(plan.work(start, reached, 1, climb.end))
+    _hear(plan, climb, reached, lowest, said)
+
+
+def runs_ahead(plan: Plan, climb: Climb) -> bool:
+    """Whether a climb that sets out can decide several tokens in one call: greedy ones, of full depth, with no draft."""
+    sequence = climb.sequence
+    alone = sequence.run + 1 == climb.end and not sequence.pending and not sequence.watched
+    return bool(plan.ahead and climb.may_leave and alone and climb.request.choose is most_probable)
+
+
+def run_ahead(plan: Plan, climb: Climb) -> list[Decision]:
+    """Decide tokens of full depth in one call, up to one that ends the text, or that an exit's gate may let leave.
+
+    The climb goes on from there: it is then that token's, at its exit; or it has no hidden state if there is none. One
+    token is decided at a time where a stop string may end the text, where thresholds decay, and at first, so that it comes
+    soon.
+    """
+    assert plan.ahead
+    request, sequence = climb.request, climb.sequence
+    runtime, sketch, burst = plan.ahead
+    lowest = [_lowest(plan, climb, number) for number in range(plan.top)]
+    one_by_one = request.detokenizer.stops or plan.policy.decay or not request.tokens
+    most = min(request.remaining, 1 if one_by_one else burst)
+    asked = plan.gating.asked(0, lowest, most) if plan.gating else None
+    position = sequence.run
+    steps = runtime.take_steps(
+        runtime.ask_for(sequence.ids[-1], most, request.ends, asked, sketch), sequence.state, position
+    )
+    if isinstance(plan.timed, Timer):
+        for part, seconds in zip(("embedding", "blocks", "heads", "sampling"), steps.seconds, strict=True):
+            plan.timed.add(part, seconds)
+    if -1 in steps.ids:
+        raise plan.bad_numbers()
+    gates = sum(exit.gate.flops_per_token for exit, least in zip(sequence.exits, lowest, strict=True) if least > 0)
+    more, depth = Work(gates + plan.head.flops), plan.backbone.n_blocks
+    decisions = [
+        Decision(id, depth, None, plan.work(0, depth, 1, end).plus(more)) for end, id in enumerate(steps.ids, position + 1)
+    ]
+    if decisions:
+        sequence.top = steps.top
+        for follower in sequence.followers:
+            follower.pass_by(len(decisions))
+    sequence.ids += steps.ids
+    sequence.run += len(decisions)
+    if steps.run:
+        assert plan.gating
+        assert asked
+        sequence.run += 1
+        climb.end, climb.h, climb.step = sequence.run, steps.h, plan.backbone.step(steps.h, sequence.run - 1)
+        climb.work = plan.work(0, steps.run, 1, climb.end)
+        _hear(plan, climb, steps.run, lowest, plan.gating.said(asked, steps.run, len(decisions)))
+    return decisions
+
+
+def _hear(plan: Plan, climb: Climb, reached: int, lowest: list[float], said: list[tuple[Tensor, float]]) -> None:
+    """Note what gates on a climb's way said; it is then at the exit that stopped it, or at the top."""
+    first = plan.top - len(lowest)
     climb.segment = plan.top
-    for number, (h, confidence) in zip(numbers, said, strict=False):
+    for number, (h, confidence) in enumerate(said, first):
         exit = climb.sequence.exits[number]
         exit.see(h, climb.sequence.top)
-        if lowest[number - numbers.start] > 0:
+        if lowest[number - first] > 0:
             climb.spend(exit.gate.flops_per_token)
             climb.gates[number] = confidence
         if exit.block == reached:

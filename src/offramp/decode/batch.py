@@ -28,7 +28,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from offramp.decode.asking import leave, run_on, runs_on
+from offramp.decode.asking import leave, run_ahead, run_on, runs_ahead, runs_on
 from offramp.decode.climb import Climb
 from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.embedding import embed_all
@@ -167,6 +167,12 @@ class Batch:
         """Let the requests' sequences climb until a token of each is decided. The climbs furthest behind run first."""
         events: list[Event] = []
         climbs = [self._set_out(request) for request in requests]
+        if len(climbs) == 1 and runs_ahead(self.plan, climbs[0]):
+            events += self._run_ahead(climbs[0])
+            if climbs[0].h is None or climbs[0].request.finish_reason:
+                return events
+            more, climbs = self._at_exit(climbs[0].segment, climbs)
+            events += more
         self._embed(climbs)
         while climbs:
             if len(climbs) == 1 and runs_on(self.plan, climbs[0]):
@@ -181,18 +187,32 @@ class Batch:
                 events += self._judge(at_segment)
                 climbs = further_up
                 continue
-            decisions = leave(self.plan, number, at_segment)
-            going_on = [climb for climb in at_segment if climb not in decisions]
-            self._pass_exit(number, going_on)
+            more, going_on = self._at_exit(number, at_segment)
+            events += more
             climbs = [*going_on, *further_up]
-            if self.plan.fill.verifies:
-                anew = [self._draft(climb, decision) for climb, decision in decisions.items()]
-                self._embed(anew)
-                climbs += anew
-                continue
-            for climb, decision in decisions.items():
-                climb.sequence.settle()
-                events += self._emit(climb.request, [decision])
+        return events
+
+    def _at_exit(self, number: int, climbs: list[Climb]) -> tuple[list[Event], list[Climb]]:
+        """Let climbs leave at an exit. Returns the events, and the climbs that go on; a draft's sets out anew."""
+        decisions, events = leave(self.plan, number, climbs), []
+        going_on = [climb for climb in climbs if climb not in decisions]
+        self._pass_exit(number, going_on)
+        if self.plan.fill.verifies:
+            anew = [self._draft(climb, decision) for climb, decision in decisions.items()]
+            self._embed(anew)
+            return [], [*going_on, *anew]
+        for climb, decision in decisions.items():
+            climb.sequence.settle()
+            events += self._emit(climb.request, [decision])
+        return events, going_on
+
+    def _run_ahead(self, climb: Climb) -> list[Event]:
+        """Decide tokens of full depth in one call, and return their events."""
+        events: list[Event] = []
+        for decision in run_ahead(self.plan, climb):
+            climb.sequence.deep_passes += 1
+            events += self._emit(climb.request, [decision])
+        climb.sequence.settle()
         return events
 
     def _set_out(self, request: Request) -> Climb:

@@ -10,11 +10,11 @@ WINDOW = 16  # tokens that are decoded again with each new one; a character, or 
 class Detokenizer:
     """Turns token ids into text piece by piece: whole characters only, and nothing that may begin a stop string.
 
-    `stopped`: whether a stop string has come; the text ends before it.
+    `stops`: the stop strings. `stopped`: whether one has come; the text ends before it.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(string for string in stop if string)
+        self._tokenizer, self.stops = tokenizer, tuple(string for string in stop if string)
         self._ids: list[int] = []  # the newest tokens
         self._before = ""  # the text of the tokens before them
         self._sent = 0  # characters
@@ -28,7 +28,7 @@ class Detokenizer:
         text = self._before + self._decode(self._ids)
         if len(self._ids) >= 2 * WINDOW:
             self._shorten(text)
-        starts = [start for string in self._stop if (start := text.find(string, self._sent)) >= 0]
+        starts = [start for string in self.stops if (start := text.find(string, self._sent)) >= 0]
         if starts:
             text, self.stopped = text[: min(starts)], True
         elif not last:
@@ -51,7 +51,7 @@ class Detokenizer:
     def _held(self, text: str) -> int:
         """How many characters at the end of the text may begin a stop string."""
         longest = 0
-        for string in self._stop:
+        for string in self.stops:
             for size in range(min(len(string) - 1, len(text)), 0, -1):
                 if text.endswith(string[:size]):
                     longest = max(longest, size)

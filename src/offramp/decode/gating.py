@@ -15,7 +15,7 @@ from offramp.exits.exits import Exit
 from offramp.exits.gates import compiled
 from offramp.model.backbone import Backbone
 from offramp.model.lean.base import Lean
-from offramp.model.lean.native import Gates
+from offramp.model.lean.native import Asked, Gates
 from offramp.model.runtime import Part
 
 
@@ -43,15 +43,24 @@ class Gating:
         the token's hidden state (1, 1, D), the number of blocks before it, and for each gate on the way the hidden state
         and the confidence.
         """
-        asked = self._gates.ahead(start, [_logit(confidence) for confidence in lowest])
+        asked = self.asked(start, lowest)
         h, reached = self._runtime.run_until(part, start, asked)
-        blocks = self._gates.blocks[len(self._gates) - len(lowest) :]
-        said = [
+        return h, reached, self.said(asked, reached)
+
+    def asked(self, start: int, lowest: Sequence[float], tokens: int = 1) -> Asked:
+        """Gates to ask about so many tokens, as for `run`."""
+        return self._gates.ahead(start, [_logit(confidence) for confidence in lowest], tokens)
+
+    def said(self, asked: Asked, reached: int, token: int = 0) -> list[tuple[Tensor, float]]:
+        """What `run` returns for each gate before block `reached` + 1, about the newest token, which has this number."""
+        count = len(asked.gates)
+        logits = asked.logits[token * count : (token + 1) * count]
+        blocks = self._gates.blocks[len(self._gates) - count :]
+        return [
             (seen[None, None], _sigmoid(logit))
-            for block, seen, logit in zip(blocks, asked.seen, asked.logits, strict=True)
+            for block, seen, logit in zip(blocks, asked.seen, logits, strict=True)
             if block <= reached
         ]
-        return h, reached, said
 
     def ask(self, number: int, h: Tensor) -> float:
         """The confidence of one of the gates about a hidden state (1, 1, D)."""

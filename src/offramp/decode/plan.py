@@ -22,8 +22,12 @@ from offramp.exits.parts import Part, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
+from offramp.model.families import Family
 from offramp.model.lean.base import Lean
 from offramp.model.runtime import joined
+
+# Most tokens that are decided in one call, and most FLOPs: larger models decide one token at a time, and stay easy to stop.
+MOST_AHEAD, AHEAD_FLOPS = 16, 2_200_000_000
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Plan:
         self.fill = fill_named(fill)(backbone, self.longest_tail)
         self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
+        self.ahead = self._ahead(exits)
         self._calibration: dict[str, Any] = exits.calibration if exits and policy is None else {}
         if self._calibration and not self.fill.verifies:
             self._check_guarantee(sampling)
@@ -112,6 +117,19 @@ class Plan:
         elif self.policy.exit_candidates and self.open_exits:
             self.exit_head = Head.sketched(backbone, costs, sketch, self.policy.exit_candidates)
 
+    def _ahead(self, exits: Exits | None) -> tuple[Lean, tuple[Tensor, Tensor, int] | None, int] | None:
+        """What decodes several tokens in one call (`asking.run_ahead`), if anything can: the runtime, what it reads out
+        with if that is a sketch, and the most tokens. Their Python costs little beside that much work.
+        """
+        runtime, family = self.backbone.runtime, self.backbone.family
+        recurrent = any(part.recurrent for exit, _ in self.open_exits for part in (exit.gate, exit.adapter))
+        if not (isinstance(runtime, Lean) and runtime.engine == "native") or family.finish is not Family.finish:
+            return None
+        if self.fill.verifies or recurrent or (self.open_exits and not self.gating):
+            return None
+        sketch = (*exits.sketch, self.policy.candidates) if exits and exits.sketch and self.policy.candidates else None
+        return runtime, sketch, max(1, min(MOST_AHEAD, AHEAD_FLOPS // self.costs.full(1)))
+
     @property
     def prefill_flops(self) -> int:
         """FLOPs of recurrent gates and read-outs for each token of a prompt."""
@@ -146,12 +164,15 @@ class Plan:
         with self.timed("heads"):
             logits = head.logits(joined(hidden, dim=1))[0]
         if not torch.isfinite(logits.amax()):
-            backbone = self.backbone
-            raise BadNumbers(
-                f"{backbone.name} gave NaN or infinite logits in {backbone.weight_format}.",
-                "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
-            )
+            raise self.bad_numbers()
         return [logits] if len(hidden) == 1 else list(logits.split([h.shape[1] for h in hidden]))
+
+    def bad_numbers(self) -> BadNumbers:
+        """What to raise for logits that are not finite."""
+        return BadNumbers(
+            f"{self.backbone.name} gave NaN or infinite logits in {self.backbone.weight_format}.",
+            "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
+        )
 
     def part_of(self, number: int) -> str:
         """The timer's name for a segment: `shallow` before the first open exit, `deep` after it; `blocks` without exits."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
 
 from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.sampling import Choose
@@ -62,6 +66,11 @@ class Request:
     prefilled: bool = False
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """`end_ids` as a tensor."""
+        return torch.tensor(sorted(self.end_ids), dtype=torch.int64)
 
     def accept(self, decision: Decision) -> Token:
         """Append the token of a decision. An end token, a stop string or the limit sets `finish_reason`."""

@@ -56,7 +56,7 @@ class Sampling:
         if self.repetition_penalty != 1:
             processors.append(library.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if not self.temperature:
-            return chooser(processors, None)
+            return chooser(processors, None) if processors else most_probable
         if self.temperature != 1:
             processors.append(library.TemperatureLogitsWarper(self.temperature))
         if self.top_k:
@@ -68,6 +68,12 @@ class Sampling:
         return chooser(processors, self.seed)
 
 
+def most_probable(logits: Tensor, ids: list[int]) -> int:
+    """The most probable token, the first of equals."""
+    # On a CPU, NumPy finds the largest several times as fast as torch.
+    return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
+
+
 def chooser(processors: Any, seed: int | None) -> Choose:
     """A function that applies the library's `processors` to the logits and takes the best token, or draws with a seed."""
     import torch
@@ -77,8 +83,7 @@ def chooser(processors: Any, seed: int | None) -> Choose:
             logits = processors(torch.tensor([ids], device=logits.device), logits[None])[0]
         if seed is not None:
             logits = logits - _exponential(seed, len(ids), len(logits)).to(logits.device).log()
-        # On a CPU, NumPy finds the largest several times as fast as torch.
-        return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
+        return most_probable(logits, ids)
 
     return choose
 

@@ -43,6 +43,10 @@ class Follower:
         self.length += h.shape[1]
         self._unread = [*self._unread, h] if self._part.recurrent else [h[:, -1:]]
 
+    def pass_by(self, tokens: int) -> None:
+        """Count tokens that the part, which is not recurrent, need never be run on."""
+        self.length += tokens
+
     def read(self) -> tuple[Tensor, int]:
         """The output for the newest token, (1, 1, …), and the FLOPs spent."""
         h = torch.cat(self._unread, dim=1)

@@ -16,6 +16,10 @@ class Timer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
+    def add(self, part: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere as those of `part`."""
+        self.seconds[part] += seconds
+
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
         """Count the time while the context is open as that of `part`."""

@@ -195,7 +195,8 @@ class Exits:
         folder = Path(folder)
         record = _Record.read(folder)
         record.check_owner(folder, backbone)
-        exits = cls.new(backbone, record.config)
+        with torch.device("meta"):  # the weights come from the file
+            exits = cls.new(backbone, record.config)
         exits._load_weights(folder / WEIGHTS)
         if record.weight_format != backbone.weight_format:
             warnings.warn(
@@ -221,7 +222,9 @@ class Exits:
             shapes = [(config.sketch, hidden), (hidden, config.sketch)] if config.sketch else []
             if [tuple(part.shape) for part in sketch] != shapes:
                 raise ValueError(f"its sketch of the head is not one of {config.sketch} dims")
-            self.modules.load_state_dict({key: value.float() for key, value in tensors.items()})
+            for key in tensors:
+                tensors[key] = tensors[key].float()
+            self.modules.load_state_dict(tensors, assign=True)
         except Exception as error:  # SafetensorError, or RuntimeError for missing and misshapen tensors
             reason = str(error).strip().splitlines()[0][:160]
             raise CorruptFile(f"{file} is damaged or cut short: {reason}", "Copy it again, or train again.") from error

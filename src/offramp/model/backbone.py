@@ -233,15 +233,14 @@ class Backbone:
         A sketch of the head estimates which tokens are the likeliest. It is the head times `expand` (D, k), and takes the
         hidden state times `reduce` (k, D), for a small k.
         """
-        read_out = self.runtime.sketched(expand, candidates)
+        read_out = self.runtime.sketched(reduce, expand, candidates)
 
         def logits(h: Tensor) -> Tensor:
-            x = self.final(h).reshape(-1, h.shape[-1])
-            raw = read_out(x, x @ reduce.T)
+            raw = read_out(h)
             finished = self._finished(raw)
             if finished is not raw:  # a soft cap would make finite numbers of the others' −inf
                 finished = torch.where(raw == float("-inf"), raw, finished)
-            return finished.view(*h.shape[:-1], -1)
+            return finished
 
         return logits
 

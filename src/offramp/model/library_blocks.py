@@ -143,12 +143,14 @@ class LibraryBlocks:
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda h: self.logits(h, rows)
 
-    def sketched(self, expand: Tensor, candidates: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
         sketch, head = self.head_weight() @ expand, self._modules.head.weight
 
-        def logits(x: Tensor, z: Tensor) -> Tensor:
-            normed = x.to(self.dtype)
-            return read_out_likeliest(F.linear(z, sketch), candidates, normed, lambda row, ids: F.linear(row, head[ids]))
+        def logits(h: Tensor) -> Tensor:
+            x = self.final(h).reshape(-1, h.shape[-1])
+            estimates, normed = F.linear(x @ reduce.T, sketch), x.to(self.dtype)
+            out = read_out_likeliest(estimates, candidates, normed, lambda row, ids: F.linear(row, head[ids]))
+            return out.view(*h.shape[:-1], -1)
 
         return logits
 

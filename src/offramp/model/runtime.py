@@ -105,11 +105,12 @@ class Runtime(Protocol):
         """A function that gives the `logits` of the n tokens `rows` only, (…, D) → (…, n). It is meant for many calls."""
         ...
 
-    def sketched(self, expand: Tensor, candidates: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """The head on those tokens only that a sketch of it, the head times `expand` (D, k), finds likeliest.
+    def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
+        """A function like `logits`, of those tokens only that a sketch of the head finds likeliest.
 
-        The result takes rows x (n, D) after the final norm, and z (n, k), what the sketch reads of them. It gives the
-        logits (n, V) of each row's `candidates` likeliest tokens (more if estimates are equal), and −inf for all others.
+        The sketch takes what the head takes times `reduce` (k, D), and multiplies it with the head times `expand` (D, k).
+        The result gives the logits of each row's `candidates` likeliest tokens (more if estimates are equal), and −inf for
+        all others.
         """
         ...
 

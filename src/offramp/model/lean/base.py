@@ -19,10 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.lean.native import Asked, CWeight, GateParts, Gates, Native, NativeMamba, library
+from offramp.model.lean.native import Ask, Asked, GateParts, Gates, Native, NativeMamba, Steps, library
+from offramp.model.lean.structures import CHead, CSketch, CWeight, address
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined, read_out_likeliest
@@ -42,6 +44,8 @@ class RMSNorm:
         length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self._floor)
         return x * self._scaled / length
 
+
+SLICE = 8192  # rows of a head that are in float32 at once
 
 Changed = list[tuple[Any, Callable[[], Tensor]]]  # library's modules, each with the weight that this format gives it
 
@@ -142,6 +146,7 @@ class Lean:
         self._modules, self.weight_format, self._store, self._values = modules, weight_format, store, values
         self._format = FORMATS[weight_format]
         self._device = store.device
+        self._sketches = WeakTensorKeyDictionary()
         self.changed: Changed = []
         self.norm, self.head, self.embedding = self._part("ends", self._ends)
 
@@ -235,6 +240,17 @@ class Lean:
         run = self._call(partial(self._native.run, asked=asked), rows, start, len(self.blocks), [part])
         return rows[None], start + run
 
+    def ask_for(
+        self, newest: int, most: int, ends: Tensor, asked: Asked | None, sketch: tuple[Tensor, Tensor, int] | None
+    ) -> Ask:
+        """What `take_steps` is asked for; a sketch is what `sketched` takes."""
+        compiled = self._compiled_sketch(*sketch) if sketch else None
+        return Ask(newest, most, ends, asked, self.embedding, self._head, compiled)
+
+    def take_steps(self, ask: Ask, state: State, position: int) -> Steps:
+        """Decode one sequence greedily, in one call of the compiled path, from the token at `position` on."""
+        raise NotImplementedError
+
     def ask(self, gates: Gates, index: int, h: Tensor) -> float:
         """The logit of one of the gates for a hidden state h (1, 1, D)."""
         assert self._native
@@ -242,11 +258,10 @@ class Lean:
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         """Final norm and head: h (…, D) → (…, V), or of the tokens `rows` only. Gradients pass through with `rows`."""
-        normed = self.norm(h.float())
         if rows is not None:
-            return F.linear(normed, self.head.pick(rows).dense())
-        flat = normed.reshape(-1, h.shape[-1])
-        out = self._native.product(self._head, flat.contiguous()) if self._native else self.head(flat)
+            return F.linear(self.norm(h.float()), self.head.pick(rows).dense())
+        flat = _rows(h)
+        out = self._native.logits(self._head, None, flat.contiguous()) if self._native else self.head(self.norm(flat))
         return out.view(*h.shape[:-1], -1)
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -254,24 +269,39 @@ class Lean:
         product = self._product_with(self.head.pick(rows))
 
         def logits(h: Tensor) -> Tensor:
-            flat = self.norm(h.float()).reshape(-1, h.shape[-1])
-            return product(flat).view(*h.shape[:-1], -1)
+            return product(self.norm(_rows(h))).view(*h.shape[:-1], -1)
 
         return logits
 
-    def sketched(self, expand: Tensor, candidates: int) -> Callable[[Tensor, Tensor], Tensor]:
-        kind = type(self.head)
-        product = self.head.dense() @ expand
-        sketch = kind.of(product.to(self.head.w.dtype) if kind is Weight else product)
-        if not self._native:
-            return lambda x, z: read_out_likeliest(sketch(z), candidates, x, lambda row, ids: self.head.pick(ids)(row))
-        native, handle, head = self._native, CWeight.of(sketch, fine=True), self._head
+    def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
+        first, second = self._sketch(reduce, expand)
+        native, sketch = self._native, self._compiled_sketch(reduce, expand, candidates)
 
-        def logits(x: Tensor, z: Tensor) -> Tensor:
-            assert sketch.w.numel()  # the handle holds its address only
-            return native.sketched(handle, head, z.contiguous(), x.contiguous(), candidates)
+        def logits(h: Tensor) -> Tensor:
+            rows = _rows(h)
+            if native:
+                out = native.logits(self._head, sketch, rows.contiguous())
+            else:
+                x = self.norm(rows)
+                out = read_out_likeliest(second(first(x)), candidates, x, lambda row, ids: self.head.pick(ids)(row))
+            return out.view(*h.shape[:-1], -1)
 
         return logits
+
+    def _sketch(self, reduce: Tensor, expand: Tensor) -> tuple[Weight, Weight]:
+        """A sketch's two weights, in the head's format. They are made once."""
+        if expand not in self._sketches:
+            kind, size = type(self.head), self.head.rows
+            slices = (slice(first, min(size, first + SLICE)) for first in range(0, size, SLICE))  # to take little memory
+            product = torch.cat([self.head.pick(rows).dense() @ expand for rows in slices])
+            second = kind.of(product.to(self.head.w.dtype) if kind is Weight else product)
+            self._sketches[expand] = Weight.of(reduce.float()), second
+        made: tuple[Weight, Weight] = self._sketches[expand]
+        return made
+
+    def _compiled_sketch(self, reduce: Tensor, expand: Tensor, candidates: int) -> CSketch:
+        first, second = self._sketch(reduce, expand)
+        return CSketch(CWeight.of(first), CWeight.of(second, fine=True), candidates)
 
     def product_of(self, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         """A function x (n, K) → (n, N) that multiplies with a linear layer's weights, kept in bfloat16 unless the blocks'
@@ -344,8 +374,8 @@ class Lean:
         return [weight for block in self.blocks for weight in block.weights] + [self.head]
 
     @cached_property
-    def _head(self) -> CWeight:
-        return CWeight.of(self.head, fine=True)
+    def _head(self) -> CHead:
+        return CHead(CWeight.of(self.head, fine=True), address(self.norm.weight), self.norm.eps)
 
     @property
     def _columns(self) -> int:

@@ -1,9 +1,9 @@
-// The LM head, whole or on the tokens that a sketch finds, and a single gate.
+// The LM head, a product, and a single gate.
 
 #include "gates.h"
-#include "sketch.h"
+#include "head.h"
 
-// y (R, N) = x (R, K) · weightᵀ, for the head. The scratch holds R · (K + 64) shared floats.
+// y (R, N) = x (R, K) · weightᵀ. The scratch holds R · (K + 64) shared floats.
 void offramp_product(const Weight *m, const float *x, int64_t R, float *y, const Scratch *scratch) {
     Crew crew = {0};
 #pragma omp parallel num_threads(scratch->threads)
@@ -14,25 +14,15 @@ void offramp_product(const Weight *m, const float *x, int64_t R, float *y, const
     }
 }
 
-// y (R, V): logits of the head for rows x (R, D), of the `candidates` tokens of each row for which the sketch's estimates are
-// highest (more if some are equal), −inf for all others. The estimates are rows z (R, k) times `sketch` (V, k). The scratch
-// holds R · (k + 64) + R · (D + 64) shared floats; a thread's own hold BINS.
-void offramp_sketched(const Weight *sketch, const Weight *head, const float *z, const float *x, int64_t R, int64_t candidates,
-                      float *y, const Scratch *scratch) {
+// y (R, V): logits of hidden states h (R, D), as `read_logits` puts them. The scratch has its floats.
+void offramp_logits(const Head *head, const Sketch *sketch, const float *h, int64_t R, float *y, const Scratch *scratch) {
     Crew crew = {0};
-    Found found = {0};
+    Found found[R];
+    memset(found, 0, sizeof found);
 #pragma omp parallel num_threads(scratch->threads)
     {
         Hand hand = hand_of(&crew);
-        const int64_t V = head->rows, k = sketch->columns, D = head->columns;
-        float *room = scratch->floats, *bins = room + R * (k + 64) + R * (D + 64);
-        multiply(&hand, sketch, prepare(&hand, sketch, z, k, R, room), R, (Out){y, V, 0}, 0, V);
-        const Rows rows = prepare(&hand, head, x, D, R, room + R * (k + 64));
-        for (int64_t r = 0; r < R; r++) {
-            EACH_PIECE(i, &hand, 1) found.wanted[0] = candidates;
-            find_nth_largest(&hand, y + r * V, V, &found, (int32_t *)bins, hand.n);
-            read_out(&hand, head, &rows, r, found.known[DIGITS], y, V);
-        }
+        read_logits(&hand, head, sketch, h, R, scratch->head, found, y);
     }
 }
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from offramp.model.checkpoint import Values
 from offramp.model.lean.base import Lean, LeanStep, Maker, RMSNorm, numbered, pieces_of
-from offramp.model.lean.native import CBlock, CShape, CWeight, Native, Rows, address
+from offramp.model.lean.native import Ask, Native, Rows, Steps
+from offramp.model.lean.structures import CBlock, CShape, CWeight, address
 from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined
@@ -261,6 +262,17 @@ class LeanLlama(Lean):
 
     def _memories(self, start: int, stop: int, state: State) -> list[KV]:
         return [kv for kv in state.kv[start:stop] if kv is not None]
+
+    def take_steps(self, ask: Ask, state: State, position: int) -> Steps:
+        assert self._native
+        end, memories = position + ask.most, self._memories(0, len(self.blocks), state)
+        self._tables(end)
+        addresses = [kv.addresses(1, 2 * self.heads, self.dim, end, self.kept_dtype)[0] for kv in memories]
+        steps = self._native.step(ask, addresses, self._turn, position)
+        end = position + len(steps.ids)
+        state.crop(end + 1, 0, steps.run)
+        state.crop(end, steps.run)
+        return steps
 
     def _call(self, native: Callable[..., int], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> int:
         """Make room in the parts' memories for their tokens, and call `native` with all rows (R, D)."""

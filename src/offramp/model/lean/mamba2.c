@@ -3,7 +3,7 @@
 //
 // D hidden size, E inner width (H heads of P dims), G groups, N state size, W the convolution's width, C = E + 2GN channels.
 
-#include "gates.h"
+#include "steps.h"
 
 typedef struct {
     Weight in, out;                                     // rows of `in`: z (E), x, B and C (C together), dt (H)
@@ -209,6 +209,20 @@ static void project_out(const MambaBlock *b, MambaWorker *w) {
     multiply(&w->hand, &b->out, rows, R, (Out){w->tokens->h, D, 1}, 0, D);
 }
 
+// Runs a worker's rows through `count` blocks. Returns the number of blocks run: a gate may stop a single row.
+static int64_t run_mamba_blocks(const MambaBlock *blocks, int64_t count, const MambaMemory *memory, int64_t S, MambaWorker *w,
+                                const Gates *gates) {
+    const Asker asker = {w->x, w->in, w->room};
+    int64_t gate = 0;
+    for (int64_t i = 0; i < count; i++) {
+        project_in(blocks + i, w, 0);
+        advance_memories(blocks + i, w, memory + i * S, i, 1);
+        project_out(blocks + i, w);
+        if (stops(&w->hand, gates, &gate, i + 1, w->tokens->h, &asker)) return i + 1;
+    }
+    return count;
+}
+
 // Runs the rows through `count` blocks, h in place. memory[i · S + q] is what block i remembers of sequence q of S. A single row
 // may have gates (else NULL). Returns the number of blocks run.
 int64_t offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, int64_t S,
@@ -218,19 +232,39 @@ int64_t offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaSh
 #pragma omp parallel num_threads(scratch->threads)
     {
         MambaWorker w = mamba_worker(s, tokens, scratch, &crew);
-        const Asker asker = {w.x, w.in, w.room};
-        int64_t gate = 0;
-        for (int64_t i = 0; i < count; i++) {
-            project_in(blocks + i, &w, 0);
-            advance_memories(blocks + i, &w, memory + i * S, i, 1);
-            project_out(blocks + i, &w);
-            if (stops(&w.hand, gates, &gate, i + 1, tokens->h, &asker)) {
-                if (!w.hand.t) run = i + 1;
-                break;
-            }
-        }
+        const int64_t own = run_mamba_blocks(blocks, count, memory, S, &w, gates);
+        if (!w.hand.t) run = own;
     }
     return run;
+}
+
+// What runs the tokens of `offramp_mamba_steps`.
+typedef struct {
+    const MambaBlock *blocks;
+    int64_t count;
+    const MambaMemory *memory;
+    MambaWorker w;
+} MambaStepper;
+
+static int64_t run_mamba_token(void *worker, int64_t t, const Gates *gates) {
+    MambaStepper *s = worker;
+    (void)t;
+    return run_mamba_blocks(s->blocks, s->count, s->memory, 1, &s->w, gates);
+}
+
+// Decodes as `steps` says. memory[i] is what block i remembers. `gates` (or NULL) has logits for every token.
+void offramp_mamba_steps(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, Steps *steps,
+                         const Gates *gates, const Scratch *scratch) {
+    Crew crew = {0};
+    Found found[steps->most];
+    memset(found, 0, sizeof found);
+#pragma omp parallel num_threads(scratch->threads)
+    {
+        const int64_t sequence = 0;
+        const MambaTokens tokens = {steps->h, 1, &sequence, NULL, 0};
+        MambaStepper own = {blocks, count, memory, mamba_worker(s, &tokens, scratch, &crew)};
+        take_steps(&own.w.hand, steps, count, gates, scratch->head, found, run_mamba_token, &own);
+    }
 }
 
 // Only updates the memories, as if the rows were the input of each of the blocks.

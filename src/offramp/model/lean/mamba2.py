@@ -20,7 +20,8 @@ from torch import Tensor
 
 from offramp.model.checkpoint import Values
 from offramp.model.lean.base import Lean, LeanStep, Maker, numbered, pieces_of
-from offramp.model.lean.native import CMambaBlock, CMambaShape, CWeight, NativeMamba, address
+from offramp.model.lean.native import Ask, NativeMamba, Steps
+from offramp.model.lean.structures import CMambaBlock, CMambaShape, CWeight, address
 from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined
@@ -154,6 +155,14 @@ class LeanMamba(Lean):
 
     def _memories(self, start: int, stop: int, state: State) -> list[SSM]:
         return [ssm for ssm in state.ssm[start:stop] if ssm is not None]
+
+    def take_steps(self, ask: Ask, state: State, position: int) -> Steps:
+        assert self._native
+        memories, shapes = self._memories(0, len(self.blocks), state), self.blocks[0].shapes(1)
+        steps = self._native.step(ask, [ssm.addresses(self.norm.weight, *shapes) for ssm in memories])
+        for index, ssm in enumerate(memories):
+            ssm.record(len(steps.ids) + (index < steps.run))
+        return steps
 
     def _call(self, native: Callable[..., int], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> int:
         """Call `native` with all rows (R, D) and the parts' memories, and record there what they took in."""

@@ -1,8 +1,8 @@
 """Compile the C code, once for each machine, and call it through ctypes.
 
-`llama.c` and `mamba2.c` run a range of blocks in one call. `head.c` multiplies with the LM head. The headers hold what they
-are made of: vectors, products, gates, and the sketch of the head. Without a C compiler nothing here is used: the lean path
-then computes the same with torch's operators.
+`llama.c` and `mamba2.c` run a range of blocks in one call, or decode several tokens. `head.c` multiplies with the LM head.
+The headers hold what they are made of: vectors, products, attention, gates, the head, its sketch, and steps of decoding.
+Without a C compiler nothing here is used: the lean path then computes the same with torch's operators.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -29,116 +29,27 @@ from torch import Tensor
 
 from offramp.files import cache_folder
 from offramp.machine import instruction_set, processor
+from offramp.model.lean.structures import (
+    CBlock,
+    CGate,
+    CGates,
+    CHead,
+    CMambaBlock,
+    CMambaShape,
+    CMambaTokens,
+    CScratch,
+    CShape,
+    CSketch,
+    CSteps,
+    CTokens,
+    CWeight,
+    address,
+)
 from offramp.model.lean.weights import Weight
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.c"
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
-
-
-class CWeight(ctypes.Structure):
-    """`Weight` in products.h."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("kind", "rows", "columns")),
-        *((name, c_void_p) for name in ("w", "scale", "bias")),
-    )
-
-    @classmethod
-    def of(cls, weight: Weight, fine: bool = False) -> CWeight:
-        """The weight as the C code takes it. It holds addresses only, so `weight` must stay alive.
-
-        `fine`: rows that are multiplied with integer weights are rounded to 16 bits instead of 8.
-        """
-        fine = fine and weight.name.startswith("int")
-        kind = ("float32", "bfloat16", "int8", "int4", "fine int8", "fine int4").index("fine " * fine + weight.name)
-        return cls(kind, weight.rows, weight.columns, *map(address, (weight.w, weight.scale, weight.bias)))
-
-
-class CScratch(ctypes.Structure):
-    """`Scratch` in products.h."""
-
-    _fields_ = (("floats", c_void_p), ("own", c_int64), ("threads", c_int64))
-
-
-class CBlock(ctypes.Structure):
-    """`Block` in llama.c."""
-
-    _fields_ = (
-        *((name, CWeight) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, c_int64) for name in ("window", "rotary", "norm_first", "norm_heads")),
-        *((name, c_float) for name in ("eps", "attention_eps", "scale")),
-    )
-
-
-class CShape(ctypes.Structure):
-    """`Shape` in llama.c."""
-
-    _fields_ = tuple((name, c_int64) for name in ("hidden", "queries", "heads", "dim", "width", "half"))
-
-
-class CTokens(ctypes.Structure):
-    """`Tokens` in llama.c."""
-
-    _fields_ = (
-        ("h", c_void_p),
-        ("count", c_int64),
-        ("positions", c_void_p),
-        ("sequences", c_void_p),
-        ("turn", c_void_p),
-        ("end", c_int64),
-    )
-
-
-class CMambaBlock(ctypes.Structure):
-    """`MambaBlock` in mamba2.c."""
-
-    _fields_ = (
-        *((name, CWeight) for name in ("in", "out")),
-        *((name, c_void_p) for name in ("norm", "gated_norm", "conv", "conv_bias", "dt_bias", "decay", "skip")),
-        *((name, c_float) for name in ("eps", "gated_eps", "dt_low", "dt_high")),
-    )
-
-
-class CMambaShape(ctypes.Structure):
-    """`MambaShape` in mamba2.c."""
-
-    _fields_ = tuple((name, c_int64) for name in ("hidden", "heads", "dim", "groups", "states", "width"))
-
-
-class CMambaTokens(ctypes.Structure):
-    """`MambaTokens` in mamba2.c."""
-
-    _fields_ = (
-        ("h", c_void_p),
-        ("count", c_int64),
-        ("sequences", c_void_p),
-        ("journal", c_void_p),
-        ("stride", c_int64),
-    )
-
-
-class CGate(ctypes.Structure):
-    """`Gate` in gates.h."""
-
-    _fields_ = (
-        ("after", c_int64),
-        ("in", CWeight),
-        *((name, c_void_p) for name in ("mean", "spread", "out")),
-        *((name, c_float) for name in ("bias", "threshold")),
-    )
-
-
-class CGates(ctypes.Structure):
-    """`Gates` in gates.h."""
-
-    _fields_ = (("gates", POINTER(CGate)), ("count", c_int64), ("seen", c_void_p), ("logits", c_void_p))
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where the tensor's memory begins; None (NULL in C) for no tensor."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 def _from_row(tensor: Tensor, row: int) -> int:
@@ -179,15 +90,14 @@ def _declared(loaded: Any) -> Any:
     mamba = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), c_void_p, c_int64, POINTER(CMambaTokens)]
     signatures = {
         "offramp_product": (None, [POINTER(CWeight), c_void_p, c_int64, c_void_p, scratch]),
-        "offramp_sketched": (
-            None,
-            [POINTER(CWeight), POINTER(CWeight), c_void_p, c_void_p, c_int64, c_int64, c_void_p, scratch],
-        ),
+        "offramp_logits": (None, [POINTER(CHead), POINTER(CSketch), c_void_p, c_int64, c_void_p, scratch]),
         "offramp_ask": (c_float, [POINTER(CGate), c_void_p, scratch]),
         "offramp_run": (c_int64, [*llama, POINTER(CGates), scratch]),
         "offramp_remember": (None, [*llama, scratch]),
         "offramp_mamba_run": (c_int64, [*mamba, POINTER(CGates), scratch]),
         "offramp_mamba_remember": (None, [*mamba, scratch]),
+        "offramp_steps": (None, [*llama[:4], c_void_p, c_int64, POINTER(CSteps), POINTER(CGates), scratch]),
+        "offramp_mamba_steps": (None, [*mamba[:4], POINTER(CSteps), POINTER(CGates), scratch]),
         "offramp_mamba_replay": (None, [POINTER(CMambaBlock), POINTER(CMambaShape), c_void_p, c_void_p, c_int64]),
     }
     for name, (result, arguments) in signatures.items():
@@ -231,24 +141,57 @@ class Gates:
     def __len__(self) -> int:
         return len(self.compiled)
 
-    def ahead(self, start: int, thresholds: Sequence[float]) -> Asked:
-        """The last of the gates, on the way of a row that sets out before block `start`; a threshold for each logit."""
+    def ahead(self, start: int, thresholds: Sequence[float], tokens: int = 1) -> Asked:
+        """The last of the gates, on the way of tokens that set out before block `start`; a threshold for each logit."""
         first = len(self) - len(thresholds)
         gates = (CGate * len(thresholds))(*self.compiled[first:])
         for gate, blocks, threshold in zip(gates, self.blocks[first:], thresholds, strict=True):
             gate.after, gate.threshold = blocks - start, threshold
-        return Asked(gates, torch.empty(len(gates), self._parts[0].mean.numel(), dtype=torch.float32))
+        return Asked(gates, torch.empty(len(gates), self._parts[0].mean.numel(), dtype=torch.float32), tokens)
 
 
 class Asked:
-    """Gates on the way of one row. What they are told and say: hidden states `seen` (n, D), and n `logits`."""
+    """Gates on the way of tokens: hidden states `seen` (n, D) of the newest token, and n `logits` for each token."""
 
-    def __init__(self, gates: Any, seen: Tensor) -> None:
-        self.gates, self.seen, self.logits = gates, seen, (c_float * len(gates))()
+    def __init__(self, gates: Any, seen: Tensor, tokens: int) -> None:
+        self.gates, self.seen, self.logits = gates, seen, (c_float * (len(gates) * tokens))()
 
     def compiled(self) -> CGates:
         """The gates as the C code takes them."""
         return CGates(self.gates, len(self.gates), self.seen.data_ptr(), ctypes.addressof(self.logits))
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Greedy decoding of one sequence, asked for (steps.h).
+
+    `newest`: the id of the token to begin with; `most` tokens at most are chosen, up to one of the `ends` (n,). `asked`:
+    gates that may stop a token. The embedding (V, D), the head, and perhaps its sketch.
+    """
+
+    newest: int
+    most: int
+    ends: Tensor
+    asked: Asked | None
+    embedding: Tensor
+    head: CHead
+    sketch: CSketch | None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What greedy decoding found: the chosen `ids`; -1 stands where logits were not finite.
+
+    `run`: the number of blocks run of a last token that a gate stopped, 0 if there is none. `h` (1, 1, D) is the newest
+    token's hidden state, `top` that of the newest that reached the top. `seconds`: spent on embeddings, blocks, heads, and
+    choices.
+    """
+
+    ids: list[int]
+    run: int
+    h: Tensor
+    top: Tensor
+    seconds: tuple[float, ...]
 
 
 class _Room(threading.local):
@@ -263,8 +206,8 @@ class _Native:
 
     room_for_gates = 0  # floats that a gate may use beside the row
     ROWS = 256  # the most rows of one call; more would need much scratch and gain nothing
-    FEW, STRETCH = 8, 256  # EIGHT of vectors.h; of llama.c
-    OWN = 1 << 11  # floats of a thread's own for sketch.h, at least BINS
+    FEW, STRETCH = 8, 256  # EIGHT of vectors.h; of attention.h
+    BINS, CHUNK = 1 << 11, 1 << 10  # of sketch.h
 
     def __init__(self, kind: Any, blocks: Sequence[Any], columns: int) -> None:
         """`columns` are those of the widest weight. The caller keeps the tensors alive that the blocks point to."""
@@ -285,14 +228,38 @@ class _Native:
             self._library.offramp_product(weight, _from_row(x, first), rows, _from_row(y, first), scratch)
         return y
 
-    def sketched(self, sketch: CWeight, head: CWeight, z: Tensor, x: Tensor, candidates: int) -> Tensor:
-        """Logits (R, V) of rows x (R, D) of the tokens that z (R, k) times the sketch (V, k) finds likeliest; −inf else."""
-        y = torch.empty(len(x), head.rows, dtype=torch.float32)
-        for first, rows in self._pieces(len(x)):
-            scratch = self._scratch(rows, sketch.columns + 64)
-            starts = (_from_row(z, first), _from_row(x, first))
-            self._library.offramp_sketched(sketch, head, *starts, rows, candidates, _from_row(y, first), scratch)
+    def logits(self, head: CHead, sketch: CSketch | None, h: Tensor) -> Tensor:
+        """Logits (R, V) of hidden states h (R, D). With a sketch, −inf for tokens that it does not find likely."""
+        y = torch.empty(len(h), head.weight.rows, dtype=torch.float32)
+        for first, rows in self._pieces(len(h)):
+            scratch = self._scratch(0, 0, head=self._for_head(head, sketch, rows))
+            self._library.offramp_logits(head, sketch, _from_row(h, first), rows, _from_row(y, first), scratch)
         return y
+
+    def _for_head(self, head: CHead, sketch: CSketch | None, rows: int) -> int:
+        """The floats that `read_logits` of head.h works in."""
+        floats: int = rows * (2 * head.weight.columns + 64)
+        if sketch:
+            floats += rows * (2 * sketch.reduce.rows + 128) + head.weight.rows + 2 * self.CHUNK + self.BINS
+        return floats
+
+    def _step(self, ask: Ask, scratch: CScratch, take: Callable[[CSteps, CGates | None, CScratch], None]) -> Steps:
+        """Call `take`, a compiled function, with what is asked for."""
+        width = ask.embedding.shape[1]
+        ids = (c_int64 * (ask.most + 1))(ask.newest)
+        h, top = (torch.empty(1, 1, width, dtype=torch.float32) for _ in range(2))
+        steps = CSteps(
+            ask.embedding.data_ptr(), ask.embedding.dtype == torch.float32, ctypes.pointer(ask.head),
+            ctypes.pointer(ask.sketch) if ask.sketch else None, ask.ends.data_ptr(), len(ask.ends), ask.most,
+            ctypes.addressof(ids), h.data_ptr(), top.data_ptr(),
+        )  # fmt: skip
+        take(steps, ask.asked.compiled() if ask.asked else None, scratch)
+        return Steps(ids[1 : steps.decided + 1], steps.run, h, top, tuple(steps.seconds))
+
+    def _for_steps(self, ask: Ask) -> int:
+        """The floats that the head and the choice work in."""
+        vocabulary: int = ask.head.weight.rows
+        return self._for_head(ask.head, ask.sketch, 1) + vocabulary + 2 * self.CHUNK
 
     def ask(self, gate: CGate, h: Tensor) -> float:
         """The logit of a gate for a hidden state h of D numbers."""
@@ -305,13 +272,14 @@ class _Native:
         for first in range(0, count, self.ROWS):
             yield first, min(self.ROWS, count - first)
 
-    def _scratch(self, rows: int, row: int, own: int = 0) -> CScratch:
-        """Scratch for so many rows: `row` floats for each and its narrow form, and `own` floats for each thread."""
-        threads, own = torch.get_num_threads(), own + self.OWN
-        shared = rows * (row + self._columns + 64)
-        if len(self._room.floats) < shared + threads * own:
-            self._room.floats = torch.empty(shared + threads * own, dtype=torch.float32)
-        return CScratch(self._room.floats.data_ptr(), own, threads)
+    def _scratch(self, rows: int, row: int, own: int = 0, head: int = 0) -> CScratch:
+        """Scratch: for each row, `row` floats and its narrow form; for each thread, `own`; and so many for the head."""
+        threads = torch.get_num_threads()
+        first = rows * (row + self._columns + 64) + threads * own
+        if len(self._room.floats) < first + head:
+            self._room.floats = torch.empty(first + head, dtype=torch.float32)
+        start = self._room.floats.data_ptr()
+        return CScratch(start, own, threads, start + first * self._room.floats.itemsize)
 
 
 @dataclass(frozen=True)
@@ -362,15 +330,28 @@ class Native(_Native):
                 f"{len(rows.turn)} rotary rows"
             )
         kv = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
-        shape = self._shape
-        own = 2 * self.FEW * (shape.queries // shape.heads) * (shape.dim + 2)
-        parts = shape.queries * (shape.dim + 2) * (rows.end // self.STRETCH + 1)
         for first, piece in self._pieces(count):
             starts = (_from_row(part, first) for part in (rows.positions, rows.sequences, rows.turn))
             tokens = CTokens(_from_row(h, first), piece, *starts, rows.end)
-            scratch = self._scratch(piece, self._row + (parts if piece <= self.FEW else 0), own)
-            run = function(self._from(start), len(memories), shape, kv, len(memories[0]), tokens, *gates, scratch)
+            scratch = self._for_attention(piece, rows.end)
+            run = function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, *gates, scratch)
         return run
+
+    def _for_attention(self, rows: int, end: int, head: int = 0) -> CScratch:
+        """Scratch for rows whose highest position is `end` - 1."""
+        shape = self._shape
+        own = 2 * self.FEW * (shape.queries // shape.heads) * (shape.dim + 2)
+        parts = shape.queries * (shape.dim + 2) * (end // self.STRETCH + 1) if rows <= self.FEW else 0
+        return self._scratch(rows, self._row + parts, own, head)
+
+    def step(self, ask: Ask, memories: list[int], turn: Tensor, position: int) -> Steps:
+        """Decode what is asked for from `position` on. memories[i] is the address of the i-th block's keys and values, with
+        room for all tokens; row p of `turn` holds the rotary pairs of position p.
+        """
+        kv = (c_void_p * len(memories))(*memories)
+        places = self._from(0), len(memories), self._shape, kv, turn.data_ptr(), position
+        scratch = self._for_attention(1, position + ask.most, self._for_steps(ask))
+        return self._step(ask, scratch, lambda *rest: self._library.offramp_steps(*places, *rest))
 
 
 class NativeMamba(_Native):
@@ -433,6 +414,13 @@ class NativeMamba(_Native):
             scratch, lines = self._scratch(piece, self._row), len(memories[0]) // 2
             run = function(self._from(start), len(memories), self._shape, memory, lines, tokens, *gates, scratch)
         return run
+
+    def step(self, ask: Ask, memories: list[list[int]]) -> Steps:
+        """Decode what is asked for. memories[i] holds the addresses of the i-th block's window and state."""
+        memory = (c_void_p * (2 * len(memories)))(*chain.from_iterable(memories))
+        places = self._from(0), len(memories), self._shape, memory
+        scratch = self._scratch(1, self._row, head=self._for_steps(ask))
+        return self._step(ask, scratch, lambda *rest: self._library.offramp_mamba_steps(*places, *rest))
 
     def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:
         """Repeat the first `tokens` of block `index`'s journal (1, T, 2C + H) on its state h (1, H, P, N), in place."""

@@ -34,10 +34,11 @@ typedef struct {
     const float *bias;   // or NULL
 } Weight;
 
-// Memory of one call: floats that all threads share, then `own` floats for each thread.
+// Memory of one call: floats that all threads share, then `own` floats for each thread; and floats for the head (head.h).
 typedef struct {
     float *floats;
     int64_t own, threads;
+    float *head;
 } Scratch;
 
 // Rows as they are multiplied, `stride` apart. For integer weights and where bfloat16 is multiplied, `q` holds them in 8 or 16
@@ -132,8 +133,6 @@ static void pack(const Weight *m, const Rows *x, int64_t r) {
 
 // Numbers of a row of weights that are multiplied in one go.
 #define AT_ONCE(kind) (IS_INT8(kind) ? 4 * LANES : (kind) == BFLOAT16 && MULTIPLIES_BFLOAT16 ? 2 * LANES : LANES)
-
-#define ALWAYS static inline __attribute__((always_inline))
 
 // The numbers of a row `w` from column k on, of which there are `left`, and zeros. A vector of another type is returned as `vi`.
 ALWAYS vi weights_at(int64_t kind, const char *w, int64_t k, int64_t left) {

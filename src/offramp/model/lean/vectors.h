@@ -41,6 +41,8 @@ static const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 static const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
 
+#define ALWAYS static inline __attribute__((always_inline))
+
 static inline int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static inline vf load(const float *p) {
@@ -164,6 +166,21 @@ static inline vf clamped(vf x, float low, float high) {
 #endif
 }
 
+// Bit i says whether number i, of at most LANES, is not less than a bound; so it is set for a NaN.
+static inline uint32_t not_below(const float *p, int64_t n, float bound) {
+    const vf v = load_up_to(p, n);
+    const uint32_t first = n < LANES ? (1u << n) - 1 : (uint32_t)((1ull << LANES) - 1);
+#if WIDE
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_NLT_UQ) & first;
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_NLT_UQ)) & first;
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (uint32_t)!(v[i] < bound) << i;
+    return bits & first;
+#endif
+}
+
 static inline vf exp_(vf x) {  // Cephes: within 2 units in the last place
     x = clamped(x, -87.0f, 88.0f);
     const vf scaled = fma_(x, all(1.44269504f), all(0.5f));
@@ -181,7 +198,6 @@ static inline vf exp_(vf x) {  // Cephes: within 2 units in the last place
 }
 
 static inline vf silu(vf x) { return x / (1.0f + exp_(-x)); }
-
 
 // The first n bfloat16 numbers, at most LANES, and zeros.
 static inline vf from_bfloat16(const uint16_t *p, int64_t n) {

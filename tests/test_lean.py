@@ -290,3 +290,13 @@ def test_candidates_are_the_sketchs_likeliest_however_many_threads_and_rows(form
     estimates = backbone.final(h) @ reduce.T @ (backbone.head_weight() @ expand).T
     likeliest = torch.zeros_like(chosen).scatter(-1, estimates.topk(20).indices, True)
     assert (chosen & likeliest).sum() >= (100 if format == "float32" else 60)  # the others round the estimates
+
+
+@pytest.mark.parametrize("variant", ["llama", *(f"{family}/{engine}" for family in ("llama", "mamba2") for engine in ENGINES)])
+@torch.inference_mode()
+def test_no_hidden_states_have_no_logits(variant):
+    backbone = tiny(variant)
+    assert backbone.logits(torch.empty(0, 32)).shape == (0, backbone.vocab_size)
+    reduce = torch.eye(32)
+    assert backbone.sketched(reduce, reduce, 3)(torch.empty(0, 32)).shape == (0, backbone.vocab_size)
+    assert backbone.head_of(torch.tensor([1, 5]))(torch.empty(0, 32)).shape == (0, 2)

@@ -16,6 +16,7 @@ from offramp.cli.options import DecodingOptions, Json, Model, check_batch
 from offramp.cli.progress import reading_bar
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
+from offramp.machine import spare_memory
 from offramp.settings import setting
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def generate(
     """Answer a prompt, or a file of prompts. A token leaves the network early where an exit is sure enough."""
     texts = _prompts(prompt, prompts)
     check_batch(options.batch)
+    spare_memory()
     backbone = decoding.load(model)
     full, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
     early.check_use(options.max_tokens, options.raw)
@@ -159,6 +161,7 @@ def chat(
     """Talk to the model. An empty line or Ctrl-D ends the talk."""
     from offramp.decode.request import Decided, Prefilled, Talk
 
+    spare_memory()
     backbone = decoding.load(model)
     _, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
     talk = Talk()

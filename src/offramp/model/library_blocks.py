@@ -150,7 +150,7 @@ class LibraryBlocks:
             x = self.final(h).reshape(-1, h.shape[-1])
             estimates, normed = F.linear(x @ reduce.T, sketch), x.to(self.dtype)
             out = read_out_likeliest(estimates, candidates, normed, lambda row, ids: F.linear(row, head[ids]))
-            return out.view(*h.shape[:-1], -1)
+            return out.view(*h.shape[:-1], len(head))
 
         return logits
 

@@ -45,7 +45,7 @@ class RMSNorm:
         return x * self._scaled / length
 
 
-SLICE = 8192  # rows of a head that are in float32 at once
+SLICE = 4096  # rows of a head that are in float32 at once
 
 Changed = list[tuple[Any, Callable[[], Tensor]]]  # library's modules, each with the weight that this format gives it
 
@@ -262,14 +262,14 @@ class Lean:
             return F.linear(self.norm(h.float()), self.head.pick(rows).dense())
         flat = _rows(h)
         out = self._native.logits(self._head, None, flat.contiguous()) if self._native else self.head(self.norm(flat))
-        return out.view(*h.shape[:-1], -1)
+        return out.view(*h.shape[:-1], self.head.rows)
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         """A function that gives the `logits` of the tokens `rows` only, without gradients. It picks their weights once."""
         product = self._product_with(self.head.pick(rows))
 
         def logits(h: Tensor) -> Tensor:
-            return product(self.norm(_rows(h))).view(*h.shape[:-1], -1)
+            return product(self.norm(_rows(h))).view(*h.shape[:-1], len(rows))
 
         return logits
 
@@ -284,7 +284,7 @@ class Lean:
             else:
                 x = self.norm(rows)
                 out = read_out_likeliest(second(first(x)), candidates, x, lambda row, ids: self.head.pick(ids)(row))
-            return out.view(*h.shape[:-1], -1)
+            return out.view(*h.shape[:-1], self.head.rows)
 
         return logits
 
@@ -292,10 +292,12 @@ class Lean:
         """A sketch's two weights, in the head's format. They are made once."""
         if expand not in self._sketches:
             kind, size = type(self.head), self.head.rows
-            slices = (slice(first, min(size, first + SLICE)) for first in range(0, size, SLICE))  # to take little memory
-            product = torch.cat([self.head.pick(rows).dense() @ expand for rows in slices])
-            second = kind.of(product.to(self.head.w.dtype) if kind is Weight else product)
-            self._sketches[expand] = Weight.of(reduce.float()), second
+            pieces = []
+            for first in range(0, size, SLICE):
+                product = self.head.pick(slice(first, min(size, first + SLICE))).dense() @ expand
+                pieces.append(kind.tensors(product.to(self.head.w.dtype) if kind is Weight else product))
+            tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            self._sketches[expand] = Weight.of(reduce.float()), kind(kind.packed(tensors))
         made: tuple[Weight, Weight] = self._sketches[expand]
         return made
 

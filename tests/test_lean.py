@@ -15,7 +15,7 @@ import offramp.model.lean.native
 from models import ENGINES, LEAN, tiny
 from offramp import Engine
 from offramp.decode.plan import MOST_AHEAD
-from offramp.errors import UnsupportedModel
+from offramp.errors import BadInput, UnsupportedModel
 from offramp.model.backbone import Backbone
 from offramp.model.lean.weights import FORMATS
 from offramp.model.loading import check
@@ -292,11 +292,34 @@ def test_candidates_are_the_sketchs_likeliest_however_many_threads_and_rows(form
     assert (chosen & likeliest).sum() >= (100 if format == "float32" else 60)  # the others round the estimates
 
 
-@pytest.mark.parametrize("variant", ["llama", *(f"{family}/{engine}" for family in ("llama", "mamba2") for engine in ENGINES)])
+@pytest.mark.parametrize("family", LEAN)
+@pytest.mark.parametrize("engine", ["", *(f"/{engine}" for engine in ENGINES)])
 @torch.inference_mode()
-def test_no_hidden_states_have_no_logits(variant):
-    backbone = tiny(variant)
+def test_no_hidden_states_have_no_logits(family, engine):
+    backbone = tiny(f"{family}{engine}")
     assert backbone.logits(torch.empty(0, 32)).shape == (0, backbone.vocab_size)
     reduce = torch.eye(32)
     assert backbone.sketched(reduce, reduce, 3)(torch.empty(0, 32)).shape == (0, backbone.vocab_size)
     assert backbone.head_of(torch.tensor([1, 5]))(torch.empty(0, 32)).shape == (0, 2)
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@pytest.mark.parametrize("format", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_keys_and_values_are_kept_in_the_dtype_that_was_asked_for(format):
+    """Torch's engine always keeps them in float32, so its logits are nearer then."""
+    backbone, ids = lean("llama", format, "native"), torch.arange(40)[None]
+    wanted, errors = lean("llama", format, "torch").forward(ids), {}
+    for dtype in ("bfloat16", "float32", "bfloat16"):
+        backbone.keep_keys_in(dtype)
+        state = backbone.state()
+        h, step = backbone.embed(ids)
+        errors[dtype] = (backbone.logits(backbone.run(h, 0, backbone.n_blocks, state, step)) - wanted).abs().mean()
+        assert state.kv[0].keys.dtype == getattr(torch, dtype)
+    assert errors["float32"] < (0.01 if format == "float32" else 1) * errors["bfloat16"]
+
+
+@pytest.mark.parametrize(("family", "dtype", "error"), [("llama", "int8", BadInput), ("gpt2", "float32", UnsupportedModel)])
+def test_keys_and_values_that_cannot_be_kept_so_are_refused(family, dtype, error):
+    with pytest.raises(error, match=dtype):
+        tiny(family).keep_keys_in(dtype)

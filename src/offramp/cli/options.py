@@ -65,12 +65,18 @@ class DecodingOptions:
         None, "Weights: bfloat16, float32, int8, int4 or int4-head4. Default: bfloat16 where it passes the self-check."
     )
 
+    kv: str | None = setting(
+        None,
+        "Keys and values: bfloat16 or float32, where compiled blocks have attention. Default: float32 with float32 "
+        "weights, else bfloat16.",
+    )
+
     def load(self, model: str, keep: bool = False) -> Backbone:
         """Load the model. `keep`: keep the library's own weights in memory too."""
         with status(f"Loading {model} …") as progress:
             from offramp.model.loading import load
 
-            return load(model, self.dtype, keep=keep, progress=progress)
+            return load(model, self.dtype, keep=keep, progress=progress, kv=self.kv)
 
     @property
     def verifies(self) -> bool:

@@ -16,7 +16,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import UnsupportedModel
+from offramp.errors import BadInput, UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.families import UNBOUNDED, family_of
 from offramp.model.hub import Source
@@ -32,6 +32,7 @@ from offramp.model.store import Store
 
 __all__ = ["Backbone", "Part", "Runtime", "Step"]
 
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAN_PATHS: dict[str, type[LeanLlama] | type[LeanMamba]] = {"llama": LeanLlama, "mamba2": LeanMamba}
 
 _BACKBONES: WeakKeyDictionary[Any, ReferenceType[Backbone]] = WeakKeyDictionary()  # library model → its newest backbone
@@ -135,6 +136,21 @@ class Backbone:
         for module, weight in runtime.changed:
             if not module.weight.is_meta:
                 module.weight = nn.Parameter(weight().to(module.weight), requires_grad=False)
+
+    def keep_keys_in(self, dtype: str) -> None:
+        """Keep keys and values in `float32` or `bfloat16`, of texts that begin from now on.
+
+        Without this, compiled blocks keep them in float32 with float32 weights, and in bfloat16 with others. Raises
+        `BadInput` for another dtype, and `UnsupportedModel` where no compiled block has attention.
+        """
+        if dtype not in KV_DTYPES:
+            raise BadInput(f"Keys and values cannot be kept in '{dtype}'.", f"Choose from {', '.join(KV_DTYPES)}.")
+        if not isinstance(self.runtime, LeanLlama) or self.runtime.engine != "native":
+            raise UnsupportedModel(
+                f"{self.name} has no compiled attention whose keys and values could be kept in {dtype}.",
+                "Leave the choice out (--kv).",
+            )
+        self.runtime.keep_keys_in(KV_DTYPES[dtype])
 
     def use_library_blocks(self) -> None:
         """Run the library's own blocks from now on, as its model holds them at this moment."""

@@ -52,6 +52,7 @@ def load(
     device: str | None = None,
     keep: bool = False,
     progress: Progress = silent,
+    kv: str | None = None,
 ) -> Backbone:
     """Load a causal language model and check it against the library's own logits.
 
@@ -61,7 +62,7 @@ def load(
     tensor and kept in the cache; after that they are mapped from there. `progress` hears of that, in parts of the model.
     Families that have a lean path take it, and then the library's model has shapes only. With `keep` it has its weights
     too, so that `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or
-    when `HF_HUB_OFFLINE` is set.
+    when `HF_HUB_OFFLINE` is set. `kv`: as `Backbone.keep_keys_in` takes it.
 
     Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint, and `OfframpError` where the
     cache is full or cannot be written.
@@ -69,14 +70,16 @@ def load(
     _check_dtype(dtype)
     source = resolve(name)
     loading = _Loading(source, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), keep, progress)
-    if dtype is not None:
-        return loading.load(dtype)
     try:
-        return loading.load("bfloat16")
+        backbone = loading.load(dtype or "bfloat16")
     except (UnsupportedModel, BadNumbers):
+        if dtype is not None:
+            raise
         backbone = loading.load("float32")  # raises for a model that is wrong in any dtype
         warnings.warn(f"{name} fails the self-check in bfloat16; running it in float32.", stacklevel=2)
-        return backbone
+    if kv is not None:
+        backbone.keep_keys_in(kv)
+    return backbone
 
 
 class _Loading:

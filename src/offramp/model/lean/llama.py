@@ -216,10 +216,15 @@ class LeanLlama(Lean):
         self._count = torch.empty(0, dtype=torch.int64)
         self._native = None
         if native and self._compiles(self.dim):
-            half = weight_format != "float32"
-            self.kept_dtype = torch.bfloat16 if half else torch.float32
-            shape = CShape(first.o.rows, first.queries, first.heads, first.dim, first.down.columns, half)
+            shape = CShape(first.o.rows, first.queries, first.heads, first.dim, first.down.columns)
             self._native = Native([block.native() for block in self.blocks], shape, self._columns)
+            self.keep_keys_in(torch.float32 if weight_format == "float32" else torch.bfloat16)
+
+    def keep_keys_in(self, dtype: torch.dtype) -> None:
+        """Let compiled blocks keep the keys and values of new texts in float32 or bfloat16."""
+        assert self._native
+        self.kept_dtype = dtype
+        self._native.keep_halves(dtype == torch.bfloat16)
 
     def _step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> RotaryStep:
         # The mask is not needed: a padding token stands after its sequence's own tokens, and what it leaves in memory is

@@ -305,6 +305,10 @@ class Native(_Native):
         self.room_for_gates = max(2 * shape.width, shape.hidden)
         self._row = row + self.room_for_gates
 
+    def keep_halves(self, half: bool) -> None:
+        """Keep keys and values in bfloat16, or else in float32."""
+        self._shape.half = half
+
     def run(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows, asked: Asked | None = None) -> int:
         """Run h (R, D) in place through the blocks from `start` on, one block for each of the `memories`.
 

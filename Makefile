@@ -17,8 +17,9 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 # Exits for the models that ship: four hours for smollm2, half an hour for each other set. smollm2's learn from a mix of prompts:
-# make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl. Unlike those that ship now, the Mamba models' jump, too.
+# make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl. Unlike those that ship now, mamba-tiny-ee's jump, too.
 SMOLLM2 := src/offramp/assets/exits/smollm2
+TINY := src/offramp/assets/exits/mamba-tiny
 exits: .venv/.installed
 	$(BIN)/python benchmarks/prompts.py --trivia $(TRIVIA) --instructions $(INSTRUCTIONS)
 	$(BIN)/offramp train smollm2 -o build/exits/smollm2 --layers 10,15,20 --tails 4,3,3 --own-prompts build/prompts/first.jsonl \
@@ -27,8 +28,9 @@ exits: .venv/.installed
 		--epochs 4 --gate-epochs 8 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp calibrate smollm2 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
 	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --draft
-	$(BIN)/offramp train mamba-tiny -o src/offramp/assets/exits/mamba-tiny --gate-width 32 --readout-width 96
-	$(BIN)/offramp train mamba-tiny -o src/offramp/assets/exits/mamba-tiny --draft --readout-width 96
+	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
+	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
+	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96
 	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/assets/exits/mamba-tiny-ee --gate-width 32 --readout-width 96
 	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/assets/exits/mamba-tiny-ee --draft --readout-width 96
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ from helpers import (
     some_prompts,
     with_and_without_tails,
 )
-from models import BLOCKS, tiny
+from models import BLOCKS, ENGINES, tiny
 from offramp import Engine, Policy
 from offramp.decode.detokenizer import WINDOW, Detokenizer
 from offramp.decode.fills import FILLS
@@ -486,3 +488,15 @@ def test_mistakes_in_a_request_are_named() -> None:
         engine.generate([1, 260])
     with pytest.raises(ValueError, match="no tokens"):
         engine.summarise(engine.batch().add([1, 2]), 0.1, 0.1)
+
+
+@pytest.mark.parametrize("variant", ["llama", *(f"llama/{engine}" for engine in ENGINES)])
+def test_a_talk_forgets_tokens_that_nobody_took_and_keeps_the_rest(variant: str) -> None:
+    """A stream that is left early may have decided more. Only attention can forget."""
+    engine, talk, prompt = Engine(tiny(variant)), Talk(), list(range(1, 30))
+    taken = list(itertools.islice(engine.stream(prompt, talk, max_tokens=60, end_ids=frozenset()), 5))
+    ids = [*prompt, *(token.id for token in taken), 7, 8, 9]
+    sequence = talk.sequence
+    answer = [token.id for token in engine.stream(ids, talk, max_tokens=6, end_ids=frozenset())]
+    assert talk.sequence is sequence
+    assert answer == engine.generate(ids, max_tokens=6, end_ids=frozenset()).ids

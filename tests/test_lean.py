@@ -323,3 +323,25 @@ def test_keys_and_values_are_kept_in_the_dtype_that_was_asked_for(format):
 def test_keys_and_values_that_cannot_be_kept_so_are_refused(family, dtype, error):
     with pytest.raises(error, match=dtype):
         tiny(family).keep_keys_in(dtype)
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+def test_a_text_cannot_go_on_with_keys_in_another_dtype():
+    backbone = lean("llama", "bfloat16", "native")
+    stream = Engine(backbone).stream([1, 2, 3], max_tokens=40)
+    next(stream)
+    backbone.keep_keys_in("float32")
+    with pytest.raises(ValueError, match="the memory holds"):
+        list(stream)
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+def test_an_engine_follows_its_backbone_to_other_blocks():
+    backbone = lean("llama", "float32", "native")
+    engine = Engine(backbone)
+    answers = [engine.generate([1, 2, 3], max_tokens=20).ids]
+    backbone.use_library_blocks()
+    answers.append(engine.generate([1, 2, 3], max_tokens=20).ids)
+    backbone.use_lean_path("float32")
+    answers.append(engine.generate([1, 2, 3], max_tokens=20).ids)
+    assert answers[0] == answers[1] == answers[2]

@@ -237,3 +237,20 @@ def test_compiled_gates_decide_as_exits_that_are_asked_one_by_one(variant: str, 
                 assert token.confidence == pytest.approx(twin.confidence, abs=1e-5)
             stops |= {token.exit_block for token in one.tokens}
     assert stops > {3, BLOCKS}
+
+
+@pytest.mark.parametrize("variant", [f"mamba2/{engine}" for engine in ENGINES])
+def test_a_forked_talk_with_tokens_that_wait_goes_on_like_the_first(variant):
+    """What waiting tokens left in the tails' blocks is made room for in both."""
+    waiting = 0
+    for seed in range(6):
+        engine = Engine(
+            tiny(variant), exits_for(variant, "ffn", "ffn", tails=TAILS, seed=seed), Policy((0.6, 0.8, 0.7)), "defer"
+        )
+        talk, prompt = Talk(), some_prompts(1, seed=seed)[0]
+        answer = [token.id for token in engine.stream(prompt, talk, max_tokens=10, end_ids=frozenset())]
+        waiting += talk.sequence.pending
+        more, twin = [*prompt, *answer, 60, 61], talk.fork()
+        first, second = ([token.id for token in engine.stream(more, each, max_tokens=20)] for each in (talk, twin))
+        assert first == second
+    assert waiting

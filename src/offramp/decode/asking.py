@@ -76,7 +76,9 @@ def runs_ahead(plan: Plan, climb: Climb) -> bool:
     """Whether a climb that sets out can decide several tokens in one call: greedy ones, of full depth, with no draft."""
     sequence = climb.sequence
     alone = sequence.run + 1 == climb.end and not sequence.pending and not sequence.watched
-    return bool(plan.ahead and climb.may_leave and alone and climb.request.choose is most_probable)
+    runtime: object = plan.backbone.runtime
+    ready = plan.ahead is not None and plan.ahead[0] is runtime
+    return ready and climb.may_leave and alone and climb.request.choose is most_probable
 
 
 def run_ahead(plan: Plan, climb: Climb) -> list[Decision]:

@@ -329,6 +329,8 @@ class Batch:
         """The talk's sequence if these ids continue it, else a new one, which the talk keeps."""
         if any(request.sequence is talk.sequence for request in self.requests):
             raise BadInput("Another request is continuing this talk.", "Wait for its end, or use another talk.")
+        if talk.sequence is not None:
+            talk.sequence.forget_what_differs(ids)
         if talk.sequence is not None and talk.sequence.continued_by(ids, self.plan.open_exits):
             talk.sequence.ids, talk.sequence.prompt = [*ids], len(ids)
             talk.sequence.state.reserve(len(ids) + remaining)

@@ -191,6 +191,15 @@ class Sequence:
         begins = self.run < len(ids) and self.ids[: self.run] == ids[: self.run]
         return self.whole and begins and same_exits and not self.drafts
 
+    def forget_what_differs(self, ids: list[int]) -> None:
+        """Forget what was run of a text that goes on unlike these ids: tokens decided ahead that nobody took, or an edit.
+
+        Only attention can, so it is done where nothing else remembers.
+        """
+        length = begin_alike([self.ids, ids])
+        if self.whole and 0 < length < self.run and not self.exits and not any(self.state.ssm):
+            self.crop(length)
+
     @property
     def pending(self) -> int:
         """The number of tokens that wait at exits."""
@@ -229,7 +238,8 @@ class Sequence:
     def fork(self) -> Sequence:
         """A second sequence with the same tokens, which goes on independently of this one."""
         exits = [exit.fork() for exit in self.exits]
-        return Sequence([*self.ids], copy.deepcopy(self.state), exits, self.prompt, top=self.top, run=self.run)
+        state = copy.deepcopy(self.state)
+        return Sequence([*self.ids], state, exits, self.prompt, top=self.top, run=self.run, watched=self.watched)
 
 
 def begin_alike(prompts: Collection[TokenIds]) -> int:

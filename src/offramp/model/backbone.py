@@ -138,7 +138,7 @@ class Backbone:
                 module.weight = nn.Parameter(weight().to(module.weight), requires_grad=False)
 
     def keep_keys_in(self, dtype: str) -> None:
-        """Keep keys and values in `float32` or `bfloat16`, of texts that begin from now on.
+        """Keep keys and values in `float32` or `bfloat16` from now on. Texts that were begun before cannot go on.
 
         Without this, compiled blocks keep them in float32 with float32 weights, and in bfloat16 with others. Raises
         `BadInput` for another dtype, and `UnsupportedModel` where no compiled block has attention.

@@ -86,7 +86,9 @@ class KV:
     def addresses(self, batch: int, heads: int, dim: int, end: int, dtype: torch.dtype) -> list[int]:
         """As `room`, for compiled code: the address of each sequence's part of the buffer. Tokens are (`heads`, `dim`)."""
         start, capacity, addresses = self._addresses
-        if len(addresses) == batch and end <= capacity and self._buffer is not None and self._buffer.data_ptr() == start:
+        kept = self._buffer
+        fits = len(addresses) == batch and end <= capacity
+        if fits and kept is not None and kept.data_ptr() == start and kept.dtype == dtype:
             self.length = end
             return addresses
         buffer = self.room(torch.empty(batch, 0, heads, dim, dtype=dtype), end)

@@ -224,7 +224,7 @@ class _Native:
         """Multiply x (R, K) with a weight: (R, N)."""
         y = torch.empty(len(x), weight.rows, dtype=torch.float32)
         for first, rows in self._pieces(len(x)):
-            scratch = self._scratch(rows, 0)
+            scratch = self._scratch(rows, weight.columns)
             self._library.offramp_product(weight, _from_row(x, first), rows, _from_row(y, first), scratch)
         return y
 

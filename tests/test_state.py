@@ -5,6 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import offramp.model.state
+from helpers import TAILS, exits_for
+from models import ENGINES, tiny
+from offramp import Engine, Policy
+from offramp.decode.request import Talk
 from offramp.model.state import KV, State
 
 OPERATIONS = st.lists(
@@ -50,12 +55,12 @@ def test_a_memory_equals_a_plain_concatenation_after_any_operations(operations, 
 
 def test_a_memory_of_another_batch_is_refused():
     kv = KV()
-    addresses = kv.addresses(2, 1, 4, end=3, dtype=torch.float32)
-    assert kv.addresses(2, 1, 4, end=5, dtype=torch.float32) == addresses
+    addresses = kv.addresses((2, 1, 4), torch.float32, 0, 3)
+    assert kv.addresses((2, 1, 4), torch.float32, 3, 5) == addresses
     assert kv.length == 5
     for batch in (1, 3):
         with pytest.raises(ValueError, match="the memory holds"):
-            kv.addresses(batch, 1, 4, end=6, dtype=torch.float32)
+            kv.addresses((batch, 1, 4), torch.float32, 5, 6)
 
 
 def test_a_memory_grows_once_to_what_was_reserved():
@@ -145,3 +150,46 @@ def test_copies_of_a_row_go_separate_ways():
 def test_a_kind_of_block_without_a_memory_is_refused():
     with pytest.raises(NotImplementedError, match="granular"):
         State(["attention", "granular"])
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@pytest.mark.parametrize("fill", ["project", "copy", "defer", "verify"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_sliding_window_keeps_few_tokens_and_changes_nothing(family, fill, monkeypatch):
+    """Its buffers slide here every few tokens, with drafts that are taken back, and several texts side by side."""
+    exits, policy = exits_for(f"{family}/native", "ffn", "ffn", tails=TAILS), Policy((0.5, 0.6, 0.5))
+    prompts = [[(7 * number + place) % 250 for place in range(size)] for number, size in enumerate((3, 40, 90))]
+
+    def answers():
+        engine = Engine(tiny(f"{family}/native"), exits, policy, fill)
+        talk = Talk()
+        alone = [token.id for token in engine.stream(prompts[1], talk, max_tokens=200, end_ids=frozenset())]
+        together = [answer.ids for answer in engine.generate_batch(prompts, max_tokens=60, end_ids=frozenset())]
+        return [alone, *together], talk
+
+    wanted, whole = answers()
+    monkeypatch.setattr(offramp.model.state, "SPARE", 16)
+    monkeypatch.setattr(offramp.model.state, "AT_ONCE", 64)
+    got, slid = answers()
+    assert got == wanted
+    windows = tiny(family).modules.windows
+    for window, all_kept, few in zip(windows, whole.sequence.state.kv, slid.sequence.state.kv, strict=True):
+        assert all_kept.base == 0
+        assert all_kept.length == few.length
+        assert few.base >= 128 if window else few.base == 0
+        torch.testing.assert_close(all_kept.keys[:, :, few.base :], few.keys, rtol=0, atol=0)
+        assert not window or few.keys.untyped_storage().nbytes() * 2 <= all_kept.keys.untyped_storage().nbytes()
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+def test_a_talk_that_a_window_has_slid_past_is_read_again(monkeypatch):
+    monkeypatch.setattr(offramp.model.state, "SPARE", 16)
+    monkeypatch.setattr(offramp.model.state, "AT_ONCE", 64)
+    engine, talk, prompt = Engine(tiny("mistral/native")), Talk(), list(range(1, 30))
+    for _ in engine.stream(prompt, talk, max_tokens=200, end_ids=frozenset()):
+        pass
+    with pytest.raises(ValueError, match="let go"):
+        talk.sequence.state.crop(40)
+    other = [*prompt, 7, 8, 9]
+    answer = [token.id for token in engine.stream(other, talk, max_tokens=6, end_ids=frozenset())]
+    assert answer == engine.generate(other, max_tokens=6, end_ids=frozenset()).ids

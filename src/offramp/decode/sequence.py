@@ -197,7 +197,7 @@ class Sequence:
         Only attention can, so it is done where nothing else remembers.
         """
         length = begin_alike([self.ids, ids])
-        if self.whole and 0 < length < self.run and not self.exits and not any(self.state.ssm):
+        if self.whole and 0 < length < self.run and not self.exits and self.state.can_forget(length):
             self.crop(length)
 
     @property

@@ -178,7 +178,8 @@ class Backbone:
 
     def state(self, capacity: int = 256) -> State:
         """An empty memory for all blocks."""
-        return State(self.kinds, capacity)
+        slides = isinstance(self.runtime, LeanLlama) and self.runtime.engine == "native"
+        return State(self.kinds, capacity, self.modules.windows if slides else None)
 
     def window(self, index: int) -> int | None:
         """The number of tokens that a token sees in block `index`, itself included; None if it sees all of them."""

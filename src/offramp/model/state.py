@@ -7,11 +7,15 @@ them in place of a `transformers.Cache`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# What a sliding window keeps beyond itself: tokens that can still be forgotten, and room for those to come until it slides.
+SPARE, AT_ONCE = 64, 1024
+UNIT = 8  # in which the compiled code reads positions: EIGHT of vectors.h
 
 
 class KV:
@@ -19,14 +23,20 @@ class KV:
 
     A token's keys and values stand together, at the place of its position: (batch, capacity, keys then values, head
     dim). `keys` and `values` are views of the first `length` tokens in the library's layout (batch, KV heads, tokens,
-    head dim). Lowering `length` forgets tokens.
+    head dim). Lowering `length` forgets tokens. Where a token sees only a `window` of tokens, itself included, compiled
+    code keeps few more: the buffer begins with position `base`, and so do the views.
     """
 
-    def __init__(self, capacity: int = 256) -> None:
-        self.length = 0
+    def __init__(self, capacity: int = 256, window: int = 0) -> None:
+        self.length = self.base = 0
+        self._window = window
         self._capacity = capacity
         self._buffer: Tensor | None = None
-        self._addresses: tuple[int, int, list[int]] = (0, 0, [])  # the buffer's, its capacity, its sequences'
+        self._addresses: tuple[int, int, list[int]] = (
+            0,
+            0,
+            [],
+        )  # the buffer's, the positions it has room for, its sequences'
 
     @property
     def keys(self) -> Tensor:
@@ -40,7 +50,7 @@ class KV:
 
     def _view(self, half: int) -> Tensor:
         assert self._buffer is not None, "nothing stored yet"
-        return self._buffer[:, : self.length].chunk(2, dim=2)[half].transpose(1, 2)
+        return self._buffer[:, : self.length - self.base].chunk(2, dim=2)[half].transpose(1, 2)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of T more tokens: (B, KV heads, T, head dim) each."""
@@ -54,9 +64,9 @@ class KV:
         """
         buffer = self.room(new, end)
         if isinstance(first, int):
-            buffer[:, first:end] = new
+            buffer[:, first - self.base : end - self.base] = new
         else:
-            buffer[torch.arange(len(new), device=new.device)[:, None], first] = new
+            buffer[torch.arange(len(new), device=new.device)[:, None], first - self.base] = new
         return buffer
 
     def room(self, like: Tensor, end: int) -> Tensor:
@@ -69,12 +79,15 @@ class KV:
             raise ValueError(
                 f"the memory holds {old.dtype} {tuple(old.shape)}, the tokens are {like.dtype} {tuple(like.shape)}"
             )
-        if old is None or end > old.shape[1]:
-            capacity = self._capacity if end <= self._capacity else end if old is None else 2 * end
+        needed = end - self.base
+        if old is None or needed > old.shape[1]:
+            expected = min(self._capacity, self._window + SPARE + AT_ONCE) if self._window else self._capacity
+            capacity = expected if needed <= expected else needed if old is None else 2 * needed
             # Zeros, since what a mask hides is still multiplied by 0, and 0 times NaN is NaN.
             self._buffer = like.new_zeros(len(like), capacity, *like.shape[2:])
             if old is not None:
-                self._buffer[:, : self.length] = old[:, : self.length]
+                kept = self.length - self.base
+                self._buffer[:, :kept] = old[:, :kept]
         self.length = end
         assert self._buffer is not None
         return self._buffer
@@ -83,22 +96,44 @@ class KV:
         """When the buffer grows next, let it have room for this many tokens."""
         self._capacity = max(self._capacity, capacity)
 
-    def addresses(self, batch: int, heads: int, dim: int, end: int, dtype: torch.dtype) -> list[int]:
-        """As `room`, for compiled code: the address of each sequence's part of the buffer. Tokens are (`heads`, `dim`)."""
+    def addresses(self, shape: tuple[int, int, int], dtype: torch.dtype, first: int | None, end: int) -> list[int]:
+        """As `room`, for compiled code: for each sequence, the address where position 0 is, or would be.
+
+        `shape`: sequences, heads of keys and of values, head dim. `first`: the position of the first new token, before
+        which no more than a window is needed; None if sequences have positions of their own.
+        """
+        batch, heads, dim = shape
         start, capacity, addresses = self._addresses
         kept = self._buffer
         fits = len(addresses) == batch and end <= capacity
         if fits and kept is not None and kept.data_ptr() == start and kept.dtype == dtype:
             self.length = end
             return addresses
+        if self._window and first is not None:
+            self._slide(first, end)
         buffer = self.room(torch.empty(batch, 0, heads, dim, dtype=dtype), end)
         start, size = buffer.data_ptr(), buffer.stride(0) * buffer.itemsize
-        addresses = [start + row * size for row in range(batch)]
-        self._addresses = start, buffer.shape[1], addresses
+        before = self.base * buffer.stride(1) * buffer.itemsize
+        addresses = [start + row * size - before for row in range(batch)]
+        self._addresses = start, self.base + buffer.shape[1], addresses
         return addresses
 
+    def _slide(self, first: int, end: int) -> None:
+        """If there is no room for tokens up to `end`, let go of those that none from position `first` on can see."""
+        old, base = self._buffer, max(self.base, (first - self._window - SPARE) // UNIT * UNIT)
+        if old is not None and end - self.base > old.shape[1] and base > self.base:
+            kept = old[:, base - self.base : self.length - self.base].clone()
+            old[:, : kept.shape[1]] = kept
+            self.base, self._addresses = base, (0, 0, [])
+
+    def can_crop(self, length: int) -> bool:
+        """Whether tokens from position `length` on can be forgotten: what the next one sees must still be there."""
+        return self.base == 0 or length >= self.base + self._window
+
     def crop(self, length: int) -> None:
-        """Forget every token from position `length` on."""
+        """Forget every token from position `length` on. Raises `ValueError` where a window has slid too far for that."""
+        if not self.can_crop(length):
+            raise ValueError(f"a window of {self._window} tokens has let go of what position {length} sees")
         self.length = min(self.length, length)
 
     def select(self, rows: Tensor) -> None:
@@ -222,12 +257,17 @@ class State:
     """The memory of a backbone's blocks for one batch of sequences that share their positions.
 
     `kv[i]` holds the keys and values of block i, and `ssm[i]` its Mamba state; None where the block has no such part.
+    `windows`: how many tokens a token sees in each block, where keys and values that none will see may go; None or 0: all.
     """
 
-    def __init__(self, kinds: list[str], capacity: int = 256) -> None:
+    def __init__(self, kinds: list[str], capacity: int = 256, windows: Sequence[int | None] | None = None) -> None:
         if unknown := set(kinds) - set(KINDS):
             raise NotImplementedError(f"no state for blocks of kind {sorted(unknown)}")
-        self.kv = [KV(capacity) if kind in ("attention", "both") else None for kind in kinds]
+        sizes = [window or 0 for window in windows or [0] * len(kinds)]
+        self.kv = [
+            KV(capacity, window) if kind in ("attention", "both") else None
+            for kind, window in zip(kinds, sizes, strict=True)
+        ]
         self.ssm = [SSM() if kind in ("mamba", "both") else None for kind in kinds]
 
     def length(self, block: int) -> int:
@@ -268,6 +308,10 @@ class State:
         for block in (*self.kv[start:stop], *self.ssm[start:stop]):
             if block is not None:
                 block.crop(length)
+
+    def can_forget(self, length: int) -> bool:
+        """Whether `crop` can forget all tokens from position `length` on without a watch."""
+        return not any(self.ssm) and all(kv is None or kv.can_crop(length) for kv in self.kv)
 
     def take_back(self, start: int) -> None:
         """Forget the newest token, in blocks `start` and after. Raises as `crop` does."""

@@ -272,7 +272,8 @@ class LeanLlama(Lean):
         assert self._native
         end, memories = position + ask.most, self._memories(0, len(self.blocks), state)
         self._tables(end)
-        addresses = [kv.addresses(1, 2 * self.heads, self.dim, end, self.kept_dtype)[0] for kv in memories]
+        shape = 1, 2 * self.heads, self.dim
+        addresses = [kv.addresses(shape, self.kept_dtype, position, end)[0] for kv in memories]
         steps = self._native.step(ask, addresses, self._turn, position)
         end = position + len(steps.ids)
         state.crop(end + 1, 0, steps.run)
@@ -285,7 +286,7 @@ class LeanLlama(Lean):
         memories: list[list[int]] = [[] for _ in range(start, stop)]
         for step, (_, state, _) in zip(steps, parts, strict=True):
             for kv, addresses in zip(self._memories(start, stop, state), memories, strict=True):
-                addresses += kv.addresses(step.batch, 2 * self.heads, self.dim, step.end, self.kept_dtype)
+                addresses += kv.addresses((step.batch, 2 * self.heads, self.dim), self.kept_dtype, step.first, step.end)
         positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
         end = max(step.end for step in steps)
         run = native(rows, start, memories, Rows(positions, numbered(steps), turn, end))

@@ -16,8 +16,8 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Exits for the models that ship: four hours for smollm2, half an hour for each other set. smollm2's learn from a mix of prompts:
-# make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl. Unlike those that ship now, mamba-tiny-ee's jump, too.
+# Exits for the models that ship: four hours for smollm2, half an hour for each other. They learn from a mix of prompts:
+# make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl
 SMOLLM2 := src/offramp/assets/exits/smollm2
 TINY := src/offramp/assets/exits/mamba-tiny
 exits: .venv/.installed
@@ -31,8 +31,9 @@ exits: .venv/.installed
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96
-	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/assets/exits/mamba-tiny-ee --gate-width 32 --readout-width 96
-	$(BIN)/offramp train mamba-tiny-ee -o src/offramp/assets/exits/mamba-tiny-ee --draft --readout-width 96
+	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.06
+	$(BIN)/offramp calibrate mamba-tiny-ee --exits $(TINY)-ee --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
+	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --draft --readout-width 96
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt

@@ -32,11 +32,8 @@ class KV:
         self._window = window
         self._capacity = capacity
         self._buffer: Tensor | None = None
-        self._addresses: tuple[int, int, list[int]] = (
-            0,
-            0,
-            [],
-        )  # the buffer's, the positions it has room for, its sequences'
+        # The buffer's address, the end of the positions that it has room for, and what `addresses` gives.
+        self._addresses: tuple[int, int, list[int]] = (0, 0, [])
 
     @property
     def keys(self) -> Tensor:
@@ -103,9 +100,9 @@ class KV:
         which no more than a window is needed; None if sequences have positions of their own.
         """
         batch, heads, dim = shape
-        start, capacity, addresses = self._addresses
+        start, limit, addresses = self._addresses
         kept = self._buffer
-        fits = len(addresses) == batch and end <= capacity
+        fits = len(addresses) == batch and end <= limit
         if fits and kept is not None and kept.data_ptr() == start and kept.dtype == dtype:
             self.length = end
             return addresses

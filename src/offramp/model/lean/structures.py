@@ -35,7 +35,7 @@ class CWeight(ctypes.Structure):
 
 
 class CHead(ctypes.Structure):
-    """`Head` in head.c."""
+    """`Head` in head.h."""
 
     _fields_ = (("weight", CWeight), ("norm", c_void_p), ("eps", c_float))
 

@@ -47,7 +47,7 @@ class ExitsConfig:
 
     layers: tuple[int, ...]
     gate: str = "mamba"
-    readout: str = "mamba"
+    readout: str = "ffn"
     gate_width: int = 64
     readout_width: int = 512
     shortlist: int = 0

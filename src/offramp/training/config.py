@@ -30,7 +30,7 @@ class TrainConfig:
         (), "The number of the model's last blocks that each exit runs: 4,3,3. Default: by trial; none with --layers."
     )
     gate: str = setting("mamba", "Exit classifier: linear, ffn or mamba.", draft="linear")
-    readout: str = setting("mamba", "Adapter before the LM head: none, linear, ffn, mamba or deep.", draft="deep")
+    readout: str = setting("ffn", "Adapter before the LM head: none, linear, ffn, mamba or deep.", draft="deep")
     gate_width: int = setting(64, "Bottleneck of a gate, in dims; a multiple of 16.")
     gate_target: str = setting(
         "harmless",

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from helpers import modest_exits, some_prompts
+from helpers import TAILS, exact, modest_exits, some_prompts
 from models import BLOCKS, tiny
 from offramp import Engine, Policy
+from offramp.decode.request import Talk
+from offramp.exits.exits import Exit
+from offramp.model.backbone import Backbone
+from offramp.model.lean.steps import Steps
 
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])  # random models whose early blocks are often right
@@ -25,3 +32,108 @@ def test_a_draft_is_only_worth_what_all_drafts_before_it_are_worth_together(fami
                 longest = max(longest, len(sure))
                 assert math.prod(sure) > 0.3
     assert longest > 1
+
+
+def drafting_engine(family: str, tails: tuple[int, ...] = (), threshold: float = 0.0, **options: Any) -> Engine:
+    """An engine whose first exit drafts in compiled code, from a list of every second token."""
+    backbone, exits = tiny(family), modest_exits(family, gate="linear", readout="deep", tails=tails)
+    exits.shortlist = torch.arange(0, backbone.vocab_size, 2)
+    return Engine(backbone, exits, Policy((threshold, 1.0, 1.0), "max-prob"), "verify", **options)
+
+
+def costing(engine: Engine, row: float, asking: float) -> Engine:
+    """The engine, whose drafts cost so much: in steps of full depth, of a row of a chunk, and of asking the exit."""
+    assert engine.drafting
+    engine.drafting.compiled.row, engine.drafting.compiled.asking = row, asking
+    return engine
+
+
+@pytest.mark.parametrize("lookup", [0, 3])
+@pytest.mark.parametrize("tails", [(), TAILS, (3, 0, 0)], ids=str)
+@pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native"])
+def test_compiled_drafts_give_full_depths_tokens_and_states(family: str, tails: tuple[int, ...], lookup: int) -> None:
+    if tails and family == "mamba2/native":
+        assert drafting_engine(family, tails).ahead is None  # a Mamba tail is run by the other path
+        return
+    stood = rejected = 0
+    for threshold in (0.0, 0.02):
+        engine = costing(drafting_engine(family, tails, threshold, lookup=lookup, max_pending=5), 0, 0)
+        for prompt in some_prompts(4, seed=int(100 * threshold)):
+            batch, talk = engine.batch(), Talk()
+            request = batch.add(prompt, talk, max_tokens=32)
+            assert talk.sequence
+            while not request.finish_reason:
+                batch.step()
+                exact(talk.sequence, family)
+            ids = [token.id for token in request.tokens]
+            assert ids == Engine(tiny(family)).generate(prompt, max_tokens=32).ids
+            stood += sum(token.exit_block < BLOCKS for token in request.tokens)
+            rejected += talk.sequence.rejected
+    assert stood > 0 < rejected
+
+
+def test_compiled_drafts_are_those_of_the_read_out() -> None:
+    """What the compiled exit drafts first is what its module says for the same states."""
+    family = "llama/native"
+    for tails in ((), TAILS):
+        engine = costing(drafting_engine(family, tails, lookup=0), 0, 0)
+        exit, _ = engine.open_exits[0]
+        for prompt in some_prompts(5):
+            batch = engine.batch()
+            request = batch.add(prompt, max_tokens=24)
+            while not request.finish_reason:
+                batch.step()
+            backbone, ids = engine.backbone, request.sequence.ids
+            drafted = [place for place, token in enumerate(request.tokens) if token.exit_block < BLOCKS]
+            for place in drafted:
+                if place and request.tokens[place - 1].exit_block < BLOCKS:
+                    continue  # the second draft of a round reads what the exit made of the first
+                assert drafted_id(backbone, exit, ids[: len(prompt) + place], engine.exit_head.shortlist) == ids[len(prompt) + place]
+
+
+@torch.inference_mode()
+def drafted_id(backbone: Backbone, exit: Exit, ids: list[int], shortlist: Tensor | None) -> int:
+    """The token that an exit drafts after these ids, whose top states are full depth's."""
+    assert shortlist is not None
+    h, step = backbone.embed(torch.tensor([ids]))
+    state = backbone.state()
+    shallow = backbone.run(h, 0, exit.block, state, step)
+    state = backbone.state()
+    top = backbone.run(h[:, :-1], 0, BLOCKS, state, backbone.step(h[:, :-1], 0))
+    adapted, _ = exit.adapter(torch.cat([shallow[:, -1:], top[:, -1:]], dim=-1).float())
+    if exit.tail:
+        adapted = backbone.run(adapted, BLOCKS - exit.tail, BLOCKS, state, backbone.step(adapted, len(ids) - 1))
+    return int(shortlist[backbone.head_of(shortlist)(adapted)[0, -1].argmax()])
+
+
+@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+def test_drafts_that_fail_cost_next_to_nothing(family: str) -> None:
+    """Where the exit is never right, it is asked less and less often."""
+    engine = costing(drafting_engine(family), 0.1, 0.1)
+    exit, _ = engine.open_exits[0]
+    exit.adapter.down.weight.zero_()
+    cost = tokens = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        take_steps = type(engine.backbone.runtime).take_steps
+
+        def counted(*args: Any) -> Steps:
+            nonlocal cost
+            steps: Steps = take_steps(*args)
+            cost += sum(1 + 0.1 * made.drafts + 0.1 * made.asked for made in steps.rounds)
+            return steps
+
+        patch.setattr(type(engine.backbone.runtime), "take_steps", counted)
+        for prompt in some_prompts(6):
+            tokens += len(engine.generate(prompt, max_tokens=200).tokens)
+    assert tokens > 600
+    assert cost <= 1.03 * tokens
+
+
+def test_drafts_that_stand_are_made_more_often() -> None:
+    """A text that repeats itself is looked up in ever longer runs."""
+    engine = costing(drafting_engine("llama/native", lookup=3), 0.1, 1.0)
+    answers = [engine.generate(prompt, max_tokens=200) for prompt in some_prompts(8)]
+    best = max(answers, key=lambda answer: answer.tokens_per_deep_pass)
+    assert best.tokens_per_deep_pass > 2
+    assert best.acceptance_rate is not None
+    assert best.acceptance_rate > 0.7

@@ -16,10 +16,15 @@ from torch import Tensor
 
 from offramp.decode.climb import Climb
 from offramp.decode.plan import Plan
+from offramp.decode.request import Request
 from offramp.decode.sampling import most_probable
 from offramp.decode.sequence import Decision, Sequence, Work
 from offramp.decode.timing import Timer
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
+from offramp.model.lean.steps import Steps
+from offramp.model.lean.structures import MOST_DRAFTS
+
+LOOKED_BACK = 1024  # tokens of a text in which compiled code looks up what followed the last ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +37,14 @@ class ReadOut:
     climb: Climb
     logits: Tensor
     h: Tensor
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass to the top: the tokens decided by it, and how many drafts it rejected."""
+
+    decisions: list[Decision]
+    rejected: int
 
 
 def leave(plan: Plan, number: int, climbs: list[Climb]) -> dict[Climb, Decision]:
@@ -64,7 +77,7 @@ def run_on(plan: Plan, climb: Climb) -> None:
     """Let a climb run up to the first exit whose gate is sure enough to leave or to read out, or else to the top."""
     assert plan.gating
     numbers, start = range(climb.segment, plan.top), plan.segments[climb.segment].start
-    lowest = [_lowest(plan, climb, number) for number in numbers]
+    lowest = [_lowest(plan, climb.request, number) for number in numbers]
     climb.make_room(start, plan.backbone.n_blocks, plan.first_tail)
     with plan.timed("blocks"):
         climb.h, reached, said = plan.gating.run(climb.part, start, lowest)
@@ -72,57 +85,87 @@ def run_on(plan: Plan, climb: Climb) -> None:
     _hear(plan, climb, reached, lowest, said)
 
 
-def runs_ahead(plan: Plan, climb: Climb) -> bool:
-    """Whether a climb that sets out can decide several tokens in one call: greedy ones, of full depth, with no draft."""
-    sequence = climb.sequence
-    alone = sequence.run + 1 == climb.end and not sequence.pending and not sequence.watched
+def runs_ahead(plan: Plan, request: Request) -> bool:
+    """Whether several tokens of a request can be decided in one call: greedy ones, of full depth or drafted."""
+    sequence = request.sequence
+    alone = sequence.run + 1 == len(sequence.ids) and not (sequence.pending or sequence.drafts or sequence.watched)
     runtime: object = plan.backbone.runtime
     ready = plan.ahead is not None and plan.ahead[0] is runtime
-    return ready and climb.may_leave and alone and climb.request.choose is most_probable
+    return ready and alone and request.choose is most_probable
 
 
-def run_ahead(plan: Plan, climb: Climb) -> list[Decision]:
-    """Decide tokens of full depth in one call, up to one that ends the text, or that an exit's gate may let leave.
+def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
+    """Decide tokens in one call, up to one that ends the text, or that an exit's gate may let leave.
 
-    The climb goes on from there: it is then that token's, at its exit; or it has no hidden state if there is none. One
-    token is decided at a time where a stop string may end the text, where thresholds decay, and at first, so that it comes
-    soon.
+    Returns the passes to the top, and the climb of the token at such an exit. One token is decided at a time where
+    thresholds decay, and at first, so that it comes soon; and one pass is made where a stop string may end the text.
     """
     assert plan.ahead
-    request, sequence = climb.request, climb.sequence
+    sequence = request.sequence
     runtime, sketch, burst = plan.ahead
-    lowest = [_lowest(plan, climb, number) for number in range(plan.top)]
+    lowest = [] if plan.drafting else [_lowest(plan, request, number) for number in range(plan.top)]
     one_by_one = request.detokenizer.stops or plan.policy.decay or not request.tokens
-    most = min(request.remaining, 1 if one_by_one else burst)
+    enough = min(request.remaining, 1 if one_by_one else burst)
+    most = min(request.remaining, enough + MOST_DRAFTS) if plan.drafting and request.tokens else enough
     asked = plan.gating.asked(0, lowest, most) if plan.gating else None
-    position = sequence.run
-    steps = runtime.take_steps(
-        runtime.ask_for(sequence.ids[-1], most, request.ends, asked, sketch), sequence.state, position
-    )
+    drafter = plan.drafting.compiled if plan.drafting else None
+    position, ids = sequence.run, sequence.ids[-LOOKED_BACK:] if drafter else sequence.ids[-1:]
+    ask = runtime.ask_for(
+        ids, enough, most, request.ends, sketch=sketch, asked=asked, top=sequence.top, drafter=drafter,
+        estimates=sequence.estimates,
+    )  # fmt: skip
+    steps = runtime.take_steps(ask, sequence.state, position)
     if isinstance(plan.timed, Timer):
-        for part, seconds in zip(("embedding", "blocks", "heads", "sampling"), steps.seconds, strict=True):
+        for part, seconds in zip(("embedding", "blocks", "heads", "sampling", "exits"), steps.seconds, strict=True):
             plan.timed.add(part, seconds)
     if -1 in steps.ids:
         raise plan.bad_numbers()
-    gates = sum(exit.gate.flops_per_token for exit, least in zip(sequence.exits, lowest, strict=True) if least > 0)
-    more, depth = Work(gates + plan.head.flops), plan.backbone.n_blocks
-    decisions = [
-        Decision(id, depth, None, plan.work(0, depth, 1, end).plus(more)) for end, id in enumerate(steps.ids, position + 1)
-    ]
-    if decisions:
+    passes = _passes(plan, steps, position, sum(_gate_flops(sequence, lowest)))
+    if steps.ids:
         sequence.top = steps.top
         for follower in sequence.followers:
-            follower.pass_by(len(decisions))
+            follower.pass_by(len(steps.ids))
     sequence.ids += steps.ids
-    sequence.run += len(decisions)
-    if steps.run:
-        assert plan.gating
-        assert asked
-        sequence.run += 1
-        climb.end, climb.h, climb.step = sequence.run, steps.h, plan.backbone.step(steps.h, sequence.run - 1)
-        climb.work = plan.work(0, steps.run, 1, climb.end)
-        _hear(plan, climb, steps.run, lowest, plan.gating.said(asked, steps.run, len(decisions)))
-    return decisions
+    sequence.run += len(steps.ids)
+    if not steps.run:
+        return passes, None
+    assert plan.gating
+    assert asked
+    sequence.run += 1
+    end = sequence.run
+    climb = Climb(request, end, may_leave=True, h=steps.h, step=plan.backbone.step(steps.h, end - 1))
+    climb.work = plan.work(0, steps.run, 1, end)
+    _hear(plan, climb, steps.run, lowest, plan.gating.said(asked, steps.run, len(steps.ids)))
+    return passes, climb
+
+
+def _gate_flops(sequence: Sequence, lowest: list[float]) -> list[int]:
+    """FLOPs of the gates that a token of full depth asks."""
+    gates = zip(sequence.exits, lowest, strict=False)
+    return [exit.gate.flops_per_token for exit, least in gates if least > 0]
+
+
+def _passes(plan: Plan, steps: Steps, position: int, gate_flops: int) -> list[Pass]:
+    """The passes of compiled steps that begin at a position, each with its decisions and their work.
+
+    A round's work is that of its last token: what ran up to the exit for each of its rows, the drafts, and the chunk.
+    """
+    depth, drafting = plan.backbone.n_blocks, plan.drafting
+    passes, first = [], 0
+    for made in steps.rounds:
+        stood, end = len(made.sure), position + first + made.rows
+        ids = steps.ids[first : first + stood + 1]
+        work = plan.work(0, depth, made.rows, end).plus(Work(made.rows * plan.head.flops + gate_flops))
+        if drafting and made.asked:
+            exit = plan.open_exits[0][0]
+            tails = plan.work(depth - exit.tail, depth, made.asked, end)
+            work = work.plus(tails, Work(made.asked * (exit.adapter.flops() + plan.exit_head.flops)))
+        drafts = [
+            Decision(id, 0 if sure is None else plan.segments[0].stop, sure) for id, sure in zip(ids, made.sure, strict=False)
+        ]
+        passes.append(Pass([*drafts, Decision(ids[-1], depth, None, work)], made.drafts - stood))
+        first += stood + 1
+    return passes
 
 
 def _hear(plan: Plan, climb: Climb, reached: int, lowest: list[float], said: list[tuple[Tensor, float]]) -> None:
@@ -150,10 +193,10 @@ def _sure(plan: Plan, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, f
     leaving = []
     for readout in _read_out(plan, number, climbs):
         climb = readout.climb
-        sure = climb in confidences and confidences[climb] > _threshold(plan, climb, number, policy.threshold)
+        sure = climb in confidences and confidences[climb] > _threshold(plan, climb.request, number, policy.threshold)
         confidence = confidences[climb] if sure else _training_free(plan, kind, readout)
         exit = climb.sequence.exits[number]
-        if sure or confidence > _threshold(plan, climb, number, key_threshold):
+        if sure or confidence > _threshold(plan, climb.request, number, key_threshold):
             leaving.append((readout, confidence))
         elif exit.tail:
             climb.sequence.state.take_back(plan.backbone.n_blocks - exit.tail)
@@ -162,7 +205,7 @@ def _sure(plan: Plan, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, f
 
 def _ask_gate(plan: Plan, climb: Climb, number: int, confidences: dict[Climb, float]) -> bool:
     """Note the gate's confidence. Returns whether the exit is to read out. A threshold of 0 asks no gate."""
-    if not _threshold(plan, climb, number, plan.policy.threshold) > 0:
+    if not _threshold(plan, climb.request, number, plan.policy.threshold) > 0:
         confidences[climb] = 1.0
         return True
     if number in climb.gates:
@@ -170,7 +213,7 @@ def _ask_gate(plan: Plan, climb: Climb, number: int, confidences: dict[Climb, fl
     else:
         with plan.timed("exits"):
             confidences[climb] = _gate_says(plan, climb, number)
-    return confidences[climb] > _lowest(plan, climb, number)
+    return confidences[climb] > _lowest(plan, climb.request, number)
 
 
 def _gate_says(plan: Plan, climb: Climb, number: int) -> float:
@@ -184,16 +227,16 @@ def _gate_says(plan: Plan, climb: Climb, number: int) -> float:
     return float(score.sigmoid())
 
 
-def _lowest(plan: Plan, climb: Climb, number: int) -> float:
+def _lowest(plan: Plan, request: Request, number: int) -> float:
     """What the gate's confidence must exceed, or the token goes on without a read-out."""
-    index, policy = climb.sequence.exits[number].index, plan.policy
-    threshold = _threshold(plan, climb, number, policy.threshold)
+    index, policy = request.sequence.exits[number].index, plan.policy
+    threshold = _threshold(plan, request, number, policy.threshold)
     return min(threshold, policy.perhaps[index]) if policy.has_key(index) else threshold
 
 
-def _threshold(plan: Plan, climb: Climb, number: int, of: Callable[[int, int], float]) -> float:
+def _threshold(plan: Plan, request: Request, number: int, of: Callable[[int, int], float]) -> float:
     """The threshold at this exit. A draft stands only if all before it do, so their confidences raise the threshold."""
-    sequence = climb.sequence
+    sequence = request.sequence
     decided = len(sequence.ids) - sequence.prompt
     threshold = of(sequence.exits[number].index, decided)
     return threshold / math.prod(draft.confidence or 1.0 for draft in sequence.drafts)

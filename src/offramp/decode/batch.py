@@ -166,13 +166,14 @@ class Batch:
     def _decode(self, requests: list[Request]) -> list[Event]:
         """Let the requests' sequences climb until a token of each is decided. The climbs furthest behind run first."""
         events: list[Event] = []
-        climbs = [self._set_out(request) for request in requests]
-        if len(climbs) == 1 and runs_ahead(self.plan, climbs[0]):
-            events += self._run_ahead(climbs[0])
-            if climbs[0].h is None or climbs[0].request.finish_reason:
+        if len(requests) == 1 and runs_ahead(self.plan, requests[0]):
+            events, climb = self._run_ahead(requests[0])
+            if climb is None or climb.request.finish_reason:
                 return events
-            more, climbs = self._at_exit(climbs[0].segment, climbs)
+            more, climbs = self._at_exit(climb.segment, [climb])
             events += more
+        else:
+            climbs = [self._set_out(request) for request in requests]
         self._embed(climbs)
         while climbs:
             if len(climbs) == 1 and runs_on(self.plan, climbs[0]):
@@ -206,14 +207,17 @@ class Batch:
             events += self._emit(climb.request, [decision])
         return events, going_on
 
-    def _run_ahead(self, climb: Climb) -> list[Event]:
-        """Decide tokens of full depth in one call, and return their events."""
+    def _run_ahead(self, request: Request) -> tuple[list[Event], Climb | None]:
+        """Decide tokens in one call. Returns their events, and the climb of a token that an exit may let leave."""
         events: list[Event] = []
-        for decision in run_ahead(self.plan, climb):
-            climb.sequence.deep_passes += 1
-            events += self._emit(climb.request, [decision])
-        climb.sequence.settle()
-        return events
+        passes, climb = run_ahead(self.plan, request)
+        for made in passes:
+            request.sequence.deep_passes += 1
+            request.sequence.rejected += made.rejected
+            if not request.finish_reason:
+                events += self._emit(request, made.decisions)
+        request.sequence.settle()
+        return events, climb
 
     def _set_out(self, request: Request) -> Climb:
         """Start a climb of a sequence's newest token, together with drafts that are looked up in its text."""

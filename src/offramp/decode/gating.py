@@ -15,7 +15,7 @@ from offramp.exits.exits import Exit
 from offramp.exits.gates import compiled
 from offramp.model.backbone import Backbone
 from offramp.model.lean.base import Lean
-from offramp.model.lean.native import Asked, Gates
+from offramp.model.lean.steps import Asked, Gates
 from offramp.model.runtime import Part
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from offramp.decode.drafting import Drafting
 from offramp.decode.fills import fill_named
 from offramp.decode.gating import Gating
 from offramp.decode.heads import Head
@@ -73,6 +74,7 @@ class Plan:
         self.fill = fill_named(fill)(backbone, self.longest_tail)
         self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
+        self.drafting = self._drafting(exits)
         self.ahead = self._ahead(exits)
         self._calibration: dict[str, Any] = exits.calibration if exits and policy is None else {}
         if self._calibration and not self.fill.verifies:
@@ -125,10 +127,25 @@ class Plan:
         recurrent = any(part.recurrent for exit, _ in self.open_exits for part in (exit.gate, exit.adapter))
         if not (isinstance(runtime, Lean) and runtime.engine == "native") or family.finish is not Family.finish:
             return None
-        if self.fill.verifies or recurrent or (self.open_exits and not self.gating):
+        if self.fill.verifies:
+            stays = self.drafting is not None
+        else:
+            stays = not recurrent and bool(self.gating or not self.open_exits)
+        if not stays:
             return None
-        sketch = (*exits.sketch, self.policy.candidates) if exits and exits.sketch and self.policy.candidates else None
+        sketch = None
+        if exits and exits.sketch and self.policy.candidates and not self.fill.verifies:
+            sketch = *exits.sketch, self.policy.candidates
         return runtime, sketch, max(1, min(MOST_AHEAD, AHEAD_FLOPS // self.costs.full(1)))
+
+    def _drafting(self, exits: Exits | None) -> Drafting | None:
+        """The drafts of `verify` in compiled code, where they can be made there."""
+        policy = self.policy
+        if not self.fill.verifies or policy.confidence != "max-prob" or policy.decay or len(self.open_exits) != 1:
+            return None
+        exit, index = self.open_exits[0]
+        shortlist = exits.shortlist if exits else None
+        return Drafting.of(self.backbone, exit, shortlist, self.max_pending, self.lookup, policy.thresholds[index])
 
     @property
     def prefill_flops(self) -> int:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from offramp.exits.exits import Exit
 from offramp.exits.parts import Memory, Part
+from offramp.model.lean.steps import new_estimates
+from offramp.model.lean.structures import CEstimates
 from offramp.model.state import State
 
 TokenIds = TypeVar("TokenIds", list[int], tuple[int, ...])
@@ -184,6 +186,7 @@ class Sequence:
     rejected: int = 0
     whole: bool = True
     watched: bool = False  # whether blocks keep what they need to forget drafts
+    estimates: CEstimates = field(default_factory=new_estimates)  # of compiled drafts
 
     def continued_by(self, ids: list[int], open_exits: list[tuple[Exit, int]]) -> bool:
         """Whether these ids begin with all that has been run and go on, at the same open exits, so it can be used again."""

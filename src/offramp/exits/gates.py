@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.exits.parts import MambaBlock, Memory, Part, Standardise
-from offramp.model.lean.native import GateParts
+from offramp.model.lean.steps import GateParts
 from offramp.model.lean.weights import Weight
 
 

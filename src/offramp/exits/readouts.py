@@ -146,6 +146,16 @@ class DeepAdapter(Readout):
         with torch.no_grad():  # untrained, it passes on the hidden state alone
             self.skip.weight.zero_() if tail else self.skip.weight.copy_(torch.eye(hidden, 2 * hidden) / 2)
 
+    def maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The read-out as two maps: `skip`, `gate` and `up` one above the other, (D + 2W, 2D), the constant that is added to
+        their product, (D + 2W,), and `down` (D, W). A jump's direct map is part of `skip`.
+        """
+        skip, constant = self.skip.weight.detach().clone(), torch.zeros(len(self.skip.weight) + 2 * len(self.gate.weight))
+        if self.jump is not None:
+            skip[:, : len(skip)] += self.jump.direct.weight
+            constant[: len(skip)] = self.jump.direct.bias
+        return torch.cat([skip, self.gate.weight, self.up.weight]).detach(), constant, self.down.weight.detach()
+
     def forward(self, x: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         h, top = x.chunk(2, dim=-1)
         known = self.norm(h)

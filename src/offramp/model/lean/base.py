@@ -23,8 +23,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.lean.native import Ask, Asked, GateParts, Gates, Native, NativeMamba, Steps, library
-from offramp.model.lean.structures import CHead, CSketch, CWeight, address
+from offramp.model.lean.native import Native, NativeMamba, library
+from offramp.model.lean.steps import Ask, Asked, DrafterParts, GateParts, Gates, Steps
+from offramp.model.lean.structures import CDrafter, CHead, CSketch, CWeight, address
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined, read_out_likeliest
@@ -240,12 +241,15 @@ class Lean:
         run = self._call(partial(self._native.run, asked=asked), rows, start, len(self.blocks), [part])
         return rows[None], start + run
 
-    def ask_for(
-        self, newest: int, most: int, ends: Tensor, asked: Asked | None, sketch: tuple[Tensor, Tensor, int] | None
-    ) -> Ask:
-        """What `take_steps` is asked for; a sketch is what `sketched` takes."""
+    def drafter(self, parts: DrafterParts) -> CDrafter:
+        """An exit that drafts, for `Ask.drafter`. The parts must stay alive."""
+        return parts.compiled(self.norm.weight, self.norm.eps)
+
+    def ask_for(self, ids: Sequence[int], enough: int, most: int, ends: Tensor, **more: Any) -> Ask:
+        """What `take_steps` is asked for. `more` are other fields of `Ask`, but for a `sketch`, which is what `sketched` takes."""
+        sketch = more.pop("sketch", None)
         compiled = self._compiled_sketch(*sketch) if sketch else None
-        return Ask(newest, most, ends, asked, self.embedding, self._head, compiled)
+        return Ask(ids, enough, most, ends, self.embedding, self._head, compiled, **more)
 
     def take_steps(self, ask: Ask, state: State, position: int) -> Steps:
         """Decode one sequence greedily, in one call of the compiled path, from the token at `position` on."""

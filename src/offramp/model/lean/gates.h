@@ -24,26 +24,30 @@ typedef struct {
     float *x, *act, *room;
 } Asker;
 
-enum { MOST_SPREADS = 8 };  // of Standardise in exits/parts.py
+enum { MOST_SPREADS = 8 };
+
+// Standardise of exits/parts.py: h (D) to x.
+static void standardise(const float *h, const float *mean, const float *spread, int64_t D, float *x) {
+    for (int64_t k = 0; k < D; k++) {
+        const float y = (h[k] - mean[k]) / spread[k];
+        x[k] = y < -MOST_SPREADS ? -MOST_SPREADS : y > MOST_SPREADS ? MOST_SPREADS : y;
+    }
+}
 
 // Asks a gate about a hidden state h (D), shared out. Writes its logit.
 static void ask(Hand *hand, const Gate *gate, const float *h, const Asker *a, float *logit) {
     const int64_t D = gate->in.columns, W = gate->in.rows / 2;
     const Rows row = rows_in(&gate->in, a->x, D, 1, a->room);
     EACH_PIECE(i, hand, 1) {
-        for (int64_t k = 0; k < D; k++) {
-            const float x = (h[k] - gate->mean[k]) / gate->spread[k];
-            a->x[k] = x < -MOST_SPREADS ? -MOST_SPREADS : x > MOST_SPREADS ? MOST_SPREADS : x;
-        }
+        standardise(h, gate->mean, gate->spread, D, a->x);
         if (narrow(gate->in.kind)) pack(&gate->in, &row, 0);
     }
     multiply(hand, &gate->in, row, 1, (Out){a->act, gate->in.rows, 0}, 0, gate->in.rows);
     EACH_PIECE(i, hand, 1) {
         float sums = a->act[0];
         if (gate->out) {
-            for (int64_t k = 0; k < W; k += LANES)
-                store_up_to(a->act + k, silu(load_up_to(a->act + k, W - k)) * load_up_to(a->act + W + k, W - k), W - k);
-            sums = sum(dots(a->act, gate->out, W));
+            times_silu(a->act + W, a->act, W);
+            sums = sum(dots(a->act + W, gate->out, W));
         }
         *logit = sums + gate->bias;
     }

@@ -257,13 +257,9 @@ static void gated_mlp(const Block *b, Worker *w) {
         int64_t from, to;
         part_of(&d, i, &from, &to);
         product(&b->gate_up, &rows, R, (Out){mlp, 2 * F, 0}, from, to, F);
-        for (int64_t r = 0; r < R; r++) {
-            float *gate = mlp + r * 2 * F, *up = gate + F;
-            for (int64_t k = from; k < to; k += LANES)
-                store_up_to(gate + k, silu(load_up_to(gate + k, to - k)) * load_up_to(up + k, to - k), to - k);
-        }
+        for (int64_t r = 0; r < R; r++) times_silu(mlp + r * 2 * F + F + from, mlp + r * 2 * F + from, to - from);
     }
-    rows = prepare(hand, &b->down, mlp, 2 * F, R, w->room);
+    rows = prepare(hand, &b->down, mlp + F, 2 * F, R, w->room);
     multiply(hand, &b->down, rows, R, (Out){out, D, b->norm_first}, 0, D);
     if (!b->norm_first)
         EACH_PIECE(r, hand, R) {
@@ -303,18 +299,18 @@ int64_t offramp_run(const Block *blocks, int64_t count, const Shape *s, char *co
 // What runs the tokens of `offramp_steps`.
 typedef struct {
     const Block *blocks;
-    int64_t count, position, at;
+    int64_t position, at[MOST_DRAFTS + 1];
     char *const *kv;
     const float *turn;
     Tokens tokens;
     Worker w;
 } Stepper;
 
-static int64_t run_token(void *worker, int64_t t, const Gates *gates) {
+static int64_t run_rows(void *worker, float *h, int64_t t, int64_t n, int64_t rows, int64_t start, int64_t stop, const Gates *gates) {
     Stepper *s = worker;
-    s->at = s->position + t;
-    s->tokens.turn = s->turn + s->at * s->w.s->dim;
-    return run_blocks(s->blocks, s->count, s->kv, 1, &s->w, gates);
+    for (int64_t r = 0; r < rows; r++) s->at[r] = s->position + t + n + r;
+    s->tokens.h = h, s->tokens.count = rows, s->tokens.turn = s->turn + s->at[0] * s->w.s->dim;
+    return start + run_blocks(s->blocks + start, stop - start, s->kv + start, 1, &s->w, gates);
 }
 
 // Decodes as `steps` says, from `position` on. kv[i] is what block i remembers, with room for all tokens; row p of `turn` are the
@@ -324,13 +320,13 @@ void offramp_steps(const Block *blocks, int64_t count, const Shape *s, char *con
     Crew crew = {0};
     Found found[steps->most];
     memset(found, 0, sizeof found);
+    const int64_t sequences[MOST_DRAFTS + 1] = {0}, rows = steps->drafter ? MOST_DRAFTS + 1 : 1;
 #pragma omp parallel num_threads(scratch->threads)
     {
-        const int64_t sequence = 0;
-        Stepper own = {blocks, count, position, position, kv, turn};
-        own.tokens = (Tokens){steps->h, 1, &own.at, &sequence, turn, position + steps->most};
+        Stepper own = {blocks, position, {0}, kv, turn};
+        own.tokens = (Tokens){steps->h, rows, own.at, sequences, turn, position + steps->most};
         own.w = worker(s, &own.tokens, scratch, &crew);
-        take_steps(&own.w.hand, steps, count, gates, scratch->head, found, run_token, &own);
+        take_steps(&own.w.hand, steps, gates, scratch->head, scratch->desk, found, &(Runner){&own, count, run_rows});
     }
 }
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from offramp.model.checkpoint import Values
 from offramp.model.lean.base import Lean, LeanStep, Maker, RMSNorm, numbered, pieces_of
-from offramp.model.lean.native import Ask, Native, Rows, Steps
+from offramp.model.lean.native import Native, Rows
+from offramp.model.lean.steps import Ask, Steps
 from offramp.model.lean.structures import CBlock, CShape, CWeight, address
 from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules

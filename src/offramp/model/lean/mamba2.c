@@ -173,9 +173,7 @@ static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *
             advance(w->s, memory[sequence[first]].h + head * P * N, &fed, T, b->skip[head]);
             for (int64_t t = 0; gated && t < T; t++) {
                 const float *z = w->in + (first + t) * w->A + head * P;
-                float *y = fed.y[t];
-                for (int64_t p = 0; p < P; p += LANES)
-                    store_up_to(y + p, load_up_to(y + p, P - p) * silu(load_up_to(z + p, P - p)), P - p);
+                times_silu(fed.y[t], z, P);
             }
         }
 }
@@ -238,18 +236,74 @@ int64_t offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaSh
     return run;
 }
 
-// What runs the tokens of `offramp_mamba_steps`.
+// Repeats on a state (H, P, N) what R rows of a journal did in the pass that wrote it.
+void offramp_mamba_replay(const MambaBlock *b, const MambaShape *s, float *h, const float *journal, int64_t R) {
+    const int64_t H = s->heads, P = s->dim, G = s->groups, N = s->states, C = H * P + 2 * G * N;
+    for (int64_t head = 0; head < H; head++)
+        for (int64_t first = 0; first < R; first += TOKENS) {
+            const int64_t T = min_(TOKENS, R - first);
+            Fed fed = {.y = {NULL}};
+            for (int64_t t = 0; t < T; t++) {
+                const float *conv = journal + (first + t) * (2 * C + H) + C;
+                fed.x[t] = conv + head * P, fed.B[t] = fed.C[t] = conv + H * P + head / (H / G) * N;
+                fed.dt[t] = conv[C + head], fed.keep[t] = expf(conv[C + head] * b->decay[head]);
+            }
+            advance(s, h + head * P * N, &fed, T, 0);
+        }
+}
+
+// What runs the tokens of `offramp_mamba_steps`. `saved` is what blocks remembered before drafts entered them: (W - 1, C) and
+// (H, P, N) of each; `journal` has MOST_DRAFTS + 1 rows for each block.
 typedef struct {
     const MambaBlock *blocks;
     int64_t count;
     const MambaMemory *memory;
+    float *saved, *journal;
+    MambaTokens tokens;
     MambaWorker w;
 } MambaStepper;
 
-static int64_t run_mamba_token(void *worker, int64_t t, const Gates *gates) {
+static int64_t run_mamba_rows(void *worker, float *h, int64_t t, int64_t n, int64_t rows, int64_t start, int64_t stop,
+                              const Gates *gates) {
     MambaStepper *s = worker;
+    const int64_t stride = MOST_DRAFTS + 1, note = 2 * s->w.C + s->w.s->heads;
     (void)t;
-    return run_mamba_blocks(s->blocks, s->count, s->memory, 1, &s->w, gates);
+    s->tokens.h = h, s->tokens.count = rows, s->tokens.stride = stride;
+    s->tokens.journal = s->journal && n + rows > 1 ? s->journal + (start * stride + n) * note : NULL;
+    return start + run_mamba_blocks(s->blocks + start, stop - start, s->memory + start, 1, &s->w, gates);
+}
+
+// The floats of a window, and those of a state.
+static int64_t window_size(const MambaWorker *w) { return (w->s->width - 1) * w->C; }
+static int64_t state_size(const MambaWorker *w) { return w->E * w->s->states; }
+
+static float *saved_at(const MambaStepper *s, int64_t block) { return s->saved + block * (window_size(&s->w) + state_size(&s->w)); }
+
+static void save_mamba(void *worker, int64_t start, int64_t stop) {
+    MambaStepper *s = worker;
+    const int64_t window = window_size(&s->w), state = state_size(&s->w);
+    EACH_PIECE(i, &s->w.hand, stop - start) {
+        float *saved = saved_at(s, start + i);
+        memcpy(saved, s->memory[start + i].window, window * sizeof(float));
+        memcpy(saved + window, s->memory[start + i].h, state * sizeof(float));
+    }
+}
+
+// Goes back to what is saved, and repeats the rows that are kept. Blocks before `after` were saved after the first of them.
+static void forget_mamba(void *worker, int64_t after, int64_t kept) {
+    MambaStepper *s = worker;
+    const int64_t C = s->w.C, W = s->w.s->width, note = 2 * C + s->w.s->heads, window = window_size(&s->w);
+    EACH_PIECE(i, &s->w.hand, s->count) {
+        const float *saved = saved_at(s, i);
+        const int64_t from = i < after, rows = kept - from;
+        const float *journal = s->journal + (i * (MOST_DRAFTS + 1) + from) * note;
+        // Input t of the rows; those before the first, t < 0, are saved.
+#define KEPT(t) ((t) < 0 ? saved + (W - 1 + (t)) * C : journal + (t) * note)
+        for (int64_t tap = 0; tap < W - 1; tap++) memcpy(s->memory[i].window + tap * C, KEPT(rows + tap - W + 1), C * sizeof(float));
+#undef KEPT
+        memcpy(s->memory[i].h, saved + window, state_size(&s->w) * sizeof(float));
+        offramp_mamba_replay(s->blocks + i, s->w.s, s->memory[i].h, journal, rows);
+    }
 }
 
 // Decodes as `steps` says. memory[i] is what block i remembers. `gates` (or NULL) has logits for every token.
@@ -258,12 +312,15 @@ void offramp_mamba_steps(const MambaBlock *blocks, int64_t count, const MambaSha
     Crew crew = {0};
     Found found[steps->most];
     memset(found, 0, sizeof found);
+    const int64_t sequences[MOST_DRAFTS + 1] = {0}, rows = steps->drafter ? MOST_DRAFTS + 1 : 1;
 #pragma omp parallel num_threads(scratch->threads)
     {
-        const int64_t sequence = 0;
-        const MambaTokens tokens = {steps->h, 1, &sequence, NULL, 0};
-        MambaStepper own = {blocks, count, memory, mamba_worker(s, &tokens, scratch, &crew)};
-        take_steps(&own.w.hand, steps, count, gates, scratch->head, found, run_mamba_token, &own);
+        MambaStepper own = {blocks, count, memory, scratch->saved};
+        own.tokens = (MambaTokens){steps->h, rows, sequences, NULL, 0};
+        own.w = mamba_worker(s, &own.tokens, scratch, &crew);
+        own.journal = steps->drafter ? saved_at(&own, count) : NULL;
+        take_steps(&own.w.hand, steps, gates, scratch->head, scratch->desk, found,
+                   &(Runner){&own, count, run_mamba_rows, save_mamba, forget_mamba});
     }
 }
 
@@ -279,20 +336,4 @@ void offramp_mamba_remember(const MambaBlock *blocks, int64_t count, const Mamba
             advance_memories(blocks + i, &w, memory + i * S, i, 0);
         }
     }
-}
-
-// Repeats on a state (H, P, N) what R rows of a journal did in the pass that wrote it.
-void offramp_mamba_replay(const MambaBlock *b, const MambaShape *s, float *h, const float *journal, int64_t R) {
-    const int64_t H = s->heads, P = s->dim, G = s->groups, N = s->states, C = H * P + 2 * G * N;
-    for (int64_t head = 0; head < H; head++)
-        for (int64_t first = 0; first < R; first += TOKENS) {
-            const int64_t T = min_(TOKENS, R - first);
-            Fed fed = {.y = {NULL}};
-            for (int64_t t = 0; t < T; t++) {
-                const float *conv = journal + (first + t) * (2 * C + H) + C;
-                fed.x[t] = conv + head * P, fed.B[t] = fed.C[t] = conv + H * P + head / (H / G) * N;
-                fed.dt[t] = conv[C + head], fed.keep[t] = expf(conv[C + head] * b->decay[head]);
-            }
-            advance(s, h + head * P * N, &fed, T, 0);
-        }
 }

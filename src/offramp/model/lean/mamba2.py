@@ -20,7 +20,8 @@ from torch import Tensor
 
 from offramp.model.checkpoint import Values
 from offramp.model.lean.base import Lean, LeanStep, Maker, numbered, pieces_of
-from offramp.model.lean.native import Ask, NativeMamba, Steps
+from offramp.model.lean.native import NativeMamba
+from offramp.model.lean.steps import Ask, Steps
 from offramp.model.lean.structures import CMambaBlock, CMambaShape, CWeight, address
 from offramp.model.lean.weights import Weight
 from offramp.model.modules import Modules

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,11 @@ from torch import Tensor
 
 from offramp.files import cache_folder
 from offramp.machine import instruction_set, processor
+from offramp.model.lean.steps import Ask, Asked, Stepping, Steps
 from offramp.model.lean.structures import (
+    MOST_DRAFTS,
     CBlock,
+    CDrafter,
     CGate,
     CGates,
     CHead,
@@ -45,7 +48,6 @@ from offramp.model.lean.structures import (
     CWeight,
     address,
 )
-from offramp.model.lean.weights import Weight
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.c"
@@ -113,87 +115,6 @@ def kernels() -> str:
     return compiled.offramp_kernels().decode() if compiled else ""
 
 
-@dataclass(frozen=True)
-class GateParts:
-    """What a gate is made of: `inward` (2W, D) and `out` (W,), or `inward` (1, D) alone; mean and spread (D,); a bias."""
-
-    inward: Weight
-    mean: Tensor
-    spread: Tensor
-    out: Tensor | None
-    bias: float
-
-    def compiled(self) -> CGate:
-        """The gate as the C code takes it. It holds addresses only, so these parts must stay alive."""
-        addresses = (address(tensor) for tensor in (self.mean, self.spread, self.out))
-        return CGate(0, CWeight.of(self.inward), *addresses, self.bias, 0.0)
-
-
-class Gates:
-    """The gates of a model's open exits, in order, which the compiled path asks between blocks (`exits.gates`)."""
-
-    def __init__(self, blocks: Sequence[int], gates: Sequence[GateParts]) -> None:
-        """`blocks`: the number of blocks before each gate."""
-        self.blocks, self._parts = blocks, gates  # the latter keeps tensors alive
-        self.compiled = (CGate * len(gates))(*(parts.compiled() for parts in gates))
-        self.width = max(parts.inward.rows for parts in gates)
-
-    def __len__(self) -> int:
-        return len(self.compiled)
-
-    def ahead(self, start: int, thresholds: Sequence[float], tokens: int = 1) -> Asked:
-        """The last of the gates, on the way of tokens that set out before block `start`; a threshold for each logit."""
-        first = len(self) - len(thresholds)
-        gates = (CGate * len(thresholds))(*self.compiled[first:])
-        for gate, blocks, threshold in zip(gates, self.blocks[first:], thresholds, strict=True):
-            gate.after, gate.threshold = blocks - start, threshold
-        return Asked(gates, torch.empty(len(gates), self._parts[0].mean.numel(), dtype=torch.float32), tokens)
-
-
-class Asked:
-    """Gates on the way of tokens: hidden states `seen` (n, D) of the newest token, and n `logits` for each token."""
-
-    def __init__(self, gates: Any, seen: Tensor, tokens: int) -> None:
-        self.gates, self.seen, self.logits = gates, seen, (c_float * (len(gates) * tokens))()
-
-    def compiled(self) -> CGates:
-        """The gates as the C code takes them."""
-        return CGates(self.gates, len(self.gates), self.seen.data_ptr(), ctypes.addressof(self.logits))
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Greedy decoding of one sequence, asked for (steps.h).
-
-    `newest`: the id of the token to begin with; `most` tokens at most are chosen, up to one of the `ends` (n,). `asked`:
-    gates that may stop a token. The embedding (V, D), the head, and perhaps its sketch.
-    """
-
-    newest: int
-    most: int
-    ends: Tensor
-    asked: Asked | None
-    embedding: Tensor
-    head: CHead
-    sketch: CSketch | None
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What greedy decoding found: the chosen `ids`; -1 stands where logits were not finite.
-
-    `run`: the number of blocks run of a last token that a gate stopped, 0 if there is none. `h` (1, 1, D) is the newest
-    token's hidden state, `top` that of the newest that reached the top. `seconds`: spent on embeddings, blocks, heads, and
-    choices.
-    """
-
-    ids: list[int]
-    run: int
-    h: Tensor
-    top: Tensor
-    seconds: tuple[float, ...]
-
-
 class _Room(threading.local):
     """Scratch memory: each Python thread has its own, since a call to C lets the others run."""
 
@@ -243,23 +164,16 @@ class _Native:
             floats += rows * (2 * sketch.reduce.rows + 128) + head.weight.rows + 2 * self.CHUNK + self.BINS
         return floats
 
-    def _step(self, ask: Ask, scratch: CScratch, take: Callable[[CSteps, CGates | None, CScratch], None]) -> Steps:
-        """Call `take`, a compiled function, with what is asked for."""
-        width = ask.embedding.shape[1]
-        ids = (c_int64 * (ask.most + 1))(ask.newest)
-        h, top = (torch.empty(1, 1, width, dtype=torch.float32) for _ in range(2))
-        steps = CSteps(
-            ask.embedding.data_ptr(), ask.embedding.dtype == torch.float32, ctypes.pointer(ask.head),
-            ctypes.pointer(ask.sketch) if ask.sketch else None, ask.ends.data_ptr(), len(ask.ends), ask.most,
-            ctypes.addressof(ids), h.data_ptr(), top.data_ptr(),
-        )  # fmt: skip
-        take(steps, ask.asked.compiled() if ask.asked else None, scratch)
-        return Steps(ids[1 : steps.decided + 1], steps.run, h, top, tuple(steps.seconds))
-
-    def _for_steps(self, ask: Ask) -> int:
-        """The floats that the head and the choice work in."""
+    def _for_steps(self, ask: Ask) -> tuple[int, int]:
+        """The floats that the head and the choice work in, and those of a drafter's desk (drafts.h)."""
         vocabulary: int = ask.head.weight.rows
-        return self._for_head(ask.head, ask.sketch, 1) + vocabulary + 2 * self.CHUNK
+        head = self._for_head(ask.head, ask.sketch, ask.rows) + ask.rows * (vocabulary + 2 * self.CHUNK)
+        return head, self._for_drafts(ask.drafter) if ask.drafter else 0
+
+    def _for_drafts(self, drafter: CDrafter) -> int:
+        down, inward, tokens = drafter.down, getattr(drafter, "in"), drafter.head.weight.rows
+        floats: int = 7 * down.rows + down.columns + inward.rows + 128 + tokens + 3 * self.CHUNK
+        return floats
 
     def ask(self, gate: CGate, h: Tensor) -> float:
         """The logit of a gate for a hidden state h of D numbers."""
@@ -272,14 +186,15 @@ class _Native:
         for first in range(0, count, self.ROWS):
             yield first, min(self.ROWS, count - first)
 
-    def _scratch(self, rows: int, row: int, own: int = 0, head: int = 0) -> CScratch:
-        """Scratch: for each row, `row` floats and its narrow form; for each thread, `own`; and so many for the head."""
+    def _scratch(self, rows: int, row: int, own: int = 0, head: int = 0, desk: int = 0, saved: int = 0) -> CScratch:
+        """Scratch: for each row, `row` floats and its narrow form; for each thread, `own`; and so many for other parts."""
         threads = torch.get_num_threads()
-        first = rows * (row + self._columns + 64) + threads * own
-        if len(self._room.floats) < first + head:
-            self._room.floats = torch.empty(first + head, dtype=torch.float32)
+        sizes = [rows * (row + self._columns + 64) + threads * own, head, desk, saved]
+        if len(self._room.floats) < sum(sizes):
+            self._room.floats = torch.empty(sum(sizes), dtype=torch.float32)
         start = self._room.floats.data_ptr()
-        return CScratch(start, own, threads, start + first * self._room.floats.itemsize)
+        places = [start + size * self._room.floats.itemsize for size in accumulate(sizes)]
+        return CScratch(start, own, threads, *places[:-1])
 
 
 @dataclass(frozen=True)
@@ -341,21 +256,23 @@ class Native(_Native):
             run = function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, *gates, scratch)
         return run
 
-    def _for_attention(self, rows: int, end: int, head: int = 0) -> CScratch:
+    def _for_attention(self, rows: int, end: int, head: int = 0, desk: int = 0) -> CScratch:
         """Scratch for rows whose highest position is `end` - 1."""
         shape = self._shape
         own = 2 * self.FEW * (shape.queries // shape.heads) * (shape.dim + 2)
         parts = shape.queries * (shape.dim + 2) * (end // self.STRETCH + 1) if rows <= self.FEW else 0
-        return self._scratch(rows, self._row + parts, own, head)
+        return self._scratch(rows, self._row + parts, own, head, desk)
 
     def step(self, ask: Ask, memories: list[int], turn: Tensor, position: int) -> Steps:
         """Decode what is asked for from `position` on. memories[i] is the address of the i-th block's keys and values, with
         room for all tokens; row p of `turn` holds the rotary pairs of position p.
         """
-        kv = (c_void_p * len(memories))(*memories)
-        places = self._from(0), len(memories), self._shape, kv, turn.data_ptr(), position
-        scratch = self._for_attention(1, position + ask.most, self._for_steps(ask))
-        return self._step(ask, scratch, lambda *rest: self._library.offramp_steps(*places, *rest))
+        kv, stepping = (c_void_p * len(memories))(*memories), Stepping(ask)
+        scratch = self._for_attention(ask.rows, position + ask.most, *self._for_steps(ask))
+        self._library.offramp_steps(
+            self._from(0), len(memories), self._shape, kv, turn.data_ptr(), position, stepping.compiled, stepping.gates, scratch
+        )
+        return stepping.found()
 
 
 class NativeMamba(_Native):
@@ -421,10 +338,19 @@ class NativeMamba(_Native):
 
     def step(self, ask: Ask, memories: list[list[int]]) -> Steps:
         """Decode what is asked for. memories[i] holds the addresses of the i-th block's window and state."""
-        memory = (c_void_p * (2 * len(memories)))(*chain.from_iterable(memories))
-        places = self._from(0), len(memories), self._shape, memory
-        scratch = self._scratch(1, self._row, head=self._for_steps(ask))
-        return self._step(ask, scratch, lambda *rest: self._library.offramp_mamba_steps(*places, *rest))
+        memory, stepping = (c_void_p * (2 * len(memories)))(*chain.from_iterable(memories)), Stepping(ask)
+        head, desk = self._for_steps(ask)
+        scratch = self._scratch(ask.rows, self._row, 0, head, desk, self._for_saving(len(memories)) if ask.drafter else 0)
+        self._library.offramp_mamba_steps(
+            self._from(0), len(memories), self._shape, memory, stepping.compiled, stepping.gates, scratch
+        )
+        return stepping.found()
+
+    def _for_saving(self, blocks: int) -> int:
+        """The floats of what blocks remember of a sequence, and of a journal of one round's rows."""
+        shape = self._shape
+        memory = (shape.width - 1) * self._channels + shape.heads * shape.dim * shape.states
+        return int(blocks * (memory + (MOST_DRAFTS + 1) * (2 * self._channels + shape.heads)))
 
     def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:
         """Repeat the first `tokens` of block `index`'s journal (1, T, 2C + H) on its state h (1, H, P, N), in place."""

@@ -34,11 +34,12 @@ typedef struct {
     const float *bias;   // or NULL
 } Weight;
 
-// Memory of one call: floats that all threads share, then `own` floats for each thread; and floats for the head (head.h).
+// Memory of one call: floats that all threads share, then `own` floats for each thread; and floats for the head (head.h), for a
+// drafter (drafts.h), and for memories that drafts may spoil (mamba2.c).
 typedef struct {
     float *floats;
     int64_t own, threads;
-    float *head;
+    float *head, *desk, *saved;
 } Scratch;
 
 // Rows as they are multiplied, `stride` apart. For integer weights and where bfloat16 is multiplied, `q` holds them in 8 or 16

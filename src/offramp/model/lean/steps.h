@@ -2,102 +2,138 @@
 // mamba2.c.
 
 #pragma once
-#include "gates.h"
-#include "head.h"
+#include "drafts.h"
 
-// What is asked for, and what is found. ids[0] is the newest token, and ids[t + 1] the choice after token t; a choice is -1 where
-// logits are not finite. Decoding ends after `most` tokens, after one of the `ends`, and where a gate stops a token.
+// What is asked for, and what is found. ids[0] is the newest token, `before` others stand before it, and ids[t + 1] is the choice
+// after token t; a choice is -1 where logits are not finite. Decoding ends when `enough` tokens are decided (`most` at most), after
+// one of the `ends`, and where a gate stops a token.
 typedef struct {
     const void *embedding;  // (V, D) in bfloat16, or float32 where `whole`
     int64_t whole;
     const Head *head;
-    const Sketch *sketch;   // or NULL
+    const Sketch *sketch;    // or NULL
+    const Drafter *drafter;  // or NULL: no drafts
+    Estimates *estimates;    // of the drafter
     const int64_t *ends;
-    int64_t ends_count, most;
-    int64_t *ids;           // most + 1
-    float *h, *top;         // (D): the newest token's hidden state, and that of the newest token that reached the top
+    int64_t ends_count, enough, most, before;
+    int64_t *ids;           // before + most + 1, of which this is the newest
+    float *h, *top;         // (rows, D): hidden states of the newest rows; (D): that of the newest token that reached the top
     int64_t decided, run;   // tokens chosen; blocks run of a token that a gate stopped, else 0
-    double seconds[4];      // of embeddings, blocks, heads and choices
+    Round *rounds;          // most, zeros
+    int64_t rounds_count;
+    double seconds[5];      // of embeddings, blocks, heads, choices, drafts
 } Steps;
 
-// Puts the embedding of token t into h.
-static void embed(Hand *hand, const Steps *s, int64_t t) {
-    const int64_t D = s->head->weight.columns, from = s->ids[t] * D;
-    const uint16_t *half = (const uint16_t *)s->embedding + from;
-    EACH_PIECE(i, hand, 1) {
-        if (s->whole) memcpy(s->h, (const float *)s->embedding + from, D * sizeof(float));
-        else for (int64_t k = 0; k < D; k += LANES) store_up_to(s->h + k, from_bfloat16(half + k, D - k), D - k);
-    }
-}
-
+// What runs rows h at the places t + n of these steps, and after, through blocks `start` to `stop` - 1: row n, and after, of the
+// round that begins with token t. Returns the number of blocks before its end. And what makes memories forget: `save` notes them,
+// before drafts of a round enter these blocks; `forget` takes out all but the first `kept` rows of the round.
 typedef struct {
-    float logit;  // NaN if any is
-    int32_t id;
-} Best;
+    void *worker;
+    int64_t blocks;
+    int64_t (*run)(void *worker, float *h, int64_t t, int64_t n, int64_t rows, int64_t start, int64_t stop, const Gates *gates);
+    void (*save)(void *worker, int64_t start, int64_t stop);    // or NULL
+    void (*forget)(void *worker, int64_t after, int64_t kept);  // or NULL
+} Runner;
 
-// The largest of the logits `from` to `to` - 1, the first of equals.
-static Best best_of(const float *y, int64_t from, int64_t to) {
-    vf tops = all(-INFINITY);
-    vi bad = {0};
-    for (int64_t i = from; i < to; i += LANES) {
-        const vf v = to - i < LANES ? choose(COUNT < (int32_t)(to - i), load_up_to(y + i, to - i), all(-INFINITY)) : load(y + i);
-        tops = choose(v > tops, v, tops);
-        bad |= v != v;
-    }
-    const Best best = {largest(tops), from};
-    for (int i = 0; i < LANES; i++)
-        if (bad[i]) return (Best){NAN, from};
-    for (int64_t i = from; i < to; i++)
-        if (y[i] == best.logit) return (Best){best.logit, i};
-    return best;
-}
-
-// Reads out the newest token's h, and chooses what follows token t. `y` has V + 2 · CHUNK floats, and then those of `read_logits`.
-static void decide(Hand *hand, Steps *s, int64_t t, float *y, Found *found) {
-    const int64_t V = s->head->weight.rows, D = s->head->weight.columns, pieces = (V + CHUNK - 1) / CHUNK;
-    Best *bests = (Best *)(y + V);
-    const double start = omp_get_wtime();
-    read_logits(hand, s->head, s->sketch, s->h, 1, y + V + 2 * CHUNK, found, y);
-    const double read = omp_get_wtime();
-    EACH_PIECE(p, hand, pieces) bests[p] = best_of(y, p * CHUNK, min_(V, (p + 1) * CHUNK));
+// Puts the embedding of token t into row n of h.
+static void embed(Hand *hand, const Steps *s, int64_t t, int64_t n) {
+    const int64_t D = s->head->weight.columns;
+    float *h = s->h + n * D;
     EACH_PIECE(i, hand, 1) {
-        Best best = bests[0];
-        for (int64_t p = 1; p < pieces; p++)
-            if (bests[p].logit > best.logit || isnan(bests[p].logit)) best = bests[p];
-        s->ids[t + 1] = isfinite(best.logit) ? best.id : -1;
-        memcpy(s->top, s->h, D * sizeof(float));
+        const int64_t from = s->ids[t] * D;
+        const uint16_t *half = (const uint16_t *)s->embedding + from;
+        if (s->whole) memcpy(h, (const float *)s->embedding + from, D * sizeof(float));
+        else for (int64_t k = 0; k < D; k += LANES) store_up_to(h + k, from_bfloat16(half + k, D - k), D - k);
     }
-    if (!hand->t) s->seconds[2] += read - start, s->seconds[3] += omp_get_wtime() - read;
 }
 
-// Whether decoding ends with the choice after token t.
-static int ends(const Steps *s, int64_t t) {
-    int end = s->ids[t + 1] < 0;
-    for (int64_t i = 0; i < s->ends_count; i++) end |= s->ids[t + 1] == s->ends[i];
+// Whether a text ends with a token.
+static int ends_with(const Steps *s, int64_t id) {
+    int end = id < 0;
+    for (int64_t i = 0; i < s->ends_count; i++) end |= id == s->ends[i];
     return end;
 }
 
-// What runs a token's h through the blocks: token t of these steps. Returns the number of blocks run.
-typedef int64_t Run_token(void *worker, int64_t t, const Gates *gates);
-
-// Takes the steps, shared out. `gates` (or NULL) has logits for every token; `found` (most) is zeros; `y` is as for `decide`.
-static void take_steps(Hand *hand, Steps *s, int64_t blocks, const Gates *gates, float *y, Found *found, Run_token *run_token,
-                       void *worker) {
-    int64_t run = blocks, t = 0;
-    for (int end = 0; t < s->most && !end;) {
-        const double start = omp_get_wtime();
-        embed(hand, s, t);
-        const double embedded = omp_get_wtime();
-        if (gates) {
-            const Gates own = {gates->gates, gates->count, gates->seen, gates->logits + t * gates->count};
-            run = run_token(worker, t, &own);
-        } else {
-            run = run_token(worker, t, NULL);
-        }
-        if (!hand->t) s->seconds[0] += embedded - start, s->seconds[1] += omp_get_wtime() - embedded;
-        if (run < blocks) break;
-        decide(hand, s, t, y, found + t);
-        end = ends(s, t++);
+// Notes what full depth chooses after each row of a round, and which drafts stand.
+static void judge(Steps *s, Round *round, int64_t t, const Best *bests, int64_t pieces) {
+    const int64_t D = s->head->weight.columns, n = round->drafts;
+    int64_t chosen[MOST_DRAFTS + 1], stood = 0;
+    for (int64_t r = 0; r <= n; r++) {
+        const Best best = best_among(bests + r * pieces, pieces);
+        chosen[r] = isfinite(best.logit) ? best.id : -1;
     }
-    if (!hand->t) s->decided = t, s->run = run < blocks ? run : 0;
+    while (stood < n && chosen[stood] == s->ids[t + 1 + stood]) stood++;
+    s->ids[t + 1 + stood] = chosen[stood];
+    memcpy(s->top, s->h + stood * D, D * sizeof(float));
+    round->ends = ends_with(s, chosen[stood]);
+    round->stood = stood;
+    if (s->drafter) learn_from(s->drafter, s->estimates, round, chosen);
+}
+
+// Reads out the rows of a round, and chooses. `y` has R · V + 2 · CHUNK · R floats, and then those of `read_logits`.
+static void decide(Hand *hand, Steps *s, Round *round, int64_t t, int64_t R, float *y, Found *found) {
+    const int64_t V = s->head->weight.rows, pieces = (V + CHUNK - 1) / CHUNK;
+    Best *bests = (Best *)(y + R * V);
+    const double start = omp_get_wtime();
+    read_logits(hand, s->head, s->sketch, s->h, R, y + R * (V + 2 * CHUNK), found, y);
+    const double read = omp_get_wtime();
+    EACH_PIECE(i, hand, R * pieces) {
+        const int64_t p = i % pieces;
+        bests[i] = best_of(y + i / pieces * V, p * CHUNK, min_(V, (p + 1) * CHUNK));
+    }
+    EACH_PIECE(i, hand, 1) judge(s, round, t, bests, pieces);
+    if (!hand->t) s->seconds[2] += read - start, s->seconds[3] += omp_get_wtime() - read;
+}
+
+// Makes the drafts of the round that begins with token t. Row n of h is then token t + n, before block `after` of the drafter.
+// Returns the number of drafts.
+static int64_t draft(Hand *hand, Steps *s, Round *round, int64_t t, const Desk *desk, const Runner *with) {
+    const Drafter *d = s->drafter;
+    const int64_t D = s->head->weight.columns, most = min_(d->most, s->most - t - 1), blocks = with->blocks;
+    for (int64_t n = 0;; n++) {
+        embed(hand, s, t + n, n);
+        if (d->after) with->run(with->worker, s->h + n * D, t, n, 1, 0, d->after, NULL);
+        if (n == most) return n;
+        EACH_PIECE(i, hand, 1) {
+            if (!n) round->chance = 1;
+            choose_source(d, s->estimates, round, n, s->ids - s->before, s->before + t + n + 1);
+        }
+        if (round->source[n] == EXIT) {
+            adapt(hand, d, s->h + n * D, n ? desk->out : s->top, desk);
+            if (d->tail) with->run(with->worker, desk->out, t, n, 1, blocks - d->tail, blocks, NULL);
+            guess(hand, d, desk, round, n);
+        }
+        EACH_PIECE(i, hand, 1) {
+            // Full depth decides without a draft whether the text ends.
+            if (round->source[n] != NOTHING && !ends_with(s, round->guess[n])) choose_whether(d, s->estimates, round, n);
+            if (round->kept[n]) s->ids[t + n + 1] = round->guess[n];
+        }
+        if (!round->kept[n]) return n;
+        if (!n && with->save) with->save(with->worker, 0, d->after);
+    }
+}
+
+// Takes the steps, shared out. `gates` (or NULL) has logits for every token; `found` (most) is zeros; `y` is as for `decide`, for
+// all rows of a round, and then comes a drafter's desk.
+static void take_steps(Hand *hand, Steps *s, const Gates *gates, float *y, float *place, Found *found, const Runner *with) {
+    const int64_t after = s->drafter ? s->drafter->after : 0;
+    const Desk desk = s->drafter ? desk_at(s->drafter, place) : (Desk){0};
+    int64_t run = with->blocks, t = 0, rounds = 0;
+    for (int end = 0; t < s->enough && !end;) {
+        Round *round = s->rounds + rounds;
+        const double start = omp_get_wtime();
+        int64_t n = 0;
+        if (s->drafter) n = draft(hand, s, round, t, &desk, with);
+        else embed(hand, s, t, 0);
+        const double embedded = omp_get_wtime();
+        const Gates own = gates ? (Gates){gates->gates, gates->count, gates->seen, gates->logits + t * gates->count} : (Gates){0};
+        if (n && with->save) with->save(with->worker, after, with->blocks);
+        run = with->run(with->worker, s->h, t, 0, n + 1, after, with->blocks, gates ? &own : NULL);
+        if (!hand->t) s->seconds[s->drafter ? 4 : 0] += embedded - start, s->seconds[1] += omp_get_wtime() - embedded;
+        if (run < with->blocks) break;
+        decide(hand, s, round, t, n + 1, y, found + t);
+        if (round->stood < n && with->forget) with->forget(with->worker, after, round->stood + 1);
+        t += round->stood + 1, end = round->ends, rounds++;
+    }
+    if (!hand->t) s->decided = t, s->run = run < with->blocks ? run : 0, s->rounds_count = rounds;
 }

@@ -46,6 +46,44 @@ class CSketch(ctypes.Structure):
     _fields_ = (("reduce", CWeight), ("expand", CWeight), ("candidates", c_int64))
 
 
+MOST_DRAFTS = 7  # of a round; as in drafts.h
+
+
+class CDrafter(ctypes.Structure):
+    """`Drafter` in drafts.h."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("after", "tail")),
+        *((name, CWeight) for name in ("in", "down")),
+        *((name, c_void_p) for name in ("mean", "spread", "scale")),
+        ("head", CHead),
+        ("tokens", c_void_p),
+        *((name, c_int64) for name in ("most", "alike")),
+        *((name, c_float) for name in ("row", "asking", "floor")),
+    )
+
+
+class CEstimates(ctypes.Structure):
+    """`Estimates` in drafts.h."""
+
+    _fields_ = (
+        *((name, c_double * 3) for name in ("right", "seen")),
+        *((name, c_double) for name in ("tokens", "cost")),
+        *((name, c_int64) for name in ("rest", "pause")),
+    )
+
+
+class CRound(ctypes.Structure):
+    """`Round` in drafts.h."""
+
+    _fields_ = (
+        *((name, c_int64 * (MOST_DRAFTS + 1)) for name in ("source", "guess", "kept")),
+        ("sure", c_double * (MOST_DRAFTS + 1)),
+        ("chance", c_double),
+        *((name, c_int64) for name in ("drafts", "stood", "ends")),
+    )
+
+
 class CSteps(ctypes.Structure):
     """`Steps` in steps.h."""
 
@@ -54,18 +92,26 @@ class CSteps(ctypes.Structure):
         ("whole", c_int64),
         ("head", POINTER(CHead)),
         ("sketch", POINTER(CSketch)),
+        ("drafter", POINTER(CDrafter)),
+        ("estimates", POINTER(CEstimates)),
         ("ends", c_void_p),
-        *((name, c_int64) for name in ("ends_count", "most")),
+        *((name, c_int64) for name in ("ends_count", "enough", "most", "before")),
         *((name, c_void_p) for name in ("ids", "h", "top")),
         *((name, c_int64) for name in ("decided", "run")),
-        ("seconds", c_double * 4),
+        ("rounds", POINTER(CRound)),
+        ("rounds_count", c_int64),
+        ("seconds", c_double * 5),
     )
 
 
 class CScratch(ctypes.Structure):
     """`Scratch` in products.h."""
 
-    _fields_ = (("floats", c_void_p), ("own", c_int64), ("threads", c_int64), ("head", c_void_p))
+    _fields_ = (
+        ("floats", c_void_p),
+        *((name, c_int64) for name in ("own", "threads")),
+        *((name, c_void_p) for name in ("head", "desk", "saved")),
+    )
 
 
 class CBlock(ctypes.Structure):

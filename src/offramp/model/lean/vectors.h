@@ -199,6 +199,11 @@ static inline vf exp_(vf x) {  // Cephes: within 2 units in the last place
 
 static inline vf silu(vf x) { return x / (1.0f + exp_(-x)); }
 
+// y (n) becomes y · silu(gate).
+static inline void times_silu(float *y, const float *gate, int64_t n) {
+    for (int64_t k = 0; k < n; k += LANES) store_up_to(y + k, load_up_to(y + k, n - k) * silu(load_up_to(gate + k, n - k)), n - k);
+}
+
 // The first n bfloat16 numbers, at most LANES, and zeros.
 static inline vf from_bfloat16(const uint16_t *p, int64_t n) {
 #if WIDE

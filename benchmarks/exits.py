@@ -89,7 +89,8 @@ def compare_formats(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         groups = group_texts(prompts, [], args.tokens, batch=48)
         answers = TeacherTexts.open(write_shards(backbone, groups, needed_layers(exits), folder))
-        rows = quality(exits, evidence(exits, Trainer(backbone, exits, TrainConfig(), args.work).labels(answers)))
+        trainer = Trainer(backbone, exits, TrainConfig(), args.work)
+        rows = quality(exits, evidence(exits, trainer.labels(answers)), trainer.acceptance(answers))
         agreement = " ".join(f"{row['agreement']:.0%}" for row in rows)
         head = kept.head.__name__ if kept.quantised else name
         print(f"| {name} | {head} | {agreement} | {' '.join(str(row['gate_auroc']) for row in rows)} |", flush=True)

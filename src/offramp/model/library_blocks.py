@@ -185,7 +185,7 @@ class LibraryBlocks:
         """Which of `past` remembered tokens and the T new ones each new token may see: (1, 1, T, past + T).
 
         Returns None where the attention function needs no mask: for one token that sees everything, and with SDPA for T
-        tokens that have nothing before them. For SDPA, True means "sees". The eager function adds the mask to the scores.
+        tokens that have nothing before them.
         """
         tokens, device = step.tokens, step.positions.device
         everything = window is None or past + tokens <= window
@@ -196,6 +196,13 @@ class LibraryBlocks:
         sees = keys <= queries
         if window is not None:
             sees &= keys > queries - window
+        return self.as_mask(sees, dtype)
+
+    def as_mask(self, sees: Tensor, dtype: torch.dtype) -> Tensor:
+        """Which keys each token sees, (T, keys), as the library's attention takes it, beside hidden states of this dtype.
+
+        For SDPA, True means "sees". The eager function adds the mask to the scores.
+        """
         if self._family.implementation == "sdpa":
             return sees[None, None]
         return torch.where(sees, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]

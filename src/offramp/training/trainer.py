@@ -1,9 +1,8 @@
 """Fits the parts of exits to texts: adapters by distillation, gates by what their read-outs get right.
 
 Adapters: cross-entropy with the teacher's most probable tokens (`distillation`). Exits with tails share each pass through
-the model's last blocks: a random share of a text's tokens jump, each at one of the exits, and the others stay exact. Every
-second step, a `deep` read-out without a tail also learns from its own guess at the top state of the token before, as in a
-run of drafts.
+the model's last blocks: a random share of a text's tokens jump, each at one of the exits, and the others stay exact. A
+`deep` read-out learns every token as the first, second and third draft of a run (`drafting`).
 
 Gates: binary cross-entropy on whether the token could leave (`gate_targets`).
 
@@ -31,6 +30,7 @@ from offramp.model.backbone import Backbone
 from offramp.model.lean.weights import multiplies_bfloat16
 from offramp.model.runtime import Runtime
 from offramp.progress import Progress, silent
+from offramp.training import drafting
 from offramp.training.config import TrainConfig
 from offramp.training.distillation import Distillation, pad_batch
 from offramp.training.harm import harms
@@ -75,7 +75,7 @@ class Trainer:
         bfloat16 = backbone.weight_format != "float32" and multiplies_bfloat16(backbone.device)
         self.fit = Fit(work, backbone.device, config.seed, config.batch, progress, bfloat16)
         self.place = {block: index for index, block in enumerate(layers or needed_layers(exits))}
-        self.tails = [exit for exit in exits if exit.tail]
+        self.tails = [exit for exit in exits if exit.tail and not exit.adapter.reads_top]
         self.start = first_tail(exits, backbone.n_blocks)
         exits.modules.to(backbone.device)
         count = len(exits)
@@ -156,13 +156,20 @@ class Trainer:
                 where, top = tops[exit]
                 losses.append(score(top[where], where[counted]))
                 continue
-            adapted, _ = exit.adapter(self._input(exit, hidden))
-            loss = score(adapted[counted])
-            if exit.adapter.reads_top and step % 2:
-                redrafted, _ = exit.adapter(self._input(exit, hidden, top=adapted.detach()))
-                loss = (loss + score(redrafted[counted])) / 2
-            losses.append(loss)
+            drafts = self._read_out(exit, hidden, runtime)
+            loss = sum(weight * score(top[counted]) for weight, top in zip(drafting.WEIGHTS, drafts, strict=False))
+            losses.append(loss / sum(drafting.WEIGHTS[: len(drafts)]))
         return losses
+
+    def _read_out(self, exit: Exit, hidden: Tensor, runtime: Runtime, length: int = drafting.LENGTH) -> list[Tensor]:
+        """What an exit makes of every token of hidden (B, T, J, D), before the final norm: (B, T, D).
+
+        For a read-out that reads the top, one for each draft of a run of this length; else one only, and the exit has no tail.
+        """
+        if exit.adapter.reads_top:
+            states = {block: hidden[:, :, place] for block, place in self.place.items()}
+            return drafting.runs(self.backbone, runtime, exit, states, length)
+        return [exit.adapter(hidden[:, :, self.place[exit.block]])[0]]
 
     def _scorer(self, texts: list[TeacherText], step: int) -> Callable[..., Tensor]:
         """A function that gives the mean cross-entropy of states (n, D) before the final norm with the teacher.
@@ -185,23 +192,12 @@ class Trainer:
         jumps = []
         for index, exit in enumerate(self.tails):
             where = chosen == index
-            x = self._input(exit, hidden)
+            x = hidden[:, :, self.place[exit.block]]
             # A part without a memory need not see the tokens that do not jump.
             adapted = exit.adapter(x)[0][where] if exit.adapter.recurrent else exit.adapter(x[where][None])[0][0]
             jumps.append(Jumped(exit, where, adapted))
         top = through_tails(self.backbone, runtime, hidden[:, :, self.place[self.start]], jumps)
         return {jump.exit: (jump.where, top) for jump in jumps}
-
-    def _input(self, exit: Exit, hidden: Tensor, top: Tensor | None = None) -> Tensor:
-        """What the read-out of an exit reads: hidden (B, T, J, D) → (B, T, D), or (B, T, 2 D) if it reads the top.
-
-        Such a read-out also gets the top state of the token before, or what stands in for it, `top` (B, T, D).
-        """
-        h = hidden[:, :, self.place[exit.block]]
-        if not exit.adapter.reads_top:
-            return h
-        top = hidden[:, :, self.place[self.backbone.n_blocks]] if top is None else top
-        return torch.cat([h, F.pad(top[:, :-1], (0, 0, 1, 0))], dim=-1)
 
     def _padded(self, tensors: list[Tensor]) -> Tensor:
         return pad_batch(tensors).to(self.device)
@@ -230,14 +226,15 @@ class Trainer:
         at one of the other exits. What a token would say where it did not jump stays unknown.
         """
         labelled: list[Labels] = []
+        runtime = self.backbone.trainable_from(self.start)
         for first in range(0, len(texts), self.config.batch):
             batch = [texts[index] for index in range(first, min(first + self.config.batch, len(texts)))]
             hidden = self._padded([text.hidden for text in batch]).float()
             counted = self._padded([text.counted for text in batch])
             labels = Labels.unknown(torch.cat([text.top_ids[text.counted] for text in batch]), len(self.exits))
             for index, exit in enumerate(self.exits):
-                if not exit.tail:
-                    adapted, _ = exit.adapter(self._input(exit, hidden))
+                if exit not in self.tails:
+                    adapted = self._read_out(exit, hidden, runtime, length=1)[0]
                     self._label(labels, index, adapted[counted], torch.ones(len(labels.oracle), dtype=torch.bool))
             for number in range(rounds if self.tails else 0):
                 generator = step_generator(self.config.seed, first, f"labels {number}")
@@ -250,6 +247,30 @@ class Trainer:
             labelled += labels.split([int(text.counted.sum()) for text in batch])
             self.progress("labels", first + len(batch), len(texts))
         return LabelledTexts(texts, labelled, self.place)
+
+    @torch.inference_mode()
+    def acceptance(self, texts: Sequence[TeacherText]) -> list[list[float]]:
+        """For each exit that drafts, the share of its first, second, … drafts that are right where those before them are.
+
+        EAGLE (arXiv 2401.15077) calls them 1-α, 2-α, … An exit that does not draft has none.
+        """
+        right, count = torch.zeros(len(self.exits), drafting.LENGTH), torch.zeros(drafting.LENGTH)
+        runtime, rows = self.backbone.trainable_from(self.start), self.exits.shortlist
+        head = self.backbone.logits if rows is None else self.backbone.head_of(rows)
+        drafters = [(index, exit) for index, exit in enumerate(self.exits) if exit.adapter.reads_top]
+        for first in range(0, len(texts) if drafters else 0, self.config.batch):
+            batch = texts[first : first + self.config.batch]
+            hidden = self._padded([text.hidden for text in batch]).float()
+            oracle = pad_batch([text.top_ids[:, 0] for text in batch])
+            within = pad_batch([text.counted for text in batch])
+            for index, exit in drafters:
+                where = within
+                for number, top in enumerate(self._read_out(exit, hidden, runtime)):
+                    best = head(top[where].to(self.backbone.dtype)).argmax(-1).cpu()
+                    right[index, number] += ((best if rows is None else rows[best]) == oracle[where]).sum()
+                    count[number] += where.sum() / len(drafters)
+                    where = within & F.pad(where[:, :-1], (1, 0))
+        return [(right[index] / count).tolist() if exit.adapter.reads_top else [] for index, exit in enumerate(self.exits)]
 
     @torch.inference_mode()
     def measure_harm(self, labelled: LabelledTexts, hours: float | None = None) -> None:
@@ -265,11 +286,13 @@ class Trainer:
             positions = text.counted.nonzero()[:, 0]
             hidden = text.hidden[None].float().to(self.device)
             for index, exit in enumerate(self.exits):
+                if exit.adapter.reads_top:  # it drafts, and full depth decides
+                    continue
                 likely = labels.top_prob[:, index] > LIKELY
                 labels.harm[:, index] = (~likely).float()
                 measured = likely & (labels.agrees[:, index] == 1) & (positions < len(text.ids) - 1)
                 if measured.any():
-                    adapted, _ = exit.adapter(self._input(exit, hidden))
+                    adapted, _ = exit.adapter(hidden[:, :, self.place[exit.block]])
                     chosen = positions[measured].tolist()
                     found = harms(self.backbone, exit, text, self.place[exit.block], adapted, chosen)
                     labels.harm[measured, index] = found

@@ -100,7 +100,7 @@ def train(
         "tokens": _counted_tokens(data),
         "seconds": round(clock.seconds, 1),
         "versions": {"torch": torch.__version__, "offramp": __version__},
-        "validation": quality(exits, shown),
+        "validation": quality(exits, shown, trainer.acceptance(held.texts)),
         "curve": trainer.fit.curve,
         **({"start": start.training} if start else {}),
     }

@@ -100,8 +100,8 @@ def evidence(exits: Exits, labelled: LabelledTexts) -> list[Evidence]:
     return shown
 
 
-def quality(exits: Exits, shown: list[Evidence]) -> list[dict[str, Any]]:
-    """How good each exit is, from its evidence.
+def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) -> list[dict[str, Any]]:
+    """How good each exit is, from its evidence; and the `acceptance` of its drafts by their place in a run.
 
     `agreement` with the oracle's top k; areas under the ROC curve of the gate and of the read-out's own confidence; and the
     shares of the tokens that may leave if 99% and 95% of them must be right, ranked by that confidence.
@@ -116,8 +116,9 @@ def quality(exits: Exits, shown: list[Evidence]) -> list[dict[str, Any]]:
             "key_auroc": round(auroc(tokens.key, tokens.agrees), 4),
             "leave_at_99": round(lowest(tokens.key, tokens.agrees, 0.99)[1] / len(tokens.agrees), 4),
             "leave_at_95": round(lowest(tokens.key, tokens.agrees, 0.95)[1] / len(tokens.agrees), 4),
+            **({"acceptance": [round(share, 4) for share in drafts]} if drafts else {}),
         }
-        for exit, tokens in zip(exits, shown, strict=True)
+        for exit, tokens, drafts in zip(exits, shown, acceptance, strict=True)
     ]
 
 

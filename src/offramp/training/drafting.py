@@ -1,0 +1,111 @@
+"""Runs of drafts over whole texts: what an exit makes of each token as the first, second and third draft of a run.
+
+A draft reads the top state of the token before. Full depth has run that token only if the draft is the first of its run; then
+what the exit made of the token stands in for it. An exit that learned from first drafts alone is useless after them, so it
+learns from all (training-time test: EAGLE-3, arXiv 2503.01840, section 3; HASS, arXiv 2408.15766). All tokens of a text are
+drafted at once. In the tail's blocks, a token sees the exact keys and values of the tokens before its run, those that the
+exit made of the tokens of its run, and its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from offramp.errors import BadInput
+from offramp.exits.exits import Exit
+from offramp.model.backbone import Backbone
+from offramp.model.library_blocks import LibraryBlocks
+from offramp.model.runtime import Runtime
+
+LENGTH = 3  # drafts of a run
+WEIGHTS = (1.0, 0.6, 0.36)  # of their losses: a draft counts only if those before it are right
+
+
+def check_tail(backbone: Backbone, tail: int) -> None:
+    """Raises `BadInput` for a tail through which drafts cannot be trained."""
+    if tail and set(backbone.kinds[-tail:]) != {"attention"}:
+        raise BadInput(
+            f"The last {tail} blocks of {backbone.name} are not all attention: drafts cannot be trained through them.",
+            "Give drafts no tail: --tails 0.",
+        )
+
+
+def runs(backbone: Backbone, runtime: Runtime, exit: Exit, hidden: Mapping[int, Tensor], length: int = LENGTH) -> list[Tensor]:
+    """The top states, (B, T, D) each, that the exit gives every token as draft number 1, 2, … `length` of a run.
+
+    `hidden`: exact states (B, T, D) by the number of blocks before them: those at the exit, before its tail, and at the top.
+    `runtime` is that of `Backbone.trainable_from`, through which gradients pass.
+    """
+    before = _moved(hidden[backbone.n_blocks], 1)
+    tail = _Tail(backbone, runtime, exit.tail, hidden) if exit.tail else None
+    tops = []
+    for _ in range(length):
+        adapted, _ = exit.adapter(torch.cat([hidden[exit.block], before], dim=-1))
+        tops.append(tail.run(adapted) if tail else adapted)
+        before = _moved(tops[-1], 1)
+    return tops
+
+
+def _moved(h: Tensor, places: int) -> Tensor:
+    """States (B, T, D) of the tokens so many places before, and zeros at the beginning."""
+    return F.pad(h[:, : h.shape[1] - places], (0, 0, places, 0))
+
+
+class _Tail:
+    """The model's last blocks over all tokens of texts as the first drafts of runs, then as the second ones, and so on."""
+
+    def __init__(self, backbone: Backbone, runtime: Runtime, tail: int, hidden: Mapping[int, Tensor]) -> None:
+        assert isinstance(runtime, LibraryBlocks)
+        self._runtime, self._blocks = runtime, range(backbone.n_blocks - tail, backbone.n_blocks)
+        self._state = _Appended()
+        self._windows = {index: backbone.window(index) for index in self._blocks}
+        h = hidden[self._blocks.start].to(runtime.dtype)
+        with torch.no_grad():
+            for index in self._blocks:
+                runtime.remember_keys(h, index, self._state, runtime.step(h, 0))  # type: ignore[arg-type]
+                if index < self._blocks[-1]:
+                    h = runtime.run_all([(h, backbone.state(h.shape[1]), runtime.step(h, 0))], index, index + 1)[0]
+        self._passes = 0
+
+    def run(self, adapted: Tensor) -> Tensor:
+        """The states at the top (B, T, D) for what the exit's adapter made of each token, as the next draft of its run."""
+        self._passes += 1
+        h, tokens = adapted.to(self._runtime.dtype), adapted.shape[1]
+        step = self._runtime.step(h, 0)
+        for index in self._blocks:
+            step.masks = {(self._windows[index], self._passes * tokens): self._mask(tokens, self._windows[index])}
+            h = self._runtime.run_all([(h, self._state, step)], index, index + 1)[0]  # type: ignore[list-item]
+        return h.float()
+
+    def _mask(self, tokens: int, window: int | None) -> Tensor:
+        """Which keys each token sees, (1, 1, T, (n + 1) T) in the n-th pass: the exact ones, and those of each pass."""
+        position = torch.arange(tokens)
+        behind = position[:, None] - position
+        near = behind < (window or tokens)
+        sees = [(behind >= self._passes) & near]
+        sees += [(behind == self._passes - number) & near for number in range(1, self._passes + 1)]
+        return self._runtime.as_mask(torch.cat(sees, dim=1), self._runtime.dtype)
+
+
+class _Appended:
+    """Keys and values of attention blocks, in new tensors each time, so that gradients pass through all of them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def length(self, block: int) -> int:
+        """Tokens whose keys and values a block has in memory."""
+        return self._kept[block][0].shape[2] if block in self._kept else 0
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append to a block and return all of its keys and values, as `State.update` does."""
+        if layer_idx in self._kept:
+            old_keys, old_values = self._kept[layer_idx]
+            keys, values = torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)
+        self._kept[layer_idx] = keys, values
+        return keys, values

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from helpers import TAILS, exact, modest_exits, some_prompts
 from models import BLOCKS, tiny
-from offramp import Engine, Policy
+from offramp import Engine, Exits, Policy
 from offramp.decode.request import Talk
+from offramp.errors import CorruptFile
 from offramp.exits.exits import Exit
+from offramp.exits.ngrams import Ngrams, ngrams_of
 from offramp.model.backbone import Backbone
 from offramp.model.lean.steps import Steps
 from offramp.training.drafting import runs
@@ -163,3 +167,69 @@ def test_drafts_are_trained_on_the_states_that_decoding_makes(family: str, tail:
                 adapted = backbone.run(h, depth - tail, depth, state, backbone.step(h, place)).float()
             top = adapted
             torch.testing.assert_close(trained[number][:, place : place + 1], top, atol=2e-4, rtol=1e-3)
+
+
+def own_text(engine: Engine, count: int = 12) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Answers at full depth: the ids, the token that follows each, and which of these count."""
+    texts = []
+    for prompt in some_prompts(count):
+        ids = prompt + engine.generate(prompt, max_tokens=60).ids
+        places = torch.arange(len(ids) - 1)
+        texts.append((torch.tensor(ids[:-1]), torch.tensor(ids[1:]), places >= len(prompt) - 1))
+    return texts
+
+
+def test_a_table_of_ngrams_says_what_followed_most_often() -> None:
+    ids = torch.tensor([1, 2, 3, 9, 2, 3, 9, 2, 3, 7, 2, 3, 9])
+    counted = torch.ones(len(ids) - 1, dtype=torch.bool)
+    table = ngrams_of([(ids[:-1], ids[1:], counted)])
+    assert table.after([5, 2, 3]) == (9, pytest.approx(3 / 6, abs=0.01))
+    assert table.after([3, 9]) == (2, pytest.approx(2 / 4, abs=0.01))
+    assert table.after([3, 7]) is None  # seen once
+    assert table.after([3]) is None
+    later = torch.tensor([2, 3, 4, 2, 3, 4])
+    more = ngrams_of([(later[:-1], later[1:], counted[:5])], before=table)
+    assert more.after([2, 3]) == (4, pytest.approx(2 / 4, abs=0.01))
+    assert more.after([3, 9]) == table.after([3, 9])
+    most = ngrams_of([(ids[:-1], ids[1:], counted)], most=2)
+    assert len(most.keys) == 2  # the most frequent one, and an empty slot
+    assert most.after([2, 3]) == (9, pytest.approx(0.5, abs=0.01))
+
+
+@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+def test_a_table_of_ngrams_drafts_for_nothing(family: str, tmp_path: Path) -> None:
+    full = Engine(tiny(family))
+    exits = modest_exits(family, gate="linear", readout="deep")
+    exits.ngrams = ngrams_of(own_text(full))
+    exits.config = replace(exits.config, ngrams=len(exits.ngrams.keys))
+    exits.save(tmp_path)
+    loaded = Exits.load(tmp_path, tiny(family))
+    assert loaded.ngrams is not None
+    assert torch.equal(loaded.ngrams.values, exits.ngrams.values)
+    engine = costing(Engine(tiny(family), loaded, Policy((0.0, 1.0, 1.0), "max-prob"), "verify", lookup=0), 0.1, 9.0)
+    stood = 0
+    for prompt in some_prompts(12):
+        answer = engine.generate(prompt, max_tokens=60)
+        assert answer.ids == full.generate(prompt, max_tokens=60).ids
+        for place, token in enumerate(answer.tokens):
+            if token.exit_block == 0:
+                expected = exits.ngrams.after(prompt + answer.ids[:place])
+                assert expected is not None
+                assert expected[0] == token.id
+                stood += 1
+    assert stood > 0
+
+
+@pytest.mark.parametrize("damage", ["full", "beyond", "odd"])
+def test_a_damaged_table_of_ngrams_is_refused(damage: str, tmp_path: Path) -> None:
+    exits = modest_exits("llama", gate="linear", readout="deep")
+    size = 12 if damage == "odd" else 16
+    keys, values = torch.zeros(size, dtype=torch.int32), torch.full((size,), 5 << 8, dtype=torch.int32)
+    if damage == "full":
+        keys += 1
+    if damage == "beyond":
+        values += 1 << 24
+    exits.ngrams, exits.config = Ngrams(keys, values), replace(exits.config, ngrams=size)
+    exits.save(tmp_path)
+    with pytest.raises(CorruptFile, match="n-grams"):
+        Exits.load(tmp_path, tiny("llama"))

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from offramp.exits.exits import Exit
+from offramp.exits.exits import Exit, Exits
+from offramp.exits.ngrams import LONGEST, SHORTEST
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
 from offramp.model.lean.base import Lean
 from offramp.model.lean.steps import DrafterParts
-from offramp.model.lean.structures import MOST_DRAFTS, CDrafter
+from offramp.model.lean.structures import MOST_DRAFTS, CDrafter, CNgrams
 from offramp.model.lean.weights import Int8, Weight
 
 # What one more row of a chunk costs, in steps of full depth. Where the processor multiplies bfloat16 and 8-bit integers.
@@ -25,17 +25,18 @@ ROW = {"float32": 0.4, "bfloat16": 0.08, "int8": 0.1, "int4": 0.14, "int4-head4"
 
 @dataclass(frozen=True)
 class Drafting:
-    """A compiled drafter. `parts` keeps alive what the C code points to. `block`: the number of blocks before the exit."""
+    """A compiled drafter. `block`: the number of blocks before the exit. The rest keeps alive what the C code points to."""
 
     block: int
     parts: DrafterParts
     compiled: CDrafter
+    exits: Exits
 
     @classmethod
     def of(
-        cls, backbone: Backbone, exit: Exit, shortlist: Tensor | None, most: int, alike: int, floor: float
+        cls, backbone: Backbone, exit: Exit, exits: Exits, most: int, alike: int, floor: float
     ) -> Drafting | None:
-        """The drafter of an exit; None if it cannot be compiled. `most`, `alike` and `floor` are as in `DrafterParts`."""
+        """The drafter of one of the exits; None if it cannot be compiled. The rest is as in `DrafterParts`."""
         runtime, adapter = backbone.runtime, exit.adapter
         if not (isinstance(runtime, Lean) and isinstance(adapter, DeepAdapter)) or (exit.tail and "mamba" in backbone.kinds):
             return None
@@ -43,7 +44,11 @@ class Drafting:
         kind = Weight if plain else Int8
         inward, constant, down = (part.float().contiguous() for part in adapter.maps())
         mean, spread = (part.float().contiguous() for part in (adapter.norm.mean, adapter.norm.spread))
+        shortlist, ngrams = exits.shortlist, exits.ngrams
         rows = torch.arange(runtime.head.rows) if shortlist is None else shortlist
+        table = None
+        if ngrams is not None:
+            table = CNgrams(ngrams.keys.data_ptr(), ngrams.values.data_ptr(), len(ngrams.keys) - 1, SHORTEST, LONGEST)
         weights = kind.of(inward, constant), kind.of(down), kind.of(runtime.head.pick(rows).dense())
         own = [*range(exit.block), *range(backbone.n_blocks - exit.tail, backbone.n_blocks)]
         asking = sum(weight.nbytes for weight in weights) + sum(map(runtime.block_bytes, own))
@@ -51,7 +56,7 @@ class Drafting:
         scale = None if adapter.jump is None else adapter.jump.spread.float().contiguous()
         row = ROW[runtime.weight_format]
         parts = DrafterParts(
-            exit.block, exit.tail, *weights, mean, spread, scale, shortlist, min(most, MOST_DRAFTS), alike, row,
-            asking / step, floor,
+            exit.block, exit.tail, *weights, mean, spread, scale, shortlist, table,
+            min(most, MOST_DRAFTS), alike, row, asking / step, floor,
         )  # fmt: skip
-        return cls(exit.block, parts, runtime.drafter(parts))
+        return cls(exit.block, parts, runtime.drafter(parts), exits)

@@ -144,8 +144,8 @@ class Plan:
         if not self.fill.verifies or policy.confidence != "max-prob" or policy.decay or len(self.open_exits) != 1:
             return None
         exit, index = self.open_exits[0]
-        shortlist = exits.shortlist if exits else None
-        return Drafting.of(self.backbone, exit, shortlist, self.max_pending, self.lookup, policy.thresholds[index])
+        assert exits is not None
+        return Drafting.of(self.backbone, exit, exits, self.max_pending, self.lookup, policy.thresholds[index])
 
     @property
     def prefill_flops(self) -> int:

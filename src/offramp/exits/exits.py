@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.gates import GATES
+from offramp.exits.ngrams import Ngrams
 from offramp.exits.policy import Policy
 from offramp.exits.readouts import READOUTS
 from offramp.files import ASSETS, write_atomically
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from offramp.model.backbone import Backbone
 
 WEIGHTS, RECORD = "exits.safetensors", "offramp.json"
-SHORTLIST, SKETCH = "shortlist", ("sketch.reduce", "sketch.expand")  # names of tensors beside the modules' own
+# Names of tensors beside the modules' own.
+SHORTLIST, SKETCH, NGRAMS = "shortlist", ("sketch.reduce", "sketch.expand"), ("ngrams.keys", "ngrams.values")
 DRAFT = "draft"  # the subfolder, in the folder of a model's exits, for the exits that draft for `verify`
 
 
@@ -42,7 +44,8 @@ class ExitsConfig:
 
     `layers`: for each exit, the number of blocks that run before it. `tails`: for each exit, how many of the model's last
     blocks run after its adapter (0: none); empty where no exit has a tail. Widths are bottlenecks, in dims. `shortlist`:
-    read out only this many frequent tokens (0: all). `sketch`: dims of a sketch of the head (0: none).
+    read out only this many frequent tokens (0: all). `sketch`: dims of a sketch of the head (0: none). `ngrams`: slots of a
+    table of n-grams, which drafts come from, too (0: none).
     """
 
     layers: tuple[int, ...]
@@ -53,6 +56,7 @@ class ExitsConfig:
     shortlist: int = 0
     sketch: int = 0
     tails: tuple[int, ...] = ()
+    ngrams: int = 0
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -108,7 +112,7 @@ class Exits:
     exits were made. `calibration` records what `policy` guarantees (see `training.calibration`), and is empty for no
     guarantee. `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and
     expand (D, k). Before the head, expand · reduce · h stands in for the hidden state h, so that the head times `expand` is
-    a small matrix (`offramp.training.sketch`).
+    a small matrix (`offramp.training.sketch`). `ngrams`: what often follows a few tokens, in the model's own answers.
     """
 
     config: ExitsConfig
@@ -120,6 +124,7 @@ class Exits:
     calibration: dict[str, Any] = field(default_factory=dict)
     shortlist: Tensor | None = None
     sketch: tuple[Tensor, Tensor] | None = None
+    ngrams: Ngrams | None = None
 
     @classmethod
     def new(cls, backbone: Backbone, config: ExitsConfig) -> Exits:
@@ -155,6 +160,8 @@ class Exits:
             tensors[SHORTLIST] = self.shortlist.int()
         if self.sketch is not None:
             tensors |= {name: part.bfloat16() for name, part in zip(SKETCH, self.sketch, strict=True)}
+        if self.ngrams is not None:
+            tensors |= dict(zip(NGRAMS, (self.ngrams.keys, self.ngrams.values), strict=True))
         write_atomically(Path(folder) / WEIGHTS, save(tensors))
         self.save_record(folder)
 
@@ -176,6 +183,7 @@ class Exits:
         sizes = {
             "shortlist": 0 if self.shortlist is None else len(self.shortlist),
             "sketch": 0 if self.sketch is None else len(self.sketch[0]),
+            "ngrams": 0 if self.ngrams is None else len(self.ngrams.keys),
         }
         for name, size in sizes.items():
             named = getattr(self.config, name)
@@ -197,7 +205,7 @@ class Exits:
         record.check_owner(folder, backbone)
         with torch.device("meta"):  # the weights come from the file
             exits = cls.new(backbone, record.config)
-        exits._load_weights(folder / WEIGHTS)
+        exits._load_weights(folder / WEIGHTS, backbone.vocab_size)
         if record.weight_format != backbone.weight_format:
             warnings.warn(
                 f"These exits were trained with {record.weight_format} weights and the model runs in "
@@ -209,7 +217,7 @@ class Exits:
         exits.modules.eval().requires_grad_(False)
         return exits
 
-    def _load_weights(self, file: Path) -> None:
+    def _load_weights(self, file: Path, vocabulary: int) -> None:
         from safetensors.torch import load_file
 
         config, hidden = self.config, self.backbone["hidden_size"]
@@ -222,6 +230,7 @@ class Exits:
             shapes = [(config.sketch, hidden), (hidden, config.sketch)] if config.sketch else []
             if [tuple(part.shape) for part in sketch] != shapes:
                 raise ValueError(f"its sketch of the head is not one of {config.sketch} dims")
+            ngrams = self._ngrams([tensors.pop(name) for name in NGRAMS if name in tensors], vocabulary)
             for key in tensors:
                 tensors[key] = tensors[key].float()
             self.modules.load_state_dict(tensors, assign=True)
@@ -232,6 +241,18 @@ class Exits:
             raise CorruptFile(f"{file} holds NaN or infinite weights.", "Train the exits again.")
         self.shortlist = None if shortlist is None else shortlist.long()
         self.sketch = (sketch[0], sketch[1]) if sketch else None
+        self.ngrams = ngrams
+
+    def _ngrams(self, parts: list[Tensor], vocabulary: int) -> Ngrams | None:
+        """The table of these tensors. Raises `ValueError` for one that the config does not name, or that cannot be read."""
+        size = self.config.ngrams
+        if [(part.dtype, *part.shape) for part in parts] != [(torch.int32, size)] * 2 * bool(size):
+            raise ValueError(f"its table of n-grams is not one of {size} slots")
+        if not parts:
+            return None
+        table = Ngrams(*parts)
+        table.check(vocabulary)
+        return table
 
 
 @dataclass(frozen=True)

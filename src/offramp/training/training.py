@@ -26,6 +26,7 @@ from torch import Tensor
 
 from offramp import __version__
 from offramp.exits.exits import Exits
+from offramp.exits.ngrams import ngrams_of
 from offramp.exits.policy import Policy
 from offramp.files import write_atomically
 from offramp.model.backbone import Backbone
@@ -66,13 +67,17 @@ def train(
             plan = planned(backbone, config, work, progress, start)
         exits = Exits.new(backbone, start.config if start else shape_of(backbone, config, plan.layers, plan.tails))
         if start is not None:
-            exits.shortlist, exits.sketch = start.shortlist, start.sketch
+            exits.shortlist, exits.sketch, exits.ngrams = start.shortlist, start.sketch, start.ngrams
         settings = {**asdict(config), "start": start.training if start else None}
         text = replace(config, answers=plan.answers)
         gates_only = start is not None and config.epochs == 0
         data = gather(backbone, text, needed_layers(exits), work, progress, settings, gates_only)
         if exits.config.shortlist and exits.shortlist is None:
             exits.shortlist = frequent_tokens(data.adapters, exits.config.shortlist, backbone.vocab_size)
+        if any(exit.adapter.reads_top for exit in exits):
+            learned = ((each.ids, each.top_ids[:, 0], each.counted) for each in data.adapters)
+            exits.ngrams = ngrams_of(learned, start.ngrams if start else None)
+            exits.config = replace(exits.config, ngrams=len(exits.ngrams.keys))
         trainer = Trainer(backbone, exits, config, work, progress)
         if exits.config.sketch and exits.sketch is None:
             exits.sketch = sketch_of(backbone, data.adapters, exits.config.sketch, trainer.fit)

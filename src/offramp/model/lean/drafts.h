@@ -1,12 +1,18 @@
-// Drafts: guesses at the tokens that follow, which full depth then decides in one chunk. For steps.h. They come from an exit, and,
-// where a text repeats itself, from the text (prompt look-up).
+// Drafts: guesses at the tokens that follow, which full depth then decides in one chunk. For steps.h. They come from an exit, and
+// for nothing from the text, where it repeats itself (prompt look-up), and from a table of what often follows a few tokens.
 
 #pragma once
 #include "gates.h"
 #include "head.h"
 
 enum { MOST_DRAFTS = 7 };  // of a round
-enum { NOTHING, EXIT, TEXT, SOURCES };  // what a draft comes from
+enum { NOTHING, EXIT, TEXT, TABLE, SOURCES };  // what a draft comes from
+
+// A hash table of `mask` + 1 slots (exits/ngrams.py). A value is 256 · a token + its chance to follow, in 1/255.
+typedef struct {
+    const uint32_t *keys, *values;
+    int64_t mask, shortest, longest;
+} Ngrams;
 
 // An exit that drafts: exits/readouts.py says what its read-out computes (DeepAdapter).
 typedef struct {
@@ -16,6 +22,7 @@ typedef struct {
     const float *scale;           // (D): the output is h + scale · y; NULL: it is y
     Head head;                    // of the tokens that it can draft
     const int64_t *tokens;        // their ids, or NULL for the whole vocabulary
+    const Ngrams *ngrams;         // or NULL
     int64_t most, alike;          // drafts of a round; tokens that stand earlier, too, where a text repeats itself (0: none)
     float row, asking, floor;     // costs in steps of full depth: one more row of a chunk, one draft; least chance of a draft
 } Drafter;
@@ -23,6 +30,7 @@ typedef struct {
 // What is learned from the drafts of one sequence. It decides how many drafts are made.
 typedef struct {
     double right[SOURCES], seen[SOURCES];  // share of each source's newest drafts that were right; how many (NOTHING: rounds)
+    double promised;                       // mean chance of the table's newest drafts
     double tokens, cost;                   // of a round; the cost in steps of full depth
     int64_t rest, pause;                   // rounds until an exit whose drafts do not pay is asked again: now, and next time
 } Estimates;
@@ -31,7 +39,8 @@ typedef struct {
 // thread that comes late decides the same.
 typedef struct {
     int64_t source[MOST_DRAFTS + 1], guess[MOST_DRAFTS + 1], kept[MOST_DRAFTS + 1];
-    double sure[MOST_DRAFTS + 1];  // the exit's probability, or the share of look-ups that were right
+    double sure[MOST_DRAFTS + 1];  // the exit's probability, or how often such drafts were right
+    double promise[MOST_DRAFTS + 1];  // the table's chance
     double chance;                 // that all drafts so far stand
     int64_t drafts, stood, ends;   // drafts; those that full depth chose too; whether the text ends
 } Round;
@@ -134,17 +143,40 @@ static int64_t looked_up(const int64_t *ids, int64_t count, int64_t alike) {
     return -1;
 }
 
-// Decides where draft n of a round comes from: from whichever source was right more often, if it is likely enough to stand. `ids`
-// are all ids so far, drafts among them. An exit goes on only from its own drafts, whose states it knows.
+// The hash of n ids: `_hashes` of exits/ngrams.py.
+static uint32_t key_of(const int64_t *ids, int64_t n) {
+    uint32_t key = (uint32_t)n;
+    for (int64_t i = 0; i < n; i++) {
+        key = (key ^ (uint32_t)ids[i]) * 0x9E3779B1u;
+        key ^= key >> 15;
+    }
+    return key ? key : 1;
+}
+
+// The table's value for the longest context that it knows at the end of `count` ids, or 0.
+static uint32_t expected(const Ngrams *g, const int64_t *ids, int64_t count) {
+    for (int64_t n = min_(g->longest, count); n >= g->shortest; n--) {
+        const uint32_t key = key_of(ids + count - n, n);
+        for (int64_t slot = key & g->mask; g->keys[slot]; slot = (slot + 1) & g->mask)
+            if (g->keys[slot] == key) return g->values[slot];
+    }
+    return 0;
+}
+
+// Decides where draft n of a round comes from: from whichever source is likelier to be right, if it is likely enough to stand.
+// `ids` are all ids so far, drafts among them. An exit goes on only from its own drafts, whose states it knows.
 static void choose_source(const Drafter *d, Estimates *e, Round *round, int64_t n, const int64_t *ids, int64_t count) {
-    const double rate = fmax(1, e->tokens / e->cost), row = fmax(d->row * rate, d->floor);
+    const double rate = fmax(1, e->tokens / e->cost), asks = fmax((d->row + d->asking) * rate, d->floor);
     const int64_t found = looked_up(ids, count, d->alike);
-    const int text = found >= 0 && round->chance * e->right[TEXT] > row, own = n == 0 || round->source[n - 1] == EXIT;
-    int exit = own && round->chance * e->right[EXIT] > fmax((d->row + d->asking) * rate, d->floor);
-    if (n == 0 && exit) e->rest = e->pause = NEWEST;
-    if (n == 0 && !exit && --e->rest <= 0) exit = 1, e->rest = e->pause = e->pause < LONGEST ? 2 * e->pause : LONGEST;
-    round->source[n] = text && (!exit || e->right[TEXT] >= e->right[EXIT]) ? TEXT : exit ? EXIT : NOTHING;
-    if (round->source[n] == TEXT) round->guess[n] = found, round->sure[n] = e->right[TEXT];
+    const uint32_t value = d->ngrams ? expected(d->ngrams, ids, count) : 0;
+    const double promise = (value & 255) / 255.0, table = value ? promise * e->right[TABLE] / e->promised : 0;
+    const double text = found >= 0 ? e->right[TEXT] : 0, free = fmax(text, table), exit = e->right[EXIT];
+    int ask = (n == 0 || round->source[n - 1] == EXIT) && round->chance * exit > asks;
+    if (n == 0 && ask) e->rest = e->pause = NEWEST;
+    if (n == 0 && !ask && --e->rest <= 0) ask = 1, e->rest = e->pause = e->pause < LONGEST ? 2 * e->pause : LONGEST;
+    round->source[n] = free > 0 && (!ask || free >= exit) ? (text >= table ? TEXT : TABLE) : ask ? EXIT : NOTHING;
+    if (round->source[n] == TEXT) round->guess[n] = found, round->sure[n] = fmin(text, 1);
+    if (round->source[n] == TABLE) round->guess[n] = value >> 8, round->sure[n] = fmin(table, 1), round->promise[n] = promise;
 }
 
 // Decides whether draft n is tried.
@@ -166,6 +198,7 @@ static void learn_from(const Drafter *d, Estimates *e, const Round *round, const
         if (n > round->stood) continue;
         e->seen[source] = one_more(e->seen[source]);
         learn(e->right + source, e->seen[source], round->guess[n] == chosen[n]);
+        if (source == TABLE) learn(&e->promised, e->seen[source], round->promise[n]);
     }
     e->seen[NOTHING] = one_more(e->seen[NOTHING]);
     learn(&e->tokens, e->seen[NOTHING], round->stood + 1);

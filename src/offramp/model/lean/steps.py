@@ -21,6 +21,7 @@ from offramp.model.lean.structures import (
     CGate,
     CGates,
     CHead,
+    CNgrams,
     CRound,
     CSketch,
     CSteps,
@@ -88,7 +89,8 @@ class DrafterParts:
     is added to the output, above the gate and the up projection; `down` (D, W). `mean` and `spread` (D,) are those of the
     hidden states that it reads; `scale` (D,): the output is h + scale ⊙ y, or y if it is None. `tokens` (n,): the ids that
     it drafts, or None for all; `list` (n, D) are their rows of the head. A round has at most `most` drafts. Where the last
-    `alike` tokens stand earlier in the text, what followed them is a draft, too (0: never). Costs are in steps of full
+    `alike` tokens stand earlier in the text, what followed them is a draft, too (0: never), and so is what `ngrams` (or None)
+    expect. Costs are in steps of full
     depth: `row` of one more row of a chunk, `asking` of one draft. `floor`: what a draft's chance to stand must exceed.
     """
 
@@ -101,6 +103,7 @@ class DrafterParts:
     spread: Tensor
     scale: Tensor | None
     tokens: Tensor | None
+    ngrams: CNgrams | None
     most: int
     alike: int
     row: float
@@ -112,13 +115,14 @@ class DrafterParts:
         return CDrafter(
             self.after, self.tail, CWeight.of(self.inward), CWeight.of(self.down),
             *map(address, (self.mean, self.spread, self.scale)),
-            CHead(CWeight.of(self.list), address(norm), eps), address(self.tokens), self.most, self.alike, self.row, self.asking, self.floor,
+            CHead(CWeight.of(self.list), address(norm), eps), address(self.tokens),
+            ctypes.pointer(self.ngrams) if self.ngrams else None, self.most, self.alike, self.row, self.asking, self.floor,
         )  # fmt: skip
 
 
 def new_estimates() -> CEstimates:
     """Estimates for a sequence that nothing has been drafted for, as if half of a few drafts had been right."""
-    return CEstimates((0.0, 0.5, 0.5), (1.0, 4.0, 4.0), 1.0, 1.0, 0, 16)
+    return CEstimates((0.0, 0.5, 0.5, 0.5), (1.0, 4.0, 4.0, 4.0), 0.5, 1.0, 1.0, 0, 16)
 
 
 @dataclass(frozen=True)

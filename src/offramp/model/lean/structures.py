@@ -49,6 +49,15 @@ class CSketch(ctypes.Structure):
 MOST_DRAFTS = 7  # of a round; as in drafts.h
 
 
+class CNgrams(ctypes.Structure):
+    """`Ngrams` in drafts.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values")),
+        *((name, c_int64) for name in ("mask", "shortest", "longest")),
+    )
+
+
 class CDrafter(ctypes.Structure):
     """`Drafter` in drafts.h."""
 
@@ -58,6 +67,7 @@ class CDrafter(ctypes.Structure):
         *((name, c_void_p) for name in ("mean", "spread", "scale")),
         ("head", CHead),
         ("tokens", c_void_p),
+        ("ngrams", POINTER(CNgrams)),
         *((name, c_int64) for name in ("most", "alike")),
         *((name, c_float) for name in ("row", "asking", "floor")),
     )
@@ -67,8 +77,8 @@ class CEstimates(ctypes.Structure):
     """`Estimates` in drafts.h."""
 
     _fields_ = (
-        *((name, c_double * 3) for name in ("right", "seen")),
-        *((name, c_double) for name in ("tokens", "cost")),
+        *((name, c_double * 4) for name in ("right", "seen")),
+        *((name, c_double) for name in ("promised", "tokens", "cost")),
         *((name, c_int64) for name in ("rest", "pause")),
     )
 
@@ -78,7 +88,7 @@ class CRound(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64 * (MOST_DRAFTS + 1)) for name in ("source", "guess", "kept")),
-        ("sure", c_double * (MOST_DRAFTS + 1)),
+        *((name, c_double * (MOST_DRAFTS + 1)) for name in ("sure", "promise")),
         ("chance", c_double),
         *((name, c_int64) for name in ("drafts", "stood", "ends")),
     )

@@ -1,0 +1,118 @@
+"""An n-gram table: the token that most often follows two to four tokens in a model's own answers.
+
+It is a source of drafts that costs nothing (an n-gram language model with back-off, as in Jurafsky and Martin, "Speech and
+Language Processing", chapter 3). The table is a hash table that compiled code reads as it is (drafts.h). Longer contexts are
+asked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LONGEST, SHORTEST = 4, 2  # tokens of a context
+SLOTS = 1 << 19  # of the largest table: 4 MB
+FULLEST = 0.7  # share of the slots that are taken
+LEAST = 0.45  # chance of a token to follow, below which it is not kept
+
+
+@dataclass(frozen=True)
+class Ngrams:
+    """Slots of a hash table, two int32 tensors (n,), where n is a power of 2.
+
+    `keys`: the hash of a context, 0 for an empty slot; `values`: 256 · a token + its chance to follow, in 1/255.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def check(self, vocabulary: int) -> None:
+        """Raises `ValueError` for tensors that are no such table, or name tokens beyond a vocabulary of this size."""
+        slots = len(self.keys)
+        if not slots or slots & (slots - 1) or bool(self.keys.all()):
+            raise ValueError(f"a table of n-grams cannot have {slots} slots, all of them taken")
+        if int(((self.values.long() & 0xFFFFFFFF) >> 8).max()) >= vocabulary:
+            raise ValueError(f"its table of n-grams names tokens beyond the vocabulary of {vocabulary}")
+
+    def after(self, ids: list[int]) -> tuple[int, float] | None:
+        """The token that the table expects after these ids, and its chance; None for a context that it does not know."""
+        mask = len(self.keys) - 1
+        for length in range(min(LONGEST, len(ids)), SHORTEST - 1, -1):
+            key = int(_hashes(np.array([ids[-length:]], dtype=np.uint32))[0])
+            slot = key & mask
+            while (there := int(self.keys[slot]) & 0xFFFFFFFF) != 0:
+                if there == key:
+                    value = int(self.values[slot]) & 0xFFFFFFFF
+                    return value >> 8, (value & 255) / 255
+                slot = (slot + 1) & mask
+        return None
+
+
+def ngrams_of(texts: Iterable[tuple[Tensor, Tensor, Tensor]], before: Ngrams | None = None, most: int = SLOTS) -> Ngrams:
+    """The table of texts: ids (T,), the token that the model chose after each (T,), and whether that counts (T,).
+
+    A token that followed b times out of n has a chance of b / (n + 2): a guess from few texts is often wrong on others. What
+    the texts do not say comes from a table `before`. Where there are too many contexts, the most frequent ones are kept;
+    `most` is the number of slots.
+    """
+    arrays = [tuple(part.numpy().astype(np.uint32) for part in text) for text in texts]
+    found = [_likeliest(*_contexts(arrays, length)) for length in range(SHORTEST, LONGEST + 1)]
+    keys, tokens, right, seen = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    chance = right / (seen + 2)
+    kept = np.flatnonzero(chance >= LEAST)
+    kept = kept[np.argsort(-right[kept], kind="stable")]
+    keys, values = keys[kept], tokens[kept] << 8 | np.round(255 * chance[kept]).astype(np.uint32)
+    if before is not None:
+        old_keys, old_values = (part.numpy().view(np.uint32) for part in (before.keys, before.values))
+        new = (old_keys != 0) & ~np.isin(old_keys, keys)
+        keys, values = np.concatenate([keys, old_keys[new]]), np.concatenate([values, old_values[new]])
+    keys, values = keys[: int(FULLEST * most)], values[: int(FULLEST * most)]
+    slots = max(16, 1 << int(np.ceil(np.log2(len(keys) / FULLEST + 1))))
+    return Ngrams(*_table(keys, values, min(slots, most)))
+
+
+def _hashes(contexts: np.ndarray) -> np.ndarray:
+    """The hash of each context (n, length): uint32 (n,), never 0. As `key_of` in drafts.h."""
+    hashes = np.full(len(contexts), contexts.shape[1], dtype=np.uint32)
+    for column in contexts.T:
+        hashes = (hashes ^ column) * np.uint32(0x9E3779B1)
+        hashes ^= hashes >> np.uint32(15)
+    return np.maximum(hashes, 1)
+
+
+def _contexts(texts: list[tuple[np.ndarray, ...]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The hashes of all contexts of a length, and the token that follows each, both (n,)."""
+    keys, tokens = [np.empty(0, np.uint32)], [np.empty(0, np.uint32)]
+    for ids, chosen, counted in texts:
+        if len(ids) >= length:
+            counts = counted[length - 1 :].astype(bool)
+            keys.append(_hashes(np.lib.stride_tricks.sliding_window_view(ids, length)[counts]))
+            tokens.append(chosen[length - 1 :][counts])
+    return np.concatenate(keys), np.concatenate(tokens)
+
+
+def _likeliest(keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each key, the token that follows it most often, how often it does, and how often any does."""
+    pairs, counts = np.unique(keys.astype(np.uint64) << np.uint64(32) | tokens, return_counts=True)
+    own = (pairs >> np.uint64(32)).astype(np.uint32)
+    order = np.lexsort((-counts, own))
+    distinct, first = np.unique(own[order], return_index=True)
+    seen = np.add.reduceat(counts[order], first) if len(first) else counts
+    best = order[first]
+    return distinct, (pairs[best] & np.uint64(0xFFFFFFFF)).astype(np.uint32), counts[best], seen
+
+
+def _table(keys: np.ndarray, values: np.ndarray, slots: int) -> tuple[Tensor, Tensor]:
+    """The keys and values in a hash table with linear probing. Frequent ones come first, and are found soonest."""
+    table, stored, mask = np.zeros(slots, np.uint32), np.zeros(slots, np.uint32), slots - 1
+    for key, value in zip(keys.tolist(), values.tolist(), strict=True):
+        slot = key & mask
+        while table[slot] and table[slot] != key:
+            slot = (slot + 1) & mask
+        if not table[slot]:
+            table[slot], stored[slot] = key, value
+    return torch.from_numpy(table.view(np.int32)), torch.from_numpy(stored.view(np.int32))

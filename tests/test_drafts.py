@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from helpers import TAILS, exact, modest_exits, some_prompts
-from models import BLOCKS, tiny
+from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, Policy
 from offramp.decode.request import Talk
 from offramp.errors import CorruptFile
 from offramp.exits.exits import Exit
 from offramp.exits.ngrams import Ngrams, ngrams_of
+from offramp.exits.parts import unit
+from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
 from offramp.model.lean.steps import Steps
 from offramp.training.drafting import runs
@@ -93,7 +95,10 @@ def test_compiled_drafts_are_those_of_the_read_out() -> None:
             for place in drafted:
                 if place and request.tokens[place - 1].exit_block < BLOCKS:
                     continue  # the second draft of a round reads what the exit made of the first
-                assert drafted_id(backbone, exit, ids[: len(prompt) + place], engine.exit_head.shortlist) == ids[len(prompt) + place]
+                assert (
+                    drafted_id(backbone, exit, ids[: len(prompt) + place], engine.exit_head.shortlist)
+                    == ids[len(prompt) + place]
+                )
 
 
 @torch.inference_mode()
@@ -233,3 +238,19 @@ def test_a_damaged_table_of_ngrams_is_refused(damage: str, tmp_path: Path) -> No
     exits.save(tmp_path)
     with pytest.raises(CorruptFile, match="n-grams"):
         Exits.load(tmp_path, tiny("llama"))
+
+
+@pytest.mark.parametrize("tails", [(), (2, 0, 0)], ids=str)
+def test_a_draft_starts_from_the_linear_map_that_fits_best(tails: tuple[int, ...]) -> None:
+    exit = next(iter(modest_exits("llama", gate="linear", readout="deep", tails=tails)))
+    adapter = exit.adapter
+    assert isinstance(adapter, DeepAdapter)
+    adapter.down.weight.zero_()
+    torch.manual_seed(0)
+    h, top, forward, back = (torch.randn(4000, HIDDEN) for _ in range(4))
+    forward, back = forward[:HIDDEN] / 8, back[:HIDDEN] / 8
+    target = h + unit(h) @ forward + unit(top) @ back + 0.5
+    adapter.norm.fit(h)
+    adapter.fit(h, top, target)
+    found, wanted = adapter(torch.cat([h, top], dim=1)[None])[0][0], target if tails else unit(target)
+    assert float((found - wanted).std() / wanted.std()) < (0.2 if tails else 0.35)

@@ -34,7 +34,7 @@ def train(
     from offramp.training.training import train as train_exits
 
     backbone = decoding.load(model)
-    config = draft_config(backbone.n_blocks, **settings) if draft else TrainConfig(**settings)
+    config = draft_config(backbone.kinds, **settings) if draft else TrainConfig(**settings)
     output = output / DRAFT if draft else output
     before = None if start is None else Exits.load(start, backbone)
     with resumable(), progress_bars() as progress:

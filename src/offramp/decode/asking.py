@@ -161,7 +161,8 @@ def _passes(plan: Plan, steps: Steps, position: int, gate_flops: int) -> list[Pa
             tails = plan.work(depth - exit.tail, depth, made.asked, end)
             work = work.plus(tails, Work(made.asked * (exit.adapter.flops() + plan.exit_head.flops)))
         drafts = [
-            Decision(id, 0 if sure is None else plan.segments[0].stop, sure) for id, sure in zip(ids, made.sure, strict=False)
+            Decision(id, 0 if sure is None else plan.segments[0].stop, sure)
+            for id, sure in zip(ids, made.sure, strict=False)
         ]
         passes.append(Pass([*drafts, Decision(ids[-1], depth, None, work)], made.drafts - stood))
         first += stood + 1

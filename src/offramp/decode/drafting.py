@@ -1,4 +1,4 @@
-"""Compiled drafts: an exit that drafts runs in the same call as full depth, which decides about its drafts (`asking.run_ahead`).
+"""Compiled drafts: an exit that drafts runs in the same call as full depth, which decides about them (`asking.run_ahead`).
 
 That needs the compiled path, one open exit with a deep read-out whose own probability decides, and greedy tokens. Elsewhere
 `decode.batch` makes the drafts, one by one.
@@ -33,12 +33,12 @@ class Drafting:
     exits: Exits
 
     @classmethod
-    def of(
-        cls, backbone: Backbone, exit: Exit, exits: Exits, most: int, alike: int, floor: float
-    ) -> Drafting | None:
+    def of(cls, backbone: Backbone, exit: Exit, exits: Exits, most: int, alike: int, floor: float) -> Drafting | None:
         """The drafter of one of the exits; None if it cannot be compiled. The rest is as in `DrafterParts`."""
         runtime, adapter = backbone.runtime, exit.adapter
-        if not (isinstance(runtime, Lean) and isinstance(adapter, DeepAdapter)) or (exit.tail and "mamba" in backbone.kinds):
+        if not (isinstance(runtime, Lean) and isinstance(adapter, DeepAdapter)) or (
+            exit.tail and "mamba" in backbone.kinds
+        ):
             return None
         plain = runtime.weight_format == "float32" or backbone.hidden_size % 32 or adapter.down.in_features % 32
         kind = Weight if plain else Int8

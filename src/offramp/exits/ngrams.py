@@ -1,8 +1,7 @@
 """An n-gram table: the token that most often follows two to four tokens in a model's own answers.
 
-It is a source of drafts that costs nothing (an n-gram language model with back-off, as in Jurafsky and Martin, "Speech and
-Language Processing", chapter 3). The table is a hash table that compiled code reads as it is (drafts.h). Longer contexts are
-asked first.
+Drafts from it cost nothing. It is an n-gram language model with back-off (Jurafsky and Martin, "Speech and Language
+Processing", chapter 3): longer contexts are asked first. Compiled code reads the hash table as it is (drafts.h).
 """
 
 from __future__ import annotations
@@ -55,9 +54,9 @@ class Ngrams:
 def ngrams_of(texts: Iterable[tuple[Tensor, Tensor, Tensor]], before: Ngrams | None = None, most: int = SLOTS) -> Ngrams:
     """The table of texts: ids (T,), the token that the model chose after each (T,), and whether that counts (T,).
 
-    A token that followed b times out of n has a chance of b / (n + 2): a guess from few texts is often wrong on others. What
-    the texts do not say comes from a table `before`. Where there are too many contexts, the most frequent ones are kept;
-    `most` is the number of slots.
+    A token that followed b times out of n has a chance of b / (n + 2): a guess from few texts is often wrong on others.
+    What the texts do not say comes from a table `before`. Where there are too many contexts, the most frequent ones are
+    kept; `most` is the number of slots.
     """
     arrays = [tuple(part.numpy().astype(np.uint32) for part in text) for text in texts]
     found = [_likeliest(*_contexts(arrays, length)) for length in range(SHORTEST, LONGEST + 1)]

@@ -31,21 +31,31 @@ class Jump(nn.Module):
         nn.init.zeros_(self.direct.bias)
         self.register_buffer("spread", torch.ones(hidden))
 
-    def fit(self, x: Tensor, h: Tensor, target: Tensor) -> None:
-        """Start from the linear map that takes h (n, D), standardised x (n, D), nearest to `target` (n, D)."""
+    def fit(self, x: Tensor, h: Tensor, target: Tensor) -> Tensor:
+        """Start from the linear map that takes h (n, D), standardised x (n, D), nearest to `target` (n, D).
+
+        x may have more columns. The map of these is returned, (D, K − D).
+        """
         self.spread.copy_(target.std(0).clamp(min=1e-6))
         ones = torch.ones(len(x), 1, device=x.device)
-        inputs = torch.cat([x, ones], dim=1).double()
-        gram = inputs.T @ inputs
-        gram.diagonal().add_(1e-2 * len(x))
-        found = torch.linalg.solve(gram, inputs.T @ ((target - h) / self.spread).clamp(-8, 8).double()).float()
+        found = _nearest(torch.cat([x, ones], dim=1), ((target - h) / self.spread).clamp(-8, 8))
         with torch.no_grad():
-            self.direct.weight.copy_(found[:-1].T)
-            self.direct.bias.copy_(found[-1])
+            self.direct.weight.copy_(found[:, : h.shape[1]])
+            self.direct.bias.copy_(found[:, -1])
+        return found[:, h.shape[1] : -1]
 
     def forward(self, h: Tensor, x: Tensor, correction: Tensor) -> Tensor:
         jumped: Tensor = h + self.spread * (self.direct(x) + correction)
         return jumped
+
+
+def _nearest(x: Tensor, y: Tensor) -> Tensor:
+    """The map (D, K), a little shrunk, that takes x (n, K) nearest to y (n, D)."""
+    x = x.double()
+    gram = x.T @ x
+    gram.diagonal().add_(1e-2 * len(x))
+    found: Tensor = torch.linalg.solve(gram, x.T @ y.double())
+    return found.float().T
 
 
 class Readout(Part):
@@ -143,12 +153,23 @@ class DeepAdapter(Readout):
         self.up = nn.Linear(2 * hidden, width, bias=False)
         self.down = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.down.weight)
-        with torch.no_grad():  # untrained, it passes on the hidden state alone
+        with torch.no_grad():  # until `fit`, it passes on the hidden state alone
             self.skip.weight.zero_() if tail else self.skip.weight.copy_(torch.eye(hidden, 2 * hidden) / 2)
 
+    def fit(self, h: Tensor, top: Tensor, target: Tensor) -> None:
+        """Start from the linear map of h and `top` (n, D) nearest to `target` (n, D): the state before the tail, or without
+        a tail the one at the top.
+        """
+        x = torch.cat([self.norm(h), unit(top)], dim=1)
+        with torch.no_grad():
+            if self.jump is None:
+                self.skip.weight.copy_(_nearest(x, unit(target)))
+            else:
+                self.skip.weight[:, h.shape[1] :] = self.jump.fit(x, h, target)
+
     def maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The read-out as two maps: `skip`, `gate` and `up` one above the other, (D + 2W, 2D), the constant that is added to
-        their product, (D + 2W,), and `down` (D, W). A jump's direct map is part of `skip`.
+        """The read-out as two maps: `skip`, `gate` and `up` one above the other, (D + 2W, 2D), the constant that is added
+        to their product, (D + 2W,), and `down` (D, W). A jump's direct map is part of `skip`.
         """
         skip, constant = self.skip.weight.detach().clone(), torch.zeros(len(self.skip.weight) + 2 * len(self.gate.weight))
         if self.jump is not None:

@@ -54,7 +54,7 @@ class TrainConfig:
     answer_tokens: int = setting(128, "Longest answer to a prompt, in tokens.")
     epochs: int | None = setting(None, "Passes over the text for the read-outs' adapters. Default: as --hours allows.")
     gate_epochs: int | None = setting(None, "Passes over the text for the gates. Default: as --hours allows.")
-    batch: int = 16
+    batch: int = setting(16, draft=4)
     learning_rate: float = setting(1e-3, "Highest learning rate of the adapters.")
     gate_learning_rate: float = 1e-3
     precision: float = setting(0.98, "The default thresholds are set so that an exit that fires agrees this often.")
@@ -82,15 +82,17 @@ class TrainConfig:
             raise BadInput(f"A precision of {self.precision} is not in [0, 1].", "0.98 is the default.")
 
 
-def draft_config(n_blocks: int, **changed: Any) -> TrainConfig:
-    """How the exit that drafts for `verify` is trained, in a model of `n_blocks` blocks; `changed` fields win.
+def draft_config(kinds: list[str], **changed: Any) -> TrainConfig:
+    """How the exit that drafts for `verify` is trained, in a model with blocks of these kinds; `changed` fields win.
 
-    It is shallow, reads the top state of the token before, and reads out a short list of tokens. A draft costs little, and
-    a wrong one is only rejected. So drafting pays even if only a quarter of the drafts are right.
+    It stands after the first block, reads the top state of the token before, too, and reads out a short list of tokens.
+    Its tail is the model's last block, if that is attention. A draft costs little, and a wrong one is only rejected. So
+    drafting pays even if only a quarter of the drafts are right.
     """
     drafts = {item.name: item.metadata.get("draft") for item in fields(TrainConfig)}
     usual = {name: value for name, value in drafts.items() if value is not None}
-    return TrainConfig(**{"layers": (max(1, round(n_blocks / 15)),), **usual, **changed})
+    place = {} if changed.get("layers") else {"layers": (1,), "tails": (int(kinds[-1] == "attention"),)}
+    return TrainConfig(**{**place, **usual, **changed})
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Runs of drafts over whole texts: what an exit makes of each token as the first, second and third draft of a run.
 
-A draft reads the top state of the token before. Full depth has run that token only if the draft is the first of its run; then
-what the exit made of the token stands in for it. An exit that learned from first drafts alone is useless after them, so it
-learns from all (training-time test: EAGLE-3, arXiv 2503.01840, section 3; HASS, arXiv 2408.15766). All tokens of a text are
-drafted at once. In the tail's blocks, a token sees the exact keys and values of the tokens before its run, those that the
-exit made of the tokens of its run, and its own.
+A draft reads the top state of the token before. Only for the first draft of a run has full depth run that token. For the
+others, what the exit made of it stands in. An exit that learned from first drafts alone is useless after them. So it learns
+from all (training-time test: EAGLE-3, arXiv 2503.01840, section 3; HASS, arXiv 2408.15766).
+
+All tokens of a text are drafted at once. In the tail's blocks, a token sees the exact keys and values of the tokens before
+its run, those that the exit made of the tokens of its run, and its own.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def check_tail(backbone: Backbone, tail: int) -> None:
         )
 
 
-def runs(backbone: Backbone, runtime: Runtime, exit: Exit, hidden: Mapping[int, Tensor], length: int = LENGTH) -> list[Tensor]:
+def runs(
+    backbone: Backbone, runtime: Runtime, exit: Exit, hidden: Mapping[int, Tensor], length: int = LENGTH
+) -> list[Tensor]:
     """The top states, (B, T, D) each, that the exit gives every token as draft number 1, 2, … `length` of a run.
 
-    `hidden`: exact states (B, T, D) by the number of blocks before them: those at the exit, before its tail, and at the top.
+    `hidden`: exact states (B, T, D) by the number of blocks before them: at the exit, before its tail, and at the top.
     `runtime` is that of `Backbone.trainable_from`, through which gradients pass.
     """
     before = _moved(hidden[backbone.n_blocks], 1)

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.parts import Standardise
 from offramp.exits.policy import max_prob
+from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
 from offramp.model.lean.weights import multiplies_bfloat16
 from offramp.model.runtime import Runtime
@@ -86,7 +87,7 @@ class Trainer:
     def standardise(self, texts: Sequence[TeacherText], parts: str = "", most: int = 20_000) -> None:
         """Give all parts of the exits the mean and spread of their hidden states over about `most` tokens.
 
-        Jumps start from the linear map that fits these tokens best. With `parts` = "gate", only the gates are changed.
+        Jumps and drafts start from the linear map that fits these tokens best. With `parts` = "gate", only gates change.
         """
         enough, tokens = 0, 0
         while enough < len(texts) and tokens < most:
@@ -97,15 +98,17 @@ class Trainer:
             for part in exit.get_submodule(parts).modules():
                 if isinstance(part, Standardise):
                     part.fit(hidden)
-            jump = getattr(exit.adapter, "jump", None)
-            if jump is not None and not parts:
-                target = self._counted(texts[:enough], self.backbone.n_blocks - exit.tail)
-                jump.fit(hidden, exit.adapter.norm(hidden), target)
+            jump, depth = getattr(exit.adapter, "jump", None), self.backbone.n_blocks
+            if isinstance(exit.adapter, DeepAdapter) and not parts:
+                target = self._counted(texts[:enough], depth - exit.tail)
+                exit.adapter.fit(hidden, self._counted(texts[:enough], depth, before=1), target)
+            elif jump is not None and not parts:
+                jump.fit(hidden, exit.adapter.norm(hidden), self._counted(texts[:enough], depth - exit.tail))
 
-    def _counted(self, texts: Sequence[TeacherText], block: int) -> Tensor:
-        """The hidden states (n, D) after a block, at all counted positions of the texts."""
-        place = self.place[block]
-        return torch.cat([text.hidden[text.counted, place] for text in texts]).float().to(self.device)
+    def _counted(self, texts: Sequence[TeacherText], block: int, before: int = 0) -> Tensor:
+        """The hidden states (n, D) after a block, at all counted positions of the texts, or so many tokens `before`."""
+        states = (F.pad(text.hidden[:, self.place[block]], (0, 0, before, 0))[: len(text.ids)] for text in texts)
+        return torch.cat([h[text.counted] for h, text in zip(states, texts, strict=True)]).float().to(self.device)
 
     def fit_adapters(self, texts: Sequence[TeacherText], hours: float | None = None) -> None:
         """Train the read-outs towards the teacher's final distributions, for the config's epochs or so many `hours`."""
@@ -157,14 +160,15 @@ class Trainer:
                 losses.append(score(top[where], where[counted]))
                 continue
             drafts = self._read_out(exit, hidden, runtime)
-            loss = sum(weight * score(top[counted]) for weight, top in zip(drafting.WEIGHTS, drafts, strict=False))
-            losses.append(loss / sum(drafting.WEIGHTS[: len(drafts)]))
+            weights = drafting.WEIGHTS[: len(drafts)]
+            each = [weight * score(top[counted]) for weight, top in zip(weights, drafts, strict=True)]
+            losses.append(torch.stack(each).sum() / sum(weights))
         return losses
 
     def _read_out(self, exit: Exit, hidden: Tensor, runtime: Runtime, length: int = drafting.LENGTH) -> list[Tensor]:
         """What an exit makes of every token of hidden (B, T, J, D), before the final norm: (B, T, D).
 
-        For a read-out that reads the top, one for each draft of a run of this length; else one only, and the exit has no tail.
+        Several for a read-out that reads the top: one for each draft of a run of this length. Else the exit has no tail.
         """
         if exit.adapter.reads_top:
             states = {block: hidden[:, :, place] for block, place in self.place.items()}

@@ -246,7 +246,7 @@ class Lean:
         return parts.compiled(self.norm.weight, self.norm.eps)
 
     def ask_for(self, ids: Sequence[int], enough: int, most: int, ends: Tensor, **more: Any) -> Ask:
-        """What `take_steps` is asked for. `more` are other fields of `Ask`, but for a `sketch`, which is what `sketched` takes."""
+        """What `take_steps` is asked for. `more`: other fields of `Ask`, but a `sketch` is what `sketched` takes."""
         sketch = more.pop("sketch", None)
         compiled = self._compiled_sketch(*sketch) if sketch else None
         return Ask(ids, enough, most, ends, self.embedding, self._head, compiled, **more)

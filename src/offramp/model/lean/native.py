@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -46,7 +46,6 @@ from offramp.model.lean.structures import (
     CSteps,
     CTokens,
     CWeight,
-    address,
 )
 
 FOLDER = Path(__file__).parent
@@ -270,7 +269,15 @@ class Native(_Native):
         kv, stepping = (c_void_p * len(memories))(*memories), Stepping(ask)
         scratch = self._for_attention(ask.rows, position + ask.most, *self._for_steps(ask))
         self._library.offramp_steps(
-            self._from(0), len(memories), self._shape, kv, turn.data_ptr(), position, stepping.compiled, stepping.gates, scratch
+            self._from(0),
+            len(memories),
+            self._shape,
+            kv,
+            turn.data_ptr(),
+            position,
+            stepping.compiled,
+            stepping.gates,
+            scratch,
         )
         return stepping.found()
 

@@ -88,10 +88,11 @@ class DrafterParts:
     It stands after block `after`, and `tail` of the model's last blocks run after it. `inward` (D + 2W, 2D) is the map that
     is added to the output, above the gate and the up projection; `down` (D, W). `mean` and `spread` (D,) are those of the
     hidden states that it reads; `scale` (D,): the output is h + scale ⊙ y, or y if it is None. `tokens` (n,): the ids that
-    it drafts, or None for all; `list` (n, D) are their rows of the head. A round has at most `most` drafts. Where the last
-    `alike` tokens stand earlier in the text, what followed them is a draft, too (0: never), and so is what `ngrams` (or None)
-    expect. Costs are in steps of full
-    depth: `row` of one more row of a chunk, `asking` of one draft. `floor`: what a draft's chance to stand must exceed.
+    it drafts, or None for all; `list` (n, D) are their rows of the head.
+
+    A round has at most `most` drafts. Where the last `alike` tokens stand earlier in the text, what followed them is a
+    draft, too (0: never), and so is what `ngrams` (or None) expect. Costs are in steps of full depth: `row` of one more row
+    of a chunk, `asking` of one draft. `floor`: what a draft's chance to stand must exceed.
     """
 
     after: int
@@ -174,7 +175,7 @@ class Round:
 class Steps:
     """What greedy decoding found: the chosen `ids`; -1 stands where logits were not finite.
 
-    `rounds`: the passes to the top that chose them, in order; of each, the drafts that stand come before the token that full
+    `rounds`: the passes to the top that chose them, in order; in each, drafts that stand come before the token that full
     depth chose. `run`: the number of blocks run of a last token that a gate stopped, 0 if there is none. `h` (1, 1, D) is
     the newest token's hidden state, `top` that of the newest that reached the top. `seconds`: spent on embeddings, blocks,
     heads, choices, and drafts.

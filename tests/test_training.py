@@ -155,10 +155,10 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
     """With the draft exit and `verify`, the tiny model gives its own answers, with fewer deep passes than tokens."""
     backbone = tiny("llama")
     settings = config(
-        prompts, layers=(2,), gate="linear", readout="deep", shortlist=100, confidence="max-prob", threshold=0.2
+        prompts, layers=(2,), gate="linear", readout="deep", shortlist=100, confidence="max-prob", threshold=0.05
     )
     exits = train(backbone, tmp_path / "exits", settings)
-    assert exits.policy == Policy((0.2,), "max-prob")
+    assert exits.policy == Policy((0.05,), "max-prob")
     assert len(exits.shortlist) == 100
     full, drafting = Engine(backbone), Engine(backbone, exits, fill="verify", lookup=0)
     answers = [drafting.generate(line, max_tokens=12) for line in read_lines(prompts, ())[:8]]

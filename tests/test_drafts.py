@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import TAILS, exact, modest_exits, some_prompts
+from helpers import TAILS, exact, library_tokens, modest_exits, some_prompts
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, Policy
 from offramp.decode.request import Talk
+from offramp.decode.sampling import Sampling
 from offramp.errors import CorruptFile
 from offramp.exits.exits import Exit
 from offramp.exits.ngrams import Ngrams, ngrams_of
@@ -254,3 +255,16 @@ def test_a_draft_starts_from_the_linear_map_that_fits_best(tails: tuple[int, ...
     adapter.fit(h, top, target)
     found, wanted = adapter(torch.cat([h, top], dim=1)[None])[0][0], target if tails else unit(target)
     assert float((found - wanted).std() / wanted.std()) < (0.2 if tails else 0.35)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+def test_the_repetition_penalty_of_compiled_code_is_the_librarys(family: str, penalty: float) -> None:
+    sampling = Sampling(repetition_penalty=penalty)
+    compiled, step_by_step = Engine(tiny(family), sampling=sampling), Engine(tiny(family), sampling=sampling)
+    drafting = costing(drafting_engine(family, sampling=sampling), 0, 0)
+    step_by_step.ahead = None
+    for prompt in ("Some words", "abc abc", "Hello there!", "1 2 3 1 2 3"):
+        expected = library_tokens(family, prompt, 40, repetition_penalty=penalty)
+        for engine in (compiled, drafting, step_by_step):
+            assert engine.generate(prompt, max_tokens=40).ids == expected

@@ -17,7 +17,7 @@ from torch import Tensor
 from offramp.decode.climb import Climb
 from offramp.decode.plan import Plan
 from offramp.decode.request import Request
-from offramp.decode.sampling import most_probable
+from offramp.decode.sampling import Greedy
 from offramp.decode.sequence import Decision, Sequence, Work
 from offramp.decode.timing import Timer
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
@@ -91,7 +91,7 @@ def runs_ahead(plan: Plan, request: Request) -> bool:
     alone = sequence.run + 1 == len(sequence.ids) and not (sequence.pending or sequence.drafts or sequence.watched)
     runtime: object = plan.backbone.runtime
     ready = plan.ahead is not None and plan.ahead[0] is runtime
-    return ready and alone and request.choose is most_probable
+    return ready and alone and isinstance(request.choose, Greedy)
 
 
 def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
@@ -109,10 +109,12 @@ def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
     most = min(request.remaining, enough + MOST_DRAFTS) if plan.drafting and request.tokens else enough
     asked = plan.gating.asked(0, lowest, most) if plan.gating else None
     drafter = plan.drafting.compiled if plan.drafting else None
-    position, ids = sequence.run, sequence.ids[-LOOKED_BACK:] if drafter else sequence.ids[-1:]
+    assert isinstance(request.choose, Greedy)
+    position, penalty = sequence.run, request.choose.repetition_penalty
+    ids = sequence.ids if penalty != 1 else sequence.ids[-LOOKED_BACK if drafter else -1 :]
     ask = runtime.ask_for(
         ids, enough, most, request.ends, sketch=sketch, asked=asked, top=sequence.top, drafter=drafter,
-        estimates=sequence.estimates,
+        estimates=sequence.estimates, penalty=penalty,
     )  # fmt: skip
     steps = runtime.take_steps(ask, sequence.state, position)
     if isinstance(plan.timed, Timer):

@@ -53,10 +53,10 @@ class Sampling:
         import transformers as library
 
         processors = library.LogitsProcessorList()
+        if not self.temperature:
+            return Greedy(self.repetition_penalty)
         if self.repetition_penalty != 1:
             processors.append(library.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
-        if not self.temperature:
-            return chooser(processors, None) if processors else most_probable
         if self.temperature != 1:
             processors.append(library.TemperatureLogitsWarper(self.temperature))
         if self.top_k:
@@ -74,9 +74,28 @@ def most_probable(logits: Tensor, ids: list[int]) -> int:
     return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
 
 
+@dataclass(frozen=True)
+class Greedy:
+    """Takes the most probable token, after a repetition penalty as the library has it. Compiled code can do that, too."""
+
+    repetition_penalty: float = 1.0
+
+    def __call__(self, logits: Tensor, ids: list[int]) -> int:
+        if self.repetition_penalty != 1:
+            import torch
+
+            seen = torch.tensor(ids, device=logits.device)
+            score, penalty = logits[seen], self.repetition_penalty
+            logits = logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
+        return most_probable(logits, ids)
+
+
 def chooser(processors: Any, seed: int | None) -> Choose:
     """A function that applies the library's `processors` to the logits and takes the best token, or draws with a seed."""
     import torch
+
+    if not processors and seed is None:
+        return Greedy()
 
     def choose(logits: Tensor, ids: list[int]) -> int:
         if processors:

@@ -166,7 +166,8 @@ class _Native:
     def _for_steps(self, ask: Ask) -> tuple[int, int]:
         """The floats that the head and the choice work in, and those of a drafter's desk (drafts.h)."""
         vocabulary: int = ask.head.weight.rows
-        head = self._for_head(ask.head, ask.sketch, ask.rows) + ask.rows * (vocabulary + 2 * self.CHUNK)
+        head = max(self._for_head(ask.head, ask.sketch, ask.rows), ask.rows * (vocabulary // 32 + 1))
+        head += ask.rows * (vocabulary + 2 * self.CHUNK)
         return head, self._for_drafts(ask.drafter) if ask.drafter else 0
 
     def _for_drafts(self, drafter: CDrafter) -> int:

@@ -14,6 +14,7 @@ typedef struct {
     const Sketch *sketch;    // or NULL
     const Drafter *drafter;  // or NULL: no drafts
     Estimates *estimates;    // of the drafter
+    double penalty;          // of repetition; 1 is none
     const int64_t *ends;
     int64_t ends_count, enough, most, before;
     int64_t *ids;           // before + most + 1, of which this is the newest
@@ -70,6 +71,17 @@ static void judge(Steps *s, Round *round, int64_t t, const Best *bests, int64_t 
     if (s->drafter) learn_from(s->drafter, s->estimates, round, chosen);
 }
 
+// Makes the ids that stand up to token t less likely: the library's repetition penalty. `seen` has a bit for each token.
+static void penalise(const Steps *s, int64_t t, float *y, uint32_t *seen) {
+    const float penalty = (float)s->penalty;
+    memset(seen, 0, (s->head->weight.rows + 31) / 32 * sizeof *seen);
+    for (const int64_t *id = s->ids - s->before; id <= s->ids + t; id++) {
+        if (seen[*id / 32] >> *id % 32 & 1) continue;
+        seen[*id / 32] |= 1u << *id % 32;
+        y[*id] = y[*id] < 0 ? y[*id] * penalty : y[*id] / penalty;
+    }
+}
+
 // Reads out the rows of a round, and chooses. `y` has R · V + 2 · CHUNK · R floats, and then those of `read_logits`.
 static void decide(Hand *hand, Steps *s, Round *round, int64_t t, int64_t R, float *y, Found *found) {
     const int64_t V = s->head->weight.rows, pieces = (V + CHUNK - 1) / CHUNK;
@@ -77,6 +89,8 @@ static void decide(Hand *hand, Steps *s, Round *round, int64_t t, int64_t R, flo
     const double start = omp_get_wtime();
     read_logits(hand, s->head, s->sketch, s->h, R, y + R * (V + 2 * CHUNK), found, y);
     const double read = omp_get_wtime();
+    if (s->penalty != 1)
+        EACH_PIECE(r, hand, R) penalise(s, t + r, y + r * V, (uint32_t *)(y + R * (V + 2 * CHUNK)) + r * ((V + 31) / 32));
     EACH_PIECE(i, hand, R * pieces) {
         const int64_t p = i % pieces;
         bests[i] = best_of(y + i / pieces * V, p * CHUNK, min_(V, (p + 1) * CHUNK));

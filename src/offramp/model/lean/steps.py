@@ -133,7 +133,7 @@ class Ask:
     `ids`: the newest of the text's ids, the last of which is the token to begin with; decoding stops when `enough` tokens
     are chosen (`most` at most), or after one of the `ends` (n,). `top` (1, 1, D): the top hidden state of the token before,
     if there are drafts. `asked`: gates that may stop a token. The embedding (V, D), the head, and perhaps its sketch, or a
-    drafter with what is known of its drafts.
+    drafter with what is known of its drafts. `penalty`: the repetition penalty, of all `ids`; 1 is none.
     """
 
     ids: Sequence[int]
@@ -147,6 +147,7 @@ class Ask:
     top: Tensor | None = None
     drafter: CDrafter | None = None
     estimates: CEstimates = field(default_factory=new_estimates)
+    penalty: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -202,7 +203,7 @@ class Stepping:
         self.compiled = CSteps(
             ask.embedding.data_ptr(), ask.embedding.dtype == torch.float32, ctypes.pointer(ask.head),
             ctypes.pointer(ask.sketch) if ask.sketch else None, ctypes.pointer(ask.drafter) if ask.drafter else None,
-            ctypes.pointer(ask.estimates), ask.ends.data_ptr(), len(ask.ends), ask.enough, ask.most, self._before,
+            ctypes.pointer(ask.estimates), ask.penalty, ask.ends.data_ptr(), len(ask.ends), ask.enough, ask.most, self._before,
             ctypes.addressof(self._ids) + self._before * ctypes.sizeof(c_int64), self._h.data_ptr(), self._top.data_ptr(),
             0, 0, self._rounds,
         )  # fmt: skip

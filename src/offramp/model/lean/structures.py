@@ -104,6 +104,7 @@ class CSteps(ctypes.Structure):
         ("sketch", POINTER(CSketch)),
         ("drafter", POINTER(CDrafter)),
         ("estimates", POINTER(CEstimates)),
+        ("penalty", c_double),
         ("ends", c_void_p),
         *((name, c_int64) for name in ("ends_count", "enough", "most", "before")),
         *((name, c_void_p) for name in ("ids", "h", "top")),

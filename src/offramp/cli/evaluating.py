@@ -157,6 +157,10 @@ def bench(
     fills: Annotated[
         str | None, typer.Option(help="Compare fills with one another instead: full,defer,verify.", show_default=False)
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="With --fills: a file of prompts, as for generate. Default: six that come with it."),
+    ] = None,
     decoding: Annotated[
         DecodingOptions, Only("exits", "threshold", "confidence", "decay", "candidates", "dtype")
     ] = BENCH_DECODING,
@@ -172,7 +176,7 @@ def bench(
     runs.check()
     backbone = outline(model, decoding.dtype, random=True) if random else decoding.load(model, keep=fills is None)
     if fills is not None:
-        compared = _compare_fills(backbone, decoding, fills.split(","), runs)
+        compared = _compare_fills(backbone, decoding, fills.split(","), runs, prompts)
         print(json.dumps(asdict(compared))) if as_json else fills_table(compared)
         return
     if runs.prefill is None:
@@ -182,12 +186,16 @@ def bench(
     print(json.dumps(asdict(result))) if as_json else bench_table(result)
 
 
-def _compare_fills(backbone: Backbone, decoding: DecodingOptions, fills: list[str], runs: Runs) -> FillComparison:
-    from offramp.evaluation.bench import compare_fills
+def _compare_fills(
+    backbone: Backbone, decoding: DecodingOptions, fills: list[str], runs: Runs, file: Path | None
+) -> FillComparison:
+    from offramp.evaluation.bench import PROMPTS, compare_fills
+    from offramp.files import read_lines
 
+    prompts = read_lines(file, ("prompt", "question")) if file else PROMPTS
     exits, policies = {}, {}
     for fill in fills:
         chosen = replace(decoding, fill=fill)
         exits[fill] = None if fill == "full" else chosen.require_exits(backbone)
         policies[fill] = chosen.policy(backbone, exits[fill]) if exits[fill] else None
-    return compare_fills(backbone, exits, policies, runs.tokens, runs.pairs)
+    return compare_fills(backbone, exits, policies, runs.tokens, runs.pairs, prompts)

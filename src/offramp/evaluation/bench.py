@@ -7,7 +7,7 @@ A rate counts the tokens after the first, and so leaves out the prefill.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -78,7 +78,8 @@ class FillSpeed:
     """How fast a fill decodes, compared with the first fill.
 
     `ratio`: its rate over the first fill's, the median of the pairs; `spread`: the lowest and highest pair; `equal`: share
-    of tokens that equal the first fill's; `parts_ms`: the parts of a token's time, in ms; `acceptance_rate`: share of
+    of the places of the longer of two answers at which both have the same token; `parts_ms`: the parts of a token's time, in
+    ms; `acceptance_rate`: share of
     drafts that stood, None without drafts.
     """
 
@@ -155,13 +156,14 @@ def compare_fills(
     policies: dict[str, Policy | None],
     tokens: int = 48,
     pairs: int = 5,
+    texts: Sequence[str] = PROMPTS,
 ) -> FillComparison:
-    """Decode answers to `PROMPTS` with each fill in turn, `pairs` times after a warm-up.
+    """Decode answers to prompts with each fill in turn, `pairs` times after a warm-up.
 
     A fill without exits is full depth. A policy in `policies` replaces that of the fill's exits. Raises `BadInput` for more
     tokens than the context holds.
     """
-    prompts = [backbone.prompts.encode(prompt) for prompt in PROMPTS] if backbone.tokenizer else [_random_ids(backbone, 16)]
+    prompts = [backbone.prompts.encode(text) for text in texts] if backbone.tokenizer else [_random_ids(backbone, 16)]
     _check_fits(backbone, max(map(len, prompts)) + tokens)
 
     def answer(engine: Engine) -> list[Generation]:
@@ -223,12 +225,13 @@ def _fill_speed(answers: list[Generation], first: list[Generation], **measured: 
     ends = [answer.tokens[-1] for answer in answers]
     count = sum(len(answer.tokens) for answer in answers)
     pairs = [zip(answer.ids, reference.ids, strict=False) for answer, reference in zip(answers, first, strict=True)]
+    places = sum(max(len(answer.ids), len(reference.ids)) for answer, reference in zip(answers, first, strict=True))
     early = sum(token.exit_block < answer.blocks for answer in answers for token in answer.tokens)
     rejected = sum(end.rejected for end in ends)
     drafts = any(answer.acceptance_rate is not None for answer in answers)
     return FillSpeed(
         thresholds=answers[0].thresholds,
-        equal=sum(id == first_id for pair in pairs for id, first_id in pair) / count,
+        equal=sum(id == first_id for pair in pairs for id, first_id in pair) / places,
         mean_blocks=sum(token.blocks for answer in answers for token in answer.tokens) / count,
         tokens_per_deep_pass=count / max(1, sum(end.deep_passes for end in ends)),
         acceptance_rate=early / (early + rejected) if drafts else None,

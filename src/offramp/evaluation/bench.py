@@ -78,8 +78,8 @@ class FillSpeed:
     """How fast a fill decodes, compared with the first fill.
 
     `ratio`: its rate over the first fill's, the median of the pairs; `spread`: the lowest and highest pair; `equal`: share
-    of the places of the longer of two answers at which both have the same token; `parts_ms`: the parts of a token's time, in
-    ms; `acceptance_rate`: share of
+    of the places of the longer of two answers at which both have the same token; `parts_ms`: the parts of a token's time,
+    in ms; `acceptance_rate`: share of
     drafts that stood, None without drafts.
     """
 

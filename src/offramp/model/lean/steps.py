@@ -204,8 +204,8 @@ class Stepping:
             ask.embedding.data_ptr(), ask.embedding.dtype == torch.float32, ctypes.pointer(ask.head),
             ctypes.pointer(ask.sketch) if ask.sketch else None, ctypes.pointer(ask.drafter) if ask.drafter else None,
             ctypes.pointer(ask.estimates), ask.penalty, ask.ends.data_ptr(), len(ask.ends), ask.enough, ask.most,
-            self._before, ctypes.addressof(self._ids) + self._before * ctypes.sizeof(c_int64), self._h.data_ptr(), self._top.data_ptr(),
-            0, 0, self._rounds,
+            self._before, ctypes.addressof(self._ids) + self._before * ctypes.sizeof(c_int64),
+            self._h.data_ptr(), self._top.data_ptr(), 0, 0, self._rounds,
         )  # fmt: skip
         self.gates = ask.asked.compiled() if ask.asked else None
 

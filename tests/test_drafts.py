@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import TAILS, exact, library_tokens, modest_exits, some_prompts
+from helpers import LAYERS, TAILS, exact, library_tokens, modest_exits, some_prompts
 from models import BLOCKS, HIDDEN, tiny
-from offramp import Engine, Exits, Policy
+from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
 from offramp.errors import CorruptFile
@@ -42,11 +42,24 @@ def test_a_draft_is_only_worth_what_all_drafts_before_it_are_worth_together(fami
     assert longest > 1
 
 
-def drafting_engine(family: str, tails: tuple[int, ...] = (), threshold: float = 0.0, **options: Any) -> Engine:
-    """An engine whose first exit drafts in compiled code, from a list of every second token."""
-    backbone, exits = tiny(family), modest_exits(family, gate="linear", readout="deep", tails=tails)
+def drafting_exits(family: str, tails: tuple[int, ...] = (), middle: int = 0) -> Exits:
+    """Exits that draft, and read a middle state if that is not 0."""
+    exits = Exits.new(tiny(family), ExitsConfig(LAYERS[:1], "linear", "deep", 32, 32, tails=tails[:1], middle=middle))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in exits.modules.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    exits.modules.eval().requires_grad_(False)
+    return exits
+
+
+def drafting_engine(
+    family: str, tails: tuple[int, ...] = (), threshold: float = 0.0, middle: int = 0, **options: Any
+) -> Engine:
+    """An engine whose exit drafts in compiled code, from a list of every second token."""
+    backbone, exits = tiny(family), drafting_exits(family, tails, middle)
     exits.shortlist = torch.arange(0, backbone.vocab_size, 2)
-    return Engine(backbone, exits, Policy((threshold, 1.0, 1.0), "max-prob"), "verify", **options)
+    return Engine(backbone, exits, Policy((threshold,), "max-prob"), "verify", **options)
 
 
 def costing(engine: Engine, row: float, asking: float) -> Engine:
@@ -57,16 +70,19 @@ def costing(engine: Engine, row: float, asking: float) -> Engine:
 
 
 @pytest.mark.parametrize("lookup", [0, 3])
+@pytest.mark.parametrize("middle", [0, 1, 4])
 @pytest.mark.parametrize("tails", [(), TAILS, (3, 0, 0)], ids=str)
 @pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native"])
-def test_compiled_drafts_give_full_depths_tokens_and_states(family: str, tails: tuple[int, ...], lookup: int) -> None:
+def test_compiled_drafts_give_full_depths_tokens_and_states(
+    family: str, tails: tuple[int, ...], middle: int, lookup: int
+) -> None:
     if tails and family == "mamba2/native":
         assert drafting_engine(family, tails).ahead is None  # a Mamba tail is run by the other path
         return
     stood = rejected = 0
     for threshold in (0.0, 0.02):
-        engine = costing(drafting_engine(family, tails, threshold, lookup=lookup, max_pending=5), 0, 0)
-        for prompt in some_prompts(4, seed=int(100 * threshold)):
+        engine = costing(drafting_engine(family, tails, threshold, middle, lookup=lookup, max_pending=5), 0, 0)
+        for prompt in some_prompts(8, seed=int(100 * threshold)):
             batch, talk = engine.batch(), Talk()
             request = batch.add(prompt, talk, max_tokens=32)
             assert talk.sequence
@@ -83,8 +99,8 @@ def test_compiled_drafts_give_full_depths_tokens_and_states(family: str, tails: 
 def test_compiled_drafts_are_those_of_the_read_out() -> None:
     """What the compiled exit drafts first is what its module says for the same states."""
     family = "llama/native"
-    for tails in ((), TAILS):
-        engine = costing(drafting_engine(family, tails, lookup=0), 0, 0)
+    for tails, middle in (((), 0), (TAILS, 0), ((), 3), (TAILS, 5)):
+        engine = costing(drafting_engine(family, tails, middle=middle, lookup=0), 0, 0)
         exit, _ = engine.open_exits[0]
         for prompt in some_prompts(5):
             batch = engine.batch()
@@ -97,21 +113,24 @@ def test_compiled_drafts_are_those_of_the_read_out() -> None:
                 if place and request.tokens[place - 1].exit_block < BLOCKS:
                     continue  # the second draft of a round reads what the exit made of the first
                 assert (
-                    drafted_id(backbone, exit, ids[: len(prompt) + place], engine.exit_head.shortlist)
+                    drafted_id(backbone, exit, middle, ids[: len(prompt) + place], engine.exit_head.shortlist)
                     == ids[len(prompt) + place]
                 )
 
 
 @torch.inference_mode()
-def drafted_id(backbone: Backbone, exit: Exit, ids: list[int], shortlist: Tensor | None) -> int:
-    """The token that an exit drafts after these ids, whose top states are full depth's."""
+def drafted_id(backbone: Backbone, exit: Exit, middle: int, ids: list[int], shortlist: Tensor | None) -> int:
+    """The token that an exit drafts after these ids, whose deep states are full depth's."""
     assert shortlist is not None
     h, step = backbone.embed(torch.tensor([ids]))
     state = backbone.state()
     shallow = backbone.run(h, 0, exit.block, state, step)
     state = backbone.state()
-    top = backbone.run(h[:, :-1], 0, BLOCKS, state, backbone.step(h[:, :-1], 0))
-    adapted, _ = exit.adapter(torch.cat([shallow[:, -1:], top[:, -1:]], dim=-1).float())
+    before = backbone.step(h[:, :-1], 0)
+    states = [backbone.run(h[:, :-1], 0, middle, state, before)] if middle else []
+    top = backbone.run(states[0] if middle else h[:, :-1], middle, BLOCKS, state, before)
+    read = [shallow[:, -1:], *(deep[:, -1:] for deep in (top, *states))]
+    adapted, _ = exit.adapter(torch.cat(read, dim=-1).float())
     if exit.tail:
         adapted = backbone.run(adapted, BLOCKS - exit.tail, BLOCKS, state, backbone.step(adapted, len(ids) - 1))
     return int(shortlist[backbone.head_of(shortlist)(adapted)[0, -1].argmax()])
@@ -146,19 +165,20 @@ def test_a_text_that_repeats_itself_is_looked_up() -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("middle", [0, 4])
 @pytest.mark.parametrize("tail", [0, 1, 2])
 @pytest.mark.parametrize("family", ["llama", "llama/native", "mistral", "qwen3"])
-def test_drafts_are_trained_on_the_states_that_decoding_makes(family: str, tail: int) -> None:
+def test_drafts_are_trained_on_the_states_that_decoding_makes(family: str, tail: int, middle: int) -> None:
     """What training makes of all tokens at once is what decoding makes of them one by one, as any draft of a run."""
-    backbone, exits = tiny(family), modest_exits(family, gate="linear", readout="deep", tails=(tail, 0, 0))
-    exit = next(iter(exits))
+    backbone = tiny(family)
+    exit = next(iter(drafting_exits(family, (tail,), middle)))
     ids = torch.tensor([some_prompts(1, seed=3)[0] * 4])[:, :24]
     hidden, depth = {}, backbone.n_blocks
     h, step = backbone.embed(ids)
     for block in range(depth + 1):
         hidden[block] = h.float()
         h = backbone.run(h, block, block + 1, backbone.state(), step) if block < depth else h
-    trained = runs(backbone, backbone.trainable_from(depth - tail), exit, hidden)
+    trained = runs(backbone, backbone.trainable_from(depth - tail), exit, middle, hidden)
     for first in range(1, ids.shape[1] - 3):
         state = backbone.state()
         if tail:
@@ -167,7 +187,9 @@ def test_drafts_are_trained_on_the_states_that_decoding_makes(family: str, tail:
         top = hidden[depth][:, first - 1 : first]
         for number in range(3):
             place = first + number
-            adapted, _ = exit.adapter(torch.cat([hidden[exit.block][:, place : place + 1], top], dim=-1))
+            read = [hidden[exit.block][:, place : place + 1], top]
+            read += [hidden[middle][:, first - 1 : first]] if middle else []
+            adapted, _ = exit.adapter(torch.cat(read, dim=-1))
             if tail:
                 h = adapted.to(backbone.dtype)
                 adapted = backbone.run(h, depth - tail, depth, state, backbone.step(h, place)).float()
@@ -205,14 +227,14 @@ def test_a_table_of_ngrams_says_what_followed_most_often() -> None:
 @pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
 def test_a_table_of_ngrams_drafts_for_nothing(family: str, tmp_path: Path) -> None:
     full = Engine(tiny(family))
-    exits = modest_exits(family, gate="linear", readout="deep")
+    exits = drafting_exits(family)
     exits.ngrams = ngrams_of(own_text(full))
     exits.config = replace(exits.config, ngrams=len(exits.ngrams.keys))
     exits.save(tmp_path)
     loaded = Exits.load(tmp_path, tiny(family))
     assert loaded.ngrams is not None
     assert torch.equal(loaded.ngrams.values, exits.ngrams.values)
-    engine = costing(Engine(tiny(family), loaded, Policy((0.0, 1.0, 1.0), "max-prob"), "verify", lookup=0), 0.1, 9.0)
+    engine = costing(Engine(tiny(family), loaded, Policy((0.0,), "max-prob"), "verify", lookup=0), 0.1, 9.0)
     stood = 0
     for prompt in some_prompts(12):
         answer = engine.generate(prompt, max_tokens=60)
@@ -228,7 +250,7 @@ def test_a_table_of_ngrams_drafts_for_nothing(family: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("damage", ["full", "beyond", "odd"])
 def test_a_damaged_table_of_ngrams_is_refused(damage: str, tmp_path: Path) -> None:
-    exits = modest_exits("llama", gate="linear", readout="deep")
+    exits = drafting_exits("llama")
     size = 12 if damage == "odd" else 16
     keys, values = torch.zeros(size, dtype=torch.int32), torch.full((size,), 5 << 8, dtype=torch.int32)
     if damage == "full":
@@ -243,7 +265,7 @@ def test_a_damaged_table_of_ngrams_is_refused(damage: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("tails", [(), (2, 0, 0)], ids=str)
 def test_a_draft_starts_from_the_linear_map_that_fits_best(tails: tuple[int, ...]) -> None:
-    exit = next(iter(modest_exits("llama", gate="linear", readout="deep", tails=tails)))
+    exit = next(iter(drafting_exits("llama", tails)))
     adapter = exit.adapter
     assert isinstance(adapter, DeepAdapter)
     adapter.down.weight.zero_()

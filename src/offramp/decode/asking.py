@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 
+import torch
 from torch import Tensor
 
 from offramp.decode.climb import Climb
@@ -62,7 +63,9 @@ def leave(plan: Plan, number: int, climbs: list[Climb]) -> dict[Climb, Decision]
         climb.spend(plan.fill.flops(exit.exit, plan.costs))
         decisions[climb] = Decision(id, exit.block, confidence, climb.work)
         sequence.ids.append(id)
-        sequence.top = readout.h
+        known = sequence.deep
+        own = [readout.h] if known is None else [readout.h, known[..., readout.h.shape[-1] :].to(readout.h.dtype)]
+        sequence.deep = torch.cat(own, dim=-1)
     return decisions
 
 
@@ -113,7 +116,7 @@ def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
     position, penalty = sequence.run, request.choose.repetition_penalty
     ids = sequence.ids if penalty != 1 else sequence.ids[-LOOKED_BACK if drafter else -1 :]
     ask = runtime.ask_for(
-        ids, enough, most, request.ends, sketch=sketch, asked=asked, top=sequence.top, drafter=drafter,
+        ids, enough, most, request.ends, sketch=sketch, asked=asked, deep=sequence.deep, drafter=drafter,
         estimates=sequence.estimates, penalty=penalty,
     )  # fmt: skip
     steps = runtime.take_steps(ask, sequence.state, position)
@@ -124,7 +127,7 @@ def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
         raise plan.bad_numbers()
     passes = _passes(plan, steps, position, sum(_gate_flops(sequence, lowest)))
     if steps.ids:
-        sequence.top = steps.top
+        sequence.deep = steps.deep
         for follower in sequence.followers:
             follower.pass_by(len(steps.ids))
     sequence.ids += steps.ids
@@ -177,7 +180,7 @@ def _hear(plan: Plan, climb: Climb, reached: int, lowest: list[float], said: lis
     climb.segment = plan.top
     for number, (h, confidence) in enumerate(said, first):
         exit = climb.sequence.exits[number]
-        exit.see(h, climb.sequence.top)
+        exit.see(h, climb.sequence.deep)
         if lowest[number - first] > 0:
             climb.spend(exit.gate.flops_per_token)
             climb.gates[number] = confidence

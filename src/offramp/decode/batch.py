@@ -152,7 +152,7 @@ class Batch:
             if number < self.plan.top:
                 self._pass_exit(number, climbs)
         for climb in climbs:
-            climb.sequence.top = climb.hidden[:, -1:]
+            climb.sequence.deep = climb.deep(-1)
             for follower in climb.sequence.followers:
                 follower.catch_up()
         events: list[Event] = []
@@ -263,11 +263,20 @@ class Batch:
                 tokens = climb.hidden.shape[1]
                 climb.work = climb.work.plus(plan.work(segment.start, segment.stop, tokens, climb.end))
         with plan.timed(plan.part_of(number)):
-            hidden = plan.backbone.run_all([climb.part for climb in moving], segment.start, segment.stop)
+            start = segment.start
+            if start <= plan.middle <= segment.stop and number == plan.top:
+                for climb, h in zip(moving, self._through(moving, start, plan.middle), strict=True):
+                    climb.h = climb.middle = h
+                start = plan.middle
+            hidden = self._through(moving, start, segment.stop)
         for climb, h in zip(moving, hidden, strict=True):
             climb.h = h
             if number < plan.top:
-                climb.sequence.exits[number].see(h, climb.sequence.top)
+                climb.sequence.exits[number].see(h, climb.sequence.deep)
+
+    def _through(self, climbs: list[Climb], start: int, stop: int) -> list[Tensor]:
+        """The climbs' hidden states after blocks `start` to `stop` - 1."""
+        return self.plan.backbone.run_all([climb.part for climb in climbs], start, stop)
 
     def _pass_exit(self, number: int, climbs: list[Climb]) -> None:
         """Go on past an exit, and take along the tokens that are pending there."""
@@ -300,7 +309,7 @@ class Batch:
         drafts, first = sequence.drafts, len(ids) - len(sequence.drafts)
         sequence.deep_passes += 1
         for row, scores in enumerate(logits):
-            sequence.top = h[:, row : row + 1]
+            sequence.deep = climb.deep(row)
             position = first + row
             with self.plan.timed("sampling"):
                 id = climb.request.choose(scores, ids[:position])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from offramp.decode.request import Request
@@ -16,9 +17,10 @@ class Climb:
     """The newest tokens of a request's sequence on their way to the top.
 
     h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None while all tokens
-    to run are pending at later exits. `may_leave`: whether exits are asked. `counted`: whether work is counted (that of a
-    prompt is not). `tops`: the most probable token at each exit so far, for the confidence `patience`. `gates`: what gates
-    said that were asked on the way, by the number of the exit.
+    to run are pending at later exits. `middle`: at the top, their states after the block that read-outs read. `may_leave`:
+    whether exits are asked. `counted`: whether work is counted (that of a prompt is not). `tops`: the most probable token
+    at each exit so far, for the confidence `patience`. `gates`: what gates said that were asked on the way, by the number
+    of the exit.
     """
 
     request: Request
@@ -26,6 +28,7 @@ class Climb:
     may_leave: bool
     counted: bool = True
     h: Tensor | None = None
+    middle: Tensor | None = None
     step: Step | None = None
     segment: int = 0
     work: Work = NO_WORK
@@ -42,6 +45,11 @@ class Climb:
         """`h`, where it cannot be None: at an exit that is asked, and at the top."""
         assert self.h is not None
         return self.h
+
+    def deep(self, row: int) -> Tensor:
+        """At the top, the states of one of the tokens that read-outs read of the token before: (1, 1, …)."""
+        states = [self.hidden] if self.middle is None else [self.hidden, self.middle.to(self.hidden.dtype)]
+        return torch.cat([h[:, row][:, None] for h in states], dim=-1)
 
     @property
     def part(self) -> Part:

@@ -56,7 +56,7 @@ class Drafting:
         scale = None if adapter.jump is None else adapter.jump.spread.float().contiguous()
         row = ROW[runtime.weight_format]
         parts = DrafterParts(
-            exit.block, exit.tail, *weights, mean, spread, scale, shortlist, table,
+            exit.block, exit.tail, exits.config.middle, *weights, mean, spread, scale, shortlist, table,
             min(most, MOST_DRAFTS), alike, row, asking / step, floor,
         )  # fmt: skip
         return cls(exit.block, parts, runtime.drafter(parts), exits)

@@ -102,6 +102,7 @@ class Plan:
             for exit in exits_in_order
             for part in (exit.gate, exit.adapter)
         }
+        self.middle = exits.config.middle if exits and self.open_exits else 0
         self.longest_tail = max((exit.tail for exit, _ in self.open_exits), default=0)
         bounds = [0, *(exit.block for exit, _ in self.open_exits), self.backbone.n_blocks]
         self.segments = [Segment(start, stop) for start, stop in pairwise(bounds)]

@@ -125,15 +125,16 @@ class OpenExit:
         """The gate and the read-out."""
         return self.gate, self.readout
 
-    def see(self, h: Tensor, top: Tensor | None) -> None:
-        """Take h (1, n, D) of tokens at the exit, and `top` (1, 1, D), the top state of the token before the newest."""
+    def see(self, h: Tensor, deep: Tensor | None) -> None:
+        """Take h (1, n, D) of tokens at the exit, and `deep` (1, 1, …), the deep states of the token before the newest."""
         self.gate.see(h)
-        if not self.exit.adapter.reads_top:
+        reads = self.exit.adapter.reads
+        if not reads:
             self.readout.see(h)
             return
-        newest = h[:, -1:]
-        top = torch.zeros_like(newest) if top is None else top.to(newest.dtype)
-        self.readout.see(torch.cat([newest, top], dim=-1))
+        newest, size = h[:, -1:], reads * h.shape[-1]
+        known = newest.new_zeros(1, 1, size) if deep is None else deep[..., :size].to(newest.dtype)
+        self.readout.see(torch.cat([newest, known], dim=-1))
 
     def fork(self) -> OpenExit:
         """The same exit for a second sequence with the same tokens."""
@@ -171,7 +172,8 @@ class Sequence:
 
     `ids`: prompt, decided tokens, drafts. All but the last have been run through the blocks before the first exit.
     Tokens that are pending at a later exit are older than those at an earlier one. `drafts`: the newest ids, not verified
-    yet. `top` (1, 1, D): the top hidden state of the token before the newest, or its read-out's output if it left early.
+    yet. `deep` (1, 1, …): the top hidden state of the token before the newest, or its read-out's output if it left early;
+    beside it a middle state, if read-outs read one, of the last token that full depth has run.
     `whole`: no step failed half-way, so what the blocks remember is right.
     """
 
@@ -180,7 +182,7 @@ class Sequence:
     exits: list[OpenExit]
     prompt: int  # number of ids in the prompt
     drafts: list[Decision] = field(default_factory=list)
-    top: Tensor | None = None
+    deep: Tensor | None = None
     run: int = 0  # number of tokens that have been run through the blocks before the first exit
     deep_passes: int = 0
     rejected: int = 0
@@ -242,7 +244,7 @@ class Sequence:
         """A second sequence with the same tokens, which goes on independently of this one."""
         exits = [exit.fork() for exit in self.exits]
         state = copy.deepcopy(self.state)
-        return Sequence([*self.ids], state, exits, self.prompt, top=self.top, run=self.run, watched=self.watched)
+        return Sequence([*self.ids], state, exits, self.prompt, deep=self.deep, run=self.run, watched=self.watched)
 
 
 def begin_alike(prompts: Collection[TokenIds]) -> int:

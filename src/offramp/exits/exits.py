@@ -45,7 +45,8 @@ class ExitsConfig:
     `layers`: for each exit, the number of blocks that run before it. `tails`: for each exit, how many of the model's last
     blocks run after its adapter (0: none); empty where no exit has a tail. Widths are bottlenecks, in dims. `shortlist`:
     read out only this many frequent tokens (0: all). `sketch`: dims of a sketch of the head (0: none). `ngrams`: slots of a
-    table of n-grams, which drafts come from, too (0: none).
+    table of n-grams, which drafts come from, too (0: none). `middle`: a `deep` read-out also reads the state of the token
+    before after so many blocks (0: it does not).
     """
 
     layers: tuple[int, ...]
@@ -57,6 +58,7 @@ class ExitsConfig:
     sketch: int = 0
     tails: tuple[int, ...] = ()
     ngrams: int = 0
+    middle: int = 0
 
     @property
     def places(self) -> list[tuple[int, int]]:
@@ -82,6 +84,11 @@ class ExitsConfig:
         for kind, known, part in ((self.gate, GATES, "gate"), (self.readout, READOUTS, "read-out")):
             if kind not in known:
                 raise OfframpError(f"There is no {part} '{kind}'.", f"Choose from {', '.join(known)}.")
+        if self.middle and not (self.readout == "deep" and layers[-1] <= self.middle <= last):
+            raise OfframpError(
+                f"A {self.readout} read-out cannot read the state after block {self.middle} of {backbone.n_blocks}.",
+                f"Only a deep read-out reads a middle state, after a block from {layers[-1]} to {last}.",
+            )
         if self.sketch % 32 or not 0 <= self.sketch <= backbone.hidden_size:
             raise OfframpError(
                 f"A sketch of {self.sketch} dims cannot be made.",
@@ -100,7 +107,8 @@ class Exit(nn.Module):
         super().__init__()
         self.block, self.tail = block, tail
         self.gate = GATES[config.gate](hidden, config.gate_width)
-        self.adapter = READOUTS[config.readout](hidden, config.readout_width, tail)
+        kind, reads = READOUTS[config.readout], {"reads": 2} if config.middle else {}
+        self.adapter = kind(hidden, config.readout_width, tail, **reads)
 
 
 @dataclass

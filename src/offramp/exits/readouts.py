@@ -6,8 +6,6 @@ jumps over the middle of the network, and the adapter maps the state after block
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,11 +59,11 @@ def _nearest(x: Tensor, y: Tensor) -> Tensor:
 class Readout(Part):
     """Base of read-outs: hidden states (B, T, D) → (B, T, D), which the tail, or the final norm and the head, then read.
 
-    `reads_top`: it reads (B, T, 2 D), the hidden state beside the top hidden state of the token before (deep memory). A
-    subclass gives the `correction` of a hidden state.
+    `reads`: how many states of the token before it reads beside the hidden state (deep memory), of which the first is the
+    top one: (B, T, (1 + reads) D). A subclass gives the `correction` of a hidden state.
     """
 
-    reads_top: ClassVar[bool] = False
+    reads: int = 0
 
     def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
         super().__init__()
@@ -137,39 +135,44 @@ class MambaAdapter(Readout):
 
 
 class DeepAdapter(Readout):
-    """A gated feed-forward network of `width` over the hidden state and the top one of the token before (deep memory).
+    """A gated feed-forward network of `width` over the hidden state and deep ones of the token before (deep memory).
 
     The top state of the token before holds most of what a shallow block lacks; EAGLE (arXiv 2401.15077) drafts from it
-    alone. Reads x (B, T, 2 D), both side by side. In a run of drafts a token's own top state is unknown: the read-out's
-    output (or the tail's) stands in for it when the next token is drafted.
+    alone, and EAGLE-3 (arXiv 2503.01840) from states of several depths. Reads x (B, T, (1 + reads) D): the hidden state,
+    the top one, and with `reads` = 2 a middle one. In a run of drafts a token's own deep states are unknown when the next
+    token is drafted. The read-out's output (or the tail's) stands in for the top one, and the middle one stays that of the
+    last token that full depth has run.
     """
 
-    reads_top = True
-
-    def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
+    def __init__(self, hidden: int, width: int, tail: int = 0, reads: int = 1) -> None:
         super().__init__(hidden, width, tail)
-        self.skip = nn.Linear(2 * hidden, hidden, bias=False)
-        self.gate = nn.Linear(2 * hidden, width, bias=False)
-        self.up = nn.Linear(2 * hidden, width, bias=False)
+        self.reads, inputs = reads, (1 + reads) * hidden
+        self.skip = nn.Linear(inputs, hidden, bias=False)
+        self.gate = nn.Linear(inputs, width, bias=False)
+        self.up = nn.Linear(inputs, width, bias=False)
         self.down = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.down.weight)
         with torch.no_grad():  # until `fit`, it passes on the hidden state alone
-            self.skip.weight.zero_() if tail else self.skip.weight.copy_(torch.eye(hidden, 2 * hidden) / 2)
+            self.skip.weight.zero_() if tail else self.skip.weight.copy_(torch.eye(hidden, inputs) / 2)
 
-    def fit(self, h: Tensor, top: Tensor, target: Tensor) -> None:
-        """Start from the linear map of h and `top` (n, D) nearest to `target` (n, D): the state before the tail, or without
-        a tail the one at the top.
+    def fit(self, h: Tensor, deep: Tensor, target: Tensor) -> None:
+        """Start from the linear map of h (n, D) and the deep states (n, reads · D) nearest to `target` (n, D): the state
+        before the tail, or without a tail the one at the top.
         """
-        x = torch.cat([self.norm(h), unit(top)], dim=1)
+        x = self._inputs(self.norm(h), deep)
         with torch.no_grad():
             if self.jump is None:
                 self.skip.weight.copy_(_nearest(x, unit(target)))
             else:
                 self.skip.weight[:, h.shape[1] :] = self.jump.fit(x, h, target)
 
+    def _inputs(self, known: Tensor, deep: Tensor) -> Tensor:
+        """A standardised state (…, D) and deep ones (…, reads · D), scaled, side by side."""
+        return torch.cat([known, *map(unit, deep.chunk(self.reads, dim=-1))], dim=-1)
+
     def maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The read-out as two maps: `skip`, `gate` and `up` one above the other, (D + 2W, 2D), the constant that is added
-        to their product, (D + 2W,), and `down` (D, W). A jump's direct map is part of `skip`.
+        """The read-out as two maps: `skip`, `gate` and `up` one above the other, (D + 2W, (1 + reads) D), the constant that
+        is added to their product, (D + 2W,), and `down` (D, W). A jump's direct map is part of `skip`.
         """
         skip, constant = self.skip.weight.detach().clone(), torch.zeros(len(self.skip.weight) + 2 * len(self.gate.weight))
         if self.jump is not None:
@@ -178,9 +181,9 @@ class DeepAdapter(Readout):
         return torch.cat([skip, self.gate.weight, self.up.weight]).detach(), constant, self.down.weight.detach()
 
     def forward(self, x: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
-        h, top = x.chunk(2, dim=-1)
+        h, deep = x.split([x.shape[-1] // (1 + self.reads), x.shape[-1] // (1 + self.reads) * self.reads], dim=-1)
         known = self.norm(h)
-        x = torch.cat([known, unit(top)], dim=-1)
+        x = self._inputs(known, deep)
         correction = self.skip(x) + self.down(F.silu(self.gate(x)) * self.up(x))
         return correction if self.jump is None else self.jump(h, known, correction), None
 

@@ -37,18 +37,24 @@ def check_tail(backbone: Backbone, tail: int) -> None:
 
 
 def runs(
-    backbone: Backbone, runtime: Runtime, exit: Exit, hidden: Mapping[int, Tensor], length: int = LENGTH
+    backbone: Backbone,
+    runtime: Runtime,
+    exit: Exit,
+    middle: int,
+    hidden: Mapping[int, Tensor],
+    length: int = LENGTH,
 ) -> list[Tensor]:
     """The top states, (B, T, D) each, that the exit gives every token as draft number 1, 2, … `length` of a run.
 
-    `hidden`: exact states (B, T, D) by the number of blocks before them: at the exit, before its tail, and at the top.
-    `runtime` is that of `Backbone.trainable_from`, through which gradients pass.
+    `hidden`: exact states (B, T, D) by the number of blocks before them: at the exit, before its tail, at the top, and at
+    `middle` if that is not 0. `runtime` is that of `Backbone.trainable_from`, through which gradients pass.
     """
     before = _moved(hidden[backbone.n_blocks], 1)
     tail = _Tail(backbone, runtime, exit.tail, hidden) if exit.tail else None
     tops = []
-    for _ in range(length):
-        adapted, _ = exit.adapter(torch.cat([hidden[exit.block], before], dim=-1))
+    for number in range(1, length + 1):
+        read = [hidden[exit.block], before, *([_moved(hidden[middle], number)] if middle else [])]
+        adapted, _ = exit.adapter(torch.cat(read, dim=-1))
         tops.append(tail.run(adapted) if tail else adapted)
         before = _moved(tops[-1], 1)
     return tops
@@ -56,7 +62,7 @@ def runs(
 
 def _moved(h: Tensor, places: int) -> Tensor:
     """States (B, T, D) of the tokens so many places before, and zeros at the beginning."""
-    return F.pad(h[:, : h.shape[1] - places], (0, 0, places, 0))
+    return F.pad(h, (0, 0, places, 0))[:, : h.shape[1]]
 
 
 class _Tail:

@@ -51,8 +51,10 @@ def needed_layers(exits: Exits) -> tuple[int, ...]:
     """The numbers of blocks after which training needs the hidden states, rising."""
     n_blocks = exits.backbone["blocks"]
     needed = {exit.block for exit in exits} | {n_blocks - exit.tail for exit in exits if exit.tail}
-    if exits.config.sketch or any(exit.adapter.reads_top for exit in exits):
+    if exits.config.sketch or any(exit.adapter.reads for exit in exits):
         needed.add(n_blocks)
+    if exits.config.middle:
+        needed.add(exits.config.middle)
     return tuple(sorted(needed))
 
 
@@ -76,7 +78,7 @@ class Trainer:
         bfloat16 = backbone.weight_format != "float32" and multiplies_bfloat16(backbone.device)
         self.fit = Fit(work, backbone.device, config.seed, config.batch, progress, bfloat16)
         self.place = {block: index for index, block in enumerate(layers or needed_layers(exits))}
-        self.tails = [exit for exit in exits if exit.tail and not exit.adapter.reads_top]
+        self.tails = [exit for exit in exits if exit.tail and not exit.adapter.reads]
         self.start = first_tail(exits, backbone.n_blocks)
         exits.modules.to(backbone.device)
         count = len(exits)
@@ -101,7 +103,9 @@ class Trainer:
             jump, depth = getattr(exit.adapter, "jump", None), self.backbone.n_blocks
             if isinstance(exit.adapter, DeepAdapter) and not parts:
                 target = self._counted(texts[:enough], depth - exit.tail)
-                exit.adapter.fit(hidden, self._counted(texts[:enough], depth, before=1), target)
+                blocks = [depth, self.exits.config.middle][: exit.adapter.reads]
+                deep = torch.cat([self._counted(texts[:enough], block, before=1) for block in blocks], dim=1)
+                exit.adapter.fit(hidden, deep, target)
             elif jump is not None and not parts:
                 jump.fit(hidden, exit.adapter.norm(hidden), self._counted(texts[:enough], depth - exit.tail))
 
@@ -170,9 +174,9 @@ class Trainer:
 
         Several for a read-out that reads the top: one for each draft of a run of this length. Else the exit has no tail.
         """
-        if exit.adapter.reads_top:
+        if exit.adapter.reads:
             states = {block: hidden[:, :, place] for block, place in self.place.items()}
-            return drafting.runs(self.backbone, runtime, exit, states, length)
+            return drafting.runs(self.backbone, runtime, exit, self.exits.config.middle, states, length)
         return [exit.adapter(hidden[:, :, self.place[exit.block]])[0]]
 
     def _scorer(self, texts: list[TeacherText], step: int) -> Callable[..., Tensor]:
@@ -261,7 +265,7 @@ class Trainer:
         right, count = torch.zeros(len(self.exits), drafting.LENGTH), torch.zeros(drafting.LENGTH)
         runtime, rows = self.backbone.trainable_from(self.start), self.exits.shortlist
         head = self.backbone.logits if rows is None else self.backbone.head_of(rows)
-        drafters = [(index, exit) for index, exit in enumerate(self.exits) if exit.adapter.reads_top]
+        drafters = [(index, exit) for index, exit in enumerate(self.exits) if exit.adapter.reads]
         for first in range(0, len(texts) if drafters else 0, self.config.batch):
             batch = texts[first : first + self.config.batch]
             hidden = self._padded([text.hidden for text in batch]).float()
@@ -274,7 +278,7 @@ class Trainer:
                     right[index, number] += ((best if rows is None else rows[best]) == oracle[where]).sum()
                     count[number] += where.sum() / len(drafters)
                     where = within & F.pad(where[:, :-1], (1, 0))
-        return [(right[index] / count).tolist() if exit.adapter.reads_top else [] for index, exit in enumerate(self.exits)]
+        return [(right[index] / count).tolist() if exit.adapter.reads else [] for index, exit in enumerate(self.exits)]
 
     @torch.inference_mode()
     def measure_harm(self, labelled: LabelledTexts, hours: float | None = None) -> None:
@@ -290,7 +294,7 @@ class Trainer:
             positions = text.counted.nonzero()[:, 0]
             hidden = text.hidden[None].float().to(self.device)
             for index, exit in enumerate(self.exits):
-                if exit.adapter.reads_top:  # it drafts, and full depth decides
+                if exit.adapter.reads:  # it drafts, and full depth decides
                     continue
                 likely = labels.top_prob[:, index] > LIKELY
                 labels.harm[:, index] = (~likely).float()

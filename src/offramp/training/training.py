@@ -74,7 +74,7 @@ def train(
         data = gather(backbone, text, needed_layers(exits), work, progress, settings, gates_only)
         if exits.config.shortlist and exits.shortlist is None:
             exits.shortlist = frequent_tokens(data.adapters, exits.config.shortlist, backbone.vocab_size)
-        if any(exit.adapter.reads_top for exit in exits):
+        if any(exit.adapter.reads for exit in exits):
             learned = ((each.ids, each.top_ids[:, 0], each.counted) for each in data.adapters)
             exits.ngrams = ngrams_of(learned, start.ngrams if start else None)
             exits.config = replace(exits.config, ngrams=len(exits.ngrams.keys))

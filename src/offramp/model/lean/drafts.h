@@ -16,8 +16,8 @@ typedef struct {
 
 // An exit that drafts: exits/readouts.py says what its read-out computes (DeepAdapter).
 typedef struct {
-    int64_t after, tail;          // blocks before it; the model's last blocks that run after it
-    Weight in, down;              // (D + 2W, 2D), of which the first D rows are added to the output; (D, W)
+    int64_t after, tail, middle;  // blocks before it; the model's last blocks that run after it; blocks before the middle state
+    Weight in, down;              // (D + 2W, 2D or 3D), of which the first D rows are added to the output; (D, W)
     const float *mean, *spread;   // (D) each, of the hidden states that it reads
     const float *scale;           // (D): the output is h + scale · y; NULL: it is y
     Head head;                    // of the tokens that it can draft
@@ -47,27 +47,34 @@ typedef struct {
 
 enum { NEWEST = 16, LONGEST = 64 };  // drafts that a share is mostly of; rounds after which an exit is asked again at the latest
 
-// What an exit works with: x (2D), act (D + 2W), out (D), narrow as for `prepare`, floats as for `read_logits`, and logits y (n),
-// followed by 3 numbers for each CHUNK of them.
+// What an exit works with: x (K columns of `in`), act (D + 2W), out (D), narrow as for `prepare`, floats as for `read_logits`, and
+// logits y (n), followed by 3 numbers for each CHUNK of them.
 typedef struct {
     float *x, *act, *out, *narrow, *floats, *y;
 } Desk;
 
 static Desk desk_at(const Drafter *d, float *place) {
-    const int64_t D = d->down.rows, W = d->down.columns;
-    float *act = place + 2 * D, *out = act + D + 2 * W, *narrow = out + D, *floats = narrow + 2 * D + W + 64;
+    const int64_t D = d->down.rows, W = d->down.columns, K = d->in.columns;
+    float *act = place + K, *out = act + D + 2 * W, *narrow = out + D, *floats = narrow + K + W + 64;
     return (Desk){place, act, out, narrow, floats, floats + 2 * D + 64};
 }
 
-// The exit's state for a hidden state h (D), given the top one of the token before, shared out: `desk->out`, before its tail.
-static void adapt(Hand *hand, const Drafter *d, const float *h, const float *top, const Desk *desk) {
-    const int64_t D = d->down.rows, W = d->down.columns;
+// Scales a state h (D) to a root mean square of 1: `unit` of exits/parts.py.
+static void to_unit(const float *h, int64_t D, float *x) {
+    const float scale = 1 / sqrtf(sum(dots(h, h, D)) / D + 1e-6f);
+    for (int64_t k = 0; k < D; k++) x[k] = scale * h[k];
+}
+
+// The exit's state for a hidden state h (D), given the top and a middle one of the token before, shared out: `desk->out`, before its
+// tail.
+static void adapt(Hand *hand, const Drafter *d, const float *h, const float *top, const float *middle, const Desk *desk) {
+    const int64_t D = d->down.rows, W = d->down.columns, K = d->in.columns;
     float *gate = desk->act + D, *up = gate + W;
-    const Rows in = rows_in(&d->in, desk->x, 2 * D, 1, desk->narrow), act = rows_in(&d->down, up, W, 1, desk->narrow);
+    const Rows in = rows_in(&d->in, desk->x, K, 1, desk->narrow), act = rows_in(&d->down, up, W, 1, desk->narrow);
     EACH_PIECE(i, hand, 1) {
-        const float scale = 1 / sqrtf(sum(dots(top, top, D)) / D + 1e-6f);
         standardise(h, d->mean, d->spread, D, desk->x);
-        for (int64_t k = 0; k < D; k++) desk->x[D + k] = scale * top[k];
+        to_unit(top, D, desk->x + D);
+        if (d->middle) to_unit(middle, D, desk->x + 2 * D);
         if (narrow(d->in.kind)) pack(&d->in, &in, 0);
     }
     multiply(hand, &d->in, in, 1, (Out){desk->act, D + 2 * W, 0}, 0, D + 2 * W);

@@ -172,7 +172,7 @@ class _Native:
 
     def _for_drafts(self, drafter: CDrafter) -> int:
         down, inward, tokens = drafter.down, getattr(drafter, "in"), drafter.head.weight.rows
-        floats: int = 7 * down.rows + down.columns + inward.rows + 128 + tokens + 3 * self.CHUNK
+        floats: int = 2 * inward.columns + inward.rows + 3 * down.rows + down.columns + 128 + tokens + 3 * self.CHUNK
         return floats
 
     def ask(self, gate: CGate, h: Tensor) -> float:

@@ -18,7 +18,8 @@ typedef struct {
     const int64_t *ends;
     int64_t ends_count, enough, most, before;
     int64_t *ids;           // before + most + 1, of which this is the newest
-    float *h, *top;         // (rows, D): hidden states of the newest rows; (D): that of the newest token that reached the top
+    float *h, *middles;     // (rows, D) each: hidden states of the newest rows, and those before block `middle` of the drafter
+    float *deep;            // (2, D): the newest token's that reached the top, there, and before block `middle`
     int64_t decided, run;   // tokens chosen; blocks run of a token that a gate stopped, else 0
     Round *rounds;          // most, zeros
     int64_t rounds_count;
@@ -65,7 +66,8 @@ static void judge(Steps *s, Round *round, int64_t t, const Best *bests, int64_t 
     }
     while (stood < n && chosen[stood] == s->ids[t + 1 + stood]) stood++;
     s->ids[t + 1 + stood] = chosen[stood];
-    memcpy(s->top, s->h + stood * D, D * sizeof(float));
+    memcpy(s->deep, s->h + stood * D, D * sizeof(float));
+    if (s->drafter && s->drafter->middle) memcpy(s->deep + D, s->middles + stood * D, D * sizeof(float));
     round->ends = ends_with(s, chosen[stood]);
     round->stood = stood;
     if (s->drafter) learn_from(s->drafter, s->estimates, round, chosen);
@@ -113,7 +115,7 @@ static int64_t draft(Hand *hand, Steps *s, Round *round, int64_t t, const Desk *
             choose_source(d, s->estimates, round, n, s->ids - s->before, s->before + t + n + 1);
         }
         if (round->source[n] == EXIT) {
-            adapt(hand, d, s->h + n * D, n ? desk->out : s->top, desk);
+            adapt(hand, d, s->h + n * D, n ? desk->out : s->deep, s->deep + D, desk);
             if (d->tail) with->run(with->worker, desk->out, t, n, 1, blocks - d->tail, blocks, NULL);
             guess(hand, d, desk, round, n);
         }
@@ -125,6 +127,17 @@ static int64_t draft(Hand *hand, Steps *s, Round *round, int64_t t, const Desk *
         if (!round->kept[n]) return n;
         if (!n && with->save) with->save(with->worker, 0, d->after);
     }
+}
+
+// Runs the rows of the round that begins with token t from block `after` to the top. Returns the number of blocks before their end.
+static int64_t run_chunk(Hand *hand, const Steps *s, int64_t t, int64_t R, int64_t after, const Gates *gates, const Runner *with) {
+    const int64_t D = s->head->weight.columns, middle = s->drafter ? s->drafter->middle : 0;
+    if (middle) {
+        with->run(with->worker, s->h, t, 0, R, after, middle, NULL);
+        EACH_PIECE(r, hand, R) memcpy(s->middles + r * D, s->h + r * D, D * sizeof(float));
+        after = middle;
+    }
+    return with->run(with->worker, s->h, t, 0, R, after, with->blocks, gates);
 }
 
 // Takes the steps, shared out. `gates` (or NULL) has logits for every token; `found` (most) is zeros; `y` is as for `decide`, for
@@ -142,7 +155,7 @@ static void take_steps(Hand *hand, Steps *s, const Gates *gates, float *y, float
         const double embedded = omp_get_wtime();
         const Gates own = gates ? (Gates){gates->gates, gates->count, gates->seen, gates->logits + t * gates->count} : (Gates){0};
         if (n && with->save) with->save(with->worker, after, with->blocks);
-        run = with->run(with->worker, s->h, t, 0, n + 1, after, with->blocks, gates ? &own : NULL);
+        run = run_chunk(hand, s, t, n + 1, after, gates ? &own : NULL, with);
         if (!hand->t) s->seconds[s->drafter ? 4 : 0] += embedded - start, s->seconds[1] += omp_get_wtime() - embedded;
         if (run < with->blocks) break;
         decide(hand, s, round, t, n + 1, y, found + t);

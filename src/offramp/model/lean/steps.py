@@ -85,10 +85,11 @@ class Asked:
 class DrafterParts:
     """What an exit that drafts is made of (`exits.readouts.DeepAdapter`).
 
-    It stands after block `after`, and `tail` of the model's last blocks run after it. `inward` (D + 2W, 2D) is the map that
-    is added to the output, above the gate and the up projection; `down` (D, W). `mean` and `spread` (D,) are those of the
-    hidden states that it reads; `scale` (D,): the output is h + scale ⊙ y, or y if it is None. `tokens` (n,): the ids that
-    it drafts, or None for all; `list` (n, D) are their rows of the head.
+    It stands after block `after`, and `tail` of the model's last blocks run after it. It reads the state of the token
+    before at the top, and after block `middle` if that is not 0. `inward` (D + 2W, 2D or 3D) is the map that is added to
+    the output, above the gate and the up projection; `down` (D, W). `mean` and `spread` (D,) are those of the hidden states
+    that it reads; `scale` (D,): the output is h + scale ⊙ y, or y if it is None. `tokens` (n,): the ids that it drafts, or
+    None for all; `list` (n, D) are their rows of the head.
 
     A round has at most `most` drafts. Where the last `alike` tokens stand earlier in the text, what followed them is a
     draft, too (0: never), and so is what `ngrams` (or None) expect. Costs are in steps of full depth: `row` of one more row
@@ -97,6 +98,7 @@ class DrafterParts:
 
     after: int
     tail: int
+    middle: int
     inward: Weight
     down: Weight
     list: Weight
@@ -114,7 +116,7 @@ class DrafterParts:
     def compiled(self, norm: Tensor, eps: float) -> CDrafter:
         """The drafter as the C code takes it, with the final norm's weight. These parts must stay alive."""
         return CDrafter(
-            self.after, self.tail, CWeight.of(self.inward), CWeight.of(self.down),
+            self.after, self.tail, self.middle, CWeight.of(self.inward), CWeight.of(self.down),
             *map(address, (self.mean, self.spread, self.scale)),
             CHead(CWeight.of(self.list), address(norm), eps), address(self.tokens),
             ctypes.pointer(self.ngrams) if self.ngrams else None, self.most, self.alike, self.row, self.asking, self.floor,
@@ -131,9 +133,9 @@ class Ask:
     """Greedy decoding of one sequence, asked for.
 
     `ids`: the newest of the text's ids, the last of which is the token to begin with; decoding stops when `enough` tokens
-    are chosen (`most` at most), or after one of the `ends` (n,). `top` (1, 1, D): the top hidden state of the token before,
-    if there are drafts. `asked`: gates that may stop a token. The embedding (V, D), the head, and perhaps its sketch, or a
-    drafter with what is known of its drafts. `penalty`: the repetition penalty, of all `ids`; 1 is none.
+    are chosen (`most` at most), or after one of the `ends` (n,). `asked`: gates that may stop a token. The embedding
+    (V, D), the head, and perhaps its sketch, or a drafter with what is known of its drafts; then `deep` (1, 1, D or 2D) is
+    what it reads of the token before. `penalty`: the repetition penalty, of all `ids`; 1 is none.
     """
 
     ids: Sequence[int]
@@ -144,7 +146,7 @@ class Ask:
     head: CHead
     sketch: CSketch | None = None
     asked: Asked | None = None
-    top: Tensor | None = None
+    deep: Tensor | None = None
     drafter: CDrafter | None = None
     estimates: CEstimates = field(default_factory=new_estimates)
     penalty: float = 1.0
@@ -178,15 +180,15 @@ class Steps:
 
     `rounds`: the passes to the top that chose them, in order; in each, drafts that stand come before the token that full
     depth chose. `run`: the number of blocks run of a last token that a gate stopped, 0 if there is none. `h` (1, 1, D) is
-    the newest token's hidden state, `top` that of the newest that reached the top. `seconds`: spent on embeddings, blocks,
-    heads, choices, and drafts.
+    the newest token's hidden state, `deep` what drafts read of the newest that reached the top. `seconds`: spent on
+    embeddings, blocks, heads, choices, and drafts.
     """
 
     ids: list[int]
     rounds: list[Round]
     run: int
     h: Tensor
-    top: Tensor
+    deep: Tensor
     seconds: tuple[float, ...]
 
 
@@ -197,15 +199,18 @@ class Stepping:
         width = ask.embedding.shape[1]
         self._before = len(ask.ids) - 1
         self._ids = (c_int64 * (len(ask.ids) + ask.most))(*ask.ids)
-        self._h = torch.empty(1, ask.rows, width, dtype=torch.float32)
-        self._top = torch.zeros(1, 1, width) if ask.top is None else ask.top.float().clone()
+        self._h, self._middles = (torch.empty(1, ask.rows, width, dtype=torch.float32) for _ in range(2))
+        self._size = width * (2 if ask.drafter and ask.drafter.middle else 1)
+        self._deep = torch.zeros(1, 1, 2 * width)
+        if ask.deep is not None:
+            self._deep[..., : ask.deep.shape[-1]] = ask.deep
         self._rounds = (CRound * ask.most)()
         self.compiled = CSteps(
             ask.embedding.data_ptr(), ask.embedding.dtype == torch.float32, ctypes.pointer(ask.head),
             ctypes.pointer(ask.sketch) if ask.sketch else None, ctypes.pointer(ask.drafter) if ask.drafter else None,
             ctypes.pointer(ask.estimates), ask.penalty, ask.ends.data_ptr(), len(ask.ends), ask.enough, ask.most,
             self._before, ctypes.addressof(self._ids) + self._before * ctypes.sizeof(c_int64),
-            self._h.data_ptr(), self._top.data_ptr(), 0, 0, self._rounds,
+            self._h.data_ptr(), self._middles.data_ptr(), self._deep.data_ptr(), 0, 0, self._rounds,
         )  # fmt: skip
         self.gates = ask.asked.compiled() if ask.asked else None
 
@@ -218,4 +223,4 @@ class Stepping:
             confidences = [p if source == FROM_EXIT else None for source, p in zip(sources, sure, strict=True)]
             rounds.append(Round(confidences, made.drafts, list(made.source).count(FROM_EXIT)))
         ids = self._ids[first : first + steps.decided]
-        return Steps(ids, rounds, steps.run, self._h[:, :1], self._top, tuple(steps.seconds))
+        return Steps(ids, rounds, steps.run, self._h[:, :1], self._deep[..., : self._size], tuple(steps.seconds))

@@ -62,7 +62,7 @@ class CDrafter(ctypes.Structure):
     """`Drafter` in drafts.h."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("after", "tail")),
+        *((name, c_int64) for name in ("after", "tail", "middle")),
         *((name, CWeight) for name in ("in", "down")),
         *((name, c_void_p) for name in ("mean", "spread", "scale")),
         ("head", CHead),
@@ -107,7 +107,7 @@ class CSteps(ctypes.Structure):
         ("penalty", c_double),
         ("ends", c_void_p),
         *((name, c_int64) for name in ("ends_count", "enough", "most", "before")),
-        *((name, c_void_p) for name in ("ids", "h", "top")),
+        *((name, c_void_p) for name in ("ids", "h", "middles", "deep")),
         *((name, c_int64) for name in ("decided", "run")),
         ("rounds", POINTER(CRound)),
         ("rounds_count", c_int64),

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/matched.py result.jsonl --exits own=DIR --exits "own, task loss=DIR" [--tokens 48]
 
 Answers all prompts at full depth, and under each folder's own policy. The table has the loss (1 − token F1 with full
-depth's answer), the share of answers that stay the same, the word F1 with the prompts' right answers, the FLOPs saved, and
-the mean blocks run; with 95% intervals, by bootstrap over prompts.
+depth's answer), the share of answers that stay the same, the share of the right answers' words that they have (recall), the
+FLOPs saved, and the mean blocks run; with 95% intervals, by bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from offramp import Engine, Exits
 from offramp.decode.request import Generation
 from offramp.errors import OfframpError
 from offramp.machine import machine
-from offramp.metrics import best_f1
+from offramp.metrics import best_recall
 from offramp.training.calibration import Question, answers, f1_loss, read_questions
 from trade import Row, interval
 
-COLUMNS = ("1 − token F1", "same answer", "word F1", "FLOPs saved", "mean blocks run")
+COLUMNS = ("1 − token F1", "same answer", "word recall", "FLOPs saved", "mean blocks run")
 
 
 def row(answer: Generation, full: Generation, question: Question) -> Row:
@@ -29,7 +29,7 @@ def row(answer: Generation, full: Generation, question: Question) -> Row:
     measures = (
         f1_loss(answer, full, question),
         float(answer.ids == full.ids),
-        best_f1(answer.text, question.references) if question.references else 0.0,
+        best_recall(answer.text, question.references) if question.references else 0.0,
         answer.flops_saved,
         answer.mean_blocks,
     )

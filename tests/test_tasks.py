@@ -18,7 +18,7 @@ from offramp.evaluation.tasks import (
     score_trivia,
     score_truthful,
 )
-from offramp.metrics import best_f1, best_match, left_one_out, squad_words, trivia_words
+from offramp.metrics import best_f1, best_match, best_recall, left_one_out, squad_words, trivia_words
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,9 @@ def test_scores_take_the_best_reference() -> None:
     assert best_f1("the white cat", ["black dog", "white cat sat"]) == pytest.approx(2 * 2 / (2 + 3))
     assert best_f1("white white", ["white"]) == pytest.approx(2 * 1 / 3)  # bags of words
     assert best_f1("", ["the"]) == 1  # both empty
+    assert best_recall("It was the white cat, of course.", ["black dog", "white cat sat"]) == pytest.approx(2 / 3)
+    assert best_recall("white", ["white white"]) == pytest.approx(1 / 2)
+    assert best_recall("white", ["the"]) == best_recall("white", []) == 0
     assert best_f1("", ["white"]) == best_f1("white", []) == 0
     assert best_match("The White Cat.", ["dog", "white cat"]) == 1
     assert best_match("white cats", ["white cat"]) == 0

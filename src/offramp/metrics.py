@@ -45,6 +45,13 @@ def best_f1(answer: str, references: Sequence[str], words: Words = squad_words) 
     return max((_f1(answer_words, words(reference)) for reference in references), default=0.0)
 
 
+def best_recall(answer: str, references: Sequence[str], words: Words = squad_words) -> float:
+    """The share of a reference's words that the answer has, for the best of the references, in [0, 1]; 0 without any."""
+    given = Counter(words(answer))
+    shares = ((wanted, sum((given & Counter(wanted)).values())) for wanted in map(words, references) if wanted)
+    return max((found / len(wanted) for wanted, found in shares), default=0.0)
+
+
 def best_match(answer: str, references: Sequence[str], words: Words = squad_words) -> float:
     """1 if the answer's words are one of the references', else 0."""
     answer_words = words(answer)

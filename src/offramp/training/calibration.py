@@ -33,7 +33,7 @@ from offramp.errors import BadInput
 from offramp.exits.exits import Exits
 from offramp.exits.policy import PATIENCE, Policy
 from offramp.files import read_lines, sha256_of_text
-from offramp.metrics import best_f1, token_f1
+from offramp.metrics import best_recall, token_f1
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
@@ -49,7 +49,7 @@ PILOT = 0.2  # share of the prompts that finds the path
 CANDIDATES = (8192, 4096)
 EXIT_CANDIDATES = 512
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
-PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7)
+PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 ROUNDS = 6  # in which tokens of the pilot's answers jump, to see how often exits with tails are right
 BATCH = 64  # most answers side by side
 
@@ -173,8 +173,11 @@ def exact_loss(early: Generation, full: Generation, question: Question) -> float
 
 
 def task_loss(early: Generation, full: Generation, question: Question) -> float:
-    """Full depth's word F1 with the references minus this answer's; 0 if that is negative."""
-    return max(0.0, best_f1(full.text, question.references) - best_f1(early.text, question.references))
+    """Full depth's word recall of the references minus this answer's; 0 if that is negative.
+
+    Recall, since a model that answers in sentences has a word F1 near 0 with a short reference, and so nothing to lose.
+    """
+    return max(0.0, best_recall(full.text, question.references) - best_recall(early.text, question.references))
 
 
 def gain(answer: Generation, fill: str) -> float:

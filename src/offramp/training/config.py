@@ -104,7 +104,7 @@ class CalibrationConfig:
     loss: str = setting(
         "f1",
         "How an answer's loss is measured: f1 (1 − token F1 with full depth's answer), exact (1 if the answers differ), "
-        "task (how much worse it scores against the prompt's 'answer').",
+        "task (how many more words of the prompt's 'answer' it misses, as a share).",
     )
     kind: str = setting(
         "precision",

@@ -95,7 +95,7 @@ def test_help_names_every_verb_and_says_the_defaults(world) -> None:
         assert verb in overview
     shown = " ".join(run(world, "train", "--help", COLUMNS="400").stdout.split())
     assert "Bottleneck of a gate, in dims; a multiple of 16. [default: 64]" in shown
-    assert "Bottleneck of a read-out, in dims; a multiple of 32. Default: 512, with --draft 256." in shown
+    assert "Bottleneck of a read-out, in dims; a multiple of 32. Default: 512, with --draft 1024." in shown
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -38,7 +38,8 @@ class TrainConfig:
         "not miss what the skipped blocks would remember) or agreement (that the read-out is right).",
         draft="key",
     )
-    readout_width: int = setting(512, "Bottleneck of a read-out, in dims; a multiple of 32.", draft=256)
+    readout_width: int = setting(512, "Bottleneck of a read-out, in dims; a multiple of 32.", draft=1024)
+    middle: int = setting(0, "A deep read-out also reads the state after this many blocks; 0: it does not.")
     top_k: int = setting(1, "An exit agrees if its token is among the full model's k most probable ones.")
     prompts: str | None = setting(None, PROMPTS_HELP, flag="--own-prompts")
     texts: tuple[str, ...] = setting((), TEXT_HELP, flag="--text")
@@ -86,12 +87,14 @@ def draft_config(kinds: list[str], **changed: Any) -> TrainConfig:
     """How the exit that drafts for `verify` is trained, in a model with blocks of these kinds; `changed` fields win.
 
     It stands after the first block, reads the top state of the token before, too, and reads out a short list of tokens.
-    Its tail is the model's last block, if that is attention. A draft costs little, and a wrong one is only rejected. So
-    drafting pays even if only a quarter of the drafts are right.
+    Its tail is the model's last block, if that is attention. It also reads a middle state, after two thirds of the blocks.
+    A draft costs little, and a wrong one is only rejected. So drafting pays even if only a quarter of them are right.
     """
     drafts = {item.name: item.metadata.get("draft") for item in fields(TrainConfig)}
     usual = {name: value for name, value in drafts.items() if value is not None}
-    place = {} if changed.get("layers") else {"layers": (1,), "tails": (int(kinds[-1] == "attention"),)}
+    place: dict[str, Any] = {}
+    if not changed.get("layers"):
+        place = {"layers": (1,), "tails": (int(kinds[-1] == "attention"),), "middle": round(len(kinds) * 2 / 3)}
     return TrainConfig(**{**place, **usual, **changed})
 
 

@@ -82,8 +82,17 @@ def shape_of(backbone: Backbone, config: TrainConfig, layers: tuple[int, ...], t
     # With few tokens or dims, a sketch would cost as much as the head.
     large = backbone.vocab_size >= 8 * CANDIDATES and backbone.hidden_size >= 8 * SKETCH_DIMS
     sketch = (SKETCH_DIMS if large else 0) if config.sketch is None else config.sketch
-    widths = config.gate_width, config.readout_width
-    return ExitsConfig(layers, config.gate, config.readout, *widths, shortlist, sketch, tails if any(tails) else ())
+    return ExitsConfig(
+        layers,
+        config.gate,
+        config.readout,
+        config.gate_width,
+        config.readout_width,
+        shortlist,
+        sketch,
+        tails if any(tails) else (),
+        middle=config.middle,
+    )
 
 
 def _measured(

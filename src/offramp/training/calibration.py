@@ -50,27 +50,6 @@ CANDIDATES = (8192, 4096)
 EXIT_CANDIDATES = 512
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
 PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
-    0.998,
-    0.995,
-    0.99,
-    0.985,
-    0.98,
-    0.97,
-    0.96,
-    0.95,
-    0.93,
-    0.91,
-    0.88,
-    0.85,
-    0.8,
-    0.75,
-    0.7,
-    0.6,
-    0.5,
-    0.4,
-    0.3,
-    0.2,
-)
 ROUNDS = 6  # in which tokens of the pilot's answers jump, to see how often exits with tails are right
 BATCH = 64  # most answers side by side
 

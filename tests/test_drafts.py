@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import LAYERS, TAILS, exact, library_tokens, modest_exits, some_prompts
+from helpers import TAILS, exact, library_tokens, modest_exits, some_prompts
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.decode.request import Talk
@@ -42,9 +42,9 @@ def test_a_draft_is_only_worth_what_all_drafts_before_it_are_worth_together(fami
     assert longest > 1
 
 
-def drafting_exits(family: str, tails: tuple[int, ...] = (), middle: int = 0) -> Exits:
-    """Exits that draft, and read a middle state if that is not 0."""
-    exits = Exits.new(tiny(family), ExitsConfig(LAYERS[:1], "linear", "deep", 32, 32, tails=tails[:1], middle=middle))
+def drafting_exits(family: str, tails: tuple[int, ...] = (), middle: int = 0, block: int = 1) -> Exits:
+    """An exit after a block, which drafts, and reads a middle state if that is not 0."""
+    exits = Exits.new(tiny(family), ExitsConfig((block,), "linear", "deep", 32, 32, tails=tails[:1], middle=middle))
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in exits.modules.parameters():
@@ -54,10 +54,10 @@ def drafting_exits(family: str, tails: tuple[int, ...] = (), middle: int = 0) ->
 
 
 def drafting_engine(
-    family: str, tails: tuple[int, ...] = (), threshold: float = 0.0, middle: int = 0, **options: Any
+    family: str, tails: tuple[int, ...] = (), threshold: float = 0.0, middle: int = 0, block: int = 1, **options: Any
 ) -> Engine:
     """An engine whose exit drafts in compiled code, from a list of every second token."""
-    backbone, exits = tiny(family), drafting_exits(family, tails, middle)
+    backbone, exits = tiny(family), drafting_exits(family, tails, middle, block)
     exits.shortlist = torch.arange(0, backbone.vocab_size, 2)
     return Engine(backbone, exits, Policy((threshold,), "max-prob"), "verify", **options)
 
@@ -70,18 +70,18 @@ def costing(engine: Engine, row: float, asking: float) -> Engine:
 
 
 @pytest.mark.parametrize("lookup", [0, 3])
-@pytest.mark.parametrize("middle", [0, 1, 4])
+@pytest.mark.parametrize(("block", "middle"), [(0, 0), (1, 1), (0, 4), (2, 4)])
 @pytest.mark.parametrize("tails", [(), TAILS, (3, 0, 0)], ids=str)
 @pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native"])
 def test_compiled_drafts_give_full_depths_tokens_and_states(
-    family: str, tails: tuple[int, ...], middle: int, lookup: int
+    family: str, tails: tuple[int, ...], block: int, middle: int, lookup: int
 ) -> None:
     if tails and family == "mamba2/native":
         assert drafting_engine(family, tails).ahead is None  # a Mamba tail is run by the other path
         return
     stood = rejected = 0
     for threshold in (0.0, 0.02):
-        engine = costing(drafting_engine(family, tails, threshold, middle, lookup=lookup, max_pending=5), 0, 0)
+        engine = costing(drafting_engine(family, tails, threshold, middle, block, lookup=lookup, max_pending=5), 0, 0)
         for prompt in some_prompts(8, seed=int(100 * threshold)):
             batch, talk = engine.batch(), Talk()
             request = batch.add(prompt, talk, max_tokens=32)
@@ -93,14 +93,15 @@ def test_compiled_drafts_give_full_depths_tokens_and_states(
             assert ids == Engine(tiny(family)).generate(prompt, max_tokens=32).ids
             stood += sum(token.exit_block < BLOCKS for token in request.tokens)
             rejected += talk.sequence.rejected
-    assert stood > 0 < rejected
+    assert rejected
+    assert stood or not block  # an untrained exit is hardly ever right about an embedding
 
 
 def test_compiled_drafts_are_those_of_the_read_out() -> None:
     """What the compiled exit drafts first is what its module says for the same states."""
     family = "llama/native"
-    for tails, middle in (((), 0), (TAILS, 0), ((), 3), (TAILS, 5)):
-        engine = costing(drafting_engine(family, tails, middle=middle, lookup=0), 0, 0)
+    for tails, middle, block in (((), 0, 1), (TAILS, 0, 0), ((), 3, 0), (TAILS, 5, 2)):
+        engine = costing(drafting_engine(family, tails, middle=middle, block=block, lookup=0), 0, 0)
         exit, _ = engine.open_exits[0]
         for prompt in some_prompts(5):
             batch = engine.batch()
@@ -165,19 +166,19 @@ def test_a_text_that_repeats_itself_is_looked_up() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("middle", [0, 4])
+@pytest.mark.parametrize(("block", "middle"), [(1, 0), (0, 4)])
 @pytest.mark.parametrize("tail", [0, 1, 2])
 @pytest.mark.parametrize("family", ["llama", "llama/native", "mistral", "qwen3"])
-def test_drafts_are_trained_on_the_states_that_decoding_makes(family: str, tail: int, middle: int) -> None:
+def test_drafts_are_trained_on_the_states_that_decoding_makes(family: str, tail: int, block: int, middle: int) -> None:
     """What training makes of all tokens at once is what decoding makes of them one by one, as any draft of a run."""
     backbone = tiny(family)
-    exit = next(iter(drafting_exits(family, (tail,), middle)))
+    exit = next(iter(drafting_exits(family, (tail,), middle, block)))
     ids = torch.tensor([some_prompts(1, seed=3)[0] * 4])[:, :24]
     hidden, depth = {}, backbone.n_blocks
     h, step = backbone.embed(ids)
-    for block in range(depth + 1):
-        hidden[block] = h.float()
-        h = backbone.run(h, block, block + 1, backbone.state(), step) if block < depth else h
+    for done in range(depth + 1):
+        hidden[done] = h.float()
+        h = backbone.run(h, done, done + 1, backbone.state(), step) if done < depth else h
     trained = runs(backbone, backbone.trainable_from(depth - tail), exit, middle, hidden)
     for first in range(1, ids.shape[1] - 3):
         state = backbone.state()

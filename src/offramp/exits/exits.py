@@ -42,11 +42,11 @@ DRAFT = "draft"  # the subfolder, in the folder of a model's exits, for the exit
 class ExitsConfig:
     """What a set of exits is made of.
 
-    `layers`: for each exit, the number of blocks that run before it. `tails`: for each exit, how many of the model's last
-    blocks run after its adapter (0: none); empty where no exit has a tail. Widths are bottlenecks, in dims. `shortlist`:
-    read out only this many frequent tokens (0: all). `sketch`: dims of a sketch of the head (0: none). `ngrams`: slots of a
-    table of n-grams, which drafts come from, too (0: none). `middle`: a `deep` read-out also reads the state of the token
-    before after so many blocks (0: it does not).
+    `layers`: for each exit, the number of blocks that run before it (0 for a deep read-out, which then reads the
+    embedding). `tails`: for each exit, how many of the model's last blocks run after its adapter (0: none); empty where no
+    exit has a tail. Widths are bottlenecks, in dims. `shortlist`: read out only this many frequent tokens (0: all).
+    `sketch`: dims of a sketch of the head (0: none). `ngrams`: slots of a table of n-grams, which drafts come from, too
+    (0: none). `middle`: a deep read-out also reads the state of the token before after so many blocks (0: it does not).
     """
 
     layers: tuple[int, ...]
@@ -67,11 +67,11 @@ class ExitsConfig:
 
     def check(self, backbone: Backbone) -> None:
         """Check the config against a backbone. Raises `OfframpError` for exits that cannot be made for it."""
-        layers, last = list(self.layers), backbone.n_blocks - 1
-        if not layers or layers != sorted(set(layers)) or not 1 <= layers[0] <= layers[-1] <= last:
+        layers, last, least = list(self.layers), backbone.n_blocks - 1, 0 if self.readout == "deep" else 1
+        if not layers or layers != sorted(set(layers)) or not least <= layers[0] <= layers[-1] <= last:
             raise OfframpError(
                 f"Exits after blocks {', '.join(map(str, layers)) or '(none)'} do not fit a model of {backbone.n_blocks}.",
-                f"Give rising numbers from 1 to {last}, such as 10,15,20.",
+                f"Give rising numbers from {least} to {last}, such as 10,15,20.",
             )
         if len(self.tails) not in (0, len(layers)) or not all(
             0 <= tail < backbone.n_blocks - layer for layer, tail in zip(layers, self.tails, strict=False)

@@ -86,15 +86,15 @@ class TrainConfig:
 def draft_config(kinds: list[str], **changed: Any) -> TrainConfig:
     """How the exit that drafts for `verify` is trained, in a model with blocks of these kinds; `changed` fields win.
 
-    It stands after the first block, reads the top state of the token before, too, and reads out a short list of tokens.
-    Its tail is the model's last block, if that is attention. It also reads a middle state, after two thirds of the blocks.
-    A draft costs little, and a wrong one is only rejected. So drafting pays even if only a quarter of them are right.
+    It reads the token's embedding, and of the token before the top state and a middle one, after two thirds of the blocks.
+    Its tail is the model's last block, if that is attention, and it reads out a short list of tokens. A draft costs little,
+    and a wrong one is only rejected. So drafting pays even if only a quarter of them are right.
     """
     drafts = {item.name: item.metadata.get("draft") for item in fields(TrainConfig)}
     usual = {name: value for name, value in drafts.items() if value is not None}
     place: dict[str, Any] = {}
     if not changed.get("layers"):
-        place = {"layers": (1,), "tails": (int(kinds[-1] == "attention"),), "middle": round(len(kinds) * 2 / 3)}
+        place = {"layers": (0,), "tails": (int(kinds[-1] == "attention"),), "middle": round(len(kinds) * 2 / 3)}
     return TrainConfig(**{**place, **usual, **changed})
 
 

@@ -53,7 +53,10 @@ def demo(
         bool, typer.Option("--both", help="Ask the Transformer and the Mamba model that come with offramp.")
     ] = False,
 ) -> None:
-    """Answer a few questions at full depth and with exits, and show after which block each token left."""
+    """Answer a few questions at full depth and with exits, and show after which block each token left.
+
+    If an exit drafts for the model, the table shows verified drafts, too: the same answer as full depth's.
+    """
     from offramp.cli.terminal import answer_in_colour, comparison_table
 
     if both and (decoding.exits or model):
@@ -62,16 +65,17 @@ def demo(
     loaded = []
     for name in names:
         backbone = decoding.load(name)
-        loaded.append((name, backbone, decoding.engines(backbone, decoding.require_exits(backbone))))
+        pair = decoding.engines(backbone, decoding.require_exits(backbone))
+        loaded.append((name, backbone, [*pair, *decoding.drafting(backbone)]))
     compared = []
-    for name, backbone, (full, early) in loaded:
-        pairs = []
+    for name, backbone, engines in loaded:
+        answered = []
         for question in questions or DEMO_QUESTIONS.get(name.removesuffix("-ee"), DEMO_QUESTIONS["smollm2"]):
             with reading_bar() as progress:
-                answers = [engine.generate(question, progress=progress, max_tokens=max_tokens) for engine in (full, early)]
-            pairs.append((answers[0], answers[1]))
-            answer_in_colour(question, *pairs[-1], name if both else None)
-        compared.append((backbone, pairs))
+                answers = [engine.generate(question, progress=progress, max_tokens=max_tokens) for engine in engines]
+            answered.append(tuple(answers))
+            answer_in_colour(question, answers[0], answers[1], name if both else None)
+        compared.append((backbone, answered))
     comparison_table(compared)
 
 

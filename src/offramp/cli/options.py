@@ -91,6 +91,14 @@ class DecodingOptions:
 
         return find_exits(backbone, self.exits, self.verifies)
 
+    def drafting(self, backbone: Backbone) -> list[Engine]:
+        """An engine whose drafts full depth decides about, beside another fill; none without an exit that drafts."""
+        from offramp.decode.engine import Engine
+        from offramp.exits.exits import find_exits
+
+        drafts = None if self.verifies else find_exits(backbone, self.exits, draft=True)
+        return [Engine(backbone, drafts, fill="verify")] if drafts and drafts.config.readout == "deep" else []
+
     def require_exits(self, backbone: Backbone) -> Exits:
         """`find_exits`; raises `BadInput` where there are none."""
         from offramp.exits.exits import require_exits

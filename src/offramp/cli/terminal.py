@@ -52,26 +52,29 @@ def answer_in_colour(question: str, full: Generation, early: Generation, model: 
     console.print(Text(f"left after  {' '.join(blocks)}", "dim"), soft_wrap=True)
 
 
-def comparison_table(compared: list[tuple[Backbone, list[tuple[Generation, Generation]]]]) -> None:
-    """Full depth beside exits, over all answers of each model. Rates are medians, the other numbers means."""
+def comparison_table(compared: list[tuple[Backbone, list[tuple[Generation, ...]]]]) -> None:
+    """Full depth beside exits, over all answers of each model. Rates are medians, the other numbers means.
+
+    Each question has an answer at full depth, one with exits, and perhaps a verified one.
+    """
     names = " and ".join(f"{backbone.name}, {backbone.weight_format}" for backbone, _ in compared)
     table = Table(title=f"{names}, fill {compared[0][1][0][1].fill}", title_justify="left")
     for column in ("", "tokens/s", "mean blocks run", "FLOPs saved", "consistency"):
         table.add_column(column, justify="right" if column else "left")
-    for backbone, pairs in compared:
-        for name, side in (("full depth", 0), ("with exits", 1)):
-            runs = [pair[side] for pair in pairs]
+    for backbone, answers in compared:
+        fulls, *others = zip(*answers, strict=True)
+        for name, runs in zip(("full depth", "with exits", "drafts, verified"), (fulls, *others), strict=False):
             table.add_row(
                 f"{backbone.name}, {name}" if len(compared) > 1 else name,
                 f"{median(run.decode_tokens_per_second for run in runs):.1f}",
                 f"{mean(run.mean_blocks for run in runs):.1f} of {backbone.n_blocks}",
                 f"{mean(run.flops_saved for run in runs):.1%}",
-                f"{mean(token_f1(run.ids, full.ids) for run, (full, _) in zip(runs, pairs, strict=True)):.2f}",
+                f"{mean(token_f1(run.ids, full.ids) for run, full in zip(runs, fulls, strict=True)):.2f}",
             )
     console.print()
     console.print(table)
-    for backbone, pairs in compared:
-        early = pairs[0][1]
+    for backbone, answers in compared:
+        early = answers[0][1]
         blocks = ", ".join(map(str, early.thresholds))
         console.print(Text(f"{backbone.name}: exits after blocks {blocks}; policy: {early.policy}.", "dim"))
     console.print(Text("Consistency: token F1 with the full-depth answer.", "dim"))

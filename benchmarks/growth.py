@@ -4,12 +4,12 @@
 
 A step is embedding, blocks and head for new tokens after a context that is in memory already. Keys and values are cropped
 after each repetition, so that each does the same work. A Mamba state is not cropped: a step costs the same after any text.
-Of a chunk, only the last row gets logits, as when a prompt is read; of a batch, every sequence does. A step that leaves
-early also fills the blocks that it skips, by `project`.
+Of a chunk, only the last row gets logits, as when a prompt is read; every row of verified drafts does, and every sequence
+of a batch. A step that leaves early also fills the blocks that it skips, by `project`.
 
 Formats take turns, round by round, so that a slow minute of the machine affects all of them.
 
-Prints a table in Markdown for each of the four, with medians in milliseconds. Writes everything to build/bench/growth.json,
+Prints a table in Markdown for each of the five, with medians in milliseconds. Writes everything to build/bench/growth.json,
 and draws it.
 """
 
@@ -51,6 +51,7 @@ def axes_of(backbone: Backbone) -> Axes:
     return {
         "context": (64, 256, 1024, 4096) if "attention" in backbone.kinds else (64, 256, 1024, 4096, 16384),
         "chunk rows": (1, 2, 4, 8, 16),
+        "verified rows": (1, 2, 3, 4, 5, 6, 7, 8),
         "batch": (1, 2, 4, 8, 16),
         "blocks run": tuple(sixths),
     }
@@ -74,12 +75,14 @@ def read(backbone: Backbone, state: State, start: int, length: int) -> None:
         backbone.project(h, 0, backbone.n_blocks, state, step)
 
 
-def decode(backbone: Backbone, state: State, batch: int = 1, rows: int = 1, blocks: int | None = None) -> None:
+def decode(
+    backbone: Backbone, state: State, batch: int = 1, rows: int = 1, blocks: int | None = None, verified: bool = False
+) -> None:
     """Run one step: `rows` tokens of each of `batch` sequences, through the first `blocks` blocks (default: all)."""
     blocks = blocks or backbone.n_blocks
     h, step = backbone.embed(torch.randint(0, backbone.vocab_size, (batch, rows)), state.length(0))
     h = backbone.run(h, 0, blocks, state, step)
-    backbone.logits(h[:, -1:])
+    backbone.logits(h if verified else h[:, -1:])
     if blocks < backbone.n_blocks:
         backbone.project(h, blocks, backbone.n_blocks, state, step)
 
@@ -112,6 +115,7 @@ def measure(backbone: Backbone, axes: Axes) -> Iterator[tuple[str, list[list[flo
     ways: dict[str, Callable[[int], list[float]]] = {
         "context": at_context,
         "chunk rows": lambda rows: timed(state, rows=rows),
+        "verified rows": lambda rows: timed(state, rows=rows, verified=True),
         "blocks run": lambda blocks: timed(state, blocks=blocks),
         "batch": in_batch,  # last, since the state keeps the copied sequences
     }

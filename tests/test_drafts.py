@@ -65,7 +65,8 @@ def drafting_engine(
 def costing(engine: Engine, row: float, asking: float) -> Engine:
     """The engine, whose drafts cost so much: in steps of full depth, of a row of a chunk, and of asking the exit."""
     assert engine.drafting
-    engine.drafting.compiled.row, engine.drafting.compiled.asking = row, asking
+    drafter = engine.drafting.compiled
+    drafter.rows[:], drafter.asking = [row * drafts for drafts in range(len(drafter.rows))], asking
     return engine
 
 

@@ -193,7 +193,7 @@ def test_gates_compares_gates_of_one_size(world, capsys) -> None:
 
 
 def test_growth_times_steps_and_draws_them(world, capsys, monkeypatch) -> None:
-    axes = {"context": (8, 64), "chunk rows": (1, 4), "batch": (1, 2), "blocks run": (3, 6)}
+    axes = {"context": (8, 64), "chunk rows": (1, 4), "verified rows": (1, 2), "batch": (1, 2), "blocks run": (3, 6)}
     monkeypatch.setattr(growth, "axes_of", lambda backbone: axes)
     monkeypatch.setattr(growth, "CONTEXT", 16)
     arguments = ["--formats", "float32,bfloat16", "--rounds", "1", "--threads", "1", "--figure", "growth.svg"]
@@ -207,7 +207,7 @@ def test_growth_times_steps_and_draws_them(world, capsys, monkeypatch) -> None:
             times = record["ms"][axis][format]
             assert [len(repetitions) for repetitions in times] == [growth.REPETITIONS] * len(values)
             assert min(map(min, times)) > 0
-    assert Path("growth.svg").read_text().count("<polyline") == 4 * 2
+    assert Path("growth.svg").read_text().count("<polyline") == 5 * 2
 
 
 def test_guarantee_splits_the_questions(world, capsys) -> None:

@@ -47,7 +47,7 @@ def test_a_token_jumps_in_training_as_in_decoding(family: str) -> None:
         adapted, _ = exit.adapter(at[exit.block][where][None].float())
         jumped = Jumped(exit, where, adapted[0])
         top = through_tails(backbone, backbone.runtime, at[BLOCKS - exit.tail], [jumped])
-        torch.testing.assert_close(top[0, -1], talk.sequence.top[0, -1].to(top), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(top[0, -1], talk.sequence.deep[0, -1].to(top), rtol=1e-4, atol=1e-4)
         # The other tokens stay exact.
         torch.testing.assert_close(top[0, :-1], at[BLOCKS][0, :-1], rtol=1e-4, atol=1e-4)
 

@@ -122,7 +122,8 @@ def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
     steps = runtime.take_steps(ask, sequence.state, position)
     if isinstance(plan.timed, Timer):
         for part, seconds in zip(("embedding", "blocks", "heads", "sampling", "exits"), steps.seconds, strict=True):
-            plan.timed.add(part, seconds)
+            if seconds:
+                plan.timed.add(part, seconds)
     if -1 in steps.ids:
         raise plan.bad_numbers()
     passes = _passes(plan, steps, position, sum(_gate_flops(sequence, lowest)))

@@ -48,8 +48,8 @@ class Climb:
 
     def deep(self, row: int) -> Tensor:
         """At the top, the states of one of the tokens that read-outs read of the token before: (1, 1, …)."""
-        states = [self.hidden] if self.middle is None else [self.hidden, self.middle.to(self.hidden.dtype)]
-        return torch.cat([h[:, row][:, None] for h in states], dim=-1)
+        top = self.hidden[:, row][:, None]
+        return top if self.middle is None else torch.cat([top, self.middle[:, row][:, None].to(top.dtype)], dim=-1)
 
     @property
     def part(self) -> Part:

@@ -15,12 +15,22 @@ from offramp.exits.ngrams import LONGEST, SHORTEST
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
 from offramp.model.lean.base import Lean
+from offramp.model.lean.native import kernels
 from offramp.model.lean.steps import DrafterParts
 from offramp.model.lean.structures import MOST_DRAFTS, CDrafter, CNgrams
-from offramp.model.lean.weights import Int8, Weight
+from offramp.model.lean.weights import Int4, Int8, Weight
 
-# What one more row of a chunk costs, in steps of full depth. Where the processor multiplies bfloat16 and 8-bit integers.
-ROW = {"float32": 0.4, "bfloat16": 0.08, "int8": 0.1, "int4": 0.14, "int4-head4": 0.14}
+# What 0, 1, … more rows of a chunk cost, in steps of full depth: for smollm2 on an AMD EPYC, whose kernels have this name
+# (benchmarks/growth.py, "verified rows"). On other processors, a guess.
+MEASURED = "AVX-512 BF16 and VNNI"
+ROWS = {
+    "float32": (0.0, 0.1, 0.21, 0.52, 0.84, 1.02, 1.2, 1.4),
+    "bfloat16": (0.0, 0.03, 0.08, 0.18, 0.32, 0.4, 0.5, 0.58),
+    "int8": (0.0, 0.05, 0.19, 0.4, 0.66, 0.86, 1.06, 1.26),
+    "int4": (0.0, 0.02, 0.14, 0.37, 0.6, 0.8, 1.0, 1.2),
+    "int4-head4": (0.0, 0.02, 0.14, 0.37, 0.6, 0.8, 1.0, 1.2),
+}
+ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Drafting:
         ):
             return None
         plain = runtime.weight_format == "float32" or backbone.hidden_size % 32 or adapter.down.in_features % 32
-        kind = Weight if plain else Int8
+        kind = Weight if plain else Int4 if runtime.weight_format.startswith("int4") else Int8
         inward, constant, down = (part.float().contiguous() for part in adapter.maps())
         mean, spread = (part.float().contiguous() for part in (adapter.norm.mean, adapter.norm.spread))
         shortlist, ngrams = exits.shortlist, exits.ngrams
@@ -54,9 +64,9 @@ class Drafting:
         asking = sum(weight.nbytes for weight in weights) + sum(map(runtime.block_bytes, own))
         step = sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes()
         scale = None if adapter.jump is None else adapter.jump.spread.float().contiguous()
-        row = ROW[runtime.weight_format]
+        costs = ROWS[runtime.weight_format] if kernels() == MEASURED or plain else ELSEWHERE
         parts = DrafterParts(
             exit.block, exit.tail, exits.config.middle, *weights, mean, spread, scale, shortlist, table,
-            min(most, MOST_DRAFTS), alike, row, asking / step, floor,
+            min(most, MOST_DRAFTS), alike, costs, asking / step, floor,
         )  # fmt: skip
         return cls(exit.block, parts, runtime.drafter(parts), exits)

@@ -67,7 +67,7 @@ class TrainConfig:
         draft=0,
     )
     confidence: str = setting("gate", draft="max-prob")
-    threshold: float | None = setting(None, draft=0.25)
+    threshold: float | None = setting(None, draft=0.1)
     seed: int = setting(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:

@@ -24,7 +24,8 @@ typedef struct {
     const int64_t *tokens;        // their ids, or NULL for the whole vocabulary
     const Ngrams *ngrams;         // or NULL
     int64_t most, alike;          // drafts of a round; tokens that stand earlier, too, where a text repeats itself (0: none)
-    float row, asking, floor;     // costs in steps of full depth: one more row of a chunk, one draft; least chance of a draft
+    float rows[MOST_DRAFTS + 1];  // what so many more rows of a chunk cost, in steps of full depth
+    float asking, floor;          // what one draft costs; least chance of a draft
 } Drafter;
 
 // What is learned from the drafts of one sequence. It decides how many drafts are made.
@@ -173,7 +174,8 @@ static uint32_t expected(const Ngrams *g, const int64_t *ids, int64_t count) {
 // Decides where draft n of a round comes from: from whichever source is likelier to be right, if it is likely enough to stand.
 // `ids` are all ids so far, drafts among them. An exit goes on only from its own drafts, whose states it knows.
 static void choose_source(const Drafter *d, Estimates *e, Round *round, int64_t n, const int64_t *ids, int64_t count) {
-    const double rate = fmax(1, e->tokens / e->cost), asks = fmax((d->row + d->asking) * rate, d->floor);
+    const double rate = fmax(1, e->tokens / e->cost), row = d->rows[n + 1] - d->rows[n];
+    const double asks = fmax((row + d->asking) * rate, d->floor);
     const int64_t found = looked_up(ids, count, d->alike);
     const uint32_t value = d->ngrams ? expected(d->ngrams, ids, count) : 0;
     const double promise = (value & 255) / 255.0, table = value ? promise * e->right[TABLE] / e->promised : 0;
@@ -189,7 +191,7 @@ static void choose_source(const Drafter *d, Estimates *e, Round *round, int64_t 
 // Decides whether draft n is tried.
 static void choose_whether(const Drafter *d, const Estimates *e, Round *round, int64_t n) {
     const double rate = fmax(1, e->tokens / e->cost), chance = round->chance * round->sure[n];
-    round->kept[n] = chance > fmax(d->row * rate, d->floor);
+    round->kept[n] = chance > fmax((d->rows[n + 1] - d->rows[n]) * rate, d->floor);
     if (round->kept[n]) round->chance = chance, round->drafts = n + 1;
 }
 
@@ -209,5 +211,5 @@ static void learn_from(const Drafter *d, Estimates *e, const Round *round, const
     }
     e->seen[NOTHING] = one_more(e->seen[NOTHING]);
     learn(&e->tokens, e->seen[NOTHING], round->stood + 1);
-    learn(&e->cost, e->seen[NOTHING], 1 + d->row * round->drafts + d->asking * asked);
+    learn(&e->cost, e->seen[NOTHING], 1 + d->rows[round->drafts] + d->asking * asked);
 }

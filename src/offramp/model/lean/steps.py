@@ -92,8 +92,8 @@ class DrafterParts:
     None for all; `list` (n, D) are their rows of the head.
 
     A round has at most `most` drafts. Where the last `alike` tokens stand earlier in the text, what followed them is a
-    draft, too (0: never), and so is what `ngrams` (or None) expect. Costs are in steps of full depth: `row` of one more row
-    of a chunk, `asking` of one draft. `floor`: what a draft's chance to stand must exceed.
+    draft, too (0: never), and so is what `ngrams` (or None) expect. Costs are in steps of full depth: `rows` of 0, 1, … more
+    rows of a chunk, `asking` of one draft. `floor`: what a draft's chance to stand must exceed.
     """
 
     after: int
@@ -109,7 +109,7 @@ class DrafterParts:
     ngrams: CNgrams | None
     most: int
     alike: int
-    row: float
+    rows: tuple[float, ...]
     asking: float
     floor: float
 
@@ -119,7 +119,7 @@ class DrafterParts:
             self.after, self.tail, self.middle, CWeight.of(self.inward), CWeight.of(self.down),
             *map(address, (self.mean, self.spread, self.scale)),
             CHead(CWeight.of(self.list), address(norm), eps), address(self.tokens),
-            ctypes.pointer(self.ngrams) if self.ngrams else None, self.most, self.alike, self.row, self.asking, self.floor,
+            ctypes.pointer(self.ngrams) if self.ngrams else None, self.most, self.alike, self.rows, self.asking, self.floor,
         )  # fmt: skip
 
 
@@ -199,18 +199,20 @@ class Stepping:
         width = ask.embedding.shape[1]
         self._before = len(ask.ids) - 1
         self._ids = (c_int64 * (len(ask.ids) + ask.most))(*ask.ids)
-        self._h, self._middles = (torch.empty(1, ask.rows, width, dtype=torch.float32) for _ in range(2))
-        self._size = width * (2 if ask.drafter and ask.drafter.middle else 1)
-        self._deep = torch.zeros(1, 1, 2 * width)
-        if ask.deep is not None:
-            self._deep[..., : ask.deep.shape[-1]] = ask.deep
+        self._h = torch.empty(1, ask.rows, width, dtype=torch.float32)
+        self._middles = torch.empty_like(self._h) if ask.drafter else None
+        self._deep = torch.empty(1, 1, width, dtype=torch.float32)
+        if ask.drafter:
+            self._deep = self._deep.new_zeros(1, 1, width * (2 if ask.drafter.middle else 1))
+        if ask.drafter and ask.deep is not None:
+            self._deep.copy_(ask.deep)
         self._rounds = (CRound * ask.most)()
         self.compiled = CSteps(
             ask.embedding.data_ptr(), ask.embedding.dtype == torch.float32, ctypes.pointer(ask.head),
             ctypes.pointer(ask.sketch) if ask.sketch else None, ctypes.pointer(ask.drafter) if ask.drafter else None,
             ctypes.pointer(ask.estimates), ask.penalty, ask.ends.data_ptr(), len(ask.ends), ask.enough, ask.most,
             self._before, ctypes.addressof(self._ids) + self._before * ctypes.sizeof(c_int64),
-            self._h.data_ptr(), self._middles.data_ptr(), self._deep.data_ptr(), 0, 0, self._rounds,
+            self._h.data_ptr(), address(self._middles), self._deep.data_ptr(), 0, 0, self._rounds,
         )  # fmt: skip
         self.gates = ask.asked.compiled() if ask.asked else None
 
@@ -223,4 +225,4 @@ class Stepping:
             confidences = [p if source == FROM_EXIT else None for source, p in zip(sources, sure, strict=True)]
             rounds.append(Round(confidences, made.drafts, list(made.source).count(FROM_EXIT)))
         ids = self._ids[first : first + steps.decided]
-        return Steps(ids, rounds, steps.run, self._h[:, :1], self._deep[..., : self._size], tuple(steps.seconds))
+        return Steps(ids, rounds, steps.run, self._h, self._deep, tuple(steps.seconds))

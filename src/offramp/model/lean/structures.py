@@ -69,7 +69,8 @@ class CDrafter(ctypes.Structure):
         ("tokens", c_void_p),
         ("ngrams", POINTER(CNgrams)),
         *((name, c_int64) for name in ("most", "alike")),
-        *((name, c_float) for name in ("row", "asking", "floor")),
+        ("rows", c_float * (MOST_DRAFTS + 1)),
+        *((name, c_float) for name in ("asking", "floor")),
     )
 
 

@@ -91,7 +91,7 @@ def measure(backbone: Backbone, axes: Axes) -> Iterator[tuple[str, list[list[flo
     """For each axis, the milliseconds of every repetition at every value."""
     long, state, seen = backbone.state(max(axes["context"]) + 1), backbone.state(CONTEXT + max(axes["chunk rows"])), 0
 
-    def timed(state: State, **shape: int) -> list[float]:
+    def timed(state: State, **shape: Any) -> list[float]:
         length, times = state.length(0), []
         for _ in range(WARMUP + REPETITIONS):
             started = time.perf_counter()

@@ -264,7 +264,7 @@ class Batch:
                 climb.work = climb.work.plus(plan.work(segment.start, segment.stop, tokens, climb.end))
         with plan.timed(plan.part_of(number)):
             start = segment.start
-            if start <= plan.middle <= segment.stop and number == plan.top:
+            if plan.middle and number == plan.top:
                 for climb, h in zip(moving, self._through(moving, start, plan.middle), strict=True):
                     climb.h = climb.middle = h
                 start = plan.middle

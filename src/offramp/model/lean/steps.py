@@ -92,8 +92,8 @@ class DrafterParts:
     None for all; `list` (n, D) are their rows of the head.
 
     A round has at most `most` drafts. Where the last `alike` tokens stand earlier in the text, what followed them is a
-    draft, too (0: never), and so is what `ngrams` (or None) expect. Costs are in steps of full depth: `rows` of 0, 1, … more
-    rows of a chunk, `asking` of one draft. `floor`: what a draft's chance to stand must exceed.
+    draft, too (0: never), and so is what `ngrams` (or None) expect. Costs are in steps of full depth: `rows` of 0, 1, …
+    more rows of a chunk, `asking` of one draft. `floor`: what a draft's chance to stand must exceed.
     """
 
     after: int

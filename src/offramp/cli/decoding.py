@@ -107,6 +107,9 @@ def generate(
     check_batch(options.batch)
     spare_memory()
     backbone = decoding.load(model)
+    # The gain of verified decoding shows only beside full depth.
+    compare = options.compare or (as_json and decoding.verifies)
+    decoding = decoding.chosen_for(backbone, sampling, options.batch)
     full, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
     early.check_use(options.max_tokens, options.raw)
     tokens, stop = options.max_tokens, options.stop
@@ -117,8 +120,6 @@ def generate(
                 print(token.text, end="", flush=True)
         print()
         return
-    # The gain of verified decoding shows only beside full depth.
-    compare = options.compare or (as_json and decoding.verifies)
     for start in range(0, len(texts), options.batch):
         batch = texts[start : start + options.batch]
         prompt_ids = [backbone.prompts.encode(text, options.raw) for text in batch]
@@ -167,6 +168,7 @@ def chat(
 
     spare_memory()
     backbone = decoding.load(model)
+    decoding = decoding.chosen_for(backbone, sampling)
     _, early = decoding.engines(backbone, decoding.find_exits(backbone), sampling)
     talk = Talk()
     messages: list[dict[str, str]] = []

@@ -88,7 +88,7 @@ def _conditions(backbone: Backbone, decoding: DecodingOptions, thresholds: list[
     exits = decoding.find_exits(backbone)
     settings: list[str | None] = [*thresholds] if thresholds else [None]
     policies = [replace(decoding, threshold=threshold).policy(backbone, exits) for threshold in settings]
-    early = [Condition(decoding.fill, policy, exits) for policy in policies]
+    early = [Condition(decoding.fill_name, policy, exits) for policy in policies]
     return [Condition(), *early] if exits else [Condition()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from offramp.exits.exits import Exits
     from offramp.exits.policy import Policy
     from offramp.model.backbone import Backbone
+
+LEAST_GAIN = 1.1  # times as fast as full depth, for `verify` to be the default
 
 Model = Annotated[
     str,
@@ -37,11 +39,12 @@ class DecodingOptions:
     """How to decode: the weights' format, the exits, what skipped blocks remember, and when a token leaves."""
 
     exits: str | None = setting(None, "Folder with trained exits. Default: the exits that ship for this model, if any.")
-    fill: str = setting(
-        "project",
+    fill: str | None = setting(
+        None,
         "What skipped blocks remember of a token: project (keys, values and Mamba state computed from the exit's hidden "
         "state), copy (the last computed block's keys and values), freeze (the Mamba state stays as it was), defer (the "
-        "exact states, computed together with the next token that goes deep), verify (as defer, and full depth decides).",
+        "exact states, computed together with the next token that goes deep), verify (as defer, and full depth decides). "
+        "Default: project; but generate and chat take verify where drafts ship that should make it faster.",
     )
     threshold: str | None = setting(
         None,
@@ -79,11 +82,27 @@ class DecodingOptions:
             return load(model, self.dtype, keep=keep, progress=progress, kv=self.kv)
 
     @property
+    def fill_name(self) -> str:
+        """The fill's name."""
+        return self.fill or "project"
+
+    @property
     def verifies(self) -> bool:
         """Whether full depth decides each token, and exits only draft."""
         from offramp.decode.fills import fill_named
 
-        return fill_named(self.fill).verifies
+        return fill_named(self.fill_name).verifies
+
+    def chosen_for(self, backbone: Backbone, sampling: Sampling, batch: int = 1) -> DecodingOptions:
+        """These options, with `verify` where nothing else is asked for and drafts should make greedy decoding faster.
+
+        No clock decides: the drafts' record and their costs do.
+        """
+        asked = (self.fill, self.threshold, self.confidence, self.decay or None, self.candidates or None)
+        if any(option is not None for option in asked) or sampling.temperature or batch > 1:
+            return self
+        drafting = next((engine.drafting for engine in self.drafting(backbone)), None)
+        return replace(self, fill="verify") if drafting and drafting.gain >= LEAST_GAIN else self
 
     def find_exits(self, backbone: Backbone) -> Exits | None:
         """The exits of the folder, or those that ship, or None; for verified decoding, those that draft."""
@@ -129,7 +148,7 @@ class DecodingOptions:
         """Two engines under the same settings: one at full depth, one with the exits."""
         from offramp.decode.engine import Engine
 
-        early = Engine(backbone, exits, self.policy(backbone, exits), self.fill, sampling)
+        early = Engine(backbone, exits, self.policy(backbone, exits), self.fill_name, sampling)
         return Engine(backbone, sampling=sampling), early
 
 

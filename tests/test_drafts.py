@@ -73,7 +73,7 @@ def costing(engine: Engine, row: float, asking: float) -> Engine:
 @pytest.mark.parametrize("lookup", [0, 3])
 @pytest.mark.parametrize(("block", "middle"), [(0, 0), (1, 1), (0, 4), (2, 4)])
 @pytest.mark.parametrize("tails", [(), TAILS, (3, 0, 0)], ids=str)
-@pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mistral/native", "mamba2/native"])
 def test_compiled_drafts_give_full_depths_tokens_and_states(
     family: str, tails: tuple[int, ...], block: int, middle: int, lookup: int
 ) -> None:
@@ -292,3 +292,41 @@ def test_the_repetition_penalty_of_compiled_code_is_the_librarys(family: str, pe
         expected = library_tokens(family, prompt, 40, repetition_penalty=penalty)
         for engine in (compiled, drafting, step_by_step):
             assert engine.generate(prompt, max_tokens=40).ids == expected
+
+
+@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+def test_compiled_drafts_stop_at_a_stop_string_and_a_talk_goes_on(family: str) -> None:
+    full, engine = Engine(tiny(family)), costing(drafting_engine(family), 0, 0)
+    for prompt in ("Some words", "abc abc", "Hello there!"):
+        whole = full.generate(prompt, max_tokens=40)
+        stop = whole.text[5:7]
+        expected = full.generate(prompt, max_tokens=40, stop=(stop,))
+        talk = Talk()
+        tokens = list(engine.stream(prompt, talk, max_tokens=40, stop=(stop,)))
+        assert [token.id for token in tokens] == expected.ids
+        assert "".join(token.text for token in tokens) == expected.text
+        longer = engine.backbone.prompts.encode(prompt) + expected.ids + [65, 66]
+        more = [token.id for token in engine.stream(longer, talk, max_tokens=12)]
+        assert more == full.generate(longer, max_tokens=12).ids
+
+
+@pytest.mark.parametrize("middle", [0, 4])
+@pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native"])
+def test_a_request_goes_on_in_company_and_alone_again(family: str, middle: int) -> None:
+    full, engine = Engine(tiny(family)), costing(drafting_engine(family, middle=middle), 0, 0)
+    rejected = 0
+    for first, second in (some_prompts(2, seed=seed) for seed in range(4)):
+        batch, talk = engine.batch(), Talk()
+        alone = batch.add(first, talk, max_tokens=60)
+        for _ in range(4):
+            batch.step()
+        joined = batch.add(second, max_tokens=10)
+        for _ in batch.run():
+            pass
+        assert talk.sequence
+        exact(talk.sequence, family)
+        for request, prompt in ((alone, first), (joined, second)):
+            wanted = full.generate(prompt, max_tokens=len(request.tokens)).ids
+            assert [token.id for token in request.tokens] == wanted
+        rejected += alone.sequence.rejected
+    assert rejected

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from offramp.decode.climb import Climb
-from offramp.decode.plan import Plan
+from offramp.decode.plan import MOST_AHEAD, Plan
 from offramp.decode.request import Request
 from offramp.decode.sampling import Greedy
 from offramp.decode.sequence import Decision, Sequence, Work
@@ -101,15 +101,17 @@ def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
     """Decide tokens in one call, up to one that ends the text, or that an exit's gate may let leave.
 
     Returns the passes to the top, and the climb of the token at such an exit. One token is decided at a time where
-    thresholds decay, and at first, so that it comes soon; and one pass is made where a stop string may end the text.
+    thresholds decay, and at first if the model is not small, so that it comes soon; and one pass is made where a stop string
+    may end the text.
     """
     assert plan.ahead
     sequence = request.sequence
     runtime, sketch, burst = plan.ahead
     lowest = [] if plan.drafting else [_lowest(plan, request, number) for number in range(plan.top)]
-    one_by_one = request.detokenizer.stops or plan.policy.decay or not request.tokens
+    first = not request.tokens and burst < MOST_AHEAD
+    one_by_one = request.detokenizer.stops or plan.policy.decay or first
     enough = min(request.remaining, 1 if one_by_one else burst)
-    most = min(request.remaining, enough + MOST_DRAFTS) if plan.drafting and request.tokens else enough
+    most = enough if first or not plan.drafting else min(request.remaining, enough + MOST_DRAFTS)
     asked = plan.gating.asked(0, lowest, most) if plan.gating else None
     drafter = plan.drafting.compiled if plan.drafting else None
     assert isinstance(request.choose, Greedy)

@@ -101,7 +101,7 @@ def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
     """Decide tokens in one call, up to one that ends the text, or that an exit's gate may let leave.
 
     Returns the passes to the top, and the climb of the token at such an exit. One token is decided at a time where
-    thresholds decay, and at first if the model is not small, so that it comes soon; and one pass is made where a stop string
+    thresholds decay, and at first if the model is not small, so that it comes soon. One pass is made where a stop string
     may end the text.
     """
     assert plan.ahead

@@ -31,12 +31,13 @@ typedef struct {
     float dt[TOKENS], keep[TOKENS], *y[TOKENS];      // keep is exp(dt · decay); y (P), NULL if it is not wanted
 } Fed;
 
-// V vectors of one row of a state, from column n on (one vector may be cut short): T tokens pass, the sums for y grow.
-ALWAYS void pass(const MambaShape *s, float *state, int64_t n, const float *in, const Fed *fed, int64_t T, vf *sums,
+// V vectors of one row of a state, from column n on (one vector may be cut short), are taken from `old` and put into `state`: T
+// tokens pass, the sums for y grow.
+ALWAYS void pass(const MambaShape *s, const float *old, float *state, int64_t n, const float *in, const Fed *fed, int64_t T, vf *sums,
                  const int V) {
     vf v[REGISTERS];
 #pragma GCC unroll 8
-    for (int i = 0; i < V; i++) v[i] = load_up_to(state + n + i * LANES, s->states - n - i * LANES);
+    for (int i = 0; i < V; i++) v[i] = load_up_to(old + n + i * LANES, s->states - n - i * LANES);
     for (int64_t t = 0; t < T; t++) {
         vf even = sums[t], odd = {0};
         const vf fresh = all(in[t]), kept = all(fed->keep[t]);
@@ -53,17 +54,18 @@ ALWAYS void pass(const MambaShape *s, float *state, int64_t n, const float *in, 
     for (int i = 0; i < V; i++) store_up_to(state + n + i * LANES, v[i], s->states - n - i * LANES);
 }
 
-// The recurrence for T tokens and one head: updates the state (P, N); each y becomes C h + D x. Never inlined, so that a replay
-// repeats it bit for bit. A row of the state stays in registers while the tokens pass.
-static __attribute__((noinline)) void advance(const MambaShape *s, float *state, const Fed *fed, int64_t T, float skip) {
+// The recurrence for T tokens and one head: the state (P, N) after `old`, which may be the same place; each y becomes C h + D x.
+// Never inlined, so that a replay repeats it bit for bit. A row of the state stays in registers while the tokens pass.
+static __attribute__((noinline)) void advance(const MambaShape *s, const float *old, float *state, const Fed *fed, int64_t T,
+                                              float skip) {
     const int64_t N = s->states;
-    for (int64_t p = 0; p < s->dim; p++, state += N) {
+    for (int64_t p = 0; p < s->dim; p++, old += N, state += N) {
         vf sums[TOKENS] = {0};
         float in[TOKENS], y[TOKENS];
         for (int64_t t = 0; t < T; t++) in[t] = fed->dt[t] * fed->x[t][p];
         int64_t n = 0;
-        for (; n + REGISTERS * LANES <= N; n += REGISTERS * LANES) pass(s, state, n, in, fed, T, sums, REGISTERS);
-        for (; n < N; n += LANES) pass(s, state, n, in, fed, T, sums, 1);
+        for (; n + REGISTERS * LANES <= N; n += REGISTERS * LANES) pass(s, old, state, n, in, fed, T, sums, REGISTERS);
+        for (; n < N; n += LANES) pass(s, old, state, n, in, fed, T, sums, 1);
         if (!fed->y[0]) continue;
         sums_of(sums, y);
         for (int64_t t = 0; t < T; t++) fed->y[t][p] = y[t] + skip * fed->x[t][p];
@@ -88,6 +90,7 @@ typedef struct {
     const MambaTokens *tokens;
     int64_t E, C, A;              // inner width, channels, rows of `in`
     float *x, *in, *conv, *room;  // in (R, A), conv (R, C)
+    float *const *fresh;          // where each block's new state goes, and the old one stays; NULL: in its place
     Hand hand;
 } MambaWorker;
 
@@ -95,7 +98,7 @@ static MambaWorker mamba_worker(const MambaShape *s, const MambaTokens *tokens, 
     const int64_t D = s->hidden, E = s->heads * s->dim, C = E + 2 * s->groups * s->states, A = E + C + s->heads;
     const int64_t R = tokens->count, K = D > E ? D : E;
     float *x = scratch->floats, *in = x + R * K, *conv = in + R * A, *room = conv + R * C;
-    return (MambaWorker){s, tokens, E, C, A, x, in, conv, room, hand_of(crew)};
+    return (MambaWorker){s, tokens, E, C, A, x, in, conv, room, NULL, hand_of(crew)};
 }
 
 // Row r of a block's journal; NULL where there is none.
@@ -170,7 +173,8 @@ static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *
                 fed.dt[t] = dt, fed.keep[t] = expf(dt * b->decay[head]);
                 fed.y[t] = gated ? w->x + (first + t) * E + head * P : NULL;
             }
-            advance(w->s, memory[sequence[first]].h + head * P * N, &fed, T, b->skip[head]);
+            float *h = memory[sequence[first]].h, *fresh = w->fresh ? w->fresh[i] : h;
+            advance(w->s, h + head * P * N, fresh + head * P * N, &fed, T, b->skip[head]);
             for (int64_t t = 0; gated && t < T; t++) {
                 const float *z = w->in + (first + t) * w->A + head * P;
                 times_silu(fed.y[t], z, P);
@@ -248,61 +252,68 @@ void offramp_mamba_replay(const MambaBlock *b, const MambaShape *s, float *h, co
                 fed.x[t] = conv + head * P, fed.B[t] = fed.C[t] = conv + H * P + head / (H / G) * N;
                 fed.dt[t] = conv[C + head], fed.keep[t] = expf(conv[C + head] * b->decay[head]);
             }
-            advance(s, h + head * P * N, &fed, T, 0);
+            advance(s, h + head * P * N, h + head * P * N, &fed, T, 0);
         }
 }
 
-// What runs the tokens of `offramp_mamba_steps`. `saved` is what blocks remembered before drafts entered them: (W - 1, C) and
-// (H, P, N) of each; `journal` has MOST_DRAFTS + 1 rows for each block.
+// What runs the tokens of `offramp_mamba_steps`. memory[i] is what block i remembers, spare[i] room for another state of it, and
+// `windows` (W - 1, C) for each block the windows before drafts entered it; `journal` has MOST_DRAFTS + 1 rows for each block.
 typedef struct {
     const MambaBlock *blocks;
     int64_t count;
-    const MambaMemory *memory;
-    float *saved, *journal;
+    MambaMemory *memory;
+    float **spare, *windows, *journal;
     MambaTokens tokens;
     MambaWorker w;
 } MambaStepper;
 
+// The floats of a window, and those of a state.
+static int64_t window_size(const MambaWorker *w) { return (w->s->width - 1) * w->C; }
+static int64_t state_size(const MambaWorker *w) { return w->E * w->s->states; }
+
+// The rows of a chunk go through a block together, and leave its old state where it is.
 static int64_t run_mamba_rows(void *worker, float *h, int64_t t, int64_t n, int64_t rows, int64_t start, int64_t stop,
                               const Gates *gates) {
     MambaStepper *s = worker;
     const int64_t stride = MOST_DRAFTS + 1, note = 2 * s->w.C + s->w.s->heads;
     (void)t;
     s->tokens.h = h, s->tokens.count = rows, s->tokens.stride = stride;
-    s->tokens.journal = s->journal && n + rows > 1 ? s->journal + (start * stride + n) * note : NULL;
+    s->tokens.journal = n + rows > 1 ? s->journal + (start * stride + n) * note : NULL;
+    s->w.fresh = rows > 1 ? s->spare + start : NULL;
     return start + run_mamba_blocks(s->blocks + start, stop - start, s->memory + start, 1, &s->w, gates);
 }
 
-// The floats of a window, and those of a state.
-static int64_t window_size(const MambaWorker *w) { return (w->s->width - 1) * w->C; }
-static int64_t state_size(const MambaWorker *w) { return w->E * w->s->states; }
-
-static float *saved_at(const MambaStepper *s, int64_t block) { return s->saved + block * (window_size(&s->w) + state_size(&s->w)); }
-
-static void save_mamba(void *worker, int64_t start, int64_t stop) {
+// Notes the windows; and the states of blocks that drafts enter one by one.
+static void save_mamba(void *worker, int64_t start, int64_t stop, int chunk) {
     MambaStepper *s = worker;
-    const int64_t window = window_size(&s->w), state = state_size(&s->w);
     EACH_PIECE(i, &s->w.hand, stop - start) {
-        float *saved = saved_at(s, start + i);
-        memcpy(saved, s->memory[start + i].window, window * sizeof(float));
-        memcpy(saved + window, s->memory[start + i].h, state * sizeof(float));
+        const MambaMemory *memory = s->memory + start + i;
+        memcpy(s->windows + (start + i) * window_size(&s->w), memory->window, window_size(&s->w) * sizeof(float));
+        if (!chunk) memcpy(s->spare[start + i], memory->h, state_size(&s->w) * sizeof(float));
     }
 }
 
-// Goes back to what is saved, and repeats the rows that are kept. Blocks before `after` were saved after the first of them.
-static void forget_mamba(void *worker, int64_t after, int64_t kept) {
+// Keeps `kept` of the `made` rows of a round. Of all rows, each block has the state already; else it goes back to the old one, and
+// repeats those that are kept. Blocks before `after` were saved after the first of them.
+static void keep_mamba(void *worker, int64_t after, int64_t kept, int64_t made) {
     MambaStepper *s = worker;
-    const int64_t C = s->w.C, W = s->w.s->width, note = 2 * C + s->w.s->heads, window = window_size(&s->w);
+    const int64_t C = s->w.C, W = s->w.s->width, note = 2 * C + s->w.s->heads;
     EACH_PIECE(i, &s->w.hand, s->count) {
-        const float *saved = saved_at(s, i);
-        const int64_t from = i < after, rows = kept - from;
-        const float *journal = s->journal + (i * (MOST_DRAFTS + 1) + from) * note;
-        // Input t of the rows; those before the first, t < 0, are saved.
-#define KEPT(t) ((t) < 0 ? saved + (W - 1 + (t)) * C : journal + (t) * note)
-        for (int64_t tap = 0; tap < W - 1; tap++) memcpy(s->memory[i].window + tap * C, KEPT(rows + tap - W + 1), C * sizeof(float));
+        MambaMemory *memory = s->memory + i;
+        const int shallow = i < after;
+        if (shallow == (kept < made)) {  // the state to go on from is the spare one
+            float *h = memory->h;
+            memory->h = s->spare[i], s->spare[i] = h;
+        }
+        if (kept == made) continue;
+        const float *old = s->windows + i * window_size(&s->w);
+        const float *journal = s->journal + (i * (MOST_DRAFTS + 1) + shallow) * note;
+        const int64_t rows = kept - shallow;
+        // Input t of the rows; those before the first, t < 0, are in the old window.
+#define KEPT(t) ((t) < 0 ? old + (W - 1 + (t)) * C : journal + (t) * note)
+        for (int64_t tap = 0; tap < W - 1; tap++) memcpy(memory->window + tap * C, KEPT(rows + tap - W + 1), C * sizeof(float));
 #undef KEPT
-        memcpy(s->memory[i].h, saved + window, state_size(&s->w) * sizeof(float));
-        offramp_mamba_replay(s->blocks + i, s->w.s, s->memory[i].h, journal, rows);
+        offramp_mamba_replay(s->blocks + i, s->w.s, memory->h, journal, rows);
     }
 }
 
@@ -311,16 +322,23 @@ void offramp_mamba_steps(const MambaBlock *blocks, int64_t count, const MambaSha
                          const Gates *gates, const Scratch *scratch) {
     Crew crew = {0};
     Found found[steps->most];
+    MambaMemory own_memory[count];
+    float *spare[count];
     memset(found, 0, sizeof found);
+    memcpy(own_memory, memory, sizeof own_memory);
     const int64_t sequences[MOST_DRAFTS + 1] = {0}, rows = steps->drafter ? MOST_DRAFTS + 1 : 1;
+    const int64_t E = s->heads * s->dim, state = E * s->states, window = (s->width - 1) * (E + 2 * s->groups * s->states);
+    for (int64_t i = 0; i < count; i++) spare[i] = scratch->saved + i * state;
 #pragma omp parallel num_threads(scratch->threads)
     {
-        MambaStepper own = {blocks, count, memory, scratch->saved};
+        float *windows = scratch->saved + count * state;
+        MambaStepper own = {blocks, count, own_memory, spare, windows, windows + count * window};
         own.tokens = (MambaTokens){steps->h, rows, sequences, NULL, 0};
         own.w = mamba_worker(s, &own.tokens, scratch, &crew);
-        own.journal = steps->drafter ? saved_at(&own, count) : NULL;
         take_steps(&own.w.hand, steps, gates, scratch->head, scratch->desk, found,
-                   &(Runner){&own, count, run_mamba_rows, save_mamba, forget_mamba});
+                   &(Runner){&own, count, run_mamba_rows, save_mamba, keep_mamba});
+        EACH_PIECE(i, &own.w.hand, count)
+            if (own_memory[i].h != memory[i].h) memcpy(memory[i].h, own_memory[i].h, state * sizeof(float));
     }
 }
 

@@ -27,14 +27,14 @@ typedef struct {
 } Steps;
 
 // What runs rows h at the places t + n of these steps, and after, through blocks `start` to `stop` - 1: row n, and after, of the
-// round that begins with token t. Returns the number of blocks before its end. And what makes memories forget: `save` notes them,
-// before drafts of a round enter these blocks; `forget` takes out all but the first `kept` rows of the round.
+// round that begins with token t. Returns the number of blocks before its end. And what makes memories forget: `save` is called
+// before drafts of a round enter these blocks, in a chunk or one by one; `keep` keeps the first `kept` of the `made` rows.
 typedef struct {
     void *worker;
     int64_t blocks;
     int64_t (*run)(void *worker, float *h, int64_t t, int64_t n, int64_t rows, int64_t start, int64_t stop, const Gates *gates);
-    void (*save)(void *worker, int64_t start, int64_t stop);    // or NULL
-    void (*forget)(void *worker, int64_t after, int64_t kept);  // or NULL
+    void (*save)(void *worker, int64_t start, int64_t stop, int chunk);          // or NULL
+    void (*keep)(void *worker, int64_t after, int64_t kept, int64_t made);  // or NULL
 } Runner;
 
 // Puts the embedding of token t into row n of h.
@@ -125,7 +125,7 @@ static int64_t draft(Hand *hand, Steps *s, Round *round, int64_t t, const Desk *
             if (round->kept[n]) s->ids[t + n + 1] = round->guess[n];
         }
         if (!round->kept[n]) return n;
-        if (!n && with->save) with->save(with->worker, 0, d->after);
+        if (!n && with->save) with->save(with->worker, 0, d->after, 0);
     }
 }
 
@@ -154,12 +154,12 @@ static void take_steps(Hand *hand, Steps *s, const Gates *gates, float *y, float
         else embed(hand, s, t, 0);
         const double embedded = omp_get_wtime();
         const Gates own = gates ? (Gates){gates->gates, gates->count, gates->seen, gates->logits + t * gates->count} : (Gates){0};
-        if (n && with->save) with->save(with->worker, after, with->blocks);
+        if (n && with->save) with->save(with->worker, after, with->blocks, 1);
         run = run_chunk(hand, s, t, n + 1, after, gates ? &own : NULL, with);
         if (!hand->t) s->seconds[s->drafter ? 4 : 0] += embedded - start, s->seconds[1] += omp_get_wtime() - embedded;
         if (run < with->blocks) break;
         decide(hand, s, round, t, n + 1, y, found + t);
-        if (round->stood < n && with->forget) with->forget(with->worker, after, round->stood + 1);
+        if (n && with->keep) with->keep(with->worker, after, round->stood + 1, n + 1);
         t += round->stood + 1, end = round->ends, rounds++;
     }
     if (!hand->t) s->decided = t, s->run = run < with->blocks ? run : 0, s->rounds_count = rounds;

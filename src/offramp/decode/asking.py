@@ -128,7 +128,7 @@ def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
                 plan.timed.add(part, seconds)
     if -1 in steps.ids:
         raise plan.bad_numbers()
-    passes = _passes(plan, steps, position, sum(_gate_flops(sequence, lowest)))
+    passes = _passes(plan, steps, sequence, sum(_gate_flops(sequence, lowest)))
     if steps.ids:
         sequence.deep = steps.deep
         for follower in sequence.followers:
@@ -153,21 +153,21 @@ def _gate_flops(sequence: Sequence, lowest: list[float]) -> list[int]:
     return [exit.gate.flops_per_token for exit, least in gates if least > 0]
 
 
-def _passes(plan: Plan, steps: Steps, position: int, gate_flops: int) -> list[Pass]:
-    """The passes of compiled steps that begin at a position, each with its decisions and their work.
+def _passes(plan: Plan, steps: Steps, sequence: Sequence, gate_flops: int) -> list[Pass]:
+    """The passes of compiled steps that go on from where a sequence ends, each with its decisions and their work.
 
     A round's work is that of its last token: what ran up to the exit for each of its rows, the drafts, and the chunk.
     """
     depth, drafting = plan.backbone.n_blocks, plan.drafting
     passes, first = [], 0
     for made in steps.rounds:
-        stood, end = len(made.sure), position + first + made.rows
+        stood, end = len(made.sure), sequence.run + first + made.rows
         ids = steps.ids[first : first + stood + 1]
         work = plan.work(0, depth, made.rows, end).plus(Work(made.rows * plan.head.flops + gate_flops))
         if drafting and made.asked:
-            exit = plan.open_exits[0][0]
+            exit = sequence.exits[0]
             tails = plan.work(depth - exit.tail, depth, made.asked, end)
-            work = work.plus(tails, Work(made.asked * (exit.adapter.flops() + plan.exit_head.flops)))
+            work = work.plus(tails, Work(made.asked * (exit.readout.flops_per_token + plan.exit_head.flops)))
         drafts = [
             Decision(id, 0 if sure is None else plan.segments[0].stop, sure)
             for id, sure in zip(ids, made.sure, strict=False)

@@ -179,6 +179,11 @@ class Trainer:
             return drafting.runs(self.backbone, runtime, exit, self.exits.config.middle, states, length)
         return [exit.adapter(hidden[:, :, self.place[exit.block]])[0]]
 
+    def _reading_runtime(self) -> Runtime:
+        """What `_read_out` runs tails with where nothing is trained. Only exits that draft need the library's blocks."""
+        drafts = any(exit.adapter.reads and exit.tail for exit in self.exits)
+        return self.backbone.trainable_from(self.start) if drafts else self.backbone.runtime
+
     def _scorer(self, texts: list[TeacherText], step: int) -> Callable[..., Tensor]:
         """A function that gives the mean cross-entropy of states (n, D) before the final norm with the teacher.
 
@@ -234,7 +239,7 @@ class Trainer:
         at one of the other exits. What a token would say where it did not jump stays unknown.
         """
         labelled: list[Labels] = []
-        runtime = self.backbone.trainable_from(self.start)
+        runtime = self._reading_runtime()
         for first in range(0, len(texts), self.config.batch):
             batch = [texts[index] for index in range(first, min(first + self.config.batch, len(texts)))]
             hidden = self._padded([text.hidden for text in batch]).float()
@@ -263,7 +268,7 @@ class Trainer:
         EAGLE (arXiv 2401.15077) calls them 1-α, 2-α, … An exit that does not draft has none.
         """
         right, count = torch.zeros(len(self.exits), drafting.LENGTH), torch.zeros(drafting.LENGTH)
-        runtime, rows = self.backbone.trainable_from(self.start), self.exits.shortlist
+        runtime, rows = self._reading_runtime(), self.exits.shortlist
         head = self.backbone.logits if rows is None else self.backbone.head_of(rows)
         drafters = [(index, exit) for index, exit in enumerate(self.exits) if exit.adapter.reads]
         for first in range(0, len(texts) if drafters else 0, self.config.batch):

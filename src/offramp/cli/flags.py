@@ -86,7 +86,7 @@ def _group(hint: Any, default: Any) -> _Group | None:
     config, marks = (hint, ()) if get_origin(hint) is not Annotated else (get_args(hint)[0], get_args(hint)[1:])
     for mark in marks:
         if isinstance(mark, Chosen):
-            return _Group(_flags(mark.config()), _chosen)
+            return _Group(_flags(mark.config(), chosen=True), _chosen)
     if not is_dataclass(config):
         return None
     only = next((mark.names for mark in marks if isinstance(mark, Only)), None)
@@ -96,11 +96,11 @@ def _group(hint: Any, default: Any) -> _Group | None:
 
 
 def _chosen(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value not in (None, ())}
 
 
-def _flags(start: Any, only: tuple[str, ...] | None = None) -> dict[str, _Flag]:
-    """The flags of a dataclass instance, whose values are the defaults."""
+def _flags(start: Any, only: tuple[str, ...] | None = None, chosen: bool = False) -> dict[str, _Flag]:
+    """The flags of a dataclass instance, whose values are the defaults. With `chosen`, a flag that is not given is None."""
     hints = get_type_hints(type(start))
     flags = {}
     for item in fields(start):
@@ -110,8 +110,10 @@ def _flags(start: Any, only: tuple[str, ...] | None = None) -> dict[str, _Flag]:
         flag = item.metadata["flag"] or "--" + item.name.replace("_", "-")
         default = getattr(start, item.name)
         draft = item.metadata["draft"]
-        if draft is not None and default is not None:  # `offramp train` decides which default holds
-            help, default = f"{help} Default: {default}, with --draft {draft}.", None
+        if chosen and default not in (None, ()):
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            help += f" Default: {shown}." if draft is None else f" Default: {shown}, with --draft {draft}."
+        default = None if chosen else default
         kind, read = _kind(hints[item.name], flag)
         if isinstance(default, tuple):
             default = ",".join(map(str, default)) or None

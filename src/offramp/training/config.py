@@ -39,7 +39,11 @@ class TrainConfig:
         draft="key",
     )
     readout_width: int = setting(512, "Bottleneck of a read-out, in dims; a multiple of 32.", draft=1024)
-    middle: int = setting(0, "A deep read-out also reads the state after this many blocks; 0: it does not.")
+    middle: int = setting(
+        0,
+        "A deep read-out also reads the state after this many blocks; 0: it does not. With --draft, and without --layers, "
+        "two thirds of the blocks are meant where nothing is given.",
+    )
     top_k: int = setting(1, "An exit agrees if its token is among the full model's k most probable ones.")
     prompts: str | None = setting(None, PROMPTS_HELP, flag="--own-prompts")
     texts: tuple[str, ...] = setting((), TEXT_HELP, flag="--text")

@@ -1,9 +1,10 @@
 """The forward pass of a `Mamba2ForCausalLM` for training on CPUs. It uses the library's parameters and none of its code.
 
-Mamba-2: Dao and Gu, arXiv 2405.21060. One group (B and C are shared by all heads), no biases but the convolution's.
+Mamba-2: Dao and Gu, arXiv 2405.21060. One group (B and C are shared by all heads), no biases but the convolution's. The
+scan itself (`chunked_scan`) takes any number of groups.
 
-Shapes: B batch, T tokens, D width, E = 2 D inner width, H heads of P dims, N state size, V pieces; M chunks of Q = CHUNK
-tokens.
+Shapes: B batch, T tokens, D width, E = 2 D inner width, H heads of P dims, G groups, N state size, V pieces; M chunks of
+Q = CHUNK tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Forward:
         if config.n_groups != 1 or config.use_bias or config.hidden_act != "silu":
             raise ValueError("this forward pass knows only one group, no biases, and SiLU")
         self.model, self.head = model, model.get_output_embeddings().weight  # (V, D)
-        self.kernels = Kernels.compiled() if compiled else Kernels()
+        self.kernels = Kernels().compiled() if compiled else Kernels()
         self.dtype = dtype
 
     def states(self, ids: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
@@ -204,21 +205,24 @@ def gated_scan(
 def chunked_scan(xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, dims: int, size: int) -> Tensor:
     """Section 6 of the paper: attention within a chunk, a recurrence from chunk to chunk.
 
-    xBC (B, T, E + 2 N) and dt (B, T, H), T a multiple of `CHUNK` → y (B, T, E).
+    xBC (B, T, E + 2 G N) and dt (B, T, H), T a multiple of `CHUNK` → y (B, T, E). G is 1 or H.
     """
     batch, tokens, heads = dt.shape
     chunks, inner = tokens // CHUNK, heads * dims
-    x, B, C = xBC.reshape(batch * chunks, CHUNK, -1).split([inner, size, size], dim=-1)
+    groups = (xBC.shape[-1] - inner) // (2 * size)
+    parts = xBC.reshape(batch * chunks, CHUNK, -1).split([inner, groups * size, groups * size], dim=-1)
+    x, (B, C) = parts[0], (part.unflatten(2, (groups, size)).transpose(1, 2) for part in parts[1:])  # (M, G, Q, N)
     dt = dt.reshape(batch * chunks, CHUNK, heads).float()
     total = torch.cumsum(dt * A, dim=1)  # (M, Q, H): log of the decay from the chunk's start up to and including t
     t_total, t_dt = total.transpose(1, 2), dt.transpose(1, 2)  # (M, H, Q)
 
-    by_head, product = x.unflatten(2, (heads, dims)).transpose(1, 2), torch.bmm(C, B.transpose(1, 2))
+    by_head, product = x.unflatten(2, (heads, dims)).transpose(1, 2), torch.matmul(C, B.transpose(2, 3))
     own: Tensor = Within.apply(by_head, product, t_total, t_dt)  # type: ignore[no-untyped-call]
     own = own.transpose(1, 2)  # (M, Q, H, P)
 
     left = (torch.exp(total[:, -1:] - total) * dt)[..., None]  # decay from after t to the chunk's end, times dt
-    added = torch.bmm((x.unflatten(2, (heads, dims)) * left).to(x.dtype).flatten(2).transpose(1, 2), B)  # (M, E, N)
+    fed = (x.unflatten(2, (heads, dims)) * left).to(x.dtype).flatten(2).unflatten(2, (groups, -1))
+    added = torch.matmul(fed.permute(0, 2, 3, 1), B).flatten(1, 2)  # (M, E, N)
     # The state at a chunk's start is what the chunks before it left, decayed by the chunks in between. These decays are a
     # matrix (chunks, chunks) for each head.
     ends = torch.cumsum(total[:, -1].view(batch, chunks, heads), dim=1).transpose(1, 2)
@@ -226,22 +230,23 @@ def chunked_scan(xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, dims: int, size:
     causal = torch.ones(chunks, chunks, dtype=torch.bool, device=x.device).tril(-1)
     decay = torch.exp(between.masked_fill(~causal, float("-inf"))).to(x.dtype)
     added = added.view(batch, chunks, heads, -1).transpose(1, 2)
-    state = torch.matmul(decay, added).transpose(1, 2).reshape(batch * chunks, inner, size)
-    before = torch.bmm(C, state.transpose(1, 2)).unflatten(2, (heads, dims)) * torch.exp(total)[..., None]
+    state = torch.matmul(decay, added).transpose(1, 2).reshape(batch * chunks, groups, -1, size)
+    carried = torch.matmul(C, state.transpose(2, 3)).transpose(1, 2)  # (M, Q, G, E / G)
+    before = carried.flatten(2).unflatten(2, (heads, dims)) * torch.exp(total)[..., None]
     y: Tensor = own + before + x.unflatten(2, (heads, dims)) * D[:, None]
     return y.to(x.dtype).reshape(batch, tokens, inner)
 
 
 class Within(torch.autograd.Function):
-    """What a chunk's tokens add to its outputs: x (M, H, Q, P), C Bᵀ (M, Q, Q), log decays, dt (M, H, Q) → (M, H, Q, P).
+    """What a chunk's tokens add to its outputs: x (M, H, Q, P), C Bᵀ (M, G, Q, Q), log decays, dt (M, H, Q) → (M, H, Q, P).
 
     The backward pass is written by hand: with W the weights, the row and column sums of (∂W ⊙ W) are sums over P of
-    ∂y ⊙ y and of x ⊙ ∂x. So the only sum over a tensor of the weights' size is that over heads.
+    ∂y ⊙ y and of x ⊙ ∂x. So the only sum over a tensor of the weights' size is that over the heads of a group.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, product: Tensor, total: Tensor, dt: Tensor) -> Tensor:
-        weights = (decays(total, dt) * product[:, None]).to(x.dtype)
+        weights = (decays(total, dt) * product).to(x.dtype)
         y = torch.matmul(weights, x)
         ctx.save_for_backward(x, product, total, dt, weights, y)
         return y
@@ -250,9 +255,9 @@ class Within(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, product, total, dt, weights, y = ctx.saved_tensors
         grad_x = torch.matmul(weights.transpose(2, 3), grad)
-        grad_product = (torch.matmul(grad, x.transpose(2, 3)) * decays(total, dt)).sum(1).to(product.dtype)
+        grad_product = (torch.matmul(grad, x.transpose(2, 3)) * decays(total, dt)).sum_to_size(product.shape)
         rows, columns = (grad.float() * y).sum(-1), (grad_x.float() * x).sum(-1)
-        return grad_x, grad_product, rows - columns, columns / dt
+        return grad_x, grad_product.to(product.dtype), rows - columns, columns / dt
 
 
 def decays(total: Tensor, dt: Tensor) -> Tensor:
@@ -273,8 +278,6 @@ class Kernels:
     convolution_gradients: Any = convolution_gradients
     scan: Any = gated_scan
 
-    @classmethod
-    def compiled(cls) -> Kernels:
+    def compiled(self) -> Kernels:
         """The same functions, each compiled for every shape that it meets."""
-        plain = cls()
-        return cls(*(torch.compile(getattr(plain, field.name), dynamic=False) for field in fields(cls)))
+        return Kernels(*(torch.compile(getattr(self, field.name), dynamic=False) for field in fields(self)))

@@ -172,7 +172,7 @@ class Counting(TorchDispatchMode):
 def calls_of(monkeypatch, family, names):
     """Counts the calls of these methods of the compiled path."""
     calls = Counter()
-    kind = {"llama": offramp.model.lean.native.Native, "mamba2": offramp.model.lean.native.NativeMamba}[family]
+    kind = offramp.model.lean.native.Native
     for name in names:
         wrapped = getattr(kind, name)
 

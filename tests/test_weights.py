@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType, quants
 import offramp.model.lean.weights
 from offramp.model.lean import native
 from offramp.model.lean.native import Native, kernels, library
-from offramp.model.lean.structures import CShape, CWeight
+from offramp.model.lean.structures import CMambaShape, CShape, CWeight
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
@@ -126,7 +126,8 @@ def test_a_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind,
     for columns in (96, 320, 2112):
         weight = random_weight(kind, rows=37, columns=columns, bias=True)
         rows, dense = torch.randn(70, columns), weight.dense()
-        multiplier, handle = Native([], CShape(columns, 1, 1, 8, columns), columns), CWeight.of(weight, fine)
+        multiplier = Native([], [], CShape(columns, 1, 1, 8, columns), CMambaShape(), columns)
+        handle = CWeight.of(weight, fine)
         product = multiplier.product(handle, rows)
         for count in (1, 2, 3, 4, 7, 8, 13):
             alone = torch.cat([multiplier.product(handle, part.contiguous()) for part in rows.split(count)])
@@ -172,7 +173,8 @@ def test_a_product_on_arm_is_with_the_dense_weight_and_each_row_for_itself(kind,
 def test_nan_is_not_lost_in_a_native_product(kind):
     x = torch.ones(1, 96)
     x[0, 40] = float("nan")
-    assert Native([], CShape(96, 1, 1, 8, 96), 96).product(CWeight.of(random_weight(kind)), x).isnan().all()
+    native = Native([], [], CShape(96, 1, 1, 8, 96), CMambaShape(), 96)
+    assert native.product(CWeight.of(random_weight(kind)), x).isnan().all()
 
 
 def test_int8_multiplies_at_any_width():

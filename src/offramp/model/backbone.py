@@ -21,8 +21,7 @@ from offramp.model.checkpoint import Values
 from offramp.model.families import UNBOUNDED, family_of
 from offramp.model.hub import Source
 from offramp.model.lean.base import Lean
-from offramp.model.lean.llama import LeanLlama
-from offramp.model.lean.mamba2 import LeanMamba
+from offramp.model.lean.blocks import LeanBlocks
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
 from offramp.model.prompts import Prompts
@@ -33,7 +32,6 @@ from offramp.model.store import Store
 __all__ = ["Backbone", "Part", "Runtime", "Step"]
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LEAN_PATHS: dict[str, type[LeanLlama] | type[LeanMamba]] = {"llama": LeanLlama, "mamba2": LeanMamba}
 
 _BACKBONES: WeakKeyDictionary[Any, ReferenceType[Backbone]] = WeakKeyDictionary()  # library model → its newest backbone
 
@@ -127,9 +125,8 @@ class Backbone:
         """
         if not self.family.lean:
             raise UnsupportedModel(f"The family '{self.config.model_type}' has no lean path.", "Use bfloat16 or float32.")
-        make = LEAN_PATHS[self.family.lean]
         try:
-            runtime = make(self.modules, format, store or Store(device=self.device), values or Values(), native)
+            runtime = LeanBlocks(self.modules, format, store or Store(device=self.device), values or Values(), native)
         except ValueError as error:
             raise UnsupportedModel(f"{self.name} has no lean path: {error}.", "Use bfloat16 or float32.") from error
         self.runtime = runtime
@@ -145,7 +142,7 @@ class Backbone:
         """
         if dtype not in KV_DTYPES:
             raise BadInput(f"Keys and values cannot be kept in '{dtype}'.", f"Choose from {', '.join(KV_DTYPES)}.")
-        if not isinstance(self.runtime, LeanLlama) or self.runtime.engine != "native":
+        if not isinstance(self.runtime, LeanBlocks) or not self.runtime.keeps_keys:
             raise UnsupportedModel(
                 f"{self.name} has no compiled attention whose keys and values could be kept in {dtype}.",
                 "Leave the choice out (--kv).",
@@ -178,7 +175,7 @@ class Backbone:
 
     def state(self, capacity: int = 256) -> State:
         """An empty memory for all blocks."""
-        slides = isinstance(self.runtime, LeanLlama) and self.runtime.engine == "native"
+        slides = isinstance(self.runtime, LeanBlocks) and self.runtime.keeps_keys
         return State(self.kinds, capacity, self.modules.windows if slides else None)
 
     def window(self, index: int) -> int | None:

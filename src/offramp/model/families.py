@@ -80,7 +80,7 @@ class Family:
     projected: int = 2  # how many of the three (queries, keys, values) `keys_values` computes
     scale_in: Callable[[Config], float] = lambda config: 1.0
     finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
-    lean: str | None = None  # the kind of lean path that fits the blocks: llama or mamba2
+    lean: bool = False  # whether the lean path fits the blocks
 
 
 def _softcap(logits: Tensor, config: Config) -> Tensor:
@@ -91,13 +91,13 @@ def _softcap(logits: Tensor, config: Config) -> Tensor:
 _MAMBA = Family(trunk="backbone", norm="norm_f", mixer="mixer", input_norm="norm", rotary=None, implementation="eager")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(lean="llama"),
-    "mistral": Family(lean="llama"),
-    "qwen2": Family(lean="llama"),
-    "qwen3": Family(lean="llama"),
-    "smollm3": Family(lean="llama"),
-    "phi3": Family(keys_values=_fused_kv, lean="llama"),
-    "olmo2": Family(input_norm=None, lean="llama"),
+    "llama": Family(lean=True),
+    "mistral": Family(lean=True),
+    "qwen2": Family(lean=True),
+    "qwen3": Family(lean=True),
+    "smollm3": Family(lean=True),
+    "phi3": Family(keys_values=_fused_kv, lean=True),
+    "olmo2": Family(input_norm=None, lean=True),
     "gemma2": Family(finish=_softcap, implementation="eager"),  # SDPA has no soft cap
     "gemma3_text": Family(finish=_softcap, rotary_per_kind=True),
     "granite": Family(
@@ -124,9 +124,9 @@ FAMILIES: dict[str, Family] = {
         projected=3,
     ),
     "mamba": _MAMBA,
-    "mamba2": replace(_MAMBA, lean="mamba2"),
+    "mamba2": replace(_MAMBA, lean=True),
     "falcon_mamba": _MAMBA,
-    "bamba": Family(norm="final_layernorm", mixer="mamba"),
+    "bamba": Family(norm="final_layernorm", mixer="mamba", lean=True),
     "jamba": Family(norm="final_layernorm", mixer="mamba", rotary=None),
     "granitemoehybrid": Family(
         mixer="mamba",

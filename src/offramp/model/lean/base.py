@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.lean.native import Native, NativeMamba, library
+from offramp.model.lean.native import Native, library
 from offramp.model.lean.steps import Ask, Asked, DrafterParts, GateParts, Gates, Steps
 from offramp.model.lean.structures import CDrafter, CHead, CSketch, CWeight, address
 from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight, multiplies_bfloat16
@@ -125,9 +125,10 @@ def _rows_of(weight: Weight, rows: slice | Tensor) -> Tensor:
 
 @dataclass
 class LeanStep(Step):
-    """The sequence of each row, (R,), -1 for a row that belongs to none."""
+    """`sequences` (R,): the sequence of each row. `real` (B, T) is False for padding, which no Mamba state takes in."""
 
     sequences: Tensor
+    real: Tensor | None
 
 
 class Lean:
@@ -140,7 +141,7 @@ class Lean:
 
     blocks: Sequence[Any]  # each with its `weights`
     dtype = kept_dtype = torch.float32
-    _native: Native | NativeMamba | None = None
+    _native: Native | None = None
 
     def __init__(self, modules: Modules, weight_format: str, store: Store, values: Values) -> None:
         """Raises `ValueError` for weights that do not fit the format, one of `weights.FORMATS`."""
@@ -369,11 +370,11 @@ class Lean:
         """
         return 1e-4 if self.head.w.dtype == torch.float32 else 1e-1
 
-    def _compiles(self, dims: int) -> bool:
+    def _compiles(self, dims: Sequence[int]) -> bool:
         """Whether `native` can run: it needs a compiler, a CPU, and weights and inner `dims` that fill whole vectors."""
         weights = self._weights
         fits = all(weight.columns % (32 if isinstance(weight, Int4 | Int8) else 8) == 0 for weight in weights)
-        return bool(fits and dims % 8 == 0 and self._device.type == "cpu" and library())
+        return bool(fits and not any(each % 8 for each in dims) and self._device.type == "cpu" and library())
 
     @property
     def _weights(self) -> list[Weight]:
@@ -398,11 +399,11 @@ def pieces_of(rows: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     return [rows] if len(sizes) == 1 else rows.split(sizes)
 
 
-def numbered(steps: Sequence[LeanStep]) -> Tensor:
-    """The sequence of each row, (R,), numbered through over all steps; -1 stays -1."""
-    if len(steps) == 1:
-        return steps[0].sequences
-    own = torch.cat([step.sequences for step in steps])
-    firsts = torch.tensor(list(accumulate((step.batch for step in steps), initial=0))[:-1], device=own.device)
-    rows = torch.tensor([step.batch * step.tokens for step in steps], device=own.device)
-    return torch.where(own < 0, -1, own + firsts.repeat_interleave(rows))
+def numbered(steps: Sequence[LeanStep], padding: bool = False) -> Tensor:
+    """The sequence of each row, (R,), numbered through over all steps. With `padding`, that of a padding row is -1."""
+    firsts = accumulate((step.batch for step in steps), initial=0)
+    found = []
+    for step, first in zip(steps, firsts, strict=False):
+        own = step.sequences + first if first else step.sequences
+        found.append(own.masked_fill(~step.real.flatten(), -1) if padding and step.real is not None else own)
+    return joined(found)

@@ -1,5 +1,4 @@
 // The compiled path in one piece: each part by itself would compile the products anew.
 
 #include "head.c"
-#include "llama.c"
-#include "mamba2.c"
+#include "blocks.c"

@@ -1,10 +1,9 @@
-// Decoder blocks of the llama kind on a CPU: a range of blocks, all of their rows, in one call and one pass over the weights.
-// llama.py says what is computed and in which layout.
+// Attention and the MLP of decoder blocks of the llama kind. llama.py says what is computed and in which layout.
 //
 // D hidden size, Q query heads, H key/value heads, P head dim, F width of the MLP.
 
 #include "attention.h"
-#include "steps.h"
+#include "tokens.h"
 
 typedef struct {
     Weight qkv, o, gate_up, down;
@@ -17,7 +16,7 @@ typedef struct {
 } Block;
 
 typedef struct {
-    int64_t hidden, queries, heads, dim, width;
+    int64_t hidden, queries, heads, dim, width;  // all are 0 in a model without attention
     int64_t half;  // 1: keys and values are kept in bfloat16, 0: in float32
 } Shape;
 
@@ -44,16 +43,7 @@ static void remember(const Block *b, const Shape *s, float *row, int64_t queries
     else for (int64_t i = 0; i < kept; i += LANES) to_bfloat16((uint16_t *)place + i, load_up_to(row + i, kept - i), kept - i);
 }
 
-// The rows of one call. Row r is at position positions[r] of sequence sequences[r]; turn (count, P) are the rotary pairs.
-typedef struct {
-    float *h;  // (count, D)
-    int64_t count;
-    const int64_t *positions, *sequences;
-    const float *turn;
-    int64_t end;  // one more than the highest position
-} Tokens;
-
-// What one thread of a call works with: buffers shared with the others, and a part of its own. The scratch holds
+// What one thread of a call works with in these blocks: buffers shared with the others, and a part of its own. The scratch holds
 // R · (max(D, Q · P) + (Q + 2H) · P + max(2F, D)) shared floats, R · (K + 64) for the K columns of the widest weight, and for
 // few rows R · Q · (P + 2) for each stretch up to the last position; a thread's own hold 2 · EIGHT · Q / H · (P + 2).
 typedef struct {
@@ -61,7 +51,7 @@ typedef struct {
     const Tokens *tokens;
     float *x, *qkv, *mlp, *room, *parts, *local;
     int few;  // rows, so that threads share the positions
-    Hand hand;
+    Hand *hand;
 } Worker;
 
 static int64_t widest(const Shape *s) {
@@ -69,14 +59,13 @@ static int64_t widest(const Shape *s) {
     return inner > outer ? inner : outer;
 }
 
-static Worker worker(const Shape *s, const Tokens *tokens, const Scratch *scratch, Crew *crew) {
+static Worker worker(const Shape *s, const Tokens *tokens, const Scratch *scratch, Hand *hand) {
     const int64_t D = s->hidden, P = s->dim, Q = s->queries, F = s->width, R = tokens->count;
     float *x = scratch->floats, *qkv = x + R * (D > Q * P ? D : Q * P), *mlp = qkv + R * (Q + 2 * s->heads) * P;
     float *room = mlp + R * (2 * F > D ? 2 * F : D);
-    const Hand hand = hand_of(crew);
     const int few = R <= EIGHT;
     float *parts = room + R * (widest(s) + 64), *local = parts + (few ? R * Q * (P + 2) * (tokens->end / STRETCH + 1) : 0);
-    return (Worker){s, tokens, x, qkv, mlp, room, parts, local + hand.t * scratch->own, few, hand};
+    return (Worker){s, tokens, x, qkv, mlp, room, parts, local + hand->t * scratch->own, few, hand};
 }
 
 // Input norm, and the projections to `queries` query heads (all or none), keys and values. Keys and values are stored in kv.
@@ -85,7 +74,7 @@ static void project(const Block *b, Worker *w, char *const *kv, int64_t queries)
     const Tokens *tokens = w->tokens;
     const int64_t D = s->hidden, P = s->dim, H = s->heads, A = (s->queries + 2 * H) * P, R = tokens->count;
     const int64_t skip = (s->queries - queries) * P, *position = tokens->positions, *sequence = tokens->sequences;
-    Hand *hand = &w->hand;
+    Hand *hand = w->hand;
     const Rows rows = b->norm_first ? prepare_normed(hand, &b->qkv, tokens->h, b->attention_norm, b->eps, R, w->x, w->room)
                                     : prepare(hand, &b->qkv, tokens->h, D, R, w->room);
     multiply(hand, &b->qkv, rows, R, (Out){w->qkv, A, 0}, skip, A);
@@ -161,7 +150,7 @@ static void attend_many(const Block *b, Worker *w, char *const *kv) {
     int64_t runs = 0, at = -1, from, to;
     for (int64_t r = 0; r < w->tokens->count; r += run_from(w->tokens, r).rows) runs++;
     Run run = {0, 0};
-    EACH_PIECE(i, &w->hand, runs * H) {
+    EACH_PIECE(i, w->hand, runs * H) {
         for (; at < i / H; at++) run = run_from(w->tokens, run.first + run.rows);
         const int64_t queries = run.rows * group, head = i % H;
         const Softmax sum = softmax_at(w->local, queries), part = softmax_at(w->local + queries * (P + 2), queries);
@@ -202,15 +191,15 @@ static Rows attend_few(const Block *b, Worker *w, char *const *kv) {
         stretches(b, w, run, &from, &to);
         r += run.rows, all += to - from;
     }
-    const int64_t heads = all < w->hand.n ? 1 : H;
-    EACH_PIECE(i, &w->hand, all * H / heads) {
+    const int64_t heads = all < w->hand->n ? 1 : H;
+    EACH_PIECE(i, w->hand, all * H / heads) {
         const Stretch s = stretch_of(b, w, i * heads / H);
         const int64_t head = i * heads % H;
         float *place = s.place + head * s.run.rows * group * (P + 2);
         attend(b, w, kv[w->tokens->sequences[s.run.first]], s.run, s.stretch, head, head + heads, place);
     }
     const Rows rows = rows_in(&b->o, w->x, w->s->queries * P, R, w->room);
-    EACH_PIECE(i, &w->hand, runs) {
+    EACH_PIECE(i, w->hand, runs) {
         float *place = w->parts;
         Run run = {0, 0};
         for (int64_t at = -1; at < i; at++) {
@@ -236,10 +225,10 @@ static void attention(const Block *b, Worker *w, char *const *kv) {
     const int64_t D = s->hidden, R = w->tokens->count;
     float *h = w->tokens->h, *x = w->x, *out = b->norm_first ? h : w->mlp;
     if (!w->few) attend_many(b, w, kv);
-    const Rows rows = w->few ? attend_few(b, w, kv) : prepare(&w->hand, &b->o, x, s->queries * s->dim, R, w->room);
-    multiply(&w->hand, &b->o, rows, R, (Out){out, D, b->norm_first}, 0, D);
+    const Rows rows = w->few ? attend_few(b, w, kv) : prepare(w->hand, &b->o, x, s->queries * s->dim, R, w->room);
+    multiply(w->hand, &b->o, rows, R, (Out){out, D, b->norm_first}, 0, D);
     if (!b->norm_first)
-        EACH_PIECE(r, &w->hand, R) {
+        EACH_PIECE(r, w->hand, R) {
             norm(out + r * D, b->attention_norm, b->eps, x + r * D, D);
             for (int64_t k = 0; k < D; k++) h[r * D + k] += x[r * D + k];
         }
@@ -249,7 +238,7 @@ static void attention(const Block *b, Worker *w, char *const *kv) {
 static void gated_mlp(const Block *b, Worker *w) {
     const int64_t D = w->s->hidden, F = w->s->width, R = w->tokens->count;
     float *h = w->tokens->h, *x = w->x, *mlp = w->mlp, *out = b->norm_first ? h : x;
-    Hand *hand = &w->hand;
+    Hand *hand = w->hand;
     Rows rows = b->norm_first ? prepare_normed(hand, &b->gate_up, h, b->mlp_norm, b->eps, R, x, w->room)
                               : prepare(hand, &b->gate_up, h, D, R, w->room);
     const Division d = divided(hand, F, IS_INT4(b->gate_up.kind) ? ROWS : FOUR);
@@ -266,77 +255,4 @@ static void gated_mlp(const Block *b, Worker *w) {
             norm(x + r * D, b->mlp_norm, b->eps, x + r * D, D);
             for (int64_t k = 0; k < D; k++) h[r * D + k] += x[r * D + k];
         }
-}
-
-// Runs a worker's rows through `count` blocks. Returns the number of blocks run: a gate may stop a single row.
-static int64_t run_blocks(const Block *blocks, int64_t count, char *const *kv, int64_t S, Worker *w, const Gates *gates) {
-    const Asker asker = {w->x, w->mlp, w->room};
-    int64_t gate = 0;
-    for (int64_t i = 0; i < count; i++) {
-        project(blocks + i, w, kv + i * S, w->s->queries);
-        attention(blocks + i, w, kv + i * S);
-        gated_mlp(blocks + i, w);
-        if (stops(&w->hand, gates, &gate, i + 1, w->tokens->h, &asker)) return i + 1;
-    }
-    return count;
-}
-
-// Runs the rows through `count` blocks, h in place. kv[i · S + q] is what block i remembers of sequence q of S, (capacity, 2H, P) in
-// float32 or bfloat16. A single row may have gates (else NULL). Returns the number of blocks run.
-int64_t offramp_run(const Block *blocks, int64_t count, const Shape *s, char *const *kv, int64_t S, const Tokens *tokens,
-                    const Gates *gates, const Scratch *scratch) {
-    int64_t run = count;
-    Crew crew = {0};
-#pragma omp parallel num_threads(scratch->threads)
-    {
-        Worker w = worker(s, tokens, scratch, &crew);
-        const int64_t own = run_blocks(blocks, count, kv, S, &w, gates);
-        if (!w.hand.t) run = own;
-    }
-    return run;
-}
-
-// What runs the tokens of `offramp_steps`.
-typedef struct {
-    const Block *blocks;
-    int64_t position, at[MOST_DRAFTS + 1];
-    char *const *kv;
-    const float *turn;
-    Tokens tokens;
-    Worker w;
-} Stepper;
-
-static int64_t run_rows(void *worker, float *h, int64_t t, int64_t n, int64_t rows, int64_t start, int64_t stop, const Gates *gates) {
-    Stepper *s = worker;
-    for (int64_t r = 0; r < rows; r++) s->at[r] = s->position + t + n + r;
-    s->tokens.h = h, s->tokens.count = rows, s->tokens.turn = s->turn + s->at[0] * s->w.s->dim;
-    return start + run_blocks(s->blocks + start, stop - start, s->kv + start, 1, &s->w, gates);
-}
-
-// Decodes as `steps` says, from `position` on. kv[i] is what block i remembers, with room for all tokens; row p of `turn` are the
-// rotary pairs of position p. `gates` (or NULL) has logits for every token.
-void offramp_steps(const Block *blocks, int64_t count, const Shape *s, char *const *kv, const float *turn, int64_t position,
-                   Steps *steps, const Gates *gates, const Scratch *scratch) {
-    Crew crew = {0};
-    Found found[steps->most];
-    memset(found, 0, sizeof found);
-    const int64_t sequences[MOST_DRAFTS + 1] = {0}, rows = steps->drafter ? MOST_DRAFTS + 1 : 1;
-#pragma omp parallel num_threads(scratch->threads)
-    {
-        Stepper own = {blocks, position, {0}, kv, turn};
-        own.tokens = (Tokens){steps->h, rows, own.at, sequences, turn, position + steps->most};
-        own.w = worker(s, &own.tokens, scratch, &crew);
-        take_steps(&own.w.hand, steps, gates, scratch->head, scratch->desk, found, &(Runner){&own, count, run_rows});
-    }
-}
-
-// Stores only the keys and values, as if the rows were the input of each of the blocks.
-void offramp_remember(const Block *blocks, int64_t count, const Shape *s, char *const *kv, int64_t S, const Tokens *tokens,
-                      const Scratch *scratch) {
-    Crew crew = {0};
-#pragma omp parallel num_threads(scratch->threads)
-    {
-        Worker w = worker(s, tokens, scratch, &crew);
-        for (int64_t i = 0; i < count; i++) project(blocks + i, &w, kv + i * S, 0);
-    }
 }

@@ -1,4 +1,4 @@
-"""The lean path for blocks of the llama kind: what the library's blocks compute, with fewer operations.
+"""Attention and the MLP of blocks of the llama kind: what the library's blocks compute, with fewer operations.
 
 Queries, keys and values are one product, gate and up another. Keys and values are written in place. The residual stream is
 float32 in every format and is added to in place. Rotary tables are made once. Dims that the rotary embedding turns together
@@ -13,25 +13,20 @@ Shapes: B batch, T tokens of this call, D hidden size, Q query heads, H key/valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from offramp.model.checkpoint import Values
-from offramp.model.lean.base import Lean, LeanStep, Maker, RMSNorm, numbered, pieces_of
-from offramp.model.lean.native import Native, Rows
-from offramp.model.lean.steps import Ask, Steps
-from offramp.model.lean.structures import CBlock, CShape, CWeight, address
+from offramp.model.lean.base import LeanStep, Maker, RMSNorm, pieces_of
+from offramp.model.lean.structures import CBlock, CWeight, address
 from offramp.model.lean.weights import Weight
-from offramp.model.modules import Modules
-from offramp.model.runtime import Part, Step, joined
-from offramp.model.state import KV, State
-from offramp.model.store import Store
+from offramp.model.runtime import joined
+from offramp.model.state import KV
 
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # rotary kinds whose angles do not depend on the text's length
 
@@ -69,11 +64,12 @@ class RotaryStep(LeanStep):
 Memories = Sequence[tuple[KV, RotaryStep]]
 
 
-class LeanBlock:
-    """One block of the llama kind. A token sees `window` tokens, itself included; None means all of them."""
+class LeanAttention:
+    """A block's attention, with its norm. A token sees `window` tokens, itself included; None means all of them."""
 
-    def __init__(self, block: Any, rotary_dim: int, window: int | None, make: Maker) -> None:
-        attention, mlp = block.self_attn, block.mlp
+    def __init__(
+        self, attention: Any, norm: Any, norm_first: bool, rotary_dim: int, window: int | None, make: Maker
+    ) -> None:
         self.window, self.dim, self.scale = window, attention.head_dim, float(attention.scaling)
         self.queries = attention.o_proj.in_features // self.dim
         self.heads = self.queries // attention.num_key_value_groups
@@ -92,10 +88,6 @@ class LeanBlock:
         rows = torch.cat([turned, torch.arange(len(turned), (self.queries + 2 * self.heads) * self.dim)])
         self.qkv = make.matrix("qkv", qkv, rows)
         self.o = make.matrix("o", [attention.o_proj])
-        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
-        self.gate_up = make.matrix("gate_up", gate_up)
-        self.down = make.matrix("down", [mlp.down_proj])
-
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if getattr(attention, "q_norm", None) is not None:
@@ -103,15 +95,12 @@ class LeanBlock:
             orders = (order, order) if self.norm_heads else (per_head(self.queries), per_head(self.heads))
             self.q_norm = make.norm("q_norm", attention.q_norm, orders[0])
             self.k_norm = make.norm("k_norm", attention.k_norm, orders[1])
-        self.norm_first = hasattr(block, "input_layernorm")
-        after = block.post_attention_layernorm
-        first, second = (block.input_layernorm, after) if self.norm_first else (after, block.post_feedforward_layernorm)
-        self.attention_norm, self.mlp_norm = make.norm("attention_norm", first), make.norm("mlp_norm", second)
+        self.norm, self.norm_first = make.norm("attention_norm", norm), norm_first
 
     @property
     def weights(self) -> tuple[Weight, ...]:
         """The matrices that a token is multiplied with."""
-        return self.qkv, self.o, self.gate_up, self.down
+        return self.qkv, self.o
 
     @cached_property
     def kv(self) -> Weight:
@@ -119,23 +108,20 @@ class LeanBlock:
         return self.qkv.pick(slice(self.queries * self.dim, None))
 
     def __call__(self, h: Tensor, memories: Memories) -> None:
-        """Add the block's attention and MLP to h (R, D) in place, and remember the tokens.
+        """Add the attention's output to h (R, D) in place, and remember the tokens.
 
         Each of the memories is for as many rows as its step has, in order. Only attention treats them one by one.
         """
         attended = []
-        for heads, (kv, step) in self._of_each(self.qkv(self.attention_norm(h) if self.norm_first else h), memories):
+        for heads, (kv, step) in self._of_each(self.qkv(self.norm(h) if self.norm_first else h), memories):
             buffer = kv.write(heads[:, :, self.queries :], step.places, step.end)
             attended.append(self._attend(heads[:, :, : self.queries], buffer, step))
         out = self.o(joined(attended))
-        h += out if self.norm_first else self.attention_norm(out)
-        gate, up = self.gate_up(self.mlp_norm(h) if self.norm_first else h).chunk(2, dim=-1)
-        out = self.down(F.silu(gate) * up)
-        h += out if self.norm_first else self.mlp_norm(out)
+        h += out if self.norm_first else self.norm(out)
 
     def remember(self, h: Tensor, memories: Memories) -> None:
         """Store only what each of the memories would keep if h (R, D) were the block's input."""
-        for heads, (kv, step) in self._of_each(self.kv(self.attention_norm(h) if self.norm_first else h), memories):
+        for heads, (kv, step) in self._of_each(self.kv(self.norm(h) if self.norm_first else h), memories):
             kv.write(heads, step.places, step.end)
 
     def _of_each(self, x: Tensor, memories: Memories) -> Iterator[tuple[Tensor, tuple[KV, RotaryStep]]]:
@@ -180,74 +166,58 @@ class LeanBlock:
         """Whether this is one token that sees everything. Then no mask need be made to find that none is needed."""
         return step.tokens == 1 and step.first is not None and (self.window is None or step.end <= self.window)
 
-    def native(self) -> CBlock:
-        """The block as the C code takes it. The C code holds addresses only, so this block must stay alive."""
-        norms = (self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm)
-        return CBlock(
-            CWeight.of(self.qkv, fine=True), *map(CWeight.of, (self.o, self.gate_up, self.down)),
-            *(None if norm is None else address(norm.weight) for norm in norms),
-            self.window or 0, self.rotary, self.norm_first, self.q_norm is not None and self.norm_heads,
-            self.attention_norm.eps, self.q_norm.eps if self.q_norm else 0.0, self.scale,
-        )  # fmt: skip
+
+class LeanMLP:
+    """A block's gated MLP, with its norm before it (`norm_first`) or after it."""
+
+    def __init__(self, mlp: Any, norm: Any, norm_first: bool, make: Maker) -> None:
+        gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+        self.gate_up, self.down = make.matrix("gate_up", gate_up), make.matrix("down", [mlp.down_proj])
+        self.norm, self.norm_first = make.norm("mlp_norm", norm), norm_first
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The matrices that a token is multiplied with."""
+        return self.gate_up, self.down
+
+    def __call__(self, h: Tensor) -> None:
+        """Add the MLP's output to h (R, D) in place."""
+        gate, up = self.gate_up(self.norm(h) if self.norm_first else h).chunk(2, dim=-1)
+        out = self.down(F.silu(gate) * up)
+        h += out if self.norm_first else self.norm(out)
 
 
-class LeanLlama(Lean):
-    """Blocks of the llama kind.
+def native_block(attention: LeanAttention | None, mlp: LeanMLP) -> CBlock:
+    """A block as the C code takes it. The C code holds addresses only, so the parts must stay alive."""
+    block = CBlock(eps=mlp.norm.eps, norm_first=mlp.norm_first, mlp_norm=address(mlp.norm.weight))
+    block.gate_up, block.down = map(CWeight.of, mlp.weights)
+    if attention is not None:
+        block.qkv, block.o = CWeight.of(attention.qkv, fine=True), CWeight.of(attention.o)
+        block.window, block.rotary, block.scale = attention.window or 0, attention.rotary, attention.scale
+        block.attention_norm = address(attention.norm.weight)
+        if attention.q_norm and attention.k_norm:
+            block.q_norm, block.k_norm = address(attention.q_norm.weight), address(attention.k_norm.weight)
+            block.norm_heads, block.attention_eps = attention.norm_heads, attention.q_norm.eps
+    return block
 
-    Raises `ValueError` for a model whose shapes a format or the rotary tables do not fit.
+
+class RotaryTables:
+    """Positions, and the rotary pairs of each: cos and sin side by side, 1 and 0 for dims that do not turn.
+
+    Raises `ValueError` for rotary positions that change with the text's length.
     """
 
-    _native: Native | None
-
-    def __init__(self, modules: Modules, weight_format: str, store: Store, values: Values, native: bool = True) -> None:
-        kind = getattr(modules.rotary, "rope_type", "default")
+    def __init__(self, rotary: nn.Module, dim: int, device: torch.device) -> None:
+        kind = getattr(rotary, "rope_type", "default")
         if kind not in ROPE_TYPES:
             raise ValueError(f"rotary positions of the kind '{kind}' change with the text's length")
-        super().__init__(modules, weight_format, store, values)
-        self._rotary = modules.rotary
-        rotary_dim = 2 * modules.rotary.inv_freq.numel()
-        self.blocks = [
-            self._part(str(index), partial(LeanBlock, block, rotary_dim, window))
-            for index, (block, window) in enumerate(zip(modules.blocks, modules.windows, strict=True))
-        ]
-        store.finish()
-        first = self.blocks[0]
-        self.dim, self.heads = first.dim, first.heads
-        self._turn = torch.empty(0, self.dim, dtype=torch.float32)
+        self._rotary, self._dim, self._device = rotary, dim, device
+        self.turn = torch.empty(0, dim, dtype=torch.float32)
         self._count = torch.empty(0, dtype=torch.int64)
-        self._native = None
-        if native and self._compiles(self.dim):
-            shape = CShape(first.o.rows, first.queries, first.heads, first.dim, first.down.columns)
-            self._native = Native([block.native() for block in self.blocks], shape, self._columns)
-            self.keep_keys_in(torch.float32 if weight_format == "float32" else torch.bfloat16)
 
-    def keep_keys_in(self, dtype: torch.dtype) -> None:
-        """Let compiled blocks keep the keys and values of new texts in float32 or bfloat16."""
-        assert self._native
-        self.kept_dtype = dtype
-        self._native.keep_halves(dtype == torch.bfloat16)
-
-    def _step(self, first: int | Tensor, batch: int, tokens: int, mask: Tensor | None = None) -> RotaryStep:
-        # The mask is not needed: a padding token stands after its sequence's own tokens, and what it leaves in memory is
-        # written over before any token sees it.
-        if isinstance(first, int):
-            end = first + tokens
-            self._tables(max(end, batch))
-            positions, turn = self._count[first:end], self._turn[first:end]
-            if batch > 1:
-                positions, turn = positions.repeat(batch), turn.repeat(batch, 1)
-            start = first
-        else:
-            end = int(first.max()) + tokens
-            self._tables(max(end, batch))
-            positions = (first[:, None] + self._count[:tokens]).flatten()
-            turn, start = self._turn[positions], None
-        sequences = self._zeros[:tokens] if batch == 1 else self._count[:batch].repeat_interleave(tokens)
-        return RotaryStep(batch, tokens, sequences, start, end, positions, turn)
-
-    def _tables(self, length: int) -> None:
-        """Make positions, and the rotary pairs of each: cos and sin side by side, 1 and 0 for dims that do not turn."""
-        if length <= len(self._turn):
+    def reach(self, length: int) -> None:
+        """Make the tables at least this long."""
+        if length <= len(self.turn):
             return
         length = max(256, 2 * length)
         self._count = torch.arange(length, device=self._device)
@@ -256,47 +226,24 @@ class LeanLlama(Lean):
         cos, sin = self._rotary(like, self._count[None])
         pairs = torch.stack([cos[0], sin[0]], dim=-1)[:, : cos.shape[-1] // 2]
         rest = torch.tensor([1.0, 0.0], dtype=torch.float32, device=self._device).expand(
-            length, self.dim // 2 - pairs.shape[1], 2
+            length, self._dim // 2 - pairs.shape[1], 2
         )
-        self._turn = torch.cat([pairs, rest], dim=1).flatten(1)
+        self.turn = torch.cat([pairs, rest], dim=1).flatten(1)
 
-    def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
-        self.remember_all([(h, state, step)], index, index + 1)
-
-    def remember_state(self, h: Tensor, index: int, state: State) -> None:
-        pass  # no block has a Mamba mixer
-
-    def _memories(self, start: int, stop: int, state: State) -> list[KV]:
-        return [kv for kv in state.kv[start:stop] if kv is not None]
-
-    def take_steps(self, ask: Ask, state: State, position: int) -> Steps:
-        assert self._native
-        end, memories = position + ask.most, self._memories(0, len(self.blocks), state)
-        self._tables(end)
-        shape = 1, 2 * self.heads, self.dim
-        addresses = [kv.addresses(shape, self.kept_dtype, position, end)[0] for kv in memories]
-        steps = self._native.step(ask, addresses, self._turn, position)
-        end = position + len(steps.ids)
-        state.crop(end + 1, 0, steps.run)
-        state.crop(end, steps.run)
-        return steps
-
-    def _call(self, native: Callable[..., int], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> int:
-        """Make room in the parts' memories for their tokens, and call `native` with all rows (R, D)."""
-        steps = [_rotary(step) for _, _, step in parts]
-        memories: list[list[int]] = [[] for _ in range(start, stop)]
-        for step, (_, state, _) in zip(steps, parts, strict=True):
-            for kv, addresses in zip(self._memories(start, stop, state), memories, strict=True):
-                addresses += kv.addresses((step.batch, 2 * self.heads, self.dim), self.kept_dtype, step.first, step.end)
-        positions, turn = joined([step.positions for step in steps]), joined([step.turn for step in steps])
-        end = max(step.end for step in steps)
-        run = native(rows, start, memories, Rows(positions, numbered(steps), turn, end))
-        if run < stop - start:
-            for step, (_, state, _) in zip(steps, parts, strict=True):
-                state.crop(step.end - step.tokens, start + run, stop)
-        return run
-
-
-def _rotary(step: Step) -> RotaryStep:
-    assert isinstance(step, RotaryStep)
-    return step
+    def step(self, first: int | Tensor, batch: int, tokens: int, real: Tensor | None) -> RotaryStep:
+        """The step of `batch` sequences with `tokens` tokens each, from position `first` on; `first` (B,) may differ."""
+        start: int | None
+        if isinstance(first, int):
+            end = first + tokens
+            self.reach(max(end, batch))
+            positions, turn = self._count[first:end], self.turn[first:end]
+            if batch > 1:
+                positions, turn = positions.repeat(batch), turn.repeat(batch, 1)
+            start = first
+        else:
+            end = int(first.max()) + tokens
+            self.reach(max(end, batch))
+            positions = (first[:, None] + self._count[:tokens]).flatten()
+            turn, start = self.turn[positions], None
+        sequences = self._zeros[:tokens] if batch == 1 else self._count[:batch].repeat_interleave(tokens)
+        return RotaryStep(batch, tokens, sequences, real, start, end, positions, turn)

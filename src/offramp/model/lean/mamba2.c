@@ -1,9 +1,8 @@
-// Blocks of the Mamba-2 kind (arXiv 2405.21060) on a CPU: a range of blocks, all of their rows, in one call, with one pass
-// over the weights. mamba2.py says what is computed and in which layout.
+// Mamba-2 mixers (arXiv 2405.21060), with the norm before them. mamba2.py says what is computed and in which layout.
 //
 // D hidden size, E inner width (H heads of P dims), G groups, N state size, W the convolution's width, C = E + 2GN channels.
 
-#include "steps.h"
+#include "tokens.h"
 
 typedef struct {
     Weight in, out;                                     // rows of `in`: z (E), x, B and C (C together), dt (H)
@@ -13,7 +12,7 @@ typedef struct {
 } MambaBlock;
 
 typedef struct {
-    int64_t hidden, heads, dim, groups, states, width;
+    int64_t hidden, heads, dim, groups, states, width;  // all are 0 in a model without mixers
 } MambaShape;
 
 // What a block remembers of one sequence: (W - 1, C) and (H, P, N).
@@ -72,33 +71,22 @@ static __attribute__((noinline)) void advance(const MambaShape *s, const float *
     }
 }
 
-// The rows of one call. Row r is the next token of sequence sequences[r], or padding where that is -1. `journal`, unless it
-// is NULL, receives what each row does to a memory: (blocks, stride, 2C + H), of which the first `count` rows of a block are
-// written: the convolution's inputs, its outputs, and dt.
-typedef struct {
-    float *h;  // (count, D)
-    int64_t count;
-    const int64_t *sequences;
-    float *journal;
-    int64_t stride;
-} MambaTokens;
-
-// What one thread of a call works with. The scratch holds R · (max(D, E) + E + C + H + C) shared floats, and R · (K + 64) for
+// What one thread of a call works with in mixers. The scratch holds R · (max(D, E) + E + C + H + C) shared floats, and R · (K + 64) for
 // the K columns of the wider weight.
 typedef struct {
     const MambaShape *s;
-    const MambaTokens *tokens;
+    const Tokens *tokens;
     int64_t E, C, A;              // inner width, channels, rows of `in`
     float *x, *in, *conv, *room;  // in (R, A), conv (R, C)
     float *const *fresh;          // where each block's new state goes, and the old one stays; NULL: in its place
-    Hand hand;
+    Hand *hand;
 } MambaWorker;
 
-static MambaWorker mamba_worker(const MambaShape *s, const MambaTokens *tokens, const Scratch *scratch, Crew *crew) {
+static MambaWorker mamba_worker(const MambaShape *s, const Tokens *tokens, const Scratch *scratch, Hand *hand) {
     const int64_t D = s->hidden, E = s->heads * s->dim, C = E + 2 * s->groups * s->states, A = E + C + s->heads;
     const int64_t R = tokens->count, K = D > E ? D : E;
     float *x = scratch->floats, *in = x + R * K, *conv = in + R * A, *room = conv + R * C;
-    return (MambaWorker){s, tokens, E, C, A, x, in, conv, room, NULL, hand_of(crew)};
+    return (MambaWorker){s, tokens, E, C, A, x, in, conv, room, NULL, hand};
 }
 
 // Row r of a block's journal; NULL where there is none.
@@ -110,21 +98,21 @@ static float *note_of(const MambaWorker *w, int64_t block, int64_t r) {
 // Norm and input projection, without its first `skip` rows.
 static void project_in(const MambaBlock *b, MambaWorker *w, int64_t skip) {
     const int64_t R = w->tokens->count;
-    const Rows rows = prepare_normed(&w->hand, &b->in, w->tokens->h, b->norm, b->eps, R, w->x, w->room);
-    multiply(&w->hand, &b->in, rows, R, (Out){w->in, w->A, 0}, skip, w->A);
+    const Rows rows = prepare_normed(w->hand, &b->in, w->tokens->h, b->norm, b->eps, R, w->x, w->room);
+    multiply(w->hand, &b->in, rows, R, (Out){w->in, w->A, 0}, skip, w->A);
 }
 
 // The rows from r on that belong to the same sequence, of which there is at least one.
-static int64_t run_of(const MambaTokens *tokens, int64_t r) {
+static int64_t run_of(const Tokens *tokens, int64_t r) {
     int64_t rows = 1;
-    while (r + rows < tokens->count && tokens->sequences[r + rows] == tokens->sequences[r]) rows++;
+    while (r + rows < tokens->count && tokens->taken[r + rows] == tokens->taken[r]) rows++;
     return rows;
 }
 
 // The convolution of x, B and C, and SiLU, for channels `from` to `to` - 1. Updates the windows in `memory`. `i` is the number of
 // the block.
 static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i, int64_t from, int64_t to) {
-    const int64_t C = w->C, W = w->s->width, *sequence = w->tokens->sequences;
+    const int64_t C = w->C, W = w->s->width, *sequence = w->tokens->taken;
     int64_t rows;
     for (int64_t first = 0; first < w->tokens->count; first += rows) {
         rows = run_of(w->tokens, first);
@@ -157,7 +145,7 @@ static void convolve(const MambaBlock *b, const MambaWorker *w, const MambaMemor
 static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *memory, int64_t i, int gated, int64_t from,
                   int64_t to) {
     const int64_t H = w->s->heads, P = w->s->dim, G = w->s->groups, N = w->s->states, E = w->E, C = w->C;
-    const int64_t *sequence = w->tokens->sequences, R = w->tokens->count;
+    const int64_t *sequence = w->tokens->taken, R = w->tokens->count;
     int64_t T;
     for (int64_t head = from; head < to; head++)
         for (int64_t first = 0; first < R; first += T) {
@@ -184,7 +172,7 @@ static void recur(const MambaBlock *b, const MambaWorker *w, const MambaMemory *
 
 // Convolution and recurrence, shared out.
 static void advance_memories(const MambaBlock *b, MambaWorker *w, const MambaMemory *memory, int64_t i, int gated) {
-    Hand *hand = &w->hand;
+    Hand *hand = w->hand;
     const Division channels = divided(hand, w->C, LANES), heads = divided(hand, w->s->heads, 1);
     int64_t from, to;
     EACH_PIECE(piece, hand, channels.pieces) {
@@ -201,43 +189,14 @@ static void advance_memories(const MambaBlock *b, MambaWorker *w, const MambaMem
 static void project_out(const MambaBlock *b, MambaWorker *w) {
     const int64_t D = w->s->hidden, G = w->s->groups, E = w->E, R = w->tokens->count;
     const Rows rows = rows_in(&b->out, w->x, E, R, w->room);
-    EACH_PIECE(r, &w->hand, R) {
+    EACH_PIECE(r, w->hand, R) {
         for (int64_t g = 0; g < G; g++) {
             float *part = w->x + r * E + g * (E / G);
             norm(part, b->gated_norm + g * (E / G), b->gated_eps, part, E / G);
         }
         if (narrow(b->out.kind)) pack(&b->out, &rows, r);
     }
-    multiply(&w->hand, &b->out, rows, R, (Out){w->tokens->h, D, 1}, 0, D);
-}
-
-// Runs a worker's rows through `count` blocks. Returns the number of blocks run: a gate may stop a single row.
-static int64_t run_mamba_blocks(const MambaBlock *blocks, int64_t count, const MambaMemory *memory, int64_t S, MambaWorker *w,
-                                const Gates *gates) {
-    const Asker asker = {w->x, w->in, w->room};
-    int64_t gate = 0;
-    for (int64_t i = 0; i < count; i++) {
-        project_in(blocks + i, w, 0);
-        advance_memories(blocks + i, w, memory + i * S, i, 1);
-        project_out(blocks + i, w);
-        if (stops(&w->hand, gates, &gate, i + 1, w->tokens->h, &asker)) return i + 1;
-    }
-    return count;
-}
-
-// Runs the rows through `count` blocks, h in place. memory[i · S + q] is what block i remembers of sequence q of S. A single row
-// may have gates (else NULL). Returns the number of blocks run.
-int64_t offramp_mamba_run(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, int64_t S,
-                          const MambaTokens *tokens, const Gates *gates, const Scratch *scratch) {
-    int64_t run = count;
-    Crew crew = {0};
-#pragma omp parallel num_threads(scratch->threads)
-    {
-        MambaWorker w = mamba_worker(s, tokens, scratch, &crew);
-        const int64_t own = run_mamba_blocks(blocks, count, memory, S, &w, gates);
-        if (!w.hand.t) run = own;
-    }
-    return run;
+    multiply(w->hand, &b->out, rows, R, (Out){w->tokens->h, D, 1}, 0, D);
 }
 
 // Repeats on a state (H, P, N) what R rows of a journal did in the pass that wrote it.
@@ -254,104 +213,4 @@ void offramp_mamba_replay(const MambaBlock *b, const MambaShape *s, float *h, co
             }
             advance(s, h + head * P * N, h + head * P * N, &fed, T, 0);
         }
-}
-
-// What runs the tokens of `offramp_mamba_steps`. memory[i] is what block i remembers, spare[i] room for another state of it, and
-// `windows` (W - 1, C) for each block the windows before drafts entered it; `journal` has MOST_DRAFTS + 1 rows for each block.
-typedef struct {
-    const MambaBlock *blocks;
-    int64_t count;
-    MambaMemory *memory;
-    float **spare, *windows, *journal;
-    MambaTokens tokens;
-    MambaWorker w;
-} MambaStepper;
-
-// The floats of a window, and those of a state.
-static int64_t window_size(const MambaWorker *w) { return (w->s->width - 1) * w->C; }
-static int64_t state_size(const MambaWorker *w) { return w->E * w->s->states; }
-
-// The rows of a chunk go through a block together, and leave its old state where it is.
-static int64_t run_mamba_rows(void *worker, float *h, int64_t t, int64_t n, int64_t rows, int64_t start, int64_t stop,
-                              const Gates *gates) {
-    MambaStepper *s = worker;
-    const int64_t stride = MOST_DRAFTS + 1, note = 2 * s->w.C + s->w.s->heads;
-    (void)t;
-    s->tokens.h = h, s->tokens.count = rows, s->tokens.stride = stride;
-    s->tokens.journal = n + rows > 1 ? s->journal + (start * stride + n) * note : NULL;
-    s->w.fresh = rows > 1 ? s->spare + start : NULL;
-    return start + run_mamba_blocks(s->blocks + start, stop - start, s->memory + start, 1, &s->w, gates);
-}
-
-// Notes the windows; and the states of blocks that drafts enter one by one.
-static void save_mamba(void *worker, int64_t start, int64_t stop, int chunk) {
-    MambaStepper *s = worker;
-    EACH_PIECE(i, &s->w.hand, stop - start) {
-        const MambaMemory *memory = s->memory + start + i;
-        memcpy(s->windows + (start + i) * window_size(&s->w), memory->window, window_size(&s->w) * sizeof(float));
-        if (!chunk) memcpy(s->spare[start + i], memory->h, state_size(&s->w) * sizeof(float));
-    }
-}
-
-// Keeps `kept` of the `made` rows of a round. Of all rows, each block has the state already; else it goes back to the old one, and
-// repeats those that are kept. Blocks before `after` were saved after the first of them.
-static void keep_mamba(void *worker, int64_t after, int64_t kept, int64_t made) {
-    MambaStepper *s = worker;
-    const int64_t C = s->w.C, W = s->w.s->width, note = 2 * C + s->w.s->heads;
-    EACH_PIECE(i, &s->w.hand, s->count) {
-        MambaMemory *memory = s->memory + i;
-        const int shallow = i < after;
-        if (shallow == (kept < made)) {  // the state to go on from is the spare one
-            float *h = memory->h;
-            memory->h = s->spare[i], s->spare[i] = h;
-        }
-        if (kept == made) continue;
-        const float *old = s->windows + i * window_size(&s->w);
-        const float *journal = s->journal + (i * (MOST_DRAFTS + 1) + shallow) * note;
-        const int64_t rows = kept - shallow;
-        // Input t of the rows; those before the first, t < 0, are in the old window.
-#define KEPT(t) ((t) < 0 ? old + (W - 1 + (t)) * C : journal + (t) * note)
-        for (int64_t tap = 0; tap < W - 1; tap++) memcpy(memory->window + tap * C, KEPT(rows + tap - W + 1), C * sizeof(float));
-#undef KEPT
-        offramp_mamba_replay(s->blocks + i, s->w.s, memory->h, journal, rows);
-    }
-}
-
-// Decodes as `steps` says. memory[i] is what block i remembers. `gates` (or NULL) has logits for every token.
-void offramp_mamba_steps(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory, Steps *steps,
-                         const Gates *gates, const Scratch *scratch) {
-    Crew crew = {0};
-    Found found[steps->most];
-    MambaMemory own_memory[count];
-    float *spare[count];
-    memset(found, 0, sizeof found);
-    memcpy(own_memory, memory, sizeof own_memory);
-    const int64_t sequences[MOST_DRAFTS + 1] = {0}, rows = steps->drafter ? MOST_DRAFTS + 1 : 1;
-    const int64_t E = s->heads * s->dim, state = E * s->states, window = (s->width - 1) * (E + 2 * s->groups * s->states);
-    for (int64_t i = 0; i < count; i++) spare[i] = scratch->saved + i * state;
-#pragma omp parallel num_threads(scratch->threads)
-    {
-        float *windows = scratch->saved + count * state;
-        MambaStepper own = {blocks, count, own_memory, spare, windows, windows + count * window};
-        own.tokens = (MambaTokens){steps->h, rows, sequences, NULL, 0};
-        own.w = mamba_worker(s, &own.tokens, scratch, &crew);
-        take_steps(&own.w.hand, steps, gates, scratch->head, scratch->desk, found,
-                   &(Runner){&own, count, run_mamba_rows, save_mamba, keep_mamba});
-        EACH_PIECE(i, &own.w.hand, count)
-            if (own_memory[i].h != memory[i].h) memcpy(memory[i].h, own_memory[i].h, state * sizeof(float));
-    }
-}
-
-// Only updates the memories, as if the rows were the input of each of the blocks.
-void offramp_mamba_remember(const MambaBlock *blocks, int64_t count, const MambaShape *s, const MambaMemory *memory,
-                            int64_t S, const MambaTokens *tokens, const Scratch *scratch) {
-    Crew crew = {0};
-#pragma omp parallel num_threads(scratch->threads)
-    {
-        MambaWorker w = mamba_worker(s, tokens, scratch, &crew);
-        for (int64_t i = 0; i < count; i++) {
-            project_in(blocks + i, &w, w.E);
-            advance_memories(blocks + i, &w, memory + i * S, i, 0);
-        }
-    }
 }

@@ -1,7 +1,8 @@
 """Compile the C code, once for each machine, and call it through ctypes.
 
-`llama.c` and `mamba2.c` run a range of blocks in one call, or decode several tokens. `head.c` multiplies with the LM head.
-The headers hold what they are made of: vectors, products, attention, gates, the head, its sketch, and steps of decoding.
+`blocks.c` runs a range of blocks in one call, or decodes several tokens; `llama.c` and `mamba2.c` are what blocks are made
+of. `head.c` multiplies with the LM head. The headers hold the rest: vectors, products, attention, gates, the head, its
+sketch, and steps of decoding.
 Without a C compiler nothing here is used: the lean path then computes the same with torch's operators.
 """
 
@@ -39,7 +40,8 @@ from offramp.model.lean.structures import (
     CHead,
     CMambaBlock,
     CMambaShape,
-    CMambaTokens,
+    CMemory,
+    CModel,
     CScratch,
     CShape,
     CSketch,
@@ -86,19 +88,16 @@ def _compiled_file(command: list[str]) -> Path:
 
 def _declared(loaded: Any) -> Any:
     """The library, with the signatures of its functions."""
-    scratch = POINTER(CScratch)
-    llama = [POINTER(CBlock), c_int64, POINTER(CShape), c_void_p, c_int64, POINTER(CTokens)]
-    mamba = [POINTER(CMambaBlock), c_int64, POINTER(CMambaShape), c_void_p, c_int64, POINTER(CMambaTokens)]
+    scratch, model, memory = POINTER(CScratch), POINTER(CModel), POINTER(CMemory)
+    blocks = [model, c_int64, c_int64, memory, POINTER(CTokens)]
+    steps = [model, c_int64, memory, c_void_p, c_int64, POINTER(CSteps), POINTER(CGates)]
     signatures = {
         "offramp_product": (None, [POINTER(CWeight), c_void_p, c_int64, c_void_p, scratch]),
         "offramp_logits": (None, [POINTER(CHead), POINTER(CSketch), c_void_p, c_int64, c_void_p, scratch]),
         "offramp_ask": (c_float, [POINTER(CGate), c_void_p, scratch]),
-        "offramp_run": (c_int64, [*llama, POINTER(CGates), scratch]),
-        "offramp_remember": (None, [*llama, scratch]),
-        "offramp_mamba_run": (c_int64, [*mamba, POINTER(CGates), scratch]),
-        "offramp_mamba_remember": (None, [*mamba, scratch]),
-        "offramp_steps": (None, [*llama[:4], c_void_p, c_int64, POINTER(CSteps), POINTER(CGates), scratch]),
-        "offramp_mamba_steps": (None, [*mamba[:4], POINTER(CSteps), POINTER(CGates), scratch]),
+        "offramp_run": (c_int64, [*blocks, POINTER(CGates), scratch]),
+        "offramp_remember": (None, [*blocks, scratch]),
+        "offramp_steps": (None, [*steps, scratch]),
         "offramp_mamba_replay": (None, [POINTER(CMambaBlock), POINTER(CMambaShape), c_void_p, c_void_p, c_int64]),
     }
     for name, (result, arguments) in signatures.items():
@@ -121,24 +120,63 @@ class _Room(threading.local):
         self.floats = torch.empty(0, dtype=torch.float32)
 
 
-class _Native:
-    """What both compiled paths share. All tensors are float32 and contiguous, on the CPU."""
+@dataclass(frozen=True)
+class Rows:
+    """The sequence of each row, `sequences` (R,) int64; the rows of a sequence follow each other.
 
-    room_for_gates = 0  # floats that a gate may use beside the row
+    `taken` (R,): the same, but -1 for padding, which no Mamba state takes in. With attention, the position of each row,
+    `positions` (R,) int64, its rotary pairs, `turn` (R, P), and `end`, one more than the highest position.
+    """
+
+    sequences: Tensor
+    taken: Tensor
+    positions: Tensor | None = None
+    turn: Tensor | None = None
+    end: int = 0
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where blocks keep what they remember.
+
+    For each sequence, the i-th block has an entry in kv[i], the address of its keys and values, and two in mixed[i], those
+    of a mixer's window and state. What a block does not have is 0.
+    """
+
+    kv: list[list[int]]
+    mixed: list[list[int]]
+
+    def compiled(self) -> CMemory:
+        """The addresses as the C code takes them."""
+        pointers = [(c_void_p * sum(map(len, rows)))(*chain.from_iterable(rows)) for rows in (self.kv, self.mixed)]
+        return CMemory(*(ctypes.cast(each, c_void_p) for each in pointers), len(self.kv[0]))
+
+
+class Native:
+    """A model's blocks. All tensors are float32 and contiguous, on the CPU.
+
+    `blocks` have attention and an MLP, or an MLP alone where `mixers` have a mixer. A model of mixers alone has no
+    `blocks`, and one without mixers no `mixers`.
+    """
+
     ROWS = 256  # the most rows of one call; more would need much scratch and gain nothing
     FEW, STRETCH = 8, 256  # EIGHT of vectors.h; of attention.h
     BINS, CHUNK = 1 << 11, 1 << 10  # of sketch.h
 
-    def __init__(self, kind: Any, blocks: Sequence[Any], columns: int) -> None:
+    def __init__(
+        self, blocks: Sequence[CBlock], mixers: Sequence[CMambaBlock], shape: CShape, mamba: CMambaShape, columns: int
+    ) -> None:
         """`columns` are those of the widest weight. The caller keeps the tensors alive that the blocks point to."""
-        self._library = library()
-        self._kind, self._blocks = kind, (kind * len(blocks))(*blocks)
-        self._columns = columns
-        self._room = _Room()
-
-    def _from(self, start: int) -> Any:
-        """The blocks from `start` on."""
-        return ctypes.cast(ctypes.byref(self._blocks, start * ctypes.sizeof(self._kind)), POINTER(self._kind))
+        self._library, self._room, self._columns = library(), _Room(), columns
+        self._count, self._mixers = max(len(blocks), len(mixers)), (CMambaBlock * len(mixers))(*mixers)
+        self._model = CModel((CBlock * len(blocks))(*blocks) or None, self._mixers or None, shape, mamba)
+        self._shape, self._mamba = self._model.shape, self._model.mamba_shape
+        inner = mamba.heads * mamba.dim
+        self._channels = inner + 2 * mamba.groups * mamba.states
+        attended = max(shape.hidden, shape.queries * shape.dim) + (shape.queries + 2 * shape.heads) * shape.dim
+        mlp, mixed = max(2 * shape.width, shape.hidden), inner + self._channels + mamba.heads
+        self._row = max(attended + mlp, max(mamba.hidden, inner) + mixed + self._channels)
+        self.room_for_gates = mlp if blocks else mixed  # floats that a gate may use beside the row
 
     def product(self, weight: CWeight, x: Tensor) -> Tensor:
         """Multiply x (R, K) with a weight: (R, N)."""
@@ -196,171 +234,90 @@ class _Native:
         places = [start + size * self._room.floats.itemsize for size in accumulate(sizes)]
         return CScratch(start, own, threads, *places[:-1])
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The position and the sequence of each row, (R,) int64 each, and its rotary pairs, `turn` (R, P).
-
-    `end` is one more than the highest position. The rows of a sequence follow each other, in the order of their positions.
-    """
-
-    positions: Tensor
-    sequences: Tensor
-    turn: Tensor
-    end: int
-
-
-class Native(_Native):
-    """Blocks of the llama kind."""
-
-    def __init__(self, blocks: Sequence[CBlock], shape: CShape, columns: int) -> None:
-        super().__init__(CBlock, blocks, columns)
-        self._shape = shape
-        row = max(shape.hidden, shape.queries * shape.dim) + (shape.queries + 2 * shape.heads) * shape.dim
-        self.room_for_gates = max(2 * shape.width, shape.hidden)
-        self._row = row + self.room_for_gates
-
     def keep_halves(self, half: bool) -> None:
         """Keep keys and values in bfloat16, or else in float32."""
         self._shape.half = half
 
-    def run(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows, asked: Asked | None = None) -> int:
-        """Run h (R, D) in place through the blocks from `start` on, one block for each of the `memories`.
-
-        memories[i][q] is the address of the keys and values that the i-th of these blocks has of sequence q. Gates may be
-        `asked` about a single row: it stops at the first one whose logit is above its threshold. Returns the number of
-        blocks run.
-        """
-        gates = asked.compiled() if asked else None
-        return self._call(self._library.offramp_run, h, start, memories, rows, gates)
-
-    def remember(self, h: Tensor, start: int, memories: list[list[int]], rows: Rows) -> int:
-        """Only write the `memories`, as if h (R, D) were the input of each of the blocks. Returns their number."""
-        self._call(self._library.offramp_remember, h, start, memories, rows)
-        return len(memories)
-
-    def _call(
-        self, function: Any, h: Tensor, start: int, memories: list[list[int]], rows: Rows, *gates: CGates | None
-    ) -> int:
-        count, run = len(h), 0
-        if not (h.is_contiguous() and len(rows.positions) == len(rows.sequences) == len(rows.turn) == count):
-            raise ValueError(
-                f"{count} rows, {len(rows.positions)} positions, {len(rows.sequences)} sequences, "
-                f"{len(rows.turn)} rotary rows"
-            )
-        kv = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
-        for first, piece in self._pieces(count):
-            starts = (_from_row(part, first) for part in (rows.positions, rows.sequences, rows.turn))
-            tokens = CTokens(_from_row(h, first), piece, *starts, rows.end)
-            scratch = self._for_attention(piece, rows.end)
-            run = function(self._from(start), len(memories), self._shape, kv, len(memories[0]), tokens, *gates, scratch)
-        return run
-
-    def _for_attention(self, rows: int, end: int, head: int = 0, desk: int = 0) -> CScratch:
-        """Scratch for rows whose highest position is `end` - 1."""
-        shape = self._shape
-        own = 2 * self.FEW * (shape.queries // shape.heads) * (shape.dim + 2)
-        parts = shape.queries * (shape.dim + 2) * (end // self.STRETCH + 1) if rows <= self.FEW else 0
-        return self._scratch(rows, self._row + parts, own, head, desk)
-
-    def step(self, ask: Ask, memories: list[int], turn: Tensor, position: int) -> Steps:
-        """Decode what is asked for from `position` on. memories[i] is the address of the i-th block's keys and values, with
-        room for all tokens; row p of `turn` holds the rotary pairs of position p.
-        """
-        kv, stepping = (c_void_p * len(memories))(*memories), Stepping(ask)
-        scratch = self._for_attention(ask.rows, position + ask.most, *self._for_steps(ask))
-        self._library.offramp_steps(
-            self._from(0),
-            len(memories),
-            self._shape,
-            kv,
-            turn.data_ptr(),
-            position,
-            stepping.compiled,
-            stepping.gates,
-            scratch,
-        )
-        return stepping.found()
-
-
-class NativeMamba(_Native):
-    """Blocks of the Mamba-2 kind."""
-
-    def __init__(self, blocks: Sequence[CMambaBlock], shape: CMambaShape, columns: int) -> None:
-        super().__init__(CMambaBlock, blocks, columns)
-        self._shape = shape
-        inner = shape.heads * shape.dim
-        self._channels = inner + 2 * shape.groups * shape.states
-        self.room_for_gates = inner + self._channels + shape.heads
-        self._row = max(shape.hidden, inner) + self.room_for_gates + self._channels
-
     def journal(self, blocks: int, rows: int) -> Tensor:
-        """An empty journal (blocks, R, 2C + H), in which blocks record what rows do to their memories."""
-        return torch.empty(blocks, rows, 2 * self._channels + self._shape.heads)
+        """An empty journal (blocks, R, 2C + H), in which mixers record what rows do to their memories."""
+        return torch.empty(blocks, rows, 2 * self._channels + self._mamba.heads)
 
     def run(
         self,
         h: Tensor,
         start: int,
-        memories: list[list[int]],
-        sequences: Tensor,
+        memory: Addresses,
+        rows: Rows,
         journal: Tensor | None = None,
         asked: Asked | None = None,
     ) -> int:
-        """Run h (R, D) in place through the blocks from `start` on, one block for each of the `memories`.
+        """Run h (R, D) in place through the blocks from `start` on, one block for each entry of the `memory`.
 
-        memories[i] holds two addresses for each sequence: of the window and of the state that the i-th block has of it.
-        Row r is the next token of sequences[r] (int64), or padding where that is -1. The `journal`, if given, receives each
-        row's inputs and outputs of the convolution, and dt. `asked`, and what is returned, are as in `Native.run`.
+        The `journal`, if given, receives of each mixer and row the inputs and outputs of the convolution, and dt. Gates may
+        be `asked` about a single row: it stops at the first one whose logit is above its threshold. Returns the number of
+        blocks run.
         """
         gates = asked.compiled() if asked else None
-        return self._call(self._library.offramp_mamba_run, h, start, memories, sequences, journal, gates)
+        return self._call(self._library.offramp_run, h, start, memory, rows, journal, gates)
 
-    def remember(
-        self, h: Tensor, start: int, memories: list[list[int]], sequences: Tensor, journal: Tensor | None = None
-    ) -> int:
-        """Only update the `memories`, as if h (R, D) were the input of each of the blocks. Returns their number."""
-        self._call(self._library.offramp_mamba_remember, h, start, memories, sequences, journal)
-        return len(memories)
+    def remember(self, h: Tensor, start: int, memory: Addresses, rows: Rows, journal: Tensor | None = None) -> int:
+        """Only update the `memory`, as if h (R, D) were the input of each of the blocks. Returns their number."""
+        self._call(self._library.offramp_remember, h, start, memory, rows, journal)
+        return len(memory.kv)
 
     def _call(
         self,
         function: Any,
         h: Tensor,
         start: int,
-        memories: list[list[int]],
-        sequences: Tensor,
+        memory: Addresses,
+        rows: Rows,
         journal: Tensor | None,
         *gates: CGates | None,
     ) -> int:
         count, run = len(h), 0
-        if not (h.is_contiguous() and len(sequences) == count):
-            raise ValueError(f"{count} rows, {len(sequences)} sequences")
-        memory = (c_void_p * (len(memories) * len(memories[0])))(*chain.from_iterable(memories))
+        parts = (rows.positions, rows.sequences, rows.taken, rows.turn)
+        if not h.is_contiguous() or any(part is not None and len(part) != count for part in parts):
+            raise ValueError(
+                f"{count} rows, and {[None if part is None else len(part) for part in parts]} of what they have"
+            )
+        stop, addresses = start + len(memory.kv), memory.compiled()
         for first, piece in self._pieces(count):
+            starts = (None if part is None else _from_row(part, first) for part in parts)
             notes = None if journal is None else _from_row(journal[0], first)
-            tokens = CMambaTokens(_from_row(h, first), piece, _from_row(sequences, first), notes, count)
-            scratch, lines = self._scratch(piece, self._row), len(memories[0]) // 2
-            run = function(self._from(start), len(memories), self._shape, memory, lines, tokens, *gates, scratch)
+            tokens = CTokens(_from_row(h, first), piece, *starts, rows.end, notes, count)
+            run = function(self._model, start, stop, addresses, tokens, *gates, self._for_blocks(piece, rows.end))
         return run
 
-    def step(self, ask: Ask, memories: list[list[int]]) -> Steps:
-        """Decode what is asked for. memories[i] holds the addresses of the i-th block's window and state."""
-        memory, stepping = (c_void_p * (2 * len(memories)))(*chain.from_iterable(memories)), Stepping(ask)
-        head, desk = self._for_steps(ask)
-        scratch = self._scratch(ask.rows, self._row, 0, head, desk, self._for_saving(len(memories)) if ask.drafter else 0)
-        self._library.offramp_mamba_steps(
-            self._from(0), len(memories), self._shape, memory, stepping.compiled, stepping.gates, scratch
+    def _for_blocks(self, rows: int, end: int, head: int = 0, desk: int = 0, saved: int = 0) -> CScratch:
+        """Scratch for rows whose highest position is `end` - 1."""
+        shape = self._shape
+        group = shape.queries // max(1, shape.heads)
+        own = 2 * self.FEW * group * (shape.dim + 2)
+        parts = shape.queries * (shape.dim + 2) * (end // self.STRETCH + 1) if rows <= self.FEW else 0
+        return self._scratch(rows, self._row + parts, own, head, desk, saved)
+
+    def step(self, ask: Ask, memory: Addresses, turn: Tensor | None, position: int) -> Steps:
+        """Decode what is asked for from `position` on.
+
+        The `memory` has room for all tokens; row p of `turn` holds the rotary pairs of position p.
+        """
+        stepping = Stepping(ask)
+        saved = self._for_saving() if ask.drafter and self._mixers else 0
+        scratch = self._for_blocks(ask.rows, position + ask.most, *self._for_steps(ask), saved)
+        turns = None if turn is None else turn.data_ptr()
+        self._library.offramp_steps(
+            self._model, self._count, memory.compiled(), turns, position, stepping.compiled, stepping.gates, scratch
         )
         return stepping.found()
 
-    def _for_saving(self, blocks: int) -> int:
-        """The floats of what blocks remember of a sequence, and of a journal of one round's rows."""
-        shape = self._shape
+    def _for_saving(self) -> int:
+        """The floats of what mixers remember of a sequence, and of a journal of one round's rows."""
+        shape = self._mamba
         memory = (shape.width - 1) * self._channels + shape.heads * shape.dim * shape.states
-        return int(blocks * (memory + (MOST_DRAFTS + 1) * (2 * self._channels + shape.heads)))
+        return int(self._count * (memory + (MOST_DRAFTS + 1) * (2 * self._channels + shape.heads)))
 
     def replay(self, index: int, journal: Tensor, h: Tensor, tokens: int) -> Tensor:
         """Repeat the first `tokens` of block `index`'s journal (1, T, 2C + H) on its state h (1, H, P, N), in place."""
-        self._library.offramp_mamba_replay(self._from(index), self._shape, h.data_ptr(), journal.data_ptr(), tokens)
+        self._library.offramp_mamba_replay(self._mixers[index], self._mamba, h.data_ptr(), journal.data_ptr(), tokens)
         return h

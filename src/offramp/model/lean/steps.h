@@ -1,5 +1,4 @@
-// Greedy decoding of one sequence: several tokens in one call, each from its embedding to the choice of the next. For llama.c and
-// mamba2.c.
+// Greedy decoding of one sequence: several tokens in one call, each from its embedding to the choice of the next. For blocks.c.
 
 #pragma once
 #include "drafts.h"
@@ -34,7 +33,7 @@ typedef struct {
     int64_t blocks;
     int64_t (*run)(void *worker, float *h, int64_t t, int64_t n, int64_t rows, int64_t start, int64_t stop, const Gates *gates);
     void (*save)(void *worker, int64_t start, int64_t stop, int chunk);          // or NULL
-    void (*keep)(void *worker, int64_t after, int64_t kept, int64_t made);  // or NULL
+    void (*keep)(void *worker, int64_t after, int64_t kept, int64_t made, int64_t blocks);  // or NULL
 } Runner;
 
 // Puts the embedding of token t into row n of h.
@@ -159,7 +158,7 @@ static void take_steps(Hand *hand, Steps *s, const Gates *gates, float *y, float
         if (!hand->t) s->seconds[s->drafter ? 4 : 0] += embedded - start, s->seconds[1] += omp_get_wtime() - embedded;
         if (run < with->blocks) break;
         decide(hand, s, round, t, n + 1, y, found + t);
-        if (n && with->keep) with->keep(with->worker, after, round->stood + 1, n + 1);
+        if (n && with->keep) with->keep(with->worker, after, round->stood + 1, n + 1, with->blocks);
         t += round->stood + 1, end = round->ends, rounds++;
     }
     if (!hand->t) s->decided = t, s->run = run < with->blocks ? run : 0, s->rounds_count = rounds;

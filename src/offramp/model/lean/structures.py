@@ -144,15 +144,15 @@ class CShape(ctypes.Structure):
 
 
 class CTokens(ctypes.Structure):
-    """`Tokens` in llama.c."""
+    """`Tokens` in tokens.h."""
 
     _fields_ = (
         ("h", c_void_p),
         ("count", c_int64),
-        ("positions", c_void_p),
-        ("sequences", c_void_p),
-        ("turn", c_void_p),
+        *((name, c_void_p) for name in ("positions", "sequences", "taken", "turn")),
         ("end", c_int64),
+        ("journal", c_void_p),
+        ("stride", c_int64),
     )
 
 
@@ -172,16 +172,21 @@ class CMambaShape(ctypes.Structure):
     _fields_ = tuple((name, c_int64) for name in ("hidden", "heads", "dim", "groups", "states", "width"))
 
 
-class CMambaTokens(ctypes.Structure):
-    """`MambaTokens` in mamba2.c."""
+class CModel(ctypes.Structure):
+    """`Model` in blocks.c."""
 
     _fields_ = (
-        ("h", c_void_p),
-        ("count", c_int64),
-        ("sequences", c_void_p),
-        ("journal", c_void_p),
-        ("stride", c_int64),
+        ("blocks", POINTER(CBlock)),
+        ("mixers", POINTER(CMambaBlock)),
+        ("shape", CShape),
+        ("mamba_shape", CMambaShape),
     )
+
+
+class CMemory(ctypes.Structure):
+    """`Memory` in blocks.c."""
+
+    _fields_ = (("kv", c_void_p), ("mixed", c_void_p), ("sequences", c_int64))
 
 
 class CGate(ctypes.Structure):

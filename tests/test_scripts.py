@@ -7,6 +7,7 @@ import re
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from helpers import modest_exits
 from models import ENGINES, VARIANTS, cache_in, saved, tiny
 from offramp import Policy
 from offramp.decode.fills import FILLS
+from offramp.exits.exits import Exits, ExitsConfig
 from offramp.files import read_lines
 
 sys.path.insert(
@@ -36,6 +38,7 @@ import prompts
 import random_model
 import speed
 import trade
+import trees
 import verified
 
 SMALL_MAMBA = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -129,6 +132,32 @@ def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:
     assert "<svg" in Path("work/trade.svg").read_text()
     found = json.loads(Path("work/trade.json").read_text())["tasks"]["triviaqa"]
     assert all(len(answers) == 4 for points in found.values() for answers in points)
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+def test_trees_plays_rounds_with_chains_and_with_other_candidates(world, capsys) -> None:
+    made = Exits.new(tiny("llama"), ExitsConfig((1,), "linear", "deep", 32, 32, tails=(1,), middle=2))
+    made.policy = Policy((0.0,), "max-prob")
+    made.backbone["fingerprint"] = offramp.load(str(world / "model"), "float32").source.fingerprint
+    made.save(Path("exits/draft"))
+    arguments = ["--exits", "exits", "--prompts", str(world / "prompts.txt"), "--tokens", "8", "--dtype", "float32"]
+    trees.main([str(world / "model"), *arguments])
+    found = rows(capsys.readouterr().out)
+    assert [row[0] for row in found[1:]] == ["1", "2", "3"]
+    costs = SimpleNamespace(rows=(0.0, 0.1, 0.2, 0.3, 0.4), asking=0.05, floor=0.0)
+    # The first candidate for the first draft is wrong, and the second right; the next token is full depth's own.
+    text = trees.Drafts(torch.full((3, 6, 3), 0.4), torch.zeros(3, 6, 3, dtype=torch.bool), torch.ones(6, dtype=torch.bool))
+    text.right[0, :, 1] = True
+    for wide, rounds, tokens in ((1, 6, 6), (2, 3, 6)):
+        played = trees.Play(costs, wide)
+        played.through(text)
+        assert (played.rounds, played.tokens) == (rounds + 1, tokens + 1)
+    # The first two drafts are right.
+    text.right[:2, :, 0] = True
+    played = trees.Play(costs, 1)
+    played.through(trees.Drafts(torch.ones(3, 6, 3), text.right, text.asked))
+    assert (played.rounds, played.tokens, played.rows) == (3, 7, 9)
+    assert played.cost == pytest.approx(3 + 2 * (costs.rows[3] + 3 * costs.asking))
 
 
 def test_matched_shows_what_a_policy_saves_on_other_prompts(world, capsys) -> None:

@@ -63,9 +63,8 @@ class Drafting:
     def of(cls, backbone: Backbone, exit: Exit, exits: Exits, most: int, alike: int, floor: float) -> Drafting | None:
         """The drafter of one of the exits; None if it cannot be compiled. The rest is as in `DrafterParts`."""
         runtime, adapter = backbone.runtime, exit.adapter
-        if not (isinstance(runtime, Lean) and isinstance(adapter, DeepAdapter)) or (
-            exit.tail and "mamba" in backbone.kinds
-        ):
+        mixers_in_tail = "mamba" in backbone.kinds[backbone.n_blocks - exit.tail :]
+        if not isinstance(runtime, Lean) or not isinstance(adapter, DeepAdapter) or mixers_in_tail:
             return None
         plain = runtime.weight_format == "float32" or backbone.hidden_size % 32 or adapter.down.in_features % 32
         kind = Weight if plain else Int4 if runtime.weight_format.startswith("int4") else Int8

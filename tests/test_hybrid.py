@@ -1,0 +1,120 @@
+"""Mixers in the places of attentions: what is trained is what is shipped, and what is shipped is the library's Bamba."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import offramp
+from hybrid.student import Student
+from models import ENGINES, byte_tokenizer
+from offramp.errors import CorruptFile
+from offramp.model import hub
+from offramp.model.hybrid import LARGEST, MATRICES, MIXERS, base_of, read_mixers, to_bamba, write_mixers
+
+REPLACED = (0, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def student() -> Student:
+    """A random model of the llama kind, in which three heads of queries share one of keys and values."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=72, intermediate_size=96, num_hidden_layers=5, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, max_position_embeddings=512,
+    )  # fmt: skip
+    return Student(LlamaForCausalLM(config), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def mixers(student):
+    made = student.new_mixers()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return {block: made[block] for block in REPLACED}
+
+
+def tensors_of(mixers):
+    return {block: mixer.tensors() for block, mixer in mixers.items()}
+
+
+@torch.inference_mode()
+def test_a_model_with_mixers_is_the_librarys_bamba(student, mixers) -> None:
+    ids = torch.randint(0, 258, (2, 150))
+    ours = student.logits(student.last(ids, mixers))
+    bamba = to_bamba(student.model, tensors_of(mixers))
+    assert bamba.config.model_type == "bamba"
+    assert [kind == "linear_attention" for kind in bamba.config.layer_types] == [block in REPLACED for block in range(5)]
+    assert torch.allclose(ours, bamba(input_ids=ids).logits, atol=1e-5)
+    assert not torch.allclose(ours, student.logits(student.last(ids, {})), atol=1e-2)
+
+
+@torch.inference_mode()
+def test_without_mixers_the_student_is_the_model(student) -> None:
+    ids = torch.randint(0, 258, (2, 70))
+    assert torch.allclose(student.logits(student.last(ids, {})), student.model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_mixers_are_kept_in_integers(student, mixers, tmp_path) -> None:
+    kept = tensors_of(mixers)
+    write_mixers(tmp_path / MIXERS, kept, {"base": "tiny"})
+    read = read_mixers(tmp_path / MIXERS)
+    assert list(read) == list(REPLACED)
+    assert base_of(tmp_path / MIXERS) == "tiny"
+    for block in REPLACED:
+        for name, value in kept[block].items():
+            step = value.abs().amax(1, keepdim=True) / LARGEST if name in MATRICES else torch.zeros(())
+            assert bool(((read[block][name] - value).abs() <= 0.51 * step + 1e-7).all()), name
+    matrices = sum(mixer[name].numel() for mixer in kept.values() for name in MATRICES)
+    assert (tmp_path / MIXERS).stat().st_size < 1.5 * matrices
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"no tensors", lambda data: data[: len(data) // 2]])
+def test_damaged_mixers_are_named(mixers, tmp_path, damage) -> None:
+    write_mixers(tmp_path / MIXERS, tensors_of(mixers), {"base": "tiny"})
+    (tmp_path / MIXERS).write_bytes(damage((tmp_path / MIXERS).read_bytes()))
+    with pytest.raises(CorruptFile, match="damaged"):
+        read_mixers(tmp_path / MIXERS)
+
+
+def test_mixers_that_lack_a_tensor_are_named(mixers, tmp_path) -> None:
+    kept = tensors_of(mixers)
+    write_mixers(tmp_path / MIXERS, {0: kept[0]}, {})
+    complete = (tmp_path / MIXERS).read_bytes()
+    (tmp_path / MIXERS).write_bytes(complete.replace(b"0.A_log", b"0.B_log"))
+    with pytest.raises(CorruptFile, match="not complete"):
+        read_mixers(tmp_path / MIXERS)
+    with pytest.raises(CorruptFile, match="damaged"):
+        base_of(tmp_path / MIXERS)
+
+
+@torch.inference_mode()
+def test_an_alias_puts_mixers_onto_another_alias(student, mixers, tmp_path, own_cache, monkeypatch) -> None:
+    student.model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "hybrid").mkdir()
+    write_mixers(tmp_path / "hybrid" / MIXERS, tensors_of(mixers), {"base": "base"})
+    monkeypatch.setattr(hub, "ALIASES", {"base": tmp_path / "base", "hybrid": tmp_path / "hybrid"})
+    backbone = offramp.load("hybrid", "float32")
+    assert backbone.engine == ENGINES[-1]
+    assert backbone.kinds == ["mamba" if block in REPLACED else "attention" for block in range(5)]
+    folder = hub.resolve("hybrid").path
+    library = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.randint(0, 258, (1, 40))
+    h, step = backbone.embed(ids, 0)
+    ours = backbone.logits(backbone.run(h, 0, 5, backbone.state(), step))
+    assert torch.allclose(ours, library(input_ids=ids).logits, atol=1e-4)
+    assert backbone.tokenizer.decode([72, 105]) == byte_tokenizer().decode([72, 105])
+    # Another base, or other mixers, are another model.
+    before = hub.resolve("hybrid").sha256
+    write_mixers(tmp_path / "hybrid" / MIXERS, {0: tensors_of(mixers)[0]}, {"base": "base"})
+    assert hub.resolve("hybrid").sha256 != before
+    assert offramp.load("hybrid", "float32").kinds.count("mamba") == 1

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint exits bench mamba-lm paper paper-quick clean
+.PHONY: demo test lint exits bench load soak mamba-lm paper paper-quick clean
 
 # MODEL names another model than smollm2; BOTH=1 asks the Transformer and the Mamba model and puts them side by side.
 demo: .venv/.installed
@@ -57,6 +57,10 @@ mamba-lm: .venv/.installed
 	$(BIN)/python -m lm.baselines $(LM)/corpus
 	$(BIN)/python -m lm.evaluate $(LM)/mamba-tiny $(LM)/corpus --read-out-steps 300 --samples $(LM)/samples.md
 	$(BIN)/python -m lm.evaluate $(LM)/mamba-tiny-ee $(LM)/corpus
+
+# 64 clients at a server of this machine's own, every answer compared; soak: for ten minutes.
+load soak: .venv/.installed
+	$(BIN)/python benchmarks/load.py --dtype float32 $(if $(filter soak,$@),--minutes 10)
 
 # The paper's experiment on small models, some hours on two cores; paper-quick: 20 minutes, too few questions to conclude from.
 # DATA names files instead of the hub: make paper DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json"

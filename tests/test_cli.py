@@ -25,7 +25,7 @@ from offramp.errors import BadInput
 from offramp.settings import setting
 from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig
 
-VERBS = ("demo", "generate", "chat", "train", "calibrate", "tune", "eval", "report", "inspect", "bench")
+VERBS = ("demo", "generate", "chat", "train", "calibrate", "tune", "eval", "report", "inspect", "bench", "serve")
 TOKEN = {"id", "text", "exit_block", "blocks", "confidence", "flops", "cumulative_flops", "deep_passes", "rejected"}
 ANSWER = {
     "text",

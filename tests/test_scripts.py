@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,7 @@ import exits
 import gates
 import growth
 import guarantee
+import load
 import matched
 import paper
 import paper_size
@@ -160,6 +162,22 @@ def test_trees_plays_rounds_with_chains_and_with_other_candidates(world, capsys)
     assert played.cost == pytest.approx(3 + 2 * (costs.rows[3] + 3 * costs.asking))
 
 
+def test_load_compares_every_answer_with_the_same_answer_alone(world, capsys, monkeypatch) -> None:
+    model = str(shutil.copytree(world / "model", "model"))
+    Path("model/chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    monkeypatch.setattr(load, "PROMPTS", world / "prompts.txt")
+    monkeypatch.setattr(load, "SYSTEM", "Be short.")
+    load.main([model, "--clients", "4", "--requests", "21", "--dtype", "float32"])
+    said = capsys.readouterr().out
+    assert "21 requests" in said
+    assert "'malformed': 1, 'cancelled': 2" in said or "'cancelled': 2, 'malformed': 1" in said
+    assert said.rstrip().endswith("no answer was wrong, lost or mixed up")
+    assert len(rows(said)[1]) == 5
+    asked = load.load_of(3)
+    pairs = [(each, load.Got("something else", 200, 0.1, 0.2, 3)) for each in asked]
+    assert len(load.check(pairs, model, "float32")) == 3
+
+
 def test_matched_shows_what_a_policy_saves_on_other_prompts(world, capsys) -> None:
     arguments = [str(world / "prompts.txt"), "--model", str(world / "model"), "--exits", f"own={world / 'exits'}"]
     matched.main([*arguments, "--tokens", "6"])
@@ -278,9 +296,9 @@ def test_paper_size_does_everything_with_a_checkpoint_and_removes_it(model, form
     assert "NOT EQUAL" not in out
     (result,) = json.loads(Path("build/bench/paper_size.json").read_text())["results"]
     parts = result[format]
-    for load in (parts["first"], parts["second"]):
-        assert 0 < load["peak_loaded"] <= load["peak"]
-        assert load["allowed"] == pytest.approx(1.15 * load["weights"] + 0.8)
+    for loading in (parts["first"], parts["second"]):
+        assert 0 < loading["peak_loaded"] <= loading["peak"]
+        assert loading["allowed"] == pytest.approx(1.15 * loading["weights"] + 0.8)
     read = list(parts["speed"]["bytes"].values())
     assert all(0 < less < more for less, more in pairwise(read))
     assert [len(times) for times in parts["speed"]["ms"].values()] == [2] * 4

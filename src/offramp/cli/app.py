@@ -13,6 +13,7 @@ from offramp.cli.decoding import chat, demo, generate
 from offramp.cli.evaluating import bench, evaluate, inspect, report
 from offramp.cli.flags import with_flags
 from offramp.cli.progress import Interrupted
+from offramp.cli.serving import serve
 from offramp.cli.training import calibrate, train, tune
 from offramp.errors import OfframpError
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, generate, chat, train, calibrate, tune, evaluate, report, inspect, bench):
+for verb in (demo, generate, chat, train, calibrate, tune, evaluate, report, inspect, bench, serve):
     app.command("eval" if verb is evaluate else verb.__name__)(with_flags(verb))
 
 

@@ -141,7 +141,8 @@ class Batch:
             if rows >= MOST_READ:
                 break
             sequence = request.sequence
-            end = min(len(sequence.ids) - 1, sequence.run + PIECE)
+            pause = min((place for place in request.pauses if place > sequence.run), default=len(sequence.ids))
+            end = min(len(sequence.ids) - 1, sequence.run + PIECE, pause)
             reading.append(request)
             if sequence.run < end:
                 rows += end - sequence.run

@@ -55,7 +55,8 @@ FinishReason = Literal["stop", "length", "cancelled", "failed"]
 class Request:
     """A text to continue until an end token, a stop string or the limit.
 
-    `remaining`: the number of tokens that may still be generated; `tokens`: those generated so far.
+    `remaining`: the number of tokens that may still be generated; `tokens`: those generated so far. `pauses`: numbers of
+    the prompt's first tokens at which reading pauses, so that its state there can be kept.
     """
 
     sequence: Sequence
@@ -64,6 +65,7 @@ class Request:
     detokenizer: Detokenizer
     choose: Choose
     prefilled: bool = False
+    pauses: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 

@@ -35,6 +35,19 @@ class KV:
         # The buffer's address, the end of the positions that it has room for, and what `addresses` gives.
         self._addresses: tuple[int, int, list[int]] = (0, 0, [])
 
+    def __deepcopy__(self, _: Any) -> KV:
+        """A memory that goes on independently. It has no more room than its tokens need."""
+        twin = KV(self._capacity, self._window)
+        twin.length, twin.base = self.length, self.base
+        if self._buffer is not None:
+            twin._buffer = self._buffer[:, : -(-(self.length - self.base) // UNIT) * UNIT].clone()
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the buffer."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
     @property
     def keys(self) -> Tensor:
         """A view (B, KV heads, tokens, head dim)."""
@@ -166,6 +179,11 @@ class SSM:
         return twin
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of the window and the state."""
+        return sum(part.nbytes for part in (self.window, self.h) if part is not None)
+
+    @property
     def watched(self) -> bool:
         """Whether tokens taken in now can be forgotten."""
         return self._start is not None
@@ -278,6 +296,11 @@ class State:
         assert block is not None
         block.append(keys, values)
         return block.keys, block.values
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all memories."""
+        return sum(memory.nbytes for memory in (*self.kv, *self.ssm) if memory is not None)
 
     def reserve(self, capacity: int) -> None:
         """Expect this many tokens: memories that grow are then made large enough at once."""

@@ -1,0 +1,238 @@
+"""Requests on their way: what is handed to the scheduler for them, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import openai.types as completions
+from fastapi.responses import JSONResponse
+from torch import Tensor
+
+from offramp.decode.request import Limits, Token
+from offramp.decode.sampling import Choose
+from offramp.decode.sequence import begin_alike
+from offramp.errors import BadInput, OfframpError
+from offramp.serve.grammar import Grammar
+from offramp.serve.menu import FULL, Menu
+from offramp.serve.metrics import Metrics
+from offramp.serve.protocol import Asked, ChatRequest, CompletionRequest
+from offramp.serve.scheduler import Full, Job, Scheduler
+
+log = logging.getLogger("offramp.serve")
+OTHER = "\u2047 other"  # a text that no message begins with
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the server allows. name: the model's. key: the API key, or None. Sizes in bytes, tokens, and seconds."""
+
+    name: str
+    key: str | None = None
+    most_body: int = 1 << 20
+    most_tokens: int = 4096
+    most_seconds: float = 600.0
+
+
+class Refused(Exception):
+    """A request that is not answered: the HTTP status, and OpenAI's words for it."""
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
+    ) -> None:
+        super().__init__(message)
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+        self.status, self.headers = status, headers or {}
+        self.error = {
+            "message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": code,
+        }  # fmt: skip
+
+    @property
+    def response(self) -> JSONResponse:
+        """The answer in OpenAI's form."""
+        return JSONResponse({"error": self.error}, self.status, self.headers)
+
+
+@dataclass(eq=False)
+class Choice:
+    """One answer on its way: its job, and what arrives of it."""
+
+    shows_ids: bool
+    job: Job
+    arrived: asyncio.Queue[Token | Exception | None]
+    logprobs: Recorder | None
+    tokens: list[Token] = field(default_factory=list)
+    first: float = 0.0  # when the first token came
+
+    async def each(self) -> AsyncIterator[Token]:
+        """The tokens, as they come. Raises what ended the answer too early."""
+        while (token := await self.arrived.get()) is not None:
+            if isinstance(token, Exception):
+                raise token
+            self.first = self.first or time.monotonic()
+            self.tokens.append(token)
+            yield token
+
+    @property
+    def reason(self) -> str:
+        """Why the answer ended, in OpenAI's words."""
+        request = self.job.request
+        return "length" if request is not None and request.finish_reason == "length" else "stop"
+
+
+class Recorder:
+    """A `Choose` that notes log probabilities at each position: those of the `most` likeliest tokens, and of the chosen."""
+
+    def __init__(self, choose: Choose, most: int) -> None:
+        self._choose, self._most = choose, most
+        self.found: dict[int, tuple[int, float, list[tuple[int, float]]]] = {}
+
+    def __call__(self, logits: Tensor, ids: list[int]) -> int:
+        id = self._choose(logits, ids)
+        nats = logits.float().log_softmax(-1)
+        best = nats.topk(max(1, self._most))
+        alternatives = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))[: self._most]
+        self.found[len(ids)] = id, float(nats[id]), alternatives
+        return id
+
+
+class Server:
+    """Answers requests with the engines of a menu, run by a scheduler, by rules."""
+
+    def __init__(self, menu: Menu, scheduler: Scheduler, rules: Rules, metrics: Metrics) -> None:
+        self.menu, self.scheduler, self.rules, self.metrics = menu, scheduler, rules, metrics
+        self.backbone = menu.backbone
+
+    def choices(self, asked: Asked, ids: list[int], borders: tuple[int, ...] = (), schema: Any = None) -> list[Choice]:
+        """Hand in a request: one job for each answer. Raises `Refused` where it cannot be taken."""
+        most = getattr(asked, "max_completion_tokens", None) or asked.max_tokens or self.rules.most_tokens
+        limits: Limits = {"max_tokens": min(most, self.rules.most_tokens), "stop": tuple(asked.stop)}
+        most_logprobs = _wanted_logprobs(asked)
+        loop, made = asyncio.get_running_loop(), []
+        engine = self.menu.engine(asked.offramp.fill, asked.offramp.point)
+        for number in range(asked.n):
+            queue: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
+            choose = asked.sampling(number).chooser()
+            if schema is not None:
+                choose = Grammar(self.backbone.tokenizer, schema, len(ids), choose)
+            recorder = None if most_logprobs is None else Recorder(choose, most_logprobs)
+            tell = _teller(loop, queue)
+            made.append(
+                Choice(asked.offramp.ids, Job(engine, ids, limits, recorder or choose, tell, borders), queue, recorder)
+            )
+        made[0].job.twins = [choice.job for choice in made[1:]]
+        self.scheduler.submit(made[0].job)
+        return made
+
+    def end(self, chosen: list[Choice]) -> None:
+        """Give up what still runs of a request, and count it."""
+        self.scheduler.cancel(chosen[0].job)
+        for choice in chosen:
+            self.metrics.finished(choice.job, choice.first, choice.reason if choice.job.ended else "abort")
+        job = chosen[0].job
+        seconds = time.monotonic() - job.asked
+        log.info(
+            "answered prompt_tokens=%d cached_tokens=%d tokens=%d seconds=%.3f",
+            len(job.ids), job.cached, sum(len(choice.tokens) for choice in chosen), seconds,
+        )  # fmt: skip
+
+    def conversation(self, asked: ChatRequest) -> tuple[list[int], tuple[int, ...]]:
+        """A conversation's ids, and how many of the first are the same whatever message k and those after it say.
+
+        Raises `Refused` where the model has no chat template.
+        """
+        tokenizer, messages = self.backbone.tokenizer, [message.model_dump() for message in asked.messages]
+        if not getattr(tokenizer, "chat_template", None):
+            raise Refused(400, f"{self.rules.name} has no chat template. Use /v1/completions.", "messages")
+        ids, borders = self._rendered(messages), set()
+        for place, message in enumerate(messages):
+            other = self._rendered([*messages[:place], {**message, "content": OTHER}])
+            borders.add(begin_alike([ids, other]))
+        return ids, tuple(sorted(borders - {0}))
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> list[int]:
+        try:
+            return self.backbone.prompts.encode_chat(messages)
+        except OfframpError:
+            raise
+        except Exception as error:  # a template may raise anything
+            raise Refused(400, f"The model's chat template refuses these messages: {error}", "messages") from error
+
+    def logprobs_of(self, choice: Choice, index: int) -> tuple[Token, int, float, list[tuple[int, float]]]:
+        """A token of a choice, its id and log probability, and the likeliest tokens with theirs."""
+        assert choice.logprobs
+        token = choice.tokens[index]
+        id, nats, best = choice.logprobs.found.get(len(choice.job.ids) + index, (token.id, 0.0, []))
+        return token, id, nats, best
+
+    def usage(self, chosen: list[Choice]) -> completions.CompletionUsage:
+        """The tokens of a request: the prompt's, those of it that were cached, and the answers'."""
+        prompt, made = len(chosen[0].job.ids), sum(len(choice.tokens) for choice in chosen)
+        details = {"cached_tokens": chosen[0].job.cached}
+        return completions.CompletionUsage.model_validate({
+            "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+            "prompt_tokens_details": details,
+        })  # fmt: skip
+
+    def about(self, choice: Choice) -> dict[str, Any]:
+        """What exits did for an answer: for each token its block, confidence, and whether it was a draft; and totals."""
+        job, engine, blocks = choice.job, choice.job.engine, self.backbone.n_blocks
+        verifies = engine.fill.verifies
+        tokens = [
+            {"block": token.exit_block, "confidence": token.confidence, "drafted": verifies and token.exit_block < blocks}
+            for token in choice.tokens
+        ]
+        prompt = {"prompt_token_ids": job.ids} if choice.shows_ids else {}
+        if job.request is None or not choice.tokens:
+            return {"tokens": tokens, **prompt}
+        made = engine.summarise(job.request, job.read - job.asked, max(1e-9, job.ended - job.read))
+        accepted = sum(bool(token["drafted"]) for token in tokens)
+        return {
+            "tokens": tokens,
+            **prompt,
+            "blocks": blocks,
+            "mean_blocks": made.mean_blocks,
+            "flops_saved": made.flops_saved,
+            "fill": made.fill if engine.open_exits else FULL,
+            "num_draft_tokens": accepted + choice.tokens[-1].rejected if verifies else 0,
+            "num_accepted_tokens": accepted,
+            "acceptance_rate": made.acceptance_rate,
+            "tokens_per_pass": made.tokens_per_deep_pass,
+            "prefill_seconds": made.prefill_seconds,
+            "tokens_per_second": made.decode_tokens_per_second,
+        }
+
+
+def _teller(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any]) -> Callable[[Token | Exception | None], None]:
+    """A function for the engine's thread that puts what it is given into a queue of the loop's thread."""
+
+    def tell(what: Token | Exception | None) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(queue.put_nowait, what)
+
+    return tell
+
+
+def _wanted_logprobs(asked: Asked) -> int | None:
+    if isinstance(asked, ChatRequest):
+        return asked.top_logprobs if asked.logprobs else None
+    return asked.logprobs if isinstance(asked, CompletionRequest) else None
+
+
+def refused(error: BaseException) -> Refused:
+    """What to tell a client about an error."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, Full):
+        return Refused(429, f"{error} {error.hint}", None, "rate_limit_exceeded", {"Retry-After": str(error.seconds)})
+    if isinstance(error, BadInput):
+        return Refused(400, f"{error} {error.hint}")
+    if not isinstance(error, OfframpError):
+        log.error("request failed", exc_info=error)
+    return Refused(500, f"The engine failed: {error}" if isinstance(error, OfframpError) else "The engine failed.")

@@ -1,0 +1,221 @@
+"""The HTTP interface: OpenAI's completions and chat, models, health and metrics.
+
+Answers have the types of the package `openai`. What it has no field for stands in the field `offramp`, which clients do not
+look at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+
+from offramp.errors import OfframpError
+from offramp.serve.answers import Choice, Refused, Rules, Server, refused
+from offramp.serve.forms import ChatForm, CompletionForm, Form
+from offramp.serve.menu import Menu
+from offramp.serve.metrics import Metrics
+from offramp.serve.protocol import Asked, ChatRequest, CompletionRequest
+from offramp.serve.scheduler import Scheduler
+
+PAGE = Path(__file__).parent / "page"
+ONLY_OWN_FILES = "default-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+
+
+async def answered(server: Server, chosen: list[Choice], form: Form, request: Request) -> Response:
+    """Wait for all answers. Gives them up where the client leaves, or the time is over."""
+
+    async def collect(choice: Choice) -> None:
+        async for _ in choice.each():
+            pass
+
+    gone = asyncio.ensure_future(_left(request))
+    work = asyncio.ensure_future(asyncio.wait_for(_all(map(collect, chosen)), server.rules.most_seconds))
+    try:
+        await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Refused(499, "The client has left.")
+        work.result()
+        return JSONResponse(form.answer(chosen).model_dump(mode="json"))
+    except TimeoutError:
+        raise Refused(408, f"The answer took more than {server.rules.most_seconds:.0f} seconds.") from None
+    finally:
+        gone.cancel()
+        work.cancel()
+        server.end(chosen)
+
+
+async def streamed(server: Server, asked: Asked, chosen: list[Choice], form: Form) -> AsyncIterator[str]:
+    """The answers as server-sent events. An error becomes the last event."""
+    merged: asyncio.Queue[tuple[int, int | None]] = asyncio.Queue()
+
+    async def collect(index: int, choice: Choice) -> None:
+        at = 0
+        async for _ in choice.each():
+            merged.put_nowait((index, at))
+            at += 1
+        merged.put_nowait((index, None))
+
+    work = asyncio.ensure_future(_all(collect(*each) for each in enumerate(chosen)))
+    work.add_done_callback(lambda _: merged.put_nowait((-1, None)))
+    try:
+        async with asyncio.timeout(server.rules.most_seconds):
+            while (item := await merged.get())[0] >= 0:
+                index, at = item
+                yield _event(form.part(index, chosen[index], at))
+        work.result()
+        if asked.stream_options.include_usage:
+            yield _event(form.last(chosen))
+        yield "data: [DONE]\n\n"
+    except TimeoutError:
+        yield _error_event(Refused(408, f"The answer took more than {server.rules.most_seconds:.0f} seconds."))
+    except Exception as error:
+        yield _error_event(refused(error))
+    finally:
+        work.cancel()
+        server.end(chosen)
+
+
+def _event(what: Any) -> str:
+    return f"data: {what.model_dump_json()}\n\n"
+
+
+def _error_event(error: Refused) -> str:
+    return f"data: {json.dumps({'error': error.error})}\n\n"
+
+
+async def _all(works: Iterable[Awaitable[None]]) -> None:
+    async with asyncio.TaskGroup() as group:
+        for work in works:
+            group.create_task(_awaited(work))
+
+
+async def _awaited(work: Awaitable[None]) -> None:
+    await work
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
+    """The application. It closes the scheduler when it ends."""
+    metrics = Metrics(scheduler)
+    server = Server(menu, scheduler, rules, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(scheduler.close)
+
+    app = FastAPI(title="offramp", lifespan=lifespan)
+
+    @app.exception_handler(Refused)
+    @app.exception_handler(OfframpError)
+    async def _refuse(_: Request, error: Exception) -> Response:
+        return refused(error).response
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:])
+        return Refused(400, f"{place or 'The body'}: {first['msg']}", place or None).response
+
+    @app.exception_handler(404)
+    async def _missing(request: Request, _: Exception) -> Response:
+        return Refused(404, f"There is no {request.url.path} here.").response
+
+    @app.middleware("http")
+    async def _guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+        if rules.key is not None and request.url.path.startswith("/v1/"):
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), rules.key.encode()):
+                return Refused(401, "The API key is wrong or missing.", code="invalid_api_key").response
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > rules.most_body:
+            return Refused(413, f"The body has more than {rules.most_body} bytes.").response
+        return await answer(request)
+
+    @app.get("/", include_in_schema=False)
+    async def _page() -> Response:
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": ONLY_OWN_FILES})
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+    @app.get("/health")
+    async def _health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def _metrics() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def _models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(rules.name)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def _one_model(name: str) -> dict[str, Any]:
+        if name != rules.name:
+            raise _no_model(name, rules)
+        return _model(rules.name)
+
+    @app.get("/offramp/menu")
+    async def _menu() -> dict[str, Any]:
+        return {"model": rules.name, **menu.describe()}
+
+    @app.post("/v1/chat/completions")
+    async def _chat(asked: ChatRequest, request: Request) -> Response:
+        ids, borders = server.conversation(asked)
+        schemas = {"text": None, "json_object": {"type": "object"}}
+        wanted = asked.response_format
+        schema = schemas.get(wanted.type, wanted.json_schema.schema_ if wanted.json_schema else {})
+        return await respond(server, asked, request, ChatForm, ids, borders, schema)
+
+    @app.post("/v1/completions")
+    async def _complete(asked: CompletionRequest, request: Request) -> Response:
+        ids = asked.prompt if isinstance(asked.prompt, list) else server.backbone.prompts.encode(asked.prompt, raw=True)
+        return await respond(server, asked, request, CompletionForm, ids)
+
+    return app
+
+
+async def respond(
+    server: Server,
+    asked: Asked,
+    request: Request,
+    form: type[Form],
+    ids: list[int],
+    borders: tuple[int, ...] = (),
+    schema: dict[str, Any] | None = None,
+) -> Response:
+    """Answer a request as one whole, or as a stream. Raises `Refused`."""
+    if asked.model not in ("", server.rules.name):
+        raise _no_model(asked.model, server.rules)
+    try:
+        chosen = server.choices(asked, ids, borders, schema)
+        made = form(server, server.rules.name)
+        if asked.stream:
+            return StreamingResponse(streamed(server, asked, chosen, made), media_type="text/event-stream")
+        return await answered(server, chosen, made, request)
+    except Exception as error:
+        raise refused(error) from error
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "offramp"}
+
+
+def _no_model(name: str, rules: Rules) -> Refused:
+    return Refused(404, f"There is no model '{name}' here, only '{rules.name}'.", "model", "model_not_found")

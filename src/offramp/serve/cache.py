@@ -1,0 +1,65 @@
+"""A prompt cache: what was computed for the beginnings of texts, used again by other requests.
+
+An entry is a sequence as it was after some tokens. Attention could be cut back to any shared beginning. A Mamba state
+cannot, and neither can a recurrent gate. So an entry serves a prompt that begins with all of its tokens, and entries are
+made where prompts are likely to agree: at the borders of messages, and at the end of an answer.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from offramp.decode.engine import Engine
+from offramp.decode.request import Talk
+from offramp.decode.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sequence that nothing goes on with any more, and the bytes of its memory."""
+
+    sequence: Sequence
+    bytes: int
+
+
+class PromptCache:
+    """Sequences by their engine and the tokens that they have taken in; those not used for the longest time go first.
+
+    most: bytes of memory that all entries may take; 0 keeps nothing. bytes: those they take now.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.bytes = most, 0
+        self._entries: OrderedDict[tuple[Engine, tuple[int, ...]], Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def talk(self, engine: Engine, ids: list[int]) -> tuple[Talk, int]:
+        """A talk to answer these ids with, and how many of them it has taken in already."""
+        found: tuple[int, ...] = ()
+        for (owner, kept), entry in self._entries.items():
+            if owner is engine and len(kept) > len(found) and entry.sequence.continued_by(ids, engine.open_exits):
+                found = kept
+        if not found:
+            return Talk(), 0
+        self._entries.move_to_end((engine, found))
+        return Talk(self._entries[engine, found].sequence.fork()), len(found)
+
+    def keep(self, engine: Engine, talk: Talk) -> None:
+        """Keep a copy of a talk as it is now. Does nothing for a talk that has drafts or pending tokens, or that failed."""
+        sequence = talk.sequence
+        if sequence is None or not sequence.run or not sequence.whole or sequence.drafts or sequence.pending:
+            return
+        place = engine, tuple(sequence.ids[: sequence.run])
+        if place in self._entries:
+            return
+        copied = sequence.fork()
+        copied.ids = [*place[1]]
+        size = copied.state.bytes
+        self._entries[place] = Entry(copied, size)
+        self.bytes += size
+        while self.bytes > self.most:
+            _, oldest = self._entries.popitem(last=False)
+            self.bytes -= oldest.bytes

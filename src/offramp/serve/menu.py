@@ -1,0 +1,77 @@
+"""The ways in which a server can answer: at full depth, with drafts, or with exits at one of their calibrated points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from offramp.decode.engine import Engine
+from offramp.decode.fills import FILLS, fill_named
+from offramp.errors import BadInput
+from offramp.exits.exits import Exits
+from offramp.exits.policy import Policy
+from offramp.model.backbone import Backbone
+
+FULL = "full"  # the name of full depth, beside those of fills
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy that a calibration tested, and what it measured: the mean loss of an answer, the share of FLOPs saved, and
+    whether it passed the test.
+    """
+
+    policy: Policy
+    loss: float
+    flops_saved: float
+    passed: bool
+
+
+class Menu:
+    """Engines by fill and point, made when they are first asked for. `usual` answers where a request names neither.
+
+    exits: those that decide, or None; drafts: those that draft for `verify`, or None.
+    """
+
+    def __init__(self, backbone: Backbone, exits: Exits | None, drafts: Exits | None, usual: Engine) -> None:
+        self.backbone, self.exits, self.usual = backbone, exits, usual
+        self._drafts = drafts or exits
+        tested = exits.calibration.get("tested", []) if exits else []
+        self.points = [
+            Point(Policy.from_json(each["policy"]), each["loss"], each["flops_saved"], each["passed"]) for each in tested
+        ]
+        self._made: dict[tuple[str, int | None], Engine] = {(usual.fill.name if usual.open_exits else FULL, None): usual}
+
+    @property
+    def fills(self) -> list[str]:
+        """What a request can ask for as its fill."""
+        names = [name for name in FILLS if self.exits is not None and not fill_named(name).verifies]
+        return [FULL, *names, *([name for name in FILLS if fill_named(name).verifies] if self._drafts else [])]
+
+    def engine(self, fill: str | None, point: int | None) -> Engine:
+        """The engine for a fill, and for a calibrated point (by its number) where exits decide. Raises `BadInput`."""
+        if fill is None and point is None:
+            return self.usual
+        fill = fill or "project"
+        if fill not in self.fills:
+            raise BadInput(f"There is no fill '{fill}' here.", f"Choose from {', '.join(self.fills)}.")
+        if point is not None and not 0 <= point < len(self.points):
+            raise BadInput(f"There is no point {point} here.", f"There are {len(self.points)}, from 0.")
+        decides = fill != FULL and not fill_named(fill).verifies
+        key = fill, point if decides else None
+        if key not in self._made:
+            policy = self.points[point].policy if decides and point is not None else None
+            exits = self.exits if decides else None if fill == FULL else self._drafts
+            self._made[key] = Engine(self.backbone, exits, policy, fill) if exits else Engine(self.backbone)
+        return self._made[key]
+
+    def describe(self) -> dict[str, Any]:
+        """The menu for the page."""
+        return {
+            "blocks": self.backbone.n_blocks,
+            "fills": self.fills,
+            "usual": {"fill": self.usual.fill.name if self.usual.open_exits else FULL},
+            "points": [
+                {"loss": point.loss, "flops_saved": point.flops_saved, "passed": point.passed} for point in self.points
+            ],
+        }

@@ -1,0 +1,72 @@
+"""Metrics for Prometheus. A name is vLLM's, with `offramp:` before it, where the meaning is vLLM's."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from offramp.serve.scheduler import Job, Scheduler
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    """What a server counts."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._registry = CollectorRegistry()
+        gauges = {
+            "num_requests_running": ("Requests in the batch.", lambda: scheduler.running),
+            "num_requests_waiting": ("Requests that wait for a row.", lambda: scheduler.waiting),
+            "prompt_cache_bytes": ("Bytes of the prompt cache.", lambda: scheduler.cache.bytes),
+            "engine_failures": ("Steps that failed.", lambda: scheduler.failures),
+        }
+        for name, (text, value) in gauges.items():
+            Gauge(f"offramp:{name}", text, registry=self._registry).set_function(value)
+        self._finished = Counter(
+            "offramp:request_success", "Finished requests.", ["finished_reason"], registry=self._registry
+        )
+        self._counters = {
+            name: Counter(f"offramp:{name}", text, registry=self._registry)
+            for name, text in (
+                ("prompt_tokens", "Tokens of prompts."),
+                ("prefix_cache_hits", "Tokens of prompts that the prompt cache had."),
+                ("generation_tokens", "Tokens of answers."),
+                ("blocks", "Blocks that ran for tokens of answers."),
+                ("spec_decode_num_draft_tokens", "Drafts."),
+                ("spec_decode_num_accepted_tokens", "Drafts that stood."),
+            )
+        }
+        self._times = {
+            name: Histogram(f"offramp:{name}", text, registry=self._registry, buckets=SECONDS)
+            for name, text in (
+                ("time_to_first_token_seconds", "From a request's arrival to its first token."),
+                ("time_per_output_token_seconds", "Of an answer, after its first token."),
+                ("e2e_request_latency_seconds", "From a request's arrival to its end."),
+            )
+        }
+
+    def finished(self, job: Job, first: float, reason: str) -> None:
+        """Count an ended job; `first` is when its first token came, in seconds of `time.monotonic`, or 0."""
+        self._finished.labels(finished_reason=reason).inc()
+        self._count("prompt_tokens", len(job.ids))
+        self._count("prefix_cache_hits", job.cached)
+        if job.request is None or not job.request.tokens:
+            return
+        tokens, blocks = job.request.tokens, job.engine.backbone.n_blocks
+        self._count("generation_tokens", len(tokens))
+        self._count("blocks", sum(token.blocks for token in tokens))
+        if job.engine.fill.verifies:
+            accepted = sum(token.exit_block < blocks for token in tokens)
+            self._count("spec_decode_num_draft_tokens", accepted + tokens[-1].rejected)
+            self._count("spec_decode_num_accepted_tokens", accepted)
+        self._times["time_to_first_token_seconds"].observe(first - job.asked)
+        self._times["e2e_request_latency_seconds"].observe(job.ended - job.asked)
+        if len(tokens) > 1:
+            self._times["time_per_output_token_seconds"].observe((job.ended - first) / (len(tokens) - 1))
+
+    def _count(self, name: str, by: int) -> None:
+        self._counters[name].inc(by)
+
+    def text(self) -> bytes:
+        """All metrics, as Prometheus reads them."""
+        return generate_latest(self._registry)

@@ -1,0 +1,366 @@
+"""The server, asked by OpenAI's own client, over HTTP, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import openai
+import pytest
+import torch
+import uvicorn
+
+from helpers import modest_exits
+from models import ENGINES, tiny
+from offramp import Engine, Policy
+from offramp.decode.sampling import Sampling
+from offramp.errors import BadNumbers
+from offramp.serve.answers import Rules
+from offramp.serve.api import app_of
+from offramp.serve.menu import Menu
+from offramp.serve.scheduler import Full, Job, Scheduler
+
+FAMILIES = [f"{family}/{ENGINES[-1]}" for family in ("llama", "mamba2", "bamba")]
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SYSTEM = {"role": "system", "content": "You are a very short answerer. " * 2}
+
+
+class Served:
+    """A server on a free port, and OpenAI's client for it."""
+
+    def __init__(self, family: str, rules: Rules, **options: Any) -> None:
+        self.backbone = tiny(family)
+        exits = modest_exits(family.partition("/")[0])
+        exits.policy = Policy((0.3, 0.3, 0.3))
+        self.engine = Engine(self.backbone, exits, fill="verify")
+        self.scheduler = Scheduler(**options)
+        app = app_of(Menu(self.backbone, exits, exits, self.engine), self.scheduler, rules)
+        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        self.client = openai.OpenAI(base_url=f"{self.address}/v1", api_key=rules.key or "none", max_retries=0)
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def alone(self, messages: list[dict[str, str]], tokens: int = 12, **sampling: Any) -> str:
+        """The answer of full depth."""
+        engine = Engine(self.backbone, sampling=Sampling(**sampling))
+        return engine.generate(self.backbone.prompts.encode_chat(messages), max_tokens=tokens).text
+
+
+@contextmanager
+def serving(family: str = FAMILIES[0], rules: Rules | None = None, **options: Any) -> Iterator[Served]:
+    tokenizer = tiny(family).tokenizer
+    before, tokenizer.chat_template = tokenizer.chat_template, TEMPLATE
+    served = Served(family, rules or Rules("tiny"), **options)
+    try:
+        yield served
+    finally:
+        served.close()
+        tokenizer.chat_template = before
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving() as one:
+        yield one
+
+
+def asks(number: int = 0) -> list[dict[str, str]]:
+    return [SYSTEM, {"role": "user", "content": f"What is {number}?"}]
+
+
+def get(address: str, **headers: str) -> Any:
+    """What the server answers: `status`, `headers`, and the body as text."""
+    try:
+        with urlopen(Request(address, headers=headers), timeout=20) as answer:
+            return SimpleNamespace(status=answer.status, headers=answer.headers, text=answer.read().decode())
+    except HTTPError as error:
+        return SimpleNamespace(status=error.code, headers=error.headers, text=error.read().decode())
+
+
+def chat(served: Served, messages: list[dict[str, str]], **more: Any) -> Any:
+    settings = {"model": "tiny", "max_tokens": 12, "temperature": 0, **more}
+    return served.client.chat.completions.create(messages=messages, **settings)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_full_depths_whole_and_streamed(family: str) -> None:
+    with serving(family) as served:
+        for number in range(3):
+            messages = asks(number)
+            whole, parts = chat(served, messages), [*chat(served, messages, stream=True)]
+            assert whole.choices[0].message.content == served.alone(messages)
+            assert "".join(part.choices[0].delta.content or "" for part in parts) == served.alone(messages)
+            assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+            about = whole.choices[0].model_extra["offramp"]
+            assert len(about["tokens"]) == whole.usage.completion_tokens
+            assert about["fill"] == "verify"
+            assert parts[-1].choices[0].model_extra["offramp"]["tokens_per_pass"] >= 1
+
+
+def test_sampled_answers_are_those_of_their_seed(served: Served) -> None:
+    sampling = {"temperature": 0.9, "top_p": 0.8, "seed": 5}
+    found = chat(served, asks(), **sampling, n=3)
+    texts = [choice.message.content for choice in found.choices]
+    for number, text in enumerate(texts):
+        assert text == served.alone(asks(), temperature=0.9, top_p=0.8, seed=5 + number)
+    assert len(set(texts)) == 3
+    assert found.usage.completion_tokens == sum(len(choice.model_extra["offramp"]["tokens"]) for choice in found.choices)
+
+
+def test_completions_continue_texts_and_ids(served: Served) -> None:
+    prompt = "Once upon"
+    ids = served.backbone.prompts.encode(prompt, raw=True)
+    wanted = Engine(served.backbone).generate(ids, max_tokens=10)
+    for given in (prompt, ids):
+        found = served.client.completions.create(model="tiny", prompt=given, max_tokens=10, temperature=0, logprobs=3)
+        assert found.choices[0].text == wanted.text
+        assert found.choices[0].logprobs is not None
+        tokens = found.choices[0].logprobs.tokens
+        assert tokens == [served.backbone.tokenizer.decode([id]) for id in wanted.ids]
+        best = [max(each.values()) for each in found.choices[0].logprobs.top_logprobs]
+        assert best == found.choices[0].logprobs.token_logprobs
+
+
+@torch.inference_mode()
+def test_log_probabilities_are_full_depths(served: Served) -> None:
+    found = chat(served, asks(), logprobs=True, top_logprobs=4)
+    ids = served.backbone.prompts.encode_chat(asks())
+    answer = Engine(served.backbone).generate(ids, max_tokens=12).ids
+    h, step = served.backbone.embed(torch.tensor([[*ids, *answer[:-1]]]))
+    blocks = served.backbone.n_blocks
+    nats = served.backbone.logits(served.backbone.run(h, 0, blocks, served.backbone.state(), step))[0].log_softmax(-1)
+    content = found.choices[0].logprobs.content
+    assert [entry.logprob for entry in content] == pytest.approx(
+        [float(row[id]) for row, id in zip(nats[len(ids) - 1 :], answer, strict=True)], abs=1e-4
+    )
+    assert all(len(entry.top_logprobs) == 4 for entry in content)
+
+
+def test_an_answer_ends_before_a_stop_text(served: Served) -> None:
+    whole = served.alone(asks(), 30)
+    stop = whole[4:6]
+    found = chat(served, asks(), max_tokens=30, stop=stop)
+    assert found.choices[0].message.content == whole[: whole.index(stop)]
+    assert found.choices[0].finish_reason == "stop"
+
+
+def test_an_answer_fits_a_schema_with_drafts_too(served: Served) -> None:
+    schema = {
+        "type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"], "additionalProperties": False,
+    }  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    for seed in range(4):
+        for way in ({}, {"offramp": {"fill": "full"}}):
+            found = chat(
+                served, asks(seed), max_tokens=200, temperature=1.0, seed=seed, response_format=form, extra_body=way
+            )
+            if found.choices[0].finish_reason == "stop":
+                made = json.loads(found.choices[0].message.content)
+                assert isinstance(made["a"], int)
+                assert made["b"] in ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "gpt"}, openai.NotFoundError, "no model 'gpt'"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"messages": [{"role": "user", "content": "long " * 300}]}, openai.BadRequestError, "tokens long"),
+        ({"presence_penalty": 1}, openai.BadRequestError, "presence_penalty"),
+        ({"tools": [{}]}, openai.BadRequestError, "tools"),
+        ({"extra_body": {"offramp": {"fill": "none"}}}, openai.BadRequestError, "no fill 'none'"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
+         openai.BadRequestError, "schema"),
+    ],
+)  # fmt: skip
+def test_bad_requests_get_openais_errors(
+    served: Served, change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error) as raised:
+        chat(served, change.pop("messages", asks()), **change)
+    assert words in raised.value.body["message"]
+    assert chat(served, asks()).choices[0].message.content == served.alone(asks())
+
+
+def test_a_key_a_limit_for_bodies_and_no_other_origin() -> None:
+    with serving(rules=Rules("tiny", key="secret", most_body=400)) as served:
+        assert chat(served, asks()).choices
+        with pytest.raises(openai.AuthenticationError):
+            chat(replace_client(served, "wrong"), asks())
+        with pytest.raises(openai.APIStatusError) as raised:
+            chat(served, [{"role": "user", "content": "x" * 500}])
+        assert raised.value.status_code == 413
+        response = get(f"{served.address}/health", Origin="http://elsewhere")
+        assert response.status == 200
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+def replace_client(served: Served, key: str) -> Any:
+    other = object.__new__(Served)
+    other.client = openai.OpenAI(base_url=f"{served.address}/v1", api_key=key, max_retries=0)
+    return other
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_requests_side_by_side_get_their_answers_alone(family: str) -> None:
+    with serving(family, rows=6) as served:
+        wanted = {number: served.alone(asks(number), 4 + number % 9) for number in range(24)}
+
+        def ask(number: int) -> str:
+            if number % 3:
+                return chat(served, asks(number), max_tokens=4 + number % 9).choices[0].message.content
+            parts = chat(served, asks(number), max_tokens=4 + number % 9, stream=True)
+            return "".join(part.choices[0].delta.content or "" for part in parts)
+
+        with ThreadPoolExecutor(12) as threads:
+            assert dict(zip(wanted, threads.map(ask, wanted), strict=True)) == wanted
+        assert served.scheduler.running == served.scheduler.waiting == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fill", ["full", "verify", "project"])
+def test_cached_prompts_change_no_answer(family: str, fill: str) -> None:
+    with serving(family) as served, serving(family, cache=0) as fresh:
+        for number in range(3):
+            messages = asks(number)
+            for _ in range(2):
+                way = {"offramp": {"fill": fill}}
+                found, other = (chat(each, messages, extra_body=way) for each in (served, fresh))
+                assert other.usage.prompt_tokens_details.cached_tokens == 0
+                assert found.choices[0].message.content == other.choices[0].message.content
+                messages = [*messages, {"role": "assistant", "content": "So."}, {"role": "user", "content": "And?"}]
+        cached = found.usage.prompt_tokens_details.cached_tokens
+        assert cached >= len(served.backbone.prompts.encode_chat([SYSTEM])) - 20
+
+
+def test_the_prompt_cache_keeps_to_its_budget() -> None:
+    with serving(cache=200_000) as served:
+        for number in range(12):
+            chat(served, [{"role": "user", "content": f"{number} " * 40}])
+        cache = served.scheduler.cache
+        assert 0 < cache.bytes <= 200_000
+        assert len(cache) < 24
+
+
+def test_a_client_that_leaves_frees_its_row() -> None:
+    with serving(rows=1, waiting=4) as served:
+        stream = chat(served, asks(), max_tokens=400, stream=True)
+        next(iter(stream))
+        stream.close()
+        assert chat(served, asks(1)).choices[0].message.content == served.alone(asks(1))
+        until = time.monotonic() + 5
+        while served.scheduler.running and time.monotonic() < until:
+            time.sleep(0.02)
+        assert served.scheduler.running == 0
+
+
+def job(served: Served, tell: Any, tokens: int = 300) -> Job:
+    ids = served.backbone.prompts.encode("Go", raw=True)
+    return Job(served.engine, ids, {"max_tokens": tokens, "end_ids": frozenset()}, Sampling().chooser(), tell)
+
+
+def test_too_many_requests_are_refused_and_cancelled_ones_make_room() -> None:
+    with serving(rows=1, waiting=1) as served:
+        held = threading.Event()
+        first = job(served, lambda token: held.wait(10))
+        waiting = job(served, lambda token: None)
+        served.scheduler.submit(first)
+        while not served.scheduler.running:
+            time.sleep(0.01)
+        served.scheduler.submit(waiting)
+        with pytest.raises(openai.RateLimitError) as raised:
+            chat(served, asks())
+        assert int(raised.value.response.headers["retry-after"]) >= 1
+        with pytest.raises(Full):
+            served.scheduler.submit(job(served, lambda token: None))
+        served.scheduler.cancel(waiting)
+        served.scheduler.cancel(first)
+        held.set()
+        until = time.monotonic() + 5
+        while served.scheduler.running + served.scheduler.waiting and time.monotonic() < until:
+            time.sleep(0.02)
+        assert chat(served, asks()).choices
+
+
+@pytest.mark.parametrize("error", [BadNumbers("NaN.", "Try float32."), MemoryError("no memory"), SystemExit(1)])
+def test_a_failing_step_ends_its_requests_and_not_the_server(monkeypatch, error: BaseException) -> None:
+    with serving() as served:
+        step = served.engine.batch().__class__.step
+        broken = threading.Event()
+        broken.set()
+
+        def fail(self: Any) -> Any:
+            if broken.is_set():
+                raise error
+            return step(self)
+
+        monkeypatch.setattr("offramp.decode.batch.Batch.step", fail)
+        with pytest.raises(openai.InternalServerError):
+            chat(served, asks())
+        parts = [*served.client.with_options(timeout=20).chat.completions.with_raw_response.create(
+            model="tiny", messages=asks(), stream=True
+        ).http_response.iter_lines()]  # fmt: skip
+        assert "error" in json.loads(next(part for part in parts if part).removeprefix("data: "))
+        broken.clear()
+        assert chat(served, asks()).choices[0].message.content == served.alone(asks())
+        assert served.scheduler.failures == 2
+
+
+def test_metrics_health_and_models(served: Served) -> None:
+    chat(served, asks())
+    text = get(f"{served.address}/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values["offramp:generation_tokens_total"]) >= 1
+    assert float(values["offramp:spec_decode_num_draft_tokens_total"]) >= float(
+        values["offramp:spec_decode_num_accepted_tokens_total"]
+    )
+    assert float(values['offramp:request_success_total{finished_reason="length"}']) >= 1
+    assert json.loads(get(f"{served.address}/health").text) == {"status": "ok"}
+    assert [model.id for model in served.client.models.list()] == ["tiny"]
+    assert served.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        served.client.models.retrieve("other")
+    assert get(f"{served.address}/nowhere").status == 404
+
+
+def test_closing_finishes_what_runs() -> None:
+    with serving() as served, ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(chat, served, asks(), max_tokens=200)
+        while not served.scheduler.running:
+            time.sleep(0.005)
+        served.close()
+        assert answer.result(20).usage.completion_tokens > 1
+
+
+def test_the_page_and_its_files_come_from_the_server_alone(served: Served) -> None:
+    page = get(served.address)
+    assert "default-src 'self'" in page.headers["Content-Security-Policy"]
+    for file in ("style.css", "main.js", "api.js", "answers.js"):
+        assert get(f"{served.address}/page/{file}").status == 200
+    assert "http" not in page.text.replace("http-equiv", "")
+    menu = json.loads(get(f"{served.address}/offramp/menu").text)
+    assert menu["fills"] == ["full", "project", "copy", "freeze", "defer", "verify"]
+    assert menu["usual"] == {"fill": "verify"}

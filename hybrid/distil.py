@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -48,6 +49,7 @@ from offramp.training.teacher import FIELDS, TeacherText, TeacherTexts
 TOKENS = 2048  # of a step
 LONGEST = 512  # tokens of a text; the rest is cut off
 HELD = 96  # texts that say how far a step is
+FIRST = 0.1  # the weight of texts' first tokens
 START, RIDGE = 20_000, 1e-3  # tokens of the first fit; what is added to the diagonal, as a share of it
 POINT = 0.05  # share of a step's budget between two measurements
 RATES = {"match": 2e-3, "join": 1e-3, "answers": 1e-3}  # the highest learning rates
@@ -105,20 +107,22 @@ class Texts:
 
 
 def padded(texts: Sequence[TeacherText]) -> tuple[Tensor, Tensor]:
-    """The texts' ids (B, T), and which of these tokens count for a match: all but padding and each text's first token.
-
-    The first token's hidden state is many times as large as any other, and always the same.
-    """
+    """The texts' ids (B, T), and which of these tokens are no padding."""
     ids = pad_batch([text.ids for text in texts]).long()
-    counts = pad_batch([torch.ones(len(text.ids), dtype=torch.bool) for text in texts])
-    counts[:, 0] = False
-    return ids, counts
+    return ids, pad_batch([torch.ones(len(text.ids), dtype=torch.bool) for text in texts])
 
 
 def distance(made: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
-    """The mean squared difference of (B, T, D) at the tokens that count, as a share of the wanted values' variance."""
-    made, wanted = made[counts].float(), wanted[counts].float()
-    return (made - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
+    """The mean squared difference of (B, T, D) at the tokens that count, as a share of the wanted values' variance.
+
+    Texts' first tokens are measured by themselves, as a share of their size, and weigh `FIRST`. All attention looks at them
+    where it looks at nothing else, so what they hold must not change; and they are many times as large as all others.
+    """
+    made, wanted = made.float(), wanted.float()
+    others = F.pad(counts[:, 1:], (1, 0))
+    first = (made[:, 0] - wanted[:, 0]).square().mean() / wanted[:, 0].square().mean()
+    made, wanted = made[others], wanted[others]
+    return FIRST * first + (made - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
 
 
 class Distillery:

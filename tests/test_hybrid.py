@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import offramp
+from hybrid import distil
 from hybrid.student import Student
 from models import ENGINES, byte_tokenizer
 from offramp.errors import CorruptFile
 from offramp.model import hub
 from offramp.model.hybrid import LARGEST, MATRICES, MIXERS, base_of, read_mixers, to_bamba, write_mixers
+from offramp.model.loading import wrap
+from offramp.training.config import TrainConfig
+from offramp.training.data import gather
 
 REPLACED = (0, 2, 3)
 
@@ -28,6 +33,7 @@ def student() -> Student:
     config = LlamaConfig(
         vocab_size=258, hidden_size=72, intermediate_size=96, num_hidden_layers=5, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=256, eos_token_id=257, max_position_embeddings=512,
+        initializer_range=0.2,
     )  # fmt: skip
     return Student(LlamaForCausalLM(config), torch.float32)
 
@@ -53,14 +59,14 @@ def test_a_model_with_mixers_is_the_librarys_bamba(student, mixers) -> None:
     bamba = to_bamba(student.model, tensors_of(mixers))
     assert bamba.config.model_type == "bamba"
     assert [kind == "linear_attention" for kind in bamba.config.layer_types] == [block in REPLACED for block in range(5)]
-    assert torch.allclose(ours, bamba(input_ids=ids).logits, atol=1e-5)
+    assert torch.allclose(ours, bamba(input_ids=ids).logits, atol=1e-4)
     assert not torch.allclose(ours, student.logits(student.last(ids, {})), atol=1e-2)
 
 
 @torch.inference_mode()
 def test_without_mixers_the_student_is_the_model(student) -> None:
     ids = torch.randint(0, 258, (2, 70))
-    assert torch.allclose(student.logits(student.last(ids, {})), student.model(input_ids=ids).logits, atol=1e-5)
+    assert torch.allclose(student.logits(student.last(ids, {})), student.model(input_ids=ids).logits, atol=1e-4)
 
 
 def test_mixers_are_kept_in_integers(student, mixers, tmp_path) -> None:
@@ -118,3 +124,53 @@ def test_an_alias_puts_mixers_onto_another_alias(student, mixers, tmp_path, own_
     write_mixers(tmp_path / "hybrid" / MIXERS, {0: tensors_of(mixers)[0]}, {"base": "base"})
     assert hub.resolve("hybrid").sha256 != before
     assert offramp.load("hybrid", "float32").kinds.count("mamba") == 1
+
+
+@pytest.fixture(scope="module")
+def texts(student, tmp_path_factory):
+    """The model's own view of random texts, as training reads it."""
+    folder = tmp_path_factory.mktemp("texts")
+    backbone = wrap(student.model, byte_tokenizer(), "tiny")
+    (folder / "prompts.txt").write_text("".join(f"Say {number}, and more.\n" for number in range(60)))
+    config = TrainConfig(prompts=str(folder / "prompts.txt"), temperatures=(0.0, 1.0), answer_tokens=24)
+    return gather(backbone, config, (backbone.n_blocks,), folder / "work")
+
+
+def distillery(student, texts, work, **settings) -> distil.Distillery:
+    chosen = distil.Settings(keep=3, match_hours=4e-4, join_hours=1e-4, answer_hours=1e-4, **settings)
+    return distil.Distillery(student, texts, chosen, work, lambda line: None)
+
+
+def test_distillation_brings_mixers_near_and_keeps_the_attentions_that_are_missed_most(student, texts, tmp_path) -> None:
+    made = distillery(student, texts, tmp_path)
+    far = made.answered(made.chosen(range(5)))[0]
+    mixers = made.run()
+    curve = json.loads((tmp_path / "match.json").read_text())
+    assert sum(curve[-1]["held"]) < sum(curve[0]["held"])
+    assert made.answered(made.chosen(range(5)))[0] < far
+    damage = json.loads((tmp_path / "order.json").read_text())
+    assert sorted(mixers) == sorted(sorted(range(5), key=damage.__getitem__)[:2])
+    # What is done is not done again, and gives the same mixers.
+    again = distillery(student, texts, tmp_path)
+    again._train = None  # type: ignore[assignment]
+    for block, mixer in again.run().items():
+        for name, value in mixer.tensors().items():
+            assert torch.equal(value, mixers[block].tensors()[name])
+
+
+def test_the_first_output_projection_is_the_least_squares_one(student, texts, tmp_path) -> None:
+    made = distillery(student, texts, tmp_path)
+    mixers = made.chosen(range(5))
+    before = made._matched(mixers)
+    made._kept("start", range(5), made._start)
+    after = made._matched(mixers)
+    assert all(near < far for near, far in zip(after, before, strict=True))
+    assert max(after) < 1.5
+
+
+def test_batches_are_equally_long_and_have_every_text_once_an_epoch(texts) -> None:
+    batches = distil.Texts(texts.adapters, seed=0)
+    epoch = [batches.at(step) for step in range(len(batches._of(0)))]
+    assert sorted(index for batch in epoch for index in batch) == list(range(len(texts.adapters)))
+    assert all(len({batches.sizes[index] for index in batch}) == 1 for batch in epoch)
+    assert batches.at(len(epoch)) == distil.Texts(texts.adapters, seed=0).at(len(epoch)) != epoch[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,15 +18,18 @@ import openai
 import pytest
 import torch
 import uvicorn
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from helpers import modest_exits
 from models import ENGINES, tiny
 from offramp import Engine, Policy
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadNumbers
-from offramp.serve.answers import Rules
+from offramp.serve.answers import Lines, Rules
 from offramp.serve.api import app_of
 from offramp.serve.menu import Menu
+from offramp.serve.protocol import ChatRequest
 from offramp.serve.scheduler import Full, Job, Scheduler
 
 FAMILIES = [f"{family}/{ENGINES[-1]}" for family in ("llama", "mamba2", "bamba")]
@@ -34,6 +38,13 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 SYSTEM = {"role": "system", "content": "You are a very short answerer. " * 2}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 class Served:
@@ -88,10 +99,12 @@ def asks(number: int = 0) -> list[dict[str, str]]:
     return [SYSTEM, {"role": "user", "content": f"What is {number}?"}]
 
 
-def get(address: str, **headers: str) -> Any:
-    """What the server answers: `status`, `headers`, and the body as text."""
+def fetch(address: str, body: Any = None, **headers: str) -> Any:
+    """What the server answers to a GET, or to a POST of JSON: `status`, `headers`, and the body as text."""
+    data = None if body is None else json.dumps(body).encode()
+    kind = {} if body is None else {"Content-Type": "application/json"}
     try:
-        with urlopen(Request(address, headers=headers), timeout=20) as answer:
+        with urlopen(Request(address, data, {**kind, **headers}), timeout=20) as answer:
             return SimpleNamespace(status=answer.status, headers=answer.headers, text=answer.read().decode())
     except HTTPError as error:
         return SimpleNamespace(status=error.code, headers=error.headers, text=error.read().decode())
@@ -131,8 +144,8 @@ def test_completions_continue_texts_and_ids(served: Served) -> None:
     prompt = "Once upon"
     ids = served.backbone.prompts.encode(prompt, raw=True)
     wanted = Engine(served.backbone).generate(ids, max_tokens=10)
-    for given in (prompt, ids):
-        found = served.client.completions.create(model="tiny", prompt=given, max_tokens=10, temperature=0, logprobs=3)
+    for asked in (prompt, ids):
+        found = served.client.completions.create(model="tiny", prompt=asked, max_tokens=10, temperature=0, logprobs=3)
         assert found.choices[0].text == wanted.text
         assert found.choices[0].logprobs is not None
         tokens = found.choices[0].logprobs.tokens
@@ -213,7 +226,7 @@ def test_a_key_a_limit_for_bodies_and_no_other_origin() -> None:
         with pytest.raises(openai.APIStatusError) as raised:
             chat(served, [{"role": "user", "content": "x" * 500}])
         assert raised.value.status_code == 413
-        response = get(f"{served.address}/health", Origin="http://elsewhere")
+        response = fetch(f"{served.address}/health", Origin="http://elsewhere")
         assert response.status == 200
         assert "Access-Control-Allow-Origin" not in response.headers
 
@@ -331,19 +344,55 @@ def test_a_failing_step_ends_its_requests_and_not_the_server(monkeypatch, error:
 
 def test_metrics_health_and_models(served: Served) -> None:
     chat(served, asks())
-    text = get(f"{served.address}/metrics").text
+    text = fetch(f"{served.address}/metrics").text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(values["offramp:generation_tokens_total"]) >= 1
     assert float(values["offramp:spec_decode_num_draft_tokens_total"]) >= float(
         values["offramp:spec_decode_num_accepted_tokens_total"]
     )
     assert float(values['offramp:request_success_total{finished_reason="length"}']) >= 1
-    assert json.loads(get(f"{served.address}/health").text) == {"status": "ok"}
+    assert json.loads(fetch(f"{served.address}/health").text) == {"status": "ok"}
     assert [model.id for model in served.client.models.list()] == ["tiny"]
     assert served.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         served.client.models.retrieve("other")
-    assert get(f"{served.address}/nowhere").status == 404
+    assert fetch(f"{served.address}/nowhere").status == 404
+
+
+def test_a_log_line_says_what_was_done_and_not_what_was_said(served: Served, caplog) -> None:
+    with caplog.at_level("INFO", logger="offramp.serve"):
+        chat(served, [{"role": "user", "content": "my secret"}])
+    (record,) = (record for record in caplog.records if record.msg == "answered")
+    line = json.loads(Lines().format(record))
+    assert line["event"] == "answered"
+    assert line["tokens"] == 12
+    assert line["prompt_tokens"] > line["cached_tokens"]
+    assert "secret" not in json.dumps(line)
+
+
+def test_a_large_body_is_refused_as_it_comes_in(served: Served) -> None:
+    head = ("POST /v1/completions HTTP/1.1", "Host: here", "Content-Type: application/json", "Transfer-Encoding: chunked")
+    with socket.create_connection(served.address.removeprefix("http://").split(":")) as line:
+        line.sendall("\r\n".join([*head, "", ""]).encode())
+        for _ in range(20):
+            line.sendall(b"%x\r\n%s\r\n" % (1 << 16, b" " * (1 << 16)))
+        assert b" 413 " in line.recv(1000).splitlines()[0]
+
+
+PATHS = {"chat/completions": {"messages": [{"role": "user", "content": "Hi"}]}, "completions": {"prompt": "Hi"}}
+
+
+@given(body=st.dictionaries(st.sampled_from([*ChatRequest.model_fields, "other"]), JSON))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_body_makes_the_server_fail(served: Served, body: dict[str, Any]) -> None:
+    if not isinstance(body.get("max_tokens"), int) or body["max_tokens"] > 5:
+        body["max_tokens"] = 5  # so that no answer takes long
+    for path, own in PATHS.items():
+        for sent in (body, {**own, **body}):
+            found = fetch(f"{served.address}/v1/{path}", sent)
+            assert found.status in (200, 400, 404), found.text
+            if found.status != 200:
+                assert set(json.loads(found.text)["error"]) == {"message", "type", "param", "code"}
 
 
 def test_closing_finishes_what_runs() -> None:
@@ -356,11 +405,11 @@ def test_closing_finishes_what_runs() -> None:
 
 
 def test_the_page_and_its_files_come_from_the_server_alone(served: Served) -> None:
-    page = get(served.address)
+    page = fetch(served.address)
     assert "default-src 'self'" in page.headers["Content-Security-Policy"]
     for file in ("style.css", "main.js", "api.js", "answers.js"):
-        assert get(f"{served.address}/page/{file}").status == 200
+        assert fetch(f"{served.address}/page/{file}").status == 200
     assert "http" not in page.text.replace("http-equiv", "")
-    menu = json.loads(get(f"{served.address}/offramp/menu").text)
+    menu = json.loads(fetch(f"{served.address}/offramp/menu").text)
     assert menu["fills"] == ["full", "project", "copy", "freeze", "defer", "verify"]
     assert menu["usual"] == {"fill": "verify"}

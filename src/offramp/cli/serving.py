@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Annotated
@@ -50,7 +51,7 @@ def serve(
     try:
         import uvicorn
 
-        from offramp.serve.answers import Rules
+        from offramp.serve.answers import Lines, Rules, log
         from offramp.serve.api import app_of
     except ImportError as error:
         raise BadInput(f"Serving needs the package {error.name}.", "Install it: pip install 'offramp[serve]'") from error
@@ -66,6 +67,10 @@ def serve(
     scheduler = Scheduler(options.rows, options.waiting, int(options.cache * 2**30))
     key = options.api_key or os.environ.get("OFFRAMP_API_KEY") or None
     rules = Rules(backbone.name, key, options.max_body, options.max_tokens, options.max_seconds)
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     shown = f"[{host}]" if ":" in host else host
     typer.echo(f"{backbone.name} ({backbone.weight_format}, {engine.fill.name}) at http://{shown}:{port}", err=True)
     uvicorn.run(app_of(menu, scheduler, rules), host=host, port=port, log_level="warning", timeout_graceful_shutdown=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +25,18 @@ from offramp.serve.protocol import Asked, ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Full, Job, Scheduler
 
 log = logging.getLogger("offramp.serve")
+
+
+class Lines(logging.Formatter):
+    """A log in JSON, one object a line. It has no text of prompts or answers."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "event": record.getMessage()}
+        error = {"error": self.formatException(record.exc_info)} if record.exc_info else {}
+        return json.dumps({**line, **getattr(record, "facts", {}), **error})
+
+
 OTHER = "\u2047 other"  # a text that no message begins with
 
 
@@ -107,12 +120,22 @@ class Server:
         self.menu, self.scheduler, self.rules, self.metrics = menu, scheduler, rules, metrics
         self.backbone = menu.backbone
 
-    def choices(self, asked: Asked, ids: list[int], borders: tuple[int, ...] = (), schema: Any = None) -> list[Choice]:
-        """Hand in a request: one job for each answer. Raises `Refused` where it cannot be taken."""
-        most = getattr(asked, "max_completion_tokens", None) or asked.max_tokens or self.rules.most_tokens
+    def choices(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        asked: Asked,
+        ids: list[int],
+        borders: tuple[int, ...] = (),
+        schema: dict[str, Any] | None = None,
+    ) -> list[Choice]:
+        """Hand in a request: one job for each answer, whose tokens arrive in the loop's thread.
+
+        Raises `Refused` where it cannot be taken.
+        """
+        most = asked.longest or self.rules.most_tokens
         limits: Limits = {"max_tokens": min(most, self.rules.most_tokens), "stop": tuple(asked.stop)}
         most_logprobs = _wanted_logprobs(asked)
-        loop, made = asyncio.get_running_loop(), []
+        made = []
         engine = self.menu.engine(asked.offramp.fill, asked.offramp.point)
         for number in range(asked.n):
             queue: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
@@ -134,11 +157,14 @@ class Server:
         for choice in chosen:
             self.metrics.finished(choice.job, choice.first, choice.reason if choice.job.ended else "abort")
         job = chosen[0].job
-        seconds = time.monotonic() - job.asked
-        log.info(
-            "answered prompt_tokens=%d cached_tokens=%d tokens=%d seconds=%.3f",
-            len(job.ids), job.cached, sum(len(choice.tokens) for choice in chosen), seconds,
-        )  # fmt: skip
+        facts = {
+            "prompt_tokens": len(job.ids),
+            "cached_tokens": job.cached,
+            "tokens": sum(len(choice.tokens) for choice in chosen),
+            "seconds": round(time.monotonic() - job.asked, 3),
+            "fill": job.engine.fill.name,
+        }
+        log.info("answered", extra={"facts": facts})
 
     def conversation(self, asked: ChatRequest) -> tuple[list[int], tuple[int, ...]]:
         """A conversation's ids, and how many of the first are the same whatever message k and those after it say.

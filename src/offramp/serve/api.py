@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.errors import OfframpError
 from offramp.serve.answers import Choice, Refused, Rules, Server, refused
@@ -109,6 +112,36 @@ async def _left(request: Request) -> None:
         pass
 
 
+class Guard:
+    """Lets a request through if it has the key, where there is one, and as long as its body is not too large."""
+
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self._app, self._rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        rules, headers, seen = self._rules, Headers(scope=scope), 0
+        if rules.key is not None and scope["path"].startswith(("/v1/", "/offramp/")):
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), rules.key.encode()):
+                refusal = Refused(401, "The API key is wrong or missing.", code="invalid_api_key")
+                await refusal.response(scope, receive, send)
+                return
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > rules.most_body:
+                raise HTTPException(413, f"The body has more than {rules.most_body} bytes")
+            return message
+
+        await self._app(scope, limited, send)
+
+
 def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
     """The application. It closes the scheduler when it ends."""
     metrics = Metrics(scheduler)
@@ -120,6 +153,7 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
         await asyncio.to_thread(scheduler.close)
 
     app = FastAPI(title="offramp", lifespan=lifespan)
+    app.add_middleware(Guard, rules=rules)
 
     @app.exception_handler(Refused)
     @app.exception_handler(OfframpError)
@@ -132,20 +166,10 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
         place = ".".join(str(part) for part in first["loc"][1:])
         return Refused(400, f"{place or 'The body'}: {first['msg']}", place or None).response
 
-    @app.exception_handler(404)
-    async def _missing(request: Request, _: Exception) -> Response:
-        return Refused(404, f"There is no {request.url.path} here.").response
-
-    @app.middleware("http")
-    async def _guard(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-        if rules.key is not None and request.url.path.startswith("/v1/"):
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), rules.key.encode()):
-                return Refused(401, "The API key is wrong or missing.", code="invalid_api_key").response
-        length = request.headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > rules.most_body:
-            return Refused(413, f"The body has more than {rules.most_body} bytes.").response
-        return await answer(request)
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        words = f"There is no {request.url.path} here." if error.status_code == 404 else f"{error.detail}."
+        return Refused(error.status_code, words, headers=error.headers).response
 
     @app.get("/", include_in_schema=False)
     async def _page() -> Response:
@@ -177,7 +201,7 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def _chat(asked: ChatRequest, request: Request) -> Response:
-        ids, borders = server.conversation(asked)
+        ids, borders = await asyncio.to_thread(server.conversation, asked)
         schemas = {"text": None, "json_object": {"type": "object"}}
         wanted = asked.response_format
         schema = schemas.get(wanted.type, wanted.json_schema.schema_ if wanted.json_schema else {})
@@ -185,7 +209,9 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
 
     @app.post("/v1/completions")
     async def _complete(asked: CompletionRequest, request: Request) -> Response:
-        ids = asked.prompt if isinstance(asked.prompt, list) else server.backbone.prompts.encode(asked.prompt, raw=True)
+        ids = asked.prompt
+        if isinstance(ids, str):
+            ids = await asyncio.to_thread(server.backbone.prompts.encode, ids, raw=True)
         return await respond(server, asked, request, CompletionForm, ids)
 
     return app
@@ -204,7 +230,8 @@ async def respond(
     if asked.model not in ("", server.rules.name):
         raise _no_model(asked.model, server.rules)
     try:
-        chosen = server.choices(asked, ids, borders, schema)
+        loop = asyncio.get_running_loop()
+        chosen = await asyncio.to_thread(server.choices, loop, asked, ids, borders, schema)
         made = form(server, server.rules.name)
         if asked.stream:
             return StreamingResponse(streamed(server, asked, chosen, made), media_type="text/event-stream")

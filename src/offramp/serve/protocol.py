@@ -50,9 +50,7 @@ class Way(BaseModel):
 
 
 class Asked(BaseModel):
-    """What requests for completions and for chat have in common."""
-
-    model_config = ConfigDict(extra="allow")
+    """What requests for completions and for chat have in common. Unknown fields are ignored."""
 
     model: str = ""
     max_tokens: int | None = Field(None, ge=1)
@@ -82,6 +80,11 @@ class Asked(BaseModel):
         """null asks for the default."""
         field = cls.model_fields[info.field_name]
         return field.get_default(call_default_factory=True) if value is None else value
+
+    @property
+    def longest(self) -> int | None:
+        """The longest answer, in tokens, if the request says one."""
+        return self.max_tokens
 
     def sampling(self, number: int) -> Sampling:
         """How answer `number` is drawn. Each answer to one prompt has a seed of its own."""
@@ -123,3 +126,8 @@ class ChatRequest(Asked):
     top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat = Field(default_factory=ResponseFormat)
     tools: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
+
+    @property
+    def longest(self) -> int | None:
+        """The longest answer, in tokens, if the request says one."""
+        return self.max_completion_tokens or self.max_tokens

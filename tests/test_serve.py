@@ -395,6 +395,26 @@ def test_no_body_makes_the_server_fail(served: Served, body: dict[str, Any]) -> 
                 assert set(json.loads(found.text)["error"]) == {"message", "type", "param", "code"}
 
 
+def test_nothing_that_the_openapi_document_allows_makes_the_server_fail(served: Served) -> None:
+    """Schemathesis makes requests from the document, right ones and wrong ones."""
+    import schemathesis
+
+    document = schemathesis.openapi.from_url(f"{served.address}/openapi.json")
+    asked = []
+    for operation in document.get_all_operations():
+
+        @given(case=operation.ok().as_strategy())
+        @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+        def ask(case: Any) -> None:
+            if isinstance(case.body, dict):
+                case.body["max_tokens"], case.body["n"] = 3, 1
+            asked.append(case.operation.path)
+            assert case.call(timeout=20).status_code < 500
+
+        ask()
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models"} <= set(asked)
+
+
 def test_closing_finishes_what_runs() -> None:
     with serving() as served, ThreadPoolExecutor(1) as threads:
         answer = threads.submit(chat, served, asks(), max_tokens=200)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint exits bench load soak mamba-lm paper paper-quick clean
+.PHONY: demo test lint exits bench load soak mamba-lm mamba-answers paper paper-quick clean
 
 # MODEL names another model than smollm2; BOTH=1 asks the Transformer and the Mamba model and puts them side by side.
 demo: .venv/.installed
@@ -61,6 +61,13 @@ mamba-lm: .venv/.installed
 # 64 clients at a server of this machine's own, every answer compared; soak: for ten minutes.
 load soak: .venv/.installed
 	$(BIN)/python benchmarks/load.py --dtype float32 $(if $(filter soak,$@),--minutes 10)
+
+# Mamba-2 mixers in the places of half of SmolLM2's attentions, some seven hours on two cores; interrupted, it goes on where it
+# stopped. The prompts are those of `make exits`; TEXT names a plain text to learn from, too.
+HYBRID := src/offramp/assets/models/smollm2-hybrid
+mamba-answers: .venv/.installed
+	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
+	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(if $(TEXT),--text $(TEXT)) --keep 15
 
 # The paper's experiment on small models, some hours on two cores; paper-quick: 20 minutes, too few questions to conclude from.
 # DATA names files instead of the hub: make paper DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json"

@@ -2,5 +2,6 @@
 
     python -m hybrid.distil WORK -o FOLDER --keep 15
 
-`mixer` is what takes an attention's place, `student` the model around it, `distil` the three steps of the distillation.
+`mixer` is what takes an attention's place, `student` the model around it, `distil` the three steps of the distillation,
+`evaluate` says how well the result predicts text.
 """

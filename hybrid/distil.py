@@ -41,7 +41,7 @@ from offramp.files import write_atomically
 from offramp.model.hybrid import MIXERS, write_mixers
 from offramp.model.loading import load
 from offramp.training.config import TrainConfig
-from offramp.training.data import Data, gather
+from offramp.training.data import Data, gather, parts_of
 from offramp.training.distillation import Distillation, pad_batch
 from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, step_generator, warmed_cosine
 from offramp.training.teacher import FIELDS, TeacherText, TeacherTexts
@@ -133,7 +133,7 @@ class Distillery:
     ) -> None:
         self.student, self.settings, self.work, self.say = student, settings, work, say
         self.texts = Texts(data.adapters + data.gates, settings.seed)
-        self.held = data.held.subset(range(min(HELD, len(data.held))))
+        self.held = data.held[:HELD]
         self.mixers = student.new_mixers()
 
     def chosen(self, which: Sequence[int]) -> dict[int, Mixer]:
@@ -318,6 +318,12 @@ def text_of(settings: Settings, work: Path) -> tuple[Any, Data]:
     plan = {name: getattr(config, name) for name in ("prompts", "texts", "temperatures", "answers")}
     data = gather(backbone, config, (backbone.n_blocks,), work / "text", plan=plan)
     return load("smollm2", "float32", keep=True).model, data
+
+
+def held_texts(work: Path) -> TeacherTexts:
+    """The texts of a finished `gather` in WORK/text that no step learned from."""
+    teacher = TeacherTexts.open(sorted((work / "text").glob("shard-*.safetensors")))
+    return parts_of(teacher, 0)[2]
 
 
 def main() -> None:

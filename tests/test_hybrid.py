@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import offramp
-from hybrid import distil
+from hybrid import distil, evaluate
 from hybrid.student import Student
 from models import ENGINES, byte_tokenizer
 from offramp.errors import CorruptFile
@@ -174,3 +175,17 @@ def test_batches_are_equally_long_and_have_every_text_once_an_epoch(texts) -> No
     assert sorted(index for batch in epoch for index in batch) == list(range(len(texts.adapters)))
     assert all(len({batches.sizes[index] for index in batch}) == 1 for batch in epoch)
     assert batches.at(len(epoch)) == distil.Texts(texts.adapters, seed=0).at(len(epoch)) != epoch[0]
+
+
+def test_evaluation_measures_text_and_answers(student, texts, tmp_path, capsys, monkeypatch) -> None:
+    backbone = wrap(student.model, byte_tokenizer(), "tiny")
+    monkeypatch.setattr(evaluate.offramp, "load", lambda name: backbone)
+    (tmp_path / "text.txt").write_text("Some text, and more of it. " * 30)
+    (tmp_path / "text").symlink_to(texts.held._places[0].shard.parent)
+    evaluate.main(["tiny", "--text", str(tmp_path / "text.txt"), "--answers", str(tmp_path)])
+    name, perplexity, bits, of_answers, same = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    # A byte is a token here, and the model's own answers hold no surprise for it that its own view of them does not.
+    assert float(bits) == pytest.approx(math.log2(float(perplexity)), abs=1e-3)
+    assert (name, same) == ("tiny", "100.0%")
+    likeliest = torch.cat([text.top_logp[text.counted][:-1, 0].float() for text in texts.held])
+    assert float(of_answers) == pytest.approx(float((-likeliest).mean().exp()), rel=0.02)

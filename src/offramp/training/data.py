@@ -67,13 +67,18 @@ def gather(
 
     shards = write_shards(backbone, groups, layers, work, after_group, share)
     accelerator.wait_for_everyone()
-    teacher = TeacherTexts.open(shards)
-    order = torch.randperm(len(teacher), generator=step_generator(config.seed, 0)).tolist()
+    return Data(*parts_of(TeacherTexts.open(shards), config.seed, gates_only), files)
+
+
+def parts_of(teacher: TeacherTexts, seed: int, gates_only: bool = False) -> tuple[TeacherTexts, TeacherTexts, TeacherTexts]:
+    """The texts for adapters, for gates, and those held out, as `gather` divides them."""
+    order = torch.randperm(len(teacher), generator=step_generator(seed, 0)).tolist()
     fifth, tenth = (max(1, min(most, len(order) // part)) for part, most in ((5, MOST_FOR_GATES), (10, MOST_HELD)))
     if gates_only:
         fifth = len(order) - tenth - 1
-    adapters, gates, held = order[tenth + fifth :], order[tenth : tenth + fifth], order[:tenth]
-    return Data(teacher.subset(adapters), teacher.subset(gates), teacher.subset(held), files)
+    parts = order[tenth + fifth :], order[tenth : tenth + fifth], order[:tenth]
+    adapters, gates, held = map(teacher.subset, parts)
+    return adapters, gates, held
 
 
 def turns(prompts: list[list[int]], temperatures: tuple[float, ...], answers: int) -> tuple[list[list[int]], list[float]]:

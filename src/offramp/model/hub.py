@@ -55,7 +55,7 @@ ALIASES: dict[str, Wheel | Path] = {
 NAMES = "an alias ({}), a local folder, a GGUF file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct".format(
     ", ".join(ALIASES)
 )
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _weights_in(folder: Path) -> list[Path]:
-    return sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+    return sorted(folder.glob(_WEIGHTS))
 
 
 def _from_folder(name: str, folder: Path) -> Source:
@@ -165,10 +165,13 @@ def _from_folder(name: str, folder: Path) -> Source:
     if "sha256" in record:  # offramp made the folder from a GGUF file
         return Source(name, str(folder), digest=lambda: str(record["sha256"]))
     weights = _weights_in(folder)
-    if not weights:
-        raise ModelNotFound(
-            f"The folder {name} holds no weights ({' or '.join(_WEIGHTS)}).", "Download the model's weight files too."
+    if not weights and any(folder.glob("*.bin")):
+        raise CorruptFile(
+            f"The weights in {name} are pickles, which can run code when they are read.",
+            "Convert them to safetensors where you trust them: the library's save_pretrained writes that.",
         )
+    if not weights:
+        raise ModelNotFound(f"The folder {name} holds no weights ({_WEIGHTS}).", "Download the model's weight files too.")
     return Source(name, str(folder), digest=partial(sha256_of, *weights))
 
 

@@ -176,7 +176,7 @@ class _Loading:
             if store.complete or values.checkpoint:
                 _fill(model, self.family, store, values)
             else:
-                where: dict[str, Any] = {"pretrained_model_name_or_path": self.folder}
+                where: dict[str, Any] = {"pretrained_model_name_or_path": self.folder, "use_safetensors": True}
                 if gguf := read_json(self.folder / RECORD).get("gguf"):
                     where = {"pretrained_model_name_or_path": Path(gguf).parent, "gguf_file": Path(gguf).name}
                 model = AutoModelForCausalLM.from_pretrained(

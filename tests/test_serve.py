@@ -310,6 +310,7 @@ def test_too_many_requests_are_refused_and_cancelled_ones_make_room() -> None:
         with pytest.raises(Full):
             served.scheduler.submit(job(served, lambda token: None))
         served.scheduler.cancel(waiting)
+        assert served.scheduler.waiting == 0
         served.scheduler.cancel(first)
         held.set()
         until = time.monotonic() + 5

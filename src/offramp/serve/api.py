@@ -80,20 +80,16 @@ async def streamed(server: Server, asked: Asked, chosen: list[Choice], form: For
             yield _event(form.last(chosen))
         yield "data: [DONE]\n\n"
     except TimeoutError:
-        yield _error_event(Refused(408, f"The answer took more than {server.rules.most_seconds:.0f} seconds."))
+        yield _event({"error": Refused(408, f"The answer took more than {server.rules.most_seconds:.0f} seconds.").error})
     except Exception as error:
-        yield _error_event(refused(error))
+        yield _event({"error": refused(error).error})
     finally:
         work.cancel()
         server.end(chosen)
 
 
-def _event(what: Any) -> str:
-    return f"data: {what.model_dump_json()}\n\n"
-
-
-def _error_event(error: Refused) -> str:
-    return f"data: {json.dumps({'error': error.error})}\n\n"
+def _event(what: dict[str, Any]) -> str:
+    return f"data: {json.dumps(what)}\n\n"
 
 
 async def _all(works: Iterable[Awaitable[None]]) -> None:

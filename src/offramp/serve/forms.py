@@ -18,11 +18,11 @@ LEAST = -9999.0  # stands for −∞, which JSON does not have
 class Form:
     """How answers of one kind are written: those of completions, or of chat.
 
-    `whole` and `piece` are OpenAI's types for an answer, and for a part of one that is streamed.
+    `whole` is OpenAI's type for an answer. The parts of a stream are dicts of the same form: to check each would take time
+    that decoding needs. OpenAI's client, which tests the server, checks them.
     """
 
     whole: Any
-    piece: Any
     kind: str
     piece_kind: str
 
@@ -40,7 +40,7 @@ class Form:
             **self.head, "object": self.kind, "choices": found, "usage": self.server.usage(chosen).model_dump(),
         })  # fmt: skip
 
-    def part(self, index: int, choice: Choice, at: int | None) -> Any:
+    def part(self, index: int, choice: Choice, at: int | None) -> dict[str, Any]:
         """A part of a stream: token `at` of a choice, or its end."""
         if at is None:
             own = {"finish_reason": choice.reason, "offramp": self.server.about(choice), **self.end()}
@@ -50,12 +50,12 @@ class Form:
             drafted = choice.job.engine.fill.verifies and token.exit_block < blocks
             noted = {"id": token.id, "block": token.exit_block, "confidence": token.confidence, "drafted": drafted}
             own = {"finish_reason": None, "offramp": noted, **self.delta(choice, at)}
-        return self.piece.model_validate({**self.head, "object": self.piece_kind, "choices": [{"index": index, **own}]})
+        return {**self.head, "object": self.piece_kind, "choices": [{"index": index, **own}]}
 
-    def last(self, chosen: list[Choice]) -> Any:
+    def last(self, chosen: list[Choice]) -> dict[str, Any]:
         """The part of a stream that has the usage."""
         usage = self.server.usage(chosen).model_dump()
-        return self.piece.model_validate({**self.head, "object": self.piece_kind, "choices": [], "usage": usage})
+        return {**self.head, "object": self.piece_kind, "choices": [], "usage": usage}
 
     def text_of(self, choice: Choice) -> dict[str, Any]:
         """An answer's text, and the log probabilities of its tokens if they were asked for."""
@@ -78,7 +78,7 @@ class Form:
 class ChatForm(Form):
     """Answers in a chat."""
 
-    whole, piece = chats.ChatCompletion, chats.ChatCompletionChunk
+    whole = chats.ChatCompletion
     kind, piece_kind = "chat.completion", "chat.completion.chunk"
 
     def text_of(self, choice: Choice) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class ChatForm(Form):
 class CompletionForm(Form):
     """Answers that go on from a text."""
 
-    whole = piece = completions.Completion
+    whole = completions.Completion
     kind = piece_kind = "text_completion"
 
     def text_of(self, choice: Choice) -> dict[str, Any]:

@@ -99,10 +99,13 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Give a job up: its row is free before the next step."""
+        """Give a job up. One that waits is gone at once; one that runs frees its row before the next step."""
         with self._changed:
             for each in (job, *job.twins):
                 each.cancelled = True
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._end(job, None)
             self._changed.notify()
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Exits for the models that ship: four hours for smollm2, half an hour for each other. They learn from a mix of prompts:
+# Exits for the models that ship: six hours for smollm2, half an hour for each other. They learn from a mix of prompts:
 # make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl
 SMOLLM2 := src/offramp/assets/exits/smollm2
 TINY := src/offramp/assets/exits/mamba-tiny
@@ -27,7 +27,9 @@ exits: .venv/.installed
 	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --start build/exits/smollm2 --own-prompts build/prompts/second.jsonl \
 		--epochs 4 --gate-epochs 8 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp calibrate smollm2 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
-	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --draft
+	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
+	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --draft --own-prompts build/prompts/all.jsonl --temperatures 0,0.7,0,0.9 \
+		--epochs 1 --gate-epochs 1
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from helpers import exits_for, sketched
 from models import tiny
@@ -42,6 +46,69 @@ def test_a_short_list_is_kept_and_checked(tmp_path) -> None:
     tamper(tmp_path, shortlist=2)
     with pytest.raises(CorruptFile, match="short list"):
         Exits.load(tmp_path, tiny("llama"))
+
+
+def places_in(value, path=()):
+    """The paths of all values in a record."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from places_in(inner, (*path, key))
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory):
+    """The files of exits that draft, and of exits with second keys and a calibration."""
+    folder = tmp_path_factory.mktemp("artefact")
+    drafting = exits_for("llama", "linear", "deep")
+    drafting.config, drafting.shortlist = replace(drafting.config, shortlist=3), torch.tensor([4, 7, 250])
+    drafting.training = {"validation": [{"block": 2, "agreement": 0.4, "acceptance": [0.4, 0.3, 0.3]}]}
+    usual = exits_for("llama")
+    usual.policy = Policy((0.5,) * 3, perhaps=(0.2,) * 3, keys=(0.3,) * 3)
+    usual.calibration = {"policy": asdict(usual.policy), "fill": "project", "weights": "float32"}
+    for exits, name in ((drafting, "drafting"), (usual, "usual")):
+        exits.save(folder / name)
+    return folder
+
+
+def use(folder, fill: str) -> None:
+    """Do with exits of strangers what the command line does. Only errors that teach may come of it."""
+    with suppress(OfframpError):
+        exits = Exits.load(folder, tiny("llama"))
+        Engine(tiny("llama"), exits, fill=fill).generate([1, 2], max_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "fill"), [("drafting", "verify"), ("usual", "project")])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_record_of_nonsense_gets_an_error_that_teaches(artefact, tmp_path, name: str, fill: str, data) -> None:
+    record = json.loads((artefact / name / "offramp.json").read_text())
+    path = data.draw(st.sampled_from([path for path in places_in(record) if path]))
+    place = record
+    for key in path[:-1]:
+        place = place[key]
+    nonsense = (
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.integers(), max_size=3)
+    )
+    place[path[-1]] = data.draw(nonsense | st.just({}))
+    shutil.copytree(artefact / name, tmp_path / name, dirs_exist_ok=True)
+    (tmp_path / name / "offramp.json").write_text(json.dumps(record))
+    use(tmp_path / name, fill)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "fill"), [("drafting", "verify"), ("usual", "project")])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1, exclude_max=True), what=st.binary(min_size=1, max_size=8), cut=st.booleans())
+def test_weights_of_nonsense_get_an_error_that_teaches(artefact, tmp_path, name, fill, at, what, cut) -> None:
+    shutil.copytree(artefact / name, tmp_path / name, dirs_exist_ok=True)
+    file = tmp_path / name / "exits.safetensors"
+    bytes_before = file.read_bytes()
+    # Most of the time in the header, where sizes and names stand.
+    place = int(at * at * at * len(bytes_before))
+    file.write_bytes(bytes_before[:place] + what + (b"" if cut else bytes_before[place + len(what) :]))
+    use(tmp_path / name, fill)
 
 
 def tamper(folder, **changed) -> None:

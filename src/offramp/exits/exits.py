@@ -15,9 +15,9 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 WEIGHTS, RECORD = "exits.safetensors", "offramp.json"
 # Names of tensors beside the modules' own.
 SHORTLIST, SKETCH, NGRAMS = "shortlist", ("sketch.reduce", "sketch.expand"), ("ngrams.keys", "ngrams.values")
+MOST = 1 << 30  # of a number in a stranger's record
 DRAFT = "draft"  # the subfolder, in the folder of a model's exits, for the exits that draft for `verify`
 
 
@@ -211,8 +212,12 @@ class Exits:
         folder = Path(folder)
         record = _Record.read(folder)
         record.check_owner(folder, backbone)
-        with torch.device("meta"):  # the weights come from the file
-            exits = cls.new(backbone, record.config)
+        try:
+            with torch.device("meta"):  # the weights come from the file, so nothing is allocated before they are checked
+                exits = cls.new(backbone, record.config)
+        except (RuntimeError, TypeError, ValueError, OverflowError, KeyError) as error:  # a config of nonsense
+            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
+            raise CorruptFile(f"{folder / RECORD} is damaged: {reason}", "Train the exits again.") from error
         exits._load_weights(folder / WEIGHTS, backbone.vocab_size)
         if record.weight_format != backbone.weight_format:
             warnings.warn(
@@ -234,6 +239,8 @@ class Exits:
             shortlist = tensors.pop(SHORTLIST, None)
             if (0 if shortlist is None else len(shortlist)) != config.shortlist:
                 raise ValueError(f"its short list is not one of {config.shortlist} tokens")
+            if shortlist is not None and not _rises_within(shortlist, vocabulary):
+                raise ValueError("its short list does not name tokens of the model in order")
             sketch = [tensors.pop(name).float() for name in SKETCH if name in tensors]
             shapes = [(config.sketch, hidden), (hidden, config.sketch)] if config.sketch else []
             if [tuple(part.shape) for part in sketch] != shapes:
@@ -286,13 +293,17 @@ class _Record:
         try:
             record = json.loads((folder / RECORD).read_text())
             places = {name: tuple(record["config"].get(name, ())) for name in ("layers", "tails")}
-            config = {**record["config"], **places}
-            policy = Policy.from_json(record["policy"])
-            if not {"fingerprint", "sha256"} & set(record["backbone"]):
+            config, policy = ExitsConfig(**{**record["config"], **places}), Policy.from_json(record["policy"])
+            check_types(config)
+            check_types(policy)
+            owner, histories = record["backbone"], [record[name] for name in ("training", "calibration")]
+            hashes = {"fingerprint", "sha256"} & set(owner)
+            if not hashes or not all(isinstance(owner[name], str) for name in hashes):
                 raise KeyError("fingerprint")
-            histories = (record[name] for name in ("training", "calibration"))
-            return cls(ExitsConfig(**config), record["backbone"], record["weight_format"], policy, *histories)
-        except (ValueError, KeyError, TypeError, OfframpError) as error:
+            if not all(isinstance(each, dict) for each in histories):
+                raise TypeError("training or calibration is no record")
+            return cls(config, owner, str(record["weight_format"]), policy, *histories)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OfframpError) as error:
             raise CorruptFile(f"{folder / RECORD} is damaged: {error!r}.", "Train the exits again.") from error
 
     def check_owner(self, folder: Path, backbone: Backbone) -> None:
@@ -307,6 +318,24 @@ class _Record:
             f"{backbone.name} has the weights {backbone.source.fingerprint[:12] or 'unknown'}.",
             f"Train exits for this model: offramp train {backbone.name} -o DIR",
         )
+
+
+def check_types(made: Any) -> None:
+    """Raises `TypeError` where a dataclass, made from a stranger's JSON, holds a value of another type than it says."""
+    hints = get_type_hints(type(made))
+    for item in fields(made):
+        value, hint = getattr(made, item.name), hints[item.name]
+        several = get_origin(hint) is tuple
+        kind = get_args(hint)[0] if several else hint
+        right: Any = (int, float) if kind is float else kind
+        for each in value if several else [value]:
+            if isinstance(each, bool) or not isinstance(each, right) or (kind is int and abs(each) > MOST):
+                raise TypeError(f"{item.name} is {value!r}")
+
+
+def _rises_within(ids: Tensor, size: int) -> bool:
+    """Whether ids (n,) rise, from 0 to `size` - 1 at most."""
+    return ids.ndim == 1 and bool((ids.diff() > 0).all()) and 0 <= int(ids.min()) <= int(ids.max()) < size
 
 
 def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits | None:

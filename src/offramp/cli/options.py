@@ -38,7 +38,11 @@ Reference = Annotated[
 class DecodingOptions:
     """How to decode: the weights' format, the exits, what skipped blocks remember, and when a token leaves."""
 
-    exits: str | None = setting(None, "Folder with trained exits. Default: the exits that ship for this model, if any.")
+    exits: str | None = setting(
+        None,
+        "Folder with trained exits, or their name on the hub (org/name). Default: the exits that ship for this model, if "
+        "any.",
+    )
     fill: str | None = setting(
         None,
         "What skipped blocks remember of a token: project (keys, values and Mamba state computed from the exit's hidden "

@@ -27,6 +27,7 @@ from offramp.exits.gates import GATES
 from offramp.exits.ngrams import Ngrams
 from offramp.exits.policy import Policy
 from offramp.exits.readouts import READOUTS
+from offramp.exits.sharing import fetched, is_hub_name
 from offramp.files import ASSETS, write_atomically
 
 if TYPE_CHECKING:
@@ -173,6 +174,23 @@ class Exits:
             tensors |= dict(zip(NGRAMS, (self.ngrams.keys, self.ngrams.values), strict=True))
         write_atomically(Path(folder) / WEIGHTS, save(tensors))
         self.save_record(folder)
+
+    def push_to_hub(self, repository: str, drafts: Exits | None = None, private: bool = False, licence: str = "") -> str:
+        """Upload the exits with a model card to the hub; `drafts` are those that draft, for the folder beside them.
+
+        Returns the commit's address. Raises as `sharing.push` does.
+        """
+        from offramp.exits.sharing import push
+
+        return push(self, repository, drafts, private, licence)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, backbone: Backbone, draft: bool = False) -> Exits:
+        """Exits of a folder, or of a hub repository (`org/name`, `org/name@revision`); with `draft`, those that draft.
+
+        Raises as `load` does, and `ModelNotFound` for a name that is neither.
+        """
+        return require_exits(backbone, name, draft)
 
     def save_record(self, folder: str | Path) -> None:
         """Write `offramp.json` alone: all but the weights. Raises `BadInput` as `save` does."""
@@ -341,8 +359,11 @@ def _rises_within(ids: Tensor, size: int) -> bool:
 def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits | None:
     """The exits in `folder`. Without a folder, those that ship for this backbone's weights, or None.
 
-    With `draft`, the exits that draft for `verify`, if the folder has them. Raises as `Exits.load` does.
+    `folder` may also be the name of a hub repository. With `draft`, the exits that draft for `verify`, if the folder has
+    them. Raises as `Exits.load` does, and `ModelNotFound` for a name that is neither.
     """
+    if folder is not None and is_hub_name(folder):
+        folder = fetched(str(folder))
     if folder is None:
         folders = (record.parent for record in sorted((ASSETS / "exits").glob(f"*/{RECORD}")))
         folder = next((path for path in folders if belong(_owner(path), backbone)), None)

@@ -98,6 +98,13 @@ def test_help_names_every_verb_and_says_the_defaults(world) -> None:
     assert "Bottleneck of a read-out, in dims; a multiple of 32. Default: 512, with --draft 1024." in shown
 
 
+def test_a_shell_completes_verbs() -> None:
+    program = "import sys; sys.argv[0] = 'offramp'; from offramp.cli import main; main()"
+    words = {"_OFFRAMP_COMPLETE": "complete_bash", "COMP_WORDS": "offramp ge", "COMP_CWORD": "1"}
+    found = subprocess.run([sys.executable, "-c", program], env={**os.environ, **words}, capture_output=True, text=True)
+    assert found.stdout.split() == ["generate"]
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_flag_says_what_it_does(verb: str) -> None:
     for flag, option in options_of(verb).items():

@@ -20,7 +20,6 @@ from offramp.errors import OfframpError
 app = typer.Typer(
     help="Early exits for Hugging Face causal language models: easy tokens leave the network early.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for verb in (demo, generate, chat, train, calibrate, tune, evaluate, report, inspect, bench, serve):

@@ -5,6 +5,7 @@ Each alias that offramp knows is a model. Options say how to decode; the respons
 
 from __future__ import annotations
 
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from offramp.decode.sampling import Sampling
 from offramp.errors import OfframpError
 from offramp.model.backbone import Backbone
 from offramp.model.hub import ALIASES
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 _TALKS: OrderedDict[str, Talk] = OrderedDict()  # what was computed for conversations of llm, by their ids
 _MOST_TALKS = 8

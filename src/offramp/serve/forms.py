@@ -23,12 +23,13 @@ class Form:
     """
 
     whole: Any
+    prefix: str  # of an answer's id
     kind: str
     piece_kind: str
 
     def __init__(self, server: Server, model: str) -> None:
         self.server = server
-        self.head = {"id": f"{self.kind.split('.')[0]}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def answer(self, chosen: list[Choice]) -> Any:
         """All answers to a request, which have ended."""
@@ -78,7 +79,7 @@ class Form:
 class ChatForm(Form):
     """Answers in a chat."""
 
-    whole = chats.ChatCompletion
+    whole, prefix = chats.ChatCompletion, "chatcmpl"
     kind, piece_kind = "chat.completion", "chat.completion.chunk"
 
     def text_of(self, choice: Choice) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class ChatForm(Form):
 class CompletionForm(Form):
     """Answers that go on from a text."""
 
-    whole = completions.Completion
+    whole, prefix = completions.Completion, "cmpl"
     kind = piece_kind = "text_completion"
 
     def text_of(self, choice: Choice) -> dict[str, Any]:

@@ -61,7 +61,8 @@ mamba-lm: .venv/.installed
 	$(BIN)/python -m lm.evaluate $(LM)/mamba-tiny-ee $(LM)/corpus
 
 # 64 clients at a server of this machine's own, every answer compared; soak: for ten minutes.
-load soak: .venv/.installed
+# A line that begins with "load" is a directive of make, so soak comes first.
+soak load: .venv/.installed
 	$(BIN)/python benchmarks/load.py --dtype float32 $(if $(filter soak,$@),--minutes 10)
 
 # Mamba-2 mixers in the places of half of SmolLM2's attentions, some seven hours on two cores; interrupted, it goes on where it

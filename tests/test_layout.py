@@ -1,6 +1,8 @@
 """Imports within the package run one way, and the command line starts without torch."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +87,14 @@ def test_the_order_names_nothing_that_is_gone():
 def test_importing_it_does_not_import_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_knows_every_target_that_the_makefile_names() -> None:
+    """`make -n` prints what would be done; a rule that make takes for something else fails here."""
+    root = Path(__file__).parents[1]
+    names = re.search(r"^\.PHONY: (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert names
+    for target in names[1].split():
+        found = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True)
+        assert found.returncode == 0, found.stderr

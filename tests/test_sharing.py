@@ -16,7 +16,7 @@ import pytest
 from helpers import exits_for, modest_exits
 from models import saved, tiny
 from offramp import Exits, Policy
-from offramp.exits.sharing import card, is_hub_name
+from offramp.exits.sharing import card, on_the_hub
 
 STAND = Path(__file__).with_name("hub_stand.py")
 PUSH = """
@@ -124,9 +124,9 @@ def test_a_card_says_how_good_the_exits_are_and_links_the_model() -> None:
 )
 def test_a_hub_name_is_told_from_a_folder(name: str, there: bool, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert is_hub_name(name) == there
+    assert on_the_hub(name) == there
     (tmp_path / "org/name").mkdir(parents=True)
-    assert not is_hub_name("org/name")
+    assert not on_the_hub("org/name")
 
 
 def test_a_folder_is_read_as_before(tmp_path) -> None:

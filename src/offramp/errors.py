@@ -31,3 +31,8 @@ class BadInput(OfframpError):
 
 class BadNumbers(OfframpError):
     """Logits or a loss are NaN or infinite."""
+
+
+def reason_of(error: Exception, most: int = 160) -> str:
+    """The first line of what a library's error says, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

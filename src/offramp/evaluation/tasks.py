@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import BadInput
+from offramp.errors import BadInput, reason_of
 from offramp.files import sha256_of_text
 from offramp.metrics import best_f1, best_match, left_one_out, trivia_words
 
@@ -316,7 +316,7 @@ def _hub(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
     try:
         return list(load_dataset(name, config, split=split))
     except Exception as error:  # the library raises its own, its HTTP library's and the system's errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        reason = reason_of(error)
         raise BadInput(f"The data set {name} could not be fetched: {reason}", "Name a file with it: --data FILE") from error
 
 

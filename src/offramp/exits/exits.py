@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
+from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError, reason_of
 from offramp.exits.gates import GATES
 from offramp.exits.ngrams import Ngrams
 from offramp.exits.policy import Policy
 from offramp.exits.readouts import READOUTS
-from offramp.exits.sharing import fetched, is_hub_name
+from offramp.exits.sharing import fetched, on_the_hub, push
 from offramp.files import ASSETS, write_atomically
 
 if TYPE_CHECKING:
@@ -180,8 +180,6 @@ class Exits:
 
         Returns the commit's address. Raises as `sharing.push` does.
         """
-        from offramp.exits.sharing import push
-
         return push(self, repository, drafts, private, licence)
 
     @classmethod
@@ -234,8 +232,7 @@ class Exits:
             with torch.device("meta"):  # the weights come from the file, so nothing is allocated before they are checked
                 exits = cls.new(backbone, record.config)
         except (RuntimeError, TypeError, ValueError, OverflowError, KeyError) as error:  # a config of nonsense
-            reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else repr(error)
-            raise CorruptFile(f"{folder / RECORD} is damaged: {reason}", "Train the exits again.") from error
+            raise CorruptFile(f"{folder / RECORD} is damaged: {reason_of(error)}", "Train the exits again.") from error
         exits._load_weights(folder / WEIGHTS, backbone.vocab_size)
         if record.weight_format != backbone.weight_format:
             warnings.warn(
@@ -268,8 +265,9 @@ class Exits:
                 tensors[key] = tensors[key].float()
             self.modules.load_state_dict(tensors, assign=True)
         except Exception as error:  # SafetensorError, or RuntimeError for missing and misshapen tensors
-            reason = str(error).strip().splitlines()[0][:160]
-            raise CorruptFile(f"{file} is damaged or cut short: {reason}", "Copy it again, or train again.") from error
+            raise CorruptFile(
+                f"{file} is damaged or cut short: {reason_of(error)}", "Copy it again, or train again."
+            ) from error
         if not all(torch.isfinite(value).all() for value in (*self.modules.state_dict().values(), *sketch)):
             raise CorruptFile(f"{file} holds NaN or infinite weights.", "Train the exits again.")
         self.shortlist = None if shortlist is None else shortlist.long()
@@ -362,7 +360,7 @@ def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool
     `folder` may also be the name of a hub repository. With `draft`, the exits that draft for `verify`, if the folder has
     them. Raises as `Exits.load` does, and `ModelNotFound` for a name that is neither.
     """
-    if folder is not None and is_hub_name(folder):
+    if folder is not None and on_the_hub(folder):
         folder = fetched(str(folder))
     if folder is None:
         folders = (record.parent for record in sorted((ASSETS / "exits").glob(f"*/{RECORD}")))

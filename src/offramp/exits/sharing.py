@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.errors import CorruptFile, ModelNotFound
-from offramp.model.hub import offline
+from offramp.errors import CorruptFile, ModelNotFound, reason_of
+from offramp.model.hub import is_hub_name, offline
 
 if TYPE_CHECKING:
     from offramp.exits.exits import Exits
@@ -15,10 +15,9 @@ if TYPE_CHECKING:
 CARD = "README.md"
 
 
-def is_hub_name(name: str | Path) -> bool:
+def on_the_hub(name: str | Path) -> bool:
     """Whether exits of this name are on the hub, as in `org/name` or `org/name@revision`, and not in a folder."""
-    text = str(name)
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not Path(text).exists()
+    return is_hub_name(str(name)) and not Path(name).exists()
 
 
 def fetched(name: str) -> Path:
@@ -34,9 +33,8 @@ def fetched(name: str) -> Path:
             snapshot_download(repository, revision=revision or None, allow_patterns=files, local_files_only=offline())
         )
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise ModelNotFound(
-            f"There are no exits '{name}': no such folder, and the hub says: {reason}",
+            f"There are no exits '{name}': no such folder, and the hub says: {reason_of(error)}",
             "Check the name and the network, or name a folder that `offramp train` wrote.",
         ) from error
 
@@ -61,9 +59,9 @@ def push(exits: Exits, repository: str, drafts: Exits | None = None, private: bo
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=temporary, commit_message="Exits of offramp"))
         except Exception as error:  # as in `fetched`
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             raise CorruptFile(
-                f"The hub did not take the exits: {reason}", "Log in (hf auth login), and check the name and the network."
+                f"The hub did not take the exits: {reason_of(error)}",
+                "Log in (hf auth login), and check the name and the network.",
             ) from error
 
 

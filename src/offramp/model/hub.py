@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from offramp.errors import CorruptFile, ModelNotFound, OfframpError
+from offramp.errors import CorruptFile, ModelNotFound, OfframpError, reason_of
 from offramp.files import ASSETS, cache_folder, in_the_cache, read_json, sha256_of, write_atomically
 from offramp.model.checkpoint import RECORD, fingerprint
 from offramp.model.hybrid import MIXERS, base_of, read_mixers, to_bamba
@@ -83,7 +83,7 @@ class Source:
 
     def unreadable(self, error: Exception) -> OfframpError:
         """Turn what the library raised on reading this source into one sentence and a hint."""
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = reason_of(error, 200)
         return CorruptFile(
             f"The model '{self.name}' cannot be read from {self.path}: {reason}",
             "A file there is missing, truncated or of another format: fetch it again.",
@@ -113,7 +113,7 @@ def resolve(name: str) -> Source:
         return _from_gguf(name, path.resolve())
     if path.is_dir():
         return _from_folder(name, path.resolve())
-    if _is_hub_name(name):
+    if is_hub_name(name):
         return _from_hub(name)
     raise ModelNotFound(f"There is no model '{name}'.", f"A model is {NAMES}.")
 
@@ -126,7 +126,7 @@ def find_config(name: str) -> Source:
     path = Path(name).expanduser()
     if path.is_dir() and (path / "config.json").is_file() and not _weights_in(path) and not (path / RECORD).is_file():
         return Source(name, str(path.resolve()))
-    if name in ALIASES or path.exists() or not _is_hub_name(name):
+    if name in ALIASES or path.exists() or not is_hub_name(name):
         return resolve(name)
     with suppress(Exception):  # this fails where the model's weights are not on this machine
         return _snapshot(name, local=True)
@@ -148,7 +148,8 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether a name looks like a repository's: `org/name`, or `org/name@revision`."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
 
 
@@ -206,7 +207,7 @@ def _from_hub(name: str) -> Source:
 
 
 def _unfetched(name: str, error: Exception) -> ModelNotFound:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    reason = reason_of(error)
     return ModelNotFound(
         f"'{name}' could not be fetched from the hub ({type(error).__name__}: {reason}).",
         f"Check the name and the network. A model is {NAMES}.",

@@ -44,8 +44,9 @@ def exits_for(
     family: str, gate: str = "mamba", readout: str = "mamba", seed: int = 0, tails: tuple[int, ...] = ()
 ) -> Exits:
     """Random exits: the gates' confidences spread over [0, 1], and the adapters change the hidden state."""
+    backbone = tiny(family)  # first, since making it draws from the generator, too
     torch.manual_seed(seed)
-    exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32, tails=tails))
+    exits = Exits.new(backbone, ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32, tails=tails))
     with torch.no_grad():
         for parameter in exits.modules.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -57,8 +58,9 @@ def modest_exits(
     family: str, seed: int = 0, gate: str = "mamba", readout: str = "linear", tails: tuple[int, ...] = ()
 ) -> Exits:
     """Random gates that open and close, and read-outs near the untrained one, which are sometimes right."""
+    backbone = tiny(family)  # first, since making it draws from the generator, too
     torch.manual_seed(seed)
-    exits = Exits.new(tiny(family), ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32, tails=tails))
+    exits = Exits.new(backbone, ExitsConfig(LAYERS, gate, readout, gate_width=32, readout_width=32, tails=tails))
     with torch.no_grad():
         for exit in exits:
             for parameter in exit.gate.parameters():

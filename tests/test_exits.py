@@ -20,6 +20,8 @@ from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.exits import belong, find_exits, require_exits, suggested_places
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
+from offramp.model.lean.native import library
+from offramp.serve.menu import Menu
 from offramp.training.loop import Fit
 from offramp.training.sketch import closest, sketch_of
 from offramp.training.teacher import TeacherText
@@ -65,7 +67,9 @@ def artefact(tmp_path_factory):
     drafting.training = {"validation": [{"block": 2, "agreement": 0.4, "acceptance": [0.4, 0.3, 0.3]}]}
     usual = exits_for("llama")
     usual.policy = Policy((0.5,) * 3, perhaps=(0.2,) * 3, keys=(0.3,) * 3)
-    usual.calibration = {"policy": asdict(usual.policy), "fill": "project", "weights": "float32"}
+    tested = [{"policy": asdict(usual.policy), "loss": 0.1, "flops_saved": 0.2, "passed": True}]
+    usual.calibration = {"policy": asdict(usual.policy), "fill": "project", "weights": "float32", "tested": tested}
+    drafting.policy = Policy((0.3,) * 3, "max-prob")
     for exits, name in ((drafting, "drafting"), (usual, "usual")):
         exits.save(folder / name)
     return folder
@@ -75,7 +79,10 @@ def use(folder, fill: str) -> None:
     """Do with exits of strangers what the command line does. Only errors that teach may come of it."""
     with suppress(OfframpError):
         exits = Exits.load(folder, tiny("llama"))
-        Engine(tiny("llama"), exits, fill=fill).generate([1, 2], max_tokens=2)
+        engine = Engine(tiny("llama/native" if library() else "llama"), exits, fill=fill)
+        engine.generate([1, 2], max_tokens=2)
+        assert engine.drafting is None or engine.drafting.gain >= 1
+        assert len(Menu(tiny("llama"), exits, None, engine).points) == len(exits.calibration.get("tested", []))
 
 
 @pytest.mark.filterwarnings("ignore")

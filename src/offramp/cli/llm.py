@@ -41,6 +41,14 @@ def _loaded(name: str, dtype: str | None) -> Backbone:
     return DecodingOptions(dtype=dtype).load(name)
 
 
+@cache
+def _engine(name: str, decoding: DecodingOptions, sampling: Sampling) -> Engine:
+    """An engine is kept, since a conversation goes on only at the exits at which it was begun."""
+    backbone = _loaded(name, decoding.dtype)
+    decoding = decoding.chosen_for(backbone, sampling)
+    return decoding.engines(backbone, decoding.find_exits(backbone), sampling)[1]
+
+
 class OfframpModel(llm.Model):  # type: ignore[misc]
     """One model, for llm."""
 
@@ -64,7 +72,10 @@ class OfframpModel(llm.Model):  # type: ignore[misc]
     def execute(self, prompt: Any, stream: bool, response: Any, conversation: Any) -> Iterator[str]:
         """Yield the answer's text as it is decided. Raises `llm.ModelError` for what a user can mend."""
         try:
-            engine = self._engine(prompt.options)
+            given = prompt.options
+            sampling = Sampling(temperature=given.temperature, seed=given.seed)
+            decoding = DecodingOptions(exits=given.exits, fill=given.fill, threshold=given.threshold, dtype=given.dtype)
+            engine = _engine(self._name, decoding, sampling)
             ids = engine.backbone.prompts.encode_chat(_messages(prompt, conversation))
             talk = Talk() if conversation is None else _talk_of(conversation.id)
             batch, started = engine.batch(), time.perf_counter()
@@ -83,13 +94,6 @@ class OfframpModel(llm.Model):  # type: ignore[misc]
             "decode_tokens_per_second", "finish_reason",
         )  # fmt: skip
         response.response_json = {name: getattr(made, name) for name in names}
-
-    def _engine(self, options: Any) -> Engine:
-        sampling = Sampling(temperature=options.temperature, seed=options.seed)
-        decoding = DecodingOptions(exits=options.exits, fill=options.fill, threshold=options.threshold, dtype=options.dtype)
-        backbone = _loaded(self._name, options.dtype)
-        decoding = decoding.chosen_for(backbone, sampling)
-        return decoding.engines(backbone, decoding.find_exits(backbone), sampling)[1]
 
 
 def _talk_of(conversation: str) -> Talk:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from offramp.errors import CorruptFile
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.ngrams import LONGEST, SHORTEST
 from offramp.exits.readouts import DeepAdapter
@@ -50,10 +51,13 @@ class Drafting:
         It follows from their costs, and from how often they were right on held-out text when the exit was trained.
         """
         rows: list[dict[str, Any]] = self.exits.training.get("validation", [])
-        held = next((row for row in rows if row["block"] == self.block), {})
-        shares = held.get("acceptance") or [held.get("agreement", 0.0)] * 3
         best = tokens = chance = 1.0
-        for drafts, share in enumerate(shares, start=1):
+        try:
+            held = next((row for row in rows if row["block"] == self.block), {})
+            shares = [float(share) for share in held.get("acceptance") or [held.get("agreement", 0.0)] * 3]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a stranger's record may hold anything
+            raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
+        for drafts, share in enumerate(shares[:MOST_DRAFTS], start=1):
             chance *= share
             tokens += chance
             best = max(best, tokens / (1 + self.parts.rows[drafts] + drafts * self.parts.asking))

@@ -8,7 +8,17 @@ from typing import Unpack
 
 from offramp.decode.batch import Batch
 from offramp.decode.plan import Plan
-from offramp.decode.request import Decided, Generation, Limits, Prefilled, Reading, Request, Talk, Token
+from offramp.decode.request import (
+    Decided,
+    Generation,
+    Limits,
+    Prefilled,
+    Reading,
+    Request,
+    Talk,
+    Token,
+    drafts_of,
+)
 from offramp.decode.sequence import begin_alike
 from offramp.progress import Progress, silent
 
@@ -112,7 +122,7 @@ class Engine(Plan):
             raise ValueError("the request has no tokens yet")
         full = sum(self.costs.full(prompt + index) for index in range(len(tokens)))
         last, blocks = tokens[-1], self.backbone.n_blocks
-        drafted = last.rejected + sum(token.exit_block < blocks for token in tokens)
+        drafted, _ = drafts_of(tokens, blocks)
         return Generation(
             text="".join(token.text for token in tokens),
             tokens=tokens,

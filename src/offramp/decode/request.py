@@ -48,6 +48,12 @@ class Token:
     rejected: int
 
 
+def drafts_of(tokens: list[Token], depth: int) -> tuple[int, int]:
+    """With `verify`, how many drafts were made for an answer's tokens, and how many stood. `depth`: the model's blocks."""
+    stood = sum(token.exit_block < depth for token in tokens)
+    return stood + (tokens[-1].rejected if tokens else 0), stood
+
+
 FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 

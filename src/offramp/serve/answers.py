@@ -14,7 +14,7 @@ import openai.types as completions
 from fastapi.responses import JSONResponse
 from torch import Tensor
 
-from offramp.decode.request import Limits, Token
+from offramp.decode.request import Limits, Token, drafts_of
 from offramp.decode.sampling import Choose
 from offramp.decode.sequence import begin_alike
 from offramp.errors import BadInput, OfframpError
@@ -89,6 +89,12 @@ class Choice:
             self.first = self.first or time.monotonic()
             self.tokens.append(token)
             yield token
+
+    def note(self, token: Token) -> dict[str, Any]:
+        """What the exits did for a token."""
+        engine = self.job.engine
+        drafted = engine.fill.verifies and token.exit_block < engine.backbone.n_blocks
+        return {"block": token.exit_block, "confidence": token.confidence, "drafted": drafted}
 
     @property
     def reason(self) -> str:
@@ -207,16 +213,12 @@ class Server:
     def about(self, choice: Choice) -> dict[str, Any]:
         """What exits did for an answer: for each token its block, confidence, and whether it was a draft; and totals."""
         job, engine, blocks = choice.job, choice.job.engine, self.backbone.n_blocks
-        verifies = engine.fill.verifies
-        tokens = [
-            {"block": token.exit_block, "confidence": token.confidence, "drafted": verifies and token.exit_block < blocks}
-            for token in choice.tokens
-        ]
+        tokens = [choice.note(token) for token in choice.tokens]
         prompt = {"prompt_token_ids": job.ids} if choice.shows_ids else {}
         if job.request is None or not choice.tokens:
             return {"tokens": tokens, **prompt}
         made = engine.summarise(job.request, job.read - job.asked, max(1e-9, job.ended - job.read))
-        accepted = sum(bool(token["drafted"]) for token in tokens)
+        drafts, stood = drafts_of(choice.tokens, blocks) if engine.fill.verifies else (0, 0)
         return {
             "tokens": tokens,
             **prompt,
@@ -224,8 +226,8 @@ class Server:
             "mean_blocks": made.mean_blocks,
             "flops_saved": made.flops_saved,
             "fill": made.fill if engine.open_exits else FULL,
-            "num_draft_tokens": accepted + choice.tokens[-1].rejected if verifies else 0,
-            "num_accepted_tokens": accepted,
+            "num_draft_tokens": drafts,
+            "num_accepted_tokens": stood,
             "acceptance_rate": made.acceptance_rate,
             "tokens_per_pass": made.tokens_per_deep_pass,
             "prefill_seconds": made.prefill_seconds,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,10 @@ def _event(what: dict[str, Any]) -> str:
     return f"data: {json.dumps(what)}\n\n"
 
 
-async def _all(works: Iterable[Awaitable[None]]) -> None:
+async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
     async with asyncio.TaskGroup() as group:
         for work in works:
-            group.create_task(_awaited(work))
-
-
-async def _awaited(work: Awaitable[None]) -> None:
-    await work
+            group.create_task(work)
 
 
 async def _left(request: Request) -> None:

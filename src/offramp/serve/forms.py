@@ -47,10 +47,7 @@ class Form:
             own = {"finish_reason": choice.reason, "offramp": self.server.about(choice), **self.end()}
         else:
             token = choice.tokens[at]
-            blocks = self.server.backbone.n_blocks
-            drafted = choice.job.engine.fill.verifies and token.exit_block < blocks
-            noted = {"id": token.id, "block": token.exit_block, "confidence": token.confidence, "drafted": drafted}
-            own = {"finish_reason": None, "offramp": noted, **self.delta(choice, at)}
+            own = {"finish_reason": None, "offramp": {"id": token.id, **choice.note(token)}, **self.delta(choice, at)}
         return {**self.head, "object": self.piece_kind, "choices": [{"index": index, **own}]}
 
     def last(self, chosen: list[Choice]) -> dict[str, Any]:

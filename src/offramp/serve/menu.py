@@ -7,8 +7,8 @@ from typing import Any
 
 from offramp.decode.engine import Engine
 from offramp.decode.fills import FILLS, fill_named
-from offramp.errors import BadInput
-from offramp.exits.exits import Exits
+from offramp.errors import BadInput, CorruptFile, OfframpError
+from offramp.exits.exits import Exits, check_types
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 
@@ -27,6 +27,22 @@ class Point:
     passed: bool
 
 
+def _points(exits: Exits) -> list[Point]:
+    """What the exits' calibration tested. Raises `CorruptFile` for a calibration of nonsense."""
+    try:
+        tested = [
+            Point(Policy.from_json(each["policy"]), each["loss"], each["flops_saved"], each["passed"])
+            for each in exits.calibration.get("tested", [])
+        ]
+        for point in tested:
+            check_types(point.policy)
+            if not all(isinstance(each, int | float) for each in (point.loss, point.flops_saved, point.passed)):
+                raise TypeError(f"{point.loss!r}, {point.flops_saved!r}")
+    except (KeyError, TypeError, ValueError, AttributeError, OfframpError) as error:
+        raise CorruptFile(f"The exits' calibration is damaged: {error!r}.", "Calibrate again.") from error
+    return tested
+
+
 class Menu:
     """Engines by fill and point, made when they are first asked for. `usual` answers where a request names neither.
 
@@ -36,10 +52,7 @@ class Menu:
     def __init__(self, backbone: Backbone, exits: Exits | None, drafts: Exits | None, usual: Engine) -> None:
         self.backbone, self.exits, self.usual = backbone, exits, usual
         self._drafts = drafts or exits
-        tested = exits.calibration.get("tested", []) if exits else []
-        self.points = [
-            Point(Policy.from_json(each["policy"]), each["loss"], each["flops_saved"], each["passed"]) for each in tested
-        ]
+        self.points = _points(exits) if exits else []
         self._made: dict[tuple[str, int | None], Engine] = {(usual.fill.name if usual.open_exits else FULL, None): usual}
 
     @property

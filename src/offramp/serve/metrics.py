@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from offramp.decode.request import drafts_of
 from offramp.serve.scheduler import Job, Scheduler
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -52,13 +53,13 @@ class Metrics:
         self._count("prefix_cache_hits", job.cached)
         if job.request is None or not job.request.tokens:
             return
-        tokens, blocks = job.request.tokens, job.engine.backbone.n_blocks
+        tokens = job.request.tokens
         self._count("generation_tokens", len(tokens))
         self._count("blocks", sum(token.blocks for token in tokens))
         if job.engine.fill.verifies:
-            accepted = sum(token.exit_block < blocks for token in tokens)
-            self._count("spec_decode_num_draft_tokens", accepted + tokens[-1].rejected)
-            self._count("spec_decode_num_accepted_tokens", accepted)
+            made, stood = drafts_of(tokens, job.engine.backbone.n_blocks)
+            self._count("spec_decode_num_draft_tokens", made)
+            self._count("spec_decode_num_accepted_tokens", stood)
         self._times["time_to_first_token_seconds"].observe(first - job.asked)
         self._times["e2e_request_latency_seconds"].observe(job.ended - job.asked)
         if len(tokens) > 1:

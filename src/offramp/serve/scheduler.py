@@ -68,7 +68,7 @@ class Scheduler:
 
     def __init__(self, rows: int = 16, waiting: int = 64, cache: int = 1 << 30) -> None:
         self.rows, self.most_waiting, self.cache = rows, waiting, PromptCache(cache)
-        self.steps = self.failures = 0
+        self.failures = 0
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[Request, Job] = {}
@@ -167,7 +167,6 @@ class Scheduler:
         """Let a batch make a step, and tell what happened."""
         if not batch.requests:
             return
-        self.steps += 1
         for event in batch.step():
             job = self._running.get(event.request)
             if job is None:

@@ -81,11 +81,12 @@ class Texts:
     def at(self, step: int) -> list[int]:
         """The texts of a step, as indices."""
         epoch = 0
-        while step >= (batches := len(self._of(epoch))):
+        while step >= (batches := len(self.batches(epoch))):
             step, epoch = step - batches, epoch + 1
-        return self._of(epoch)[step]
+        return self.batches(epoch)[step]
 
-    def _of(self, epoch: int) -> list[list[int]]:
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, as indices."""
         if epoch != self._epoch:
             draw, order = random.Random(f"{self.seed}/{epoch}"), list(range(len(self.sizes)))
             draw.shuffle(order)
@@ -125,7 +126,7 @@ def distance(made: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
     return FIRST * first + (made - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
 
 
-class Distillery:
+class MixerTraining:
     """The student, its mixers, and the text; its methods are the steps."""
 
     def __init__(
@@ -266,7 +267,7 @@ class Distillery:
     def _over_held(self, loss_of: Callable[[list[TeacherText]], tuple[list[float], float]]) -> list[float]:
         """The mean of the losses over the held texts, each batch with its weight."""
         texts = Texts(self.held, 0)
-        found = [loss_of(texts.read(batch)) for batch in texts._of(0)]
+        found = [loss_of(texts.read(batch)) for batch in texts.batches(0)]
         whole = sum(weight for _, weight in found)
         return [sum(losses[i] * weight for losses, weight in found) / whole for i in range(len(found[0][0]))]
 
@@ -346,14 +347,14 @@ def main() -> None:
     try:
         model, data = text_of(settings, work)
         student = Student(model, torch.bfloat16, compiled=True)
-        distillery = Distillery(student, data, settings, work, lambda line: print(line, flush=True))
-        mixers = distillery.run()
+        training = MixerTraining(student, data, settings, work, lambda line: print(line, flush=True))
+        mixers = training.run()
     except OfframpError as error:
         report(parser, error)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here.")
         return
-    held = dict(zip(("cross_entropy", "nats", "agreement"), distillery.answered(mixers), strict=True))
+    held = dict(zip(("cross_entropy", "nats", "agreement"), training.answered(mixers), strict=True))
     record = {
         "base": "smollm2", "command": command_line(), "settings": asdict(settings), "text": data.files,
         "held": {name: round(value, 4) for name, value in held.items()}, "versions": versions(),

@@ -137,9 +137,9 @@ def texts(student, tmp_path_factory):
     return gather(backbone, config, (backbone.n_blocks,), folder / "work")
 
 
-def distillery(student, texts, work, **settings) -> distil.Distillery:
+def distillery(student, texts, work, **settings) -> distil.MixerTraining:
     chosen = distil.Settings(keep=3, match_hours=4e-4, join_hours=1e-4, answer_hours=1e-4, **settings)
-    return distil.Distillery(student, texts, chosen, work, lambda line: None)
+    return distil.MixerTraining(student, texts, chosen, work, lambda line: None)
 
 
 def test_distillation_brings_mixers_near_and_keeps_the_attentions_that_are_missed_most(student, texts, tmp_path) -> None:
@@ -171,7 +171,7 @@ def test_the_first_output_projection_is_the_least_squares_one(student, texts, tm
 
 def test_batches_are_equally_long_and_have_every_text_once_an_epoch(texts) -> None:
     batches = distil.Texts(texts.adapters, seed=0)
-    epoch = [batches.at(step) for step in range(len(batches._of(0)))]
+    epoch = [batches.at(step) for step in range(len(batches.batches(0)))]
     assert sorted(index for batch in epoch for index in batch) == list(range(len(texts.adapters)))
     assert all(len({batches.sizes[index] for index in batch}) == 1 for batch in epoch)
     assert batches.at(len(epoch)) == distil.Texts(texts.adapters, seed=0).at(len(epoch)) != epoch[0]

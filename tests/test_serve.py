@@ -26,7 +26,7 @@ from models import ENGINES, tiny
 from offramp import Engine, Policy
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadNumbers
-from offramp.serve.answers import Lines, Rules
+from offramp.serve.answers import JsonLines, Rules
 from offramp.serve.api import app_of
 from offramp.serve.menu import Menu
 from offramp.serve.protocol import ChatRequest
@@ -364,7 +364,7 @@ def test_a_log_line_says_what_was_done_and_not_what_was_said(served: Served, cap
     with caplog.at_level("INFO", logger="offramp.serve"):
         chat(served, [{"role": "user", "content": "my secret"}])
     (record,) = (record for record in caplog.records if record.msg == "answered")
-    line = json.loads(Lines().format(record))
+    line = json.loads(JsonLines().format(record))
     assert line["event"] == "answered"
     assert line["tokens"] == 12
     assert line["prompt_tokens"] > line["cached_tokens"]

@@ -51,7 +51,7 @@ def serve(
     try:
         import uvicorn
 
-        from offramp.serve.answers import Lines, Rules, log
+        from offramp.serve.answers import JsonLines, Rules, log
         from offramp.serve.api import app_of
     except ImportError as error:
         raise BadInput(f"Serving needs the package {error.name}.", "Install it: pip install 'offramp[serve]'") from error
@@ -68,7 +68,7 @@ def serve(
     key = options.api_key or os.environ.get("OFFRAMP_API_KEY") or None
     rules = Rules(backbone.name, key, options.max_body, options.max_tokens, options.max_seconds)
     handler = logging.StreamHandler()
-    handler.setFormatter(Lines())
+    handler.setFormatter(JsonLines())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     shown = f"[{host}]" if ":" in host else host

@@ -266,15 +266,19 @@ def _from_mixers(name: str, folder: Path) -> Source:
     return Source(name, str(made), digest=lambda: sha256)
 
 
+def library_arguments(folder: Path) -> dict[str, Any]:
+    """What the library's `from_pretrained` is given to read a folder's weights: from its own files, or a GGUF file."""
+    if gguf := read_json(folder / RECORD).get("gguf"):
+        return {"pretrained_model_name_or_path": Path(gguf).parent, "gguf_file": Path(gguf).name, "local_files_only": True}
+    return {"pretrained_model_name_or_path": folder, "use_safetensors": True, "local_files_only": True}
+
+
 def _whole(source: Source) -> Any:
     """The library's model of a source, in float32."""
     from transformers import AutoModelForCausalLM
 
-    gguf = read_json(Path(source.path) / RECORD).get("gguf")
-    where: dict[str, Any] = {"gguf_file": Path(gguf).name} if gguf else {}
-    folder = Path(gguf).parent if gguf else source.path
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **where)
+        return AutoModelForCausalLM.from_pretrained(**library_arguments(Path(source.path)), dtype=torch.float32)
     except Exception as error:  # the library raises anything from KeyError to ValueError here
         raise source.unreadable(error) from error
 

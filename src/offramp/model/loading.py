@@ -34,7 +34,7 @@ from offramp.model.checkpoint import (
     write_safetensors,
 )
 from offramp.model.families import Family, family_of
-from offramp.model.hub import Source, find_config, resolve
+from offramp.model.hub import Source, find_config, library_arguments, resolve
 from offramp.model.lean.base import Lean
 from offramp.model.lean.native import library
 from offramp.model.lean.weights import FORMATS
@@ -176,15 +176,11 @@ class _Loading:
             if store.complete or values.checkpoint:
                 _fill(model, self.family, store, values)
             else:
-                where: dict[str, Any] = {"pretrained_model_name_or_path": self.folder, "use_safetensors": True}
-                if gguf := read_json(self.folder / RECORD).get("gguf"):
-                    where = {"pretrained_model_name_or_path": Path(gguf).parent, "gguf_file": Path(gguf).name}
                 model = AutoModelForCausalLM.from_pretrained(
-                    **where,
+                    **library_arguments(self.folder),
                     config=self.config,
                     dtype=FORMATS[dtype].loaded,
                     attn_implementation=self.family.implementation,
-                    local_files_only=True,
                 )
         return model.to(self.device)
 

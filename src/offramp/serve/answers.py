@@ -27,7 +27,7 @@ from offramp.serve.scheduler import Full, Job, Scheduler
 log = logging.getLogger("offramp.serve")
 
 
-class Lines(logging.Formatter):
+class JsonLines(logging.Formatter):
     """A log in JSON, one object a line. It has no text of prompts or answers."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -31,7 +31,7 @@ from offramp.serve.protocol import Asked, ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Scheduler
 
 PAGE = Path(__file__).parent / "page"
-ONLY_OWN_FILES = "default-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+ONLY_OWN_FILES = "default-src 'self'; img-src data:; frame-ancestors 'none'"
 
 
 async def answered(server: Server, chosen: list[Choice], form: Form, request: Request) -> Response:

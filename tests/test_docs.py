@@ -168,6 +168,8 @@ def replaced(world) -> Iterator[dict[str, str]]:
 
 
 def test_a_block_says_what_it_is() -> None:
+    fences = [line for path in PAGES for line in path.read_text().splitlines() if line.lstrip().startswith(("```", "~~~"))]
+    assert len(fences) == 2 * len(BLOCKS)
     assert {block.language for block in BLOCKS} <= {"python", "bash", "console", "json", "text"}
     assert all(commands(block) for block in named("bash", "console"))
 

@@ -36,10 +36,12 @@ exits: .venv/.installed
 		--epochs 1 --gate-epochs 1
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
-	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96
+	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
+		--temperatures 0,0.7,0,0.9 --epochs 2 --gate-epochs 1
 	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.06
 	$(BIN)/offramp calibrate mamba-tiny-ee --exits $(TINY)-ee --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
-	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --draft --readout-width 96
+	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
+		--temperatures 0,0.7,0,0.9 --epochs 2 --gate-epochs 1
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt

@@ -199,14 +199,16 @@ def check(pairs: list[tuple[Asked, Got]], model: str, dtype: str | None) -> list
     return wrong
 
 
+def at(values: list[float], share: float) -> str:
+    """The quantile of sorted times, in ms."""
+    return f"{1000 * values[min(len(values) - 1, int(share * len(values)))]:.0f}" if values else "–"
+
+
 def table(pairs: list[tuple[Asked, Got]], seconds: float) -> str:
     """The measures of answered requests, as a Markdown table."""
     whole = [(asked, got) for asked, got in pairs if asked.kind == "whole" and got.text is not None]
     firsts = sorted(got.first for asked, got in whole if asked.streamed)
     each = sorted((got.last - got.first) / (got.tokens - 1) for asked, got in whole if asked.streamed and got.tokens > 1)
-
-    def at(values: list[float], share: float) -> str:
-        return f"{1000 * values[min(len(values) - 1, int(share * len(values)))]:.0f}" if values else "–"
 
     rate = sum(got.tokens for _, got in pairs) / seconds
     cells = [f"{rate:.0f}", *(at(values, share) for values in (firsts, each) for share in (0.5, 0.95))]

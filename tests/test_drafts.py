@@ -15,6 +15,7 @@ from torch import Tensor
 from helpers import TAILS, exact, library_tokens, modest_exits, some_prompts
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
+from offramp.decode import drafting
 from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
 from offramp.errors import CorruptFile
@@ -24,6 +25,8 @@ from offramp.exits.parts import unit
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
 from offramp.model.lean.steps import Steps
+from offramp.model.lean.structures import MOST_DRAFTS
+from offramp.model.lean.weights import FORMATS
 from offramp.training.drafting import runs
 
 
@@ -63,10 +66,15 @@ def drafting_engine(
 
 
 def costing(engine: Engine, row: float, asking: float) -> Engine:
-    """The engine, whose drafts cost so much: in steps of full depth, of a row of a chunk, and of asking the exit."""
+    """The engine, whose drafts cost so much: in steps of full depth, of a row of a chunk, and of asking the exit.
+
+    By its record, half of its drafts are right.
+    """
     assert engine.drafting
-    drafter = engine.drafting.compiled
+    drafter, parts = engine.drafting.compiled, engine.drafting.parts
     drafter.rows[:], drafter.asking = [row * drafts for drafts in range(len(drafter.rows))], asking
+    engine.drafting = replace(engine.drafting, by_hand=asking, parts=replace(parts, rows=tuple(drafter.rows)))
+    engine.drafting.exits.training["validation"] = [{"block": engine.drafting.block, "agreement": 0.5}]
     return engine
 
 
@@ -279,6 +287,40 @@ def test_a_draft_starts_from_the_linear_map_that_fits_best(tails: tuple[int, ...
     adapter.fit(h, top, target)
     found, wanted = adapter(torch.cat([h, top], dim=1)[None])[0][0], target if tails else unit(target)
     assert float((found - wanted).std() / wanted.std()) < (0.2 if tails else 0.35)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("row", "asking", "drafts"), [(0.0, 0.0, True), (0.3, 0.0, False), (0.0, 0.6, False)])
+def test_python_drafts_beside_other_answers_only_where_that_pays(row, asking, drafts, sampling) -> None:
+    family = "llama/native"
+    engine = costing(drafting_engine(family, sampling=sampling), row, asking)
+    full, prompts = Engine(tiny(family), sampling=sampling), some_prompts(3)
+    answers = engine.generate_batch(prompts, max_tokens=12)
+    assert [answer.ids for answer in answers] == [full.generate(prompt, max_tokens=12).ids for prompt in prompts]
+    assert any(answer.acceptance_rate is not None for answer in answers) == drafts
+
+
+def test_drafts_beside_others_pay_less_the_more_they_are() -> None:
+    made = costing(drafting_engine("llama/native"), 0.125, 0.1).drafting
+    assert made
+    # A row costs an eighth of a step: 1.5 (1 + (n - 1) / 8) is more than 1.1 + (2 n - 1) / 8 for n up to 5.
+    assert [made.pays_beside(answers) for answers in (1, 2, 5, 6, 9, 40)] == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "instructions"), [("AMD EPYC", "AVX-512 BF16 and VNNI"), ("Intel Xeon", "AVX-512 and VNNI")]
+)
+def test_the_table_of_machines_has_a_row_for_each_format(name: str, instructions: str, monkeypatch) -> None:
+    monkeypatch.setattr(drafting, "processor", lambda: name)
+    monkeypatch.setattr(drafting, "kernels", lambda: instructions)
+    for weight_format in FORMATS:
+        costs = drafting.row_costs(weight_format)
+        assert costs is not drafting.ELSEWHERE
+        assert costs[0] == 0
+        assert len(costs) > MOST_DRAFTS
+        assert list(costs) == sorted(costs)
+    monkeypatch.setattr(drafting, "kernels", lambda: "AVX2")
+    assert drafting.row_costs("int4") is drafting.ELSEWHERE
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])

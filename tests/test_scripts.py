@@ -27,6 +27,7 @@ sys.path.insert(
 
 import adapters
 import agreement
+import clients
 import exits
 import gates
 import growth
@@ -176,6 +177,19 @@ def test_load_compares_every_answer_with_the_same_answer_alone(world, capsys, mo
     asked = load.load_of(3)
     pairs = [(each, load.Got("something else", 200, 0.1, 0.2, 3)) for each in asked]
     assert len(load.check(pairs, model, "float32")) == 3
+
+
+def test_clients_are_timed_and_so_are_the_prompt_cache_and_a_stream(world, capsys, monkeypatch) -> None:
+    model = str(shutil.copytree(world / "model", "model"))
+    Path("model/chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}\n{% endfor %}")
+    for name, value in (("PROMPT_TOKENS", 6), ("SYSTEM_TOKENS", 12), ("PAIRS", 1), ("SHORT", ("Why?",))):
+        monkeypatch.setattr(clients, name, value)
+    clients.main([model, "--clients", "1,2", "--requests", "1", "--tokens", "6", "--dtype", "float32"])
+    said = capsys.readouterr().out
+    assert [row[0] for row in rows(said)[1:]] == ["1", "2"]
+    assert all(float(row[1]) > 0 and len(row) == 6 for row in rows(said)[1:])
+    assert "times sooner" in said
+    assert "of the engine's in this process" in said
 
 
 def test_matched_shows_what_a_policy_saves_on_other_prompts(world, capsys) -> None:

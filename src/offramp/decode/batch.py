@@ -41,7 +41,7 @@ from offramp.progress import Progress, silent
 
 # Most tokens of a prompt that one step reads. More would be no faster, and progress would be seldom.
 PIECE = 512
-MOST_READ = 4096  # tokens of prompts that a step reads: their hidden states are in memory at once
+MOST_READ = 512  # tokens of prompts that a step reads, about; other answers wait for so long
 
 # Most drafts from prompt look-up. A pass over four rows costs little more than over one; a pass over eight costs more.
 LOOKED_UP = 3
@@ -59,6 +59,7 @@ class Batch:
         self.plan = plan
         self.requests: list[Request] = []
         self._has_read = False  # whether the last step read prompts
+        self._drafts = True  # whether sequences draft in this step
 
     def add(
         self, ids: list[int], talk: Talk | None = None, choose: Choose | None = None, **limits: Unpack[Limits]
@@ -167,6 +168,8 @@ class Batch:
     def _decode(self, requests: list[Request]) -> list[Event]:
         """Let the requests' sequences climb until a token of each is decided. The climbs furthest behind run first."""
         events: list[Event] = []
+        drafting = self.plan.drafting
+        self._drafts = drafting is None or drafting.pays_beside(len(requests))
         if len(requests) == 1 and runs_ahead(self.plan, requests[0]):
             events, climb = self._run_ahead(requests[0])
             if climb is None or climb.request.finish_reason:
@@ -223,6 +226,8 @@ class Batch:
     def _set_out(self, request: Request) -> Climb:
         """Start a climb of a sequence's newest token, together with drafts that are looked up in its text."""
         sequence, ids = request.sequence, request.sequence.ids
+        if not self._drafts:
+            return Climb(request, len(ids), may_leave=False)
         if not sequence.drafts and self.plan.lookup:
             limit = min(LOOKED_UP, self.plan.max_pending, request.remaining - 1)
             draft_ids = looked_up(ids, self.plan.lookup, limit)

@@ -15,6 +15,7 @@ from offramp.errors import CorruptFile
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.ngrams import LONGEST, SHORTEST
 from offramp.exits.readouts import DeepAdapter
+from offramp.machine import processor
 from offramp.model.backbone import Backbone
 from offramp.model.lean.base import Lean
 from offramp.model.lean.native import kernels
@@ -22,24 +23,44 @@ from offramp.model.lean.steps import DrafterParts
 from offramp.model.lean.structures import MOST_DRAFTS, CDrafter, CNgrams
 from offramp.model.lean.weights import Int4, Int8, Weight
 
-# What 0, 1, … more rows of a chunk cost, in steps of full depth: for smollm2 on an AMD EPYC, whose kernels have this name
-# (benchmarks/growth.py, "verified rows"). On other processors, a guess.
-MEASURED = "AVX-512 BF16 and VNNI"
+# What 0, 1, … more rows of a chunk cost, in steps of full depth: for smollm2 on a maker's processors with these kernels, by
+# benchmarks/growth.py --formats FORMAT ("verified rows"), beside a step of a compiled loop, which is shorter than a single
+# one. On other processors, a guess.
 ROWS = {
-    "float32": (0.0, 0.1, 0.21, 0.52, 0.84, 1.02, 1.2, 1.4),
-    "bfloat16": (0.0, 0.03, 0.08, 0.18, 0.32, 0.4, 0.5, 0.58),
-    "int8": (0.0, 0.05, 0.19, 0.4, 0.66, 0.86, 1.06, 1.26),
-    "int4": (0.0, 0.02, 0.14, 0.37, 0.6, 0.8, 1.0, 1.2),
-    "int4-head4": (0.0, 0.02, 0.14, 0.37, 0.6, 0.8, 1.0, 1.2),
+    ("AMD", "AVX-512 BF16 and VNNI"): {
+        "float32": (0.0, 0.1, 0.21, 0.52, 0.84, 1.02, 1.2, 1.4),
+        "bfloat16": (0.0, 0.03, 0.08, 0.18, 0.32, 0.4, 0.5, 0.58),
+        "int8": (0.0, 0.05, 0.19, 0.4, 0.66, 0.86, 1.06, 1.26),
+        "int4": (0.0, 0.02, 0.14, 0.37, 0.6, 0.8, 1.0, 1.2),
+    },
+    ("Intel", "AVX-512 and VNNI"): {
+        "float32": (0.0, 0.02, 0.06, 0.22, 0.24, 0.26, 0.42, 0.43),
+        "bfloat16": (0.0, 0.1, 0.2, 0.31, 0.42, 0.5, 0.6, 0.7),
+        "int8": (0.0, 0.12, 0.27, 0.46, 0.68, 0.89, 1.05, 1.23),
+        "int4": (0.0, 0.37, 0.8, 1.1, 1.4, 1.8, 2.1, 2.5),
+    },
 }
 ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
+PYTHON = 50e6  # bytes of weights that could be read in the time that a draft takes which Python makes
+
+
+def row_costs(weight_format: str) -> tuple[float, ...]:
+    """What 0 to 7 more rows of a chunk cost on this machine, in steps of full depth, by the table of machines."""
+    for (maker, instructions), costs in ROWS.items():
+        if maker in processor() and kernels() == instructions:
+            return costs[weight_format.removesuffix("-head4")]
+    return ELSEWHERE
 
 
 @dataclass(frozen=True)
 class Drafting:
-    """A compiled drafter. `block`: the number of blocks before the exit. The rest keeps alive what the C code points to."""
+    """A compiled drafter. The rest keeps alive what the C code points to.
+
+    `block`: the number of blocks before the exit; `by_hand`: what a draft costs that Python makes, in steps of full depth.
+    """
 
     block: int
+    by_hand: float
     parts: DrafterParts
     compiled: CDrafter
     exits: Exits
@@ -50,18 +71,32 @@ class Drafting:
 
         It follows from their costs, and from how often they were right on held-out text when the exit was trained.
         """
-        rows: list[dict[str, Any]] = self.exits.training.get("validation", [])
         best = tokens = chance = 1.0
-        try:
-            held = next((row for row in rows if row["block"] == self.block), {})
-            shares = [float(share) for share in held.get("acceptance") or [held.get("agreement", 0.0)] * 3]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a stranger's record may hold anything
-            raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
-        for drafts, share in enumerate(shares[:MOST_DRAFTS], start=1):
+        for drafts, share in enumerate(self._right()[:MOST_DRAFTS], start=1):
             chance *= share
             tokens += chance
             best = max(best, tokens / (1 + self.parts.rows[drafts] + drafts * self.parts.asking))
         return best
+
+    def pays_beside(self, answers: int) -> bool:
+        """Whether a draft for each of so many answers side by side should make decoding faster, if Python makes it."""
+        plain, drafted = self._chunk(answers), self._chunk(2 * answers) + self.by_hand
+        return (1 + self._right()[0]) * plain > drafted
+
+    def _chunk(self, rows: int) -> float:
+        """What a chunk of so many rows costs, in steps of full depth. Beyond the table, each costs as its last row."""
+        costs = self.parts.rows
+        beyond = max(0, rows - len(costs))
+        return 1 + costs[min(rows, len(costs)) - 1] + beyond * (costs[-1] - costs[-2])
+
+    def _right(self) -> list[float]:
+        """How often a first, second, … draft was right on held-out text, by the record. Raises `CorruptFile`."""
+        rows: list[dict[str, Any]] = self.exits.training.get("validation", [])
+        try:
+            held = next((row for row in rows if row["block"] == self.block), {})
+            return [float(share) for share in held.get("acceptance") or [held.get("agreement", 0.0)] * 3]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a stranger's record may hold anything
+            raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
 
     @classmethod
     def of(cls, backbone: Backbone, exit: Exit, exits: Exits, most: int, alike: int, floor: float) -> Drafting | None:
@@ -84,9 +119,8 @@ class Drafting:
         asking = sum(weight.nbytes for weight in weights) + sum(map(runtime.block_bytes, own))
         step = sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes()
         scale = None if adapter.jump is None else adapter.jump.spread.float().contiguous()
-        costs = ROWS[runtime.weight_format] if kernels() == MEASURED or plain else ELSEWHERE
         parts = DrafterParts(
             exit.block, exit.tail, exits.config.middle, *weights, mean, spread, scale, shortlist, table,
-            min(most, MOST_DRAFTS), alike, costs, asking / step, floor,
+            min(most, MOST_DRAFTS), alike, row_costs(runtime.weight_format), asking / step, floor,
         )  # fmt: skip
-        return cls(exit.block, parts, runtime.drafter(parts), exits)
+        return cls(exit.block, (asking + PYTHON) / step, parts, runtime.drafter(parts), exits)

@@ -158,7 +158,7 @@ def compare_fills(
     pairs: int = 5,
     texts: Sequence[str] = PROMPTS,
 ) -> FillComparison:
-    """Decode answers to prompts with each fill in turn, `pairs` times after a warm-up.
+    """Decode answers to prompts with each fill, `pairs` times after a warm-up. Fills take turns, prompt by prompt.
 
     A fill without exits is full depth. A policy in `policies` replaces that of the fill's exits. Raises `BadInput` for more
     tokens than the context holds.
@@ -166,15 +166,20 @@ def compare_fills(
     prompts = [backbone.prompts.encode(text) for text in texts] if backbone.tokenizer else [_random_ids(backbone, 16)]
     _check_fits(backbone, max(map(len, prompts)) + tokens)
 
-    def answer(engine: Engine) -> list[Generation]:
-        return [engine.generate(prompt, max_tokens=tokens) for prompt in prompts]
-
     engines = {
         fill: Engine(backbone, exits, policies.get(fill), fill) if exits else Engine(backbone)
         for fill, exits in fills.items()
     }
-    answers = {fill: answer(engine) for fill, engine in engines.items()}
-    rounds = [{fill: _rate_of(answer(engine)) for fill, engine in engines.items()} for _ in range(pairs)]
+
+    def answers_of_all() -> dict[str, list[Generation]]:
+        made: dict[str, list[Generation]] = {fill: [] for fill in fills}
+        for prompt in prompts:
+            for fill, engine in engines.items():
+                made[fill].append(engine.generate(prompt, max_tokens=tokens))
+        return made
+
+    answers = answers_of_all()
+    rounds = [{fill: _rate_of(made) for fill, made in answers_of_all().items()} for _ in range(pairs)]
     first = next(iter(fills))
     speeds = {}
     for fill in fills:

@@ -52,6 +52,7 @@ from offramp.model.lean.structures import (
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.c"
+SLOW_PAIRS = "-mno-avx512bf16"  # Intel's cores multiply pairs of bfloat16 at half the rate of float32
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
 
 
@@ -64,7 +65,7 @@ def _from_row(tensor: Tensor, row: int) -> int:
 def library() -> Any:
     """The compiled library, or None where no C compiler works. The environment variable `CC` names another compiler."""
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
-    command = [*compiler, *FLAGS]
+    command = [*compiler, *FLAGS, *([SLOW_PAIRS] if "Intel" in processor() else [])]
     compiled = _compiled_file(command)
     try:
         if not compiled.exists():

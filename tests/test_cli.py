@@ -17,6 +17,7 @@ import typer
 
 from helpers import Ran, exits_for, run_cli
 from models import BLOCKS, cache_in, saved, tiny
+import offramp
 from offramp import Engine, Policy, Sampling
 from offramp.cli.app import app
 from offramp.cli.flags import Chosen, Only, with_flags
@@ -49,8 +50,6 @@ def world(tmp_path_factory):
     """A tiny model in a folder, exits for it, and a cache of their own."""
     folder = tmp_path_factory.mktemp("world")
     saved(tiny("llama"), folder / "model")
-    import offramp
-
     os.environ["OFFRAMP_CACHE"] = str(cache_in(folder / "cache"))
     backbone = offramp.load(str(folder / "model"), "float32")
     exits = exits_for("llama")
@@ -96,6 +95,10 @@ def test_help_names_every_verb_and_says_the_defaults(world) -> None:
     shown = " ".join(run(world, "train", "--help", COLUMNS="400").stdout.split())
     assert "Bottleneck of a gate, in dims; a multiple of 16. Default: 64." in shown
     assert "Bottleneck of a read-out, in dims; a multiple of 32. Default: 512, with --draft 1024." in shown
+
+
+def test_it_says_its_version(world) -> None:
+    assert run(world, "--version").stdout == f"offramp {offramp.__version__}\n"
 
 
 def test_a_shell_completes_verbs() -> None:

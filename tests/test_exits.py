@@ -20,6 +20,7 @@ from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.exits import belong, find_exits, require_exits, suggested_places
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
+from offramp.model.hub import ALIASES
 from offramp.model.lean.native import library
 from offramp.serve.menu import Menu
 from offramp.training.loop import Fit
@@ -138,6 +139,19 @@ def test_a_config_that_names_what_the_exits_do_not_hold_is_not_saved(tmp_path, n
     held.config = replace(held.config, sketch=0)
     with pytest.raises(BadInput, match="sketch of 0, but they hold one of 32"):
         held.save(tmp_path)
+
+
+def test_without_the_package_of_exits_that_ship_it_is_named(monkeypatch) -> None:
+    backbone = tiny("llama")
+    monkeypatch.setattr("offramp.exits.exits.shipped", lambda kind: [])
+    assert find_exits(backbone) is None  # nothing ships for this model, so nothing is said
+    monkeypatch.setitem(ALIASES, backbone.name, None)
+    with pytest.warns(UserWarning, match="no exits for tiny-llama here, since the package offramp-models is not installed"):
+        assert find_exits(backbone) is None
+    with pytest.raises(BadInput, match="offramp-models, with the exits that ship, is not installed") as caught:
+        require_exits(backbone)
+    assert "pip install offramp-models" in caught.value.hint
+    assert "offramp train tiny-llama" in caught.value.hint
 
 
 def test_exits_are_found_in_a_folder_or_among_those_that_ship(tmp_path) -> None:

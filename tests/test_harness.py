@@ -35,9 +35,9 @@ def ours():
 def theirs():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from offramp.model.hub import MODELS
+    from offramp.model.hub import ALIASES
 
-    folder = str(MODELS / "mamba-tiny")
+    folder = str(ALIASES["mamba-tiny"])
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,38 @@ def test_offline_and_no_wheel_does_not_ask_pip(bare, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
         resolve("smollm2")
+
+
+def test_what_ships_is_found_and_not_imported(tmp_path, monkeypatch) -> None:
+    package = tmp_path / "offramp_models"
+    for name in ("b", "a"):
+        (package / "models" / name).mkdir(parents=True)
+    (package / "models" / "notes.txt").write_text("")
+    (package / "__init__.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert files.shipped("models") == [package / "models" / "a", package / "models" / "b"]
+    assert files.shipped("exits") == []
+    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
+    assert files.shipped("models") == []
+
+
+def test_an_alias_whose_package_is_not_installed_says_what_to_install(own_cache, monkeypatch) -> None:
+    monkeypatch.setattr(hub, "ALIASES", {"mamba-tiny": None})
+    with pytest.raises(ModelNotFound, match="'mamba-tiny' is a model of the package offramp-models") as raised:
+        resolve("mamba-tiny")
+    assert "pip install offramp-models" in raised.value.hint
+
+
+def test_the_aliases_are_the_same_without_the_package() -> None:
+    code = """
+import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, package=None: None if name == "offramp_models" else find(name, package)
+from offramp.model.hub import ALIASES
+print(*ALIASES)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == list(ALIASES)
 
 
 def wheel_with(content: bytes):

@@ -11,10 +11,9 @@ import torch
 
 import offramp
 from helpers import MADE_AT_ONCE, run_cli
-from offramp import Engine, Exits, Policy, shipped_for
+from offramp import Engine, Exits, Policy, files, shipped_for
 from offramp.decode.sampling import Sampling
 from offramp.evaluation.bench import REST, parts_of_a_token
-from offramp.files import ASSETS
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
 from offramp.model.loading import check
@@ -69,7 +68,7 @@ def test_the_shipped_exits_were_trained_by_a_recorded_command(smollm2: Backbone,
         assert training["command"].startswith("offramp train smollm2 -o build/")
         assert [len(source["sha256"]) for source in training["text"]] == [64]
     assert sum(sum(training["tokens"].values()) for training in stages) > 2_000_000
-    sizes = [file.stat().st_size for file in (ASSETS / "exits").rglob("*") if file.is_file()]
+    sizes = [file.stat().st_size for folder in files.shipped("exits") for file in folder.rglob("*") if file.is_file()]
     assert sum(sizes) <= 40_000_000
 
 
@@ -205,7 +204,8 @@ def test_the_mamba_model_says_what_it_was_trained_on_and_is_small(mamba_tiny: Ba
     }
     assert all(model["curve"] for model in record.get("models", [record]))
     assert (folder / "model.safetensors").stat().st_size <= 16_000_000
-    assert sum(file.stat().st_size for file in (ASSETS / "exits" / mamba_tiny.name).iterdir()) <= 3_000_000
+    (exits,) = (path for path in files.shipped("exits") if path.name == mamba_tiny.name)
+    assert sum(file.stat().st_size for file in exits.iterdir()) <= 3_000_000
 
 
 def test_the_demo_shows_both_models_side_by_side() -> None:

@@ -1,9 +1,10 @@
-"""Files: atomic writes, lines of prompts, hashes, the cache folder, and the assets that come with the package."""
+"""Files: atomic writes, lines of prompts, hashes, the cache folder, and the assets that come with offramp."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import tempfile
@@ -14,7 +15,16 @@ from typing import Any
 
 from offramp.errors import BadInput, OfframpError
 
-ASSETS = Path(__file__).parent / "assets"  # prompts, model shapes, small models and their exits
+ASSETS = Path(__file__).parent / "assets"  # prompts and model shapes
+MODELS_PACKAGE = "offramp-models"  # the distribution with the models and exits that ship; everything else works without it
+INSTALL_MODELS = f"Install it: pip install {MODELS_PACKAGE} (in a clone: pip install ./{MODELS_PACKAGE})"
+
+
+def shipped(kind: str) -> list[Path]:
+    """The folders of a kind, "models" or "exits", in the distribution `offramp-models`; none where it is not installed."""
+    spec = importlib.util.find_spec(MODELS_PACKAGE.replace("-", "_"))
+    places = (spec.submodule_search_locations if spec else None) or []
+    return sorted(folder for place in places for folder in (Path(place) / kind).glob("*") if folder.is_dir())
 
 
 def cache_folder() -> Path:

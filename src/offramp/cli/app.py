@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from offramp import __version__
 from offramp.cli.decoding import chat, demo, generate
 from offramp.cli.evaluating import bench, evaluate, inspect, report
 from offramp.cli.flags import with_flags
@@ -24,6 +25,21 @@ app = typer.Typer(
 )
 for verb in (demo, generate, chat, train, calibrate, tune, evaluate, report, inspect, bench, serve):
     app.command("eval" if verb is evaluate else verb.__name__)(with_flags(verb))
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"offramp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def offramp(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """What may stand before a verb."""
 
 
 def main() -> None:

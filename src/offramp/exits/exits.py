@@ -28,7 +28,8 @@ from offramp.exits.ngrams import Ngrams
 from offramp.exits.policy import Policy
 from offramp.exits.readouts import READOUTS
 from offramp.exits.sharing import fetched, on_the_hub, push
-from offramp.files import ASSETS, write_atomically
+from offramp.files import INSTALL_MODELS, MODELS_PACKAGE, shipped, write_atomically
+from offramp.model.hub import ALIASES
 
 if TYPE_CHECKING:
     from offramp.model.backbone import Backbone
@@ -358,12 +359,21 @@ def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool
     """The exits in `folder`. Without a folder, those that ship for this backbone's weights, or None.
 
     `folder` may also be the name of a hub repository. With `draft`, the exits that draft for `verify`, if the folder has
-    them. Raises as `Exits.load` does, and `ModelNotFound` for a name that is neither.
+    them. Warns where exits should have shipped, but are not installed. Raises as `Exits.load` does, and `ModelNotFound` for
+    a name that is neither.
     """
+    exits = _found(backbone, folder, draft)
+    if exits is None and backbone.name in ALIASES and not shipped("exits"):
+        missing = f"There are no exits for {backbone.name} here, since the package {MODELS_PACKAGE} is not installed."
+        warnings.warn(f"{missing} {INSTALL_MODELS}", stacklevel=1)  # one place, so it is said once
+    return exits
+
+
+def _found(backbone: Backbone, folder: str | Path | None, draft: bool) -> Exits | None:
     if folder is not None and on_the_hub(folder):
         folder = fetched(str(folder))
     if folder is None:
-        folders = (record.parent for record in sorted((ASSETS / "exits").glob(f"*/{RECORD}")))
+        folders = (path for path in shipped("exits") if (path / RECORD).is_file())
         folder = next((path for path in folders if belong(_owner(path), backbone)), None)
         if folder is None:
             return None
@@ -373,7 +383,7 @@ def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool
 
 def require_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits:
     """As `find_exits`, for work that needs exits. Raises `BadInput` if there are none."""
-    exits = find_exits(backbone, folder, draft)
+    exits = _found(backbone, folder, draft)
     if exits is None:
         raise no_exits(backbone)
     return exits
@@ -381,10 +391,13 @@ def require_exits(backbone: Backbone, folder: str | Path | None = None, draft: b
 
 def no_exits(backbone: Backbone) -> BadInput:
     """The error for a model without exits."""
-    return BadInput(
-        f"No exits ship for {backbone.name}, and no folder of exits is named.",
-        f"Train some: offramp train {backbone.name} -o DIR. Then name them: --exits DIR.",
-    )
+    train = f"offramp train {backbone.name} -o DIR. Then name them: --exits DIR."
+    if not shipped("exits"):
+        return BadInput(
+            f"No folder of exits is named, and the package {MODELS_PACKAGE}, with the exits that ship, is not installed.",
+            f"{INSTALL_MODELS}. Or train some: {train}",
+        )
+    return BadInput(f"No exits ship for {backbone.name}, and no folder of exits is named.", f"Train some: {train}")
 
 
 def shipped_for(backbone: Backbone, draft: bool = False) -> Exits | None:

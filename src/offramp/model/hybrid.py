@@ -58,7 +58,7 @@ def base_of(file: Path) -> str:
         with safe_open(file, "pt") as tensors:
             return str(json.loads(tensors.metadata()["record"])["base"])
     except Exception as error:  # whatever safetensors raises for bytes that it cannot read
-        raise CorruptFile(f"The mixers in {file} are damaged: {error!r}", "Install offramp again.") from error
+        raise CorruptFile(f"The mixers in {file} are damaged: {error!r}", "Install offramp-models again.") from error
 
 
 def read_mixers(file: Path) -> dict[int, Mixer]:
@@ -68,13 +68,13 @@ def read_mixers(file: Path) -> dict[int, Mixer]:
         with safe_open(file, "pt") as tensors:
             kept = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118 - it is no dict
     except Exception as error:  # whatever safetensors raises for bytes that it cannot read
-        raise CorruptFile(f"The mixers in {file} are damaged: {error}", "Install offramp again.") from error
+        raise CorruptFile(f"The mixers in {file} are damaged: {error}", "Install offramp-models again.") from error
     for key, value in kept.items():
         block, name, *scale = key.split(".")
         if not scale:
             mixers.setdefault(int(block), {})[name] = value * kept.get(f"{key}.scale", torch.ones(1))
     if any(set(mixer) != {*MATRICES, *VECTORS} for mixer in mixers.values()):
-        raise CorruptFile(f"The mixers in {file} are not complete.", "Install offramp again.")
+        raise CorruptFile(f"The mixers in {file} are not complete.", "Install offramp-models again.")
     return dict(sorted(mixers.items()))
 
 

@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import pytest
 import typer
 
+import offramp
 from helpers import Ran, exits_for, run_cli
 from models import BLOCKS, cache_in, saved, tiny
-import offramp
 from offramp import Engine, Policy, Sampling
 from offramp.cli.app import app
 from offramp.cli.flags import Chosen, Only, with_flags

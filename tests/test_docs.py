@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -127,9 +128,24 @@ def check_llm(*arguments: str) -> None:
     assert OfframpModel.Options(**options).model_dump(exclude_unset=True).keys() == options.keys()
 
 
+def check_pip(verb: str, *packages: str) -> None:
+    """Extras that are asked for must exist."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert verb == "install"
+    for package in packages:
+        for found in re.findall(r"\[(.*?)\]", package):
+            assert {*found.split(",")} <= extras.keys()
+
+
+def check_from_a_wheel(*arguments: str) -> None:
+    """uvx and pipx: what follows `offramp` is for offramp."""
+    parsed(*arguments[arguments.index("offramp") + 1 :])
+
+
 USAGE = typer.BadParameter.__mro__[1]  # what the command line raises for any mistake in arguments
 MISTAKES = (AssertionError, KeyError, OSError, ValueError, USAGE)
 CHECKS = {"offramp": parsed, "make": check_make, "python": check_python, "llm": check_llm, "sed": lambda *_: None}
+CHECKS |= {"pip": check_pip, "uvx": check_from_a_wheel, "pipx": check_from_a_wheel}
 
 
 def check(command: list[str]) -> None:
@@ -202,6 +218,8 @@ def test_commands_exist_and_take_their_arguments(block: Block) -> None:
         "llm -m offramp/smollm3 Why?",
         "llm -m offramp/smollm2 -o fil verify Why?",
         "offrmp generate smollm2 Why?",
+        "pip install offramp[serv]",
+        "uvx --from WHEEL offramp answer smollm2",
     ],
 )
 def test_a_command_with_a_mistake_is_found(command: str) -> None:

@@ -1,7 +1,13 @@
-"""Fixtures: each family, a cache folder for one test, and the real model."""
+"""Fixtures: each family, a cache folder for one test, a stand-in for the hub, and the real model."""
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +29,27 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = cache_in(tmp_path / "cache")
     monkeypatch.setenv("OFFRAMP_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[dict[str, str]]:
+    """The environment of a program whose hub is a stand-in with an empty folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    stand = subprocess.Popen([sys.executable, Path(__file__).with_name("hub_stand.py"), str(tmp_path / "hub"), str(port)])
+    environment = {
+        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none",
+        "HF_HOME": str(tmp_path / "home"), "OFFRAMP_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield environment
+    stand.terminate()
+    stand.wait()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from offramp.errors import BadInput
 from offramp.settings import setting
 from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig
 
-VERBS = ("demo", "generate", "chat", "train", "calibrate", "tune", "eval", "report", "inspect", "bench", "serve")
+VERBS = ("demo", "generate", "chat", "train", "calibrate", "tune", "export", "eval", "report", "inspect", "bench", "serve")
 TOKEN = {"id", "text", "exit_block", "blocks", "confidence", "flops", "cumulative_flops", "deep_passes", "rejected"}
 ANSWER = {
     "text",
@@ -421,6 +421,11 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("eval", "model", "--task", "coqa,triviaqa", "--data", "few.txt"), "not clear which --data"),
         (("report", "few.txt", "-o", "x.html"), "holds no results"),
         (("tune", "model", "-o", "x", "--own-prompts", "few.txt"), "2 texts are too few"),
+        (("export", "model", "-o", "x"), "No exits ship for model"),
+        (("export", "model", "-o", "x", "--exits", "nowhere"), "no folder nowhere"),
+        (("export", "model", "-o", "x", "--exits", "exits", "--fill", "magic"), "no fill 'magic'"),
+        (("export", "model", "-o", "x", "--exits", "exits", "--fill", "freeze"), "no Mamba blocks"),
+        (("export", "model", "-o", "model", "--exits", "exits"), "holds the model itself"),
         (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of whole numbers"),
         (("train", "model", "-o", "x", "--readout-width", "40"), "40 dims wide"),
         (("train", "model", "-o", "x", "--layers", "9"), "do not fit a model of 6"),

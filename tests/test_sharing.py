@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,34 +13,12 @@ from models import saved, tiny
 from offramp import Exits, Policy
 from offramp.exits.sharing import card, on_the_hub
 
-STAND = Path(__file__).with_name("hub_stand.py")
 PUSH = """
 import sys, offramp
 model = offramp.load(sys.argv[1], "float32")
 exits, drafts = offramp.Exits.load(sys.argv[2], model), offramp.Exits.load(sys.argv[3], model)
 print(exits.push_to_hub("some/exits", drafts, licence="apache-2.0"))
 """
-
-
-@pytest.fixture
-def hub(tmp_path) -> Iterator[dict[str, str]]:
-    """The environment of a program whose hub is a stand-in with an empty folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    stand = subprocess.Popen([sys.executable, STAND, str(tmp_path / "hub"), str(port)])
-    environment = {
-        **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none",
-        "HF_HOME": str(tmp_path / "home"), "OFFRAMP_CACHE": str(tmp_path / "cache"),
-    }  # fmt: skip
-    while True:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield environment
-    stand.terminate()
-    stand.wait()
 
 
 def ran(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offramp.decode.engine import Engine
-    from offramp.decode.hf_generate import decoding
+    from offramp.decode.hf_generate import decoding, generate_with_exits
     from offramp.decode.request import Generation, Talk, Token
     from offramp.decode.sampling import Sampling
     from offramp.errors import OfframpError
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "decode.engine": ("Engine",),
-    "decode.hf_generate": ("decoding",),
+    "decode.hf_generate": ("decoding", "generate_with_exits"),
     "decode.request": ("Generation", "Talk", "Token"),
     "decode.sampling": ("Sampling",),
     "errors": ("OfframpError",),
@@ -55,6 +55,7 @@ __all__ = [
     "TrainConfig",
     "calibrate",
     "decoding",
+    "generate_with_exits",
     "load",
     "shipped_for",
     "train",

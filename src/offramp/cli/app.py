@@ -15,7 +15,7 @@ from offramp.cli.evaluating import bench, evaluate, inspect, report
 from offramp.cli.flags import with_flags
 from offramp.cli.progress import Interrupted
 from offramp.cli.serving import serve
-from offramp.cli.training import calibrate, train, tune
+from offramp.cli.training import calibrate, export, train, tune
 from offramp.errors import OfframpError
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, generate, chat, train, calibrate, tune, evaluate, report, inspect, bench, serve):
+for verb in (demo, generate, chat, train, calibrate, tune, export, evaluate, report, inspect, bench, serve):
     app.command("eval" if verb is evaluate else verb.__name__)(with_flags(verb))
 
 

@@ -1,8 +1,9 @@
-"""The verbs that make something: train, calibrate and tune."""
+"""The verbs that make something: train, calibrate, tune and export."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,3 +106,35 @@ def tune(
         print(json.dumps({"output": str(output), **record}))
     else:
         tuning_table(record, output)
+
+
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the repository.", show_default=False)],
+    *,
+    decoding: Annotated[DecodingOptions, Only("exits")],
+    fill: Annotated[
+        str | None,
+        typer.Option(
+            help="The fill of calls that name none: project, copy, freeze, defer or verify. Default: verify where exits "
+            "that draft are there, else project.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write exits as a repository for transformers: model.generate(..., custom_generate="org/name")."""
+    from offramp.decode.fills import fill_named
+    from offramp.exits.exits import exits_and_drafts
+    from offramp.exits.sharing import export as export_exits
+    from offramp.model.loading import outline
+
+    chosen = None if fill is None else fill_named(fill)
+    backbone = outline(model)
+    with warnings.catch_warnings():  # an outline runs in no weight format that could differ from the exits'
+        warnings.simplefilter("ignore")
+        exits, drafts = exits_and_drafts(backbone, decoding.exits)
+    chosen = chosen or fill_named("verify" if drafts else "project")
+    chosen(backbone)  # raises for a fill that this model cannot have
+    export_exits(exits, output, backbone, chosen.name, drafts)
+    print(f"{output}: exits of {backbone.name}, fill {chosen.name}.")
+    print(f"To share it: hf upload org/name {output}")

@@ -1,8 +1,13 @@
-"""Exits in the library's own API: `model.generate(**inputs, custom_generate=offramp.decoding(exits, fill="verify"))`."""
+"""Exits in the library's own API: `model.generate(**inputs, custom_generate=offramp.decoding(exits, fill="verify"))`.
+
+The library also takes the name of a repository as `custom_generate`; the code of those that `offramp export` writes calls
+`generate_with_exits`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,14 +16,106 @@ from torch import Tensor
 
 from offramp.decode.batch import Batch
 from offramp.decode.engine import Engine
+from offramp.decode.fills import fill_named
 from offramp.decode.request import Decided, Request
 from offramp.decode.sampling import chooser
 from offramp.errors import BadInput, ExitsMismatch
-from offramp.exits.exits import Exits, belong
+from offramp.exits.exits import Exits, belong, require_exits
 from offramp.exits.policy import Policy
+from offramp.exits.sharing import on_the_hub
 from offramp.model.backbone import Backbone
+from offramp.model.checkpoint import fingerprint
+from offramp.model.loading import adopt
 
 UNSUPPORTED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+# Arguments of the library's `generate` that would be lost on the way to exits, and what to do instead.
+REFUSED = {
+    "assistant_model": 'With fill="verify", exits draft.',
+    "stop_strings": "Give a StopStringCriteria in stopping_criteria.",
+    "token_healing": "Leave it out.",
+    "inputs_embeds": "Give input_ids.",
+    "cache": "Give all ids from the beginning.",
+    "past_key_values": "Give all ids from the beginning.",
+    "negative_prompt_ids": "Leave it out.",
+    "synced_gpus": "Use one process.",
+}
+
+
+def generate_with_exits(
+    model: Any,
+    fill: str,
+    threshold: float | Sequence[float] | None = None,
+    streamer: Any = None,
+    revision: str | None = None,
+    **arguments: Any,
+) -> Any:
+    """The library's `generate` with the exits of the repository, or folder, that the call names as `custom_generate`.
+
+    `threshold`: one number for all exits, or one for each, in place of the exits' own policy. `revision`: the
+    repository's. The rest is as for the library's `generate`, and goes through `decoding`. The model need not have been
+    given to offramp: what is made of it at the first call is kept with it, and made anew when its weights have changed.
+
+    Raises `BadInput` for an unknown fill and for arguments that exits cannot honour, and otherwise as `adopt`,
+    `require_exits` and `decoding` do.
+    """
+    verifies, settings = fill_named(fill).verifies, arguments.get("generation_config")
+    for name, hint in REFUSED.items():
+        given = arguments.get(name, getattr(settings, name, None))
+        if given is not None and given is not False:
+            raise BadInput(f"Exits cannot decode with {name}.", hint)
+    repository = _named_repository()
+    if revision is not None and on_the_hub(repository):
+        repository = f"{repository}@{revision}"
+    exits = require_exits(_adopted(model), repository, verifies)
+    custom = decoding(exits, _policy(exits, threshold), fill, streamer=streamer)
+    return model.generate(custom_generate=custom, streamer=streamer, **arguments)
+
+
+def _named_repository() -> str:
+    """What the call of the library's `generate` that is under way names as `custom_generate`.
+
+    transformers 5.24 hands a repository's code all arguments but this one, and runs a copy of the code in another place.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        named = frame.f_locals.get("custom_generate")
+        if isinstance(named, str):
+            return named
+        frame = frame.f_back
+    raise BadInput("No repository is named.", 'Call model.generate(…, custom_generate="org/name", trust_remote_code=True).')
+
+
+class _Kept:
+    """The backbone that was made of the library's model, and is kept with it. Copies of the model begin without one."""
+
+    backbone: Backbone | None = None
+    made_of: tuple[Any, ...] = ()
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+def _adopted(model: Any) -> Backbone:
+    """The backbone of a model: its owner's, or one that was made here and that the model still fits."""
+    kept: _Kept = vars(model).setdefault("_offramp", _Kept())
+    known = Backbone.of(model)
+    if known is not None and known is not kept.backbone:
+        return known
+    made_of = fingerprint(model), model.dtype, model.device
+    if kept.made_of != made_of:
+        kept.backbone, kept.made_of = adopt(model), made_of
+    assert kept.backbone is not None
+    return kept.backbone
+
+
+def _policy(exits: Exits, threshold: float | Sequence[float] | None) -> Policy | None:
+    if threshold is None:
+        return None
+    numbers = [threshold] * len(exits) if isinstance(threshold, int | float) else threshold
+    try:
+        return Policy(tuple(map(float, numbers)), exits.policy.confidence)
+    except (TypeError, ValueError):
+        raise BadInput(f"{threshold!r} is not a threshold.", "Give a number, or one for each exit: (1, 1, 0.9)") from None
 
 
 def decoding(
@@ -29,7 +126,8 @@ def decoding(
     The library's logits processors, stopping criteria, `do_sample`, left-padded batches, `num_return_sequences` and
     `return_dict_in_generate` work as usual. Draws have the library's distribution but not its random numbers; they
     are a function of torch's global seed. transformers 5.24 does not pass its `streamer` on: give it here as well as there.
-    Raises `BadInput` for beams and for `output_scores`, `ExitsMismatch` for another model's exits.
+    Raises `BadInput` for other ways to search than greedy and sampling, for `output_scores` and the like, and for a
+    streamer or a prefix function beside several rows; `ExitsMismatch` for another model's exits.
     """
 
     def generate(
@@ -38,6 +136,8 @@ def decoding(
         from transformers.generation.utils import GenerateDecoderOnlyOutput
 
         _check_supported(generation_config)
+        if len(input_ids) > 1:
+            _check_several(logits_processor, streamer)
         backbone = _backbone_of(model, exits)
         seed = int(torch.randint(2**62, ())) if generation_config.do_sample else None
         # Rows may have the same prompt: each draws by a seed of its own.
@@ -95,8 +195,23 @@ def _continue(batch: Batch, rows: dict[Request, Tensor], stopping_criteria: Any,
 def _check_supported(generation_config: Any) -> None:
     if generation_config.num_beams != 1:
         raise BadInput(f"Exits decode one token after another, not with {generation_config.num_beams} beams.", "Use 1.")
+    mode = generation_config.get_generation_mode().value
+    if mode not in ("greedy_search", "sample"):
+        raise BadInput(f"Exits cannot decode by {mode.replace('_', ' ')}.", "Use greedy search, or do_sample=True.")
+    if generation_config.guidance_scale not in (None, 1):
+        raise BadInput("Exits cannot decode with a guidance_scale.", "Leave it out.")
     if any(getattr(generation_config, output) for output in UNSUPPORTED):
         raise BadInput("Exits keep no scores, logits, attentions or hidden states.", "Ask for none of them.")
+
+
+def _check_several(logits_processor: Any, streamer: Any) -> None:
+    """Raise `BadInput` for what is told about one text only."""
+    from transformers import PrefixConstrainedLogitsProcessor
+
+    if streamer is not None:
+        raise BadInput("A streamer hears one text, not several at a time.", "Give one prompt, or no streamer.")
+    if any(isinstance(each, PrefixConstrainedLogitsProcessor) for each in logits_processor):
+        raise BadInput("A prefix_allowed_tokens_fn is asked about one text, not several at a time.", "Give one prompt.")
 
 
 def _backbone_of(model: Any, exits: Exits) -> Backbone:

@@ -369,16 +369,29 @@ def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool
     return exits
 
 
+def exits_and_drafts(backbone: Backbone, folder: str | Path | None = None) -> tuple[Exits, Exits | None]:
+    """What `require_exits` gives, and the exits that draft beside them, or None. Raises as `require_exits` does."""
+    found = _folder_of(backbone, folder)
+    if found is None:
+        raise no_exits(backbone)
+    drafts = found / DRAFT
+    return Exits.load(found, backbone), Exits.load(drafts, backbone) if drafts.is_dir() else None
+
+
 def _found(backbone: Backbone, folder: str | Path | None, draft: bool) -> Exits | None:
-    if folder is not None and on_the_hub(folder):
-        folder = fetched(str(folder))
-    if folder is None:
-        folders = (path for path in shipped("exits") if (path / RECORD).is_file())
-        folder = next((path for path in folders if belong(_owner(path), backbone)), None)
-        if folder is None:
-            return None
-    drafts = Path(folder) / DRAFT
-    return Exits.load(drafts if draft and drafts.is_dir() else folder, backbone)
+    found = _folder_of(backbone, folder)
+    if found is None:
+        return None
+    drafts = found / DRAFT
+    return Exits.load(drafts if draft and drafts.is_dir() else found, backbone)
+
+
+def _folder_of(backbone: Backbone, folder: str | Path | None) -> Path | None:
+    """The folder on this machine with the exits that `folder` names, or with those that ship for this backbone."""
+    if folder is not None:
+        return fetched(str(folder)) if on_the_hub(folder) else Path(folder)
+    folders = (path for path in shipped("exits") if (path / RECORD).is_file())
+    return next((path for path in folders if belong(_owner(path), backbone)), None)
 
 
 def require_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits:

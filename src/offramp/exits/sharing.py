@@ -1,4 +1,8 @@
-"""Exits on the Hugging Face hub: their files, those of exits that draft, and a model card made from the record."""
+"""Exits on the Hugging Face hub: their files, those of exits that draft, and a model card made from the record.
+
+A repository can also hold what transformers needs to decode with the exits: `custom_generate/generate.py`, which names
+offramp's function, and `custom_generate/requirements.txt`.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.errors import CorruptFile, ModelNotFound, reason_of
+from offramp import __version__
+from offramp.errors import BadInput, CorruptFile, ModelNotFound, reason_of
+from offramp.files import write_atomically
 from offramp.model.hub import is_hub_name, offline
 
 if TYPE_CHECKING:
     from offramp.exits.exits import Exits
+    from offramp.model.backbone import Backbone
 
 CARD = "README.md"
+SOME_NAME = "org/name"  # in the card of a folder, which does not know its name on the hub
 
 
 def on_the_hub(name: str | Path) -> bool:
@@ -47,13 +55,8 @@ def push(exits: Exits, repository: str, drafts: Exits | None = None, private: bo
     """
     from huggingface_hub import HfApi
 
-    from offramp.exits.exits import DRAFT
-
     with tempfile.TemporaryDirectory() as temporary:
-        exits.save(temporary)
-        if drafts is not None:
-            drafts.save(Path(temporary) / DRAFT)
-        (Path(temporary) / CARD).write_text(card(exits, repository, drafts, licence))
+        _write(exits, Path(temporary), drafts, card(exits, repository, drafts, licence))
         api = HfApi()
         try:
             api.create_repo(repository, private=private, exist_ok=True)
@@ -65,8 +68,54 @@ def push(exits: Exits, repository: str, drafts: Exits | None = None, private: bo
             ) from error
 
 
-def card(exits: Exits, repository: str, drafts: Exits | None = None, licence: str = "") -> str:
-    """The model card: what the exits are for, how good they are, how they were made, and how to use them."""
+def export(exits: Exits, folder: Path, backbone: Backbone, fill: str, drafts: Exits | None = None) -> None:
+    """Write what `push` uploads and the code for transformers: `model.generate(…, custom_generate=folder)`.
+
+    `fill`: that of calls that name none. Files of the same names are replaced, as `save` does. Raises `BadInput` for the
+    model's own folder.
+    """
+    if backbone.source.path and folder.resolve() == Path(backbone.source.path).resolve():
+        raise BadInput(f"{folder} holds the model itself, whose {CARD} would be lost.", "Name another folder.")
+    _write(exits, folder, drafts, card(exits, SOME_NAME, drafts, fill=fill))
+    major, minor = __version__.split(".")[:2]
+    requirements = REQUIREMENTS.format(least=__version__, below=f"{major}.{int(minor) + 1}")
+    write_atomically(folder / "custom_generate" / "requirements.txt", requirements.encode())
+    write_atomically(folder / "custom_generate" / "generate.py", GENERATE.format(fill=fill).encode())
+
+
+def _write(exits: Exits, folder: Path, drafts: Exits | None, text: str) -> None:
+    """Write the exits, those that draft, and the model card."""
+    from offramp.exits.exits import DRAFT
+
+    exits.save(folder)
+    if drafts is not None:
+        drafts.save(folder / DRAFT)
+    write_atomically(folder / CARD, text.encode())
+
+
+# transformers compares one version a line, and only the first of a line.
+REQUIREMENTS = """# offramp is not on PyPI. Install it from its own repository.
+offramp>={least}
+offramp<{below}
+"""
+GENERATE = '''"""`model.generate` with the early exits of this repository. The package offramp does the work."""
+
+from offramp import generate_with_exits
+
+FILL = "{fill}"  # what skipped blocks remember; verify: exits draft, and full depth decides
+
+
+def generate(model, fill=FILL, threshold=None, **arguments):
+    """Take the arguments of `model.generate`, and of offramp: `fill`, and `threshold` in place of the exits' own policy."""
+    return generate_with_exits(model, fill, threshold, **arguments)
+'''
+
+
+def card(exits: Exits, repository: str, drafts: Exits | None = None, licence: str = "", fill: str = "") -> str:
+    """The model card: what the exits are for, how good they are, how they were made, and how to use them.
+
+    `fill`: the default of the repository's `generate.py`, if it has one.
+    """
     base = str(exits.backbone.get("name", ""))
     on_hub = base.count("/") == 1  # then the hub links the exits from the model's page
     header = {
@@ -78,11 +127,12 @@ def card(exits: Exits, repository: str, drafts: Exits | None = None, licence: st
     named = [f"{name}: {value}" for name, value in header.items() if value]
     places = ", ".join(f"{layer}{f' + {tail}' if tail else ''}" for layer, tail in exits.config.places)
     parts = [
-        "\n".join(["---", *named, "tags:", "- early-exit", "- dynamax", "---"]),
+        "\n".join(["---", *named, "tags:", "- early-exit", "- dynamax", *(["- custom_generate"] if fill else []), "---"]),
         f"# Early exits for {base}",
         f"Exits after blocks {places} of {exits.backbone.get('blocks')}, made with offramp "
         "([DYNAMAX](https://arxiv.org/abs/2504.20922)): easy tokens leave the network early.",
         "## How to use",
+        *([IN_TRANSFORMERS.format(base=base if on_hub else "MODEL", repository=repository, fill=fill)] if fill else []),
         f'```\nofframp generate {base} "Why is the sky blue?" --exits {repository}\n```',
         PYTHON.format(base=base, repository=repository),
         *_quality("Exits that decide", exits),
@@ -100,6 +150,25 @@ model = offramp.load("{base}")
 exits = offramp.Exits.from_pretrained("{repository}", model)
 print(offramp.Engine(model, exits).generate("Why is the sky blue?").text)
 ```"""
+
+
+IN_TRANSFORMERS = """`{repository}` stands for this repository, or for a folder with its files. In transformers, where the
+package offramp is installed:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{base}")
+prompt = tokenizer("Why is the sky blue?", return_tensors="pt")
+exits = {{"custom_generate": "{repository}", "trust_remote_code": True}}
+model.generate(**prompt, **exits, streamer=TextStreamer(tokenizer), max_new_tokens=64)
+```
+
+`generate` also takes `fill=` (default: `{fill}`) and `threshold=`. With `fill="verify"`, exits draft and full depth
+decides. With other fills the exits decide, and the answer may be another.
+
+In offramp:"""
 
 
 def _quality(title: str, exits: Exits) -> list[str]:

@@ -43,7 +43,7 @@ from offramp.model.selfcheck import Lender, check, code_hash
 from offramp.model.store import Get, Incomplete, Store, Tensors
 from offramp.progress import Progress, silent
 
-__all__ = ["check", "library_folder", "load", "outline", "wrap"]
+__all__ = ["adopt", "check", "library_folder", "load", "outline", "wrap"]
 
 
 def load(
@@ -366,6 +366,24 @@ def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
     """
     backbone = Backbone(model, tokenizer, Source.of_weights(name, model))
     check(backbone)
+    return backbone
+
+
+def adopt(model: Any) -> Backbone:
+    """A `Backbone` around a transformers model that its owner goes on using: its parameters take gradients as before.
+
+    It has no tokenizer. A model on the CPU whose family has a lean path takes it, with a second copy of the weights. Raises
+    as `wrap` does.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    backbone = Backbone(model, None, Source.of_weights(model.name_or_path or "unnamed", model))
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    format = str(model.dtype).removeprefix("torch.")
+    if model.device.type == "cpu" and format in FORMATS:
+        _make_ready(backbone, format)
+    else:
+        check(backbone)
     return backbone
 
 

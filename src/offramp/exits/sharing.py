@@ -152,8 +152,9 @@ print(offramp.Engine(model, exits).generate("Why is the sky blue?").text)
 ```"""
 
 
-IN_TRANSFORMERS = """`{repository}` stands for this repository, or for a folder with its files. In transformers, where the
-package offramp is installed:
+IN_TRANSFORMERS = """\
+`{repository}` stands for this repository, or for a folder with its files. In transformers, where the package offramp is
+installed:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer

@@ -24,6 +24,7 @@ from offramp.model.lean.base import Lean
 from offramp.model.lean.blocks import LeanBlocks
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
+from offramp.model.offload import device_of, is_offloaded
 from offramp.model.prompts import Prompts
 from offramp.model.runtime import Part, Runtime, Step
 from offramp.model.state import State
@@ -42,8 +43,8 @@ class Backbone:
     Attributes: `model` and `tokenizer` are the library's own, and `config` is the model's text config. `n_blocks` is N,
     `hidden_size` D, `vocab_size` V, and `context` the length of the longest sequence the model was made for, in tokens.
     `kinds` holds the kind of each block. `source` says where the weights came from, with their hash. `prompts` turns text
-    into token ids. `modules` holds the library's modules, and `runtime` runs the blocks. `device` is where the blocks run;
-    a model on the meta device names it.
+    into token ids. `modules` holds the library's modules, and `runtime` runs the blocks. `device` is where hidden
+    states and gates are, and the blocks unless accelerate has spread them; a model on the meta device names it.
     """
 
     def __init__(self, model: Any, tokenizer: Any, source: Source, device: torch.device | None = None) -> None:
@@ -58,7 +59,7 @@ class Backbone:
         self.hidden_size: int = config.hidden_size
         self.vocab_size: int = head.shape[0]
         self.context: int = getattr(config, "max_position_embeddings", UNBOUNDED)
-        self.device: torch.device = device or head.device
+        self.device: torch.device = device or device_of(self.modules.embedding)
         self.kinds = self.modules.kinds
         self.prompts = Prompts(tokenizer, self.context, source.name)
         _BACKBONES[model] = ref(self)
@@ -125,6 +126,11 @@ class Backbone:
         """
         if not self.family.lean:
             raise UnsupportedModel(f"The family '{self.config.model_type}' has no lean path.", "Use bfloat16 or float32.")
+        if is_offloaded(self.model):
+            raise UnsupportedModel(
+                f"The lean path needs all weights of {self.name} in memory, and accelerate brings them in one by one.",
+                "Load the model by its name: offramp.load maps its weights from files.",
+            )
         try:
             runtime = LeanBlocks(self.modules, format, store or Store(device=self.device), values or Values(), native)
         except ValueError as error:

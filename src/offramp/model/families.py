@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offramp.errors import UnsupportedModel
 from offramp.model.hub import Source
+from offramp.model.offload import brought_in
 
 Config = Any  # a transformers PreTrainedConfig: its fields differ from family to family
 KeysValues = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
@@ -34,7 +35,8 @@ def _split_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def _fused_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """One `qkv_proj` whose rows are all queries, then all keys, then all values (phi3)."""
     width = attention.num_key_value_heads * attention.head_dim
-    k, v = F.linear(x, attention.qkv_proj.weight[-2 * width :]).split(width, dim=-1)
+    with brought_in(attention.qkv_proj):
+        k, v = F.linear(x, attention.qkv_proj.weight[-2 * width :]).split(width, dim=-1)
     heads = (*x.shape[:-1], -1, attention.head_dim)
     return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
 
@@ -48,7 +50,8 @@ def _scaled_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def _conv1d_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """GPT-2's `Conv1D`, a linear layer with its weight transposed: columns are queries, keys, values."""
     width = attention.split_size
-    kv = x @ attention.c_attn.weight[:, width:] + attention.c_attn.bias[width:]
+    with brought_in(attention.c_attn):
+        kv = x @ attention.c_attn.weight[:, width:] + attention.c_attn.bias[width:]
     k, v = kv.split(width, dim=-1)
     heads = (*x.shape[:-1], -1, attention.head_dim)
     return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)

@@ -39,6 +39,7 @@ from offramp.files import (
 )
 from offramp.model.checkpoint import RECORD, fingerprint
 from offramp.model.hybrid import MIXERS, base_of, read_mixers, to_bamba
+from offramp.model.offload import values_of
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Source:
     @classmethod
     def of_weights(cls, name: str, model: Any) -> Source:
         """The source of a model that is in memory only."""
-        return cls(name, "", fingerprint(model), lambda: _digest_of(model.state_dict()))
+        return cls(name, "", fingerprint(model, values_of(model)), lambda: _digest_of(model))
 
     @property
     def sha256(self) -> str:
@@ -101,12 +102,12 @@ class Source:
         )
 
 
-def _digest_of(tensors: dict[str, Any]) -> str:
-    """SHA-256 over the tensors' names and float32 values."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
+def _digest_of(model: Any) -> str:
+    """SHA-256 over the names and float32 values of a model's tensors."""
+    values, digest = values_of(model), hashlib.sha256()
+    for key, tensor in sorted(model.state_dict(keep_vars=True).items()):
         digest.update(key.encode())
-        digest.update(tensors[key].detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(values.whole(tensor, torch.float32).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

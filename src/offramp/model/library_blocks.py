@@ -2,6 +2,8 @@
 
 What differs between model families (scales, masks, how keys and values come out of the projections) is a row in `families`.
 The library's attention takes a `State` in place of its cache. Mamba blocks run with a mixer of our own (see `mamba`).
+Blocks may run on several devices (see `offload`). What a block remembers stays on its device; everything that these methods
+take and give is on the device of the embedding.
 
 Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks, H key/value heads, P head dim.
 """
@@ -23,6 +25,7 @@ from offramp.model.families import Family
 from offramp.model.lean.weights import FORMATS, Weight
 from offramp.model.mamba import remember, with_own_mixer
 from offramp.model.modules import Modules
+from offramp.model.offload import brought_in
 from offramp.model.runtime import Part, Step, read_out_likeliest
 from offramp.model.state import State
 
@@ -73,7 +76,7 @@ class LibraryBlocks:
             h = h * scale
         step = self.step(h, first)
         if self._modules.positions is not None:
-            h = h + self._modules.positions(step.positions)
+            h = h + self._modules.positions(step.positions).to(h.device)
         return h, step
 
     def step(self, h: Tensor, first: int) -> LibraryStep:
@@ -92,6 +95,7 @@ class LibraryBlocks:
 
     def _run(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> Tensor:
         assert isinstance(step, LibraryStep)
+        device = h.device
         for index in range(start, stop):
             attends = self._modules.attention[index] is not None
             kwargs: dict[str, Any] = {
@@ -105,7 +109,7 @@ class LibraryBlocks:
                 kwargs["position_embeddings"] = self._tables(index, step)
             out = self._blocks[index](h, **kwargs)
             h = out[0] if isinstance(out, tuple) else out
-        return h
+        return h.to(device)
 
     def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
         for h, state, step in parts:
@@ -118,16 +122,18 @@ class LibraryBlocks:
         if attention is None:
             return
         assert isinstance(step, LibraryStep)
-        keys, values = self._family.keys_values(attention, self._normed(h, index))
+        with brought_in(self._modules.blocks[index]), brought_in(attention):
+            keys, values = self._family.keys_values(attention, self._normed(h, index))
         if step.rotary is not None and getattr(attention, "use_rope", True):
             rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-            keys, _ = rotate(keys, keys, *self._tables(index, step))
+            keys, _ = rotate(keys, keys, *(table.to(keys.device) for table in self._tables(index, step)))
         state.update(keys, values, index)
 
     def remember_state(self, h: Tensor, index: int, state: State) -> None:
         memory = state.ssm[index]
         if memory is not None:
-            remember(self._modules.mixers[index], self._normed(h, index), memory)
+            with brought_in(self._modules.blocks[index]):
+                remember(self._modules.mixers[index], self._normed(h, index), memory)
 
     def _normed(self, h: Tensor, index: int) -> Tensor:
         name = self._family.input_norm
@@ -135,31 +141,45 @@ class LibraryBlocks:
         return normed
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
-        normed = self._modules.norm(h).to(self.dtype)  # some Mamba models keep the residual stream in float32
-        head = self._modules.head
-        out: Tensor = head(normed) if rows is None else F.linear(normed, head.weight[rows])
-        return out
+        if rows is not None:
+            return self.head_of(rows)(h)
+        out: Tensor = self._modules.head(self._ready(h))
+        return out.to(h.device)
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda h: self.logits(h, rows)
+        weight = self._head_rows(rows)
+        return lambda h: F.linear(self._ready(h), weight.to(h.device))
 
     def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
-        sketch, head = self.head_weight() @ expand, self._modules.head.weight
+        sketch = self.head_weight().to(expand.device) @ expand
+
+        def head(row: Tensor, ids: Tensor) -> Tensor:
+            return F.linear(row, self._head_rows(ids).to(row.device))
 
         def logits(h: Tensor) -> Tensor:
             x = self.final(h).reshape(-1, h.shape[-1])
-            estimates, normed = F.linear(x @ reduce.T, sketch), x.to(self.dtype)
-            out = read_out_likeliest(estimates, candidates, normed, lambda row, ids: F.linear(row, head[ids]))
-            return out.view(*h.shape[:-1], len(head))
+            out = read_out_likeliest(F.linear(x @ reduce.T, sketch), candidates, x.to(self.dtype), head)
+            return out.view(*h.shape[:-1], len(sketch))
 
         return logits
 
     def final(self, h: Tensor) -> Tensor:
-        normed: Tensor = self._modules.norm(h).float()
-        return normed
+        normed: Tensor = self._modules.norm(h).to(h.device)
+        return normed.float()
 
     def head_weight(self) -> Tensor:
-        weight: Tensor = self._modules.head.weight.detach().float()
+        with brought_in(self._modules.head):
+            weight: Tensor = self._modules.head.weight.detach()
+        return weight.float()
+
+    def _ready(self, h: Tensor) -> Tensor:
+        """What the head takes: the final norm of h (some Mamba models keep the residual stream in float32)."""
+        normed: Tensor = self._modules.norm(h).to(h.device, self.dtype)
+        return normed
+
+    def _head_rows(self, rows: Tensor) -> Tensor:
+        with brought_in(self._modules.head):
+            weight: Tensor = self._modules.head.weight[rows.to(self._modules.head.weight.device)]
         return weight
 
     def block_bytes(self, index: int) -> int:

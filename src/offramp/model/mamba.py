@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from offramp.model.offload import brought_in, share_hook
 from offramp.model.scan import causal_conv, scan, selective_scan
 from offramp.model.state import SSM, State
 
@@ -53,19 +54,22 @@ def with_own_mixer(block: nn.Module, name: str) -> nn.Module:
     """A copy of the library's block that shares all its modules, but whose mixer, called `name`, is a `StatefulMixer`."""
     copied = copy.copy(block)
     copied._modules = {**block._modules, name: StatefulMixer(getattr(block, name))}
+    share_hook(copied, block)
     return copied
 
 
 def mix(mixer: LibraryMixer, u: Tensor, memory: SSM | None = None) -> Tensor:
     """The mixer's output (B, T, D) for u (B, T, D). It continues from `memory` and leaves the new state there."""
-    if is_mamba1(mixer):
-        x, z = _linear(mixer.in_proj, u).chunk(2, dim=-1)
-        y = _advance_mamba1(mixer, x, memory) * F.silu(z.float())
-    else:
-        z, xBC, dt = _project_mamba2(mixer, u).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], dim=-1)
-        y = _advance_mamba2(mixer, xBC, dt, memory)
-        y = mixer.norm(y, z) if getattr(mixer, "mamba_rms_norm", True) else y * F.silu(z.float())
-    return _linear(mixer.out_proj, y.to(u.dtype))
+    with brought_in(mixer):
+        if is_mamba1(mixer):
+            x, z = _linear(mixer.in_proj, u).chunk(2, dim=-1)
+            y = _advance_mamba1(mixer, x, memory) * F.silu(z.float())
+        else:
+            widths = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
+            z, xBC, dt = _project_mamba2(mixer, u).split(widths, dim=-1)
+            y = _advance_mamba2(mixer, xBC, dt, memory)
+            y = mixer.norm(y, z) if getattr(mixer, "mamba_rms_norm", True) else y * F.silu(z.float())
+        return _linear(mixer.out_proj, y.to(u.dtype))
 
 
 def remember(mixer: LibraryMixer, u: Tensor, memory: SSM) -> None:
@@ -74,12 +78,13 @@ def remember(mixer: LibraryMixer, u: Tensor, memory: SSM) -> None:
     This leaves out the gate path and the output projection. Of the input projection it computes only the rows that feed the
     convolution and the state.
     """
-    if is_mamba1(mixer):
-        _advance_mamba1(mixer, _linear(mixer.in_proj, u, slice(0, mixer.intermediate_size)), memory)
-    else:
-        widths = [mixer.conv_dim, mixer.num_heads]
-        xBC, dt = _project_mamba2(mixer, u, slice(mixer.intermediate_size, None)).split(widths, dim=-1)
-        _advance_mamba2(mixer, xBC, dt, memory)
+    with brought_in(mixer):
+        if is_mamba1(mixer):
+            _advance_mamba1(mixer, _linear(mixer.in_proj, u, slice(0, mixer.intermediate_size)), memory)
+        else:
+            widths = [mixer.conv_dim, mixer.num_heads]
+            xBC, dt = _project_mamba2(mixer, u, slice(mixer.intermediate_size, None)).split(widths, dim=-1)
+            _advance_mamba2(mixer, xBC, dt, memory)
 
 
 def _advance_mamba1(mixer: LibraryMixer, x: Tensor, memory: SSM | None) -> Tensor:
@@ -136,11 +141,12 @@ def _advance_mamba2(mixer: LibraryMixer, xBC: Tensor, dt: Tensor, memory: SSM | 
 
 
 def _convolve(mixer: LibraryMixer, x: Tensor, memory: SSM | None) -> Tensor:
-    weight = mixer.conv1d.weight.squeeze(1)
+    with brought_in(mixer.conv1d):
+        weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     window = None if memory is None else memory.window
     if window is None:
         window = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
-    x, window = causal_conv(x, weight, mixer.conv1d.bias, window)
+    x, window = causal_conv(x, weight, bias, window)
     if memory is not None:
         memory.window = window
     return x
@@ -148,7 +154,8 @@ def _convolve(mixer: LibraryMixer, x: Tensor, memory: SSM | None) -> Tensor:
 
 def _linear(layer: nn.Linear, x: Tensor, rows: slice = slice(None)) -> Tensor:
     """The rows `rows` of a linear layer's output, for up to hundreds of inputs x at once."""
-    weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
+    with brought_in(layer):
+        weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
     if x.device.type == "cpu" and weight.dtype == torch.bfloat16 and x.shape[:-1].numel() >= 16:
         # Without bfloat16 instructions, many rows are several times faster in float32.
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)

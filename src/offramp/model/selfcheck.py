@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from offramp.errors import BadNumbers, UnsupportedModel
 from offramp.model.backbone import Backbone
 from offramp.model.mamba import is_mamba1
+from offramp.model.offload import is_offloaded
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Reference:
     def of(cls, backbone: Backbone, lender: Lender | None = None) -> Reference:
         """Run the library's model. Raises `BadNumbers` when its logits are not finite.
 
-        A model on the meta device needs a `lender`. It runs once, in one pass, for `full` and `cached`: another pass would
-        read all weights once more.
+        A model on the meta device needs a `lender`, unless hooks of accelerate's bring its weights in. Either runs once, in
+        one pass, for `full` and `cached`: another pass would read all weights once more.
         """
         generator = torch.Generator().manual_seed(0)
         length = min(16, backbone.context)
@@ -65,7 +66,8 @@ class Reference:
                 f"{backbone.name} gives NaN or infinite logits in {backbone.weight_format}.",
                 "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
             )
-        return cls(ids, pieces, full, _cached(backbone, pieces) if lender is None else full)
+        reads_anew = lender is not None or is_offloaded(backbone.model)
+        return cls(ids, pieces, full, full if reads_anew else _cached(backbone, pieces))
 
 
 def _cached(backbone: Backbone, pieces: list[Tensor]) -> Tensor:

@@ -295,7 +295,8 @@ class State:
         block = self.kv[layer_idx]
         assert block is not None
         block.append(keys, values)
-        return block.keys, block.values
+        # The fill `copy` may have begun the memory with keys of a block that runs on another device.
+        return block.keys.to(keys.device), block.values.to(keys.device)
 
     @property
     def bytes(self) -> int:

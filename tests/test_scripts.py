@@ -34,6 +34,7 @@ import growth
 import guarantee
 import load
 import matched
+import offload
 import paper
 import paper_size
 import prefill
@@ -121,6 +122,29 @@ def test_prompts_are_divided_into_parts_that_share_none(tmp_path, capsys) -> Non
     assert len(places) == prompts.REPEATS
     assert set(places) == {0, 1, 2}
     assert "own-train: 200 prompts" in capsys.readouterr().out
+
+
+def test_offload_says_what_a_token_takes(world, capsys) -> None:
+    names, folder = ["full depth", "exits, `project`", "`verify`"], world / "exits"
+    backbone = offramp.load(str(world / "model"), "float32")
+    engines = offload.engines_of(backbone, folder, folder)
+    assert list(engines) == names
+    table = rows("\n".join(offload.in_turn(engines, [[72, 105], [33]], tokens=6, pairs=2)))
+    assert [row[0] for row in table[1:]] == names
+    assert all(float(row[1]) > 0 for row in table[1:])
+    assert table[1][2:] == ["1.00 (1.00–1.00)", "0.0", "1.00"]
+    assert float(table[3][4]) > 1
+
+
+def test_offload_limits_the_memory_of_a_process_or_says_that_it_cannot(world, capfd, monkeypatch) -> None:
+    ours = ["--model", str(world / "model"), "--dtype", "float32", "--exits", str(world / "exits")]
+    arguments = [*ours, "--drafts", str(world / "exits"), "--count", "1", "--tokens", "4", "--pairs", "1"]
+    try:
+        offload.main(arguments)
+    except SystemExit:
+        assert re.search(r"cannot make a memory cgroup: .+\. Run it as root, on Linux\.", capfd.readouterr().err)
+    else:
+        assert "MB of the process" in capfd.readouterr().out
 
 
 def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:

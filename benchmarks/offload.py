@@ -1,0 +1,210 @@
+"""What do exits gain where the weights do not fit in memory? Time and bytes read from disk, for each token.
+
+    .venv/bin/python benchmarks/offload.py [--model smollm2] [--dtype float32] [--share 0.5] [--pairs 5] [--tokens 16]
+
+Decoding runs in a process of its own, in a memory cgroup. There it may use what it needs beside the weights, and memory for
+`--share` of the weights that a token reads at full depth. So the system reads the others from the disk again and again.
+Answers at full depth, with calibrated exits (`project`) and with `verify` take turns; a ratio is the median over rounds.
+The prefill is left out. Needs Linux, and the right to make a cgroup (root has it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import offramp
+from offramp import Engine
+from offramp.errors import OfframpError
+from offramp.evaluation.bench import PROMPTS
+from offramp.exits.exits import require_exits
+from offramp.files import cache_folder
+from offramp.machine import machine
+from offramp.model.backbone import Backbone
+
+FULL = "full depth"
+MB = 1e6
+SPARE = 16_000_000  # bytes that a process may come to need beside the weights
+
+
+@dataclass(frozen=True)
+class Group:
+    """A memory cgroup, of version 1 or 2."""
+
+    folder: Path
+    first: bool  # version 1
+
+    @classmethod
+    @contextmanager
+    def made(cls) -> Iterator[Group]:
+        """A new group, which is removed in the end. Raises `OSError` where none can be made."""
+        first = Path("/sys/fs/cgroup/memory")
+        parent = first if first.is_dir() else Path("/sys/fs/cgroup")
+        group = cls(parent / f"offramp-{os.getpid()}", parent == first)
+        group.folder.mkdir()
+        try:
+            if not group._limit.exists():
+                raise OSError(f"{group.folder} has no memory controller")
+            yield group
+        finally:
+            group.folder.rmdir()
+
+    @property
+    def _limit(self) -> Path:
+        return self.folder / ("memory.limit_in_bytes" if self.first else "memory.max")
+
+    def limit(self, size: int) -> None:
+        """Allow so many bytes. Pages of files beyond that are let go."""
+        self._limit.write_text(str(size))
+
+    def enter(self) -> None:
+        """Put this process into the group."""
+        (self.folder / "cgroup.procs").write_text("0")
+
+    def used(self) -> tuple[int, int]:
+        """Bytes in memory: of files, and all others."""
+        whole = int((self.folder / ("memory.usage_in_bytes" if self.first else "memory.current")).read_text())
+        found = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
+        files = int(found["cache" if self.first else "file"])
+        return files, whole - files
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one round of answers took: seconds, bytes read from the disk, tokens, and passes to the top."""
+
+    seconds: float
+    read: int
+    tokens: int
+    passes: int
+
+
+def read_bytes() -> int:
+    """Bytes that this process has made the system read from disks."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["read_bytes"])
+
+
+def answered(engine: Engine, prompts: list[list[int]], tokens: int) -> Answered:
+    """Answer each prompt, and measure from the end of its prefill on."""
+    seconds, read, count, passes = 0.0, 0, 0, 0
+    for prompt in prompts:
+        batch = engine.batch()
+        request = batch.add(prompt, max_tokens=tokens)
+        while not request.prefilled:
+            batch.step()
+        started, before = time.perf_counter(), read_bytes()
+        for _ in batch.run():
+            pass
+        seconds, read = seconds + time.perf_counter() - started, read + read_bytes() - before
+        count, passes = count + len(request.tokens), passes + request.sequence.deep_passes
+    return Answered(seconds, read, count, passes)
+
+
+def in_turn(engines: dict[str, Engine], prompts: list[list[int]], tokens: int, pairs: int) -> Iterator[str]:
+    """The lines of a table: what each engine's tokens take."""
+    rounds = [{name: answered(engine, prompts, tokens) for name, engine in engines.items()} for _ in range(pairs)]
+    yield "| | ms a token | times as fast | MB read a token | tokens a pass to the top |"
+    yield "|---|---|---|---|---|"
+    for name in engines:
+        found = [answers[name] for answers in rounds]
+        ratios = [
+            (answers[FULL].seconds / answers[FULL].tokens) / (own.seconds / own.tokens)
+            for answers, own in zip(rounds, found, strict=True)
+        ]
+        count = sum(own.tokens for own in found)
+        cells = [
+            name,
+            f"{1000 * median(own.seconds / own.tokens for own in found):.1f}",
+            f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
+            f"{sum(own.read for own in found) / count / MB:.1f}",
+            f"{count / max(1, sum(own.passes for own in found)):.2f}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def engines_of(backbone: Backbone, exits: Path | None, drafts: Path | None) -> dict[str, Engine]:
+    """Full depth, the calibrated exits, and `verify`."""
+    deciding, drafting = require_exits(backbone, exits), require_exits(backbone, drafts, draft=True)
+    return {
+        FULL: Engine(backbone),
+        "exits, `project`": Engine(backbone, deciding),
+        "`verify`": Engine(backbone, drafting, fill="verify"),
+    }
+
+
+def decode(args: argparse.Namespace, group: Group) -> None:
+    """Load the model, limit the memory, and print the table."""
+    backbone = offramp.load(args.model, args.dtype)
+    engines = engines_of(backbone, args.exits, args.drafts)
+    prompts = [backbone.prompts.encode(text) for text in PROMPTS[: args.count]]
+    for engine in engines.values():
+        answered(engine, prompts, args.tokens)
+    runtime = backbone.runtime
+    whole = sum(runtime.block_bytes(index) for index in range(backbone.n_blocks)) + runtime.head_bytes()
+    files, others = group.used()
+    if files < 0.9 * whole:
+        raise OfframpError(
+            f"Only {files / MB:.0f} MB of {whole / MB:.0f} MB of weights are counted as this process's memory.",
+            "Another process uses the same weights: end it, or set OFFRAMP_CACHE to a new folder.",
+        )
+    group.limit(round(others + SPARE + args.share * whole))
+    answered(engines[FULL], prompts[:1], 4)
+    print(
+        f"{backbone.name}, {backbone.weight_format}, {backbone.engine}: at full depth a token reads {whole / MB:.0f} MB of "
+        f"weights, and {args.share * whole / MB:.0f} MB have room, beside {others / MB:.0f} MB of the process; {machine()}"
+    )
+    for line in in_turn(engines, prompts, args.tokens, args.pairs):
+        print(line, flush=True)
+
+
+def forget() -> None:
+    """Let the system drop what it has in memory of the converted weights: pages in memory are charged to nobody anew."""
+    for file in (cache_folder() / "formats").glob("*/*.bin"):
+        with suppress(OSError), file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype")
+    parser.add_argument("--exits", type=Path)
+    parser.add_argument("--drafts", type=Path)
+    parser.add_argument("--share", type=float, default=0.5, help="of the weights, that memory is left for")
+    parser.add_argument("--count", type=int, default=len(PROMPTS), help="prompts")
+    parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.inside:
+        try:
+            decode(args, Group(args.inside, (args.inside / "memory.limit_in_bytes").exists()))
+        except OfframpError as error:
+            parser.error(f"{error} {error.hint}")
+        return
+    try:
+        with Group.made() as group:
+            forget()
+            command = [sys.executable, __file__, *argv, "--inside", str(group.folder)]
+            code = subprocess.run(command, preexec_fn=group.enter).returncode
+    except (OSError, subprocess.SubprocessError) as error:
+        parser.error(f"This process cannot make a memory cgroup: {error}. Run it as root, on Linux.")
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    main()

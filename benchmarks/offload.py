@@ -1,11 +1,13 @@
 """What do exits gain where the weights do not fit in memory? Time and bytes read from disk, for each token.
 
-    .venv/bin/python benchmarks/offload.py [--model smollm2] [--dtype float32] [--share 0.5] [--pairs 5] [--tokens 16]
+    .venv/bin/python benchmarks/offload.py [--model smollm2] [--dtype float32] [--share 0.5] [--held 120e6] [--tokens 16]
+    .venv/bin/python benchmarks/offload.py --spread [--dtype float32]
 
 Decoding runs in a process of its own, in a memory cgroup. There it may use what it needs beside the weights, and memory for
 `--share` of the weights that a token reads at full depth. So the system reads the others from the disk again and again.
-Answers at full depth, with calibrated exits (`project`) and with `verify` take turns; a ratio is the median over rounds.
-The prefill is left out. Needs Linux, and the right to make a cgroup (root has it).
+`--held` is that of `offramp.load`. With `--spread`, accelerate puts the upper half of the blocks of the library's own model
+on the disk, and the share is of that half. Answers at full depth, with calibrated exits (`project`) and with `verify` take
+turns; a ratio is the median over rounds. The prefill is left out. Needs Linux and the right to make a cgroup, as root has.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from offramp.exits.exits import require_exits
 from offramp.files import cache_folder
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
+from offramp.model.loading import library_folder, outline
 
 FULL = "full depth"
 MB = 1e6
@@ -143,16 +146,39 @@ def engines_of(backbone: Backbone, exits: Path | None, drafts: Path | None) -> d
     }
 
 
+def spread(name: str, dtype: str | None, work: Path) -> Backbone:
+    """The library's own model, with the upper half of its blocks on the disk."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    shape, folder = outline(name), library_folder(name)
+    family = shape.family
+    trunk = getattr(shape.model, family.trunk)
+    parts = [part for part, _ in shape.model.named_children() if part != family.trunk]
+    parts += [f"{family.trunk}.{part}" for part, _ in trunk.named_children() if part != family.blocks]
+    blocks = [f"{family.trunk}.{family.blocks}.{index}" for index in range(shape.n_blocks)]
+    places = dict.fromkeys([*parts, *blocks[: shape.n_blocks // 2]], "cpu")
+    places |= dict.fromkeys(blocks[shape.n_blocks // 2 :], "disk")
+    settings = {"device_map": places, "offload_folder": work, "dtype": dtype or "bfloat16"}
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    for parameter in model.parameters():
+        if not parameter.is_meta:  # it may be mapped from a file, and the lower half is to stay in memory
+            parameter.data = parameter.data.clone()
+    return offramp.wrap(model, AutoTokenizer.from_pretrained(folder), name)
+
+
 def decode(args: argparse.Namespace, group: Group) -> None:
     """Load the model, limit the memory, and print the table."""
-    backbone = offramp.load(args.model, args.dtype)
+    held = round(args.held)
+    backbone = spread(args.model, args.dtype, args.work) if args.spread else offramp.load(args.model, args.dtype, held=held)
     engines = engines_of(backbone, args.exits, args.drafts)
     prompts = [backbone.prompts.encode(text) for text in PROMPTS[: args.count]]
     for engine in engines.values():
         answered(engine, prompts, args.tokens)
-    runtime = backbone.runtime
-    whole = sum(runtime.block_bytes(index) for index in range(backbone.n_blocks)) + runtime.head_bytes()
+    runtime, lowest = backbone.runtime, backbone.n_blocks // 2 if args.spread else 0
+    whole = sum(runtime.block_bytes(index) for index in range(lowest, backbone.n_blocks))
+    whole += 0 if args.spread else runtime.head_bytes()
     files, others = group.used()
+    files, others = files + held, others - held
     if files < 0.9 * whole:
         raise OfframpError(
             f"Only {files / MB:.0f} MB of {whole / MB:.0f} MB of weights are counted as this process's memory.",
@@ -162,15 +188,16 @@ def decode(args: argparse.Namespace, group: Group) -> None:
     answered(engines[FULL], prompts[:1], 4)
     print(
         f"{backbone.name}, {backbone.weight_format}, {backbone.engine}: at full depth a token reads {whole / MB:.0f} MB of "
-        f"weights, and {args.share * whole / MB:.0f} MB have room, beside {others / MB:.0f} MB of the process; {machine()}"
+        f"weights{' that are on the disk' if args.spread else ''}; {args.share * whole / MB:.0f} MB have room, "
+        f"{held / MB:.0f} MB of them held, beside {others / MB:.0f} MB of the process; {machine()}"
     )
     for line in in_turn(engines, prompts, args.tokens, args.pairs):
         print(line, flush=True)
 
 
 def forget() -> None:
-    """Let the system drop what it has in memory of the converted weights: pages in memory are charged to nobody anew."""
-    for file in (cache_folder() / "formats").glob("*/*.bin"):
+    """Let the system drop what it has in memory of the weights: pages that are there already are charged to nobody."""
+    for file in (*cache_folder().glob("formats/*/*.bin"), *cache_folder().glob("models/*/*.safetensors")):
         with suppress(OSError), file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -182,9 +209,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--exits", type=Path)
     parser.add_argument("--drafts", type=Path)
     parser.add_argument("--share", type=float, default=0.5, help="of the weights, that memory is left for")
+    parser.add_argument("--held", type=float, default=0, help="bytes of weights that stay in memory")
+    parser.add_argument("--spread", action="store_true", help="the library's model, with its upper half on the disk")
     parser.add_argument("--count", type=int, default=len(PROMPTS), help="prompts")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--work", type=Path, default=Path("build/offload"), help="where accelerate may put weights")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)

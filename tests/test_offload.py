@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import accelerate
 import pytest
@@ -23,6 +24,7 @@ from offramp.model.offload import device_of, values_of
 THREE = ["llama", "mamba2", "bamba"]
 IDS = [83, 111, 109, 101, 32, 119, 111, 114, 100, 115]
 CPU = torch.device("cpu")
+WAYS = ["dispatch_model", "cpu_offload", "disk_offload"]
 
 
 def device_map(family: str) -> dict[str, str]:
@@ -42,9 +44,6 @@ def spread(way: str, family: str, folder, **settings):
     if way == "disk_offload":
         return accelerate.disk_offload(model, folder / "offload", execution_device=CPU)
     return accelerate.dispatch_model(model, device_map(family), offload_dir=folder / "offload", **settings)
-
-
-WAYS = ["dispatch_model", "cpu_offload", "disk_offload"]
 
 
 class Counted(Mapping):
@@ -208,3 +207,18 @@ def test_values_are_read_without_a_run(tmp_path):
     values = values_of(model)
     for ours, theirs in zip(model.parameters(), memory.parameters(), strict=True):
         assert torch.equal(values.whole(ours, torch.float32), theirs)
+
+
+def test_held_weights_are_in_memory_and_the_others_are_mapped(tmp_path, own_cache):
+    def mapped():
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {Path(line.split()[-1]).stem for line in lines if line.endswith(".bin") and str(own_cache) in line}
+
+    folder = str(saved(tiny("llama"), tmp_path / "model"))
+    whole = offramp.load(folder, "float32", held=1 << 30)
+    assert mapped() == set()
+    sizes = {file.stem: file.stat().st_size for file in own_cache.glob("formats/*/*.bin")}
+    part = offramp.load(folder, "float32", held=sizes["ends"] + 2 * sizes["0"])
+    assert mapped() == {"2", "3", "4", "5"}
+    expected = Engine(tiny("llama")).generate(IDS, max_tokens=8).ids
+    assert [Engine(backbone).generate(IDS, max_tokens=8).ids for backbone in (whole, part)] == [expected, expected]

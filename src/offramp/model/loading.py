@@ -53,6 +53,7 @@ def load(
     keep: bool = False,
     progress: Progress = silent,
     kv: str | None = None,
+    held: int = 0,
 ) -> Backbone:
     """Load a causal language model and check it against the library's own logits.
 
@@ -62,14 +63,16 @@ def load(
     tensor and kept in the cache; after that they are mapped from there. `progress` hears of that, in parts of the model.
     Families that have a lean path take it, and then the library's model has shapes only. With `keep` it has its weights
     too, so that `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or
-    when `HF_HUB_OFFLINE` is set. `kv`: as `Backbone.keep_keys_in` takes it.
+    when `HF_HUB_OFFLINE` is set. `kv`: as `Backbone.keep_keys_in` takes it. `held`: so many bytes of the weights are read
+    into memory and stay there, where not all of them fit: the LM head and the lowest blocks, which every token reads.
 
     Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint, and `OfframpError` where the
     cache is full or cannot be written.
     """
     _check_dtype(dtype)
     source = resolve(name)
-    loading = _Loading(source, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), keep, progress)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loading = _Loading(source, where, keep, progress, held)
     try:
         backbone = loading.load(dtype or "bfloat16")
     except (UnsupportedModel, BadNumbers):
@@ -85,12 +88,12 @@ def load(
 class _Loading:
     """What the ways to load one model share."""
 
-    def __init__(self, source: Source, device: torch.device, keep: bool, progress: Progress) -> None:
+    def __init__(self, source: Source, device: torch.device, keep: bool, progress: Progress, held: int = 0) -> None:
         from transformers import AutoConfig, AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        self.source, self.device, self.keep, self.progress = source, device, keep, progress
+        self.source, self.device, self.keep, self.progress, self.held = source, device, keep, progress, held
         self.folder: Path = Path(source.path)
         try:
             self.config = AutoConfig.from_pretrained(source.path, local_files_only=True)
@@ -147,7 +150,8 @@ class _Loading:
     def _store(self, kind: str) -> Store:
         parts = self.config.num_hidden_layers + 1
         config = self.folder / "config.json"
-        return Store.of(self.source.sha256, config, kind, device=self.device, parts=parts, progress=self.progress)
+        settings = {"device": self.device, "parts": parts, "progress": self.progress, "held": self.held}
+        return Store.of(self.source.sha256, config, kind, **settings)
 
     def _shapes(self, dtype: str) -> tuple[Any, Values]:
         """The library's model with its parameters on the meta device, and what reads their values."""

@@ -46,7 +46,8 @@ class Incomplete(OfframpError):
 class Store:
     """What a model runs on, made once. Without a folder, nothing is kept.
 
-    `parts` is the number of parts that the model has; it serves the progress. Tensors are put on `device`.
+    `parts` is the number of parts that the model has; it serves the progress. Tensors are put on `device`. Parts of up to
+    `held` bytes in all are read into memory and stay there, the first ones first; the others are mapped.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Store:
         device: torch.device | None = None,
         parts: int = 0,
         progress: Progress = silent,
+        held: int = 0,
     ) -> None:
         self.device = device or torch.device("cpu")
+        self._room = held
         self._folder, self._parts, self._progress = folder, parts, progress
         record = _complete(folder) if folder else None
         self.complete = record is not None
@@ -180,14 +183,21 @@ class Store:
         raise Incomplete(f"The converted weights in {self._folder} lack a tensor ({what}).", "Delete this folder.")
 
     def _mapped(self, part: str) -> dict[str, Tensors]:
-        """The tensors of a part's file, by key. On a CPU they share its pages; a change to one stays in this process."""
+        """The tensors of a part's file, by key. On a CPU, mapped ones share its pages; a change stays in this process."""
         folder = self._unfinished or self._folder
         assert folder
         if part not in self._record["parts"]:
             self._lacks(part)
-        with (folder / f"{part}.bin").open("rb") as stream:
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._maps.append(mapped)
+        file = folder / f"{part}.bin"
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            if size <= self._room:
+                self._room -= size
+                mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                stream.readinto(mapped)
+            else:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._maps.append(mapped)
         out: dict[str, Tensors] = {}
         for key, tensors in self._record["parts"][part].items():
             out[key] = {}

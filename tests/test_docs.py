@@ -26,7 +26,7 @@ import pytest
 import typer
 
 import offramp
-from helpers import run_cli
+from helpers import modest_exits, run_cli
 from models import cache_in, saved, tiny
 from offramp.cli.app import app
 from offramp.model.hub import ALIASES
@@ -145,7 +145,7 @@ def check_from_a_wheel(*arguments: str) -> None:
 USAGE = typer.BadParameter.__mro__[1]  # what the command line raises for any mistake in arguments
 MISTAKES = (AssertionError, KeyError, OSError, ValueError, USAGE)
 CHECKS = {"offramp": parsed, "make": check_make, "python": check_python, "llm": check_llm, "sed": lambda *_: None}
-CHECKS |= {"pip": check_pip, "uvx": check_from_a_wheel, "pipx": check_from_a_wheel}
+CHECKS |= {"hf": lambda *_: None, "pip": check_pip, "uvx": check_from_a_wheel, "pipx": check_from_a_wheel}
 
 
 def check(command: list[str]) -> None:
@@ -170,9 +170,12 @@ def world(tmp_path_factory) -> Iterator[Path]:
     """A folder with a tiny model in it, and a cache that is filled once."""
     folder = tmp_path_factory.mktemp("docs")
     saved(tiny("llama"), folder / "model")
+    modest_exits("llama").save(folder / "exits")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OFFRAMP_CACHE", str(cache_in(folder / "cache")))
         patch.chdir(folder)
+        exported = run_cli("export", "model", "-o", "exported", "--exits", "exits")
+        assert exported.code == 0, exported.stderr
         yield folder
 
 
@@ -180,7 +183,8 @@ def world(tmp_path_factory) -> Iterator[Path]:
 def replaced(world) -> Iterator[dict[str, str]]:
     """What stands in Python blocks, and what runs in its place."""
     with serving(rules=Rules("mamba-tiny", most_tokens=16)) as served:
-        yield {**QUICK, "org/name": str(world / "model"), SERVER: served.address}
+        folders = {"org/name": "model", '"MODEL"': '"model"', "org/exits": "./exported", '("DIR", back': '("exits", back'}
+        yield {**QUICK, **folders, SERVER: served.address}
 
 
 def test_a_block_says_what_it_is() -> None:

@@ -323,7 +323,7 @@ def test_its_gradients_are_the_librarys_and_nearly_so_in_bfloat16(reloaded, toke
 
     theirs = reloaded(ids[:, :-1], use_cache=False).logits
     wanted = gradients(torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten()))
-    for dtype, far, small in ((torch.float32, 1e-3, 1e-7), (torch.bfloat16, 0.2, 3e-4)):
+    for dtype, far, small in ((torch.float32, 1e-3, 1e-7), (torch.bfloat16, 0.2, 6e-4)):
         ours = forward.Forward(reloaded, dtype=dtype)
         for name, gradient, expected in zip(
             parameters, gradients(ours.loss(ours.last(ids[:, :-1]), ids[:, 1:])), wanted, strict=True

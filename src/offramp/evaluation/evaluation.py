@@ -10,7 +10,7 @@ import json
 import os
 import resource
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -159,6 +159,41 @@ class Likelihoods:
 Kept = Answer | Likelihoods
 
 
+class Answers:
+    """The answers of a model to a task's questions under a condition, kept in `file`.
+
+    Raises `CorruptFile` for a damaged file.
+    """
+
+    def __init__(self, condition: Condition, backbone: Backbone, task: Task, file: Path) -> None:
+        self.condition, self.backbone, self.task, self.file = condition, backbone, task, file
+        self._kept = _read(file, Likelihoods if task.multiple_choice else Answer)
+
+    @property
+    def missing(self) -> list[Item]:
+        """The questions without an answer."""
+        return [item for item in self.task.items if item.id not in self._kept]
+
+    @property
+    def in_order(self) -> list[Kept]:
+        """The answers in the order of the questions. Raises `KeyError` where one is missing."""
+        return [self._kept[item.id] for item in self.task.items]
+
+    def add(self, made: Iterable[tuple[str, Kept]], progress: Progress = silent) -> None:
+        """Keep answers by their questions' ids. Each is written at once; one that is there already stays as it is."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        progress(self.condition.name, len(self._kept), len(self.task.items))
+        for id, answer in made:
+            if id in self._kept:
+                continue
+            self._kept[id] = answer
+            with self.file.open("a") as stream:
+                stream.write(json.dumps({"id": id, **asdict(answer)}) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            progress(self.condition.name, len(self._kept), len(self.task.items))
+
+
 @dataclass
 class Evaluation:
     """One task on one model.
@@ -175,8 +210,7 @@ class Evaluation:
     seed: int = 0
     command: str = ""
     progress: Progress = silent
-    files: list[Path] = field(default_factory=list, init=False)  # where this run's answers are kept
-    _full: list[Kept] = field(default_factory=list, init=False)
+    _answers: dict[Path, Answers] = field(default_factory=dict, init=False)
 
     def run(self, condition: Condition) -> Result:
         """Answer the questions under a condition. The first call also answers them at full depth.
@@ -186,18 +220,18 @@ class Evaluation:
         """
         if not self.task.items:
             raise BadInput(f"There are no questions for {self.task.name}.", "Give --limit 1 or more, or other --data.")
-        task, reference, exits = self.task, self.reference or self.backbone, condition.exits
-        if not self._full:
-            self._full = self._answers(Condition(), reference)
-        answers = self._answers(condition, self.backbone)
-        items = [self._scored(*triple) for triple in zip(task.items, answers, self._full, strict=True)]
+        task, exits = self.task, condition.exits
+        full, answers = parts = self.answers([condition])
+        for part in (part for part in parts if part.missing):
+            part.add(answered(part.condition, task, self.batch, part.backbone, part.missing), self.progress)
+        items = [self._scored(*triple) for triple in zip(task.items, answers.in_order, full.in_order, strict=True)]
         blocks = Counter(block for item in items if isinstance(item, ScoredAnswer) for block in item.exits)
         return Result(
             command=self.command,
             seed=self.seed,
             machine=machine(),
             model=_info(self.backbone),
-            reference=_info(reference),
+            reference=_info(full.backbone),
             exits=_exits_record(exits) if exits else None,
             condition=condition.info,
             task=TaskInfo(task.name, len(items), task.source, task.sha256, task.note, task.max_tokens, self.batch),
@@ -226,23 +260,21 @@ class Evaluation:
             measures=answer.compared(full),
         )
 
-    def _answers(self, condition: Condition, backbone: Backbone) -> list[Kept]:
-        """An answer to each question: kept answers are read, missing ones are made."""
-        file = self.work / f"{self._fingerprint(condition, backbone)}.jsonl"
-        self.files.append(file)
-        kept = _read(file, Likelihoods if self.task.multiple_choice else Answer)
-        missing = [item for item in self.task.items if item.id not in kept]
-        make = self._likelihoods if self.task.multiple_choice else self._generations
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.progress(condition.name, len(kept), len(self.task.items))
-        for id, answer in make(condition, backbone, missing):
-            kept[id] = answer
-            with file.open("a") as stream:
-                stream.write(json.dumps({"id": id, **asdict(answer)}) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-            self.progress(condition.name, len(kept), len(self.task.items))
-        return [kept[item.id] for item in self.task.items]
+    def answers(self, conditions: Sequence[Condition]) -> list[Answers]:
+        """The answers so far: those of full depth, then those under each of the conditions."""
+        pairs = [(Condition(), self.reference or self.backbone), *((each, self.backbone) for each in conditions)]
+        found = []
+        for condition, backbone in pairs:
+            file = self.work / f"{self._fingerprint(condition, backbone)}.jsonl"
+            if file not in self._answers:
+                self._answers[file] = Answers(condition, backbone, self.task, file)
+            found.append(self._answers[file])
+        return found
+
+    @property
+    def files(self) -> list[Path]:
+        """Where this run's answers are kept."""
+        return list(self._answers)
 
     def _fingerprint(self, condition: Condition, backbone: Backbone) -> str:
         """A hash of all that an answer and its times depend on."""
@@ -257,29 +289,42 @@ class Evaluation:
         ]
         return sha256_of_text(json.dumps(parts))[:16]
 
-    def _generations(self, condition: Condition, backbone: Backbone, items: list[Item]) -> Iterator[tuple[str, Kept]]:
-        engine = condition.engine(backbone)
-        prompts = [self._encode(backbone, item) for item in items]
-        longest = max(map(len, prompts), default=0)
-        size = engine.costs.at_once(longest + self.task.max_tokens, self.batch)
-        for start in range(0, len(items), size):
-            batch, ids = items[start : start + size], prompts[start : start + size]
-            answers = engine.generate_batch(ids, max_tokens=self.task.max_tokens, stop=self.task.stop)
-            for item, prompt, answer in zip(batch, ids, answers, strict=True):
-                yield item.id, Answer.of(engine, len(prompt), answer, len(batch))
 
-    def _encode(self, backbone: Backbone, item: Item) -> list[int]:
-        """The prompt's token ids. A beginning that would leave no room for the answer is cut off (CoQA's stories)."""
-        ids = list(backbone.tokenizer(item.prompt)["input_ids"])
-        return ids[-max(1, backbone.context - self.task.max_tokens) :]
+def answered(
+    condition: Condition, task: Task, batch: int, backbone: Backbone, items: Sequence[Item]
+) -> Iterator[tuple[str, Kept]]:
+    """Answer questions of a task under a condition, at most `batch` side by side → each one's id and answer."""
+    if task.multiple_choice:
+        return _likelihoods(condition, backbone, items)
+    return _generations(condition, task, batch, backbone, items)
 
-    def _likelihoods(self, condition: Condition, backbone: Backbone, items: list[Item]) -> Iterator[tuple[str, Kept]]:
-        forced = Forced()
-        engine = condition.scorer(backbone, forced)
-        for item in items:
-            right, wrong = choices(item)
-            values = log_likelihoods(engine, forced, item.prompt, [f" {answer}" for answer in (*right, *wrong)])
-            yield item.id, Likelihoods(values[: len(right)], values[len(right) :])
+
+def _generations(
+    condition: Condition, task: Task, batch: int, backbone: Backbone, items: Sequence[Item]
+) -> Iterator[tuple[str, Kept]]:
+    engine = condition.engine(backbone)
+    prompts = [_encode(backbone, item, task.max_tokens) for item in items]
+    size = engine.costs.at_once(max(map(len, prompts), default=0) + task.max_tokens, batch)
+    for start in range(0, len(items), size):
+        asked, ids = items[start : start + size], prompts[start : start + size]
+        answers = engine.generate_batch(ids, max_tokens=task.max_tokens, stop=task.stop)
+        for item, prompt, answer in zip(asked, ids, answers, strict=True):
+            yield item.id, Answer.of(engine, len(prompt), answer, len(asked))
+
+
+def _encode(backbone: Backbone, item: Item, answer_tokens: int) -> list[int]:
+    """The prompt's token ids. A beginning that would leave no room for the answer is cut off (CoQA's stories)."""
+    ids = list(backbone.tokenizer(item.prompt)["input_ids"])
+    return ids[-max(1, backbone.context - answer_tokens) :]
+
+
+def _likelihoods(condition: Condition, backbone: Backbone, items: Sequence[Item]) -> Iterator[tuple[str, Kept]]:
+    forced = Forced()
+    engine = condition.scorer(backbone, forced)
+    for item in items:
+        right, wrong = choices(item)
+        values = log_likelihoods(engine, forced, item.prompt, [f" {answer}" for answer in (*right, *wrong)])
+        yield item.id, Likelihoods(values[: len(right)], values[len(right) :])
 
 
 def _info(backbone: Backbone) -> ModelInfo:

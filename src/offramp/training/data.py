@@ -14,7 +14,15 @@ from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
 from offramp.training.loop import accelerator_for, claim, step_generator
-from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, read_texts, write_shards
+from offramp.training.teacher import (
+    MakeShards,
+    TeacherTexts,
+    TextGroup,
+    group_texts,
+    made_shards,
+    read_texts,
+    write_shards,
+)
 
 PROMPTS = ASSETS / "prompts.txt"
 MOST_FOR_GATES, MOST_HELD = 2000, 1000  # texts: more of them would serve adapters better
@@ -38,14 +46,15 @@ def gather(
     progress: Progress = silent,
     plan: dict[str, Any] | None = None,
     gates_only: bool = False,
+    make: MakeShards = made_shards,
 ) -> Data:
     """Run the model over the config's prompts and texts, and split these. Work in the folder `work` is resumed.
 
     Adapters, gates and validation get 7 : 2 : 1 of the texts; of many texts, gates and validation get a smaller share. With
     `gates_only`, adapters get a single text, and gates the rest.
     There are `config.answers` answers, or one for each prompt. `plan` (default: the config) must be the same as when that
-    work began. With several processes, each runs the model over a share of the texts. Raises `BadInput` for too few texts,
-    and for another plan.
+    work began. With several processes, each runs the model over a share of the texts. `make` makes the shards, as
+    `made_shards` does. Raises `BadInput` for too few texts, and for another plan.
     """
     prompts, texts, files = _corpus(backbone, config)
     asked, temperatures = turns(prompts, config.temperatures, config.answers or len(prompts))
@@ -65,7 +74,7 @@ def gather(
         seen += group.most_tokens
         progress("reading", seen, total)
 
-    shards = write_shards(backbone, groups, layers, work, after_group, share)
+    shards = write_shards(backbone, groups, layers, work, after_group, share, make)
     accelerator.wait_for_everyone()
     return Data(*parts_of(TeacherTexts.open(shards), config.seed, gates_only), files)
 

@@ -172,6 +172,27 @@ def group_texts(
     return groups
 
 
+def made_shards(
+    backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int
+) -> Iterator[tuple[int, bytes]]:
+    """Run the model over the groups, whose prompts have their first `shared` ids in common.
+
+    Yields the index and the shard of each group when it is done.
+    """
+    asked = [index for index, group in enumerate(groups) if group.answer_tokens]
+    plain = [index for index, group in enumerate(groups) if not group.answer_tokens]
+    answering = _answer(backbone, [groups[index] for index in asked], layers, shared)
+    reading = _read(backbone, [groups[index] for index in plain], layers)
+    for chosen, made in ((asked, answering), (plain, reading)):
+        for place, texts in made:
+            tensors = {name: torch.cat([getattr(text, name) for text in texts]) for name in FIELDS}
+            tensors["lengths"] = torch.tensor([len(text.ids) for text in texts])
+            yield chosen[place], save(tensors)
+
+
+MakeShards = Callable[[Backbone, list[TextGroup], tuple[int, ...], int], Iterator[tuple[int, bytes]]]
+
+
 def write_shards(
     backbone: Backbone,
     groups: list[TextGroup],
@@ -179,11 +200,12 @@ def write_shards(
     folder: Path,
     after_group: Callable[[TextGroup], None] = lambda group: None,
     share: slice = slice(None),
+    make: MakeShards = made_shards,
 ) -> list[Path]:
     """Run the model over the groups, and write a shard for each that has none yet. Returns the paths of all shards.
 
     `share`: the groups that this process runs; other processes run the others. `after_group` is called after
-    each group of the share.
+    each group of the share. `make` makes the shards, as `made_shards` does.
     """
     shards = [folder / f"shard-{index:05d}.safetensors" for index in range(len(groups))]
     missing = []
@@ -192,19 +214,12 @@ def write_shards(
             after_group(group)
         else:
             missing.append((group, shard))
-    asked = [(group, shard) for group, shard in missing if group.answer_tokens]
-    plain = [(group, shard) for group, shard in missing if not group.answer_tokens]
     # Of all prompts, so that work that is resumed computes what it would have computed at once.
     shared = begin_alike([ids for group in groups if group.answer_tokens for ids in group.ids])
-    answering = _answer(backbone, [group for group, _ in asked], layers, shared)
-    reading = _read(backbone, [group for group, _ in plain], layers)
-    for chosen, made in ((asked, answering), (plain, reading)):
-        for index, texts in made:
-            group, shard = chosen[index]
-            tensors = {name: torch.cat([getattr(text, name) for text in texts]) for name in FIELDS}
-            tensors["lengths"] = torch.tensor([len(text.ids) for text in texts])
-            write_atomically(shard, save(tensors))
-            after_group(group)
+    for index, content in make(backbone, [group for group, _ in missing], layers, shared):
+        group, shard = missing[index]
+        write_atomically(shard, content)
+        after_group(group)
     return shards
 
 

@@ -38,7 +38,7 @@ from offramp.training.loop import accelerator_for
 from offramp.training.planning import CANDIDATES, planned, shape_of
 from offramp.training.points import policies
 from offramp.training.sketch import sketch_of
-from offramp.training.teacher import TeacherText
+from offramp.training.teacher import MakeShards, TeacherText, made_shards
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import Evidence, evidence, quality
 
@@ -50,12 +50,14 @@ def train(
     progress: Progress = silent,
     command: str = "",
     start: Exits | None = None,
+    make_shards: MakeShards = made_shards,
 ) -> Exits:
     """Train exits and save them in `folder`; its subfolder `.training` holds unfinished work.
 
     Called again with the same config after an interruption, it resumes the work. `command` is kept in the record. `start`
-    holds exits to go on from; they keep their shape. Raises `BadInput` for unusable files or settings, and for other places
-    than those of `start`, `CorruptFile` for damaged work files.
+    holds exits to go on from; they keep their shape. `make_shards` makes the shards, as `teacher.made_shards` does in this
+    process. Raises `BadInput` for unusable files or settings, and for other places than those of `start`, `CorruptFile` for
+    damaged work files.
     """
     config = config or TrainConfig()
     folder, work = Path(folder), Path(folder) / ".training"
@@ -71,7 +73,7 @@ def train(
         settings = {**asdict(config), "start": start.training if start else None}
         text = replace(config, answers=plan.answers)
         gates_only = start is not None and config.epochs == 0
-        data = gather(backbone, text, needed_layers(exits), work, progress, settings, gates_only)
+        data = gather(backbone, text, needed_layers(exits), work, progress, settings, gates_only, make_shards)
         if exits.config.shortlist and exits.shortlist is None:
             exits.shortlist = frequent_tokens(data.adapters, exits.config.shortlist, backbone.vocab_size)
         if any(exit.adapter.reads for exit in exits):

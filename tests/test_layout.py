@@ -13,7 +13,7 @@ import offramp
 
 PACKAGE = Path(offramp.__file__).parent
 # A folder may import only what stands before it here. So may a file at the bottom.
-FOLDERS = ["model", "exits", "decode", "training", "evaluation", "serve", "cli"]
+FOLDERS = ["model", "exits", "decode", "training", "evaluation", "serve", "cluster", "cli"]
 BOTTOM = ["errors", "settings", "progress", "files", "metrics", "machine"]
 ORDER = [*BOTTOM, *FOLDERS]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

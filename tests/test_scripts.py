@@ -147,6 +147,19 @@ def test_offload_limits_the_memory_of_a_process_or_says_that_it_cannot(world, ca
         assert "MB of the process" in capfd.readouterr().out
 
 
+def test_machines_says_how_long_workers_start_and_answer(world, capsys) -> None:
+    pytest.importorskip("ray")
+    import machines
+
+    machines.main([str(world / "model"), "--workers", "1", "--prompts", "6", "--tokens", "4", "--rounds", "1"])
+    table = rows(capsys.readouterr().out)
+    assert table[0] == ["workers", "seconds", "start", "answering", "rest", "tokens/s", "efficiency"]
+    ((workers, seconds, start, answering, rest, _, efficiency),) = table[1:]
+    assert workers == "1"
+    assert float(start) + float(answering) + float(rest) == pytest.approx(float(seconds), abs=0.2)
+    assert efficiency == "1.00 (1.00–1.00)"
+
+
 def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:
     exits = f"jump={world / 'exits'}"
     arguments = ["--model", str(world / "model"), "--exits", exits, "--pilot", str(world / "prompts.txt"), "--tokens", "6"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offramp.cli.flags import Only
-from offramp.cli.options import DecodingOptions, Json, Model, Reference, check_batch
+from offramp.cli.options import DecodingOptions, Json, Model, Ray, Reference, check_batch, cluster_at
 from offramp.cli.progress import command_line, progress_bars, resumable
 from offramp.errors import BadInput
 from offramp.settings import setting
@@ -46,6 +46,7 @@ def evaluate(
     ] = None,
     reference: Reference = None,
     options: EvaluationOptions,
+    ray: Ray = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
 ) -> None:
     """Score answers on a task, with exits and at full depth, and show what they cost. Ctrl-C is safe."""
@@ -61,13 +62,17 @@ def evaluate(
     backbone = decoding.load(model)
     reference_model = decoding.load(reference) if reference else None
     conditions = _conditions(backbone, decoding, threshold)
-    work = out.with_name(f".{out.name}.answers") if out else cache_folder() / "answers"
+    # Answers of a cluster have its machines' times, so they are kept apart.
+    folder = "answers" if ray is None else "answers-ray"
+    work = out.with_name(f".{out.name}.{folder}") if out else cache_folder() / folder
     results, runs = [], []
-    with resumable():
+    with resumable(), cluster_at(ray) as cluster:
         for questions in tasks:
             with progress_bars() as progress:
                 batch, seed = options.batch, options.seed
                 run = Evaluation(backbone, questions, work, reference_model, batch, seed, command_line(), progress)
+                if cluster:
+                    cluster.answer(run, conditions)
                 task_results = [run.run(condition) for condition in conditions]
             for result in task_results:
                 result_line(result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,7 @@ from offramp.errors import BadInput
 from offramp.settings import setting
 
 if TYPE_CHECKING:
+    from offramp.cluster import Cluster
     from offramp.decode.engine import Engine
     from offramp.decode.sampling import Sampling
     from offramp.exits.exits import Exits
@@ -32,6 +35,31 @@ Reference = Annotated[
     str | None,
     typer.Option(help="Compare with another model's full depth, such as the one that MODEL was tuned from."),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        help="Let the machines of a Ray cluster do the work. Its address (HOST:PORT); auto: the cluster that this machine "
+        "belongs to; local: a new one of this machine alone. Needs the extra ray.",
+        show_default=False,
+    ),
+]
+
+
+@contextmanager
+def cluster_at(address: str | None) -> Iterator[Cluster | None]:
+    """The Ray cluster at an address, while the context is open; None without an address.
+
+    Raises `BadInput` where there is none, or Ray is not installed.
+    """
+    if address is None:
+        yield None
+        return
+    try:
+        from offramp.cluster import connected
+    except ImportError as error:
+        raise BadInput(f"--ray needs the package {error.name}.", "Install it: pip install 'offramp[ray]'") from error
+    with connected(address) as found:
+        yield found
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
-from typing import Annotated
+import signal
+import threading
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from offramp.cli.options import DecodingOptions, Model
+from offramp.cli.options import DecodingOptions, Model, Ray, cluster_at
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
 from offramp.settings import setting
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from offramp.serve.menu import Menu
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,9 @@ class ServeOptions:
         None,
         "Key that clients must send. Better in the environment variable OFFRAMP_API_KEY, where other users cannot see it.",
     )
+    replicas: tuple[int, ...] = setting(
+        (1, 4), "With --ray: the least and the most replicas. One more starts when more than --rows requests run on each."
+    )
 
     def __post_init__(self) -> None:
         least = {"rows": 1, "waiting": 0, "cache": 0, "max_tokens": 1, "max_body": 1}
@@ -37,6 +48,8 @@ class ServeOptions:
                 raise BadInput(f"--{name.replace('_', '-')} must be {lowest} or more.")
         if not self.max_seconds > 0:
             raise BadInput("--max-seconds must be more than 0.")
+        if len(self.replicas) != 2 or not 1 <= self.replicas[0] <= self.replicas[1]:
+            raise BadInput("--replicas must be two numbers, the least and the most.", "For example: --replicas 1,4")
 
 
 def serve(
@@ -46,31 +59,67 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen at. Default: this machine only.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
     options: ServeOptions,
+    ray: Ray = None,
 ) -> None:
     """Answer over HTTP as OpenAI's API does, many requests side by side, with a page to chat at /. Ctrl-C ends it."""
     try:
         import uvicorn
 
-        from offramp.serve.answers import JsonLines, Rules, log
-        from offramp.serve.api import app_of
+        import offramp.serve.api  # noqa: F401
     except ImportError as error:
         raise BadInput(f"Serving needs the package {error.name}.", "Install it: pip install 'offramp[serve]'") from error
+    options = replace(options, api_key=options.api_key or os.environ.get("OFFRAMP_API_KEY") or None)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    with cluster_at(ray) as cluster:
+        if cluster:
+            from offramp.cluster import Replicas
+
+            least, most = options.replicas
+            replicas = Replicas(least, most, options.rows, 2 * (options.rows + options.waiting))
+            with cluster.serving(partial(application, model, decoding, options), replicas, host, port):
+                typer.echo(f"{model} on the cluster at {ray}: {address}", err=True)
+                _wait_for_the_end()
+            return
+    menu = _menu(model, decoding)
+    backbone = menu.backbone
+    typer.echo(f"{backbone.name} ({backbone.weight_format}, {menu.usual.fill.name}) at {address}", err=True)
+    uvicorn.run(_app(menu, options), host=host, port=port, log_level="warning", timeout_graceful_shutdown=None)
+
+
+def _wait_for_the_end() -> None:
+    """Return at Ctrl-C or SIGTERM."""
+    ended = threading.Event()
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, lambda *_: ended.set())
+    ended.wait()
+
+
+def application(model: str, decoding: DecodingOptions, options: ServeOptions) -> FastAPI:
+    """The application that answers with a model, which is loaded."""
+    return _app(_menu(model, decoding), options)
+
+
+def _menu(model: str, decoding: DecodingOptions) -> Menu:
     from offramp.exits.exits import find_exits
     from offramp.serve.menu import Menu
-    from offramp.serve.scheduler import Scheduler
 
     backbone = decoding.load(model)
     exits, drafts = (find_exits(backbone, decoding.exits, draft) for draft in (False, True))
     decoding = decoding.chosen_for(backbone, Sampling())
     _, engine = decoding.engines(backbone, drafts if decoding.verifies else exits)
-    menu = Menu(backbone, exits, drafts, engine)
+    return Menu(backbone, exits, drafts, engine)
+
+
+def _app(menu: Menu, options: ServeOptions) -> FastAPI:
+    from offramp.serve.answers import JsonLines, Rules, log
+    from offramp.serve.api import app_of
+    from offramp.serve.scheduler import Scheduler
+
     scheduler = Scheduler(options.rows, options.waiting, int(options.cache * 2**30))
-    key = options.api_key or os.environ.get("OFFRAMP_API_KEY") or None
-    rules = Rules(backbone.name, key, options.max_body, options.max_tokens, options.max_seconds)
+    name = menu.backbone.name
+    rules = Rules(name, options.api_key, options.max_body, options.max_tokens, options.max_seconds)
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    shown = f"[{host}]" if ":" in host else host
-    typer.echo(f"{backbone.name} ({backbone.weight_format}, {engine.fill.name}) at http://{shown}:{port}", err=True)
-    uvicorn.run(app_of(menu, scheduler, rules), host=host, port=port, log_level="warning", timeout_graceful_shutdown=None)
+    return app_of(menu, scheduler, rules)

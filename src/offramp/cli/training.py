@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from offramp.cli.flags import Chosen, Only
-from offramp.cli.options import DecodingOptions, Json, Model, Reference
+from offramp.cli.options import DecodingOptions, Json, Model, Ray, Reference, cluster_at
 from offramp.cli.progress import command_line, progress_bars, resumable
 from offramp.errors import BadInput
 from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig, draft_config
@@ -26,20 +26,23 @@ def train(
     ] = False,
     settings: Annotated[dict[str, Any], Chosen(TrainConfig)],
     start: Annotated[Path | None, typer.Option(help="A folder of exits to go on from.", show_default=False)] = None,
+    ray: Ray = None,
     decoding: Annotated[DecodingOptions, Only("dtype")],
     as_json: Json = False,
 ) -> None:
     """Train exits on the model's own answers. Ctrl-C is safe: the same command resumes the work."""
     from offramp.cli.terminal import training_table
     from offramp.exits.exits import DRAFT, Exits
+    from offramp.training.teacher import made_shards
     from offramp.training.training import train as train_exits
 
     backbone = decoding.load(model)
     config = draft_config(backbone.kinds, **settings) if draft else TrainConfig(**settings)
     output = output / DRAFT if draft else output
     before = None if start is None else Exits.load(start, backbone)
-    with resumable(), progress_bars() as progress:
-        exits = train_exits(backbone, output, config, progress, command_line(), before)
+    with resumable(), cluster_at(ray) as cluster, progress_bars() as progress:
+        make = cluster.made_shards if cluster else made_shards
+        exits = train_exits(backbone, output, config, progress, command_line(), before, make)
     if as_json:
         print(json.dumps({"output": str(output), "thresholds": exits.policy.thresholds, **exits.training}))
     else:

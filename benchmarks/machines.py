@@ -3,11 +3,11 @@
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/machines.py [MODEL] [--workers 1,2] [--prompts 256] [--rounds 3]
 
 For each number of workers, a cluster of as many nodes is started on this machine, each with one processor. Its workers
-answer prompts of offramp's own list at full depth, as `offramp eval --ray` does; the numbers of workers take turns. A run
-whose shares only ask for the model says how long processes, imports and loading take.
+answer prompts of offramp's own list at full depth, as `offramp eval --ray` does; the numbers of workers take turns.
 
-Prints a table of medians of the rounds: seconds for everything; those until all workers have the model; those of answering,
-added up over the workers and divided by their number; the rest; answered tokens a second; and efficiency. That is the first
+Prints a table of medians of the rounds: seconds for everything; those until a worker begins to answer (processes, imports,
+loading); those of answering, added up over the workers and divided by their number; the rest; answered tokens a second; and
+efficiency. That is the first
 row's seconds over this row's, per worker, with the lowest and highest of the rounds.
 """
 
@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # before ray is imported: then 127.0.0.1 stays this address
 
@@ -30,7 +29,7 @@ import ray
 from ray.cluster_utils import Cluster as Nodes
 
 import offramp
-from offramp.cluster import Cluster, Copy, Kind, connected
+from offramp.cluster import Cluster, connected
 from offramp.evaluation.evaluation import Answer, Evaluation
 from offramp.evaluation.tasks import Item, Task
 from offramp.files import read_lines
@@ -43,7 +42,7 @@ NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of one run: all of them, those until all workers have the model, those of answering; and its tokens."""
+    """Seconds of one run: all of them, those until a worker begins to answer, those of answering; and its tokens."""
 
     seconds: float
     start: float
@@ -64,23 +63,21 @@ def nodes(workers: int) -> Iterator[Cluster]:
         made.shutdown()
 
 
-def ready(backbone: Backbone, share: Any) -> None:
-    """A share that needs the model and nothing else; it lasts long enough that no worker takes two."""
-    time.sleep(0.5)
-
-
 def run(backbone: Backbone, task: Task, workers: int, batch: int) -> Run:
     """Answer the task's questions with so many workers."""
+    came: list[float] = []
+
+    def note(stage: str, completed: int, total: int, note: str = "") -> None:
+        came.append(time.monotonic())
+
     with nodes(workers) as cluster, tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
-        list(cluster.make([Kind(Copy.of(backbone), ready)], [(0, None)] * workers))
-        start = time.monotonic() - started - 0.5
-        evaluation = Evaluation(backbone, task, Path(folder), batch=batch)
+        evaluation = Evaluation(backbone, task, Path(folder), batch=batch, progress=note)
         started = time.monotonic()
         cluster.answer(evaluation, [])
         seconds = time.monotonic() - started
     answers = [answer for part in evaluation.answers([]) for answer in part.in_order if isinstance(answer, Answer)]
     spent = sum(answer.prefill_seconds + answer.decode_seconds for answer in answers)
+    start = came[0] - started - spent * batch / len(answers)  # the first share came when it had been answered
     return Run(seconds, start, spent / workers, sum(len(answer.ids) for answer in answers))
 
 
@@ -89,9 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--workers", default="1,2")
-    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompts", type=int, default=256, help="a multiple of the workers times --batch")
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=32, help="prompts of a share")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args(arguments)
     backbone = offramp.load(asked.model)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,17 @@ ray = pytest.importorskip("ray")
 
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from helpers import exits_for, modest_exits, some_prompts, task  # noqa: E402
+from helpers import exits_for, modest_exits, run_cli, some_prompts, task  # noqa: E402
 from models import cache_in, saved, tiny  # noqa: E402
 from offramp import Engine, Policy, load  # noqa: E402
 from offramp.cli.options import DecodingOptions, cluster_at  # noqa: E402
 from offramp.cli.serving import ServeOptions, application  # noqa: E402
 from offramp.cluster import Copy, Kind, Replicas, _room, _Worker, connected  # noqa: E402
 from offramp.errors import BadInput  # noqa: E402
-from offramp.evaluation.evaluation import Condition, Evaluation  # noqa: E402
+from offramp.evaluation.evaluation import Condition, Evaluation, answered  # noqa: E402
 from offramp.evaluation.results import Result  # noqa: E402
 from offramp.model.backbone import Backbone  # noqa: E402
-from offramp.training.teacher import group_texts, write_shards  # noqa: E402
+from offramp.training.teacher import group_texts, made_shards, write_shards  # noqa: E402
 from watched import Watched  # noqa: E402
 
 NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
@@ -197,6 +198,58 @@ def test_a_cluster_without_processors_and_no_cluster_are_refused(monkeypatch) ->
     ):
         pass
     assert "ray start --head" in caught.value.hint
+
+
+class Stand:
+    """Stands for a cluster, and notes what the command line asks of it."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    @contextmanager
+    def at(self, address: str | None) -> Iterator[Stand]:
+        self.asked.append(address)
+        yield self
+
+    def answer(self, run: Evaluation, conditions: list[Condition]) -> None:
+        parts = list(dict.fromkeys(run.answers(conditions)))
+        self.asked.append([part.condition.name for part in parts])
+        for part in parts:
+            part.add(answered(part.condition, run.task, run.batch, part.backbone, part.missing))
+
+    def made_shards(self, *arguments: Any) -> Iterator[tuple[int, bytes]]:
+        self.asked.append("shards")
+        return made_shards(*arguments)
+
+    @contextmanager
+    def serving(self, make: Any, *how: Any) -> Iterator[None]:
+        self.asked.append(how)
+        yield
+
+
+def test_the_commands_let_the_cluster_work(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    stand = Stand()
+    for module in ("evaluating", "training", "serving"):
+        monkeypatch.setattr(f"offramp.cli.{module}.cluster_at", stand.at)
+    monkeypatch.setattr("offramp.cli.serving._wait_for_the_end", lambda: None)
+    lines = [{"question_id": n, "question": f"Who {n}?", "answer": {"value": "Me", "aliases": []}} for n in range(9)]
+    (tmp_path / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "prompts.txt").write_text("".join(f"Say {n}\n" for n in range(9)))
+    quick = ["--layers", "1,3", "--answer-tokens", "4", "--epochs", "1", "--gate-epochs", "1", "--readout-width", "32"]
+    train = ["train", str(folder), "-o", "exits", "--own-prompts", "prompts.txt", *quick, "--gate-width", "16"]
+    asked = ["--task", "triviaqa", "--data", "trivia.jsonl"]
+    evaluate = ["eval", str(folder), *asked, "--exits", "exits", "--threshold", "0.5"]
+    serve = ["serve", str(folder), "--replicas", "1,2", "--port", "8123"]
+    for command in (train, evaluate, serve):
+        ran = run_cli(*command, "--ray", "auto", folder=tmp_path)
+        assert ran.code == 0, ran.stderr
+    assert "http://127.0.0.1:8123" in ran.stderr
+    assert [each for each in stand.asked if each != "auto"] == [
+        "shards", ["full depth", "project, mamba, 0.5 0.5"], (Replicas(1, 2, 16, 160), "127.0.0.1", 8123),
+    ]  # fmt: skip
+    refused = run_cli("serve", str(folder), "--replicas", "2,1", "--ray", "auto", folder=tmp_path)
+    assert refused.code == 1
+    assert "the least and the most" in refused.stderr
 
 
 def test_without_ray_the_extra_is_named(monkeypatch) -> None:

@@ -151,7 +151,8 @@ def test_machines_says_how_long_workers_start_and_answer(world, capsys) -> None:
     pytest.importorskip("ray")
     import machines
 
-    machines.main([str(world / "model"), "--workers", "1", "--prompts", "6", "--tokens", "4", "--rounds", "1"])
+    once = ["--rounds", "1"]
+    machines.main([str(world / "model"), "--workers", "1", "--prompts", "6", "--batch", "3", "--tokens", "4", *once])
     table = rows(capsys.readouterr().out)
     assert table[0] == ["workers", "seconds", "start", "answering", "rest", "tokens/s", "efficiency"]
     ((workers, seconds, start, answering, rest, _, efficiency),) = table[1:]

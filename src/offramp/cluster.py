@@ -195,7 +195,12 @@ class Cluster:
             try:
                 serve.run(deployment.bind(), name=NAME, route_prefix="/")
             except RuntimeError as error:
-                raise OfframpError(f"No replica could start: {reason_of(error)}") from error
+                said = serve.status().applications[NAME].deployments[NAME].message.strip()
+                reason = said.splitlines()[-1] if said else reason_of(error)
+                raise OfframpError(
+                    f"No replica could start: {reason}",
+                    "Each machine needs offramp and the model, as `offramp serve` does.",
+                ) from error
             yield
         finally:
             serve.delete(NAME)
@@ -220,6 +225,7 @@ def connected(address: str) -> Iterator[Cluster]:
     where there is none.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster that begins here reports nothing to Ray's authors
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # the rest is in Ray's own folder of logs
     alone: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **alone)
@@ -228,6 +234,7 @@ def connected(address: str) -> Iterator[Cluster]:
             f"There is no Ray cluster to work with at '{address}': {reason_of(error)}",
             "Start one with 'ray start --head', and name its address; or give --ray local.",
         ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     settings = ray.data.DataContext.get_current()
     settings.enable_progress_bars = settings.print_on_execution_start = False
     settings.execution_no_progress_timeout_s = -1  # a share may take long, and so may fetching a model

@@ -136,7 +136,8 @@ def test_offload_says_what_a_token_takes(world, capsys) -> None:
     assert float(table[3][4]) > 1
 
 
-def test_offload_limits_the_memory_of_a_process_or_says_that_it_cannot(world, capfd, monkeypatch) -> None:
+def test_offload_limits_the_memory_of_a_process_or_says_that_it_cannot(world, tmp_path, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("OFFRAMP_CACHE", str(cache_in(tmp_path / "cache")))  # no other process has its files in memory
     ours = ["--model", str(world / "model"), "--dtype", "float32", "--exits", str(world / "exits")]
     arguments = [*ours, "--drafts", str(world / "exits"), "--count", "1", "--tokens", "4", "--pairs", "1"]
     try:

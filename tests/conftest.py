@@ -40,7 +40,7 @@ def hub(tmp_path) -> Iterator[dict[str, str]]:
     stand = subprocess.Popen([sys.executable, Path(__file__).with_name("hub_stand.py"), str(tmp_path / "hub"), str(port)])
     environment = {
         **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none",
-        "HF_HOME": str(tmp_path / "home"), "OFFRAMP_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "home"), "OFFRAMP_CACHE": str(cache_in(tmp_path / "cache")),
     }  # fmt: skip
     while True:
         with socket.socket() as probe:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models import saved, tiny
+from models import cache_in, saved, tiny
 from test_serve import serving
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,7 +45,7 @@ def test_compare_finds_verified_answers_equal() -> None:
 def test_own_prompts_trains_and_calibrates(tmp_path) -> None:
     model = saved(tiny("llama"), tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(f"What is {number}?" for number in range(240)))
-    cache = {"OFFRAMP_CACHE": str(tmp_path / "cache")}
+    cache = {"OFFRAMP_CACHE": str(cache_in(tmp_path / "cache"))}
     said = ran("own_prompts.py", str(model), str(tmp_path / "prompts.txt"), str(tmp_path / "exits"), "0.0005", **cache)
     assert said.startswith(f"{tmp_path / 'exits'}: ")
     assert (tmp_path / "exits" / "exits.safetensors").is_file()

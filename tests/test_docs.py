@@ -145,7 +145,13 @@ def check_from_a_wheel(*arguments: str) -> None:
 USAGE = typer.BadParameter.__mro__[1]  # what the command line raises for any mistake in arguments
 MISTAKES = (AssertionError, KeyError, OSError, ValueError, USAGE)
 CHECKS = {"offramp": parsed, "make": check_make, "python": check_python, "llm": check_llm, "sed": lambda *_: None}
-CHECKS |= {"hf": lambda *_: None, "pip": check_pip, "uvx": check_from_a_wheel, "pipx": check_from_a_wheel}
+CHECKS |= {
+    "hf": lambda *_: None,
+    "ray": lambda *_: None,
+    "pip": check_pip,
+    "uvx": check_from_a_wheel,
+    "pipx": check_from_a_wheel,
+}
 
 
 def check(command: list[str]) -> None:

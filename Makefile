@@ -87,7 +87,7 @@ soak load: .venv/.installed
 HYBRID := $(SHIPPED)/models/smollm2-hybrid
 mamba-answers: .venv/.installed
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
-	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(if $(TEXT),--text $(TEXT)) --keep 15
+	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(if $(TEXT),--text $(TEXT)) --keep 15 $(FAST)
 
 # The paper's experiment on small models, some hours on two cores; paper-quick: 20 minutes, too few questions to conclude from.
 # DATA names files instead of the hub: make paper DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json"

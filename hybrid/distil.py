@@ -3,13 +3,14 @@
     python -m hybrid.distil WORK -o FOLDER --prompts PROMPTS.jsonl --text TEXT.txt --keep 15
 
 1. `match`: each mixer learns its attention's output, on SmolLM2's own hidden states. All blocks learn at once, and none
-   depends on another. First (`start`), each output projection becomes the one that fits best as the mixer is.
+   depends on another.
 2. `join`: the mixers together, in the model: the hidden state after each block should be SmolLM2's.
 3. `answers`: the whole model learns SmolLM2's distribution (its 16 most probable tokens) over SmolLM2's own answers, and
    over plain text.
 
-Between 1 and 2, `rank` says which attentions are missed least: each in turn is replaced by its mixer, and the distribution
-measured. With `--keep 15`, the 15 that are missed most stay.
+Before 1, `start` gives each mixer the output projection that fits best as the mixer is, and `rank` says which attentions are
+missed least: each in turn is replaced by its mixer, and the distribution measured. With `--keep 15`, the 15 that are missed
+most stay.
 
 Only mixers are trained; FOLDER gets them (`offramp.model.hybrid`). WORK keeps the text, checkpoints and each step's result.
 After an interruption (Ctrl-C), the same command goes on where it stopped, and a step that is done is not done again.
@@ -145,11 +146,11 @@ class MixerTraining:
         """All steps. Returns the mixers, by the block whose attention each replaces."""
         every = range(len(self.mixers))
         self._kept("start", every, self._start)
-        self._step("match", every, self.settings.match_hours, self._match, self._matched)
-        order = self.rank()
-        replaced = sorted(order[: len(order) - self.settings.keep])
-        self._step(f"join-{self.settings.keep}", replaced, self.settings.join_hours, self._join, self._joined)
-        self._step(f"answers-{self.settings.keep}", replaced, self.settings.answer_hours, self._answer, self.answered)
+        order, keep = self.rank(), self.settings.keep
+        replaced = sorted(order[: len(order) - keep])
+        self._step(f"match-{keep}", replaced, self.settings.match_hours, self._match, self._matched)
+        self._step(f"join-{keep}", replaced, self.settings.join_hours, self._join, self._joined)
+        self._step(f"answers-{keep}", replaced, self.settings.answer_hours, self._answer, self.answered)
         return self.chosen(replaced)
 
     def rank(self) -> list[int]:
@@ -239,7 +240,7 @@ class MixerTraining:
         ids, counts = padded(texts)
         with torch.no_grad():
             states = [(u, mixed) for u, mixed, _ in self.student.states(ids, {})]
-        losses = [distance(self._mixed(mixers[index], u), mixed, counts) for index, (u, mixed) in enumerate(states)]
+        losses = [distance(self._mixed(mixer, states[i][0]), states[i][1], counts) for i, mixer in mixers.items()]
         return torch.stack(losses).sum(), [torch.stack(losses).mean()]
 
     def _mixed(self, mixer: Mixer, u: Tensor) -> Tensor:
@@ -277,8 +278,8 @@ class MixerTraining:
         def loss_of(texts: list[TeacherText]) -> tuple[list[float], float]:
             ids, counts = padded(texts)
             states = enumerate(self.student.states(ids, {}))
-            losses = [float(distance(self._mixed(mixers[i], u), mixed, counts)) for i, (u, mixed, _) in states]
-            return losses, float(counts.sum())
+            pairs = ((self._mixed(mixers[i], u), mixed) for i, (u, mixed, _) in states if i in mixers)
+            return [float(distance(made, wanted, counts)) for made, wanted in pairs], float(counts.sum())
 
         return self._over_held(loss_of)
 
@@ -339,14 +340,16 @@ def main() -> None:
     parser.add_argument("--join-hours", type=float, default=Settings.join_hours, help="of the second step")
     parser.add_argument("--answer-hours", type=float, default=Settings.answer_hours, help="of the third step")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16: where the processor has them, twice as fast")
     args = vars(parser.parse_args())
     work, out, threads = args.pop("work"), args.pop("out"), args.pop("threads")
+    dtype = torch.bfloat16 if args.pop("bfloat16") else torch.float32
     settings = Settings(texts=tuple(args.pop("text")), **args)
     torch.set_num_threads(threads)
     keep_memory()
     try:
         model, data = text_of(settings, work)
-        student = Student(model, torch.bfloat16, compiled=True)
+        student = Student(model, dtype, compiled=True)
         training = MixerTraining(student, data, settings, work, lambda line: print(line, flush=True))
         mixers = training.run()
     except OfframpError as error:

@@ -370,9 +370,14 @@ def test_the_site_opens_from_disk_and_its_search_finds(site) -> None:
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda asked: asked.url.startswith(("file:", "data:", "about:")) or wrong.append(asked.url))
         page.goto((site / "concepts.html").as_uri())
-        page.fill(".md-search__input", "journal")
-        page.wait_for_selector(".md-search-result__link")
-        hrefs = page.eval_on_selector_all(".md-search-result__link", "links => links.map(link => link.href)")
+        links = page.locator(".md-search-result__link")
+        for _ in range(60):  # what is typed before the page's script is ready is not heard
+            page.fill(".md-search__input", "")
+            page.fill(".md-search__input", "journal")
+            page.wait_for_timeout(1000)
+            if links.count():
+                break
+        hrefs = links.evaluate_all("links => links.map(link => link.href)")
         assert any("verify.html" in href for href in hrefs)
         assert page.eval_on_selector_all("img", "all => all.every(one => one.naturalWidth > 0)")
         browser.close()

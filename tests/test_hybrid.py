@@ -146,7 +146,7 @@ def test_distillation_brings_mixers_near_and_keeps_the_attentions_that_are_misse
     made = distillery(student, texts, tmp_path)
     far = made.answered(made.chosen(range(5)))[0]
     mixers = made.run()
-    curve = json.loads((tmp_path / "match.json").read_text())
+    curve = json.loads((tmp_path / "match-3.json").read_text())
     assert sum(curve[-1]["held"]) < sum(curve[0]["held"])
     assert made.answered(made.chosen(range(5)))[0] < far
     damage = json.loads((tmp_path / "order.json").read_text())

@@ -8,9 +8,9 @@
 3. `answers`: the whole model learns SmolLM2's distribution (its 16 most probable tokens) over SmolLM2's own answers, and
    over plain text.
 
-Before 1, `start` gives each mixer the output projection that fits best as the mixer is, and `rank` says which attentions are
-missed least: each in turn is replaced by its mixer, and the distribution measured. With `--keep 15`, the 15 that are missed
-most stay.
+Before 1, `start` gives each mixer the output projection that fits best as the mixer is, and `rank` says which attentions
+are missed least: each in turn is replaced by its mixer, and the distribution measured. With `--keep 15`, the 15 that are
+missed most stay.
 
 Only mixers are trained; FOLDER gets them (`offramp.model.hybrid`). WORK keeps the text, checkpoints and each step's result.
 After an interruption (Ctrl-C), the same command goes on where it stopped, and a step that is done is not done again.
@@ -340,7 +340,9 @@ def main() -> None:
     parser.add_argument("--join-hours", type=float, default=Settings.join_hours, help="of the second step")
     parser.add_argument("--answer-hours", type=float, default=Settings.answer_hours, help="of the third step")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16: where the processor has them, twice as fast")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="products in bfloat16: for processors with AMX or AVX-512 BF16"
+    )
     args = vars(parser.parse_args())
     work, out, threads = args.pop("work"), args.pop("out"), args.pop("threads")
     dtype = torch.bfloat16 if args.pop("bfloat16") else torch.float32

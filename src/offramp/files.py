@@ -67,7 +67,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; empty if the file is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError):
         return {}
 

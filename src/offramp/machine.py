@@ -42,6 +42,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had; 0 where the system does not say, as on Windows."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return 0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if platform.system() == "Darwin" else 1024 * most  # macOS counts bytes, and others KiB
+
+
 def processor() -> str:
     """The processor's name, as the system gives it."""
     names = [line.split(":", 1)[1].strip() for line in _processor_lines() if line.startswith("model name")]
@@ -56,6 +66,6 @@ def instruction_set() -> str:
 
 def _processor_lines() -> list[str]:
     try:
-        return Path("/proc/cpuinfo").read_text().splitlines()
+        return Path("/proc/cpuinfo").read_text("utf-8").splitlines()
     except OSError:
         return []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,7 +36,7 @@ from offramp.evaluation.tasks import Item, Task, choices, rouge_l, score_choices
 from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
 from offramp.files import sha256_of_text, write_atomically
-from offramp.machine import machine
+from offramp.machine import machine, peak_memory
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
@@ -187,7 +186,7 @@ class Answers:
             if id in self._kept:
                 continue
             self._kept[id] = answer
-            with self.file.open("a") as stream:
+            with self.file.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"id": id, **asdict(answer)}) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -238,7 +237,7 @@ class Evaluation:
             blocks=self.backbone.n_blocks,
             summary=summary(items, self.seed),
             exit_histogram=dict(sorted(blocks.items())),
-            peak_memory_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            peak_memory_bytes=peak_memory(),
             items=items,
         )
 
@@ -348,7 +347,7 @@ def _read(file: Path, kind: type[Kept]) -> dict[str, Kept]:
     """Answers by their question's id. Half a line at the end, from an interrupted run, is dropped."""
     if not file.exists():
         return {}
-    whole, _, rest = file.read_text().rpartition("\n")
+    whole, _, rest = file.read_text("utf-8").rpartition("\n")
     if rest:
         write_atomically(file, (whole + "\n" if whole else "").encode())
     try:

@@ -308,7 +308,7 @@ class _Record:
             if not (folder / name).is_file():
                 raise CorruptFile(f"{folder} holds no {name}, so no exits.", hint)
         try:
-            record = json.loads((folder / RECORD).read_text())
+            record = json.loads((folder / RECORD).read_text("utf-8"))
             places = {name: tuple(record["config"].get(name, ())) for name in ("layers", "tails")}
             config, policy = ExitsConfig(**{**record["config"], **places}), Policy.from_json(record["policy"])
             check_types(config)
@@ -419,7 +419,7 @@ def shipped_for(backbone: Backbone, draft: bool = False) -> Exits | None:
 
 
 def _owner(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / RECORD).read_text())["backbone"])
+    return dict(json.loads((folder / RECORD).read_text("utf-8"))["backbone"])
 
 
 def belong(owner: dict[str, Any], backbone: Backbone) -> bool:

@@ -5,12 +5,11 @@ there. Its files are plain: each tensor begins at a multiple of 64 bytes, so tha
 `record.json` says what is where. It also says which self-checks the tensors have passed.
 
 A lock beside the folders is held while one of them begins, gets its name, or changes its record. A temporary folder has its
-own lock, which tells that its conversion runs.
+own lock, which tells that its conversion runs. Where the system has no such locks, as on Windows, nothing is kept.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
@@ -29,6 +28,11 @@ from torch import Tensor
 from offramp.errors import OfframpError
 from offramp.files import cache_folder, in_the_cache, read_json, sha256_of_text, write_atomically
 from offramp.progress import Progress, silent
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: no locks of this kind, so nothing is kept, and weights are converted each time
+    fcntl = None  # type: ignore[assignment]
 
 Tensors = dict[str, Tensor]
 Get = Callable[[str, Callable[[], Tensors]], Tensors]  # (key, what makes the tensors) → the tensors under that key
@@ -74,7 +78,9 @@ class Store:
     @classmethod
     def of(cls, sha256: str, config: Path, kind: str, **settings: Any) -> Store:
         """The store of a model, named by its weights' hash and its config, in one format. `settings`: the constructor's."""
-        key = sha256_of_text(f"{LAYOUT} {sha256} {config.read_text()}")[:16]
+        if fcntl is None:
+            return cls(**settings)
+        key = sha256_of_text(f"{LAYOUT} {sha256} {config.read_text('utf-8')}")[:16]
         return cls(cache_folder() / "formats" / f"{key}-{kind}", **settings)
 
     def part(self, name: str, build: Callable[[Get], Built]) -> Built:

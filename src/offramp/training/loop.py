@@ -318,7 +318,7 @@ def claim(work: Path, plan: dict[str, Any]) -> None:
     note, wanted = work / "plan.json", json.dumps(plan)
     if not note.exists():
         write_atomically(note, wanted.encode())
-    elif note.read_text() != wanted:
+    elif note.read_text("utf-8") != wanted:
         raise BadInput(
             f"{work} holds an unfinished training with other settings.",
             "Run it again with its own settings to finish it, or delete that folder to start anew.",

@@ -72,7 +72,7 @@ def planned(
         plan, note = _measured(backbone, config, layers, tails, work / "probe", progress, free)
         write_atomically(kept, json.dumps(asdict(plan)).encode())
         progress("plan", 1, 1, note)
-    record = json.loads(kept.read_text())
+    record = json.loads(kept.read_text("utf-8"))
     return Plan(**{**record, "layers": tuple(record["layers"]), "tails": tuple(record["tails"])})
 
 

@@ -142,7 +142,7 @@ class _Clock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds = float(path.read_text() or 0) if path.exists() else 0.0
+        self.seconds = float(path.read_text("utf-8") or 0) if path.exists() else 0.0
 
     def __enter__(self) -> _Clock:
         self._started = time.time()

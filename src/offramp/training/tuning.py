@@ -213,6 +213,6 @@ def _save(backbone: Backbone, folder: Path, record: dict[str, Any]) -> None:
     backbone.model.to(dtype).save_pretrained(unfinished, max_shard_size="1000GB")
     if backbone.tokenizer is not None:
         backbone.tokenizer.save_pretrained(unfinished)
-    (unfinished / "tuning.json").write_text(json.dumps(record, indent=1))
+    (unfinished / "tuning.json").write_text(json.dumps(record, indent=1), "utf-8")
     for file in sorted(unfinished.iterdir()):
         write_atomically(folder / file.name, file.read_bytes())

@@ -3,10 +3,21 @@
 // call up only if it holds a piece.
 
 #pragma once
-#include <omp.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else  // a compiler without OpenMP, such as Apple's: one thread does everything
+#include <time.h>
+static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_get_num_threads(void) { return 1; }
+static inline double omp_get_wtime(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec + 1e-9 * now.tv_nsec;
+}
+#endif
 
 enum { PIECES_BITS = 24, SPINS = 1000 };  // of a phase's pieces; looks at a phase before the processor is offered to others
 

@@ -3,7 +3,8 @@
 `blocks.c` runs a range of blocks in one call, or decodes several tokens; `llama.c` and `mamba2.c` are what blocks are made
 of. `head.c` multiplies with the LM head. The headers hold the rest: vectors, products, attention, gates, the head, its
 sketch, and steps of decoding.
-Without a C compiler nothing here is used: the lean path then computes the same with torch's operators.
+Without a C compiler nothing here is used: the lean path then computes the same with torch's operators. A compiler without
+OpenMP, such as Apple's, makes code that uses a single core.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
@@ -53,7 +55,12 @@ from offramp.model.lean.structures import (
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "kernels.c"
 SLOW_PAIRS = "-mno-avx512bf16"  # Intel's cores multiply pairs of bfloat16 at half the rate of float32
-FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi"]
+FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-psabi"]
+ALONE = "The C compiler knows no OpenMP, so compiled blocks use a single core. Install gcc, or name a compiler in CC."
+NOTHING = (
+    "No C compiler works here, so blocks run on torch's operators: the answers are the same, and slower. "
+    "Install gcc or clang, or name a compiler in CC."
+)
 
 
 def _from_row(tensor: Tensor, row: int) -> int:
@@ -63,9 +70,21 @@ def _from_row(tensor: Tensor, row: int) -> int:
 
 @cache
 def library() -> Any:
-    """The compiled library, or None where no C compiler works. The environment variable `CC` names another compiler."""
+    """The compiled library, or None where no C compiler works. The environment variable `CC` names another compiler.
+
+    Warns where there is none, and where the compiler has no OpenMP.
+    """
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
     command = [*compiler, *FLAGS, *([SLOW_PAIRS] if "Intel" in processor() else [])]
+    loaded = _compiled([*command, "-fopenmp"])
+    if loaded is None:
+        loaded = _compiled(command)
+        warnings.warn(NOTHING if loaded is None else ALONE, stacklevel=2)
+    return loaded
+
+
+def _compiled(command: list[str]) -> Any:
+    """The library as this command compiles it; None where that fails."""
     compiled = _compiled_file(command)
     try:
         if not compiled.exists():

@@ -1,0 +1,90 @@
+"""Machines that lack something: a C compiler, OpenMP, or what only Unix has, as far as one can tell from here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import modest_exits
+from models import ENGINES, saved, tiny
+from offramp.evaluation.results import load_results
+from offramp.model.lean.native import NOTHING, library
+from test_lean import lean
+
+# Windows has neither of these modules, and reads files in another encoding where none is named. Only offramp's own code is
+# looked at: other libraries have code of their own for Windows, which is not installed here.
+AS_ON_WINDOWS = """
+import builtins, warnings
+find = builtins.__import__
+
+def lacking(name, globals=None, *others, **named):
+    if name in ("fcntl", "resource") and (globals or {}).get("__name__", "").startswith("offramp"):
+        raise ModuleNotFoundError(name)
+    return find(name, globals, *others, **named)
+
+builtins.__import__ = lacking
+warnings.filterwarnings("ignore", category=EncodingWarning)
+warnings.filterwarnings("error", category=EncodingWarning, module="offramp")
+from offramp.cli.app import main
+main()
+"""
+HERE = ["-c", "from offramp.cli.app import main; main()"]
+# A compiler without OpenMP, like Apple's. It does not optimise, since nothing is timed.
+NO_OPENMP = """#!/bin/sh
+for flag; do [ "$flag" = -fopenmp ] && { echo "unsupported option '-fopenmp'" >&2; exit 1; }; done
+exec cc "$@" -O0
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return saved(tiny("llama"), tmp_path / "model")
+
+
+def ran(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a program says that ends without an error."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_without_compiler_and_locks_everything_runs_and_says_so_once(model, tmp_path) -> None:
+    windows = ["-X", "warn_default_encoding", "-c", AS_ON_WINDOWS]
+    lacking = {"CC": "false", "OFFRAMP_CACHE": str(tmp_path / "cache")}
+    said = ran(*windows, "generate", model, "Grüß Gott", "--max-tokens", "4", **lacking)
+    assert said.stderr.count(NOTHING) == 1
+    assert not (tmp_path / "cache" / "formats").exists()
+    assert said.stdout == ran(*HERE, "generate", model, "Grüß Gott", "--max-tokens", "4").stdout
+    questions = [{"question": f"Größe {i}?", "answer": {"value": "groß", "aliases": []}} for i in range(8)]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(each, ensure_ascii=False) for each in questions), "utf-8")
+    exits = tmp_path / "exits"
+    modest_exits("llama").save(exits)
+    task = ["eval", model, "--task", "triviaqa", "--data", tmp_path / "own.jsonl", "--json", tmp_path / "out.json"]
+    ran(*windows, *task, "--limit", "2", "--exits", exits, "--threshold", "0.5", **lacking)
+    results = load_results([tmp_path / "out.json"])
+    assert [result.peak_memory_bytes for result in results] == [0] * len(results)
+
+
+@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@torch.inference_mode()
+def test_a_compiler_without_openmp_makes_code_for_one_core(own_cache, tmp_path, monkeypatch) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(NO_OPENMP)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    ids = [[1, 2, 3, 4, 5]]
+    expected = lean("llama", "float32", "native").forward(torch.tensor(ids))
+    library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="knows no OpenMP"):
+            backbone = lean("llama", "float32", "native")
+        assert torch.equal(backbone.forward(torch.tensor(ids)), expected)
+    finally:
+        library.cache_clear()

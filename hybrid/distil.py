@@ -37,9 +37,9 @@ from hybrid.mixer import Mixer
 from hybrid.student import Student
 from lm.corpus import command_line, report
 from lm.train import Stop, keep_memory, versions
-from offramp.errors import OfframpError
+from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
-from offramp.model.hybrid import MIXERS, write_mixers
+from offramp.model.hybrid import MIXERS, read_mixers, write_mixers
 from offramp.model.loading import load
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather, parts_of
@@ -58,13 +58,16 @@ RATES = {"match": 2e-3, "join": 1e-3, "answers": 1e-3}  # the highest learning r
 
 @dataclass(frozen=True)
 class Settings:
-    """What is learned from, and for how many hours of work each step trains. `keep`: the number of attentions that stay."""
+    """What is learned from, and for how many hours of work each step trains. `keep`: the number of attentions that
+    stay. `start`: a folder with mixers to go on with; then only the third step is done.
+    """
 
     prompts: str | None = None
     texts: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = (0.0, 0.7, 0.0, 0.9)
     answers: int | None = None
     keep: int = 15
+    start: str | None = None
     match_hours: float = 0.75
     join_hours: float = 0.75
     answer_hours: float = 4.0
@@ -145,13 +148,26 @@ class MixerTraining:
     def run(self) -> dict[int, Mixer]:
         """All steps. Returns the mixers, by the block whose attention each replaces."""
         every = range(len(self.mixers))
-        self._kept("start", every, self._start)
-        order, keep = self.rank(), self.settings.keep
-        replaced = sorted(order[: len(order) - keep])
-        self._step(f"match-{keep}", replaced, self.settings.match_hours, self._match, self._matched)
-        self._step(f"join-{keep}", replaced, self.settings.join_hours, self._join, self._joined)
+        keep = self.settings.keep
+        if self.settings.start:
+            replaced = self._begin_with(Path(self.settings.start))
+        else:
+            self._kept("start", every, self._start)
+            order = self.rank()
+            replaced = sorted(order[: len(order) - keep])
+            self._step(f"match-{keep}", replaced, self.settings.match_hours, self._match, self._matched)
+            self._step(f"join-{keep}", replaced, self.settings.join_hours, self._join, self._joined)
         self._step(f"answers-{keep}", replaced, self.settings.answer_hours, self._answer, self.answered)
         return self.chosen(replaced)
+
+    def _begin_with(self, folder: Path) -> list[int]:
+        """Take the mixers of an earlier work. Returns their blocks."""
+        kept = read_mixers(folder / MIXERS)
+        if len(kept) != len(self.mixers) - self.settings.keep:
+            raise BadInput(f"{folder} replaces {len(kept)} attentions, and keeps the others.", "Name as many with --keep.")
+        for block, mixer in self.chosen(list(kept)).items():
+            mixer.take(kept[block])
+        return list(kept)
 
     def rank(self) -> list[int]:
         """All blocks; the first are those whose attention is missed least."""
@@ -336,6 +352,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], help="a plain text to learn from, too; may be repeated")
     parser.add_argument("--answers", type=int, help="how many answers; default: one for each prompt")
     parser.add_argument("--keep", type=int, default=Settings.keep, help="how many of the 30 attentions stay")
+    parser.add_argument("--start", help="go on with the mixers in this folder, by the third step alone")
     parser.add_argument("--match-hours", type=float, default=Settings.match_hours, help="of the first step")
     parser.add_argument("--join-hours", type=float, default=Settings.join_hours, help="of the second step")
     parser.add_argument("--answer-hours", type=float, default=Settings.answer_hours, help="of the third step")

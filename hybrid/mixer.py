@@ -86,6 +86,14 @@ class Mixer(nn.Module):
         kept["x"], kept["conv_bias"] = self.x * SMALL, self.conv_bias * self._sizes
         return kept
 
+    @torch.no_grad()
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Become a mixer that `tensors` gave."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name])
+        self.x.div_(SMALL)
+        self.conv_bias.div_(self._sizes)
+
     @property
     def _sizes(self) -> Tensor:
         """What a parameter of 1 stands for in each of the convolution's channels."""

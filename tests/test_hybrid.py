@@ -17,7 +17,7 @@ import offramp
 from hybrid import distil, evaluate
 from hybrid.student import Student
 from models import ENGINES, byte_tokenizer
-from offramp.errors import CorruptFile
+from offramp.errors import BadInput, CorruptFile
 from offramp.model import hub
 from offramp.model.hybrid import LARGEST, MATRICES, MIXERS, base_of, read_mixers, to_bamba, write_mixers
 from offramp.model.loading import wrap
@@ -138,7 +138,8 @@ def texts(student, tmp_path_factory):
 
 
 def distillery(student, texts, work, **settings) -> distil.MixerTraining:
-    chosen = distil.Settings(keep=3, match_hours=4e-4, join_hours=1e-4, answer_hours=1e-4, **settings)
+    usual = {"keep": 3, "match_hours": 4e-4, "join_hours": 1e-4, "answer_hours": 1e-4}
+    chosen = distil.Settings(**{**usual, **settings})
     return distil.MixerTraining(student, texts, chosen, work, lambda line: None)
 
 
@@ -157,6 +158,21 @@ def test_distillation_brings_mixers_near_and_keeps_the_attentions_that_are_misse
     for block, mixer in again.run().items():
         for name, value in mixer.tensors().items():
             assert torch.equal(value, mixers[block].tensors()[name])
+
+
+def test_a_later_stage_goes_on_with_the_mixers_that_were_written(student, texts, tmp_path) -> None:
+    made = distillery(student, texts, tmp_path / "first")
+    mixers = {block: mixer.tensors() for block, mixer in made.run().items()}
+    write_mixers(tmp_path / MIXERS, mixers, {"base": "tiny"})
+    later = distillery(student, texts, tmp_path / "later", start=str(tmp_path))
+    assert later._begin_with(tmp_path) == sorted(mixers)
+    for block, mixer in later.chosen(mixers).items():
+        for name, value in mixer.tensors().items():
+            torch.testing.assert_close(value, read_mixers(tmp_path / MIXERS)[block][name])
+    assert sorted(later.run()) == sorted(mixers)
+    assert [path.name for path in (tmp_path / "later").glob("*.safetensors")] == ["answers-3.safetensors"]
+    with pytest.raises(BadInput, match="replaces 2 attentions"):
+        distillery(student, texts, tmp_path / "other", keep=4, start=str(tmp_path)).run()
 
 
 def test_the_first_output_projection_is_the_least_squares_one(student, texts, tmp_path) -> None:

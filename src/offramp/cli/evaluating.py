@@ -118,18 +118,38 @@ def report(
     print(f"{output}, and {len(figures)} figures in {figures[0].parent}" if figures else output)
 
 
-def inspect(model: Model, *, decoding: Annotated[DecodingOptions, Only("exits", "dtype")], as_json: Json = False) -> None:
+def inspect(
+    model: Model,
+    *,
+    decoding: Annotated[DecodingOptions, Only("exits", "dtype")],
+    what_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--what-if",
+            help="Also show what would be saved if exits agreed with full depth this often (agreement=0.5,0.6,0.7, one "
+            "share for each exit), or drafts (drafts=0.5). bandwidth=GB/S adds times. rows=SHARE: what each further row of "
+            "a chunk costs, in steps of full depth; default: as on this machine. May be repeated.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Show a model's blocks, where exits would go, and what a token costs there. The config is enough."""
-    from offramp.cli.terminal import anatomy_table
+    from offramp.cli.terminal import anatomy_table, savings_table
     from offramp.evaluation.anatomy import anatomy
+    from offramp.evaluation.what_if import Scenario
+    from offramp.evaluation.what_if import what_if as savings
     from offramp.model.loading import outline
 
+    scenario = Scenario.parse(what_if) if what_if else None
     backbone = outline(model, decoding.dtype)
     facts = anatomy(backbone, decoding.find_exits(backbone))
+    found = savings(facts, scenario) if scenario else []
     if as_json:
-        print(json.dumps(asdict(facts)))
-    else:
-        anatomy_table(facts)
+        print(json.dumps({**asdict(facts), **({"what_if": [asdict(each) for each in found]} if scenario else {})}))
+        return
+    anatomy_table(facts)
+    if scenario:
+        savings_table(found)
 
 
 @dataclass(frozen=True)

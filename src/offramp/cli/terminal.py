@@ -17,6 +17,7 @@ from offramp.evaluation.anatomy import Anatomy
 from offramp.evaluation.bench import Comparison, FillComparison
 from offramp.evaluation.metrics_table import METRICS
 from offramp.evaluation.results import Result
+from offramp.evaluation.what_if import Saving
 from offramp.exits.exits import Exits
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
@@ -208,8 +209,26 @@ def anatomy_table(facts: Anatomy) -> None:
     note = (
         f"Costs are at a context of {facts.cost_context} tokens; a block is a mean block's FLOPs. A tail is the model's "
         "last blocks, which run after the exit's adapter. GFLOPs count blocks, gates, read-outs, the project fill and the "
-        "head; in the last row every gate was asked and none let the token leave. GB count the weights of the blocks that "
-        "run and of the head."
+        "head; in the last row every gate was asked and none let the token leave. GB count the same."
+    )
+    console.print(Text(note, "dim"))
+
+
+def savings_table(found: list[Saving]) -> None:
+    """What exits and drafts would save."""
+    table = Table(title="What if they agreed so often? One answer at a time", title_justify="left")
+    titles = ("", "GB a token", "GFLOPs a token", "times as fast", "ms a token", "")
+    for title in titles:
+        table.add_column(title, justify="right" if title else "left")
+    for each in found:
+        ms = "" if each.ms is None else f"{each.ms:.1f}"
+        table.add_row(each.what, f"{each.bytes / 1e9:.3f}", f"{each.flops / 1e9:.2f}", f"{each.speed:.2f}", ms, each.how)
+    console.print(table)
+    note = (
+        "A computation, and no measurement: times are those of reading what a token reads from memory. Exits: a gate that "
+        "makes no mistake lets a token leave at the first exit that agrees with full depth, so this is the most that exits "
+        "can save. verify: drafts by an exit as `offramp train --draft` makes it; a chunk that costs more counts as more "
+        "bytes."
     )
     console.print(Text(note, "dim"))
 

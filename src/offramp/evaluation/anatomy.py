@@ -7,20 +7,22 @@ from statistics import fmean
 from typing import Any
 
 from offramp.exits.exits import Exits, ExitsConfig, suggested_places
+from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.model.families import UNBOUNDED
 from offramp.model.lean.native import kernels
+from offramp.training.config import draft_config
 
 CONTEXT = 256  # tokens before the one whose costs are stated
 
 
 @dataclass(frozen=True)
 class Leaving:
-    """The cost of a token that leaves after a block: parameters of the blocks that ran, FLOPs, bytes of weights moved.
+    """The cost of a token that leaves after a block: parameters of the blocks that ran, FLOPs, bytes moved.
 
-    All include the exit's `tail`, the last blocks that run after its adapter. FLOPs also include all gates that were asked,
-    the read-outs, the `project` fill of skipped blocks, and the head.
+    All include the exit's `tail`, the last blocks that run after its adapter. FLOPs and bytes also include all gates that
+    were asked, the read-outs (2 bytes an entry), the `project` fill of skipped blocks, and the head.
     """
 
     after_block: int
@@ -35,10 +37,11 @@ class Anatomy:
     """The parts of a model. Costs are FLOPs at a context of `cost_context` tokens.
 
     `kernels` are the processor's instructions that compiled blocks multiply with on this machine; "" without a compiler.
-    Fields that end in `_in_blocks` are costs divided by that of a mean block. `context` is None where it is unbounded.
-    `exits` holds the layers, tails and thresholds of the model's exits, and its policy in words. It is None if there are
-    none; then `gate` and `readout` are the default kinds, and `leaving` is for exits at `suggested_layers`, with
-    `suggested_tails`.
+    `full_bytes` are the bytes that a token moves at full depth. `draft_flops` and `draft_bytes` are those of a draft, by an
+    exit as `offramp train --draft` makes it. Fields that end in `_in_blocks` are costs divided by that of a mean block.
+    `context` is None where it is unbounded. `exits` holds the layers, tails and thresholds of the model's exits, and its
+    policy in words. It is None if there are none; then `gate` and `readout` are the default kinds, and `leaving` is for
+    exits at `suggested_layers`, with `suggested_tails`.
     """
 
     model: str
@@ -57,6 +60,9 @@ class Anatomy:
     block_flops: list[int]
     block_bytes: list[int]
     full_flops: int
+    full_bytes: int
+    draft_flops: int
+    draft_bytes: int
     head_in_blocks: float
     gate: str
     gate_in_blocks: float
@@ -76,7 +82,7 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
     parts = exits or Exits.new(backbone, ExitsConfig(layers, tails=tails))
     first = next(iter(parts))
     block_flops = [costs.block(index, context) for index in range(backbone.n_blocks)]
-    mean_block = fmean(block_flops)
+    mean_block, drafted = fmean(block_flops), _drafting(backbone, costs, context)
     return Anatomy(
         model=backbone.name,
         sha256=backbone.source.fingerprint,
@@ -94,6 +100,9 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
         block_flops=block_flops,
         block_bytes=[costs.block_bytes(index, context) for index in range(backbone.n_blocks)],
         full_flops=costs.full(context),
+        full_bytes=sum(costs.block_bytes(index, context) for index in range(backbone.n_blocks)) + costs.head_bytes,
+        draft_flops=drafted[0],
+        draft_bytes=drafted[1],
         head_in_blocks=costs.head / mean_block,
         gate=parts.config.gate,
         gate_in_blocks=first.gate.flops() / mean_block,
@@ -120,16 +129,31 @@ def _leaving(backbone: Backbone, costs: Costs, exits: Exits, stop: int, tail: in
     readouts = [exit.adapter.flops() for exit in passed if exit.adapter.recurrent or exit.block == stop]
     skipped = range(stop, backbone.n_blocks - tail)
     run = [index for index in range(backbone.n_blocks) if index not in skipped]
+    asked = sum(exit.gate.flops() for exit in passed) + sum(readouts)
     return Leaving(
         after_block=stop,
         tail=tail,
         parameters=sum(_parameters(backbone.blocks[index]) for index in run),
-        flops=sum(costs.block(index, context) for index in run)
-        + costs.projected(skipped)
-        + sum(exit.gate.flops() for exit in passed)
-        + sum(readouts)
-        + costs.head,
-        bytes=sum(costs.block_bytes(index, context) for index in run) + costs.head_bytes,
+        flops=sum(costs.block(index, context) for index in run) + costs.projected(skipped) + asked + costs.head,
+        # A product reads half as many entries as it has FLOPs, and a read-out's or gate's entry has 2 bytes.
+        bytes=sum(costs.block_bytes(index, context) for index in run)
+        + sum(costs.projected_bytes(index) for index in skipped)
+        + asked
+        + costs.head_bytes,
+    )
+
+
+def _drafting(backbone: Backbone, costs: Costs, context: int) -> tuple[int, int]:
+    """FLOPs and bytes of a draft by an exit as `offramp train --draft` makes it, in 8 bits, or 4 where blocks have 4."""
+    config = draft_config(backbone.kinds)
+    tail = range(backbone.n_blocks - config.tails[0], backbone.n_blocks)
+    adapter = DeepAdapter(backbone.hidden_size, config.readout_width, len(tail), 1 + bool(config.middle))
+    vocabulary = min(config.shortlist or backbone.vocab_size, backbone.vocab_size)
+    entries = adapter.flops() // 2 + vocabulary * backbone.hidden_size
+    weights = entries // 2 if backbone.weight_format.startswith("int4") else entries
+    return (
+        2 * entries + sum(costs.block(index, context) for index in tail),
+        weights + sum(costs.block_bytes(index, context) for index in tail),
     )
 
 

@@ -94,6 +94,11 @@ class Costs:
         """FLOPs of the `project` fill in these blocks, for one token."""
         return sum(self.project_keys[index] + self.project_state[index] for index in blocks)
 
+    def projected_bytes(self, index: int) -> int:
+        """Bytes of weights that the `project` fill reads in block `index`, for one token."""
+        share = (self.project_keys[index] + self.project_state[index]) / max(1, self._linear[index])
+        return round(share * self._weight_bytes[index])
+
     def sketched(self, dims: int, candidates: int) -> int:
         """FLOPs of a head that reads out `candidates` tokens, which a sketch of `dims` dims names."""
         return 2 * (self._hidden * dims + self._vocabulary * dims + candidates * self._hidden)

@@ -101,7 +101,8 @@ def answer(client: Any, asked: Asked, settings: dict[str, Any], start: float) ->
     text, first, tokens = "", 0.0, 0
     with client.chat.completions.create(messages=asked.messages, stream=True, **settings) as parts:
         for part in parts:
-            if part.choices and part.choices[0].finish_reason is None:
+            # Other servers begin with an empty part, before they have read the prompt.
+            if part.choices and part.choices[0].finish_reason is None and (text or part.choices[0].delta.content):
                 first, tokens = first or time.monotonic() - start, tokens + 1
                 text += part.choices[0].delta.content or ""
             if asked.kind == "cancelled" and tokens == 3:

@@ -227,14 +227,18 @@ ALWAYS void in_turn(const Tile *c, const Out *out, int64_t kind, const int T, co
     vf acc[MOST * EIGHT];
     for (int64_t i = 0; i < c->count; i++, w += row) {
         vf one[MOST] = {0}, other[MOST] = {0};
-        for (int64_t k = c->from; k < to; k += step) {
-            const int64_t left = k + step <= to ? step : to - k;
-            const vi u = weights_at(kind, w, k, left), v = streams > 1 ? weights_at(kind, w + apart, k, left) : u;
-            EACH_ROW {
-                one[t] = times(kind, one[t], u, &x, c->r + t, k, left);
-                if (streams > 1) other[t] = times(kind, other[t], v, &x, c->r + t, k, left);
-            }
-        }
+        int64_t k = c->from;
+#define GO_ON(left) \
+    { \
+        const vi u = weights_at(kind, w, k, left), v = streams > 1 ? weights_at(kind, w + apart, k, left) : u; \
+        EACH_ROW { \
+            one[t] = times(kind, one[t], u, &x, c->r + t, k, left); \
+            if (streams > 1) other[t] = times(kind, other[t], v, &x, c->r + t, k, left); \
+        } \
+    }
+        for (; k + step <= to; k += step) GO_ON(step)
+        if (k < to) GO_ON(to - k)
+#undef GO_ON
         EACH_ROW acc[t * EIGHT + i] = one[t], acc[t * EIGHT + FOUR + i] = other[t];
     }
     for (int t = 0; t < T; t++) {
@@ -251,18 +255,20 @@ ALWAYS void side_by_side(const Tile *c, const Out *out, int64_t kind, const int 
     const int64_t row = row_bytes(c->m);
     const char *w = (const char *)c->m->w + c->n * row;
     vf acc[24] = {0};
-    for (int64_t k = c->from; k < c->to; k += AT_ONCE(kind)) {
-        vi v[4];
-        EACH_WEIGHT v[i] = weights_at(kind, w + i * row, k, c->to - k);
-        EACH_ROW EACH_WEIGHT acc[t * N + i] = times(kind, acc[t * N + i], v[i], &x, c->r + t, k, c->to - k);
+    int64_t k = c->from;
+#define GO_ON(left) \
+    { \
+        vi v[4]; \
+        EACH_WEIGHT v[i] = weights_at(kind, w + i * row, k, left); \
+        EACH_ROW EACH_WEIGHT acc[t * N + i] = times(kind, acc[t * N + i], v[i], &x, c->r + t, k, left); \
     }
-    EACH_ROW {
-        vf own[EIGHT] = {0};
-        float sums[EIGHT];
-        EACH_WEIGHT own[i] = acc[t * N + i];
-        sums_of(own, sums);
-        put(c, out, kind, t, c->n, N, sums);
-    }
+    for (; k + AT_ONCE(kind) <= c->to; k += AT_ONCE(kind)) GO_ON(AT_ONCE(kind))
+    if (k < c->to) GO_ON(c->to - k)
+#undef GO_ON
+    float sums[24];
+#pragma GCC unroll 3
+    for (int j = 0; j < N * T; j += EIGHT) sums_of(acc + j, sums + j);
+    EACH_ROW put(c, out, kind, t, c->n, N, sums + t * N);
 }
 
 // Adds the products of two vectors of int4 weights, each with the same four numbers of a row in all lanes.
@@ -339,7 +345,7 @@ static Multiply *const two[KINDS][MOST] = {
 #if WIDE  // weights and rows of a tile in the cache: as many as the registers hold
 enum { FLOATS = 4, FLOAT_ROWS = 6, INTEGERS = 2, INTEGER_ROWS = 8 };
 #else
-enum { FLOATS = 2, FLOAT_ROWS = 5, INTEGERS = 2, INTEGER_ROWS = 5 };
+enum { FLOATS = 3, FLOAT_ROWS = 4, INTEGERS = 2, INTEGER_ROWS = 5 };
 #endif
 FUNCTION(FLOAT32_many, side_by_side(c, out, FLOAT32, FLOATS, FLOAT_ROWS))
 FUNCTION(BFLOAT16_many, side_by_side(c, out, BFLOAT16, FLOATS, FLOAT_ROWS))

@@ -131,7 +131,19 @@ static inline void sums_of(const vf *v, float *out) {
 static inline float sum(vf v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
 
 static inline void sums_of(const vf *v, float *out) {
+#ifdef __AVX2__
+    __m128 pairs[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m256 a = (__m256)v[2 * i], b = (__m256)v[2 * i + 1];
+        pairs[i] = _mm_hadd_ps(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)),
+                               _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1)));
+    }
+    _mm_storeu_ps(out, _mm_hadd_ps(pairs[0], pairs[1]));
+    _mm_storeu_ps(out + 4, _mm_hadd_ps(pairs[2], pairs[3]));
+#else
     for (int i = 0; i < EIGHT; i++) out[i] = sum(v[i]);
+#endif
 }
 #endif
 
@@ -211,7 +223,10 @@ static inline vf from_bfloat16(const uint16_t *p, int64_t n) {
     return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16);
 #else
     half_vf v = {0};
-    memcpy(&v, p, 2 * min_(n, LANES));
+    if (n >= LANES)
+        memcpy(&v, p, sizeof v);
+    else
+        memcpy(&v, p, 2 * n);
     return (vf)(__builtin_convertvector(v, vi) << 16);
 #endif
 }
@@ -221,7 +236,10 @@ static inline void to_bfloat16(uint16_t *p, vf v, int64_t n) {
     const vi bits = (vi)v, rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const vi kept = (vi)choose(v != v, (vf)(bits | 0x10000), (vf)rounded);
     const half_vf halves = __builtin_convertvector((kept >> 16) & 0xffff, half_vf);
-    memcpy(p, &halves, 2 * min_(n, LANES));
+    if (n >= LANES)
+        memcpy(p, &halves, sizeof halves);
+    else
+        memcpy(p, &halves, 2 * n);
 }
 
 // Float16 numbers, none of them infinite, as float32.

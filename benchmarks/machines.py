@@ -5,10 +5,9 @@
 For each number of workers, a cluster of as many nodes is started on this machine, each with one processor. Its workers
 answer prompts of offramp's own list at full depth, as `offramp eval --ray` does; the numbers of workers take turns.
 
-Prints a table of medians of the rounds: seconds for everything; those until a worker begins to answer (processes, imports,
-loading); those of answering, added up over the workers and divided by their number; the rest; answered tokens a second; and
-efficiency. That is the first
-row's seconds over this row's, per worker, with the lowest and highest of the rounds.
+Prints a table of medians of the rounds: seconds for everything; those of answering, added up over the workers and divided
+by their number; the rest (processes, imports, loading, sending, waiting for the last share); answered tokens a second; and
+efficiency. That is the first row's seconds over this row's, per worker, with the lowest and highest of the rounds.
 """
 
 from __future__ import annotations
@@ -42,10 +41,9 @@ NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 100 * 2**20}
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of one run: all of them, those until a worker begins to answer, those of answering; and its tokens."""
+    """Seconds of one run: all of them, and those that each worker answered; and the tokens."""
 
     seconds: float
-    start: float
     answering: float
     tokens: int
 
@@ -65,20 +63,14 @@ def nodes(workers: int) -> Iterator[Cluster]:
 
 def run(backbone: Backbone, task: Task, workers: int, batch: int) -> Run:
     """Answer the task's questions with so many workers."""
-    came: list[float] = []
-
-    def note(stage: str, completed: int, total: int, note: str = "") -> None:
-        came.append(time.monotonic())
-
     with nodes(workers) as cluster, tempfile.TemporaryDirectory() as folder:
-        evaluation = Evaluation(backbone, task, Path(folder), batch=batch, progress=note)
+        evaluation = Evaluation(backbone, task, Path(folder), batch=batch)
         started = time.monotonic()
         cluster.answer(evaluation, [])
         seconds = time.monotonic() - started
     answers = [answer for part in evaluation.answers([]) for answer in part.in_order if isinstance(answer, Answer)]
     spent = sum(answer.prefill_seconds + answer.decode_seconds for answer in answers)
-    start = came[0] - started - spent * batch / len(answers)  # the first share came when it had been answered
-    return Run(seconds, start, spent / workers, sum(len(answer.ids) for answer in answers))
+    return Run(seconds, spent / workers, sum(len(answer.ids) for answer in answers))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -99,15 +91,14 @@ def main(arguments: list[str] | None = None) -> None:
     rounds = [{count: run(backbone, task, count, asked.batch) for count in counts} for _ in range(asked.rounds)]
     facts = ", ".join(f"{name} {value}" for name, value in {**machine(), "ray": ray.__version__}.items())
     print(f"{backbone.name}, {backbone.weight_format}; {len(items)} prompts of {asked.tokens} new tokens; {facts}")
-    print("\n| workers | seconds | start | answering | rest | tokens/s | efficiency |\n|---|---|---|---|---|---|---|")
+    print("\n| workers | seconds | answering | rest | tokens/s | efficiency |\n|---|---|---|---|---|---|")
     for count in counts:
         runs = [each[count] for each in rounds]
         shares = [each[counts[0]].seconds * counts[0] / each[count].seconds / count for each in rounds]
         parts = [
             median(each.seconds for each in runs),
-            median(each.start for each in runs),
             median(each.answering for each in runs),
-            median(each.seconds - each.start - each.answering for each in runs),
+            median(each.seconds - each.answering for each in runs),
             median(each.tokens / each.seconds for each in runs),
         ]
         cells = " | ".join(f"{part:.1f}" for part in parts)

@@ -375,6 +375,20 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
     results = json.loads((world / "out.json").read_text())["results"]
     assert [len(result["items"]) for result in results] == [3, 3, 3]
     assert not list(world.glob(".out.json*"))
+    # Two processes share the questions, and the results are those of one.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(world / "launched.py")]
+    (world / "launched.py").write_text("from offramp.cli.app import main; main()")
+    shared = (*command, "--threshold", "0.5", "--threshold", "1,1,0.9", "--batch", "1", "--json", "shared.json")
+    environment = {**os.environ, "OFFRAMP_CACHE": str(world / "cache"), "OMP_NUM_THREADS": "1"}
+    both = subprocess.run(
+        [sys.executable, *launch, *shared], cwd=world, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("triviaqa, 3 questions") == 3
+    for one, two in zip(results, json.loads((world / "shared.json").read_text())["results"], strict=True):
+        for name in ("id", "text", "full_text", "scores", "exits"):
+            assert [item[name] for item in one["items"]] == [item[name] for item in two["items"]]
+    assert not list(world.glob(".shared.json*"))
     assert "report.html" in run(world, "report", "out.json", "-o", "report.html").stdout
     assert (world / "report-figures").is_dir()
 

@@ -148,6 +148,7 @@ CHECKS = {"offramp": parsed, "make": check_make, "python": check_python, "llm": 
 CHECKS |= {
     "hf": lambda *_: None,
     "ray": lambda *_: None,
+    "torchrun": lambda *words: check([*words[words.index("--no-python") + 1 :]]),
     "pip": check_pip,
     "uvx": check_from_a_wheel,
     "pipx": check_from_a_wheel,

@@ -52,6 +52,7 @@ def evaluate(
     """Score answers on a task, with exits and at full depth, and show what they cost. Ctrl-C is safe."""
     from offramp.cli.terminal import result_line
     from offramp.evaluation.evaluation import Evaluation
+    from offramp.evaluation.processes import processes, share_out
     from offramp.evaluation.results import save_results
     from offramp.evaluation.tasks import load_task
     from offramp.files import cache_folder
@@ -65,7 +66,7 @@ def evaluate(
     # Answers of a cluster have its machines' times, so they are kept apart.
     folder = "answers" if ray is None else "answers-ray"
     work = out.with_name(f".{out.name}.{folder}") if out else cache_folder() / folder
-    results, runs = [], []
+    results, runs, others = [], [], processes()
     with resumable(), cluster_at(ray) as cluster:
         for questions in tasks:
             with progress_bars() as progress:
@@ -73,11 +74,17 @@ def evaluate(
                 run = Evaluation(backbone, questions, work, reference_model, batch, seed, command_line(), progress)
                 if cluster:
                     cluster.answer(run, conditions)
+                elif others:
+                    share_out(run, conditions, others)
+                    if not others.is_main_process:
+                        continue
                 task_results = [run.run(condition) for condition in conditions]
             for result in task_results:
                 result_line(result)
             runs.append(run)
             results += task_results
+    if others and not others.is_main_process:
+        return
     if out:
         save_results(results, out)
     for file in {file for run in runs for file in run.files}:

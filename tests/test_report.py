@@ -48,14 +48,14 @@ def page(results, tmp_path_factory) -> Path:
 def test_the_page_holds_everything_by_itself(page: Path, results) -> None:
     text = page.read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 6
     assert all(result.condition.name in text for result in results)
     assert "offramp eval &lt;tiny&gt;" in text  # escaped
     assert "#010203" not in text
     assert "F1 less full depth's" in text
     assert "At consistency 0.9" in text
     figures = sorted((page.parent / "report-figures").glob("*.svg"))
-    assert len(figures) == 5
+    assert len(figures) == 6
     assert all("currentColor" not in figure.read_text() for figure in figures)
 
 
@@ -96,16 +96,26 @@ def test_a_browser_shows_it_without_an_error(page: Path, tmp_path, name: str, si
     assert done.returncode == 0
     assert picture.stat().st_size > 20_000
     assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    # The page measures its own layout: nothing overlaps the edge, and every figure has a size.
+    # The page measures its own layout: nothing overlaps the edge, and every figure has a size once its section is open.
+    # Then a condition is searched for, and one that there is not.
     probe = tmp_path / "probe.html"
-    script = (
-        "<script>addEventListener('load', () => { const shown = [...document.querySelectorAll('figure svg')]"
-        ".filter(one => one.getBoundingClientRect().height > 50).length;"
-        "document.title = `figures ${shown} wider ${document.documentElement.scrollWidth > innerWidth}`; })</script></body>"
-    )
+    script = """<script>addEventListener('load', () => {
+        const large = one => one.checkVisibility() && one.getBoundingClientRect().height > 50;
+        const shown = () => [...document.querySelectorAll('figure svg')].filter(large);
+        const wider = () => document.documentElement.scrollWidth > innerWidth, said = [shown().length, wider()];
+        for (const section of document.querySelectorAll('details')) section.open = true;
+        said.push(shown().length, wider());
+        for (const text of ['Project  0.9', 'magic', '']) {
+            find.value = text;
+            find.dispatchEvent(new Event('input'));
+            const rows = [...document.querySelectorAll('tr.condition')];
+            said.push(found.textContent, rows.filter(row => row.checkVisibility()).length);
+        }
+        document.title = said.join('; ');
+    })</script></body>"""
     probe.write_text(page.read_text().replace("</body>", script))
     done = subprocess.run([*common, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "<title>figures 5 wider false</title>" in done.stdout
+    assert "<title>1; false; 6; false; 2 found; 2; 0 found; 0; ; 0</title>" in done.stdout
 
 
 def test_results_that_do_not_compare_are_kept_apart(results, tmp_path) -> None:

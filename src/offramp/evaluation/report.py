@@ -1,5 +1,8 @@
 """An HTML page made from Results of `offramp eval`: one file that fetches nothing. Its figures lie beside it as SVG.
 
+First comes an overview, with a figure for each task. A section for each model and task is folded under its title; what is
+typed into the search box shows the conditions whose names have all its words.
+
 Everything that must be read is in text and tables. Figures use colours that colour-blind readers can tell apart (Okabe and
 Ito), and a marker for each curve. Lines and letters take the colour of the page's text, so that figures can be read in the
 dark.
@@ -38,19 +41,20 @@ def write(results: list[Result], page: Path) -> list[Path]:
         raise BadInput("There are no results to report.", "Name files that offramp eval --json wrote.")
     figures: dict[str, str] = {}
     try:
-        sections = [_section(*group, figures) for group in _grouped(results)]
+        groups = _grouped(results)
         body = f"""<h1>Early exits: what they keep and what they save</h1>
 <p>{escape(_intro(results))}</p>
-{_contents(results)}
-{"".join(sections)}
-<h2 id="run">What was run</h2>
-{_runs(results)}"""
+{_overview(groups, figures)}
+{_SEARCH}
+{"".join(_section(*group, figures) for group in groups)}
+<details id="run"><summary><h2>What was run</h2></summary>
+{_runs(results)}</details>"""
     except KeyError as error:
         raise BadInput(
             f"A Result lacks something that the page shows: {error}.",
             "Was it made by another version? Run offramp eval again.",
         ) from error
-    write_atomically(page, f"{_HEAD}<main>\n{body}\n</main>\n</body>\n</html>\n".encode())
+    write_atomically(page, f"{_HEAD}<main>\n{body}\n</main>\n{_SCRIPT}</body>\n</html>\n".encode())
     folder = page.with_name(f"{page.stem}-figures")
     for name, svg in figures.items():
         write_atomically(folder / f"{name}.svg", svg.replace("currentColor", "#222").encode())
@@ -91,14 +95,57 @@ def _intro(results: list[Result]) -> str:
     )
 
 
-def _contents(results: list[Result]) -> str:
-    links = [f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, title, _ in _grouped(results)]
-    return f'<nav><ul>{"".join(links)}<li><a href="#run">What was run</a></li></ul></nav>'
+def _overview(groups: list[tuple[str, str, list[Result]]], figures: dict[str, str]) -> str:
+    """A figure for each task that asks for answers: every condition of every model, and the best of each model."""
+    tasks: dict[str, list[tuple[str, list[Result]]]] = {}
+    for _, title, results in groups:
+        if "token_f1" in results[0].summary:
+            task = results[0].task.name
+            tasks.setdefault(task, []).append((title.replace(f" on {task}", ""), results))
+    parts = []
+    for task, models in tasks.items():
+        figures[f"overview-{task}"] = svg = _fronts(models)
+        caption = f"{task}: consistency against FLOPs saved. A dot is a condition; lines join each model's best ones."
+        parts.append(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>")
+    return "\n".join(parts)
+
+
+def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (x, y) that none exceeds in both, by rising x."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points, reverse=True):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    return best[::-1]
+
+
+def _fronts(models: list[tuple[str, list[Result]]]) -> str:
+    """A figure of consistency against FLOPs saved: a colour for each model."""
+
+    def place(result: Result) -> tuple[float, float]:
+        return result.summary["flops_saved"].mean, result.summary["token_f1"].mean
+
+    def draw(axes: Any) -> None:
+        for index, (name, results) in enumerate(models):
+            style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 7]}
+            points = [place(result) for result in results]
+            axes.plot(*zip(*points, strict=True), **style, linestyle="none", markersize=3, alpha=0.6)
+            axes.plot(*zip(*_front(points), strict=True), color=style["color"], linewidth=1.4)
+            axes.plot([], [], **style, linewidth=1.4, markersize=4, label=name)
+            for result in filter(_own, results):
+                axes.plot(*place(result), **style, markersize=10, markerfacecolor="none", linestyle="none")
+        lowest = min((place(result)[0] for _, results in models for result in results), default=0.0)
+        axes.set(xlabel=METRICS["flops_saved"].label, ylabel=METRICS["token_f1"].label)
+        axes.set_xlim(
+            left=max(lowest - 0.02, -0.1)
+        )  # confidences that read out at every exit cost several times full depth
+
+    return _figure(draw)
 
 
 def _section(anchor: str, title: str, results: list[Result], figures: dict[str, str]) -> str:
     """A section of the page. Its figures are added to `figures`."""
-    parts = [f'<h2 id="{anchor}">{escape(title)}</h2>', _about(results[0])]
+    parts = [f'<details id="{anchor}"><summary><h2>{escape(title)}</h2></summary>', _about(results[0])]
     answered = "flops_per_token" in results[0].summary  # not for multiple choice
     if answered:
         quality = METRICS[_quality(results[0])]
@@ -116,7 +163,7 @@ def _section(anchor: str, title: str, results: list[Result], figures: dict[str, 
     parts.append(_table(results))
     if answered:
         parts.append(_answers(results))
-    return "\n".join(parts)
+    return "\n".join([*parts, "</details>"])
 
 
 def _about(first: Result) -> str:
@@ -281,7 +328,7 @@ def _table(results: list[Result]) -> str:
         for result in sorted(curve, key=deepest_first):
             cells = _cell(first, difference(result.items, full, first.name, result.seed)) if full else ""
             cells += "".join(_cell(metric, result.summary[metric.name]) for metric in metrics)
-            rows.append(f"<tr><th>{escape(result.condition.name)}</th>{cells}</tr>")
+            rows.append(f'<tr class="condition"><th>{escape(result.condition.name)}</th>{cells}</tr>')
     return f'<div class="wide"><table><tr><th>condition</th>{head}</tr>{"".join(rows)}</table></div>'
 
 
@@ -304,7 +351,8 @@ def _answers(results: list[Result], count: int = 3) -> str:
     ]
     parts.append(" in its tooltip, and below the answer for tokens that left early.</p>")
     for number, question in enumerate(early[0][1][:count]):
-        parts.append(f"<h4>{escape(question.question)}</h4><dl><dt>full depth</dt><dd>{escape(question.full_text)}</dd>")
+        full = f"<div><dt>full depth</dt><dd>{escape(question.full_text)}</dd></div>"
+        parts.append(f'<h4>{escape(question.question)}</h4><dl class="side" tabindex="0">{full}')
         for name, items in early:
             item = items[number]
             spans = "".join(
@@ -313,7 +361,7 @@ def _answers(results: list[Result], count: int = 3) -> str:
             )
             early_tokens = [f"{place}: {block}" for place, block in enumerate(item.exits, start=1) if block < blocks]
             small = f"<br><small>left early, token: block — {', '.join(early_tokens)}</small>" if early_tokens else ""
-            parts.append(f"<dt>{escape(name)}</dt><dd>{spans}{small}</dd>")
+            parts.append(f"<div><dt>{escape(name)}</dt><dd>{spans}{small}</dd></div>")
         parts.append("</dl>")
     return "\n".join(parts)
 
@@ -373,13 +421,47 @@ th:first-child { text-align: left; min-width: 9rem; }
 td small { white-space: nowrap; }
 dt { font-size: 0.85rem; font-weight: 600; }
 dd { margin: 0 0 0.5rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+.side { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(14rem, 1fr); gap: 1rem; overflow-x: auto; }
+summary { cursor: pointer; }
+summary h2 { display: inline; }
+details { margin: 0.7rem 0; }
+input { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--line); padding: 0.3rem 0.5rem; }
+[hidden] { display: none; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .e1 { background: rgba(var(--mark), 0.15); }
 .e2 { background: rgba(var(--mark), 0.3); }
 .e3 { background: rgba(var(--mark), 0.45); }
 .e4 { background: rgba(var(--mark), 0.6); }
-@media print { nav { display: none; } figure, tr, dl { break-inside: avoid; } .wide { overflow: visible; } }
+@media print { .find { display: none; } figure, tr, dl { break-inside: avoid; } .wide { overflow: visible; } }
 </style>
 </head>
 <body>
+"""
+
+_SEARCH = """<p class="find"><label for="find">Find conditions</label>
+<input id="find" type="search" placeholder="verify, mamba 0.9, …"> <output id="found" for="find"></output></p>"""
+
+_SCRIPT = """<script>
+const find = document.querySelector("#find"), sections = [...document.querySelectorAll("main > details")];
+find.addEventListener("input", () => {
+  const words = find.value.toLowerCase().split(/[\\s,]+/).filter(Boolean);
+  let count = 0;
+  for (const section of sections) {
+    const rows = [...section.querySelectorAll("tr.condition")];
+    for (const row of rows) row.hidden = !words.every(word => row.cells[0].textContent.toLowerCase().includes(word));
+    const shown = rows.filter(row => !row.hidden).length;
+    count += shown;
+    section.hidden = words.length > 0 && shown === 0;
+    section.open = words.length > 0 && shown > 0;
+  }
+  document.querySelector("#found").textContent = words.length ? `${count} found` : "";
+});
+const reveal = () => {
+  const aim = document.getElementById(location.hash.slice(1));
+  if (aim && "open" in aim) aim.open = true;
+};
+addEventListener("hashchange", reveal);
+addEventListener("beforeprint", () => sections.forEach(section => { section.open = true; }));
+reveal();
+</script>
 """

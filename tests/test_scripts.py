@@ -41,6 +41,7 @@ import prefill
 import prompts
 import random_model
 import speed
+import tables
 import trade
 import trees
 import verified
@@ -148,17 +149,17 @@ def test_offload_limits_the_memory_of_a_process_or_says_that_it_cannot(world, tm
         assert "MB of the process" in capfd.readouterr().out
 
 
-def test_machines_says_how_long_workers_start_and_answer(world, capsys) -> None:
+def test_machines_says_how_long_workers_answer(world, capsys) -> None:
     pytest.importorskip("ray")
     import machines
 
     once = ["--rounds", "1"]
     machines.main([str(world / "model"), "--workers", "1", "--prompts", "6", "--batch", "3", "--tokens", "4", *once])
     table = rows(capsys.readouterr().out)
-    assert table[0] == ["workers", "seconds", "start", "answering", "rest", "tokens/s", "efficiency"]
-    ((workers, seconds, start, answering, rest, _, efficiency),) = table[1:]
+    assert table[0] == ["workers", "seconds", "answering", "rest", "tokens/s", "efficiency"]
+    ((workers, seconds, answering, rest, _, efficiency),) = table[1:]
     assert workers == "1"
-    assert float(start) + float(answering) + float(rest) == pytest.approx(float(seconds), abs=0.2)
+    assert float(answering) + float(rest) == pytest.approx(float(seconds), abs=0.2)
     assert efficiency == "1.00 (1.00–1.00)"
 
 
@@ -290,6 +291,18 @@ def test_gates_compares_gates_of_one_size(world, capsys) -> None:
     assert kinds["mamba"][1:3] == kinds["mamba, memory cut"][1:3] != kinds["linear"][1:3]
     for row in table:
         assert all(re.fullmatch(r"[01]\.\d+ \([01]\.\d+–[01]\.\d+\)", cell) for cell in row[3:-1])
+
+
+def test_the_tables_of_the_results_are_those_of_the_results(capsys, tmp_path) -> None:
+    page = Path(__file__).parents[1] / "docs" / "results" / "README.md"
+    results = sorted(map(str, page.parent.glob("*.json.xz")))
+    tables.main([*results, "--check", str(page)])
+    assert capsys.readouterr().out.endswith("has all 24 rows\n")
+    (tmp_path / "page.md").write_text(page.read_text().replace("2.0% (29.1 of 30)", "2.1% (29.1 of 30)"))
+    with pytest.raises(SystemExit, match=r"lacks these rows:\n\| smollm2, TruthfulQA \| 2.0%"):
+        tables.main([*results, "--check", str(tmp_path / "page.md")])
+    tables.main(results)
+    assert all(line in page.read_text() for line in capsys.readouterr().out.splitlines())
 
 
 def test_growth_times_steps_and_draws_them(world, capsys, monkeypatch) -> None:

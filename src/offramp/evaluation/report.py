@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from html import escape
 from itertools import groupby, pairwise
@@ -284,31 +284,42 @@ def _positions(results: list[Result]) -> str:
     return _figure(draw)
 
 
-def _at_consistency(results: list[Result], wanted: float = 0.9) -> str:
-    """The costs of each curve where it first falls to this consistency, by linear interpolation between conditions."""
-    metrics = [METRICS[name] for name in ("mean_blocks", "flops_saved", "tokens_per_second")]
+def at_consistency(results: list[Result], wanted: float, names: Sequence[str]) -> dict[str, list[float]]:
+    """The means of these metrics where each curve first falls to this consistency; curves that do not are left out.
+
+    A value is interpolated in a straight line between the conditions that were measured, of which full depth is one.
+    """
 
     def values(result: Result) -> list[float]:
-        return [result.summary[name].mean for name in ("token_f1", *(metric.name for metric in metrics))]
+        return [result.summary[name].mean for name in ("token_f1", *names)]
 
-    def row(title: str, point: list[float]) -> str:
-        cells = "".join(f"<td>{metric.show(value)}</td>" for metric, value in zip(metrics, point[1:], strict=True))
-        return f"<tr><th>{escape(title)}</th>{cells}</tr>"
-
+    found = {}
     full = [values(result) for result in results if result.condition.policy is None]
-    rows = [row("full depth", point) for point in full]
     for label, curve in _curves(results):
         early = [values(result) for result in curve if result.condition.policy and not _own(result)]
-        for before, after in pairwise([*full, *sorted(early, key=lambda point: -point[1])]):
+        for before, after in pairwise([*full, *sorted(early, key=lambda point: -point[0])]):
             if before[0] >= wanted > after[0]:
                 share = (before[0] - wanted) / (before[0] - after[0])
-                rows.append(row(label, [a + share * (b - a) for a, b in zip(before, after, strict=True)]))
+                found[label] = [a + share * (b - a) for a, b in zip(before[1:], after[1:], strict=True)]
                 break
-    if len(rows) == len(full):
+    return found
+
+
+def _at_consistency(results: list[Result], wanted: float = 0.9) -> str:
+    """The costs of each curve where it falls to this consistency, as a table."""
+    metrics = [METRICS[name] for name in ("mean_blocks", "flops_saved", "tokens_per_second")]
+    found = at_consistency(results, wanted, [metric.name for metric in metrics])
+    if not found:
         return ""
+    full = [result for result in results if result.condition.policy is None]
+    rows = [("full depth", [result.summary[metric.name].mean for metric in metrics]) for result in full]
+    lines = []
+    for title, point in [*rows, *found.items()]:
+        cells = "".join(f"<td>{metric.show(value)}</td>" for metric, value in zip(metrics, point, strict=True))
+        lines.append(f"<tr><th>{escape(title)}</th>{cells}</tr>")
     head = "".join(f"<th>{escape(metric.label)}</th>" for metric in metrics)
     about = f"Where consistency falls to {wanted:g}, in a straight line between the conditions measured; no intervals."
-    table = f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
+    table = f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
     return f"<h3>At consistency {wanted:g}</h3><p>{about}</p>{table}"
 
 

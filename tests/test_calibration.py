@@ -182,7 +182,7 @@ def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: s
         monkeypatch.setattr(calibration, "PRECISIONS", (0.5, 0.4, 0.3, 0.2, 0.1))
         monkeypatch.setattr("offramp.training.validation.LEAST", 3)
         exits = modest_exits("llama", tails=TAILS)
-    config = CalibrationConfig(risk=0.9, delta=0.1, fill=fill, kind=kind, max_tokens=(6,))
+    config = CalibrationConfig(risk=0.9, delta=0.1, fill=fill, kind=kind, max_tokens=(4,))
     record = calibrate(backbone, exits, questions(40), config)
     assert record.passed
     assert (record.n, record.pilot) == (32, 8)
@@ -194,7 +194,7 @@ def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: s
 
 
 def test_the_prompts_order_does_not_matter() -> None:
-    config = CalibrationConfig(risk=0.9, delta=0.1, fill="defer", kind="fixed", max_tokens=(6,))
+    config = CalibrationConfig(risk=0.9, delta=0.1, fill="defer", kind="fixed", max_tokens=(4,))
     records = [
         calibrate(tiny("llama"), exits_for("llama"), sample, config) for sample in (questions(40), questions(40)[::-1])
     ]
@@ -204,7 +204,7 @@ def test_the_prompts_order_does_not_matter() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_exits_that_ruin_answers_stay_closed(loss: str) -> None:
     exits = exits_for("llama")
-    record = calibrate(tiny("llama"), exits, questions(90), CalibrationConfig(loss=loss, kind="fixed", max_tokens=(6,)))
+    record = calibrate(tiny("llama"), exits, questions(90), CalibrationConfig(loss=loss, kind="fixed", max_tokens=(4,)))
     if loss == "task":  # nothing scores, so nothing can be lost
         assert record.passed
         return

@@ -34,7 +34,7 @@ from offramp.model.state import SSM
 @cache
 def full_depth(family: str) -> list[tuple[list[int], list[int]]]:
     """Prompts, and full depth's answers."""
-    engine, prompts = Engine(tiny(family)), some_prompts(4)
+    engine, prompts = Engine(tiny(family)), some_prompts(3)
     return [(prompt, engine.generate(prompt, max_tokens=16).ids) for prompt in prompts]
 
 

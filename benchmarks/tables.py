@@ -44,6 +44,7 @@ def gate_of(result: Result) -> str:
 
 
 def at_a_tenth_lost(results: list[Result]) -> list[str]:
+    """For each gate, FLOPs saved and mean blocks run where consistency has fallen to 0.9."""
     found = at_consistency(results, 0.9, ("flops_saved", "mean_blocks"))
     cells = list[str]()
     for gate in GATES:

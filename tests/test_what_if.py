@@ -6,7 +6,8 @@ import pytest
 
 from offramp.errors import BadInput
 from offramp.evaluation.anatomy import Anatomy, anatomy
-from offramp.evaluation.what_if import MOST, Scenario, what_if
+from offramp.evaluation.what_if import Scenario, what_if
+from offramp.model.lean.structures import MOST_DRAFTS
 from offramp.model.loading import outline
 
 NAMES = ["mistralai/Mistral-7B-v0.3", "mistralai/Mamba-Codestral-7B-v0.1"]
@@ -38,8 +39,8 @@ def test_exits_that_never_agree_cost_their_gates_and_ones_that_always_do_save_th
 def test_drafts_that_never_stand_are_not_made_and_right_ones_make_a_whole_chunk(facts) -> None:
     assert what_if(facts, Scenario((), (0.0,)))[1].how == "no drafts"
     free = what_if(facts, Scenario((), (1.0,), rows=0.0))[1]
-    assert free.how == f"{MOST} drafts, {MOST + 1:.2f} tokens a pass"
-    moved = (facts.full_bytes + MOST * facts.draft_bytes) / (MOST + 1)
+    assert free.how == f"{MOST_DRAFTS} drafts, {MOST_DRAFTS + 1:.2f} tokens a pass"
+    moved = (facts.full_bytes + MOST_DRAFTS * facts.draft_bytes) / (MOST_DRAFTS + 1)
     assert (free.bytes, free.speed) == (pytest.approx(moved), pytest.approx(facts.full_bytes / moved))
     # The second draft stands half as often: 1 + 0.8 + 0.8 · 0.4 tokens.
     two = what_if(facts, Scenario((), (0.8, 0.4, 0.0), rows=0.0))[1]
@@ -63,6 +64,7 @@ def test_a_bandwidth_gives_times(facts) -> None:
         (["drafts=0.5", "luck=1"], "needs one of the first two"),
         (["drafts=1.5"], "from 0 to 1"),
         (["drafts=0.5", "bandwidth=0"], "above 0"),
+        (["drafts=0.5", "bandwidth=nan"], "above 0"),
     ],
 )
 def test_a_scenario_that_says_nothing_is_refused(entries, said) -> None:

@@ -82,6 +82,7 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
     parts = exits or Exits.new(backbone, ExitsConfig(layers, tails=tails))
     first = next(iter(parts))
     block_flops = [costs.block(index, context) for index in range(backbone.n_blocks)]
+    block_bytes = [costs.block_bytes(index, context) for index in range(backbone.n_blocks)]
     mean_block, drafted = fmean(block_flops), _drafting(backbone, costs, context)
     return Anatomy(
         model=backbone.name,
@@ -98,9 +99,9 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
         kinds=backbone.kinds,
         cost_context=context,
         block_flops=block_flops,
-        block_bytes=[costs.block_bytes(index, context) for index in range(backbone.n_blocks)],
+        block_bytes=block_bytes,
         full_flops=costs.full(context),
-        full_bytes=sum(costs.block_bytes(index, context) for index in range(backbone.n_blocks)) + costs.head_bytes,
+        full_bytes=sum(block_bytes) + costs.head_bytes,
         draft_flops=drafted[0],
         draft_bytes=drafted[1],
         head_in_blocks=costs.head / mean_block,

@@ -136,9 +136,8 @@ def _fronts(models: list[tuple[str, list[Result]]]) -> str:
                 axes.plot(*place(result), **style, markersize=10, markerfacecolor="none", linestyle="none")
         lowest = min((place(result)[0] for _, results in models for result in results), default=0.0)
         axes.set(xlabel=METRICS["flops_saved"].label, ylabel=METRICS["token_f1"].label)
-        axes.set_xlim(
-            left=max(lowest - 0.02, -0.1)
-        )  # confidences that read out at every exit cost several times full depth
+        # Confidences that read out at every exit cost several times full depth.
+        axes.set_xlim(left=max(lowest - 0.02, -0.1))
 
     return _figure(draw)
 
@@ -296,8 +295,9 @@ def at_consistency(results: list[Result], wanted: float, names: Sequence[str]) -
     found = {}
     full = [values(result) for result in results if result.condition.policy is None]
     for label, curve in _curves(results):
-        early = [values(result) for result in curve if result.condition.policy and not _own(result)]
-        for before, after in pairwise([*full, *sorted(early, key=lambda point: -point[0])]):
+        early = [result for result in curve if result.condition.policy and not _own(result)]
+        early.sort(key=lambda result: -result.summary["mean_blocks"].mean)
+        for before, after in pairwise([*full, *map(values, early)]):
             if before[0] >= wanted > after[0]:
                 share = (before[0] - wanted) / (before[0] - after[0])
                 found[label] = [a + share * (b - a) for a, b in zip(before[1:], after[1:], strict=True)]

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from offramp.decode.drafting import row_costs
 from offramp.errors import BadInput
 from offramp.evaluation.anatomy import Anatomy
+from offramp.model.lean.structures import MOST_DRAFTS
 
 HINT = "For example: --what-if agreement=0.5,0.6,0.7 --what-if drafts=0.5 --what-if bandwidth=900"
-MOST = 7  # drafts of a chunk
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Scenario:
         if not shares or set(given) - {"agreement", "drafts", "bandwidth", "rows"}:
             raise BadInput("--what-if takes agreement, drafts, bandwidth and rows, and needs one of the first two.", HINT)
         one = {name: given[name][0] for name in ("bandwidth", "rows") if name in given}
-        if any(not 0 <= share <= 1 for share in shares) or one.get("bandwidth", 1) <= 0 or one.get("rows", 0) < 0:
+        if any(not 0 <= share <= 1 for share in shares) or not one.get("bandwidth", 1) > 0 or not one.get("rows", 0) >= 0:
             raise BadInput("Shares are from 0 to 1, a bandwidth is above 0, and rows cost at least 0.", HINT)
         return cls(given.get("agreement", ()), given.get("drafts", ()), **one)
 
@@ -110,7 +110,7 @@ def _verified(facts: Anatomy, scenario: Scenario) -> tuple[float, float, str]:
     table = row_costs(facts.weight_format)
     tokens = chance = 1.0
     found = [(float(facts.full_bytes), float(facts.full_flops), "no drafts")]
-    for count in range(1, MOST + 1):
+    for count in range(1, MOST_DRAFTS + 1):
         chance *= scenario.drafts[min(count, len(scenario.drafts)) - 1]
         tokens += chance
         rows = table[count] if scenario.rows is None else count * scenario.rows

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from helpers import TAILS, exits_for, modest_exits
 from models import tiny
-from offramp import Engine, Exits, Policy
+from offramp import Engine, Exits, Policy, Sampling
+from offramp.decode.sampling import Greedy
 from offramp.errors import BadInput
 from offramp.model.costs import Costs
 from offramp.training import calibration
@@ -148,9 +149,9 @@ def test_the_exits_own_confidence_is_calibrated_unless_another_is_named(named, t
     exits.policy = Policy((1.0,) * 3, "entropy")
 
     class Spy(Engine):
-        def __init__(self, backbone, exits=None, policy=None, *others) -> None:
+        def __init__(self, backbone, exits=None, policy=None, *others, **options) -> None:
             seen.add(policy and policy.confidence)
-            super().__init__(backbone, exits, policy, *others)
+            super().__init__(backbone, exits, policy, *others, **options)
 
     monkeypatch.setattr(calibration, "Engine", Spy)
     config = CalibrationConfig(risk=0.9, delta=0.1, kind="thresholds", confidence=named, max_tokens=(2,))
@@ -249,9 +250,32 @@ def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
     with pytest.warns(UserWarning, match="calibrated with fill project, not copy") as caught:
         Engine(backbone, loaded, fill="copy")
     assert caught[0].filename == __file__  # it points at the line that made the engine
+    with pytest.warns(UserWarning, match=r"calibrated with repetition penalty 1.0, not 1.3"):
+        Engine(backbone, loaded, sampling=Sampling(repetition_penalty=1.3))
     loaded.calibration["weights"] = "int4"
     with pytest.warns(UserWarning, match="calibrated with weights int4, not float32"):
         Engine(backbone, loaded)
+
+
+def test_a_repetition_penalty_is_calibrated_for(monkeypatch) -> None:
+    """All answers of a calibration have the penalty, those of full depth too; other use warns."""
+    backbone, exits, used = tiny("llama"), exits_for("llama"), set()
+    start = Engine.__init__
+
+    def watched(self, *args, **named) -> None:
+        start(self, *args, **named)
+        used.add(self.choose)
+
+    config = CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=(4,), repetition_penalty=1.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "__init__", watched)
+        calibrate(backbone, exits, questions(40), config)
+    assert used == {Greedy(1.3)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Engine(backbone, exits, sampling=Sampling(repetition_penalty=1.3))
+    with pytest.warns(UserWarning, match=r"calibrated with repetition penalty 1.3, not 1.0"):
+        Engine(backbone, exits)
 
 
 def test_questions_are_read_with_their_answers(tmp_path) -> None:

@@ -273,11 +273,12 @@ def test_answers_side_by_side_are_those_one_by_one(world) -> None:
 
 def test_bench_compares_fills(world) -> None:
     arguments = ("--model", "model", "--exits", "exits", "--fills", "full,defer,verify", "--threshold", "0.3")
-    sizes = ("--tokens", "6", "--pairs", "2", "--dtype", "float32")
+    sizes = ("--tokens", "6", "--pairs", "2", "--dtype", "float32", "--repetition-penalty", "1.2")
     result = json.loads(run(world, "bench", *arguments, *sizes, "--json").stdout)
     assert list(result["fills"]) == ["full", "defer", "verify"]
     assert result["fills"]["full"]["ratio"] == result["fills"]["verify"]["equal"] == 1
     assert result["ratio"] == result["fills"]["verify"]["ratio"]
+    assert result["repetition_penalty"] == 1.2
     for word in ("tokens a deep pass", "acceptance", "verify"):
         assert word in run(world, "bench", *arguments, *sizes).stdout
 

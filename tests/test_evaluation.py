@@ -13,6 +13,7 @@ import torch
 from helpers import exits_for, sketched, task
 from models import BLOCKS, tiny
 from offramp import Engine, Policy
+from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile
 from offramp.evaluation.evaluation import Condition, Evaluation
 from offramp.evaluation.likelihood import Forced, log_likelihoods
@@ -49,6 +50,24 @@ def test_a_result_is_what_the_engine_gives(tmp_path) -> None:
     assert early.condition.policy == OPEN.policy
     assert early.machine["torch"]
     assert early.peak_memory_bytes > 10**7
+
+
+def test_a_repetition_penalty_is_full_depths_too(tmp_path) -> None:
+    """Answers under exits are compared with full depth's under the same penalty, side by side and one by one."""
+    plain = evaluation(tmp_path).run(Condition())
+    penalty = Sampling(repetition_penalty=1.8)
+    for batch in (1, 4):
+        run = evaluation(tmp_path, batch, repetition_penalty=penalty.repetition_penalty)
+        full, early = run.run(Condition()), run.run(OPEN)
+        assert [item.text for item in full.items] != [item.text for item in plain.items]
+        engines = Engine(tiny("llama"), sampling=penalty), Engine(tiny("llama"), OPEN.exits, OPEN.policy, sampling=penalty)
+        for item, kept in zip(run.task.items, early.items, strict=True):
+            ids = tiny("llama").tokenizer(item.prompt)["input_ids"]
+            wanted = [engine.generate(ids, max_tokens=8, stop=("\n",)).text for engine in engines]
+            assert [kept.full_text, kept.text] == wanted
+        assert full.task.repetition_penalty == early.task.repetition_penalty == 1.8
+    save_results([full, early], tmp_path / "results.json")
+    assert load_results([tmp_path / "results.json"])[0].task == full.task
 
 
 def test_side_by_side_gives_the_same_answers(tmp_path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import ray
 
 from offramp import Engine
+from offramp.decode.sampling import Sampling
 from offramp.evaluation.evaluation import Condition
 from offramp.model.backbone import Backbone
 
@@ -19,10 +20,10 @@ class Watched(Condition):
 
     marks: Path = Path()
 
-    def engine(self, backbone: Backbone) -> Engine:
+    def engine(self, backbone: Backbone, sampling: Sampling | None = None) -> Engine:
         """As for a `Condition`."""
         node = ray.get_runtime_context().get_node_id()
         (self.marks / f"{node}-{time.monotonic_ns()}").touch()
         while len([*self.marks.glob(f"{node}-*")]) == 3 and not (self.marks / "dead").exists():
             time.sleep(0.02)
-        return super().engine(backbone)
+        return super().engine(backbone, sampling)

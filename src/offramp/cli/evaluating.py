@@ -13,6 +13,7 @@ import typer
 from offramp.cli.flags import Only
 from offramp.cli.options import DecodingOptions, Json, Model, Ray, Reference, check_batch, cluster_at
 from offramp.cli.progress import command_line, progress_bars, resumable
+from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
 from offramp.settings import setting
 
@@ -45,6 +46,7 @@ def evaluate(
         typer.Option(help="As for generate. May be repeated to measure several. Default: the exits' own policy."),
     ] = None,
     reference: Reference = None,
+    sampling: Annotated[Sampling, Only("repetition_penalty")],
     options: EvaluationOptions,
     ray: Ray = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
@@ -60,6 +62,7 @@ def evaluate(
     check_batch(options.batch)
     names = task.split(",")
     tasks = [load_task(name, _file_for(name, names, data or []), options.limit) for name in names]
+    tasks = [replace(task, repetition_penalty=sampling.repetition_penalty) for task in tasks]
     backbone = decoding.load(model)
     reference_model = decoding.load(reference) if reference else None
     conditions = _conditions(backbone, decoding, threshold)
@@ -196,6 +199,7 @@ def bench(
     decoding: Annotated[
         DecodingOptions, Only("exits", "threshold", "confidence", "decay", "candidates", "dtype")
     ] = BENCH_DECODING,
+    sampling: Annotated[Sampling, Only("repetition_penalty")],
     as_json: Json = False,
 ) -> None:
     """Time full-depth decoding beside another library, in paired runs, so that a slow minute affects both."""
@@ -208,18 +212,18 @@ def bench(
     runs.check()
     backbone = outline(model, decoding.dtype, random=True) if random else decoding.load(model, keep=fills is None)
     if fills is not None:
-        compared = _compare_fills(backbone, decoding, fills.split(","), runs, prompts)
+        compared = _compare_fills(backbone, decoding, fills.split(","), runs, prompts, sampling)
         print(json.dumps(asdict(compared))) if as_json else fills_table(compared)
         return
     if runs.prefill is None:
-        result = compare(backbone, runs.tokens, runs.pairs)
+        result = compare(backbone, runs.tokens, runs.pairs, sampling)
     else:
         result = compare_prefill(backbone, runs.prefill, runs.pairs)
     print(json.dumps(asdict(result))) if as_json else bench_table(result)
 
 
 def _compare_fills(
-    backbone: Backbone, decoding: DecodingOptions, fills: list[str], runs: Runs, file: Path | None
+    backbone: Backbone, decoding: DecodingOptions, fills: list[str], runs: Runs, file: Path | None, sampling: Sampling
 ) -> FillComparison:
     from offramp.evaluation.bench import PROMPTS, compare_fills
     from offramp.files import read_lines
@@ -230,4 +234,4 @@ def _compare_fills(
         chosen = replace(decoding, fill=fill)
         exits[fill] = None if fill == "full" else chosen.require_exits(backbone)
         policies[fill] = chosen.policy(backbone, exits[fill]) if exits[fill] else None
-    return compare_fills(backbone, exits, policies, runs.tokens, runs.pairs, prompts)
+    return compare_fills(backbone, exits, policies, runs.tokens, runs.pairs, prompts, sampling)

@@ -202,7 +202,8 @@ class Plan:
         calibrated: dict[str, Any] = {name: self._calibration.get(name) for name in used}
         if isinstance(sampling, Sampling):
             used |= {"temperature": sampling.temperature, "repetition penalty": sampling.repetition_penalty}
-            calibrated |= {"temperature": 0.0, "repetition penalty": 1.0}
+            penalty = self._calibration.get("repetition_penalty", 1.0)
+            calibrated |= {"temperature": 0.0, "repetition penalty": penalty}
         self._warn([f"{name} {calibrated[name]}, not {used[name]}" for name in used if calibrated[name] != used[name]])
 
     def check_use(self, max_tokens: int, raw: bool | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from offramp.decode.engine import Engine
 from offramp.decode.request import Generation
+from offramp.decode.sampling import Sampling
 from offramp.decode.timing import Timer, untimed
 from offramp.errors import BadInput
 from offramp.exits.exits import Exits
@@ -70,6 +71,7 @@ class Comparison:
     tokens: int
     pairs: int
     prompt_tokens: int
+    repetition_penalty: float
     machine: dict[str, Any] = field(default_factory=_machine)
 
 
@@ -106,22 +108,28 @@ class FillComparison:
     tokens: int
     prompts: int
     pairs: int
+    repetition_penalty: float
     machine: dict[str, Any] = field(default_factory=_machine)
 
 
-def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> Comparison:
+def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5, sampling: Sampling | None = None) -> Comparison:
     """Decode `tokens` tokens with offramp and with `transformers`' generate, in turn, `pairs` times after a warm-up.
+
+    Of `sampling`, both have the repetition penalty.
 
     The backbone must have been loaded with `keep=True`. Raises `BadInput` for more tokens than the context holds.
     """
     prompt = backbone.prompts.encode(PROMPT) if backbone.tokenizer else _random_ids(backbone, 16)
     _check_fits(backbone, len(prompt) + tokens)
-    engine = Engine(backbone)
+    sampling = sampling or Sampling()
+    engine, penalty = Engine(backbone, sampling=sampling), sampling.repetition_penalty
     _our_rate(engine, prompt, 8)
-    _their_rate(backbone, prompt, 8)
-    rates = _in_turn(lambda: _our_rate(engine, prompt, tokens), lambda: _their_rate(backbone, prompt, tokens), pairs)
+    _their_rate(backbone, prompt, 8, penalty)
+    rates = _in_turn(
+        lambda: _our_rate(engine, prompt, tokens), lambda: _their_rate(backbone, prompt, tokens, penalty), pairs
+    )
     parts = parts_of_a_token(engine, prompt, tokens)
-    return _comparison(backbone, ("decoding", "generate"), rates, parts, (tokens, len(prompt)))
+    return _comparison(backbone, ("decoding", "generate"), rates, parts, (tokens, len(prompt)), penalty)
 
 
 def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> Comparison:
@@ -157,17 +165,19 @@ def compare_fills(
     tokens: int = 48,
     pairs: int = 5,
     texts: Sequence[str] = PROMPTS,
+    sampling: Sampling | None = None,
 ) -> FillComparison:
     """Decode answers to prompts with each fill, `pairs` times after a warm-up. Fills take turns, prompt by prompt.
 
     A fill without exits is full depth. A policy in `policies` replaces that of the fill's exits. Raises `BadInput` for more
     tokens than the context holds.
     """
+    sampling = sampling or Sampling()
     prompts = [backbone.prompts.encode(text) for text in texts] if backbone.tokenizer else [_random_ids(backbone, 16)]
     _check_fits(backbone, max(map(len, prompts)) + tokens)
 
     engines = {
-        fill: Engine(backbone, exits, policies.get(fill), fill) if exits else Engine(backbone)
+        fill: Engine(backbone, exits, policies.get(fill) if exits else None, fill if exits else "project", sampling)
         for fill, exits in fills.items()
     }
 
@@ -194,7 +204,8 @@ def compare_fills(
         )
     last = speeds[fill].ratio
     weights = backbone.weight_format
-    return FillComparison(backbone.name, "decoding", weights, last, speeds, tokens, len(prompts), pairs)
+    penalty = sampling.repetition_penalty
+    return FillComparison(backbone.name, "decoding", weights, last, speeds, tokens, len(prompts), pairs, penalty)
 
 
 def parts_of_a_token(engine: Engine, prompt: list[int], tokens: int) -> dict[str, float]:
@@ -264,6 +275,7 @@ def _comparison(
     rates: list[tuple[float, float]],
     parts: dict[str, float],
     sizes: tuple[int, int],
+    penalty: float = 1.0,
 ) -> Comparison:
     """The `Comparison` of pairs of rates, ours and theirs, in tokens a second.
 
@@ -283,6 +295,7 @@ def _comparison(
         tokens=sizes[0],
         pairs=len(rates),
         prompt_tokens=sizes[1],
+        repetition_penalty=penalty,
     )
 
 
@@ -314,7 +327,7 @@ def _our_rate(engine: Engine, prompt: list[int], tokens: int) -> float:
 
 
 @torch.inference_mode()
-def _their_rate(backbone: Backbone, prompt: list[int], tokens: int) -> float:
+def _their_rate(backbone: Backbone, prompt: list[int], tokens: int, penalty: float) -> float:
     clock = _Times()
     ids = torch.tensor([prompt], device=backbone.device)
     backbone.model.generate(
@@ -323,6 +336,7 @@ def _their_rate(backbone: Backbone, prompt: list[int], tokens: int) -> float:
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
+        repetition_penalty=penalty,
         streamer=clock,
     )
     return clock.rate(1)

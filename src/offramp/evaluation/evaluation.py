@@ -20,6 +20,7 @@ import numpy as np
 from offramp.decode.engine import Engine
 from offramp.decode.fills import fill_named
 from offramp.decode.request import Generation
+from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile
 from offramp.evaluation.likelihood import Forced, log_likelihoods
 from offramp.evaluation.results import (
@@ -78,9 +79,9 @@ class Condition:
         own = calibration if self.policy is None else None
         return ConditionInfo(self.name, self.fill, self.exits.config.gate, self.used_policy, own)
 
-    def engine(self, backbone: Backbone) -> Engine:
+    def engine(self, backbone: Backbone, sampling: Sampling | None = None) -> Engine:
         """An engine that decodes under this condition."""
-        return Engine(backbone, self.exits, self.policy, self.fill if self.exits else "project")
+        return Engine(backbone, self.exits, self.policy, self.fill if self.exits else "project", sampling)
 
     def scorer(self, backbone: Backbone, forced: Forced) -> Engine:
         """An engine for likelihoods. It reads out all tokens, because a token that is not a candidate has no likelihood."""
@@ -233,7 +234,7 @@ class Evaluation:
             reference=_info(full.backbone),
             exits=_exits_record(exits) if exits else None,
             condition=condition.info,
-            task=TaskInfo(task.name, len(items), task.source, task.sha256, task.note, task.max_tokens, self.batch),
+            task=_task_info(task, self.batch),
             blocks=self.backbone.n_blocks,
             summary=summary(items, self.seed),
             exit_histogram=dict(sorted(blocks.items())),
@@ -282,7 +283,7 @@ class Evaluation:
             backbone.source.fingerprint,
             backbone.weight_format,
             exits and [fingerprint(exits), asdict(policy) if policy else None, condition.fill],
-            [self.task.name, self.task.sha256, self.task.max_tokens, self.task.stop, self.batch],
+            [asdict(_task_info(self.task, self.batch)), self.task.stop],
             [item.prompt for item in self.task.items],
             {name: value for name, value in machine().items() if name != "date"},
         ]
@@ -301,7 +302,7 @@ def answered(
 def _generations(
     condition: Condition, task: Task, batch: int, backbone: Backbone, items: Sequence[Item]
 ) -> Iterator[tuple[str, Kept]]:
-    engine = condition.engine(backbone)
+    engine = condition.engine(backbone, Sampling(repetition_penalty=task.repetition_penalty))
     prompts = [_encode(backbone, item, task.max_tokens) for item in items]
     size = engine.costs.at_once(max(map(len, prompts), default=0) + task.max_tokens, batch)
     for start in range(0, len(items), size):
@@ -324,6 +325,11 @@ def _likelihoods(condition: Condition, backbone: Backbone, items: Sequence[Item]
         right, wrong = choices(item)
         values = log_likelihoods(engine, forced, item.prompt, [f" {answer}" for answer in (*right, *wrong)])
         yield item.id, Likelihoods(values[: len(right)], values[len(right) :])
+
+
+def _task_info(task: Task, batch: int) -> TaskInfo:
+    questions, penalty = len(task.items), task.repetition_penalty
+    return TaskInfo(task.name, questions, task.source, task.sha256, task.note, task.max_tokens, batch, penalty)
 
 
 def _info(backbone: Backbone) -> ModelInfo:

@@ -70,14 +70,17 @@ def _grouped(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
     def key(result: Result) -> str:
         model, task, machine = result.model, result.task, result.machine
         same = [model.name, task.name, asdict(model), asdict(result.reference), task.sha256, task.max_tokens, task.batch]
-        return json.dumps([*same, machine["processor"], machine["threads"], [item.id for item in result.items]])
+        same += [task.repetition_penalty, machine["processor"], machine["threads"], [item.id for item in result.items]]
+        return json.dumps(same)
 
     sections: list[tuple[str, str, list[Result]]] = []
     for number, (_, group) in enumerate(groupby(sorted(results, key=key), key=key)):
         members = list(group)
         model, task = members[0].model, members[0].task
         title = f"{model.name} on {task.name}"
-        anchor = "".join(character if character.isalnum() else "-" for character in f"{model.name}-{task.name}")
+        if task.repetition_penalty != 1:
+            title += f", repetition penalty {task.repetition_penalty}"
+        anchor = "".join(character if character.isalnum() else "-" for character in title.replace(" on ", "-"))
         if any(earlier.startswith(title) for _, earlier, _ in sections):
             title += f", {model.weights}, {task.questions} questions"
             anchor += f"-{number}"

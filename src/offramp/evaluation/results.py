@@ -66,7 +66,7 @@ class ConditionInfo:
 
 @dataclass(frozen=True)
 class TaskInfo:
-    """Which questions were asked, and how. `batch`: the number of answers side by side."""
+    """Which questions were asked, and how. `batch`: answers side by side. A repetition penalty of 1 is none."""
 
     name: str
     questions: int
@@ -75,6 +75,7 @@ class TaskInfo:
     note: str
     max_tokens: int
     batch: int
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Task:
     sha256: str
     note: str = ""  # a label that every figure from this task must carry
     multiple_choice: bool = False
+    repetition_penalty: float = 1.0  # of the answers' tokens; 1 is none
 
 
 def load_task(name: str, data: str | Path | None = None, limit: int | None = None) -> Task:

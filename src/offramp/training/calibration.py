@@ -29,6 +29,7 @@ from tempfile import TemporaryDirectory
 from offramp.decode.engine import Engine
 from offramp.decode.fills import fill_named
 from offramp.decode.request import Generation
+from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
 from offramp.exits.exits import Exits
 from offramp.exits.policy import PATIENCE, Policy
@@ -225,6 +226,7 @@ class Calibration:
     max_tokens: tuple[int, ...]
     stop: tuple[str, ...]
     raw: bool
+    repetition_penalty: float
     reference: str
     prompts_sha256: str
     tested: tuple[Tested, ...]
@@ -280,6 +282,7 @@ def calibrate(
         max_tokens=config.max_tokens,
         stop=config.stop,
         raw=config.raw,
+        repetition_penalty=config.repetition_penalty,
         reference=(reference or backbone).name,
         prompts_sha256=sha256_of_text("\n".join(question.prompt for question in questions)),
         tested=tuple(tested),
@@ -300,6 +303,7 @@ class _Trial:
     ids: list[list[int]]  # the token ids of each question's prompt
     lengths: list[int]  # the most tokens of each answer
     references: list[Generation]  # full depth's answer to each question
+    sampling: Sampling
     progress: Progress
 
     @classmethod
@@ -319,12 +323,13 @@ class _Trial:
             progress("full depth", count, len(ids))
 
         lengths = [config.max_tokens[index % len(config.max_tokens)] for index in range(len(ids))]
-        references = answers(Engine(reference), ids, lengths, config.stop, report)
-        return cls(backbone, exits, questions, config, ids, lengths, references, progress)
+        sampling = Sampling(repetition_penalty=config.repetition_penalty)
+        references = answers(Engine(reference, sampling=sampling), ids, lengths, config.stop, report)
+        return cls(backbone, exits, questions, config, ids, lengths, references, sampling, progress)
 
     def losses(self, policy: Policy, part: slice) -> tuple[list[float], list[Generation]]:
         """Each question's loss under a policy, for this part of the questions, and the answers."""
-        engine = Engine(self.backbone, self.exits, policy, self.config.fill)
+        engine = Engine(self.backbone, self.exits, policy, self.config.fill, self.sampling)
         early = answers(engine, self.ids[part], self.lengths[part], self.config.stop)
         loss_of = LOSSES[self.config.loss]
         triples = zip(early, self.references[part], self.questions[part], strict=True)

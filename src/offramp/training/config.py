@@ -130,6 +130,7 @@ class CalibrationConfig:
     )
     stop: tuple[str, ...] = setting((), "End an answer before this text. May be repeated.")
     raw: bool = setting(False, "Give the prompts as they are, without the model's chat template.")
+    repetition_penalty: float = setting(1.0, "Repetition penalty of the answers; 1 is none.")
 
 
 @dataclass(frozen=True)

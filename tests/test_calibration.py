@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 
@@ -26,6 +28,7 @@ from offramp.training.calibration import (
     LOSSES,
     Question,
     calibrate,
+    calibrations,
     candidates,
     heads,
     read_questions,
@@ -192,6 +195,25 @@ def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: s
     assert all(step.p_value <= 0.1 and step.loss < 0.9 for step in passed)
     assert exits.calibration["fill"] == fill
     assert exits.calibration["policy"]["thresholds"] == exits.policy.thresholds
+
+
+def test_calibrations_that_share_answers_are_those_one_by_one(monkeypatch) -> None:
+    """A calibration for another risk or loss reads the answers that there are already."""
+    configs = [
+        CalibrationConfig(risk=risk, delta=0.1, loss=loss, kind="thresholds", fill="defer", max_tokens=(4,))
+        for risk in (0.5, 0.9)
+        for loss in ("f1", "exact")
+    ]
+    alone, made = [calibrate(tiny("llama"), exits_for("llama"), questions(40), config) for config in configs], []
+    start = Engine.__init__
+    monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: made.append(a[2:3]) or start(self, *a, **k))
+    exits = exits_for("llama")
+    assert calibrations(tiny("llama"), exits, questions(40), configs) == alone
+    assert any(record.passed for record in alone)
+    assert not exits.calibration
+    assert max(Counter(made).values()) == 2  # each policy answers the pilot's questions once, and the test's
+    with pytest.raises(BadInput, match="need other answers"):
+        calibrations(tiny("llama"), exits, questions(40), [configs[0], replace(configs[0], max_tokens=(5,))])
 
 
 def test_the_prompts_order_does_not_matter() -> None:

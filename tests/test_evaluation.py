@@ -189,7 +189,7 @@ def test_results_on_disk_have_the_promised_fields_and_say_which_way_is_better(tm
     content = json.loads((tmp_path / "out.json").read_text())
     (record,) = content["results"]
     assert set(record) == RESULT
-    assert set(record["condition"]) == {"name", "fill", "gate", "policy", "calibration"}
+    assert set(record["condition"]) == {"name", "fill", "gate", "policy", "calibration", "label"}
     fields = {"thresholds", "confidence", "decay", "candidates", "exit_candidates", "perhaps", "keys", "key"}
     assert set(record["condition"]["policy"]) == fields
     assert set(record["summary"]["f1"]) == {"mean", "low", "high"}

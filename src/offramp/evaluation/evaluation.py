@@ -47,12 +47,14 @@ from offramp.progress import Progress, silent
 class Condition:
     """How to decode: with these exits, this fill and this policy.
 
-    A policy of None is the exits' own. Without exits, it is full depth. Raises `BadInput` for an unknown fill.
+    A policy of None is the exits' own. Without exits, it is full depth. `label` says which exits these are, where several
+    kinds are compared. Raises `BadInput` for an unknown fill.
     """
 
     fill: str = "project"
     policy: Policy | None = None
     exits: Exits | None = None
+    label: str = ""
 
     def __post_init__(self) -> None:
         fill_named(self.fill)
@@ -64,11 +66,12 @@ class Condition:
 
     @property
     def name(self) -> str:
-        """The condition in words: fill, policy, and who chose the policy."""
+        """The condition in words: the exits' label, fill, policy, and who chose the policy."""
         if self.exits is None or self.used_policy is None:
             return "full depth"
         chosen_by = "" if self.policy else ", calibrated" if self.exits.calibration else ", by default"
-        return f"{self.fill}, {self.used_policy.describe(self.exits.config.gate)}{chosen_by}"
+        words = f"{self.fill}, {self.used_policy.describe(self.exits.config.gate)}{chosen_by}"
+        return f"{self.label}: {words}" if self.label else words
 
     @property
     def info(self) -> ConditionInfo:
@@ -77,7 +80,7 @@ class Condition:
             return ConditionInfo(self.name, None, None, None, None)
         calibration = {name: value for name, value in self.exits.calibration.items() if name != "tested"}
         own = calibration if self.policy is None else None
-        return ConditionInfo(self.name, self.fill, self.exits.config.gate, self.used_policy, own)
+        return ConditionInfo(self.name, self.fill, self.exits.config.gate, self.used_policy, own, self.label)
 
     def engine(self, backbone: Backbone, sampling: Sampling | None = None) -> Engine:
         """An engine that decodes under this condition."""

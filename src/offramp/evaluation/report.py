@@ -187,7 +187,8 @@ def _quality(result: Result) -> str:
 
 
 def _curves(results: list[Result]) -> list[tuple[str, list[Result]]]:
-    """Groups of conditions that differ only in their thresholds: a curve for each fill and gate, full depth first.
+    """Groups of conditions that differ only in their thresholds: a curve for each kind of exits, fill and gate, full depth
+    first.
 
     Conditions under the exits' own policy, calibrated or not, are in their gate's curve.
     """
@@ -197,7 +198,8 @@ def _curves(results: list[Result]) -> list[tuple[str, list[Result]]]:
         if policy is None:
             return "full depth"
         extras = [] if _own(result) else policy.extras
-        return ", ".join([condition.fill or "", policy.confidence_name(condition.gate or ""), *extras])
+        words = ", ".join([condition.fill or "", policy.confidence_name(condition.gate or ""), *extras])
+        return f"{condition.label}: {words}" if condition.label else words
 
     return sorted(
         ((name, list(curve)) for name, curve in groupby(sorted(results, key=label), key=label)),

@@ -54,7 +54,7 @@ class ConditionInfo:
     """How answers were decoded. All but the name is None for full depth.
 
     `gate` is the kind of the exits' gates. `calibration` is the record of the exits' own policy, which is empty if that was
-    not calibrated. It is None if the user chose the policy.
+    not calibrated. It is None if the user chose the policy. `label` says which exits these are.
     """
 
     name: str
@@ -62,6 +62,7 @@ class ConditionInfo:
     gate: str | None
     policy: Policy | None
     calibration: dict[str, Any] | None
+    label: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -252,8 +252,28 @@ def calibrate(
     depth. It must have the same tokenizer. A prompt's hash, and not its position, decides if it belongs to the pilot.
     Raises `BadInput` for settings that make no sense and for too few prompts.
     """
-    config = config or CalibrationConfig()
-    _check(questions, config)
+    (record,) = calibrations(backbone, exits, questions, [config or CalibrationConfig()], reference, progress)
+    exits.policy, exits.calibration = record.policy, asdict(record)
+    return record
+
+
+def calibrations(
+    backbone: Backbone,
+    exits: Exits,
+    questions: list[Question],
+    configs: Sequence[CalibrationConfig],
+    reference: Backbone | None = None,
+    progress: Progress = silent,
+) -> list[Calibration]:
+    """The record of a calibration for each config. They may differ in risk, delta and loss, and share their answers.
+
+    The exits stay as they are. Otherwise as `calibrate`; raises `BadInput` also for configs that differ in more.
+    """
+    config = configs[0]
+    for each in configs:
+        _check(questions, each)
+        if replace(each, risk=config.risk, delta=config.delta, loss=config.loss) != config:
+            raise BadInput("These calibrations need other answers.", "Only risk, delta and loss may differ.")
     if reference and reference.tokenizer.get_vocab() != backbone.tokenizer.get_vocab():
         raise BadInput(
             f"{reference.name} and {backbone.name} have different tokenizers.",
@@ -263,33 +283,11 @@ def calibrate(
     vocabulary = backbone.vocab_size if exits.sketch else 0
     lines = candidates(len(exits), config.kind, confidence, vocabulary, config.whole_head)
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
-    first = max(1, round(PILOT * len(questions)))
     trial = _Trial.begin(backbone, exits, questions, config, reference or backbone, progress)
     if config.kind == "precision":
         head = heads(vocabulary, config.whole_head)
-        lines.append(precision_line(backbone, exits, trial.ids[:first], config, head, progress))
-    tested = trial.test(trial.find_path(lines, first), first)
-    passed = [test.policy for test in tested if test.passed]
-    record = Calibration(
-        policy=passed[-1] if passed else Policy.closed(len(exits)),
-        loss=config.loss,
-        fill=config.fill,
-        weights=backbone.weight_format,
-        risk=config.risk,
-        delta=config.delta,
-        n=len(questions) - first,
-        pilot=first,
-        max_tokens=config.max_tokens,
-        stop=config.stop,
-        raw=config.raw,
-        repetition_penalty=config.repetition_penalty,
-        reference=(reference or backbone).name,
-        prompts_sha256=sha256_of_text("\n".join(question.prompt for question in questions)),
-        tested=tuple(tested),
-        needed=prompts_needed(tested[0].loss, config.risk, config.delta) if tested and not passed else None,
-    )
-    exits.policy, exits.calibration = record.policy, asdict(record)
-    return record
+        lines.append(precision_line(backbone, exits, trial.ids[: trial.pilot], config, head, progress))
+    return [trial.calibrated(lines, each) for each in configs]
 
 
 @dataclass
@@ -298,13 +296,16 @@ class _Trial:
 
     backbone: Backbone
     exits: Exits
+    reference: Backbone
     questions: list[Question]
-    config: CalibrationConfig
+    fill: str
+    stop: tuple[str, ...]
     ids: list[list[int]]  # the token ids of each question's prompt
     lengths: list[int]  # the most tokens of each answer
     references: list[Generation]  # full depth's answer to each question
     sampling: Sampling
     progress: Progress
+    early: dict[tuple[Policy, bool], list[Generation]] = field(default_factory=dict)  # answers so far, pilot's and test's
 
     @classmethod
     def begin(
@@ -325,45 +326,76 @@ class _Trial:
         lengths = [config.max_tokens[index % len(config.max_tokens)] for index in range(len(ids))]
         sampling = Sampling(repetition_penalty=config.repetition_penalty)
         references = answers(Engine(reference, sampling=sampling), ids, lengths, config.stop, report)
-        return cls(backbone, exits, questions, config, ids, lengths, references, sampling, progress)
+        kept = ids, lengths, references, sampling, progress
+        return cls(backbone, exits, reference, questions, config.fill, config.stop, *kept)
 
-    def losses(self, policy: Policy, part: slice) -> tuple[list[float], list[Generation]]:
-        """Each question's loss under a policy, for this part of the questions, and the answers."""
-        engine = Engine(self.backbone, self.exits, policy, self.config.fill, self.sampling)
-        early = answers(engine, self.ids[part], self.lengths[part], self.config.stop)
-        loss_of = LOSSES[self.config.loss]
+    @property
+    def pilot(self) -> int:
+        """The number of questions that find the path; they come first."""
+        return max(1, round(PILOT * len(self.questions)))
+
+    def calibrated(self, lines: list[list[Policy]], config: CalibrationConfig) -> Calibration:
+        """The record of a calibration that chooses from these lines."""
+        tested = self.test(self.find_path(lines, config), config)
+        passed = [test.policy for test in tested if test.passed]
+        return Calibration(
+            policy=passed[-1] if passed else Policy.closed(len(self.exits)),
+            loss=config.loss,
+            fill=config.fill,
+            weights=self.backbone.weight_format,
+            risk=config.risk,
+            delta=config.delta,
+            n=len(self.questions) - self.pilot,
+            pilot=self.pilot,
+            max_tokens=config.max_tokens,
+            stop=config.stop,
+            raw=config.raw,
+            repetition_penalty=config.repetition_penalty,
+            reference=self.reference.name,
+            prompts_sha256=sha256_of_text("\n".join(question.prompt for question in self.questions)),
+            tested=tuple(tested),
+            needed=prompts_needed(tested[0].loss, config.risk, config.delta) if tested and not passed else None,
+        )
+
+    def losses(self, policy: Policy, loss: str, in_pilot: bool) -> tuple[list[float], list[Generation]]:
+        """Each question's loss under a policy, for the pilot or the test, and the answers."""
+        part = slice(self.pilot) if in_pilot else slice(self.pilot, None)
+        if (policy, in_pilot) not in self.early:
+            engine = Engine(self.backbone, self.exits, policy, self.fill, self.sampling)
+            self.early[policy, in_pilot] = answers(engine, self.ids[part], self.lengths[part], self.stop)
+        early = self.early[policy, in_pilot]
         triples = zip(early, self.references[part], self.questions[part], strict=True)
-        return [loss_of(*triple) for triple in triples], early
+        return [LOSSES[loss](*triple) for triple in triples], early
 
-    def find_path(self, lines: list[list[Policy]], first: int) -> list[Policy]:
-        """The policies to test, in order, found on the first `first` questions (the pilot)."""
+    def find_path(self, lines: list[list[Policy]], config: CalibrationConfig) -> list[Policy]:
+        """The policies to test, in order, found on the pilot's questions."""
         tried: list[Policy] = []
         results: list[tuple[float, float]] = []
         total = sum(map(len, lines))
         for number, line in enumerate(lines):
             for policy in line:
-                losses, early = self.losses(policy, slice(0, first))
+                losses, early = self.losses(policy, config.loss, in_pilot=True)
                 tried.append(policy)
-                results.append((fmean(losses), fmean(gain(answer, self.config.fill) for answer in early)))
+                results.append((fmean(losses), fmean(gain(answer, self.fill) for answer in early)))
                 self.progress("pilot", len(tried), total, f"loss {results[-1][0]:.3f}")
-                if results[-1][0] > 2 * self.config.risk:  # the rest of the line is bolder and loses more
+                if results[-1][0] > 2 * config.risk:  # the rest of the line is bolder and loses more
                     break
             total = len(tried) + sum(map(len, lines[number + 1 :]))
-        return [tried[index] for index in path(results, self.config.risk)]
+        return [tried[index] for index in path(results, config.risk)]
 
-    def test(self, policies: list[Policy], first: int) -> list[Tested]:
-        """Test the path on the questions after the pilot's `first`, up to the first policy that fails."""
+    def test(self, policies: list[Policy], config: CalibrationConfig) -> list[Tested]:
+        """Test the path on the other questions, up to the first policy that fails."""
         kept: list[list[Generation]] = []
 
         def along_the_path() -> Iterator[list[float]]:
             for policy in policies:
-                losses, early = self.losses(policy, slice(first, None))
+                losses, early = self.losses(policy, config.loss, in_pilot=False)
                 kept.append(early)
                 self.progress("test", len(kept), len(policies), f"loss {fmean(losses):.3f}")
                 yield losses
 
         tested = []
-        results = fixed_sequence(along_the_path(), self.config.risk, self.config.delta)
+        results = fixed_sequence(along_the_path(), config.risk, config.delta)
         for (mean, p, passed), policy in zip(results, policies, strict=False):
             saved = fmean(answer.flops_saved for answer in kept[-1])
             blocks = fmean(answer.mean_blocks for answer in kept[-1])

@@ -1,16 +1,18 @@
-"""Repeats the experiment of DYNAMAX (arXiv 2504.20922) on small models: gates and fills on three tasks.
+"""Repeats the experiment of DYNAMAX (arXiv 2504.20922) on small models, with exits that open: gates, read-outs, fills.
 
-    .venv/bin/python benchmarks/paper.py --truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json [--quick]
+    .venv/bin/python benchmarks/paper.py --truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json \\
+        --text wikitext2-valid.txt [--quick]
 
-For each model, the gates are `linear`, `ffn` and `mamba`, trained on the same own answers beside the same read-outs, and
-`max-prob`, which needs no training. Each gate runs at five thresholds, and at the threshold calibrated for the task (risk
-0.05, on questions that are not scored). Then every fill runs with the gate that saves most at its calibrated threshold. If
-that opens no exit, fills run at the threshold that saves most while consistency stays at 0.8.
+For each model and task, in batches: full depth; the exits that ship (their own policy; a line of second keys; the policies
+calibrated for risks of 0.02, 0.05 and 0.1, with the losses F1 and task, on questions that are not scored); and exits that
+are trained here, all on texts of one size. These differ in one thing each, and run at several thresholds: the gate (linear,
+ffn, mamba, or max-prob, which needs no training), jump or no jump, top-1 or top-5 agreement, own answers or plain text
+(TEXT, for the paper's web text) or the task's own answers (TriviaQA), and the training's seed. Then every fill, under the
+shipped exits' policy that saves most at a consistency of 0.9; verified drafts; and some of it again with the paper's
+repetition penalty of 1.1. From CoQA come all turns of the file's conversations.
 
-From CoQA come all turns of five conversations. A model that `offramp tune` made is compared with the model it was made
-from. Without files, the tasks come from the hub.
-
-After an interruption, the same command goes on. Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all.
+Times are taken by `benchmarks/paper_times.py`, one answer at a time. After an interruption, the same command goes on.
+Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all. Without files, the tasks come from the hub.
 """
 
 from __future__ import annotations
@@ -22,155 +24,246 @@ import json
 import shlex
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import offramp
-from exits import exits_for, with_gate
 from offramp import Exits, Policy
-from offramp.errors import BadInput, OfframpError
+from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition, Evaluation, fingerprint
 from offramp.evaluation.report import write
-from offramp.evaluation.results import load_results, save_results
-from offramp.evaluation.tasks import load_task
+from offramp.evaluation.results import ConditionInfo, Result, load_results, save_results
+from offramp.evaluation.tasks import Task, load_task
 from offramp.exits.policy import TRAINING_FREE
-from offramp.model.backbone import Backbone
-from offramp.model.hub import ALIASES
-from offramp.training.calibration import Question, calibrate
+from offramp.training.calibration import Question, calibrations, heads, precision_line
 from offramp.training.config import CalibrationConfig, TrainConfig
-from offramp.training.data import gather
-from offramp.training.trainer import Trainer, needed_layers
+from offramp.training.data import prompts_of, turns
+from offramp.training.teacher import TextGroup, group_texts, read_texts
+from paper_exits import Recipe, Workshop
 
-TASKS = ("truthfulqa", "triviaqa", "coqa")
+MODELS = ("smollm2", "mamba-tiny", "mamba-tiny-ee")
+COUNTS = {"truthfulqa": 200, "triviaqa": 300, "coqa": None}  # questions that are scored
 GATES = ("linear", "ffn", "mamba", "max-prob")
-THRESHOLDS = (0.98, 0.95, 0.9, 0.8, 0.6)
-FILLS = ("project", "freeze", "copy", "defer", "verify")
+THRESHOLDS = (0.95, 0.9, 0.8, 0.6)
+SEEDS = (0, 1, 2)
+RISKS, LOSSES = (0.02, 0.05, 0.1), ("f1", "task")
+POINTS = 5  # policies of a line of second keys
+CONSISTENT = 0.9  # the consistency at which fills are compared
+FILLS = ("freeze", "copy", "defer", "verify")
+PENALTY = 1.1  # the paper's
+SHIPPED, DRAFTS = "shipped", "drafts"  # labels of the exits that ship
+OWN, PLAIN, MATCHED = "own answers", "plain text", "the task's answers"
+THE_PAPERS = Recipe("mamba", False, PLAIN, k=5)
+GATHERED = 48  # texts side by side
 
 
-def trained(
-    backbone: Backbone, base: Exits, gates: list[str], prompts: str | None, count: int | None, work: Path
-) -> dict[str, Exits]:
-    """For each gate, exits with it and the read-outs of `base`; kept in the folder `work`."""
-    config = TrainConfig(prompts=prompts, max_prompts=count, gate_target="agreement")  # the paper's
-    missing = [gate for gate in gates if gate not in TRAINING_FREE and not (work / gate / "offramp.json").exists()]
-    if missing:
-        data = gather(backbone, config, needed_layers(base), work / "text")
-        labelled = Trainer(backbone, base, config, work).labels(data.gates)
-        for gate in missing:
-            torch.manual_seed(config.seed)
-            exits = with_gate(backbone, base, gate, base.config.readout)
-            (work / gate).mkdir(parents=True, exist_ok=True)
-            trainer = Trainer(backbone, exits, config, work / gate)
-            trainer.standardise(data.adapters, "gate")
-            trainer.fit_gates(labelled)
-            exits.modules.eval().requires_grad_(False)
-            exits.training = {"command": shlex.join(sys.argv), "gate": gate, "read-outs": base.training.get("command")}
-            exits.save(work / gate)
-    return {gate: copy.copy(base) if gate in TRAINING_FREE else Exits.load(work / gate, backbone) for gate in gates}
+def curve(exits: Exits, label: str, thresholds: Sequence[float], confidence: str = "gate") -> list[Condition]:
+    """Conditions with one threshold for all exits."""
+    return [Condition("project", Policy((each,) * len(exits), confidence), exits, label) for each in thresholds]
 
 
-def untuned(backbone: Backbone) -> Backbone:
-    """The model that `offramp tune` made this one from, to compare with; the model itself if it was not tuned."""
-    record = Path(backbone.source.path) / "tuning.json"
-    return offramp.load(json.loads(record.read_text())["untuned"]["name"]) if record.is_file() else backbone
+class Experiment:
+    """One task on one model.
+
+    `scored` are the task's questions that are scored, `others` those that are not: the first `calibration` of them are
+    calibrated on, and the rest is the matched workload. `model`: MODEL, or MODEL=DIR for exits that do not ship.
+    """
+
+    def __init__(self, model: str, task: Task, args: argparse.Namespace) -> None:
+        name, _, folder = model.partition("=")
+        backbone = offramp.load(name)
+        self.backbone, self.args, self.source, self.name = backbone, args, name, Path(name).name
+        self.shipped = Exits.load(folder, backbone) if folder else offramp.shipped_for(backbone)
+        count = COUNTS[task.name.lower()] if args.count is None else args.count
+        self.scored, self.others = replace(task, items=task.items[:count]), task.items[count:] if count else []
+        self.task = task
+        self.work = args.work / f"{self.name}-{self.mark}"
+        workshop = Workshop(backbone, self.texts(), self.work / "exits", args.epochs)
+        self.made = workshop.exits
+        self.jumps = (True, False) if workshop.shape.tails else (False,)
+
+    @property
+    def mark(self) -> str:
+        """A short hash of what the exits are made of."""
+        args, prompts = self.args, self.args.own_prompts or self.args.prompts
+        return mark(self.backbone.source.fingerprint, str(prompts), args.prompts, str(args.text), args.epochs)
+
+    def texts(self) -> dict[str, list[TextGroup]]:
+        """What exits learn from: own answers, as many tokens of plain text, and answers to other questions of the task."""
+        backbone, count = self.backbone, self.args.prompts
+        config = TrainConfig(prompts=self.args.own_prompts, max_prompts=count)
+        asked, temperatures = turns(prompts_of(backbone, config), config.temperatures, count)
+        found = {OWN: group_texts(asked, [], config.answer_tokens, GATHERED, temperatures)}
+        if self.args.text:
+            found[PLAIN] = group_texts([], read_texts(self.args.text, backbone)[: count // 2], 0, GATHERED)
+        return found
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """The exits that are made here, but for the matched workload's."""
+        found = [Recipe(gate, jump) for jump in self.jumps for gate in GATES]
+        if self.args.quick:
+            return found
+        jump, learned = self.jumps[0], [gate for gate in GATES if gate not in TRAINING_FREE]
+        found += [Recipe(gate, jump, seed=seed) for seed in SEEDS[1:] for gate in learned]
+        found += [Recipe(gate, jump, k=5) for gate in learned]
+        return found + ([*(Recipe("mamba", jump, PLAIN) for jump in self.jumps), THE_PAPERS] if self.args.text else [])
+
+    def grid(self, recipes: Iterable[Recipe]) -> Iterator[Condition]:
+        """The curves of exits that are made here."""
+        for recipe in recipes:
+            confidence = recipe.gate if recipe.gate in TRAINING_FREE else "gate"
+            yield from curve(self.made(recipe), recipe.label, self.args.thresholds, confidence)
+
+    def condition_of(self, info: ConditionInfo) -> Condition:
+        """The condition that a Result is of, if its exits ship or have a recipe."""
+        exits: Exits | None = self.shipped
+        if not info.label.startswith(SHIPPED):
+            assert info.policy
+            gate = info.policy.confidence_name(info.gate or "")
+            (recipe,) = (each for each in self.recipes if (each.label, each.gate) == (info.label, gate))
+            exits = self.made(recipe)
+        return Condition(info.fill or "project", info.policy, exits, info.label)
+
+    def of_the_shipped(self, exits: Exits) -> Iterator[Condition]:
+        """The shipped exits: their own policy, the line of second keys, and what is calibrated for this task."""
+        yield Condition("project", None, exits, SHIPPED)
+        yield from self.second_keys
+        yield from self.calibrated(exits)
+        yield from self.drafts()
+
+    def drafts(self) -> list[Condition]:
+        """Verified drafts, if exits that draft ship."""
+        drafts = offramp.shipped_for(self.backbone, draft=True)
+        return [Condition("verify", None, drafts, DRAFTS)] if drafts else []
+
+    @cached_property
+    def second_keys(self) -> list[Condition]:
+        """The shipped exits' second keys for falling precisions, from answers to offramp's own prompts; the whole head."""
+        assert self.shipped
+        exits = self.shipped
+        prompts = prompts_of(self.backbone, TrainConfig(prompts=self.args.own_prompts, max_prompts=self.args.pilot))
+        head = heads(self.backbone.vocab_size if exits.sketch else 0, whole_head=True)
+        line = precision_line(self.backbone, exits, prompts, CalibrationConfig(), head)
+        places = sorted({round(place * (len(line) - 1) / (POINTS - 1)) for place in range(POINTS)}) if line else []
+        return [Condition("project", line[place], exits, SHIPPED) for place in places]
+
+    def calibrated(self, exits: Exits) -> Iterator[Condition]:
+        """The shipped exits under the policies that are calibrated for this task, one for each risk and loss."""
+        questions = [Question(item.prompt, item.references) for item in self.others[: self.args.calibration]]
+        if not questions:  # turns of one conversation are not independent draws
+            return
+        config = CalibrationConfig(max_tokens=(self.task.max_tokens,), stop=self.task.stop, raw=True, whole_head=True)
+        configs = [replace(config, risk=risk, loss=loss) for risk in RISKS for loss in LOSSES]
+        for record in calibrations(self.backbone, exits, questions, configs):
+            chosen = copy.copy(exits)
+            chosen.policy, chosen.calibration = record.policy, asdict(record)
+            yield Condition("project", None, chosen, f"{SHIPPED}, risk {record.risk:g}, loss {record.loss}")
+
+    def matched(self) -> Iterator[Condition]:
+        """Exits that learn from the model's answers to other questions of this task, asked as they are scored."""
+        items = self.others[self.args.calibration :]
+        if len(items) < self.args.prompts // 2:
+            return
+        prompts = [list(self.backbone.tokenizer(item.prompt)["input_ids"]) for item in items[: self.args.prompts]]
+        groups = group_texts(prompts, [], self.task.max_tokens, GATHERED)
+        workshop = Workshop(self.backbone, {MATCHED: groups}, self.work / f"{self.task.name}-exits", self.args.epochs)
+        recipe = Recipe("ffn", self.jumps[0], MATCHED)
+        yield from curve(workshop.exits(recipe), recipe.label, self.args.thresholds)
+
+    def results(self) -> list[Result]:
+        """Answer the questions under all conditions."""
+        run, exits = self.evaluation(self.scored), self.shipped
+        found = [run.run(condition) for condition in (Condition(), *self.grid(self.recipes))]
+        if not self.args.quick:
+            found += [run.run(condition) for condition in self.matched()]
+        if exits is None:
+            return found
+        of_the_shipped = [(condition, run.run(condition)) for condition in self.of_the_shipped(exits)]
+        found += [result for _, result in of_the_shipped]
+        boldest = max(of_the_shipped, key=lambda pair: worth(pair[1]))[0]
+        fills = [fill for fill in FILLS if fill != "freeze" or "mamba" in self.backbone.kinds]
+        found += [run.run(replace(boldest, fill=fill, policy=boldest.used_policy)) for fill in fills]
+        if not self.args.quick:
+            run = self.evaluation(replace(self.scored, repetition_penalty=PENALTY))
+            again = [Condition(), *self.second_keys, *self.drafts()]
+            again += self.grid([Recipe("mamba", self.jumps[0])])
+            found += [run.run(condition) for condition in again]
+        return found
+
+    def evaluation(self, task: Task) -> Evaluation:
+        """A run over these questions, whose answers are kept."""
+        args, name = self.args, f"{self.name} {task.name}"
+
+        def on_progress(stage: str, completed: int, total: int, note: str = "") -> None:
+            if completed == total:
+                print(f"{time.strftime('%H:%M:%S')} {name}: {stage} {note}", flush=True)
+
+        kept = self.work / f".{task.name}"
+        return Evaluation(self.backbone, task, kept, batch=args.batch, command=shlex.join(sys.argv), progress=on_progress)
 
 
-def mark(*settings: Any) -> str:
+def worth(result: Result) -> float:
+    """The FLOPs that exits save, if answers are consistent, and read out with the whole head; less than nothing if not."""
+    policy, kept = result.condition.policy, result.summary["token_f1"].mean
+    counts = kept >= CONSISTENT and result.condition.fill == "project" and policy and not policy.candidates
+    return result.summary["flops_saved"].mean if counts else kept - 2
+
+
+def mark(*settings: object) -> str:
     """A short hash of settings, to name files by."""
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
 
 
 def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace) -> Path:
     """Run the experiment for one model and task, and return the file of its results."""
-    source, _, folder = model.partition("=")
-    name = Path(source).name
-    backbone = offramp.load(source)
-    reference = untuned(backbone)
-    base = exits_for(backbone, Path(folder) if folder else None)
-    learned = [fingerprint(base), args.prompts, *([args.own_prompts] if args.own_prompts else [])]
-    everything = load_task(task_name, data)
-    setup = [args.count, args.calibration, args.thresholds, args.batch, args.gates, everything.sha256]
-    work: Path = args.work / mark(backbone.source.sha256, reference.source.sha256, learned, setup)
-    file = work / f"{name}-{task_name}.json"
-    if file.exists():
-        return file
-    count = args.count
-    if task_name == "coqa":
-        stories = list(dict.fromkeys(item.id.partition("/")[0] for item in everything.items))[: 1 if args.quick else 5]
-        count = sum(item.id.partition("/")[0] in stories for item in everything.items)
-    scored = replace(everything, items=everything.items[:count])
-    unscored = [Question(item.prompt) for item in everything.items[count:]][: args.calibration]
-    if task_name == "coqa":  # turns of one conversation are not independent draws
-        unscored = []
-    gates = trained(
-        backbone, base, args.gates.split(","), args.own_prompts, args.prompts, args.work / f"{name}-{mark(learned)}"
-    )
-    kept = work / f".{name}-{task_name}"
-
-    def on_progress(stage: str, completed: int, total: int, note: str = "") -> None:
-        if completed == total:
-            print(f"{time.strftime('%H:%M:%S')} {name} {task_name} {stage} {note}", flush=True)
-
-    evaluation = Evaluation(
-        backbone, scored, kept, reference, args.batch, command=shlex.join(sys.argv), progress=on_progress
-    )
-    results = [evaluation.run(Condition()), evaluation.run(Condition("project", None, base))]
-    consistent: list[tuple[float, Policy, Exits]] = []
-    calibrated: list[tuple[float, Policy, Exits]] = []
-    for gate, exits in gates.items():
-        confidence = gate if gate in TRAINING_FREE else "gate"
-        for threshold in args.thresholds:
-            policy = Policy((threshold,) * len(exits), confidence)
-            results.append(evaluation.run(Condition("project", policy, exits)))
-            summary = results[-1].summary
-            if summary["token_f1"].mean >= 0.8:
-                consistent.append((summary["flops_saved"].mean, policy, exits))
-        if unscored:
-            chosen = copy.copy(exits)
-            tokens, stop = everything.max_tokens, everything.stop
-            config = CalibrationConfig(kind="thresholds", confidence=confidence, max_tokens=(tokens,), stop=stop, raw=True)
-            try:
-                calibrate(backbone, chosen, unscored, config, reference)
-            except BadInput as error:
-                on_progress("calibration", 1, 1, str(error))
-                continue
-            results.append(evaluation.run(Condition("project", None, chosen)))
-            if min(chosen.policy.thresholds) < 1:
-                calibrated.append((results[-1].summary["flops_saved"].mean, chosen.policy, chosen))
-    # Where calibration opens no exit, fills differ only under thresholds that change some answers.
-    for _, policy, exits in sorted(calibrated or consistent, key=lambda run: -run[0])[:1]:
-        for fill in FILLS[1:]:
-            if fill != "freeze" or "mamba" in backbone.kinds:
-                results.append(evaluation.run(Condition(fill, policy, exits)))
-    save_results(results, file)
+    experiment = Experiment(model, load_task(task_name, data), args)
+    shipped = experiment.shipped
+    setup = [args.count, args.calibration, args.thresholds, args.batch, args.pilot, args.quick, experiment.task.sha256]
+    folder = mark(experiment.mark, setup, shipped and [fingerprint(shipped), asdict(shipped.policy)])
+    file: Path = args.work / folder / f"{experiment.name}-{task_name}.json"
+    if not file.exists():
+        save_results(experiment.results(), file)
     return file
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--truthfulqa", type=Path)
-    parser.add_argument("--triviaqa", type=Path)
-    parser.add_argument("--coqa", type=Path)
-    parser.add_argument("--models", default=",".join(ALIASES), help="models, by comma; MODEL=DIR: exits in DIR")
-    parser.add_argument("--tasks", default=",".join(TASKS), help="tasks, by comma")
-    parser.add_argument("--gates", default=",".join(GATES), help="gates, by comma")
-    parser.add_argument("--count", type=int, default=100, help="questions of each task")
-    parser.add_argument("--calibration", type=int, default=300, help="other questions to calibrate on")
-    parser.add_argument("--own-prompts", help="prompts whose answers the gates learn from; default: offramp's own list")
-    parser.add_argument("--prompts", type=int, help="use only the first PROMPTS of them; default: all")
-    parser.add_argument("--batch", type=int, default=16, help="answers side by side; times are shares of a batch's")
-    parser.add_argument("--quick", action="store_true", help="20 minutes: few questions, two thresholds, no calibration")
-    parser.add_argument("--work", type=Path, default=Path("build/paper"), help="holds one folder for each setting")
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """A parser with the flags that say which experiment it is; `doc` is the script's."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    for task in COUNTS:
+        parser.add_argument(f"--{task}", type=Path, help="the task's official file; default: from the hub")
+    parser.add_argument("--text", type=Path, help="a plain text to train exits on, too")
+    parser.add_argument("--models", default=",".join(MODELS), help="models, by comma; MODEL=DIR: exits in DIR")
+    parser.add_argument("--tasks", default=",".join(COUNTS), help="tasks, by comma")
+    parser.add_argument("--count", type=int, help="questions of each task; default: 200, 300, all")
+    parser.add_argument("--calibration", type=int, default=200, help="other questions to calibrate on")
+    parser.add_argument("--own-prompts", help="prompts whose answers exits learn from; default: offramp's own list")
+    parser.add_argument("--prompts", type=int, default=1200, help="how many of them")
+    parser.add_argument("--pilot", type=int, default=120, help="how many of them say where second keys are")
+    parser.add_argument("--epochs", type=int, default=2, help="passes of the trainings over their text")
+    parser.add_argument("--batch", type=int, default=32, help="answers side by side")
+    parser.add_argument("--quick", action="store_true", help="20 minutes: few questions, thresholds and trainings")
+    parser.add_argument("--work", type=Path, default=Path("build/paper"), help="holds all that is made")
+    return parser
+
+
+def finish(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Read the arguments, and fill in what follows from them."""
     args = parser.parse_args(argv)
     args.thresholds = THRESHOLDS
-    for names, known in ((args.tasks, TASKS), (args.gates, GATES)):
-        if unknown := set(names.split(",")).difference(known):
-            parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    if unknown := set(args.tasks.split(",")).difference(COUNTS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(COUNTS)}")
     if args.quick:
-        args.count, args.calibration, args.prompts, args.thresholds = 12, 0, 100, THRESHOLDS[1:4:2]
+        args.count, args.calibration, args.prompts, args.pilot, args.epochs = 8, 0, 96, 24, 1
+        args.thresholds = THRESHOLDS[1::2]
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = parser_of(__doc__)
+    args = finish(parser, argv)
     files = []
     try:
         for name in args.models.split(","):

@@ -18,6 +18,7 @@ from helpers import modest_exits
 from models import ENGINES, VARIANTS, cache_in, saved, tiny
 from offramp import Policy
 from offramp.decode.fills import FILLS
+from offramp.evaluation.results import load_results
 from offramp.exits.exits import Exits, ExitsConfig
 from offramp.files import read_lines
 
@@ -37,6 +38,7 @@ import matched
 import offload
 import paper
 import paper_size
+import paper_times
 import prefill
 import prompts
 import random_model
@@ -339,18 +341,71 @@ def test_guarantee_splits_the_questions(world, capsys) -> None:
     assert Path("guarantee.svg").read_text().count("<svg") == 1
 
 
-def test_paper_scores_every_gate_and_writes_the_report(world, capsys) -> None:
-    arguments = ["--triviaqa", str(world / "trivia.jsonl"), "--tasks", "triviaqa", "--models"]
-    arguments += [f"{world / 'model'}={world / 'exits'}", "--gates", "linear,max-prob", "--quick"]
-    paper.main([*arguments, "--own-prompts", str(world / "prompts.txt"), "--work", "work"])
-    assert re.search(r"^work/report\.html, and [1-9]\d* figures$", capsys.readouterr().out, re.MULTILINE)
-    (file,) = Path("work").glob("*/model-triviaqa.json")
-    results = json.loads(file.read_text())["results"]
-    names = [result["condition"]["name"] for result in results]
-    assert names[0] == "full depth"
-    assert len(names) == len(set(names)) >= 2 + 2 * 2
-    assert any("max-prob" in name for name in names)
-    assert all(len(result["items"]) == 5 for result in results)
+@pytest.fixture(scope="module")
+def papered(world, tmp_path_factory) -> list[str]:
+    """Arguments of a whole run of `paper.py` on a tiny model, and its results in the folder after `--work`."""
+    folder = tmp_path_factory.mktemp("paper")
+    (folder / "text.txt").write_text("".join(f"Some words about number {number}.\n" for number in range(600)))
+    lines = [{"question_id": n, "question": f"Who {n}?", "answer": {"value": "Me", "aliases": []}} for n in range(100)]
+    (folder / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["--triviaqa", str(folder / "trivia.jsonl"), "--tasks", "triviaqa", "--count", "3", "--calibration", "76"]
+    arguments += ["--models", f"{world / 'model'}={world / 'exits'}", "--text", str(folder / "text.txt"), "--epochs", "1"]
+    arguments += ["--own-prompts", str(world / "prompts.txt"), "--prompts", "16", "--pilot", "8"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFRAMP_CACHE", str(world / "cache"))
+        patch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
+        patch.setattr(paper, "RISKS", (0.05, 0.1))
+        paper.main([*arguments, "--work", str(folder / "work")])
+    return [*arguments, "--work", str(folder / "work")]
+
+
+def test_paper_compares_exits_that_differ_in_one_thing_and_writes_the_report(papered, monkeypatch, capsys) -> None:
+    work = Path(papered[-1])
+    (file,) = work.glob("*/model-triviaqa.json")
+    results = load_results([file])
+    assert (work / "report.html").exists()
+    assert results[0].condition.name == "full depth"
+    labels = {result.condition.label for result in results if result.task.repetition_penalty == 1}
+    jumps = {"jump, own answers", "no jump, own answers", "jump, own answers, seed 1", "jump, own answers, k = 5"}
+    plain = {"jump, plain text", "no jump, plain text", "no jump, plain text, k = 5", "jump, the task's answers"}
+    assert labels >= {
+        "",
+        "shipped",
+        *jumps,
+        *plain,
+        *(f"shipped, risk {r}, loss {e}" for r in (0.05, 0.1) for e in ("f1", "task")),
+    }
+    for label in ("jump, own answers", "no jump, own answers"):
+        gates = {(r.condition.gate, r.condition.policy.confidence) for r in results if r.condition.label == label}
+        assert len(gates) == 4
+    fills = {result.condition.fill for result in results}
+    assert fills == {None, "project", "copy", "defer", "verify"}
+    assert all(r.summary["token_f1"].mean == 1 for r in results if r.condition.fill in (None, "verify"))
+    again = [result for result in results if result.task.repetition_penalty == 1.1]
+    assert [result.condition.policy is None for result in again].count(True) == 1
+    assert len(again) > 1
+    # A second run finds everything done.
+    monkeypatch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
+    monkeypatch.setattr(paper.Evaluation, "run", None)
+    paper.main(papered)
+    assert re.search(r"report\.html, and [1-9]\d* figures$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_paper_times_compares_what_saves_most_with_full_depth_and_with_peers(papered, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
+    paper_times.main([*papered, "--questions", "2", "--threads", "1", "--peers", "lookup,llamacpp-q4_1"])
+    out = capsys.readouterr().out
+    found = {row[0]: row[1:] for row in rows(out)}
+    ours = {"full depth", "exits that ship", "exits trained here", "the paper's recipe", "exits that ship, defer"}
+    assert set(found) > {*ours, "exits that ship, own policy", "transformers-float32", "lookup"}
+    assert "'gguf'" in found["llamacpp-q4_1"][0]  # a peer that cannot run says why
+    (file,) = Path(papered[-1]).glob("*/model-triviaqa-times.json")
+    record = json.loads(file.read_text())
+    for name in ("full depth", "transformers-float32"):
+        assert [(row["consistency"], row["time saved"]) for row in record["rows"][name]] == [(1, 0)] * 2
+    assert [row["consistency"] for row in record["rows"]["lookup"]] == [1, 1]
+    assert record["policies"]["the paper's recipe"].startswith("no jump, plain text, k = 5: project, mamba")
+    assert file.with_suffix(".svg").exists()
 
 
 @pytest.mark.parametrize(("model", "format"), [("mistral", "bfloat16"), ("codestral", "int4")])

@@ -36,6 +36,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from hybrid.mixer import Mixer
 from hybrid.student import Student
 from lm.corpus import command_line, report
+from lm.forward import CHUNK
 from lm.train import Stop, keep_memory, versions
 from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
@@ -43,12 +44,12 @@ from offramp.model.hybrid import MIXERS, read_mixers, write_mixers
 from offramp.model.loading import load
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather, parts_of
-from offramp.training.distillation import Distillation, pad_batch
+from offramp.training.distillation import Distillation
 from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, step_generator, warmed_cosine
 from offramp.training.teacher import FIELDS, TeacherText, TeacherTexts
 
 TOKENS = 2048  # of a step
-LONGEST = 512  # tokens of a text; the rest is cut off
+LONGEST, STEP = 512, CHUNK  # tokens of a text, the rest is cut off; texts are padded to a multiple of `STEP`
 HELD = 96  # texts that say how far a step is
 FIRST = 0.1  # the weight of texts' first tokens
 START, RIDGE = 20_000, 1e-3  # tokens of the first fit; what is added to the diagonal, as a share of it
@@ -75,11 +76,11 @@ class Settings:
 
 
 class Texts:
-    """Texts in batches of about `TOKENS` tokens, those of a batch equally long up to a multiple of 64, in random order."""
+    """Texts in batches of at most `TOKENS` tokens, in random order. Those of a batch are equally long, rounded up."""
 
     def __init__(self, texts: TeacherTexts, seed: int) -> None:
         self.texts, self.seed = texts, seed
-        self.sizes = [-(-min(length, LONGEST) // 64) * 64 for length in texts.lengths]
+        self.sizes = [rounded(min(length, LONGEST)) for length in texts.lengths]
         self._epoch, self._batches = -1, list[list[int]]()
 
     def at(self, step: int) -> list[int]:
@@ -98,7 +99,7 @@ class Texts:
             batches, at = [], 0
             while at < len(order):
                 size = self.sizes[order[at]]
-                several = order[at : at + max(1, TOKENS // size)]
+                several = order[at : at + TOKENS // size]
                 several = [index for index in several if self.sizes[index] == size]
                 batches.append(several)
                 at += len(several)
@@ -111,10 +112,27 @@ class Texts:
         return [TeacherText(*(getattr(self.texts[i], name)[:LONGEST] for name in FIELDS)) for i in batch]
 
 
+def boxed(texts: Sequence[Tensor]) -> Tensor:
+    """A tensor of each text of a batch, (tokens, …), as one: (B, T, …), zeros where no token is.
+
+    T is a multiple of `STEP`, and B goes with it. So there are few shapes, and the kernels are compiled for each of them.
+    """
+    length = rounded(max(map(len, texts)))
+    box = texts[0].new_zeros(TOKENS // length, length, *texts[0].shape[1:])
+    for row, text in zip(box, texts, strict=False):
+        row[: len(text)] = text
+    return box
+
+
+def rounded(length: int) -> int:
+    """A number of tokens, rounded up to a multiple of `STEP`."""
+    return -(-length // STEP) * STEP
+
+
 def padded(texts: Sequence[TeacherText]) -> tuple[Tensor, Tensor]:
     """The texts' ids (B, T), and which of these tokens are no padding."""
-    ids = pad_batch([text.ids for text in texts]).long()
-    return ids, pad_batch([torch.ones(len(text.ids), dtype=torch.bool) for text in texts])
+    ids = boxed([text.ids for text in texts]).long()
+    return ids, boxed([torch.ones(len(text.ids), dtype=torch.bool) for text in texts])
 
 
 def distance(made: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
@@ -125,7 +143,8 @@ def distance(made: Tensor, wanted: Tensor, counts: Tensor) -> Tensor:
     """
     made, wanted = made.float(), wanted.float()
     others = F.pad(counts[:, 1:], (1, 0))
-    first = (made[:, 0] - wanted[:, 0]).square().mean() / wanted[:, 0].square().mean()
+    made_first, wanted_first = made[counts[:, 0], 0], wanted[counts[:, 0], 0]
+    first = (made_first - wanted_first).square().mean() / wanted_first.square().mean()
     made, wanted = made[others], wanted[others]
     return FIRST * first + (made - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
 
@@ -272,7 +291,7 @@ class MixerTraining:
 
     def _answer(self, texts: list[TeacherText], mixers: dict[int, Mixer], step: int) -> Loss:
         ids, _ = padded(texts)
-        counted = pad_batch([text.counted for text in texts])
+        counted = boxed([text.counted for text in texts])
         generator = step_generator(self.settings.seed, step, "answers")
         vocabulary = self.student.model.config.vocab_size
         wanted = Distillation.of(texts, vocabulary, generator, torch.device("cpu"))
@@ -316,9 +335,9 @@ class MixerTraining:
 
         def loss_of(texts: list[TeacherText]) -> tuple[list[float], float]:
             ids, _ = padded(texts)
-            counted = pad_batch([text.counted for text in texts])
-            top = pad_batch([text.top_ids for text in texts])[counted].long()
-            targets = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)
+            counted = boxed([text.counted for text in texts])
+            top = boxed([text.top_ids for text in texts])[counted].long()
+            targets = boxed([text.top_logp for text in texts])[counted].float().softmax(-1)
             nats = self.student.logits(self.student.last(ids, mixers)[counted]).log_softmax(-1)
             cross = -(targets * nats.gather(-1, top)).sum(-1).mean()
             right = (nats.argmax(-1) == top[:, 0]).float().mean()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 CHUNK = 64  # tokens whose mutual influence is one matrix
 ROWS = 512  # tokens whose logits are in memory at once
+SHAPES = 64  # a function is compiled for so many shapes; torch's own limit is 8, and more run uncompiled
 
 
 class Forward:
@@ -280,4 +281,5 @@ class Kernels:
 
     def compiled(self) -> Kernels:
         """The same functions, each compiled for every shape that it meets."""
+        torch._dynamo.config.recompile_limit = SHAPES
         return Kernels(*(torch.compile(getattr(self, field.name), dynamic=False) for field in fields(self)))

@@ -50,10 +50,10 @@ from offramp.training.teacher import FIELDS, TeacherText, TeacherTexts
 
 TOKENS = 2048  # of a step
 LONGEST, STEP = 512, CHUNK  # tokens of a text, the rest is cut off; texts are padded to a multiple of `STEP`
-HELD = 96  # texts that say how far a step is
+HELD = 4  # batches that say how far a step is
 FIRST = 0.1  # the weight of texts' first tokens
 START, RIDGE = 20_000, 1e-3  # tokens of the first fit; what is added to the diagonal, as a share of it
-POINT = 0.05  # share of a step's budget between two measurements
+POINT = 0.1  # share of a step's budget between two measurements
 RATES = {"match": 2e-3, "join": 1e-3, "answers": 1e-3}  # the highest learning rates
 
 
@@ -157,7 +157,10 @@ class MixerTraining:
     ) -> None:
         self.student, self.settings, self.work, self.say = student, settings, work, say
         self.texts = Texts(data.adapters + data.gates, settings.seed)
-        self.held = data.held[:HELD]
+        self.held = Texts(data.held, settings.seed)
+        # Batches that are full; those that are not would cost as much.
+        batches = sorted(self.held.batches(0), key=lambda batch: -len(batch) * self.held.sizes[batch[0]])
+        self.held_batches = batches[:HELD]
         self.mixers = student.new_mixers()
 
     def chosen(self, which: Sequence[int]) -> dict[int, Mixer]:
@@ -302,8 +305,7 @@ class MixerTraining:
     @torch.no_grad()
     def _over_held(self, loss_of: Callable[[list[TeacherText]], tuple[list[float], float]]) -> list[float]:
         """The mean of the losses over the held texts, each batch with its weight."""
-        texts = Texts(self.held, 0)
-        found = [loss_of(texts.read(batch)) for batch in texts.batches(0)]
+        found = [loss_of(self.held.read(batch)) for batch in self.held_batches]
         whole = sum(weight for _, weight in found)
         return [sum(losses[i] * weight for losses, weight in found) / whole for i in range(len(found[0][0]))]
 

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 import offramp
-from hybrid.distil import HELD, held_texts
+from hybrid.distil import held_texts
 from offramp.model.backbone import Backbone
 from offramp.training.teacher import TeacherTexts
 
 WINDOW = 512
+HELD = 96  # answers
 
 
 @torch.inference_mode()

@@ -24,10 +24,11 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import offramp
 from offramp import Exits, Policy
@@ -37,6 +38,7 @@ from offramp.evaluation.report import write
 from offramp.evaluation.results import ConditionInfo, Result, load_results, save_results
 from offramp.evaluation.tasks import Task, load_task
 from offramp.exits.policy import TRAINING_FREE
+from offramp.files import write_atomically
 from offramp.training.calibration import Question, calibrations, heads, precision_line
 from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.data import prompts_of, turns
@@ -97,7 +99,7 @@ class Experiment:
         asked, temperatures = turns(prompts_of(backbone, config), config.temperatures, count)
         found = {OWN: group_texts(asked, [], config.answer_tokens, GATHERED, temperatures)}
         if self.args.text:
-            found[PLAIN] = group_texts([], read_texts(self.args.text, backbone)[: count // 2], 0, GATHERED)
+            found[PLAIN] = group_texts([], read_texts(self.args.text, backbone)[: count // 3], 0, GATHERED)
         return found
 
     @property
@@ -144,11 +146,15 @@ class Experiment:
         """The shipped exits' second keys for falling precisions, from answers to offramp's own prompts; the whole head."""
         assert self.shipped
         exits = self.shipped
-        prompts = prompts_of(self.backbone, TrainConfig(prompts=self.args.own_prompts, max_prompts=self.args.pilot))
-        head = heads(self.backbone.vocab_size if exits.sketch else 0, whole_head=True)
-        line = precision_line(self.backbone, exits, prompts, CalibrationConfig(), head)
-        places = sorted({round(place * (len(line) - 1) / (POINTS - 1)) for place in range(POINTS)}) if line else []
-        return [Condition("project", line[place], exits, SHIPPED) for place in places]
+
+        def line() -> list[dict[str, Any]]:
+            prompts = prompts_of(self.backbone, TrainConfig(prompts=self.args.own_prompts, max_prompts=self.args.pilot))
+            head = heads(self.backbone.vocab_size if exits.sketch else 0, whole_head=True)
+            return [asdict(policy) for policy in precision_line(self.backbone, exits, prompts, CalibrationConfig(), head)]
+
+        found = self.once(f"second-keys-{self.args.pilot}", line)
+        places = sorted({round(place * (len(found) - 1) / (POINTS - 1)) for place in range(POINTS)}) if found else []
+        return [Condition("project", Policy.from_json(found[place]), exits, SHIPPED) for place in places]
 
     def calibrated(self, exits: Exits) -> Iterator[Condition]:
         """The shipped exits under the policies that are calibrated for this task, one for each risk and loss."""
@@ -157,10 +163,14 @@ class Experiment:
             return
         config = CalibrationConfig(max_tokens=(self.task.max_tokens,), stop=self.task.stop, raw=True, whole_head=True)
         configs = [replace(config, risk=risk, loss=loss) for risk in RISKS for loss in LOSSES]
-        for record in calibrations(self.backbone, exits, questions, configs):
+
+        def records() -> list[dict[str, Any]]:
+            return [asdict(record) for record in calibrations(self.backbone, exits, questions, configs)]
+
+        for record in self.once(f"{self.task.name}-calibrated-{len(questions)}", records):
             chosen = copy.copy(exits)
-            chosen.policy, chosen.calibration = record.policy, asdict(record)
-            yield Condition("project", None, chosen, f"{SHIPPED}, risk {record.risk:g}, loss {record.loss}")
+            chosen.policy, chosen.calibration = Policy.from_json(record["policy"]), record
+            yield Condition("project", None, chosen, f"{SHIPPED}, risk {record['risk']:g}, loss {record['loss']}")
 
     def matched(self) -> Iterator[Condition]:
         """Exits that learn from the model's answers to other questions of this task, asked as they are scored."""
@@ -191,6 +201,15 @@ class Experiment:
             again = [Condition(), *self.second_keys, *self.drafts()]
             again += self.grid([Recipe("mamba", self.jumps[0])])
             found += [run.run(condition) for condition in again]
+        return found
+
+    def once(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """What `make` makes for the shipped exits; kept on disk, so that it is made once."""
+        assert self.shipped
+        file = self.work / f"{name}-{mark(fingerprint(self.shipped))}.json"
+        if not file.exists():
+            write_atomically(file, json.dumps(make()).encode())
+        found: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))
         return found
 
     def evaluation(self, task: Task) -> Evaluation:

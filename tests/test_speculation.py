@@ -43,7 +43,7 @@ def full_depth(family: str) -> list[tuple[list[int], list[int]]]:
 def test_verified_exits_give_full_depths_tokens(family: str, kind: str, tails: tuple[int, ...]) -> None:
     exits = modest_exits(family, gate=kind, readout=kind, tails=tails)
     stood = rejected = 0
-    for threshold in (0.0, 0.4, 0.6):
+    for threshold in (0.0, 0.5):
         engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", max_pending=4, lookup=0)
         for prompt, whole in full_depth(family):
             answer = engine.generate(prompt, max_tokens=16)
@@ -180,7 +180,7 @@ def test_draws_follow_the_processed_probabilities() -> None:
 
 @with_and_without_tails
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("size", [1, 2, 5, 16])
+@pytest.mark.parametrize("size", [1, 12])
 @pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native", "mamba2/torch", "falcon_h1"])
 def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fill: str, tails: tuple[int, ...]) -> None:
     if refused(fill, family):
@@ -190,10 +190,10 @@ def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fil
         tiny(family), modest_exits(family, tails=tails), Policy((0.6,) * 3 if tails else (0.4,) * 3, **keys), fill
     )
     prompts = some_prompts(size, seed=size)
-    together = engine.generate_batch(prompts, max_tokens=12)
+    together = engine.generate_batch(prompts, max_tokens=8)
     equal = 0
     for prompt, answer in zip(prompts, together, strict=True):
-        alone = engine.generate(prompt, max_tokens=12)
+        alone = engine.generate(prompt, max_tokens=8)
         assert same_or_tied(family, prompt, answer.ids, alone.ids)
         if answer.ids == alone.ids:
             equal += 1

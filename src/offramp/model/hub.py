@@ -62,6 +62,7 @@ ALIASES: dict[str, Wheel | Path | None] = {  # None: a folder of `offramp-models
     ),
     "mamba-tiny": None,
     "mamba-tiny-ee": None,
+    "smollm2-hybrid": None,
     **{folder.name: folder for folder in shipped("models")},
 }
 NAMES = "an alias ({}), a local folder, a GGUF file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct".format(
@@ -273,7 +274,7 @@ def _from_mixers(name: str, folder: Path) -> Source:
     sha256 = hashlib.sha256(f"{base.sha256} {sha256_of(folder / MIXERS)}".encode()).hexdigest()
     made = cache_folder() / "hybrids" / sha256[:16]
     if not (made / RECORD).is_file():
-        with _built(made) as unfinished:
+        with _built(made) as unfinished, _quiet_library():
             model = to_bamba(_whole(base), read_mixers(folder / MIXERS)).bfloat16()
             model.save_pretrained(unfinished)
             for file in Path(base.path).iterdir():
@@ -281,6 +282,19 @@ def _from_mixers(name: str, folder: Path) -> Source:
                     shutil.copy(file, unfinished)
             write_atomically(unfinished / RECORD, json.dumps({"sha256": sha256}, indent=1).encode())
     return Source(name, str(made), digest=lambda: sha256)
+
+
+@contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Without the library's advice to install kernels for GPUs."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def library_arguments(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 import shlex
 import sys
@@ -43,7 +42,7 @@ from offramp.training.calibration import Question, calibrations, heads, precisio
 from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.data import prompts_of, turns
 from offramp.training.teacher import TextGroup, group_texts, read_texts
-from paper_exits import Recipe, Workshop
+from paper_exits import Recipe, Workshop, mark
 
 MODELS = ("smollm2", "mamba-tiny", "mamba-tiny-ee")
 COUNTS = {"truthfulqa": 200, "triviaqa": 300, "coqa": None}  # questions that are scored
@@ -73,12 +72,12 @@ class Experiment:
     calibrated on, and the rest is the matched workload. `model`: MODEL, or MODEL=DIR for exits that do not ship.
     """
 
-    def __init__(self, model: str, task: Task, args: argparse.Namespace) -> None:
+    def __init__(self, model: str, task_name: str, args: argparse.Namespace) -> None:
         name, _, folder = model.partition("=")
-        backbone = offramp.load(name)
+        backbone, task = offramp.load(name), load_task(task_name, getattr(args, task_name))
         self.backbone, self.args, self.source, self.name = backbone, args, name, Path(name).name
         self.shipped = Exits.load(folder, backbone) if folder else offramp.shipped_for(backbone)
-        count = COUNTS[task.name.lower()] if args.count is None else args.count
+        count = COUNTS[task_name] if args.count is None else args.count
         self.scored, self.others = replace(task, items=task.items[:count]), task.items[count:] if count else []
         self.task = task
         self.work = args.work / f"{self.name}-{self.mark}"
@@ -89,8 +88,8 @@ class Experiment:
     @property
     def mark(self) -> str:
         """A short hash of what the exits are made of."""
-        args, prompts = self.args, self.args.own_prompts or self.args.prompts
-        return mark(self.backbone.source.fingerprint, str(prompts), args.prompts, str(args.text), args.epochs)
+        args = self.args
+        return mark(self.backbone.source.fingerprint, args.own_prompts, args.prompts, str(args.text), args.epochs)
 
     def texts(self) -> dict[str, list[TextGroup]]:
         """What exits learn from: own answers, as many tokens of plain text, and answers to other questions of the task."""
@@ -104,7 +103,7 @@ class Experiment:
 
     @property
     def recipes(self) -> list[Recipe]:
-        """The exits that are made here, but for the matched workload's."""
+        """The recipes of the exits that are made here; the matched workload has its own."""
         found = [Recipe(gate, jump) for jump in self.jumps for gate in GATES]
         if self.args.quick:
             return found
@@ -129,7 +128,7 @@ class Experiment:
             exits = self.made(recipe)
         return Condition(info.fill or "project", info.policy, exits, info.label)
 
-    def of_the_shipped(self, exits: Exits) -> Iterator[Condition]:
+    def with_shipped(self, exits: Exits) -> Iterator[Condition]:
         """The shipped exits: their own policy, the line of second keys, and what is calibrated for this task."""
         yield Condition("project", None, exits, SHIPPED)
         yield from self.second_keys
@@ -191,9 +190,9 @@ class Experiment:
             found += [run.run(condition) for condition in self.matched()]
         if exits is None:
             return found
-        of_the_shipped = [(condition, run.run(condition)) for condition in self.of_the_shipped(exits)]
-        found += [result for _, result in of_the_shipped]
-        boldest = max(of_the_shipped, key=lambda pair: worth(pair[1]))[0]
+        pairs = [(condition, run.run(condition)) for condition in self.with_shipped(exits)]
+        found += [result for _, result in pairs]
+        boldest = max(pairs, key=lambda pair: worth(pair[1]))[0]
         fills = [fill for fill in FILLS if fill != "freeze" or "mamba" in self.backbone.kinds]
         found += [run.run(replace(boldest, fill=fill, policy=boldest.used_policy)) for fill in fills]
         if not self.args.quick:
@@ -231,18 +230,12 @@ def worth(result: Result) -> float:
     return result.summary["flops_saved"].mean if counts else kept - 2
 
 
-def mark(*settings: object) -> str:
-    """A short hash of settings, to name files by."""
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-
-
-def run(model: str, task_name: str, data: Path | None, args: argparse.Namespace) -> Path:
-    """Run the experiment for one model and task, and return the file of its results."""
-    experiment = Experiment(model, load_task(task_name, data), args)
-    shipped = experiment.shipped
+def run(experiment: Experiment) -> Path:
+    """Run the experiment, and return the file of its results."""
+    args, shipped = experiment.args, experiment.shipped
     setup = [args.count, args.calibration, args.thresholds, args.batch, args.pilot, args.quick, experiment.task.sha256]
     folder = mark(experiment.mark, setup, shipped and [fingerprint(shipped), asdict(shipped.policy)])
-    file: Path = args.work / folder / f"{experiment.name}-{task_name}.json"
+    file: Path = args.work / folder / f"{experiment.name}-{experiment.task.name}.json"
     if not file.exists():
         save_results(experiment.results(), file)
     return file
@@ -263,7 +256,7 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--pilot", type=int, default=120, help="how many of them say where second keys are")
     parser.add_argument("--epochs", type=int, default=2, help="passes of the trainings over their text")
     parser.add_argument("--batch", type=int, default=32, help="answers side by side")
-    parser.add_argument("--quick", action="store_true", help="20 minutes: few questions, thresholds and trainings")
+    parser.add_argument("--quick", action="store_true", help="few questions, thresholds and trainings")
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="holds all that is made")
     return parser
 
@@ -287,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         for name in args.models.split(","):
             for task in args.tasks.split(","):
-                files.append(run(name, task, getattr(args, task), args))
+                files.append(run(Experiment(name, task, args)))
         figures = write(load_results(files), args.work / "report.html")
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import sys
@@ -16,6 +15,7 @@ from exits import with_gate
 from offramp import Exits
 from offramp.exits.exits import ExitsConfig, suggested_places
 from offramp.exits.policy import TRAINING_FREE
+from offramp.files import sha256_of_text
 from offramp.model.backbone import Backbone
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, parts_of
@@ -48,6 +48,11 @@ class Recipe:
         words = ["jump" if self.jump else "no jump", self.text]
         words += [f"k = {self.k}"] if self.k > 1 else []
         return ", ".join([*words, *([f"seed {self.seed}"] if self.seed else [])])
+
+
+def mark(*settings: object) -> str:
+    """A short hash of settings, to name files by."""
+    return sha256_of_text(json.dumps(settings))[:12]
 
 
 class Workshop:
@@ -121,12 +126,12 @@ class Workshop:
     def _gather(self, text: str) -> Data:
         """The model's hidden states and distributions over a kind of text, in three parts."""
         groups = self.texts[text]
-        digest = hashlib.sha256(json.dumps([asdict(group) for group in groups]).encode()).hexdigest()
         folder = self.work / "text" / text.replace(" ", "-")
-        claim(folder, {"weights": self.backbone.source.fingerprint, "layers": self.layers, "text": digest})
+        claim(
+            folder, {"weights": self.backbone.source.fingerprint, "layers": self.layers, "text": mark(*map(asdict, groups))}
+        )
         texts = TeacherTexts.open(write_shards(self.backbone, groups, self.layers, folder))
         return Data(*parts_of(texts, self.config.seed), [])
 
     def _folder(self, kind: str, recipe: Recipe) -> Path:
-        mark = hashlib.sha256(json.dumps([asdict(recipe), asdict(self.shape)]).encode()).hexdigest()[:12]
-        return self.work / kind / mark
+        return self.work / kind / mark(asdict(recipe), asdict(self.shape))

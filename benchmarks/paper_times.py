@@ -25,12 +25,12 @@ from offramp import Engine
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition
 from offramp.evaluation.results import Result, load_results
-from offramp.evaluation.tasks import Item, load_task
+from offramp.evaluation.tasks import Item
 from offramp.files import write_atomically
 from offramp.machine import machine
 from offramp.metrics import token_f1
-from paper import COUNTS, OWN, SHIPPED, THE_PAPERS, Experiment, finish, parser_of, run, worth
-from speed import WORK, Failed, Worker, paths_of
+from paper import OWN, SHIPPED, THE_PAPERS, Experiment, finish, parser_of, run, worth
+from speed import ENTRIES, WORK, Failed, Worker, entry, paths_of
 from trade import SCORES, Row, interval
 
 FULL, THEIRS = "full depth", "transformers-float32"
@@ -123,15 +123,18 @@ def with_peers(
 ) -> tuple[list[Worker], dict[str, str]]:
     """Start the peers and add them to the contenders. Returns their processes, and why others cannot run."""
     workers, failures = list[Worker](), dict[str, str]()
+    paths = paths_of(experiment.source)
     WORK.mkdir(parents=True, exist_ok=True)
     for name in [THEIRS, *names] if names else []:
         try:
-            worker = Worker(name, paths_of(experiment.source), experiment.args.threads)
+            if entry(name).weights not in paths:
+                raise Failed(f"needs a GGUF file, which {experiment.name} does not come with")
+            worker = Worker(name, paths, experiment.args.threads)
             workers.append(worker)
             contender = Contender(name if name.startswith("llamacpp") else THEIRS, of_worker(worker, experiment))
             contender.answer(experiment.backbone.prompts.encode("Hello", raw=True))  # warms up
             contenders[name] = contender
-        except (Failed, KeyError) as failure:
+        except Failed as failure:
             failures[name] = str(failure)
     return workers, failures
 
@@ -160,9 +163,8 @@ def draw(rows: dict[str, list[Row]], title: str, file: Path) -> None:
 
 def timed(model: str, task: str, args: argparse.Namespace) -> None:
     """Time one model on one task."""
-    data = getattr(args, task)
-    file = run(model, task, data, args)
-    experiment = Experiment(model, load_task(task, data), args)
+    experiment = Experiment(model, task, args)
+    file = run(experiment)
     conditions = chosen(experiment, load_results([file]))
     engines = {name: condition.engine(experiment.backbone) for name, condition in conditions.items()}
     contenders = {name: Contender(FULL, of_engine(engine, experiment)) for name, engine in engines.items()}
@@ -194,10 +196,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--peers", default="", help="peers, by comma, as benchmarks/speed.py names them")
     parser.add_argument("--threads", type=int, default=2, help="of the peers")
     args = finish(parser, argv)
+    if unknown := set(args.peers.split(",")) - {"", *ENTRIES}:
+        parser.error(f"unknown peers {', '.join(sorted(unknown))}; there are {', '.join(ENTRIES)}")
     try:
         for name in args.models.split(","):
             for task in args.tasks.split(","):
-                if task.lower() in {known.lower() for known in SCORES} and task in COUNTS:
+                if task in SCORES:
                     timed(name, task, args)
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")

@@ -45,6 +45,19 @@ def page(results, tmp_path_factory) -> Path:
     return page
 
 
+def test_kinds_of_exits_and_penalties_are_kept_apart(tmp_path) -> None:
+    """Exits with another label have a curve of their own, and answers with a repetition penalty a section of their own."""
+    exits, policy = exits_for("llama"), Policy((0.5,) * 3)
+    conditions = [Condition(), *(Condition("project", policy, exits, label) for label in ("jump", "no jump"))]
+    evaluations = [Evaluation(tiny("llama"), task(repetition_penalty=penalty), tmp_path) for penalty in (1.0, 1.8)]
+    write([evaluation.run(each) for evaluation in evaluations for each in conditions], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<details") >= 2
+    assert len(re.findall(r"<summary><h2>[^<]*, repetition penalty 1.8</h2></summary>", text)) == 1
+    for label in ("jump", "no jump"):
+        assert text.count(f"<th>{label}: project, mamba, 0.5 0.5 0.5</th>") == 2
+
+
 def test_the_page_holds_everything_by_itself(page: Path, results) -> None:
     text = page.read_text()
     assert not re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', text)

@@ -398,7 +398,7 @@ def test_paper_times_compares_what_saves_most_with_full_depth_and_with_peers(pap
     found = {row[0]: row[1:] for row in rows(out)}
     ours = {"full depth", "exits that ship", "exits trained here", "the paper's recipe", "exits that ship, defer"}
     assert set(found) > {*ours, "exits that ship, own policy", "transformers-float32", "lookup"}
-    assert "'gguf'" in found["llamacpp-q4_1"][0]  # a peer that cannot run says why
+    assert found["llamacpp-q4_1"] == ["failed: needs a GGUF file, which model does not come with"]
     (file,) = Path(papered[-1]).glob("*/model-triviaqa-times.json")
     record = json.loads(file.read_text())
     for name in ("full depth", "transformers-float32"):
@@ -406,6 +406,9 @@ def test_paper_times_compares_what_saves_most_with_full_depth_and_with_peers(pap
     assert [row["consistency"] for row in record["rows"]["lookup"]] == [1, 1]
     assert record["policies"]["the paper's recipe"].startswith("no jump, plain text, k = 5: project, mamba")
     assert file.with_suffix(".svg").exists()
+    with pytest.raises(SystemExit):
+        paper_times.main([*papered, "--peers", "lookup,vllm"])
+    assert "unknown peers vllm; there are " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("model", "format"), [("mistral", "bfloat16"), ("codestral", "int4")])

@@ -43,7 +43,7 @@ from offramp.files import write_atomically
 from offramp.model.hybrid import MIXERS, read_mixers, write_mixers
 from offramp.model.loading import load
 from offramp.training.config import TrainConfig
-from offramp.training.data import Data, gather, parts_of
+from offramp.training.data import Data, gather
 from offramp.training.distillation import Distillation
 from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, step_generator, warmed_cosine
 from offramp.training.teacher import FIELDS, TeacherText, TeacherTexts
@@ -60,7 +60,7 @@ RATES = {"match": 2e-3, "join": 1e-3, "answers": 1e-3}  # the highest learning r
 @dataclass(frozen=True)
 class Settings:
     """What is learned from, and for how many hours of work each step trains. `keep`: the number of attentions that
-    stay. `start`: a folder with mixers to go on with; then only the third step is done.
+    stay. `start`: a folder with mixers to go on with. Where they are enough, only the third step is done.
     """
 
     prompts: str | None = None
@@ -169,27 +169,23 @@ class MixerTraining:
 
     def run(self) -> dict[int, Mixer]:
         """All steps. Returns the mixers, by the block whose attention each replaces."""
-        every = range(len(self.mixers))
-        keep = self.settings.keep
-        if self.settings.start:
-            replaced = self._begin_with(Path(self.settings.start))
-        else:
+        every, keep = range(len(self.mixers)), self.settings.keep
+        given = read_mixers(Path(self.settings.start) / MIXERS) if self.settings.start else {}
+        new = len(every) - keep - len(given)
+        if new < 0:
+            raise BadInput(f"{self.settings.start} keeps {len(every) - len(given)} attentions.", "Keep as many, or fewer.")
+        replaced = sorted(given)
+        if new:
             self._kept("start", every, self._start)
-            order = self.rank()
-            replaced = sorted(order[: len(order) - keep])
-            self._step(f"match-{keep}", replaced, self.settings.match_hours, self._match, self._matched)
+            added = sorted([block for block in self.rank() if block not in given][:new])
+            self._step(f"match-{keep}", added, self.settings.match_hours, self._match, self._matched)
+            replaced = sorted([*given, *added])
+        for block, mixer in self.chosen(sorted(given)).items():
+            mixer.take(given[block])
+        if new:
             self._step(f"join-{keep}", replaced, self.settings.join_hours, self._join, self._joined)
         self._step(f"answers-{keep}", replaced, self.settings.answer_hours, self._answer, self.answered)
         return self.chosen(replaced)
-
-    def _begin_with(self, folder: Path) -> list[int]:
-        """Take the mixers of an earlier work. Returns their blocks."""
-        kept = read_mixers(folder / MIXERS)
-        if len(kept) != len(self.mixers) - self.settings.keep:
-            raise BadInput(f"{folder} replaces {len(kept)} attentions, and keeps the others.", "Name as many with --keep.")
-        for block, mixer in self.chosen(list(kept)).items():
-            mixer.take(kept[block])
-        return list(kept)
 
     def rank(self) -> list[int]:
         """All blocks; the first are those whose attention is missed least."""
@@ -359,12 +355,6 @@ def text_of(settings: Settings, work: Path) -> tuple[Any, Data]:
     return load("smollm2", "float32", keep=True).model, data
 
 
-def held_texts(work: Path) -> TeacherTexts:
-    """The texts of a finished `gather` in WORK/text that no step learned from."""
-    teacher = TeacherTexts.open(sorted((work / "text").glob("shard-*.safetensors")))
-    return parts_of(teacher, 0)[2]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="the folder for the text, checkpoints and results")
@@ -373,7 +363,9 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], help="a plain text to learn from, too; may be repeated")
     parser.add_argument("--answers", type=int, help="how many answers; default: one for each prompt")
     parser.add_argument("--keep", type=int, default=Settings.keep, help="how many of the 30 attentions stay")
-    parser.add_argument("--start", help="go on with the mixers in this folder, by the third step alone")
+    parser.add_argument(
+        "--start", help="go on with the mixers in this folder; more are added where fewer attentions are to stay"
+    )
     parser.add_argument("--match-hours", type=float, default=Settings.match_hours, help="of the first step")
     parser.add_argument("--join-hours", type=float, default=Settings.join_hours, help="of the second step")
     parser.add_argument("--answer-hours", type=float, default=Settings.answer_hours, help="of the third step")

@@ -1,28 +1,39 @@
-"""How well do models with mixers predict text, beside SmolLM2?
+"""How well do models predict text, and what do they answer?
 
-    python -m hybrid.evaluate smollm2 smollm2-hybrid --text wikitext2-test.txt --answers WORK
+    python -m hybrid.evaluate smollm2 smollm2-hybrid --text wikitext2-test.txt --prompts PROMPTS.jsonl --samples FILE.md
 
-For each model: perplexity and bits per byte of a plain text, in windows of `WINDOW` tokens that begin with no context; and
-with `--answers`, over held-out answers of SmolLM2 in the folder of `hybrid.distil`: perplexity of the token that SmolLM2
-finds likeliest, and how often the model finds the same. Models with another tokenizer have only bits per byte to compare.
-Prints a table in Markdown.
+For each model:
+
+- With `--text`: perplexity and bits per byte of a plain text, in windows of `WINDOW` tokens that begin with no context.
+- With `--prompts`: the first model answers the prompts at temperature 1 (each token is one of its 16 likeliest).
+  Perplexity of these answers, and how often a model's likeliest token is the first model's.
+- With `--samples`: what each model answers to the first `SAMPLES` prompts, greedily, is written to a file.
+
+Models with another tokenizer than the first have only bits per byte to compare. Prints a table in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import offramp
-from hybrid.distil import held_texts
+from lm.corpus import report
+from offramp.errors import OfframpError
+from offramp.files import read_lines, write_atomically
 from offramp.model.backbone import Backbone
+from offramp.training.config import TrainConfig
+from offramp.training.data import gather
 from offramp.training.teacher import TeacherTexts
 
 WINDOW = 512
-HELD = 96  # answers
+SAMPLES, SAMPLE_TOKENS = 20, 96
+HEADER = "| model | perplexity | bits per byte | perplexity of answers | its likeliest token is the first model's |"
 
 
 @torch.inference_mode()
@@ -41,45 +52,80 @@ def of_text(backbone: Backbone, text: str, most: int) -> tuple[float, float]:
         window = ids[start : start + WINDOW]
         if len(window) < 2:
             break
-        found = nats_of(backbone, window).gather(1, torch.tensor(window[1:])[:, None])
-        nats, tokens = nats - float(found.sum()), tokens + len(window) - 1
+        made = nats_of(backbone, window).gather(1, torch.tensor(window[1:])[:, None])
+        nats, tokens = nats - float(made.sum()), tokens + len(window) - 1
         size += len(backbone.tokenizer.decode(window[1:]).encode())
     return math.exp(nats / tokens), nats / math.log(2) / size
 
 
+def answers_of(backbone: Backbone, prompts: Path, count: int, folder: Path) -> TeacherTexts:
+    """The model's answers to so many prompts, drawn at temperature 1."""
+    config = TrainConfig(prompts=str(prompts), max_prompts=count, temperatures=(1.0,))
+    data = gather(backbone, config, (backbone.n_blocks,), folder)
+    return data.adapters + data.gates + data.held
+
+
 def of_answers(backbone: Backbone, texts: TeacherTexts) -> tuple[float, float]:
-    """Perplexity of the teacher's likeliest tokens over its answers, and how often the model finds the same likeliest."""
+    """Perplexity of the answers, and how often the model's likeliest token is that of the model that wrote them."""
     nats, right, count = 0.0, 0, 0
     for text in texts:
-        where = text.counted.clone()
-        where[-1] = False  # `nats_of` says nothing about what follows the last token
-        wanted = text.top_ids[where][:, 0].long()
-        found = nats_of(backbone, text.ids.tolist())[where[:-1]]
-        nats -= float(found.gather(1, wanted[:, None]).sum())
-        right, count = right + int((found.argmax(-1) == wanted).sum()), count + len(wanted)
+        where = text.counted[:-1]  # nothing is known of what follows the last token
+        made = nats_of(backbone, text.ids.tolist())[where]
+        nats -= float(made.gather(1, text.ids[1:][where].long()[:, None]).sum())
+        right += int((made.argmax(-1) == text.top_ids[:-1, 0][where]).sum())
+        count += int(where.sum())
     return math.exp(nats / count), right / count
+
+
+def samples(models: dict[str, Backbone], prompts: list[str]) -> str:
+    """What each model answers to the prompts, greedily, as a Markdown document."""
+    parts = [f"# Answers of {' and '.join(models)}\n\nGreedy, {SAMPLE_TOKENS} tokens at most. No prompt is left out.\n"]
+    answers = {
+        name: offramp.Engine(backbone).generate_batch(prompts, max_tokens=SAMPLE_TOKENS)
+        for name, backbone in models.items()
+    }
+    for number, prompt in enumerate(prompts):
+        parts.append(f"## {number + 1}. {' '.join(prompt.split())}\n")
+        parts += [f"- **{name}**: {' '.join(made[number].text.split())}" for name, made in answers.items()]
+        parts.append("")
+    return "\n".join(parts)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
     parser.add_argument("--text", type=Path, help="a plain text")
-    parser.add_argument("--answers", type=Path, help="the folder that hybrid.distil worked in")
     parser.add_argument("--tokens", type=int, default=60_000, help="most tokens of the text")
+    parser.add_argument("--prompts", type=Path, help="a file of prompts that no model was trained on")
+    parser.add_argument("--count", type=int, default=200, help="most prompts to answer")
+    parser.add_argument("--samples", type=Path, help=f"write answers to the first {SAMPLES} prompts to this Markdown file")
     args = parser.parse_args(argv)
-    held = held_texts(args.answers)[:HELD] if args.answers else None
-    print(
-        "| model | perplexity | bits per byte | of answers: perplexity | the same likeliest token |\n|---|---|---|---|---|"
-    )
-    for name in args.models:
-        backbone, cells = offramp.load(name), ["–"] * 4
-        if args.text:
-            perplexity, bits = of_text(backbone, args.text.read_text(), args.tokens)
-            cells[:2] = [f"{perplexity:.2f}", f"{bits:.3f}"]
-        if held is not None:
-            perplexity, same = of_answers(backbone, held)
-            cells[2:] = [f"{perplexity:.3f}", f"{100 * same:.1f}%"]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    if args.samples and not args.prompts:
+        parser.error("--samples needs --prompts.")
+    try:
+        evaluate(args)
+    except OfframpError as error:
+        report(parser, error)
+
+
+def evaluate(args: Any) -> None:
+    """Print the table, and write the samples."""
+    models = {name: offramp.load(name) for name in args.models}
+    with tempfile.TemporaryDirectory() as folder:
+        texts = answers_of(models[args.models[0]], args.prompts, args.count, Path(folder)) if args.prompts else None
+        print(f"{HEADER}\n|{'---|' * HEADER.count(' | ')}---|")
+        for name, backbone in models.items():
+            cells = ["–"] * 4
+            if args.text:
+                perplexity, bits = of_text(backbone, args.text.read_text("utf-8"), args.tokens)
+                cells[:2] = [f"{perplexity:.2f}", f"{bits:.3f}"]
+            if texts is not None:
+                perplexity, same = of_answers(backbone, texts)
+                cells[2:] = [f"{perplexity:.3f}", f"{100 * same:.1f}%"]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    if args.samples:
+        prompts = read_lines(args.prompts, ("prompt", "question"))[:SAMPLES]
+        write_atomically(args.samples, samples(models, prompts).encode())
 
 
 if __name__ == "__main__":

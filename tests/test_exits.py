@@ -183,6 +183,21 @@ def test_exits_of_another_revision_are_refused(tmp_path) -> None:
         Exits.load(tmp_path, other_model)
 
 
+def test_a_training_may_go_on_from_the_exits_of_another_model_of_the_same_shape(tmp_path) -> None:
+    exits = exits_for("llama")
+    exits.save(tmp_path)
+    other_model = tiny("llama", seed=1)
+    begun = Exits.load(tmp_path, other_model, any_weights=True)
+    assert begun.backbone["fingerprint"] == other_model.source.fingerprint != exits.backbone["fingerprint"]
+    for key, value in exits.modules.state_dict().items():
+        assert torch.allclose(begun.modules.state_dict()[key], value, atol=1e-2), key
+    record = tmp_path / "offramp.json"
+    record.write_text(record.read_text().replace('"hidden_size": ', '"hidden_size": 9'))
+    with pytest.raises(ExitsMismatch, match="blocks of 9") as raised:
+        Exits.load(tmp_path, other_model, any_weights=True)
+    assert "same shape" in raised.value.hint
+
+
 @pytest.mark.parametrize("kind", ["fingerprint", "sha256"])
 def test_weights_that_are_not_known_are_not_taken_for_the_exits_own(kind: str, tmp_path) -> None:
     backbone = copy(tiny("llama"))

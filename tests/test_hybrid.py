@@ -160,18 +160,22 @@ def test_distillation_brings_mixers_near_and_keeps_the_attentions_that_are_misse
             assert torch.equal(value, mixers[block].tensors()[name])
 
 
-def test_a_later_stage_goes_on_with_the_mixers_that_were_written(student, texts, tmp_path) -> None:
-    made = distillery(student, texts, tmp_path / "first")
-    mixers = {block: mixer.tensors() for block, mixer in made.run().items()}
-    write_mixers(tmp_path / MIXERS, mixers, {"base": "tiny"})
-    later = distillery(student, texts, tmp_path / "later", start=str(tmp_path))
-    assert later._begin_with(tmp_path) == sorted(mixers)
-    for block, mixer in later.chosen(mixers).items():
-        for name, value in mixer.tensors().items():
-            torch.testing.assert_close(value, read_mixers(tmp_path / MIXERS)[block][name])
-    assert sorted(later.run()) == sorted(mixers)
-    assert [path.name for path in (tmp_path / "later").glob("*.safetensors")] == ["answers-3.safetensors"]
-    with pytest.raises(BadInput, match="replaces 2 attentions"):
+def test_a_later_stage_goes_on_with_the_mixers_that_were_written(student, mixers, texts, tmp_path, monkeypatch) -> None:
+    write_mixers(tmp_path / MIXERS, tensors_of({block: mixers[block] for block in (0, 3)}), {"base": "tiny"})
+    given, begun = read_mixers(tmp_path / MIXERS), {}
+    keep = lambda self, name, module, chosen, *rest: begun.update({name: tensors_of(chosen)})  # noqa: E731
+    monkeypatch.setattr(distil.MixerTraining, "_train", keep)
+
+    assert sorted(distillery(student, texts, tmp_path / "same", start=str(tmp_path)).run()) == [0, 3]
+    assert list(begun) == ["answers-3"]
+    # More are added where fewer attentions are to stay; those alone are matched.
+    replaced = sorted(distillery(student, texts, tmp_path / "more", keep=1, start=str(tmp_path)).run())
+    assert list(begun) == ["answers-3", "match-1", "join-1", "answers-1"]
+    assert sorted([*begun["match-1"], 0, 3]) == replaced == sorted(begun["join-1"])
+    for name in ("answers-3", "join-1", "answers-1"):
+        for block in given:
+            torch.testing.assert_close(begun[name][block], given[block])
+    with pytest.raises(BadInput, match="keeps 3 attentions"):
         distillery(student, texts, tmp_path / "other", keep=4, start=str(tmp_path)).run()
 
 
@@ -193,15 +197,32 @@ def test_batches_are_equally_long_and_have_every_text_once_an_epoch(texts) -> No
     assert batches.at(len(epoch)) == distil.Texts(texts.adapters, seed=0).at(len(epoch)) != epoch[0]
 
 
-def test_evaluation_measures_text_and_answers(student, texts, tmp_path, capsys, monkeypatch) -> None:
-    backbone = wrap(student.model, byte_tokenizer(), "tiny")
-    monkeypatch.setattr(evaluate.offramp, "load", lambda name: backbone)
+def test_evaluation_measures_text_and_answers_and_shows_samples(student, mixers, tmp_path, capsys, monkeypatch) -> None:
+    models = {
+        "tiny": wrap(student.model, byte_tokenizer(), "tiny"),
+        "mixed": wrap(to_bamba(student.model, tensors_of(mixers)), byte_tokenizer(), "mixed"),
+    }
+    monkeypatch.setattr(evaluate.offramp, "load", models.__getitem__)
     (tmp_path / "text.txt").write_text("Some text, and more of it. " * 30)
-    (tmp_path / "text").symlink_to(texts.held._places[0].shard.parent)
-    evaluate.main(["tiny", "--text", str(tmp_path / "text.txt"), "--answers", str(tmp_path)])
-    name, perplexity, bits, of_answers, same = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
-    # A byte is a token here, and the model's own answers hold no surprise for it that its own view of them does not.
-    assert float(bits) == pytest.approx(math.log2(float(perplexity)), abs=1e-3)
-    assert (name, same) == ("tiny", "100.0%")
-    likeliest = torch.cat([text.top_logp[text.counted][:-1, 0].float() for text in texts.held])
-    assert float(of_answers) == pytest.approx(float((-likeliest).mean().exp()), rel=0.02)
+    (tmp_path / "prompts.txt").write_text("".join(f"Say {number}, and more.\n" for number in range(30)))
+    files = ["--text", "text.txt", "--prompts", "prompts.txt", "--samples", "samples.md"]
+    monkeypatch.chdir(tmp_path)
+    evaluate.main([*models, *files, "--count", "6"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == list(models)
+    for _, perplexity, bits, *_ in rows:  # a byte is a token here
+        assert float(bits) == pytest.approx(math.log2(float(perplexity)), abs=1e-3)
+    # A model finds what it finds itself; it knows its own answers better than another model does.
+    assert rows[0][4] == "100.0%" != rows[1][4]
+    assert float(rows[0][3]) < float(rows[1][3])
+    samples = (tmp_path / "samples.md").read_text()
+    assert samples.count("\n## ") == samples.count("- **tiny**: ") == evaluate.SAMPLES
+    answer = offramp.Engine(models["mixed"]).generate("Say 0, and more.", max_tokens=evaluate.SAMPLE_TOKENS).text
+    assert f"- **mixed**: {' '.join(answer.split())}\n" in samples
+
+
+def test_evaluation_says_what_it_lacks(tmp_path, capsys) -> None:
+    for arguments in (["--samples", "samples.md"], ["--prompts", str(tmp_path / "none.jsonl")]):
+        with pytest.raises(SystemExit):
+            evaluate.main(["mamba-tiny", *arguments])
+        assert "Traceback" not in capsys.readouterr().err

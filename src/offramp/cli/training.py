@@ -25,7 +25,14 @@ def train(
         typer.Option("--draft", help="Train one shallow exit that drafts for --fill verify, in OUTPUT/draft."),
     ] = False,
     settings: Annotated[dict[str, Any], Chosen(TrainConfig)],
-    start: Annotated[Path | None, typer.Option(help="A folder of exits to go on from.", show_default=False)] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of exits to go on from. They may be another model's of the same shape, such as the one that "
+            "this model was tuned from.",
+            show_default=False,
+        ),
+    ] = None,
     ray: Ray = None,
     decoding: Annotated[DecodingOptions, Only("dtype")],
     as_json: Json = False,
@@ -39,7 +46,7 @@ def train(
     backbone = decoding.load(model)
     config = draft_config(backbone.kinds, **settings) if draft else TrainConfig(**settings)
     output = output / DRAFT if draft else output
-    before = None if start is None else Exits.load(start, backbone)
+    before = None if start is None else Exits.load(start, backbone, any_weights=True)
     with resumable(), cluster_at(ray) as cluster, progress_bars() as progress:
         make = cluster.made_shards if cluster else made_shards
         exits = train_exits(backbone, output, config, progress, command_line(), before, make)

@@ -220,15 +220,19 @@ class Exits:
                 )
 
     @classmethod
-    def load(cls, folder: str | Path, backbone: Backbone) -> Exits:
+    def load(cls, folder: str | Path, backbone: Backbone, *, any_weights: bool = False) -> Exits:
         """Read a folder that `save` wrote, for this backbone.
 
-        Warns where the model runs in another weight format than the exits were trained in. Raises `ExitsMismatch` for
-        another model's exits, `CorruptFile` for files that are missing, cut short or damaged.
+        With `any_weights`, they may be those of another model of the same shape, for a training to go on from. Warns where
+        the model runs in another weight format than the exits were trained in. Raises `ExitsMismatch` for another model's
+        exits, `CorruptFile` for files that are missing, cut short or damaged.
         """
         folder = Path(folder)
         record = _Record.read(folder)
-        record.check_owner(folder, backbone)
+        if any_weights:
+            record.check_shape(folder, backbone)
+        else:
+            record.check_owner(folder, backbone)
         try:
             with torch.device("meta"):  # the weights come from the file, so nothing is allocated before they are checked
                 exits = cls.new(backbone, record.config)
@@ -334,6 +338,17 @@ class _Record:
             f"The exits in {folder} were trained for {name} (weights {weights[:12]}), {difference}: "
             f"{backbone.name} has the weights {backbone.source.fingerprint[:12] or 'unknown'}.",
             f"Train exits for this model: offramp train {backbone.name} -o DIR",
+        )
+
+    def check_shape(self, folder: Path, backbone: Backbone) -> None:
+        """Raises `ExitsMismatch` where the exits were trained for a model of another shape than this backbone's."""
+        of_exits = {name: self.backbone.get(name) for name in ("blocks", "hidden_size")}
+        if of_exits == {"blocks": backbone.n_blocks, "hidden_size": backbone.hidden_size}:
+            return
+        raise ExitsMismatch(
+            f"The exits in {folder} are for {of_exits['blocks']} blocks of {of_exits['hidden_size']} dims, and "
+            f"{backbone.name} has {backbone.n_blocks} of {backbone.hidden_size}.",
+            "Go on from exits of a model of the same shape, such as the one that yours was tuned from.",
         )
 
 

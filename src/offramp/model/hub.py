@@ -172,10 +172,12 @@ def _from_alias(name: str, known: Wheel | Path | None) -> Source:
         raise ModelNotFound(f"'{name}' is a model of the package {MODELS_PACKAGE}, which is not installed.", INSTALL_MODELS)
     if isinstance(known, Wheel):
         return _from_gguf(name, _from_wheel(name, known))
-    return _from_mixers(name, known) if (known / MIXERS).is_file() else _from_folder(name, known)
+    return _from_folder(name, known)
 
 
 def _from_folder(name: str, folder: Path) -> Source:
+    if (folder / MIXERS).is_file():
+        return _from_mixers(name, folder)
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the GGUF file itself: {ggufs[0]}" if ggufs else f"A model is {NAMES}."

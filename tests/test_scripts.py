@@ -38,6 +38,7 @@ import matched
 import offload
 import paper
 import paper_size
+import paper_tables
 import paper_times
 import prefill
 import prompts
@@ -409,6 +410,26 @@ def test_paper_times_compares_what_saves_most_with_full_depth_and_with_peers(pap
     with pytest.raises(SystemExit):
         paper_times.main([*papered, "--peers", "lookup,vllm"])
     assert "unknown peers vllm; there are " in capsys.readouterr().err
+
+
+def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, tmp_path) -> None:
+    files = sorted(map(str, Path(papered[-1]).glob("*/model-triviaqa*.json")))
+    paper_tables.main(files)
+    page = capsys.readouterr().out
+    (tmp_path / "page.md").write_text(page)
+    paper_tables.main([*files, "--check", str(tmp_path / "page.md")])
+    titles = re.findall("^### (.+)$", page, re.MULTILINE)
+    assert titles[:2] == ["Gates", "What gates learn from"]
+    assert {"The exits that ship", "With a guarantee", "Fills", "A repetition penalty"} <= set(titles)
+    results = load_results([Path(file) for file in files if not file.endswith("-times.json")])
+    defer = next(each for each in results if each.condition.fill == "defer")
+    fills = next(row for row in rows(page.partition("### Fills")[2]) if row[0] == "model, triviaqa")
+    saved, kept = defer.summary["flops_saved"].mean, defer.summary["token_f1"].mean
+    assert fills[4] == f"{tables.share(saved)} ({defer.summary['mean_blocks'].mean:.1f}), {tables.plain(kept, 3)}"
+    damaged = page.replace(fills[4], "99% (1.0), 1.000")
+    (tmp_path / "page.md").write_text(damaged)
+    with pytest.raises(SystemExit, match="lacks these rows:"):
+        paper_tables.main([*files, "--check", str(tmp_path / "page.md")])
 
 
 @pytest.mark.parametrize(("model", "format"), [("mistral", "bfloat16"), ("codestral", "int4")])

@@ -289,25 +289,29 @@ def _positions(results: list[Result]) -> str:
 
 
 def at_consistency(results: list[Result], wanted: float, names: Sequence[str]) -> dict[str, list[float]]:
-    """The means of these metrics where each curve first falls to this consistency; curves that do not are left out.
-
-    A value is interpolated in a straight line between the conditions that were measured, of which full depth is one.
-    """
-
-    def values(result: Result) -> list[float]:
-        return [result.summary[name].mean for name in ("token_f1", *names)]
-
+    """For each curve that falls to this consistency, what `crossing` gives. Exits' own policies are left out."""
+    full = [result for result in results if result.condition.policy is None]
     found = {}
-    full = [values(result) for result in results if result.condition.policy is None]
     for label, curve in _curves(results):
         early = [result for result in curve if result.condition.policy and not _own(result)]
-        early.sort(key=lambda result: -result.summary["mean_blocks"].mean)
-        for before, after in pairwise([*full, *map(values, early)]):
-            if before[0] >= wanted > after[0]:
-                share = (before[0] - wanted) / (before[0] - after[0])
-                found[label] = [a + share * (b - a) for a, b in zip(before[1:], after[1:], strict=True)]
-                break
+        if point := crossing([*full, *early], wanted, names):
+            found[label] = point
     return found
+
+
+def crossing(results: list[Result], wanted: float, names: Sequence[str]) -> list[float] | None:
+    """The means of these metrics where a curve first falls to this consistency; None for one that does not.
+
+    `results` is full depth, and the curve's conditions. A value is interpolated in a straight line between two of them.
+    """
+    full, *curve = results
+    curve.sort(key=lambda result: -result.summary["mean_blocks"].mean)
+    points = [[each.summary[name].mean for name in ("token_f1", *names)] for each in (full, *curve)]
+    for before, after in pairwise(points):
+        if before[0] >= wanted > after[0]:
+            share = (before[0] - wanted) / (before[0] - after[0])
+            return [a + share * (b - a) for a, b in zip(before[1:], after[1:], strict=True)]
+    return None
 
 
 def _at_consistency(results: list[Result], wanted: float = 0.9) -> str:

@@ -29,6 +29,7 @@ sys.path.insert(
 import adapters
 import agreement
 import clients
+import context
 import exits
 import gates
 import growth
@@ -324,6 +325,21 @@ def test_growth_times_steps_and_draws_them(world, capsys, monkeypatch) -> None:
             assert [len(repetitions) for repetitions in times] == [growth.REPETITIONS] * len(values)
             assert min(map(min, times)) > 0
     assert Path("growth.svg").read_text().count("<polyline") == 5 * 2
+
+
+def test_context_compares_the_steps_and_memories_of_models(world, capsys) -> None:
+    models = [str(world / "model"), "mamba-tiny"]
+    context.main([*models, "--formats", "float32,bfloat16", "--contexts", "8,200", "--rounds", "2", "--threads", "1"])
+    head, *first = rows(capsys.readouterr().out)
+    assert [head, *first[:2]] != [head, *first[3:]]  # a table for each format
+    assert head[1::2] == [f"{name}, ms" for name in models]
+    assert [row[0] for row in first] == ["8", "200", "tokens before", "8", "200"]
+    for row in first[:2]:
+        assert float(row[1]) > 0
+        assert re.fullmatch(r"\d+\.\d\d \(×\d+\.\d\d, \d+\.\d\d–\d+\.\d\d\)", row[3])
+    # Keys and values grow with the text, Mamba states do not.
+    assert float(first[1][2]) > float(first[0][2])
+    assert first[1][4] == first[0][4] != "0.0"
 
 
 def test_guarantee_splits_the_questions(world, capsys) -> None:

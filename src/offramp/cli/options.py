@@ -26,7 +26,8 @@ LEAST_GAIN = 1.1  # times as fast as full depth, for `verify` to be the default
 Model = Annotated[
     str,
     typer.Argument(
-        help="A hub name (org/name), a local folder, a GGUF file, or an alias (smollm2, mamba-tiny, mamba-tiny-ee).",
+        help="A hub name (org/name), a local folder, a GGUF file, or an alias (smollm2, smollm2-hybrid, mamba-tiny, "
+        "mamba-tiny-ee).",
         show_default=False,
     ),
 ]

@@ -82,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
         print("| tokens before |" + "".join(f" {name}, ms | MB |" for name in backbones))
         print("|---:|" + "---:|---:|" * len(backbones))
         for length in contexts:
-            models = {name: (backbone, backbone.state(length + (args.rounds + 1) * STEPS)) for name, backbone in backbones.items()}
+            models = {
+                name: (backbone, backbone.state(length + (args.rounds + 1) * STEPS)) for name, backbone in backbones.items()
+            }
             for backbone, state in models.values():
                 read(backbone, state, 0, length)
             made = cells(rounds(models, length, args.rounds), models)

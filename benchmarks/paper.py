@@ -81,7 +81,7 @@ class Experiment:
         self.scored, self.others = replace(task, items=task.items[:count]), task.items[count:] if count else []
         self.task = task
         self.work = args.work / f"{self.name}-{self.mark}"
-        workshop = Workshop(backbone, self.texts(), self.work / "exits", args.epochs)
+        workshop = Workshop(backbone, self.texts, self.work / "exits", args.epochs)
         self.made = workshop.exits
         self.jumps = (True, False) if workshop.shape.tails else (False,)
 
@@ -178,7 +178,9 @@ class Experiment:
             return
         prompts = [list(self.backbone.tokenizer(item.prompt)["input_ids"]) for item in items[: self.args.prompts]]
         groups = group_texts(prompts, [], self.task.max_tokens, GATHERED)
-        workshop = Workshop(self.backbone, {MATCHED: groups}, self.work / f"{self.task.name}-exits", self.args.epochs)
+        workshop = Workshop(
+            self.backbone, lambda: {MATCHED: groups}, self.work / f"{self.task.name}-exits", self.args.epochs
+        )
         recipe = Recipe("ffn", self.jumps[0], MATCHED)
         yield from curve(workshop.exits(recipe), recipe.label, self.args.thresholds)
 

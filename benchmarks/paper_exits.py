@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -58,11 +59,13 @@ def mark(*settings: object) -> str:
 class Workshop:
     """Makes exits for a model, and keeps them in the folder `work`; work that is done is not done again.
 
-    texts: the groups of prompts and texts of each kind of text. epochs: passes over it, for read-outs and for gates.
+    texts: gives the groups of prompts and texts of each kind of text. epochs: passes over it, for read-outs and for gates.
     """
 
-    def __init__(self, backbone: Backbone, texts: dict[str, list[TextGroup]], work: Path, epochs: int) -> None:
-        self.backbone, self.texts, self.work = backbone, texts, work
+    def __init__(
+        self, backbone: Backbone, texts: Callable[[], dict[str, list[TextGroup]]], work: Path, epochs: int
+    ) -> None:
+        self.backbone, self.texts, self.work = backbone, cache(texts), work
         self.config = TrainConfig(epochs=epochs, gate_epochs=epochs, gate_target="agreement")  # the paper's target
         self.exits, self._read_outs = cache(self._exits), cache(self._make_read_outs)
         self._labels, self._data = cache(self._make_labels), cache(self._gather)
@@ -125,7 +128,7 @@ class Workshop:
 
     def _gather(self, text: str) -> Data:
         """The model's hidden states and distributions over a kind of text, in three parts."""
-        groups = self.texts[text]
+        groups = self.texts()[text]
         folder = self.work / "text" / text.replace(" ", "-")
         claim(
             folder, {"weights": self.backbone.source.fingerprint, "layers": self.layers, "text": mark(*map(asdict, groups))}

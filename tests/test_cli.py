@@ -279,7 +279,7 @@ def test_bench_compares_fills(world) -> None:
     assert result["fills"]["full"]["ratio"] == result["fills"]["verify"]["equal"] == 1
     assert result["ratio"] == result["fills"]["verify"]["ratio"]
     assert result["repetition_penalty"] == 1.2
-    for word in ("tokens a deep pass", "acceptance", "verify"):
+    for word in ("repetition penalty 1.2", "tokens a deep pass", "acceptance", "verify"):
         assert word in run(world, "bench", *arguments, *sizes).stdout
 
 

@@ -16,7 +16,7 @@ from offramp.decode.request import Generation, Token
 from offramp.evaluation.anatomy import Anatomy
 from offramp.evaluation.bench import Comparison, FillComparison
 from offramp.evaluation.metrics_table import METRICS
-from offramp.evaluation.results import Result
+from offramp.evaluation.results import Result, penalty_words
 from offramp.evaluation.what_if import Saving
 from offramp.exits.exits import Exits
 from offramp.metrics import token_f1
@@ -148,7 +148,8 @@ def result_line(result: Result) -> None:
             depth = f" of {result.blocks}" if metric.name == "mean_blocks" else ""
             parts.append(f"{metric.label} {mean} ({low}–{high}){depth}")
     note = f" [{task.note}]" if task.note else ""
-    head = Text(f"{task.name}, {task.questions} questions{note}, {result.condition.name}: ", "bold")
+    penalty = penalty_words(task.repetition_penalty)
+    head = Text(f"{task.name}, {task.questions} questions{penalty}{note}, {result.condition.name}: ", "bold")
     console.print(head + Text(", ".join(parts)), soft_wrap=True)
 
 
@@ -245,7 +246,7 @@ _KIND = {"mamba": "Mamba", "both": "attention and Mamba", "neither": "neither at
 
 def bench_table(result: Comparison) -> None:
     """What `bench.compare` measured."""
-    runs = f"{result.what}, {result.tokens} tokens, {result.pairs} pairs"
+    runs = f"{result.what}, {result.tokens} tokens{penalty_words(result.repetition_penalty)}, {result.pairs} pairs"
     table = Table(title=f"{result.model}, {runs}", title_justify="left")
     for title in ("", "weights", "tokens/s", "ms a token"):
         table.add_column(title, justify="left" if title in ("", "weights") else "right")
@@ -262,7 +263,8 @@ def bench_table(result: Comparison) -> None:
 
 def fills_table(result: FillComparison) -> None:
     """What `bench.compare_fills` measured."""
-    runs = f"{result.prompts} prompts, up to {result.tokens} tokens, {result.pairs} pairs"
+    penalty = penalty_words(result.repetition_penalty)
+    runs = f"{result.prompts} prompts, up to {result.tokens} tokens{penalty}, {result.pairs} pairs"
     table = Table(title=f"{result.model}, {result.weights}, {runs}", title_justify="left")
     titles = ("", "tokens/s", "ratio", "pairs from–to", "equal", "mean blocks", "tokens a deep pass", "acceptance")
     for title in titles:

@@ -23,7 +23,7 @@ from typing import Any
 
 from offramp.errors import BadInput
 from offramp.evaluation.metrics_table import METRICS, Metric
-from offramp.evaluation.results import Interval, Result, ScoredAnswer, difference
+from offramp.evaluation.results import Interval, Result, ScoredAnswer, difference, penalty_words
 from offramp.files import write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -77,9 +77,7 @@ def _grouped(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
     for number, (_, group) in enumerate(groupby(sorted(results, key=key), key=key)):
         members = list(group)
         model, task = members[0].model, members[0].task
-        title = f"{model.name} on {task.name}"
-        if task.repetition_penalty != 1:
-            title += f", repetition penalty {task.repetition_penalty}"
+        title = f"{model.name} on {task.name}{penalty_words(task.repetition_penalty)}"
         anchor = "".join(character if character.isalnum() else "-" for character in title.replace(" on ", "-"))
         if any(earlier.startswith(title) for _, earlier, _ in sections):
             title += f", {model.weights}, {task.questions} questions"

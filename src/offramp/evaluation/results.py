@@ -79,6 +79,11 @@ class TaskInfo:
     repetition_penalty: float = 1.0
 
 
+def penalty_words(penalty: float) -> str:
+    """What a title says of a repetition penalty; nothing for none."""
+    return "" if penalty == 1 else f", repetition penalty {penalty:g}"
+
+
 @dataclass(frozen=True)
 class ScoredAnswer:
     """An answer to one question: its pieces of text, the block that each left at, and what it scored and cost."""

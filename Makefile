@@ -30,7 +30,8 @@ release: .venv/.installed
 	$(BIN)/twine check --strict $(DIST)/*
 	.ci/smoke $(DIST) $(BIN)/python
 
-# Exits for the models that ship: six hours for smollm2, half an hour for each other. They learn from a mix of prompts:
+# Exits for the models that ship: six hours for smollm2, an hour for smollm2-hybrid, whose exits go on from smollm2's, and half an
+# hour for each other. They learn from a mix of prompts:
 # make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl
 SHIPPED := offramp-models/offramp_models
 SMOLLM2 := $(SHIPPED)/exits/smollm2
@@ -45,6 +46,11 @@ exits: .venv/.installed
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
 	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --draft --own-prompts build/prompts/all.jsonl --temperatures 0,0.7,0,0.9 \
 		--epochs 1 --gate-epochs 1
+	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second.jsonl \
+		--answers 2400 --epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
+	$(BIN)/offramp calibrate smollm2-hybrid --exits $(SMOLLM2)-hybrid --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
+	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all.jsonl --answers 4500 \
+		--temperatures 0,0.7,0,0.9 --epochs 1 --gate-epochs 1 --readout-width 2048
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \

@@ -288,11 +288,12 @@ def _from_mixers(name: str, folder: Path) -> Source:
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Without the library's advice to install kernels for GPUs."""
+    """Without the library's progress bars, and its advice to install kernels for GPUs."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()  # for good, as wherever a model is loaded
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ from offramp.decode.sampling import Sampling
 from offramp.evaluation.bench import REST, parts_of_a_token
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
+from offramp.model.hybrid import MIXERS
 from offramp.model.loading import check
 from offramp.training.tails import Jumped, through_tails
 
@@ -166,6 +167,36 @@ def test_the_readmes_generate_command_prints_one_object() -> None:
     assert record["text"]
 
 
+@pytest.fixture(scope="module")
+def hybrid() -> Backbone:
+    return offramp.load("smollm2-hybrid", "float32", keep=True)
+
+
+def test_the_hybrid_and_its_exits_decode_like_the_librarys_bamba(hybrid: Backbone) -> None:
+    assert max(check(hybrid)) <= 1e-5
+    assert hybrid.kinds.count("mamba") == 15
+    exits = shipped_for(hybrid)
+    assert exits, "no exits ship for smollm2-hybrid"
+    for prompt in PROMPTS[:3]:
+        wanted = library_tokens(hybrid, prompt, 16)
+        assert Engine(hybrid, exits, Policy((1.0,) * len(exits))).generate(prompt, max_tokens=16).ids == wanted
+        assert Engine(hybrid, exits, Policy((0.5,) * len(exits)), "verify").generate(prompt, max_tokens=16).ids == wanted
+
+
+def test_the_hybrids_exits_open_and_every_fill_decodes(hybrid: Backbone) -> None:
+    exits = shipped_for(hybrid)
+    assert exits
+    for fill in MADE_AT_ONCE:
+        engine = Engine(hybrid, exits, Policy((0.3,) * len(exits)), fill)
+        answers = engine.generate_batch(PROMPTS, max_tokens=16)
+        assert any(token.exit_block < hybrid.n_blocks for answer in answers for token in answer.tokens)
+
+
+def test_the_hybrids_mixers_are_small() -> None:
+    (folder,) = (path for path in files.shipped("models") if path.name == "smollm2-hybrid")
+    assert (folder / MIXERS).stat().st_size <= 25_000_000
+
+
 @pytest.fixture(scope="module", params=["mamba-tiny", "mamba-tiny-ee"])
 def mamba_tiny(request: pytest.FixtureRequest) -> Backbone:
     return offramp.load(request.param, "float32", keep=True)
@@ -215,7 +246,10 @@ def test_the_demo_shows_both_models_side_by_side() -> None:
             assert f"{model}, {row}" in answers
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("smollm2", "bfloat16"), ("smollm2", "int4"), ("mamba-tiny", "bfloat16")])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("smollm2", "bfloat16"), ("smollm2", "int4"), ("mamba-tiny", "bfloat16"), ("smollm2-hybrid", "bfloat16")],
+)
 @pytest.mark.filterwarnings("ignore:These exits were trained")
 def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str, dtype: str) -> None:
     """The compiled path adds up each row in one order, so a chunk gives the tokens that single steps give, even at ties."""

@@ -137,7 +137,7 @@ def test_int4_keeps_the_weights_of_the_file_and_decodes_like_the_library_with_th
 def test_the_named_parts_of_a_tokens_time_add_up(fill: str, smollm2: Backbone) -> None:
     exits = shipped_for(smollm2, draft=True) if fill == "verify" else None
     engine = Engine(smollm2, exits, fill="verify") if exits else Engine(smollm2)
-    parts = parts_of_a_token(engine, smollm2.prompts.encode("Explain how rainbows form, in detail."), 32)
+    parts = parts_of_a_token(engine, [smollm2.prompts.encode("Explain how rainbows form, in detail.")], 32)
     named = {part: milliseconds for part, milliseconds in parts.items() if part != REST}
     assert set(named) == {"blocks", "heads", "sampling", "text", *(["exits"] if exits else ["embedding"])}
     assert all(milliseconds > 0 for milliseconds in named.values())

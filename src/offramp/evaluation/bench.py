@@ -128,7 +128,7 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5, sampling: Samp
     rates = _in_turn(
         lambda: _our_rate(engine, prompt, tokens), lambda: _their_rate(backbone, prompt, tokens, penalty), pairs
     )
-    parts = parts_of_a_token(engine, prompt, tokens)
+    parts = parts_of_a_token(engine, [prompt], tokens)
     return _comparison(backbone, ("decoding", "generate"), rates, parts, (tokens, len(prompt)), penalty)
 
 
@@ -200,7 +200,7 @@ def compare_fills(
             tokens_per_second=median(rates[fill] for rates in rounds),
             ratio=median(ratios),
             spread=(min(ratios), max(ratios)),
-            parts_ms=parts_of_a_token(engines[fill], prompts[0], tokens),
+            parts_ms=parts_of_a_token(engines[fill], prompts, tokens),
         )
     last = speeds[fill].ratio
     weights = backbone.weight_format
@@ -208,25 +208,27 @@ def compare_fills(
     return FillComparison(backbone.name, "decoding", weights, last, speeds, tokens, len(prompts), pairs, penalty)
 
 
-def parts_of_a_token(engine: Engine, prompt: list[int], tokens: int) -> dict[str, float]:
-    """Milliseconds that a decoded token spends in each named part, and in everything else.
+def parts_of_a_token(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, float]:
+    """Milliseconds that a decoded token spends in each named part, and in everything else, over answers to all prompts.
 
     `blocks` at full depth; with open exits `shallow` (before the first of them) and `deep`; `heads`; `exits` (gates and
     read-outs); `fill`; `sampling`; `rollback` (of drafts); `embedding`; `text` (ids to text).
     """
-    batch = engine.batch()
-    request = batch.add(prompt, max_tokens=tokens)
-    while not request.prefilled:
-        batch.step()
-    engine.timed = timer = Timer()
-    started = time.perf_counter()
-    try:
-        for _ in batch.run():
-            pass
-    finally:
-        engine.timed = untimed
-    whole = time.perf_counter() - started
-    count = len(request.tokens)
+    timer, whole, count = Timer(), 0.0, 0
+    for prompt in prompts:
+        batch = engine.batch()
+        request = batch.add(prompt, max_tokens=tokens)
+        while not request.prefilled:
+            batch.step()
+        engine.timed = timer
+        started = time.perf_counter()
+        try:
+            for _ in batch.run():
+                pass
+        finally:
+            engine.timed = untimed
+        whole += time.perf_counter() - started
+        count += len(request.tokens)
     parts = {part: 1000 * seconds / count for part, seconds in timer.seconds.items()}
     return {**parts, REST: 1000 * whole / count - sum(parts.values())}
 

@@ -19,10 +19,8 @@ resampled questions and seeds.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +37,7 @@ from offramp.training.data import gather
 from offramp.training.teacher import TeacherTexts, group_texts, write_shards
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import LabelledTexts
+from paper_exits import mark
 
 REPETITIONS = 400
 
@@ -95,13 +94,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = TrainConfig(
         prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs, gate_target="agreement"
     )
+    # Texts for other settings, or of another model, are kept elsewhere.
+    args.work /= mark(asdict(settings), base.training, backbone.source.fingerprint)
     data = gather(backbone, settings, needed_layers(base), args.work / "text")
     prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
     groups = group_texts(prompts, [], args.tokens, batch=48)
-    mark = hashlib.sha256(
-        json.dumps([prompts, args.tokens, args.epochs, args.max_prompts, args.own_prompts, base.training]).encode()
-    ).hexdigest()[:8]
-    shards = args.work / f"asked-{mark}"
+    shards = args.work / f"asked-{mark(prompts, args.tokens)}"
     shards.mkdir(parents=True, exist_ok=True)
     reader = Trainer(backbone, base, settings, args.work)
     answers = reader.labels(TeacherTexts.open(write_shards(backbone, groups, needed_layers(base), shards)))

@@ -44,7 +44,7 @@ from offramp.training.data import prompts_of, turns
 from offramp.training.teacher import TextGroup, group_texts, read_texts
 from paper_exits import Recipe, Workshop, mark
 
-MODELS = ("smollm2", "mamba-tiny", "mamba-tiny-ee")
+MODELS = ("smollm2", "smollm2-hybrid", "mamba-tiny-ee")
 COUNTS = {"truthfulqa": 200, "triviaqa": 300, "coqa": None}  # questions that are scored
 GATES = ("linear", "ffn", "mamba", "max-prob")
 THRESHOLDS = (0.95, 0.9, 0.8, 0.6)

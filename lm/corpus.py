@@ -203,7 +203,8 @@ def load_tokens(folder: Path, split: str) -> Tokens:
 
 def command_line() -> str:
     """The command as it was given, without the folders that only this machine has."""
-    module = f"lm.{Path(sys.argv[0]).stem}"
+    program = Path(sys.argv[0])
+    module = f"{program.parent.name}.{program.stem}"
     return " ".join(["python -m", module, *(part.rstrip("/").rsplit("/", 1)[-1] for part in sys.argv[1:])])
 
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import offramp
 from hybrid import distil, evaluate
 from hybrid.student import Student
+from lm.corpus import command_line
 from models import ENGINES, byte_tokenizer
 from offramp.errors import BadInput, CorruptFile
 from offramp.model import hub
@@ -195,6 +196,13 @@ def test_batches_are_equally_long_and_have_every_text_once_an_epoch(texts) -> No
     assert sorted(index for batch in epoch for index in batch) == list(range(len(texts.adapters)))
     assert all(len({batches.sizes[index] for index in batch}) == 1 for batch in epoch)
     assert batches.at(len(epoch)) == distil.Texts(texts.adapters, seed=0).at(len(epoch)) != epoch[0]
+
+
+@pytest.mark.parametrize("module", ["hybrid.distil", "lm.train"])
+def test_the_command_that_is_recorded_names_its_module(module, monkeypatch) -> None:
+    file = Path(__file__).parents[1] / module.replace(".", "/")
+    monkeypatch.setattr(sys, "argv", [f"{file}.py", "/some/folder/work", "--keep", "15"])
+    assert command_line() == f"python -m {module} work --keep 15"
 
 
 def test_evaluation_measures_text_and_answers_and_shows_samples(student, mixers, tmp_path, capsys, monkeypatch) -> None:

@@ -128,6 +128,22 @@ def test_an_alias_puts_mixers_onto_another_alias(student, mixers, tmp_path, own_
     assert offramp.load("hybrid", "float32").kinds.count("mamba") == 1
 
 
+@torch.inference_mode()
+def test_a_model_without_any_attention_is_loaded_and_answers(student, tmp_path, own_cache, monkeypatch) -> None:
+    student.model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "pure").mkdir()
+    write_mixers(tmp_path / "pure" / MIXERS, tensors_of(dict(enumerate(student.new_mixers()))), {"base": "base"})
+    monkeypatch.setattr(hub, "ALIASES", {"base": tmp_path / "base"})
+    backbone = offramp.load(tmp_path / "pure", "float32")
+    assert set(backbone.kinds) == {"mamba"}
+    ids = offramp.Engine(backbone).generate("Hello", max_tokens=6).ids
+    library = AutoModelForCausalLM.from_pretrained(hub.resolve(tmp_path / "pure").path, dtype=torch.float32)
+    prompt = backbone.prompts.encode("Hello")
+    logits = library(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == ids
+
+
 @pytest.fixture(scope="module")
 def texts(student, tmp_path_factory):
     """The model's own view of random texts, as training reads it."""

@@ -53,7 +53,8 @@ class Reference:
         """Run the library's model. Raises `BadNumbers` when its logits are not finite.
 
         A model on the meta device needs a `lender`, unless hooks of accelerate's bring its weights in. Either runs once, in
-        one pass, for `full` and `cached`: another pass would read all weights once more.
+        one pass, for `full` and `cached`: another pass would read all weights once more. So does a hybrid in which no
+        attention is left: over its cache, the library asks an attention for the length of the text, and fails.
         """
         generator = torch.Generator().manual_seed(0)
         length = min(16, backbone.context)
@@ -66,7 +67,9 @@ class Reference:
                 f"{backbone.name} gives NaN or infinite logits in {backbone.weight_format}.",
                 "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
             )
-        reads_anew = lender is not None or is_offloaded(backbone.model)
+        is_hybrid = hasattr(backbone.config, "layers_block_type")
+        keeps_no_attention = is_hybrid and not {"attention", "both"} & set(backbone.kinds)
+        reads_anew = lender is not None or is_offloaded(backbone.model) or keeps_no_attention
         return cls(ids, pieces, full, full if reads_anew else _cached(backbone, pieces))
 
 

@@ -7,9 +7,10 @@ For each model and task, in batches: full depth; the exits that ship (their own 
 calibrated for risks of 0.02, 0.05 and 0.1, with the losses F1 and task, on questions that are not scored); and exits that
 are trained here, all on texts of one size. These differ in one thing each, and run at several thresholds: the gate (linear,
 ffn, mamba, or max-prob, which needs no training), jump or no jump, top-1 or top-5 agreement, own answers or plain text
-(TEXT, for the paper's web text) or the task's own answers (TriviaQA), and the training's seed. Then every fill, under the
-shipped exits' policy that saves most at a consistency of 0.9; verified drafts; and some of it again with the paper's
-repetition penalty of 1.1. From CoQA come all turns of the file's conversations.
+(TEXT, for the paper's web text) or the task's own answers (TriviaQA), and the training's seed. Where only the point matters
+at which consistency falls to 0.9, the thresholds end there. Then every fill, under the shipped exits' policy that saves
+most at a consistency of 0.9; verified drafts; and some of it again with the paper's repetition penalty of 1.1. From CoQA
+come all turns of the file's conversations.
 
 Times are taken by `benchmarks/paper_times.py`, one answer at a time. After an interruption, the same command goes on.
 Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all. Without files, the tasks come from the hub.
@@ -51,7 +52,7 @@ THRESHOLDS = (0.95, 0.9, 0.8, 0.6)
 SEEDS = (0, 1, 2)
 RISKS, LOSSES = (0.02, 0.05, 0.1), ("f1", "task")
 POINTS = 5  # policies of a line of second keys
-CONSISTENT = 0.9  # the consistency at which fills are compared
+CONSISTENT = 0.9  # the consistency at which exits are compared
 FILLS = ("freeze", "copy", "defer", "verify")
 PENALTY = 1.1  # the paper's
 SHIPPED, DRAFTS = "shipped", "drafts"  # labels of the exits that ship
@@ -102,13 +103,17 @@ class Experiment:
         return found
 
     @property
-    def recipes(self) -> list[Recipe]:
-        """The recipes of the exits that are made here; the matched workload has its own."""
-        found = [Recipe(gate, jump) for jump in self.jumps for gate in GATES]
+    def gates(self) -> list[Recipe]:
+        """The recipes of the exits that are made here and differ in gate and jump alone."""
+        return [Recipe(gate, jump) for jump in self.jumps for gate in GATES]
+
+    @property
+    def variants(self) -> list[Recipe]:
+        """The recipes with another seed, target or text. The matched workload has its own."""
         if self.args.quick:
-            return found
+            return []
         jump, learned = self.jumps[0], [gate for gate in GATES if gate not in TRAINING_FREE]
-        found += [Recipe(gate, jump, seed=seed) for seed in SEEDS[1:] for gate in learned]
+        found = [Recipe(gate, jump, seed=seed) for seed in SEEDS[1:] for gate in learned]
         found += [Recipe(gate, jump, k=5) for gate in learned]
         return found + ([*(Recipe("mamba", jump, PLAIN) for jump in self.jumps), THE_PAPERS] if self.args.text else [])
 
@@ -124,7 +129,7 @@ class Experiment:
         if not info.label.startswith(SHIPPED):
             assert info.policy
             gate = info.policy.confidence_name(info.gate or "")
-            (recipe,) = (each for each in self.recipes if (each.label, each.gate) == (info.label, gate))
+            (recipe,) = (each for each in self.gates + self.variants if (each.label, each.gate) == (info.label, gate))
             exits = self.made(recipe)
         return Condition(info.fill or "project", info.policy, exits, info.label)
 
@@ -187,9 +192,11 @@ class Experiment:
     def results(self) -> list[Result]:
         """Answer the questions under all conditions."""
         run, exits = self.evaluation(self.scored), self.shipped
-        found = [run.run(condition) for condition in (Condition(), *self.grid(self.recipes))]
+        found = [run.run(condition) for condition in (Condition(), *self.grid(self.gates))]
+        for recipe in self.variants:
+            found += until_consistent(run, self.grid([recipe]))
         if not self.args.quick:
-            found += [run.run(condition) for condition in self.matched()]
+            found += until_consistent(run, self.matched())
         if exits is None:
             return found
         pairs = [(condition, run.run(condition)) for condition in self.with_shipped(exits)]
@@ -199,9 +206,8 @@ class Experiment:
         found += [run.run(replace(boldest, fill=fill, policy=boldest.used_policy)) for fill in fills]
         if not self.args.quick:
             run = self.evaluation(replace(self.scored, repetition_penalty=PENALTY))
-            again = [Condition(), *self.second_keys, *self.drafts()]
-            again += self.grid([Recipe("mamba", self.jumps[0])])
-            found += [run.run(condition) for condition in again]
+            found += [run.run(condition) for condition in (Condition(), *self.second_keys, *self.drafts())]
+            found += until_consistent(run, self.grid([Recipe("mamba", self.jumps[0])]))
         return found
 
     def once(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -223,6 +229,14 @@ class Experiment:
 
         kept = self.work / f".{task.name}"
         return Evaluation(self.backbone, task, kept, batch=args.batch, command=shlex.join(sys.argv), progress=on_progress)
+
+
+def until_consistent(run: Evaluation, curve: Iterable[Condition]) -> Iterator[Result]:
+    """The Results of a curve from its lowest threshold up to the first that is consistent: they say where it falls."""
+    for condition in reversed(list(curve)):
+        yield (result := run.run(condition))
+        if result.summary["token_f1"].mean >= CONSISTENT:
+            break
 
 
 def worth(result: Result) -> float:

@@ -13,7 +13,6 @@ the highest.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,11 +24,11 @@ from offramp.evaluation.report import crossing
 from offramp.evaluation.results import Result, load_results
 from paper import CONSISTENT, DRAFTS, FILLS, GATES, LOSSES, MATCHED, PENALTY, PLAIN, RISKS, SEEDS, SHIPPED, THE_PAPERS
 from paper_exits import Recipe
-from paper_times import COLUMNS
-from tables import NONE, gate_of, plain, row, share
-from trade import SCORES, interval
+from paper_times import COLUMNS, TIMES, row, rows_of, share
+from trade import SCORES
 
 KEPT = (0.98, 0.95, 0.9, 0.8)  # consistencies of the shipped exits' table
+NONE = "–"
 Found = tuple[float, float]  # FLOPs saved, mean blocks run
 Table = tuple[str, tuple[str, ...], list[str]]  # a title, the head's cells, and the rows
 
@@ -67,6 +66,17 @@ class Group:
     def shipped(self) -> list[Result]:
         """The shipped exits' line of second keys."""
         return [each for each in self.of(SHIPPED) if each.condition.calibration is None]
+
+
+def plain(value: float, digits: int) -> str:
+    """A number without a zero before the point."""
+    return f"{value:.{digits}f}".removeprefix("0")
+
+
+def gate_of(result: Result) -> str:
+    """The gate's name, or that of the confidence in its place; "" at full depth."""
+    policy = result.condition.policy
+    return policy.confidence_name(result.condition.gate or "") if policy else ""
 
 
 def cell(several: Sequence[Found | None]) -> str:
@@ -153,25 +163,6 @@ def penalised(pair: dict[float, Group]) -> Iterator[str]:
         yield row(pair[1.0].title, cells)
 
 
-def times(file: Path) -> list[str]:
-    """One answer at a time, of all contenders."""
-    record = json.loads(file.read_text("utf-8"))
-    title = file.name.removesuffix("-times.json")
-    rows = []
-    for name, values in record["rows"].items():
-        cells = []
-        for column in COLUMNS:
-            middle, low, high = (shown(value, column) for value in interval(values, column))
-            cells.append(f"{middle} ({low} to {high})")
-        rows.append(row(f"{title}: {name}", cells))
-    return rows + [row(f"{title}: {name}", [f"failed: {reason}"]) for name, reason in record["failures"].items()]
-
-
-def shown(value: float, column: str) -> str:
-    """A value of a table of times."""
-    return share(value) if column == "time saved" else f"{value:.{0 if column == 'tokens/s' else 3}f}"
-
-
 def groups_of(results: list[Result]) -> list[dict[float, Group]]:
     """For each model and task, the Results by their repetition penalty."""
 
@@ -202,7 +193,7 @@ def tables(results: list[Result], timed: Iterable[Path]) -> Iterator[Table]:
         yield title, head, [line for pair in pairs for line in rows(pair[1.0])]
     head = tuple(f"{what}, penalty {penalty}" for what in ("score", "shipped", "mamba") for penalty in (1, PENALTY))
     yield "A repetition penalty", head, [line for pair in pairs for line in penalised(pair)]
-    yield "Times", COLUMNS, [line for file in timed for line in times(file)]
+    yield "Times", COLUMNS, [line for file in timed for line in rows_of(file)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -210,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--check", type=Path, help="a page that should have all rows")
     args = parser.parse_args(argv)
-    timed = [file for file in args.files if file.name.endswith("-times.json")]
+    timed = [file for file in args.files if file.name.endswith(TIMES)]
     try:
         found = list(tables(load_results([file for file in args.files if file not in timed]), timed))
     except OfframpError as error:
@@ -218,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.check:
         for title, head, rows in found:
             if rows:
-                print("\n".join([f"### {title}\n", row("", list(head)), f"|{'---|' * (len(head) + 1)}", *rows, ""]))
+                print("\n".join([f"### {title}\n", row("", head), f"|{'---|' * (len(head) + 1)}", *rows, ""]))
         return
     there = args.check.read_text("utf-8").splitlines()
     missing = [line for _, _, rows in found for line in rows if line not in there]

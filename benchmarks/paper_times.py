@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from trade import SCORES, Row, interval
 
 FULL, THEIRS = "full depth", "transformers-float32"
 COLUMNS = ("consistency", "score", "time saved", "tokens/s")
+TIMES = "-times.json"  # how the names of files of times end
 Answer = Callable[[list[int]], tuple[list[int], float]]  # a prompt → the answer's ids, and tokens a second
 
 
@@ -176,18 +177,39 @@ def timed(model: str, task: str, args: argparse.Namespace) -> None:
     finally:
         for worker in workers:
             worker.close()
-    title = f"{experiment.name} on {experiment.task.name}, {len(items)} questions"
-    print(f"\n{title}; {machine()}\n\n| | {' | '.join(COLUMNS)} | policy |\n|---|{'---|' * len(COLUMNS)}---|")
-    for name, values in rows.items():
-        cells = ["{:.3g} ({:.3g}–{:.3g})".format(*interval(values, column)) for column in COLUMNS]
-        print(f"| {name} | {' | '.join(cells)} | {conditions[name].name if name in conditions else ''} |")
-    for name, reason in failures.items():
-        print(f"| {name} | failed: {reason} |")
     record: dict[str, Any] = {"machine": machine(), "rows": rows, "failures": failures}
     record["policies"] = {name: condition.name for name, condition in conditions.items()}
-    out = file.with_name(f"{file.stem}-times.json")
+    out = file.with_name(f"{file.stem}{TIMES}")
     write_atomically(out, json.dumps(record, indent=1).encode())
+    title = f"{experiment.name} on {experiment.task.name}, {len(items)} questions"
     draw(rows, title, out.with_suffix(".svg"))
+    print("\n".join([f"\n{title}; {machine()}\n", row("", COLUMNS), f"|{'---|' * (len(COLUMNS) + 1)}", *rows_of(out)]))
+
+
+def row(name: str, cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def share(value: float) -> str:
+    """A share in percent, with a digit after the point where it is small."""
+    percent = 100 * value
+    shown = f"{percent:.0f}%" if abs(percent) >= 19.95 else f"{percent:.1f}%"
+    return "0.0%" if shown == "-0.0%" else shown.replace("-", "−")
+
+
+def rows_of(file: Path) -> list[str]:
+    """The rows of a file of times: each contender's measures, or why it failed."""
+    record, title = json.loads(file.read_text("utf-8")), file.name.removesuffix(TIMES)
+    shown: dict[str, Callable[[float], str]] = {"time saved": share, "tokens/s": "{:.0f}".format}
+    found = []
+    for name, values in record["rows"].items():
+        cells = []
+        for column in COLUMNS:
+            middle, low, high = map(shown.get(column, "{:.3f}".format), interval(values, column))
+            cells.append(f"{middle} ({low} to {high})")
+        found.append(row(f"{title}: {name}", cells))
+    return found + [row(f"{title}: {name}", [f"failed: {reason}"]) for name, reason in record["failures"].items()]
 
 
 def main(argv: list[str] | None = None) -> None:

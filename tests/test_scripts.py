@@ -412,7 +412,7 @@ def test_paper_times_compares_what_saves_most_with_full_depth_and_with_peers(pap
     monkeypatch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
     paper_times.main([*papered, "--questions", "2", "--threads", "1", "--peers", "lookup,llamacpp-q4_1"])
     out = capsys.readouterr().out
-    found = {row[0]: row[1:] for row in rows(out)}
+    found = {row[0].removeprefix("model-triviaqa: "): row[1:] for row in rows(out)}
     ours = {"full depth", "exits that ship", "exits trained here", "the paper's recipe", "exits that ship, defer"}
     assert set(found) > {*ours, "exits that ship, own policy", "transformers-float32", "lookup"}
     assert found["llamacpp-q4_1"] == ["failed: needs a GGUF file, which model does not come with"]
@@ -440,8 +440,8 @@ def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, tmp_pa
     results = load_results([Path(file) for file in files if not file.endswith("-times.json")])
     defer = next(each for each in results if each.condition.fill == "defer")
     fills = next(row for row in rows(page.partition("### Fills")[2]) if row[0] == "model, triviaqa")
-    saved, kept = defer.summary["flops_saved"].mean, defer.summary["token_f1"].mean
-    assert fills[4] == f"{tables.share(saved)} ({defer.summary['mean_blocks'].mean:.1f}), {tables.plain(kept, 3)}"
+    saved, blocks, kept = (defer.summary[name].mean for name in ("flops_saved", "mean_blocks", "token_f1"))
+    assert fills[4] == f"{paper_times.share(saved)} ({blocks:.1f}), {paper_tables.plain(kept, 3)}"
     damaged = page.replace(fills[4], "99% (1.0), 1.000")
     (tmp_path / "page.md").write_text(damaged)
     with pytest.raises(SystemExit, match="lacks these rows:"):

@@ -63,7 +63,7 @@ exits: .venv/.installed
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt
 bench: .venv/.installed
-	$(BIN)/python benchmarks/speed.py $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python benchmarks/speed.py $(addprefix --text ,$(TEXT))
 
 # A small Mamba-2 language model from your own text, and one made from it that can stop early (two hours and a half on two cores):
 # make mamba-lm TEXT="books.txt.xz trivia.jsonl" EXCLUDE="TruthfulQA.csv". Interrupted, it goes on where it stopped.
@@ -89,16 +89,16 @@ soak load: .venv/.installed
 	$(BIN)/python benchmarks/load.py --dtype float32 $(if $(filter soak,$@),--minutes 10)
 
 # Mamba-2 mixers in the places of half of SmolLM2's attentions, some seven hours on two cores; interrupted, it goes on where it
-# stopped. The prompts are those of `make exits`; TEXT names a plain text to learn from, too.
+# stopped. The prompts are those of `make exits`; TEXT names plain texts to learn from, too.
 HYBRID := $(SHIPPED)/models/smollm2-hybrid
 mamba-answers: .venv/.installed
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
-	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(if $(TEXT),--text $(TEXT)) --keep 15 $(FAST)
+	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(addprefix --text ,$(TEXT)) --keep 15 $(FAST)
 
 # The paper's experiment on small models, some hours on two cores; then its times, alone on the machine. paper-quick: few
-# questions, too few to conclude from. DATA names files instead of the hub, and TEXT a plain text to train on, too:
-# make paper DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json" TEXT=wikitext2-valid.txt
-PAPER = $(DATA) $(if $(TEXT),--text $(TEXT)) $(if $(filter paper-quick,$@),--quick)
+# questions, too few to conclude from. DATA names files instead of the hub, and TEXT plain texts to train on, too:
+# make paper DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json" TEXT="wikitext2-valid.txt books.txt"
+PAPER = $(DATA) $(addprefix --text ,$(TEXT)) $(if $(filter paper-quick,$@),--quick)
 PEERS := lookup,layerskip,economize-draft,economize-calm,llamacpp-q8_0
 paper paper-quick: .venv/.installed
 	$(BIN)/python benchmarks/paper.py $(PAPER)

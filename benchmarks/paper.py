@@ -1,7 +1,7 @@
 """Repeats the experiment of DYNAMAX (arXiv 2504.20922) on small models, with exits that open: gates, read-outs, fills.
 
     .venv/bin/python benchmarks/paper.py --truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json \\
-        --text wikitext2-valid.txt [--quick]
+        --text wikitext2-valid.txt --text books.txt [--quick]
 
 For each model and task, in batches: full depth; the exits that ship (their own policy; a line of second keys; the policies
 calibrated for risks of 0.02, 0.05 and 0.1, with the losses F1 and task, on questions that are not scored); and exits that
@@ -89,8 +89,8 @@ class Experiment:
     @property
     def mark(self) -> str:
         """A short hash of what the exits are made of."""
-        args = self.args
-        return mark(self.backbone.source.fingerprint, args.own_prompts, args.prompts, str(args.text), args.epochs)
+        args, texts = self.args, [str(file) for file in self.args.text or []]
+        return mark(self.backbone.source.fingerprint, args.own_prompts, args.prompts, texts, args.epochs)
 
     def texts(self) -> dict[str, list[TextGroup]]:
         """What exits learn from: own answers, as many tokens of plain text, and answers to other questions of the task."""
@@ -99,7 +99,9 @@ class Experiment:
         asked, temperatures = turns(prompts_of(backbone, config), config.temperatures, count)
         found = {OWN: group_texts(asked, [], config.answer_tokens, GATHERED, temperatures)}
         if self.args.text:
-            found[PLAIN] = group_texts([], read_texts(self.args.text, backbone)[: count // 3], 0, GATHERED)
+            most = count // 3 // len(self.args.text)  # as long as the answers, roughly
+            pieces = [piece for file in self.args.text for piece in read_texts(file, backbone)[:most]]
+            found[PLAIN] = group_texts([], pieces, 0, GATHERED)
         return found
 
     @property
@@ -262,7 +264,7 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     for task in COUNTS:
         parser.add_argument(f"--{task}", type=Path, help="the task's official file; default: from the hub")
-    parser.add_argument("--text", type=Path, help="a plain text to train exits on, too")
+    parser.add_argument("--text", type=Path, action="append", help="a plain text to train exits on, too; may be repeated")
     parser.add_argument("--models", default=",".join(MODELS), help="models, by comma; MODEL=DIR: exits in DIR")
     parser.add_argument("--tasks", default=",".join(COUNTS), help="tasks, by comma")
     parser.add_argument("--count", type=int, help="questions of each task; default: 200, 300, all")

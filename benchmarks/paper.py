@@ -7,10 +7,10 @@ For each model and task, in batches: full depth; the exits that ship (their own 
 calibrated for risks of 0.02, 0.05 and 0.1, with the losses F1 and task, on questions that are not scored); and exits that
 are trained here, all on texts of one size. These differ in one thing each, and run at several thresholds: the gate (linear,
 ffn, mamba, or max-prob, which needs no training), jump or no jump, top-1 or top-5 agreement, own answers or plain text
-(TEXT, for the paper's web text) or the task's own answers (TriviaQA), and the training's seed. Where only the point matters
-at which consistency falls to 0.9, the thresholds end there. Then every fill, under the shipped exits' policy that saves
-most at a consistency of 0.9; verified drafts; and some of it again with the paper's repetition penalty of 1.1. From CoQA
-come all turns of the file's conversations.
+(TEXT, for the paper's web text) or the task's own answers (TriviaQA), and the training's seed. Further thresholds are near
+that at which consistency falls to 0.9. Then every fill, under the shipped exits' policy that saves most at a consistency
+of 0.9; verified drafts; and some of it again with the paper's repetition penalty of 1.1. From CoQA come all turns of the
+file's conversations.
 
 Times are taken by `benchmarks/paper_times.py`, one answer at a time. After an interruption, the same command goes on.
 Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all. Without files, the tasks come from the hub.
@@ -24,9 +24,9 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ from paper_exits import Recipe, Workshop, mark
 MODELS = ("smollm2", "smollm2-hybrid", "mamba-tiny-ee")
 COUNTS = {"truthfulqa": 200, "triviaqa": 300, "coqa": None}  # questions that are scored
 GATES = ("linear", "ffn", "mamba", "max-prob")
-THRESHOLDS = (0.95, 0.9, 0.8, 0.6)
+THRESHOLDS = (0.9, 0.8, 0.6, 0.4)
+LOWEST, HALVINGS = 0.2, 4  # between this threshold and 1, where answers stop to be consistent is looked for by halving
 SEEDS = (0, 1, 2)
 RISKS, LOSSES = (0.02, 0.05, 0.1), ("f1", "task")
 POINTS = 5  # policies of a line of second keys
@@ -59,11 +60,6 @@ SHIPPED, DRAFTS = "shipped", "drafts"  # labels of the exits that ship
 OWN, PLAIN, MATCHED = "own answers", "plain text", "the task's answers"
 THE_PAPERS = Recipe("mamba", False, PLAIN, k=5)
 GATHERED = 48  # texts side by side
-
-
-def curve(exits: Exits, label: str, thresholds: Sequence[float], confidence: str = "gate") -> list[Condition]:
-    """Conditions with one threshold for all exits."""
-    return [Condition("project", Policy((each,) * len(exits), confidence), exits, label) for each in thresholds]
 
 
 class Experiment:
@@ -119,11 +115,11 @@ class Experiment:
         found += [Recipe(gate, jump, k=5) for gate in learned]
         return found + ([*(Recipe("mamba", jump, PLAIN) for jump in self.jumps), THE_PAPERS] if self.args.text else [])
 
-    def grid(self, recipes: Iterable[Recipe]) -> Iterator[Condition]:
-        """The curves of exits that are made here."""
-        for recipe in recipes:
-            confidence = recipe.gate if recipe.gate in TRAINING_FREE else "gate"
-            yield from curve(self.made(recipe), recipe.label, self.args.thresholds, confidence)
+    def at(self, threshold: float, recipe: Recipe, exits: Exits | None = None) -> Condition:
+        """Exits that are made here, with one threshold for all."""
+        confidence = recipe.gate if recipe.gate in TRAINING_FREE else "gate"
+        exits = exits or self.made(recipe)
+        return Condition("project", Policy((threshold,) * len(exits), confidence), exits, recipe.label)
 
     def condition_of(self, info: ConditionInfo) -> Condition:
         """The condition that a Result is of, if its exits ship or have a recipe."""
@@ -178,27 +174,28 @@ class Experiment:
             chosen.policy, chosen.calibration = Policy.from_json(record["policy"]), record
             yield Condition("project", None, chosen, f"{SHIPPED}, risk {record['risk']:g}, loss {record['loss']}")
 
-    def matched(self) -> Iterator[Condition]:
+    def matched(self, run: Evaluation) -> list[Result]:
         """Exits that learn from the model's answers to other questions of this task, asked as they are scored."""
         items = self.others[self.args.calibration :]
         if len(items) < self.args.prompts // 2:
-            return
+            return []
         prompts = [list(self.backbone.tokenizer(item.prompt)["input_ids"]) for item in items[: self.args.prompts]]
         groups = group_texts(prompts, [], self.task.max_tokens, GATHERED)
         workshop = Workshop(
             self.backbone, lambda: {MATCHED: groups}, self.work / f"{self.task.name}-exits", self.args.epochs
         )
         recipe = Recipe("ffn", self.jumps[0], MATCHED)
-        yield from curve(workshop.exits(recipe), recipe.label, self.args.thresholds)
+        return list(around(run, lambda threshold: self.at(threshold, recipe, workshop.exits(recipe))))
 
     def results(self) -> list[Result]:
         """Answer the questions under all conditions."""
         run, exits = self.evaluation(self.scored), self.shipped
-        found = [run.run(condition) for condition in (Condition(), *self.grid(self.gates))]
-        for recipe in self.variants:
-            found += until_consistent(run, self.grid([recipe]))
+        grid = [self.at(threshold, recipe) for recipe in self.gates for threshold in self.args.thresholds]
+        found = [run.run(condition) for condition in (Condition(), *grid)]
         if not self.args.quick:
-            found += until_consistent(run, self.matched())
+            there = {result.condition.name for result in found}
+            near = [each for recipe in self.gates + self.variants for each in around(run, partial(self.at, recipe=recipe))]
+            found += [result for result in near if result.condition.name not in there] + self.matched(run)
         if exits is None:
             return found
         pairs = [(condition, run.run(condition)) for condition in self.with_shipped(exits)]
@@ -209,7 +206,7 @@ class Experiment:
         if not self.args.quick:
             run = self.evaluation(replace(self.scored, repetition_penalty=PENALTY))
             found += [run.run(condition) for condition in (Condition(), *self.second_keys, *self.drafts())]
-            found += until_consistent(run, self.grid([Recipe("mamba", self.jumps[0])]))
+            found += around(run, partial(self.at, recipe=Recipe("mamba", self.jumps[0])))
         return found
 
     def once(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -233,12 +230,16 @@ class Experiment:
         return Evaluation(self.backbone, task, kept, batch=args.batch, command=shlex.join(sys.argv), progress=on_progress)
 
 
-def until_consistent(run: Evaluation, curve: Iterable[Condition]) -> Iterator[Result]:
-    """The Results of a curve from its lowest threshold up to the first that is consistent: they say where it falls."""
-    for condition in reversed(list(curve)):
-        yield (result := run.run(condition))
+def around(run: Evaluation, at: Callable[[float], Condition]) -> Iterator[Result]:
+    """Results of exits at thresholds closer and closer to that at which answers are no longer consistent."""
+    low, high = LOWEST, 1.0
+    for _ in range(HALVINGS):
+        middle = round((low + high) / 2, 6)
+        yield (result := run.run(at(middle)))
         if result.summary["token_f1"].mean >= CONSISTENT:
-            break
+            high = middle
+        else:
+            low = middle
 
 
 def worth(result: Result) -> float:

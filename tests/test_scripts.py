@@ -372,6 +372,7 @@ def papered(world, tmp_path_factory) -> list[str]:
         patch.setenv("OFFRAMP_CACHE", str(world / "cache"))
         patch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
         patch.setattr(paper, "RISKS", (0.05, 0.1))
+        patch.setattr(paper, "HALVINGS", 2)
         paper.main([*arguments, "--work", str(folder / "work")])
     return [*arguments, "--work", str(folder / "work")]
 
@@ -395,6 +396,12 @@ def test_paper_compares_exits_that_differ_in_one_thing_and_writes_the_report(pap
     for label in ("jump, own answers", "no jump, own answers"):
         gates = {(r.condition.gate, r.condition.policy.confidence) for r in results if r.condition.label == label}
         assert len(gates) == 4
+    # Further thresholds lie near that at which answers are no longer consistent; no condition is there twice.
+    made = [result.condition for result in results if result.condition.label in jumps | plain]
+    ends = {each.policy.thresholds[0] for each in made if each.policy}
+    assert {0.9, 0.6, 0.4} <= ends <= {0.9, 0.8, 0.6, 0.4}
+    plainly = [each.condition.name for each in results if each.task.repetition_penalty == 1 and each.condition in made]
+    assert len(plainly) == len(set(plainly))
     fills = {result.condition.fill for result in results}
     assert fills == {None, "project", "copy", "defer", "verify"}
     assert all(r.summary["token_f1"].mean == 1 for r in results if r.condition.fill in (None, "verify"))

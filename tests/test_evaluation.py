@@ -38,8 +38,8 @@ def test_a_result_is_what_the_engine_gives(tmp_path) -> None:
         assert kept.text == answer.text
         assert kept.exits == [token.exit_block for token in answer.tokens]
         assert kept.scores == score_coqa(answer.text.strip(), item)
-        assert kept.measures["flops_saved"] == pytest.approx(answer.flops_saved)
-        assert kept.measures["mean_blocks"] == answer.mean_blocks
+        assert kept.measures["flops_saved"] == pytest.approx(answer.flops_saved, rel=1e-5)
+        assert kept.measures["mean_blocks"] == pytest.approx(answer.mean_blocks, rel=1e-5)
         assert kept.measures["flops_per_request"] > kept.measures["flops_per_token"] * len(answer.tokens)
     assert full.summary["token_f1"] == Interval(1, 1, 1)
     assert full.summary["mean_blocks"].mean == BLOCKS

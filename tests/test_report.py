@@ -17,6 +17,7 @@ from offramp import Policy
 from offramp.errors import BadInput
 from offramp.evaluation.evaluation import Condition, Evaluation
 from offramp.evaluation.report import write
+from offramp.evaluation.results import Interval, Result
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -56,6 +57,26 @@ def test_kinds_of_exits_and_penalties_are_kept_apart(tmp_path) -> None:
     assert len(re.findall(r"<summary><h2>[^<]*, repetition penalty 1.8</h2></summary>", text)) == 1
     for label in ("jump", "no jump"):
         assert text.count(f"<th>{label}: project, mamba, 0.5 0.5 0.5</th>") == 2
+
+
+def test_figures_name_the_exits_that_save_most_where_there_are_many(results, tmp_path) -> None:
+    full, early = results[0], results[1]
+
+    def exits(number: int, kept: float, saved: float) -> Result:
+        """Other exits, with this consistency and these savings."""
+        summary = early.summary | {"token_f1": Interval(kept, kept, kept), "flops_saved": Interval(saved, saved, saved)}
+        return replace(early, condition=replace(early.condition, name=f"e{number}", label=f"e{number}"), summary=summary)
+
+    many = [exits(number, 0.95 if number < 9 else 0.5, number / 20) for number in range(14)]
+    write([full, *many[:9]], tmp_path / "few.html")
+    assert "Grey dots" not in (tmp_path / "few.html").read_text()
+    write([full, *many], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Grey dots are all others" in text
+    assert all(f"<th>e{number}</th>" in text for number in range(14))
+    figure = next((tmp_path / "report-figures").glob("*-consistency.svg")).read_text()
+    assert re.findall(r">(e\d+): ", figure) == ["e8"]
+    assert "all others" in figure
 
 
 def test_the_page_holds_everything_by_itself(page: Path, results) -> None:

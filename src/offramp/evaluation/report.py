@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -29,7 +31,10 @@ from offramp.files import write_atomically
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
 INK = "#010203"  # stands for the colour of the page's text
+GREY = "#888888"
 COLUMNS = [metric for metric in METRICS.values() if metric.report]
+MOST = 12  # curves that a figure shows by name
+CONSISTENT = 0.9  # the consistency at which curves are compared
 
 
 def write(results: list[Result], page: Path) -> list[Path]:
@@ -149,12 +154,15 @@ def _section(anchor: str, title: str, results: list[Result], figures: dict[str, 
     answered = "flops_per_token" in results[0].summary  # not for multiple choice
     if answered:
         quality = METRICS[_quality(results[0])]
+        leading = _leading(results)
+        if len(leading) < len(results):
+            parts.append(f"<p>{_LEADING}</p>")
         drawn = {
             "cost": (_pareto(results, "flops_per_token", quality.name), f"{quality.label} against FLOPs a token"),
             "latency": (_pareto(results, "tokens_per_second", quality.name), f"{quality.label} against speed"),
             "consistency": (_pareto(results, "flops_saved", "token_f1"), "Consistency against FLOPs saved"),
             "depth": (_pareto(results, "mean_blocks", "token_f1"), "Consistency against mean blocks run"),
-            "positions": (_positions(results), "Where tokens leave, by their place in the answer"),
+            "positions": (_positions(leading), "Where tokens leave, by their place in the answer"),
         }
         for name, (svg, caption) in drawn.items():
             figures[f"{anchor}-{name}"] = svg
@@ -162,7 +170,7 @@ def _section(anchor: str, title: str, results: list[Result], figures: dict[str, 
         parts.append(_at_consistency(results))
     parts.append(_table(results))
     if answered:
-        parts.append(_answers(results))
+        parts.append(_answers(leading))
     return "\n".join([*parts, "</details>"])
 
 
@@ -205,16 +213,43 @@ def _curves(results: list[Result]) -> list[tuple[str, list[Result]]]:
     )
 
 
+_LEADING = (
+    "There are more curves than a figure can name. For each fill and gate, figures and answers show by name the exits that "
+    f"save most at a consistency of {CONSISTENT:g}. Grey dots are all others. The table has every condition."
+)
+
+
+def _leading(results: list[Result]) -> list[Result]:
+    """The conditions that figures show by name: all, or for each fill and gate those of the exits that save most."""
+    curves = _curves(results)
+    if len(curves) <= MOST:
+        return results
+
+    def saved(curve: list[Result]) -> float:
+        counted = [each for each in curve if each.summary["token_f1"].mean >= CONSISTENT and not _own(each)]
+        return max((each.summary["flops_saved"].mean for each in counted), default=-math.inf)
+
+    best: dict[str, list[Result]] = {}
+    for name, curve in curves:
+        kind = name.removeprefix(f"{curve[0].condition.label}: ")
+        best[kind] = max(best.get(kind, curve), curve, key=saved)
+    return [result for curve in best.values() for result in curve]
+
+
 def _own(result: Result) -> bool:
     """Whether thresholds were the exits' own, by calibration or by default."""
     return result.condition.calibration is not None
 
 
-def _examples(results: list[Result]) -> list[Result]:
+def _examples(results: list[Result]) -> dict[str, Result]:
     """One condition of each curve: of those with a token F1 of at least 0.5, the one whose tokens leave earliest."""
-    curves = [[result for result in curve if result.condition.policy] for _, curve in _curves(results)]
-    kept = [[result for result in curve if result.summary["token_f1"].mean >= 0.5] or curve for curve in curves]
-    return [min(curve, key=lambda result: result.summary["mean_blocks"].mean) for curve in kept if curve]
+    found = {}
+    for name, curve in _curves(results):
+        early = [result for result in curve if result.condition.policy]
+        kept = [result for result in early if result.summary["token_f1"].mean >= 0.5] or early
+        if kept:
+            found[name] = min(kept, key=lambda result: result.summary["mean_blocks"].mean)
+    return found
 
 
 def _figure(draw: Callable[[Any], None]) -> str:
@@ -240,16 +275,31 @@ def _figure(draw: Callable[[Any], None]) -> str:
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     svg = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", buffer.getvalue())  # half the size
-    return svg[svg.index("<svg") :].replace("fill: #ffffff", "fill: none").replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace("fill: #ffffff", "fill: none").replace(INK, "currentColor")
+    return _with_classes(svg)
+
+
+def _with_classes(svg: str) -> str:
+    """A figure whose styles are rules with names, instead of being repeated at each mark; it is half as large."""
+    names = {style: f"s{sha256(style.encode()).hexdigest()[:8]}" for style in re.findall(r' style="([^"]*)"', svg)}
+    svg = re.sub(r' style="([^"]*)"', lambda match: f' class="{names[match[1]]}"', svg)
+    rules = "".join(f".{name}{{{style}}}" for style, name in names.items())
+    return svg.replace("<defs>", f"<defs><style>{rules}</style>", 1)
 
 
 def _pareto(results: list[Result], x: str, y: str) -> str:
-    """A figure of metric y, with intervals, against metric x: one curve for each fill and gate."""
+    """A figure of metric y, with intervals, against metric x: one curve for each fill and gate, or for those that lead."""
+    leading = _leading(results)
+    named = set(map(id, leading))
+    others = [result for result in results if id(result) not in named]
     million = METRICS[x].format == "millions"
     scale = 1e-6 if million else 1.0
 
     def draw(axes: Any) -> None:
-        for index, (name, curve) in enumerate(_curves(results)):
+        if others:
+            places = [[each.summary[name].mean for each in others] for name in (x, y)]
+            axes.plot([scale * value for value in places[0]], places[1], ".", color=GREY, markersize=3, label="all others")
+        for index, (name, curve) in enumerate(_curves(leading)):
             style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 7]}
             points = sorted((result for result in curve if not _own(result)), key=lambda result: result.summary[x].mean)
             across = [scale * result.summary[x].mean for result in points]
@@ -270,16 +320,16 @@ def _pareto(results: list[Result], x: str, y: str) -> str:
 
 def _positions(results: list[Result]) -> str:
     """A figure of the blocks run for the first, second, … token of an answer, on average."""
+    shown = _examples(results) or {"full depth": results[0]}
 
     def draw(axes: Any) -> None:
-        for index, result in enumerate(_examples(results) or results):
+        for index, (label, result) in enumerate(shown.items()):
             exits = [item.exits for item in result.items if isinstance(item, ScoredAnswer)]
             longest = max(map(len, exits))
             # Only as far as a tenth of the answers go.
             places = [place for place in range(longest) if 10 * sum(len(blocks) > place for blocks in exits) >= len(exits)]
             means = [fmean(blocks[place] for blocks in exits if len(blocks) > place) for place in places]
             style = {"color": COLOURS[index % 6], "marker": MARKERS[index % 7]}
-            label = result.condition.name
             axes.plot([place + 1 for place in places], means, label=label, markersize=3, linewidth=1.2, **style)
         axes.set(xlabel="token of the answer", ylabel="mean blocks run", ylim=(0, results[0].blocks * 1.05))
 
@@ -312,7 +362,7 @@ def crossing(results: list[Result], wanted: float, names: Sequence[str]) -> list
     return None
 
 
-def _at_consistency(results: list[Result], wanted: float = 0.9) -> str:
+def _at_consistency(results: list[Result], wanted: float = CONSISTENT) -> str:
     """The costs of each curve where it falls to this consistency, as a table."""
     metrics = [METRICS[name] for name in ("mean_blocks", "flops_saved", "tokens_per_second")]
     found = at_consistency(results, wanted, [metric.name for metric in metrics])
@@ -358,7 +408,7 @@ def _answers(results: list[Result], count: int = 3) -> str:
     """The first few answers of one condition of each curve, with each token in the shade of the block where it left."""
     early = [
         (result.condition.name, [item for item in result.items if isinstance(item, ScoredAnswer)])
-        for result in _examples(results)
+        for result in _examples(results).values()
     ]
     if not early:
         return ""

@@ -305,8 +305,7 @@ def test_prompt_lookup_finds_the_newest_earlier_place(ids: list[int], size: int,
     assert looked_up(ids, size, most) == ids[after : after + most]
 
 
-@with_and_without_tails
-def test_looked_up_drafts_are_verified_too(family: str, tails: tuple[int, ...]) -> None:
+def test_looked_up_drafts_are_verified_too(family: str) -> None:
     (prompt,) = some_prompts(1, seed=5)
     repeated = [*prompt, *prompt, *prompt]
 
@@ -314,7 +313,7 @@ def test_looked_up_drafts_are_verified_too(family: str, tails: tuple[int, ...]) 
         """The text repeats itself, except every fifth token, which is the model's best."""
         return ids[-len(prompt)] if len(ids) % 5 else int(logits.argmax())
 
-    exits = modest_exits(family, tails=tails)
+    exits = modest_exits(family, tails=TAILS)
     for choose in (None, mostly_repeats):
         whole = Engine(tiny(family), sampling=choose).generate(repeated, max_tokens=24)
         for threshold in (0.4, 1.0):

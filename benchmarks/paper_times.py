@@ -89,6 +89,8 @@ def of_worker(worker: Worker, experiment: Experiment) -> Answer:
             kept.append(id)
             if id in ends or any(stop in tokenizer.decode(kept) for stop in task.stop):
                 break
+        if not made["decode_tokens"]:  # the answer came at once, so nobody can tell decoding from reading the prompt
+            return kept, len(made["ids"]) / made["prefill_seconds"]
         return kept, made["decode_tokens"] / made["decode_seconds"]
 
     return answer

@@ -435,6 +435,17 @@ def test_paper_times_compares_what_saves_most_with_full_depth_and_with_peers(pap
     assert "unknown peers vllm; there are " in capsys.readouterr().err
 
 
+def test_a_peers_answer_that_comes_at_once_has_a_speed_too() -> None:
+    class AtOnce:
+        def ask(self, **_) -> dict[str, object]:
+            return {"ids": [7, 8, 9], "prefill_seconds": 0.5, "decode_seconds": 0.0, "decode_tokens": 0}
+
+    experiment = SimpleNamespace(
+        task=SimpleNamespace(max_tokens=3, stop=()), backbone=SimpleNamespace(stop_ids={8}, tokenizer=None)
+    )
+    assert paper_times.of_worker(AtOnce(), experiment)([1]) == ([7, 8], 6.0)  # cut at the end of text
+
+
 def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, tmp_path) -> None:
     files = sorted(map(str, Path(papered[-1]).glob("*/model-triviaqa*.json")))
     paper_tables.main(files)

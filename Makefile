@@ -63,7 +63,7 @@ exits: .venv/.installed
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt
 bench: .venv/.installed
-	$(BIN)/python benchmarks/speed.py $(addprefix --text ,$(TEXT))
+	$(BIN)/python benchmarks/speed.py $(if $(TEXT),--text $(TEXT))
 
 # A small Mamba-2 language model from your own text, and one made from it that can stop early (two hours and a half on two cores):
 # make mamba-lm TEXT="books.txt.xz trivia.jsonl" EXCLUDE="TruthfulQA.csv". Interrupted, it goes on where it stopped.

@@ -34,7 +34,7 @@ import offramp
 from offramp import Exits, Policy
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition, Evaluation, fingerprint
-from offramp.evaluation.report import write
+from offramp.evaluation.report import CONSISTENT, write
 from offramp.evaluation.results import ConditionInfo, Result, load_results, save_results
 from offramp.evaluation.tasks import Task, load_task
 from offramp.exits.policy import TRAINING_FREE
@@ -49,11 +49,10 @@ MODELS = ("smollm2", "smollm2-hybrid", "mamba-tiny-ee")
 COUNTS = {"truthfulqa": 200, "triviaqa": 300, "coqa": None}  # questions that are scored
 GATES = ("linear", "ffn", "mamba", "max-prob")
 THRESHOLDS = (0.9, 0.8, 0.6, 0.4)
-LOWEST, HALVINGS = 0.2, 4  # between this threshold and 1, where answers stop to be consistent is looked for by halving
+LOWEST, HALVINGS = 0.2, 4  # the interval from this threshold to 1 is halved so often, to find where consistency falls
 SEEDS = (0, 1, 2)
 RISKS, LOSSES = (0.02, 0.05, 0.1), ("f1", "task")
 POINTS = 5  # policies of a line of second keys
-CONSISTENT = 0.9  # the consistency at which exits are compared
 FILLS = ("freeze", "copy", "defer", "verify")
 PENALTY = 1.1  # the paper's
 SHIPPED, DRAFTS = "shipped", "drafts"  # labels of the exits that ship

@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import fmean
 
 from offramp.errors import OfframpError
-from offramp.evaluation.report import crossing
+from offramp.evaluation.report import CONSISTENT, crossing
 from offramp.evaluation.results import Result, load_results
-from paper import CONSISTENT, DRAFTS, FILLS, GATES, LOSSES, MATCHED, PENALTY, PLAIN, RISKS, SEEDS, SHIPPED, THE_PAPERS
+from paper import DRAFTS, FILLS, GATES, LOSSES, MATCHED, PENALTY, PLAIN, RISKS, SEEDS, SHIPPED, THE_PAPERS
 from paper_exits import Recipe
 from paper_times import COLUMNS, TIMES, row, rows_of, share
 from trade import SCORES

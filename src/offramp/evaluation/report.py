@@ -280,7 +280,7 @@ def _figure(draw: Callable[[Any], None]) -> str:
 
 
 def _with_classes(svg: str) -> str:
-    """A figure whose styles are rules with names, instead of being repeated at each mark; it is half as large."""
+    """A figure whose styles are rules with names, instead of being repeated at each mark. That makes it smaller."""
     names = {style: f"s{sha256(style.encode()).hexdigest()[:8]}" for style in re.findall(r' style="([^"]*)"', svg)}
     svg = re.sub(r' style="([^"]*)"', lambda match: f' class="{names[match[1]]}"', svg)
     rules = "".join(f".{name}{{{style}}}" for style, name in names.items())

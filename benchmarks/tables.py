@@ -19,28 +19,11 @@ from pathlib import Path
 from offramp.errors import OfframpError
 from offramp.evaluation.report import at_consistency
 from offramp.evaluation.results import Result, load_results
+from paper_tables import NONE, gate_of, plain
+from paper_times import row, share
 
 MODELS, TASKS = ("smollm2", "mamba-tiny", "mamba-tiny-ee"), ("TruthfulQA", "TriviaQA", "CoQA")
 GATES, FILLS = ("linear", "ffn", "mamba", "max-prob"), ("project", "freeze", "copy", "defer", "verify")
-NONE = "–"
-
-
-def share(value: float) -> str:
-    """A share in percent, with a digit after the point where it is small."""
-    percent = 100 * value
-    shown = f"{percent:.0f}%" if abs(percent) >= 19.95 else f"{percent:.1f}%"
-    return "0.0%" if shown == "-0.0%" else shown.replace("-", "−")
-
-
-def plain(value: float, digits: int) -> str:
-    """A number without a zero before the point."""
-    return f"{value:.{digits}f}".removeprefix("0")
-
-
-def gate_of(result: Result) -> str:
-    """The gate's name, or that of the confidence in its place; "" at full depth."""
-    policy = result.condition.policy
-    return policy.confidence_name(result.condition.gate or "") if policy else ""
 
 
 def at_a_tenth_lost(results: list[Result]) -> list[str]:
@@ -98,10 +81,6 @@ def tables(results: list[Result]) -> Iterator[list[str]]:
     yield [row(title, at_a_tenth_lost(group)) for title, group in groups]
     yield [row(title, calibrated(group)) for title, group in groups if "CoQA" not in title]
     yield [row(f"{title}, {how}", cells) for title, group in groups for how, cells in [fills(group)] if cells]
-
-
-def row(title: str, cells: list[str]) -> str:
-    return f"| {' | '.join([title, *cells])} |"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -50,6 +50,7 @@ COUNTS = {"truthfulqa": 200, "triviaqa": 300, "coqa": None}  # questions that ar
 GATES = ("linear", "ffn", "mamba", "max-prob")
 THRESHOLDS = (0.9, 0.8, 0.6, 0.4)
 LOWEST, HALVINGS = 0.2, 4  # the interval from this threshold to 1 is halved so often, to find where consistency falls
+SMOKE = "coqa"  # the smoke test: its prompts are long, and its questions few
 SEEDS = (0, 1, 2)
 RISKS, LOSSES = (0.02, 0.05, 0.1), ("f1", "task")
 POINTS = 5  # policies of a line of second keys
@@ -87,6 +88,11 @@ class Experiment:
         args, texts = self.args, [str(file) for file in self.args.text or []]
         return mark(self.backbone.source.fingerprint, args.own_prompts, args.prompts, texts, args.epochs)
 
+    @property
+    def brief(self) -> bool:
+        """Whether only the gates are compared, without the variants of their training and without a penalty."""
+        return bool(self.args.quick) or self.task.name == SMOKE
+
     def texts(self) -> dict[str, list[TextGroup]]:
         """What exits learn from: own answers, as many tokens of plain text, and answers to other questions of the task."""
         backbone, count = self.backbone, self.args.prompts
@@ -107,7 +113,7 @@ class Experiment:
     @property
     def variants(self) -> list[Recipe]:
         """The recipes with another seed, target or text. The matched workload has its own."""
-        if self.args.quick:
+        if self.brief:
             return []
         jump, learned = self.jumps[0], [gate for gate in GATES if gate not in TRAINING_FREE]
         found = [Recipe(gate, jump, seed=seed) for seed in SEEDS[1:] for gate in learned]
@@ -184,28 +190,35 @@ class Experiment:
             self.backbone, lambda: {MATCHED: groups}, self.work / f"{self.task.name}-exits", self.args.epochs
         )
         recipe = Recipe("ffn", self.jumps[0], MATCHED)
-        return list(around(run, lambda threshold: self.at(threshold, recipe, workshop.exits(recipe))))
+        return list(around(run, lambda threshold: self.at(threshold, recipe, workshop.exits(recipe)), HALVINGS))
 
     def results(self) -> list[Result]:
         """Answer the questions under all conditions."""
         run, exits = self.evaluation(self.scored), self.shipped
-        grid = [self.at(threshold, recipe) for recipe in self.gates for threshold in self.args.thresholds]
+        smoke = self.task.name == SMOKE
+        thresholds = () if smoke and not self.args.quick else self.args.thresholds
+        grid = [self.at(threshold, recipe) for recipe in self.gates for threshold in thresholds]
         found = [run.run(condition) for condition in (Condition(), *grid)]
         if not self.args.quick:
             there = {result.condition.name for result in found}
-            near = [each for recipe in self.gates + self.variants for each in around(run, partial(self.at, recipe=recipe))]
-            found += [result for result in near if result.condition.name not in there] + self.matched(run)
+            halvings = HALVINGS - smoke
+            recipes = self.gates + self.variants
+            near = [each for recipe in recipes for each in around(run, partial(self.at, recipe=recipe), halvings)]
+            found += [result for result in near if result.condition.name not in there]
+        if not self.brief:
+            found += self.matched(run)
         if exits is None:
             return found
         pairs = [(condition, run.run(condition)) for condition in self.with_shipped(exits)]
         found += [result for _, result in pairs]
-        boldest = max(pairs, key=lambda pair: worth(pair[1]))[0]
+        chosen = boldest([result for _, result in pairs], blocks_skipped)
+        tried = next(condition for condition, result in pairs if result is chosen)
         fills = [fill for fill in FILLS if fill != "freeze" or "mamba" in self.backbone.kinds]
-        found += [run.run(replace(boldest, fill=fill, policy=boldest.used_policy)) for fill in fills]
-        if not self.args.quick:
+        found += [run.run(replace(tried, fill=fill, policy=tried.used_policy)) for fill in fills]
+        if not self.brief:
             run = self.evaluation(replace(self.scored, repetition_penalty=PENALTY))
             found += [run.run(condition) for condition in (Condition(), *self.second_keys, *self.drafts())]
-            found += around(run, partial(self.at, recipe=Recipe("mamba", self.jumps[0])))
+            found += around(run, partial(self.at, recipe=Recipe("mamba", self.jumps[0])), HALVINGS)
         return found
 
     def once(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -229,10 +242,10 @@ class Experiment:
         return Evaluation(self.backbone, task, kept, batch=args.batch, command=shlex.join(sys.argv), progress=on_progress)
 
 
-def around(run: Evaluation, at: Callable[[float], Condition]) -> Iterator[Result]:
+def around(run: Evaluation, at: Callable[[float], Condition], halvings: int) -> Iterator[Result]:
     """Results of exits at thresholds closer and closer to that at which answers are no longer consistent."""
     low, high = LOWEST, 1.0
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         middle = round((low + high) / 2, 6)
         yield (result := run.run(at(middle)))
         if result.summary["token_f1"].mean >= CONSISTENT:
@@ -241,11 +254,31 @@ def around(run: Evaluation, at: Callable[[float], Condition]) -> Iterator[Result
             low = middle
 
 
-def worth(result: Result) -> float:
-    """The FLOPs that exits save, if answers are consistent, and read out with the whole head; less than nothing if not."""
-    policy, kept = result.condition.policy, result.summary["token_f1"].mean
-    counts = kept >= CONSISTENT and result.condition.fill == "project" and policy and not policy.candidates
-    return result.summary["flops_saved"].mean if counts else kept - 2
+def boldest(results: list[Result], measure: Callable[[Result], float]) -> Result:
+    """The result with the most of a measure, of those that are consistent, skip blocks, and read out with the whole head.
+
+    If there is none, it is the most consistent.
+    """
+
+    def kept(result: Result) -> float:
+        return result.summary["token_f1"].mean
+
+    def counts(result: Result) -> bool:
+        info, skips = result.condition, result.summary["mean_blocks"].mean < result.blocks
+        return bool(info.policy and not info.policy.candidates and info.fill == "project" and skips)
+
+    counted = [each for each in results if counts(each) and kept(each) >= CONSISTENT]
+    return max(counted, key=measure) if counted else max(results, key=kept)
+
+
+def blocks_skipped(result: Result) -> float:
+    """How many blocks a token skips, on average."""
+    return result.blocks - result.summary["mean_blocks"].mean
+
+
+def flops_saved(result: Result) -> float:
+    """The share of full depth's FLOPs that is saved."""
+    return result.summary["flops_saved"].mean
 
 
 def run(experiment: Experiment) -> Path:

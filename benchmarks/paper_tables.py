@@ -1,9 +1,11 @@
 """The tables that `benchmarks/paper.py` and `benchmarks/paper_times.py` give, in Markdown.
 
-    .venv/bin/python benchmarks/paper_tables.py build/paper/*/*.json [--check PAGE]
+    .venv/bin/python benchmarks/paper_tables.py build/paper/*/*.json [--check PAGE …]
 
-The files are Results (`MODEL-TASK.json`, or packed by xz) and times (`MODEL-TASK-times.json`). With `--check`, it prints
-instead the rows that PAGE does not have, and fails if there are any.
+The files are Results (`MODEL-TASK.json`, or packed by xz) and times (`MODEL-TASK-times.json`). With `--check`, it compares
+pages with these tables instead, and fails if something differs. The first page must have all rows, and no other row about
+these models and tasks. Each percentage in its text must be in a row, too. In the other pages that holds for each percentage
+in a paragraph, or in a row of a table, that links to the first page.
 
 Most cells are what is saved where consistency (token F1 with full depth's answer) falls to 0.9, in a straight line between
 the conditions that were measured: FLOPs saved and, in brackets, mean blocks run. Of several seeds: the mean, the lowest and
@@ -13,8 +15,11 @@ the highest.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -22,13 +27,23 @@ from statistics import fmean
 from offramp.errors import OfframpError
 from offramp.evaluation.report import CONSISTENT, crossing
 from offramp.evaluation.results import Result, load_results
-from paper import DRAFTS, FILLS, GATES, LOSSES, MATCHED, PENALTY, PLAIN, RISKS, SEEDS, SHIPPED, THE_PAPERS
+from paper import COUNTS, DRAFTS, FILLS, GATES, LOSSES, MATCHED, MODELS, PENALTY, PLAIN, RISKS, SEEDS, SHIPPED, THE_PAPERS
 from paper_exits import Recipe
 from paper_times import COLUMNS, TIMES, row, rows_of, share
-from trade import SCORES
+from trade import SCORES, Row, interval
 
 KEPT = (0.98, 0.95, 0.9, 0.8)  # consistencies of the shipped exits' table
+GLANCE = (
+    "full depth's score",
+    "FLOPs saved by the paper's recipe",
+    "by a mamba gate",
+    "by second keys",
+    "with a guarantee",
+    "time saved by exits",
+    "by verified drafts",
+)
 NONE = "–"
+TASKS = tuple(COUNTS)
 Found = tuple[float, float]  # FLOPs saved, mean blocks run
 Table = tuple[str, tuple[str, ...], list[str]]  # a title, the head's cells, and the rows
 
@@ -37,9 +52,13 @@ Table = tuple[str, tuple[str, ...], list[str]]  # a title, the head's cells, and
 class Group:
     """The Results of one model on one task, with one repetition penalty; the first is full depth's."""
 
-    title: str
-    penalty: float
+    model: str
+    task: str
     results: list[Result]
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.task}"
 
     @property
     def full(self) -> Result:
@@ -49,6 +68,10 @@ class Group:
         """What conditions save where they fall to this consistency."""
         found = crossing([self.full, *results], consistency, ("flops_saved", "mean_blocks"))
         return (found[0], found[1]) if found else None
+
+    def cell(self, curves: Iterable[list[Result]]) -> str:
+        """What a curve saves where it falls to a consistency of 0.9, or those of several seeds."""
+        return cell([self.at(curve) for curve in curves if curve])
 
     def made(self, recipe: Recipe) -> list[Result]:
         """The curve of exits that were made for the experiment."""
@@ -94,8 +117,7 @@ def gates(group: Group) -> Iterator[str]:
     for jump in (True, False):
         curves = [[group.made(Recipe(gate, jump, seed=seed)) for seed in SEEDS] for gate in GATES]
         if any(map(any, curves)):
-            cells = [cell([group.at(curve) for curve in seeds if curve]) for seeds in curves]
-            yield row(f"{group.title}, {'jump' if jump else 'no jump'}", cells)
+            yield row(f"{group.title}, {'jump' if jump else 'no jump'}", [group.cell(seeds) for seeds in curves])
 
 
 def learned_from(group: Group) -> Iterator[str]:
@@ -105,7 +127,7 @@ def learned_from(group: Group) -> Iterator[str]:
     recipes += [Recipe("ffn", jump), Recipe("ffn", jump, MATCHED)]
     curves = [group.made(recipe) for recipe in recipes]
     if any(curves[1:4]):
-        yield row(group.title, [cell([group.at(curve)]) for curve in curves])
+        yield row(group.title, [group.cell([curve]) for curve in curves])
 
 
 def shipped(group: Group) -> Iterator[str]:
@@ -148,6 +170,23 @@ def fills(group: Group) -> Iterator[str]:
         yield row(group.title, [first(several) for several in (same, *by_fill.values(), drafts)])
 
 
+def glance(group: Group, times: dict[str, dict[str, list[Row]]]) -> Iterator[str]:
+    """Full depth's score; FLOPs saved at a consistency of 0.9, and with a guarantee; and the time that this saves."""
+    rows = times.get(f"{group.model}-{group.task}", {})
+    guaranteed = group.of(f"{SHIPPED}, risk 0.05, loss f1")
+    seeds = [group.made(Recipe("mamba", group.jumps, seed=seed)) for seed in SEEDS]
+    cells = [group.cell(curves) for curves in ([group.made(THE_PAPERS)], seeds, [group.shipped()])]
+    cells = [score(group), *cells, first(guaranteed)]
+    for name in ("exits that ship", "verified drafts"):
+        cells.append(share(interval(rows[name], "time saved")[0]) if name in rows else NONE)
+    yield row(group.title, cells)
+
+
+def score(group: Group) -> str:
+    """Full depth's score: ROUGE-L in percent for TruthfulQA, F1 from 0 to 1 for the others."""
+    return f"{group.full.summary[SCORES.get(group.full.task.name.lower(), 'f1')].mean:.3f}"
+
+
 def penalised(pair: dict[float, Group]) -> Iterator[str]:
     """Full depth's score, and what the shipped exits and the Mamba gate save, without a repetition penalty and with it."""
     if set(pair) == {1.0, PENALTY}:
@@ -155,34 +194,43 @@ def penalised(pair: dict[float, Group]) -> Iterator[str]:
         for measure in ("score", "shipped", "mamba"):
             for group in pair.values():
                 if measure == "score":
-                    name = SCORES.get(group.full.task.name.lower(), "f1")
-                    cells.append(f"{group.full.summary[name].mean:.3f}")
+                    cells.append(score(group))
                 else:
                     curve = group.shipped() if measure == "shipped" else group.made(Recipe("mamba", group.jumps))
-                    cells.append(cell([group.at(curve)]))
+                    cells.append(group.cell([curve]))
         yield row(pair[1.0].title, cells)
+
+
+def place(model: str, task: str) -> tuple[int, int]:
+    """Where a model and a task come in the tables: in the experiment's order, and what it does not know at the end."""
+    orders = (MODELS, model), (TASKS, task)
+    found = [order.index(name) if name in order else len(order) for order, name in orders]
+    return found[0], found[1]
 
 
 def groups_of(results: list[Result]) -> list[dict[float, Group]]:
     """For each model and task, the Results by their repetition penalty."""
 
     def key(result: Result) -> tuple[str, str]:
-        return result.model.name, result.task.name
+        return Path(result.model.name).name, result.task.name
 
     found = []
-    for (model, task), members in groupby(results, key):
+    for (model, task), members in groupby(sorted(results, key=lambda each: place(*key(each))), key):
         by_penalty: dict[float, list[Result]] = {}
         for each in members:
             by_penalty.setdefault(each.task.repetition_penalty, []).append(each)
-        title = f"{Path(model).name}, {task}"
-        found.append({penalty: Group(title, penalty, several) for penalty, several in by_penalty.items()})
+        found.append({penalty: Group(model, task, several) for penalty, several in by_penalty.items()})
     return found
 
 
 def tables(results: list[Result], timed: Iterable[Path]) -> Iterator[Table]:
     """All tables that have rows."""
-    pairs = groups_of(results)
+    pairs, times = groups_of(results), {}
+    timed = sorted(timed, key=lambda file: place(*file.name.removesuffix(TIMES).rsplit("-", 1)))
+    for file in timed:
+        times[file.name.removesuffix(TIMES)] = json.loads(file.read_text("utf-8"))["rows"]
     of_results = (
+        ("At a glance", GLANCE, partial(glance, times=times)),
         ("Gates", GATES, gates),
         ("What gates learn from", ("mamba", "k = 5", PLAIN, "the paper's recipe", "ffn", f"ffn, {MATCHED}"), learned_from),
         ("The exits that ship", (*(f"consistency {kept}" for kept in KEPT), "own policy"), shipped),
@@ -196,26 +244,56 @@ def tables(results: list[Result], timed: Iterable[Path]) -> Iterator[Table]:
     yield "Times", COLUMNS, [line for file in timed for line in rows_of(file)]
 
 
+def paragraphs(page: str) -> list[str]:
+    """The paragraphs, items of lists and rows of tables of a page in Markdown, without code."""
+    text = re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(each.split()) for each in re.split(r"\n\s*\n|\n(?=\||- |#)", text)]
+
+
+def percentages(text: str) -> set[str]:
+    """The percentages in a text but "95% intervals", without their signs; of "1 to 2%" both."""
+    found = re.findall(r"(?:(\d[\d.]*) (?:to|and|or) −?)?(\d[\d.]*)%(?! interval)", text)
+    return {f"{number}%" for pair in found for number in pair if number}
+
+
+def differences(lines: list[str], titles: list[str], page: Path, *others: Path) -> Iterator[str]:
+    """What pages say that the tables' rows do not, and the reverse."""
+    parts = paragraphs(page.read_text("utf-8"))
+    there, made = {each for each in parts if each.startswith("|")}, {" ".join(line.split()) for line in lines}
+    ours = {each for each in there if any(each.startswith(f"| {title}") for title in titles)}
+    yield from (f"{page} lacks this row: {line}" for line in sorted(made - there))
+    yield from (f"{page} has this row, which is not so: {line}" for line in sorted(ours - made))
+    known = percentages(" ".join(lines))
+    for file in (page, *others):
+        texts = (each for each in paragraphs(file.read_text("utf-8")) if each not in made)
+        for text in texts:
+            if file == page or f"{page.parent.name}/{page.name}" in text:
+                unknown = sorted(percentages(text) - known)
+                yield from (f"{file} says {figure}, which no row has: {text[:100]}" for figure in unknown)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--check", type=Path, help="a page that should have all rows")
+    parser.add_argument("--check", type=Path, nargs="+", help="a page that should have all rows, and pages that quote it")
     args = parser.parse_args(argv)
     timed = [file for file in args.files if file.name.endswith(TIMES)]
     try:
-        found = list(tables(load_results([file for file in args.files if file not in timed]), timed))
+        results = load_results([file for file in args.files if file not in timed])
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
+    found = list(tables(results, timed))
     if not args.check:
         for title, head, rows in found:
             if rows:
                 print("\n".join([f"### {title}\n", row("", head), f"|{'---|' * (len(head) + 1)}", *rows, ""]))
         return
-    there = args.check.read_text("utf-8").splitlines()
-    missing = [line for _, _, rows in found for line in rows if line not in there]
-    if missing:
-        raise SystemExit("\n".join([f"{args.check} lacks these rows:", *missing]))
-    print(f"{args.check} has all {sum(len(rows) for _, _, rows in found)} rows")
+    lines = [line for _, _, rows in found for line in rows]
+    titles = sorted({line.split(" | ")[0].removeprefix("| ") for line in lines})
+    wrong = list(differences(lines, titles, *args.check))
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+    print(f"{args.check[0]} has all {len(lines)} rows, and no percentage that is not in them")
 
 
 if __name__ == "__main__":

@@ -18,22 +18,26 @@ import json
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
 from offramp import Engine
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition
+from offramp.evaluation.report import COLOURS, MARKERS
 from offramp.evaluation.results import Result, load_results
 from offramp.evaluation.tasks import Item
 from offramp.files import write_atomically
 from offramp.machine import machine
 from offramp.metrics import token_f1
-from paper import OWN, SHIPPED, THE_PAPERS, Experiment, finish, parser_of, run, worth
+from paper import OWN, SHIPPED, THE_PAPERS, Experiment, boldest, finish, flops_saved, parser_of, run
 from speed import ENTRIES, WORK, Failed, Worker, entry, paths_of
 from trade import SCORES, Row, interval
 
 FULL, THEIRS = "full depth", "transformers-float32"
+LLAMA = "llamacpp"  # how the names of peers begin that are their own full depth
+LEFT = -1.0  # the smallest time saved that the figure shows
 COLUMNS = ("consistency", "score", "time saved", "tokens/s")
 TIMES = "-times.json"  # how the names of files of times end
 Answer = Callable[[list[int]], tuple[list[int], float]]  # a prompt → the answer's ids, and tokens a second
@@ -58,7 +62,7 @@ def chosen(experiment: Experiment, results: list[Result]) -> dict[str, Condition
     found = {FULL: Condition()}
     for name, members in groups.items():
         if members:
-            found[name] = experiment.condition_of(max(members, key=worth).condition)
+            found[name] = experiment.condition_of(boldest(members, flops_saved).condition)
     if experiment.shipped:
         found["exits that ship, own policy"] = Condition("project", None, experiment.shipped, SHIPPED)
         found["exits that ship, defer"] = replace(found["exits that ship"], fill="defer")
@@ -134,7 +138,7 @@ def with_peers(
                 raise Failed(f"needs a GGUF file, which {experiment.name} does not come with")
             worker = Worker(name, paths, experiment.args.threads)
             workers.append(worker)
-            contender = Contender(name if name.startswith("llamacpp") else THEIRS, of_worker(worker, experiment))
+            contender = Contender(name if name.startswith(LLAMA) else THEIRS, of_worker(worker, experiment))
             contender.answer(experiment.backbone.prompts.encode("Hello", raw=True))  # warms up
             contenders[name] = contender
         except Failed as failure:
@@ -143,7 +147,7 @@ def with_peers(
 
 
 def draw(rows: dict[str, list[Row]], title: str, file: Path) -> None:
-    """Draw consistency against time saved, with intervals."""
+    """Draw consistency against time saved, with intervals. What takes more than twice the time is named, with its place."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -151,12 +155,15 @@ def draw(rows: dict[str, list[Row]], title: str, file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, values in rows.items():
-        if name in (FULL, THEIRS):
-            continue
+    shown = [name for name in rows if name not in (FULL, THEIRS) and not name.startswith(LLAMA)]
+    for number, name in enumerate(shown):
+        values = rows[name]
         (x, *x_ends), (y, *y_ends) = (interval(values, measure) for measure in ("time saved", "consistency"))
         x_bars, y_bars = ([[abs(end - middle)] for end in ends] for middle, ends in ((x, x_ends), (y, y_ends)))
-        axes.errorbar(x, y, y_bars, x_bars, fmt="o", capsize=2, label=name)
+        if x < LEFT:
+            name, x = f"{name} (at {share(x)})", nan
+        look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        axes.errorbar(x, y, y_bars, x_bars, linestyle="", capsize=2, label=name, **look)
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="time saved, of own full depth", ylabel="consistency with full depth", title=title)
     axes.grid(alpha=0.25)
@@ -202,7 +209,7 @@ def share(value: float) -> str:
 
 def rows_of(file: Path) -> list[str]:
     """The rows of a file of times: each contender's measures, or why it failed."""
-    record, title = json.loads(file.read_text("utf-8")), file.name.removesuffix(TIMES)
+    record, title = json.loads(file.read_text("utf-8")), ", ".join(file.name.removesuffix(TIMES).rsplit("-", 1))
     shown: dict[str, Callable[[float], str]] = {"time saved": share, "tokens/s": "{:.0f}".format}
     found = []
     for name, values in record["rows"].items():

@@ -45,7 +45,6 @@ import prefill
 import prompts
 import random_model
 import speed
-import tables
 import trade
 import trees
 import verified
@@ -297,16 +296,13 @@ def test_gates_compares_gates_of_one_size(world, capsys) -> None:
         assert all(re.fullmatch(r"[01]\.\d+ \([01]\.\d+–[01]\.\d+\)", cell) for cell in row[3:-1])
 
 
-def test_the_tables_of_the_results_are_those_of_the_results(capsys, tmp_path) -> None:
-    page = Path(__file__).parents[1] / "docs" / "results" / "README.md"
-    results = sorted(map(str, page.parent.glob("*.json.xz")))
-    tables.main([*results, "--check", str(page)])
-    assert capsys.readouterr().out.endswith("has all 24 rows\n")
-    (tmp_path / "page.md").write_text(page.read_text().replace("2.0% (29.1 of 30)", "2.1% (29.1 of 30)"))
-    with pytest.raises(SystemExit, match=r"lacks these rows:\n\| smollm2, TruthfulQA \| 2.0%"):
-        tables.main([*results, "--check", str(tmp_path / "page.md")])
-    tables.main(results)
-    assert all(line in page.read_text() for line in capsys.readouterr().out.splitlines())
+def test_the_pages_say_what_the_results_say(capsys, tmp_path) -> None:
+    root = Path(__file__).parents[1]
+    page = root / "docs" / "results" / "README.md"
+    files = sorted(map(str, (*page.parent.glob("*.json.xz"), *page.parent.glob("*-times.json"))))
+    others = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    paper_tables.main([*files, "--check", str(page), *map(str, others)])
+    assert re.search(r"has all \d{2,} rows, and no percentage that is not in them\n$", capsys.readouterr().out)
 
 
 def test_growth_times_steps_and_draws_them(world, capsys, monkeypatch) -> None:
@@ -408,6 +404,16 @@ def test_paper_compares_exits_that_differ_in_one_thing_and_writes_the_report(pap
     again = [result for result in results if result.task.repetition_penalty == 1.1]
     assert [result.condition.policy is None for result in again].count(True) == 1
     assert len(again) > 1
+    # A smoke test compares gates and jumps alone.
+    monkeypatch.setattr(paper, "SMOKE", "triviaqa")
+    monkeypatch.setattr(paper, "HALVINGS", 2)
+    arguments = [*papered[:-1], str(work / "smoke"), "--calibration", "0"]
+    smoke = paper.finish(paper.parser_of(paper.__doc__), arguments)
+    made = paper.Experiment(smoke.models, "triviaqa", smoke).results()
+    recipes = {each.condition.label for each in made if not each.condition.label.startswith("shipped")}
+    assert recipes == {"", "jump, own answers", "no jump, own answers"}
+    assert {each.task.repetition_penalty for each in made} == {1}
+    assert {each.condition.policy.thresholds[0] for each in made if each.condition.label in recipes - {""}} == {0.6}
     # A second run finds everything done.
     monkeypatch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
     monkeypatch.setattr(paper.Evaluation, "run", None)
@@ -419,7 +425,7 @@ def test_paper_times_compares_what_saves_most_with_full_depth_and_with_peers(pap
     monkeypatch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
     paper_times.main([*papered, "--questions", "2", "--threads", "1", "--peers", "lookup,llamacpp-q4_1"])
     out = capsys.readouterr().out
-    found = {row[0].removeprefix("model-triviaqa: "): row[1:] for row in rows(out)}
+    found = {row[0].removeprefix("model, triviaqa: "): row[1:] for row in rows(out)}
     ours = {"full depth", "exits that ship", "exits trained here", "the paper's recipe", "exits that ship, defer"}
     assert set(found) > {*ours, "exits that ship, own policy", "transformers-float32", "lookup"}
     assert found["llamacpp-q4_1"] == ["failed: needs a GGUF file, which model does not come with"]
@@ -453,17 +459,27 @@ def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, tmp_pa
     (tmp_path / "page.md").write_text(page)
     paper_tables.main([*files, "--check", str(tmp_path / "page.md")])
     titles = re.findall("^### (.+)$", page, re.MULTILINE)
-    assert titles[:2] == ["Gates", "What gates learn from"]
+    assert titles[:3] == ["At a glance", "Gates", "What gates learn from"]
     assert {"The exits that ship", "With a guarantee", "Fills", "A repetition penalty"} <= set(titles)
     results = load_results([Path(file) for file in files if not file.endswith("-times.json")])
     defer = next(each for each in results if each.condition.fill == "defer")
     fills = next(row for row in rows(page.partition("### Fills")[2]) if row[0] == "model, triviaqa")
     saved, blocks, kept = (defer.summary[name].mean for name in ("flops_saved", "mean_blocks", "token_f1"))
     assert fills[4] == f"{paper_times.share(saved)} ({blocks:.1f}), {paper_tables.plain(kept, 3)}"
-    damaged = page.replace(fills[4], "99% (1.0), 1.000")
-    (tmp_path / "page.md").write_text(damaged)
-    with pytest.raises(SystemExit, match="lacks these rows:"):
-        paper_tables.main([*files, "--check", str(tmp_path / "page.md")])
+    (folder := tmp_path / "results").mkdir()
+    copy, other = folder / "README.md", tmp_path / "limits.md"
+    number = fills[4].partition(" ")[0]
+    copy.write_text(f"Deferring saves {number} here.\n\n{page}")
+    other.write_text(f"It saves {number} ([results](results/README.md)).\n\n97% of it is salt.\n")
+    paper_tables.main([*files, "--check", str(copy), str(other)])
+    copy.write_text(page.replace(fills[4], "99% (1.0), 1.000").replace("### Fills", "Or 96 to 97% of it.\n\n### Fills"))
+    other.write_text("It saves 98% ([results](results/README.md)).\n")
+    with pytest.raises(SystemExit) as wrong:
+        paper_tables.main([*files, "--check", str(copy), str(other)])
+    told = str(wrong.value)
+    assert "README.md lacks this row: | model, triviaqa |" in told
+    assert "README.md has this row, which is not so: | model, triviaqa |" in told
+    assert set(re.findall(r"says (\d+%)", told)) == {"96%", "97%", "98%", "99%"}
 
 
 @pytest.mark.parametrize(("model", "format"), [("mistral", "bfloat16"), ("codestral", "int4")])

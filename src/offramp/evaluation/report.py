@@ -276,12 +276,13 @@ def _figure(draw: Callable[[Any], None]) -> str:
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     svg = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", buffer.getvalue())  # half the size
     svg = svg[svg.index("<svg") :].replace("fill: #ffffff", "fill: none").replace(INK, "currentColor")
-    return _with_classes(svg)
+    return _smaller(svg)
 
 
-def _with_classes(svg: str) -> str:
-    """A figure whose styles are rules with names, instead of being repeated at each mark. That makes it smaller."""
-    names = {style: f"s{sha256(style.encode()).hexdigest()[:8]}" for style in re.findall(r' style="([^"]*)"', svg)}
+def _smaller(svg: str) -> str:
+    """A figure without what nobody sees, and whose styles are rules with names instead of being repeated at each mark."""
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"|(?<=<g) id="[^"]*"|\s*\n\s*(?=<)', "", svg)
+    names = {style: f"s{sha256(style.encode()).hexdigest()[:6]}" for style in re.findall(r' style="([^"]*)"', svg)}
     svg = re.sub(r' style="([^"]*)"', lambda match: f' class="{names[match[1]]}"', svg)
     rules = "".join(f".{name}{{{style}}}" for style, name in names.items())
     return svg.replace("<defs>", f"<defs><style>{rules}</style>", 1)

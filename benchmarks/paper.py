@@ -8,9 +8,11 @@ calibrated for risks of 0.02, 0.05 and 0.1, with the losses F1 and task, on ques
 are trained here, all on texts of one size. These differ in one thing each, and run at several thresholds: the gate (linear,
 ffn, mamba, or max-prob, which needs no training), jump or no jump, top-1 or top-5 agreement, own answers or plain text
 (TEXT, for the paper's web text) or the task's own answers (TriviaQA), and the training's seed. Further thresholds are near
-that at which consistency falls to 0.9. Then every fill, under the shipped exits' policy that saves most at a consistency
-of 0.9; verified drafts; and some of it again with the paper's repetition penalty of 1.1. From CoQA come all turns of the
-file's conversations.
+that at which consistency falls to 0.9. Then every fill, under the shipped exits' policy that skips most blocks at a
+consistency of 0.9; verified drafts; and some of it again with the paper's repetition penalty of 1.1.
+
+From CoQA come all turns of the file's conversations. It is a smoke test: there, exits that are trained here differ in gate
+and jump alone, run at fewer thresholds, and nothing has a penalty.
 
 Times are taken by `benchmarks/paper_times.py`, one answer at a time. After an interruption, the same command goes on.
 Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all. Without files, the tasks come from the hub.

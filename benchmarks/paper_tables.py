@@ -256,18 +256,18 @@ def percentages(text: str) -> set[str]:
     return {f"{number}%" for pair in found for number in pair if number}
 
 
-def differences(lines: list[str], titles: list[str], page: Path, *others: Path) -> Iterator[str]:
-    """What pages say that the tables' rows do not, and the reverse."""
-    parts = paragraphs(page.read_text("utf-8"))
-    there, made = {each for each in parts if each.startswith("|")}, {" ".join(line.split()) for line in lines}
-    ours = {each for each in there if any(each.startswith(f"| {title}") for title in titles)}
-    yield from (f"{page} lacks this row: {line}" for line in sorted(made - there))
+def differences(lines: list[str], pages: dict[Path, list[str]]) -> Iterator[str]:
+    """What pages (file → paragraphs) say that the tables' rows do not, and the reverse. The first page has all rows."""
+    page, parts = next(iter(pages.items()))
+    made = {" ".join(line.split()) for line in lines}
+    titles = tuple(line.partition(" | ")[0] for line in made)
+    ours = {each for each in parts if each.startswith(titles)}
+    yield from (f"{page} lacks this row: {line}" for line in sorted(made - ours))
     yield from (f"{page} has this row, which is not so: {line}" for line in sorted(ours - made))
-    known = percentages(" ".join(lines))
-    for file in (page, *others):
-        texts = (each for each in paragraphs(file.read_text("utf-8")) if each not in made)
+    known, link = percentages(" ".join(lines)), f"{page.parent.name}/{page.name}"
+    for file, texts in pages.items():
         for text in texts:
-            if file == page or f"{page.parent.name}/{page.name}" in text:
+            if text not in made and (file == page or link in text):
                 unknown = sorted(percentages(text) - known)
                 yield from (f"{file} says {figure}, which no row has: {text[:100]}" for figure in unknown)
 
@@ -280,8 +280,11 @@ def main(argv: list[str] | None = None) -> None:
     timed = [file for file in args.files if file.name.endswith(TIMES)]
     try:
         results = load_results([file for file in args.files if file not in timed])
+        pages = {file: paragraphs(file.read_text("utf-8")) for file in args.check or ()}
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
+    except OSError as error:
+        parser.error(f"{error.filename} cannot be read: {error.strerror}.")
     found = list(tables(results, timed))
     if not args.check:
         for title, head, rows in found:
@@ -289,9 +292,7 @@ def main(argv: list[str] | None = None) -> None:
                 print("\n".join([f"### {title}\n", row("", head), f"|{'---|' * (len(head) + 1)}", *rows, ""]))
         return
     lines = [line for _, _, rows in found for line in rows]
-    titles = sorted({line.split(" | ")[0].removeprefix("| ") for line in lines})
-    wrong = list(differences(lines, titles, *args.check))
-    if wrong:
+    if wrong := list(differences(lines, pages)):
         raise SystemExit("\n".join(wrong))
     print(f"{args.check[0]} has all {len(lines)} rows, and no percentage that is not in them")
 

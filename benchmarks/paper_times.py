@@ -24,7 +24,7 @@ from typing import Any
 
 from offramp import Engine
 from offramp.errors import OfframpError
-from offramp.evaluation.evaluation import Condition
+from offramp.evaluation.evaluation import Condition, to_six_digits
 from offramp.evaluation.report import COLOURS, MARKERS
 from offramp.evaluation.results import Result, load_results
 from offramp.evaluation.tasks import Item
@@ -119,9 +119,8 @@ def measured(contenders: dict[str, Contender], experiment: Experiment, items: li
             full, full_speed = answers[contenders[name].baseline]
             score = task.score(text_of(made, experiment), item)[SCORES[task.name]]
             kept = token_f1(made, full)
-            rows[name].append(
-                {"consistency": kept, "score": score, "time saved": 1 - full_speed / speed, "tokens/s": speed}
-            )
+            values = {"consistency": kept, "score": score, "time saved": 1 - full_speed / speed, "tokens/s": speed}
+            rows[name].append(to_six_digits(values))
     return rows
 
 

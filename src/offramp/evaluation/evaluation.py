@@ -259,8 +259,8 @@ class Evaluation:
             pieces=answer.pieces,
             exits=answer.exits,
             full_text=full.text,
-            scores=_to_six_digits(self.task.score(answer.text.strip(), item)),
-            measures=_to_six_digits(answer.compared(full)),
+            scores=to_six_digits(self.task.score(answer.text.strip(), item)),
+            measures=to_six_digits(answer.compared(full)),
         )
 
     def answers(self, conditions: Sequence[Condition]) -> list[Answers]:
@@ -344,7 +344,7 @@ def _exits_record(exits: Exits) -> dict[str, Any]:
     return {**asdict(exits.config), **places, "training": exits.training.get("command", "")}
 
 
-def _to_six_digits(values: dict[str, float]) -> dict[str, float]:
+def to_six_digits(values: dict[str, float]) -> dict[str, float]:
     """Values without the digits that nothing was measured to, which take a fifth of a file of Results."""
     return {name: float(f"{value:.6g}") for name, value in values.items()}
 

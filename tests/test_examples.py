@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from models import cache_in, saved, tiny
+from models import saved, tiny
+from offramp.training import places
 from test_serve import serving
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def ran(name: str, *arguments: str, **environment: str) -> str:
+def ran(name: str, *arguments: str) -> str:
     """What an example prints."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    found = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=240)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stderr
     return found.stdout
 
@@ -42,13 +43,15 @@ def test_compare_finds_verified_answers_equal() -> None:
     assert exits.startswith("exits")
 
 
-def test_own_prompts_trains_and_calibrates(tmp_path) -> None:
-    model = saved(tiny("llama"), tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("\n".join(f"What is {number}?" for number in range(240)))
-    cache = {"OFFRAMP_CACHE": str(cache_in(tmp_path / "cache"))}
-    said = ran("own_prompts.py", str(model), str(tmp_path / "prompts.txt"), str(tmp_path / "exits"), "0.0005", **cache)
-    assert said.startswith(f"{tmp_path / 'exits'}: ")
-    assert (tmp_path / "exits" / "exits.safetensors").is_file()
+def test_own_prompts_trains_and_calibrates(tmp_path, own_cache, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(places, "STEPS", 2)  # of a trial that test_training tests
+    model, prompts, exits = saved(tiny("llama"), tmp_path / "model"), tmp_path / "prompts.txt", tmp_path / "exits"
+    prompts.write_text("\n".join(f"What is {number}?" for number in range(240)))
+    example = EXAMPLES / "own_prompts.py"
+    monkeypatch.setattr(sys, "argv", [str(example), str(model), str(prompts), str(exits), "0.0005"])
+    runpy.run_path(str(example))
+    assert capsys.readouterr().out.startswith(f"{exits}: ")
+    assert (exits / "exits.safetensors").is_file()
 
 
 def test_ask_server_prints_the_answer_with_its_drafts() -> None:

@@ -106,11 +106,14 @@ def test_without_exits_only_full_depth_can_be_asked_for() -> None:
         ModelArguments("tiny", fill="projekt").condition(backbone)
 
 
-def test_a_mistake_on_the_command_line_gets_one_sentence_and_a_hint() -> None:
+def test_a_mistake_on_the_command_line_gets_one_sentence_and_a_hint(monkeypatch) -> None:
+    from offramp.evaluation import harness
+
     arguments = ("run", "--model", "offramp", "--tasks", "wikitext", "--model_args", "pretrained=mamba-tiny,fill=projekt")
-    done = subprocess.run([sys.executable, "-m", "offramp.evaluation.harness", *arguments], capture_output=True, text=True)
-    assert done.returncode == 1
-    error, hint = done.stderr.splitlines()[-2:]
+    monkeypatch.setattr(sys, "argv", ["harness", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        harness.main()
+    error, hint = str(stopped.value).splitlines()
     assert error == "error: There is no fill 'projekt'."
     assert hint.startswith("hint: Choose from project")
 

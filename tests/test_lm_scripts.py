@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,11 @@ def test_baselines_are_counted_in_bits_per_byte(corpus: Path, capsys) -> None:
     assert 0 < result["xz_9e"] < 8
 
 
-def test_evaluate_reads_out_every_block_and_writes_samples(corpus: Path, model: Path, tmp_path: Path, capsys) -> None:
+def test_evaluate_reads_out_every_block_and_writes_samples(
+    corpus: Path, model: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    evaluate = importlib.import_module("lm.evaluate")
+    monkeypatch.setattr(evaluate, "samples", partial(evaluate.samples, count=4, most=12))
     files = ("-o", tmp_path / "numbers.json", "--samples", tmp_path / "samples.md")
     run("lm.evaluate", model, corpus, "--read-out-steps", "1", "--threads", "1", *files)
     result = json.loads(capsys.readouterr().out)

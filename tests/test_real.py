@@ -50,10 +50,13 @@ def test_the_self_check_finds_no_difference(smollm2: Backbone) -> None:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_with_every_gate_closed_the_tokens_are_the_librarys(smollm2: Backbone, shipped: Exits, prompt: str) -> None:
-    answer = Engine(smollm2, shipped, Policy((1.0,) * len(shipped))).generate(prompt, max_tokens=32)
-    assert answer.ids == library_tokens(smollm2, prompt, 32)
-    assert answer.flops_saved == 0
+def test_closed_and_verified_exits_give_the_librarys_tokens(smollm2: Backbone, shipped: Exits, prompt: str) -> None:
+    wanted = library_tokens(smollm2, prompt, 32)
+    closed = Engine(smollm2, shipped, Policy((1.0,) * len(shipped))).generate(prompt, max_tokens=32)
+    assert closed.ids == wanted
+    assert closed.flops_saved == 0
+    verified = Engine(smollm2, shipped, Policy((0.6,) * len(shipped)), "verify").generate(prompt, max_tokens=32)
+    assert verified.ids == wanted
 
 
 def test_with_a_repetition_penalty_too(smollm2: Backbone) -> None:
@@ -123,10 +126,10 @@ def test_int4_keeps_the_weights_of_the_file_and_decodes_like_the_library_with_th
             torch.testing.assert_close(weight, original[name], rtol=0, atol=1e-6)
     agrees = []
     for prompt in PROMPTS:
-        theirs = library_tokens(backbone, prompt, 24)
-        ids = torch.tensor([backbone.prompts.encode(prompt) + theirs])[:, :-1]
-        ours, exact = (x[0, -24:] for x in (backbone.forward(ids), backbone.model(ids).logits))
-        chosen = ours.argmax(-1)
+        start = backbone.prompts.encode(prompt)
+        chosen = torch.tensor(Engine(backbone).generate(start, max_tokens=24).ids)
+        ids = torch.cat([torch.tensor(start), chosen])[None, :-1]
+        exact = backbone.model(ids).logits[0, -len(chosen) :]
         gap = exact.amax(-1) - exact.gather(1, chosen[:, None])[:, 0]
         assert (gap <= 3e-2 * exact.abs().amax()).all()
         agrees.append((chosen == exact.argmax(-1)).float().mean())
@@ -288,14 +291,13 @@ def test_an_answer_of_the_real_model_is_the_same_among_seventy(dtype: str) -> No
         assert [answer.ids for answer in engine.generate_batch(many, max_tokens=8)[:4]] == alone
 
 
-def test_verified_exits_equal_the_librarys_generate_in_float32(smollm2: Backbone, mamba_tiny: Backbone) -> None:
-    for backbone in (smollm2, mamba_tiny):
-        exits = shipped_for(backbone)
-        assert exits
-        engine = Engine(backbone, exits, Policy((0.6,) * len(exits)), "verify")
-        answers = engine.generate_batch([backbone.prompts.encode(prompt) for prompt in PROMPTS], max_tokens=24)
-        for prompt, answer in zip(PROMPTS, answers, strict=True):
-            assert answer.ids == library_tokens(backbone, prompt, 24)[: len(answer.ids)]
+def test_verified_exits_equal_the_librarys_generate_side_by_side(mamba_tiny: Backbone) -> None:
+    exits = shipped_for(mamba_tiny)
+    assert exits
+    engine = Engine(mamba_tiny, exits, Policy((0.6,) * len(exits)), "verify")
+    answers = engine.generate_batch([mamba_tiny.prompts.encode(prompt) for prompt in PROMPTS], max_tokens=24)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert answer.ids == library_tokens(mamba_tiny, prompt, 24)[: len(answer.ids)]
 
 
 def test_the_shipped_drafts_make_several_tokens_of_a_pass(smollm2: Backbone) -> None:

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ from models import tiny
 from offramp import Policy
 from offramp.errors import BadInput
 from offramp.evaluation.evaluation import Condition, Evaluation
-from offramp.evaluation.report import write
+from offramp.evaluation.report import crossing, write
 from offramp.evaluation.results import Interval, Result
 
 CHROMIUM = next(
@@ -44,6 +46,18 @@ def page(results, tmp_path_factory) -> Path:
     page = tmp_path_factory.mktemp("report") / "report.html"
     write(results, page)
     return page
+
+
+def test_a_curve_is_read_between_the_consistencies_nearest_to_the_one_asked_for() -> None:
+    """A more open policy may run more blocks than full depth, since tails and late blocks count."""
+
+    def measured(token_f1: float, mean_blocks: float, flops_saved: float) -> Any:
+        values = {"token_f1": token_f1, "mean_blocks": mean_blocks, "flops_saved": flops_saved}
+        return SimpleNamespace(summary={name: Interval(value, value, value) for name, value in values.items()})
+
+    curve = [measured(*each) for each in ((1.0, 30, 0.0), (0.8, 29, 0.03), (0.92, 31, -0.03), (0.95, 29.5, 0.0))]
+    assert crossing(curve, 0.9, ("flops_saved", "mean_blocks")) == pytest.approx([-0.02, 31 - 1 / 3])
+    assert crossing(curve, 0.7, ("flops_saved",)) is None
 
 
 def test_kinds_of_exits_and_penalties_are_kept_apart(tmp_path) -> None:

@@ -349,12 +349,13 @@ def at_consistency(results: list[Result], wanted: float, names: Sequence[str]) -
 
 
 def crossing(results: list[Result], wanted: float, names: Sequence[str]) -> list[float] | None:
-    """The means of these metrics where a curve first falls to this consistency; None for one that does not.
+    """The means of these metrics where a curve falls to this consistency; None for one that does not.
 
-    `results` is full depth, and the curve's conditions. A value is interpolated in a straight line between two of them.
+    `results` is full depth, and the curve's conditions. A value is interpolated in a straight line between the conditions
+    whose consistency is nearest, above and below.
     """
     full, *curve = results
-    curve.sort(key=lambda result: -result.summary["mean_blocks"].mean)
+    curve.sort(key=lambda result: -result.summary["token_f1"].mean)
     points = [[each.summary[name].mean for name in ("token_f1", *names)] for each in (full, *curve)]
     for before, after in pairwise(points):
         if before[0] >= wanted > after[0]:

@@ -10,7 +10,7 @@ of a batch. A step that leaves early also fills the blocks that it skips, by `pr
 Formats take turns, round by round, so that a slow minute of the machine affects all of them.
 
 Prints a table in Markdown for each of the five, with medians in milliseconds. Writes everything to build/bench/growth.json,
-and draws it.
+and draws it in build/bench/growth.svg, or FILE.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--formats", default="bfloat16,int4", help=f"formats, by comma: {', '.join(FORMATS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--figure", type=Path, default=Path("docs/growth.svg"))
+    parser.add_argument("--figure", type=Path, default=WORK / "growth.svg")
     args = parser.parse_args(argv)
 
     note = machine(args.threads, read_bandwidth(args.threads))

@@ -187,9 +187,9 @@ def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: s
         monkeypatch.setattr("offramp.training.validation.LEAST", 3)
         exits = modest_exits("llama", tails=TAILS)
     config = CalibrationConfig(risk=0.9, delta=0.1, fill=fill, kind=kind, max_tokens=(4,))
-    record = calibrate(backbone, exits, questions(25), config)
+    record = calibrate(backbone, exits, questions(40), config)
     assert record.passed
-    assert (record.n, record.pilot) == (20, 5)
+    assert (record.n, record.pilot) == (32, 8)
     passed = [step for step in record.tested if step.passed]
     assert record.policy == exits.policy == passed[-1].policy
     assert all(step.p_value <= 0.1 and step.loss < 0.9 for step in passed)

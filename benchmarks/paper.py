@@ -203,7 +203,7 @@ class Experiment:
         found = [run.run(condition) for condition in (Condition(), *grid)]
         if not self.args.quick:
             there = {result.condition.name for result in found}
-            halvings = HALVINGS - smoke
+            halvings = HALVINGS - 1 if smoke else HALVINGS
             recipes = self.gates + self.variants
             near = [each for recipe in recipes for each in around(run, partial(self.at, recipe=recipe), halvings)]
             found += [result for result in near if result.condition.name not in there]

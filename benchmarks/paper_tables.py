@@ -29,7 +29,7 @@ from offramp.evaluation.report import CONSISTENT, crossing
 from offramp.evaluation.results import Result, load_results
 from paper import COUNTS, DRAFTS, FILLS, GATES, LOSSES, MATCHED, MODELS, PENALTY, PLAIN, RISKS, SEEDS, SHIPPED, THE_PAPERS
 from paper_exits import Recipe
-from paper_times import COLUMNS, TIMES, row, rows_of, share
+from paper_times import COLUMNS, TIMES, row, rows_of, share, subject
 from trade import SCORES, Row, interval
 
 KEPT = (0.98, 0.95, 0.9, 0.8)  # consistencies of the shipped exits' table
@@ -170,9 +170,9 @@ def fills(group: Group) -> Iterator[str]:
         yield row(group.title, [first(several) for several in (same, *by_fill.values(), drafts)])
 
 
-def glance(group: Group, times: dict[str, dict[str, list[Row]]]) -> Iterator[str]:
+def glance(group: Group, times: dict[tuple[str, str], dict[str, list[Row]]]) -> Iterator[str]:
     """Full depth's score; FLOPs saved at a consistency of 0.9, and with a guarantee; and the time that this saves."""
-    rows = times.get(f"{group.model}-{group.task}", {})
+    rows = times.get((group.model, group.task), {})
     guaranteed = group.of(f"{SHIPPED}, risk 0.05, loss f1")
     seeds = [group.made(Recipe("mamba", group.jumps, seed=seed)) for seed in SEEDS]
     cells = [group.cell(curves) for curves in ([group.made(THE_PAPERS)], seeds, [group.shipped()])]
@@ -225,10 +225,8 @@ def groups_of(results: list[Result]) -> list[dict[float, Group]]:
 
 def tables(results: list[Result], timed: Iterable[Path]) -> Iterator[Table]:
     """All tables that have rows."""
-    pairs, times = groups_of(results), {}
-    timed = sorted(timed, key=lambda file: place(*file.name.removesuffix(TIMES).rsplit("-", 1)))
-    for file in timed:
-        times[file.name.removesuffix(TIMES)] = json.loads(file.read_text("utf-8"))["rows"]
+    pairs, timed = groups_of(results), sorted(timed, key=lambda file: place(*subject(file)))
+    times = {subject(file): json.loads(file.read_text("utf-8"))["rows"] for file in timed}
     of_results = (
         ("At a glance", GLANCE, partial(glance, times=times)),
         ("Gates", GATES, gates),

@@ -206,9 +206,15 @@ def share(value: float) -> str:
     return "0.0%" if shown == "-0.0%" else shown.replace("-", "−")
 
 
+def subject(file: Path) -> tuple[str, str]:
+    """The model and the task that a file of times is about, by its name."""
+    model, task = file.name.removesuffix(TIMES).rsplit("-", 1)
+    return model, task
+
+
 def rows_of(file: Path) -> list[str]:
     """The rows of a file of times: each contender's measures, or why it failed."""
-    record, title = json.loads(file.read_text("utf-8")), ", ".join(file.name.removesuffix(TIMES).rsplit("-", 1))
+    record, title = json.loads(file.read_text("utf-8")), ", ".join(subject(file))
     shown: dict[str, Callable[[float], str]] = {"time saved": share, "tokens/s": "{:.0f}".format}
     found = []
     for name, values in record["rows"].items():

@@ -95,8 +95,9 @@ mamba-answers: .venv/.installed
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
 	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(addprefix --text ,$(TEXT)) --keep 15 $(FAST)
 
-# The paper's experiment on small models, about seven hours on two cores; then its times, alone on the machine. paper-quick: six
-# minutes, and too few questions to conclude from. DATA names files instead of the hub, and TEXT plain texts to train on, too:
+# The paper's experiment on small models (seven hours of one thread, summed over its parts); then its times, alone on the machine.
+# paper-quick: six minutes, and too few questions to conclude from. DATA names files instead of the hub, and TEXT plain texts to
+# train on, too:
 # make paper DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json" TEXT="wikitext2-valid.txt books.txt"
 PAPER = $(DATA) $(addprefix --text ,$(TEXT)) $(if $(filter paper-quick,$@),--quick)
 PEERS := lookup,layerskip,economize-draft,economize-calm,llamacpp-q8_0

@@ -138,6 +138,27 @@ def test_a_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind,
 ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")  # of Debian's packages gcc-aarch64-linux-gnu and qemu-user
 
 
+# Sets of instructions, by the compiler that knows them. Zen 5 has AVX-VNNI beside AVX-512, and may be told not to use its VNNI.
+SETS = {
+    "gcc": [
+        "x86-64-v3", "x86-64-v4", "x86-64-v4 -mavxvnni", "znver4", "znver5", "alderlake", "sapphirerapids",
+    ],
+    ARM[0]: ["armv8-a", "armv8.2-a+dotprod"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("compiler", "instructions"), [(name, each) for name, sets in SETS.items() for each in sets])
+def test_the_code_compiles_for_every_set_of_instructions(compiler, instructions):
+    if not shutil.which(compiler) or (compiler == "gcc" and platform.machine() != "x86_64"):
+        pytest.skip(f"no {compiler} for this")
+    command = [compiler, *f"-march={instructions} -O0 -ffp-contract=off -fopenmp -Wno-psabi -S -o /dev/null".split()]
+    known = subprocess.run([*command, "-x", "c", "/dev/null"], capture_output=True, text=True)
+    if known.returncode:
+        pytest.skip(f"{compiler} does not know -march={instructions}")
+    done = subprocess.run([*command, str(native.SOURCE)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module", params=["armv8-a", "armv8.2-a+dotprod"])
 def arm_product(request, tmp_path_factory):
     """product.c, compiled for ARM processors with NEON, and for those that also have dot products."""

@@ -18,7 +18,8 @@
 #else
 #define MULTIPLIES_BFLOAT16 0
 #endif
-#if WIDE && defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+// A vector multiplies bytes with the instruction of its own width: AVX-VNNI has none for 64 bytes.
+#if (WIDE && defined(__AVX512VNNI__)) || (!WIDE && defined(__AVXVNNI__))
 #define VNNI 1
 #else
 #define VNNI 0

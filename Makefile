@@ -37,26 +37,26 @@ SHIPPED := offramp-models/offramp_models
 SMOLLM2 := $(SHIPPED)/exits/smollm2
 TINY := $(SHIPPED)/exits/mamba-tiny
 exits: .venv/.installed
-	$(BIN)/python benchmarks/prompts.py --trivia $(TRIVIA) --instructions $(INSTRUCTIONS)
+	PYTHONPATH=. $(BIN)/python benchmarks/prompts.py --trivia $(TRIVIA) --instructions $(INSTRUCTIONS)
 	$(BIN)/offramp train smollm2 -o build/exits/smollm2 --layers 10,15,20 --tails 4,3,3 --own-prompts build/prompts/first.jsonl \
 		--epochs 4 --gate-epochs 4 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --start build/exits/smollm2 --own-prompts build/prompts/second.jsonl \
 		--epochs 4 --gate-epochs 8 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
-	$(BIN)/offramp calibrate smollm2 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
+	$(BIN)/offramp calibrate smollm2 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
 	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --draft --own-prompts build/prompts/all.jsonl --temperatures 0,0.7,0,0.9 \
 		--epochs 1 --gate-epochs 1
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second.jsonl \
 		--answers 2400 --epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
-	$(BIN)/offramp calibrate smollm2-hybrid --exits $(SMOLLM2)-hybrid --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
+	$(BIN)/offramp calibrate smollm2-hybrid --exits $(SMOLLM2)-hybrid --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all.jsonl --answers 4500 \
 		--temperatures 0,0.7,0,0.9 --epochs 1 --gate-epochs 1 --readout-width 2048
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
-	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
+	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
 		--temperatures 0,0.7,0,0.9 --epochs 2 --gate-epochs 1
 	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.06
-	$(BIN)/offramp calibrate mamba-tiny-ee --exits $(TINY)-ee --prompts build/prompts/calibrate.jsonl --max-tokens 48,128
+	$(BIN)/offramp calibrate mamba-tiny-ee --exits $(TINY)-ee --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
 		--temperatures 0,0.7,0,0.9 --epochs 2 --gate-epochs 1
 

@@ -31,16 +31,8 @@ from offramp import Engine, Policy
 from offramp.errors import OfframpError
 from offramp.exits.exits import require_exits
 from offramp.files import write_atomically
-from offramp.training.calibration import (
-    KINDS,
-    LOSSES,
-    PILOT,
-    Question,
-    answers,
-    candidates,
-    gain,
-    read_questions,
-)
+from offramp.training.calibration import KINDS, PILOT, answers, candidates, gain
+from offramp.training.losses import LOSSES, Question, read_questions
 from offramp.training.risk import fixed_sequence, path
 
 SPLITS = 20
@@ -141,7 +133,6 @@ def main(argv: list[str] | None = None) -> None:
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     ids = [backbone.prompts.encode(question.prompt) for question in questions]
-    lengths = [args.tokens] * len(ids)
     parts = (args.model, backbone.source.sha256, backbone.weight_format, exits.training, args.fill, args.tokens, args.loss)
     prompts = [question.prompt for question in questions]
     mark = hashlib.sha256(json.dumps([*parts, args.reference, prompts]).encode()).hexdigest()[:12]
@@ -156,8 +147,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def run(policy: Policy) -> dict[str, Any]:
         if not full:
-            full.extend(answers(Engine(reference), ids, lengths))
-        early = answers(Engine(backbone, exits, policy, args.fill), ids, lengths)
+            full.extend(answers(Engine(reference), ids, args.tokens))
+        early = answers(Engine(backbone, exits, policy, args.fill), ids, args.tokens)
         triples = zip(early, full, questions, strict=True)
         return {
             "policy": asdict(policy),

@@ -18,7 +18,8 @@ from offramp.decode.request import Generation
 from offramp.errors import OfframpError
 from offramp.machine import machine
 from offramp.metrics import best_recall
-from offramp.training.calibration import Question, answers, f1_loss, read_questions
+from offramp.training.calibration import answers
+from offramp.training.losses import Question, f1_loss, read_questions
 from trade import Row, interval
 
 COLUMNS = ("1 − token F1", "same answer", "word recall", "FLOPs saved", "mean blocks run")
@@ -60,12 +61,11 @@ def main(argv: list[str] | None = None) -> None:
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     ids = [backbone.prompts.encode(question.prompt) for question in questions]
-    lengths = [args.tokens] * len(ids)
     print(f"{backbone.name}, {backbone.weight_format}, {args.fill}, {len(ids)} prompts, {args.tokens} tokens; {machine()}")
     print(f"\n| exits | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
-    full = answers(Engine(backbone), ids, lengths)
+    full = answers(Engine(backbone), ids, args.tokens)
     for name, exits in [("none", None), *named]:
-        early = answers(Engine(backbone, exits, fill=args.fill), ids, lengths) if exits else full
+        early = answers(Engine(backbone, exits, fill=args.fill), ids, args.tokens) if exits else full
         rows = [row(*triple) for triple in zip(early, full, questions, strict=True)]
         print(f"| {name} | {' | '.join(cell(rows, column) for column in COLUMNS)} |", flush=True)
 

@@ -41,9 +41,10 @@ from offramp.evaluation.results import ConditionInfo, Result, load_results, save
 from offramp.evaluation.tasks import Task, load_task
 from offramp.exits.policy import TRAINING_FREE
 from offramp.files import write_atomically
-from offramp.training.calibration import Question, calibrations, heads, precision_line
+from offramp.training.calibration import calibrations, heads, precision_line
 from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.data import prompts_of, turns
+from offramp.training.losses import Question
 from offramp.training.teacher import TextGroup, group_texts, read_texts
 from paper_exits import Recipe, Workshop, mark
 
@@ -170,7 +171,7 @@ class Experiment:
         questions = [Question(item.prompt, item.references) for item in self.others[: self.args.calibration]]
         if not questions:  # turns of one conversation are not independent draws
             return
-        config = CalibrationConfig(max_tokens=(self.task.max_tokens,), stop=self.task.stop, raw=True, whole_head=True)
+        config = CalibrationConfig(max_tokens=self.task.max_tokens, stop=self.task.stop, raw=True, whole_head=True)
         configs = [replace(config, risk=risk, loss=loss) for risk in RISKS for loss in LOSSES]
 
         def records() -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import offramp
-from offramp.training.calibration import Question
+from offramp.training.losses import Question
 
 name, file, folder = sys.argv[1:4]
 hours = float(sys.argv[4]) if len(sys.argv) > 4 else 0.5

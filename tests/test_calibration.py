@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -20,20 +21,13 @@ from helpers import TAILS, exits_for, modest_exits
 from models import tiny
 from offramp import Engine, Exits, Policy, Sampling
 from offramp.decode.sampling import Greedy
-from offramp.errors import BadInput
+from offramp.errors import BadInput, CorruptFile
+from offramp.exits.learned import hashes_of, known_among
 from offramp.model.costs import Costs
 from offramp.training import calibration
-from offramp.training.calibration import (
-    KINDS,
-    LOSSES,
-    Question,
-    calibrate,
-    calibrations,
-    candidates,
-    heads,
-    read_questions,
-)
+from offramp.training.calibration import KINDS, calibrate, calibrations, candidates, heads
 from offramp.training.config import CalibrationConfig
+from offramp.training.losses import LOSSES, Question, losses_by_length, read_questions
 from offramp.training.points import SHARES, Rule, narrowed, policies, rule
 from offramp.training.risk import fixed_sequence, p_value, path, prompts_needed
 from offramp.training.validation import Evidence
@@ -157,7 +151,7 @@ def test_the_exits_own_confidence_is_calibrated_unless_another_is_named(named, t
             super().__init__(backbone, exits, policy, *others, **options)
 
     monkeypatch.setattr(calibration, "Engine", Spy)
-    config = CalibrationConfig(risk=0.9, delta=0.1, kind="thresholds", confidence=named, max_tokens=(2,))
+    config = CalibrationConfig(risk=0.9, delta=0.1, kind="thresholds", confidence=named, max_tokens=2)
     calibrate(tiny("llama"), exits, questions(40), config)
     assert seen == {None, tried}
 
@@ -180,13 +174,12 @@ COMBINED = [
 @pytest.mark.parametrize(("kind", "fill"), COMBINED)
 def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: str, monkeypatch) -> None:
     """At a generous risk, a tiny random model passes. The chosen policy is the last of the path that passed."""
-    readout = "none" if kind == "patience" else "mamba"  # random adapters never agree
-    backbone, exits = tiny("llama"), exits_for("llama", readout=readout)
+    backbone, exits = tiny("llama"), exits_for("llama", readout="none")  # random adapters never agree
     if kind == "precision":
+        exits = modest_exits("llama", tails=TAILS)
         monkeypatch.setattr(calibration, "PRECISIONS", (0.5, 0.4, 0.3, 0.2, 0.1))
         monkeypatch.setattr("offramp.training.validation.LEAST", 3)
-        exits = modest_exits("llama", tails=TAILS)
-    config = CalibrationConfig(risk=0.9, delta=0.1, fill=fill, kind=kind, max_tokens=(4,))
+    config = CalibrationConfig(risk=0.9, delta=0.1, fill=fill, kind=kind, max_tokens=4)
     record = calibrate(backbone, exits, questions(40), config)
     assert record.passed
     assert (record.n, record.pilot) == (32, 8)
@@ -199,22 +192,22 @@ def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: s
 
 def test_calibrations_that_share_answers_are_those_one_by_one(monkeypatch) -> None:
     """A calibration for another risk or loss reads the answers that there are already."""
-    common = CalibrationConfig(delta=0.1, kind="fixed", fill="defer", max_tokens=(3,))
+    common = CalibrationConfig(delta=0.1, kind="fixed", fill="defer", max_tokens=3)
     configs = [replace(common, risk=0.9), replace(common, risk=0.5, loss="exact")]
-    alone, made = [calibrate(tiny("llama"), exits_for("llama"), questions(40), config) for config in configs], []
+    exits, made = exits_for("llama", readout="none"), []
+    alone = [calibrate(tiny("llama"), copy.copy(exits), questions(40), config) for config in configs]
     start = Engine.__init__
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: made.append(a[2:3]) or start(self, *a, **k))
-    exits = exits_for("llama")
     assert calibrations(tiny("llama"), exits, questions(40), configs) == alone
     assert any(record.passed for record in alone)
     assert not exits.calibration
     assert max(Counter(made).values()) == 2  # each policy answers the pilot's questions once, and the test's
     with pytest.raises(BadInput, match="need other answers"):
-        calibrations(tiny("llama"), exits, questions(40), [configs[0], replace(configs[0], max_tokens=(5,))])
+        calibrations(tiny("llama"), exits, questions(40), [configs[0], replace(configs[0], max_tokens=5)])
 
 
 def test_the_prompts_order_does_not_matter() -> None:
-    config = CalibrationConfig(risk=0.9, delta=0.1, fill="defer", kind="fixed", max_tokens=(4,))
+    config = CalibrationConfig(risk=0.9, delta=0.1, fill="defer", kind="fixed", max_tokens=4)
     records = [
         calibrate(tiny("llama"), exits_for("llama"), sample, config) for sample in (questions(40), questions(40)[::-1])
     ]
@@ -224,7 +217,7 @@ def test_the_prompts_order_does_not_matter() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_exits_that_ruin_answers_stay_closed(loss: str) -> None:
     exits = exits_for("llama")
-    record = calibrate(tiny("llama"), exits, questions(90), CalibrationConfig(loss=loss, kind="fixed", max_tokens=(4,)))
+    record = calibrate(tiny("llama"), exits, questions(90), CalibrationConfig(loss=loss, kind="fixed", max_tokens=4))
     if loss == "task":  # nothing scores, so nothing can be lost
         assert record.passed
         return
@@ -256,7 +249,7 @@ def test_what_cannot_be_calibrated_is_refused(changed: dict, message: str) -> No
 
 def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
     backbone, exits = tiny("llama"), exits_for("llama")
-    calibrate(backbone, exits, questions(40), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=(4,)))
+    calibrate(backbone, exits, questions(40), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4))
     exits.save(tmp_path)
     loaded = Exits.load(tmp_path, backbone)
     assert loaded.policy == exits.policy
@@ -276,6 +269,80 @@ def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
         Engine(backbone, loaded)
 
 
+def test_a_mixture_of_lengths_guarantees_no_length() -> None:
+    """Records of earlier versions tested answers of several lengths together."""
+    backbone, exits = tiny("llama"), exits_for("llama")
+    calibrate(backbone, exits, questions(40), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4))
+    engine = Engine(backbone, exits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for shorter in (1, 4):
+            engine.generate("Hi", max_tokens=shorter)
+    with pytest.warns(UserWarning, match="answers of at most 4 tokens, not 5"):
+        engine.generate("Hi", max_tokens=5)
+    exits.calibration["max_tokens"] = [4, 8]
+    with pytest.warns(UserWarning, match="a mixture of answers of at most 4, 8 tokens"):
+        Engine(backbone, exits).generate("Hi", max_tokens=4)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_at_each_length_is_that_of_answers_with_that_limit(loss: str) -> None:
+    backbone, exits = tiny("llama"), exits_for("llama", readout="none")
+    policy, longest = Policy((0.7,) * 3), 9
+    engines = Engine(backbone), Engine(backbone, exits, policy)
+    full, early = (engine.generate("Hello there", max_tokens=longest) for engine in engines)
+    question = Question("", (full.text,))
+    assert full.ids[:2] == early.ids[:2]
+    assert full.ids != early.ids  # so losses change along the answer
+    found = losses_by_length(early, full, question, loss, longest + 2)
+    for length in range(1, longest + 1):
+        shorter = [engine.generate("Hello there", max_tokens=length) for engine in reversed(engines)]
+        assert found[length - 1] == LOSSES[loss](*shorter, question)
+    assert found[longest:] == found[longest - 1 : longest] * 2
+
+
+def test_a_policy_is_tested_at_the_length_where_it_loses_most(monkeypatch) -> None:
+    """Answers whose first tokens differ, and whose later ones agree, lose nothing in the end."""
+    ways = iter([[1, 9], [9, 1]] * 1000)  # the same bag of tokens, in another order
+    first = {True: [1, 9], False: [9, 1]}
+
+    def answers(engine, prompts, *_):
+        assert next(ways)
+        made = Engine(tiny("llama")).generate("Hi", max_tokens=2)
+        ids = first[bool(engine.open_exits)]
+        tokens = [replace(token, id=id) for token, id in zip(made.tokens, ids, strict=True)]
+        return [replace(made, tokens=tokens, flops_saved=0.1 * bool(engine.open_exits))] * len(prompts)
+
+    monkeypatch.setattr(calibration, "answers", answers)
+    monkeypatch.setattr(calibration, "path", lambda results, risk: list(range(len(results))))
+    config = CalibrationConfig(risk=0.3, delta=0.1, kind="fixed", max_tokens=2)
+    record = calibrate(tiny("llama"), exits_for("llama"), questions(40), config)
+    (tested,) = record.tested
+    assert (tested.loss, tested.length, tested.p_value, tested.passed) == (1.0, 1, 1.0, False)
+    assert len(record.untested) == 2
+
+
+def test_prompts_that_were_learned_from_are_refused() -> None:
+    exits, config = exits_for("llama"), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=2)
+    exits.training = {"prompt_hashes": hashes_of(["What?", "  QUESTION   7? "])}
+    with pytest.raises(BadInput, match=r"1 of the 40 prompts were used .* 'Question 7\?'"):
+        calibrate(tiny("llama"), exits, questions(40), config)
+    exits.training = {"prompt_hashes": hashes_of(["What?"])}
+    record = calibrate(tiny("llama"), exits, questions(40), config)
+    calibrate(tiny("llama"), exits, questions(40), config)  # its pilot is that of the calibration before
+    pilot = known_among([question.prompt for question in questions(40)], record.pilot_hashes)
+    assert len(pilot) == record.pilot == 8
+    fresh = [Question(f"Another {number}?") for number in range(40)]
+    with pytest.raises(BadInput, match="used to train these exits or to find their thresholds"):
+        calibrate(tiny("llama"), exits, [*fresh, *map(Question, pilot)], config)
+    exits.training = {"prompt_hashes": "no base64!"}
+    with pytest.raises(CorruptFile, match="record of their prompts"):
+        calibrate(tiny("llama"), exits, fresh, config)
+    exits.training = {"command": "of an earlier version"}
+    with pytest.warns(UserWarning, match="do not say which prompts they learned from"):
+        calibrate(tiny("llama"), exits, fresh, config)
+
+
 def test_a_repetition_penalty_is_calibrated_for(monkeypatch) -> None:
     """All answers of a calibration have the penalty, those of full depth too; other use warns."""
     backbone, exits, used = tiny("llama"), exits_for("llama"), set()
@@ -285,7 +352,7 @@ def test_a_repetition_penalty_is_calibrated_for(monkeypatch) -> None:
         start(self, *args, **named)
         used.add(self.choose)
 
-    config = CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=(4,), repetition_penalty=1.3)
+    config = CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4, repetition_penalty=1.3)
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "__init__", watched)
         calibrate(backbone, exits, questions(40), config)

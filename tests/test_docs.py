@@ -31,7 +31,7 @@ from models import cache_in, saved, tiny
 from offramp.cli.app import app
 from offramp.model.hub import ALIASES
 from offramp.serve.answers import Rules
-from offramp.training.calibration import read_questions
+from offramp.training.losses import read_questions
 from test_serve import serving
 
 ROOT = Path(__file__).parents[1]

@@ -138,7 +138,8 @@ def test_a_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind,
 ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")  # of Debian's packages gcc-aarch64-linux-gnu and qemu-user
 
 
-# Sets of instructions, by the compiler that knows them. Zen 5 has AVX-VNNI beside AVX-512, and may be told not to use its VNNI.
+# Sets of instructions, by the compiler that knows them. Zen 5 has AVX-VNNI beside AVX-512; it may be compiled without the
+# latter's VNNI.
 SETS = {
     "gcc": [
         "x86-64-v3", "x86-64-v4", "x86-64-v4 -mavxvnni", "znver4", "znver5", "alderlake", "sapphirerapids",

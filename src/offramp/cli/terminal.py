@@ -101,7 +101,8 @@ def calibration_table(record: Calibration, exits: Exits, folder: Path) -> None:
 def _verdict(record: Calibration, folder: Path, loss: str) -> list[str]:
     if record.passed:
         certainty = f"with probability {1 - record.delta:g} over such prompts"
-        return [f"{folder}: {loss} is at most {record.risk:g} on average on new prompts, {certainty}."]
+        lengths = f"for answers of at most {record.max_tokens} tokens and each lower limit"
+        return [f"{folder}: {loss} is at most {record.risk:g} on average on new prompts, {lengths}, {certainty}."]
     failed = f"No policy could be shown to keep the risk at {record.risk:g}: the exits in {folder} stay closed."
     if not record.tested:
         return [failed, "On the pilot prompts, none saved anything at less than twice the risk: better exits are needed."]

@@ -77,7 +77,7 @@ def calibrate(
     """Set the exits' thresholds so that answers differ by at most RISK on average, with probability 1 − DELTA."""
     from offramp.cli.terminal import calibration_table
     from offramp.training.calibration import calibrate as calibrate_exits
-    from offramp.training.calibration import read_questions
+    from offramp.training.losses import read_questions
 
     folder = output or (Path(decoding.exits) if decoding.exits else None)
     if folder is None:

@@ -19,6 +19,7 @@ from offramp.decode.sequence import Work
 from offramp.decode.timing import Timed, untimed
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.exits import Exit, Exits
+from offramp.exits.learned import differences
 from offramp.exits.parts import Part, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
@@ -199,26 +200,18 @@ class Plan:
     def _check_guarantee(self, sampling: Sampling | Choose) -> None:
         """Warn if fill, weight format or sampling are not those that the exits' policy was calibrated with."""
         used: dict[str, Any] = {"fill": self.fill.name, "weights": self.backbone.weight_format}
-        calibrated: dict[str, Any] = {name: self._calibration.get(name) for name in used}
         if isinstance(sampling, Sampling):
-            used |= {"temperature": sampling.temperature, "repetition penalty": sampling.repetition_penalty}
-            penalty = self._calibration.get("repetition_penalty", 1.0)
-            calibrated |= {"temperature": 0.0, "repetition penalty": penalty}
-        self._warn([f"{name} {calibrated[name]}, not {used[name]}" for name in used if calibrated[name] != used[name]])
+            used |= {"temperature": sampling.temperature, "repetition_penalty": sampling.repetition_penalty}
+        self._warn(differences(self._calibration, used))
 
     def check_use(self, max_tokens: int, raw: bool | None = None) -> None:
         """Warn, once, if answers may be longer than those that the exits' policy was calibrated with.
 
         Where it is known that prompts are `raw`, or that they are not, that is compared too.
         """
-        calibrated = self._calibration
-        if not calibrated or self.fill.verifies or self._has_warned:
+        if not self._calibration or self.fill.verifies or self._has_warned:
             return
-        lengths = calibrated.get("max_tokens", ())
-        longest = max(lengths, default=max_tokens) if isinstance(lengths, list | tuple) else lengths
-        differs = [f"answers of at most {longest} tokens, not {max_tokens}"] if max_tokens > longest else []
-        if raw is not None and raw != calibrated.get("raw", raw):
-            differs.append("prompts as they are" if calibrated["raw"] else "the model's chat template")
+        differs = differences(self._calibration, {"max_tokens": max_tokens, **({} if raw is None else {"raw": raw})})
         self._has_warned = bool(differs)
         self._warn(differs)
 

@@ -9,6 +9,10 @@ Each policy is a hypothesis: "its expected loss is above α". Its p-value comes 
 (`p_value`). Policies are tested one after another along a path from nearly closed to open, each at level δ, up to the
 first hypothesis that is not rejected (fixed-sequence testing, section 3). The last policy that passed is the result.
 
+The guarantee holds for each length of answers by itself, up to the longest: the loss of a policy is that of the answers'
+first 1, 2, 3, … tokens, at the length where its mean is largest. A policy passes only if it passes at every length, so its
+p-value is the largest of theirs, and needs no correction for their number (an intersection–union test).
+
 The order of the path must not depend on the prompts of the test. Several exits have no natural order: which of two policies
 is bolder depends on how often each exit is right and on what its skipped blocks cost the rest of the answer. So a share of
 the prompts, the pilot, is spent on finding the path. The path consists of the candidates that no other candidate beats in
@@ -18,8 +22,8 @@ right, so that policies can be made for a precision (`points`).
 
 from __future__ import annotations
 
-import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,15 +34,17 @@ from offramp.decode.engine import Engine
 from offramp.decode.fills import fill_named
 from offramp.decode.request import Generation
 from offramp.decode.sampling import Sampling
-from offramp.errors import BadInput
+from offramp.errors import BadInput, CorruptFile, reason_of
 from offramp.exits.exits import Exits
+from offramp.exits.learned import hashes_of, known_among
 from offramp.exits.policy import PATIENCE, Policy
-from offramp.files import read_lines, sha256_of_text
-from offramp.metrics import best_recall, token_f1
+from offramp.files import sha256_of_text
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import CalibrationConfig, TrainConfig
+from offramp.training.data import TRAINED
+from offramp.training.losses import LOSSES, Question, losses_by_length
 from offramp.training.points import policies
 from offramp.training.risk import fixed_sequence, path, prompts_needed
 from offramp.training.teacher import TeacherTexts, group_texts, write_shards
@@ -53,6 +59,7 @@ GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
 PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
 ROUNDS = 6  # in which tokens of the pilot's answers jump, to see how often exits with tails are right
 BATCH = 64  # most answers side by side
+PILOTED = "pilot_hashes"  # in the record of a calibration
 
 
 def candidates(
@@ -110,7 +117,7 @@ def precision_line(
     If the config's fill leaves approximate states, it also counts what these change. `head`: the policies' `candidates` and
     `exit_candidates`.
     """
-    groups = group_texts(prompts, [], max(config.max_tokens), batch=48)
+    groups = group_texts(prompts, [], config.max_tokens, batch=48)
     with TemporaryDirectory() as folder:
         texts = TeacherTexts.open(write_shards(backbone, groups, needed_layers(exits), Path(folder)))
         trainer = Trainer(backbone, exits, TrainConfig(), Path(folder), progress)
@@ -134,71 +141,22 @@ def heads(vocabulary: int, whole_head: bool) -> tuple[int, int]:
     return (0 if whole_head else CANDIDATES[-1]), EXIT_CANDIDATES
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt, and answers that count as right (only the loss `task` needs them)."""
-
-    prompt: str
-    references: tuple[str, ...] = ()
-
-
-def read_questions(file: str | Path) -> list[Question]:
-    """Read prompts from a file of lines, or of JSON lines with `prompt` or `question`.
-
-    A JSON line may have right answers in `answer` or `answers`: a text, a list of texts, or TriviaQA's object with `value`
-    and `aliases`. Raises `BadInput` for a file that is neither.
-    """
-    prompts = read_lines(file, ("prompt", "question"))
-    if Path(file).suffix != ".jsonl":
-        return [Question(prompt) for prompt in prompts]
-    lines = [line for line in Path(file).expanduser().read_text(encoding="utf-8").split("\n") if line.strip()]
-    questions = []
-    for prompt, line in zip(prompts, lines, strict=True):
-        record = json.loads(line)
-        answer = record.get("answers", record.get("answer", ()))
-        if isinstance(answer, dict):
-            answer = [answer.get("value"), *(answer.get("aliases") or ())]
-        texts = answer if isinstance(answer, list) else [answer]
-        questions.append(Question(prompt, tuple(str(text) for text in texts if text not in (None, ()))))
-    return questions
-
-
-def f1_loss(early: Generation, full: Generation, question: Question) -> float:
-    """1 − token F1 with the full model's answer."""
-    return 1 - token_f1(early.ids, full.ids)
-
-
-def exact_loss(early: Generation, full: Generation, question: Question) -> float:
-    """1 if the answer differs from the full model's at all."""
-    return float(early.ids != full.ids)
-
-
-def task_loss(early: Generation, full: Generation, question: Question) -> float:
-    """Full depth's word recall of the references minus this answer's; 0 if that is negative.
-
-    Recall, since a model that answers in sentences has a word F1 near 0 with a short reference, and so nothing to lose.
-    """
-    return max(0.0, best_recall(full.text, question.references) - best_recall(early.text, question.references))
-
-
 def gain(answer: Generation, fill: str) -> float:
     """The share of FLOPs that an answer saved; with a fill that runs skipped blocks later, the share of deep passes."""
     return 1 - 1 / answer.tokens_per_deep_pass if fill_named(fill).waits else answer.flops_saved
 
 
-LOSSES: dict[str, Callable[[Generation, Generation, Question], float]] = {
-    "f1": f1_loss,
-    "exact": exact_loss,
-    "task": task_loss,
-}
-
-
 @dataclass(frozen=True)
 class Tested:
-    """A policy on the path: what it lost and saved on the prompts of the test (means), and whether it passed."""
+    """A policy on the path, and whether it passed.
+
+    `loss`: its mean loss on the prompts of the test, for answers of at most `length` tokens, where that is largest. What it
+    saved is a mean over whole answers.
+    """
 
     policy: Policy
     loss: float
+    length: int
     p_value: float
     passed: bool
     flops_saved: float
@@ -209,10 +167,11 @@ class Tested:
 class Calibration:
     """The guarantee of a calibration: `policy` keeps the expected `loss` at `risk` or less, with probability 1 − `delta`.
 
-    `pilot` prompts found the path, and `n` others tested it. `max_tokens`: the longest answers, each to an equal share of
-    the prompts. `tested` holds the policies of the path up to the first that failed. If none passed, `policy` is closed,
-    and `needed` is the number of test prompts with which the first one would have passed, or None if it would not with any.
-    `raw`: the prompts took no chat template.
+    That holds for a limit of `max_tokens` tokens, and for each lower one. `pilot` prompts found the path, and `n` others
+    tested it; `pilot_hashes` are the former's (`exits.learned`). `tested` holds the policies of the path up to the first
+    that failed, and `untested` those after it. If none passed, `policy` is closed, and `needed` is the number of test
+    prompts with which the first one would have passed, or None if it would not with any. `raw`: the prompts took no chat
+    template.
     """
 
     policy: Policy
@@ -223,13 +182,15 @@ class Calibration:
     delta: float
     n: int
     pilot: int
-    max_tokens: tuple[int, ...]
+    max_tokens: int
     stop: tuple[str, ...]
     raw: bool
     repetition_penalty: float
     reference: str
     prompts_sha256: str
+    pilot_hashes: str
     tested: tuple[Tested, ...]
+    untested: tuple[Policy, ...]
     needed: int | None
 
     @property
@@ -250,7 +211,7 @@ def calibrate(
 
     `reference` is another model, such as the one that this model was tuned from: answers are then compared with its full
     depth. It must have the same tokenizer. A prompt's hash, and not its position, decides if it belongs to the pilot.
-    Raises `BadInput` for settings that make no sense and for too few prompts.
+    Raises `BadInput` for settings that make no sense, for too few prompts, and for prompts that the exits learned from.
     """
     (record,) = calibrations(backbone, exits, questions, [config or CalibrationConfig()], reference, progress)
     exits.policy, exits.calibration = record.policy, asdict(record)
@@ -283,6 +244,7 @@ def calibrations(
     vocabulary = backbone.vocab_size if exits.sketch else 0
     lines = candidates(len(exits), config.kind, confidence, vocabulary, config.whole_head)
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
+    _check_unknown(exits, [question.prompt for question in questions])
     trial = _Trial.begin(backbone, exits, questions, config, reference or backbone, progress)
     if config.kind == "precision":
         head = heads(vocabulary, config.whole_head)
@@ -298,10 +260,8 @@ class _Trial:
     exits: Exits
     reference: Backbone
     questions: list[Question]
-    fill: str
-    stop: tuple[str, ...]
+    config: CalibrationConfig
     ids: list[list[int]]  # the token ids of each question's prompt
-    lengths: list[int]  # the most tokens of each answer
     references: list[Generation]  # full depth's answer to each question
     sampling: Sampling
     progress: Progress
@@ -323,20 +283,19 @@ class _Trial:
         def report(count: int) -> None:
             progress("full depth", count, len(ids))
 
-        lengths = [config.max_tokens[index % len(config.max_tokens)] for index in range(len(ids))]
         sampling = Sampling(repetition_penalty=config.repetition_penalty)
-        references = answers(Engine(reference, sampling=sampling), ids, lengths, config.stop, report)
-        kept = ids, lengths, references, sampling, progress
-        return cls(backbone, exits, reference, questions, config.fill, config.stop, *kept)
+        references = answers(Engine(reference, sampling=sampling), ids, config.max_tokens, config.stop, report)
+        return cls(backbone, exits, reference, questions, config, ids, references, sampling, progress)
 
     @property
     def pilot(self) -> int:
         """The number of questions that find the path; they come first."""
-        return max(1, round(PILOT * len(self.questions)))
+        return pilot_of(len(self.questions))
 
     def calibrated(self, lines: list[list[Policy]], config: CalibrationConfig) -> Calibration:
         """The record of a calibration that chooses from these lines."""
-        tested = self.test(self.find_path(lines, config), config)
+        order = self.find_path(lines, config)
+        tested = self.test(order, config)
         passed = [test.policy for test in tested if test.passed]
         return Calibration(
             policy=passed[-1] if passed else Policy.closed(len(self.exits)),
@@ -353,19 +312,27 @@ class _Trial:
             repetition_penalty=config.repetition_penalty,
             reference=self.reference.name,
             prompts_sha256=sha256_of_text("\n".join(question.prompt for question in self.questions)),
+            pilot_hashes=hashes_of(question.prompt for question in self.questions[: self.pilot]),
             tested=tuple(tested),
+            untested=tuple(order[len(tested) :]),
             needed=prompts_needed(tested[0].loss, config.risk, config.delta) if tested and not passed else None,
         )
 
-    def losses(self, policy: Policy, loss: str, in_pilot: bool) -> tuple[list[float], list[Generation]]:
-        """Each question's loss under a policy, for the pilot or the test, and the answers."""
+    def losses(self, policy: Policy, loss: str, in_pilot: bool) -> tuple[int, list[float], list[Generation]]:
+        """Each question's loss under a policy, for the pilot or the test, at the length where the mean is largest.
+
+        Returns that length, the losses and the whole answers.
+        """
         part = slice(self.pilot) if in_pilot else slice(self.pilot, None)
+        longest = self.config.max_tokens
         if (policy, in_pilot) not in self.early:
-            engine = Engine(self.backbone, self.exits, policy, self.fill, self.sampling)
-            self.early[policy, in_pilot] = answers(engine, self.ids[part], self.lengths[part], self.stop)
+            engine = Engine(self.backbone, self.exits, policy, self.config.fill, self.sampling)
+            self.early[policy, in_pilot] = answers(engine, self.ids[part], longest, self.config.stop)
         early = self.early[policy, in_pilot]
         triples = zip(early, self.references[part], self.questions[part], strict=True)
-        return [LOSSES[loss](*triple) for triple in triples], early
+        by_length = list(zip(*(losses_by_length(*triple, loss, longest) for triple in triples), strict=True))
+        worst = max(range(longest), key=lambda place: fmean(by_length[place]))
+        return worst + 1, list(by_length[worst]), early
 
     def find_path(self, lines: list[list[Policy]], config: CalibrationConfig) -> list[Policy]:
         """The policies to test, in order, found on the pilot's questions."""
@@ -374,9 +341,9 @@ class _Trial:
         total = sum(map(len, lines))
         for number, line in enumerate(lines):
             for policy in line:
-                losses, early = self.losses(policy, config.loss, in_pilot=True)
+                _, losses, early = self.losses(policy, config.loss, in_pilot=True)
                 tried.append(policy)
-                results.append((fmean(losses), fmean(gain(answer, self.fill) for answer in early)))
+                results.append((fmean(losses), fmean(gain(answer, config.fill) for answer in early)))
                 self.progress("pilot", len(tried), total, f"loss {results[-1][0]:.3f}")
                 if results[-1][0] > 2 * config.risk:  # the rest of the line is bolder and loses more
                     break
@@ -385,47 +352,74 @@ class _Trial:
 
     def test(self, policies: list[Policy], config: CalibrationConfig) -> list[Tested]:
         """Test the path on the other questions, up to the first policy that fails."""
-        kept: list[list[Generation]] = []
+        kept: list[tuple[int, list[Generation]]] = []
 
         def along_the_path() -> Iterator[list[float]]:
             for policy in policies:
-                losses, early = self.losses(policy, config.loss, in_pilot=False)
-                kept.append(early)
+                length, losses, early = self.losses(policy, config.loss, in_pilot=False)
+                kept.append((length, early))
                 self.progress("test", len(kept), len(policies), f"loss {fmean(losses):.3f}")
                 yield losses
 
         tested = []
         results = fixed_sequence(along_the_path(), config.risk, config.delta)
         for (mean, p, passed), policy in zip(results, policies, strict=False):
-            saved = fmean(answer.flops_saved for answer in kept[-1])
-            blocks = fmean(answer.mean_blocks for answer in kept[-1])
-            tested.append(Tested(policy, mean, p, passed, saved, blocks))
+            length, early = kept[-1]
+            saved = fmean(answer.flops_saved for answer in early)
+            blocks = fmean(answer.mean_blocks for answer in early)
+            tested.append(Tested(policy, mean, length, p, passed, saved, blocks))
         return tested
+
+
+def pilot_of(count: int) -> int:
+    """How many of so many prompts find the path."""
+    return max(1, round(PILOT * count))
 
 
 def answers(
     engine: Engine,
     prompts: list[list[int]],
-    lengths: list[int],
+    max_tokens: int,
     stop: tuple[str, ...] = (),
     report: Callable[[int], None] = lambda count: None,
 ) -> list[Generation]:
-    """An answer to each prompt (token ids) of at most its length in tokens.
+    """An answer of at most `max_tokens` tokens to each prompt (token ids).
 
     Prompts of similar length run side by side; `report` gets the count so far.
     """
-    order = sorted(range(len(prompts)), key=lambda index: (lengths[index], len(prompts[index])))
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answered: dict[int, Generation] = {}
     while len(answered) < len(order):
-        start = len(answered)
-        max_tokens = lengths[order[start]]
-        batch = [index for index in order[start : start + BATCH] if lengths[index] == max_tokens]
-        longest = max(len(prompts[index]) for index in batch)
-        batch = batch[: engine.costs.at_once(longest + max_tokens, BATCH)]
+        batch = order[len(answered) :][:BATCH]
+        batch = batch[: engine.costs.at_once(len(prompts[batch[-1]]) + max_tokens, BATCH)]
         generations = engine.generate_batch([prompts[index] for index in batch], max_tokens=max_tokens, stop=stop)
         answered.update(zip(batch, generations, strict=True))
         report(len(answered))
     return [answered[index] for index in range(len(prompts))]
+
+
+def _check_unknown(exits: Exits, prompts: list[str]) -> None:
+    """Raises `BadInput` for prompts that exits, gates or an earlier path learned from; warns where that is not recorded.
+
+    `prompts` are in the order of the test: those of the pilot first. A pilot may use an earlier one's prompts again.
+    """
+    learned, earlier = (history.get(name) for history, name in ((exits.training, TRAINED), (exits.calibration, PILOTED)))
+    if exits.training and learned is None:
+        warnings.warn(
+            "These exits do not say which prompts they learned from, so nobody can check that none of these is among them.",
+            stacklevel=4,
+        )
+    try:
+        known = known_among(prompts, learned or "")
+        known += known_among(prompts[pilot_of(len(prompts)) :], earlier or "")
+    except (ValueError, TypeError) as error:
+        raise CorruptFile(f"The exits' record of their prompts is damaged: {reason_of(error)}", "Train again.") from error
+    if known:
+        raise BadInput(
+            f"{len(known)} of the {len(prompts)} prompts were used to train these exits or to find their thresholds, "
+            f"such as {known[0][:60]!r}: a test on them guarantees nothing.",
+            "Give prompts that were never used for these exits.",
+        )
 
 
 def _check(questions: list[Question], config: CalibrationConfig) -> None:
@@ -443,6 +437,8 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
             "Verified answers are the full model's own: there is nothing to guarantee.",
             "Their thresholds are a matter of speed: offramp bench --fills full,verify --threshold …",
         )
+    if config.max_tokens < 1:
+        raise BadInput(f"{config.max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
     needed = prompts_needed(0.0, config.risk, config.delta)
     assert needed is not None
     if len(questions) * (1 - PILOT) < needed:

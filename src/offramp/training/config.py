@@ -125,9 +125,7 @@ class CalibrationConfig:
         None, "What thresholds are compared with: gate, max-prob, margin or entropy. Default: as the exits have it."
     )
     fill: str = setting("project", "The fill to calibrate for: project, copy, freeze or defer (see generate).")
-    max_tokens: tuple[int, ...] = setting(
-        (48,), "Longest answer, in tokens. Several, such as 48,128, are each for an equal share of the prompts."
-    )
+    max_tokens: int = setting(128, "Longest answer, in tokens. The guarantee holds for every lower limit, too.")
     stop: tuple[str, ...] = setting((), "End an answer before this text. May be repeated.")
     raw: bool = setting(False, "Give the prompts as they are, without the model's chat template.")
     repetition_penalty: float = setting(1.0, "Repetition penalty of the answers; 1 is none.")

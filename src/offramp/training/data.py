@@ -25,6 +25,7 @@ from offramp.training.teacher import (
 )
 
 PROMPTS = ASSETS / "prompts.txt"
+TRAINED = "prompt_hashes"  # in the record of a training: see `exits.learned`
 MOST_FOR_GATES, MOST_HELD = 2000, 1000  # texts: more of them would serve adapters better
 
 
@@ -109,7 +110,11 @@ def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], l
     return prompts, texts, record
 
 
+def lines_of(config: TrainConfig) -> list[str]:
+    """The config's prompts."""
+    return read_lines(Path(config.prompts or PROMPTS), ("prompt", "question"))[: config.max_prompts]
+
+
 def prompts_of(backbone: Backbone, config: TrainConfig) -> list[list[int]]:
     """The config's prompts as token ids."""
-    lines = read_lines(Path(config.prompts or PROMPTS), ("prompt", "question"))[: config.max_prompts]
-    return [backbone.prompts.encode(line) for line in lines]
+    return [backbone.prompts.encode(line) for line in lines_of(config)]

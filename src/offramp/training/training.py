@@ -20,12 +20,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from offramp import __version__
 from offramp.exits.exits import Exits
+from offramp.exits.learned import hashes_of
 from offramp.exits.ngrams import ngrams_of
 from offramp.exits.policy import Policy
 from offramp.files import write_atomically
@@ -33,7 +35,7 @@ from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
-from offramp.training.data import Data, gather
+from offramp.training.data import TRAINED, Data, gather, lines_of
 from offramp.training.loop import accelerator_for
 from offramp.training.planning import CANDIDATES, planned, shape_of
 from offramp.training.points import policies
@@ -109,7 +111,7 @@ def train(
         "versions": {"torch": torch.__version__, "offramp": __version__},
         "validation": quality(exits, shown, trainer.acceptance(held.texts)),
         "curve": trainer.fit.curve,
-        **({"start": start.training} if start else {}),
+        **_learned_from(config, start),
     }
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -117,6 +119,19 @@ def train(
         shutil.rmtree(work)
     accelerator.wait_for_everyone()
     return Exits.load(folder, backbone)
+
+
+def _learned_from(config: TrainConfig, start: Exits | None) -> dict[str, Any]:
+    """Hashes of all prompts that the exits learned from, with those of earlier trainings; and the record of the last one.
+
+    Where an earlier training did not record its prompts, there are no hashes.
+    """
+    lines = lines_of(config)
+    if start is None:
+        return {TRAINED: hashes_of(lines)}
+    before = {name: value for name, value in start.training.items() if name != TRAINED}
+    known = start.training.get(TRAINED)
+    return {**({} if known is None else {TRAINED: hashes_of(lines, known)}), "start": before}
 
 
 def _default_policy(exits: Exits, config: TrainConfig, shown: list[Evidence], costs: Costs) -> Policy:

@@ -383,3 +383,13 @@ def test_the_site_opens_from_disk_and_its_search_finds(site) -> None:
         assert page.eval_on_selector_all("img", "all => all.every(one => one.naturalWidth > 0)")
         browser.close()
     assert wrong == []
+
+
+def test_every_yes_about_reproducible_answers_is_a_test() -> None:
+    page = (ROOT / "docs" / "reproducible.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| ")][1:]
+    promised = [row for row in rows if "yes" in row[2] + row[3]]
+    assert len(promised) >= 7
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    for row in promised:
+        assert f"\ndef {row[4].strip(' `')}(" in tests, row

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +60,30 @@ def test_an_answer_is_the_same_alone_and_among_any_number_of_others(family: str,
     for count in (7, 70):
         answers = engine.generate_batch(prompts[:count], max_tokens=9)
         assert [answer.tokens for answer in answers[:7]] == alone
+
+
+ANSWERS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from helpers import some_prompts
+from test_rows import FILLS, engine_of, native, tiny
+for backbone, family in [(tiny("llama"), "llama"), *((native(name, "int4"), name) for name in sys.argv[2:])]:
+    for fill in FILLS:
+        for answer in engine_of(backbone, family, fill).generate_batch(some_prompts(3, seed=7), max_tokens=9):
+            print([(token.id, token.exit_block, token.confidence) for token in answer.tokens])
+"""
+
+
+def test_another_process_gives_the_same_answer() -> None:
+    """On the library's blocks, and in compiled code; with another order of Python's sets."""
+    families = ["llama", "mamba2"] if "native" in ENGINES else []
+    command = [sys.executable, "-c", ANSWERS, str(Path(__file__).parent), *families]
+    runs = [
+        subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE) for seed in ("1", "2")
+    ]
+    first, second = (run.communicate(timeout=300)[0] for run in runs)
+    assert first == second
+    assert first.count(b"\n") == 3 * len(FILLS) * (1 + len(families))
 
 
 @compiled

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
@@ -113,6 +114,41 @@ def fetch(address: str, body: Any = None, **headers: str) -> Any:
 def chat(served: Served, messages: list[dict[str, str]], **more: Any) -> Any:
     settings = {"model": "tiny", "max_tokens": 12, "temperature": 0, **more}
     return served.client.chat.completions.create(messages=messages, **settings)  # type: ignore[call-overload]
+
+
+def test_a_point_that_passed_guarantees_only_what_was_tested() -> None:
+    """Another fill, template, temperature, length, stop text or weight format was not tested."""
+    backbone, exits = tiny("llama"), modest_exits("llama")
+    policies = [Policy((0.9,) * 3), Policy((0.3,) * 3)]
+    tested = [
+        {"policy": asdict(policy), "loss": 0.01, "flops_saved": 0.1, "passed": policy.thresholds[0] > 0.5}
+        for policy in policies
+    ]
+    exits.calibration = {
+        "fill": "copy", "weights": "float32", "max_tokens": 16, "raw": False, "repetition_penalty": 1.0, "stop": [],
+        "tested": tested, "loss": "f1", "risk": 0.05, "delta": 0.1,
+    }  # fmt: skip
+    exits.policy = policies[0]
+    menu = Menu(backbone, exits, exits, Engine(backbone, exits, fill="verify"))
+    use = {"max_tokens": 16, "raw": False, "temperature": 0.0, "repetition_penalty": 1.0, "stop": ()}
+    promise = {"loss": "f1", "risk": 0.05, "delta": 0.1}
+    assert menu.guarantee(menu.engine("copy", 0), **use) == promise
+    assert (
+        menu.guarantee(
+            menu.engine("copy", None),
+            **use,
+        )
+        == promise
+    )
+    for other in ({"max_tokens": 17}, {"raw": True}, {"temperature": 0.7}, {"repetition_penalty": 1.1}, {"stop": ("x",)}):
+        assert menu.guarantee(menu.engine("copy", 0), **{**use, **other}) is None
+    for fill, point in (("copy", 1), ("project", 0), ("full", None), ("verify", None)):
+        assert menu.guarantee(menu.engine(fill, point), **use) is None
+    said = menu.describe()
+    assert [point["passed"] for point in said["points"]] == [True, False]
+    assert said["tested"] == {"fill": "copy", "max_tokens": 16}
+    exits.calibration["weights"] = "int4"
+    assert not any(point["passed"] for point in menu.describe()["points"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

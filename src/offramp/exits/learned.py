@@ -41,8 +41,8 @@ def _read(*hashes: str) -> set[bytes]:
 def differences(calibration: dict[str, Any], used: dict[str, Any]) -> list[str]:
     """How a use differs from what a calibration tested, in words: "fill project, not copy".
 
-    `used` may name `fill`, `weights`, `temperature`, `repetition_penalty`, `max_tokens` and `raw`. Answers may be shorter
-    than those of the test: each length up to the longest was tested.
+    `used` may name `fill`, `weights`, `temperature`, `repetition_penalty`, `max_tokens`, `raw` and `stop`. Answers may be
+    shorter than those of the test: each length up to the longest was tested.
     """
     found = []
     for name, value in used.items():
@@ -54,6 +54,8 @@ def differences(calibration: dict[str, Any], used: dict[str, Any]) -> list[str]:
             found += [f"answers of at most {tested} tokens, not {value}"] if value > tested else []
         elif name == "raw":
             found += ["prompts as they are" if tested else "the model's chat template"] if value != tested else []
+        elif name == "stop":
+            found += ["other stop texts"] if list(value) != list(tested) else []
         elif value != tested:
             found.append(f"{name.replace('_', ' ')} {tested}, not {value}")
     return found

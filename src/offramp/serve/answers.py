@@ -75,6 +75,7 @@ class Choice:
     """One answer on its way: its job, and what arrives of it."""
 
     shows_ids: bool
+    used: dict[str, Any] | None  # what a calibration's guarantee depends on; None where there can be none
     job: Job
     arrived: asyncio.Queue[Token | Exception | None]
     logprobs: Recorder | None
@@ -141,6 +142,10 @@ class Server:
         most = asked.longest or self.rules.most_tokens
         limits: Limits = {"max_tokens": min(most, self.rules.most_tokens), "stop": tuple(asked.stop)}
         most_logprobs = _wanted_logprobs(asked)
+        used = None if schema is not None else {
+            **limits, "raw": not isinstance(asked, ChatRequest),
+            "temperature": asked.temperature, "repetition_penalty": asked.repetition_penalty,
+        }  # fmt: skip
         made = []
         engine = self.menu.engine(asked.offramp.fill, asked.offramp.point)
         for number in range(asked.n):
@@ -150,9 +155,8 @@ class Server:
                 choose = Grammar(self.backbone.tokenizer, schema, len(ids), choose)
             recorder = None if most_logprobs is None else Recorder(choose, most_logprobs)
             tell = _teller(loop, queue)
-            made.append(
-                Choice(asked.offramp.ids, Job(engine, ids, limits, recorder or choose, tell, borders), queue, recorder)
-            )
+            job = Job(engine, ids, limits, recorder or choose, tell, borders)
+            made.append(Choice(asked.offramp.ids, used, job, queue, recorder))
         made[0].job.twins = [choice.job for choice in made[1:]]
         self.scheduler.submit(made[0].job)
         return made
@@ -232,6 +236,7 @@ class Server:
             "tokens_per_pass": made.tokens_per_deep_pass,
             "prefill_seconds": made.prefill_seconds,
             "tokens_per_second": made.decode_tokens_per_second,
+            "guarantee": None if choice.used is None else self.menu.guarantee(engine, **choice.used),
         }
 
 

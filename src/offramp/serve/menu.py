@@ -9,6 +9,7 @@ from offramp.decode.engine import Engine
 from offramp.decode.fills import FILLS, fill_named
 from offramp.errors import BadInput, CorruptFile, OfframpError
 from offramp.exits.exits import Exits, check_types
+from offramp.exits.learned import differences
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 
@@ -78,13 +79,30 @@ class Menu:
             self._made[key] = Engine(self.backbone, exits, policy, fill) if exits else Engine(self.backbone)
         return self._made[key]
 
+    def guarantee(self, engine: Engine, **used: Any) -> dict[str, Any] | None:
+        """What is guaranteed of the answers of an engine that are `used` in this way (see `exits.learned.differences`).
+
+        It is a loss, a risk and a delta; or None where the engine's policy passed no test, or another use was tested.
+        """
+        passed = any(point.passed and point.policy == engine.policy for point in self.points)
+        if not passed or self.exits is None or not engine.open_exits or engine.fill.verifies:
+            return None
+        tested = self.exits.calibration
+        if differences(tested, {"fill": engine.fill.name, "weights": self.backbone.weight_format, **used}):
+            return None
+        return {name: tested.get(name) for name in ("loss", "risk", "delta")}
+
     def describe(self) -> dict[str, Any]:
-        """The menu for the page."""
+        """The menu for the page. `tested` is the use under which points passed: elsewhere they guarantee nothing."""
+        tested = self.exits.calibration if self.exits else {}
+        same = not differences(tested, {"weights": self.backbone.weight_format})
         return {
             "blocks": self.backbone.n_blocks,
             "fills": self.fills,
             "usual": {"fill": self.usual.fill.name if self.usual.open_exits else FULL},
             "points": [
-                {"loss": point.loss, "flops_saved": point.flops_saved, "passed": point.passed} for point in self.points
+                {"loss": point.loss, "flops_saved": point.flops_saved, "passed": point.passed and same}
+                for point in self.points
             ],
+            "tested": {name: tested.get(name) for name in ("fill", "max_tokens")},
         }

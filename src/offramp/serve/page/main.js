@@ -39,7 +39,9 @@ function showSettings() {
   $("points").hidden = !decides() || !facts.points.length;
   const point = facts.points[Number($("point").value)];
   if (!point) return;
-  const passed = point.passed ? "passed its test" : "did not pass its test";
+  const { fill, max_tokens: longest } = facts.tested;
+  const alike = fill === $("fill").value && Number($("temperature").value) === 0 && Number($("length").value) <= longest;
+  const passed = !point.passed ? "did not pass its test" : alike ? "passed its test" : "passed its test, but not used in this way";
   const words = `saves ${percent(point.flops_saved)} of FLOPs, answers lose ${percent(point.loss)} on average; ${passed}`;
   $("point-value").textContent = words;
   $("point").setAttribute("aria-valuetext", words);

@@ -322,6 +322,20 @@ def test_a_policy_is_tested_at_the_length_where_it_loses_most(monkeypatch) -> No
     assert len(record.untested) == 2
 
 
+def test_a_path_that_was_written_down_is_tested_again_on_new_prompts() -> None:
+    exits, config = exits_for("llama", readout="none"), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4)
+    with pytest.raises(BadInput, match="no path that could be tested again"):
+        calibrate(tiny("llama"), exits, questions(40), replace(config, retest=True))
+    first = calibrate(tiny("llama"), exits, questions(40), config)
+    fresh = [Question(f"Another {number}?") for number in range(30)]
+    again = calibrate(tiny("llama"), exits, fresh, replace(config, retest=True))
+    assert (again.n, again.pilot, again.pilot_hashes) == (30, 0, first.pilot_hashes)
+    written = [*(test.policy for test in first.tested), *first.untested]
+    assert [*(test.policy for test in again.tested), *again.untested] == written
+    with pytest.raises(BadInput, match="find their thresholds"):  # the path was found on some of these
+        calibrate(tiny("llama"), exits, questions(40), replace(config, retest=True))
+
+
 def test_prompts_that_were_learned_from_are_refused() -> None:
     exits, config = exits_for("llama"), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=2)
     exits.training = {"prompt_hashes": hashes_of(["What?", "  QUESTION   7? "])}

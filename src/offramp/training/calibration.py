@@ -17,7 +17,8 @@ The order of the path must not depend on the prompts of the test. Several exits 
 is bolder depends on how often each exit is right and on what its skipped blocks cost the rest of the answer. So a share of
 the prompts, the pilot, is spent on finding the path. The path consists of the candidates that no other candidate beats in
 both loss and gain (saved FLOPs, or with `defer` saved deep passes). The pilot's answers also show how often each exit is
-right, so that policies can be made for a precision (`points`).
+right, so that policies can be made for a precision (`points`). A path that an earlier calibration wrote down may be tested
+again on new prompts (`retest`): it needs no pilot.
 """
 
 from __future__ import annotations
@@ -243,13 +244,26 @@ def calibrations(
     confidence = config.confidence or exits.policy.confidence
     vocabulary = backbone.vocab_size if exits.sketch else 0
     lines = candidates(len(exits), config.kind, confidence, vocabulary, config.whole_head)
+    written = written_path(exits) if config.retest else None
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
-    _check_unknown(exits, [question.prompt for question in questions])
-    trial = _Trial.begin(backbone, exits, questions, config, reference or backbone, progress)
+    pilot = 0 if written else max(1, round(PILOT * len(questions)))
+    _check_unknown(exits, [question.prompt for question in questions], pilot)
+    trial = _Trial.begin(backbone, exits, questions, pilot, config, reference or backbone, progress)
+    if written:
+        return [trial.calibrated(written, each) for each in configs]
     if config.kind == "precision":
         head = heads(vocabulary, config.whole_head)
         lines.append(precision_line(backbone, exits, trial.ids[: trial.pilot], config, head, progress))
-    return [trial.calibrated(lines, each) for each in configs]
+    return [trial.calibrated(trial.find_path(lines, each), each) for each in configs]
+
+
+def written_path(exits: Exits) -> list[Policy]:
+    """The path of the exits' last calibration. Raises `BadInput` where there is none."""
+    known = exits.calibration
+    path = [each["policy"] for each in known.get("tested", [])] + list(known.get("untested", []))
+    if not path:
+        raise BadInput("These exits have no path that could be tested again.", "Calibrate them without --retest.")
+    return [Policy.from_json(policy) for policy in path]
 
 
 @dataclass
@@ -260,6 +274,7 @@ class _Trial:
     exits: Exits
     reference: Backbone
     questions: list[Question]
+    pilot: int  # the number of questions that find the path; they come first
     config: CalibrationConfig
     ids: list[list[int]]  # the token ids of each question's prompt
     references: list[Generation]  # full depth's answer to each question
@@ -273,6 +288,7 @@ class _Trial:
         backbone: Backbone,
         exits: Exits,
         questions: list[Question],
+        pilot: int,
         config: CalibrationConfig,
         reference: Backbone,
         progress: Progress,
@@ -285,18 +301,13 @@ class _Trial:
 
         sampling = Sampling(repetition_penalty=config.repetition_penalty)
         references = answers(Engine(reference, sampling=sampling), ids, config.max_tokens, config.stop, report)
-        return cls(backbone, exits, reference, questions, config, ids, references, sampling, progress)
+        return cls(backbone, exits, reference, questions, pilot, config, ids, references, sampling, progress)
 
-    @property
-    def pilot(self) -> int:
-        """The number of questions that find the path; they come first."""
-        return pilot_of(len(self.questions))
-
-    def calibrated(self, lines: list[list[Policy]], config: CalibrationConfig) -> Calibration:
-        """The record of a calibration that chooses from these lines."""
-        order = self.find_path(lines, config)
+    def calibrated(self, order: list[Policy], config: CalibrationConfig) -> Calibration:
+        """The record of a calibration that tests policies in this order."""
         tested = self.test(order, config)
         passed = [test.policy for test in tested if test.passed]
+        piloted = [question.prompt for question in self.questions[: self.pilot]]
         return Calibration(
             policy=passed[-1] if passed else Policy.closed(len(self.exits)),
             loss=config.loss,
@@ -312,7 +323,7 @@ class _Trial:
             repetition_penalty=config.repetition_penalty,
             reference=self.reference.name,
             prompts_sha256=sha256_of_text("\n".join(question.prompt for question in self.questions)),
-            pilot_hashes=hashes_of(question.prompt for question in self.questions[: self.pilot]),
+            pilot_hashes=hashes_of(piloted, "" if self.pilot else self.exits.calibration.get(PILOTED, "")),
             tested=tuple(tested),
             untested=tuple(order[len(tested) :]),
             needed=prompts_needed(tested[0].loss, config.risk, config.delta) if tested and not passed else None,
@@ -371,11 +382,6 @@ class _Trial:
         return tested
 
 
-def pilot_of(count: int) -> int:
-    """How many of so many prompts find the path."""
-    return max(1, round(PILOT * count))
-
-
 def answers(
     engine: Engine,
     prompts: list[list[int]],
@@ -398,10 +404,10 @@ def answers(
     return [answered[index] for index in range(len(prompts))]
 
 
-def _check_unknown(exits: Exits, prompts: list[str]) -> None:
+def _check_unknown(exits: Exits, prompts: list[str], pilot: int) -> None:
     """Raises `BadInput` for prompts that exits, gates or an earlier path learned from; warns where that is not recorded.
 
-    `prompts` are in the order of the test: those of the pilot first. A pilot may use an earlier one's prompts again.
+    The first prompts are those of the `pilot`, which may use an earlier one's prompts again.
     """
     learned, earlier = (history.get(name) for history, name in ((exits.training, TRAINED), (exits.calibration, PILOTED)))
     if exits.training and learned is None:
@@ -411,7 +417,7 @@ def _check_unknown(exits: Exits, prompts: list[str]) -> None:
         )
     try:
         known = known_among(prompts, learned or "")
-        known += known_among(prompts[pilot_of(len(prompts)) :], earlier or "")
+        known += known_among(prompts[pilot:], earlier or "")
     except (ValueError, TypeError) as error:
         raise CorruptFile(f"The exits' record of their prompts is damaged: {reason_of(error)}", "Train again.") from error
     if known:
@@ -441,11 +447,12 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
         raise BadInput(f"{config.max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
     needed = prompts_needed(0.0, config.risk, config.delta)
     assert needed is not None
-    if len(questions) * (1 - PILOT) < needed:
+    share = 1 if config.retest else 1 - PILOT
+    if len(questions) * share < needed:
         raise BadInput(
             f"{len(questions)} prompts are too few: even if no answer differed, they could not show a risk of "
             f"{config.risk}.",
-            f"Give at least {math.ceil(needed / (1 - PILOT)) + 1}.",
+            f"Give at least {math.ceil(needed / share) + 1}.",
         )
     if config.loss == "task" and not all(question.references for question in questions):
         raise BadInput(

@@ -127,6 +127,10 @@ class CalibrationConfig:
     fill: str = setting("project", "The fill to calibrate for: project, copy, freeze or defer (see generate).")
     max_tokens: int = setting(128, "Longest answer, in tokens. The guarantee holds for every lower limit, too.")
     stop: tuple[str, ...] = setting((), "End an answer before this text. May be repeated.")
+    retest: bool = setting(
+        False,
+        "Test the path of the exits' last calibration again, on new prompts. All prompts test; none is spent on a pilot.",
+    )
     raw: bool = setting(False, "Give the prompts as they are, without the model's chat template.")
     repetition_penalty: float = setting(1.0, "Repetition penalty of the answers; 1 is none.")
 

@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/guarantee.py TruthfulQA.csv trivia.jsonl [--model smollm2] [--exits DIR] [--count 400]
 
 The model answers each question at full depth, and once with each candidate policy
-(`offramp.training.calibration.candidates`). Losses are kept in --work, so that an interrupted run goes on. Then, in each
+(`offramp.training.lines.candidates`). Losses are kept in --work, so that an interrupted run goes on. Then, in each
 split, one half of the questions calibrates (pilot and test, as `offramp calibrate` does), and the loss of the chosen policy
 is measured on the other half. The splits share their questions, so they illustrate the guarantee and do not prove it.
 `tests/test_calibration.py` simulates it on independent draws.
@@ -31,7 +31,8 @@ from offramp import Engine, Policy
 from offramp.errors import OfframpError
 from offramp.exits.exits import require_exits
 from offramp.files import write_atomically
-from offramp.training.calibration import KINDS, PILOT, answers, candidates, gain
+from offramp.training.calibration import PILOT, answers, gain
+from offramp.training.lines import KINDS, candidates
 from offramp.training.losses import LOSSES, Question, read_questions
 from offramp.training.risk import fixed_sequence, path
 

@@ -41,9 +41,10 @@ from offramp.evaluation.results import ConditionInfo, Result, load_results, save
 from offramp.evaluation.tasks import Task, load_task
 from offramp.exits.policy import TRAINING_FREE
 from offramp.files import write_atomically
-from offramp.training.calibration import calibrations, heads, precision_line
+from offramp.training.calibration import calibrations, precision_line
 from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.data import prompts_of, turns
+from offramp.training.lines import heads
 from offramp.training.losses import Question
 from offramp.training.teacher import TextGroup, group_texts, read_texts
 from paper_exits import Recipe, Workshop, mark

@@ -33,8 +33,9 @@ from offramp.files import write_atomically
 from offramp.machine import machine
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
-from offramp.training.calibration import heads, precision_line
+from offramp.training.calibration import precision_line
 from offramp.training.config import CalibrationConfig
+from offramp.training.lines import heads
 from offramp.training.losses import read_questions
 
 SCORES = {"truthfulqa": "rougeL_max", "triviaqa": "f1"}

@@ -25,8 +25,9 @@ from offramp.errors import BadInput, CorruptFile
 from offramp.exits.learned import hashes_of, known_among
 from offramp.model.costs import Costs
 from offramp.training import calibration
-from offramp.training.calibration import KINDS, calibrate, calibrations, candidates, heads
+from offramp.training.calibration import calibrate, calibrations
 from offramp.training.config import CalibrationConfig
+from offramp.training.lines import KINDS, candidates, heads
 from offramp.training.losses import LOSSES, Question, losses_by_length, read_questions
 from offramp.training.points import SHARES, Rule, narrowed, policies, rule
 from offramp.training.risk import fixed_sequence, p_value, path, prompts_needed

@@ -38,13 +38,14 @@ from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile, reason_of
 from offramp.exits.exits import Exits
 from offramp.exits.learned import hashes_of, known_among
-from offramp.exits.policy import PATIENCE, Policy
+from offramp.exits.policy import Policy
 from offramp.files import sha256_of_text
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.data import TRAINED
+from offramp.training.lines import candidates, heads
 from offramp.training.losses import LOSSES, Question, losses_by_length
 from offramp.training.points import policies
 from offramp.training.risk import fixed_sequence, path, prompts_needed
@@ -53,56 +54,10 @@ from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import evidence
 
 PILOT = 0.2  # share of the prompts that finds the path
-# Tokens that a sketch of the head names. Fewer would use up the risk before an exit opens, and save hardly more.
-CANDIDATES = (8192, 4096)
-EXIT_CANDIDATES = 512
-GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
 PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
 ROUNDS = 6  # in which tokens of the pilot's answers jump, to see how often exits with tails are right
 BATCH = 64  # most answers side by side
 PILOTED = "pilot_hashes"  # in the record of a calibration
-
-
-def candidates(
-    count: int, kind: str, confidence: str = "gate", vocabulary: int = 0, whole_head: bool = False
-) -> list[list[Policy]]:
-    """Lists of policies for `count` exits; each list, called a line, goes from nearly closed to open.
-
-    There is one line for each exit that may be the first open one. The deepest comes first, so that deep exits open before
-    shallow ones can do harm. The policies of a line, by `kind`:
-
-    - `thresholds`: one threshold for all open exits, over `GRID`;
-    - `decay`: the same, and it falls along the answer over 16 tokens (CALM);
-    - `patience`: a token leaves where 2, 3, … open exits in a row read out the same token;
-    - `fixed`: every token leaves at that exit.
-
-    The kind `precision` has no such lines: its policies are made from the pilot's answers (`points.policies`).
-
-    `vocabulary` is the model's, for exits with a sketch of the head, else 0. With a sketch, one more line comes first: it
-    closes all exits and reads out fewer and fewer candidates. The other lines then read out the smallest number of them;
-    with `whole_head` at exits only, and the first line is left out. Raises `BadInput` for an unknown `kind`.
-    """
-    if kind not in KINDS:
-        raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
-    fewer = [number for number in CANDIDATES if number < vocabulary]
-    lines = [[Policy((1.0,) * count, confidence, candidates=number) for number in fewer]] if not whole_head else []
-    head = heads(vocabulary, whole_head)
-    for closed in reversed(range(count)):
-        opened = count - closed
-
-        def policy(threshold: float, confidence: str = confidence, closed: int = closed, decay: float = 0.0) -> Policy:
-            return Policy((1.0,) * closed + (threshold,) * (count - closed), confidence, decay, *head)
-
-        if kind == "thresholds":
-            lines.append([policy(threshold) for threshold in GRID])
-        elif kind == "decay":
-            lines.append([policy(threshold, decay=16.0) for threshold in GRID])
-        elif kind == PATIENCE:
-            lines.append([policy((run - 0.5) / opened, PATIENCE) for run in range(opened, 1, -1)])
-        elif kind == "fixed":
-            alone = (1.0,) * closed + (0.0,) + (1.0,) * (opened - 1)
-            lines.append([Policy(alone, "gate", 0.0, *head)])
-    return [line for line in lines if line]
 
 
 def precision_line(
@@ -127,19 +82,6 @@ def precision_line(
             trainer.measure_harm(labelled)
         known = evidence(exits, labelled)
     return policies(exits, known, Costs(backbone), PRECISIONS, *head)
-
-
-KINDS = ("precision", "thresholds", "decay", PATIENCE, "fixed")
-
-
-def heads(vocabulary: int, whole_head: bool) -> tuple[int, int]:
-    """A policy's `candidates` and `exit_candidates` for exits with a sketch; with `whole_head`, only the latter.
-
-    At exits few are enough: a token whose likeliest successor is not among them would not be sure enough to leave.
-    """
-    if vocabulary <= CANDIDATES[-1]:
-        return 0, 0
-    return (0 if whole_head else CANDIDATES[-1]), EXIT_CANDIDATES
 
 
 def gain(answer: Generation, fill: str) -> float:

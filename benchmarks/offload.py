@@ -159,11 +159,11 @@ def spread(name: str, dtype: str | None, work: Path) -> Backbone:
     places = dict.fromkeys([*parts, *blocks[: shape.n_blocks // 2]], "cpu")
     places |= dict.fromkeys(blocks[shape.n_blocks // 2 :], "disk")
     settings = {"device_map": places, "offload_folder": work, "dtype": dtype or "bfloat16"}
-    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings, trust_remote_code=False)
     for parameter in model.parameters():
         if not parameter.is_meta:  # it may be mapped from a file, and the lower half is to stay in memory
             parameter.data = parameter.data.clone()
-    return offramp.wrap(model, AutoTokenizer.from_pretrained(folder), name)
+    return offramp.wrap(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
 
 
 def decode(args: argparse.Namespace, group: Group) -> None:

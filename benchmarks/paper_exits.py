@@ -14,7 +14,7 @@ import torch
 
 from exits import with_gate
 from offramp import Exits
-from offramp.exits.exits import ExitsConfig, suggested_places
+from offramp.exits.config import ExitsConfig, suggested_places
 from offramp.exits.policy import TRAINING_FREE
 from offramp.files import sha256_of_text
 from offramp.model.backbone import Backbone

@@ -109,7 +109,7 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
 
 def taught(model: Any, prompts: int, tokens: int) -> int:
     """Answer prompts as `offramp train` does, for exits at the usual places. Returns the answers' tokens."""
-    from offramp.exits.exits import suggested_places
+    from offramp.exits.config import suggested_places
     from offramp.training.config import TrainConfig
     from offramp.training.data import gather
 

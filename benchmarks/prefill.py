@@ -32,6 +32,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from offramp.files import put
 from offramp.training.data import PROMPTS
 from random_model import shipped_config, write_random
 from speed import MODEL, WORK, Row, Worker, chat_ids, entry, machine, ours, paths_of, read_bandwidth, spread
@@ -69,13 +70,14 @@ def mamba_folder() -> Path:
         unfinished = folder.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
         write_random(mamba_config(), unfinished)
-        unfinished.rename(folder)
+        put(unfinished, folder)
     return folder
 
 
 def readings(title: str, paths: dict[str, str], formats: list[str], lengths: list[int]) -> list[Trial]:
     """For each format, prompts of these lengths to read: the beginnings of the text of offramp's own prompts."""
-    ids = AutoTokenizer.from_pretrained(paths["folder"])(PROMPTS.read_text(encoding="utf-8"))["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(paths["folder"], trust_remote_code=False)
+    ids = tokenizer(PROMPTS.read_text(encoding="utf-8"))["input_ids"]
     if len(ids) < max(lengths):
         raise SystemExit(f"The prompts that come with offramp have {len(ids)} tokens: give shorter --lengths.")
     requests = [{"op": "prefill", "ids": ids[:length]} for length in lengths]
@@ -97,7 +99,7 @@ def trials(args: argparse.Namespace) -> list[Trial]:
         found += readings(title, {"name": folder, "folder": folder}, against_library, args.lengths)
     if "batch" in args.parts:
         lines = PROMPTS.read_text(encoding="utf-8").splitlines()
-        tokenizer = AutoTokenizer.from_pretrained(paths["folder"])
+        tokenizer = AutoTokenizer.from_pretrained(paths["folder"], trust_remote_code=False)
         prompts = [chat_ids(tokenizer, line) for line in lines[:: len(lines) // args.prompts][: args.prompts]]
         request = {"op": "batch", "prompts": prompts, "tokens": args.tokens}
         label, title = f"{len(prompts)} prompts, {args.tokens} new tokens each", f"Side by side, {args.model}"

@@ -24,7 +24,9 @@ def shipped_config(name: str, **changed: Any) -> Any:
     Random weights draw any token, so none ends a text. Mamba's default spread of 0.1 would amplify rounding a thousandfold.
     """
     file = ASSETS / "configs" / f"{name.replace('/', '--')}.json"
-    return AutoConfig.from_pretrained(file, **{"initializer_range": 0.02, "eos_token_id": None, **changed})
+    return AutoConfig.from_pretrained(
+        file, **{"initializer_range": 0.02, "eos_token_id": None, **changed}, trust_remote_code=False
+    )
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def write_random(config: Any, folder: Path, shard: int = SHARD) -> int:
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     files: dict[str, str] = {}  # where each tensor is
     held: dict[str, Tensor] = {}
     total = 0

@@ -379,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
     paths = paths_of(args.model)
     if without := [name for name in peers if entry(name).weights not in paths]:
         parser.error(f"{', '.join(without)} need a GGUF file, which {args.model} does not come with")
-    tokenizer = AutoTokenizer.from_pretrained(paths["folder"])
+    tokenizer = AutoTokenizer.from_pretrained(paths["folder"], trust_remote_code=False)
     prompts = [chat_ids(tokenizer, text) for text in PROMPTS]
     text = tokenizer(args.text.read_text(encoding="utf-8"))["input_ids"][:SCORED] if args.text else []
 

@@ -19,7 +19,9 @@ def hugging_face(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype), local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), local_files_only=True, trust_remote_code=False
+    ).eval()
     model.generation_config.eos_token_id = None
     return model
 

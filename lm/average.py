@@ -32,7 +32,9 @@ def average(folders: list[Path], out: Path, command: str = "") -> dict[str, Any]
             records.append(json.loads((folder / "training.json").read_text()))
         except (OSError, ValueError) as error:
             raise BadInput(f"{folder} is no folder that lm.train made.", "Name at least two of them.") from error
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False) for folder in folders
+    ]
     mean = models[-1]
     states = [model.state_dict() for model in models]
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
@@ -46,7 +48,7 @@ def average(folders: list[Path], out: Path, command: str = "") -> dict[str, Any]
         "versions": versions(),
         "models": [{name: value for name, value in model.items() if name != "corpus"} for model in records],
     }
-    save(mean, AutoTokenizer.from_pretrained(folders[-1]), out, record)
+    save(mean, AutoTokenizer.from_pretrained(folders[-1], trust_remote_code=False), out, record)
     return record
 
 

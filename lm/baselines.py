@@ -124,7 +124,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         train, test = load_tokens(args.corpus, "train"), load_tokens(args.corpus, "test")
-        tokenizer = AutoTokenizer.from_pretrained(args.corpus)
+        tokenizer = AutoTokenizer.from_pretrained(args.corpus, trust_remote_code=False)
         size = int(piece_bytes(tokenizer)[test].sum())
         model = KneserNey(train, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
     except OfframpError as error:

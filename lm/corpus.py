@@ -147,7 +147,7 @@ def build(
         raise BadInput("No text is left to train on.", "Give more text with --text.")
 
     if tokenizer_of:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, trust_remote_code=False)
     else:
         # A third of each source is enough to train a tokenizer.
         joined = ["\n\n".join(parts["train"]) for parts in split]

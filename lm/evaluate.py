@@ -174,9 +174,13 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     try:
         test, train = load_tokens(args.corpus, "test"), load_tokens(args.corpus, "train")
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(args.corpus).get_vocab():
+        model = (
+            AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False)
+            .eval()
+            .requires_grad_(False)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        if tokenizer.get_vocab() != AutoTokenizer.from_pretrained(args.corpus, trust_remote_code=False).get_vocab():
             raise BadInput(f"{args.model} and {args.corpus} have different tokenizers.")
     except OfframpError as error:
         report(parser, error)

@@ -39,7 +39,7 @@ import offramp
 from lm.corpus import END, Lengths, Tokens, command_line, load_tokens, piece_bytes, report
 from lm.forward import Forward
 from offramp.errors import BadInput, OfframpError
-from offramp.files import write_atomically
+from offramp.files import put, write_atomically
 from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, claim, step_generator
 from offramp.training.tuning import draw_layer_dropout, exit_weights
 
@@ -200,7 +200,7 @@ def train(
     The unfinished work is in `folder`/.training. If that is there, training goes on with it.
     """
     tokens, record = load_tokens(corpus, "train"), json.loads((corpus / "corpus.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(corpus)
+    tokenizer = AutoTokenizer.from_pretrained(corpus, trust_remote_code=False)
     model = model_to_train(corpus, tokenizer, settings, start)
     model.train()
     forward = Forward(model, compiled, torch.bfloat16 if settings.bfloat16 else torch.float32)
@@ -252,9 +252,9 @@ def model_to_train(corpus: Path, tokenizer: Any, settings: Settings, start: Path
     """A random model, or the model in the folder `start`, in float32. Raises `BadInput` if their tokenizers differ."""
     if start is None:
         return new_model(settings, len(tokenizer), tokenizer.convert_tokens_to_ids(END))
-    if AutoTokenizer.from_pretrained(start).get_vocab() != tokenizer.get_vocab():
+    if AutoTokenizer.from_pretrained(start, trust_remote_code=False).get_vocab() != tokenizer.get_vocab():
         raise BadInput(f"{start} has another tokenizer than {corpus}.", f"Make the corpus with --tokenizer {start}.")
-    return AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, trust_remote_code=False)
 
 
 class Validation:
@@ -319,7 +319,7 @@ def save(model: Any, tokenizer: Any, folder: Path, record: dict[str, Any]) -> No
         raise BadInput(f"The weights take {size / 1e6:.1f} MB, of at most {LARGEST / 1e6:.0f}.", "Train a smaller model.")
     (made / "training.json").write_text(json.dumps(record, indent=1, ensure_ascii=False))
     for file in sorted(made.iterdir()):
-        write_atomically(folder / file.name, file.read_bytes())
+        put(file, folder / file.name)
     shutil.rmtree(made.parent)
 
 

@@ -24,8 +24,8 @@ COMPILED = cache_folder() / "native"
 
 def cache_in(folder: Path) -> Path:
     """A cache folder of a test's own, at this place. Only the compiled code, which takes long to make, is everybody's."""
-    COMPILED.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    for each in (COMPILED, folder):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)  # others may not write where compiled code is loaded from
     native = folder / "native"
     if not native.is_symlink():  # two fixtures of a test may ask for the same folder
         native.symlink_to(COMPILED)

@@ -17,7 +17,8 @@ from helpers import exits_for, sketched
 from models import tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
-from offramp.exits.exits import belong, find_exits, require_exits, suggested_places
+from offramp.exits.config import suggested_places
+from offramp.exits.exits import belong, find_exits, require_exits
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
 from offramp.model.hub import ALIASES

@@ -148,9 +148,9 @@ def test_without_a_compiler_torch_does_the_work(tmp_path):
 
 @pytest.mark.parametrize("name", ["processor", "instruction_set"])
 def test_code_that_was_compiled_on_another_kind_of_machine_is_not_used(name, monkeypatch):
-    here = offramp.model.lean.native._compiled_file(["cc"])
+    here = offramp.model.lean.native._key(["cc"])
     monkeypatch.setattr(offramp.model.lean.native, name, lambda: "another")
-    assert offramp.model.lean.native._compiled_file(["cc"]) != here
+    assert offramp.model.lean.native._key(["cc"]) != here
 
 
 class Counting(TorchDispatchMode):

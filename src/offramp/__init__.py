@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from offramp.decode.request import Generation, Talk, Token
     from offramp.decode.sampling import Sampling
     from offramp.errors import OfframpError
-    from offramp.exits.exits import Exits, ExitsConfig, shipped_for
+    from offramp.exits.config import ExitsConfig
+    from offramp.exits.exits import Exits, shipped_for
     from offramp.exits.policy import Policy
     from offramp.model.backbone import Backbone
     from offramp.model.families import FAMILIES, Family
@@ -28,7 +29,8 @@ _HOMES = {
     "decode.request": ("Generation", "Talk", "Token"),
     "decode.sampling": ("Sampling",),
     "errors": ("OfframpError",),
-    "exits.exits": ("Exits", "ExitsConfig", "shipped_for"),
+    "exits.config": ("ExitsConfig",),
+    "exits.exits": ("Exits", "shipped_for"),
     "exits.policy": ("Policy",),
     "model.backbone": ("Backbone",),
     "model.families": ("FAMILIES", "Family"),

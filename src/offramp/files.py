@@ -1,4 +1,4 @@
-"""Files: atomic writes, lines of prompts, hashes, the cache folder, and the assets that come with offramp."""
+"""Files: writes that survive a crash, lines of prompts, hashes, the cache folder, and the assets that come with offramp."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from offramp.errors import BadInput, OfframpError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows: no locks of this kind
+    fcntl = None  # type: ignore[assignment]
 
 ASSETS = Path(__file__).parent / "assets"  # prompts and model shapes
 MODELS_PACKAGE = "offramp-models"  # a distribution of its own, with the models and exits that ship
@@ -28,9 +34,13 @@ def shipped(kind: str) -> list[Path]:
 
 
 def cache_folder() -> Path:
-    """`$OFFRAMP_CACHE`, or `offramp` in the user's cache folder."""
+    """`$OFFRAMP_CACHE`, or `offramp` in the user's cache folder. A new one is open to its owner only."""
     configured = os.environ.get("OFFRAMP_CACHE")
-    return Path(configured) if configured else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offramp"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(configured) if configured else home / "offramp"
+    with suppress(OSError):  # whoever writes there says so
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 @contextmanager
@@ -51,17 +61,78 @@ def in_the_cache() -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path`, then rename: never half a file under the real name."""
+    """Write a file: `path` holds what it held before, or all of the new content. On return it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
         os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        put(Path(temporary), path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(place: Path) -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `place`: never half a folder under that name."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
+        made = Path(temporary) / place.name
+        made.mkdir()
+        yield made
+        shutil.rmtree(place, ignore_errors=True)
+        put(made, place)
+
+
+def put(made: Path, place: Path) -> None:
+    """Give a complete file or folder its name, where no folder is yet. Its content is on the disk before the name is."""
+    for path in (made, *made.rglob("*")):
+        _sync(path)
+    os.replace(made, place)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():  # it cannot be opened there
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems know no fsync of folders
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While the context is open, no other process works in this folder. Raises `BadInput` if one does.
+
+    Where the system has no such locks, as on Windows, nothing is checked.
+    """
+    if fcntl is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = folder / ".lock"
+    with lock.open("ab") as held:
+        taken = False
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # with another error, the file system knows no locks
+            taken = isinstance(error, BlockingIOError)
+        # The file may have been removed by whoever held it, after it was opened here.
+        if taken or not lock.exists() or not os.path.samestat(os.fstat(held.fileno()), lock.stat()):
+            raise BadInput(f"Another command is at work in {folder}.", "Wait until it ends, or name another folder.")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,9 +144,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def sha256_of(*files: Path) -> str:
-    """SHA-256 over the files' contents in this order. The cache folder keeps it by path, size and time of change."""
+    """SHA-256 over the files' contents in this order.
+
+    The cache folder keeps it by each file's path, inode, size and times. Who writes to a file changes its `ctime`, and no
+    program can set that back.
+    """
     cache = cache_folder() / "hashes.json"
-    key = "|".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+    facts = [(str(file), file.stat()) for file in files]
+    key = repr([(path, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns) for path, of in facts])
     known = read_json(cache)
     if key not in known:
         digest = hashlib.sha256()

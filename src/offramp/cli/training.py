@@ -13,6 +13,7 @@ from offramp.cli.flags import Chosen, Only
 from offramp.cli.options import DecodingOptions, Json, Model, Ray, Reference, cluster_at
 from offramp.cli.progress import command_line, progress_bars, resumable
 from offramp.errors import BadInput
+from offramp.files import alone_in
 from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig, draft_config
 
 
@@ -86,11 +87,8 @@ def calibrate(
     backbone = decoding.load(model)
     exits = decoding.require_exits(backbone)
     reference_backbone = decoding.load(reference) if reference else None
-    with progress_bars() as progress:
+    with alone_in(folder), progress_bars() as progress:
         record = calibrate_exits(backbone, exits, questions, config, reference_backbone, progress)
-    if decoding.exits and folder == Path(decoding.exits):
-        exits.save_record(folder)
-    else:
         exits.save(folder)
     if as_json:
         print(json.dumps({"model": backbone.name, "exits": str(folder), **exits.calibration, "passed": record.passed}))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from offramp.exits.exits import Exits, ExitsConfig, suggested_places
+from offramp.exits.config import ExitsConfig, suggested_places
+from offramp.exits.exits import Exits
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs

@@ -11,18 +11,19 @@ This module holds the artefact that `offramp train` makes: its parts, its files,
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError, reason_of
+from offramp.exits.config import ExitsConfig, check_types
 from offramp.exits.gates import GATES
 from offramp.exits.ngrams import Ngrams
 from offramp.exits.policy import Policy
@@ -37,70 +38,7 @@ if TYPE_CHECKING:
 WEIGHTS, RECORD = "exits.safetensors", "offramp.json"
 # Names of tensors beside the modules' own.
 SHORTLIST, SKETCH, NGRAMS = "shortlist", ("sketch.reduce", "sketch.expand"), ("ngrams.keys", "ngrams.values")
-MOST = 1 << 30  # of a number in a stranger's record
 DRAFT = "draft"  # the subfolder, in the folder of a model's exits, for the exits that draft for `verify`
-
-
-@dataclass(frozen=True)
-class ExitsConfig:
-    """What a set of exits is made of.
-
-    `layers`: for each exit, the number of blocks that run before it (0 for a deep read-out, which then reads the
-    embedding). `tails`: for each exit, how many of the model's last blocks run after its adapter (0: none); empty where no
-    exit has a tail. Widths are bottlenecks, in dims. `shortlist`: read out only this many frequent tokens (0: all).
-    `sketch`: dims of a sketch of the head (0: none). `ngrams`: slots of a table of n-grams, which drafts come from, too
-    (0: none). `middle`: a deep read-out also reads the state of the token before after so many blocks (0: it does not).
-    """
-
-    layers: tuple[int, ...]
-    gate: str = "mamba"
-    readout: str = "ffn"
-    gate_width: int = 64
-    readout_width: int = 512
-    shortlist: int = 0
-    sketch: int = 0
-    tails: tuple[int, ...] = ()
-    ngrams: int = 0
-    middle: int = 0
-
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """For each exit, the blocks before it and its tail."""
-        return list(zip(self.layers, self.tails or [0] * len(self.layers), strict=True))
-
-    def check(self, backbone: Backbone) -> None:
-        """Check the config against a backbone. Raises `OfframpError` for exits that cannot be made for it."""
-        layers, last, least = list(self.layers), backbone.n_blocks - 1, 0 if self.readout == "deep" else 1
-        if not layers or layers != sorted(set(layers)) or not least <= layers[0] <= layers[-1] <= last:
-            raise OfframpError(
-                f"Exits after blocks {', '.join(map(str, layers)) or '(none)'} do not fit a model of {backbone.n_blocks}.",
-                f"Give rising numbers from {least} to {last}, such as 10,15,20.",
-            )
-        if len(self.tails) not in (0, len(layers)) or not all(
-            0 <= tail < backbone.n_blocks - layer for layer, tail in zip(layers, self.tails, strict=False)
-        ):
-            raise OfframpError(
-                f"Tails of {', '.join(map(str, self.tails))} blocks do not fit exits after blocks "
-                f"{', '.join(map(str, layers))} of {backbone.n_blocks}.",
-                "Give each exit a tail of fewer blocks than it skips, such as 3,3,3; 0 for none.",
-            )
-        for kind, known, part in ((self.gate, GATES, "gate"), (self.readout, READOUTS, "read-out")):
-            if kind not in known:
-                raise OfframpError(f"There is no {part} '{kind}'.", f"Choose from {', '.join(known)}.")
-        if self.middle and not (self.readout == "deep" and layers[-1] <= self.middle <= last):
-            raise OfframpError(
-                f"A {self.readout} read-out cannot read the state after block {self.middle} of {backbone.n_blocks}.",
-                f"Only a deep read-out reads a middle state, after a block from {layers[-1]} to {last}.",
-            )
-        if self.sketch % 32 or not 0 <= self.sketch <= backbone.hidden_size:
-            raise OfframpError(
-                f"A sketch of {self.sketch} dims cannot be made.",
-                f"Give a multiple of 32, at most {backbone.hidden_size}; 0 for none.",
-            )
-        # The Mamba parts are made of heads of 32 dims.
-        for width, unit, part in ((self.gate_width, 16, "gate"), (self.readout_width, 32, "read-out")):
-            if width < unit or width % unit:
-                raise OfframpError(f"A {part} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
 
 
 class Exit(nn.Module):
@@ -158,7 +96,9 @@ class Exits:
         return len(self.modules)
 
     def save(self, folder: str | Path) -> None:
-        """Write `exits.safetensors` (bfloat16) and `offramp.json`; each appears whole or not at all.
+        """Write `exits.safetensors` (bfloat16), and `offramp.json`, which names the hash of the weights beside it.
+
+        A crash leaves the old pair, the new one, or a record beside other weights, which `load` refuses.
 
         Raises `BadInput` where the config names a short list or a sketch other than the one that these exits hold: such a
         folder could not be loaded.
@@ -173,8 +113,20 @@ class Exits:
             tensors |= {name: part.bfloat16() for name, part in zip(SKETCH, self.sketch, strict=True)}
         if self.ngrams is not None:
             tensors |= dict(zip(NGRAMS, (self.ngrams.keys, self.ngrams.values), strict=True))
-        write_atomically(Path(folder) / WEIGHTS, save(tensors))
-        self.save_record(folder)
+        weights = save(tensors)
+        record = {
+            "offramp": 1,
+            "config": asdict(self.config),
+            "backbone": self.backbone,
+            "weight_format": self.weight_format,
+            "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            "policy": asdict(self.policy),
+            "training": self.training,
+            "calibration": self.calibration,
+        }
+        # The record first: an old one without a hash would fit new weights.
+        write_atomically(Path(folder) / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+        write_atomically(Path(folder) / WEIGHTS, weights)
 
     def push_to_hub(self, repository: str, drafts: Exits | None = None, private: bool = False, licence: str = "") -> str:
         """Upload the exits with a model card to the hub; `drafts` are those that draft, for the folder beside them.
@@ -190,20 +142,6 @@ class Exits:
         Raises as `load` does, and `ModelNotFound` for a name that is neither.
         """
         return require_exits(backbone, name, draft)
-
-    def save_record(self, folder: str | Path) -> None:
-        """Write `offramp.json` alone: all but the weights. Raises `BadInput` as `save` does."""
-        self._check_config()
-        record = {
-            "offramp": 1,
-            "config": asdict(self.config),
-            "backbone": self.backbone,
-            "weight_format": self.weight_format,
-            "policy": asdict(self.policy),
-            "training": self.training,
-            "calibration": self.calibration,
-        }
-        write_atomically(Path(folder) / RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
     def _check_config(self) -> None:
         sizes = {
@@ -238,7 +176,7 @@ class Exits:
                 exits = cls.new(backbone, record.config)
         except (RuntimeError, TypeError, ValueError, OverflowError, KeyError) as error:  # a config of nonsense
             raise CorruptFile(f"{folder / RECORD} is damaged: {reason_of(error)}", "Train the exits again.") from error
-        exits._load_weights(folder / WEIGHTS, backbone.vocab_size)
+        exits._load_weights(folder / WEIGHTS, backbone.vocab_size, record.weights_sha256)
         if record.weight_format != backbone.weight_format:
             warnings.warn(
                 f"These exits were trained with {record.weight_format} weights and the model runs in "
@@ -250,12 +188,14 @@ class Exits:
         exits.modules.eval().requires_grad_(False)
         return exits
 
-    def _load_weights(self, file: Path, vocabulary: int) -> None:
-        from safetensors.torch import load_file
+    def _load_weights(self, file: Path, vocabulary: int, sha256: str) -> None:
+        from safetensors.torch import load
 
         config, hidden = self.config, self.backbone["hidden_size"]
+        content = file.read_bytes()
+        _check_pair(file, content, sha256)
         try:
-            tensors = load_file(file)
+            tensors = load(content)
             shortlist = tensors.pop(SHORTLIST, None)
             if (0 if shortlist is None else len(shortlist)) != config.shortlist:
                 raise ValueError(f"its short list is not one of {config.shortlist} tokens")
@@ -291,6 +231,20 @@ class Exits:
         return table
 
 
+def _check_pair(file: Path, content: bytes, sha256: str) -> None:
+    """Raises `CorruptFile` where a file of weights is not the one that the record beside it names."""
+    if not sha256:
+        warnings.warn(
+            f"{file.with_name(RECORD)} does not say which weights it belongs to, as an earlier version wrote it.",
+            stacklevel=4,
+        )
+    elif hashlib.sha256(content).hexdigest() != sha256:
+        raise CorruptFile(
+            f"{file} is not the file that {RECORD} beside it belongs to: it is damaged, or saving the two was interrupted.",
+            "Copy both files again, or run the command again that made them.",
+        )
+
+
 @dataclass(frozen=True)
 class _Record:
     """The contents of `offramp.json`."""
@@ -298,6 +252,7 @@ class _Record:
     config: ExitsConfig
     backbone: dict[str, Any]
     weight_format: str
+    weights_sha256: str  # "" in a record of an earlier version
     policy: Policy
     training: dict[str, Any]
     calibration: dict[str, Any]
@@ -323,7 +278,8 @@ class _Record:
                 raise KeyError("fingerprint")
             if not all(isinstance(each, dict) for each in histories):
                 raise TypeError("training or calibration is no record")
-            return cls(config, owner, str(record["weight_format"]), policy, *histories)
+            formats = str(record["weight_format"]), str(record.get("weights_sha256", ""))
+            return cls(config, owner, *formats, policy, *histories)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OfframpError) as error:
             raise CorruptFile(f"{folder / RECORD} is damaged: {error!r}.", "Train the exits again.") from error
 
@@ -350,19 +306,6 @@ class _Record:
             f"{backbone.name} has {backbone.n_blocks} of {backbone.hidden_size}.",
             "Go on from exits of a model of the same shape, such as the one that yours was tuned from.",
         )
-
-
-def check_types(made: Any) -> None:
-    """Raises `TypeError` where a dataclass, made from a stranger's JSON, holds a value of another type than it says."""
-    hints = get_type_hints(type(made))
-    for item in fields(made):
-        value, hint = getattr(made, item.name), hints[item.name]
-        several = get_origin(hint) is tuple
-        kind = get_args(hint)[0] if several else hint
-        right: Any = (int, float) if kind is float else kind
-        for each in value if several else [value]:
-            if isinstance(each, bool) or not isinstance(each, right) or (kind is int and abs(each) > MOST):
-                raise TypeError(f"{item.name} is {value!r}")
 
 
 def _rises_within(ids: Tensor, size: int) -> bool:
@@ -445,14 +388,3 @@ def belong(owner: dict[str, Any], backbone: Backbone) -> bool:
     if "fingerprint" in owner:
         return bool(owner["fingerprint"] and owner["fingerprint"] == backbone.source.fingerprint)
     return bool(owner["sha256"] and owner["sha256"] == backbone.source.sha256)
-
-
-def suggested_places(n_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where exits go by default, and their tails: after a third, a half and two thirds of the blocks, with a tenth of them.
-
-    The first exit, which knows least, gets one block more where that is not much.
-    """
-    layers = sorted({min(n_blocks - 1, max(1, math.floor(n_blocks * part + 0.5))) for part in (1 / 3, 1 / 2, 2 / 3)})
-    tail = max(1, round(n_blocks / 10))
-    tails = [tail + (index == 0 and n_blocks >= 20) for index in range(len(layers))]
-    return tuple(layers), tuple(min(tail, n_blocks - layer - 1) for layer, tail in zip(layers, tails, strict=True))

@@ -21,11 +21,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from offramp.files import read_json
+from offramp.errors import CorruptFile
+from offramp.files import cache_folder, read_json
 
 PIECE = 1 << 22  # entries of a tensor that are converted at once
-RECORD = "offramp-source.json"  # in a folder made of a GGUF file: where that file is, and its hash
-INDEX = "model.safetensors.index.json"
+RECORD = "offramp-source.json"  # in a folder of the cache that was made of a GGUF file: where that file is
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EDITION = 2  # of the fingerprint; raise it when the same weights get another one
 SAMPLE = 1024  # entries of a tensor that its fingerprint looks at
 GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2 ** 64
@@ -244,12 +245,33 @@ def _rows(shape: tuple[int, ...]) -> int:
     return shape[0] if shape else 1
 
 
+def gguf_of(folder: Path) -> Path | None:
+    """The GGUF file that has a folder's weights, if offramp made the folder in its cache; no other folder is believed."""
+    if folder.resolve().parent != (cache_folder() / "gguf").resolve():
+        return None
+    named = read_json(folder / RECORD).get("gguf")
+    return Path(named) if isinstance(named, str) else None
+
+
 def weights_in(folder: Path) -> list[Path]:
-    """The safetensors files of a folder that hold its model: those of the index, or `model.safetensors`, or all."""
-    if (folder / INDEX).is_file():
-        return sorted({folder / file for file in read_json(folder / INDEX).get("weight_map", {}).values()})
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    """The safetensors files of a folder that hold its model, as the library has it.
+
+    They are `model.safetensors`, or those that the index names, or all. Raises `CorruptFile` for an index that names
+    anything but files beside it.
+    """
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    if not (folder / INDEX).is_file():
+        return sorted(folder.glob("*.safetensors"))
+    named = read_json(folder / INDEX).get("weight_map")
+    names = list(named.values()) if isinstance(named, dict) else []
+    plain = (isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") for name in names)
+    if not names or not all(plain):
+        raise CorruptFile(
+            f"{folder / INDEX} does not name the files of weights beside it.",
+            "Fetch the model again. An index names no other folder.",
+        )
+    return sorted({folder / name for name in names})
 
 
 def checkpoint_for(folder: Path, model: Any) -> Checkpoint | None:
@@ -259,10 +281,10 @@ def checkpoint_for(folder: Path, model: Any) -> Checkpoint | None:
     """
     if getattr(model.config, "quantization_config", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         return None
-    gguf, files = read_json(folder / RECORD).get("gguf"), weights_in(folder)
+    gguf, files = gguf_of(folder), weights_in(folder)
     if not gguf and not files:
         return None
-    checkpoint: Checkpoint = Gguf(Path(gguf), model) if gguf else Safetensors(files)
+    checkpoint: Checkpoint = Gguf(gguf, model) if gguf else Safetensors(files)
     shapes, known = checkpoint.shapes, named_tensors(model)
     if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in known.items()):
         return None

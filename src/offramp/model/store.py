@@ -1,8 +1,8 @@
 """Tensors in the format that they run in, kept in a folder of the cache and mapped into memory.
 
 A conversion fills a temporary folder beside it, one file for each part of the model, and renames it when all parts are
-there. Its files are plain: each tensor begins at a multiple of 64 bytes, so that the compiled code reads whole cache lines.
-`record.json` says what is where. It also says which self-checks the tensors have passed.
+on the disk. Its files are plain: each tensor begins at a multiple of 64 bytes, so that the compiled code reads whole cache
+lines. `record.json` says what is where. It also says which self-checks the tensors have passed.
 
 A lock beside the folders is held while one of them begins, gets its name, or changes its record. A temporary folder has its
 own lock, which tells that its conversion runs. Where the system has no such locks, as on Windows, nothing is kept.
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import OfframpError
-from offramp.files import cache_folder, in_the_cache, read_json, sha256_of_text, write_atomically
+from offramp.files import cache_folder, in_the_cache, put, read_json, sha256_of_text, write_atomically
 from offramp.progress import Progress, silent
 
 try:
@@ -122,7 +122,7 @@ class Store:
                 self._record = other
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-                os.rename(temporary, folder)
+                put(temporary, folder)
                 (folder / LOCK).unlink()
             self._discard()
             self._unfinished, self.complete = None, True

@@ -8,7 +8,8 @@ from typing import Any
 from offramp.decode.engine import Engine
 from offramp.decode.fills import FILLS, fill_named
 from offramp.errors import BadInput, CorruptFile, OfframpError
-from offramp.exits.exits import Exits, check_types
+from offramp.exits.config import check_types
+from offramp.exits.exits import Exits
 from offramp.exits.learned import differences
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone

@@ -19,7 +19,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sized
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,10 +32,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from offramp.errors import BadInput, BadNumbers, CorruptFile
-from offramp.files import write_atomically
+from offramp.files import alone_in, put, write_atomically
 from offramp.progress import Progress, silent
 
 POINTS = 60  # of a stage's curve of losses
+STATE = "loop.json"  # in a checkpoint
 SIMILAR = 32  # batches whose texts are sorted by length
 Loss = tuple[Tensor, list[Tensor]]  # what a step minimises, and the losses that are reported
 
@@ -87,6 +88,11 @@ def accelerator_for(device: torch.device, bfloat16: bool = False) -> Accelerator
         return Accelerator(step_scheduler_with_optimizer=False, **place)
 
 
+def alone(folder: Path, device: torch.device) -> AbstractContextManager[None]:
+    """`alone_in` a folder, for all processes that train together on devices of this kind: the main one holds the lock."""
+    return alone_in(folder) if accelerator_for(device).is_main_process else nullcontext()
+
+
 class Loop:
     """Trains a job until its budget is spent, from the last checkpoint in `folder` if there is one.
 
@@ -107,7 +113,6 @@ class Loop:
         schedules = [job.schedule_of(optimizer, self.share_spent) for optimizer in job.optimizers]
         self._optimizers = [accelerator.prepare_optimizer(optimizer) for optimizer in job.optimizers]
         self._schedules = [accelerator.prepare_scheduler(schedule) for schedule in schedules]
-        accelerator.register_for_checkpointing(self)
         self._restore()
 
     def share_spent(self) -> float:
@@ -185,14 +190,9 @@ class Loop:
         means: list[float] = self.accelerator.reduce(numbers, "mean").tolist()
         return means
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides parameters, optimizers and schedules."""
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides parameters, optimizers and schedules. accelerate would keep it in a pickle."""
         return {"step": self.step, "seconds": self.seconds, "curve": self.curve, "losses": self.losses}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` of an earlier run returned."""
-        self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
-        self.curve[:] = state["curve"]
 
     def _save(self) -> None:
         """Write a checkpoint. Only a complete one gets a name that begins with `step-`."""
@@ -201,7 +201,8 @@ class Loop:
             return
         shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.save_state(str(partial))
-        partial.rename(whole)
+        (partial / STATE).write_text(json.dumps(self._state()), "utf-8")
+        put(partial, whole)
         for older in set(self.folder.glob("step-*")) - {whole}:
             shutil.rmtree(older)
 
@@ -210,6 +211,9 @@ class Loop:
         if newest is not None:
             try:
                 self.accelerator.load_state(str(newest))
+                state = json.loads((newest / STATE).read_text("utf-8"))
+                self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
+                self.curve[:] = state["curve"]
             except Exception as error:
                 raise CorruptFile(f"The checkpoint {newest} is damaged.", "Delete it and run the command again.") from error
 

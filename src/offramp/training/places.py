@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from offramp.exits.exits import Exits, ExitsConfig
+from offramp.exits.config import ExitsConfig
+from offramp.exits.exits import Exits
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent

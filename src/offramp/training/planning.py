@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from offramp.errors import BadInput
-from offramp.exits.exits import Exits, ExitsConfig, suggested_places
+from offramp.exits.config import ExitsConfig, suggested_places
+from offramp.exits.exits import Exits
 from offramp.files import write_atomically
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent

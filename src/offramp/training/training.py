@@ -36,7 +36,7 @@ from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
 from offramp.training.data import TRAINED, Data, gather, lines_of
-from offramp.training.loop import accelerator_for
+from offramp.training.loop import accelerator_for, alone
 from offramp.training.planning import CANDIDATES, planned, shape_of
 from offramp.training.points import policies
 from offramp.training.sketch import sketch_of
@@ -58,12 +58,23 @@ def train(
 
     Called again with the same config after an interruption, it resumes the work. `command` is kept in the record. `start`
     holds exits to go on from; they keep their shape. `make_shards` makes the shards, as `teacher.made_shards` does in this
-    process. Raises `BadInput` for unusable files or settings, and for other places than those of `start`, `CorruptFile` for
-    damaged work files.
+    process. Raises `BadInput` for unusable files or settings, for other places than those of `start`, and where another
+    training is at work in `folder`; `CorruptFile` for damaged work files.
     """
-    config = config or TrainConfig()
-    folder, work = Path(folder), Path(folder) / ".training"
-    accelerator = accelerator_for(backbone.device)
+    with alone(Path(folder), backbone.device):
+        return _train(backbone, Path(folder), config or TrainConfig(), progress, command, start, make_shards)
+
+
+def _train(
+    backbone: Backbone,
+    folder: Path,
+    config: TrainConfig,
+    progress: Progress,
+    command: str,
+    start: Exits | None,
+    make_shards: MakeShards,
+) -> Exits:
+    work, accelerator = folder / ".training", accelerator_for(backbone.device)
     progress = progress if accelerator.is_main_process else silent
     torch.manual_seed(config.seed)
     with _Clock(work / "seconds") as clock:

@@ -12,6 +12,7 @@ compares it with the untuned model.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -26,13 +27,13 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import BadInput
-from offramp.files import write_atomically
+from offramp.files import put
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig, TuneConfig
 from offramp.training.data import gather
 from offramp.training.distillation import Distillation, pad_batch
-from offramp.training.loop import Budget, Fit, Loss, accelerator_for, step_generator
+from offramp.training.loop import Budget, Fit, Loss, accelerator_for, alone, step_generator
 from offramp.training.teacher import TeacherText
 
 
@@ -88,17 +89,17 @@ def tune(
 
     The backbone must run on the library's own float32 weights (`load(name, "float32", keep=True)`), and is changed. Called
     again with the same config after an interruption, it resumes the work. Raises `BadInput` for unusable settings,
-    and where `peft` is missing.
+    where `peft` is missing, and where another training is at work in `folder`.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise BadInput("Tuning needs the library peft.", "Install it: pip install 'offramp[tune]'") from error
+    _check(backbone, Path(folder))
+    with alone(Path(folder), backbone.device):
+        return _tune(backbone, Path(folder), config or TuneConfig(), progress, command)
 
-    config, folder = config or TuneConfig(), Path(folder)
-    _check(backbone, folder)
-    work = folder / ".training"
-    accelerator = accelerator_for(backbone.device)
+
+def _tune(backbone: Backbone, folder: Path, config: TuneConfig, progress: Progress, command: str) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    work, accelerator = folder / ".training", accelerator_for(backbone.device)
     progress = progress if accelerator.is_main_process else silent
     backbone.use_library_blocks()
     names = ("prompts", "texts", "max_prompts", "answer_tokens", "seed")
@@ -138,7 +139,9 @@ def tune(
 
 
 def _check(backbone: Backbone, folder: Path) -> None:
-    """Raise `BadInput` for the model's own folder."""
+    """Raise `BadInput` for the model's own folder, and where `peft` is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise BadInput("Tuning needs the library peft.", "Install it: pip install 'offramp[tune]'")
     if backbone.source.path and folder.resolve() == Path(backbone.source.path).resolve():
         raise BadInput(f"{folder} holds the model itself, which would be lost.", "Name another folder.")
 
@@ -215,4 +218,4 @@ def _save(backbone: Backbone, folder: Path, record: dict[str, Any]) -> None:
         backbone.tokenizer.save_pretrained(unfinished)
     (unfinished / "tuning.json").write_text(json.dumps(record, indent=1), "utf-8")
     for file in sorted(unfinished.iterdir()):
-        write_atomically(folder / file.name, file.read_bytes())
+        put(file, folder / file.name)

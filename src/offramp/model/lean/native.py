@@ -4,7 +4,8 @@
 of. `head.c` multiplies with the LM head. The headers hold the rest: vectors, products, attention, gates, the head, its
 sketch, and steps of decoding.
 Without a C compiler nothing here is used: the lean path then computes the same with torch's operators. A compiler without
-OpenMP, such as Apple's, makes code that uses a single core.
+OpenMP, such as Apple's, makes code that uses a single core. The compiled library is kept in the cache folder. It is loaded
+only where nobody else could have put another one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from ctypes import POINTER, c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.files import cache_folder
+from offramp.files import cache_folder, put
 from offramp.machine import instruction_set, processor
 from offramp.model.lean.steps import Ask, Asked, Stepping, Steps
 from offramp.model.lean.structures import (
@@ -57,10 +59,17 @@ SOURCE = FOLDER / "kernels.c"
 SLOW_PAIRS = "-mno-avx512bf16"  # Intel's cores multiply pairs of bfloat16 at half the rate of float32
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-psabi"]
 ALONE = "The C compiler knows no OpenMP, so compiled blocks use a single core. Install gcc, or name a compiler in CC."
-NOTHING = (
-    "No C compiler works here, so blocks run on torch's operators: the answers are the same, and slower. "
-    "Install gcc or clang, or name a compiler in CC."
+SLOW = "so blocks run on torch's operators: the answers are the same, and slower."
+NOTHING = f"No C compiler works here, {SLOW} Install gcc or clang, or name a compiler in CC."
+UNUSABLE = f"The compiled code cannot be used ({{}}), {SLOW}"
+EXPOSED = (
+    f"{{}} belongs to another user, or others may write there. No compiled code is loaded from such a place, {SLOW} "
+    "Mend it: chmod -R go-w FOLDER, or name a folder of your own in OFFRAMP_CACHE."
 )
+
+
+class _NoCode(Exception):
+    """There is no compiled library. The message is for the user."""
 
 
 def _from_row(tensor: Tensor, row: int) -> int:
@@ -70,40 +79,75 @@ def _from_row(tensor: Tensor, row: int) -> int:
 
 @cache
 def library() -> Any:
-    """The compiled library, or None where no C compiler works. The environment variable `CC` names another compiler.
+    """The compiled library, or None where there is none. The environment variable `CC` names another compiler.
 
     Warns where there is none, and where the compiler has no OpenMP.
     """
     compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "clang"]
     command = [*compiler, *FLAGS, *([SLOW_PAIRS] if "Intel" in processor() else [])]
-    loaded = _compiled([*command, "-fopenmp"])
-    if loaded is None:
+    with suppress(_NoCode):
+        return _compiled([*command, "-fopenmp"])
+    try:
         loaded = _compiled(command)
-        warnings.warn(NOTHING if loaded is None else ALONE, stacklevel=2)
+    except _NoCode as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
+    warnings.warn(ALONE, stacklevel=2)
     return loaded
 
 
 def _compiled(command: list[str]) -> Any:
-    """The library as this command compiles it; None where that fails."""
-    compiled = _compiled_file(command)
+    """The library as this command compiles it. Raises `_NoCode`."""
+    key = _key(command)
     try:
-        if not compiled.exists():
-            compiled.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=compiled.parent) as temporary:
-                new = Path(temporary) / "new.so"
-                subprocess.run([*command, "-o", str(new), str(SOURCE), "-lm"], check=True, capture_output=True)
-                os.replace(new, compiled)
-        return _declared(ctypes.CDLL(str(compiled)))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        folder = cache_folder() / "native"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for place in (cache_folder(), folder):
+            if _exposed(place):
+                raise _NoCode(EXPOSED.format(place))
+        for file in folder.glob(f"{key}-*.so"):
+            if file.name == _name(key, file) and not _exposed(file):
+                return _declared(ctypes.CDLL(str(file)))
+            warnings.warn(
+                f"The compiled library {file} was damaged, or others could write to it. It is made anew.", stacklevel=3
+            )
+            file.unlink(missing_ok=True)
+        return _declared(ctypes.CDLL(str(_compile(command, folder, key))))
+    except OSError as error:
+        raise _NoCode(UNUSABLE.format(error)) from error
 
 
-def _compiled_file(command: list[str]) -> Path:
-    """Where the compiled library is kept: one file for each source, compiler command and kind of processor."""
+def _compile(command: list[str], folder: Path, key: str) -> Path:
+    """Compile the code into a new file of the folder."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        new = Path(temporary) / "new.so"
+        try:
+            subprocess.run([*command, "-o", str(new), str(SOURCE), "-lm"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise _NoCode(NOTHING) from error
+        new.chmod(0o755)
+        file = folder / _name(key, new)
+        put(new, file)
+    return file
+
+
+def _exposed(path: Path) -> bool:
+    """Whether somebody other than this user and root could have written what is there. Windows has no such modes."""
+    found = path.stat()
+    return hasattr(os, "geteuid") and (found.st_uid not in (0, os.geteuid()) or bool(found.st_mode & 0o022))
+
+
+def _name(key: str, file: Path) -> str:
+    """The name of a compiled library: its key, and the hash of its content, which tells a damaged file."""
+    return f"{key}-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _key(command: list[str]) -> str:
+    """What names compiled libraries: the source, the compiler's command and the kind of processor."""
     # -march=native means something else on each machine, and machines may share a cache folder.
     machine = "/".join([*command, platform.machine(), processor(), instruction_set()])
     code = b"".join(file.read_bytes() for file in sorted(FOLDER.glob("*.[ch]")))
-    return cache_folder() / "native" / f"{hashlib.sha256(code + machine.encode()).hexdigest()[:16]}.so"
+    return hashlib.sha256(code + machine.encode()).hexdigest()[:16]
 
 
 def _declared(loaded: Any) -> Any:

@@ -119,6 +119,7 @@ class Drafting:
         rows = torch.arange(runtime.head.rows) if shortlist is None else shortlist
         table = None
         if ngrams is not None:
+            ngrams.check(runtime.head.rows)  # compiled code follows it without looking
             table = CNgrams(ngrams.keys.data_ptr(), ngrams.values.data_ptr(), len(ngrams.keys) - 1, SHORTEST, LONGEST)
         weights = kind.of(inward, constant), kind.of(down), kind.of(runtime.head.pick(rows).dense())
         own = [*range(exit.block), *range(backbone.n_blocks - exit.tail, backbone.n_blocks)]

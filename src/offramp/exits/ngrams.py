@@ -32,6 +32,8 @@ class Ngrams:
     def check(self, vocabulary: int) -> None:
         """Raises `ValueError` for tensors that are no such table, or name tokens beyond a vocabulary of this size."""
         slots = len(self.keys)
+        if any((part.dtype, *part.shape) != (torch.int32, slots) for part in (self.keys, self.values)):
+            raise ValueError(f"keys and values of n-grams must be {slots} int32 numbers each")
         if not slots or slots & (slots - 1) or bool(self.keys.all()):
             raise ValueError(f"a table of n-grams cannot have {slots} slots, all of them taken")
         if int(((self.values.long() & 0xFFFFFFFF) >> 8).max()) >= vocabulary:

@@ -32,8 +32,8 @@ class KV:
         self._window = window
         self._capacity = capacity
         self._buffer: Tensor | None = None
-        # The buffer's address, the end of the positions that it has room for, and what `addresses` gives.
-        self._addresses: tuple[int, int, list[int]] = (0, 0, [])
+        # The buffer's address, the end of the positions that it has room for, and what `addresses` gives for which shape.
+        self._addresses: tuple[int, int, list[int], tuple[int, ...]] = 0, 0, [], ()
 
     def __deepcopy__(self, _: Any) -> KV:
         """A memory that goes on independently. It has no more room than its tokens need."""
@@ -113,9 +113,9 @@ class KV:
         which no more than a window is needed; None if sequences have positions of their own.
         """
         batch, heads, dim = shape
-        start, limit, addresses = self._addresses
+        start, limit, addresses, known = self._addresses
         kept = self._buffer
-        fits = len(addresses) == batch and end <= limit
+        fits = shape == known and end <= limit
         if fits and kept is not None and kept.data_ptr() == start and kept.dtype == dtype:
             self.length = end
             return addresses
@@ -125,7 +125,7 @@ class KV:
         start, size = buffer.data_ptr(), buffer.stride(0) * buffer.itemsize
         before = self.base * buffer.stride(1) * buffer.itemsize
         addresses = [start + row * size - before for row in range(batch)]
-        self._addresses = start, self.base + buffer.shape[1], addresses
+        self._addresses = start, self.base + buffer.shape[1], addresses, shape
         return addresses
 
     def _slide(self, first: int, end: int) -> None:
@@ -134,7 +134,7 @@ class KV:
         if old is not None and end - self.base > old.shape[1] and base > self.base:
             kept = old[:, base - self.base : self.length - self.base].clone()
             old[:, : kept.shape[1]] = kept
-            self.base, self._addresses = base, (0, 0, [])
+            self.base, self._addresses = base, (0, 0, [], ())
 
     def can_crop(self, length: int) -> bool:
         """Whether tokens from position `length` on can be forgotten: what the next one sees must still be there."""
@@ -149,7 +149,7 @@ class KV:
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
         if self._buffer is not None:
-            self._buffer, self._addresses = self._buffer.index_select(0, rows), (0, 0, [])
+            self._buffer, self._addresses = self._buffer.index_select(0, rows), (0, 0, [], ())
 
 
 Replay = Callable[[Tensor, int], Tensor]
@@ -167,7 +167,8 @@ class SSM:
         self.window: Tensor | None = None
         self.h: Tensor | None = None
         self.length = 0
-        self._addresses: tuple[int, int, list[int]] = (0, 0, [])  # the window's, the state's, and those of each sequence
+        # The window's, the state's, those of each sequence, and the two shapes that they are for.
+        self._addresses: tuple[int, int, list[int], tuple[tuple[int, ...], ...]] = 0, 0, [], ()
         self._start: tuple[int, Tensor | None, Tensor | None] | None = None
         self._journal: list[tuple[Tensor, Replay]] = []
 
@@ -224,16 +225,16 @@ class SSM:
         # Copies, since the next tokens may be written into them.
         window = torch.zeros_like(self.window) if window is None else window.clone()
         h = torch.zeros_like(self.h) if h is None else h.clone()
-        size, kept, remaining = window.shape[1], [], length - first
+        kept, remaining = [], length - first
         for inputs, replay in self._journal:
             tokens = min(remaining, inputs.shape[1])
             if tokens:
                 h = replay(h, tokens)
-                window = torch.cat([window, inputs[:, :tokens].to(window.dtype)], dim=1)[:, -size:]
+                window = torch.cat([window, inputs[:, :tokens].to(window.dtype)], dim=1)[:, tokens:]
                 kept.append((inputs[:, :tokens], replay))
             remaining -= tokens
         self.window, self.h, self.length, self._journal = window.contiguous(), h, length, kept
-        self._addresses = (0, 0, [])
+        self._addresses = 0, 0, [], ()
 
     def room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The window and the state, to be written in place; zeros before the first token. Both shapes include the batch.
@@ -248,19 +249,19 @@ class SSM:
 
     def addresses(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> list[int]:
         """As `room`, for compiled code: of each sequence, the address of its window and that of its state."""
-        at_window, at_state, addresses = self._addresses
+        at_window, at_state, addresses, known = self._addresses
         kept = (0, 0) if self.window is None or self.h is None else (self.window.data_ptr(), self.h.data_ptr())
-        if kept == (at_window, at_state) and len(addresses) == 2 * h[0]:
+        if kept == (at_window, at_state) and known == (window, h):
             return addresses
         parts = self.room(like, window, h)
         starts = [[part.data_ptr() + row * part.stride(0) * part.itemsize for row in range(h[0])] for part in parts]
         addresses = [address for pair in zip(*starts, strict=True) for address in pair]
-        self._addresses = parts[0].data_ptr(), parts[1].data_ptr(), addresses
+        self._addresses = parts[0].data_ptr(), parts[1].data_ptr(), addresses, (window, h)
         return addresses
 
     def select(self, rows: Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
-        self._addresses = (0, 0, [])
+        self._addresses = 0, 0, [], ()
         if self.window is not None and self.h is not None:
             self.window, self.h = self.window.index_select(0, rows), self.h.index_select(0, rows)
 

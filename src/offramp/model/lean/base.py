@@ -26,7 +26,7 @@ from offramp.model.checkpoint import Values
 from offramp.model.lean.native import Native, library
 from offramp.model.lean.steps import Ask, Asked, DrafterParts, GateParts, Gates, Steps
 from offramp.model.lean.structures import CDrafter, CHead, CSketch, CWeight, address
-from offramp.model.lean.weights import FORMATS, Int4, Int8, Weight, multiplies_bfloat16
+from offramp.model.lean.weights import FORMATS, GROUP, Int4, Int8, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
 from offramp.model.runtime import Part, Step, joined, read_out_likeliest
 from offramp.model.state import State
@@ -94,7 +94,7 @@ class Maker:
     def embedding(self, embedding: nn.Embedding) -> Tensor:
         """The embedding, (V, D), in bfloat16 unless the format is float32."""
         dtype = torch.float32 if self._format == FORMATS["float32"] else torch.bfloat16
-        weight = self._get("embedding", lambda: {"": self._values.whole(embedding.weight, dtype)})[""]
+        weight = self._get("embedding", lambda: {"": self._values.whole(embedding.weight, dtype).contiguous()})[""]
         if self._format.quantised:
             self._changed.append((embedding, weight.float))
         return weight
@@ -243,7 +243,12 @@ class Lean:
         return rows[None], start + run
 
     def drafter(self, parts: DrafterParts) -> CDrafter:
-        """An exit that drafts, for `Ask.drafter`. The parts must stay alive."""
+        """An exit that drafts, for `Ask.drafter`. The parts must stay alive. Raises `ValueError` for wrong shapes."""
+        width, inner = self.norm.weight.numel(), parts.down.columns
+        columns = width * (3 if parts.middle else 2)
+        shapes = parts.inward.shape, parts.down.shape, parts.list.columns
+        if shapes != ((width + 2 * inner, columns), (width, inner), width) or not parts.list.rows:
+            raise ValueError(f"an exit of the shapes {shapes} cannot draft for {width} dims")
         return parts.compiled(self.norm.weight, self.norm.eps)
 
     def ask_for(self, ids: Sequence[int], enough: int, most: int, ends: Tensor, **more: Any) -> Ask:
@@ -294,8 +299,10 @@ class Lean:
         return logits
 
     def _sketch(self, reduce: Tensor, expand: Tensor) -> tuple[Weight, Weight]:
-        """A sketch's two weights, in the head's format. They are made once."""
+        """A sketch's two weights, in the head's format, made once. Raises `ValueError` for maps that do not fit."""
         if expand not in self._sketches:
+            if reduce.shape != expand.T.shape or (self._format.quantised and len(reduce) % GROUP):
+                raise ValueError(f"maps of {tuple(reduce.shape)} and {tuple(expand.shape)} make no sketch of this head")
             kind, size = type(self.head), self.head.rows
             pieces = []
             for first in range(0, size, SLICE):
@@ -307,6 +314,8 @@ class Lean:
         return made
 
     def _compiled_sketch(self, reduce: Tensor, expand: Tensor, candidates: int) -> CSketch:
+        if not 0 < candidates <= self.head.rows:
+            raise ValueError(f"{candidates} candidates of {self.head.rows} tokens")
         first, second = self._sketch(reduce, expand)
         return CSketch(CWeight.of(first), CWeight.of(second, fine=True), candidates)
 
@@ -370,11 +379,11 @@ class Lean:
         """
         return 1e-4 if self.head.w.dtype == torch.float32 else 1e-1
 
-    def _compiles(self, dims: Sequence[int]) -> bool:
-        """Whether `native` can run: it needs a compiler, a CPU, and weights and inner `dims` that fill whole vectors."""
+    def _compiles(self) -> bool:
+        """Whether `native` can run: it needs a compiler, a CPU, and weights whose columns fill whole vectors."""
         weights = self._weights
         fits = all(weight.columns % (32 if isinstance(weight, Int4 | Int8) else 8) == 0 for weight in weights)
-        return bool(fits and not any(each % 8 for each in dims) and self._device.type == "cpu" and library())
+        return bool(fits and self._device.type == "cpu" and library())
 
     @property
     def _weights(self) -> list[Weight]:

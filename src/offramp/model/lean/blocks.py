@@ -79,11 +79,26 @@ class LeanBlocks(Lean):
         store.finish()
         self._attention = next((block.mixer for block in self.blocks if isinstance(block.mixer, LeanAttention)), None)
         self._mixer = next((block.mixer for block in self.blocks if isinstance(block.mixer, LeanMixer)), None)
-        dims = [part for part in (dim, self._mixer and self._mixer.states) if part]
-        if native and self._compiles(dims):
+        if native and self._fits() and self._compiles():
             self._native = self._compiled()
             if self._attention:
                 self.keep_keys_in(torch.float32 if weight_format == "float32" else torch.bfloat16)
+
+    def _fits(self) -> bool:
+        """Whether all shapes are as the compiled code takes them for granted. It has scratch for one size of each part."""
+        width, tokens = self.norm.weight.numel(), self.head.rows
+        parts = [part for block in self.blocks for part in (block.mixer, block.mlp) if part is not None]
+        sizes = {(type(part), part.sizes) for part in parts}
+        has_mlp = {block.mlp is not None for block in self.blocks}
+        return (
+            width > 0
+            and 0 < tokens <= len(self.embedding)
+            and self.head.columns == self.embedding.shape[1] == width
+            and len(has_mlp) == 1
+            and (True in has_mlp or not self._attention)
+            and len(sizes) == len({kind for kind, _ in sizes})
+            and all(part.fits(width) for part in parts)
+        )
 
     def _compiled(self) -> Native:
         width, attention, mixer = self.norm.weight.numel(), self._attention, self._mixer
@@ -94,12 +109,11 @@ class LeanBlocks(Lean):
                 blocks.append(native_block(block.mixer if isinstance(block.mixer, LeanAttention) else None, block.mlp))
             if mixer:
                 mixers.append(block.mixer.native() if isinstance(block.mixer, LeanMixer) else CMambaBlock())
-        if attention:
-            assert self.blocks[0].mlp
-            inner = self.blocks[0].mlp.down.columns
-            shape = CShape(width, attention.queries, attention.heads, attention.dim, inner)
+        if self.blocks[0].mlp:
+            heads = attention.sizes if attention else (0, 0, 0)
+            shape = CShape(width, *heads, *self.blocks[0].mlp.sizes)
         if mixer:
-            mamba_shape = CMambaShape(width, mixer.heads, mixer.dim, mixer.groups, mixer.states, len(mixer.conv))
+            mamba_shape = CMambaShape(width, *mixer.sizes)
         return Native(blocks, mixers, shape, mamba_shape, self._columns)
 
     @property

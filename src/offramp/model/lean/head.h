@@ -11,7 +11,7 @@ typedef struct {
 
 // Puts logits of hidden states h (R, D) into y (R, V), shared out. With a sketch (else NULL), only the candidates of each row get
 // theirs (more if estimates are equal), and all others −inf; `found` (R) is zeros. `floats` has room for R · (2D + 64), and with a
-// sketch of k dims for R · (2k + 128) + V + 2 · CHUNK + BINS more.
+// sketch of k dims for R · (2k + 128) + n · (CHUNK + 1) + BINS more, for the n CHUNKs of V.
 static void read_logits(Hand *hand, const Head *head, const Sketch *sketch, const float *h, int64_t R, float *floats, Found *found,
                         float *y) {
     const Weight *m = &head->weight;
@@ -26,7 +26,7 @@ static void read_logits(Hand *hand, const Head *head, const Sketch *sketch, cons
     const int64_t k = reduce->rows, pieces = (V + CHUNK - 1) / CHUNK;
     float *z = room + R * (D + 64), *z_room = z + R * k, *numbers = z_room + R * (k + 128);
     int32_t *counts = (int32_t *)(numbers + pieces * CHUNK);
-    const Listed listed = {numbers, counts, counts + CHUNK, pieces};
+    const Listed listed = {numbers, counts, counts + pieces, pieces};
     multiply(hand, reduce, rows_in(reduce, x, D, R, z_room), R, (Out){z, k, 0}, 0, k);
     multiply(hand, expand, prepare(hand, expand, z, k, R, z_room), R, (Out){y, V, 0}, 0, V);
     for (int64_t r = 0; r < R; r++) {

@@ -28,6 +28,7 @@ from offramp.model.lean.weights import Weight
 from offramp.model.runtime import joined
 from offramp.model.state import KV
 
+MOST_HEADS = 1 << 16  # of one block: crew.h counts the pieces of a phase in 24 bits, and a call has 256 rows
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # rotary kinds whose angles do not depend on the text's length
 
 
@@ -43,7 +44,7 @@ class RotaryStep(LeanStep):
     end: int
     positions: Tensor
     turn: Tensor
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
 
     @property
     def places(self) -> int | Tensor:
@@ -52,13 +53,14 @@ class RotaryStep(LeanStep):
 
     def mask(self, window: int | None, group: int) -> Tensor | None:
         """The mask (B, 1, T · group, end), added to the scores of each token's `group` queries; None if all is seen."""
-        if window not in self.masks:
+        key = window, group
+        if key not in self.masks:
             behind = self.positions[:, None] - torch.arange(self.end, device=self.turn.device)  # (R, end)
             hidden = behind < 0 if window is None else (behind < 0) | (behind >= window)
             mask = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
             mask = mask.repeat_interleave(group, dim=0).view(self.batch, 1, self.tokens * group, self.end)
-            self.masks[window] = mask if hidden.any() else None
-        return self.masks[window]
+            self.masks[key] = mask if hidden.any() else None
+        return self.masks[key]
 
 
 Memories = Sequence[tuple[KV, RotaryStep]]
@@ -101,6 +103,28 @@ class LeanAttention:
     def weights(self) -> tuple[Weight, ...]:
         """The matrices that a token is multiplied with."""
         return self.qkv, self.o
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Query heads, key/value heads, and their dim: what the compiled code takes to be the same in all blocks."""
+        return self.queries, self.heads, self.dim
+
+    def fits(self, width: int) -> bool:
+        """Whether the compiled code can run it in a model of this hidden size: it takes for granted what is asked here."""
+        inner, each = self.queries * self.dim, self.dim if self.q_norm and self.norm_heads else 0
+        norms = ((self.q_norm, self.queries), (self.k_norm, self.heads))
+        return (
+            0 < self.heads < MOST_HEADS
+            and self.queries > 0
+            and self.queries % self.heads == 0
+            and self.dim > 0
+            and self.dim % 8 == 0
+            and (self.window is None or self.window > 0)
+            and self.qkv.shape == (inner + 2 * self.heads * self.dim, width)
+            and self.o.shape == (width, inner)
+            and len(self.norm.weight) == width
+            and all(norm is None or len(norm.weight) == (each or heads * self.dim) for norm, heads in norms)
+        )
 
     @cached_property
     def kv(self) -> Weight:
@@ -179,6 +203,17 @@ class LeanMLP:
     def weights(self) -> tuple[Weight, ...]:
         """The matrices that a token is multiplied with."""
         return self.gate_up, self.down
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The inner width, as `LeanAttention.sizes`."""
+        return (self.down.columns,)
+
+    def fits(self, width: int) -> bool:
+        """As `LeanAttention.fits`."""
+        inner = self.down.columns
+        shapes = self.gate_up.shape, self.down.shape
+        return inner > 0 and shapes == ((2 * inner, width), (width, inner)) and len(self.norm.weight) == width
 
     def __call__(self, h: Tensor) -> None:
         """Add the MLP's output to h (R, D) in place."""

@@ -51,6 +51,28 @@ class LeanMixer:
         """The matrices that a token is multiplied with."""
         return self.project_in, self.project_out
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Heads, their dim, groups, state size and the convolution's width, as `LeanAttention.sizes`."""
+        return self.heads, self.dim, self.groups, self.states, len(self.conv)
+
+    def fits(self, width: int) -> bool:
+        """As `LeanAttention.fits`."""
+        inner, rest = self.heads * self.dim, 2 * self.groups * self.states
+        vectors = [(self.norm.weight, width), (self.gated_norm, inner), (self.conv_bias, inner + rest)]
+        vectors += [(vector, self.heads) for vector in (self.dt_bias, self.skip, self.decay)]
+        return (
+            min(self.sizes) > 0
+            and self.heads % self.groups == 0
+            and self.states % 8 == 0
+            and len(self.conv) > 1
+            and (self.inner, self.channels) == (inner, inner + rest)
+            and self.project_in.shape == (2 * inner + rest + self.heads, width)
+            and self.project_out.shape == (width, inner)
+            and self.conv.shape == (len(self.conv), inner + rest)
+            and all(vector is None or vector.shape == (size,) for vector, size in vectors)
+        )
+
     @cached_property
     def advance_in(self) -> Weight:
         """The rows of `project_in` that the memory depends on."""

@@ -77,6 +77,12 @@ def _from_row(tensor: Tensor, row: int) -> int:
     return tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
 
 
+def _check(x: Tensor, columns: int) -> None:
+    """Raises `ValueError` for rows that are not of so many float32 numbers: the C code would read beyond them."""
+    if x.dtype != torch.float32 or x.shape[-1] != columns:
+        raise ValueError(f"rows of {x.shape[-1]} {x.dtype} where {columns} float32 numbers belong")
+
+
 @cache
 def library() -> Any:
     """The compiled library, or None where there is none. The environment variable `CC` names another compiler.
@@ -235,7 +241,7 @@ class Native:
         self._count, self._mixers = max(len(blocks), len(mixers)), (CMambaBlock * len(mixers))(*mixers)
         self._model = CModel((CBlock * len(blocks))(*blocks) or None, self._mixers or None, shape, mamba)
         self._shape, self._mamba = self._model.shape, self._model.mamba_shape
-        inner = mamba.heads * mamba.dim
+        inner, self._width = mamba.heads * mamba.dim, max(shape.hidden, mamba.hidden)
         self._channels = inner + 2 * mamba.groups * mamba.states
         attended = max(shape.hidden, shape.queries * shape.dim) + (shape.queries + 2 * shape.heads) * shape.dim
         mlp, mixed = max(2 * shape.width, shape.hidden), inner + self._channels + mamba.heads
@@ -244,6 +250,7 @@ class Native:
 
     def product(self, weight: CWeight, x: Tensor) -> Tensor:
         """Multiply x (R, K) with a weight: (R, N)."""
+        _check(x, weight.columns)
         y = torch.empty(len(x), weight.rows, dtype=torch.float32)
         for first, rows in self._pieces(len(x)):
             scratch = self._scratch(rows, weight.columns)
@@ -252,6 +259,7 @@ class Native:
 
     def logits(self, head: CHead, sketch: CSketch | None, h: Tensor) -> Tensor:
         """Logits (R, V) of hidden states h (R, D). With a sketch, −inf for tokens that it does not find likely."""
+        _check(h, head.weight.columns)
         y = torch.empty(len(h), head.weight.rows, dtype=torch.float32)
         for first, rows in self._pieces(len(h)):
             scratch = self._scratch(0, 0, head=self._for_head(head, sketch, rows))
@@ -262,24 +270,29 @@ class Native:
         """The floats that `read_logits` of head.h works in."""
         floats: int = rows * (2 * head.weight.columns + 64)
         if sketch:
-            floats += rows * (2 * sketch.reduce.rows + 128) + head.weight.rows + 2 * self.CHUNK + self.BINS
+            floats += rows * (2 * sketch.reduce.rows + 128) + self._chunks(head) * (self.CHUNK + 1) + self.BINS
         return floats
 
     def _for_steps(self, ask: Ask) -> tuple[int, int]:
         """The floats that the head and the choice work in, and those of a drafter's desk (drafts.h)."""
         vocabulary: int = ask.head.weight.rows
         head = max(self._for_head(ask.head, ask.sketch, ask.rows), ask.rows * (vocabulary // 32 + 1))
-        head += ask.rows * (vocabulary + 2 * self.CHUNK)
+        head += ask.rows * (vocabulary + 2 * self._chunks(ask.head))
         return head, self._for_drafts(ask.drafter) if ask.drafter else 0
 
     def _for_drafts(self, drafter: CDrafter) -> int:
         down, inward, tokens = drafter.down, getattr(drafter, "in"), drafter.head.weight.rows
-        floats: int = 2 * inward.columns + inward.rows + 3 * down.rows + down.columns + 128 + tokens + 3 * self.CHUNK
-        return floats
+        floats: int = 2 * inward.columns + inward.rows + 3 * down.rows + down.columns + 128 + tokens
+        return floats + 3 * self._chunks(drafter.head)
+
+    def _chunks(self, head: CHead) -> int:
+        tokens: int = head.weight.rows
+        return -(-tokens // self.CHUNK)
 
     def ask(self, gate: CGate, h: Tensor) -> float:
         """The logit of a gate for a hidden state h of D numbers."""
         weight = getattr(gate, "in")
+        _check(h, weight.columns)
         scratch = self._scratch(1, weight.columns + weight.rows)
         return float(self._library.offramp_ask(gate, h.data_ptr(), scratch))
 
@@ -339,13 +352,16 @@ class Native:
         journal: Tensor | None,
         *gates: CGates | None,
     ) -> int:
-        count, run = len(h), 0
+        count, run, stop = len(h), 0, start + len(memory.kv)
+        _check(h, self._width)
+        if not 0 <= start <= stop <= self._count:
+            raise ValueError(f"there are {self._count} blocks, and none from {start} to {stop - 1}")
         parts = (rows.positions, rows.sequences, rows.taken, rows.turn)
         if not h.is_contiguous() or any(part is not None and len(part) != count for part in parts):
             raise ValueError(
                 f"{count} rows, and {[None if part is None else len(part) for part in parts]} of what they have"
             )
-        stop, addresses = start + len(memory.kv), memory.compiled()
+        addresses = memory.compiled()
         for first, piece in self._pieces(count):
             starts = (None if part is None else _from_row(part, first) for part in parts)
             notes = None if journal is None else _from_row(journal[0], first)

@@ -83,15 +83,17 @@ static void penalise(const Steps *s, int64_t t, float *y, uint32_t *seen) {
     }
 }
 
-// Reads out the rows of a round, and chooses. `y` has R · V + 2 · CHUNK · R floats, and then those of `read_logits`.
+// Reads out the rows of a round, and chooses. `y` has R · V floats, 2 · R for each CHUNK of V, and then those of
+// `read_logits`.
 static void decide(Hand *hand, Steps *s, Round *round, int64_t t, int64_t R, float *y, Found *found) {
     const int64_t V = s->head->weight.rows, pieces = (V + CHUNK - 1) / CHUNK;
     Best *bests = (Best *)(y + R * V);
+    float *floats = y + R * (V + 2 * pieces);
     const double start = omp_get_wtime();
-    read_logits(hand, s->head, s->sketch, s->h, R, y + R * (V + 2 * CHUNK), found, y);
+    read_logits(hand, s->head, s->sketch, s->h, R, floats, found, y);
     const double read = omp_get_wtime();
     if (s->penalty != 1)
-        EACH_PIECE(r, hand, R) penalise(s, t + r, y + r * V, (uint32_t *)(y + R * (V + 2 * CHUNK)) + r * ((V + 31) / 32));
+        EACH_PIECE(r, hand, R) penalise(s, t + r, y + r * V, (uint32_t *)floats + r * ((V + 31) / 32));
     EACH_PIECE(i, hand, R * pieces) {
         const int64_t p = i % pieces;
         bests[i] = best_of(y + i / pieces * V, p * CHUNK, min_(V, (p + 1) * CHUNK));

@@ -68,6 +68,11 @@ class Weight:
         return str(self.w.dtype).removeprefix("torch.") if type(self) is Weight else type(self).__name__.lower()
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.rows, self.columns
+
+    @property
     def nbytes(self) -> int:
         """Bytes of weights that one product reads."""
         return self.w.nbytes + (0 if self.scale is None else self.scale.nbytes)

@@ -1,0 +1,143 @@
+"""Compiled code reads and writes no memory but its own, whatever the shapes of a model and of what it is called with."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from helpers import exits_for
+from models import ENGINES, PECULIAR, SMALL, tiny
+from offramp import Engine
+from offramp.decode.drafting import Drafting
+from offramp.errors import UnsupportedModel
+from offramp.exits.ngrams import Ngrams
+from offramp.model.backbone import Backbone
+from offramp.model.families import FAMILIES
+from offramp.model.lean.native import Native
+from offramp.model.lean.structures import CHead, CMambaShape, CShape, CSketch, CWeight
+from offramp.model.lean.weights import Weight
+from offramp.model.loading import adopt, check
+from offramp.model.state import KV, SSM
+
+compiled_only = pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+
+
+def random_model(family, **changed):
+    """The library's model of a tiny config with these changes."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **{**SMALL, **PECULIAR[family], **changed})
+    return transformers.AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=FAMILIES[family].implementation
+    )
+
+
+def mlp_of(width):
+    return random_model("llama", intermediate_size=width, num_hidden_layers=1).model.layers[0].mlp
+
+
+def with_a_wider_mlp(model):
+    model.model.layers[3].mlp = mlp_of(160)
+
+
+def with_more_keys_in_a_block(model):
+    wider = random_model("llama", num_key_value_heads=4, num_hidden_layers=4).model.layers[3].self_attn
+    model.model.layers[3].self_attn = wider
+
+
+def with_few_embeddings(model):
+    model.model.embed_tokens = nn.Embedding(64, 32)
+
+
+@compiled_only
+@pytest.mark.parametrize("change", [with_a_wider_mlp, with_more_keys_in_a_block, with_few_embeddings])
+def test_a_model_that_compiled_code_has_no_scratch_for_runs_on_torchs_operators(change):
+    model = random_model("llama")
+    change(model)
+    backbone = Backbone(model, tiny("llama").tokenizer, tiny("llama").source)
+    backbone.use_lean_path("float32")
+    assert backbone.engine == "torch"
+    if change is not with_few_embeddings:  # the self-check draws ids from the head's vocabulary
+        assert max(check(backbone)) <= 1e-5
+
+
+@compiled_only
+@pytest.mark.parametrize(
+    ("family", "changed", "engine"),
+    [
+        ("mamba2", {"conv_kernel": 1}, "torch"),
+        ("mamba2", {"state_size": 4}, "torch"),
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}, "torch"),
+        ("bamba", {"attn_layer_indices": []}, "native"),
+        ("mamba2", {"n_groups": 1}, "native"),
+    ],
+)
+def test_models_at_the_edge_of_what_is_compiled_are_right(family, changed, engine):
+    backbone = adopt(random_model(family, **changed))
+    assert backbone.engine == engine
+    answers = [Engine(backbone).generate([1, 2, 3], max_tokens=20, end_ids=frozenset()).ids]
+    backbone.use_library_blocks()
+    answers.append(Engine(backbone).generate([1, 2, 3], max_tokens=20, end_ids=frozenset()).ids)
+    assert answers[0] == answers[1]
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(UnsupportedModel, match="no blocks"):
+        adopt(random_model("llama", num_hidden_layers=0))
+
+
+@compiled_only
+def test_a_sketch_finds_the_likeliest_of_more_than_a_million_tokens():
+    tokens, dims, candidates = 3 << 19, 8, 500
+    torch.manual_seed(0)
+    head, norm, eye = Weight({"w": torch.randn(tokens, dims)}), torch.ones(dims), Weight({"w": torch.eye(dims)})
+    sketch = CSketch(CWeight.of(eye), CWeight.of(head), candidates)
+    native = Native([], [], CShape(dims, 1, 1, dims, dims), CMambaShape(), dims)
+    h = torch.randn(2, dims)
+    handle = CHead(CWeight.of(head), norm.data_ptr(), 1e-6)
+    found, whole = native.logits(handle, sketch, h), native.logits(handle, None, h)
+    assert torch.equal(found.topk(candidates).indices, whole.topk(candidates).indices)
+    assert (found > float("-inf")).sum() == 2 * candidates
+
+
+@compiled_only
+@torch.inference_mode()
+def test_rows_and_blocks_that_are_not_there_are_refused():
+    backbone = tiny("llama/native")
+    h, step = backbone.embed(torch.tensor([[1, 2, 3]]))
+    for call in (
+        lambda: backbone.logits(h[..., :16]),
+        lambda: backbone.run(h[..., :16], 0, 2, backbone.state(), step),
+        lambda: backbone.run(h, -2, -1, backbone.state(), step),
+        lambda: backbone.runtime.product_of(nn.Linear(32, 8))(torch.zeros(2, 8)),
+        lambda: backbone.sketched(torch.eye(32), torch.eye(32), 300)(h),
+        lambda: backbone.sketched(torch.zeros(8, 32), torch.zeros(32, 16), 3)(h),
+    ):
+        with pytest.raises(ValueError, match=r"numbers|blocks|candidates|sketch"):
+            call()
+
+
+def test_a_memory_gives_no_addresses_for_tokens_of_another_shape():
+    kv, ssm, like = KV(), SSM(), torch.zeros(1)
+    kv.addresses((1, 4, 8), torch.float32, 0, 5)
+    with pytest.raises(ValueError, match="the memory holds"):
+        kv.addresses((1, 4, 16), torch.float32, 5, 6)
+    ssm.addresses(like, (1, 3, 64), (1, 8, 8, 8))
+    with pytest.raises(ValueError, match="the memory holds"):
+        ssm.addresses(like, (1, 3, 128), (1, 8, 8, 8))
+
+
+@compiled_only
+def test_drafts_beyond_the_vocabulary_or_of_other_shapes_are_refused():
+    backbone, exits = tiny("llama/native"), exits_for("llama", readout="deep")
+    exit = next(iter(exits))
+    exits.ngrams = Ngrams(torch.tensor([1, 0], dtype=torch.int32), torch.tensor([300 << 8, 0], dtype=torch.int32))
+    with pytest.raises(ValueError, match="beyond the vocabulary"):
+        Drafting.of(backbone, exit, exits, 7, 3, 0.5)
+    exits.ngrams = Ngrams(exits.ngrams.keys, torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="int32 numbers"):
+        Drafting.of(backbone, exit, exits, 7, 3, 0.5)
+    exits.ngrams, exits.config = None, replace(exits.config, middle=5)
+    with pytest.raises(ValueError, match="cannot draft"):
+        Drafting.of(backbone, exit, exits, 7, 3, 0.5)

@@ -139,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object that a JSON file holds; empty if the file is missing or damaged."""
     try:
         return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

@@ -310,7 +310,8 @@ class _Record:
 
 def _rises_within(ids: Tensor, size: int) -> bool:
     """Whether ids (n,) rise, from 0 to `size` - 1 at most."""
-    return ids.ndim == 1 and bool((ids.diff() > 0).all()) and 0 <= int(ids.min()) <= int(ids.max()) < size
+    whole = ids.ndim == 1 and ids.dtype in (torch.int32, torch.int64)
+    return whole and bool((ids.diff() > 0).all()) and 0 <= int(ids.min()) <= int(ids.max()) < size
 
 
 def find_exits(backbone: Backbone, folder: str | Path | None = None, draft: bool = False) -> Exits | None:

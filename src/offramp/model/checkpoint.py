@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from offramp.errors import CorruptFile
 from offramp.files import cache_folder, read_json
+from offramp.model.headers import DTYPES, Place, read_gguf, read_safetensors, rows_of
 
 PIECE = 1 << 22  # entries of a tensor that are converted at once
 RECORD = "offramp-source.json"  # in a folder of the cache that was made of a GGUF file: where that file is
@@ -30,8 +28,6 @@ WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EDITION = 2  # of the fingerprint; raise it when the same weights get another one
 SAMPLE = 1024  # entries of a tensor that its fingerprint looks at
 GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2 ** 64
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-GGUF_FORMS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # its types of numbers, as `struct` names them
 ROW_WISE = {"TensorProcessor", "Gemma2TensorProcessor", "MambaTensorProcessor"}  # of the library: they move no rows
 
 
@@ -52,59 +48,14 @@ class Checkpoint(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a tensor's bytes are: `file`, from `offset` on. `kind` is a key of `DTYPES`, or GGUF's own type."""
-
-    file: Path
-    offset: int
-    row_bytes: int
-    kind: Any
-    shape: tuple[int, ...]
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """The bytes of rows `start` to `stop` - 1. Raises `OSError` where the file ends before them."""
-        out = torch.empty((stop - start) * self.row_bytes, dtype=torch.uint8)
-        rest = out.numpy().data
-        with self.file.open("rb", buffering=0) as stream:
-            stream.seek(self.offset + start * self.row_bytes)
-            while rest:
-                count = stream.readinto(rest)
-                if not count:
-                    raise OSError(f"{self.file.name} is cut short")
-                rest = rest[count:]
-        return out
-
-    def read_each(self, units: Tensor, size: int) -> Tensor:
-        """The bytes (n, `size`) of each of these units (n,) of `size` bytes, counted from the start of the tensor."""
-        with self.file.open("rb", buffering=0) as stream:
-            if hasattr(os, "posix_fadvise"):  # reading ahead would read most of the file
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
-            found = b"".join(os.pread(stream.fileno(), size, self.offset + unit * size) for unit in units.tolist())
-        if len(found) < len(units) * size:
-            raise OSError(f"{self.file.name} is cut short")
-        return torch.frombuffer(bytearray(found), dtype=torch.uint8).view(len(units), size)
-
-
 class Safetensors:
     """A `Checkpoint` in safetensors files. Raises `ValueError` or `OSError` for files that are damaged or missing."""
 
     def __init__(self, files: list[Path]) -> None:
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         for file in files:
-            with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                if not 0 < length < file.stat().st_size:
-                    raise OSError(f"{file.name} is cut short")
-                header = json.loads(stream.read(length))
-            for name, tensor in header.items():
-                if name != "__metadata__" and tensor["dtype"] in DTYPES:
-                    start, stop = tensor["data_offsets"]
-                    if 8 + length + stop > file.stat().st_size:
-                        raise OSError(f"{file.name} is cut short")
-                    shape = tuple(tensor["shape"])
-                    row_bytes = (stop - start) // max(1, _rows(shape))
-                    self._places[name] = _Place(file, 8 + length + start, row_bytes, tensor["dtype"], shape)
+            places = read_safetensors(file)
+            self._places |= {name: place for name, place in places.items() if place.kind in DTYPES}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -128,7 +79,7 @@ class Gguf:
     def __init__(self, file: Path, model: Any) -> None:
         from transformers import modeling_gguf_pytorch_utils as library
 
-        architecture, places = read_header(file)
+        architecture, places = read_gguf(file)
         self._processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(model.config.to_dict())
         # The library would ask this of each module of the model, too, which takes long.
         flat = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
@@ -154,12 +105,12 @@ class Gguf:
             return self._dequantised(name, start, stop)
         if self._newest is None or self._newest[0] != name:
             self._newest = None
-            self._newest = name, self._dequantised(name, 0, _rows(self._places[name].shape))
+            self._newest = name, self._dequantised(name, 0, rows_of(self._places[name].shape))
         return self._newest[1][start:stop]
 
     def entries(self, name: str, places: Tensor) -> Tensor:
         if not self._row_wise(name):
-            return self.rows(name, 0, _rows(self.shapes[name])).flatten()[places]
+            return self.rows(name, 0, rows_of(self.shapes[name])).flatten()[places]
         from gguf import GGML_QUANT_SIZES, dequantize
 
         # The library changes each entry of such a tensor by itself, so blocks can stand for rows.
@@ -186,63 +137,6 @@ class Gguf:
         """What the library makes of a tensor of the file; None if it makes several tensors of it."""
         result = self._processor.process(values, self._own_names[name], parsed_parameters={"tensors": {}})
         return result.weights if result.name else None
-
-
-def read_header(file: Path) -> tuple[str, dict[str, _Place]]:
-    """The architecture that a GGUF file names, and where each of its tensors is.
-
-    The package `gguf` can do this too, but takes seconds and a gigabyte for the words of a large vocabulary.
-    Raises `ValueError` or `OSError` for a file that is damaged or of another format.
-    """
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
-
-    architecture, alignment = "", 32
-    with file.open("rb") as stream:
-
-        def number(form: str = "Q") -> Any:
-            content = stream.read(struct.calcsize(form))
-            return struct.unpack(f"<{form}", content)[0]
-
-        def text() -> str:
-            return stream.read(number()).decode()
-
-        def value(kind: int) -> Any:
-            if kind == GGUFValueType.STRING:
-                return text()
-            if kind != GGUFValueType.ARRAY:
-                return number(GGUF_FORMS[kind])
-            inner, count = number("I"), number()
-            if inner in (GGUFValueType.STRING, GGUFValueType.ARRAY):
-                for _ in range(count):
-                    value(inner)
-            else:
-                stream.seek(count * struct.calcsize(GGUF_FORMS[inner]), 1)
-            return None
-
-        try:
-            magic, version, tensors, fields = stream.read(4), number("I"), number(), number()
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError(f"{file.name} is not a GGUF file of version 2 or 3")
-            for _ in range(fields):
-                key, found = text(), value(number("I"))
-                architecture = found if key == "general.architecture" else architecture
-                alignment = found if key == "general.alignment" else alignment
-            table = []
-            for _ in range(tensors):
-                name, shape = text(), tuple(reversed([number() for _ in range(number("I"))]))
-                table.append((name, shape, GGMLQuantizationType(number("I")), number()))
-        except (struct.error, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file.name} is damaged or cut short") from error
-        start = stream.tell() + -stream.tell() % alignment
-    places = {}
-    for name, shape, kind, offset in table:
-        entries, size = GGML_QUANT_SIZES[kind]
-        places[name] = _Place(file, start + offset, prod(shape) // _rows(shape) * size // entries, kind, shape)
-    return architecture, places
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 1
 
 
 def gguf_of(folder: Path) -> Path | None:
@@ -339,7 +233,7 @@ class Values:
 
     def pieces(self, tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         """The tensor cut into slices of at most `PIECE` entries: (start, stop, rows)."""
-        rows = _rows(tuple(tensor.shape))
+        rows = rows_of(tuple(tensor.shape))
         step = max(1, PIECE // max(1, tensor.numel() // rows))
         for start in range(0, rows, step):
             stop = min(rows, start + step)
@@ -379,7 +273,7 @@ def _scattered(shape: tuple[int, ...]) -> Tensor:
 
     They are in evenly spaced rows. Steps of the golden ratio spread them over the columns.
     """
-    entries, rows = prod(shape), _rows(shape)
+    entries, rows = prod(shape), rows_of(shape)
     if entries <= SAMPLE:
         return torch.arange(entries)
     columns = entries // rows

@@ -41,6 +41,7 @@ from offramp.files import (
     write_atomically,
 )
 from offramp.model.checkpoint import RECORD, fingerprint, gguf_of, weights_in
+from offramp.model.headers import read_gguf
 from offramp.model.hybrid import MIXERS, base_of, read_mixers, to_bamba
 from offramp.model.offload import values_of
 
@@ -360,6 +361,7 @@ def _describe(source: Source, file: Path, folder: Path) -> None:
         # The library would also read what lies in the file's own folder, so it is given an empty one.
         where: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
         try:
+            read_gguf(file)  # first, since the library believes what the header claims
             config = AutoConfig.from_pretrained(made, trust_remote_code=False, **where)
             tokenizer = AutoTokenizer.from_pretrained(made, trust_remote_code=False, **where)
             with torch.device("meta"):

@@ -17,7 +17,7 @@ TEMPLATE = (
 def prompts(template=None, context=64):
     tokenizer = copy.deepcopy(byte_tokenizer())
     tokenizer.chat_template = template
-    return Prompts(tokenizer, context, "tiny"), tokenizer
+    return Prompts(tokenizer, context, "tiny", 260), tokenizer
 
 
 def test_a_prompt_goes_through_the_chat_template():

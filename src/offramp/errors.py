@@ -29,6 +29,10 @@ class BadInput(OfframpError):
     """A prompt, an option or a data file cannot be used."""
 
 
+class NothingFits(BadInput):
+    """None of the tokens that were read out may come next, such as under a JSON schema."""
+
+
 class BadNumbers(OfframpError):
     """Logits or a loss are NaN or infinite."""
 

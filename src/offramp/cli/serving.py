@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,6 +38,11 @@ class ServeOptions:
         None,
         "Key that clients must send. Better in the environment variable OFFRAMP_API_KEY, where other users cannot see it.",
     )
+    allowed_host: tuple[str, ...] = setting(
+        (),
+        "A name that requests may call the server by, beside localhost, this machine's name, --host, and addresses. Can be "
+        "given several times.",
+    )
     replicas: tuple[int, ...] = setting(
         (1, 4), "With --ray: the least and the most replicas. One more starts when more than --rows requests run on each."
     )
@@ -68,7 +74,9 @@ def serve(
         import offramp.serve.api  # noqa: F401
     except ImportError as error:
         raise BadInput(f"Serving needs the package {error.name}.", "Install it: pip install 'offramp[serve]'") from error
-    options = replace(options, api_key=options.api_key or os.environ.get("OFFRAMP_API_KEY") or None)
+    hosts = (*options.allowed_host, host, socket.gethostname())  # replicas may run on other machines
+    key = options.api_key or os.environ.get("OFFRAMP_API_KEY") or None
+    options = replace(options, api_key=key, allowed_host=hosts)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     with cluster_at(ray) as cluster:
         if cluster:
@@ -117,7 +125,9 @@ def _app(menu: Menu, options: ServeOptions) -> FastAPI:
 
     scheduler = Scheduler(options.rows, options.waiting, int(options.cache * 2**30))
     name = menu.backbone.name
-    rules = Rules(name, options.api_key, options.max_body, options.max_tokens, options.max_seconds)
+    rules = Rules(
+        name, options.api_key, options.max_body, options.max_tokens, options.max_seconds, hosts=options.allowed_host
+    )
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     log.addHandler(handler)

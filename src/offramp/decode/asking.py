@@ -21,6 +21,7 @@ from offramp.decode.request import Request
 from offramp.decode.sampling import Greedy
 from offramp.decode.sequence import Decision, Sequence, Work
 from offramp.decode.timing import Timer
+from offramp.errors import NothingFits
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
 from offramp.model.lean.steps import Steps
 from offramp.model.lean.structures import MOST_DRAFTS
@@ -53,20 +54,36 @@ def leave(plan: Plan, number: int, climbs: list[Climb]) -> dict[Climb, Decision]
     decisions = {}
     may_leave = [climb for climb in climbs if climb.may_leave and climb.h is not None]
     for readout, confidence in _sure(plan, number, may_leave):
-        climb, sequence = readout.climb, readout.climb.sequence
-        exit = sequence.exits[number]
-        with plan.timed("sampling"):
-            id = climb.request.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
-        with plan.timed("fill"):
-            _watch_tails(plan, sequence)
-            plan.fill.leave(exit, climb.part)
-        climb.spend(plan.fill.flops(exit.exit, plan.costs))
-        decisions[climb] = Decision(id, exit.block, confidence, climb.work)
-        sequence.ids.append(id)
-        known = sequence.deep
-        own = [readout.h] if known is None else [readout.h, known[..., readout.h.shape[-1] :].to(readout.h.dtype)]
-        sequence.deep = torch.cat(own, dim=-1)
+        with readout.climb.request.own():
+            try:
+                decisions[readout.climb] = _left(plan, number, readout, confidence)
+            except NothingFits:  # full depth reads out more tokens
+                _stay(plan, number, readout.climb)
     return decisions
+
+
+def _left(plan: Plan, number: int, readout: ReadOut, confidence: float) -> Decision:
+    """Let a climb leave at an exit, with the next token that the exit chooses. Raises `NothingFits` before it has left."""
+    climb, sequence = readout.climb, readout.climb.sequence
+    exit = sequence.exits[number]
+    with plan.timed("sampling"):
+        id = climb.request.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], sequence.ids)
+    with plan.timed("fill"):
+        _watch_tails(plan, climb)
+        plan.fill.leave(exit, climb.part)
+    climb.spend(plan.fill.flops(exit.exit, plan.costs))
+    sequence.ids.append(id)
+    known = sequence.deep
+    own = [readout.h] if known is None else [readout.h, known[..., readout.h.shape[-1] :].to(readout.h.dtype)]
+    sequence.deep = torch.cat(own, dim=-1)
+    return Decision(id, exit.block, confidence, climb.work)
+
+
+def _stay(plan: Plan, number: int, climb: Climb) -> None:
+    """Take back what an exit's tail remembers of a token that then stays."""
+    tail = climb.sequence.exits[number].tail
+    if tail:
+        climb.sequence.state.take_back(plan.backbone.n_blocks - tail)
 
 
 def runs_on(plan: Plan, climb: Climb) -> bool:
@@ -202,13 +219,14 @@ def _sure(plan: Plan, number: int, climbs: list[Climb]) -> list[tuple[ReadOut, f
     leaving = []
     for readout in _read_out(plan, number, climbs):
         climb = readout.climb
-        sure = climb in confidences and confidences[climb] > _threshold(plan, climb.request, number, policy.threshold)
-        confidence = confidences[climb] if sure else _training_free(plan, kind, readout)
-        exit = climb.sequence.exits[number]
-        if sure or confidence > _threshold(plan, climb.request, number, key_threshold):
-            leaving.append((readout, confidence))
-        elif exit.tail:
-            climb.sequence.state.take_back(plan.backbone.n_blocks - exit.tail)
+        with climb.request.own():
+            plan.check_numbers(readout.logits)
+            sure = climb in confidences and confidences[climb] > _threshold(plan, climb.request, number, policy.threshold)
+            confidence = confidences[climb] if sure else _training_free(plan, kind, readout)
+            if sure or confidence > _threshold(plan, climb.request, number, key_threshold):
+                leaving.append((readout, confidence))
+            else:
+                _stay(plan, number, climb)
     return leaving
 
 
@@ -268,10 +286,10 @@ def _read_out(plan: Plan, number: int, climbs: list[Climb]) -> list[ReadOut]:
     return [ReadOut(*parts) for parts in zip(climbs, rows, tops, strict=True)]
 
 
-def _watch_tails(plan: Plan, sequence: Sequence) -> None:
+def _watch_tails(plan: Plan, climb: Climb) -> None:
     """Let the tails' blocks be able to forget what a token leaves there, if that may be necessary."""
-    if plan.longest_tail and plan.takes_back:
-        sequence.watch(plan.first_tail, plan.backbone.n_blocks)
+    if plan.longest_tail and (plan.takes_back or climb.request.reads_all):
+        climb.sequence.watch(plan.first_tail, plan.backbone.n_blocks)
 
 
 def _run_tail(plan: Plan, tail: int, climbs: list[Climb], adapted: list[Tensor]) -> list[Tensor]:
@@ -280,7 +298,7 @@ def _run_tail(plan: Plan, tail: int, climbs: list[Climb], adapted: list[Tensor])
     parts = []
     for climb, h in zip(climbs, adapted, strict=True):
         climb.work = climb.work.plus(plan.work(stop - tail, stop, 1, climb.end))
-        _watch_tails(plan, climb.sequence)
+        _watch_tails(plan, climb)
         _, state, step = climb.part
         parts.append((h, state, step if step.tokens == 1 else plan.backbone.step(h, climb.end - 1)))
     with plan.timed("tails"):

@@ -32,6 +32,7 @@ from offramp.decode.asking import leave, run_ahead, run_on, runs_ahead, runs_on
 from offramp.decode.climb import Climb
 from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.embedding import embed_all
+from offramp.decode.heads import Head
 from offramp.decode.plan import Plan
 from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Reading, Request, Talk
 from offramp.decode.sampling import Choose
@@ -73,11 +74,6 @@ class Batch:
         backbone, max_tokens = self.plan.backbone, limits.get("max_tokens", 128)
         _check_limits(limits)
         backbone.prompts.check(ids)
-        if not 0 <= min(ids) <= max(ids) < backbone.vocab_size:
-            raise BadInput(
-                f"The prompt has ids from {min(ids)} to {max(ids)}; {backbone.name} has {backbone.vocab_size} tokens.",
-                "Make the ids with the model's own tokenizer.",
-            )
         remaining = min(max_tokens, backbone.context - len(ids))
         self.plan.check_use(remaining)
         sequence = self._sequence(ids, remaining, talk or Talk())
@@ -96,7 +92,8 @@ class Batch:
     def run(self, progress: Progress = silent) -> Iterator[Event]:
         """Step until every request has finished; yield what happens, but for requests that were cancelled meanwhile.
 
-        `progress` is told how many tokens have been read of the prompts that take several steps.
+        `progress` is told how many tokens have been read of the prompts that take several steps. The error of a request
+        ends all of them, and is raised.
         """
         read: dict[Request, tuple[int, int]] = {}  # of these prompts: the tokens read, and all tokens
         while self.requests:
@@ -108,6 +105,9 @@ class Batch:
                 if read and isinstance(event, Reading | Prefilled):
                     tokens, totals = zip(*read.values(), strict=True)
                     progress("reading", sum(tokens), sum(totals))
+                if error := event.request.error:
+                    self._fail(error)
+                    raise error
                 if event.request.finish_reason != "cancelled":
                     yield event
 
@@ -115,20 +115,29 @@ class Batch:
     def step(self) -> list[Event]:
         """Read a piece of each new prompt, or decide at least one token of every request that is read. Returns the events.
 
-        While there is work of both kinds, steps take turns, so that a long prompt does not hold up other answers. Raises
-        `BadNumbers` for NaN logits. After any error the memories are half-written: the batch is empty, its requests have
-        the finish reason "failed", and their talks start anew.
+        While there is work of both kinds, steps take turns, so that a long prompt does not hold up other answers. What
+        goes wrong for one request alone, such as NaN logits (`BadNumbers`) or its `choose`, ends that request: it is
+        `Finished`, with the finish reason "failed" and its `error`. Any other error is raised, and all requests end so. A
+        talk of a request that failed starts anew, since its memory may be half-written.
         """
         new = [request for request in self.requests if not request.prefilled]
         ready = [request for request in self.requests if request.prefilled]
         self._has_read = bool(new) and not (ready and self._has_read)
         try:
-            return self._prefill(new) if self._has_read else self._decode(ready)
-        except BaseException:
-            for request in self.requests:
-                request.finish_reason, request.sequence.whole = "failed", False
-            self.requests.clear()
+            events = self._prefill(new) if self._has_read else self._decode(ready)
+        except BaseException as error:
+            self._fail(error)
             raise
+        for request in [request for request in self.requests if request.error]:
+            self.requests.remove(request)
+            events.append(Finished(request))
+        return events
+
+    def _fail(self, error: BaseException) -> None:
+        """End all requests with an error."""
+        for request in self.requests:
+            request.fail(error)
+        self.requests.clear()
 
     def _prefill(self, requests: list[Request]) -> list[Event]:
         """Run a piece of each prompt at full depth, but not its last token; recurrent gates and read-outs see it too.
@@ -200,27 +209,30 @@ class Batch:
     def _at_exit(self, number: int, climbs: list[Climb]) -> tuple[list[Event], list[Climb]]:
         """Let climbs leave at an exit. Returns the events, and the climbs that go on; a draft's sets out anew."""
         decisions, events = leave(self.plan, number, climbs), []
-        going_on = [climb for climb in climbs if climb not in decisions]
+        going_on = [climb for climb in climbs if climb not in decisions and not climb.request.error]
         self._pass_exit(number, going_on)
         if self.plan.fill.verifies:
             anew = [self._draft(climb, decision) for climb, decision in decisions.items()]
             self._embed(anew)
             return [], [*going_on, *anew]
         for climb, decision in decisions.items():
-            climb.sequence.settle()
-            events += self._emit(climb.request, [decision])
+            with climb.request.own():
+                climb.sequence.settle()
+                events += self._emit(climb.request, [decision])
         return events, going_on
 
     def _run_ahead(self, request: Request) -> tuple[list[Event], Climb | None]:
         """Decide tokens in one call. Returns their events, and the climb of a token that an exit may let leave."""
         events: list[Event] = []
-        passes, climb = run_ahead(self.plan, request)
-        for made in passes:
-            request.sequence.deep_passes += 1
-            request.sequence.rejected += made.rejected
-            if not request.finish_reason:
-                events += self._emit(request, made.decisions)
-        request.sequence.settle()
+        climb: Climb | None = None
+        with request.own():
+            passes, climb = run_ahead(self.plan, request)
+            for made in passes:
+                request.sequence.deep_passes += 1
+                request.sequence.rejected += made.rejected
+                if not request.finish_reason:
+                    events += self._emit(request, made.decisions)
+            request.sequence.settle()
         return events, climb
 
     def _set_out(self, request: Request) -> Climb:
@@ -296,14 +308,20 @@ class Batch:
 
     def _judge(self, climbs: list[Climb]) -> list[Event]:
         """Let full depth decide at the top: drafts that agree stand, and one token of its own follows."""
-        head, verifies = self.plan.head, self.plan.fill.verifies
-        hidden = [h if verifies or h.shape[1] == 1 else h[:, -1:] for h in (climb.hidden for climb in climbs)]
+        plan, verifies = self.plan, self.plan.fill.verifies
+        by_head: dict[Head, list[Climb]] = {}
+        for climb in climbs:
+            by_head.setdefault(plan.whole_head if climb.request.reads_all else plan.head, []).append(climb)
         events: list[Event] = []
-        for climb, h, logits in zip(climbs, hidden, self.plan.logits_of(head, hidden), strict=True):
-            climb.spend(h.shape[1] * head.flops)
-            decisions = self._compare(climb, h, logits)
-            climb.sequence.settle()
-            events += self._emit(climb.request, decisions)
+        for head, those in by_head.items():
+            hidden = [h if verifies or h.shape[1] == 1 else h[:, -1:] for h in (climb.hidden for climb in those)]
+            for climb, h, logits in zip(those, hidden, plan.logits_of(head, hidden), strict=True):
+                with climb.request.own():
+                    plan.check_numbers(logits)
+                    climb.spend(h.shape[1] * head.flops)
+                    decisions = self._compare(climb, h, logits)
+                    climb.sequence.settle()
+                    events += self._emit(climb.request, decisions)
         return events
 
     def _compare(self, climb: Climb, h: Tensor, logits: Tensor) -> list[Decision]:

@@ -110,8 +110,8 @@ class Plan:
         self.top = len(self.segments) - 1
 
     def _choose_heads(self, exits: Exits | None) -> None:
-        """Set `head`, which reads out at the top, and `exit_head`, which reads out at exits."""
-        self.head = Head.whole(self.backbone, self.costs.head)
+        """Set `head`, which reads out at the top, `whole_head`, which a request may ask for, and `exit_head`."""
+        self.head = self.whole_head = Head.whole(self.backbone, self.costs.head)
         backbone, costs, sketch = self.backbone, self.costs, exits.sketch if exits else None
         if self.policy.candidates and not self.fill.verifies:
             self.head = Head.sketched(backbone, costs, sketch, self.policy.candidates)
@@ -176,15 +176,15 @@ class Plan:
         return self.fill.waits or has_keys or self.policy.confidence != "gate"
 
     def logits_of(self, head: Head, hidden: list[Tensor]) -> list[Tensor]:
-        """Run a head once on the rows of several sequences: hidden states (1, n, D) each → logits (n, V) each.
-
-        Raises `BadNumbers` for NaN logits.
-        """
+        """Run a head once on the rows of several sequences: hidden states (1, n, D) each → logits (n, V) each."""
         with self.timed("heads"):
             logits = head.logits(joined(hidden, dim=1))[0]
+        return [logits] if len(hidden) == 1 else list(logits.split([h.shape[1] for h in hidden]))
+
+    def check_numbers(self, logits: Tensor) -> None:
+        """Raise `BadNumbers` for NaN and infinite logits."""
         if not torch.isfinite(logits.amax()):
             raise self.bad_numbers()
-        return [logits] if len(hidden) == 1 else list(logits.split([h.shape[1] for h in hidden]))
 
     def bad_numbers(self) -> BadNumbers:
         """What to raise for logits that are not finite."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypedDict
@@ -62,7 +64,8 @@ class Request:
     """A text to continue until an end token, a stop string or the limit.
 
     `remaining`: the number of tokens that may still be generated; `tokens`: those generated so far. `pauses`: numbers of
-    the prompt's first tokens at which reading pauses, so that its state there can be kept.
+    the prompt's first tokens at which reading pauses, so that its state there can be kept. `error`: what ended the request
+    if its finish reason is "failed".
     """
 
     sequence: Sequence
@@ -74,6 +77,24 @@ class Request:
     pauses: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: BaseException | None = None
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """Run what belongs to this request alone: an exception there ends this request, and no other."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """End with an error. What the blocks remember may be half-written."""
+        self.finish_reason, self.error, self.sequence.whole = "failed", error, False
+
+    @cached_property
+    def reads_all(self) -> bool:
+        """Whether full depth reads out all tokens, even where a sketch of the head would name some: `choose` says so."""
+        return bool(getattr(self.choose, "reads_all", False))
 
     @cached_property
     def ends(self) -> Tensor:

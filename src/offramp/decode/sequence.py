@@ -19,6 +19,7 @@ from offramp.model.lean.steps import new_estimates
 from offramp.model.lean.structures import CEstimates
 from offramp.model.state import State
 
+ID_BYTES = 64  # of a Python integer in two lists
 TokenIds = TypeVar("TokenIds", list[int], tuple[int, ...])
 
 
@@ -84,10 +85,19 @@ class Follower:
         self.length = length
 
     def fork(self) -> Follower:
-        """A second follower that has seen the same tokens. Both share the weights."""
+        """A second follower that has seen the same tokens. Both share the weights.
+
+        What it has not read it copies: that may be the last row of a large piece, which would stay in memory.
+        """
         twin = copy.copy(self)
-        twin._unread, twin._read = [*self._unread], [*self._read]
+        twin._unread, twin._read = [h.clone() for h in self._unread], [*self._read]
         return twin
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of what it keeps."""
+        kept = [*self._unread, *self._read, *(self._memory or ()), *(self._settled[1] or ())]
+        return sum({id(part): part.nbytes for part in kept}.values())
 
 
 @dataclass
@@ -243,8 +253,15 @@ class Sequence:
     def fork(self) -> Sequence:
         """A second sequence with the same tokens, which goes on independently of this one."""
         exits = [exit.fork() for exit in self.exits]
-        state = copy.deepcopy(self.state)
-        return Sequence([*self.ids], state, exits, self.prompt, deep=self.deep, run=self.run, watched=self.watched)
+        state, deep = copy.deepcopy(self.state), None if self.deep is None else self.deep.clone()
+        return Sequence([*self.ids], state, exits, self.prompt, deep=deep, run=self.run, watched=self.watched)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that a fork takes: those of the blocks' and the exits' memories, and about those of the ids."""
+        deep = 0 if self.deep is None else self.deep.nbytes
+        exits = sum(follower.bytes for follower in self.followers)
+        return self.state.bytes + exits + deep + ID_BYTES * len(self.ids)
 
 
 def begin_alike(prompts: Collection[TokenIds]) -> int:

@@ -61,7 +61,7 @@ class Backbone:
         self.context: int = getattr(config, "max_position_embeddings", UNBOUNDED)
         self.device: torch.device = device or device_of(self.modules.embedding)
         self.kinds = self.modules.kinds
-        self.prompts = Prompts(tokenizer, self.context, source.name)
+        self.prompts = Prompts(tokenizer, self.context, source.name, self.vocab_size)
         _BACKBONES[model] = ref(self)
 
     @classmethod

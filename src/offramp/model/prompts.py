@@ -10,11 +10,12 @@ from offramp.errors import BadInput
 class Prompts:
     """Turns prompts and conversations into token ids, and refuses those that a model cannot answer.
 
-    `tokenizer` is the library's. `context` is the number of tokens that the model `name` holds, answer included.
+    `tokenizer` is the library's. `context` is the number of tokens that the model `name` holds, answer included;
+    `vocabulary` is the number of its different tokens.
     """
 
-    def __init__(self, tokenizer: Any, context: int, name: str) -> None:
-        self._tokenizer, self._context, self._name = tokenizer, context, name
+    def __init__(self, tokenizer: Any, context: int, name: str, vocabulary: int) -> None:
+        self._tokenizer, self._context, self._name, self._vocabulary = tokenizer, context, name, vocabulary
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """A prompt → token ids. The chat template is used where the tokenizer has one and `raw` is false.
@@ -36,11 +37,16 @@ class Prompts:
         return list(ids)
 
     def check(self, ids: list[int]) -> None:
-        """Refuse a prompt of no tokens, and one that leaves no room for an answer, with `BadInput`."""
+        """Refuse a prompt of no tokens, of ids that are no tokens, and without room for an answer, with `BadInput`."""
         if not ids:
             raise BadInput("The prompt is empty.", "Give some text to go on from.")
         if len(ids) >= self._context:
             raise BadInput(
                 f"The prompt is {len(ids)} tokens long; {self._name} holds {self._context} with its answer.",
                 "Shorten the prompt, or use a model with a longer context.",
+            )
+        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
+            raise BadInput(
+                f"The prompt has ids from {min(ids)} to {max(ids)}; {self._name} has {self._vocabulary} tokens.",
+                "Make the ids with the model's own tokenizer.",
             )

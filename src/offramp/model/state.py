@@ -40,13 +40,17 @@ class KV:
         twin = KV(self._capacity, self._window)
         twin.length, twin.base = self.length, self.base
         if self._buffer is not None:
-            twin._buffer = self._buffer[:, : -(-(self.length - self.base) // UNIT) * UNIT].clone()
+            twin._buffer = self._needed(self._buffer).clone()
         return twin
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the buffer."""
-        return 0 if self._buffer is None else self._buffer.nbytes
+        """The bytes that the tokens take, and that a copy takes; the buffer may have more room."""
+        return 0 if self._buffer is None else self._needed(self._buffer).nbytes
+
+    def _needed(self, buffer: Tensor) -> Tensor:
+        """A view of the part of the buffer that the tokens need."""
+        return buffer[:, : -(-(self.length - self.base) // UNIT) * UNIT]
 
     @property
     def keys(self) -> Tensor:
@@ -301,7 +305,7 @@ class State:
 
     @property
     def bytes(self) -> int:
-        """The bytes of all memories."""
+        """The bytes of all memories, without room to grow."""
         return sum(memory.nbytes for memory in (*self.kv, *self.ssm) if memory is not None)
 
     def reserve(self, capacity: int) -> None:

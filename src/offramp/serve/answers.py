@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import openai.types as completions
-from fastapi.responses import JSONResponse
+from fastapi import Response
 from torch import Tensor
 
 from offramp.decode.request import Limits, Token, drafts_of
@@ -42,13 +42,17 @@ OTHER = "\u2047 other"  # a text that no message begins with
 
 @dataclass(frozen=True)
 class Rules:
-    """What the server allows. name: the model's. key: the API key, or None. Sizes in bytes, tokens, and seconds."""
+    """What the server allows. name: the model's. key: the API key, or None. Sizes in bytes, tokens, and seconds.
+
+    hosts: names that requests may call the server by, beside `localhost`, this machine's name, and addresses.
+    """
 
     name: str
     key: str | None = None
     most_body: int = 1 << 20
     most_tokens: int = 4096
     most_seconds: float = 600.0
+    hosts: tuple[str, ...] = ()
 
 
 class Refused(Exception):
@@ -58,16 +62,15 @@ class Refused(Exception):
         self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Any = None
     ) -> None:
         super().__init__(message)
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 500: "server_error"}
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        usual = "server_error" if status >= 500 else "invalid_request_error"
         self.status, self.headers = status, headers or {}
-        self.error = {
-            "message": message, "type": kinds.get(status, "invalid_request_error"), "param": param, "code": code,
-        }  # fmt: skip
+        self.error = {"message": message, "type": kinds.get(status, usual), "param": param, "code": code}
 
     @property
-    def response(self) -> JSONResponse:
+    def response(self) -> Response:
         """The answer in OpenAI's form."""
-        return JSONResponse({"error": self.error}, self.status, self.headers)
+        return Response(json.dumps({"error": self.error}), self.status, self.headers, "application/json")
 
 
 @dataclass(eq=False)
@@ -81,13 +84,15 @@ class Choice:
     logprobs: Recorder | None
     tokens: list[Token] = field(default_factory=list)
     first: float = 0.0  # when the first token came
+    last: float = 0.0  # when the newest came
 
     async def each(self) -> AsyncIterator[Token]:
         """The tokens, as they come. Raises what ended the answer too early."""
         while (token := await self.arrived.get()) is not None:
             if isinstance(token, Exception):
                 raise token
-            self.first = self.first or time.monotonic()
+            self.last = time.monotonic()
+            self.first = self.first or self.last
             self.tokens.append(token)
             yield token
 
@@ -109,6 +114,7 @@ class Recorder:
 
     def __init__(self, choose: Choose, most: int) -> None:
         self._choose, self._most = choose, most
+        self.reads_all = getattr(choose, "reads_all", False)
         self.found: dict[int, tuple[int, float, list[tuple[int, float]]]] = {}
 
     def __call__(self, logits: Tensor, ids: list[int]) -> int:
@@ -163,10 +169,9 @@ class Server:
 
     def end(self, chosen: list[Choice]) -> None:
         """Give up what still runs of a request, and count it."""
-        self.scheduler.cancel(chosen[0].job)
-        for choice in chosen:
-            self.metrics.finished(choice.job, choice.first, choice.reason if choice.job.ended else "abort")
         job = chosen[0].job
+        self.metrics.finished(chosen)
+        self.scheduler.cancel(job)
         facts = {
             "prompt_tokens": len(job.ids),
             "cached_tokens": job.cached,

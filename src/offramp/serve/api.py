@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import socket
 from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +88,21 @@ async def streamed(server: Server, asked: Asked, chosen: list[Choice], form: For
         yield _event({"error": refused(error).error})
     finally:
         work.cancel()
-        server.end(chosen)
+
+
+class Stream(StreamingResponse):
+    """A stream of a request's answers. What still runs of them is given up when it ends, even if it never began."""
+
+    def __init__(self, server: Server, chosen: list[Choice], events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._end = partial(server.end, chosen)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
 
 
 def _event(what: dict[str, Any]) -> str:
@@ -104,11 +121,26 @@ async def _left(request: Request) -> None:
         pass
 
 
+def _name_in(host: str) -> str | None:
+    """The name in a Host header; None for an address, which needs no name."""
+    name, _, _ = host[1:].partition("]") if host.startswith("[") else host.partition(":")
+    try:
+        ip_address(name)
+    except ValueError:
+        return name.rstrip(".").lower()
+    return None
+
+
 class Guard:
-    """Lets a request through if it has the key, where there is one, and as long as its body is not too large."""
+    """Lets a request through that calls the server by one of its names and has the key, where there is one.
+
+    A page from elsewhere can let its own name point to this machine (DNS rebinding), but not name this machine. The body
+    may not be too large.
+    """
 
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
         self._app, self._rules = app, rules
+        self._names = {None, "localhost", *(name.lower() for name in (socket.gethostname(), *rules.hosts))}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -116,6 +148,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         rules, headers, seen = self._rules, Headers(scope=scope), 0
+        if (name := _name_in(headers.get("host", ""))) not in self._names:
+            refusal = Refused(403, f"This server is not called '{name}'. If it is, start it with --allowed-host {name}")
+            await refusal.response(scope, receive, send)
+            return
         if rules.key is not None and scope["path"].startswith(("/v1/", "/offramp/")):
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), rules.key.encode()):
@@ -149,6 +185,7 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
 
     @app.exception_handler(Refused)
     @app.exception_handler(OfframpError)
+    @app.exception_handler(Exception)
     async def _refuse(_: Request, error: Exception) -> Response:
         return refused(error).response
 
@@ -171,6 +208,8 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
 
     @app.get("/health")
     async def _health() -> dict[str, str]:
+        if scheduler.trouble:
+            raise Refused(503, scheduler.trouble)
         return {"status": "ok"}
 
     @app.get("/metrics")
@@ -194,10 +233,7 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def _chat(asked: ChatRequest, request: Request) -> Response:
         ids, borders = await asyncio.to_thread(server.conversation, asked)
-        schemas = {"text": None, "json_object": {"type": "object"}}
-        wanted = asked.response_format
-        schema = schemas.get(wanted.type, wanted.json_schema.schema_ if wanted.json_schema else {})
-        return await respond(server, asked, request, ChatForm, ids, borders, schema)
+        return await respond(server, asked, request, ChatForm, ids, borders, asked.response_format.schema_of_answers)
 
     @app.post("/v1/completions")
     async def _complete(asked: CompletionRequest, request: Request) -> Response:
@@ -226,7 +262,7 @@ async def respond(
         chosen = await asyncio.to_thread(server.choices, loop, asked, ids, borders, schema)
         made = form(server, server.rules.name)
         if asked.stream:
-            return StreamingResponse(streamed(server, asked, chosen, made), media_type="text/event-stream")
+            return Stream(server, chosen, streamed(server, asked, chosen, made))
         return await answered(server, chosen, made, request)
     except Exception as error:
         raise refused(error) from error

@@ -48,18 +48,23 @@ class PromptCache:
         return Talk(self._entries[engine, found].sequence.fork()), len(found)
 
     def keep(self, engine: Engine, talk: Talk) -> None:
-        """Keep a copy of a talk as it is now. Does nothing for a talk that has drafts or pending tokens, or that failed."""
+        """Keep a copy of a talk as it is now, if there is room for it.
+
+        Does nothing for a talk that has drafts or pending tokens, or that failed.
+        """
         sequence = talk.sequence
         if sequence is None or not sequence.run or not sequence.whole or sequence.drafts or sequence.pending:
+            return
+        size = sequence.bytes
+        if size > self.most:
             return
         place = engine, tuple(sequence.ids[: sequence.run])
         if place in self._entries:
             return
-        copied = sequence.fork()
-        copied.ids = [*place[1]]
-        size = copied.state.bytes
-        self._entries[place] = Entry(copied, size)
-        self.bytes += size
-        while self.bytes > self.most:
+        while self.bytes + size > self.most:
             _, oldest = self._entries.popitem(last=False)
             self.bytes -= oldest.bytes
+        copied = sequence.fork()
+        copied.ids = [*place[1]]
+        self._entries[place] = Entry(copied, size)
+        self.bytes += size

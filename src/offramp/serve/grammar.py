@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from offramp.decode.sampling import Choose
-from offramp.errors import BadInput
+from offramp.errors import BadInput, NothingFits
 
 
 class Grammar:
     """A `Choose` that keeps an answer within a JSON schema, and lets another one choose among the tokens that fit.
 
-    The texts that it is asked about may go back, as drafts are rejected: the matcher then goes back, too.
+    The texts that it is asked about may go back, as drafts are rejected: the matcher then goes back, too. Raises
+    `NothingFits` where no token fits that has been read out, and `BadInput` where the matcher gives up.
     """
+
+    reads_all = True  # what fits may be unlikely
 
     def __init__(self, tokenizer: Any, schema: dict[str, Any], prompt: int, choose: Choose) -> None:
         """`prompt`: the number of the prompt's ids. Raises `BadInput` for a schema that is none."""
@@ -32,10 +35,17 @@ class Grammar:
     def __call__(self, logits: Tensor, ids: list[int]) -> int:
         self._follow(ids[self._prompt :])
         allowed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        if self._matcher.is_error():
+            raise BadInput(
+                f"The schema cannot be followed: {self._matcher.get_error().splitlines()[0]}", "Make it simpler."
+            )
         bits = (allowed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[: len(logits)].bool()
         hidden = torch.ones(len(logits), dtype=torch.bool)
         hidden[: len(bits)] = ~bits
-        return self._choose(logits.masked_fill(hidden.to(logits.device), float("-inf")), ids)
+        fitting = logits.masked_fill(hidden.to(logits.device), float("-inf"))
+        if fitting.amax() == float("-inf"):
+            raise NothingFits("No token of the model fits the schema here.", "Make the schema simpler.")
+        return self._choose(fitting, ids)
 
     def _follow(self, answer: list[int]) -> None:
         """Bring the matcher to where the answer ends."""

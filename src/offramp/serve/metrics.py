@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from offramp.decode.request import drafts_of
-from offramp.serve.scheduler import Job, Scheduler
+from offramp.serve.scheduler import Outcome, Scheduler
+
+if TYPE_CHECKING:
+    from offramp.serve.answers import Choice
+
+WORST_FIRST: tuple[Outcome, ...] = ("error", "abort", "length", "stop")
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
@@ -46,24 +54,29 @@ class Metrics:
             )
         }
 
-    def finished(self, job: Job, first: float, reason: str) -> None:
-        """Count an ended job; `first` is when its first token came, in seconds of `time.monotonic`, or 0."""
-        self._finished.labels(finished_reason=reason).inc()
+    def finished(self, chosen: list[Choice]) -> None:
+        """Count a request, with its answers as they are now. The worst of their ends is its own."""
+        job, outcomes = chosen[0].job, {choice.job.outcome for choice in chosen}
+        self._finished.labels(finished_reason=next(each for each in WORST_FIRST if each in outcomes)).inc()
         self._count("prompt_tokens", len(job.ids))
         self._count("prefix_cache_hits", job.cached)
-        if job.request is None or not job.request.tokens:
-            return
-        tokens = job.request.tokens
+        self._times["e2e_request_latency_seconds"].observe(time.monotonic() - job.asked)
+        if begun := [choice for choice in chosen if choice.tokens]:
+            self._times["time_to_first_token_seconds"].observe(min(choice.first for choice in begun) - job.asked)
+        for choice in begun:
+            self._answered(choice)
+
+    def _answered(self, choice: Choice) -> None:
+        """Count an answer's tokens: those that have come."""
+        tokens, engine = choice.tokens, choice.job.engine
         self._count("generation_tokens", len(tokens))
         self._count("blocks", sum(token.blocks for token in tokens))
-        if job.engine.fill.verifies:
-            made, stood = drafts_of(tokens, job.engine.backbone.n_blocks)
+        if engine.fill.verifies:
+            made, stood = drafts_of(tokens, engine.backbone.n_blocks)
             self._count("spec_decode_num_draft_tokens", made)
             self._count("spec_decode_num_accepted_tokens", stood)
-        self._times["time_to_first_token_seconds"].observe(first - job.asked)
-        self._times["e2e_request_latency_seconds"].observe(job.ended - job.asked)
         if len(tokens) > 1:
-            self._times["time_per_output_token_seconds"].observe((job.ended - first) / (len(tokens) - 1))
+            self._times["time_per_output_token_seconds"].observe((choice.last - choice.first) / (len(tokens) - 1))
 
     def _count(self, name: str, by: int) -> None:
         self._counters[name].inc(by)

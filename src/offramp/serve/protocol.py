@@ -1,20 +1,36 @@
 """What the HTTP interface takes in, checked: OpenAI's requests for completions and chat, with a few fields of our own.
 
-A field that is not supported is refused if it asks for something, and ignored where it asks for nothing. What is given back
-are the types of the package `openai`.
+Of OpenAI's fields that are not supported, those that would change an answer are refused, unless they ask for nothing; the
+others have no effect. docs/serve.md lists all of them. What is given back are the types of the package `openai`.
 """
 
 from __future__ import annotations
 
+import json
+import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from offramp.decode.sampling import Sampling
 
 MOST_LOGPROBS = 20  # alternatives of a token, as OpenAI has it
 MOST_CHOICES = 16  # answers to one prompt
 MOST_STOPS = 16
+LARGEST = 2**63 - 1  # of a whole number
+LEAST_TEMPERATURE = 0.01  # above 0, as vLLM has it: logits that are divided by less may leave the range of float32
+
+
+def _refused(*nothing: Any) -> AfterValidator:
+    """What checks a field that is not supported: `nothing` are the values that ask for nothing."""
+
+    def check(value: Any) -> Any:
+        if value not in nothing:
+            raise PydanticCustomError("unsupported", "This is not supported here. Leave it out.")
+        return value
+
+    return AfterValidator(check)
 
 
 class StreamOptions(BaseModel):
@@ -38,6 +54,18 @@ class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _is_whole(self) -> ResponseFormat:
+        if self.type == "json_schema" and not self.json_schema:
+            raise PydanticCustomError("missing", "Give json_schema the schema.")
+        return self
+
+    @property
+    def schema_of_answers(self) -> dict[str, Any] | None:
+        """The JSON schema that answers must fit, if any."""
+        given = self.json_schema.schema_ if self.json_schema else {}
+        return {"text": None, "json_object": {"type": "object"}, "json_schema": given}[self.type]
+
 
 class Decoding(BaseModel):
     """`offramp`, a field of our own: the fill (`full` is full depth), the number of a calibrated point, and whether the
@@ -50,24 +78,37 @@ class Decoding(BaseModel):
 
 
 class Asked(BaseModel):
-    """What requests for completions and for chat have in common. Unknown fields are ignored."""
+    """What requests for completions and for chat have in common. Unknown fields are ignored.
+
+    Where a request names no seed, it gets a new one.
+    """
 
     model: str = ""
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=100)
+    max_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(0, ge=0, le=LARGEST)
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     offramp: Decoding = Field(default_factory=Decoding)
-    seed: int | None = None
+    seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-LARGEST - 1, le=LARGEST)
     n: int = Field(1, ge=1, le=MOST_CHOICES)
     stop: Annotated[list[str], Field(max_length=MOST_STOPS)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
-    frequency_penalty: Literal[0] = 0
-    presence_penalty: Literal[0] = 0
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] = Field(default_factory=dict)
+    frequency_penalty: Annotated[Any, _refused(0)] = 0
+    presence_penalty: Annotated[Any, _refused(0)] = 0
+    logit_bias: Annotated[Any, _refused({})] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, values: Any) -> Any:
+        """Refuse half a surrogate pair, anywhere: JSON can write it, and UTF-8 cannot."""
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("surrogate", "A text has half a surrogate pair, which is no character.") from None
+        return values
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -88,9 +129,8 @@ class Asked(BaseModel):
 
     def sampling(self, number: int) -> Sampling:
         """How answer `number` is drawn. Each answer to one prompt has a seed of its own."""
-        return Sampling(
-            self.temperature, self.top_k, self.top_p, self.min_p, (self.seed or 0) + number, self.repetition_penalty
-        )
+        temperature = max(self.temperature, LEAST_TEMPERATURE) if self.temperature else 0.0
+        return Sampling(temperature, self.top_k, self.top_p, self.min_p, self.seed + number, self.repetition_penalty)
 
 
 class CompletionRequest(Asked):
@@ -98,7 +138,9 @@ class CompletionRequest(Asked):
 
     prompt: str | list[int]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    echo: Literal[False] = False
+    echo: Annotated[Any, _refused(False)] = False
+    best_of: Annotated[Any, _refused(1)] = 1
+    suffix: Annotated[Any, _refused("")] = ""
 
 
 class Message(BaseModel):
@@ -121,11 +163,26 @@ class ChatRequest(Asked):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat = Field(default_factory=ResponseFormat)
-    tools: Annotated[list[Any], Field(max_length=0)] = Field(default_factory=list)
+    tools: Annotated[Any, _refused([])] = Field(default_factory=list)
+    tool_choice: Annotated[Any, _refused("none", "auto")] = "none"
+    functions: Annotated[Any, _refused([])] = Field(default_factory=list)
+    function_call: Annotated[Any, _refused("none", "auto")] = "none"
+    modalities: Annotated[Any, _refused(["text"], [])] = Field(default_factory=list)
+    audio: Annotated[Any, _refused(None)] = None
+    moderation: Annotated[Any, _refused(None)] = None
+    reasoning_effort: Annotated[Any, _refused("none")] = "none"
+    verbosity: Annotated[Any, _refused("medium")] = "medium"
+    web_search_options: Annotated[Any, _refused(None)] = None
+
+    @model_validator(mode="after")
+    def _asks_for_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("missing", "top_logprobs needs logprobs.")
+        return self
 
     @property
     def longest(self) -> int | None:

@@ -10,17 +10,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 from offramp.decode.batch import Batch
 from offramp.decode.engine import Engine
-from offramp.decode.request import Decided, Finished, Limits, Prefilled, Reading, Request, Talk, Token
+from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Reading, Request, Talk, Token
 from offramp.decode.sampling import Choose
-from offramp.errors import OfframpError
+from offramp.errors import BadNumbers, OfframpError
 from offramp.serve.cache import PromptCache
 
 State = Literal["waiting", "running", "done"]
+Outcome = Literal["stop", "length", "abort", "error"]
+STUCK = 120.0  # seconds that no step takes
 
 
 class Full(OfframpError):
@@ -39,7 +42,8 @@ class Job:
     after which other prompts may go on differently. twins: jobs with the same prompt, which is read once for all of them.
 
     What the scheduler notes: `cached`, the prompt's ids that were in the prompt cache; the time when the job was handed in,
-    when its prompt had been read, and when it ended, in seconds of `time.monotonic`; the engine's request.
+    when its prompt had been read, and when it ended, in seconds of `time.monotonic`; the error that ended it; the engine's
+    request.
     """
 
     engine: Engine
@@ -55,8 +59,15 @@ class Job:
     asked: float = field(default_factory=time.monotonic)
     read: float = 0.0
     ended: float = 0.0
+    error: Exception | None = None
     talk: Talk | None = None
     request: Request | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """Why the job ended, in vLLM's words. One that still runs, or that was cancelled, is given up."""
+        reason = self.request.finish_reason if self.request else None
+        return "error" if self.error else reason if reason == "stop" or reason == "length" else "abort"
 
 
 class Scheduler:
@@ -69,6 +80,8 @@ class Scheduler:
     def __init__(self, rows: int = 16, waiting: int = 64, cache: int = 1 << 30) -> None:
         self.rows, self.most_waiting, self.cache = rows, waiting, PromptCache(cache)
         self.failures = 0
+        self._failing = False  # whether a step has failed, and no token was decided since
+        self._began: float | None = None  # when the step that runs began
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._running: dict[Request, Job] = {}
@@ -86,6 +99,18 @@ class Scheduler:
     def waiting(self) -> int:
         """The number of jobs that wait for a row of the batch."""
         return len(self._waiting)
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the engine, or None."""
+        began = self._began
+        if not self._thread.is_alive():
+            return "The engine's thread has ended."
+        if self._failing:
+            return "The engine's last step failed."
+        if began is not None and time.monotonic() - began > STUCK:
+            return f"The engine's step has taken more than {STUCK:.0f} seconds."
+        return None
 
     def submit(self, job: Job) -> None:
         """Hand in a job. Raises `Full` where too many wait, and `BadInput` for a prompt that the engine cannot take."""
@@ -119,8 +144,10 @@ class Scheduler:
         """The thread: step until closed. An error ends the jobs that run, and nothing else."""
         while True:
             with self._changed:
+                self._began = None
                 while not (self._waiting or self._running or self._closing):
                     self._changed.wait()
+                self._began = time.monotonic()
                 if self._closing and not (self._waiting or self._running):
                     return
                 admitted = self._admit()
@@ -146,17 +173,16 @@ class Scheduler:
             free -= 1 + len(job.twins)
         return admitted
 
-    def _start(self, job: Job, talk: Talk | None = None) -> None:
-        """Put a job into the batch."""
+    def _start(self, job: Job, twin: Talk | None = None) -> None:
+        """Put a job into the batch. `twin`: a talk that has read its prompt."""
         if job.cancelled:
             self._end(job, None)
             return
         try:
-            if talk is None:
-                talk, job.cached = self.cache.talk(job.engine, job.ids)
+            talk, job.cached = (twin.fork(), len(job.ids) - 1) if twin else self.cache.talk(job.engine, job.ids)
             batch = self._batches.setdefault(job.engine, Batch(job.engine))
             request = batch.add(job.ids, talk, job.choose, **job.limits)
-        except OfframpError as error:
+        except Exception as error:  # whatever it is, it is this job's own
             self._end(job, error)
             return
         request.pauses = [border for border in job.borders if job.cached < border < len(job.ids)]
@@ -167,23 +193,34 @@ class Scheduler:
         """Let a batch make a step, and tell what happened."""
         if not batch.requests:
             return
-        for event in batch.step():
+        events = batch.step()
+        for event in events:
             job = self._running.get(event.request)
             if job is None:
                 continue
-            if isinstance(event, Reading) and event.tokens in job.borders:
+            try:
+                self._tell(job, event)
+            except Exception as error:  # the job's own
+                batch.cancel(event.request)
+                self._end(job, error)
+        broken = any(isinstance(event.request.error, BadNumbers) for event in events)
+        self.failures += broken
+        self._failing = (broken or self._failing) and not any(isinstance(event, Decided) for event in events)
+
+    def _tell(self, job: Job, event: Event) -> None:
+        """Do what an event of a job asks for."""
+        if isinstance(event, Reading) and event.tokens in job.borders:
+            self._remember(job)
+        elif isinstance(event, Prefilled):
+            job.read = time.monotonic()
+            for twin in job.twins:
+                self._start(twin, job.talk)
+        elif isinstance(event, Decided):
+            job.tell(event.token)
+        elif isinstance(event, Finished):
+            if not event.request.error:
                 self._remember(job)
-            elif isinstance(event, Prefilled):
-                job.read = time.monotonic()
-                assert job.talk
-                for twin in job.twins:
-                    twin.cached = len(job.ids) - 1
-                    self._start(twin, job.talk.fork())
-            elif isinstance(event, Decided):
-                job.tell(event.token)
-            elif isinstance(event, Finished):
-                self._remember(job)
-                self._end(job, None)
+            self._end(job, event.request.error)
 
     def _remember(self, job: Job) -> None:
         assert job.talk
@@ -198,18 +235,20 @@ class Scheduler:
     def _fail(self, error: BaseException, jobs: list[Job]) -> None:
         """End jobs with an error; their engines begin anew."""
         self.failures += 1
-        if not isinstance(error, Exception):  # an exit, or an interrupt, which would end the thread that hears of it
-            error = RuntimeError(repr(error))
+        self._failing = True
         for job in jobs:
             self._batches.pop(job.engine, None)
             self._end(job, error)
 
-    def _end(self, job: Job, error: Exception | None) -> None:
+    def _end(self, job: Job, error: BaseException | None) -> None:
         if job.state == "done":
             return
+        # An exit, or an interrupt, would end the thread that hears of it.
+        job.error = error if error is None or isinstance(error, Exception) else RuntimeError(repr(error))
         job.state, job.ended = "done", time.monotonic()
         if job.request is not None:
             self._running.pop(job.request, None)
         for twin in job.twins if job.request is None or not job.read else []:
             self._end(twin, error)  # they would have started when the prompt had been read
-        job.tell(error)
+        with suppress(Exception):  # who cannot be told an end has no other way to hear of it
+            job.tell(job.error)

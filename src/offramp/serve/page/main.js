@@ -75,14 +75,15 @@ async function tell(view, index) {
 }
 
 // Streams an answer to the messages into a view. `shown`: what the meter shows of it, all or only its speed at full depth.
-async function stream(view, history, settings, shown = "all") {
+// The draws of one seed can be compared.
+async function stream(view, history, seed, settings, shown = "all") {
   let first = 0;
   running = new AbortController();
   $("stop").disabled = false;
   $("send").disabled = true;
   try {
     const body = {
-      model: facts.model, messages: history, offramp: settings,
+      model: facts.model, messages: history, offramp: settings, seed,
       temperature: Number($("temperature").value), max_tokens: Number($("length").value),
     };
     await answer(body, running.signal, (text, note, reason) => {
@@ -126,12 +127,13 @@ function button(text, action) {
 
 async function reply() {
   const history = [...messages];
+  const seed = Math.floor(Math.random() * 2 ** 32);
   const view = new AnswerView(facts.blocks, tell);
   const answers = element("div", { className: "answers" }, view.element);
   const turn = element("article", { className: "turn assistant" }, element("h2", { textContent: facts.model }), answers);
   $("log").append(turn);
   turn.scrollIntoView({ block: "nearest" });
-  await stream(view, history, way());
+  await stream(view, history, seed, way());
   messages.push({ role: "assistant", content: view.text });
   const again = button("Regenerate", async () => {
     if (running) return;
@@ -146,7 +148,7 @@ async function reply() {
     const other = new AnswerView(facts.blocks, tell);
     answers.classList.add("two");
     answers.append(element("div", {}, element("h3", { textContent: "Full depth" }), other.element));
-    await stream(other, history, way("full"), "full depth");
+    await stream(other, history, seed, way("full"), "full depth");
     view.mark(other);
     other.mark(view);
     const same = view.text === other.text ? "Both answers are the same." : "Tokens that differ have a frame.";

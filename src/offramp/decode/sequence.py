@@ -87,10 +87,15 @@ class Follower:
     def fork(self) -> Follower:
         """A second follower that has seen the same tokens. Both share the weights.
 
-        What it has not read it copies: that may be the last row of a large piece, which would stay in memory.
+        Tensors are copied: they may be the last rows of large ones, which would stay in memory with them.
         """
         twin = copy.copy(self)
         twin._unread, twin._read = [h.clone() for h in self._unread], [*self._read]
+        if self._memory is not None:
+            window, state = self._memory
+            twin._memory = window.clone(), state.clone()
+            if self._settled[1] is self._memory:
+                twin._settled = self._settled[0], twin._memory
         return twin
 
     @property

@@ -104,10 +104,11 @@ class Asked(BaseModel):
     @classmethod
     def _is_text(cls, values: Any) -> Any:
         """Refuse half a surrogate pair, anywhere: JSON can write it, and UTF-8 cannot."""
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise PydanticCustomError("surrogate", "A text has half a surrogate pair, which is no character.") from None
+        if isinstance(values, dict):
+            try:
+                json.dumps(values, ensure_ascii=False).encode()
+            except (UnicodeEncodeError, RecursionError):
+                raise PydanticCustomError("no_text", "A text has half a surrogate pair, or lists are too deep.") from None
         return values
 
     @field_validator("stop", mode="before")

@@ -389,6 +389,26 @@ def test_a_gate_with_a_memory_keeps_it_because_its_class_says_so(monkeypatch: py
         Engine(tiny("llama"), exits, Policy((1.0, 0.5, 1.0))).generate(ids, max_tokens=2)
 
 
+@pytest.mark.parametrize("family", ["llama", "mamba2/native"])
+@torch.inference_mode()
+def test_a_deep_read_out_reads_the_token_before_and_not_one_that_waited(family: str) -> None:
+    backbone, exits = tiny(family), modest_exits(family, readout="deep")
+    for exit in exits:
+        exit.gate = Counter()
+    batch, sequence = begun(Engine(backbone, exits, Policy((1.0, 0.5, 1.0)), "defer"))
+    taken_along = 0
+    for _ in range(12):
+        waited = sequence.pending
+        batch.step()
+        if sequence.pending:
+            continue
+        taken_along += waited
+        h, step = backbone.embed(torch.tensor([sequence.ids[:-1]]))
+        top = backbone.run(h, 0, BLOCKS, backbone.state(), step)[:, -1:]
+        torch.testing.assert_close(sequence.deep, top, rtol=1e-4, atol=1e-4)
+    assert taken_along
+
+
 @with_and_without_tails
 @pytest.mark.parametrize("family", ["llama/native", "mamba2/native", "bamba"])
 @pytest.mark.parametrize("fill", FILLS)

@@ -333,7 +333,7 @@ class Batch:
         drafts, first = sequence.drafts, len(ids) - len(sequence.drafts)
         sequence.deep_passes += 1
         for row, scores in enumerate(logits):
-            sequence.deep = climb.deep(row)
+            sequence.deep = climb.deep(row - len(logits))  # tokens that only waited come before those that are judged
             position = first + row
             with self.plan.timed("sampling"):
                 id = climb.request.choose(scores, ids[:position])

@@ -170,6 +170,22 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
     assert drafts <= set(exits.shortlist.tolist())
 
 
+@pytest.mark.parametrize(
+    ("places", "hint"),
+    [
+        ({"layers": (2,), "tails": (1,)}, "--tails 0."),
+        ({"layers": None, "epochs": None, "hours": 0.01}, "--tails 0,0,0."),  # a trial would find the tails
+    ],
+)
+def test_drafts_that_cannot_be_trained_are_refused_before_any_answer(tmp_path, prompts: str, places, hint: str) -> None:
+    seen: list[str] = []
+    settings = config(prompts, gate="linear", readout="deep", **places)
+    with pytest.raises(BadInput, match="not all attention: drafts cannot be trained") as caught:
+        train(tiny("bamba"), tmp_path / "exits", settings, lambda stage, *_: seen.append(stage))
+    assert caught.value.hint.endswith(hint)
+    assert not seen
+
+
 class Interrupt:
     """Progress that presses Ctrl-C at the n-th report of a stage."""
 

@@ -27,12 +27,13 @@ LENGTH = 3  # drafts of a run
 WEIGHTS = (1.0, 0.6, 0.36)  # of their losses: a draft counts only if those before it are right
 
 
-def check_tail(backbone: Backbone, tail: int) -> None:
-    """Raises `BadInput` for a tail through which drafts cannot be trained."""
-    if tail and set(backbone.kinds[-tail:]) != {"attention"}:
+def check_tails(backbone: Backbone, tails: tuple[int, ...]) -> None:
+    """Raises `BadInput` for tails of exits through which drafts cannot be trained."""
+    longest = max(tails, default=0)
+    if longest and set(backbone.kinds[-longest:]) != {"attention"}:
         raise BadInput(
-            f"The last {tail} blocks of {backbone.name} are not all attention: drafts cannot be trained through them.",
-            "Give drafts no tail: --tails 0.",
+            f"The last {longest} blocks of {backbone.name} are not all attention: drafts cannot be trained through them.",
+            f"Give drafts no tail: --tails {','.join('0' * len(tails))}.",
         )
 
 

@@ -29,11 +29,12 @@ PRECISION = 0.9  # of the tokens that leave; a higher one would let too few of t
 ROUNDS = 6
 
 
-def variants(tails: tuple[int, ...], room: list[int]) -> list[tuple[int, ...]]:
-    """Tails that the trial compares: those of the rule, shorter and longer ones; `room` has the most blocks for each."""
+def variants(tails: tuple[int, ...], layers: tuple[int, ...], n_blocks: int) -> list[tuple[int, ...]]:
+    """Tails that the trial compares for exits after these blocks: those of the rule, shorter and longer ones."""
     step = max(1, max(tails) // 3)
     shifted = [
-        tuple(min(most, max(0, tail + by)) for tail, most in zip(tails, room, strict=True)) for by in (0, -step, step)
+        tuple(min(n_blocks - layer - 1, max(0, tail + by)) for tail, layer in zip(tails, layers, strict=True))
+        for by in (0, -step, step)
     ]
     return list(dict.fromkeys(shifted))
 
@@ -53,7 +54,7 @@ def tried(
     epochs = max(1, round(STEPS * batch / (len(texts) - held)))
     settings = replace(config, epochs=epochs, batch=batch)
     costs, found = Costs(backbone), []
-    candidates = variants(parts.tails, [backbone.n_blocks - layer - 1 for layer in parts.layers])
+    candidates = variants(parts.tails, parts.layers, backbone.n_blocks)
     for number, tails in enumerate(candidates):
         torch.manual_seed(config.seed)
         exits = Exits.new(backbone, replace(parts, tails=tails if any(tails) else ()))

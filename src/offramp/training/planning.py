@@ -20,6 +20,7 @@ from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
 from offramp.training.data import prompts_of, turns
+from offramp.training.drafting import check_tails
 from offramp.training.places import tried, variants
 from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, write_shards
 
@@ -65,11 +66,14 @@ def planned(
         layers, tails = config.layers, config.tails
     tails = config.tails or tails
     shape_of(backbone, config, layers, tails).check(backbone)
+    free = start is None and not config.layers and not config.tails and config.epochs is None
+    if (start.config if start else config).readout == "deep":
+        for each in variants(tails, layers, backbone.n_blocks) if free else [tails]:
+            check_tails(backbone, each)
     if config.epochs is not None:
         return Plan(layers, tails, config.answers)
     kept = work / "budget.json"
     if not kept.exists():
-        free = start is None and not config.layers and not config.tails
         plan, note = _measured(backbone, config, layers, tails, work / "probe", progress, free)
         write_atomically(kept, json.dumps(asdict(plan)).encode())
         progress("plan", 1, 1, note)
@@ -117,8 +121,8 @@ def _measured(
         done += len(group.ids)
         progress("probe", done, PROBED)
 
-    room = [backbone.n_blocks - layer - 1 for layer in layers]
-    starts = {backbone.n_blocks - tail for tails in variants(tails, room) for tail in tails if tail} if free else set()
+    candidates = variants(tails, layers, backbone.n_blocks) if free else []
+    starts = {backbone.n_blocks - tail for each in candidates for tail in each if tail}
     needed = tuple(sorted({*layers, *starts, backbone.n_blocks}))
     texts = TeacherTexts.open(write_shards(backbone, groups, needed, folder, after_group))
     seconds = (time.perf_counter() - started) / PROBED

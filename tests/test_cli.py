@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -362,6 +363,25 @@ def test_calibrate_keeps_its_thresholds_with_the_exits(world) -> None:
     assert kept["policy"]["thresholds"] == [1.0, 1.0, 1.0]
 
 
+def test_exits_of_the_hub_are_calibrated_into_a_folder_that_is_named(world, monkeypatch) -> None:
+    monkeypatch.setattr("offramp.exits.exits.fetched", lambda name: world / "exits")
+    (world / "asked.txt").write_text("".join(f"Prompt {number}\n" for number in range(20)))
+    arguments = ("model", "--prompts", "asked.txt", "--max-tokens", "2", "--risk", "0.9", "--exits", "org/name")
+    refused = run(world, "calibrate", *arguments, code=1)
+    assert "no folder to keep" in refused.stderr
+    assert "-o DIR" in refused.stderr
+    assert not (world / "org").exists()
+    run(world, "calibrate", *arguments, "-o", "org/name")
+    run(world, "generate", "model", "Hi", "--exits", "org/name", "--max-tokens", "2")  # the folder's, which is whole
+
+
+@pytest.mark.parametrize("named", ["", "coqa="])
+def test_a_data_file_may_have_an_equals_sign_in_its_name(world, named: str) -> None:
+    (world / "a=1").mkdir(exist_ok=True)
+    shutil.copy(world / "coqa.json", world / "a=1" / "coqa.json")
+    assert "coqa, 1 questions" in run(world, "eval", "model", "--task", "coqa", "--data", f"{named}a=1/coqa.json").stdout
+
+
 def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
     lines = [{"question_id": n, "question": f"Who {n}?", "answer": {"value": "Me", "aliases": []}} for n in range(9)]
     (world / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -434,6 +454,7 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("eval", "model", "--task", "squad"), "no task 'squad'"),
         (("eval", "model", "--task", "coqa", "--data", "few.txt"), "not CoQA's JSON"),
         (("eval", "model", "--task", "coqa,triviaqa", "--data", "few.txt"), "not clear which --data"),
+        (("eval", "model", "--task", "coqa", "--data", "coqa=coqa.json", "--data", "few.txt"), "not clear which --data"),
         (("report", "few.txt", "-o", "x.html"), "holds no results"),
         (("tune", "model", "-o", "x", "--own-prompts", "few.txt"), "2 texts are too few"),
         (("export", "model", "-o", "x"), "No exits ship for model"),

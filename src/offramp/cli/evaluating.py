@@ -109,11 +109,10 @@ def _conditions(backbone: Backbone, decoding: DecodingOptions, thresholds: list[
 
 def _file_for(task: str, tasks: list[str], data: list[str]) -> str | None:
     """The file that `--data` names for a task, or None. Raises `BadInput` if that is not clear."""
-    by_task = dict(entry.split("=", 1) for entry in data if "=" in entry)
-    plain = [entry for entry in data if "=" not in entry]
-    if len(plain) > 1 or (plain and len(tasks) > 1) or set(by_task) - set(tasks):
+    plain = [entry for entry in data if not entry.startswith(tuple(f"{name}=" for name in tasks))]
+    if plain and (len(data) > 1 or len(tasks) > 1):
         raise BadInput("It is not clear which --data is for which task.", "For example: --data triviaqa=FILE")
-    return by_task.get(task, plain[0] if plain else None)
+    return plain[0] if plain else dict(entry.split("=", 1) for entry in data).get(task)
 
 
 def report(

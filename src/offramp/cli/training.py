@@ -69,7 +69,8 @@ def calibrate(
     *,
     decoding: Annotated[DecodingOptions, Only("exits", "dtype")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the calibrated exits. Default: that of --exits.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for the calibrated exits. Default: --exits, if that is a folder."),
     ] = None,
     config: CalibrationConfig,
     reference: Reference = None,
@@ -77,10 +78,11 @@ def calibrate(
 ) -> None:
     """Set the exits' thresholds so that answers differ by at most RISK on average, with probability 1 − DELTA."""
     from offramp.cli.terminal import calibration_table
+    from offramp.exits.sharing import on_the_hub
     from offramp.training.calibration import calibrate as calibrate_exits
     from offramp.training.losses import read_questions
 
-    folder = output or (Path(decoding.exits) if decoding.exits else None)
+    folder = output or (Path(decoding.exits) if decoding.exits and not on_the_hub(decoding.exits) else None)
     if folder is None:
         raise BadInput("There is no folder to keep the thresholds in.", "Name one: --exits DIR, or -o DIR for a new one.")
     questions = read_questions(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,10 +17,11 @@ import pytest
 from helpers import exits_for, task
 from models import tiny
 from offramp import Policy
+from offramp.cli.terminal import result_line
 from offramp.errors import BadInput
 from offramp.evaluation.evaluation import Condition, Evaluation
 from offramp.evaluation.report import crossing, write
-from offramp.evaluation.results import Interval, Result
+from offramp.evaluation.results import Interval, Result, load_results, save_results
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -164,6 +166,17 @@ def test_a_browser_shows_it_without_an_error(page: Path, tmp_path, name: str, si
     probe.write_text(page.read_text().replace("</body>", script))
     done = subprocess.run([*common, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
     assert "<title>1; false; 6; false; 2 found; 2; 0 found; 0; ; 0</title>" in done.stdout
+
+
+def test_a_score_of_somebodys_own_task_is_kept_and_shown(tmp_path, capsys) -> None:
+    own = task(name="mine", score=lambda answer, item: {"vowels": float(sum(letter in "aeiou" for letter in answer))})
+    results = [Evaluation(tiny("llama"), own, tmp_path / "work").run(Condition())]
+    save_results(results, tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["metrics"]["vowels"]["label"] == "vowels"
+    write(load_results([tmp_path / "out.json"]), tmp_path / "report.html")
+    assert "<th>vowels</th>" in (tmp_path / "report.html").read_text()
+    result_line(results[0])
+    assert "vowels" in capsys.readouterr().out
 
 
 def test_results_that_do_not_compare_are_kept_apart(results, tmp_path) -> None:

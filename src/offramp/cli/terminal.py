@@ -15,7 +15,7 @@ from rich.text import Text
 from offramp.decode.request import Generation, Token
 from offramp.evaluation.anatomy import Anatomy
 from offramp.evaluation.bench import Comparison, FillComparison
-from offramp.evaluation.metrics_table import METRICS
+from offramp.evaluation.metrics_table import metrics_of
 from offramp.evaluation.results import Result, penalty_words
 from offramp.evaluation.what_if import Saving
 from offramp.exits.exits import Exits
@@ -142,8 +142,8 @@ def result_line(result: Result) -> None:
     """One condition on one task in a line: each metric with its interval."""
     task = result.task
     parts = []
-    for metric in METRICS.values():
-        if metric.line and metric.name in result.summary:
+    for metric in metrics_of(result.summary):
+        if metric.line:
             value = result.summary[metric.name]
             mean, low, high = (metric.show(number) for number in (value.mean, value.low, value.high))
             depth = f" of {result.blocks}" if metric.name == "mean_blocks" else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,3 +62,10 @@ _TABLE = (
     Metric("tokens_per_second", "tokens/s", "tokens/s", line=True),
 )
 METRICS = {metric.name: metric for metric in _TABLE}
+
+
+def metrics_of(names: Iterable[str]) -> list[Metric]:
+    """The metrics of these names, in the table's order. One that it lacks comes first: a score of somebody's own task."""
+    given = list(names)
+    own = [Metric(name, name, score=True, line=True) for name in given if name not in METRICS]
+    return own + [metric for metric in _TABLE if metric.name in given]

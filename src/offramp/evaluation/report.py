@@ -24,7 +24,7 @@ from statistics import fmean
 from typing import Any
 
 from offramp.errors import BadInput
-from offramp.evaluation.metrics_table import METRICS, Metric
+from offramp.evaluation.metrics_table import METRICS, Metric, metrics_of
 from offramp.evaluation.results import Interval, Result, ScoredAnswer, difference, penalty_words
 from offramp.files import write_atomically
 
@@ -32,7 +32,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
 INK = "#010203"  # stands for the colour of the page's text
 GREY = "#888888"
-COLUMNS = [metric for metric in METRICS.values() if metric.report]
 MOST = 12  # curves that a figure shows by name
 CONSISTENT = 0.9  # the consistency at which curves are compared
 
@@ -153,15 +152,15 @@ def _section(anchor: str, title: str, results: list[Result], figures: dict[str, 
     parts = [f'<details id="{anchor}"><summary><h2>{escape(title)}</h2></summary>', _about(results[0])]
     answered = "flops_per_token" in results[0].summary  # not for multiple choice
     if answered:
-        quality = METRICS[_quality(results[0])]
+        quality = _quality(results[0])
         leading = _leading(results)
         if len(leading) < len(results):
             parts.append(f"<p>{_LEADING}</p>")
         drawn = {
-            "cost": (_pareto(results, "flops_per_token", quality.name), f"{quality.label} against FLOPs a token"),
-            "latency": (_pareto(results, "tokens_per_second", quality.name), f"{quality.label} against speed"),
-            "consistency": (_pareto(results, "flops_saved", "token_f1"), "Consistency against FLOPs saved"),
-            "depth": (_pareto(results, "mean_blocks", "token_f1"), "Consistency against mean blocks run"),
+            "cost": (_pareto(results, "flops_per_token", quality), f"{quality.label} against FLOPs a token"),
+            "latency": (_pareto(results, "tokens_per_second", quality), f"{quality.label} against speed"),
+            "consistency": (_pareto(results, "flops_saved", METRICS["token_f1"]), "Consistency against FLOPs saved"),
+            "depth": (_pareto(results, "mean_blocks", METRICS["token_f1"]), "Consistency against mean blocks run"),
             "positions": (_positions(leading), "Where tokens leave, by their place in the answer"),
         }
         for name, (svg, caption) in drawn.items():
@@ -184,9 +183,14 @@ def _about(first: Result) -> str:
     return f"<p>{escape(about)}{note}{comparison}</p>"
 
 
-def _quality(result: Result) -> str:
+def _columns(result: Result) -> list[Metric]:
+    """The metrics of a result that the report's table has a column for."""
+    return [metric for metric in metrics_of(result.summary) if metric.report]
+
+
+def _quality(result: Result) -> Metric:
     """The score that figures show."""
-    scores = [metric.name for metric in COLUMNS if metric.score and metric.name in result.summary]
+    scores = [metric for metric in _columns(result) if metric.score]
     if not scores:
         raise KeyError(f"a score of {result.task.name}")
     return scores[0]
@@ -288,12 +292,12 @@ def _smaller(svg: str) -> str:
     return svg.replace("<defs>", f"<defs><style>{rules}</style>", 1)
 
 
-def _pareto(results: list[Result], x: str, y: str) -> str:
-    """A figure of metric y, with intervals, against metric x: one curve for each fill and gate, or for those that lead."""
+def _pareto(results: list[Result], x: str, quality: Metric) -> str:
+    """A figure of a quality, with intervals, against metric x: one curve for each fill and gate, or for those that lead."""
     leading = _leading(results)
     named = set(map(id, leading))
     others = [result for result in results if id(result) not in named]
-    million = METRICS[x].format == "millions"
+    million, y = METRICS[x].format == "millions", quality.name
     scale = 1e-6 if million else 1.0
 
     def draw(axes: Any) -> None:
@@ -314,7 +318,7 @@ def _pareto(results: list[Result], x: str, y: str) -> str:
             for result in filter(_own, curve):
                 place = scale * result.summary[x].mean, result.summary[y].mean
                 axes.plot(*place, **style, markersize=10, markerfacecolor="none", linestyle="none")
-        axes.set(xlabel=("million " if million else "") + METRICS[x].label, ylabel=METRICS[y].label)
+        axes.set(xlabel=("million " if million else "") + METRICS[x].label, ylabel=quality.label)
 
     return _figure(draw)
 
@@ -384,8 +388,7 @@ def _at_consistency(results: list[Result], wanted: float = CONSISTENT) -> str:
 
 def _table(results: list[Result]) -> str:
     """Every condition with all its metrics, and its first score's difference from full depth's."""
-    metrics = [metric for metric in COLUMNS if metric.name in results[0].summary]
-    first = METRICS[_quality(results[0])]
+    metrics, first = _columns(results[0]), _quality(results[0])
     full = next((result.items for result in results if result.condition.policy is None), None)
     head = f"<th>{escape(first.label)} less full depth's, on the same questions</th>" if full else ""
     head += "".join(f"<th>{escape(metric.label)}</th>" for metric in metrics)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from offramp.errors import BadInput, OfframpError
-from offramp.evaluation.metrics_table import METRICS
+from offramp.evaluation.metrics_table import metrics_of
 from offramp.exits.policy import Policy
 from offramp.files import write_atomically
 
@@ -196,8 +196,8 @@ def _resampled(items: Sequence[Scored], seed: int) -> np.ndarray[Any, Any]:
 
 def save_results(results: Sequence[Result], file: Path) -> None:
     """Write Results as JSON, with the label, unit and better way of each metric that they have."""
-    names = dict.fromkeys(name for result in results for name in result.summary)
-    metrics = {name: {key: getattr(METRICS[name], key) for key in ("label", "unit", "better")} for name in names}
+    known = metrics_of(dict.fromkeys(name for result in results for name in result.summary))
+    metrics = {metric.name: {key: getattr(metric, key) for key in ("label", "unit", "better")} for metric in known}
     content = {"metrics": metrics, "results": [result.to_json() for result in results]}
     write_atomically(file, json.dumps(content, indent=1, ensure_ascii=False).encode())
 

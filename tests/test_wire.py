@@ -19,7 +19,7 @@ import torch
 from openai.types import completion_create_params as of_completions
 from openai.types.chat import completion_create_params as of_chats
 
-from helpers import exits_for, modest_exits, some_prompts
+from helpers import exits_for, modest_exits, run_cli, some_prompts
 from models import tiny
 from offramp import Engine, Policy
 from offramp.decode.request import Talk
@@ -369,6 +369,17 @@ def test_a_name_of_elsewhere_is_refused(path: str) -> None:
             found = fetch(served.address + path, Host=host)
             assert found.status == 403, host
             assert "not called" in json.loads(found.text)["error"]["message"]
+
+
+def test_names_of_the_command_line_reach_the_server(monkeypatch) -> None:
+    backbone = SimpleNamespace(name="tiny", weight_format="float32")
+    menu = SimpleNamespace(backbone=backbone, usual=SimpleNamespace(fill=SimpleNamespace(name="project")))
+    made: list[Rules] = []
+    monkeypatch.setattr("offramp.cli.serving._menu", lambda *_: menu)
+    monkeypatch.setattr("offramp.serve.api.app_of", lambda _, scheduler, rules: made.append(rules) or scheduler.close())
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    run_cli("serve", "tiny", "--host", "my.host", "--allowed-host", "a.b", "--allowed-host", "c")
+    assert made[0].hosts == ("a.b", "c", "my.host", socket.gethostname())
 
 
 # The prompt cache

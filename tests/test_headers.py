@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from helpers import run_cli
 from models import saved, tiny
+from offramp import load
+from offramp.errors import CorruptFile
 from offramp.model.headers import read_gguf, read_safetensors
 
 U32, STRING, ARRAY = 4, 8, 9  # GGUF's types of values
@@ -142,3 +144,11 @@ def test_a_model_with_a_damaged_header_gets_a_sentence_and_a_hint(tmp_path: Path
         assert ran.code == 1
         assert "cannot be read" in ran.stderr
         assert "fetch it again" in ran.stderr
+
+
+def test_a_config_that_names_more_weights_than_the_files_hold_is_refused(tmp_path: Path, own_cache: Path) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100_000}))
+    with pytest.raises(CorruptFile, match="its config names"):
+        load(str(folder), "float32")

@@ -1,6 +1,7 @@
 """Compiled code reads and writes no memory but its own, whatever the shapes of a model and of what it is called with."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from offramp.decode.drafting import Drafting
 from offramp.errors import UnsupportedModel
 from offramp.exits.ngrams import Ngrams
 from offramp.model.backbone import Backbone
-from offramp.model.families import FAMILIES
+from offramp.model.families import FAMILIES, family_of
 from offramp.model.lean.native import Native
 from offramp.model.lean.structures import CHead, CMambaShape, CShape, CSketch, CWeight
 from offramp.model.lean.weights import Weight
@@ -82,9 +83,11 @@ def test_models_at_the_edge_of_what_is_compiled_are_right(family, changed, engin
     assert answers[0] == answers[1]
 
 
-def test_a_model_without_blocks_is_refused():
-    with pytest.raises(UnsupportedModel, match="no blocks"):
-        adopt(random_model("llama", num_hidden_layers=0))
+@pytest.mark.parametrize("blocks", [0, -1, 10**6, None, "6"])
+def test_an_absurd_number_of_blocks_is_refused_before_any_is_made(blocks):
+    config = SimpleNamespace(model_type="llama", num_hidden_layers=blocks)
+    with pytest.raises(UnsupportedModel, match=f"cannot have {blocks} blocks"):
+        family_of(config, tiny("llama").source)
 
 
 @compiled_only

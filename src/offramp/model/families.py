@@ -145,14 +145,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "nemotron_h": Family(norm="norm_f", attention="mixer", mixer="mixer", input_norm="norm", rotary=None),
 }
+MOST_BLOCKS = 10_000  # the largest models have some hundred; the library would make any number
 UNBOUNDED = 2**31  # the context of a model that has no attention
 
 
 def family_of(config: Config, source: Source) -> Family:
-    """The row for a model's config. Raises `UnsupportedModel` where there is none."""
+    """The row for a model's config. Raises `UnsupportedModel` where there is none, or an absurd number of blocks."""
     if config.model_type not in FAMILIES:
         raise UnsupportedModel(
             f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
             f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in families.FAMILIES.",
+        )
+    blocks = getattr(config, "num_hidden_layers", None)
+    if type(blocks) is not int or not 0 < blocks <= MOST_BLOCKS:
+        raise UnsupportedModel(
+            f"'{source.name}' cannot have {blocks} blocks.", "Check num_hidden_layers in its config.json."
         )
     return FAMILIES[config.model_type]

@@ -39,6 +39,7 @@ from offramp.model.checkpoint import (
     fingerprint,
     gguf_of,
     named_tensors,
+    weights_in,
     write_safetensors,
 )
 from offramp.model.families import Family, family_of
@@ -50,6 +51,8 @@ from offramp.model.library_blocks import Outline
 from offramp.model.selfcheck import Lender, check, code_hash
 from offramp.model.store import Get, Incomplete, Store, Tensors
 from offramp.progress import Progress, silent
+
+MOST_WEIGHTS = 8  # in a byte of a file: none has less than a bit
 
 __all__ = ["adopt", "check", "library_folder", "load", "outline", "wrap"]
 
@@ -186,9 +189,19 @@ class _Loading:
             if store.complete or values.checkpoint:
                 _fill(model, self.family, store, values)
             else:
+                self._check_size(model)
                 settings = {"attn_implementation": self.family.implementation, "dtype": FORMATS[dtype].loaded}
                 model = read_whole(self.folder, model, **settings)
         return model.to(self.device)
+
+    def _check_size(self, model: Any) -> None:
+        """Raises `ValueError` for more weights than the files can hold. The library would make what they lack."""
+        gguf = gguf_of(self.folder)
+        files = [gguf] if gguf else weights_in(self.folder)
+        needed = sum(part.numel() for part in named_tensors(model).values())
+        held = sum(file.stat().st_size for file in files)
+        if needed > MOST_WEIGHTS * held:
+            raise ValueError(f"its config names {needed:,} weights, and its files have {held:,} bytes")
 
     def _backbone(self, model: Any, values: Values) -> Backbone:
         with self._readable():

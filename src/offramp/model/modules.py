@@ -37,11 +37,9 @@ class Modules:
 
     @classmethod
     def of(cls, model: Any, family: Family) -> Modules:
-        """The modules of the library's `model`. Raises `UnsupportedModel` for one without blocks, or of an unknown kind."""
+        """The modules of the library's `model`. Raises `UnsupportedModel` for an unknown kind of attention."""
         trunk = getattr(model, family.trunk)
         blocks = list(getattr(trunk, family.blocks))
-        if not blocks:
-            raise UnsupportedModel("The model has no blocks.", "Check num_hidden_layers in its config.json.")
         attention = [_attention_of(block, family) for block in blocks]
         mixers = [_mixer_of(block, family) for block in blocks]
         types = _layer_types(model.config, attention, mixers)

@@ -135,7 +135,10 @@ class Gguf:
 
     def _changed(self, name: str, values: Any) -> Any:
         """What the library makes of a tensor of the file; None if it makes several tensors of it."""
-        result = self._processor.process(values, self._own_names[name], parsed_parameters={"tensors": {}})
+        try:
+            result = self._processor.process(values, self._own_names[name], parsed_parameters={"tensors": {}})
+        except Exception as error:  # a tensor of a shape that the library does not expect there
+            raise ValueError(f"'{self._own_names[name]}' cannot have the shape {values.shape}") from error
         return result.weights if result.name else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -295,7 +296,10 @@ class Bytes:
 
 
 @settings(deadline=None)
-@given(text=st.text(max_size=120), stop=st.lists(st.text(min_size=1, max_size=4), max_size=2))
+@given(
+    text=st.text(max_size=120) | st.text("ab", max_size=120),
+    stop=st.lists(st.text(min_size=1, max_size=4) | st.text("ab", min_size=1, max_size=9), max_size=2),
+)
 def test_streamed_pieces_are_the_text_up_to_the_first_stop_string(text: str, stop: list[str]) -> None:
     streamed, pieces = Detokenizer(Bytes(), tuple(stop)), []
     raw = text.encode()
@@ -312,6 +316,30 @@ def test_streamed_pieces_are_the_text_up_to_the_first_stop_string(text: str, sto
     else:
         assert whole == text
         assert not any(string in text for string in stop)
+
+
+def test_a_long_prompt_and_short_ones_do_not_hold_up_each_other(monkeypatch) -> None:
+    monkeypatch.setattr("offramp.decode.batch.PIECE", 4)
+    monkeypatch.setattr("offramp.decode.batch.MOST_READ", 4)
+    batch = Engine(tiny("llama")).batch()
+    read, steps = [], 0
+    long = batch.add([65] * 100, max_tokens=1)
+    while long not in read:
+        if steps % 2 == 0:
+            batch.add([66] * 5, max_tokens=1)  # as many as there is time to read
+        read += [event.request for event in batch.step() if isinstance(event, Prefilled)]
+        steps += 1
+    assert len(read) - 1 >= 10
+    assert steps < 200
+
+
+@pytest.mark.parametrize("byte", [b"x", b"\xff"])  # a letter, and a byte that is never part of a character
+def test_nothing_is_kept_of_text_that_was_sent(byte: bytes) -> None:
+    streamed, kept = Detokenizer(Bytes(), ("xyz" * 9,)), []
+    for _ in range(2000):
+        streamed.push(byte[0], last=False)
+        kept.append(len(pickle.dumps(streamed)))
+    assert max(kept) == max(kept[:100])
 
 
 class Words:

@@ -60,6 +60,7 @@ class Batch:
         self.plan = plan
         self.requests: list[Request] = []
         self._has_read = False  # whether the last step read prompts
+        self._oldest_first = False  # whether the last step that read prompts began with the oldest one
         self._drafts = True  # whether sequences draft in this step
 
     def add(
@@ -142,8 +143,12 @@ class Batch:
     def _prefill(self, requests: list[Request]) -> list[Event]:
         """Run a piece of each prompt at full depth, but not its last token; recurrent gates and read-outs see it too.
 
-        Prompts whose pieces would make more than about `MOST_READ` rows wait for the next step.
+        Prompts whose pieces would make more than about `MOST_READ` rows wait for the next step. The oldest prompt and that
+        of which least is left go first in turn: so a long prompt does not hold up short ones, nor they it.
         """
+        self._oldest_first = not self._oldest_first
+        if not self._oldest_first:
+            requests = sorted(requests, key=lambda request: len(request.sequence.ids) - request.sequence.run)
         climbs: list[Climb] = []
         reading: list[Request] = []
         rows = 0

@@ -16,8 +16,8 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
         self._tokenizer, self.stops = tokenizer, tuple(string for string in stop if string)
         self._ids: list[int] = []  # the newest tokens
-        self._before = ""  # the text of the tokens before them
-        self._sent = 0  # characters
+        self._before = ""  # what was held back of the tokens before them
+        self._sent = 0  # characters of both that were sent
         self.stopped = False
 
     def push(self, token: int, last: bool) -> str:
@@ -25,17 +25,20 @@ class Detokenizer:
         if self._tokenizer is None:
             return ""
         self._ids.append(token)
-        text = self._before + self._decode(self._ids)
+        newest = self._decode(self._ids)
+        text = self._before + newest
         if len(self._ids) >= 2 * WINDOW:
             self._shorten(text)
         starts = [start for string in self.stops if (start := text.find(string, self._sent)) >= 0]
         if starts:
             text, self.stopped = text[: min(starts)], True
         elif not last:
-            text = text.rstrip("\ufffd")
+            text = text[: len(text) - len(newest) + len(newest.rstrip("\ufffd"))]
             text = text[: len(text) - self._held(text)]
         piece = text[self._sent :]
         self._sent += len(piece)
+        gone = min(self._sent, len(self._before))
+        self._before, self._sent = self._before[gone:], self._sent - gone
         return piece
 
     def _decode(self, ids: list[int]) -> str:
@@ -52,8 +55,8 @@ class Detokenizer:
         """How many characters at the end of the text may begin a stop string."""
         longest = 0
         for string in self.stops:
-            for size in range(min(len(string) - 1, len(text)), 0, -1):
-                if text.endswith(string[:size]):
-                    longest = max(longest, size)
-                    break
+            start = text.find(string[0], max(self._sent, len(text) - len(string) + 1))
+            while start >= 0 and not string.startswith(text[start:]):
+                start = text.find(string[0], start + 1)
+            longest = max(longest, len(text) - start if start >= 0 else 0)
         return longest

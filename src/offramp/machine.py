@@ -8,9 +8,13 @@ import platform
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the command line reads this file, and must not wait for torch
+    import torch
 
 M_MMAP_THRESHOLD, LARGE = -3, 1 << 18
+CGROUP = ("memory.max", "memory.current", "memory.stat")  # what a container says about its memory
 
 
 def spare_memory() -> None:
@@ -50,6 +54,21 @@ def peak_memory() -> int:
         return 0
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if platform.system() == "Darwin" else 1024 * most  # macOS counts bytes, and others KiB
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes of memory that are free on a device; for the processor, within the limit of its container, too."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free: int = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):  # the file has the word "max" where there is no limit
+        most, used, parts = (Path("/sys/fs/cgroup", name).read_text("utf-8") for name in CGROUP)
+        files = dict(line.split() for line in parts.splitlines())["inactive_file"]
+        free = min(free, int(most) - int(used) + int(files))
+    return max(0, free)
 
 
 def processor() -> str:

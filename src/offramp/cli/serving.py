@@ -16,6 +16,7 @@ import typer
 from offramp.cli.options import DecodingOptions, Model, Ray, cluster_at
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
+from offramp.machine import free_memory
 from offramp.settings import setting
 
 if TYPE_CHECKING:
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
 class ServeOptions:
     """What the server allows, and how many requests it answers side by side."""
 
-    rows: int = setting(16, "Requests that are answered side by side.")
-    waiting: int = setting(64, "Requests that may wait beyond these; more are refused with status 429.")
+    rows: int = setting(16, "Answers side by side: those of n, and those whose prompt is still being read, count too.")
+    waiting: int = setting(64, "Answers that may wait beyond these; more are refused with status 429.")
+    memory: float | None = setting(
+        None,
+        "Memory for what runs, in GiB: each row's keys, values and Mamba states, for its prompt and longest answer. A "
+        "request waits until it fits. Default: half of what is free beside the prompt cache, once the model is loaded.",
+    )
     cache: float = setting(1.0, "Memory for the prompt cache, in GiB; 0: none.")
     max_tokens: int = setting(4096, "Longest answer, in tokens.")
     max_seconds: float = setting(600.0, "Longest time for a request, in seconds.")
@@ -52,6 +58,8 @@ class ServeOptions:
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise BadInput(f"--{name.replace('_', '-')} must be {lowest} or more.")
+        if self.memory is not None and not self.memory > 0:
+            raise BadInput("--memory must be more than 0.")
         if not self.max_seconds > 0:
             raise BadInput("--max-seconds must be more than 0.")
         if len(self.replicas) != 2 or not 1 <= self.replicas[0] <= self.replicas[1]:
@@ -71,7 +79,7 @@ def serve(
     try:
         import uvicorn
 
-        import offramp.serve.api  # noqa: F401
+        from offramp.serve.api import LAST_ANSWERS
     except ImportError as error:
         raise BadInput(f"Serving needs the package {error.name}.", "Install it: pip install 'offramp[serve]'") from error
     hosts = (*options.allowed_host, host, socket.gethostname())  # replicas may run on other machines
@@ -91,7 +99,7 @@ def serve(
     menu = _menu(model, decoding)
     backbone = menu.backbone
     typer.echo(f"{backbone.name} ({backbone.weight_format}, {menu.usual.fill.name}) at {address}", err=True)
-    uvicorn.run(_app(menu, options), host=host, port=port, log_level="warning", timeout_graceful_shutdown=None)
+    uvicorn.run(_app(menu, options), host=host, port=port, log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS)
 
 
 def _wait_for_the_end() -> None:
@@ -123,7 +131,10 @@ def _app(menu: Menu, options: ServeOptions) -> FastAPI:
     from offramp.serve.api import app_of
     from offramp.serve.scheduler import Scheduler
 
-    scheduler = Scheduler(options.rows, options.waiting, int(options.cache * 2**30))
+    cache = int(options.cache * 2**30)
+    free = free_memory(menu.backbone.device)
+    memory = max(free - cache, free // 2) // 2 if options.memory is None else int(options.memory * 2**30)
+    scheduler = Scheduler(options.rows, options.waiting, cache, memory)
     name = menu.backbone.name
     rules = Rules(
         name, options.api_key, options.max_body, options.max_tokens, options.max_seconds, hosts=options.allowed_host

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from offramp.errors import BadInput
+
+SHORTEN = "Shorten the prompt, or use a model with a longer context."
 
 
 class Prompts:
@@ -29,12 +32,20 @@ class Prompts:
     def encode_chat(self, messages: list[dict[str, str]], raw: bool = False) -> list[int]:
         """A conversation → token ids up to where the answer begins. Raises `BadInput` as `check` does."""
         if raw or not getattr(self._tokenizer, "chat_template", None):
-            ids = self._tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+            text, options = "\n".join(message["content"] for message in messages), {}
         else:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            options = {"add_special_tokens": False}
+        if len(text) > self._context * self._longest:  # to make tokens of it could take seconds
+            raise BadInput(f"The prompt has {len(text)} characters; {self._name} holds {self._context} tokens.", SHORTEN)
+        ids = self._tokenizer(text, **options)["input_ids"]
         self.check(ids)
         return list(ids)
+
+    @cached_property
+    def _longest(self) -> int:
+        """The most characters of a token."""
+        return max(map(len, self._tokenizer.get_vocab()))
 
     def check(self, ids: list[int]) -> None:
         """Refuse a prompt of no tokens, of ids that are no tokens, and without room for an answer, with `BadInput`."""
@@ -43,7 +54,7 @@ class Prompts:
         if len(ids) >= self._context:
             raise BadInput(
                 f"The prompt is {len(ids)} tokens long; {self._name} holds {self._context} with its answer.",
-                "Shorten the prompt, or use a model with a longer context.",
+                SHORTEN,
             )
         if not 0 <= min(ids) <= max(ids) < self._vocabulary:
             raise BadInput(

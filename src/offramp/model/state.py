@@ -52,6 +52,13 @@ class KV:
         """A view of the part of the buffer that the tokens need."""
         return buffer[:, : -(-(self.length - self.base) // UNIT) * UNIT]
 
+    def bytes_for(self, tokens: int) -> int:
+        """The bytes of a buffer that has room for so many tokens like those in memory."""
+        return 0 if self._buffer is None else self._buffer[:, :1].nbytes * self._expected(tokens)
+
+    def _expected(self, tokens: int) -> int:
+        return min(tokens, self._window + SPARE + AT_ONCE) if self._window else tokens
+
     @property
     def keys(self) -> Tensor:
         """A view (B, KV heads, tokens, head dim)."""
@@ -95,7 +102,7 @@ class KV:
             )
         needed = end - self.base
         if old is None or needed > old.shape[1]:
-            expected = min(self._capacity, self._window + SPARE + AT_ONCE) if self._window else self._capacity
+            expected = self._expected(self._capacity)
             capacity = expected if needed <= expected else needed if old is None else 2 * needed
             # Zeros, since what a mask hides is still multiplied by 0, and 0 times NaN is NaN.
             self._buffer = like.new_zeros(len(like), capacity, *like.shape[2:])
@@ -307,6 +314,11 @@ class State:
     def bytes(self) -> int:
         """The bytes of all memories, without room to grow."""
         return sum(memory.nbytes for memory in (*self.kv, *self.ssm) if memory is not None)
+
+    def bytes_for(self, tokens: int) -> int:
+        """The bytes of memories like these with room for so many tokens. Mamba states count twice: a watch keeps a copy."""
+        kv = sum(kv.bytes_for(tokens) for kv in self.kv if kv is not None)
+        return kv + sum(2 * ssm.nbytes for ssm in self.ssm if ssm is not None)
 
     def reserve(self, capacity: int) -> None:
         """Expect this many tokens: memories that grow are then made large enough at once."""

@@ -7,6 +7,8 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +40,15 @@ class JsonLines(logging.Formatter):
 
 
 OTHER = "\u2047 other"  # a text that no message begins with
+THREADS = 2  # that render and tokenise prompts; decoding needs the processor, too
 
 
 @dataclass(frozen=True)
 class Rules:
     """What the server allows. name: the model's. key: the API key, or None. Sizes in bytes, tokens, and seconds.
 
-    hosts: names that requests may call the server by, beside `localhost`, this machine's name, and addresses.
+    hosts: names that requests may call the server by, beside `localhost`, this machine's name, and addresses. most_arrival:
+    how long a request's body may take to arrive.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Rules:
     most_tokens: int = 4096
     most_seconds: float = 600.0
     hosts: tuple[str, ...] = ()
+    most_arrival: float = 30.0
 
 
 class Refused(Exception):
@@ -132,6 +137,10 @@ class Server:
     def __init__(self, menu: Menu, scheduler: Scheduler, rules: Rules, metrics: Metrics) -> None:
         self.menu, self.scheduler, self.rules, self.metrics = menu, scheduler, rules, metrics
         self.backbone = menu.backbone
+        self.threads = ThreadPoolExecutor(THREADS, "offramp-prompts")
+        sequence = menu.usual.read([0, 0]).sequence
+        assert sequence is not None
+        self._state = sequence.state  # of one token, which says how much memory others take
 
     def choices(
         self,
@@ -141,9 +150,9 @@ class Server:
         borders: tuple[int, ...] = (),
         schema: dict[str, Any] | None = None,
     ) -> list[Choice]:
-        """Hand in a request: one job for each answer, whose tokens arrive in the loop's thread.
+        """What a request asks for: one job for each answer, whose tokens will arrive in the loop's thread.
 
-        Raises `Refused` where it cannot be taken.
+        The first job is to be handed in; the others are its twins. Raises `BadInput` for what cannot be done.
         """
         most = asked.longest or self.rules.most_tokens
         limits: Limits = {"max_tokens": min(most, self.rules.most_tokens), "stop": tuple(asked.stop)}
@@ -153,6 +162,7 @@ class Server:
             "temperature": asked.temperature, "repetition_penalty": asked.repetition_penalty,
         }  # fmt: skip
         made = []
+        size = self._state.bytes_for(min(len(ids) + limits["max_tokens"], self.backbone.context))
         engine = self.menu.engine(asked.offramp.fill, asked.offramp.point)
         for number in range(asked.n):
             queue: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
@@ -161,10 +171,9 @@ class Server:
                 choose = Grammar(self.backbone.tokenizer, schema, len(ids), choose)
             recorder = None if most_logprobs is None else Recorder(choose, most_logprobs)
             tell = _teller(loop, queue)
-            job = Job(engine, ids, limits, recorder or choose, tell, borders)
+            job = Job(engine, ids, limits, recorder or choose, tell, borders, bytes=size)
             made.append(Choice(asked.offramp.ids, used, job, queue, recorder))
         made[0].job.twins = [choice.job for choice in made[1:]]
-        self.scheduler.submit(made[0].job)
         return made
 
     def end(self, chosen: list[Choice]) -> None:
@@ -181,21 +190,24 @@ class Server:
         }
         log.info("answered", extra={"facts": facts})
 
-    def conversation(self, asked: ChatRequest) -> tuple[list[int], tuple[int, ...]]:
-        """A conversation's ids, and how many of the first are the same whatever message k and those after it say.
+    def borders(self, messages: list[dict[str, Any]], ids: list[int]) -> tuple[int, ...]:
+        """How many of a conversation's first ids other conversations may begin with, too.
 
-        Raises `Refused` where the model has no chat template.
+        That is up to where the first message after the system's begins, for chats with the same system prompt, and up to
+        where the last message begins, for other ends of this chat. Its next turn goes on from the end of the answer.
         """
-        tokenizer, messages = self.backbone.tokenizer, [message.model_dump() for message in asked.messages]
-        if not getattr(tokenizer, "chat_template", None):
-            raise Refused(400, f"{self.rules.name} has no chat template. Use /v1/completions.", "messages")
-        ids, borders = self._rendered(messages), set()
-        for place, message in enumerate(messages):
-            other = self._rendered([*messages[:place], {**message, "content": OTHER}])
-            borders.add(begin_alike([ids, other]))
-        return ids, tuple(sorted(borders - {0}))
+        first = next((place for place, each in enumerate(messages) if each["role"] not in ("system", "developer")), 0)
+        found = set()
+        for place in {first, len(messages) - 1}:
+            with suppress(Refused, OfframpError):  # the other conversation may be too long, or refused by the template
+                other = self.rendered([*messages[:place], {**messages[place], "content": OTHER}])
+                found.add(begin_alike([ids, other]))
+        return tuple(sorted(found - {0}))
 
-    def _rendered(self, messages: list[dict[str, Any]]) -> list[int]:
+    def rendered(self, messages: list[dict[str, Any]]) -> list[int]:
+        """A conversation's ids. Raises `Refused` where the model has no chat template, or where that refuses."""
+        if not getattr(self.backbone.tokenizer, "chat_template", None):
+            raise Refused(400, f"{self.rules.name} has no chat template. Use /v1/completions.", "messages")
         try:
             return self.backbone.prompts.encode_chat(messages)
         except OfframpError:

@@ -10,12 +10,12 @@ import asyncio
 import hmac
 import json
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -35,6 +35,10 @@ from offramp.serve.scheduler import Scheduler
 
 PAGE = Path(__file__).parent / "page"
 ONLY_OWN_FILES = "default-src 'self'; img-src data:; frame-ancestors 'none'"
+LAST_READING = 10.0  # seconds that a client has to take the last of what was written for it
+LAST_ANSWERS = 20  # seconds that answers have to end when the server is to end
+
+T = TypeVar("T")
 
 
 async def answered(server: Server, chosen: list[Choice], form: Form, request: Request) -> Response:
@@ -44,24 +48,47 @@ async def answered(server: Server, chosen: list[Choice], form: Form, request: Re
         async for _ in choice.each():
             pass
 
-    gone = asyncio.ensure_future(_left(request))
-    work = asyncio.ensure_future(asyncio.wait_for(_all(map(collect, chosen)), server.rules.most_seconds))
-    try:
-        await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise Refused(499, "The client has left.")
-        work.result()
+    def written() -> Response:
         return JSONResponse(form.answer(chosen).model_dump(mode="json"))
-    except TimeoutError:
-        raise Refused(408, f"The answer took more than {server.rules.most_seconds:.0f} seconds.") from None
+
+    try:
+        await unless_left(request, _all(map(collect, chosen)))
+        # Not in the loop's thread: sixteen long answers with log probabilities take seconds.
+        return await asyncio.to_thread(written)
     finally:
-        gone.cancel()
-        work.cancel()
         server.end(chosen)
 
 
-async def streamed(server: Server, asked: Asked, chosen: list[Choice], form: Form) -> AsyncIterator[str]:
-    """The answers as server-sent events. An error becomes the last event."""
+async def unless_left(request: Request, work: Awaitable[T]) -> T:
+    """Wait for work. Cancels it where the client leaves before it is done, and raises `Refused`."""
+    gone, doing = asyncio.ensure_future(_left(request)), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({gone, doing}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise Refused(499, "The client has left.")
+        return doing.result()
+    finally:
+        gone.cancel()
+        doing.cancel()
+
+
+class Stream(StreamingResponse):
+    """Server-sent events, and what is to be done when they end, also where they never begin."""
+
+    def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._end()
+
+
+async def streamed(server: Server, asked: Asked, chosen: list[Choice], form: Form, until: float) -> AsyncIterator[str]:
+    """The answers as server-sent events. An error becomes the last event. `until`: when it ends, in the loop's time."""
     merged: asyncio.Queue[tuple[int, int | None]] = asyncio.Queue()
 
     async def collect(index: int, choice: Choice) -> None:
@@ -74,35 +101,22 @@ async def streamed(server: Server, asked: Asked, chosen: list[Choice], form: For
     work = asyncio.ensure_future(_all(collect(*each) for each in enumerate(chosen)))
     work.add_done_callback(lambda _: merged.put_nowait((-1, None)))
     try:
-        async with asyncio.timeout(server.rules.most_seconds):
-            while (item := await merged.get())[0] >= 0:
-                index, at = item
-                yield _event(form.part(index, chosen[index], at))
+        while True:
+            async with asyncio.timeout_at(until):  # not around `yield`, where the client's reading is waited for
+                index, at = await merged.get()
+            if index < 0:
+                break
+            yield _event(form.part(index, chosen[index], at))
         work.result()
         if asked.stream_options.include_usage:
             yield _event(form.last(chosen))
         yield "data: [DONE]\n\n"
     except TimeoutError:
-        yield _event({"error": Refused(408, f"The answer took more than {server.rules.most_seconds:.0f} seconds.").error})
+        yield _event({"error": _late(server.rules).error})
     except Exception as error:
         yield _event({"error": refused(error).error})
     finally:
         work.cancel()
-
-
-class Stream(StreamingResponse):
-    """A stream of a request's answers. What still runs of them is given up when it ends, even if it never began."""
-
-    def __init__(self, server: Server, chosen: list[Choice], events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._end = partial(server.end, chosen)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI has it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._end()
 
 
 def _event(what: dict[str, Any]) -> str:
@@ -113,6 +127,10 @@ async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
     async with asyncio.TaskGroup() as group:
         for work in works:
             group.create_task(work)
+
+
+def _late(rules: Rules) -> Refused:
+    return Refused(408, f"The answer took more than {rules.most_seconds:.0f} seconds.")
 
 
 async def _left(request: Request) -> None:
@@ -135,7 +153,7 @@ class Guard:
     """Lets a request through that calls the server by one of its names and has the key, where there is one.
 
     A page from elsewhere can let its own name point to this machine (DNS rebinding), but not name this machine. The body
-    may not be too large.
+    may not be too large or too late. A client that does not take its answer in time loses it.
     """
 
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
@@ -159,15 +177,25 @@ class Guard:
                 await refusal.response(scope, receive, send)
                 return
 
+        arrives: float | None = asyncio.get_running_loop().time() + rules.most_arrival
+
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, arrives
+            try:
+                async with asyncio.timeout_at(arrives):
+                    message = await receive()
+            except TimeoutError:
+                words = f"The body took more than {rules.most_arrival:.0f} seconds"
+                raise HTTPException(408, words, {"Connection": "close"}) from None
             seen += len(message.get("body", b""))
             if seen > rules.most_body:
                 raise HTTPException(413, f"The body has more than {rules.most_body} bytes")
+            arrives = arrives if message.get("more_body") else None
             return message
 
-        await self._app(scope, limited, send)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(rules.most_arrival + rules.most_seconds + LAST_READING):
+                await self._app(scope, limited, send)
 
 
 def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
@@ -178,7 +206,8 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(scheduler.close)
+        server.threads.shutdown(wait=False, cancel_futures=True)
+        scheduler.close()
 
     app = FastAPI(title="offramp", lifespan=lifespan)
     app.add_middleware(Guard, rules=rules)
@@ -232,40 +261,56 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def _chat(asked: ChatRequest, request: Request) -> Response:
-        ids, borders = await asyncio.to_thread(server.conversation, asked)
-        return await respond(server, asked, request, ChatForm, ids, borders, asked.response_format.schema_of_answers)
+        return await respond(server, asked, request, ChatForm, asked.response_format.schema_of_answers)
 
     @app.post("/v1/completions")
     async def _complete(asked: CompletionRequest, request: Request) -> Response:
-        ids = asked.prompt
-        if isinstance(ids, str):
-            ids = await asyncio.to_thread(server.backbone.prompts.encode, ids, raw=True)
-        return await respond(server, asked, request, CompletionForm, ids)
+        return await respond(server, asked, request, CompletionForm)
 
     return app
 
 
 async def respond(
-    server: Server,
-    asked: Asked,
-    request: Request,
-    form: type[Form],
-    ids: list[int],
-    borders: tuple[int, ...] = (),
-    schema: dict[str, Any] | None = None,
+    server: Server, asked: Asked, request: Request, form: type[Form], schema: dict[str, Any] | None = None
 ) -> Response:
     """Answer a request as one whole, or as a stream. Raises `Refused`."""
     if asked.model not in ("", server.rules.name):
         raise _no_model(asked.model, server.rules)
+    until = asyncio.get_running_loop().time() + server.rules.most_seconds
+    place = server.scheduler.take(asked.n)
     try:
-        loop = asyncio.get_running_loop()
-        chosen = await asyncio.to_thread(server.choices, loop, asked, ids, borders, schema)
-        made = form(server, server.rules.name)
-        if asked.stream:
-            return Stream(server, chosen, streamed(server, asked, chosen, made))
-        return await answered(server, chosen, made, request)
+        async with asyncio.timeout_at(until):
+            chosen = await prepared(server, asked, request, schema)
+            server.scheduler.submit(chosen[0].job, place)
+            made = form(server, server.rules.name)
+            if not asked.stream:
+                return await answered(server, chosen, made, request)
+        return Stream(streamed(server, asked, chosen, made, until), partial(server.end, chosen))
+    except TimeoutError:
+        raise _late(server.rules) from None
     except Exception as error:
         raise refused(error) from error
+    finally:
+        server.scheduler.give_back(place)
+
+
+async def prepared(server: Server, asked: Asked, request: Request, schema: dict[str, Any] | None) -> list[Choice]:
+    """What a request asks for, made in other threads, part by part. Drops the parts to come where the client leaves."""
+    loop = asyncio.get_running_loop()
+
+    async def apart(work: Callable[..., T], *inputs: Any) -> T:
+        return await unless_left(request, loop.run_in_executor(server.threads, work, *inputs))
+
+    ids: list[int] = []
+    borders: tuple[int, ...] = ()
+    if isinstance(asked, ChatRequest):
+        messages = [message.model_dump() for message in asked.messages]
+        ids = await apart(server.rendered, messages)
+        borders = await apart(server.borders, messages, ids)
+    elif isinstance(asked, CompletionRequest):
+        prompt = asked.prompt
+        ids = await apart(server.backbone.prompts.encode, prompt, True) if isinstance(prompt, str) else prompt
+    return await apart(server.choices, loop, asked, ids, borders, schema)
 
 
 def _model(name: str) -> dict[str, Any]:

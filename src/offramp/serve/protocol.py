@@ -18,6 +18,8 @@ from offramp.decode.sampling import Sampling
 MOST_LOGPROBS = 20  # alternatives of a token, as OpenAI has it
 MOST_CHOICES = 16  # answers to one prompt
 MOST_STOPS = 16
+MOST_STOP = 256  # characters of a stop text
+MOST_MESSAGES = 1024
 LARGEST = 2**63 - 1  # of a whole number
 LEAST_TEMPERATURE = 0.01  # above 0, as vLLM has it: logits that are divided by less may leave the range of float32
 
@@ -31,6 +33,9 @@ def _refused(*nothing: Any) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+Stop = Annotated[str, Field(max_length=MOST_STOP)]
 
 
 class StreamOptions(BaseModel):
@@ -93,7 +98,7 @@ class Asked(BaseModel):
     offramp: Decoding = Field(default_factory=Decoding)
     seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-LARGEST - 1, le=LARGEST)
     n: int = Field(1, ge=1, le=MOST_CHOICES)
-    stop: Annotated[list[str], Field(max_length=MOST_STOPS)] = Field(default_factory=list)
+    stop: Annotated[list[Stop], Field(max_length=MOST_STOPS)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     frequency_penalty: Annotated[Any, _refused(0)] = 0
@@ -163,7 +168,7 @@ class Message(BaseModel):
 class ChatRequest(Asked):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MOST_LOGPROBS)

@@ -18,12 +18,14 @@ from offramp.decode.batch import Batch
 from offramp.decode.engine import Engine
 from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Reading, Request, Talk, Token
 from offramp.decode.sampling import Choose
-from offramp.errors import BadNumbers, OfframpError
+from offramp.errors import BadInput, BadNumbers, OfframpError
 from offramp.serve.cache import PromptCache
 
 State = Literal["waiting", "running", "done"]
 Outcome = Literal["stop", "length", "abort", "error"]
 STUCK = 120.0  # seconds that no step takes
+
+LAST_STEP = 5.0  # seconds that closing waits for the step that runs
 
 
 class Full(OfframpError):
@@ -35,14 +37,23 @@ class Full(OfframpError):
 
 
 @dataclass(eq=False)
+class Place:
+    """Room for a request, taken before any work is done for it. `answers`: how many it is to get; 0 once it is used."""
+
+    answers: int
+    asked: float = field(default_factory=time.monotonic)
+
+
+@dataclass(eq=False)
 class Job:
     """A request to the scheduler, for one of its engines.
 
     tell: hears each `Token`, and at the end None or the error that ended it. borders: numbers of the prompt's first ids
     after which other prompts may go on differently. twins: jobs with the same prompt, which is read once for all of them.
+    bytes: the memory of its prompt and its longest answer.
 
-    What the scheduler notes: `cached`, the prompt's ids that were in the prompt cache; the time when the job was handed in,
-    when its prompt had been read, and when it ended, in seconds of `time.monotonic`; the error that ended it; the engine's
+    What the scheduler notes: `cached`, the prompt's ids that were in the prompt cache; the time when the request came, when
+    its prompt had been read, and when it ended, in seconds of `time.monotonic`; the error that ended it; the engine's
     request.
     """
 
@@ -53,6 +64,7 @@ class Job:
     tell: Callable[[Token | Exception | None], None]
     borders: tuple[int, ...] = ()
     twins: list[Job] = field(default_factory=list)
+    bytes: int = 0
     state: State = "waiting"
     cancelled: bool = False
     cached: int = 0
@@ -69,21 +81,28 @@ class Job:
         reason = self.request.finish_reason if self.request else None
         return "error" if self.error else reason if reason == "stop" or reason == "length" else "abort"
 
+    @property
+    def all(self) -> list[Job]:
+        """The job and its twins."""
+        return [self, *self.twins]
+
 
 class Scheduler:
-    """Runs jobs, at most `rows` side by side; at most `waiting` more wait for their turn.
+    """Runs jobs, at most `rows` side by side; at most `waiting` more wait for their turn, or for their prompt's ids.
 
     Each engine has a batch of its own; where several have work, their steps take turns. cache: the bytes that the prompt
-    cache may take.
+    cache may take. memory: the bytes that all running jobs may take; None: any number.
     """
 
-    def __init__(self, rows: int = 16, waiting: int = 64, cache: int = 1 << 30) -> None:
-        self.rows, self.most_waiting, self.cache = rows, waiting, PromptCache(cache)
+    def __init__(self, rows: int = 16, waiting: int = 64, cache: int = 1 << 30, memory: int | None = None) -> None:
+        self.rows, self.most_waiting, self.cache, self.memory = rows, waiting, PromptCache(cache), memory
         self.failures = 0
         self._failing = False  # whether a step has failed, and no token was decided since
         self._began: float | None = None  # when the step that runs began
         self._changed = threading.Condition()
+        self._preparing = 0  # answers of requests that have a place, and no ids yet
         self._waiting: deque[Job] = deque()
+        self._admitted: set[Job] = set()  # those that run, and twins that start when their prompt has been read
         self._running: dict[Request, Job] = {}
         self._closing = False
         self._batches: dict[Engine, Batch] = {}
@@ -92,8 +111,8 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """The number of jobs in the batch."""
-        return len(self._running)
+        """The number of rows that are taken."""
+        return len(self._admitted)
 
     @property
     def waiting(self) -> int:
@@ -112,21 +131,50 @@ class Scheduler:
             return f"The engine's step has taken more than {STUCK:.0f} seconds."
         return None
 
-    def submit(self, job: Job) -> None:
-        """Hand in a job. Raises `Full` where too many wait, and `BadInput` for a prompt that the engine cannot take."""
-        job.engine.backbone.prompts.check(job.ids)
+    def take(self, answers: int = 1) -> Place:
+        """Take a place for a request. Raises `Full` where there is none now, and `BadInput` where there is never one."""
+        if answers > self.rows:
+            raise BadInput(f"{answers} answers at once need {answers} rows; there are {self.rows}.", "Ask for fewer (n).")
         with self._changed:
+            waiting = self._preparing + sum(len(job.all) for job in self._waiting)
+            if self._closing or waiting + len(self._admitted) + answers > self.most_waiting + self.rows:
+                raise Full(waiting, 1 + waiting // self.rows)
+            self._preparing += answers
+        return Place(answers)
+
+    def give_back(self, place: Place) -> None:
+        """Give a place back. Does nothing for one that is used."""
+        with self._changed:
+            self._preparing -= place.answers
+            place.answers = 0
+
+    def submit(self, job: Job, place: Place | None = None) -> None:
+        """Hand in a job, in the place that was taken for it. Without one, it takes a place, and raises as `take` does.
+
+        Raises `BadInput` for a prompt that the engine cannot take, and for a job that needs more memory than there is.
+        """
+        job.engine.backbone.prompts.check(job.ids)
+        needed = sum(each.bytes for each in job.all)
+        if self.memory is not None and needed > self.memory:
+            raise BadInput(
+                f"The prompt with its longest answer needs {needed / 2**20:,.1f} MiB of memory (for all n answers); "
+                f"this server has {self.memory / 2**20:,.1f} (--memory).",
+                "Ask for a shorter answer (max_tokens) or for fewer (n), or shorten the prompt.",
+            )
+        with self._changed:
+            place = place or self.take(len(job.all))
+            self.give_back(place)
             if self._closing:
-                raise Full(len(self._waiting), 5)
-            if len(self._waiting) + len(job.twins) >= self.most_waiting + max(0, self.rows - len(self._running)):
-                raise Full(len(self._waiting), 1 + len(self._waiting) // max(1, self.rows))
-            self._waiting += [job]
+                raise Full(0, 5)
+            for each in job.all:
+                each.asked = place.asked
+            self._waiting.append(job)
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
         """Give a job up. One that waits is gone at once; one that runs frees its row before the next step."""
         with self._changed:
-            for each in (job, *job.twins):
+            for each in job.all:
                 each.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -134,11 +182,13 @@ class Scheduler:
             self._changed.notify()
 
     def close(self) -> None:
-        """Take no more jobs, end those that run, and wait for that."""
+        """Take no more jobs, give up those there are, and wait a little for the step that runs."""
         with self._changed:
             self._closing = True
+            for job in [*self._waiting, *self._admitted]:
+                job.cancelled = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(LAST_STEP)
 
     def _work(self) -> None:
         """The thread: step until closed. An error ends the jobs that run, and nothing else."""
@@ -154,11 +204,11 @@ class Scheduler:
             try:
                 for job in admitted:
                     self._start(job)
-                self._drop_cancelled()
             except BaseException as error:  # a bug
                 self._fail(error, [*self._running.values(), *admitted])
             for engine, batch in [*self._batches.items()]:
                 try:
+                    self._drop_cancelled()
                     self._step(batch)
                 except BaseException as error:  # whatever a step raises: NaN, memory, a bug
                     self._fail(error, [job for job in self._running.values() if job.engine is engine])
@@ -166,12 +216,16 @@ class Scheduler:
     def _admit(self) -> list[Job]:
         """The jobs that may start now, in the order in which they came."""
         admitted: list[Job] = []
-        free = self.rows - len(self._running)
-        while self._waiting and free > 0:
+        while self._waiting and self._fits(self._waiting[0]):
             job = self._waiting.popleft()
             admitted.append(job)
-            free -= 1 + len(job.twins)
+            self._admitted.update(job.all)
         return admitted
+
+    def _fits(self, job: Job) -> bool:
+        """Whether there are rows and memory for a job and its twins, beside those that have been admitted."""
+        together = [*self._admitted, *job.all]
+        return len(together) <= self.rows and (self.memory is None or sum(each.bytes for each in together) <= self.memory)
 
     def _start(self, job: Job, twin: Talk | None = None) -> None:
         """Put a job into the batch. `twin`: a talk that has read its prompt."""
@@ -246,9 +300,11 @@ class Scheduler:
         # An exit, or an interrupt, would end the thread that hears of it.
         job.error = error if error is None or isinstance(error, Exception) else RuntimeError(repr(error))
         job.state, job.ended = "done", time.monotonic()
+        self._admitted.discard(job)
         if job.request is not None:
             self._running.pop(job.request, None)
-        for twin in job.twins if job.request is None or not job.read else []:
-            self._end(twin, error)  # they would have started when the prompt had been read
+        for twin in job.twins:
+            if twin.state == "waiting":  # it would have started when the prompt had been read
+                self._end(twin, error)
         with suppress(Exception):  # who cannot be told an end has no other way to hear of it
             job.tell(job.error)

@@ -19,7 +19,8 @@ from models import ENGINES, VARIANTS, cache_in, saved, tiny
 from offramp import Policy
 from offramp.decode.fills import FILLS
 from offramp.evaluation.results import load_results
-from offramp.exits.exits import Exits, ExitsConfig
+from offramp.exits.config import ExitsConfig
+from offramp.exits.exits import Exits
 from offramp.files import read_lines
 
 sys.path.insert(

@@ -26,7 +26,8 @@ from helpers import same_or_tied, some_prompts
 from models import ENGINES, HIDDEN, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
-from offramp.exits.exits import Exits, ExitsConfig
+from offramp.exits.config import ExitsConfig
+from offramp.exits.exits import Exits
 from offramp.exits.readouts import READOUTS
 from offramp.files import read_lines
 from offramp.model.backbone import Backbone

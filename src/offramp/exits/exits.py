@@ -240,7 +240,7 @@ def _check_pair(file: Path, content: bytes, sha256: str) -> None:
         )
     elif hashlib.sha256(content).hexdigest() != sha256:
         raise CorruptFile(
-            f"{file} is not the file that {RECORD} beside it belongs to: it is damaged, or saving the two was interrupted.",
+            f"{file} is damaged, or not the file that {RECORD} beside it belongs to: perhaps saving them was interrupted.",
             "Copy both files again, or run the command again that made them.",
         )
 

@@ -101,7 +101,7 @@ def changed_json(dice: random.Random, tree: Any) -> bytes:
         elif kind < 5 and isinstance(old, int | float) and abs(old) < 1e30:
             holder[key] = dice.choice([old + 1, old - 1, 2 * old, old // 2, -old, 0])
         else:
-            holder[key] = dice.choice(dice.choice([WHOLE, VALUES, VALUES]))
+            holder[key] = copy.deepcopy(dice.choice(dice.choice([WHOLE, VALUES, VALUES])))
     return json.dumps(root[0]).encode()
 
 

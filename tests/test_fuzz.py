@@ -18,7 +18,7 @@ def targets(tmp_path: Path, own_cache: Path) -> Iterator[Targets]:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("gguf", 60), ("safetensors", 60), ("config", 5), ("exits", 20), ("requests", 30)]
+    ("name", "count"), [("gguf", 60), ("safetensors", 60), ("config", 3), ("exits", 15), ("requests", 20)]
 )
 def test_what_is_damaged_ends_well_or_in_words(name: str, count: int, targets: Targets) -> None:
     found = {number: trace for number in range(count) if (trace := run_one(targets, name, number))}

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers import run_cli
+from helpers import exits_for, run_cli
 from models import saved, tiny
-from offramp import load
+from offramp import Exits, load
 from offramp.errors import CorruptFile
+from offramp.model.checkpoint import Gguf
 from offramp.model.headers import read_gguf, read_safetensors
 
 U32, STRING, ARRAY = 4, 8, 9  # GGUF's types of values
@@ -152,3 +153,18 @@ def test_a_config_that_names_more_weights_than_the_files_hold_is_refused(tmp_pat
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100_000}))
     with pytest.raises(CorruptFile, match="its config names"):
         load(str(folder), "float32")
+
+
+def test_a_tensor_of_a_shape_that_the_library_does_not_expect_is_refused(tmp_path: Path) -> None:
+    file = gguf_file(tmp_path / "x.gguf", tensors=(gguf_tensor((), name="blk.0.attn_q.weight"),))
+    with pytest.raises(ValueError, match="cannot have the shape"):
+        Gguf(file, tiny("llama").model).shapes  # noqa: B018
+
+
+def test_a_threshold_that_no_float_holds_is_refused(tmp_path: Path) -> None:
+    exits_for("llama").save(tmp_path)
+    record = json.loads((tmp_path / "offramp.json").read_text())
+    record["policy"]["thresholds"][0] = 10**400
+    (tmp_path / "offramp.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptFile, match="damaged"):
+        Exits.load(tmp_path, tiny("llama"))

@@ -280,7 +280,7 @@ class _Record:
                 raise TypeError("training or calibration is no record")
             formats = str(record["weight_format"]), str(record.get("weights_sha256", ""))
             return cls(config, owner, *formats, policy, *histories)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OfframpError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OfframpError) as error:
             raise CorruptFile(f"{folder / RECORD} is damaged: {error!r}.", "Train the exits again.") from error
 
     def check_owner(self, folder: Path, backbone: Backbone) -> None:

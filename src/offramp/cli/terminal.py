@@ -18,10 +18,10 @@ from offramp.evaluation.bench import Comparison, FillComparison
 from offramp.evaluation.metrics_table import metrics_of
 from offramp.evaluation.results import Result, penalty_words
 from offramp.evaluation.what_if import Saving
+from offramp.exits.calibrated import Calibration
 from offramp.exits.exits import Exits
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
-from offramp.training.calibration import Calibration
 
 console = Console(highlight=False)
 # From early exits to late ones. Full depth has the terminal's own colour.

@@ -18,8 +18,8 @@ from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import Work
 from offramp.decode.timing import Timed, untimed
 from offramp.errors import BadInput, BadNumbers
+from offramp.exits.calibrated import differences
 from offramp.exits.exits import Exit, Exits
-from offramp.exits.learned import differences
 from offramp.exits.parts import Part, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone

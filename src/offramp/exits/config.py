@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from offramp.errors import OfframpError
 from offramp.exits.gates import GATES
@@ -12,8 +12,6 @@ from offramp.exits.readouts import READOUTS
 
 if TYPE_CHECKING:
     from offramp.model.backbone import Backbone
-
-MOST = 1 << 30  # of a number in a stranger's record
 
 
 @dataclass(frozen=True)
@@ -76,19 +74,6 @@ class ExitsConfig:
         for width, unit, part in ((self.gate_width, 16, "gate"), (self.readout_width, 32, "read-out")):
             if width < unit or width % unit:
                 raise OfframpError(f"A {part} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
-
-
-def check_types(made: Any) -> None:
-    """Raises `TypeError` where a dataclass, made from a stranger's JSON, holds a value of another type than it says."""
-    hints = get_type_hints(type(made))
-    for item in fields(made):
-        value, hint = getattr(made, item.name), hints[item.name]
-        several = get_origin(hint) is tuple
-        kind = get_args(hint)[0] if several else hint
-        right: Any = (int, float) if kind is float else kind
-        for each in value if several else [value]:
-            if isinstance(each, bool) or not isinstance(each, right) or (kind is int and abs(each) > MOST):
-                raise TypeError(f"{item.name} is {value!r}")
 
 
 def suggested_places(n_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError, reason_of
-from offramp.exits.config import ExitsConfig, check_types
+from offramp.exits.calibrated import check_calibration, check_types
+from offramp.exits.config import ExitsConfig
 from offramp.exits.gates import GATES
 from offramp.exits.ngrams import Ngrams
 from offramp.exits.policy import Policy
@@ -278,6 +279,7 @@ class _Record:
                 raise KeyError("fingerprint")
             if not all(isinstance(each, dict) for each in histories):
                 raise TypeError("training or calibration is no record")
+            check_calibration(record["calibration"])
             formats = str(record["weight_format"]), str(record.get("weights_sha256", ""))
             return cls(config, owner, *formats, policy, *histories)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OfframpError) as error:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from offramp.decode.engine import Engine
-from offramp.decode.fills import FILLS, fill_named
+from offramp.decode.fills import FILLS, Fill, fill_named
 from offramp.errors import BadInput, CorruptFile, OfframpError
-from offramp.exits.config import check_types
+from offramp.exits.calibrated import differences
 from offramp.exits.exits import Exits
-from offramp.exits.learned import differences
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 
@@ -30,38 +29,39 @@ class Point:
 
 
 def _points(exits: Exits) -> list[Point]:
-    """What the exits' calibration tested. Raises `CorruptFile` for a calibration of nonsense."""
+    """What the exits' calibration tested. Raises `CorruptFile` where the record lacks something."""
     try:
-        tested = [
+        return [
             Point(Policy.from_json(each["policy"]), each["loss"], each["flops_saved"], each["passed"])
             for each in exits.calibration.get("tested", [])
         ]
-        for point in tested:
-            check_types(point.policy)
-            if not all(isinstance(each, int | float) for each in (point.loss, point.flops_saved, point.passed)):
-                raise TypeError(f"{point.loss!r}, {point.flops_saved!r}")
     except (KeyError, TypeError, ValueError, AttributeError, OfframpError) as error:
         raise CorruptFile(f"The exits' calibration is damaged: {error!r}.", "Calibrate again.") from error
-    return tested
+
+
+def _serves(fill: type[Fill], backbone: Backbone) -> bool:
+    try:
+        fill(backbone)
+    except BadInput:
+        return False
+    return True
 
 
 class Menu:
     """Engines by fill and point, made when they are first asked for. `usual` answers where a request names neither.
 
-    exits: those that decide, or None; drafts: those that draft for `verify`, or None.
+    exits: those that decide, or None; drafts: those that draft for `verify`, or None. `fills`: what a request can ask for.
     """
 
     def __init__(self, backbone: Backbone, exits: Exits | None, drafts: Exits | None, usual: Engine) -> None:
         self.backbone, self.exits, self.usual = backbone, exits, usual
         self._drafts = drafts or exits
         self.points = _points(exits) if exits else []
+        here = [
+            name for name, fill in FILLS.items() if (self._drafts if fill.verifies else exits) and _serves(fill, backbone)
+        ]
+        self.fills = [FULL, *here]
         self._made: dict[tuple[str, int | None], Engine] = {(usual.fill.name if usual.open_exits else FULL, None): usual}
-
-    @property
-    def fills(self) -> list[str]:
-        """What a request can ask for as its fill."""
-        names = [name for name in FILLS if self.exits is not None and not fill_named(name).verifies]
-        return [FULL, *names, *([name for name in FILLS if fill_named(name).verifies] if self._drafts else [])]
 
     def engine(self, fill: str | None, point: int | None) -> Engine:
         """The engine for a fill, and for a calibrated point (by its number) where exits decide. Raises `BadInput`."""
@@ -81,7 +81,7 @@ class Menu:
         return self._made[key]
 
     def guarantee(self, engine: Engine, **used: Any) -> dict[str, Any] | None:
-        """What is guaranteed of the answers of an engine that are `used` in this way (see `exits.learned.differences`).
+        """What is guaranteed of the answers of an engine that are `used` in this way (see `exits.calibrated.differences`).
 
         It is a loss, a risk and a delta; or None where the engine's policy passed no test, or another use was tested.
         """

@@ -36,6 +36,7 @@ from offramp.decode.fills import fill_named
 from offramp.decode.request import Generation
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile, reason_of
+from offramp.exits.calibrated import Calibration, Tested
 from offramp.exits.exits import Exits
 from offramp.exits.learned import hashes_of, known_among
 from offramp.exits.policy import Policy
@@ -87,59 +88,6 @@ def precision_line(
 def gain(answer: Generation, fill: str) -> float:
     """The share of FLOPs that an answer saved; with a fill that runs skipped blocks later, the share of deep passes."""
     return 1 - 1 / answer.tokens_per_deep_pass if fill_named(fill).waits else answer.flops_saved
-
-
-@dataclass(frozen=True)
-class Tested:
-    """A policy on the path, and whether it passed.
-
-    `loss`: its mean loss on the prompts of the test, for answers of at most `length` tokens, where that is largest. What it
-    saved is a mean over whole answers.
-    """
-
-    policy: Policy
-    loss: float
-    length: int
-    p_value: float
-    passed: bool
-    flops_saved: float
-    mean_blocks: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The guarantee of a calibration: `policy` keeps the expected `loss` at `risk` or less, with probability 1 − `delta`.
-
-    That holds for a limit of `max_tokens` tokens, and for each lower one. `pilot` prompts found the path, and `n` others
-    tested it; `pilot_hashes` are the former's (`exits.learned`). `tested` holds the policies of the path up to the first
-    that failed, and `untested` those after it. If none passed, `policy` is closed, and `needed` is the number of test
-    prompts with which the first one would have passed, or None if it would not with any. `raw`: the prompts took no chat
-    template.
-    """
-
-    policy: Policy
-    loss: str
-    fill: str
-    weights: str
-    risk: float
-    delta: float
-    n: int
-    pilot: int
-    max_tokens: int
-    stop: tuple[str, ...]
-    raw: bool
-    repetition_penalty: float
-    reference: str
-    prompts_sha256: str
-    pilot_hashes: str
-    tested: tuple[Tested, ...]
-    untested: tuple[Policy, ...]
-    needed: int | None
-
-    @property
-    def passed(self) -> bool:
-        """Whether any policy passed the test."""
-        return any(test.passed for test in self.tested)
 
 
 def calibrate(

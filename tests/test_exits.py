@@ -72,6 +72,7 @@ def artefact(tmp_path_factory):
     usual.policy = Policy((0.5,) * 3, perhaps=(0.2,) * 3, keys=(0.3,) * 3)
     tested = [{"policy": asdict(usual.policy), "loss": 0.1, "flops_saved": 0.2, "passed": True}]
     usual.calibration = {"policy": asdict(usual.policy), "fill": "project", "weights": "float32", "tested": tested}
+    usual.calibration |= {"max_tokens": [48, 128], "stop": ["\n"], "raw": False, "risk": 0.05, "n": 720, "needed": None}
     drafting.policy = Policy((0.3,) * 3, "max-prob")
     for exits, name in ((drafting, "drafting"), (usual, "usual")):
         exits.save(folder / name)
@@ -154,7 +155,7 @@ def test_without_the_package_of_exits_that_ship_it_is_named(monkeypatch) -> None
         assert find_exits(backbone) is None
     with pytest.raises(BadInput, match="offramp-models, with the exits that ship, is not installed") as caught:
         require_exits(backbone)
-    assert "pip install offramp-models" in caught.value.hint
+    assert "pip install ./offramp-models" in caught.value.hint
     assert "offramp train tiny-llama" in caught.value.hint
 
 
@@ -228,6 +229,36 @@ def test_a_damaged_record_is_named(tmp_path, content: str) -> None:
     (tmp_path / "offramp.json").write_text(content)
     with pytest.raises(CorruptFile, match=r"offramp\.json is damaged"):
         Exits.load(tmp_path, tiny("llama"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_tokens": ["x"]},
+        {"max_tokens": "x"},
+        {"raw": 1},
+        {"fill": ["project"]},
+        {"risk": "0.05"},
+        {"delta": float("nan")},
+        {"n": 10**400},
+        {"needed": 0.5},
+        {"tested": {}},
+        {"tested": [5]},
+        {"tested": [{"passed": "no"}]},
+        {"tested": [{"policy": {"thresholds": [0.5], "key": 3}}]},
+    ],
+    ids=str,
+)
+def test_a_calibration_of_wrong_types_is_named(tmp_path, wrong: dict) -> None:
+    exits = exits_for("llama")
+    exits.calibration = {"max_tokens": 48, "raw": False}  # as an earlier version wrote it
+    exits.save(tmp_path)
+    Exits.load(tmp_path, tiny("llama"))
+    exits.calibration |= wrong
+    exits.save(tmp_path)
+    with pytest.raises(CorruptFile, match=r"offramp\.json is damaged") as caught:
+        Exits.load(tmp_path, tiny("llama"))
+    assert caught.value.hint
 
 
 def test_weights_that_do_not_fit_the_record_are_named(tmp_path) -> None:

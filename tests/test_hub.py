@@ -139,7 +139,7 @@ def test_an_alias_whose_package_is_not_installed_says_what_to_install(own_cache,
     monkeypatch.setattr(hub, "ALIASES", {"mamba-tiny": None})
     with pytest.raises(ModelNotFound, match="'mamba-tiny' is a model of the package offramp-models") as raised:
         resolve("mamba-tiny")
-    assert "pip install offramp-models" in raised.value.hint
+    assert "pip install ./offramp-models" in raised.value.hint
 
 
 def test_the_aliases_are_the_same_without_the_package() -> None:

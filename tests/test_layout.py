@@ -98,3 +98,15 @@ def test_make_knows_every_target_that_the_makefile_names() -> None:
     for target in names[1].split():
         found = subprocess.run(["make", "-n", target], cwd=root, capture_output=True, text=True)
         assert found.returncode == 0, found.stderr
+
+
+def test_no_hint_installs_a_strangers_package_from_pypi() -> None:
+    """Neither package is on PyPI. A path, a URL after the name, or a clone's extras are right."""
+    root = PACKAGE.parents[1]
+    folders = [root / name for name in ("src", "lm", "hybrid", "benchmarks", "examples", "docs", "offramp-models", ".ci")]
+    files = [root / "README.md", root / "Makefile", *(path for folder in folders for path in folder.rglob("*"))]
+    texts = [path for path in files if path.is_file() and path.suffix in ("", ".md", ".py", ".toml", ".ipynb")]
+    from_pypi = re.compile(r"""(?:pipx?|uv) (?:tool )?install (?:-\S+ )*["']?(?:offramp|\{MODELS)(?!\S* @ )""")
+    assert len(texts) > 150
+    assert from_pypi.search("pip install --quiet 'offramp[eval]'")
+    assert {path.name: found[0] for path in texts if (found := from_pypi.search(path.read_text("utf-8")))} == {}

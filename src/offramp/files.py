@@ -23,7 +23,12 @@ except ModuleNotFoundError:  # Windows: no locks of this kind
 
 ASSETS = Path(__file__).parent / "assets"  # prompts and model shapes
 MODELS_PACKAGE = "offramp-models"  # a distribution of its own, with the models and exits that ship
-INSTALL_MODELS = f"Install it: pip install {MODELS_PACKAGE} (in a clone: pip install ./{MODELS_PACKAGE})"
+INSTALL_MODELS = f"Install it in a clone of offramp: pip install ./{MODELS_PACKAGE}"  # neither package is on PyPI
+
+
+def install_hint(extra: str) -> str:
+    """The hint for a package that is missing, which this extra of offramp brings."""
+    return f"Install it in a clone of offramp: pip install '.[{extra}]'"
 
 
 def shipped(kind: str) -> list[Path]:

@@ -11,6 +11,7 @@ import typer
 
 from offramp.cli.progress import status
 from offramp.errors import BadInput
+from offramp.files import install_hint
 from offramp.settings import setting
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def cluster_at(address: str | None) -> Iterator[Cluster | None]:
     try:
         from offramp.cluster import connected
     except ImportError as error:
-        raise BadInput(f"--ray needs the package {error.name}.", "Install it: pip install 'offramp[ray]'") from error
+        raise BadInput(f"--ray needs the package {error.name}.", install_hint("ray")) from error
     with connected(address) as found:
         yield found
 

@@ -16,6 +16,7 @@ import typer
 from offramp.cli.options import DecodingOptions, Model, Ray, cluster_at
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
+from offramp.files import install_hint
 from offramp.machine import free_memory
 from offramp.settings import setting
 
@@ -81,7 +82,7 @@ def serve(
 
         from offramp.serve.api import LAST_ANSWERS
     except ImportError as error:
-        raise BadInput(f"Serving needs the package {error.name}.", "Install it: pip install 'offramp[serve]'") from error
+        raise BadInput(f"Serving needs the package {error.name}.", install_hint("serve")) from error
     hosts = (*options.allowed_host, host, socket.gethostname())  # replicas may run on other machines
     key = options.api_key or os.environ.get("OFFRAMP_API_KEY") or None
     options = replace(options, api_key=key, allowed_host=hosts)

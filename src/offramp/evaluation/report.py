@@ -26,7 +26,7 @@ from typing import Any
 from offramp.errors import BadInput
 from offramp.evaluation.metrics_table import METRICS, Metric, metrics_of
 from offramp.evaluation.results import Interval, Result, ScoredAnswer, difference, penalty_words
-from offramp.files import write_atomically
+from offramp.files import install_hint, write_atomically
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
@@ -260,7 +260,7 @@ def _figure(draw: Callable[[Any], None]) -> str:
     try:
         import matplotlib
     except ImportError as error:
-        raise BadInput("The library matplotlib is not installed.", "Install it: pip install 'offramp[eval]'") from error
+        raise BadInput("The library matplotlib is not installed.", install_hint("eval")) from error
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

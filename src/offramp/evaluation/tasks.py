@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.errors import BadInput, reason_of
-from offramp.files import sha256_of_text
+from offramp.files import install_hint, sha256_of_text
 from offramp.metrics import best_f1, best_match, left_one_out, trivia_words
 
 # The authors' prompt (TruthfulQA, arXiv 2109.07958, appendix E).
@@ -335,4 +335,4 @@ def _not_official(data: str | Path, format: str, error: Exception) -> BadInput:
 
 
 def _missing(library: str, error: ImportError) -> BadInput:
-    return BadInput(f"The library {library} is not installed.", "Install it: pip install 'offramp[eval]'")
+    return BadInput(f"The library {library} is not installed.", install_hint("eval"))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import BadInput
-from offramp.files import put
+from offramp.files import install_hint, put
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig, TuneConfig
@@ -141,7 +141,7 @@ def _tune(backbone: Backbone, folder: Path, config: TuneConfig, progress: Progre
 def _check(backbone: Backbone, folder: Path) -> None:
     """Raise `BadInput` for the model's own folder, and where `peft` is missing."""
     if importlib.util.find_spec("peft") is None:
-        raise BadInput("Tuning needs the library peft.", "Install it: pip install 'offramp[tune]'")
+        raise BadInput("Tuning needs the library peft.", install_hint("tune"))
     if backbone.source.path and folder.resolve() == Path(backbone.source.path).resolve():
         raise BadInput(f"{folder} holds the model itself, which would be lost.", "Name another folder.")
 

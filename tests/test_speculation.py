@@ -13,6 +13,7 @@ from helpers import (
     HYBRIDS,
     LAYERS,
     TAILS,
+    after,
     exact,
     exits_for,
     modest_exits,
@@ -114,6 +115,24 @@ def test_states_are_exact_after_any_run_of_exits(family: str, data: st.DataObjec
     assert talk.sequence is before
     assert talk.sequence.pending == 0
     exact(talk.sequence, family)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["olmo2", "bamba"])
+def test_the_comparison_of_states_sees_one_wrong_row(family: str) -> None:
+    sequence = after(Engine(tiny(family), modest_exits(family), Policy((0.999, 0.0, 0.0)), "defer", max_pending=1), 9)
+    exact(sequence, family)
+    state = sequence.state
+    memories = [memory for kv in state.kv if kv for memory in (kv.keys, kv.values)]
+    memories += [memory for ssm in state.ssm if ssm for memory in (ssm.window, ssm.h)]
+    for memory in memories:
+        row = memory[:, 1, 0]
+        kept = row.clone()
+        row += 1e-3 * memory.abs().max()
+        with pytest.raises(AssertionError, match="not close"):
+            exact(sequence, family)
+        row.copy_(kept)
+    exact(sequence, family)
 
 
 def test_what_an_exit_said_stands_with_defer() -> None:

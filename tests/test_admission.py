@@ -44,7 +44,7 @@ def endless(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[Served]
     """A server of a model whose context has no end."""
     backbone = tiny(FAMILIES[1])
     monkeypatch.setattr(backbone, "context", UNBOUNDED)
-    monkeypatch.setattr(backbone, "prompts", Prompts(backbone.tokenizer, UNBOUNDED, "tiny"))
+    monkeypatch.setattr(backbone, "prompts", Prompts(backbone.tokenizer, UNBOUNDED, "tiny", backbone.vocab_size))
     with serving(FAMILIES[1], **options) as served:
         yield served
 

@@ -197,7 +197,7 @@ def test_no_body_whatever_gets_anything_but_openais_error(served: Served, path: 
 
 
 def test_a_bug_gets_openais_error_too(served: Served, monkeypatch) -> None:
-    monkeypatch.setattr("offramp.serve.answers.Server.conversation", lambda *_: 1 / 0)
+    monkeypatch.setattr("offramp.serve.answers.Server.rendered", lambda *_: 1 / 0)
     found = fetch(f"{served.address}/v1/chat/completions", PATHS["chat/completions"])
     assert found.status == 500
     assert json.loads(found.text)["error"] == {
@@ -286,7 +286,7 @@ def held(served: Served, go_on: threading.Event) -> Job:
 
 
 def test_each_request_is_counted_once_under_its_reason(monkeypatch) -> None:
-    with serving(rows=1) as served:
+    with serving(rows=3) as served:
         chat(served, asks(), n=3)
         assert ends(served) == {"length": 1}
         assert metrics(served)["offramp:prompt_tokens_total"] == len(served.backbone.prompts.encode_chat(asks()))
@@ -328,9 +328,9 @@ def test_a_stream_that_never_begins_is_given_up() -> None:
     async def events() -> Any:
         yield ""
 
-    stream = Stream(SimpleNamespace(end=ended.append), ["answers"], events())  # type: ignore[arg-type, list-item]
+    stream = Stream(events(), lambda: ended.append("answers"))
     asyncio.run(stream({"type": "http", "asgi": {"spec_version": "2.3"}}, gone, send))  # type: ignore[arg-type]
-    assert ended == [["answers"]]
+    assert ended == ["answers"]
 
 
 def test_health_is_the_engines(monkeypatch) -> None:
@@ -372,7 +372,7 @@ def test_a_name_of_elsewhere_is_refused(path: str) -> None:
 
 
 def test_names_of_the_command_line_reach_the_server(monkeypatch) -> None:
-    backbone = SimpleNamespace(name="tiny", weight_format="float32")
+    backbone = SimpleNamespace(name="tiny", weight_format="float32", device=torch.device("cpu"))
     menu = SimpleNamespace(backbone=backbone, usual=SimpleNamespace(fill=SimpleNamespace(name="project")))
     made: list[Rules] = []
     monkeypatch.setattr("offramp.cli.serving._menu", lambda *_: menu)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs release exits bench load soak mamba-lm mamba-answers paper paper-quick clean
+.PHONY: demo test test-ray lint docs release exits bench load soak mamba-lm mamba-answers paper paper-quick clean
 
 # MODEL names another model than smollm2; BOTH=1 asks the Transformer and the Mamba model and puts them side by side.
 demo: .venv/.installed
@@ -10,6 +10,13 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+# Tests of several machines. They need Ray, which is large, so it has an environment of its own. A test may take two minutes.
+RAY := build/ray/bin/python
+test-ray:
+	$(PYTHON) -m venv build/ray
+	$(RAY) -m pip install --quiet --editable '.[ray,serve]' pytest pytest-timeout
+	OMP_NUM_THREADS=1 timeout 900 $(RAY) -m pytest tests/test_ray.py --timeout 120
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

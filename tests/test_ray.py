@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import socket
 import sys
 import time
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import pyarrow as pa
 import pytest
 
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # before ray is imported: then 127.0.0.1 stays this address
@@ -30,14 +28,15 @@ from offramp import Engine, Policy, load  # noqa: E402
 from offramp.cli.options import DecodingOptions, cluster_at  # noqa: E402
 from offramp.cli.serving import ServeOptions, application  # noqa: E402
 from offramp.cluster import Copy, Kind, Replicas, _room, _Worker, connected  # noqa: E402
-from offramp.errors import BadInput  # noqa: E402
+from offramp.errors import BadInput, OfframpError  # noqa: E402
 from offramp.evaluation.evaluation import Condition, Evaluation, answered  # noqa: E402
 from offramp.evaluation.results import Result  # noqa: E402
 from offramp.model.backbone import Backbone  # noqa: E402
 from offramp.training.teacher import group_texts, made_shards, write_shards  # noqa: E402
-from watched import Watched  # noqa: E402
+from watched import Missing, Watched, crash, wait  # noqa: E402
 
 NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}
+SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
 TIMES = {"prefill_seconds", "decode_seconds", "tokens_per_second"}
 
 
@@ -59,7 +58,8 @@ def backbone(folder: Path) -> Backbone:
 @pytest.fixture(scope="module")
 def cluster(folder: Path) -> Iterator[Cluster]:
     """A head node without processors, and two nodes of one processor."""
-    made = Cluster(initialize_head=True, head_node_args={**NODE, "num_cpus": 0, "include_dashboard": False})
+    head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": SOON}
+    made = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(2):
             made.add_node(**NODE, num_cpus=1)
@@ -71,11 +71,11 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 def kill_in_third_share(cluster: Cluster, marks: Path) -> None:
     """Wait until both nodes are in their third share, then kill one, and let the other go on."""
     nodes = list(cluster.worker_nodes)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 100  # a busy machine starts workers slowly
     while time.monotonic() < until and any(len([*marks.glob(f"{node.node_id}-*")]) < 3 for node in nodes):
         time.sleep(0.02)
     cluster.remove_node(nodes[0], allow_graceful=False)
-    (marks / "dead").touch()
+    (marks / f"dead_{nodes[0].node_id}").touch()
 
 
 def without_times(result: Result) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def test_an_evaluation_that_loses_a_node_is_the_single_machines(
     policy, exits = Policy((0.5,) * 3), exits_for("llama")
     alone = Evaluation(backbone, task(12), tmp_path / "alone", batch=1).run(Condition("project", policy, exits))
     run = Evaluation(backbone, task(12), tmp_path / "many", batch=1)
-    watched = Watched("project", policy, exits, marks)
+    watched = Watched("project", policy, exits, marks=marks)
     with connected(cluster.address) as found, ThreadPoolExecutor(1) as thread:
         assert found.workers == 2
         killed = thread.submit(kill_in_third_share, cluster, marks)
@@ -108,6 +108,33 @@ def test_an_evaluation_that_loses_a_node_is_the_single_machines(
         ids = [json.loads(line)["id"] for line in file.read_text().splitlines()]
         assert sorted(ids, key=int) == [item.id for item in run.task.items]  # nothing lost, nothing twice
     assert len([*marks.glob("*-*")]) == 12 + 1  # only the share that was lost was done again
+
+
+def test_a_job_whose_machines_are_all_lost_says_so(cluster: Cluster, backbone: Backbone, tmp_path: Path) -> None:
+    nodes = list(cluster.worker_nodes)
+
+    def kill() -> None:
+        while len([*tmp_path.iterdir()]) < len(nodes):
+            time.sleep(0.02)
+        for node in nodes:
+            cluster.remove_node(node, allow_graceful=False)
+
+    with connected(cluster.address) as found, ThreadPoolExecutor(1) as thread:
+        thread.submit(kill)
+        with pytest.raises(OfframpError, match="no machine left") as caught:
+            [*found.make([Kind(Copy.of(backbone), wait)], [(0, tmp_path)] * 3)]
+    assert "ray start" in caught.value.hint
+    for _ in nodes:
+        cluster.add_node(**NODE, num_cpus=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"), [(crash, "Worker after worker was lost"), (Missing(), "could not start: .*offramp.missing")]
+)
+def test_a_job_that_ends_each_worker_says_so(cluster: Cluster, backbone: Backbone, make: Any, words: str) -> None:
+    with connected(cluster.address) as found, pytest.raises(OfframpError, match=words) as caught:
+        [*found.make([Kind(Copy.of(backbone), make)], [(0, "share")])]
+    assert caught.value.hint
 
 
 def test_a_trainings_shards_are_the_single_machines(cluster: Cluster, backbone: Backbone, tmp_path: Path) -> None:
@@ -163,8 +190,7 @@ def test_a_served_application_answers_as_the_engine(
 def test_a_worker_with_other_weights_says_so(backbone: Backbone) -> None:
     ours = Copy.of(backbone)
     worker = _Worker([Kind(Copy(ours.name, ours.weights, "other"), lambda backbone, share: share)])
-    shares = pa.table({"number": [0], "share": [pickle.dumps((0, "share"))]})
-    error = pickle.loads(worker(shares)["made"][0].as_py())
+    error = worker.do(0, "share")
     assert isinstance(error, BadInput)
     assert "are not those of the machine that began the work" in str(error)
     assert "same files" in error.hint
@@ -257,4 +283,4 @@ def test_without_ray_the_extra_is_named(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "offramp.cluster")
     with pytest.raises(BadInput, match="needs the package ray") as caught, cluster_at("auto"):
         pass
-    assert "offramp[ray]" in caught.value.hint
+    assert "'.[ray]'" in caught.value.hint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from offramp.model.backbone import Backbone
 
 @dataclass(frozen=True)
 class Watched(Condition):
-    """A condition that leaves a mark for each share, by its node. A node waits in its third share until one has died."""
+    """A condition that leaves a mark for each share, by its node. In its third share, a node waits until another dies."""
 
     marks: Path = Path()
 
@@ -24,6 +26,27 @@ class Watched(Condition):
         """As for a `Condition`."""
         node = ray.get_runtime_context().get_node_id()
         (self.marks / f"{node}-{time.monotonic_ns()}").touch()
-        while len([*self.marks.glob(f"{node}-*")]) == 3 and not (self.marks / "dead").exists():
+        while len([*self.marks.glob(f"{node}-*")]) == 3 and not {*self.marks.glob("dead_*")} - {
+            self.marks / f"dead_{node}"
+        }:
             time.sleep(0.02)
         return super().engine(backbone, sampling)
+
+
+def wait(backbone: Backbone, marks: Path) -> None:
+    """A share that leaves a mark and never ends."""
+    (marks / ray.get_runtime_context().get_node_id()).touch()
+    while True:
+        time.sleep(60)
+
+
+def crash(backbone: Backbone, share: object) -> None:
+    """A share that ends its worker."""
+    os._exit(1)
+
+
+class Missing:
+    """What a worker cannot have, as a machine with another version lacks a module."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return importlib.import_module, ("offramp.missing",)

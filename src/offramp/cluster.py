@@ -1,7 +1,7 @@
 """More than one machine, on Ray: workers answer an evaluation's questions and a training's prompts, replicas serve.
 
-A worker is a Ray Data actor. It loads the model by its name, once, and does one share of the work after the other. When a
-worker is lost, Ray does its share again elsewhere; what was done before stays. Each share counts once. Everything that a
+A worker is a Ray actor. It loads the model by its name, once, and does one share of the work after the other. When a
+worker is lost, another one does its share again; what was done before stays. Each share counts once. Everything that a
 worker needs besides the model travels to it, and what it makes travels back, so nothing needs a folder that all machines
 see.
 """
@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import ray
-import ray.data
 from ray import serve
-from ray.exceptions import ActorDiedError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from offramp.errors import BadInput, OfframpError, reason_of
 from offramp.evaluation.evaluation import Condition, Evaluation, Kept, answered
@@ -32,6 +30,9 @@ from offramp.training.teacher import ROWS, TextGroup, made_shards
 
 NAME = "offramp"  # of the application in Ray Serve
 SHARE = 2 * ROWS  # texts of a training's share: twice as many as are answered side by side
+LOOK = 5.0  # seconds without news after which the driver looks whether machines are left
+RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}  # what an actor asks for, and what a node calls it
+TRIES = 3  # how often a share may lose its worker
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,11 @@ class _Worker:
     def __init__(self, kinds: list[Kind]) -> None:
         self._kinds, self._loaded = kinds, dict[Copy, Backbone]()
 
-    def __call__(self, shares: pa.Table) -> pa.Table:
-        """The shares with what was made of each, or the `OfframpError` that it ended in."""
-        made = [pickle.dumps(self._made(*pickle.loads(share.as_py()))) for share in shares["share"]]
-        return pa.table({"number": shares["number"], "made": pa.array(made, pa.large_binary())})
+    def start(self) -> None:
+        """Do nothing: the call ends when the worker has started."""
 
-    def _made(self, kind: int, share: Any) -> Any:
+    def do(self, kind: int, share: Any) -> Any:
+        """What is made of a share, or the `OfframpError` that it ended in."""
         copy, make = self._kinds[kind].copy, self._kinds[kind].make
         try:
             if copy not in self._loaded:
@@ -85,6 +85,69 @@ class _Worker:
             return make(self._loaded[copy], share)
         except OfframpError as error:
             return error
+
+
+class _Crew:
+    """The workers of a job, and its shares. A worker that is lost is replaced as soon as a machine has room for another."""
+
+    def __init__(self, cluster: Cluster, kinds: list[Kind], shares: Sequence[tuple[int, Any]]) -> None:
+        self._takes, self._size, self._shares = cluster.takes, min(cluster.workers, len(shares)), shares
+        self._kinds = ray.put(kinds)
+        self._waiting = deque(range(len(shares)))  # numbers of shares that no worker does
+        self._calls: dict[Any, tuple[Any, int | None]] = {}  # what will come, from whom, of which share; None for a start
+        self._lost = Counter[int | None]()  # how often a share, or a start, has lost its worker
+
+    def made(self) -> Iterator[tuple[int, Any]]:
+        """The kind of each share and what was made of it, in the order in which it comes. Raises as `Cluster.make` does."""
+        for _ in range(self._size):
+            self._hire()
+        left = len(self._shares)
+        while left:
+            ended, _ = ray.wait([*self._calls], timeout=LOOK)
+            if not ended:
+                _check_room(self._takes)
+                continue
+            worker, number = self._calls.pop(ended[0])
+            try:
+                outcome = ray.get(ended[0])
+            except RayError as error:
+                self._replace(worker, number, error)
+                continue
+            if self._waiting:
+                following = self._waiting.popleft()
+                self._calls[worker.do.remote(*self._shares[following])] = worker, following
+            else:
+                ray.kill(worker)  # a worker that takes the place of a lost one may need its room
+            if number is None:
+                self._lost[None] = 0
+                continue
+            if isinstance(outcome, OfframpError):
+                raise outcome
+            left -= 1
+            yield self._shares[number][0], outcome
+
+    def _hire(self) -> None:
+        worker = ray.remote(**self._takes)(_Worker).remote(self._kinds)
+        self._calls[worker.start.remote()] = worker, None
+
+    def _replace(self, worker: Any, number: int | None, error: RayError) -> None:
+        """Hire another worker, and let the next free one do the share. Raises what is more than the loss of a worker."""
+        if isinstance(error, RayTaskError):  # the work itself failed
+            raise error
+        reason = str(error).strip().splitlines()[-1].strip()
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise OfframpError(
+                f"A worker could not start: {reason}", "Install the same version of offramp on every machine."
+            ) from error
+        self._lost[number] += 1
+        if self._lost[number] == TRIES * (self._size if number is None else 1):
+            raise OfframpError(
+                f"Worker after worker was lost: {reason}", "Perhaps their memory is too small: see Ray's logs."
+            ) from error
+        ray.kill(worker)  # it may only be cut off
+        if number is not None:
+            self._waiting.appendleft(number)
+        self._hire()
 
 
 @dataclass(frozen=True)
@@ -142,34 +205,11 @@ class Cluster:
     def make(self, kinds: list[Kind], shares: Sequence[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         """Let workers do shares of work: each is the index of its kind, and what its function is given.
 
-        Yields the index and what was made, in the order in which it comes. Raises the `OfframpError` of a worker.
+        Yields the index and what was made, in the order in which it comes. Raises the `OfframpError` of a worker, and one
+        where workers cannot start, are lost again and again, or have no machine left.
         """
-        tables = [
-            pa.table({"number": [number], "share": pa.array([pickle.dumps(share)], pa.large_binary())})
-            for number, share in enumerate(shares)
-        ]
-        if not tables:
-            return
-        pool = ray.data.ActorPoolStrategy(size=min(self.workers, len(tables)), max_tasks_in_flight_per_actor=1)
-        made = ray.data.from_arrow(tables).map_batches(
-            _Worker, fn_constructor_args=(kinds,), batch_size=None, batch_format="pyarrow", compute=pool, **self.takes
-        )
-        waited_for = set(range(len(shares)))
-        try:
-            for table in made.iter_batches(batch_size=None, batch_format="pyarrow"):
-                for number, content in zip(table["number"].to_pylist(), table["made"], strict=True):
-                    if number not in waited_for:
-                        continue
-                    waited_for.remove(number)
-                    outcome = pickle.loads(content.as_py())
-                    if isinstance(outcome, OfframpError):
-                        raise outcome
-                    yield shares[number][0], outcome
-        except ActorDiedError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise OfframpError(
-                f"A worker could not start: {reason}", "Install the same version of offramp on every machine."
-            ) from error
+        if shares:
+            yield from _Crew(self, kinds, shares).made()
 
     @contextmanager
     def serving(self, make: Callable[[], Any], replicas: Replicas, host: str, port: int) -> Iterator[None]:
@@ -234,22 +274,33 @@ def connected(address: str) -> Iterator[Cluster]:
             f"There is no Ray cluster to work with at '{address}': {reason_of(error)}",
             "Start one with 'ray start --head', and name its address; or give --ray local.",
         ) from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    settings = ray.data.DataContext.get_current()
-    settings.enable_progress_bars = settings.print_on_execution_start = False
-    settings.execution_no_progress_timeout_s = -1  # a share may take long, and so may fetching a model
     try:
         yield _room()
     finally:
         ray.shutdown()
 
 
+def _nodes() -> list[dict[str, Any]]:
+    """What each node of the cluster has that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def _room() -> Cluster:
     """The workers that the cluster has room for: one for each GPU, or else as large as the node with the fewest CPUs."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     if gpus := int(sum(node.get("GPU", 0) for node in nodes)):
         return Cluster(gpus, {"num_gpus": 1})
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cpus:
         raise BadInput("The cluster has no CPUs to work with.", "Add a machine: ray start --address ADDRESS")
     return Cluster(sum(each // min(cpus) for each in cpus), {"num_cpus": min(cpus)})
+
+
+def _check_room(takes: dict[str, int]) -> None:
+    """Raises `OfframpError` where no node is left that has what a worker takes."""
+    ((name, least),) = takes.items()
+    if not any(node.get(RESOURCES[name], 0) >= least for node in _nodes()):
+        raise OfframpError(
+            "The cluster has no machine left to do the work.",
+            "Add one: ray start --address ADDRESS. Then the same command goes on where it stopped.",
+        )

@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,8 @@ class Targets:
             record.write_bytes(changed_json(dice, json.loads(record.read_text())))
         else:
             weights.write_bytes(changed_safetensors(dice, weights.read_bytes()))
+            signed = {**json.loads(record.read_text()), "weights_sha256": sha256(weights.read_bytes()).hexdigest()}
+            record.write_text(json.dumps(signed))  # or the weights would be refused unread
         backbone = tiny(dice.choice(["llama", "llama/native", "llama/torch"]))
 
         def run() -> None:
@@ -257,8 +260,8 @@ class Targets:
         backbone.use_lean_path("float32")
         menu = Menu(backbone, exits, exits, Engine(backbone, exits, fill="verify"))
         app = app_of(menu, Scheduler(), Rules("tiny", most_tokens=8))
-        client = self._open.enter_context(TestClient(app, raise_server_exceptions=False))
-        client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2})
+        client = self._open.enter_context(TestClient(app, "http://localhost", raise_server_exceptions=False))
+        assert client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2}).status_code == 200
         return client
 
     def close(self) -> None:

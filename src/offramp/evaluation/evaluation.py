@@ -78,7 +78,8 @@ class Condition:
         """The condition as a Result keeps it."""
         if self.exits is None:
             return ConditionInfo(self.name, None, None, None, None)
-        calibration = {name: value for name, value in self.exits.calibration.items() if name != "tested"}
+        long = {"tested", "untested", "pilot_hashes"}
+        calibration = {name: value for name, value in self.exits.calibration.items() if name not in long}
         own = calibration if self.policy is None else None
         return ConditionInfo(self.name, self.fill, self.exits.config.gate, self.used_policy, own, self.label)
 

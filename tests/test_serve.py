@@ -22,7 +22,7 @@ import uvicorn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import modest_exits
+from helpers import modest_exits, sketched
 from models import ENGINES, tiny
 from offramp import Engine, Policy
 from offramp.decode.sampling import Sampling
@@ -149,6 +149,22 @@ def test_a_point_that_passed_guarantees_only_what_was_tested() -> None:
     assert said["tested"] == {"fill": "copy", "max_tokens": 16}
     exits.calibration["weights"] = "int4"
     assert not any(point["passed"] for point in menu.describe()["points"])
+
+
+def test_a_sketch_of_the_head_is_not_called_full_depth() -> None:
+    """Closed exits whose policy reads out few tokens: the policy decides, so it is not what `full` asks for."""
+    backbone, exits = tiny("llama"), sketched("llama")
+    exits.policy = Policy((1.0,) * 3, candidates=64)
+    exits.calibration = {"fill": "project", "weights": "float32", "loss": "f1", "risk": 0.05, "delta": 0.1, "tested": [
+        {"policy": asdict(exits.policy), "loss": 0.01, "flops_saved": 0.1, "passed": True},
+    ]}  # fmt: skip
+    usual = Engine(backbone, exits)
+    menu = Menu(backbone, exits, None, usual)
+    assert menu.describe()["usual"] == {"fill": "project"}
+    assert menu.engine("project", None) is usual
+    assert menu.engine("full", None).is_full
+    assert menu.guarantee(usual) == {"loss": "f1", "risk": 0.05, "delta": 0.1}
+    assert menu.guarantee(menu.engine("full", None)) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)

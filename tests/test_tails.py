@@ -153,7 +153,7 @@ def test_blocks_count_what_ran_for_deferred_and_rejected_tokens(family: str) -> 
 def test_other_use_than_the_calibrated_one_is_noted_once() -> None:
     exits = exits_for("llama")
     exits.policy = Policy((0.5,) * 3)
-    exits.calibration = {"fill": "project", "weights": "float32", "max_tokens": [8, 16], "raw": False}
+    exits.calibration = {"fill": "project", "weights": "float32", "max_tokens": 16, "raw": False}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine = Engine(tiny("llama"), exits)

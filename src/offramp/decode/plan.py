@@ -121,6 +121,11 @@ class Plan:
         elif self.policy.exit_candidates and self.open_exits:
             self.exit_head = Head.sketched(backbone, costs, sketch, self.policy.exit_candidates)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether answers are full depth's: no exit is open, and no sketch stands in for the head."""
+        return not self.open_exits and self.head is self.whole_head
+
     def _ahead(self, exits: Exits | None) -> tuple[Lean, tuple[Tensor, Tensor, int] | None, int] | None:
         """What decodes several tokens in one call (`asking.run_ahead`), if anything can: the runtime, what it reads out
         with if that is a sketch, and the most tokens. Their Python costs little beside that much work.

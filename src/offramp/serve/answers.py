@@ -246,7 +246,7 @@ class Server:
             "blocks": blocks,
             "mean_blocks": made.mean_blocks,
             "flops_saved": made.flops_saved,
-            "fill": made.fill if engine.open_exits else FULL,
+            "fill": FULL if engine.is_full else made.fill,
             "num_draft_tokens": drafts,
             "num_accepted_tokens": stood,
             "acceptance_rate": made.acceptance_rate,

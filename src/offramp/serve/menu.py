@@ -61,7 +61,7 @@ class Menu:
             name for name, fill in FILLS.items() if (self._drafts if fill.verifies else exits) and _serves(fill, backbone)
         ]
         self.fills = [FULL, *here]
-        self._made: dict[tuple[str, int | None], Engine] = {(usual.fill.name if usual.open_exits else FULL, None): usual}
+        self._made: dict[tuple[str, int | None], Engine] = {(FULL if usual.is_full else usual.fill.name, None): usual}
 
     def engine(self, fill: str | None, point: int | None) -> Engine:
         """The engine for a fill, and for a calibrated point (by its number) where exits decide. Raises `BadInput`."""
@@ -86,7 +86,7 @@ class Menu:
         It is a loss, a risk and a delta; or None where the engine's policy passed no test, or another use was tested.
         """
         passed = any(point.passed and point.policy == engine.policy for point in self.points)
-        if not passed or self.exits is None or not engine.open_exits or engine.fill.verifies:
+        if not passed or self.exits is None or engine.fill.verifies:
             return None
         tested = self.exits.calibration
         if differences(tested, {"fill": engine.fill.name, "weights": self.backbone.weight_format, **used}):
@@ -100,7 +100,7 @@ class Menu:
         return {
             "blocks": self.backbone.n_blocks,
             "fills": self.fills,
-            "usual": {"fill": self.usual.fill.name if self.usual.open_exits else FULL},
+            "usual": {"fill": FULL if self.usual.is_full else self.usual.fill.name},
             "points": [
                 {"loss": point.loss, "flops_saved": point.flops_saved, "passed": point.passed and same}
                 for point in self.points

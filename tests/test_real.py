@@ -88,9 +88,7 @@ def test_the_shipped_policy_is_calibrated(smollm2: Backbone, shipped: Exits) -> 
     assert known_among(own, shipped.training["prompt_hashes"]) == own  # a calibration on these would be refused
 
 
-def test_the_boldest_tested_policy_lets_tokens_leave_and_keeps_the_answers(
-    smollm2: Backbone, shipped: Exits
-) -> None:
+def test_the_boldest_tested_policy_lets_tokens_leave_and_keeps_the_answers(smollm2: Backbone, shipped: Exits) -> None:
     policy = Policy.from_json(shipped.calibration["tested"][-1]["policy"])
     full, early = Engine(smollm2), Engine(smollm2, shipped, policy)
     pairs = [(full.generate(prompt, max_tokens=32), early.generate(prompt, max_tokens=32)) for prompt in PROMPTS]

@@ -15,7 +15,7 @@ test: .venv/.installed
 RAY := build/ray/bin/python
 test-ray:
 	$(PYTHON) -m venv build/ray
-	$(RAY) -m pip install --quiet --editable '.[ray,serve]' pytest pytest-timeout
+	$(RAY) -m pip install --quiet --editable '.[ray,serve,eval]' pytest pytest-timeout
 	OMP_NUM_THREADS=1 timeout 900 $(RAY) -m pytest tests/test_ray.py --timeout 120
 
 lint: .venv/.installed

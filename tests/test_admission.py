@@ -6,10 +6,9 @@ import asyncio
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from offramp.model.prompts import Prompts
 from offramp.serve import api, scheduler
 from offramp.serve.answers import Rules
 from offramp.serve.protocol import MOST_MESSAGES, MOST_STOP
-from test_serve import FAMILIES, SYSTEM, Served, asks, chat, job, serving
+from test_serve import FAMILIES, SYSTEM, Served, asks, chat, job, posting, serving, until
 
 HI = [{"role": "user", "content": "Hi"}]
 
@@ -49,26 +48,9 @@ def endless(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Iterator[Served]
         yield served
 
 
-@contextmanager
-def sent(served: Served, body: dict[str, Any], length: int | None = None) -> Iterator[socket.socket]:
-    """A connection that has sent a request for a chat, of which nothing is read. At the end, the client leaves."""
-    data = json.dumps(body).encode()
-    head = (
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {length or len(data)}\r\n\r\n"
-    )
-    address, port = served.address.removeprefix("http://").split(":")
-    with socket.create_connection((address, int(port)), timeout=10) as line:
-        line.sendall(head.encode() + data)
-        yield line
-
-
-def until(holds: Callable[[], Any]) -> None:
-    """Wait until something holds, for twenty seconds at most."""
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
+def sent(served: Served, body: dict[str, Any], length: int | None = None) -> AbstractContextManager[socket.socket]:
+    """A connection that has sent a request for a chat."""
+    return posting(served, "chat/completions", json.dumps(body).encode(), length)
 
 
 class Rendering:

@@ -6,7 +6,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -109,6 +109,30 @@ def fetch(address: str, body: Any = None, **headers: str) -> Any:
             return SimpleNamespace(status=answer.status, headers=answer.headers, text=answer.read().decode())
     except HTTPError as error:
         return SimpleNamespace(status=error.code, headers=error.headers, text=error.read().decode())
+
+
+@contextmanager
+def posting(served: Served, path: str, body: bytes, length: int | None = None, more: str = "") -> Iterator[socket.socket]:
+    """A connection that has sent a body, and from which nothing was read. At the end, it closes.
+
+    The head may promise a body of another `length`, and have `more` lines.
+    """
+    head = (
+        f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}"
+        f"Content-Length: {length or len(body)}\r\n\r\n"
+    )
+    address, port = served.address.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port)), timeout=10) as line:
+        line.sendall(head.encode() + body)
+        yield line
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait until something holds, for twenty seconds at most."""
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def chat(served: Served, messages: list[dict[str, str]], **more: Any) -> Any:

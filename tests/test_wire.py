@@ -7,7 +7,6 @@ import json
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +32,7 @@ from offramp.serve.cache import PromptCache
 from offramp.serve.grammar import Grammar
 from offramp.serve.protocol import ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Job
-from test_serve import FAMILIES, PATHS, Served, asks, chat, fetch, serving
+from test_serve import FAMILIES, PATHS, Served, asks, chat, fetch, posting, serving, until
 
 DOCS = Path(__file__).parents[1] / "docs" / "serve.md"
 
@@ -44,18 +43,9 @@ def served() -> Iterator[Served]:
         yield one
 
 
-def wait_for(true: Callable[[], Any]) -> None:
-    until = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < until
-        time.sleep(0.005)
-
-
-def sent(address: str, path: str, body: bytes) -> tuple[int, Any]:
+def sent(served: Served, path: str, body: bytes) -> tuple[int, Any]:
     """The status and the JSON that a body of bytes gets."""
-    with socket.create_connection(address.removeprefix("http://").split(":")) as line:
-        head = f"POST /v1/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        line.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    with posting(served, path, body, more="Connection: close\r\n") as line:
         answer = b"".join(iter(lambda: line.recv(1 << 16), b""))
     head_of_answer, _, text = answer.partition(b"\r\n\r\n")
     return int(head_of_answer.split()[1]), json.loads(text)
@@ -141,7 +131,7 @@ def test_a_job_that_fails_changes_no_answer_beside_it(served: Served, way: str) 
     for number, each in enumerate(ended):
         if way == "choose" or number != 1:
             assert each.wait(20)
-    wait_for(lambda: jobs[1].state == "done")
+    until(lambda: jobs[1].state == "done")
     assert str(jobs[1].error) == "mine alone"
     for number in (0, 2, 3):
         alone = Engine(served.backbone, sampling=choose).generate(prompts[number], max_tokens=9)
@@ -191,7 +181,7 @@ BODIES = [
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("body", [*BODIES, b"\xff\xfe\x00"], ids=lambda body: str(body)[:40])
 def test_no_body_whatever_gets_anything_but_openais_error(served: Served, path: str, body: str | bytes) -> None:
-    status, answer = sent(served.address, path, body if isinstance(body, bytes) else body.encode())
+    status, answer = sent(served, path, body if isinstance(body, bytes) else body.encode())
     assert status == 400, answer
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
@@ -281,7 +271,7 @@ def held(served: Served, go_on: threading.Event) -> Job:
     """A job that holds a row until it may go on."""
     job = Job(served.engine, [1, 2], {"max_tokens": 2}, Sampling().chooser(), lambda _: go_on.wait(20))
     served.scheduler.submit(job)
-    wait_for(lambda: served.scheduler.running)
+    until(lambda: served.scheduler.running)
     return job
 
 
@@ -292,16 +282,13 @@ def test_each_request_is_counted_once_under_its_reason(monkeypatch) -> None:
         assert metrics(served)["offramp:prompt_tokens_total"] == len(served.backbone.prompts.encode_chat(asks()))
         go_on = threading.Event()
         held(served, go_on)
-        host, port = served.address.removeprefix("http://").split(":")
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         for stream in (True, False):
             body = json.dumps({"prompt": "a", "stream": stream}).encode()
-            with socket.create_connection((host, port)) as line:
-                line.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-                wait_for(lambda: served.scheduler.waiting)
-            wait_for(lambda: not served.scheduler.waiting)
+            with posting(served, "completions", body):
+                until(lambda: served.scheduler.waiting)
+            until(lambda: not served.scheduler.waiting)
         go_on.set()
-        wait_for(lambda: ends(served).get("abort") == 2)
+        until(lambda: ends(served).get("abort") == 2)
         monkeypatch.setattr("offramp.decode.batch.Batch.step", lambda _: 1 / 0)
         with pytest.raises(openai.InternalServerError):
             chat(served, asks())
@@ -349,8 +336,8 @@ def test_health_is_the_engines(monkeypatch) -> None:
         monkeypatch.setattr(of_scheduler, "STUCK", 0.0)
         assert "has taken more than" in fetch(f"{served.address}/health").text
         go_on.set()
-        wait_for(lambda: not served.scheduler.running)
-        wait_for(lambda: fetch(f"{served.address}/health").status == 200)
+        until(lambda: not served.scheduler.running)
+        until(lambda: fetch(f"{served.address}/health").status == 200)
         served.scheduler.close()
         assert "thread has ended" in fetch(f"{served.address}/health").text
 

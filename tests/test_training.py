@@ -28,12 +28,13 @@ from offramp import Engine, Policy
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits.config import ExitsConfig
 from offramp.exits.exits import Exits
+from offramp.exits.learned import hashes_of
 from offramp.exits.readouts import READOUTS
 from offramp.files import read_lines
 from offramp.model.backbone import Backbone
 from offramp.training import places, teacher
 from offramp.training.config import TrainConfig
-from offramp.training.data import PROMPTS, turns
+from offramp.training.data import PROMPTS, lines_of, turns
 from offramp.training.loop import Budget, Fit, accelerator_for, batches
 from offramp.training.planning import FITTING
 from offramp.training.sketch import sketch_of
@@ -413,7 +414,15 @@ def test_jumps_learn_to_say_what_the_model_says(tmp_path, prompts: str, family: 
     with pytest.raises(BadInput, match="at other places"):
         train(tiny(family), tmp_path / "other", replace(settings, layers=(1, 3)), start=after)
     # They go on from where they stopped.
-    again = train(tiny(family), tmp_path / "again", replace(settings, epochs=0, gate_epochs=0), start=after)
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"Another {number}\n" for number in range(80)))
+    nothing = replace(settings, prompts=str(other), epochs=0, gate_epochs=0)
+    again = train(tiny(family), tmp_path / "again", nothing, start=after)
+    # The records say which prompts they learned from, in both trainings; each hash once.
+    lines = [lines_of(each) for each in (settings, nothing)]
+    assert after.training["prompt_hashes"] == hashes_of(lines[0])
+    assert again.training["prompt_hashes"] == hashes_of(lines[0] + lines[1])
+    assert "prompt_hashes" not in again.training["start"]
     assert again.training["tokens"]["gates"] > again.training["tokens"]["adapters"]  # which learn nothing
     for key, value in after.modules.state_dict().items():
         assert torch.equal(again.modules.state_dict()[key], value), key

@@ -10,6 +10,7 @@ import hashlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 
+TRAINED, PILOTED = "prompt_hashes", "pilot_hashes"  # where the records of a training and of a calibration keep hashes
 SIZE = 6  # bytes of a hash: of 10,000 prompts and 10,000 others, two share one with a probability of 4 in 10 million
 
 

@@ -151,11 +151,14 @@ def gguf_of(folder: Path) -> Path | None:
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """The safetensors files of a folder that hold its model, as the library has it.
+    """The files that hold the weights of a folder's model.
 
-    They are `model.safetensors`, or those that the index names, or all. Raises `CorruptFile` for an index that names
-    anything but files beside it.
+    They are the GGUF file that offramp made the folder of. Else they are, as the library has it, `model.safetensors`, or
+    those that the index names, or all safetensors files. Raises `CorruptFile` for an index that names anything but files
+    beside it.
     """
+    if gguf := gguf_of(folder):
+        return [gguf]
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     if not (folder / INDEX).is_file():
@@ -178,10 +181,10 @@ def checkpoint_for(folder: Path, model: Any) -> Checkpoint | None:
     """
     if getattr(model.config, "quantization_config", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
         return None
-    gguf, files = gguf_of(folder), weights_in(folder)
-    if not gguf and not files:
+    files = weights_in(folder)
+    if not files:
         return None
-    checkpoint: Checkpoint = Gguf(gguf, model) if gguf else Safetensors(files)
+    checkpoint: Checkpoint = Gguf(files[0], model) if gguf_of(folder) else Safetensors(files)
     shapes, known = checkpoint.shapes, named_tensors(model)
     if any(shapes.get(name) != tuple(tensor.shape) for name, tensor in known.items()):
         return None

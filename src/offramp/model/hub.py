@@ -188,8 +188,7 @@ def _from_folder(name: str, folder: Path) -> Source:
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the GGUF file itself: {ggufs[0]}" if ggufs else f"A model is {NAMES}."
         raise ModelNotFound(f"{name} is a folder without a config.json, so not a model.", hint)
-    gguf = gguf_of(folder)
-    weights = [gguf] if gguf else weights_in(folder)
+    weights = weights_in(folder)
     if not weights and any(folder.glob("*.bin")):
         raise CorruptFile(
             f"The weights in {name} are pickles, which can run code when they are read.",

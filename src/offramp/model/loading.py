@@ -171,7 +171,7 @@ class _Loading:
 
         with self._readable():
             with init_empty_weights(include_buffers=False):
-                settings = {"attn_implementation": self.family.implementation, "dtype": FORMATS[dtype].loaded}
+                settings = _settings(self.family, dtype)
                 model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False, **settings)
             model.tie_weights()
             with suppress(OSError):  # there is no generation_config.json
@@ -190,16 +190,13 @@ class _Loading:
                 _fill(model, self.family, store, values)
             else:
                 self._check_size(model)
-                settings = {"attn_implementation": self.family.implementation, "dtype": FORMATS[dtype].loaded}
-                model = read_whole(self.folder, model, **settings)
+                model = read_whole(self.folder, model, **_settings(self.family, dtype))
         return model.to(self.device)
 
     def _check_size(self, model: Any) -> None:
         """Raises `ValueError` for more weights than the files can hold. The library would make what they lack."""
-        gguf = gguf_of(self.folder)
-        files = [gguf] if gguf else weights_in(self.folder)
         needed = sum(part.numel() for part in named_tensors(model).values())
-        held = sum(file.stat().st_size for file in files)
+        held = sum(file.stat().st_size for file in weights_in(self.folder))
         if needed > MOST_WEIGHTS * held:
             raise ValueError(f"its config names {needed:,} weights, and its files have {held:,} bytes")
 
@@ -313,8 +310,7 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     torch.manual_seed(0)
     try:
         with torch.device("cpu" if random else "meta"):
-            settings = {"attn_implementation": family.implementation, "dtype": FORMATS[dtype].loaded}
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **_settings(family, dtype))
     except Exception as error:  # the library raises anything from KeyError to ValueError for a config's odd values
         raise source.unreadable(error) from error
     if random:  # a random token must not end a text
@@ -330,6 +326,11 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     elif family.lean:
         backbone.runtime = Outline(backbone.modules, family, config, dtype)
     return backbone
+
+
+def _settings(family: Family, dtype: str) -> dict[str, Any]:
+    """What the library is told of how to make a model."""
+    return {"attn_implementation": family.implementation, "dtype": FORMATS[dtype].loaded}
 
 
 def _make_ready(backbone: Backbone, dtype: str) -> None:

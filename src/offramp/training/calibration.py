@@ -38,14 +38,13 @@ from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile, reason_of
 from offramp.exits.calibrated import Calibration, Tested
 from offramp.exits.exits import Exits
-from offramp.exits.learned import hashes_of, known_among
+from offramp.exits.learned import PILOTED, TRAINED, hashes_of, known_among
 from offramp.exits.policy import Policy
 from offramp.files import sha256_of_text
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import CalibrationConfig, TrainConfig
-from offramp.training.data import TRAINED
 from offramp.training.lines import candidates, heads
 from offramp.training.losses import LOSSES, Question, losses_by_length
 from offramp.training.points import policies
@@ -58,7 +57,6 @@ PILOT = 0.2  # share of the prompts that finds the path
 PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
 ROUNDS = 6  # in which tokens of the pilot's answers jump, to see how often exits with tails are right
 BATCH = 64  # most answers side by side
-PILOTED = "pilot_hashes"  # in the record of a calibration
 
 
 def precision_line(

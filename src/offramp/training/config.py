@@ -129,7 +129,7 @@ class CalibrationConfig:
     stop: tuple[str, ...] = setting((), "End an answer before this text. May be repeated.")
     retest: bool = setting(
         False,
-        "Test the path of the exits' last calibration again, on new prompts. All prompts test; none is spent on a pilot.",
+        "Test the path of the exits' last calibration again, on new prompts. All of them test; there is no pilot.",
     )
     raw: bool = setting(False, "Give the prompts as they are, without the model's chat template.")
     repetition_penalty: float = setting(1.0, "Repetition penalty of the answers; 1 is none.")

@@ -25,7 +25,6 @@ from offramp.training.teacher import (
 )
 
 PROMPTS = ASSETS / "prompts.txt"
-TRAINED = "prompt_hashes"  # in the record of a training: see `exits.learned`
 MOST_FOR_GATES, MOST_HELD = 2000, 1000  # texts: more of them would serve adapters better
 
 

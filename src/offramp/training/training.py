@@ -27,7 +27,7 @@ from torch import Tensor
 
 from offramp import __version__
 from offramp.exits.exits import Exits
-from offramp.exits.learned import hashes_of
+from offramp.exits.learned import TRAINED, hashes_of
 from offramp.exits.ngrams import ngrams_of
 from offramp.exits.policy import Policy
 from offramp.files import write_atomically
@@ -35,7 +35,7 @@ from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
-from offramp.training.data import TRAINED, Data, gather, lines_of
+from offramp.training.data import Data, gather, lines_of
 from offramp.training.loop import accelerator_for, alone
 from offramp.training.planning import CANDIDATES, planned, shape_of
 from offramp.training.points import policies

@@ -8,13 +8,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offramp.decode.batch import Batch
 from test_serve import FAMILIES, serving
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
@@ -113,16 +116,20 @@ def test_comparing_marks_the_tokens_that_differ(page) -> None:
     assert page.text_content("[data-meter=full]") != "–"
 
 
-def test_regenerate_stop_and_a_new_conversation(page) -> None:
+def test_regenerate_stop_and_a_new_conversation(page, monkeypatch) -> None:
     first = ask(page, "Hello")
     page.click("text=Regenerate")
     until(page, "document.querySelectorAll('.turn.assistant .row').length == 1")
     assert page.locator(".answer").last.text_content() == first
+    # The long answer waits in the middle until it is stopped, however fast the machine is.
+    steps, stopped, step = count(), threading.Event(), Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: (next(steps) < 20 or stopped.wait(20)) and step(batch))
     page.fill("#length", "400")
     page.fill("#message", "More")
     page.press("#message", "Enter")
     until(page, "document.querySelectorAll('.turn')[3]?.querySelectorAll('.token').length > 3")
-    page.click("#stop", force=True)  # at once: waiting until nothing moves would take as long as the answer
+    page.click("#stop")
+    stopped.set()
     until(page, "document.querySelectorAll('.turn.assistant .row').length == 2")
     assert page.locator(".answer").last.locator(".token").count() < 400
     page.click("#clear")

@@ -34,7 +34,7 @@ from offramp.decode.fills import FILLS
 from offramp.files import read_lines
 from offramp.metrics import auroc, token_f1
 from offramp.model.backbone import Backbone
-from offramp.model.lean.weights import FORMATS
+from offramp.model.compiled.weights import FORMATS
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather
 from offramp.training.teacher import TeacherTexts, group_texts, write_shards

@@ -72,7 +72,7 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
     import torch
 
     import offramp
-    from offramp.model.lean.base import Lean
+    from offramp.model.compiled.runtime import Compiled
 
     torch.set_num_threads(args.threads)
     model = offramp.load(args.model, args.dtype)
@@ -88,12 +88,12 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
     def batch(prompts: list[list[int]], tokens: int) -> list[list[int]]:
         return [answer.ids for answer in engine.generate_batch(prompts, max_tokens=tokens)]
 
-    costs, lean = engine.costs, model.runtime if isinstance(model.runtime, Lean) else None
+    costs, compiled = engine.costs, model.runtime if isinstance(model.runtime, Compiled) else None
     depth = "verified exits" if exits else "full depth"
     facts = {
         "versions": versions("offramp", "torch", "transformers"),
         "weights": model.weight_format.removesuffix("-head4"),
-        "head": lean.head.name if lean else formats(model.head),
+        "head": compiled.head.name if compiled else formats(model.head),
         "weight_bytes": sum(costs.block_bytes(index, 0) for index in range(model.n_blocks)) + costs.head_bytes,
         "way": f"Engine.stream, {depth}, {model.engine}",
     }

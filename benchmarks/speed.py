@@ -34,8 +34,8 @@ import torch
 from transformers import AutoTokenizer
 
 from offramp.machine import processor
+from offramp.model.compiled.weights import FORMATS
 from offramp.model.hub import ALIASES, Wheel
-from offramp.model.lean.weights import FORMATS
 from offramp.model.loading import library_folder
 
 MODEL = "smollm2"

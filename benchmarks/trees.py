@@ -25,7 +25,7 @@ import offramp
 from offramp.decode.drafting import Drafting
 from offramp.exits.exits import Exits, require_exits
 from offramp.model.backbone import Backbone
-from offramp.model.lean.steps import DrafterParts
+from offramp.model.compiled.steps import DrafterParts
 from offramp.training import drafting
 from offramp.training.config import TrainConfig
 from offramp.training.data import gather

@@ -1,12 +1,11 @@
 """Are verified answers equal to full depth's? Checks a model, or random tiny models of every family.
 
-    .venv/bin/python benchmarks/verified.py TruthfulQA.csv [--model smollm2] [--dtype float32] [--engine native]
+    .venv/bin/python benchmarks/verified.py TruthfulQA.csv [--model smollm2] [--dtype float32] [--engine compiled]
     .venv/bin/python benchmarks/verified.py --tiny [--count 200]
 
 Every question is answered at full depth and with `--fill verify`. For answers that differ, the script prints how far apart
-the two best logits are at the first token that differs. In float32, only ties may differ; on the compiled path, nothing
-may. `--engine` names the path that the blocks run on: native (compiled), torch (the same on torch's operators) or library
-(the library's own blocks).
+the two best logits are at the first token that differs. In float32, only ties may differ; in compiled blocks,
+nothing may. `--engine library` runs the library's own blocks.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="random models of every family instead, with random gates")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype")
-    parser.add_argument("--engine", default="native", choices=("native", "torch", "library"))
+    parser.add_argument("--engine", default="compiled", choices=("compiled", "library"))
     parser.add_argument("--exits", type=Path)
     parser.add_argument("--count", type=int)
     parser.add_argument("--tokens", type=int, default=64)
@@ -78,10 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         tiny_models(args.count or 200)
         return
     try:
-        backbone = offramp.load(args.model, args.dtype, keep=args.engine != "native")
-        if args.engine == "torch":
-            backbone.use_lean_path(backbone.weight_format, native=False)
-        elif args.engine == "library":
+        backbone = offramp.load(args.model, args.dtype, keep=args.engine == "library")
+        if args.engine == "library":
             backbone.use_library_blocks()
         exits = require_exits(backbone, args.exits, draft=True)
     except OfframpError as error:

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from helpers import exits_for
-from models import LEAN, cache_in, saved, tiny
+from models import COMPILED, cache_in, saved, tiny
 from offramp import Engine, Exits, load
 from offramp.errors import OfframpError
 from offramp.model.backbone import Backbone
@@ -177,7 +177,7 @@ class Targets:
 
     def config(self, dice: random.Random) -> Case:
         """A model with a changed config.json: its shape is made, then it is loaded and asked."""
-        folder, family = self.folder / "changed", dice.choice([*LEAN, "gpt2", "jamba", "granitemoehybrid"])
+        folder, family = self.folder / "changed", dice.choice([*COMPILED, "gpt2", "jamba", "granitemoehybrid"])
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.model(family), folder)
         (folder / "config.json").write_bytes(changed_json(dice, json.loads((folder / "config.json").read_text())))
@@ -203,7 +203,7 @@ class Targets:
             weights.write_bytes(changed_safetensors(dice, weights.read_bytes()))
             signed = {**json.loads(record.read_text()), "weights_sha256": sha256(weights.read_bytes()).hexdigest()}
             record.write_text(json.dumps(signed))  # or the weights would be refused unread
-        backbone = tiny(dice.choice(["llama", "llama/native", "llama/torch"]))
+        backbone = tiny(dice.choice(["llama", "llama/compiled"]))
 
         def run() -> None:
             exits = Exits.load(folder, backbone)
@@ -257,7 +257,7 @@ class Targets:
         tokenizer = copy.deepcopy(tiny("llama").tokenizer)
         tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         backbone, exits = Backbone(copy.deepcopy(tiny("llama").model), tokenizer, tiny("llama").source), exits_for("llama")
-        backbone.use_lean_path("float32")
+        backbone.use_compiled_blocks("float32")
         menu = Menu(backbone, exits, exits, Engine(backbone, exits, fill="verify"))
         app = app_of(menu, Scheduler(), Rules("tiny", most_tokens=8))
         client = self._open.enter_context(TestClient(app, "http://localhost", raise_server_exceptions=False))

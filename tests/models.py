@@ -10,30 +10,28 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from offramp.files import cache_folder
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.native import library
 from offramp.model.families import FAMILIES
-from offramp.model.lean.native import library
 from offramp.model.loading import wrap
 
-COMPILED = cache_folder() / "native"
+CODE = cache_folder() / "native"
 
 
 def cache_in(folder: Path) -> Path:
     """A cache folder of a test's own, at this place. Only the compiled code, which takes long to make, is everybody's."""
-    for each in (COMPILED, folder):
+    for each in (CODE, folder):
         each.mkdir(mode=0o700, parents=True, exist_ok=True)  # others may not write where compiled code is loaded from
     native = folder / "native"
     if not native.is_symlink():  # two fixtures of a test may ask for the same folder
-        native.symlink_to(COMPILED)
+        native.symlink_to(CODE)
     return folder
 
-
-# A machine without a C compiler tests only `torch`.
-ENGINES = ["torch", *(["native"] if library() else [])]
 
 VOCAB, HIDDEN, BLOCKS = 260, 32, 6
 SMALL: dict[str, Any] = {
@@ -136,9 +134,9 @@ PECULIAR: dict[str, dict[str, Any]] = {
 def tiny(family: str, seed: int = 0) -> Backbone:
     """A random float32 model of this family, wrapped (and so checked). Every test gets the same one.
 
-    "llama/torch" and "llama/native" are the same model on the lean path, by torch's operators and by native.c.
+    "llama/compiled" is the same model on compiled blocks.
     """
-    family, _, engine = family.partition("/")
+    family, _, compiled = family.partition("/")
     torch.manual_seed(seed)
     settings = {**SMALL, **PECULIAR[family]}
     if family == "gpt2":
@@ -152,15 +150,15 @@ def tiny(family: str, seed: int = 0) -> Backbone:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     backbone = wrap(model, byte_tokenizer(), f"tiny-{family}")
-    if engine:
-        backbone.use_lean_path("float32", native=engine == "native")
-        assert backbone.engine == engine
+    if compiled:
+        backbone.use_compiled_blocks("float32")
     return backbone
 
 
-LEAN = sorted(name for name, family in FAMILIES.items() if family.lean)
-# The library's own blocks of every family, and each engine of the lean path where a family has one.
-VARIANTS = sorted(FAMILIES) + [f"{family}/{engine}" for family in LEAN for engine in ENGINES]
+COMPILED = sorted(name for name, family in FAMILIES.items() if family.compiled and library())
+# The library's own blocks of every family, and compiled ones where there are some.
+VARIANTS = sorted(FAMILIES) + [f"{family}/compiled" for family in COMPILED]
+compiled_only = pytest.mark.skipif(not COMPILED, reason="no C compiler here")
 
 
 @cache

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import offramp
 from helpers import damaged
-from models import BLOCKS, ENGINES, HIDDEN, LEAN, VOCAB, byte_tokenizer, saved, tiny
+from models import BLOCKS, COMPILED, HIDDEN, VOCAB, byte_tokenizer, saved, tiny
 from offramp.errors import BadInput, BadNumbers, CorruptFile, UnsupportedModel
 from offramp.evaluation.bench import compare, compare_prefill
 from offramp.model.backbone import Backbone
@@ -146,13 +146,13 @@ def test_the_blocks_compute_with_the_librarys_own_weights(family: str) -> None:
     assert difference(backbone.forward(ids_of(6)), backbone.model(ids_of(6)).logits) <= 1e-5
 
 
-@pytest.mark.parametrize("family_with_lean_path", LEAN)
-def test_a_backbone_can_change_its_runtime_and_change_back(family_with_lean_path: str) -> None:
-    model = copy.deepcopy(tiny(family_with_lean_path).model)
+@pytest.mark.parametrize("compiled_family", COMPILED)
+def test_a_backbone_can_change_its_runtime_and_change_back(compiled_family: str) -> None:
+    model = copy.deepcopy(tiny(compiled_family).model)
     backbone, ids = Backbone(model, None, Source("a copy", "")), ids_of(7)
     before = backbone.forward(ids)
-    backbone.use_lean_path("float32")
-    assert backbone.engine in ENGINES
+    backbone.use_compiled_blocks("float32")
+    assert backbone.engine == "compiled blocks"
     torch.testing.assert_close(backbone.forward(ids), before, rtol=1e-4, atol=1e-4)
     backbone.use_library_blocks()
     assert backbone.engine == "library blocks"

@@ -437,7 +437,7 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("demo", "--both", "--model", "model"), "--both asks two models"),
         (("inspect", "some/model"), "could not be fetched"),
         (("inspect", "odd"), "cannot be read"),
-        (("inspect", "shape", "--dtype", "int8"), "no lean path"),
+        (("inspect", "shape", "--dtype", "int8"), "no code for its family"),
         (("bench", "--model", "shape", "--random", "--prefill", "600", "--dtype", "float32"), "600 tokens do not fit"),
         (("bench", "--model", "shape", "--random", "--prefill", "1"), "at least 2 tokens"),
         (("generate", "model", "Hi", "--exits", "exits", "--threshold", "0.5,0.9"), "2 thresholds do not fit 3 exits"),

@@ -203,7 +203,7 @@ def test_the_head_reads_its_weight(backbone):
     assert Costs(backbone).head_bytes == 4 * backbone.head.weight.numel()
 
 
-@pytest.mark.parametrize("family", ["llama", "llama/torch", "mamba2", "bamba", "falcon_h1"])
+@pytest.mark.parametrize("family", ["llama", "llama/compiled", "mamba2", "bamba", "falcon_h1"])
 @torch.inference_mode()
 def test_a_sequences_memory_is_what_its_blocks_keep(family: str) -> None:
     backbone, costs, tokens = models.tiny(family), Costs(models.tiny(family)), 11

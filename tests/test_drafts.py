@@ -24,9 +24,9 @@ from offramp.exits.ngrams import Ngrams, ngrams_of
 from offramp.exits.parts import unit
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
-from offramp.model.lean.steps import Steps
-from offramp.model.lean.structures import MOST_DRAFTS
-from offramp.model.lean.weights import FORMATS
+from offramp.model.compiled.steps import Steps
+from offramp.model.compiled.structures import MOST_DRAFTS
+from offramp.model.compiled.weights import FORMATS
 from offramp.training.drafting import runs
 
 
@@ -81,11 +81,11 @@ def costing(engine: Engine, row: float, asking: float) -> Engine:
 @pytest.mark.parametrize("lookup", [0, 3])
 @pytest.mark.parametrize(("block", "middle"), [(0, 0), (1, 1), (0, 4), (2, 4)])
 @pytest.mark.parametrize("tails", [(), TAILS, (3, 0, 0)], ids=str)
-@pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mistral/native", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama/compiled", "qwen3/compiled", "mistral/compiled", "mamba2/compiled"])
 def test_compiled_drafts_give_full_depths_tokens_and_states(
     family: str, tails: tuple[int, ...], block: int, middle: int, lookup: int
 ) -> None:
-    if tails and family == "mamba2/native":
+    if tails and family == "mamba2/compiled":
         assert drafting_engine(family, tails).ahead is None  # a Mamba tail is run by the other path
         return
     stood = rejected = 0
@@ -108,7 +108,7 @@ def test_compiled_drafts_give_full_depths_tokens_and_states(
 
 def test_compiled_drafts_are_those_of_the_read_out() -> None:
     """What the compiled exit drafts first is what its module says for the same states."""
-    family = "llama/native"
+    family = "llama/compiled"
     for tails, middle, block in (((), 0, 1), (TAILS, 0, 0), ((), 3, 0), (TAILS, 5, 2)):
         engine = costing(drafting_engine(family, tails, middle=middle, block=block, lookup=0), 0, 0)
         exit, _ = engine.open_exits[0]
@@ -146,7 +146,7 @@ def drafted_id(backbone: Backbone, exit: Exit, middle: int, ids: list[int], shor
     return int(shortlist[backbone.head_of(shortlist)(adapted)[0, -1].argmax()])
 
 
-@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])
 def test_drafts_that_fail_cost_next_to_nothing(family: str) -> None:
     """Where the exit is never right, it is asked less and less often."""
     engine = costing(drafting_engine(family), 0.1, 0.1)
@@ -170,14 +170,14 @@ def test_drafts_that_fail_cost_next_to_nothing(family: str) -> None:
 
 
 def test_a_text_that_repeats_itself_is_looked_up() -> None:
-    engine = costing(drafting_engine("llama/native", lookup=3), 0.1, 1.0)
+    engine = costing(drafting_engine("llama/compiled", lookup=3), 0.1, 1.0)
     assert max(engine.generate(prompt, max_tokens=200).tokens_per_deep_pass for prompt in some_prompts(8)) > 2
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("block", "middle"), [(1, 0), (0, 4)])
 @pytest.mark.parametrize("tail", [0, 1, 2])
-@pytest.mark.parametrize("family", ["llama", "llama/native", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama/compiled", "mistral", "qwen3"])
 def test_drafts_are_trained_on_the_states_that_decoding_makes(family: str, tail: int, block: int, middle: int) -> None:
     """What training makes of all tokens at once is what decoding makes of them one by one, as any draft of a run."""
     backbone = tiny(family)
@@ -234,7 +234,7 @@ def test_a_table_of_ngrams_says_what_followed_most_often() -> None:
     assert most.after([2, 3]) == (9, pytest.approx(0.5, abs=0.01))
 
 
-@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])
 def test_a_table_of_ngrams_drafts_for_nothing(family: str, tmp_path: Path) -> None:
     full = Engine(tiny(family))
     exits = drafting_exits(family)
@@ -292,7 +292,7 @@ def test_a_draft_starts_from_the_linear_map_that_fits_best(tails: tuple[int, ...
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=1)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("row", "asking", "drafts"), [(0.0, 0.0, True), (0.3, 0.0, False), (0.0, 0.6, False)])
 def test_python_drafts_beside_other_answers_only_where_that_pays(row, asking, drafts, sampling) -> None:
-    family = "llama/native"
+    family = "llama/compiled"
     engine = costing(drafting_engine(family, sampling=sampling), row, asking)
     full, prompts = Engine(tiny(family), sampling=sampling), some_prompts(3)
     answers = engine.generate_batch(prompts, max_tokens=12)
@@ -301,7 +301,7 @@ def test_python_drafts_beside_other_answers_only_where_that_pays(row, asking, dr
 
 
 def test_drafts_beside_others_pay_less_the_more_they_are() -> None:
-    made = costing(drafting_engine("llama/native"), 0.125, 0.1).drafting
+    made = costing(drafting_engine("llama/compiled"), 0.125, 0.1).drafting
     assert made
     # A row costs an eighth of a step: 1.5 (1 + (n - 1) / 8) is more than 1.1 + (2 n - 1) / 8 for n up to 5.
     assert [made.pays_beside(answers) for answers in (1, 2, 5, 6, 9, 40)] == [True, True, True, False, False, False]
@@ -325,7 +325,7 @@ def test_the_table_of_machines_has_a_row_for_each_format(name: str, instructions
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
-@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])
 def test_the_repetition_penalty_of_compiled_code_is_the_librarys(family: str, penalty: float) -> None:
     sampling = Sampling(repetition_penalty=penalty)
     compiled, step_by_step = Engine(tiny(family), sampling=sampling), Engine(tiny(family), sampling=sampling)
@@ -337,7 +337,7 @@ def test_the_repetition_penalty_of_compiled_code_is_the_librarys(family: str, pe
             assert engine.generate(prompt, max_tokens=40).ids == expected
 
 
-@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])
 def test_compiled_drafts_stop_at_a_stop_string_and_a_talk_goes_on(family: str) -> None:
     full, engine = Engine(tiny(family)), costing(drafting_engine(family), 0, 0)
     for prompt in ("Some words", "abc abc", "Hello there!"):
@@ -354,7 +354,7 @@ def test_compiled_drafts_stop_at_a_stop_string_and_a_talk_goes_on(family: str) -
 
 
 @pytest.mark.parametrize("middle", [0, 4])
-@pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama/compiled", "qwen3/compiled", "mamba2/compiled"])
 def test_a_request_goes_on_in_company_and_alone_again(family: str, middle: int) -> None:
     full, engine = Engine(tiny(family)), costing(drafting_engine(family, middle=middle), 0, 0)
     rejected = 0

@@ -27,7 +27,7 @@ from helpers import (
     some_prompts,
     with_and_without_tails,
 )
-from models import BLOCKS, ENGINES, tiny
+from models import BLOCKS, COMPILED, tiny
 from offramp import Engine, Policy
 from offramp.decode.detokenizer import WINDOW, Detokenizer
 from offramp.decode.fills import FILLS
@@ -417,7 +417,7 @@ def test_a_gate_with_a_memory_keeps_it_because_its_class_says_so(monkeypatch: py
         Engine(tiny("llama"), exits, Policy((1.0, 0.5, 1.0))).generate(ids, max_tokens=2)
 
 
-@pytest.mark.parametrize("family", ["llama", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama", "mamba2/compiled"])
 @torch.inference_mode()
 def test_a_deep_read_out_reads_the_token_before_and_not_one_that_waited(family: str) -> None:
     backbone, exits = tiny(family), modest_exits(family, readout="deep")
@@ -438,7 +438,7 @@ def test_a_deep_read_out_reads_the_token_before_and_not_one_that_waited(family: 
 
 
 @with_and_without_tails
-@pytest.mark.parametrize("family", ["llama/native", "mamba2/native", "bamba"])
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled", "bamba"])
 @pytest.mark.parametrize("fill", FILLS)
 def test_requests_join_and_leave_between_steps_and_change_no_other_answer(family, fill, tails) -> None:
     if refused(fill, family):
@@ -493,7 +493,7 @@ class Fails:
 
 
 @pytest.mark.parametrize("fill", ["project", "defer", "verify"])
-@pytest.mark.parametrize("family", ["llama/native", "mamba2/native"])
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])
 def test_a_failed_step_ends_the_batch_and_a_talk_starts_anew(family: str, fill: str) -> None:
     prompt, failures = some_prompts(1, seed=2)[0], 0
     for call in range(1, 8):
@@ -538,7 +538,7 @@ def test_mistakes_in_a_request_are_named() -> None:
         engine.summarise(engine.batch().add([1, 2]), 0.1, 0.1)
 
 
-@pytest.mark.parametrize("variant", ["llama", *(f"llama/{engine}" for engine in ENGINES)])
+@pytest.mark.parametrize("variant", ["llama", *(["llama/compiled"] if COMPILED else [])])
 def test_a_talk_forgets_tokens_that_nobody_took_and_keeps_the_rest(variant: str) -> None:
     """A stream that is left early may have decided more. Only attention can forget."""
     engine, talk, prompt = Engine(tiny(variant)), Talk(), list(range(1, 30))

@@ -22,8 +22,8 @@ from offramp.exits.config import suggested_places
 from offramp.exits.exits import belong, find_exits, require_exits
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
+from offramp.model.compiled.native import library
 from offramp.model.hub import ALIASES
-from offramp.model.lean.native import library
 from offramp.serve.menu import Menu
 from offramp.training.loop import Fit
 from offramp.training.sketch import closest, sketch_of
@@ -83,7 +83,7 @@ def use(folder, fill: str) -> None:
     """Do with exits of strangers what the command line does. Only errors that teach may come of it."""
     with suppress(OfframpError):
         exits = Exits.load(folder, tiny("llama"))
-        engine = Engine(tiny("llama/native" if library() else "llama"), exits, fill=fill)
+        engine = Engine(tiny("llama/compiled" if library() else "llama"), exits, fill=fill)
         engine.generate([1, 2], max_tokens=2)
         assert engine.drafting is None or engine.drafting.gain >= 1
         assert len(Menu(tiny("llama"), exits, None, engine).points) == len(exits.calibration.get("tested", []))
@@ -325,7 +325,7 @@ def test_suggested_places_fit_every_depth() -> None:
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "llama/native", "llama/torch", "mamba2", "gemma2", "cohere"])
+@pytest.mark.parametrize("family", ["llama", "llama/compiled", "mamba2", "gemma2", "cohere"])
 def test_a_sketch_of_all_dims_names_the_right_candidates(family: str) -> None:
     backbone, exits = tiny(family), sketched(family)
     whole = Engine(backbone).generate("Some words", max_tokens=16)
@@ -343,7 +343,7 @@ def test_a_sketch_of_all_dims_names_the_right_candidates(family: str) -> None:
 
 @torch.inference_mode()
 def test_candidates_have_the_heads_own_logits_and_others_none() -> None:
-    backbone, exits = tiny("llama/native"), sketched("llama/native", dims=32)
+    backbone, exits = tiny("llama/compiled"), sketched("llama/compiled", dims=32)
     h = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1))
     rough = backbone.sketched(*exits.sketch, 10)(h)
     assert rough.isfinite().sum(-1).tolist() == [[10, 10, 10]]

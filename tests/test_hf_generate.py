@@ -32,7 +32,7 @@ class Banned(transformers.LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("family", ["llama/native", "mamba2/native", "jamba"])
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled", "jamba"])
 def test_verified_generation_is_the_librarys(family: str) -> None:
     plain, penalty = library(family), library(family, repetition_penalty=1.5)
     assert torch.equal(generate(family), plain)
@@ -46,9 +46,9 @@ def test_verified_generation_is_the_librarys(family: str) -> None:
 
 def test_left_padded_batches_and_dicts() -> None:
     batch = torch.tensor([[257, 257, 72, 105], [72, 101, 108, 108]])
-    out = generate("llama/native", batch, return_dict_in_generate=True)
+    out = generate("llama/compiled", batch, return_dict_in_generate=True)
     for row, alone in zip(out.sequences, (batch[:1, 2:], batch[1:]), strict=True):
-        new, expected = row[batch.shape[1] :], library("llama/native", alone)[0, alone.shape[1] :]
+        new, expected = row[batch.shape[1] :], library("llama/compiled", alone)[0, alone.shape[1] :]
         assert torch.equal(new[: len(expected)], expected)
         assert (new[len(expected) :] == 257).all()  # padding, where the other answer is longer
 
@@ -62,12 +62,12 @@ def test_stopping_criteria_streamers_and_samples() -> None:
         put, end = list.append, lambda self: self.append(None)
 
     streamer = Kept()
-    out = generate("llama/native", stopping_criteria=transformers.StoppingCriteriaList([AtFour()]), streamer=streamer)
+    out = generate("llama/compiled", stopping_criteria=transformers.StoppingCriteriaList([AtFour()]), streamer=streamer)
     assert out.shape == (1, 9)
     assert [*streamer[0][0].tolist(), *(int(piece) for piece in streamer[1:-1])] == out[0].tolist()
     assert streamer[-1] is None
     settings = {"do_sample": True, "temperature": 0.9, "num_return_sequences": 2}
-    drawn = [generate("llama/native", seed=seed, **settings) for seed in (1, 1, 2)]
+    drawn = [generate("llama/compiled", seed=seed, **settings) for seed in (1, 1, 2)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0][0], drawn[0][1])  # rows with the same prompt draw for themselves
     assert not torch.equal(drawn[0], drawn[2])
@@ -75,9 +75,9 @@ def test_stopping_criteria_streamers_and_samples() -> None:
 
 def test_what_exits_cannot_do_is_refused() -> None:
     with pytest.raises(BadInput, match="beams"):
-        generate("llama/native", num_beams=2)
+        generate("llama/compiled", num_beams=2)
     with pytest.raises(BadInput, match="no scores"):
-        generate("llama/native", output_scores=True, return_dict_in_generate=True)
+        generate("llama/compiled", output_scores=True, return_dict_in_generate=True)
     with pytest.raises(ExitsMismatch, match="other weights"):
         tiny("qwen3").model.generate(TEXT, custom_generate=decoding(modest_exits("llama")), max_new_tokens=2)
     stranger = transformers.AutoModelForCausalLM.from_config(tiny("llama").config)

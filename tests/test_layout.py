@@ -20,7 +20,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__in
 
 
 def home_of(dotted):
-    """The folder that a module of the package is in, or the module itself at the bottom: model.lean.llama → model."""
+    """The folder that a module of the package is in, or the module itself at the bottom: model.compiled.blocks → model."""
     return dotted.split(".")[0]
 
 

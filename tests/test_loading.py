@@ -24,8 +24,8 @@ from offramp.errors import CorruptFile, ExitsMismatch, OfframpError
 from offramp.files import write_atomically
 from offramp.model import library_blocks, loading, selfcheck, store
 from offramp.model.checkpoint import PIECE, Gguf, Safetensors, Values, checkpoint_for, fingerprint
+from offramp.model.compiled.weights import Int8
 from offramp.model.families import FAMILIES
-from offramp.model.lean.weights import Int8
 from offramp.model.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -166,7 +166,7 @@ def test_the_hash_of_the_code_covers_the_runtime(tmp_path, monkeypatch) -> None:
     shutil.copytree(Path(selfcheck.__file__).parent, copy)
     monkeypatch.setattr(selfcheck, "__file__", str(copy / "selfcheck.py"))
     same = selfcheck.code_hash.__wrapped__()
-    (copy / "lean" / "llama.py").open("a").write("# changed")
+    (copy / "compiled" / "blocks.py").open("a").write("# changed")
     assert selfcheck.code_hash.__wrapped__() != same
 
 

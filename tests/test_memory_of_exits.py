@@ -25,7 +25,7 @@ def over_the_whole_text(family: str, exits: Exits, ids: list[int]) -> tuple[torc
 
 
 @pytest.mark.parametrize("fill", ["defer", "verify"])
-@pytest.mark.parametrize("family", ["llama", "llama/native", "mamba2", "mamba2/native", "bamba", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "llama/compiled", "mamba2", "mamba2/compiled", "bamba", "gemma2"])
 def test_a_token_leaves_as_sure_and_says_the_same_as_in_one_pass_over_the_text(family: str, fill: str) -> None:
     exits = modest_exits(family, readout="mamba")
     engine = Engine(tiny(family), exits, Policy((0.3, 0.3, 0.3)), fill, max_pending=4)

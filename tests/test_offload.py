@@ -196,10 +196,10 @@ def test_a_model_without_weights_is_refused():
         wrap(model, byte_tokenizer())
 
 
-def test_the_lean_path_is_refused(tmp_path):
+def test_compiled_blocks_are_refused(tmp_path):
     backbone = wrap(spread("dispatch_model", "llama", tmp_path), byte_tokenizer())
     with pytest.raises(UnsupportedModel, match="needs all weights of unnamed in memory"):
-        backbone.use_lean_path("float32")
+        backbone.use_compiled_blocks("float32")
 
 
 def test_values_are_read_without_a_run(tmp_path):

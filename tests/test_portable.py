@@ -13,11 +13,14 @@ import torch
 
 import offramp
 from helpers import modest_exits
-from models import ENGINES, saved, tiny
+from models import compiled_only, saved, tiny
 from offramp import Engine
+from offramp.errors import UnsupportedModel
 from offramp.evaluation.results import load_results
-from offramp.model.lean.native import NOTHING, library
-from test_lean import lean
+from offramp.model.backbone import require_compiled
+from offramp.model.compiled.native import NOTHING, library
+from offramp.model.families import FAMILIES
+from test_compiled import compiled
 
 # Windows has neither of these modules, and reads files in another encoding where none is named. Only offramp's own code is
 # looked at: other libraries have code of their own for Windows, which is not installed here.
@@ -59,10 +62,10 @@ def ran(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
 def test_without_compiler_and_locks_everything_runs_and_says_so_once(model, tmp_path) -> None:
     windows = ["-X", "warn_default_encoding", "-c", AS_ON_WINDOWS]
     lacking = {"CC": "false", "OFFRAMP_CACHE": str(tmp_path / "cache")}
-    said = ran(*windows, "generate", model, "Grüß Gott", "--max-tokens", "4", **lacking)
+    said = ran(*windows, "generate", model, "Grüß Gott", "--max-tokens", "4", "--dtype", "float32", **lacking)
     assert said.stderr.count(NOTHING) == 1
     assert not (tmp_path / "cache" / "formats").exists()
-    expected = Engine(offramp.load(str(model))).generate("Grüß Gott", max_tokens=4)
+    expected = Engine(offramp.load(str(model), "float32")).generate("Grüß Gott", max_tokens=4)
     assert said.stdout == f"{expected.text}\n"
     questions = [{"question": f"Größe {i}?", "answer": {"value": "groß", "aliases": []}} for i in range(8)]
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(each, ensure_ascii=False) for each in questions), "utf-8")
@@ -74,7 +77,30 @@ def test_without_compiler_and_locks_everything_runs_and_says_so_once(model, tmp_
     assert [result.peak_memory_bytes for result in results] == [0] * len(results)
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+def test_without_compiled_code_the_librarys_blocks_run_and_int4_is_refused(model, own_cache, monkeypatch) -> None:
+    compiled_one = offramp.load(str(model), "float32")
+    monkeypatch.setattr("offramp.model.backbone.library", lambda: None)
+    plain, half = (offramp.load(str(model), dtype) for dtype in ("float32", "bfloat16"))
+    assert (plain.engine, half.engine) == ("library blocks", "library blocks")
+    assert (plain.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    answers = [Engine(each).generate([1, 2, 3], max_tokens=20, end_ids=frozenset()).ids for each in (compiled_one, plain)]
+    assert answers[0] == answers[1]
+    for dtype in ("int8", "int4"):
+        with pytest.raises(
+            UnsupportedModel, match=f"has no compiled blocks in {dtype}: the C code is not compiled here"
+        ) as no:
+            offramp.load(str(model), dtype)
+        assert "gcc" in no.value.hint
+
+
+def test_on_a_gpu_there_are_no_compiled_blocks() -> None:
+    family, gpu = FAMILIES["llama"], torch.device("cuda")
+    with pytest.raises(UnsupportedModel, match="tiny has no compiled blocks in int4: they run on a CPU") as no:
+        require_compiled("tiny", family, "int4", gpu)
+    assert 'device="cpu"' in no.value.hint
+
+
+@compiled_only
 @torch.inference_mode()
 def test_a_compiler_without_openmp_makes_code_for_one_core(own_cache, tmp_path, monkeypatch) -> None:
     compiler = tmp_path / "cc"
@@ -82,11 +108,11 @@ def test_a_compiler_without_openmp_makes_code_for_one_core(own_cache, tmp_path, 
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     ids = [[1, 2, 3, 4, 5]]
-    expected = lean("llama", "float32", "native").forward(torch.tensor(ids))
+    expected = compiled("llama", "float32").forward(torch.tensor(ids))
     library.cache_clear()
     try:
         with pytest.warns(UserWarning, match="knows no OpenMP"):
-            backbone = lean("llama", "float32", "native")
+            backbone = compiled("llama", "float32")
         assert torch.equal(backbone.forward(torch.tensor(ids)), expected)
     finally:
         library.cache_clear()

@@ -260,9 +260,9 @@ def test_the_demo_shows_both_models_side_by_side() -> None:
 )
 @pytest.mark.filterwarnings("ignore:These exits were trained")
 def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str, dtype: str) -> None:
-    """The compiled path adds up each row in one order, so a chunk gives the tokens that single steps give, even at ties."""
+    """Compiled blocks add up each row in one order, so a chunk gives the tokens that single steps give, even at ties."""
     backbone = offramp.load(name, dtype)
-    if backbone.engine != "native":
+    if backbone.engine != "compiled blocks":
         pytest.skip("no C compiler")
     exits, drafting = shipped_for(backbone), shipped_for(backbone, draft=True)
     assert exits
@@ -286,7 +286,7 @@ def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str
 @pytest.mark.parametrize("dtype", ["bfloat16", "int4"])
 def test_an_answer_of_the_real_model_is_the_same_among_seventy(dtype: str) -> None:
     backbone = offramp.load("smollm2", dtype)
-    if backbone.engine != "native":
+    if backbone.engine != "compiled blocks":
         pytest.skip("no C compiler")
     drafting = shipped_for(backbone, draft=True)
     assert drafting

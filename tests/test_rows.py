@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers import exact, modest_exits, same_or_tied, some_prompts
-from models import ENGINES, LEAN, tiny
+from models import COMPILED, compiled_only, tiny
 from offramp import Engine, Policy
 from offramp.decode import batch as batch_module
 from offramp.decode.embedding import embed_all
@@ -21,20 +21,18 @@ from offramp.decode.request import Decided, Prefilled, Reading, Talk
 from offramp.decode.sampling import Sampling
 from offramp.model.backbone import Backbone
 
-compiled = pytest.mark.skipif("native" not in ENGINES, reason="no C compiler")
 FILLS = ["full", "defer", "verify", "project"]
-KINDS = ["llama", "llama/torch", *([f"{family}/native" for family in LEAN[:2]] if "native" in ENGINES else []), "bamba"]
+KINDS = ["llama", *(f"{family}/compiled" for family in COMPILED[:2]), "bamba"]
 
 
 @cache
 @torch.inference_mode(False)
-def native(family: str, format: str) -> Backbone:
-    """A tiny model on the compiled path in this format."""
+def compiled(family: str, format: str) -> Backbone:
+    """A tiny model on compiled blocks in this format."""
     base = tiny(family)
     model = copy.deepcopy(base.model)
     backbone = Backbone(model.bfloat16() if format == "bfloat16" else model, base.tokenizer, base.source)
-    backbone.use_lean_path(format)
-    assert backbone.engine == "native"
+    backbone.use_compiled_blocks(format)
     return backbone
 
 
@@ -48,12 +46,12 @@ def engine_of(backbone: Backbone, family: str, fill: str) -> Engine:
     return Engine(backbone, modest_exits(family, gate="linear"), Policy((0.4,) * 3), fill)
 
 
-@compiled
+@compiled_only
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int4"])
 @pytest.mark.parametrize("family", ["llama", "mamba2"])
 def test_an_answer_is_the_same_alone_and_among_any_number_of_others(family: str, format: str, fill: str) -> None:
-    engine = engine_of(native(family, format), family, fill)
+    engine = engine_of(compiled(family, format), family, fill)
     prompts = some_prompts(70, seed=7)
     alone = [engine.generate(prompt, max_tokens=9).tokens for prompt in prompts[:7]]
     assert fill == "full" or any(token.exit_block < 6 for tokens in alone for token in tokens)
@@ -66,8 +64,8 @@ ANSWERS = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from helpers import some_prompts
-from test_rows import FILLS, engine_of, native, tiny
-for backbone, family in [(tiny("llama"), "llama"), *((native(name, "int4"), name) for name in sys.argv[2:])]:
+from test_rows import FILLS, compiled, engine_of, tiny
+for backbone, family in [(tiny("llama"), "llama"), *((compiled(name, "int4"), name) for name in sys.argv[2:])]:
     for fill in FILLS:
         for answer in engine_of(backbone, family, fill).generate_batch(some_prompts(3, seed=7), max_tokens=9):
             print([(token.id, token.exit_block, token.confidence) for token in answer.tokens])
@@ -76,7 +74,7 @@ for backbone, family in [(tiny("llama"), "llama"), *((native(name, "int4"), name
 
 def test_another_process_gives_the_same_answer() -> None:
     """On the library's blocks, and in compiled code; with another order of Python's sets."""
-    families = ["llama", "mamba2"] if "native" in ENGINES else []
+    families = ["llama", "mamba2"] if COMPILED else []
     command = [sys.executable, "-c", ANSWERS, str(Path(__file__).parent), *families]
     runs = [
         subprocess.Popen(command, env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE) for seed in ("1", "2")
@@ -86,12 +84,12 @@ def test_another_process_gives_the_same_answer() -> None:
     assert first.count(b"\n") == 3 * len(FILLS) * (1 + len(families))
 
 
-@compiled
+@compiled_only
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("format", ["float32", "bfloat16", "int4"])
 @pytest.mark.parametrize("family", ["llama", "mamba2"])
 def test_an_answer_is_the_same_however_its_prompt_was_read(family: str, format: str, fill: str, monkeypatch) -> None:
-    engine = engine_of(native(family, format), family, fill)
+    engine = engine_of(compiled(family, format), family, fill)
     prompt = [id for ids in some_prompts(12, seed=3) for id in ids]
     whole = engine.generate(prompt, max_tokens=9).tokens
     for piece in (1, 3, 64):

@@ -8,21 +8,20 @@ import torch
 import transformers
 from torch import nn
 
+import offramp
 from helpers import exits_for
-from models import ENGINES, PECULIAR, SMALL, tiny
+from models import PECULIAR, SMALL, byte_tokenizer, compiled_only, tiny
 from offramp import Engine
 from offramp.decode.drafting import Drafting
 from offramp.errors import UnsupportedModel
 from offramp.exits.ngrams import Ngrams
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.native import Native
+from offramp.model.compiled.structures import CHead, CMambaShape, CShape, CSketch, CWeight
+from offramp.model.compiled.weights import Weight
 from offramp.model.families import FAMILIES, family_of
-from offramp.model.lean.native import Native
-from offramp.model.lean.structures import CHead, CMambaShape, CShape, CSketch, CWeight
-from offramp.model.lean.weights import Weight
-from offramp.model.loading import adopt, check
+from offramp.model.loading import adopt
 from offramp.model.state import KV, SSM
-
-compiled_only = pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
 
 
 def random_model(family, **changed):
@@ -52,26 +51,33 @@ def with_few_embeddings(model):
 
 
 @compiled_only
-@pytest.mark.parametrize("change", [with_a_wider_mlp, with_more_keys_in_a_block, with_few_embeddings])
-def test_a_model_that_compiled_code_has_no_scratch_for_runs_on_torchs_operators(change):
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (with_a_wider_mlp, "its blocks have different sizes"),
+        (with_more_keys_in_a_block, "its blocks have different sizes"),
+        (with_few_embeddings, "the shapes of its head or its embedding do not fit"),
+    ],
+)
+def test_a_model_that_compiled_code_has_no_scratch_for_runs_on_the_librarys_blocks(change, why):
     model = random_model("llama")
     change(model)
     backbone = Backbone(model, tiny("llama").tokenizer, tiny("llama").source)
-    backbone.use_lean_path("float32")
-    assert backbone.engine == "torch"
+    with pytest.raises(UnsupportedModel, match=f"has no compiled blocks in float32: {why}"):
+        backbone.use_compiled_blocks("float32")
     if change is not with_few_embeddings:  # the self-check draws ids from the head's vocabulary
-        assert max(check(backbone)) <= 1e-5
+        assert adopt(model).engine == "library blocks"
 
 
 @compiled_only
 @pytest.mark.parametrize(
     ("family", "changed", "engine"),
     [
-        ("mamba2", {"conv_kernel": 1}, "torch"),
-        ("mamba2", {"state_size": 4}, "torch"),
-        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}, "torch"),
-        ("bamba", {"attn_layer_indices": []}, "native"),
-        ("mamba2", {"n_groups": 1}, "native"),
+        ("mamba2", {"conv_kernel": 1}, "library blocks"),
+        ("mamba2", {"state_size": 4}, "library blocks"),
+        ("llama", {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}, "library blocks"),
+        ("bamba", {"attn_layer_indices": []}, "compiled blocks"),
+        ("mamba2", {"n_groups": 1}, "compiled blocks"),
     ],
 )
 def test_models_at_the_edge_of_what_is_compiled_are_right(family, changed, engine):
@@ -81,6 +87,23 @@ def test_models_at_the_edge_of_what_is_compiled_are_right(family, changed, engin
     backbone.use_library_blocks()
     answers.append(Engine(backbone).generate([1, 2, 3], max_tokens=20, end_ids=frozenset()).ids)
     assert answers[0] == answers[1]
+
+
+@compiled_only
+def test_a_model_that_does_not_fit_is_loaded_on_the_librarys_blocks_or_refused(tmp_path, own_cache):
+    model = random_model("mamba2", state_size=4)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = [offramp.load(str(tmp_path), dtype) for dtype in ("float32", "bfloat16")]
+    assert [(each.engine, each.weight_format) for each in loaded] == [
+        ("library blocks", "float32"),
+        ("library blocks", "bfloat16"),
+    ]
+    assert Engine(loaded[0]).generate([1, 2], max_tokens=9).ids == Engine(adopt(model)).generate([1, 2], max_tokens=9).ids
+    assert all(folder.name.endswith("-library") for folder in own_cache.glob("formats/*/"))
+    with pytest.raises(UnsupportedModel, match="no compiled blocks in int8: the shapes of block 0 do not fit") as refused:
+        offramp.load(str(tmp_path), "int8")
+    assert refused.value.hint == "Use bfloat16 or float32."
 
 
 @pytest.mark.parametrize("blocks", [0, -1, 10**6, None, "6"])
@@ -107,7 +130,7 @@ def test_a_sketch_finds_the_likeliest_of_more_than_a_million_tokens():
 @compiled_only
 @torch.inference_mode()
 def test_rows_and_blocks_that_are_not_there_are_refused():
-    backbone = tiny("llama/native")
+    backbone = tiny("llama/compiled")
     h, step = backbone.embed(torch.tensor([[1, 2, 3]]))
     for call in (
         lambda: backbone.logits(h[..., :16]),
@@ -133,7 +156,7 @@ def test_a_memory_gives_no_addresses_for_tokens_of_another_shape():
 
 @compiled_only
 def test_drafts_beyond_the_vocabulary_or_of_other_shapes_are_refused():
-    backbone, exits = tiny("llama/native"), exits_for("llama", readout="deep")
+    backbone, exits = tiny("llama/compiled"), exits_for("llama", readout="deep")
     exit = next(iter(exits))
     exits.ngrams = Ngrams(torch.tensor([1, 0], dtype=torch.int32), torch.tensor([300 << 8, 0], dtype=torch.int32))
     with pytest.raises(ValueError, match="beyond the vocabulary"):

@@ -25,7 +25,7 @@ def one_thread():
 
 @st.composite
 def scans(draw, kinds=("mamba1", "mamba2")):
-    """A scan and its float64 arguments, the state and the mask last (either may be None).
+    """A scan and its float64 arguments, the state last (it may be None).
 
     dt * |A| is spread over a drawn range between 1e-3 and 30.
     """
@@ -49,13 +49,12 @@ def scans(draw, kinds=("mamba1", "mamba2")):
     dt = 10 ** (low + (high - low) * uniform(batch, tokens, channels[0])) / rate
     maps = [normal(batch, tokens, *groups, states) for _ in "BC"]
     h = normal(batch, *channels, states) if draw(st.booleans()) else None
-    mask = uniform(batch, tokens) < draw(st.floats(0, 1)) if draw(st.booleans()) else None
-    return function, [normal(batch, tokens, *channels), dt, A, *maps, normal(channels[0]), h, mask]
+    return function, [normal(batch, tokens, *channels), dt, A, *maps, normal(channels[0]), h]
 
 
 def token_by_token(function, arguments):
     """The recurrence as the papers write it; Mamba-1 has heads of one dim."""
-    x, dt, A, B, C, D, h, mask = arguments
+    x, dt, A, B, C, D, h = arguments
     batch, tokens = x.shape[:2]
     if function is selective_scan:
         x, B, C, D = x[..., None], B[:, :, None], C[:, :, None], D[:, None]
@@ -68,9 +67,8 @@ def token_by_token(function, arguments):
         h = x.new_zeros(batch, heads, x.shape[3], B.shape[3])
     outputs = []
     for t in range(tokens):
-        new = torch.exp(dt[:, t, :, None] * A)[:, :, None] * h
-        new = new + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
-        h = new if mask is None else torch.where(mask[:, t, None, None, None], new, h)
+        h = torch.exp(dt[:, t, :, None] * A)[:, :, None] * h
+        h = h + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
         outputs.append(torch.einsum("bhpn,bhn->bhp", h, C[:, t]) + D * x[:, t])
     y = torch.stack(outputs, dim=1)
     return (y.squeeze(3), h.squeeze(2)) if function is selective_scan else (y, h)
@@ -82,14 +80,9 @@ def off(got, want):
     return float((got - want).abs().max() / want.abs().max().clamp(min=1))
 
 
-def of_real_tokens(y, mask):
-    """The outputs of tokens that are not padding; the others mean nothing."""
-    return y if mask is None else y[mask]
-
-
 def part(arguments, piece, h):
-    x, dt, A, B, C, D, _, mask = arguments
-    return x[:, piece], dt[:, piece], A, B[:, piece], C[:, piece], D, h, None if mask is None else mask[:, piece]
+    x, dt, A, B, C, D, _ = arguments
+    return x[:, piece], dt[:, piece], A, B[:, piece], C[:, piece], D, h
 
 
 @settings(max_examples=80, deadline=None)
@@ -98,9 +91,7 @@ def test_a_scan_equals_the_recurrence_token_by_token(case):
     function, arguments = case
     y, h = function(*arguments)
     want_y, want_h = token_by_token(function, arguments)
-    mask = arguments[-1]
-    if mask is None or mask.any():
-        assert off(of_real_tokens(y, mask), of_real_tokens(want_y, mask)) < 1e-9
+    assert off(y, want_y) < 1e-9
     assert off(h, want_h) < 1e-9
 
 
@@ -111,7 +102,7 @@ def test_a_scan_in_pieces_equals_a_scan_at_once(case, where):
     tokens = arguments[0].shape[1]
     cut = round(where * tokens)
     y, h = function(*arguments)
-    pieces, state = [], arguments[-2]
+    pieces, state = [], arguments[-1]
     for piece in (slice(0, cut), slice(cut, tokens)):
         if piece.start < piece.stop:
             out, state = function(*part(arguments, piece, state))
@@ -124,14 +115,12 @@ def test_a_scan_in_pieces_equals_a_scan_at_once(case, where):
 @given(scans())
 def test_a_scan_in_float32_is_within_1e_5_of_the_recurrence_in_float64(case):
     function, arguments = case
-    single = [value if value is None or value.dtype == torch.bool else value.float() for value in arguments]
+    single = [value if value is None else value.float() for value in arguments]
     y, h = function(*single)
-    double = [value if value is None or value.dtype == torch.bool else value.double() for value in single]
+    double = [value if value is None else value.double() for value in single]
     want_y, want_h = token_by_token(function, double)
     assert y.dtype == h.dtype == torch.float32
-    mask = arguments[-1]
-    if mask is None or mask.any():
-        assert off(of_real_tokens(y, mask).double(), of_real_tokens(want_y, mask)) < 1e-5
+    assert off(y.double(), want_y) < 1e-5
     assert off(h.double(), want_h) < 1e-5
 
 
@@ -146,7 +135,6 @@ def test_a_text_longer_than_a_span_is_no_different():
         -torch.ones(2).double(),
         *maps,
         torch.ones(2).double(),
-        None,
         None,
     ]
     for got, want in zip(scan(*arguments), token_by_token(scan, arguments), strict=True):
@@ -168,7 +156,7 @@ def test_a_scan_never_looks_ahead(case, where):
     tokens = arguments[0].shape[1]
     seen = max(1, round(where * tokens))
     y, _ = function(*arguments)
-    y_seen, _ = function(*part(arguments, slice(0, seen), arguments[-2]))
+    y_seen, _ = function(*part(arguments, slice(0, seen), arguments[-1]))
     assert off(y_seen, y[:, :seen]) < 1e-9
 
 
@@ -229,19 +217,6 @@ def test_the_window_carried_is_the_last_inputs(arguments):
     x, weight, bias, window = arguments
     _, carried = causal_conv(x, weight, bias, window)
     assert torch.equal(carried, torch.cat([window, x], dim=1)[:, -window.shape[1] :])
-
-
-@settings(max_examples=25, deadline=None)
-@given(convolutions(), st.integers(0, 2**31))
-def test_padding_enters_no_window(arguments, seed):
-    x, weight, bias, window = arguments
-    mask = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(seed)) < 0.6
-    y, carried = causal_conv(x, weight, bias, window, mask)
-    for b in range(len(x)):
-        alone, last = causal_conv(x[b : b + 1, mask[b]], weight, bias, window[b : b + 1])
-        if mask[b].any():
-            assert off(y[b : b + 1, mask[b]], alone) < 1e-12
-        assert torch.equal(carried[b : b + 1], last)
 
 
 def mixer_both_ways(dtype, seed, tokens, scale):

@@ -15,7 +15,7 @@ import torch
 
 import offramp
 from helpers import modest_exits
-from models import ENGINES, VARIANTS, cache_in, saved, tiny
+from models import COMPILED, VARIANTS, cache_in, compiled_only, saved, tiny
 from offramp import Policy
 from offramp.decode.fills import FILLS
 from offramp.evaluation.results import load_results
@@ -181,7 +181,7 @@ def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:
     assert all(len(answers) == 4 for points in found.values() for answers in points)
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@compiled_only
 def test_trees_plays_rounds_with_chains_and_with_other_candidates(world, capsys) -> None:
     made = Exits.new(tiny("llama"), ExitsConfig((1,), "linear", "deep", 32, 32, tails=(1,), middle=2))
     made.policy = Policy((0.0,), "max-prob")
@@ -262,7 +262,7 @@ def test_exits_compares_gates(world, capsys) -> None:
             assert free["flops_saved"] < 1
             assert 0 <= free["consistency"] <= 1
     exits.main([*arguments, "--formats"])
-    assert [row[0] for row in rows(capsys.readouterr().out)] == ["weights", *offramp.model.lean.weights.FORMATS]
+    assert [row[0] for row in rows(capsys.readouterr().out)] == ["weights", *offramp.model.compiled.weights.FORMATS]
 
 
 def test_adapters_compares_adapters_of_one_size(world, capsys) -> None:
@@ -599,7 +599,7 @@ def test_speed_says_which_peers_cannot_run(world, capsys) -> None:
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "library"])
+@pytest.mark.parametrize("engine", [*(["compiled"] if COMPILED else []), "library"])
 def test_verified_compares_with_full_depth(world, capsys, engine: str) -> None:
     arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--dtype", "float32", "--engine", engine]
     verified.main([*arguments, "--exits", str(world / "exits"), "--count", "3", "--tokens", "12"])

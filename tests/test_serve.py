@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers import modest_exits, sketched
-from models import ENGINES, tiny
+from models import COMPILED, tiny
 from offramp import Engine, Policy
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadNumbers
@@ -33,7 +33,7 @@ from offramp.serve.menu import Menu
 from offramp.serve.protocol import ChatRequest
 from offramp.serve.scheduler import Full, Job, Scheduler
 
-FAMILIES = [f"{family}/{ENGINES[-1]}" for family in ("llama", "mamba2", "bamba")]
+FAMILIES = [f"{family}/compiled" if COMPILED else family for family in ("llama", "mamba2", "bamba")]
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -142,7 +142,7 @@ def test_what_an_exit_said_stands_with_defer() -> None:
     assert (answer.tokens_per_deep_pass, answer.acceptance_rate) == (4, None)
 
 
-@pytest.mark.parametrize("family", ["llama/native", "mamba2/native", "bamba"])
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled", "bamba"])
 def test_the_books_of_verified_decoding_balance(family: str) -> None:
     engine = Engine(tiny(family), modest_exits(family), Policy((0.3,) * 3), "verify")
     for prompt in some_prompts(5):
@@ -167,7 +167,7 @@ def test_drafts_do_not_run_past_the_end_of_a_text_or_of_the_answer(monkeypatch: 
 
 
 def test_verified_samples_are_full_depths_samples() -> None:
-    for family in ("llama/native", "mamba2/native", "jamba"):
+    for family in ("llama/compiled", "mamba2/compiled", "jamba"):
         exits, drawn, stood, rejected = modest_exits(family, tails=TAILS), set(), 0, 0
         for seed, prompt in enumerate(some_prompts(6)):
             sampling = Sampling(0.8, top_k=40, top_p=0.95, min_p=0.01, seed=seed, repetition_penalty=1.2)
@@ -199,7 +199,7 @@ def test_draws_follow_the_processed_probabilities() -> None:
 @with_and_without_tails
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("size", [1, 8])
-@pytest.mark.parametrize("family", ["llama/native", "qwen3/native", "mamba2/native", "mamba2/torch", "falcon_h1"])
+@pytest.mark.parametrize("family", ["llama/compiled", "qwen3/compiled", "mamba2/compiled", "falcon_h1"])
 def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fill: str, tails: tuple[int, ...]) -> None:
     if refused(fill, family):
         return
@@ -220,7 +220,7 @@ def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fil
 
 
 @pytest.mark.parametrize(("fill", "template"), [*((fill, False) for fill in FILLS), ("project", True)])
-@pytest.mark.parametrize("family", ["llama", "llama/native", "gemma2", "mamba", "mamba2/native", "falcon_h1", "jamba"])
+@pytest.mark.parametrize("family", ["llama", "llama/compiled", "gemma2", "mamba", "mamba2/compiled", "falcon_h1", "jamba"])
 def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(family, fill, template, monkeypatch) -> None:
     if refused(fill, family):
         return
@@ -240,7 +240,7 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(family, fill
         assert same_or_tied(family, prompt, answer.ids, engine.generate(prompt, max_tokens=8).ids)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "mamba2/torch", "mamba2/native", "falcon_mamba", *HYBRIDS])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "mamba2/compiled", "falcon_mamba", *HYBRIDS])
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 @torch.inference_mode()
@@ -276,8 +276,8 @@ def test_a_watched_state_forgets_and_goes_on_as_if_it_had_never_known(family: st
             torch.testing.assert_close(mine.h, whole.h, rtol=1e-5, atol=1e-5)
 
 
-def test_the_compiled_path_repeats_a_state_bit_for_bit() -> None:
-    backbone, ids = tiny("mamba2/native"), torch.arange(12)[None]
+def test_compiled_code_repeats_a_state_bit_for_bit() -> None:
+    backbone, ids = tiny("mamba2/compiled"), torch.arange(12)[None]
     states = [backbone.state(), backbone.state()]
     with torch.inference_mode():
         for state, count in zip(states, (12, 7), strict=True):

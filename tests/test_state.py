@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import offramp.model.state
 from helpers import TAILS, exits_for
-from models import ENGINES, tiny
+from models import compiled_only, tiny
 from offramp import Engine, Policy
 from offramp.decode.request import Talk
 from offramp.model.state import KV, State
@@ -152,16 +152,16 @@ def test_a_kind_of_block_without_a_memory_is_refused():
         State(["attention", "granular"])
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@compiled_only
 @pytest.mark.parametrize("fill", ["project", "copy", "defer", "verify"])
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_a_sliding_window_keeps_few_tokens_and_changes_nothing(family, fill, monkeypatch):
     """Its buffers slide here every few tokens, with drafts that are taken back, and several texts side by side."""
-    exits, policy = exits_for(f"{family}/native", "ffn", "ffn", tails=TAILS), Policy((0.5, 0.6, 0.5))
+    exits, policy = exits_for(f"{family}/compiled", "ffn", "ffn", tails=TAILS), Policy((0.5, 0.6, 0.5))
     prompts = [[(7 * number + place) % 250 for place in range(size)] for number, size in enumerate((3, 40, 90))]
 
     def answers():
-        engine = Engine(tiny(f"{family}/native"), exits, policy, fill)
+        engine = Engine(tiny(f"{family}/compiled"), exits, policy, fill)
         talk = Talk()
         alone = [token.id for token in engine.stream(prompts[1], talk, max_tokens=200, end_ids=frozenset())]
         together = [answer.ids for answer in engine.generate_batch(prompts, max_tokens=60, end_ids=frozenset())]
@@ -181,11 +181,11 @@ def test_a_sliding_window_keeps_few_tokens_and_changes_nothing(family, fill, mon
         assert not window or few.keys.untyped_storage().nbytes() * 2 <= all_kept.keys.untyped_storage().nbytes()
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@compiled_only
 def test_a_talk_that_a_window_has_slid_past_is_read_again(monkeypatch):
     monkeypatch.setattr(offramp.model.state, "SPARE", 16)
     monkeypatch.setattr(offramp.model.state, "AT_ONCE", 64)
-    engine, talk, prompt = Engine(tiny("mistral/native")), Talk(), list(range(1, 30))
+    engine, talk, prompt = Engine(tiny("mistral/compiled")), Talk(), list(range(1, 30))
     for _ in engine.stream(prompt, talk, max_tokens=200, end_ids=frozenset()):
         pass
     with pytest.raises(ValueError, match="let go"):

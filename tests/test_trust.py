@@ -17,14 +17,14 @@ import transformers
 
 import offramp
 from helpers import modest_exits, run_cli
-from models import COMPILED, ENGINES, byte_tokenizer, saved, tiny
+from models import CODE, byte_tokenizer, compiled_only, saved, tiny
 from offramp import Exits
 from offramp.errors import CorruptFile, ModelNotFound, OfframpError, UnsupportedModel
 from offramp.files import cache_folder, sha256_of
 from offramp.model import hub, loading
 from offramp.model.checkpoint import INDEX, RECORD, WHOLE, weights_in
+from offramp.model.compiled.native import NOTHING, library
 from offramp.model.hub import resolve
-from offramp.model.lean.native import NOTHING, library
 from offramp.training.loop import Budget, Fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -221,7 +221,7 @@ def test_exits_name_no_code(kind: str, tmp_path) -> None:
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch):
     """A cache of the test's own with a compiled library, as a compiler makes it that only copies a file."""
-    good = next(COMPILED.glob("*.so"))
+    good = next(CODE.glob("*.so"))
     compiler = tmp_path / "cc"
     compiler.write_text(
         f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp "{good}" "$2"\necho >> "{tmp_path / "calls"}"\n'
@@ -236,10 +236,7 @@ def compiled(tmp_path: Path, monkeypatch):
     library.cache_clear()
 
 
-needs_a_compiler = pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
-
-
-@needs_a_compiler
+@compiled_only
 @pytest.mark.filterwarnings("always::UserWarning")
 @pytest.mark.parametrize("place", ["native", "cache"])
 def test_compiled_code_is_not_loaded_from_where_others_may_write(place: str, compiled: Path) -> None:
@@ -252,7 +249,7 @@ def test_compiled_code_is_not_loaded_from_where_others_may_write(place: str, com
     assert library() is not None
 
 
-@needs_a_compiler
+@compiled_only
 @pytest.mark.filterwarnings("always::UserWarning")
 @pytest.mark.parametrize("damage", ["cut", "open"])
 def test_a_damaged_compiled_library_is_made_anew_once(damage: str, compiled: Path, tmp_path) -> None:
@@ -272,7 +269,7 @@ def test_a_damaged_compiled_library_is_made_anew_once(damage: str, compiled: Pat
     assert calls.read_text() == "\n"
 
 
-@needs_a_compiler
+@compiled_only
 @pytest.mark.filterwarnings("always::UserWarning")
 def test_code_that_cannot_be_loaded_is_not_called_a_missing_compiler(compiled: Path, tmp_path, monkeypatch) -> None:
     compiler = tmp_path / "other"

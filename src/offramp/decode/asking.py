@@ -23,8 +23,8 @@ from offramp.decode.sequence import Decision, Sequence, Work
 from offramp.decode.timing import Timer
 from offramp.errors import NothingFits
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
-from offramp.model.lean.steps import Steps
-from offramp.model.lean.structures import MOST_DRAFTS
+from offramp.model.compiled.steps import Steps
+from offramp.model.compiled.structures import MOST_DRAFTS
 
 LOOKED_BACK = 1024  # tokens of a text in which compiled code looks up what followed the last ones
 

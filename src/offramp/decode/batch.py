@@ -52,8 +52,8 @@ class Batch:
     """Requests that are decoded side by side. Make it with `Engine.batch`.
 
     Requests join with `add` and leave with `cancel` between steps, or when they finish. Each sequence has its own memory,
-    exits and drafts; nothing is padded; only the passes over the weights are shared (on the lean path; on the
-    library's blocks sequences take turns).
+    exits and drafts; nothing is padded; only the passes over the weights are shared (in compiled blocks; in
+    the library's, sequences take turns).
     """
 
     def __init__(self, plan: Plan) -> None:

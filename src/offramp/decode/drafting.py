@@ -1,6 +1,6 @@
 """Compiled drafts: an exit that drafts runs in the same call as full depth, which decides about them (`asking.run_ahead`).
 
-That needs the compiled path, one open exit with a deep read-out whose own probability decides, and greedy tokens. Elsewhere
+That needs compiled blocks, one open exit with a deep read-out whose own probability decides, and greedy tokens. Elsewhere
 `decode.batch` makes the drafts, one by one.
 """
 
@@ -17,11 +17,11 @@ from offramp.exits.ngrams import LONGEST, SHORTEST
 from offramp.exits.readouts import DeepAdapter
 from offramp.machine import processor
 from offramp.model.backbone import Backbone
-from offramp.model.lean.base import Lean
-from offramp.model.lean.native import kernels
-from offramp.model.lean.steps import DrafterParts
-from offramp.model.lean.structures import MOST_DRAFTS, CDrafter, CNgrams
-from offramp.model.lean.weights import Int4, Int8, Weight
+from offramp.model.compiled.native import kernels
+from offramp.model.compiled.runtime import Compiled
+from offramp.model.compiled.steps import DrafterParts
+from offramp.model.compiled.structures import MOST_DRAFTS, CDrafter, CNgrams
+from offramp.model.compiled.weights import Int4, Int8, Weight
 
 # What 0, 1, … more rows of a chunk cost, in steps of full depth: for smollm2 on a maker's processors with these kernels, by
 # benchmarks/growth.py --formats FORMAT ("verified rows"), beside a step of a compiled loop, which is shorter than a single
@@ -109,7 +109,7 @@ class Drafting:
         """The drafter of one of the exits; None if it cannot be compiled. The rest is as in `DrafterParts`."""
         runtime, adapter = backbone.runtime, exit.adapter
         mixers_in_tail = "mamba" in backbone.kinds[backbone.n_blocks - exit.tail :]
-        if not isinstance(runtime, Lean) or not isinstance(adapter, DeepAdapter) or mixers_in_tail:
+        if not isinstance(runtime, Compiled) or not isinstance(adapter, DeepAdapter) or mixers_in_tail:
             return None
         plain = runtime.weight_format == "float32" or backbone.hidden_size % 32 or adapter.down.in_features % 32
         kind = Weight if plain else Int4 if runtime.weight_format.startswith("int4") else Int8

@@ -14,22 +14,22 @@ from torch import Tensor
 from offramp.exits.exits import Exit
 from offramp.exits.gates import compiled
 from offramp.model.backbone import Backbone
-from offramp.model.lean.base import Lean
-from offramp.model.lean.steps import Asked, Gates
+from offramp.model.compiled.runtime import Compiled
+from offramp.model.compiled.steps import Asked, Gates
 from offramp.model.runtime import Part
 
 
 class Gating:
     """Runs blocks and asks gates in one call. Confidences are numbers in [0, 1]."""
 
-    def __init__(self, runtime: Lean, gates: Gates) -> None:
+    def __init__(self, runtime: Compiled, gates: Gates) -> None:
         self._runtime, self._gates = runtime, gates
 
     @classmethod
     def of(cls, backbone: Backbone, exits: Sequence[Exit]) -> Gating | None:
         """The gates of these exits; None if there are none, or if one of them cannot be compiled."""
         runtime = backbone.runtime
-        if not isinstance(runtime, Lean):
+        if not isinstance(runtime, Compiled):
             return None
         dtype = torch.float32 if runtime.weight_format == "float32" else torch.bfloat16
         parts = [made for exit in exits if (made := compiled(exit.gate, dtype))]

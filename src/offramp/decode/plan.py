@@ -23,9 +23,9 @@ from offramp.exits.exits import Exit, Exits
 from offramp.exits.parts import Part, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.runtime import Compiled
 from offramp.model.costs import Costs
 from offramp.model.families import Family
-from offramp.model.lean.base import Lean
 from offramp.model.runtime import joined
 
 # Most tokens that are decided in one call, and most FLOPs: larger models decide one token at a time, and stay easy to stop.
@@ -97,9 +97,7 @@ class Plan:
         self.gating = Gating.of(self.backbone, exits_in_order) if self.policy.confidence == "gate" else None
         # Gates and read-outs as they are run: with the backbone's compiled products, where it has them.
         self.parts: dict[Part, Part] = {
-            part: with_products(part, runtime.product_of)
-            if isinstance(runtime, Lean) and runtime.engine == "native"
-            else part
+            part: with_products(part, runtime.product_of) if isinstance(runtime, Compiled) else part
             for exit in exits_in_order
             for part in (exit.gate, exit.adapter)
         }
@@ -126,13 +124,13 @@ class Plan:
         """Whether answers are full depth's: no exit is open, and no sketch stands in for the head."""
         return not self.open_exits and self.head is self.whole_head
 
-    def _ahead(self, exits: Exits | None) -> tuple[Lean, tuple[Tensor, Tensor, int] | None, int] | None:
+    def _ahead(self, exits: Exits | None) -> tuple[Compiled, tuple[Tensor, Tensor, int] | None, int] | None:
         """What decodes several tokens in one call (`asking.run_ahead`), if anything can: the runtime, what it reads out
         with if that is a sketch, and the most tokens. Their Python costs little beside that much work.
         """
         runtime, family = self.backbone.runtime, self.backbone.family
         recurrent = any(part.recurrent for exit, _ in self.open_exits for part in (exit.gate, exit.adapter))
-        if not (isinstance(runtime, Lean) and runtime.engine == "native") or family.finish is not Family.finish:
+        if not isinstance(runtime, Compiled) or family.finish is not Family.finish:
             return None
         if self.fill.verifies:
             stays = self.drafting is not None

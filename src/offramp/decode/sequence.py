@@ -15,8 +15,8 @@ from torch import Tensor
 
 from offramp.exits.exits import Exit
 from offramp.exits.parts import Memory, Part
-from offramp.model.lean.steps import new_estimates
-from offramp.model.lean.structures import CEstimates
+from offramp.model.compiled.steps import new_estimates
+from offramp.model.compiled.structures import CEstimates
 from offramp.model.state import State
 
 ID_BYTES = 64  # of a Python integer in two lists

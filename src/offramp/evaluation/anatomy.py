@@ -10,9 +10,9 @@ from offramp.exits.config import ExitsConfig, suggested_places
 from offramp.exits.exits import Exits
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.native import kernels
 from offramp.model.costs import Costs
 from offramp.model.families import UNBOUNDED
-from offramp.model.lean.native import kernels
 from offramp.training.config import draft_config
 
 CONTEXT = 256  # tokens before the one whose costs are stated

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.exits.parts import MambaBlock, Memory, Part, Standardise
-from offramp.model.lean.steps import GateParts
-from offramp.model.lean.weights import Weight
+from offramp.model.compiled.steps import GateParts
+from offramp.model.compiled.weights import Weight
 
 
 class LinearGate(Part):
@@ -62,7 +62,7 @@ class MambaGate(Part):
 
 
 def compiled(gate: Part, dtype: torch.dtype) -> GateParts | None:
-    """What `Lean.run_until` needs of a gate, with its matrices in `dtype`; None for a gate that cannot be asked there."""
+    """What `Compiled.run_until` needs of a gate, with its matrices in `dtype`; None for one that cannot be asked there."""
     if not isinstance(gate, LinearGate | FFNGate):
         return None
     inward, out = gate.out.weight, None

@@ -1,7 +1,7 @@
 """A frozen causal language model as embed → blocks → norm → head, with every part callable by itself.
 
-A `Runtime` runs the blocks. `LibraryBlocks` calls the library's own modules; the families with a lean path have blocks of
-this project's own. When a model is loaded, `selfcheck.check` compares the logits of a full pass and of a cached pass with
+A `Runtime` runs the blocks. `LibraryBlocks` calls the library's own modules. `Compiled` runs code of this project's own,
+for some families. When a model is loaded, `selfcheck.check` compares the logits of a full pass and of a cached pass with
 the library's, and refuses a model that would be decoded wrongly.
 
 Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from offramp.errors import BadInput, UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.families import UNBOUNDED, family_of
+from offramp.model.compiled.native import library
+from offramp.model.compiled.runtime import Compiled
+from offramp.model.families import UNBOUNDED, Family, family_of
 from offramp.model.hub import Source
-from offramp.model.lean.base import Lean
-from offramp.model.lean.blocks import LeanBlocks
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
 from offramp.model.offload import device_of, is_offloaded
@@ -34,7 +34,26 @@ __all__ = ["Backbone", "Part", "Runtime", "Step"]
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+PLAIN = "Use bfloat16 or float32."
+NO_CODE = "Install gcc or clang, or name a compiler in CC; or use bfloat16 or float32."
+NO_CPU = 'Use bfloat16 or float32, or the CPU: device="cpu" in Python, CUDA_VISIBLE_DEVICES= before a command.'
+
 _BACKBONES: WeakKeyDictionary[Any, ReferenceType[Backbone]] = WeakKeyDictionary()  # library model → its newest backbone
+
+
+def no_compiled(name: str, format: str, why: str, hint: str = PLAIN) -> UnsupportedModel:
+    """What to raise for a model that compiled blocks cannot run."""
+    return UnsupportedModel(f"{name} has no compiled blocks in {format}: {why}.", hint)
+
+
+def require_compiled(name: str, family: Family, format: str, device: torch.device) -> None:
+    """Raise `UnsupportedModel`, with the reason, unless compiled blocks of this family can run here."""
+    if not family.compiled:
+        raise no_compiled(name, format, "there is no code for its family")
+    if device.type != "cpu":
+        raise no_compiled(name, format, f"they run on a CPU, and it is on '{device.type}'", NO_CPU)
+    if library() is None:
+        raise no_compiled(name, format, "the C code is not compiled here", NO_CODE)
 
 
 class Backbone:
@@ -87,7 +106,7 @@ class Backbone:
 
     @property
     def engine(self) -> str:
-        """What runs the blocks: `library blocks`, or on the lean path `native` or `torch`."""
+        """What runs the blocks: `library blocks` or `compiled blocks`."""
         return self.runtime.engine
 
     @property
@@ -114,27 +133,23 @@ class Backbone:
             ids.update(named if isinstance(named, list) else [] if named is None else [named])
         return frozenset(ids)
 
-    def use_lean_path(
-        self, format: str, store: Store | None = None, native: bool = True, values: Values | None = None
-    ) -> None:
-        """Run the blocks and the head on the lean path from now on, with weights in this format (see `weights.FORMATS`).
+    def use_compiled_blocks(self, format: str, store: Store | None = None, values: Values | None = None) -> None:
+        """Run compiled blocks and a compiled head from now on, with weights in this format (see `weights.FORMATS`).
 
         `store` keeps the converted weights. `values` reads those of a model on the meta device. In a model that is in
-        memory, a quantised format also replaces the library's own weights, by the quantised ones. With `native` false,
-        torch's operators do the work even where there is a C compiler. Raises `UnsupportedModel` for a family without a
-        lean path, and for shapes that do not fit the format.
+        memory, a quantised format also replaces the library's own weights, by the quantised ones. Raises
+        `UnsupportedModel`, with the reason, where there are no compiled blocks for this model in this format.
         """
-        if not self.family.lean:
-            raise UnsupportedModel(f"The family '{self.config.model_type}' has no lean path.", "Use bfloat16 or float32.")
+        require_compiled(self.name, self.family, format, self.device)
         if is_offloaded(self.model):
             raise UnsupportedModel(
-                f"The lean path needs all weights of {self.name} in memory, and accelerate brings them in one by one.",
+                f"Compiled blocks need all weights of {self.name} in memory, and accelerate brings them in one by one.",
                 "Load the model by its name: offramp.load maps its weights from files.",
             )
         try:
-            runtime = LeanBlocks(self.modules, format, store or Store(device=self.device), values or Values(), native)
+            runtime = Compiled(self.modules, format, store or Store(), values or Values())
         except ValueError as error:
-            raise UnsupportedModel(f"{self.name} has no lean path: {error}.", "Use bfloat16 or float32.") from error
+            raise no_compiled(self.name, format, str(error)) from error
         self.runtime = runtime
         for module, weight in runtime.changed:
             if not module.weight.is_meta:
@@ -148,7 +163,7 @@ class Backbone:
         """
         if dtype not in KV_DTYPES:
             raise BadInput(f"Keys and values cannot be kept in '{dtype}'.", f"Choose from {', '.join(KV_DTYPES)}.")
-        if not isinstance(self.runtime, LeanBlocks) or not self.runtime.keeps_keys:
+        if not isinstance(self.runtime, Compiled) or not self.runtime.keeps_keys:
             raise UnsupportedModel(
                 f"{self.name} has no compiled attention whose keys and values could be kept in {dtype}.",
                 "Leave the choice out (--kv).",
@@ -166,14 +181,14 @@ class Backbone:
         They are the library's blocks, with the weights that this backbone runs with: in bfloat16 where the processor
         multiplies it and the backbone does not run in float32.
         """
-        if not isinstance(self.runtime, Lean):
+        if not isinstance(self.runtime, Compiled):
             return self.runtime
         filled = [self.runtime.filled(block) for block in self.modules.blocks[start:]]
         modules = self.modules.with_blocks([*self.modules.blocks[:start], *filled], self.family)
         return LibraryBlocks(modules, self.family, self.config)
 
     def drop_spare_weights(self) -> None:
-        """Free the library's weights that the lean path has copies of; `model` cannot be used by itself afterwards.
+        """Free the library's weights that compiled blocks have copies of; `model` cannot be used by itself afterwards.
 
         Does nothing where the library's blocks run.
         """
@@ -181,7 +196,7 @@ class Backbone:
 
     def state(self, capacity: int = 256) -> State:
         """An empty memory for all blocks."""
-        slides = isinstance(self.runtime, LeanBlocks) and self.runtime.keeps_keys
+        slides = isinstance(self.runtime, Compiled) and self.runtime.keeps_keys
         return State(self.kinds, capacity, self.modules.windows if slides else None)
 
     def window(self, index: int) -> int | None:
@@ -194,15 +209,9 @@ class Backbone:
         dim = getattr(self.config, "head_dim", None) or self.hidden_size // heads
         return getattr(self.config, "num_key_value_heads", None) or heads, dim
 
-    def embed(self, ids: Tensor, first: int | Tensor = 0, mask: Tensor | None = None) -> tuple[Tensor, Step]:
-        """Token ids (B, T) at positions `first`, `first` + 1, … → hidden state (B, T, D) and what the blocks share.
-
-        On the lean path each sequence may have its own `first`, (B,). Sequences with fewer than T tokens are padded at the
-        end with any ids; `mask` (B, T) is False for pads. Attention needs no mask for that: what a pad leaves in memory is
-        written over before any token sees it. Mamba needs it. Raises `UnsupportedModel` for such a batch on the library's
-        blocks.
-        """
-        return self.runtime.embed(ids, first, mask)
+    def embed(self, ids: Tensor, first: int = 0) -> tuple[Tensor, Step]:
+        """Token ids (B, T) at positions `first`, `first` + 1, … → hidden state (B, T, D) and what the blocks share."""
+        return self.runtime.embed(ids, first)
 
     def step(self, h: Tensor, first: int) -> Step:
         """What the blocks share for tokens h (B, T, D) at positions `first`, `first` + 1, …"""
@@ -213,7 +222,7 @@ class Backbone:
         return self.runtime.run_all([(h, state, step)], start, stop)[0]
 
     def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
-        """`run` for several states at once. On the lean path, this is one pass over the weights."""
+        """`run` for several states at once. In compiled blocks, this is one pass over the weights."""
         return self.runtime.run_all(parts, start, stop)
 
     def project(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> None:

@@ -83,7 +83,7 @@ class Family:
     projected: int = 2  # how many of the three (queries, keys, values) `keys_values` computes
     scale_in: Callable[[Config], float] = lambda config: 1.0
     finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
-    lean: bool = False  # whether the lean path fits the blocks
+    compiled: bool = False  # whether there is compiled code for the blocks
 
 
 def _softcap(logits: Tensor, config: Config) -> Tensor:
@@ -94,13 +94,13 @@ def _softcap(logits: Tensor, config: Config) -> Tensor:
 _MAMBA = Family(trunk="backbone", norm="norm_f", mixer="mixer", input_norm="norm", rotary=None, implementation="eager")
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(lean=True),
-    "mistral": Family(lean=True),
-    "qwen2": Family(lean=True),
-    "qwen3": Family(lean=True),
-    "smollm3": Family(lean=True),
-    "phi3": Family(keys_values=_fused_kv, lean=True),
-    "olmo2": Family(input_norm=None, lean=True),
+    "llama": Family(compiled=True),
+    "mistral": Family(compiled=True),
+    "qwen2": Family(compiled=True),
+    "qwen3": Family(compiled=True),
+    "smollm3": Family(compiled=True),
+    "phi3": Family(keys_values=_fused_kv, compiled=True),
+    "olmo2": Family(input_norm=None, compiled=True),
     "gemma2": Family(finish=_softcap, implementation="eager"),  # SDPA has no soft cap
     "gemma3_text": Family(finish=_softcap, rotary_per_kind=True),
     "granite": Family(
@@ -127,9 +127,9 @@ FAMILIES: dict[str, Family] = {
         projected=3,
     ),
     "mamba": _MAMBA,
-    "mamba2": replace(_MAMBA, lean=True),
+    "mamba2": replace(_MAMBA, compiled=True),
     "falcon_mamba": _MAMBA,
-    "bamba": Family(norm="final_layernorm", mixer="mamba", lean=True),
+    "bamba": Family(norm="final_layernorm", mixer="mamba", compiled=True),
     "jamba": Family(norm="final_layernorm", mixer="mamba", rotary=None),
     "granitemoehybrid": Family(
         mixer="mamba",

@@ -20,13 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.errors import UnsupportedModel
+from offramp.model.compiled.weights import FORMATS, Weight
 from offramp.model.families import Family
-from offramp.model.lean.weights import FORMATS, Weight
 from offramp.model.mamba import remember, with_own_mixer
 from offramp.model.modules import Modules
 from offramp.model.offload import brought_in
-from offramp.model.runtime import Part, Step, read_out_likeliest
+from offramp.model.runtime import Part, Step
 from offramp.model.state import State
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -64,12 +63,7 @@ class LibraryBlocks:
     def tolerance(self) -> float:
         return TOLERANCE.get(self.dtype, 3e-2)
 
-    def embed(self, ids: Tensor, first: int | Tensor, mask: Tensor | None) -> tuple[Tensor, Step]:
-        if not isinstance(first, int) or mask is not None:
-            raise UnsupportedModel(
-                f"A '{self._config.model_type}' model on the library's blocks cannot run sequences of different lengths.",
-                "Run them one by one, or use a model that has a lean path.",
-            )
+    def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
         h = self._modules.embedding(ids)
         scale = self._family.scale_in(self._config)
         if scale != 1.0:
@@ -153,12 +147,12 @@ class LibraryBlocks:
     def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
         sketch = self.head_weight().to(expand.device) @ expand
 
-        def head(row: Tensor, ids: Tensor) -> Tensor:
-            return F.linear(row, self._head_rows(ids).to(row.device))
-
         def logits(h: Tensor) -> Tensor:
             x = self.final(h).reshape(-1, h.shape[-1])
-            out = read_out_likeliest(F.linear(x @ reduce.T, sketch), candidates, x.to(self.dtype), head)
+            estimates, rows = F.linear(x @ reduce.T, sketch), x.to(self.dtype)
+            out = torch.full_like(estimates, float("-inf"))
+            for row, ids in enumerate(estimates.topk(candidates, dim=-1, sorted=False).indices):
+                out[row, ids] = F.linear(rows[row : row + 1], self._head_rows(ids).to(rows.device))[0].float()
             return out.view(*h.shape[:-1], len(sketch))
 
         return logits
@@ -229,12 +223,12 @@ class LibraryBlocks:
 
 
 class Outline(LibraryBlocks):
-    """A model's shape without weights, which cannot run. Its sizes in bytes are those that the lean path would have."""
+    """A model's shape without weights, which cannot run. Its sizes in bytes are those that compiled blocks would have."""
 
     def __init__(self, modules: Modules, family: Family, config: Any, weight_format: str) -> None:
         super().__init__(modules, family, config)
         self.weight_format = weight_format
-        self.dtype = torch.float32  # the lean path's, for hidden states, keys and values
+        self.dtype = torch.float32  # compiled blocks', for hidden states, keys and values
 
     def block_bytes(self, index: int) -> int:
         format = FORMATS[self.weight_format]

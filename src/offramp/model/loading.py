@@ -28,7 +28,7 @@ from offramp.files import (
     sha256_of_text,
     write_atomically,
 )
-from offramp.model.backbone import Backbone
+from offramp.model.backbone import Backbone, require_compiled
 from offramp.model.checkpoint import (
     EDITION,
     RECORD,
@@ -42,11 +42,11 @@ from offramp.model.checkpoint import (
     weights_in,
     write_safetensors,
 )
+from offramp.model.compiled.native import library
+from offramp.model.compiled.runtime import Compiled
+from offramp.model.compiled.weights import FORMATS
 from offramp.model.families import Family, family_of
 from offramp.model.hub import Source, find_config, read_whole, resolve
-from offramp.model.lean.base import Lean
-from offramp.model.lean.native import library
-from offramp.model.lean.weights import FORMATS
 from offramp.model.library_blocks import Outline
 from offramp.model.selfcheck import Lender, check, code_hash
 from offramp.model.store import Get, Incomplete, Store, Tensors
@@ -72,7 +72,7 @@ def load(
     `dtype` is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`. The default is
     bfloat16, or float32 where bfloat16 does not pass the self-check. The first time, weights are converted tensor by
     tensor and kept in the cache; after that they are mapped from there. `progress` hears of that, in parts of the model.
-    Families that have a lean path take it, and then the library's model has shapes only. With `keep` it has its weights
+    Compiled blocks run where there are some, and then the library's model has shapes only. With `keep` it has its weights
     too, so that `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or
     when `HF_HUB_OFFLINE` is set. `kv`: as `Backbone.keep_keys_in` takes it. `held`: so many bytes of the weights are read
     into memory and stay there, where not all of them fit: the LM head and the lowest blocks, which every token reads.
@@ -120,16 +120,13 @@ class _Loading:
             raise source.unreadable(error) from error
 
     def load(self, dtype: str) -> Backbone:
-        """The model in one weight format: on the lean path if there is one and it passes the self-check."""
-        quantised = FORMATS[dtype].quantised
-        if quantised and not self.family.lean:
-            raise _no_lean_path(self.config)
-        if self.family.lean:
-            try:
-                return self._twice_if_incomplete(self._lean, dtype)
-            except UnsupportedModel:
-                if quantised:
-                    raise
+        """The model in one weight format: on compiled blocks if there are some and they pass the self-check."""
+        try:
+            require_compiled(self.source.name, self.family, dtype, self.device)  # before weights are read
+            return self._twice_if_incomplete(self._on_compiled_blocks, dtype)
+        except UnsupportedModel:
+            if FORMATS[dtype].quantised:
+                raise
         return self._twice_if_incomplete(self._on_library_blocks, dtype)
 
     def _twice_if_incomplete(self, way: Callable[[str], Backbone], dtype: str) -> Backbone:
@@ -137,7 +134,7 @@ class _Loading:
             return way(dtype)
         return way(dtype)
 
-    def _lean(self, dtype: str) -> Backbone:
+    def _on_compiled_blocks(self, dtype: str) -> Backbone:
         store = self._store(dtype)
         model, values = self._shapes(dtype)
         # The fingerprint and the self-check need the weights as the library has them.
@@ -146,7 +143,7 @@ class _Loading:
             model, values = self._whole(dtype, Store()), Values()
         backbone = self._backbone(model, values)
         with self._readable():
-            backbone.use_lean_path(dtype, store, values=values)
+            backbone.use_compiled_blocks(dtype, store, values)
         self._check(backbone, store, values)
         if not self.keep:
             backbone.drop_spare_weights()
@@ -215,13 +212,13 @@ class _Loading:
 
     def _check_name(self) -> str:
         """The name of a self-check: it changes with the code that computes, and with the kind of device."""
-        native = library() if self.device.type == "cpu" else None  # its file's name changes with its code and processor
+        compiled = library() if self.device.type == "cpu" else None  # its file's name changes with its code and processor
         versions = f"offramp {__version__}, torch {torch.__version__}, transformers {version('transformers')}"
-        return f"{Path(native._name).name if native else 'torch'} {code_hash()} on {self.device.type}, {versions}"
+        return f"{Path(compiled._name).name if compiled else 'library'} {code_hash()} on {self.device.type}, {versions}"
 
     def _lender(self, backbone: Backbone, store: Store, values: Values) -> Lender:
         """What lends the library the weights that it should compute with: quantised ones where there are such."""
-        assert isinstance(backbone.runtime, Lean)
+        assert isinstance(backbone.runtime, Compiled)
         changed = {id(module): weight for module, weight in backbone.runtime.changed}
 
         def weight(module: nn.Module, name: str) -> Tensor:
@@ -315,15 +312,15 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
         raise source.unreadable(error) from error
     if random:  # a random token must not end a text
         config.eos_token_id = model.generation_config.eos_token_id = None
-    if FORMATS[dtype].quantised and not family.lean:
-        raise _no_lean_path(config)
+    if FORMATS[dtype].quantised:
+        require_compiled(source.name, family, dtype, torch.device("cpu"))
     if not random and source.sha256:
         with suppress(Exception):  # the shape of a model with damaged weights can be shown
             source = _with_fingerprint(source, model, Values(model, lambda: checkpoint_for(Path(source.path), model)))
     backbone = Backbone(model, None, source)
     if random:
         _make_ready(backbone, dtype)
-    elif family.lean:
+    elif family.compiled:
         backbone.runtime = Outline(backbone.modules, family, config, dtype)
     return backbone
 
@@ -334,17 +331,15 @@ def _settings(family: Family, dtype: str) -> dict[str, Any]:
 
 
 def _make_ready(backbone: Backbone, dtype: str) -> None:
-    """Use the lean path if there is one and it passes the self-check, else the library's blocks, which are checked too."""
-    if backbone.family.lean:
-        try:
-            backbone.use_lean_path(dtype)
-            check(backbone)
-            return
-        except UnsupportedModel:
-            if FORMATS[dtype].quantised:
-                raise
-            backbone.use_library_blocks()
-    check(backbone)
+    """Use compiled blocks if there are some and they pass the self-check, else the library's, which are checked too."""
+    try:
+        backbone.use_compiled_blocks(dtype)
+        check(backbone)
+    except UnsupportedModel:
+        if FORMATS[dtype].quantised:
+            raise
+        backbone.use_library_blocks()
+        check(backbone)
 
 
 def _with_fingerprint(source: Source, model: Any, values: Values) -> Source:
@@ -374,10 +369,6 @@ def _check_dtype(dtype: str | None) -> None:
         raise BadInput(f"'{dtype}' is not a dtype offramp runs in.", f"Choose from {', '.join(FORMATS)}.")
 
 
-def _no_lean_path(config: Any) -> UnsupportedModel:
-    return UnsupportedModel(f"The family '{config.model_type}' has no lean path.", "Use bfloat16 or float32.")
-
-
 def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
     """A `Backbone` around a `transformers` model that is already in memory; it is checked like a loaded one.
 
@@ -392,15 +383,14 @@ def wrap(model: Any, tokenizer: Any, name: str = "unnamed") -> Backbone:
 def adopt(model: Any) -> Backbone:
     """A `Backbone` around a transformers model that its owner goes on using: its parameters take gradients as before.
 
-    It has no tokenizer. A model on the CPU whose family has a lean path takes it, with a second copy of the weights. Raises
-    as `wrap` does.
+    It has no tokenizer. Compiled blocks run where there are some, with a second copy of the weights. Raises as `wrap` does.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     backbone = Backbone(model, None, Source.of_weights(model.name_or_path or "unnamed", model))
     for parameter in trained:
         parameter.requires_grad_(True)
     format = str(model.dtype).removeprefix("torch.")
-    if model.device.type == "cpu" and format in FORMATS:
+    if format in FORMATS:
         _make_ready(backbone, format)
     else:
         check(backbone)

@@ -1,7 +1,7 @@
 """The protocol of a runtime: the code that runs a backbone's blocks. There are two runtimes.
 
-`library_blocks.LibraryBlocks` calls the modules of the library (`transformers`). `lean.base.Lean` has blocks of its own for
-the kinds of model that have a lean path. `Backbone` holds one of them, and treats both alike.
+`library_blocks.LibraryBlocks` calls the modules of the library (`transformers`). `compiled.runtime.Compiled` runs compiled
+blocks, for the families that have them. `Backbone` holds one of them, and treats both alike.
 
 Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
 """
@@ -34,23 +34,12 @@ def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-def read_out_likeliest(estimates: Tensor, candidates: int, x: Tensor, head: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Logits (n, V) of the tokens with the highest estimates (n, V), −inf for the others.
-
-    head(row, ids) gives the logits of the tokens `ids` for one row (1, D) of x.
-    """
-    out = torch.full(estimates.shape, float("-inf"), device=estimates.device)
-    for row, ids in enumerate(estimates.topk(candidates, dim=-1, sorted=False).indices):
-        out[row, ids] = head(x[row : row + 1], ids)[0].float()
-    return out
-
-
 class Runtime(Protocol):
     """Runs the blocks and the head of one model."""
 
     @property
     def engine(self) -> str:
-        """What does the work: `library blocks`, or on the lean path `native` or `torch`."""
+        """What does the work: `library blocks` or `compiled blocks`."""
         ...
 
     @property
@@ -73,8 +62,8 @@ class Runtime(Protocol):
         """The largest difference from the library's logits that rounding explains, as a share of the largest logit."""
         ...
 
-    def embed(self, ids: Tensor, first: int | Tensor, mask: Tensor | None) -> tuple[Tensor, Step]:
-        """Token ids (B, T) → hidden states (B, T, D) and what the blocks share; see `Backbone.embed`."""
+    def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
+        """Token ids (B, T) at positions `first`, `first` + 1, … → hidden states (B, T, D) and what the blocks share."""
         ...
 
     def step(self, h: Tensor, first: int) -> Step:

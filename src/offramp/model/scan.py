@@ -15,7 +15,6 @@ tokens becomes a few matrix products.
 | B, C | B, C  | (B, T, G, N) | (B, T, N) | input and output maps; G groups of H / G heads share theirs |
 | D    | D     | (H,)         | (E,)      | skip |
 | h    | h     | (B, H, P, N) | (B, E, N) | state |
-| mask |       | (B, T)       | (B, T)    | False for padding, which leaves the state as it was; its y means nothing |
 
 Everything is computed in float32 (float64 for float64 inputs), whatever dtype comes in.
 """
@@ -44,12 +43,9 @@ def scan(
     C: Tensor,
     D: Tensor,
     h: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mamba-2: run T tokens from state `h` (zeros if None). Returns y (B, T, H, P) and the new h."""
     x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
-    if mask is not None:
-        dt = dt * mask[..., None]
     if h is None:
         h = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
     if x.shape[1] == 1:
@@ -124,7 +120,6 @@ def selective_scan(
     C: Tensor,
     D: Tensor,
     h: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1: run T tokens from state `h` (zeros if None). Returns y (B, T, E) and the new h.
 
@@ -132,8 +127,6 @@ def selective_scan(
     that it stays in the processor's cache. States are written in place, unless gradients must pass through.
     """
     x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
-    if mask is not None:
-        dt = dt * mask[..., None]
     if h is None:
         h = x.new_zeros(x.shape[0], x.shape[2], B.shape[-1])
     if x.shape[1] == 1:
@@ -154,19 +147,12 @@ def selective_scan(
     return torch.cat(outputs, dim=1) + x * D, h.transpose(1, 2).contiguous()
 
 
-def causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor) -> tuple[Tensor, Tensor]:
     """Depthwise causal convolution of x (B, T, E) with weight (E, W), then SiLU: (B, T, E), and the new window.
 
-    `window` (B, W - 1, E) holds the inputs before x. Tokens where `mask` (B, T) is False enter no window, and their outputs
-    mean nothing.
+    `window` (B, W - 1, E) holds the inputs before x.
     """
     width, tokens = weight.shape[1], x.shape[1]
-    order = None
-    if mask is not None:  # padding goes to the end
-        order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[..., None].expand_as(x)
-        x = x.gather(1, order)
     joined = torch.cat([window.to(x.dtype), x], dim=1)
     if tokens == 1:  # one product and one sum are cheaper than one for each tap
         y = (joined.transpose(1, 2) * weight).sum(-1)[:, None]
@@ -174,12 +160,7 @@ def causal_conv(
         y = joined[:, :tokens] * weight[:, 0]
         for tap in range(1, width):
             y = torch.addcmul(y, joined[:, tap : tap + tokens], weight[:, tap])
-    y = F.silu(y if bias is None else y + bias)
-    if mask is None or order is None:
-        return y, joined[:, tokens:]
-    newest = mask.sum(1)[:, None] + torch.arange(width - 1, device=x.device)  # (B, W - 1), places in `joined`
-    window = joined.gather(1, newest[..., None].expand(-1, -1, x.shape[2]))
-    return torch.empty_like(y).scatter_(1, order, y), window
+    return F.silu(y if bias is None else y + bias), joined[:, tokens:]
 
 
 def _wide(part: Tensor) -> Tensor:

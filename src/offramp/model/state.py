@@ -76,21 +76,10 @@ class KV:
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add the keys and values of T more tokens: (B, KV heads, T, head dim) each."""
         new = torch.cat([keys, values], dim=1).transpose(1, 2)
-        self.write(new, self.length, self.length + new.shape[1])
+        place = self.length - self.base
+        self._room(new, self.length + new.shape[1])[:, place : place + new.shape[1]] = new
 
-    def write(self, new: Tensor, first: int | Tensor, end: int) -> Tensor:
-        """Write keys and values (B, T, keys then values, head dim) at positions `first` to `end` - 1, or at `first` (B, T).
-
-        Afterwards the length is `end`. Returns the whole buffer.
-        """
-        buffer = self.room(new, end)
-        if isinstance(first, int):
-            buffer[:, first - self.base : end - self.base] = new
-        else:
-            buffer[torch.arange(len(new), device=new.device)[:, None], first - self.base] = new
-        return buffer
-
-    def room(self, like: Tensor, end: int) -> Tensor:
+    def _room(self, like: Tensor, end: int) -> Tensor:
         """Set the length to `end`, and return the buffer with room for that many tokens like those in `like`.
 
         Raises `ValueError` for tokens of another batch size, shape or dtype than those in memory.
@@ -104,7 +93,7 @@ class KV:
         if old is None or needed > old.shape[1]:
             expected = self._expected(self._capacity)
             capacity = expected if needed <= expected else needed if old is None else 2 * needed
-            # Zeros, since what a mask hides is still multiplied by 0, and 0 times NaN is NaN.
+            # Compiled code may read a few positions beyond the newest, whose scores it drops.
             self._buffer = like.new_zeros(len(like), capacity, *like.shape[2:])
             if old is not None:
                 kept = self.length - self.base
@@ -117,11 +106,11 @@ class KV:
         """When the buffer grows next, let it have room for this many tokens."""
         self._capacity = max(self._capacity, capacity)
 
-    def addresses(self, shape: tuple[int, int, int], dtype: torch.dtype, first: int | None, end: int) -> list[int]:
-        """As `room`, for compiled code: for each sequence, the address where position 0 is, or would be.
+    def addresses(self, shape: tuple[int, int, int], dtype: torch.dtype, first: int, end: int) -> list[int]:
+        """Set the length to `end`, for compiled code: for each sequence, the address where position 0 is, or would be.
 
         `shape`: sequences, heads of keys and of values, head dim. `first`: the position of the first new token, before
-        which no more than a window is needed; None if sequences have positions of their own.
+        which no more than a window is needed. Raises `ValueError` for a memory of another shape.
         """
         batch, heads, dim = shape
         start, limit, addresses, known = self._addresses
@@ -130,9 +119,9 @@ class KV:
         if fits and kept is not None and kept.data_ptr() == start and kept.dtype == dtype:
             self.length = end
             return addresses
-        if self._window and first is not None:
+        if self._window:
             self._slide(first, end)
-        buffer = self.room(torch.empty(batch, 0, heads, dim, dtype=dtype), end)
+        buffer = self._room(torch.empty(batch, 0, heads, dim, dtype=dtype), end)
         start, size = buffer.data_ptr(), buffer.stride(0) * buffer.itemsize
         before = self.base * buffer.stride(1) * buffer.itemsize
         addresses = [start + row * size - before for row in range(batch)]
@@ -247,11 +236,8 @@ class SSM:
         self.window, self.h, self.length, self._journal = window.contiguous(), h, length, kept
         self._addresses = 0, 0, [], ()
 
-    def room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The window and the state, to be written in place; zeros before the first token. Both shapes include the batch.
-
-        Raises `ValueError` for a memory of other shapes.
-        """
+    def _room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """The window and the state, to be written in place; zeros before the first token."""
         if self.window is None or self.h is None:
             self.window, self.h = like.new_zeros(window), like.new_zeros(h)
         if self.window.shape != window or self.h.shape != h or not (self.window.is_contiguous() and self.h.is_contiguous()):
@@ -259,12 +245,15 @@ class SSM:
         return self.window, self.h
 
     def addresses(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> list[int]:
-        """As `room`, for compiled code: of each sequence, the address of its window and that of its state."""
+        """For compiled code, of each sequence the address of its window and that of its state, which it writes in place.
+
+        Both shapes include the batch. Raises `ValueError` for a memory of other shapes.
+        """
         at_window, at_state, addresses, known = self._addresses
         kept = (0, 0) if self.window is None or self.h is None else (self.window.data_ptr(), self.h.data_ptr())
         if kept == (at_window, at_state) and known == (window, h):
             return addresses
-        parts = self.room(like, window, h)
+        parts = self._room(like, window, h)
         starts = [[part.data_ptr() + row * part.stride(0) * part.itemsize for row in range(h[0])] for part in parts]
         addresses = [address for pair in zip(*starts, strict=True) for address in pair]
         self._addresses = parts[0].data_ptr(), parts[1].data_ptr(), addresses, (window, h)

@@ -299,7 +299,7 @@ class _Abreast:
 class _Answers:
     """Answers the groups' prompts, at most `ROWS` at a time, and fewer where their memory would be too large.
 
-    On the lean path all states share each pass over the weights: every text has a state of its own, and the next prompt
+    In compiled blocks all states share each pass over the weights: every text has a state of its own, and the next prompt
     takes the place of an answer that ends. Elsewhere states take turns: the prompts of a group share one, and the next
     group waits until all of its answers have ended.
     """

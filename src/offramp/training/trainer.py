@@ -28,7 +28,7 @@ from offramp.exits.parts import Standardise
 from offramp.exits.policy import max_prob
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
-from offramp.model.lean.weights import multiplies_bfloat16
+from offramp.model.compiled.weights import multiplies_bfloat16
 from offramp.model.runtime import Runtime
 from offramp.progress import Progress, silent
 from offramp.training import drafting

@@ -7,7 +7,7 @@ from ctypes import POINTER, c_double, c_float, c_int64, c_void_p
 
 from torch import Tensor
 
-from offramp.model.lean.weights import Weight
+from offramp.model.compiled.weights import Weight
 
 
 def address(tensor: Tensor | None) -> int | None:

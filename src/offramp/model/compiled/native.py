@@ -3,8 +3,8 @@
 `blocks.c` runs a range of blocks in one call, or decodes several tokens; `llama.c` and `mamba2.c` are what blocks are made
 of. `head.c` multiplies with the LM head. The headers hold the rest: vectors, products, attention, gates, the head, its
 sketch, and steps of decoding.
-Without a C compiler nothing here is used: the lean path then computes the same with torch's operators. A compiler without
-OpenMP, such as Apple's, makes code that uses a single core. The compiled library is kept in the cache folder. It is loaded
+Without a C compiler nothing here is used: the library's own blocks run then. A compiler without OpenMP, such as Apple's,
+makes code that uses a single core. The compiled library is kept in the cache folder. It is loaded
 only where nobody else could have put another one.
 """
 
@@ -34,8 +34,8 @@ from torch import Tensor
 
 from offramp.files import cache_folder, put
 from offramp.machine import instruction_set, processor
-from offramp.model.lean.steps import Ask, Asked, Stepping, Steps
-from offramp.model.lean.structures import (
+from offramp.model.compiled.steps import Ask, Asked, Stepping, Steps
+from offramp.model.compiled.structures import (
     MOST_DRAFTS,
     CBlock,
     CDrafter,
@@ -54,12 +54,12 @@ from offramp.model.lean.structures import (
     CWeight,
 )
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent.parent / "lean"
 SOURCE = FOLDER / "kernels.c"
 SLOW_PAIRS = "-mno-avx512bf16"  # Intel's cores multiply pairs of bfloat16 at half the rate of float32
 FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-Wno-psabi"]
 ALONE = "The C compiler knows no OpenMP, so compiled blocks use a single core. Install gcc, or name a compiler in CC."
-SLOW = "so blocks run on torch's operators: the answers are the same, and slower."
+SLOW = "so the library's own blocks run: they are slower, and do not run in int8 and int4."
 NOTHING = f"No C compiler works here, {SLOW} Install gcc or clang, or name a compiler in CC."
 UNUSABLE = f"The compiled code cannot be used ({{}}), {SLOW}"
 EXPOSED = (
@@ -178,7 +178,7 @@ def _declared(loaded: Any) -> Any:
 
 
 def kernels() -> str:
-    """The processor's instructions that the compiled path multiplies with, such as "AVX2"; "" where nothing is compiled."""
+    """The processor's instructions that compiled code multiplies with, such as "AVX2"; "" where nothing is compiled."""
     compiled = library()
     return compiled.offramp_kernels().decode() if compiled else ""
 
@@ -194,12 +194,11 @@ class _Room(threading.local):
 class Rows:
     """The sequence of each row, `sequences` (R,) int64; the rows of a sequence follow each other.
 
-    `taken` (R,): the same, but -1 for padding, which no Mamba state takes in. With attention, the position of each row,
-    `positions` (R,) int64, its rotary pairs, `turn` (R, P), and `end`, one more than the highest position.
+    With attention, the position of each row, `positions` (R,) int64, its rotary pairs, `turn` (R, P), and `end`, one more
+    than the highest position.
     """
 
     sequences: Tensor
-    taken: Tensor
     positions: Tensor | None = None
     turn: Tensor | None = None
     end: int = 0
@@ -356,7 +355,7 @@ class Native:
         _check(h, self._width)
         if not 0 <= start <= stop <= self._count:
             raise ValueError(f"there are {self._count} blocks, and none from {start} to {stop - 1}")
-        parts = (rows.positions, rows.sequences, rows.taken, rows.turn)
+        parts = (rows.positions, rows.sequences, rows.sequences, rows.turn)
         if not h.is_contiguous() or any(part is not None and len(part) != count for part in parts):
             raise ValueError(
                 f"{count} rows, and {[None if part is None else len(part) for part in parts]} of what they have"

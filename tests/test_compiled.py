@@ -1,52 +1,47 @@
-"""The lean path gives the library's logits in every format, in chunks and ragged batches, with few operations."""
+"""Compiled blocks give the library's logits in every format and in chunks, with few operations."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import offramp.model.lean.native
-from models import ENGINES, LEAN, tiny
+import offramp.model.compiled.native
+from models import COMPILED, compiled_only, tiny
 from offramp import Engine
 from offramp.decode.plan import MOST_AHEAD
 from offramp.errors import BadInput, UnsupportedModel
 from offramp.model.backbone import Backbone
-from offramp.model.lean.weights import FORMATS
+from offramp.model.compiled.weights import FORMATS
 from offramp.model.loading import check
 from offramp.model.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def lean(family, format, engine, store=None):
+def compiled(family, format, store=None):
     """A tiny model in this format, and the library's own model with the same weights."""
     base = tiny(family)
     model = copy.deepcopy(base.model)
     if format == "bfloat16":
         model = model.bfloat16()
     backbone = Backbone(model, base.tokenizer, base.source)
-    backbone.use_lean_path(format, store, native=engine == "native")
-    assert backbone.engine == engine
+    backbone.use_compiled_blocks(format, store)
     return backbone
 
 
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", LEAN)
-def test_logits_are_the_librarys_with_the_same_weights(family, format, engine):
-    backbone = lean(family, format, engine)
+@pytest.mark.parametrize("family", COMPILED)
+def test_logits_are_the_librarys_with_the_same_weights(family, format):
+    backbone = compiled(family, format)
     full, cached = check(backbone)
     assert max(full, cached) <= (1e-5 if format == "float32" else 1e-1)
 
 
+@compiled_only
 def test_quantised_weights_are_not_the_original_ones():
-    changed = lean("llama", "int8", ENGINES[0]).model.state_dict()
+    changed = compiled("llama", "int8").model.state_dict()
     same = [name for name, tensor in tiny("llama").model.state_dict().items() if torch.equal(tensor, changed[name])]
     assert not any("proj" in name for name in same)
 
@@ -56,36 +51,11 @@ def alone(backbone, ids):
     return backbone.forward(torch.tensor([ids]))[0]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("family", LEAN)
-@torch.inference_mode()
-def test_a_ragged_batch_gives_each_sequence_what_it_gets_alone(family, engine):
-    backbone = tiny(f"{family}/{engine}")
-    g = torch.Generator().manual_seed(1)
-    texts = [torch.randint(0, 256, (length,), generator=g).tolist() for length in (21, 12, 30)]
-    starts = [5, 1, 9]  # how many tokens of each a first, ragged call reads
-    state = backbone.state(capacity=8)
-    seen = [0, 0, 0]
-    for sizes in (starts, [3, 1, 2], [1, 1, 1], [6, 2, 11], [1, 1, 1]):
-        widest = max(sizes)
-        ids = torch.tensor(
-            [(text[at : at + n] + [7] * widest)[:widest] for text, at, n in zip(texts, seen, sizes, strict=True)]
-        )
-        mask = torch.arange(widest) < torch.tensor(sizes)[:, None]
-        h, step = backbone.embed(ids, torch.tensor(seen), mask)
-        logits = backbone.logits(backbone.run(h, 0, backbone.n_blocks, state, step))
-        for row, (text, at, n) in enumerate(zip(texts, seen, sizes, strict=True)):
-            wanted = alone(backbone, text[: at + n])[at:]
-            torch.testing.assert_close(logits[row, :n], wanted, rtol=1e-5, atol=1e-5)
-        seen = [at + n for at, n in zip(seen, sizes, strict=True)]
-
-
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler")
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("family", LEAN)
+@pytest.mark.parametrize("family", COMPILED)
 @torch.inference_mode()
-def test_native_chunks_give_bit_for_bit_what_single_tokens_give(family, format):
-    backbone = lean(family, format, "native")
+def test_chunks_give_bit_for_bit_what_single_tokens_give(family, format):
+    backbone = compiled(family, format)
     ids = torch.randint(0, 256, (1, 23), generator=torch.Generator().manual_seed(2))
 
     def in_pieces(*sizes):
@@ -101,11 +71,12 @@ def test_native_chunks_give_bit_for_bit_what_single_tokens_give(family, format):
     assert torch.equal(one_by_one, in_pieces(4, 2, 9, 1, 7))
 
 
-def test_a_family_without_a_lean_path_says_so():
-    with pytest.raises(UnsupportedModel, match="no lean path"):
-        Backbone(copy.deepcopy(tiny("gpt2").model), tiny("gpt2").tokenizer, tiny("gpt2").source).use_lean_path("int8")
+def test_a_family_without_compiled_blocks_says_so():
+    with pytest.raises(UnsupportedModel, match="gpt2 has no compiled blocks in int8: there is no code for its family"):
+        Backbone(copy.deepcopy(tiny("gpt2").model), tiny("gpt2").tokenizer, tiny("gpt2").source).use_compiled_blocks("int8")
 
 
+@compiled_only
 def test_shapes_that_do_not_fit_a_format_are_refused():
     import transformers
 
@@ -114,9 +85,10 @@ def test_shapes_that_do_not_fit_a_format_are_refused():
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     backbone = Backbone(model, tiny("llama").tokenizer, tiny("llama").source)
     with pytest.raises(UnsupportedModel, match="groups of 32"):
-        backbone.use_lean_path("int4")
+        backbone.use_compiled_blocks("int4")
 
 
+@compiled_only
 def test_rotary_positions_that_change_with_the_length_are_refused():
     import transformers
 
@@ -124,33 +96,24 @@ def test_rotary_positions_that_change_with_the_length_are_refused():
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with pytest.raises(UnsupportedModel, match="change with the text's length"):
-        Backbone(model, tiny("llama").tokenizer, tiny("llama").source).use_lean_path("float32")
+        Backbone(model, tiny("llama").tokenizer, tiny("llama").source).use_compiled_blocks("float32")
 
 
+@compiled_only
 def test_quantised_weights_are_read_back_from_the_store(tmp_path):
     path = tmp_path / "weights.safetensors"
-    first = lean("llama", "int4", ENGINES[0], Store(path))
+    first = compiled("llama", "int4", Store(path))
     stamp = path.stat().st_mtime_ns
-    second = lean("llama", "int4", ENGINES[0], Store(path))
+    second = compiled("llama", "int4", Store(path))
     assert path.stat().st_mtime_ns == stamp
     assert torch.equal(alone(first, [1, 2, 3]), alone(second, [1, 2, 3]))
 
 
-def test_without_a_compiler_torch_does_the_work(tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from models import ENGINES, tiny; "
-        "b = tiny('llama'); b.use_lean_path('float32'); sys.exit(b.engine != 'torch' or ENGINES != ['torch'])"
-    )
-    environment = {**os.environ, "CC": "false", "OFFRAMP_CACHE": str(tmp_path)}
-    folder = str(Path(__file__).parent)
-    assert subprocess.run([sys.executable, "-c", code, folder], env=environment).returncode == 0
-
-
 @pytest.mark.parametrize("name", ["processor", "instruction_set"])
 def test_code_that_was_compiled_on_another_kind_of_machine_is_not_used(name, monkeypatch):
-    here = offramp.model.lean.native._key(["cc"])
-    monkeypatch.setattr(offramp.model.lean.native, name, lambda: "another")
-    assert offramp.model.lean.native._key(["cc"]) != here
+    here = offramp.model.compiled.native._key(["cc"])
+    monkeypatch.setattr(offramp.model.compiled.native, name, lambda: "another")
+    assert offramp.model.compiled.native._key(["cc"]) != here
 
 
 class Counting(TorchDispatchMode):
@@ -170,9 +133,9 @@ class Counting(TorchDispatchMode):
 
 
 def calls_of(monkeypatch, family, names):
-    """Counts the calls of these methods of the compiled path."""
+    """Counts the calls of these methods of the compiled blocks."""
     calls = Counter()
-    kind = offramp.model.lean.native.Native
+    kind = offramp.model.compiled.native.Native
     for name in names:
         wrapped = getattr(kind, name)
 
@@ -184,13 +147,13 @@ def calls_of(monkeypatch, family, names):
     return calls
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@compiled_only
 @pytest.mark.parametrize("family", ["llama", "mamba2"])
 @torch.inference_mode()
 def test_greedy_tokens_of_full_depth_take_one_compiled_call_together(family, monkeypatch):
     """Guard against slow-downs without a clock, as the next test."""
     calls = calls_of(monkeypatch, family, ["run", "logits", "step"])
-    stream = Engine(tiny(f"{family}/native")).stream([1, 2, 3], max_tokens=2 * MOST_AHEAD)
+    stream = Engine(tiny(f"{family}/compiled")).stream([1, 2, 3], max_tokens=2 * MOST_AHEAD)
     for _ in range(MOST_AHEAD):
         next(stream)
     calls.clear()
@@ -203,15 +166,15 @@ def test_greedy_tokens_of_full_depth_take_one_compiled_call_together(family, mon
     assert counting.allocated <= 4
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("family", "allowed"), [("llama", (47, 18)), ("mamba2", (69, 31))])
+@compiled_only
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
 @torch.inference_mode()
-def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatch):
+def test_a_decoded_token_takes_few_operators(family, monkeypatch):
     """Guard against slow-downs without a clock. Raise a number here only with a measurement that says why.
 
-    `allowed`: operators and allocations for each block of the torch engine. Tokens are decided one by one.
+    Tokens are decided one by one.
     """
-    backbone = tiny(f"{family}/{engine}")
+    backbone = tiny(f"{family}/compiled")
     calls = calls_of(monkeypatch, family, ["run", "product"])
     logits = Backbone.logits
     monkeypatch.setattr(Backbone, "logits", lambda self, *a: (calls.update(["head"]), logits(self, *a))[1])
@@ -221,40 +184,16 @@ def test_a_decoded_token_takes_few_operators(engine, family, allowed, monkeypatc
     with Counting() as counting:
         next(stream)
     reads = counting.operators["item"] + counting.operators["is_nonzero"]
-    total = sum(counting.operators.values())
-    blocks = backbone.n_blocks
-    assert calls["head"] == 1
+    assert calls == {"head": 1, "run": 1}
     assert reads == 2, "the choice, and whether the logits are finite"
-    if engine == "native":
-        assert (calls["run"], calls["product"]) == (1, 0)
-        assert total <= 32
-        assert counting.allocated <= 12
-    else:
-        assert total <= allowed[0] * blocks + 32
-        assert counting.allocated <= allowed[1] * blocks + 12
+    assert sum(counting.operators.values()) <= 32
+    assert counting.allocated <= 12
 
 
-@pytest.mark.parametrize("family", ["llama", "mamba2"])
+@pytest.mark.parametrize("family", COMPILED)
 @torch.inference_mode()
-def test_sequences_side_by_side_share_the_products_of_torchs_engine(family):
-    engine = Engine(tiny(f"{family}/torch"))
-    products = []
-    for count in (1, 5):
-        batch = engine.batch()
-        for start in range(count):
-            batch.add([start + 1, 2, 3], max_tokens=10)
-        batch.step()
-        with Counting() as counting:
-            batch.step()
-        products.append(counting.operators["linear"])
-    assert products[0] == products[1] > engine.backbone.n_blocks
-
-
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
-@pytest.mark.parametrize("family", LEAN)
-@torch.inference_mode()
-def test_the_number_of_threads_changes_no_bit_of_the_compiled_path(family: str) -> None:
-    backbone, ids, threads = tiny(f"{family}/native"), torch.arange(40)[None], torch.get_num_threads()
+def test_the_number_of_threads_changes_no_bit(family: str) -> None:
+    backbone, ids, threads = tiny(f"{family}/compiled"), torch.arange(40)[None], torch.get_num_threads()
     logits = []
     try:
         for count in (1, 2, 3):
@@ -266,11 +205,11 @@ def test_the_number_of_threads_changes_no_bit_of_the_compiled_path(family: str) 
     assert torch.equal(logits[0], logits[2])
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@compiled_only
 @pytest.mark.parametrize("format", FORMATS)
 @torch.inference_mode()
 def test_candidates_are_the_sketchs_likeliest_however_many_threads_and_rows(format: str) -> None:
-    backbone, threads = lean("llama", format, "native"), torch.get_num_threads()
+    backbone, threads = compiled("llama", format), torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
     h, reduce = torch.randn(1, 5, 32, generator=generator), torch.randn(32, 32, generator=generator)
     expand = torch.linalg.inv(reduce) + 0.1 * torch.randn(32, 32, generator=generator)
@@ -293,24 +232,23 @@ def test_candidates_are_the_sketchs_likeliest_however_many_threads_and_rows(form
     assert (chosen & likeliest).sum() >= (100 if format == "float32" else 60)  # the others round the estimates
 
 
-@pytest.mark.parametrize("family", LEAN)
-@pytest.mark.parametrize("engine", ["", *(f"/{engine}" for engine in ENGINES)])
+@pytest.mark.parametrize("family", ["llama", "mamba2", *(f"{family}/compiled" for family in COMPILED)])
 @torch.inference_mode()
-def test_no_hidden_states_have_no_logits(family, engine):
-    backbone = tiny(f"{family}{engine}")
+def test_no_hidden_states_have_no_logits(family):
+    backbone = tiny(family)
     assert backbone.logits(torch.empty(0, 32)).shape == (0, backbone.vocab_size)
     reduce = torch.eye(32)
     assert backbone.sketched(reduce, reduce, 3)(torch.empty(0, 32)).shape == (0, backbone.vocab_size)
     assert backbone.head_of(torch.tensor([1, 5]))(torch.empty(0, 32)).shape == (0, 2)
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@compiled_only
 @pytest.mark.parametrize("format", ["float32", "bfloat16"])
 @torch.inference_mode()
 def test_keys_and_values_are_kept_in_the_dtype_that_was_asked_for(format):
-    """Torch's engine always keeps them in float32, so its logits are nearer then."""
-    backbone, ids = lean("llama", format, "native"), torch.arange(40)[None]
-    wanted, errors = lean("llama", format, "torch").forward(ids), {}
+    """Kept in float32, the logits are nearer to those of the library with the same weights in float32."""
+    backbone, ids = compiled("llama", format), torch.arange(40)[None]
+    wanted, errors = copy.deepcopy(backbone.model).float()(ids).logits, {}
     for dtype in ("bfloat16", "float32", "bfloat16"):
         backbone.keep_keys_in(dtype)
         state = backbone.state()
@@ -326,9 +264,9 @@ def test_keys_and_values_that_cannot_be_kept_so_are_refused(family, dtype, error
         tiny(family).keep_keys_in(dtype)
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@compiled_only
 def test_a_text_cannot_go_on_with_keys_in_another_dtype():
-    backbone = lean("llama", "bfloat16", "native")
+    backbone = compiled("llama", "bfloat16")
     stream = Engine(backbone).stream([1, 2, 3], max_tokens=40)
     next(stream)
     backbone.keep_keys_in("float32")
@@ -336,13 +274,13 @@ def test_a_text_cannot_go_on_with_keys_in_another_dtype():
         list(stream)
 
 
-@pytest.mark.skipif("native" not in ENGINES, reason="no C compiler here")
+@compiled_only
 def test_an_engine_follows_its_backbone_to_other_blocks():
-    backbone = lean("llama", "float32", "native")
+    backbone = compiled("llama", "float32")
     engine = Engine(backbone)
     answers = [engine.generate([1, 2, 3], max_tokens=20).ids]
     backbone.use_library_blocks()
     answers.append(engine.generate([1, 2, 3], max_tokens=20).ids)
-    backbone.use_lean_path("float32")
+    backbone.use_compiled_blocks("float32")
     answers.append(engine.generate([1, 2, 3], max_tokens=20).ids)
     assert answers[0] == answers[1] == answers[2]

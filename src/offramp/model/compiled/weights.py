@@ -1,4 +1,4 @@
-"""Weight formats: how a linear layer's weights are kept, and how rows are multiplied with them.
+"""Weight formats: how a linear layer's weights are kept.
 
 | format | blocks | head |
 |--------|--------|------|
@@ -9,15 +9,14 @@
 | `int4-head4` | as `int4` | as the blocks |
 
 Weights that already lie on a 4-bit grid, such as those of a GGUF file in Q4_0 or Q4_1, keep their values in `int4`. Rows
-are float32 before and after a product, in every format. The products here are torch's; `native` has faster ones.
+are float32 before and after a product, in every format. Compiled code multiplies them (`native`).
 
-Shapes: N rows of a weight (outputs), K its columns (inputs), R rows multiplied at once.
+Shapes: N rows of a weight (outputs), K its columns (inputs).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Self
 
 import torch
@@ -28,12 +27,10 @@ from offramp.model.store import Tensors
 
 GROUP = 32
 PANEL = 16  # rows of an int4 weight that are kept together
-MANY = 256  # rows from which it is faster to unpack integer weights and multiply them as plain ones
-SLICE = 1 << 22  # weights that are unpacked at once: 16 MB in float32
 
 
 class Weight:
-    """Weights as they are, float32 or bfloat16: x (R, K) → x · weightᵀ + bias (R, N)."""
+    """Weights as they are, float32 or bfloat16."""
 
     scale: Tensor | None = None
 
@@ -77,24 +74,6 @@ class Weight:
         """Bytes of weights that one product reads."""
         return self.w.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self._times(x)
-        return y if self.bias is None else y + self.bias
-
-    def _times(self, x: Tensor) -> Tensor:
-        if self.w.dtype == torch.float32:
-            return F.linear(x, self.w)
-        if len(x) >= 16 and x.device.type == "cpu" and not multiplies_bfloat16():
-            return self._unpacked_times(x)  # many rows are faster in float32
-        return F.linear(x.to(self.w.dtype), self.w).float()
-
-    def _unpacked_times(self, x: Tensor) -> Tensor:
-        """The product on a CPU by way of a plain matrix, a slice of the weight's rows at a time."""
-        dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
-        x, size = x.to(dtype), max(1, SLICE // self.columns)
-        slices = (slice(at, at + size) for at in range(0, self.rows, size))
-        return torch.cat([F.linear(x, self._dense(rows).to(dtype)) for rows in slices], dim=-1).float()
-
     def pick(self, rows: slice | Tensor) -> Weight:
         """A weight of these rows (outputs) only."""
         return type(self)(self.packed(self._rows(rows)), None if self.bias is None else self.bias[rows])
@@ -109,14 +88,11 @@ class Weight:
 
     def dense(self) -> Tensor:
         """The values that rows are multiplied with, (N, K) in float32."""
-        return self._dense(slice(None))
-
-    def _dense(self, rows: slice) -> Tensor:
-        return self.w[rows].float()
+        return self.w.float()
 
 
 class Int8(Weight):
-    """Symmetric 8-bit integers with one scale a row. On a CPU the product rounds its rows to bfloat16."""
+    """Symmetric 8-bit integers with one scale a row."""
 
     def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
         super().__init__(tensors, bias)
@@ -131,22 +107,14 @@ class Int8(Weight):
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
         return {"w": (weight / scale[:, None]).round().to(torch.int8), "scale": scale}
 
-    def _times(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return F.linear(x, self.dense())
-        if len(x) >= MANY or self.columns % 32:  # torch's product of packed weights fails at other widths
-            return self._unpacked_times(x)
-        return torch._weight_int8pack_mm(x.bfloat16(), self.w, self.scale.bfloat16()).float()
-
-    def _dense(self, rows: slice) -> Tensor:
-        return self.w[rows].float().mul_(self.scale[rows, None])
+    def dense(self) -> Tensor:
+        return self.w.float().mul_(self.scale[:, None])
 
 
 class Int4(Weight):
     """4-bit integers with a scale and a minimum for every 32 weights of a row: weight = q · scale + low.
 
-    Scales and minima are float16. `w` (panels, groups, 320) keeps 16 rows together: products.h says how. On a CPU the
-    product of torch rounds its rows, scales and minima to bfloat16; elsewhere these weights save memory only.
+    Scales and minima are float16. `w` (panels, groups, 320) keeps 16 rows together: products.h says how.
     """
 
     def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
@@ -197,34 +165,12 @@ class Int4(Weight):
         q = ((groups - low.float()) / scale.float()).nan_to_num(0, 0, 0).round().clamp(0, 15).to(torch.uint8)
         return {"w": (q[..., :16] | (q[..., 16:] << 4)).flatten(1), "scale": scale.squeeze(-1), "low": low.squeeze(-1)}
 
-    def _numbers(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """q (n, groups, 32), and scales and minima (n, groups) in float32."""
-        parts = self._rows(rows)
+    def dense(self) -> Tensor:
+        parts = self._rows(slice(None))
         halves = parts["w"].unflatten(1, (-1, GROUP // 2))
-        return torch.cat([halves & 15, halves >> 4], dim=-1), parts["scale"].float(), parts["low"].float()
-
-    @cached_property
-    def _packed(self) -> tuple[Tensor, Tensor]:
-        spare = (0, 0, 0, -self.rows % 16)  # torch's kernel needs a multiple of 16 rows
-        q, scale, low = self._numbers()
-        q, scale, low = (F.pad(part, spare) for part in (q.flatten(1).int(), scale, low))
-        # It computes (q - 8) · scale + zero.
-        scale_zero = torch.stack([scale, low + 8 * scale], dim=-1).transpose(0, 1).contiguous().bfloat16()
-        return torch._convert_weight_to_int4pack_for_cpu(q, 1), scale_zero
-
-    def _times(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return F.linear(x, self.dense())
-        if len(x) >= MANY:
-            return self._unpacked_times(x)
-        packed, scale_zero = self._packed
-        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, scale_zero)
-        return y[:, : self.rows].float()
-
-    def _dense(self, rows: slice) -> Tensor:
+        q = torch.cat([halves & 15, halves >> 4], dim=-1)  # (N, groups, 32)
         # Step by step in place, since torch is slow at products of different dtypes.
-        q, scale, low = self._numbers(rows)
-        return q.float().mul_(scale[:, :, None]).add_(low[:, :, None]).flatten(1)
+        return q.float().mul_(parts["scale"].float()[:, :, None]).add_(parts["low"].float()[:, :, None]).flatten(1)
 
 
 def multiplies_bfloat16(device: torch.device | None = None) -> bool:

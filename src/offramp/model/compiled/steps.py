@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.model.lean.structures import (
+from offramp.model.compiled.structures import (
     MOST_DRAFTS,
     CDrafter,
     CEstimates,
@@ -28,7 +28,7 @@ from offramp.model.lean.structures import (
     CWeight,
     address,
 )
-from offramp.model.lean.weights import Weight
+from offramp.model.compiled.weights import Weight
 
 FROM_EXIT = 1  # of drafts.h
 
@@ -50,7 +50,7 @@ class GateParts:
 
 
 class Gates:
-    """The gates of a model's open exits, in order, which the compiled path asks between blocks (`exits.gates`)."""
+    """The gates of a model's open exits, in order, which compiled code asks between blocks (`exits.gates`)."""
 
     def __init__(self, blocks: Sequence[int], gates: Sequence[GateParts]) -> None:
         """`blocks`: the number of blocks before each gate."""

@@ -1,0 +1,1 @@
+"""Compiled blocks: blocks that run in C, and their weights."""

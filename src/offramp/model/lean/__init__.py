@@ -1,1 +1,0 @@
-"""The compiled path: blocks that run in C, and their weights."""

@@ -36,6 +36,7 @@ KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 PLAIN = "Use bfloat16 or float32."
 NO_CODE = "Install gcc or clang, or name a compiler in CC; or use bfloat16 or float32."
+BY_NAME = "Load the model by its name: offramp.load maps its weights from files."
 NO_CPU = 'Use bfloat16 or float32, or the CPU: device="cpu" in Python, CUDA_VISIBLE_DEVICES= before a command.'
 
 _BACKBONES: WeakKeyDictionary[Any, ReferenceType[Backbone]] = WeakKeyDictionary()  # library model → its newest backbone
@@ -142,10 +143,7 @@ class Backbone:
         """
         require_compiled(self.name, self.family, format, self.device)
         if is_offloaded(self.model):
-            raise UnsupportedModel(
-                f"Compiled blocks need all weights of {self.name} in memory, and accelerate brings them in one by one.",
-                "Load the model by its name: offramp.load maps its weights from files.",
-            )
+            raise no_compiled(self.name, format, "accelerate brings its weights in one by one", BY_NAME)
         try:
             runtime = Compiled(self.modules, format, store or Store(), values or Values())
         except ValueError as error:

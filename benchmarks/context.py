@@ -22,14 +22,14 @@ import torch
 import offramp
 from growth import machine, read
 from offramp.model.backbone import Backbone
-from offramp.model.state import State
+from offramp.model.runtime import AnyState
 from speed import read_bandwidth
 
 CONTEXTS = (64, 256, 1024, 4096, 16384)
 STEPS = 8  # of each model in a round
 
 
-def timed(backbone: Backbone, state: State, start: int) -> float:
+def timed(backbone: Backbone, state: AnyState, start: int) -> float:
     """Milliseconds of a step at position `start`."""
     started = time.perf_counter()
     h, step = backbone.embed(torch.randint(0, backbone.vocab_size, (1, 1)), start)
@@ -37,7 +37,7 @@ def timed(backbone: Backbone, state: State, start: int) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def rounds(models: dict[str, tuple[Backbone, State]], length: int, count: int) -> dict[str, list[float]]:
+def rounds(models: dict[str, tuple[Backbone, AnyState]], length: int, count: int) -> dict[str, list[float]]:
     """For each model, the median milliseconds of a step in each round, after so many tokens."""
     found: dict[str, list[float]] = {name: [] for name in models}
     position = length
@@ -53,7 +53,7 @@ def rounds(models: dict[str, tuple[Backbone, State]], length: int, count: int) -
     return found
 
 
-def cells(ms: dict[str, list[float]], models: dict[str, tuple[Backbone, State]]) -> list[str]:
+def cells(ms: dict[str, list[float]], models: dict[str, tuple[Backbone, AnyState]]) -> list[str]:
     """Of each model: milliseconds, the ratio to the first model's, and megabytes."""
     first = next(iter(ms.values()))
     made = []

@@ -35,7 +35,7 @@ from offramp.machine import processor
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.weights import FORMATS
 from offramp.model.loading import outline
-from offramp.model.state import State
+from offramp.model.runtime import AnyState
 from speed import read_bandwidth
 
 WORK = Path("build/bench")
@@ -67,7 +67,7 @@ def machine(threads: int, bandwidth: float) -> str:
     )
 
 
-def read(backbone: Backbone, state: State, start: int, length: int) -> None:
+def read(backbone: Backbone, state: AnyState, start: int, length: int) -> None:
     """Fill `state` from `start` to `length` random tokens by `project`. A step costs the same after any tokens."""
     for first in range(start, length, PIECE):
         ids = torch.randint(0, backbone.vocab_size, (1, min(PIECE, length - first)))
@@ -76,7 +76,7 @@ def read(backbone: Backbone, state: State, start: int, length: int) -> None:
 
 
 def decode(
-    backbone: Backbone, state: State, batch: int = 1, rows: int = 1, blocks: int | None = None, verified: bool = False
+    backbone: Backbone, state: AnyState, batch: int = 1, rows: int = 1, blocks: int | None = None, verified: bool = False
 ) -> None:
     """Run one step: `rows` tokens of each of `batch` sequences, through the first `blocks` blocks (default: all)."""
     blocks = blocks or backbone.n_blocks
@@ -91,7 +91,7 @@ def measure(backbone: Backbone, axes: Axes) -> Iterator[tuple[str, list[list[flo
     """For each axis, the milliseconds of every repetition at every value."""
     long, state, seen = backbone.state(max(axes["context"]) + 1), backbone.state(CONTEXT + max(axes["chunk rows"])), 0
 
-    def timed(state: State, **shape: Any) -> list[float]:
+    def timed(state: AnyState, **shape: Any) -> list[float]:
         length, times = state.length(0), []
         for _ in range(WARMUP + REPETITIONS):
             started = time.perf_counter()

@@ -25,7 +25,6 @@ import offramp
 from offramp.decode.drafting import Drafting
 from offramp.exits.exits import Exits, require_exits
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.steps import DrafterParts
 from offramp.training import drafting
 from offramp.training.config import TrainConfig
 from offramp.training.data import gather
@@ -69,7 +68,7 @@ class Play:
     wide: the most candidates for the first draft of a round.
     """
 
-    def __init__(self, costs: DrafterParts, wide: int) -> None:
+    def __init__(self, costs: Drafting, wide: int) -> None:
         self.costs, self.wide = costs, wide
         self.rounds, self.tokens, self.cost, self.rows = 1, 1.0, 1.0, 1.0  # as if one round without drafts had been played
 
@@ -133,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"among the first three in {shares[2]}.\n")
     print("| candidates for the first draft | tokens a round | cost | rows | tokens a step |\n|---|---|---|---|---|")
     for wide in range(1, CANDIDATES + 1):
-        played = Play(costs.parts, wide)
+        played = Play(costs, wide)
         for text in texts:
             played.through(text)
         tokens, cost, width = (total / played.rounds for total in (played.tokens, played.cost, played.rows))

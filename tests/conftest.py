@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from models import VARIANTS, cache_in  # imported before offramp, since it keeps the Hugging Face hub out
+from models import VARIANTS  # imported before offramp, since it keeps the Hugging Face hub out
 from offramp.model.backbone import Backbone
 
 pytest.register_assert_rewrite("helpers")  # a failing comparison in a helper shows its values
@@ -26,7 +26,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own."""
-    folder = cache_in(tmp_path / "cache")
+    folder = tmp_path / "cache"
     monkeypatch.setenv("OFFRAMP_CACHE", str(folder))
     return folder
 
@@ -40,7 +40,7 @@ def hub(tmp_path) -> Iterator[dict[str, str]]:
     stand = subprocess.Popen([sys.executable, Path(__file__).with_name("hub_stand.py"), str(tmp_path / "hub"), str(port)])
     environment = {
         **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_none",
-        "HF_HOME": str(tmp_path / "home"), "OFFRAMP_CACHE": str(cache_in(tmp_path / "cache")),
+        "HF_HOME": str(tmp_path / "home"), "OFFRAMP_CACHE": str(tmp_path / "cache"),
     }  # fmt: skip
     while True:
         with socket.socket() as probe:

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from helpers import exits_for
-from models import COMPILED, cache_in, saved, tiny
+from models import COMPILED, saved, tiny
 from offramp import Engine, Exits, load
 from offramp.errors import OfframpError
 from offramp.model.backbone import Backbone
@@ -122,7 +122,7 @@ class Targets:
     """Makes inputs in a folder. A method with the name of a target takes dice, and returns what to run."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.cache, self._open = folder, cache_in(folder / "cache"), ExitStack()
+        self.folder, self.cache, self._open = folder, folder / "cache", ExitStack()
 
     @cache  # noqa: B019 - there is one of these
     def model(self, family: str) -> Path:

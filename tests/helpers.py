@@ -164,10 +164,8 @@ def exact(sequence: Sequence, family: str) -> None:
             counts[block] -= sum(h.shape[1] for h in exit.pending)
     state = copy.deepcopy(sequence.state)
     for block in range(first_tail, BLOCKS):
-        for memory in (state.kv[block], state.ssm[block]):
-            if memory is not None:
-                assert memory.length == sequence.run
-                memory.crop(counts[block])
+        assert state.length(block) == (0 if backbone.kinds[block] == "neither" else sequence.run)
+        state.crop(counts[block], block, block + 1)
     for count in set(counts) - {0}:
         h, step = backbone.embed(torch.tensor([sequence.ids[:count]]))
         reference = backbone.state()

@@ -14,24 +14,10 @@ import pytest
 import torch
 import transformers
 
-from offramp.files import cache_folder
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.native import library
+from offramp.model.compiled.library import library
 from offramp.model.families import FAMILIES
 from offramp.model.loading import wrap
-
-CODE = cache_folder() / "native"
-
-
-def cache_in(folder: Path) -> Path:
-    """A cache folder of a test's own, at this place. Only the compiled code, which takes long to make, is everybody's."""
-    for each in (CODE, folder):
-        each.mkdir(mode=0o700, parents=True, exist_ok=True)  # others may not write where compiled code is loaded from
-    native = folder / "native"
-    if not native.is_symlink():  # two fixtures of a test may ask for the same folder
-        native.symlink_to(CODE)
-    return folder
-
 
 VOCAB, HIDDEN, BLOCKS = 260, 32, 6
 SMALL: dict[str, Any] = {

@@ -18,7 +18,7 @@ import torch
 import uvicorn
 
 from helpers import run_cli
-from models import cache_in, saved, tiny
+from models import saved, tiny
 from offramp import Engine, machine
 from offramp.decode.batch import Batch
 from offramp.decode.request import Talk
@@ -295,7 +295,7 @@ def test_the_command_bounds_the_servers_end_and_its_memory(monkeypatch, tmp_path
     made = []
     init = scheduler.Scheduler.__init__
     monkeypatch.setattr(scheduler.Scheduler, "__init__", lambda self, *sizes: (made.append(sizes), init(self, *sizes))[1])
-    cache = str(cache_in(tmp_path / "cache"))
+    cache = str(tmp_path / "cache")
     folder = str(saved(tiny("llama"), tmp_path / "model"))
     assert run_cli("serve", folder, "--memory", "0.5", OFFRAMP_CACHE=cache).code == 0
     assert started["timeout_graceful_shutdown"] == api.LAST_ANSWERS

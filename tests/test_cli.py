@@ -18,7 +18,7 @@ import typer
 
 import offramp
 from helpers import Ran, exits_for, run_cli
-from models import BLOCKS, cache_in, saved, tiny
+from models import BLOCKS, saved, tiny
 from offramp import Engine, Policy, Sampling
 from offramp.cli.app import app
 from offramp.cli.flags import Chosen, Only, with_flags
@@ -51,7 +51,7 @@ def world(tmp_path_factory):
     """A tiny model in a folder, exits for it, and a cache of their own."""
     folder = tmp_path_factory.mktemp("world")
     saved(tiny("llama"), folder / "model")
-    os.environ["OFFRAMP_CACHE"] = str(cache_in(folder / "cache"))
+    os.environ["OFFRAMP_CACHE"] = str(folder / "cache")
     backbone = offramp.load(str(folder / "model"), "float32")
     exits = exits_for("llama")
     exits.backbone["fingerprint"], exits.policy = backbone.source.fingerprint, Policy((0.9, 0.5, 0.5))

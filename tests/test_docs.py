@@ -27,7 +27,7 @@ import typer
 
 import offramp
 from helpers import modest_exits, run_cli
-from models import cache_in, saved, tiny
+from models import saved, tiny
 from offramp.cli.app import app
 from offramp.model.hub import ALIASES
 from offramp.serve.answers import Rules
@@ -179,7 +179,7 @@ def world(tmp_path_factory) -> Iterator[Path]:
     saved(tiny("llama"), folder / "model")
     modest_exits("llama").save(folder / "exits")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFRAMP_CACHE", str(cache_in(folder / "cache")))
+        patch.setenv("OFFRAMP_CACHE", str(folder / "cache"))
         patch.chdir(folder)
         exported = run_cli("export", "model", "-o", "exported", "--exits", "exits")
         assert exported.code == 0, exported.stderr

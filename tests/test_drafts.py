@@ -24,8 +24,8 @@ from offramp.exits.ngrams import Ngrams, ngrams_of
 from offramp.exits.parts import unit
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.library import MOST_DRAFTS, Part
 from offramp.model.compiled.steps import Steps
-from offramp.model.compiled.structures import MOST_DRAFTS
 from offramp.model.compiled.weights import FORMATS
 from offramp.training.drafting import runs
 
@@ -71,9 +71,11 @@ def costing(engine: Engine, row: float, asking: float) -> Engine:
     By its record, half of its drafts are right.
     """
     assert engine.drafting
-    drafter, parts = engine.drafting.compiled, engine.drafting.parts
-    drafter.rows[:], drafter.asking = [row * drafts for drafts in range(len(drafter.rows))], asking
-    engine.drafting = replace(engine.drafting, by_hand=asking, parts=replace(parts, rows=tuple(drafter.rows)))
+    rows = tuple(row * drafts for drafts in range(MOST_DRAFTS + 1))
+    part = Part(
+        "drafter", **(engine.drafting.part.fields | {"costs": torch.tensor(rows, dtype=torch.float32), "asking": asking})
+    )
+    engine.drafting = replace(engine.drafting, by_hand=asking, rows=rows, asking=asking, part=part)
     engine.drafting.exits.training["validation"] = [{"block": engine.drafting.block, "agreement": 0.5}]
     return engine
 

@@ -22,7 +22,7 @@ from offramp.exits.config import suggested_places
 from offramp.exits.exits import belong, find_exits, require_exits
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
-from offramp.model.compiled.native import library
+from offramp.model.compiled.library import library
 from offramp.model.hub import ALIASES
 from offramp.serve.menu import Menu
 from offramp.training.loop import Fit

@@ -1,4 +1,4 @@
-"""Machines that lack something: a C compiler, OpenMP, or what only Unix has, as far as one can tell from here."""
+"""Machines that lack something: a compiled library, or what only Unix has, as far as one can tell from here."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ import torch
 
 import offramp
 from helpers import modest_exits
-from models import compiled_only, saved, tiny
+from models import saved, tiny
 from offramp import Engine
 from offramp.errors import UnsupportedModel
 from offramp.evaluation.results import load_results
 from offramp.model.backbone import require_compiled
-from offramp.model.compiled.native import NOTHING, library
+from offramp.model.core import NOTHING
 from offramp.model.families import FAMILIES
-from test_compiled import compiled
 
 # Windows has neither of these modules, and reads files in another encoding where none is named. Only offramp's own code is
 # looked at: other libraries have code of their own for Windows, which is not installed here.
@@ -39,11 +38,6 @@ warnings.filterwarnings("error", category=EncodingWarning, module="offramp")
 from offramp.cli.app import main
 main()
 """
-# A compiler without OpenMP, like Apple's. It does not optimise, since nothing is timed.
-NO_OPENMP = """#!/bin/sh
-for flag; do [ "$flag" = -fopenmp ] && { echo "unsupported option '-fopenmp'" >&2; exit 1; }; done
-exec cc "$@" -O0
-"""
 
 
 @pytest.fixture
@@ -59,9 +53,9 @@ def ran(*arguments: str | Path, **environment: str) -> subprocess.CompletedProce
     return done
 
 
-def test_without_compiler_and_locks_everything_runs_and_says_so_once(model, tmp_path) -> None:
+def test_without_library_and_locks_everything_runs_and_says_so_once(model, tmp_path) -> None:
     windows = ["-X", "warn_default_encoding", "-c", AS_ON_WINDOWS]
-    lacking = {"CC": "false", "OFFRAMP_CACHE": str(tmp_path / "cache")}
+    lacking = {"OFFRAMP_CORE": "none", "OFFRAMP_CACHE": str(tmp_path / "cache")}
     said = ran(*windows, "generate", model, "Grüß Gott", "--max-tokens", "4", "--dtype", "float32", **lacking)
     assert said.stderr.count(NOTHING) == 1
     assert not (tmp_path / "cache" / "formats").exists()
@@ -98,21 +92,3 @@ def test_on_a_gpu_there_are_no_compiled_blocks() -> None:
     with pytest.raises(UnsupportedModel, match="tiny has no compiled blocks in int4: they run on a CPU") as no:
         require_compiled("tiny", family, "int4", gpu)
     assert 'device="cpu"' in no.value.hint
-
-
-@compiled_only
-@torch.inference_mode()
-def test_a_compiler_without_openmp_makes_code_for_one_core(own_cache, tmp_path, monkeypatch) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text(NO_OPENMP)
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    ids = [[1, 2, 3, 4, 5]]
-    expected = compiled("llama", "float32").forward(torch.tensor(ids))
-    library.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match="knows no OpenMP"):
-            backbone = compiled("llama", "float32")
-        assert torch.equal(backbone.forward(torch.tensor(ids)), expected)
-    finally:
-        library.cache_clear()

@@ -23,7 +23,7 @@ ray = pytest.importorskip("ray")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from helpers import exits_for, modest_exits, run_cli, some_prompts, task  # noqa: E402
-from models import cache_in, saved, tiny  # noqa: E402
+from models import saved, tiny  # noqa: E402
 from offramp import Engine, Policy, load  # noqa: E402
 from offramp.cli.options import DecodingOptions, cluster_at  # noqa: E402
 from offramp.cli.serving import ServeOptions, application  # noqa: E402
@@ -44,7 +44,7 @@ TIMES = {"prefill_seconds", "decode_seconds", "tokens_per_second"}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A tiny model's folder, with a cache for this module and its workers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFRAMP_CACHE", str(cache_in(tmp_path_factory.mktemp("cache"))))
+        patch.setenv("OFFRAMP_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split()]))
         yield saved(tiny("llama"), tmp_path_factory.mktemp("model"))

@@ -196,6 +196,9 @@ def test_embeddings_together_are_those_of_each_sequence(family: str) -> None:
         assert torch.equal(h, wanted)
         assert (step.batch, step.tokens) == (len(rows), len(rows[0]))
         states = backbone.state(), backbone.state()
+        for state in states if first else ():  # which has read as many tokens
+            before, made = backbone.embed(torch.zeros(len(rows), first, dtype=torch.int64), 0)
+            backbone.run(before, 0, 2, state, made)
         outs = [
             backbone.run(x, 0, 2, state, made)
             for state, (x, made) in zip(states, ((h, step), backbone.embed(torch.tensor(rows), first)), strict=True)

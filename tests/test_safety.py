@@ -10,18 +10,16 @@ from torch import nn
 
 import offramp
 from helpers import exits_for
-from models import PECULIAR, SMALL, byte_tokenizer, compiled_only, tiny
+from models import BLOCKS, PECULIAR, SMALL, byte_tokenizer, compiled_only, tiny
 from offramp import Engine
 from offramp.decode.drafting import Drafting
 from offramp.errors import UnsupportedModel
 from offramp.exits.ngrams import Ngrams
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.native import Native
-from offramp.model.compiled.structures import CHead, CMambaShape, CShape, CSketch, CWeight
+from offramp.model.compiled.library import Fine, Model, Part
 from offramp.model.compiled.weights import Weight
 from offramp.model.families import FAMILIES, family_of
-from offramp.model.loading import adopt
-from offramp.model.state import KV, SSM
+from offramp.model.loading import adopt, check
 
 
 def random_model(family, **changed):
@@ -46,27 +44,23 @@ def with_more_keys_in_a_block(model):
     model.model.layers[3].self_attn = wider
 
 
-def with_few_embeddings(model):
-    model.model.embed_tokens = nn.Embedding(64, 32)
+@compiled_only
+@pytest.mark.parametrize("change", [with_a_wider_mlp, with_more_keys_in_a_block])
+def test_blocks_of_different_sizes_are_compiled(change):
+    model = random_model("llama")
+    change(model)
+    backbone = adopt(model)
+    assert backbone.engine == "compiled blocks"
+    assert max(check(backbone)) <= 1e-5
 
 
 @compiled_only
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        (with_a_wider_mlp, "its blocks have different sizes"),
-        (with_more_keys_in_a_block, "its blocks have different sizes"),
-        (with_few_embeddings, "the shapes of its head or its embedding do not fit"),
-    ],
-)
-def test_a_model_that_compiled_code_has_no_scratch_for_runs_on_the_librarys_blocks(change, why):
+def test_an_embedding_that_is_smaller_than_the_head_is_not_compiled():
     model = random_model("llama")
-    change(model)
+    model.model.embed_tokens = nn.Embedding(64, 32)
     backbone = Backbone(model, tiny("llama").tokenizer, tiny("llama").source)
-    with pytest.raises(UnsupportedModel, match=f"has no compiled blocks in float32: {why}"):
+    with pytest.raises(UnsupportedModel, match="no compiled blocks in float32: the embedding has fewer tokens"):
         backbone.use_compiled_blocks("float32")
-    if change is not with_few_embeddings:  # the self-check draws ids from the head's vocabulary
-        assert adopt(model).engine == "library blocks"
 
 
 @compiled_only
@@ -101,7 +95,7 @@ def test_a_model_that_does_not_fit_is_loaded_on_the_librarys_blocks_or_refused(t
     ]
     assert Engine(loaded[0]).generate([1, 2], max_tokens=9).ids == Engine(adopt(model)).generate([1, 2], max_tokens=9).ids
     assert all(folder.name.endswith("-library") for folder in own_cache.glob("formats/*/"))
-    with pytest.raises(UnsupportedModel, match="no compiled blocks in int8: the shapes of block 0 do not fit") as refused:
+    with pytest.raises(UnsupportedModel, match="no compiled blocks in int8: a mixer of 8 heads and 4 states") as refused:
         offramp.load(str(tmp_path), "int8")
     assert refused.value.hint == "Use bfloat16 or float32."
 
@@ -118,11 +112,11 @@ def test_a_sketch_finds_the_likeliest_of_more_than_a_million_tokens():
     tokens, dims, candidates = 3 << 19, 8, 500
     torch.manual_seed(0)
     head, norm, eye = Weight({"w": torch.randn(tokens, dims)}), torch.ones(dims), Weight({"w": torch.eye(dims)})
-    sketch = CSketch(CWeight.of(eye), CWeight.of(head), candidates)
-    native = Native([], [], CShape(dims, 1, 1, dims, dims), CMambaShape(), dims)
-    h = torch.randn(2, dims)
-    handle = CHead(CWeight.of(head), norm.data_ptr(), 1e-6)
-    found, whole = native.logits(handle, sketch, h), native.logits(handle, None, h)
+    sketch = Part("sketch", reduce=eye, expand=head, candidates=candidates)
+    model = Model(Part("ends", head=Fine(head), norm=norm, embedding=head.w, eps=1e-6), [], [])
+    h, found, whole = torch.randn(2, dims), torch.empty(2, tokens), torch.empty(2, tokens)
+    for pointer, y in ((sketch.pointer, found), (None, whole)):
+        model.call("offramp_logits", pointer, h.data_ptr(), 2, y.data_ptr())
     assert torch.equal(found.topk(candidates).indices, whole.topk(candidates).indices)
     assert (found > float("-inf")).sum() == 2 * candidates
 
@@ -144,14 +138,18 @@ def test_rows_and_blocks_that_are_not_there_are_refused():
             call()
 
 
-def test_a_memory_gives_no_addresses_for_tokens_of_another_shape():
-    kv, ssm, like = KV(), SSM(), torch.zeros(1)
-    kv.addresses((1, 4, 8), torch.float32, 0, 5)
-    with pytest.raises(ValueError, match="the memory holds"):
-        kv.addresses((1, 4, 16), torch.float32, 5, 6)
-    ssm.addresses(like, (1, 3, 64), (1, 8, 8, 8))
-    with pytest.raises(ValueError, match="the memory holds"):
-        ssm.addresses(like, (1, 3, 128), (1, 8, 8, 8))
+@compiled_only
+@pytest.mark.parametrize("family", ["llama", "mamba2"])
+@torch.inference_mode()
+def test_a_memory_of_another_model_or_batch_is_refused(family):
+    backbone, other = tiny(f"{family}/compiled"), tiny(f"{family}/compiled", seed=1)
+    h, step = backbone.embed(torch.tensor([[1, 2, 3]]))
+    begun = backbone.state()
+    backbone.run(h, 0, BLOCKS, begun, step)
+    for state, twice in ((other.state(), 1), (tiny(family).state(), 1), (begun, 2)):
+        both = h.repeat(twice, 1, 1)
+        with pytest.raises(ValueError, match=r"another model|library's blocks|holds 1 texts"):
+            backbone.run(both, 0, BLOCKS, state, backbone.step(both, 3))
 
 
 @compiled_only

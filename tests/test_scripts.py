@@ -15,7 +15,7 @@ import torch
 
 import offramp
 from helpers import modest_exits
-from models import COMPILED, VARIANTS, cache_in, compiled_only, saved, tiny
+from models import COMPILED, VARIANTS, compiled_only, saved, tiny
 from offramp import Policy
 from offramp.decode.fills import FILLS
 from offramp.evaluation.results import load_results
@@ -60,7 +60,7 @@ def world(tmp_path_factory):
     """A tiny model with exits that are sometimes right, questions, prompts, and a file like TriviaQA's."""
     folder = tmp_path_factory.mktemp("scripts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OFFRAMP_CACHE", str(cache_in(folder / "cache")))
+        patch.setenv("OFFRAMP_CACHE", str(folder / "cache"))
         saved(tiny("llama"), folder / "model")
         fingerprint = offramp.load(str(folder / "model"), "float32").source.fingerprint
         made = modest_exits("llama")
@@ -142,7 +142,7 @@ def test_offload_says_what_a_token_takes(world, capsys) -> None:
 
 
 def test_offload_limits_the_memory_of_a_process_or_says_that_it_cannot(world, tmp_path, capfd, monkeypatch) -> None:
-    monkeypatch.setenv("OFFRAMP_CACHE", str(cache_in(tmp_path / "cache")))  # no other process has its files in memory
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "cache"))  # no other process has its files in memory
     ours = ["--model", str(world / "model"), "--dtype", "float32", "--exits", str(world / "exits")]
     arguments = [*ours, "--drafts", str(world / "exits"), "--count", "1", "--tokens", "4", "--pairs", "1"]
     try:

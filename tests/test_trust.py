@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import stat
-import warnings
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,12 @@ import transformers
 
 import offramp
 from helpers import modest_exits, run_cli
-from models import CODE, byte_tokenizer, compiled_only, saved, tiny
+from models import byte_tokenizer, saved, tiny
 from offramp import Exits
 from offramp.errors import CorruptFile, ModelNotFound, OfframpError, UnsupportedModel
 from offramp.files import cache_folder, sha256_of
 from offramp.model import hub, loading
 from offramp.model.checkpoint import INDEX, RECORD, WHOLE, weights_in
-from offramp.model.compiled.native import NOTHING, library
 from offramp.model.hub import resolve
 from offramp.training.loop import Budget, Fit
 
@@ -216,66 +214,3 @@ def test_exits_name_no_code(kind: str, tmp_path) -> None:
     (tmp_path / "offramp.json").write_text(json.dumps(record))
     with pytest.raises(OfframpError, match=r"no .* 'os\.system'"):
         Exits.load(tmp_path, tiny("llama"))
-
-
-@pytest.fixture
-def compiled(tmp_path: Path, monkeypatch):
-    """A cache of the test's own with a compiled library, as a compiler makes it that only copies a file."""
-    good = next(CODE.glob("*.so"))
-    compiler = tmp_path / "cc"
-    compiler.write_text(
-        f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\ncp "{good}" "$2"\necho >> "{tmp_path / "calls"}"\n'
-    )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "cache"))
-    library.cache_clear()
-    assert library() is not None
-    library.cache_clear()
-    yield next((tmp_path / "cache" / "native").glob("*.so"))
-    library.cache_clear()
-
-
-@compiled_only
-@pytest.mark.filterwarnings("always::UserWarning")
-@pytest.mark.parametrize("place", ["native", "cache"])
-def test_compiled_code_is_not_loaded_from_where_others_may_write(place: str, compiled: Path) -> None:
-    exposed = next(folder for folder in compiled.parents if folder.name == place)
-    exposed.chmod(0o777)
-    with pytest.warns(UserWarning, match=f"{exposed} belongs to another user, or others may write there.*chmod"):
-        assert library() is None
-    exposed.chmod(0o755)
-    library.cache_clear()
-    assert library() is not None
-
-
-@compiled_only
-@pytest.mark.filterwarnings("always::UserWarning")
-@pytest.mark.parametrize("damage", ["cut", "open"])
-def test_a_damaged_compiled_library_is_made_anew_once(damage: str, compiled: Path, tmp_path) -> None:
-    content, calls = compiled.read_bytes(), tmp_path / "calls"
-    compiled.unlink()  # this process has that file mapped
-    compiled.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
-    compiled.chmod(0o755 if damage == "cut" else 0o775)
-    calls.unlink()
-    with pytest.warns(UserWarning, match="was damaged, or others could write to it. It is made anew"):
-        assert library() is not None
-    assert compiled.read_bytes() == content
-    assert compiled.stat().st_mode & 0o777 == 0o755
-    library.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert library() is not None
-    assert calls.read_text() == "\n"
-
-
-@compiled_only
-@pytest.mark.filterwarnings("always::UserWarning")
-def test_code_that_cannot_be_loaded_is_not_called_a_missing_compiler(compiled: Path, tmp_path, monkeypatch) -> None:
-    compiler = tmp_path / "other"
-    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho nonsense > "$2"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    with pytest.warns(UserWarning, match="The compiled code cannot be used") as said:
-        assert library() is None
-    assert NOTHING not in [str(each.message) for each in said]

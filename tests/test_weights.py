@@ -1,18 +1,12 @@
 """Weight formats keep what they promise, and products multiply with exactly those values."""
 
-import platform
-import shutil
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from offramp.model.compiled import native
-from offramp.model.compiled.native import Native, kernels, library
-from offramp.model.compiled.structures import CMambaShape, CShape, CWeight
+from models import compiled_only
+from offramp.model.compiled.library import Model, Part, handle_of, kernels
 from offramp.model.compiled.weights import FORMATS, Int4, Int8, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
@@ -64,38 +58,10 @@ def test_rows_that_cannot_be_grouped_are_refused():
         Int4.tensors(torch.randn(4, 40))
 
 
-# Instructions that the compiler must not use, so that one machine tests the kernels of several.
-WITHOUT = {
-    "none": "",
-    "bfloat16": "-mno-avx512bf16 -mno-avx512vnni",
-    "avx512": "-mno-avx512f",
-    "avx2": "-mno-avx512f -mno-avx2 -mno-fma",
-}
-
-
-# What is compiled for a test only is not optimised as far: that takes long.
-QUICK = ["-O1" if flag == "-O3" else flag for flag in native.FLAGS]
-
-
-@pytest.fixture(params=[name for name in WITHOUT if name == "none" or platform.machine() == "x86_64"])
-def compiled(request, monkeypatch, tmp_path_factory):
-    """The C code, compiled without these instructions."""
-    if not library() or not shutil.which("gcc"):
-        pytest.skip("no C compiler")
-    if request.param != "none":
-        monkeypatch.setenv("CC", f"gcc {WITHOUT[request.param]}")
-        monkeypatch.setattr(native, "FLAGS", QUICK)
-        # Beside the folders of the test run's processes, which share what is compiled.
-        monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path_factory.getbasetemp().parent / "compiled"))
-        found = library.__wrapped__()
-        assert found, "this does not compile"
-        monkeypatch.setattr(native, "library", lambda: found)
-
-
-def rounded(rows, kind, fine=False, multiplies=kernels):
-    """The numbers that rows are multiplied as, by kernels of this name."""
+def rounded(rows, kind, fine=False):
+    """The numbers that rows are multiplied as."""
     most = 127 * 256 if fine else 127
-    if kind == "bfloat16" and "BF16" in multiplies():
+    if kind == "bfloat16" and "BF16" in kernels():
         return rows.bfloat16().float()
     if kind.startswith("int"):
         parts = rows.split(64 if kind == "int8" else 32, dim=1)
@@ -105,83 +71,30 @@ def rounded(rows, kind, fine=False, multiplies=kernels):
     return rows
 
 
+def product(weight, rows, fine=False):
+    """Rows (R, K) times a weight, by compiled code."""
+    ends = Part(
+        "ends", head=weight, norm=torch.ones(weight.columns), embedding=torch.ones(weight.rows, weight.columns), eps=0
+    )
+    return Model(ends, [], []).product(handle_of(weight, fine), rows)
+
+
+@compiled_only
 @pytest.mark.parametrize(("kind", "fine"), [*((kind, False) for kind in KINDS), ("int8", True), ("int4", True)])
-def test_a_native_product_is_with_the_dense_weight_and_each_row_for_itself(kind, fine, compiled):
-    """With any number of rows, also where columns do not fill a vector, and where they are more than `DEPTH`."""
+def test_a_compiled_product_is_with_the_dense_weight(kind, fine):
+    """core/tests/products.c looks closer; here it is seen that weights are laid out as the library reads them."""
     for columns in (96, 320, 2112):
-        weight = random_weight(kind, rows=37, columns=columns, bias=True)
-        rows, dense = torch.randn(70, columns), weight.dense()
-        multiplier = Native([], [], CShape(columns, 1, 1, 8, columns), CMambaShape(), columns)
-        handle = CWeight.of(weight, fine)
-        product = multiplier.product(handle, rows)
-        for count in (1, 2, 3, 4, 7, 8, 13):
-            alone = torch.cat([multiplier.product(handle, part.contiguous()) for part in rows.split(count)])
-            assert torch.equal(product, alone), f"{count} rows of {columns}"
-        wanted = rounded(rows, kind, fine).double() @ dense.double().T + weight.bias
-        assert (product - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        weight, rows = random_weight(kind, rows=37, columns=columns, bias=True), torch.randn(70, columns)
+        wanted = rounded(rows, kind, fine).double() @ weight.dense().double().T + weight.bias
+        assert (product(weight, rows, fine) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-ARM = ("aarch64-linux-gnu-gcc", "qemu-aarch64")  # of Debian's packages gcc-aarch64-linux-gnu and qemu-user
-
-
-# Sets of instructions, by the compiler that knows them. Zen 5 has AVX-VNNI beside AVX-512; it may be compiled without the
-# latter's VNNI.
-SETS = {
-    "gcc": [
-        "x86-64-v3", "x86-64-v4", "x86-64-v4 -mavxvnni", "znver4", "znver5", "alderlake", "sapphirerapids",
-    ],
-    ARM[0]: ["armv8-a", "armv8.2-a+dotprod"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("compiler", "instructions"), [(name, each) for name, sets in SETS.items() for each in sets])
-def test_the_code_compiles_for_every_set_of_instructions(compiler, instructions):
-    if not shutil.which(compiler) or (compiler == "gcc" and platform.machine() != "x86_64"):
-        pytest.skip(f"no {compiler} for this")
-    command = [compiler, *f"-march={instructions} -O0 -ffp-contract=off -fopenmp -Wno-psabi -S -o /dev/null".split()]
-    known = subprocess.run([*command, "-x", "c", "/dev/null"], capture_output=True, text=True)
-    if known.returncode:
-        pytest.skip(f"{compiler} does not know -march={instructions}")
-    done = subprocess.run([*command, str(native.SOURCE)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module", params=["armv8-a", "armv8.2-a+dotprod"])
-def arm_product(request, tmp_path_factory):
-    """product.c, compiled for ARM processors with NEON, and for those that also have dot products."""
-    if not all(map(shutil.which, ARM)):
-        pytest.skip(f"no {' or no '.join(ARM)}")
-    program = tmp_path_factory.mktemp("arm") / "product"
-    flags = [f"-march={request.param}", *(flag for flag in QUICK if flag not in ("-march=native", "-shared", "-fPIC"))]
-    source = Path(__file__).with_name("product.c")
-    command = [ARM[0], *flags, "-static", "-I", str(native.FOLDER), "-o", str(program), str(source), "-lm"]
-    subprocess.run(command, check=True, capture_output=True)
-    return [ARM[1], "-cpu", "max", str(program)]
-
-
-@pytest.mark.parametrize(("kind", "fine"), [*((kind, False) for kind in KINDS), ("int8", True), ("int4", True)])
-def test_a_product_on_arm_is_with_the_dense_weight_and_each_row_for_itself(kind, fine, arm_product, tmp_path):
-    """Emulated by qemu, so its speed says nothing."""
-    weight, rows = random_weight(kind, rows=37, columns=352), torch.randn(13, 352)
-    sizes = [CWeight.of(weight, fine).kind, weight.rows, weight.columns, weight.w.nbytes, len(rows)]
-    parts = [np.array(sizes, np.int64), weight.w.view(torch.uint8), *([weight.scale] if kind == "int8" else []), rows]
-    file = tmp_path / "product"
-    file.write_bytes(b"".join(np.asarray(part).tobytes() for part in parts))
-    done = subprocess.run([*arm_product, str(file)], capture_output=True, check=False)
-    assert done.returncode == 0, "few rows at a time gave other bits" if done.returncode == 1 else done.stderr
-    assert done.stderr.startswith(b"NEON")
-    product = torch.from_numpy(np.frombuffer(done.stdout, np.float32).reshape(13, 37).copy())
-    wanted = rounded(rows, kind, fine, done.stderr.decode).double() @ weight.dense().double().T
-    assert (product - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-
-
-@pytest.mark.skipif(not library(), reason="no C compiler")
+@compiled_only
 @pytest.mark.parametrize("kind", KINDS)
-def test_nan_is_not_lost_in_a_native_product(kind):
+def test_nan_is_not_lost_in_a_compiled_product(kind):
     x = torch.ones(1, 96)
     x[0, 40] = float("nan")
-    native = Native([], [], CShape(96, 1, 1, 8, 96), CMambaShape(), 96)
-    assert native.product(CWeight.of(random_weight(kind)), x).isnan().all()
+    assert product(random_weight(kind), x).isnan().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

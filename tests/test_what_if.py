@@ -7,7 +7,7 @@ import pytest
 from offramp.errors import BadInput
 from offramp.evaluation.anatomy import Anatomy, anatomy
 from offramp.evaluation.what_if import Scenario, what_if
-from offramp.model.compiled.structures import MOST_DRAFTS
+from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.loading import outline
 
 NAMES = ["mistralai/Mistral-7B-v0.3", "mistralai/Mamba-Codestral-7B-v0.1"]

@@ -77,10 +77,10 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def instruction_set() -> str:
-    """The processor's feature flags as the system lists them; empty where it lists none."""
-    prefixes = ("flags", "Features", "CPU part")
-    return "/".join(sorted({line for line in _processor_lines() if line.startswith(prefixes)}))
+def processor_words() -> set[str]:
+    """The processor's maker and features, as the system lists them; empty where it lists none."""
+    prefixes = ("vendor_id", "flags", "Features")
+    return {word for line in _processor_lines() if line.startswith(prefixes) for word in line.split(":", 1)[1].split()}
 
 
 def _processor_lines() -> list[str]:

@@ -23,8 +23,8 @@ from offramp.decode.sequence import Decision, Sequence, Work
 from offramp.decode.timing import Timer
 from offramp.errors import NothingFits
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
-from offramp.model.compiled.steps import Steps
-from offramp.model.compiled.structures import MOST_DRAFTS
+from offramp.model.compiled.library import MOST_DRAFTS
+from offramp.model.compiled.steps import Ask, Steps
 
 LOOKED_BACK = 1024  # tokens of a text in which compiled code looks up what followed the last ones
 
@@ -129,16 +129,13 @@ def run_ahead(plan: Plan, request: Request) -> tuple[list[Pass], Climb | None]:
     one_by_one = request.detokenizer.stops or plan.policy.decay or first
     enough = min(request.remaining, 1 if one_by_one else burst)
     most = enough if first or not plan.drafting else min(request.remaining, enough + MOST_DRAFTS)
-    asked = plan.gating.asked(0, lowest, most) if plan.gating else None
-    drafter = plan.drafting.compiled if plan.drafting else None
+    asked = plan.gating.asked(lowest, most) if plan.gating else None
+    drafter = plan.drafting.part if plan.drafting else None
     assert isinstance(request.choose, Greedy)
-    position, penalty = sequence.run, request.choose.repetition_penalty
+    penalty = request.choose.repetition_penalty
     ids = sequence.ids if penalty != 1 else sequence.ids[-LOOKED_BACK if drafter else -1 :]
-    ask = runtime.ask_for(
-        ids, enough, most, request.ends, sketch=sketch, asked=asked, deep=sequence.deep, drafter=drafter,
-        estimates=sequence.estimates, penalty=penalty,
-    )  # fmt: skip
-    steps = runtime.take_steps(ask, sequence.state, position)
+    ask = Ask(ids, enough, most, request.ends, sketch, asked, sequence.deep, drafter, penalty)
+    steps = runtime.take_steps(ask, sequence.state)
     if isinstance(plan.timed, Timer):
         for part, seconds in zip(("embedding", "blocks", "heads", "sampling", "exits"), steps.seconds, strict=True):
             if seconds:

@@ -17,10 +17,9 @@ from offramp.exits.ngrams import LONGEST, SHORTEST
 from offramp.exits.readouts import DeepAdapter
 from offramp.machine import processor
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.native import kernels
+from offramp.model.compiled.library import MOST_DRAFTS, kernels
+from offramp.model.compiled.library import Part as CompiledPart
 from offramp.model.compiled.runtime import Compiled
-from offramp.model.compiled.steps import DrafterParts
-from offramp.model.compiled.structures import MOST_DRAFTS, CDrafter, CNgrams
 from offramp.model.compiled.weights import Int4, Int8, Weight
 
 # What 0, 1, … more rows of a chunk cost, in steps of full depth: for smollm2 on a maker's processors with these kernels, by
@@ -60,15 +59,18 @@ def row_costs(weight_format: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Drafting:
-    """A compiled drafter. The rest keeps alive what the C code points to.
+    """A compiled drafter, `part`.
 
-    `block`: the number of blocks before the exit; `by_hand`: what a draft costs that Python makes, in steps of full depth.
+    `block`: the number of blocks before the exit. Costs are in steps of full depth: `rows` of 0, 1, … more rows of a chunk,
+    `asking` of one draft, and `by_hand` of one that Python makes. `floor`: what a draft's chance to stand must exceed.
     """
 
     block: int
+    rows: tuple[float, ...]
+    asking: float
     by_hand: float
-    parts: DrafterParts
-    compiled: CDrafter
+    floor: float
+    part: CompiledPart
     exits: Exits
 
     @property
@@ -81,7 +83,7 @@ class Drafting:
         for drafts, share in enumerate(self._right()[:MOST_DRAFTS], start=1):
             chance *= share
             tokens += chance
-            best = max(best, tokens / (1 + self.parts.rows[drafts] + drafts * self.parts.asking))
+            best = max(best, tokens / (1 + self.rows[drafts] + drafts * self.asking))
         return best
 
     def pays_beside(self, answers: int) -> bool:
@@ -91,7 +93,7 @@ class Drafting:
 
     def _chunk(self, rows: int) -> float:
         """What a chunk of so many rows costs, in steps of full depth. Beyond the table, each costs as its last row."""
-        costs = self.parts.rows
+        costs = self.rows
         beyond = max(0, rows - len(costs))
         return 1 + costs[min(rows, len(costs)) - 1] + beyond * (costs[-1] - costs[-2])
 
@@ -106,7 +108,11 @@ class Drafting:
 
     @classmethod
     def of(cls, backbone: Backbone, exit: Exit, exits: Exits, most: int, alike: int, floor: float) -> Drafting | None:
-        """The drafter of one of the exits; None if it cannot be compiled. The rest is as in `DrafterParts`."""
+        """The drafter of one of the exits; None if it cannot be compiled.
+
+        A round has at most `most` drafts. Where the last `alike` tokens stand earlier in the text, what followed them is a
+        draft, too (0: never), and so is what the exits' n-grams expect. A draft's chance to stand must exceed `floor`.
+        """
         runtime, adapter = backbone.runtime, exit.adapter
         mixers_in_tail = "mamba" in backbone.kinds[backbone.n_blocks - exit.tail :]
         if not isinstance(runtime, Compiled) or not isinstance(adapter, DeepAdapter) or mixers_in_tail:
@@ -117,17 +123,20 @@ class Drafting:
         mean, spread = (part.float().contiguous() for part in (adapter.norm.mean, adapter.norm.spread))
         shortlist, ngrams = exits.shortlist, exits.ngrams
         rows = torch.arange(runtime.head.rows) if shortlist is None else shortlist
-        table = None
+        table: dict[str, torch.Tensor | float] = {}
         if ngrams is not None:
-            ngrams.check(runtime.head.rows)  # compiled code follows it without looking
-            table = CNgrams(ngrams.keys.data_ptr(), ngrams.values.data_ptr(), len(ngrams.keys) - 1, SHORTEST, LONGEST)
+            ngrams.check(runtime.head.rows)
+            table = {"keys": ngrams.keys, "values": ngrams.values, "shortest": SHORTEST, "longest": LONGEST}
         weights = kind.of(inward, constant), kind.of(down), kind.of(runtime.head.pick(rows).dense())
         own = [*range(exit.block), *range(backbone.n_blocks - exit.tail, backbone.n_blocks)]
         asking = sum(weight.nbytes for weight in weights) + sum(map(runtime.block_bytes, own))
         step = sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes()
         scale = None if adapter.jump is None else adapter.jump.spread.float().contiguous()
-        parts = DrafterParts(
-            exit.block, exit.tail, exits.config.middle, *weights, mean, spread, scale, shortlist, table,
-            min(most, MOST_DRAFTS), alike, row_costs(runtime.weight_format), asking / step, floor,
+        costs = row_costs(runtime.weight_format)
+        part = CompiledPart(
+            "drafter", in_=weights[0], down=weights[1], head=weights[2], mean=mean, spread=spread, scale=scale,
+            tokens=shortlist, costs=torch.tensor(costs), after=exit.block, tail=exit.tail, middle=exits.config.middle,
+            most=min(most, MOST_DRAFTS), alike=alike, asking=asking / step, floor=floor, **table,
         )  # fmt: skip
-        return cls(exit.block, (asking + PYTHON) / step, parts, runtime.drafter(parts), exits)
+        runtime.check(part)
+        return cls(exit.block, costs, asking / step, (asking + PYTHON) / step, floor, part, exits)

@@ -122,11 +122,8 @@ class Copy(Fill):
             for index in skipped:
                 self.backbone.project_keys(h, index, state, step)
             return
-        source = state.kv[computed[-1]]
-        assert source is not None
-        keys, values = source.keys[:, :, -h.shape[1] :], source.values[:, :, -h.shape[1] :]
         for index in skipped:
-            state.update(keys, values, index)
+            state.copy_keys(computed[-1], index, h.shape[1])
 
     def flops(self, exit: Exit, costs: Costs) -> int:
         has_source = any(index < exit.block for index in self._attention)

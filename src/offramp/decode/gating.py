@@ -33,8 +33,9 @@ class Gating:
             return None
         dtype = torch.float32 if runtime.weight_format == "float32" else torch.bfloat16
         parts = [made for exit in exits if (made := compiled(exit.gate, dtype))]
-        gates = runtime.gates([exit.block for exit in exits], parts) if len(parts) == len(exits) else None
-        return cls(runtime, gates) if gates else None
+        if not parts or len(parts) < len(exits):
+            return None
+        return cls(runtime, Gates([exit.block for exit in exits], parts, backbone.hidden_size))
 
     def run(self, part: Part, start: int, lowest: Sequence[float]) -> tuple[Tensor, int, list[tuple[Tensor, float]]]:
         """Run one token from block `start` on, up to the first gate whose confidence is above `lowest`, or to the top.
@@ -43,19 +44,19 @@ class Gating:
         the token's hidden state (1, 1, D), the number of blocks before it, and for each gate on the way the hidden state
         and the confidence.
         """
-        asked = self.asked(start, lowest)
+        asked = self.asked(lowest)
         h, reached = self._runtime.run_until(part, start, asked)
         return h, reached, self.said(asked, reached)
 
-    def asked(self, start: int, lowest: Sequence[float], tokens: int = 1) -> Asked:
+    def asked(self, lowest: Sequence[float], tokens: int = 1) -> Asked:
         """Gates to ask about so many tokens, as for `run`."""
-        return self._gates.ahead(start, [_logit(confidence) for confidence in lowest], tokens)
+        return self._gates.ahead([_logit(confidence) for confidence in lowest], tokens)
 
     def said(self, asked: Asked, reached: int, token: int = 0) -> list[tuple[Tensor, float]]:
         """What `run` returns for each gate before block `reached` + 1, about the newest token, which has this number."""
-        count = len(asked.gates)
+        count = asked.count
         logits = asked.logits[token * count : (token + 1) * count]
-        blocks = self._gates.blocks[len(self._gates) - count :]
+        blocks = self._gates.blocks[len(self._gates.parts) - count :]
         return [
             (seen[None, None], _sigmoid(logit))
             for block, seen, logit in zip(blocks, asked.seen, logits, strict=True)
@@ -64,7 +65,7 @@ class Gating:
 
     def ask(self, number: int, h: Tensor) -> float:
         """The confidence of one of the gates about a hidden state (1, 1, D)."""
-        return _sigmoid(self._runtime.ask(self._gates, number, h))
+        return _sigmoid(self._runtime.ask(self._gates.parts[number], h))
 
 
 def _sigmoid(logit: float) -> float:

@@ -23,6 +23,7 @@ from offramp.exits.exits import Exit, Exits
 from offramp.exits.parts import Part, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.library import Part as CompiledPart
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.costs import Costs
 from offramp.model.families import Family
@@ -124,7 +125,7 @@ class Plan:
         """Whether answers are full depth's: no exit is open, and no sketch stands in for the head."""
         return not self.open_exits and self.head is self.whole_head
 
-    def _ahead(self, exits: Exits | None) -> tuple[Compiled, tuple[Tensor, Tensor, int] | None, int] | None:
+    def _ahead(self, exits: Exits | None) -> tuple[Compiled, CompiledPart | None, int] | None:
         """What decodes several tokens in one call (`asking.run_ahead`), if anything can: the runtime, what it reads out
         with if that is a sketch, and the most tokens. Their Python costs little beside that much work.
         """
@@ -140,7 +141,7 @@ class Plan:
             return None
         sketch = None
         if exits and exits.sketch and self.policy.candidates and not self.fill.verifies:
-            sketch = *exits.sketch, self.policy.candidates
+            sketch = runtime.sketch(*exits.sketch, self.policy.candidates)
         return runtime, sketch, max(1, min(MOST_AHEAD, AHEAD_FLOPS // self.costs.full(1)))
 
     def _drafting(self, exits: Exits | None) -> Drafting | None:

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from offramp.exits.exits import Exit
 from offramp.exits.parts import Memory, Part
-from offramp.model.compiled.steps import new_estimates
-from offramp.model.compiled.structures import CEstimates
-from offramp.model.state import State
+from offramp.model.runtime import AnyState
 
 ID_BYTES = 64  # of a Python integer in two lists
 TokenIds = TypeVar("TokenIds", list[int], tuple[int, ...])
@@ -193,7 +191,7 @@ class Sequence:
     """
 
     ids: list[int]
-    state: State
+    state: AnyState
     exits: list[OpenExit]
     prompt: int  # number of ids in the prompt
     drafts: list[Decision] = field(default_factory=list)
@@ -203,7 +201,6 @@ class Sequence:
     rejected: int = 0
     whole: bool = True
     watched: bool = False  # whether blocks keep what they need to forget drafts
-    estimates: CEstimates = field(default_factory=new_estimates)  # of compiled drafts
 
     def continued_by(self, ids: list[int], open_exits: list[tuple[Exit, int]]) -> bool:
         """Whether these ids begin with all that has been run and go on, at the same open exits, so it can be used again."""

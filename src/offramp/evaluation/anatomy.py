@@ -10,7 +10,7 @@ from offramp.exits.config import ExitsConfig, suggested_places
 from offramp.exits.exits import Exits
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.native import kernels
+from offramp.model.compiled.library import kernels
 from offramp.model.costs import Costs
 from offramp.model.families import UNBOUNDED
 from offramp.training.config import draft_config

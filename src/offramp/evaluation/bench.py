@@ -23,7 +23,7 @@ from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.native import kernels
+from offramp.model.compiled.library import kernels
 
 PROMPT = "Explain how rainbows form, in detail."
 # With `verify`, speed depends on how many drafts stand, which differs from text to text.

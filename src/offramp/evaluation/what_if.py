@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from offramp.decode.drafting import row_costs
 from offramp.errors import BadInput
 from offramp.evaluation.anatomy import Anatomy
-from offramp.model.compiled.structures import MOST_DRAFTS
+from offramp.model.compiled.library import MOST_DRAFTS
 
 HINT = "For example: --what-if agreement=0.5,0.6,0.7 --what-if drafts=0.5 --what-if bandwidth=900"
 

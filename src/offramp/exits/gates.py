@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.exits.parts import MambaBlock, Memory, Part, Standardise
-from offramp.model.compiled.steps import GateParts
+from offramp.model.compiled.library import Part as CompiledPart
 from offramp.model.compiled.weights import Weight
 
 
@@ -61,7 +61,7 @@ class MambaGate(Part):
         return (logit + self.direct(x)).squeeze(-1), memory
 
 
-def compiled(gate: Part, dtype: torch.dtype) -> GateParts | None:
+def compiled(gate: Part, dtype: torch.dtype) -> CompiledPart | None:
     """What `Compiled.run_until` needs of a gate, with its matrices in `dtype`; None for one that cannot be asked there."""
     if not isinstance(gate, LinearGate | FFNGate):
         return None
@@ -69,7 +69,8 @@ def compiled(gate: Part, dtype: torch.dtype) -> GateParts | None:
     if isinstance(gate, FFNGate):
         inward, out = torch.cat([gate.gate.weight, gate.up.weight]), gate.out.weight[0].detach().float().contiguous()
     mean, spread = (vector.float().contiguous() for vector in (gate.norm.mean, gate.norm.spread))
-    return GateParts(Weight({"w": inward.detach().to(dtype)}), mean, spread, out, float(gate.out.bias))
+    weight = Weight({"w": inward.detach().to(dtype)})
+    return CompiledPart("gate", in_=weight, mean=mean, spread=spread, out=out, bias=float(gate.out.bias))
 
 
 GATES: dict[str, type[Part]] = {"linear": LinearGate, "ffn": FFNGate, "mamba": MambaGate}

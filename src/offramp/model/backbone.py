@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from offramp.errors import BadInput, UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.compiled.native import library
+from offramp.model.compiled.library import library
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.families import UNBOUNDED, Family, family_of
 from offramp.model.hub import Source
@@ -26,8 +26,7 @@ from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
 from offramp.model.offload import device_of, is_offloaded
 from offramp.model.prompts import Prompts
-from offramp.model.runtime import Part, Runtime, Step
-from offramp.model.state import State
+from offramp.model.runtime import AnyState, Part, Runtime, Step
 from offramp.model.store import Store
 
 __all__ = ["Backbone", "Part", "Runtime", "Step"]
@@ -147,14 +146,15 @@ class Backbone:
         try:
             runtime = Compiled(self.modules, format, store or Store(), values or Values())
         except ValueError as error:
-            raise no_compiled(self.name, format, str(error)) from error
+            why = str(error).removesuffix(".")
+            raise no_compiled(self.name, format, why[0].lower() + why[1:]) from error
         self.runtime = runtime
         for module, weight in runtime.changed:
             if not module.weight.is_meta:
                 module.weight = nn.Parameter(weight().to(module.weight), requires_grad=False)
 
     def keep_keys_in(self, dtype: str) -> None:
-        """Keep keys and values in `float32` or `bfloat16` from now on. Texts that were begun before cannot go on.
+        """Keep the keys and values of new texts in `float32` or `bfloat16` from now on.
 
         Without this, compiled blocks keep them in float32 with float32 weights, and in bfloat16 with others. Raises
         `BadInput` for another dtype, and `UnsupportedModel` where no compiled block has attention.
@@ -192,10 +192,9 @@ class Backbone:
         """
         self.runtime.drop_spare_weights()
 
-    def state(self, capacity: int = 256) -> State:
-        """An empty memory for all blocks."""
-        slides = isinstance(self.runtime, Compiled) and self.runtime.keeps_keys
-        return State(self.kinds, capacity, self.modules.windows if slides else None)
+    def state(self, capacity: int = 256) -> AnyState:
+        """An empty memory for all blocks. So many tokens are expected; it grows."""
+        return self.runtime.state(capacity)
 
     def window(self, index: int) -> int | None:
         """The number of tokens that a token sees in block `index`, itself included; None if it sees all of them."""
@@ -215,7 +214,7 @@ class Backbone:
         """What the blocks share for tokens h (B, T, D) at positions `first`, `first` + 1, …"""
         return self.runtime.step(h, first)
 
-    def run(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> Tensor:
+    def run(self, h: Tensor, start: int, stop: int, state: AnyState, step: Step) -> Tensor:
         """Hidden state (B, T, D) through blocks `start` to `stop` - 1, each of which remembers the T tokens."""
         return self.runtime.run_all([(h, state, step)], start, stop)[0]
 
@@ -223,7 +222,7 @@ class Backbone:
         """`run` for several states at once. In compiled blocks, this is one pass over the weights."""
         return self.runtime.run_all(parts, start, stop)
 
-    def project(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> None:
+    def project(self, h: Tensor, start: int, stop: int, state: AnyState, step: Step) -> None:
         """Store what blocks `start` to `stop` - 1 would remember if each of them saw `h` (B, T, D) as its input.
 
         Attention blocks compute only keys and values, with their own input norm and projections. This is CALM's state
@@ -232,11 +231,11 @@ class Backbone:
         """
         self.runtime.remember_all([(h, state, step)], start, stop)
 
-    def project_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
+    def project_keys(self, h: Tensor, index: int, state: AnyState, step: Step) -> None:
         """Do the attention part of `project` in block `index`. Does nothing if the block has no attention."""
         self.runtime.remember_keys(h, index, state, step)
 
-    def project_state(self, h: Tensor, index: int, state: State) -> None:
+    def project_state(self, h: Tensor, index: int, state: AnyState) -> None:
         """Do the Mamba part of `project` in block `index`. Does nothing if the block has no Mamba mixer."""
         self.runtime.remember_state(h, index, state)
 

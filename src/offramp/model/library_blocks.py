@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from offramp.model.families import Family
 from offramp.model.mamba import remember, with_own_mixer
 from offramp.model.modules import Modules
 from offramp.model.offload import brought_in
-from offramp.model.runtime import Part, Step
+from offramp.model.runtime import AnyState, Part, Step
 from offramp.model.state import State
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -63,6 +63,9 @@ class LibraryBlocks:
     def tolerance(self) -> float:
         return TOLERANCE.get(self.dtype, 3e-2)
 
+    def state(self, capacity: int) -> State:
+        return State(self._modules.kinds, capacity)
+
     def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
         h = self._modules.embedding(ids)
         scale = self._family.scale_in(self._config)
@@ -78,16 +81,16 @@ class LibraryBlocks:
         positions = torch.arange(first, first + tokens, device=h.device)[None]
         rotary = self._modules.rotary
         if rotary is None:
-            return LibraryStep(batch, tokens, positions)
+            return LibraryStep(batch, tokens, first, positions)
         if self._family.rotary_per_kind:
             tables = {kind: rotary(h, positions, kind) for kind in set(self._modules.layer_types)}
-            return LibraryStep(batch, tokens, positions, tables)
-        return LibraryStep(batch, tokens, positions, rotary(h, positions))
+            return LibraryStep(batch, tokens, first, positions, tables)
+        return LibraryStep(batch, tokens, first, positions, rotary(h, positions))
 
     def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
         return [self._run(h, start, stop, state, step) for h, state, step in parts]
 
-    def _run(self, h: Tensor, start: int, stop: int, state: State, step: Step) -> Tensor:
+    def _run(self, h: Tensor, start: int, stop: int, state: AnyState, step: Step) -> Tensor:
         assert isinstance(step, LibraryStep)
         device = h.device
         for index in range(start, stop):
@@ -111,7 +114,7 @@ class LibraryBlocks:
                 self.remember_keys(h, index, state, step)
                 self.remember_state(h, index, state)
 
-    def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
+    def remember_keys(self, h: Tensor, index: int, state: AnyState, step: Step) -> None:
         attention = self._modules.attention[index]
         if attention is None:
             return
@@ -121,10 +124,10 @@ class LibraryBlocks:
         if step.rotary is not None and getattr(attention, "use_rope", True):
             rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
             keys, _ = rotate(keys, keys, *(table.to(keys.device) for table in self._tables(index, step)))
-        state.update(keys, values, index)
+        cast(State, state).update(keys, values, index)
 
-    def remember_state(self, h: Tensor, index: int, state: State) -> None:
-        memory = state.ssm[index]
+    def remember_state(self, h: Tensor, index: int, state: AnyState) -> None:
+        memory = cast(State, state).ssm[index]
         if memory is not None:
             with brought_in(self._modules.blocks[index]):
                 remember(self._modules.mixers[index], self._normed(h, index), memory)

@@ -28,6 +28,7 @@ from offramp.files import (
     sha256_of_text,
     write_atomically,
 )
+from offramp.model import core
 from offramp.model.backbone import Backbone, require_compiled
 from offramp.model.checkpoint import (
     EDITION,
@@ -42,7 +43,6 @@ from offramp.model.checkpoint import (
     weights_in,
     write_safetensors,
 )
-from offramp.model.compiled.native import library
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.weights import FORMATS
 from offramp.model.families import Family, family_of
@@ -212,9 +212,9 @@ class _Loading:
 
     def _check_name(self) -> str:
         """The name of a self-check: it changes with the code that computes, and with the kind of device."""
-        compiled = library() if self.device.type == "cpu" else None  # its file's name changes with its code and processor
+        compiled = core.variant() if self.device.type == "cpu" else ""
         versions = f"offramp {__version__}, torch {torch.__version__}, transformers {version('transformers')}"
-        return f"{Path(compiled._name).name if compiled else 'library'} {code_hash()} on {self.device.type}, {versions}"
+        return f"{compiled or 'library'} {code_hash()} on {self.device.type}, {versions}"
 
     def _lender(self, backbone: Backbone, store: Store, values: Values) -> Lender:
         """What lends the library the weights that it should compute with: quantised ones where there are such."""

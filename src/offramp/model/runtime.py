@@ -15,18 +15,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offramp.model.compiled.session import Session
 from offramp.model.state import State
 
 
 @dataclass
 class Step:
-    """What all blocks of one call share: the number of sequences and of tokens in each. A runtime adds what it needs."""
+    """What all blocks of one call share: the number of sequences, of tokens in each, and the position of the first one.
+
+    A runtime adds what it needs.
+    """
 
     batch: int
     tokens: int
+    first: int
 
 
-Part = tuple[Tensor, State, Step]  # hidden states (B, T, D), what the blocks remember, what the blocks share
+AnyState = State | Session  # of the library's blocks, or of compiled ones
+Part = tuple[Tensor, AnyState, Step]  # hidden states (B, T, D), what the blocks remember, what the blocks share
 
 
 def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -62,6 +68,10 @@ class Runtime(Protocol):
         """The largest difference from the library's logits that rounding explains, as a share of the largest logit."""
         ...
 
+    def state(self, capacity: int) -> AnyState:
+        """An empty memory for all blocks. So many tokens are expected."""
+        ...
+
     def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
         """Token ids (B, T) at positions `first`, `first` + 1, … → hidden states (B, T, D) and what the blocks share."""
         ...
@@ -78,11 +88,11 @@ class Runtime(Protocol):
         """Remember only: blocks `start` to `stop` - 1 store what each would store if a part's h were its input."""
         ...
 
-    def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
+    def remember_keys(self, h: Tensor, index: int, state: AnyState, step: Step) -> None:
         """Do the attention part of `remember_all` for one h (B, T, D). Does nothing in a block without attention."""
         ...
 
-    def remember_state(self, h: Tensor, index: int, state: State) -> None:
+    def remember_state(self, h: Tensor, index: int, state: AnyState) -> None:
         """Do the Mamba part of `remember_all` for one h (B, T, D). Does nothing in a block without a Mamba mixer."""
         ...
 

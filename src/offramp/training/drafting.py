@@ -79,7 +79,7 @@ class _Tail:
             for index in self._blocks:
                 runtime.remember_keys(h, index, self._state, runtime.step(h, 0))  # type: ignore[arg-type]
                 if index < self._blocks[-1]:
-                    h = runtime.run_all([(h, backbone.state(h.shape[1]), runtime.step(h, 0))], index, index + 1)[0]
+                    h = runtime.run_all([(h, runtime.state(h.shape[1]), runtime.step(h, 0))], index, index + 1)[0]
         self._passes = 0
 
     def run(self, adapted: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def through_tails(backbone: Backbone, runtime: Runtime, exact: Tensor, jumps: li
     `runtime`: the backbone's own, or that of `Backbone.trainable_from`, through which gradients pass.
     """
     starts = [backbone.n_blocks - jump.exit.tail for jump in jumps]
-    state, step = backbone.state(exact.shape[1]), runtime.step(exact, 0)
+    state, step = runtime.state(exact.shape[1]), runtime.step(exact, 0)
     h, at = exact, min(starts)
     for start, jump in sorted(zip(starts, jumps, strict=True), key=lambda pair: pair[0]):
         if start > at:

@@ -29,8 +29,7 @@ from offramp.errors import CorruptFile
 from offramp.files import read_lines, write_atomically
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
-from offramp.model.runtime import Part, joined
-from offramp.model.state import State
+from offramp.model.runtime import AnyState, Part, joined
 from offramp.training.loop import step_generator
 
 ROWS = 64  # answers side by side; more would hardly be faster, and need more memory
@@ -291,7 +290,7 @@ class _Abreast:
     """Texts of one length, with one state. `ids` (B, T) are run next; the first of them stand at position `first`."""
 
     texts: list[_Text]
-    state: State
+    state: AnyState
     ids: list[list[int]]
     first: int
 

@@ -1,11 +1,7 @@
-"""What compiled blocks are made of: weights in one format, and norms.
-
-Shapes: D hidden size.
-"""
+"""Makes what compiled blocks are made of: weights in one format, and vectors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,20 +12,6 @@ from torch import Tensor, nn
 from offramp.model.checkpoint import Values
 from offramp.model.compiled.weights import FORMATS, Weight
 from offramp.model.store import Get, Tensors
-
-
-class RMSNorm:
-    """x / √(mean x² + eps) · weight, over the last dim."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
-        self._scaled = self.weight * math.sqrt(len(weight))
-        self._floor = torch.tensor(math.sqrt(len(weight) * self.eps))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self._floor)
-        return x * self._scaled / length
-
 
 Changed = list[tuple[Any, Callable[[], Tensor]]]  # library's modules, each with the weight that this format gives it
 
@@ -69,10 +51,9 @@ class Maker:
 
         return self._get(key, make)[""]
 
-    def norm(self, key: str, norm: Any, order: Tensor | None = None) -> RMSNorm:
-        """A norm whose weight is in a given order."""
-        weight = self.vector(key, norm.weight, lambda x: x if order is None else x[order])
-        return RMSNorm(weight, norm.variance_epsilon)
+    def norm(self, key: str, norm: Any, order: Tensor | None = None) -> tuple[Tensor, float]:
+        """An RMS norm's weight, in a given order, and its eps."""
+        return self.vector(key, norm.weight, lambda x: x if order is None else x[order]), norm.variance_epsilon
 
     def embedding(self, embedding: nn.Embedding) -> Tensor:
         """The embedding, (V, D), in bfloat16 unless the format is float32."""

@@ -9,9 +9,10 @@ Shapes: B batch, T tokens of this call, D hidden size, R = B · T rows, P head d
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from itertools import accumulate
+from ctypes import byref, c_float, c_int64
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +22,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.compiled.blocks import Attention, Block, CompiledStep, Mixer, RotaryTables, native_block
-from offramp.model.compiled.native import Addresses, Native, Rows
-from offramp.model.compiled.parts import Changed, Maker, RMSNorm
-from offramp.model.compiled.steps import Ask, Asked, DrafterParts, GateParts, Gates, Steps
-from offramp.model.compiled.structures import CDrafter, CHead, CMambaBlock, CMambaShape, CShape, CSketch, CWeight, address
-from offramp.model.compiled.weights import FORMATS, GROUP, Int4, Int8, Weight, multiplies_bfloat16
+from offramp.model.compiled.blocks import Block, RotaryTables
+from offramp.model.compiled.library import CRows, Fine, Model, check_rows, handle_of
+from offramp.model.compiled.library import Part as CompiledPart
+from offramp.model.compiled.parts import Changed, Maker
+from offramp.model.compiled.session import Session
+from offramp.model.compiled.steps import Ask, Asked, Steps, take
+from offramp.model.compiled.weights import FORMATS, GROUP, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
-from offramp.model.runtime import Part, Step, joined
-from offramp.model.state import State
+from offramp.model.runtime import AnyState, Part, Step, joined
 from offramp.model.store import Built, Get, Store
 
 SLICE = 4096  # rows of a head that are in float32 at once
@@ -48,25 +49,24 @@ class Compiled:
         """Raises `ValueError` for a model that the compiled code does not fit, or whose weights do not fit the format, one
         of `weights.FORMATS`.
         """
-        attends = any(attention is not None for attention in modules.attention)
+        attends = [attention for attention in modules.attention if attention is not None]
         rotary_dim = 2 * modules.rotary.inv_freq.numel() if attends else 0
-        dim = next((attention.head_dim for attention in modules.attention if attention is not None), 0)
-        self._tables = RotaryTables(modules.rotary, dim) if attends else None
+        self._tables = RotaryTables(modules.rotary, attends[0].head_dim) if attends else None
         self._modules, self.weight_format, self._store, self._values = modules, weight_format, store, values
         self._format = FORMATS[weight_format]
         self._sketches = WeakTensorKeyDictionary()
         self.changed: Changed = []
-        self.norm, self.head, self.embedding = self._part("ends", self._ends)
+        self._norm, self._eps, self.head, self.embedding = self._part("ends", self._ends)
+        ends = CompiledPart("ends", head=Fine(self.head), norm=self._norm, embedding=self.embedding, eps=self._eps)
         parts = zip(modules.blocks, modules.attention, modules.mixers, modules.windows, strict=True)
-        make = [partial(self._block, index, *part, rotary_dim) for index, part in enumerate(parts)]
-        self.blocks = [self._part(str(index), block) for index, block in enumerate(make)]
-        self._attention = next((block.mixer for block in self.blocks if isinstance(block.mixer, Attention)), None)
-        self._mixer = next((block.mixer for block in self.blocks if isinstance(block.mixer, Mixer)), None)
-        self._check_sizes()
+        self.blocks = [self._part(str(i), partial(_block, ends, *part, rotary_dim)) for i, part in enumerate(parts)]
+        self._model = Model(ends, [block.mixer for block in self.blocks], [block.mlp for block in self.blocks])
         store.finish()
-        self._native = self._compiled()
-        if self._attention:
-            self.keep_keys_in(torch.float32 if weight_format == "float32" else torch.bfloat16)
+        # As x · w · √D / √(Σ x² + D · eps): fewer operators.
+        self._scaled = self._norm * math.sqrt(len(self._norm))
+        self._floor = torch.tensor(math.sqrt(len(self._norm) * self._eps))
+        if self.keeps_keys and weight_format != "float32":
+            self.kept_dtype = torch.bfloat16
 
     def _part(self, name: str, build: Callable[[Maker], Built]) -> Built:
         """What `build` makes of the tensors of one part of the model."""
@@ -79,80 +79,39 @@ class Compiled:
         self.changed += changed
         return built
 
-    def _ends(self, make: Maker) -> tuple[RMSNorm, Weight, Tensor]:
+    def _ends(self, make: Maker) -> tuple[Tensor, float, Weight, Tensor]:
         """Final norm, head and embedding. A head that is the embedding is kept once, unless it becomes integers."""
         head = make.matrix("head", [self._modules.head], head=True)
         tied = self._modules.head.weight is self._modules.embedding.weight and not self._format.quantised
-        norm, embedding = make.norm("norm", self._modules.norm), head.w if tied else make.embedding(self._modules.embedding)
-        width = norm.weight.numel()
-        sizes = head.columns == embedding.shape[1] == width > 0
-        if not (sizes and 0 < head.rows <= len(embedding) and _fills_vectors(head)):
-            raise ValueError("the shapes of its head or its embedding do not fit")
-        return norm, head, embedding
-
-    def _block(
-        self, index: int, block: Any, attention: Any, mixer: Any, window: int | None, rotary_dim: int, make: Maker
-    ) -> Block:
-        """A block whose shapes are as the compiled code takes them for granted."""
-        made, width = Block(block, attention, mixer, window, rotary_dim, make), self.norm.weight.numel()
-        if not (all(part.fits(width) for part in made.parts) and all(map(_fills_vectors, made.weights))):
-            raise ValueError(f"the shapes of block {index} do not fit")
-        return made
-
-    def _check_sizes(self) -> None:
-        """Raises `ValueError` for blocks of different sizes: the compiled code has scratch for one size of each part."""
-        sizes = {(type(part), part.sizes) for block in self.blocks for part in block.parts}
-        has_mlp = {block.mlp is not None for block in self.blocks}
-        same = len(has_mlp) == 1 and len(sizes) == len({kind for kind, _ in sizes})
-        if not same or (self._attention and True not in has_mlp):
-            raise ValueError("its blocks have different sizes")
-
-    def _compiled(self) -> Native:
-        width, attention, mixer = self.norm.weight.numel(), self._attention, self._mixer
-        blocks, mixers = [], []
-        shape, mamba_shape = CShape(), CMambaShape()
-        for block in self.blocks:
-            if block.mlp:
-                blocks.append(native_block(block.mixer if isinstance(block.mixer, Attention) else None, block.mlp))
-            if mixer:
-                mixers.append(block.mixer.native() if isinstance(block.mixer, Mixer) else CMambaBlock())
-        if self.blocks[0].mlp:
-            heads = attention.sizes if attention else (0, 0, 0)
-            shape = CShape(width, *heads, *self.blocks[0].mlp.sizes)
-        if mixer:
-            mamba_shape = CMambaShape(width, *mixer.sizes)
-        weights = [self.head, *(weight for block in self.blocks for weight in block.weights)]
-        return Native(blocks, mixers, shape, mamba_shape, max(weight.columns for weight in weights))
+        embedding = head.w if tied else make.embedding(self._modules.embedding)
+        return *make.norm("norm", self._modules.norm), head, embedding
 
     @property
     def keeps_keys(self) -> bool:
         """Whether a block has attention, and so keeps keys and values."""
-        return self._attention is not None
+        return any(block.attends for block in self.blocks)
 
     def keep_keys_in(self, dtype: torch.dtype) -> None:
         """Keep the keys and values of new texts in float32 or bfloat16."""
         self.kept_dtype = dtype
-        self._native.keep_halves(dtype == torch.bfloat16)
+
+    def state(self, capacity: int) -> Session:
+        attends, shapes = [block.attends for block in self.blocks], [block.shape for block in self.blocks]
+        return Session(self._model, attends, shapes, self.kept_dtype, capacity)
 
     def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
         h = F.embedding(ids, self.embedding).float()
         return h, self.step(h, first)
 
-    def step(self, h: Tensor, first: int) -> CompiledStep:
-        batch, tokens = h.shape[:2]
-        sequences = torch.zeros(tokens, dtype=torch.int64)
-        if batch > 1:
-            sequences = torch.arange(batch).repeat_interleave(tokens)
-        if self._tables is None:
-            return CompiledStep(batch, tokens, first, sequences)
-        return CompiledStep(batch, tokens, first, sequences, *self._tables.rows(first, batch, tokens))
+    def step(self, h: Tensor, first: int) -> Step:
+        return Step(len(h), h.shape[1], first)
 
     def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
         """`Runtime.run_all`, in one pass over the weights."""
         flat = [_rows(h) for h, _, _ in parts]
         rows = flat[0].clone(memory_format=torch.contiguous_format) if len(flat) == 1 else torch.cat(flat)
         if start < stop:
-            self._call(self._native.run, rows, start, stop, parts)
+            self._call("offramp_run", rows, start, stop, parts, None, None)
         pieces = [rows] if len(flat) == 1 else rows.split([len(x) for x in flat])
         return [x.view(h.shape) for x, (h, _, _) in zip(pieces, parts, strict=True)]
 
@@ -160,126 +119,66 @@ class Compiled:
         """`Runtime.remember_all`, in one pass over the weights."""
         if start < stop:
             rows = joined([_rows(h) for h, _, _ in parts]).contiguous()
-            self._call(self._native.remember, rows, start, stop, parts)
+            self._call("offramp_remember", rows, start, stop, parts)
 
-    def remember_keys(self, h: Tensor, index: int, state: State, step: Step) -> None:
-        if state.kv[index] is not None:
+    def remember_keys(self, h: Tensor, index: int, state: AnyState, step: Step) -> None:
+        if self.blocks[index].attends:
             self.remember_all([(h, state, step)], index, index + 1)
 
-    def remember_state(self, h: Tensor, index: int, state: State) -> None:
-        if state.ssm[index] is not None:
-            self.remember_all([(h, state, self.step(h, 0))], index, index + 1)
-
-    def gates(self, blocks: Sequence[int], gates: Sequence[GateParts]) -> Gates | None:
-        """Gates after so many blocks each, for `run_until`; None if they cannot be compiled."""
-        compiled = Gates(blocks, gates) if gates else None
-        return compiled if compiled and compiled.width <= self._native.room_for_gates else None
+    def remember_state(self, h: Tensor, index: int, state: AnyState) -> None:
+        if not self.blocks[index].attends:
+            self.remember_all([(h, state, self.step(h, state.length(index)))], index, index + 1)
 
     def run_until(self, part: Part, start: int, asked: Asked) -> tuple[Tensor, int]:
         """Run one token from block `start` up to the first gate that is sure enough, or to the top.
 
         Returns its hidden state (1, 1, D) there, and the number of blocks before.
         """
-        rows = _rows(part[0]).clone(memory_format=torch.contiguous_format)
-        run = self._call(partial(self._native.run, asked=asked), rows, start, len(self.blocks), [part])
-        return rows[None], start + run
+        rows, run = _rows(part[0]).clone(memory_format=torch.contiguous_format), c_int64()
+        self._call("offramp_run", rows, start, len(self.blocks), [part], byref(asked.compiled), byref(run))
+        return rows[None], start + run.value
 
-    def ask(self, gates: Gates, index: int, h: Tensor) -> float:
-        """The logit of one of the gates for a hidden state h (1, 1, D)."""
-        return self._native.ask(gates.compiled[index], h.float().contiguous())
+    def check(self, part: CompiledPart) -> None:
+        """Raise `ValueError` for a gate, a sketch or a drafter that does not fit this model."""
+        self._model.call("offramp_model_fits", part.pointer)
 
-    def drafter(self, parts: DrafterParts) -> CDrafter:
-        """An exit that drafts, for `Ask.drafter`. The parts must stay alive. Raises `ValueError` for wrong shapes."""
-        width, inner = self.norm.weight.numel(), parts.down.columns
-        columns = width * (3 if parts.middle else 2)
-        shapes = parts.inward.shape, parts.down.shape, parts.list.columns
-        if shapes != ((width + 2 * inner, columns), (width, inner), width) or not parts.list.rows:
-            raise ValueError(f"an exit of the shapes {shapes} cannot draft for {width} dims")
-        return parts.compiled(self.norm.weight, self.norm.eps)
+    def ask(self, gate: CompiledPart, h: Tensor) -> float:
+        """The logit of a gate for a hidden state h (1, 1, D)."""
+        h, logit = h.float().contiguous(), c_float()
+        self._model.call("offramp_ask", gate.pointer, h.data_ptr(), byref(logit))
+        return logit.value
 
-    def ask_for(self, ids: Sequence[int], enough: int, most: int, ends: Tensor, **more: Any) -> Ask:
-        """What `take_steps` is asked for. `more`: other fields of `Ask`, but a `sketch` is what `sketched` takes."""
-        sketch = more.pop("sketch", None)
-        compiled = self._compiled_sketch(*sketch) if sketch else None
-        return Ask(ids, enough, most, ends, self.embedding, self._head, compiled, **more)
+    def take_steps(self, ask: Ask, state: AnyState) -> Steps:
+        """Decode one sequence greedily, in one call of the compiled code."""
+        assert isinstance(state, Session)
+        self._reach(state.length(0) + ask.most)
+        return take(self._model, state.pointer, ask, self._norm.numel())
 
-    def take_steps(self, ask: Ask, state: State, position: int) -> Steps:
-        """Decode one sequence greedily, in one call of the compiled code, from the token at `position` on."""
-        end, turn = position + ask.most, None
-        if self._tables:
-            self._tables.reach(end)
-            turn = self._tables.turn
-        steps = self._native.step(ask, self._addresses(0, len(self.blocks), [(state, 1, position, end)]), turn, position)
-        for index, ssm in enumerate(state.ssm):
-            if ssm is not None:
-                ssm.record(len(steps.ids) + (index < steps.run))
-        for index, kv in enumerate(state.kv):
-            if kv is not None:
-                kv.crop(position + len(steps.ids) + (index < steps.run))
-        return steps
+    def _reach(self, end: int) -> None:
+        """Let the library know the rotary pairs of the positions before `end`."""
+        if self._tables and not self._tables.reaches(end):
+            self._model.rotary(self._tables.pairs)
 
-    def _addresses(self, start: int, stop: int, parts: Sequence[tuple[State, int, int, int]]) -> Addresses:
-        """The memories of blocks `start` to `stop` - 1 for the compiled code, with room for tokens.
-
-        Each part has its state, the number of its sequences, the position of its first new token, and one more than the
-        highest position.
-        """
-        like, found = self.norm.weight, Addresses([[] for _ in range(start, stop)], [[] for _ in range(start, stop)])
-        for state, batch, first, end in parts:
-            for index in range(start, stop):
-                kv, ssm, mixer = state.kv[index], state.ssm[index], self.blocks[index].mixer
-                keys, mixed = [0] * batch, [0] * (2 * batch)
-                if kv is not None and isinstance(mixer, Attention):
-                    keys = kv.addresses((batch, 2 * mixer.heads, mixer.dim), self.kept_dtype, first, end)
-                elif ssm is not None and isinstance(mixer, Mixer):
-                    mixed = ssm.addresses(like, *mixer.shapes(batch))
-                found.kv[index - start] += keys
-                found.mixed[index - start] += mixed
-        return found
-
-    def _call(self, native: Callable[..., int], rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> int:
-        """Call `native`, the compiled `run` or `remember`, with the rows (R, D) of all parts, one part after another.
-
-        First, the parts' memories get room for the new tokens; afterwards they record what they took in. `run` changes the
-        rows in place. Returns the number of blocks that ran; the others remember nothing of the tokens.
-        """
-        steps, states = [_compiled_step(step) for _, _, step in parts], [state for _, state, _ in parts]
-        places = zip(states, steps, strict=True)
-        memory = self._addresses(start, stop, [(state, step.batch, step.first, step.end) for state, step in places])
-        positions = [step.positions for step in steps if step.positions is not None]
-        turns, end = [step.turn for step in steps if step.turn is not None], max(step.end for step in steps)
-        given = Rows(_numbered(steps), joined(positions), joined(turns), end) if positions else Rows(_numbered(steps))
-        watched = any(ssm.watched for state in states for ssm in state.ssm[start:stop] if ssm is not None)
-        journal = self._native.journal(stop - start, len(rows)) if watched else None
-        run = native(rows, start, memory, given, journal)
-        after = 0
-        for state, step in zip(states, steps, strict=True):
-            first, after = after, after + step.batch * step.tokens
-            self._record(state, start, run, step, None if journal is None else journal[:, first:after])
-            for kv in state.kv[start + run : stop]:
-                if kv is not None:
-                    kv.crop(step.first)
-        return run
-
-    def _record(self, state: State, start: int, run: int, step: CompiledStep, journal: Tensor | None) -> None:
-        """Count the step's tokens in the mixers' memories of the blocks that ran; a journal (blocks, R, 2C + H) says how to
-        repeat them.
-        """
-        for index, ssm in enumerate(state.ssm[start : start + run]):
-            mixer = self.blocks[start + index].mixer
-            if ssm is None or not isinstance(mixer, Mixer):
-                continue
-            if journal is None:
-                ssm.record(step.tokens)
-            else:
-                notes = journal[index].view(step.batch, step.tokens, -1)
-                replay = partial(self._native.replay, start + index, notes)
-                ssm.record(step.tokens, notes[..., : mixer.channels], replay)
+    def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[Part], *rest: Any) -> None:
+        """Call a function of the library with the rows (R, D) of all parts, one part after another."""
+        check_rows(rows, self._norm.numel())
+        if not 0 <= start <= stop <= len(self.blocks):
+            raise ValueError(f"there are {len(self.blocks)} blocks, and none from {start} to {stop - 1}")
+        self._reach(max(step.first + step.tokens for _, _, step in parts))
+        texts = [text for _, state, step in parts for text in _session(state).rows(step.batch, step.first, step.tokens)]
+        given = (CRows * len(texts))(*texts)
+        self._model.call(name, start, stop, given, len(texts), rows.data_ptr(), *rest)
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         if rows is not None:  # torch's operators, for gradients
             return F.linear(self.final(h), self.head.pick(rows).dense())
-        out = self._native.logits(self._head, None, _rows(h).contiguous())
+        return self._read_out(None, h)
+
+    def _read_out(self, sketch: CompiledPart | None, h: Tensor) -> Tensor:
+        rows = _rows(h).contiguous()
+        check_rows(rows, self._norm.numel())
+        out = torch.empty(len(rows), self.head.rows, dtype=torch.float32)
+        self._model.call("offramp_logits", sketch and sketch.pointer, rows.data_ptr(), len(rows), out.data_ptr())
         return out.view(*h.shape[:-1], self.head.rows)
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
@@ -287,18 +186,19 @@ class Compiled:
         product = self._product_with(self.head.pick(rows))
 
         def logits(h: Tensor) -> Tensor:
-            return product(self.norm(_rows(h))).view(*h.shape[:-1], len(rows))
+            return product(self.final(_rows(h))).view(*h.shape[:-1], len(rows))
 
         return logits
 
     def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
-        sketch = self._compiled_sketch(reduce, expand, candidates)
+        return partial(self._read_out, self.sketch(reduce, expand, candidates))
 
-        def logits(h: Tensor) -> Tensor:
-            out = self._native.logits(self._head, sketch, _rows(h).contiguous())
-            return out.view(*h.shape[:-1], self.head.rows)
-
-        return logits
+    def sketch(self, reduce: Tensor, expand: Tensor, candidates: int) -> CompiledPart:
+        """A sketch of the head, as for `sketched`. Raises `ValueError` for maps that do not fit."""
+        if not 0 < candidates <= self.head.rows:
+            raise ValueError(f"{candidates} candidates of {self.head.rows} tokens")
+        first, second = self._sketch(reduce, expand)
+        return CompiledPart("sketch", reduce=first, expand=Fine(second), candidates=candidates)
 
     def _sketch(self, reduce: Tensor, expand: Tensor) -> tuple[Weight, Weight]:
         """A sketch's two weights, in the head's format, made once. Raises `ValueError` for maps that do not fit."""
@@ -315,12 +215,6 @@ class Compiled:
         made: tuple[Weight, Weight] = self._sketches[expand]
         return made
 
-    def _compiled_sketch(self, reduce: Tensor, expand: Tensor, candidates: int) -> CSketch:
-        if not 0 < candidates <= self.head.rows:
-            raise ValueError(f"{candidates} candidates of {self.head.rows} tokens")
-        first, second = self._sketch(reduce, expand)
-        return CSketch(CWeight.of(first), CWeight.of(second, fine=True), candidates)
-
     def product_of(self, layer: nn.Linear) -> Callable[[Tensor], Tensor]:
         """A function x (n, K) → (n, N) that multiplies with a linear layer's weights, kept in bfloat16 unless the blocks'
         are float32.
@@ -331,13 +225,14 @@ class Compiled:
 
     def _product_with(self, weight: Weight) -> Callable[[Tensor], Tensor]:
         """A function x (n, K) → (n, N) that multiplies with this weight in compiled code. It keeps the weight alive."""
-        return partial(self._product, weight, CWeight.of(weight))
-
-    def _product(self, _: Weight, handle: CWeight, x: Tensor) -> Tensor:
-        return self._native.product(handle, x.contiguous())
+        handle, model = handle_of(weight), self._model
+        return lambda x, _alive=weight: model.product(handle, x.contiguous())  # type: ignore[misc]
 
     def final(self, h: Tensor) -> Tensor:
-        return self.norm(h.float())
+        """`Runtime.final`, by torch's operators, for gradients."""
+        h = h.float()
+        length: Tensor = torch.linalg.vector_norm(h, dim=-1, keepdim=True).hypot(self._floor)
+        return h * self._scaled / length
 
     def head_weight(self) -> Tensor:
         return self.head.dense()
@@ -378,9 +273,12 @@ class Compiled:
         """
         return 1e-4 if self.head.w.dtype == torch.float32 else 1e-1
 
-    @cached_property
-    def _head(self) -> CHead:
-        return CHead(CWeight.of(self.head, fine=True), address(self.norm.weight), self.norm.eps)
+
+def _block(ends: CompiledPart, *parts: Any) -> Block:
+    """A block. What does not fit is refused here, before the next one is converted."""
+    block = Block(*parts)
+    Model(ends, [block.mixer], [block.mlp])
+    return block
 
 
 def _rows(h: Tensor) -> Tensor:
@@ -388,17 +286,7 @@ def _rows(h: Tensor) -> Tensor:
     return h.float().reshape(-1, h.shape[-1])
 
 
-def _numbered(steps: Sequence[CompiledStep]) -> Tensor:
-    """The sequence of each row, (R,), numbered through over all steps."""
-    firsts = accumulate((step.batch for step in steps), initial=0)
-    return joined([step.sequences + first if first else step.sequences for step, first in zip(steps, firsts, strict=False)])
-
-
-def _fills_vectors(weight: Weight) -> bool:
-    """Whether the weight's columns fill whole vectors of the compiled code."""
-    return weight.columns % (32 if isinstance(weight, Int4 | Int8) else 8) == 0
-
-
-def _compiled_step(step: Step) -> CompiledStep:
-    assert isinstance(step, CompiledStep)
-    return step
+def _session(state: AnyState) -> Session:
+    if not isinstance(state, Session):
+        raise ValueError("this text was begun on the library's blocks")
+    return state

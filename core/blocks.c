@@ -1,0 +1,223 @@
+#include "blocks.h"
+
+#include "attention.h"
+#include "mamba2.h"
+
+enum { ROWS_AT_ONCE = 256 };  // rows that pass together; more would need much memory and gain nothing
+
+#define NEED(truth, ...) \
+    if (!(truth)) return fail(error, OFFRAMP_INVALID, __VA_ARGS__)
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena *arena) {
+    const int64_t D = model->hidden, few = rows <= EIGHT;
+    int64_t x = D, mixed = 0, conv = 0, inner = D, widest = D, parts = 0, own = 0;
+    for (int64_t i = 0; i < model->count; i++) {
+        const Block *b = model->blocks + i;
+        if (b->attends) {
+            const Attention *a = &b->attention;
+            x = larger(x, a->o.columns), widest = larger(widest, a->o.columns),
+            mixed = larger(mixed, a->qkv.rows);
+            parts = larger(parts, few ? attention_parts(a, end) : 0), own = larger(own, attention_local(a));
+        } else {
+            const Mamba2 *m = &b->mamba2;
+            x = larger(x, m->inner), widest = larger(widest, m->inner), mixed = larger(mixed, m->in.rows);
+            conv = larger(conv, m->channels);
+        }
+        if (!b->has_mlp) continue;
+        inner = larger(inner, b->mlp.gate_up.rows), widest = larger(widest, b->mlp.down.columns);
+    }
+    own = (own + 15) / 16 * 16;
+    return (Buffers){
+        .x = take_floats(arena, rows * x),
+        .mixed = take_floats(arena, rows * mixed),
+        .conv = take_floats(arena, rows * conv),
+        .inner = take_floats(arena, rows * inner),
+        .room = take_floats(arena, narrow_room(rows, widest)),
+        .parts = take_floats(arena, rows * parts),
+        .local = take_floats(arena, model->pool.wanted * own),
+        .own = own,
+    };
+}
+
+Worker worker_of(const offramp_model *model, const Tokens *tokens, const Buffers *buffers, Hand *hand) {
+    return (Worker){
+        .model = model, .tokens = *tokens, .buffers = *buffers, .hand = hand, .few = tokens->count <= EIGHT};
+}
+
+int64_t run_blocks(Worker *w, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
+                   GatesAsked *gates) {
+    for (int64_t i = start; i < stop; i++) {
+        const Block *b = w->model->blocks + i;
+        const MemoryAt *own = memory + i * sequences;
+        if (b->attends)
+            attention_run(&b->attention, w, own);
+        else
+            mamba2_run(&b->mamba2, w, own, i);
+        if (b->has_mlp) mlp_run(&b->mlp, w);
+        if (gates_stop(w->hand, gates, i + 1, w->tokens.h)) return i + 1 - start;
+    }
+    return stop - start;
+}
+
+// One call of `offramp_run` or `offramp_remember`, and the rows `from` to `to` - 1 of it that pass now.
+typedef struct {
+    offramp_model *model;
+    int64_t start, stop, sessions, from, to;
+    const offramp_rows *rows;
+    float *h;
+    const offramp_gates *gates;  // or NULL
+    int remembers;               // only
+    int64_t run;
+    // Laid out for each piece of the rows:
+    Tokens tokens;
+    Buffers buffers;
+    Desk desk;
+    MemoryAt *memory;
+} Call;
+
+MemoryAt memory_at(const offramp_rows *rows, int64_t i) {
+    offramp_session *s = rows->session;
+    const Block *b = s->model->blocks + i;
+    Memory *memory = s->blocks + i;
+    if (b->attends) {
+        const Keys *keys = &memory->keys;
+        return (MemoryAt){.keys = {keys->buffer - keys->base * place_bytes(s, &b->attention), s->half}};
+    }
+    const Mixed *m = &memory->mixed;
+    float *notes = m->watched ? m->journal + (m->length - m->since) * note_floats(&b->mamba2) : NULL;
+    return (MemoryAt){.state = {m->window, m->h, notes}};
+}
+
+static void lay_call(void *context, Arena *arena) {
+    Call *c = context;
+    const int64_t count = c->to - c->from;
+    int64_t *positions = take(arena, count * sizeof *positions),
+            *sequences = take(arena, count * sizeof *sequences), end = 0;
+    c->memory = take(arena, c->stop * c->sessions * sizeof *c->memory);
+    for (int64_t q = 0, at = 0; q < c->sessions; at += c->rows[q++].count) {
+        const offramp_rows *rows = c->rows + q;
+        for (int64_t r = larger(at, c->from); r < min_(at + rows->count, c->to); r++) {
+            end = larger(end, rows->first + r - at + 1);
+            if (arena->base) positions[r - c->from] = rows->first + r - at, sequences[r - c->from] = q;
+        }
+        for (int64_t i = c->start; arena->base && i < c->stop; i++)
+            c->memory[i * c->sessions + q] = memory_at(rows, i);
+    }
+    c->buffers = buffers_for(c->model, count, end, arena);
+    c->desk = desk_for_gates(c->gates, c->model->hidden, arena);
+    c->tokens =
+        (Tokens){c->h + c->from * c->model->hidden, count, end, positions, sequences, c->model->rotary};
+}
+
+static void work_on_call(Hand *hand, void *context) {
+    Call *c = context;
+    Worker w = worker_of(c->model, &c->tokens, &c->buffers, hand);
+    w.noting = 1;
+    if (!c->remembers) {
+        GatesAsked asked = {.gates = c->gates, .desk = &c->desk};
+        if (c->gates) asked.seen = c->gates->seen, asked.logits = c->gates->logits;
+        const int64_t run = run_blocks(&w, c->start, c->stop, c->memory, c->sessions, &asked);
+        if (!hand->index) c->run = run;
+        return;
+    }
+    for (int64_t i = c->start; i < c->stop; i++) {
+        const Block *b = c->model->blocks + i;
+        const MemoryAt *own = c->memory + i * c->sessions;
+        if (b->attends)
+            attention_remember(&b->attention, &w, own);
+        else
+            mamba2_remember(&b->mamba2, &w, own, i);
+    }
+}
+
+static offramp_status check_call(const Call *c, offramp_error *error) {
+    const offramp_model *model = c->model;
+    int64_t total = 0;
+    NEED(0 <= c->start && c->start <= c->stop && c->stop <= model->count,
+         "There are %lld blocks, and none from %lld up to %lld.", (long long)model->count,
+         (long long)c->start, (long long)c->stop);
+    for (int64_t q = 0; q < c->sessions; q++) {
+        const offramp_rows *rows = c->rows + q;
+        NEED(rows->session && rows->session->model == model, "A session belongs to another model.");
+        for (int64_t other = 0; other < q; other++)
+            NEED(rows->session != c->rows[other].session, "A session stands here twice.");
+        NEED(rows->count >= 0 && rows->first >= 0 && rows->count <= INT32_MAX &&
+                 rows->first <= INT64_MAX - rows->count,
+             "%lld rows from position %lld on cannot be run.", (long long)rows->count,
+             (long long)rows->first);
+        NEED(!model->rotary_dim || rows->first + rows->count <= model->positions,
+             "There are rotary pairs for %lld positions only.", (long long)model->positions);
+        for (int64_t i = c->start; i < c->stop; i++)
+            NEED(!model->blocks[i].attends || rows->first <= rows->session->blocks[i].keys.length,
+                 "Block %lld has %lld tokens, and cannot go on at position %lld.", (long long)i,
+                 (long long)rows->session->blocks[i].keys.length, (long long)rows->first);
+        for (int64_t i = c->start; i < c->stop; i++)
+            NEED(!model->blocks[i].attends || can_crop_keys(rows->session, i, rows->first),
+                 "The window of block %lld has let go of what position %lld sees.", (long long)i,
+                 (long long)rows->first);
+        total += rows->count;
+    }
+    NEED(!c->gates || (total == 1 && !c->remembers), "Gates are asked about a single row.");
+    for (int64_t i = 0; c->gates && i < c->gates->count; i++)
+        if (check_gate(c->gates->gates[i], model->hidden, error)) return OFFRAMP_INVALID;
+    return OFFRAMP_OK;
+}
+
+// Makes room for all rows, and runs them piece by piece.
+static offramp_status run_call(Call *c, offramp_error *error) {
+    int64_t total = 0;
+    for (int64_t q = 0; q < c->sessions; total += c->rows[q++].count)
+        for (int64_t i = c->start; i < c->stop; i++)
+            if (!make_room(c->rows[q].session, i, c->rows[q].first, c->rows[q].first + c->rows[q].count))
+                return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for more tokens.");
+    c->run = c->stop - c->start;
+    for (c->from = 0; c->from < total; c->from = c->to) {
+        c->to = min_(total, c->from + ROWS_AT_ONCE);
+        if (!lay_out(c->model, lay_call, c))
+            return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a pass.");
+        pool_run(&c->model->pool, work_on_call, c);
+        for (int64_t q = 0, at = 0; q < c->sessions; at += c->rows[q++].count) {
+            const int64_t first = larger(at, c->from), last = min_(at + c->rows[q].count, c->to);
+            for (int64_t i = c->start; first < last && i < c->start + c->run; i++)
+                count_tokens(c->rows[q].session, i, c->rows[q].first + last - at, last - first);
+        }
+    }
+    return OFFRAMP_OK;
+}
+
+static offramp_status enter_call(Call *c, offramp_error *error) {
+    pool_enter(&c->model->pool);
+    offramp_status status = check_call(c, error);
+    if (!status) status = run_call(c, error);
+    pool_leave(&c->model->pool);
+    return status;
+}
+
+offramp_status offramp_run(offramp_model *model, int64_t start, int64_t stop, const offramp_rows *rows,
+                           int64_t sessions, float *h, const offramp_gates *gates, int64_t *run,
+                           offramp_error *error) {
+    Call call = {.model = model,
+                 .start = start,
+                 .stop = stop,
+                 .sessions = sessions,
+                 .rows = rows,
+                 .h = h,
+                 .gates = gates};
+    const offramp_status status = enter_call(&call, error);
+    if (run && !status) *run = call.run;
+    return status;
+}
+
+offramp_status offramp_remember(offramp_model *model, int64_t start, int64_t stop, const offramp_rows *rows,
+                                int64_t sessions, const float *h, offramp_error *error) {
+    Call call = {.model = model,
+                 .start = start,
+                 .stop = stop,
+                 .sessions = sessions,
+                 .rows = rows,
+                 .h = (float *)h,
+                 .remembers = 1};
+    return enter_call(&call, error);
+}

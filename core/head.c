@@ -1,0 +1,160 @@
+#include "head.h"
+
+enum {
+    BITS = 11,
+    BINS = 1 << BITS,
+    DIGITS = 3,
+    SAMPLED = 16
+};  // one of SAMPLED estimates is looked at first
+
+// A number whose order as an unsigned integer is that of the floats, and back.
+static inline uint32_t ordered(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+static inline float from_ordered(uint32_t number) {
+    const uint32_t bits = number & 0x80000000u ? number ^ 0x80000000u : ~number;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Estimates that are looked at, `counts` of them from each piece, CHUNK apart; and room to count in.
+typedef struct {
+    float *numbers;
+    int32_t *counts, *bins;
+    int64_t pieces;
+} Listed;
+
+// The n-th largest of what is listed, digit by digit.
+static float nth_largest(const Listed *l, int64_t n) {
+    static const int shifts[] = {32 - BITS, 32 - 2 * BITS, 0};
+    uint32_t known = 0, mask = 0;
+    for (int digit = 0; digit < DIGITS; digit++) {
+        const int shift = shifts[digit];
+        const uint32_t low = digit < 2 ? BINS - 1 : (1u << (32 - 2 * BITS)) - 1;
+        memset(l->bins, 0, BINS * sizeof(int32_t));
+        for (int64_t p = 0; p < l->pieces; p++)
+            for (int i = 0; i < l->counts[p]; i++) {
+                const uint32_t number = ordered(l->numbers[p * CHUNK + i]);
+                if ((number & mask) == known) l->bins[(number >> shift) & low]++;
+            }
+        int64_t bin = BINS - 1;
+        while (l->bins[bin] < n) n -= l->bins[bin--];
+        known |= (uint32_t)bin << shift, mask |= low << shift;
+    }
+    return from_ordered(known);
+}
+
+// Lists, shared out, the estimates y (V) that are not below a bound.
+static void list(Hand *hand, const Listed *l, const float *y, int64_t V, float bound) {
+    EACH_PIECE(p, hand, l->pieces) {
+        const int64_t from = p * CHUNK, to = min_(V, from + CHUNK);
+        int32_t count = 0;
+        for (int64_t i = from; i < to; i += LANES)
+            for (uint32_t lanes = not_below(y + i, min_(LANES, to - i), bound); lanes; lanes &= lanes - 1)
+                l->numbers[from + count++] = y[i + __builtin_ctz(lanes)];
+        l->counts[p] = count;
+    }
+}
+
+// The n-th largest, 1 ≤ n ≤ V, of the estimates y (V). A sample gives the bound; then only what is not below
+// it is looked at.
+static float least_of_likeliest(Hand *hand, const Listed *l, const float *y, int64_t V, int64_t n,
+                                Found *found) {
+    const int64_t share = n / SAMPLED, wanted = share + 4 * (int64_t)sqrtf(share) + 8;
+    EACH_PIECE(i, hand, 1) {
+        int64_t sampled = 0;
+        for (int64_t j = 0; j < V; j += SAMPLED) l->numbers[sampled++] = y[j];
+        *l->counts = sampled;
+        found->bound =
+            wanted < sampled ? nth_largest(&(Listed){l->numbers, l->counts, l->bins, 1}, wanted) : -INFINITY;
+    }
+    list(hand, l, y, V, found->bound);
+    EACH_PIECE(i, hand, 1) {
+        for (int64_t p = 0; p < l->pieces; p++) found->listed += l->counts[p];
+        if (found->listed >= n) found->least = nth_largest(l, n);
+    }
+    if (found->listed >= n) return found->least;
+    list(hand, l, y, V, -INFINITY);
+    EACH_PIECE(i, hand, 1) found->least = nth_largest(l, n);
+    return found->least;
+}
+
+// Puts, shared out, the head's logits where the estimates y (V) of row r are not below `least`, and −inf
+// elsewhere.
+static void read_chosen(Hand *hand, const Weight *head, const Rows *x, int64_t r, float least, float *y,
+                        int64_t V) {
+    float *estimates = y + r * V;
+    EACH_PIECE(piece, hand, chunks_of(V)) {
+        int64_t chosen[CHUNK], count = 0;
+        for (int64_t i = piece * CHUNK, to = min_(V, i + CHUNK); i < to; i += LANES) {
+            const int64_t left = min_(LANES, to - i);
+            for (uint32_t lanes = not_below(estimates + i, left, least); lanes; lanes &= lanes - 1)
+                chosen[count++] = i + __builtin_ctz(lanes);
+            store_up_to(estimates + i, all(-INFINITY), left);
+        }
+        multiply_chosen(head, x, r, chosen, count, (Out){y, V, 0});
+    }
+}
+
+HeadRoom room_for_head(const Weight *head, const Sketch *sketch, int64_t R, Arena *arena) {
+    const int64_t D = head->columns, pieces = sketch ? chunks_of(head->rows) : 0,
+                  k = sketch ? sketch->reduce.rows : 0;
+    return (HeadRoom){
+        .x = take_floats(arena, R * D),
+        .narrow = take_floats(arena, narrow_room(R, D)),
+        .z = take_floats(arena, R * k),
+        .z_narrow = take_floats(arena, sketch ? narrow_room(R, D > k ? D : k) : 0),
+        .numbers = take_floats(arena, pieces * CHUNK),
+        .counts = take(arena, pieces * (int64_t)sizeof(int32_t)),
+        .bins = take(arena, sketch ? BINS * sizeof(int32_t) : 0),
+    };
+}
+
+void read_logits(Hand *hand, const Weight *head, const float *norm, float eps, const Sketch *sketch,
+                 const float *h, int64_t R, const HeadRoom *room, Found *found, float *y) {
+    const int64_t V = head->rows, D = head->columns;
+    const Rows rows = prepare_normed(hand, head, h, norm, eps, R, room->x, room->narrow);
+    if (!sketch) {
+        multiply(hand, head, rows, R, (Out){y, V, 0}, 0, V);
+        return;
+    }
+    const Weight *reduce = &sketch->reduce, *expand = &sketch->expand;
+    const int64_t k = reduce->rows;
+    const Listed listed = {room->numbers, room->counts, room->bins, chunks_of(V)};
+    const Rows whole = prepare(hand, reduce, room->x, D, R, room->z_narrow);
+    multiply(hand, reduce, whole, R, (Out){room->z, k, 0}, 0, k);
+    multiply(hand, expand, prepare(hand, expand, room->z, k, R, room->z_narrow), R, (Out){y, V, 0}, 0, V);
+    for (int64_t r = 0; r < R; r++) {
+        const float least = least_of_likeliest(hand, &listed, y + r * V, V, sketch->candidates, found + r);
+        read_chosen(hand, head, &rows, r, least, y, V);
+    }
+}
+
+Best best_of(const float *y, int64_t from, int64_t to) {
+    vf tops = all(-INFINITY);
+    vi bad = {0};
+    for (int64_t i = from; i < to; i += LANES) {
+        const vf v = to - i < LANES
+                         ? choose(COUNT < (int32_t)(to - i), load_up_to(y + i, to - i), all(-INFINITY))
+                         : load(y + i);
+        tops = choose(v > tops, v, tops);
+        bad |= v != v;
+    }
+    const Best best = {largest(tops), (int32_t)from};
+    for (int i = 0; i < LANES; i++)
+        if (bad[i]) return (Best){NAN, (int32_t)from};
+    for (int64_t i = from; i < to; i++)
+        if (y[i] == best.logit) return (Best){best.logit, (int32_t)i};
+    return best;
+}
+
+Best best_among(const Best *bests, int64_t count) {
+    Best best = bests[0];
+    for (int64_t i = 1; i < count; i++)
+        if (bests[i].logit > best.logit || isnan(bests[i].logit)) best = bests[i];
+    return best;
+}

@@ -1,0 +1,42 @@
+// The final norm and the LM head, whole or on those tokens only that a sketch of it finds likeliest; and the
+// choice of a token.
+
+#pragma once
+#include "model.h"
+#include "products.h"
+
+enum { CHUNK = 1024 };  // tokens that are a piece
+
+static inline int64_t chunks_of(int64_t V) { return (V + CHUNK - 1) / CHUNK; }
+
+// What is known of the estimates of one row: a bound that a few more than the wanted number should not be
+// below, how many are not, and the least that is wanted. Each row has its own, so that a thread that comes
+// late still reads what the others decided by.
+typedef struct {
+    float bound, least;
+    int64_t listed;
+} Found;
+
+// Memory to read out R rows in.
+typedef struct {
+    float *x, *narrow, *z, *z_narrow, *numbers;
+    int32_t *counts, *bins;
+} HeadRoom;
+
+HeadRoom room_for_head(const Weight *head, const Sketch *sketch, int64_t R, Arena *arena);
+
+// Puts logits of hidden states h (R, D) into y (R, V), shared out. With a sketch (else NULL), only the
+// candidates of each row get theirs (more if estimates are equal), and all others −inf. Rows (D) times
+// `reduce` (k, D) times `expand` (V, k) are estimates of the logits. `found` (R) is zeros, and not used
+// again.
+void read_logits(Hand *hand, const Weight *head, const float *norm, float eps, const Sketch *sketch,
+                 const float *h, int64_t R, const HeadRoom *room, Found *found, float *y);
+
+typedef struct {
+    float logit;  // NaN if any is
+    int32_t id;
+} Best;
+
+// The largest of the logits `from` to `to` - 1, the first of equals; and the largest of several.
+Best best_of(const float *y, int64_t from, int64_t to);
+Best best_among(const Best *bests, int64_t count);

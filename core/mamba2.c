@@ -1,0 +1,213 @@
+// D hidden size, E inner width (H heads of P dims), G groups, N state size, W the convolution's width, C = E
+// + 2GN channels.
+
+#include "mamba2.h"
+
+#include "replay.h"
+
+static inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
+
+enum {
+    TOKENS = EIGHT,
+    REGISTERS = 8
+};  // tokens whose outputs are summed at once; vectors of a state in registers
+
+// What T ≤ TOKENS tokens of a sequence feed to one head, and what they get.
+typedef struct {
+    const float *x[TOKENS], *B[TOKENS], *C[TOKENS];  // (P), (N), (N)
+    float dt[TOKENS], keep[TOKENS], *y[TOKENS];  // keep is exp(dt · decay); y (P), NULL if it is not wanted
+} Fed;
+
+// V vectors of one row of a state, from column n on (one vector may be cut short), are taken from `old` and
+// put into `state`: T tokens pass, the sums for y grow.
+ALWAYS void advance_row(const Mamba2 *m, const float *old, float *state, int64_t n, const float *in,
+                        const Fed *fed, int64_t T, vf *sums, const int V) {
+    vf v[REGISTERS];
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) v[i] = load_up_to(old + n + i * LANES, m->states - n - i * LANES);
+    for (int64_t t = 0; t < T; t++) {
+        vf even = sums[t], odd = {0};
+        const vf fresh = all(in[t]), kept = all(fed->keep[t]);
+#pragma GCC unroll 8
+        for (int i = 0; i < V; i++) {
+            const int64_t left = V > 1 ? LANES : m->states - n;
+            v[i] = fma_(load_up_to(fed->B[t] + n + i * LANES, left), fresh, v[i] * kept);
+            vf *part = i % 2 ? &odd : &even;
+            *part = fma_(v[i], load_up_to(fed->C[t] + n + i * LANES, left), *part);
+        }
+        sums[t] = even + odd;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < V; i++) store_up_to(state + n + i * LANES, v[i], m->states - n - i * LANES);
+}
+
+// The recurrence for T tokens and one head: the state (P, N) after `old`, which may be the same place; each y
+// becomes C h + D x. Never inlined, so that a replay repeats it bit for bit. A row of the state stays in
+// registers while the tokens pass.
+static __attribute__((noinline)) void advance(const Mamba2 *m, const float *old, float *state, const Fed *fed,
+                                              int64_t T, float skip) {
+    const int64_t N = m->states;
+    for (int64_t p = 0; p < m->dim; p++, old += N, state += N) {
+        vf sums[TOKENS] = {0};
+        float in[TOKENS], y[TOKENS];
+        for (int64_t t = 0; t < T; t++) in[t] = fed->dt[t] * fed->x[t][p];
+        int64_t n = 0;
+        for (; n + REGISTERS * LANES <= N; n += REGISTERS * LANES)
+            advance_row(m, old, state, n, in, fed, T, sums, REGISTERS);
+        for (; n < N; n += LANES) advance_row(m, old, state, n, in, fed, T, sums, 1);
+        if (!fed->y[0]) continue;
+        sums_of(sums, y);
+        for (int64_t t = 0; t < T; t++) fed->y[t][p] = y[t] + skip * fed->x[t][p];
+    }
+}
+
+// A note of one row, the `t`-th of a run, for the journal of a memory; NULL where none is taken.
+static float *note_of(const Mamba2 *m, const Worker *w, const StateAt *state, int64_t t) {
+    return w->noting && state->notes ? state->notes + (w->noted + t) * note_floats(m) : NULL;
+}
+
+// The rows from r on that belong to the same sequence, of which there is at least one.
+static int64_t run_of(const Tokens *tokens, int64_t r) {
+    int64_t rows = 1;
+    while (r + rows < tokens->count && tokens->sequences[r + rows] == tokens->sequences[r]) rows++;
+    return rows;
+}
+
+// Norm and input projection, without its first `skip` rows.
+static void project_in(const Mamba2 *m, Worker *w, int64_t skip) {
+    const Buffers *b = &w->buffers;
+    const int64_t R = w->tokens.count;
+    const Rows rows = prepare_normed(w->hand, &m->in, w->tokens.h, floats(m->norm), m->eps, R, b->x, b->room);
+    multiply(w->hand, &m->in, rows, R, (Out){b->mixed, m->in.rows, 0}, skip, m->in.rows);
+}
+
+// The convolution of x, B and C, and SiLU, for channels `from` to `to` - 1. Updates the windows.
+static void convolve(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int64_t from, int64_t to) {
+    const int64_t C = m->channels, W = m->taps, A = m->in.rows;
+    const float *bias = floats(m->conv_bias), *conv = floats(m->conv);
+    int64_t rows;
+    for (int64_t first = 0; first < w->tokens.count; first += rows) {
+        rows = run_of(&w->tokens, first);
+        const StateAt *state = &memory[w->tokens.sequences[first]].state;
+        float *window = state->window;
+        const float *in = w->buffers.mixed + first * A + m->inner;
+        // Input t of the run; those before it, t < 0, are in the window.
+#define INPUT(t) ((t) < 0 ? window + (W - 1 + (t)) * C : in + (t) * A)
+        for (int64_t t = 0; t < rows; t++) {
+            float *out = w->buffers.conv + (first + t) * C, *note = note_of(m, w, state, t);
+            for (int64_t c = from; c < to; c += LANES) {
+                const int64_t left = to - c;
+                vf y = bias ? load_up_to(bias + c, left) : (vf){0};
+                for (int64_t tap = 0; tap < W; tap++)
+                    y = fma_(load_up_to(conv + tap * C + c, left),
+                             load_up_to(INPUT(t + tap - W + 1) + c, left), y);
+                store_up_to(out + c, silu(y), left);
+            }
+            if (note) {
+                memcpy(note + from, in + t * A + from, (to - from) * sizeof(float));
+                memcpy(note + C + from, out + from, (to - from) * sizeof(float));
+            }
+        }
+        for (int64_t tap = 0; tap < W - 1; tap++)  // rises, so nothing is overwritten before it is read
+            memcpy(window + tap * C + from, INPUT(rows + tap - W + 1) + from, (to - from) * sizeof(float));
+#undef INPUT
+    }
+}
+
+// The recurrence of heads `from` to `to` - 1. Updates the states. With `gated`, x receives y · silu(z).
+static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int64_t block, int gated,
+                  int64_t from, int64_t to) {
+    const int64_t P = m->dim, G = m->groups, N = m->states, E = m->inner, C = m->channels, A = m->in.rows;
+    const float *dt_bias = floats(m->dt_bias), *decay = floats(m->decay), *skip = floats(m->skip);
+    int64_t rows, T;
+    for (int64_t head = from; head < to; head++)
+        for (int64_t begin = 0; begin < w->tokens.count; begin += rows) {
+            rows = run_of(&w->tokens, begin);
+            const StateAt *state = &memory[w->tokens.sequences[begin]].state;
+            for (int64_t first = begin; first < begin + rows; first += T) {
+                T = min_(TOKENS, begin + rows - first);
+                Fed fed;
+                for (int64_t t = 0; t < T; t++) {
+                    const float *in = w->buffers.mixed + (first + t) * A + E + C,
+                                *conv = w->buffers.conv + (first + t) * C;
+                    float dt = softplus(in[head] + dt_bias[head]),
+                          *note = note_of(m, w, state, first - begin + t);
+                    dt = dt < m->dt_low ? m->dt_low : dt > m->dt_high ? m->dt_high : dt;
+                    if (note) note[2 * C + head] = dt;
+                    fed.x[t] = conv + head * P, fed.B[t] = conv + E + head / (m->heads / G) * N,
+                    fed.C[t] = fed.B[t] + G * N;
+                    fed.dt[t] = dt, fed.keep[t] = expf(dt * decay[head]);
+                    fed.y[t] = gated ? w->buffers.x + (first + t) * E + head * P : NULL;
+                }
+                float *h = state->h, *fresh = w->fresh ? w->fresh[block] : h;
+                advance(m, h + head * P * N, fresh + head * P * N, &fed, T, skip[head]);
+                for (int64_t t = 0; gated && t < T; t++)
+                    times_silu(fed.y[t], w->buffers.mixed + (first + t) * A + head * P, P);
+            }
+        }
+}
+
+// Convolution and recurrence, shared out.
+static void advance_memories(const Mamba2 *m, Worker *w, const MemoryAt *memory, int64_t block, int gated) {
+    const Division channels = divided(w->hand, m->channels, LANES), heads = divided(w->hand, m->heads, 1);
+    int64_t from, to;
+    EACH_PIECE(piece, w->hand, channels.pieces) {
+        part_of(&channels, piece, &from, &to);
+        convolve(m, w, memory, from, to);
+    }
+    EACH_PIECE(piece, w->hand, heads.pieces) {
+        part_of(&heads, piece, &from, &to);
+        recur(m, w, memory, block, gated, from, to);
+    }
+}
+
+// The norm over each group, and the output projection. Adds to h.
+static void project_out(const Mamba2 *m, Worker *w) {
+    const int64_t D = w->model->hidden, E = m->inner, each = E / m->groups, R = w->tokens.count;
+    float *x = w->buffers.x;
+    const Rows rows = rows_of(&m->out, x, E, R, w->buffers.room);
+    EACH_PIECE(r, w->hand, R) {
+        for (int64_t g = 0; g < m->groups; g++) {
+            float *part = x + r * E + g * each;
+            rms_norm(part, floats(m->gated_norm) + g * each, m->gated_eps, part, each);
+        }
+        if (narrows(kind_of(&m->out))) make_narrow(&m->out, &rows, r);
+    }
+    multiply(w->hand, &m->out, rows, R, (Out){w->tokens.h, D, 1}, 0, D);
+}
+
+void mamba2_run(const Mamba2 *m, Worker *w, const MemoryAt *memory, int64_t block) {
+    project_in(m, w, 0);
+    advance_memories(m, w, memory, block, 1);
+    project_out(m, w);
+}
+
+void mamba2_remember(const Mamba2 *m, Worker *w, const MemoryAt *memory, int64_t block) {
+    project_in(m, w, m->inner);
+    advance_memories(m, w, memory, block, 0);
+}
+
+void mamba2_replay(const Mamba2 *m, float *h, const float *journal, int64_t R) {
+    const int64_t H = m->heads, P = m->dim, G = m->groups, N = m->states, C = m->channels;
+    for (int64_t head = 0; head < H; head++)
+        for (int64_t first = 0; first < R; first += TOKENS) {
+            const int64_t T = min_(TOKENS, R - first);
+            Fed fed = {.y = {NULL}};
+            for (int64_t t = 0; t < T; t++) {
+                const float *conv = journal + (first + t) * note_floats(m) + C;
+                fed.x[t] = conv + head * P, fed.B[t] = fed.C[t] = conv + H * P + head / (H / G) * N;
+                fed.dt[t] = conv[C + head], fed.keep[t] = expf(conv[C + head] * floats(m->decay)[head]);
+            }
+            advance(m, h + head * P * N, h + head * P * N, &fed, T, 0);
+        }
+}
+
+void mamba2_window(const Mamba2 *m, float *window, const float *old, const float *journal, int64_t R) {
+    const int64_t C = m->channels, W = m->taps;
+    for (int64_t tap = 0; tap < W - 1; tap++) {
+        const int64_t t =
+            R + tap - W + 1;  // a row of the journal; those before its first are in the old window
+        memcpy(window + tap * C, t < 0 ? old + (W - 1 + t) * C : journal + t * note_floats(m),
+               C * sizeof(float));
+    }
+}

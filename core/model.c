@@ -1,0 +1,233 @@
+#include "model.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+enum {
+    MOST_HEADS = 1
+        << 16,  // of one block: threads.c counts the pieces of a phase in 24 bits, and a call has 256 rows
+    MOST_BLOCKS = 1 << 16,  // of a model
+    VECTOR = 8,             // numbers that are read together everywhere
+};
+
+#define NEED(truth, ...) \
+    if (!(truth)) return fail(error, OFFRAMP_INVALID, __VA_ARGS__)
+
+static int has_shape(const Weight *m, int64_t rows, int64_t columns) {
+    return m->rows == rows && m->columns == columns;
+}
+
+// Whether an array has so many numbers, or is not there.
+static int has(Array array, int64_t count) { return !array.values || array.count == count; }
+
+static offramp_status check_ends(const offramp_part *part, offramp_error *error) {
+    if (check_kind(part, "ends", error)) return OFFRAMP_INVALID;
+    const Ends *e = &part->ends;
+    const int64_t D = e->head.columns;
+    NEED(e->norm.count == D, "The final norm has %lld numbers, and the head %lld columns.",
+         (long long)e->norm.count, (long long)D);
+    NEED(D % VECTOR == 0, "A hidden size of %lld is no multiple of %d.", (long long)D, VECTOR);
+    NEED(e->embedding.count % D == 0 && e->embedding.count / D >= e->head.rows,
+         "The embedding has fewer tokens than the head.");
+    return OFFRAMP_OK;
+}
+
+static offramp_status check_attention(const offramp_part *part, Attention *found, int64_t D,
+                                      offramp_error *error) {
+    if (check_kind(part, "attention", error)) return OFFRAMP_INVALID;
+    Attention a = part->attention;
+    const int64_t H = a.heads, P = a.dim;
+    NEED(H > 0 && H < MOST_HEADS && P > 0 && P % VECTOR == 0, "%lld heads of %lld dims cannot be run.",
+         (long long)H, (long long)P);
+    a.queries = a.qkv.rows / P - 2 * H;
+    NEED(a.queries > 0 && a.queries % H == 0 && has_shape(&a.qkv, (a.queries + 2 * H) * P, D) &&
+             has_shape(&a.o, D, a.queries * P),
+         "The matrices of an attention do not fit %lld heads of %lld dims.", (long long)H, (long long)P);
+    NEED(a.norm.count == D && has(a.q_norm, a.norm_heads ? P : a.queries * P) &&
+             has(a.k_norm, a.norm_heads ? P : H * P) && !a.q_norm.values == !a.k_norm.values,
+         "The norms of an attention do not fit its heads.");
+    *found = a;
+    return OFFRAMP_OK;
+}
+
+static offramp_status check_mamba2(const offramp_part *part, Mamba2 *found, int64_t D, offramp_error *error) {
+    if (check_kind(part, "mamba2", error)) return OFFRAMP_INVALID;
+    Mamba2 m = part->mamba2;
+    const int64_t H = m.heads, E = m.out.columns, C = E + 2 * m.groups * m.states;
+    NEED(H > 0 && H < MOST_HEADS && E % H == 0 && m.groups > 0 && H % m.groups == 0 && m.states > 0 &&
+             m.states % VECTOR == 0,
+         "A mixer of %lld heads and %lld states in %lld groups cannot be run.", (long long)H,
+         (long long)m.states, (long long)m.groups);
+    NEED(has_shape(&m.in, E + C + H, D) && has_shape(&m.out, D, E),
+         "The matrices of a mixer do not fit its heads.");
+    NEED(m.norm.count == D && m.gated_norm.count == E && has(m.conv_bias, C) && m.dt_bias.count == H &&
+             m.decay.count == H && m.skip.count == H && m.conv.count % C == 0 && m.conv.count / C > 1,
+         "The vectors of a mixer do not fit its heads.");
+    m.dim = E / H, m.inner = E, m.channels = C, m.taps = m.conv.count / C;
+    *found = m;
+    return OFFRAMP_OK;
+}
+
+static offramp_status check_mlp(const offramp_part *part, Mlp *found, int64_t D, offramp_error *error) {
+    if (check_kind(part, "mlp", error)) return OFFRAMP_INVALID;
+    const Mlp m = part->mlp;
+    const int64_t W = m.down.columns;
+    NEED(has_shape(&m.gate_up, 2 * W, D) && has_shape(&m.down, D, W) && m.norm.count == D,
+         "The matrices of an MLP do not fit.");
+    *found = m;
+    return OFFRAMP_OK;
+}
+
+offramp_status check_gate(const offramp_part *part, int64_t D, offramp_error *error) {
+    if (check_kind(part, "gate", error)) return OFFRAMP_INVALID;
+    const Gate *g = &part->gate;
+    const int fits = g->out.values ? g->in.rows == 2 * g->out.count : g->in.rows == 1;
+    NEED(fits && g->in.columns == D && g->mean.count == D && g->spread.count == D,
+         "A gate's shapes do not fit %lld dims.", (long long)D);
+    return OFFRAMP_OK;
+}
+
+offramp_status check_sketch(const offramp_part *part, int64_t D, int64_t V, offramp_error *error) {
+    if (check_kind(part, "sketch", error)) return OFFRAMP_INVALID;
+    const Sketch *s = &part->sketch;
+    NEED(s->reduce.columns == D && has_shape(&s->expand, V, s->reduce.rows) &&
+             s->reduce.type <= OFFRAMP_BFLOAT16,
+         "The maps of a sketch do not fit a head of %lld tokens and %lld dims.", (long long)V, (long long)D);
+    NEED(s->candidates > 0 && s->candidates <= V, "A sketch has %lld candidates of %lld tokens.",
+         (long long)s->candidates, (long long)V);
+    return OFFRAMP_OK;
+}
+
+offramp_status check_drafter(const offramp_part *part, const offramp_model *model, offramp_error *error) {
+    if (check_kind(part, "drafter", error)) return OFFRAMP_INVALID;
+    const Drafter *d = &part->drafter;
+    const int64_t D = model->hidden, W = d->down.columns, V = model->vocabulary, n = d->head.rows,
+                  slots = d->keys.count;
+    NEED(has_shape(&d->in, D + 2 * W, D * (d->middle ? 3 : 2)) && has_shape(&d->down, D, W) &&
+             d->head.columns == D && d->mean.count == D && d->spread.count == D && has(d->scale, D),
+         "An exit of these shapes cannot draft for %lld dims.", (long long)D);
+    NEED(d->after <= model->count && d->tail <= model->count && d->middle <= model->count &&
+             (!d->middle || d->middle >= d->after),
+         "A drafter stands after blocks that are not there.");
+    NEED(d->tail <= model->count - d->after, "A drafter's tail begins before its exit.");
+    for (int64_t i = model->count - d->tail; i < model->count; i++)
+        NEED(model->blocks[i].attends, "A drafter's tail has a mixer, which cannot forget drafts.");
+    NEED(d->most <= OFFRAMP_MOST_DRAFTS && d->costs.count == OFFRAMP_MOST_DRAFTS + 1,
+         "A pass has at most %d drafts, and their costs have one number more.", OFFRAMP_MOST_DRAFTS);
+    NEED(n <= V && has(d->tokens, n), "A drafter drafts tokens that are not there.");
+    const int64_t *tokens = d->tokens.values;
+    for (int64_t i = 0; tokens && i < n; i++)
+        NEED(tokens[i] >= 0 && tokens[i] < V, "A drafter drafts tokens that are not there.");
+    NEED(slots == d->values.count && !(slots & (slots - 1)) && (!slots || d->shortest),
+         "A table of n-grams has a power of two slots, some of them empty.");
+    return OFFRAMP_OK;
+}
+
+// What decoding does not look at before it follows a table of n-grams: it is only wrong then.
+static offramp_status check_ngrams(const Drafter *d, int64_t V, offramp_error *error) {
+    const uint32_t *keys = d->keys.values, *values = d->values.values;
+    int64_t empty = 0;
+    for (int64_t i = 0; i < d->keys.count; i++) {
+        empty += !keys[i];
+        NEED(values[i] >> 8 < V, "A table of n-grams names tokens beyond the vocabulary.");
+    }
+    NEED(!d->keys.count || empty, "A table of n-grams has a power of two slots, some of them empty.");
+    return OFFRAMP_OK;
+}
+
+offramp_status offramp_model_fits(const offramp_model *model, const offramp_part *part,
+                                  offramp_error *error) {
+    const char *kind = part ? part->kind->name : "";
+    if (!strcmp(kind, "gate")) return check_gate(part, model->hidden, error);
+    if (!strcmp(kind, "sketch")) return check_sketch(part, model->hidden, model->vocabulary, error);
+    if (check_drafter(part, model, error)) return OFFRAMP_INVALID;
+    return check_ngrams(&part->drafter, model->vocabulary, error);
+}
+
+static offramp_status add_block(offramp_model *model, int64_t i, const offramp_part *mixer,
+                                const offramp_part *mlp, offramp_error *error) {
+    Block *b = model->blocks + i;
+    const int64_t D = model->hidden;
+    NEED(mixer, "Block %lld has no mixer.", (long long)i);
+    b->attends = !check_kind(mixer, "attention", NULL);
+    b->has_mlp = mlp != NULL;
+    if (b->attends ? check_attention(mixer, &b->attention, D, error)
+                   : check_mamba2(mixer, &b->mamba2, D, error))
+        return OFFRAMP_INVALID;
+    if (mlp && check_mlp(mlp, &b->mlp, D, error)) return OFFRAMP_INVALID;
+    if (!b->attends || !b->attention.rotary) return OFFRAMP_OK;
+    NEED(!model->rotary_dim || model->rotary_dim == b->attention.dim,
+         "Blocks with positions have heads of different dims.");
+    model->rotary_dim = b->attention.dim;
+    return OFFRAMP_OK;
+}
+
+offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *const *mixers,
+                                 const offramp_part *const *mlps, int64_t blocks, offramp_error *error) {
+    if (check_ends(ends, error)) return NULL;
+    if (blocks < 0 || blocks > MOST_BLOCKS) {
+        fail(error, OFFRAMP_INVALID, "A model cannot have %lld blocks.", (long long)blocks);
+        return NULL;
+    }
+    offramp_model *model = aligned_alloc(64, (sizeof *model + 63) / 64 * 64);
+    if (model) {
+        memset(model, 0, sizeof *model);
+        pool_begin(&model->pool);
+        model->users = 1;
+        model->blocks = calloc(blocks + 1, sizeof *model->blocks);
+    }
+    if (!model || !model->blocks) {
+        offramp_model_free(model);
+        fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a model.");
+        return NULL;
+    }
+    model->hidden = ends->ends.head.columns, model->vocabulary = ends->ends.head.rows;
+    model->count = blocks, model->ends = ends->ends;
+    for (int64_t i = 0; i < blocks; i++)
+        if (add_block(model, i, mixers[i], mlps ? mlps[i] : NULL, error)) {
+            offramp_model_free(model);
+            return NULL;
+        }
+    return model;
+}
+
+void offramp_model_free(offramp_model *model) {
+    if (!model || atomic_fetch_sub(&model->users, 1) > 1) return;
+    pool_end(&model->pool);
+    free(model->blocks);
+    free(model->scratch);
+    free(model);
+}
+
+offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offramp_error *error) {
+    NEED(threads > 0 && threads <= MOST_THREADS, "A model uses 1 to %d threads, and not %lld.", MOST_THREADS,
+         (long long)threads);
+    pool_enter(&model->pool);
+    model->pool.wanted = (int)threads;
+    pool_leave(&model->pool);
+    return OFFRAMP_OK;
+}
+
+offramp_status offramp_model_rotary(offramp_model *model, const float *pairs, int64_t positions, int64_t dim,
+                                    offramp_error *error) {
+    NEED(!model->rotary_dim || model->rotary_dim == dim,
+         "Rotary pairs of %lld dims do not fit heads of %lld.", (long long)dim, (long long)model->rotary_dim);
+    pool_enter(&model->pool);
+    model->rotary = pairs, model->positions = positions;
+    pool_leave(&model->pool);
+    return OFFRAMP_OK;
+}
+
+int lay_out(offramp_model *model, void (*lay)(void *context, Arena *arena), void *context) {
+    Arena arena = {NULL, 0};
+    lay(context, &arena);
+    if (arena.used > model->scratch_bytes) {
+        free(model->scratch);
+        model->scratch_bytes = 0;
+        model->scratch = aligned_alloc(64, arena.used);
+        if (!model->scratch) return 0;
+        model->scratch_bytes = arena.used;
+    }
+    lay(context, &(Arena){model->scratch, 0});
+    return 1;
+}

@@ -1,0 +1,144 @@
+// What a model is made of: the parts behind offramp.h's names, and the model itself.
+
+#pragma once
+#include <stddef.h>
+
+#include "rows.h"
+#include "threads.h"
+
+// Numbers of an array, how many, and their type.
+typedef struct {
+    const void *values;
+    int64_t count;
+    offramp_type type;
+} Array;
+
+static inline const float *floats(Array array) { return array.values; }
+
+typedef struct {
+    Weight head;
+    Array norm, embedding;
+    float eps;
+} Ends;
+
+typedef struct {
+    Weight qkv, o;
+    Array norm, q_norm, k_norm;
+    int64_t heads, dim, window, rotary, norm_first, norm_heads;
+    float eps, head_eps, scale;
+    int64_t queries;  // heads of queries, found from the shapes
+} Attention;
+
+typedef struct {
+    Weight in, out;
+    Array norm, gated_norm, conv, conv_bias, dt_bias, decay, skip;
+    int64_t heads, groups, states;
+    float eps, gated_eps, dt_low, dt_high;
+    int64_t dim, inner, channels, taps;  // P, E, C, and the width of the convolution, found from the shapes
+} Mamba2;
+
+typedef struct {
+    Weight gate_up, down;
+    Array norm;
+    int64_t norm_first;
+    float eps;
+} Mlp;
+
+typedef struct {
+    Weight in;
+    Array mean, spread, out;
+    float bias;
+} Gate;
+
+typedef struct {
+    Weight reduce, expand;
+    int64_t candidates;
+} Sketch;
+
+typedef struct {
+    Weight in, down, head;
+    Array mean, spread, scale, tokens, keys, values, costs;
+    int64_t after, tail, middle, most, alike, shortest, longest;
+    float asking, floor;
+} Drafter;
+
+// What a field of a part holds. A count is a whole number from 0 on.
+typedef enum { WEIGHT, FLOATS, WHOLE_FLOATS_OR_HALVES, INTEGERS, KEYS, COUNT_OF, REAL } Holds;
+
+typedef struct {
+    const char *name;
+    Holds holds;
+    size_t place;
+    int optional;
+} Field;
+
+typedef struct {
+    const char *name;
+    Field fields[24];
+} Kind;
+
+struct offramp_part {
+    const Kind *kind;
+    uint64_t given;  // a bit for each field
+    union {
+        Ends ends;
+        Attention attention;
+        Mamba2 mamba2;
+        Mlp mlp;
+        Gate gate;
+        Sketch sketch;
+        Drafter drafter;
+    };
+};
+
+typedef struct {
+    int attends, has_mlp;
+    Attention attention;  // where it attends, else the mixer
+    Mamba2 mamba2;
+    Mlp mlp;
+} Block;
+
+struct offramp_model {
+    Pool pool;
+    int64_t hidden, vocabulary, count;
+    Ends ends;
+    Block *blocks;
+    const float *rotary;  // (positions, dim)
+    int64_t positions, rotary_dim;
+    char *scratch;  // of one call
+    int64_t scratch_bytes;
+    _Atomic int64_t users;  // its sessions, and 1 until it is freed
+};
+
+// Writes a sentence, unless `error` is NULL, and returns the status.
+offramp_status fail(offramp_error *error, offramp_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+// Whether a part is of this kind, and complete. Then whether its shapes fit a model: D its hidden size, V its
+// vocabulary.
+offramp_status check_kind(const offramp_part *part, const char *kind, offramp_error *error);
+offramp_status check_gate(const offramp_part *part, int64_t D, offramp_error *error);
+offramp_status check_sketch(const offramp_part *part, int64_t D, int64_t V, offramp_error *error);
+offramp_status check_drafter(const offramp_part *part, const offramp_model *model, offramp_error *error);
+offramp_status check_weight(const Weight *weight, const char *name, offramp_error *error);
+
+// Memory of one call, given out piece by piece. Without a base, only the bytes are counted: so the function
+// that lays out a call's memory is also the one that says how much it needs.
+typedef struct {
+    char *base;
+    int64_t used;
+} Arena;
+
+static inline void *take(Arena *arena, int64_t bytes) {
+    char *place = arena->base ? arena->base + arena->used : NULL;
+    arena->used += (bytes + 63) / 64 * 64;
+    return place;
+}
+
+static inline float *take_floats(Arena *arena, int64_t count) {
+    return take(arena, count * (int64_t)sizeof(float));
+}
+
+// Lays out a call's memory: `lay(context, arena)` is called twice, without memory and with it. NULL if the
+// system gives none.
+int lay_out(offramp_model *model, void (*lay)(void *context, Arena *arena), void *context);

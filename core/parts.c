@@ -1,0 +1,188 @@
+#include <math.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "model.h"
+
+offramp_status fail(offramp_error *error, offramp_status status, const char *format, ...) {
+    if (!error) return status;
+    va_list values;
+    va_start(values, format);
+    vsnprintf(error->message, sizeof error->message, format, values);
+    va_end(values);
+    return status;
+}
+
+#define AT(type, field) offsetof(offramp_part, type.field)
+static const Kind KINDS_OF_PARTS[] = {
+    {"ends",
+     {{"head", WEIGHT, AT(ends, head), 0},
+      {"norm", FLOATS, AT(ends, norm), 0},
+      {"embedding", WHOLE_FLOATS_OR_HALVES, AT(ends, embedding), 0},
+      {"eps", REAL, AT(ends, eps), 0}}},
+    {"attention",
+     {{"qkv", WEIGHT, AT(attention, qkv), 0},
+      {"o", WEIGHT, AT(attention, o), 0},
+      {"norm", FLOATS, AT(attention, norm), 0},
+      {"q_norm", FLOATS, AT(attention, q_norm), 1},
+      {"k_norm", FLOATS, AT(attention, k_norm), 1},
+      {"heads", COUNT_OF, AT(attention, heads), 0},
+      {"dim", COUNT_OF, AT(attention, dim), 0},
+      {"window", COUNT_OF, AT(attention, window), 1},
+      {"rotary", COUNT_OF, AT(attention, rotary), 1},
+      {"norm_first", COUNT_OF, AT(attention, norm_first), 0},
+      {"norm_heads", COUNT_OF, AT(attention, norm_heads), 1},
+      {"eps", REAL, AT(attention, eps), 0},
+      {"head_eps", REAL, AT(attention, head_eps), 1},
+      {"scale", REAL, AT(attention, scale), 0}}},
+    {"mamba2",
+     {{"in", WEIGHT, AT(mamba2, in), 0},
+      {"out", WEIGHT, AT(mamba2, out), 0},
+      {"norm", FLOATS, AT(mamba2, norm), 0},
+      {"gated_norm", FLOATS, AT(mamba2, gated_norm), 0},
+      {"conv", FLOATS, AT(mamba2, conv), 0},
+      {"conv_bias", FLOATS, AT(mamba2, conv_bias), 1},
+      {"dt_bias", FLOATS, AT(mamba2, dt_bias), 0},
+      {"decay", FLOATS, AT(mamba2, decay), 0},
+      {"skip", FLOATS, AT(mamba2, skip), 0},
+      {"heads", COUNT_OF, AT(mamba2, heads), 0},
+      {"groups", COUNT_OF, AT(mamba2, groups), 0},
+      {"states", COUNT_OF, AT(mamba2, states), 0},
+      {"eps", REAL, AT(mamba2, eps), 0},
+      {"gated_eps", REAL, AT(mamba2, gated_eps), 0},
+      {"dt_low", REAL, AT(mamba2, dt_low), 0},
+      {"dt_high", REAL, AT(mamba2, dt_high), 0}}},
+    {"mlp",
+     {{"gate_up", WEIGHT, AT(mlp, gate_up), 0},
+      {"down", WEIGHT, AT(mlp, down), 0},
+      {"norm", FLOATS, AT(mlp, norm), 0},
+      {"norm_first", COUNT_OF, AT(mlp, norm_first), 0},
+      {"eps", REAL, AT(mlp, eps), 0}}},
+    {"gate",
+     {{"in", WEIGHT, AT(gate, in), 0},
+      {"mean", FLOATS, AT(gate, mean), 0},
+      {"spread", FLOATS, AT(gate, spread), 0},
+      {"out", FLOATS, AT(gate, out), 1},
+      {"bias", REAL, AT(gate, bias), 0}}},
+    {"sketch",
+     {{"reduce", WEIGHT, AT(sketch, reduce), 0},
+      {"expand", WEIGHT, AT(sketch, expand), 0},
+      {"candidates", COUNT_OF, AT(sketch, candidates), 0}}},
+    {"drafter",
+     {{"in", WEIGHT, AT(drafter, in), 0},
+      {"down", WEIGHT, AT(drafter, down), 0},
+      {"head", WEIGHT, AT(drafter, head), 0},
+      {"mean", FLOATS, AT(drafter, mean), 0},
+      {"spread", FLOATS, AT(drafter, spread), 0},
+      {"scale", FLOATS, AT(drafter, scale), 1},
+      {"tokens", INTEGERS, AT(drafter, tokens), 1},
+      {"keys", KEYS, AT(drafter, keys), 1},
+      {"values", KEYS, AT(drafter, values), 1},
+      {"costs", FLOATS, AT(drafter, costs), 0},
+      {"after", COUNT_OF, AT(drafter, after), 0},
+      {"tail", COUNT_OF, AT(drafter, tail), 0},
+      {"middle", COUNT_OF, AT(drafter, middle), 1},
+      {"most", COUNT_OF, AT(drafter, most), 0},
+      {"alike", COUNT_OF, AT(drafter, alike), 0},
+      {"shortest", COUNT_OF, AT(drafter, shortest), 1},
+      {"longest", COUNT_OF, AT(drafter, longest), 1},
+      {"asking", REAL, AT(drafter, asking), 0},
+      {"floor", REAL, AT(drafter, floor), 0}}},
+};
+
+offramp_part *offramp_part_new(const char *kind, offramp_error *error) {
+    for (size_t i = 0; i < sizeof KINDS_OF_PARTS / sizeof *KINDS_OF_PARTS; i++) {
+        if (strcmp(kind, KINDS_OF_PARTS[i].name)) continue;
+        offramp_part *part = calloc(1, sizeof *part);
+        if (part)
+            part->kind = KINDS_OF_PARTS + i;
+        else
+            fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a part of a model.");
+        return part;
+    }
+    fail(error, OFFRAMP_INVALID, "There are no parts of the kind '%.40s'.", kind);
+    return NULL;
+}
+
+void offramp_part_free(offramp_part *part) { free(part); }
+
+// Where a field of this name is, and marks it as given; NULL if the part has none that holds this.
+static void *place_of(offramp_part *part, const char *name, unsigned holds, offramp_error *error) {
+    const Field *fields = part->kind->fields;
+    for (int i = 0; fields[i].name; i++) {
+        if (strcmp(name, fields[i].name) || !(holds >> fields[i].holds & 1)) continue;
+        part->given |= (uint64_t)1 << i;
+        return (char *)part + fields[i].place;
+    }
+    fail(error, OFFRAMP_INVALID, "A part of the kind '%s' has no '%.40s' of this type.", part->kind->name,
+         name);
+    return NULL;
+}
+
+offramp_status check_weight(const Weight *m, const char *name, offramp_error *error) {
+    // A group of an integer weight has one scale.
+    const int64_t unit = m->type >= OFFRAMP_INT8 ? OFFRAMP_GROUP : 1, most = INT32_MAX;
+    if (m->type < OFFRAMP_FLOAT32 || m->type > OFFRAMP_INT4)
+        return fail(error, OFFRAMP_INVALID, "The weight '%.40s' is of no type that weights have.", name);
+    if (m->rows < 1 || m->columns < 1 || m->rows > most || m->columns > most || m->columns % unit)
+        return fail(error, OFFRAMP_INVALID,
+                    "The weight '%.40s' has %lld rows of %lld; rows of a multiple of %lld are needed.", name,
+                    (long long)m->rows, (long long)m->columns, (long long)unit);
+    if (!m->values || (m->type == OFFRAMP_INT8 && !m->scales))
+        return fail(error, OFFRAMP_INVALID, "The weight '%.40s' has no numbers.", name);
+    return OFFRAMP_OK;
+}
+
+offramp_status offramp_part_weight(offramp_part *part, const char *name, const offramp_weight *weight,
+                                   offramp_error *error) {
+    if (check_weight(weight, name, error)) return OFFRAMP_INVALID;
+    Weight *place = place_of(part, name, 1 << WEIGHT, error);
+    if (!place) return OFFRAMP_INVALID;
+    *place = *weight;
+    return OFFRAMP_OK;
+}
+
+offramp_status offramp_part_array(offramp_part *part, const char *name, offramp_type type, const void *values,
+                                  int64_t count, offramp_error *error) {
+    unsigned holds = 0;
+    if (type == OFFRAMP_FLOAT32) holds = 1 << FLOATS | 1 << WHOLE_FLOATS_OR_HALVES;
+    if (type == OFFRAMP_BFLOAT16) holds = 1 << WHOLE_FLOATS_OR_HALVES;
+    if (type == OFFRAMP_INT64) holds = 1 << INTEGERS;
+    if (type == OFFRAMP_UINT32) holds = 1 << KEYS;
+    if (count < 0 || (count && !values))
+        return fail(error, OFFRAMP_INVALID, "The array '%.40s' has no numbers.", name);
+    Array *place = place_of(part, name, holds, error);
+    if (!place) return OFFRAMP_INVALID;
+    *place = (Array){values, count, type};
+    return OFFRAMP_OK;
+}
+
+offramp_status offramp_part_number(offramp_part *part, const char *name, double value, offramp_error *error) {
+    float *real = place_of(part, name, 1 << REAL, NULL);
+    if (real) {
+        *real = (float)value;
+        return OFFRAMP_OK;
+    }
+    const uint64_t given = part->given;
+    int64_t *count = place_of(part, name, 1 << COUNT_OF, error);
+    if (!count) return OFFRAMP_INVALID;
+    if (!(value >= 0 && value <= INT32_MAX && value == floor(value))) {
+        part->given = given;
+        return fail(error, OFFRAMP_INVALID, "'%.40s' is a whole number from 0 on, and not %g.", name, value);
+    }
+    *count = (int64_t)value;
+    return OFFRAMP_OK;
+}
+
+offramp_status check_kind(const offramp_part *part, const char *kind, offramp_error *error) {
+    if (!part || strcmp(part->kind->name, kind))
+        return fail(error, OFFRAMP_INVALID, "A part of the kind '%s' is needed here.", kind);
+    const Field *fields = part->kind->fields;
+    for (int i = 0; fields[i].name; i++)
+        if (!fields[i].optional && !(part->given >> i & 1))
+            return fail(error, OFFRAMP_INVALID, "A part of the kind '%s' lacks its '%s'.", kind,
+                        fields[i].name);
+    return OFFRAMP_OK;
+}

@@ -1,0 +1,48 @@
+// Products of rows with weights in any format, shared out among the threads of a call.
+//
+// Weights are read in the order in which they stand in memory: the processor fetches one stream ahead of
+// time, but hardly several.
+//
+// An int4 weight stands in panels of PANEL rows, and a panel in blocks of GROUP columns: byte 4 i + c of its
+// quarter j holds column 4 j + c of row i in its low half, and column 16 + 4 j + c in its high half. Then
+// come the rows' scales, then their minima, as float16. The last panel is filled up.
+
+#pragma once
+#include "rows.h"
+#include "threads.h"
+
+// Where the results of a product go: rows `stride` apart. With `add`, they are added to what is there.
+typedef struct {
+    float *y;
+    int64_t stride;
+    int add;
+} Out;
+
+// What a row of weights takes, except of int4 ones.
+static inline int64_t row_bytes(const Weight *m) {
+    return m->columns * (m->type == OFFRAMP_FLOAT32 ? 4 : m->type == OFFRAMP_BFLOAT16 ? 2 : 1);
+}
+
+// Multiplies R rows of x with rows `from` to `to` - 1 of the weight, and unless `apart` is 0 with as many
+// from row `from` + `apart` on. The sum over the columns is made in pieces of DEPTH, for few rows as for
+// many.
+void product(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to, int64_t apart);
+
+// Multiplies R rows of x with rows `first` to `last` - 1 of the weight, shared out.
+void multiply(Hand *hand, const Weight *m, Rows x, int64_t R, Out out, int64_t first, int64_t last);
+
+// Multiplies row r of x with those rows of the weight that stand in `chosen`, in ascending order. Results go
+// to their places.
+void multiply_chosen(const Weight *m, const Rows *x, int64_t r, const int64_t *chosen, int64_t count,
+                     Out out);
+
+// How results of a weight's rows are shared out: whole panels, or a few rows.
+int64_t unit_of(const Weight *m);
+
+// Root mean square norm: x (n) / √(mean x² + eps) · weight.
+void rms_norm(const float *x, const float *weight, float eps, float *out, int64_t n);
+
+// Rows of a weight's columns, made narrow, shared out. `prepare_normed` norms rows h (R, K) to x first.
+Rows prepare(Hand *hand, const Weight *m, const float *x, int64_t stride, int64_t R, float *room);
+Rows prepare_normed(Hand *hand, const Weight *m, const float *h, const float *weight, float eps, int64_t R,
+                    float *x, float *room);

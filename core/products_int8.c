@@ -1,0 +1,4 @@
+#define KIND INT8
+#include "products_rows.h"
+
+const Products products_int8 = PRODUCTS;

@@ -1,0 +1,43 @@
+// The products of one format, for products.c. Each format has a file that says its KIND and includes
+// products_rows.h or products_panels.h, which hold the functions: KIND and the number of rows of x are
+// constants in their loops.
+
+#pragma once
+#include "products.h"
+
+// Columns multiplied in one go; bytes of weights that stay in the cache.
+enum { DEPTH = 2048, CACHED = 1 << 17 };
+enum { MOST_ROWS = 8, FOUR = 4 };  // rows of x in a tile; weights of a tile that stand together
+
+// `count` weights from row n on, and in two streams as many from row n + `apart` on, times rows of x from row
+// r on, over the columns `from` to `to` - 1. Of an int4 weight, it is the panel that begins at n, and the
+// results of the weights `first` to `last` - 1 are wanted.
+typedef struct {
+    const Weight *m;
+    const Rows *x;
+    int64_t n, count, apart, r, from, to, first, last;
+} Tile;
+
+typedef void Multiply(const Tile *tile, const Out *out);
+typedef void Choose(const Weight *m, const Rows *x, int64_t r, const int64_t *rows, int64_t count,
+                    const Out *out);
+
+// The functions of one format: for 1 to MOST_ROWS rows of x, with one stream of weights and with two; for
+// weights in the cache, of which it takes `weights`, and `rows` rows of x; and for scattered rows of weights.
+// Panels have the first only.
+typedef struct {
+    Multiply *one_stream[MOST_ROWS], *two_streams[MOST_ROWS], *cached;
+    int64_t weights, rows;
+    Choose *scattered;
+} Products;
+
+extern const Products products_float32, products_bfloat16, products_int8, products_int4, products_fine_int8,
+    products_fine_int4;
+
+#define EACH_WEIGHT _Pragma("GCC unroll 4") for (int i = 0; i < N; i++)
+#define EACH_ROW _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)
+// One function for each number of rows.
+#define FUNCTION(name, body) \
+    static __attribute__((noinline)) void name(const Tile *c, const Out *out) { body; }
+#define UP_TO_EIGHT(make) make(1) make(2) make(3) make(4) make(5) make(6) make(7) make(8)
+#define TABLE(name) {name##1, name##2, name##3, name##4, name##5, name##6, name##7, name##8}

@@ -1,0 +1,86 @@
+#include "rows.h"
+
+// Columns of a row with one scale.
+static int64_t columns_of_scale(int kind) { return IS_INT8(kind) ? 2 * GROUP : GROUP; }
+
+Rows rows_of(const Weight *m, const float *x, int64_t stride, int64_t R, float *room) {
+    const int64_t width = (m->columns + 63) / 64 * 64, groups = width / columns_of_scale(kind_of(m));
+    float *scale = room, *sums = scale + R * groups, *offset = sums + R * groups;
+    // A vector that crosses cache lines takes twice as long.
+    const char *narrow = (const char *)(((uintptr_t)(offset + R) + 63) / 64 * 64);
+    return (Rows){x, stride, width, groups, narrow, (const int8_t *)narrow + R * width, scale, sums, offset};
+}
+
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+
+static inline vi rounded(vf v) {
+    return __builtin_convertvector(v + choose(v < 0, all(-0.5f), all(0.5f)), vi);
+}
+
+static inline void store_bytes(int8_t *p, vi v) {
+#if WIDE
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+    const quarter_vb bytes = __builtin_convertvector(v, quarter_vb);
+    memcpy(p, &bytes, sizeof bytes);
+#endif
+}
+
+// `count` columns of a row, a multiple of GROUP, as integers of 8 bits, or with `low` of 16; their scale, and
+// the sum of what they stand for.
+static inline void quantise(const float *p, int64_t count, int8_t *q, int8_t *low, float *scale,
+                            float *total) {
+    const float range = low ? 127 * BASE + 127 : 127;
+    vf tops = all(1e-30f), nothing = {0};
+    for (int k = 0; k < count; k += LANES) {
+        const vf v = load(p + k), size = choose(v < 0, -v, v);
+        tops = choose(size > tops, size, tops);
+        nothing += v * 0;
+    }
+    const float most = largest(tops), factor = range / most;
+    vu sums = {0};  // what stands for a NaN is so large that sums go round
+    for (int k = 0; k < count; k += LANES) {
+        const vi whole = rounded(load(p + k) * factor);
+        const vi high = low ? rounded(__builtin_convertvector(whole, vf) * (1.0f / BASE)) : whole;
+        store_bytes(q + k, high);
+        if (low) store_bytes(low + k, (vi)((vu)whole - (vu)high * BASE));
+        sums += (vu)whole;
+    }
+    *scale = most / range + sum(nothing);  // keeps a NaN, which an integer cannot hold
+    *total = *scale * sum(__builtin_convertvector((vi)sums, vf));
+}
+
+#if MULTIPLIES_BFLOAT16
+// A row of K numbers as bfloat16; beyond the last column, zeros.
+static void to_pairs(const float *p, int64_t K, int64_t width, int16_t *narrow) {
+    for (int64_t k = 0; k < width; k += 32) {
+        const vf low = k < K ? load_up_to(p + k, K - k) : (vf){0};
+        const vf high = k + LANES < K ? load_up_to(p + k + LANES, K - k - LANES) : (vf){0};
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        memcpy(narrow + k, &both, sizeof both);
+    }
+}
+#endif
+
+void make_narrow(const Weight *m, const Rows *x, int64_t r) {
+    const int64_t K = m->columns, G = x->groups;
+    const int kind = kind_of(m);
+    const float *p = x->x + r * x->stride;
+#if MULTIPLIES_BFLOAT16
+    if (kind == BFLOAT16) {
+        to_pairs(p, K, x->width, (int16_t *)x->narrow + r * x->width);
+        return;
+    }
+#endif
+    int8_t *q = (int8_t *)x->narrow + r * x->width,
+           *low = IS_FINE(kind) ? (int8_t *)x->low + r * x->width : NULL;
+    float *scale = (float *)x->scale + r * G, *sums = (float *)x->sums + r * G, offset = 0;
+    const int64_t columns = columns_of_scale(kind);
+    for (int64_t k = 0, g = 0; k < K; k += columns, g++) {
+        quantise(p + k, min_(K - k, columns), q + k, low ? low + k : NULL, scale + g, sums + g);
+        offset += OFFSET * sums[g];
+    }
+    memset(q + K, 0, x->width - K);
+    if (low) memset(low + K, 0, x->width - K);
+    ((float *)x->offset)[r] = offset;
+}

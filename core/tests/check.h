@@ -1,0 +1,172 @@
+// What the tests share: checks, random numbers that are the same each time, and tiny models that are made
+// through offramp.h.
+
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "offramp.h"
+
+// Ends the test with a line that says what is not true.
+#define CHECK(truth, ...)                                                       \
+    do {                                                                        \
+        if (!(truth)) {                                                         \
+            fprintf(stderr, "%s:%d: not so: %s: ", __FILE__, __LINE__, #truth); \
+            fprintf(stderr, __VA_ARGS__);                                       \
+            fputc('\n', stderr);                                                \
+            exit(1);                                                            \
+        }                                                                       \
+    } while (0)
+
+// What a call with `&said` last must do: work, or say in one sentence what is wrong.
+static offramp_error said;
+#define WORKS(call) CHECK((call) == OFFRAMP_OK, "%s", said.message)
+#define MADE(call) CHECK((call) != NULL, "%s", said.message)
+#define REFUSED(call)                                                   \
+    do {                                                                \
+        *said.message = 0;                                              \
+        CHECK((call) == OFFRAMP_INVALID, "it is not refused");          \
+        CHECK(is_sentence(said.message), "it says '%s'", said.message); \
+    } while (0)
+#define NOT_MADE(call)                                                  \
+    do {                                                                \
+        *said.message = 0;                                              \
+        CHECK((call) == NULL, "it is not refused");                     \
+        CHECK(is_sentence(said.message), "it says '%s'", said.message); \
+    } while (0)
+
+static inline int is_sentence(const char *text) {
+    const size_t length = strnlen(text, sizeof said.message);
+    return length > 10 && length < sizeof said.message - 1 && text[length - 1] == '.';
+}
+
+// Memory until the test ends. It is as large as asked for, so that a sanitizer sees what is read beyond it.
+static void *kept[1 << 16];
+static int kept_count;
+
+// Frees what came after the first `mark` pieces of memory.
+static inline void free_from(int mark) {
+    while (kept_count > mark) free(kept[--kept_count]);
+}
+static void free_all(void) { free_from(0); }
+
+static inline void *memory(int64_t bytes) {
+    if (!kept_count) atexit(free_all);
+    CHECK(kept_count < 1 << 16, "the test keeps too much");
+    return kept[kept_count++] = calloc(1, bytes);
+}
+
+static uint64_t random_state = 88172645463325252u;
+
+static inline uint64_t random_bits(void) {  // xorshift64*
+    random_state ^= random_state >> 12, random_state ^= random_state << 25,
+        random_state ^= random_state >> 27;
+    return random_state * 2685821657736338717u >> 16;
+}
+static inline int64_t below(int64_t n) { return (int64_t)(random_bits() % (uint64_t)n); }
+static inline float uniform(float low, float high) {
+    return low + (high - low) * (float)(random_bits() & 0xffffff) / 0x1000000;
+}
+
+static inline float *randoms(int64_t count, float low, float high) {
+    float *x = memory(count * 4);
+    for (int64_t i = 0; i < count; i++) x[i] = uniform(low, high);
+    return x;
+}
+static inline float *zeros(int64_t count) { return memory(count * 4); }
+static inline float *copied(const float *x, int64_t count) { return memcpy(memory(count * 4), x, count * 4); }
+static inline int same(const void *a, const void *b, int64_t floats) { return !memcmp(a, b, floats * 4); }
+
+static inline float half_of(uint16_t bits) {  // of a bfloat16 number
+    const uint32_t whole = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &whole, sizeof x);
+    return x;
+}
+static inline double float16_of(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, rest = bits & 1023;
+    const double size = exponent ? ldexp(1024 + rest, exponent - 25) : ldexp(rest, -24);
+    return bits & 0x8000 ? -size : size;
+}
+
+// Weights (rows, columns) whose products with numbers around 1 are around 1.
+static inline offramp_weight weight_of(int type, int fine, int64_t rows, int64_t columns, int bias) {
+    offramp_weight w = {.type = type, .fine = fine, .rows = rows, .columns = columns};
+    const float size = sqrtf(3.0f / columns);
+    const int64_t count = rows * columns, panels = (rows + OFFRAMP_PANEL - 1) / OFFRAMP_PANEL,
+                  groups = columns / OFFRAMP_GROUP;
+    if (type == OFFRAMP_FLOAT32) w.values = randoms(count, -size, size);
+    if (type == OFFRAMP_BFLOAT16) {
+        uint16_t *values = memory(count * 2);
+        for (int64_t i = 0; i < count; i++) {
+            const float x = uniform(-size, size);
+            memcpy(values + i, (const char *)&x + 2, 2);
+        }
+        w.values = values;
+    }
+    if (type == OFFRAMP_INT8) {
+        int8_t *values = memory(count);
+        for (int64_t i = 0; i < count; i++) values[i] = (int8_t)(below(255) - 127);
+        w.values = values, w.scales = randoms(rows, 0.5f * size / 127, size / 127);
+    }
+    if (type == OFFRAMP_INT4) {
+        uint8_t *values = memory(panels * groups * 320);
+        for (int64_t i = 0; i < panels * groups; i++) {
+            for (int b = 0; b < 256; b++) values[i * 320 + b] = (uint8_t)random_bits();
+            for (int r = 0; r < 32; r++) {  // scales, then minima about -7.5 times as large
+                const int exponent = 15 + (int)floorf(log2f(size / 8)) + (r < 16 ? 0 : 3);
+                const uint16_t bits =
+                    (uint16_t)((r < 16 ? 0 : 0x8000) | (exponent > 0 ? exponent : 1) << 10 | below(512));
+                memcpy(values + i * 320 + 256 + 2 * r, &bits, 2);
+            }
+        }
+        w.values = values;
+    }
+    if (bias) w.bias = randoms(rows, -1, 1);
+    return w;
+}
+
+// A weight's number, as products.h says it is kept.
+static inline double entry(const offramp_weight *w, int64_t row, int64_t column) {
+    const int64_t at = row * w->columns + column;
+    if (w->type == OFFRAMP_FLOAT32) return ((const float *)w->values)[at];
+    if (w->type == OFFRAMP_BFLOAT16) return half_of(((const uint16_t *)w->values)[at]);
+    if (w->type == OFFRAMP_INT8) return (double)((const int8_t *)w->values)[at] * w->scales[row];
+    const int64_t block = row / 16 * (w->columns / 32) + column / 32, i = row % 16, k = column % 32,
+                  j = k % 16 / 4, c = k % 4;
+    const uint8_t *bytes = (const uint8_t *)w->values + block * 320;
+    const uint8_t both = bytes[64 * j + 4 * i + c];
+    uint16_t ends[2];
+    memcpy(ends, bytes + 256 + 2 * i, 2);
+    memcpy(ends + 1, bytes + 288 + 2 * i, 2);
+    return (k < 16 ? both & 15 : both >> 4) * float16_of(ends[0]) + float16_of(ends[1]);
+}
+
+// What references are made of. y (rows) = weight · x (columns) + bias, and a norm of x (n) by its root mean
+// square.
+static inline void product_reference(const offramp_weight *w, const double *x, double *y) {
+    for (int64_t n = 0; n < w->rows; n++) {
+        y[n] = w->bias ? w->bias[n] : 0;
+        for (int64_t k = 0; k < w->columns; k++) y[n] += entry(w, n, k) * x[k];
+    }
+}
+static inline void norm_reference(const double *x, const float *weight, double eps, double *y, int64_t n) {
+    double squares = 0;
+    for (int64_t i = 0; i < n; i++) squares += x[i] * x[i];
+    const double factor = 1 / sqrt(squares / n + eps);
+    for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor * weight[i];
+}
+static inline double silu_reference(double x) { return x / (1 + exp(-x)); }
+
+// How far numbers are from those expected, as a share of the largest expected.
+static inline double distance(const float *found, const double *expected, int64_t count) {
+    double most = 0, furthest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (isnan(found[i])) return INFINITY;
+        most = fmax(most, fabs(expected[i])), furthest = fmax(furthest, fabs(found[i] - expected[i]));
+    }
+    return most > 0 ? furthest / most : furthest;
+}

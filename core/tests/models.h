@@ -1,0 +1,199 @@
+// Tiny random models for the tests, made through offramp.h.
+
+#pragma once
+#include "check.h"
+
+// A letter for each block: 'a' attention and an MLP, 'b' attention alone, 'm' Mamba-2, 'n' Mamba-2 and an
+// MLP.
+typedef struct {
+    const char *blocks;
+    int type, fine, bias, norm_after;
+    int norms;                          // of queries and keys: 0 none, 1 over each head, 2 over all
+    int64_t hidden, vocabulary, width;  // D, V, W
+    int64_t queries, heads, dim, window, positions;  // of attention; positions: 0 for none
+    int64_t mixers, groups, inner, states, taps;     // of Mamba-2: heads, their groups, dims of a head, ...
+} Shape;
+
+static const Shape SMALL = {.hidden = 32,
+                            .vocabulary = 50,
+                            .width = 64,
+                            .queries = 4,
+                            .heads = 2,
+                            .dim = 8,
+                            .mixers = 4,
+                            .groups = 2,
+                            .inner = 8,
+                            .states = 16,
+                            .taps = 4};
+
+// One block's numbers.
+typedef struct {
+    int attends, has_mlp;
+    offramp_weight qkv, o, in, out, gate_up, down;
+    float *norm, *q_norm, *k_norm, *gated_norm, *conv, *conv_bias, *dt_bias, *decay, *skip, *mlp_norm;
+} Layer;
+
+enum { MOST_LAYERS = 8 };
+static const double EPS = 1e-5, DT_LOW = 0.01, DT_HIGH = 0.9;
+
+typedef struct {
+    Shape shape;
+    int64_t count;
+    Layer layers[MOST_LAYERS];
+    offramp_weight head;
+    float *norm, *embedding, *rotary;
+    offramp_model *model;
+} Tiny;
+
+static inline offramp_part *new_part(const char *kind) {
+    offramp_part *part = offramp_part_new(kind, &said);
+    CHECK(part, "%s", said.message);
+    return part;
+}
+static inline void give(offramp_part *part, const char *name, const offramp_weight *weight) {
+    WORKS(offramp_part_weight(part, name, weight, &said));
+}
+static inline void give_floats(offramp_part *part, const char *name, const float *values, int64_t count) {
+    if (values) WORKS(offramp_part_array(part, name, OFFRAMP_FLOAT32, values, count, &said));
+}
+static inline void give_number(offramp_part *part, const char *name, double value) {
+    WORKS(offramp_part_number(part, name, value, &said));
+}
+
+static inline offramp_part *attention_part(const Shape *s, Layer *l) {
+    offramp_part *part = new_part("attention");
+    const int64_t P = s->dim, Q = s->queries, H = s->heads, of_norm = s->norms == 1;
+    l->qkv = weight_of(s->type, s->fine, (Q + 2 * H) * P, s->hidden, s->bias);
+    l->o = weight_of(s->type, s->fine, s->hidden, Q * P, 0);
+    l->norm = randoms(s->hidden, 0.5f, 1.5f);
+    if (s->norms)
+        l->q_norm = randoms(of_norm ? P : Q * P, 0.5f, 1.5f),
+        l->k_norm = randoms(of_norm ? P : H * P, 0.5f, 1.5f);
+    give(part, "qkv", &l->qkv), give(part, "o", &l->o);
+    give_floats(part, "norm", l->norm, s->hidden);
+    give_floats(part, "q_norm", l->q_norm, of_norm ? P : Q * P),
+        give_floats(part, "k_norm", l->k_norm, of_norm ? P : H * P);
+    give_number(part, "heads", H), give_number(part, "dim", P),
+        give_number(part, "norm_first", !s->norm_after);
+    give_number(part, "window", s->window), give_number(part, "rotary", s->positions > 0);
+    give_number(part, "norm_heads", of_norm);
+    give_number(part, "eps", EPS), give_number(part, "head_eps", EPS),
+        give_number(part, "scale", 1.5 / sqrt(P));
+    return part;
+}
+
+static inline offramp_part *mixer_part(const Shape *s, Layer *l) {
+    offramp_part *part = new_part("mamba2");
+    const int64_t H = s->mixers, E = H * s->inner, C = E + 2 * s->groups * s->states;
+    l->in = weight_of(s->type, s->fine, E + C + H, s->hidden, s->bias);
+    l->out = weight_of(s->type, s->fine, s->hidden, E, 0);
+    l->norm = randoms(s->hidden, 0.5f, 1.5f), l->gated_norm = randoms(E, 0.5f, 1.5f);
+    l->conv = randoms(s->taps * C, -0.7f, 0.7f), l->conv_bias = s->bias ? randoms(C, -0.5f, 0.5f) : NULL;
+    l->dt_bias = randoms(H, -2, 1), l->decay = randoms(H, -2, -0.1f), l->skip = randoms(H, -1, 1);
+    give(part, "in", &l->in), give(part, "out", &l->out);
+    give_floats(part, "norm", l->norm, s->hidden), give_floats(part, "gated_norm", l->gated_norm, E);
+    give_floats(part, "conv", l->conv, s->taps * C), give_floats(part, "conv_bias", l->conv_bias, C);
+    give_floats(part, "dt_bias", l->dt_bias, H), give_floats(part, "decay", l->decay, H),
+        give_floats(part, "skip", l->skip, H);
+    give_number(part, "heads", H), give_number(part, "groups", s->groups),
+        give_number(part, "states", s->states);
+    give_number(part, "eps", EPS), give_number(part, "gated_eps", EPS);
+    give_number(part, "dt_low", DT_LOW), give_number(part, "dt_high", DT_HIGH);
+    return part;
+}
+
+static inline offramp_part *mlp_part(const Shape *s, Layer *l) {
+    offramp_part *part = new_part("mlp");
+    l->gate_up = weight_of(s->type, s->fine, 2 * s->width, s->hidden, s->bias);
+    l->down = weight_of(s->type, s->fine, s->hidden, s->width, s->bias);
+    l->mlp_norm = randoms(s->hidden, 0.5f, 1.5f);
+    give(part, "gate_up", &l->gate_up), give(part, "down", &l->down);
+    give_floats(part, "norm", l->mlp_norm, s->hidden);
+    give_number(part, "norm_first", !s->norm_after), give_number(part, "eps", EPS);
+    return part;
+}
+
+static inline offramp_part *ends_part(const Shape *s, Tiny *t) {
+    offramp_part *part = new_part("ends");
+    t->head = weight_of(s->type, s->fine, s->vocabulary, s->hidden, 0);
+    t->norm = randoms(s->hidden, 0.5f, 1.5f), t->embedding = randoms(s->vocabulary * s->hidden, -1, 1);
+    give(part, "head", &t->head);
+    give_floats(part, "norm", t->norm, s->hidden),
+        give_floats(part, "embedding", t->embedding, s->vocabulary * s->hidden);
+    give_number(part, "eps", EPS);
+    return part;
+}
+
+// Rotary pairs: dims 2 i and 2 i + 1 turn together.
+static inline float *rotary_pairs(int64_t positions, int64_t dim) {
+    float *pairs = zeros(positions * dim);
+    for (int64_t t = 0; t < positions; t++)
+        for (int64_t p = 0; p < dim; p += 2) {
+            const double angle = t * pow(100, -(double)p / dim);
+            pairs[t * dim + p] = (float)cos(angle), pairs[t * dim + p + 1] = (float)sin(angle);
+        }
+    return pairs;
+}
+
+static inline Tiny tiny(Shape shape) {
+    Tiny t = {.shape = shape, .count = (int64_t)strlen(shape.blocks)};
+    offramp_part *mixers[MOST_LAYERS] = {NULL}, *mlps[MOST_LAYERS] = {NULL}, *ends = ends_part(&shape, &t);
+    for (int64_t i = 0; i < t.count; i++) {
+        Layer *l = t.layers + i;
+        l->attends = shape.blocks[i] < 'm', l->has_mlp = shape.blocks[i] == 'a' || shape.blocks[i] == 'n';
+        mixers[i] = l->attends ? attention_part(&shape, l) : mixer_part(&shape, l);
+        if (l->has_mlp) mlps[i] = mlp_part(&shape, l);
+    }
+    t.model = offramp_model_new(ends, (const offramp_part *const *)mixers, (const offramp_part *const *)mlps,
+                                t.count, &said);
+    CHECK(t.model, "%s", said.message);
+    for (int64_t i = 0; i < t.count; i++) offramp_part_free(mixers[i]), offramp_part_free(mlps[i]);
+    offramp_part_free(ends);
+    if (shape.positions && strpbrk(shape.blocks, "ab")) {
+        t.rotary = rotary_pairs(shape.positions, shape.dim);
+        WORKS(offramp_model_rotary(t.model, t.rotary, shape.positions, shape.dim, &said));
+    }
+    return t;
+}
+
+static inline offramp_session *session_of(const Tiny *t, offramp_type keys) {
+    offramp_session *session = offramp_session_new(t->model, keys, 16, &said);
+    CHECK(session, "%s", said.message);
+    return session;
+}
+
+// Runs `count` rows h of one session through all blocks, after what it has.
+static inline void run_rows(const Tiny *t, offramp_session *session, float *h, int64_t count) {
+    const offramp_rows rows = {session, offramp_session_length(session, 0), count};
+    WORKS(offramp_run(t->model, 0, t->count, &rows, 1, h, NULL, NULL, &said));
+}
+
+// Whether two sessions remember the same of a block, bit for bit.
+static inline int remember_the_same(const Tiny *t, const offramp_session *a, const offramp_session *b,
+                                    int64_t block) {
+    const Shape *s = &t->shape;
+    const int64_t length = offramp_session_length(a, block), each = 2 * s->heads * s->dim;
+    const int64_t C = s->mixers * s->inner + 2 * s->groups * s->states, window = (s->taps - 1) * C;
+    const int64_t state = s->mixers * s->inner * s->states, attends = t->layers[block].attends;
+    if (offramp_session_length(b, block) != length) return 0;
+    int64_t from = offramp_session_first(a, block), other = offramp_session_first(b, block);
+    from = from > other ? from : other;
+    const int64_t count = attends ? (length - from) * each : window + state;
+    float *of_a = calloc(count + 1, 4), *of_b = calloc(count + 1, 4);
+    if (attends) {
+        WORKS(offramp_session_keys(a, block, from, of_a, &said));
+        WORKS(offramp_session_keys(b, block, from, of_b, &said));
+    } else {
+        WORKS(offramp_session_state(a, block, of_a, of_a + window, &said));
+        WORKS(offramp_session_state(b, block, of_b, of_b + window, &said));
+    }
+    const int equal = same(of_a, of_b, count);
+    free(of_a), free(of_b);
+    return equal;
+}
+
+static inline int all_the_same(const Tiny *t, const offramp_session *a, const offramp_session *b) {
+    int equal = 1;
+    for (int64_t i = 0; i < t->count; i++) equal &= remember_the_same(t, a, b, i);
+    return equal;
+}

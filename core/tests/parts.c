@@ -1,0 +1,305 @@
+// Parts, models and constants: what does not fit is refused in one sentence.
+
+#include <stddef.h>
+
+#include "models.h"
+
+static void constants_are_those_of_the_header(void) {
+#define IS(name) \
+    CHECK(offramp_constant(#name) == (int64_t)(name), #name " is %d", (int)offramp_constant(#name))
+#define SIZE(type) CHECK(offramp_constant(#type) == (int64_t)sizeof(type), #type)
+#define PLACE(type, field) \
+    CHECK(offramp_constant(#type "." #field) == (int64_t)offsetof(type, field), #type "." #field)
+    IS(OFFRAMP_OK);
+    IS(OFFRAMP_INVALID);
+    IS(OFFRAMP_NO_MEMORY);
+    IS(OFFRAMP_VERSION);
+    IS(OFFRAMP_FLOAT32);
+    IS(OFFRAMP_BFLOAT16);
+    IS(OFFRAMP_INT8);
+    IS(OFFRAMP_INT4);
+    IS(OFFRAMP_INT64);
+    IS(OFFRAMP_UINT32);
+    IS(OFFRAMP_GROUP);
+    IS(OFFRAMP_PANEL);
+    IS(OFFRAMP_MOST_DRAFTS);
+    SIZE(offramp_error);
+    SIZE(offramp_weight);
+    SIZE(offramp_rows);
+    SIZE(offramp_gates);
+    SIZE(offramp_pass);
+    SIZE(offramp_steps);
+    PLACE(offramp_weight, bias);
+    PLACE(offramp_rows, count);
+    PLACE(offramp_gates, logits);
+    PLACE(offramp_pass, asked);
+    PLACE(offramp_steps, ids);
+    PLACE(offramp_steps, penalty);
+    PLACE(offramp_steps, deep);
+    PLACE(offramp_steps, seconds);
+    CHECK(offramp_constant("OFFRAMP") == -1 && offramp_constant("") == -1 &&
+              offramp_constant("offramp_rows.") == -1,
+          "unknown names");
+    CHECK(offramp_version() == OFFRAMP_VERSION, "the version");
+    CHECK(strlen(offramp_sources()) == 16 && *offramp_variant() && *offramp_kernels(),
+          "names of the library");
+}
+
+static void parts_take_only_what_they_have(void) {
+    static const char *const kinds[] = {"ends", "attention", "mamba2", "mlp", "gate", "sketch", "drafter"};
+    const offramp_weight w = weight_of(OFFRAMP_FLOAT32, 0, 8, 8, 0);
+    char name[400];
+    memset(name, 'x', sizeof name), name[399] = 0;
+    NOT_MADE(offramp_part_new("", &said));
+    NOT_MADE(offramp_part_new("attentio", &said));
+    NOT_MADE(offramp_part_new(name, &said));
+    CHECK(!offramp_part_new("attentions", NULL), "without a place for the error");
+    for (int i = 0; i < 7; i++) {
+        offramp_part *part = new_part(kinds[i]);
+        REFUSED(offramp_part_weight(part, "norm", &w, &said));
+        REFUSED(offramp_part_weight(part, name, &w, &said));
+        REFUSED(offramp_part_array(part, "unknown", OFFRAMP_FLOAT32, w.values, 8, &said));
+        REFUSED(offramp_part_array(part, name, OFFRAMP_FLOAT32, w.values, 8, &said));
+        REFUSED(offramp_part_number(part, "number", 1, &said));
+        REFUSED(offramp_part_number(part, name, 1, &said));
+        for (int type = -1; type < 8; type++)
+            REFUSED(offramp_part_array(part, "eps", type, w.values, 8, &said));
+        offramp_part_free(part);
+    }
+    offramp_part *mlp = new_part("mlp");
+    REFUSED(offramp_part_array(mlp, "norm", OFFRAMP_BFLOAT16, w.values, 8, &said));
+    REFUSED(offramp_part_array(mlp, "norm", OFFRAMP_FLOAT32, NULL, 8, &said));
+    REFUSED(offramp_part_array(mlp, "norm", OFFRAMP_FLOAT32, w.values, -8, &said));
+    const double wrong[] = {-1, 0.5, NAN, INFINITY, -INFINITY, 1e18};
+    for (int i = 0; i < 6; i++) REFUSED(offramp_part_number(mlp, "norm_first", wrong[i], &said));
+    offramp_weight none = w;
+    none.values = NULL;
+    REFUSED(offramp_part_weight(mlp, "down", &none, &said));
+    // What was refused was not given: the part still lacks it.
+    offramp_weight wide = weight_of(OFFRAMP_FLOAT32, 0, 16, 8, 0);
+    const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
+    give(mlp, "gate_up", &wide), give(mlp, "down", &w), give_floats(mlp, "norm", ones, 8),
+        give_number(mlp, "eps", 1);
+    Shape shape = SMALL;
+    shape.blocks = "", shape.hidden = 8;
+    Tiny t = {.shape = shape};
+    Layer layer = {0};
+    offramp_part *ends = ends_part(&shape, &t), *mixer = attention_part(&shape, &layer);
+    NOT_MADE(
+        offramp_model_new(ends, (const offramp_part *[]){mixer}, (const offramp_part *[]){mlp}, 1, &said));
+    CHECK(strstr(said.message, "norm_first"), "it says '%s'", said.message);
+    give_number(mlp, "norm_first", 1);
+    t.model =
+        offramp_model_new(ends, (const offramp_part *[]){mixer}, (const offramp_part *[]){mlp}, 1, &said);
+    MADE(t.model);
+    offramp_model_free(t.model);
+    offramp_part_free(mlp), offramp_part_free(ends), offramp_part_free(mixer);
+}
+
+// Makes a model of one block, with a part that was changed and others that fit, and frees the parts.
+static offramp_model *with(offramp_part *mixer, offramp_part *mlp, offramp_part *ends) {
+    Tiny t = {.shape = SMALL};
+    Layer layer = {0};
+    if (!ends) ends = ends_part(&SMALL, &t);
+    if (!mixer) mixer = attention_part(&SMALL, &layer);
+    if (!mlp) mlp = mlp_part(&SMALL, &layer);
+    offramp_model *model =
+        offramp_model_new(ends, (const offramp_part *[]){mixer}, (const offramp_part *[]){mlp}, 1, &said);
+    offramp_part_free(ends), offramp_part_free(mixer), offramp_part_free(mlp);
+    return model;
+}
+
+typedef struct {
+    const char
+        *name;  // of a number, or of a weight or an array that gets these many rows or numbers, and columns
+    double value;
+    int64_t columns;
+} Change;
+
+static void change(offramp_part *part, const Change *c) {
+    offramp_weight w = {OFFRAMP_FLOAT32, 0, (int64_t)c->value, c->columns, NULL, NULL, NULL};
+    if (c->columns > 0) {
+        w.values = zeros(w.rows * w.columns);
+        give(part, c->name, &w);
+    } else if (c->columns < 0) {
+        give_floats(part, c->name, zeros((int64_t)c->value + 1), (int64_t)c->value);
+    } else {
+        give_number(part, c->name, c->value);
+    }
+}
+
+static void shapes_must_fit(void) {
+    static const Change attention[] = {{"heads", 0, 0},          {"heads", 3, 0},        {"heads", 70000, 0},
+                                       {"heads", 2147483647, 0}, {"dim", 0, 0},          {"dim", 12, 0},
+                                       {"dim", 16, 0},           {"dim", 2147483640, 0}, {"qkv", 64, 24},
+                                       {"qkv", 32, 32},          {"o", 24, 32},          {"o", 32, 24},
+                                       {"norm", 31, -1},         {"q_norm", 8, -1},      {"k_norm", 8, -1}};
+    static const Change mixer[] = {
+        {"heads", 0, 0},           {"heads", 3, 0},           {"heads", 65536, 0}, {"groups", 0, 0},
+        {"groups", 3, 0},          {"groups", 2147483647, 0}, {"states", 0, 0},    {"states", 12, 0},
+        {"states", 2147483640, 0}, {"in", 100, 32},           {"out", 32, 24},     {"norm", 8, -1},
+        {"gated_norm", 8, -1},     {"conv", 96, -1},          {"conv", 100, -1},   {"conv_bias", 32, -1},
+        {"dt_bias", 3, -1},        {"decay", 5, -1},          {"skip", 0, -1}};
+    static const Change mlp[] = {
+        {"gate_up", 64, 32}, {"gate_up", 128, 24}, {"down", 24, 64}, {"norm", 24, -1}};
+    static const Change ends[] = {{"head", 50, 24},
+                                  {"head", 51, 32},
+                                  {"norm", 24, -1},
+                                  {"embedding", 49 * 32, -1},
+                                  {"embedding", 50 * 32 + 1, -1},
+                                  {"embedding", 0, -1}};
+    for (size_t i = 0; i < sizeof attention / sizeof *attention; i++) {
+        Layer layer = {0};
+        offramp_part *part = attention_part(&SMALL, &layer);
+        change(part, attention + i);
+        NOT_MADE(with(part, NULL, NULL));
+    }
+    for (size_t i = 0; i < sizeof mixer / sizeof *mixer; i++) {
+        Layer layer = {0};
+        offramp_part *part = mixer_part(&SMALL, &layer);
+        change(part, mixer + i);
+        NOT_MADE(with(part, NULL, NULL));
+    }
+    for (size_t i = 0; i < sizeof mlp / sizeof *mlp; i++) {
+        Layer layer = {0};
+        offramp_part *part = mlp_part(&SMALL, &layer);
+        change(part, mlp + i);
+        NOT_MADE(with(NULL, part, NULL));
+    }
+    for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
+        Tiny t = {.shape = SMALL};
+        offramp_part *part = ends_part(&SMALL, &t);
+        change(part, ends + i);
+        NOT_MADE(with(NULL, NULL, part));
+    }
+}
+
+static void models_need_their_parts(void) {
+    Layer layer = {0};
+    Tiny t = {.shape = SMALL};
+    offramp_part *ends = ends_part(&SMALL, &t), *mlp = mlp_part(&SMALL, &layer), *empty = new_part("mlp"),
+                 *bare = new_part("ends");
+    offramp_part *mixer = mixer_part(&SMALL, &layer);
+    const offramp_part *none[] = {NULL}, *first[] = {mixer}, *wrong[] = {mlp}, *lacking[] = {empty};
+    NOT_MADE(offramp_model_new(NULL, first, NULL, 1, &said));
+    NOT_MADE(offramp_model_new(bare, first, NULL, 1, &said));
+    NOT_MADE(offramp_model_new(mlp, first, NULL, 1, &said));
+    NOT_MADE(offramp_model_new(ends, none, NULL, 1, &said));
+    NOT_MADE(offramp_model_new(ends, wrong, NULL, 1, &said));
+    NOT_MADE(offramp_model_new(ends, first, first, 1, &said));
+    NOT_MADE(offramp_model_new(ends, first, lacking, 1, &said));
+    NOT_MADE(offramp_model_new(ends, first, NULL, -1, &said));
+    NOT_MADE(offramp_model_new(ends, first, NULL, INT64_MAX, &said));
+    t.model = offramp_model_new(ends, first, NULL, 1, &said);
+    MADE(t.model);
+    static const int64_t counts[] = {0, -1, 257, INT64_MAX, INT64_MIN};
+    for (int i = 0; i < 5; i++) REFUSED(offramp_model_threads(t.model, counts[i], &said));
+    WORKS(offramp_model_threads(t.model, 256, &said));
+    const offramp_part *strange[] = {
+        NULL, ends, mlp, mixer, new_part("gate"), new_part("sketch"), new_part("drafter")};
+    for (int i = 0; i < 7; i++) REFUSED(offramp_model_fits(t.model, strange[i], &said));
+    for (int i = 4; i < 7; i++) offramp_part_free((offramp_part *)strange[i]);
+    offramp_part_free(ends), offramp_part_free(mlp), offramp_part_free(empty), offramp_part_free(bare),
+        offramp_part_free(mixer);
+    offramp_model_free(t.model);
+}
+
+static offramp_part *drafter_part(void) {
+    static const Change all[] = {{"in", 32 + 64, 64}, {"down", 32, 32}, {"head", 50, 32}, {"mean", 32, -1},
+                                 {"spread", 32, -1},  {"costs", 8, -1}, {"after", 1, 0},  {"tail", 0, 0},
+                                 {"most", 7, 0},      {"alike", 0, 0},  {"asking", 0, 0}, {"floor", 0, 0}};
+    offramp_part *part = new_part("drafter");
+    for (int i = 0; i < 12; i++) change(part, all + i);
+    return part;
+}
+
+static void drafters_must_fit(void) {
+    static const Change wrong[] = {{"in", 96, 96},   {"in", 95, 64},   {"down", 24, 32},  {"head", 50, 24},
+                                   {"head", 51, 32}, {"mean", 31, -1}, {"scale", 31, -1}, {"costs", 7, -1},
+                                   {"after", 4, 0},  {"tail", 4, 0},   {"tail", 1, 0},    {"middle", 4, 0},
+                                   {"middle", 1, 0}, {"most", 8, 0}};
+    Shape shape = SMALL;
+    shape.blocks = "aam";
+    Tiny t = tiny(shape);
+    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
+        offramp_part *part = drafter_part();
+        WORKS(offramp_model_fits(t.model, part, &said));
+        change(part, wrong + i);
+        REFUSED(offramp_model_fits(t.model, part, &said));
+        offramp_part_free(part);
+    }
+    // The tail's blocks stand after the exit, and have no mixers, which could not take its rows back.
+    shape.blocks = "maa";
+    Tiny other = tiny(shape);
+    offramp_part *part = drafter_part();
+    change(part, &(Change){"tail", 2, 0});
+    WORKS(offramp_model_fits(other.model, part, &said));
+    change(part, &(Change){"after", 2, 0});
+    REFUSED(offramp_model_fits(other.model, part, &said));
+    offramp_part_free(part);
+    // Tables of tokens and of n-grams.
+    part = drafter_part();
+    int64_t tokens[50] = {49};
+    uint32_t keys[8] = {1, 2, 3, 4, 5, 6, 7, 0}, values[8] = {49 << 8 | 200};
+    WORKS(offramp_part_array(part, "tokens", OFFRAMP_INT64, tokens, 50, &said));
+    WORKS(offramp_part_array(part, "keys", OFFRAMP_UINT32, keys, 8, &said));
+    WORKS(offramp_part_array(part, "values", OFFRAMP_UINT32, values, 8, &said));
+    REFUSED(offramp_model_fits(t.model, part, &said));  // without a shortest context
+    give_number(part, "shortest", 2), give_number(part, "longest", 4);
+    WORKS(offramp_model_fits(t.model, part, &said));
+    tokens[49] = 50;
+    REFUSED(offramp_model_fits(t.model, part, &said));
+    tokens[49] = -1;
+    REFUSED(offramp_model_fits(t.model, part, &said));
+    tokens[49] = 0, keys[7] = 8;
+    REFUSED(offramp_model_fits(t.model, part, &said));  // no slot is empty
+    keys[7] = 0, values[3] = 50 << 8;
+    REFUSED(offramp_model_fits(t.model, part, &said));
+    values[3] = 0;
+    WORKS(offramp_part_array(part, "keys", OFFRAMP_UINT32, keys, 7, &said));
+    REFUSED(offramp_model_fits(t.model, part, &said));
+    WORKS(offramp_part_array(part, "values", OFFRAMP_UINT32, values, 7, &said));
+    REFUSED(offramp_model_fits(t.model, part, &said));
+    offramp_part_free(part);
+    offramp_model_free(t.model), offramp_model_free(other.model);
+}
+
+static void sketches_and_gates_must_fit(void) {
+    static const Change sketch[] = {
+        {"reduce", 8, 24}, {"reduce", 7, 32}, {"expand", 49, 8}, {"candidates", 0, 0}, {"candidates", 51, 0}};
+    static const Change gate[] = {
+        {"in", 2, 32}, {"in", 1, 24}, {"mean", 8, -1}, {"spread", 33, -1}, {"out", 2, -1}};
+    static const Change whole[] = {{"reduce", 8, 32}, {"expand", 50, 8}, {"candidates", 50, 0}};
+    static const Change linear[] = {{"in", 1, 32}, {"mean", 32, -1}, {"spread", 32, -1}, {"bias", 0, 0}};
+    Shape shape = SMALL;
+    shape.blocks = "m";
+    Tiny t = tiny(shape);
+    float h[32] = {0}, y[50];
+    for (int i = 0; i < 5; i++) {
+        offramp_part *part = new_part("sketch"), *asked = new_part("gate");
+        for (int j = 0; j < 3; j++) change(part, whole + j);
+        for (int j = 0; j < 4; j++) change(asked, linear + j);
+        WORKS(offramp_model_fits(t.model, part, &said));
+        WORKS(offramp_model_fits(t.model, asked, &said));
+        change(part, sketch + i), change(asked, gate + i);
+        REFUSED(offramp_model_fits(t.model, part, &said));
+        REFUSED(offramp_model_fits(t.model, asked, &said));
+        REFUSED(offramp_logits(t.model, part, h, 1, y, &said));
+        REFUSED(offramp_ask(t.model, asked, h, y, &said));
+        REFUSED(offramp_logits(t.model, asked, h, 1, y, &said));
+        REFUSED(offramp_ask(t.model, part, h, y, &said));
+        offramp_part_free(part), offramp_part_free(asked);
+    }
+    REFUSED(offramp_logits(t.model, NULL, h, -1, y, &said));
+    offramp_model_free(t.model);
+}
+
+int main(void) {
+    constants_are_those_of_the_header();
+    parts_take_only_what_they_have();
+    shapes_must_fit();
+    models_need_their_parts();
+    drafters_must_fit();
+    sketches_and_gates_must_fit();
+    return 0;
+}

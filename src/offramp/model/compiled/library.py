@@ -1,0 +1,271 @@
+"""The C library as Python calls it (core/offramp.h says what its functions do): its structures, parts, models and sessions.
+
+A call that fails raises `ValueError` with the library's sentence, or `MemoryError`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.model import core
+from offramp.model.compiled.weights import GROUP, PANEL, Weight
+
+MOST_DRAFTS = 7  # of one pass
+
+
+class CError(ctypes.Structure):
+    """`offramp_error`."""
+
+    _fields_ = (("message", c_char * 248),)
+
+
+class CWeight(ctypes.Structure):
+    """`offramp_weight`."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("type", "fine", "rows", "columns")),
+        *((name, c_void_p) for name in ("values", "scales", "bias")),
+    )
+
+
+class CRows(ctypes.Structure):
+    """`offramp_rows`."""
+
+    _fields_ = (("session", c_void_p), ("first", c_int64), ("count", c_int64))
+
+
+class CGates(ctypes.Structure):
+    """`offramp_gates`."""
+
+    _fields_ = (("count", c_int64), *((name, c_void_p) for name in ("gates", "after", "thresholds", "seen", "logits")))
+
+
+class CPass(ctypes.Structure):
+    """`offramp_pass`."""
+
+    _fields_ = tuple((name, c_int64) for name in ("drafts", "stood", "asked"))
+
+
+class CSteps(ctypes.Structure):
+    """`offramp_steps`."""
+
+    _fields_ = (
+        ("ids", c_void_p),
+        *((name, c_int64) for name in ("known", "enough", "most")),
+        ("ends", c_void_p),
+        ("ends_count", c_int64),
+        ("penalty", c_double),
+        *((name, c_void_p) for name in ("sketch", "drafter", "gates")),
+        *((name, c_int64) for name in ("decided", "run", "passes_count")),
+        *((name, c_void_p) for name in ("passes", "confidences", "h", "deep")),
+        ("seconds", c_double * 5),
+    )
+
+
+STRUCTURES = {
+    "offramp_error": CError,
+    "offramp_weight": CWeight,
+    "offramp_rows": CRows,
+    "offramp_gates": CGates,
+    "offramp_pass": CPass,
+    "offramp_steps": CSteps,
+}
+TYPES = {
+    torch.float32: "OFFRAMP_FLOAT32",
+    torch.bfloat16: "OFFRAMP_BFLOAT16",
+    torch.int8: "OFFRAMP_INT8",
+    torch.uint8: "OFFRAMP_INT4",
+    torch.int64: "OFFRAMP_INT64",
+    torch.int32: "OFFRAMP_UINT32",  # torch computes little with uint32
+}
+_ERROR = POINTER(CError)
+_MODEL = _SESSION = _PART = c_void_p
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "offramp_part_new": (_PART, [c_char_p, _ERROR]),
+    "offramp_part_free": (None, [_PART]),
+    "offramp_part_weight": (c_int, [_PART, c_char_p, POINTER(CWeight), _ERROR]),
+    "offramp_part_array": (c_int, [_PART, c_char_p, c_int, c_void_p, c_int64, _ERROR]),
+    "offramp_part_number": (c_int, [_PART, c_char_p, c_double, _ERROR]),
+    "offramp_model_new": (_MODEL, [_PART, c_void_p, c_void_p, c_int64, _ERROR]),
+    "offramp_model_free": (None, [_MODEL]),
+    "offramp_model_fits": (c_int, [_MODEL, _PART, _ERROR]),
+    "offramp_model_threads": (c_int, [_MODEL, c_int64, _ERROR]),
+    "offramp_model_rotary": (c_int, [_MODEL, c_void_p, c_int64, c_int64, _ERROR]),
+    "offramp_product": (c_int, [_MODEL, POINTER(CWeight), c_void_p, c_int64, c_void_p, _ERROR]),
+    "offramp_logits": (c_int, [_MODEL, _PART, c_void_p, c_int64, c_void_p, _ERROR]),
+    "offramp_ask": (c_int, [_MODEL, _PART, c_void_p, c_void_p, _ERROR]),
+    "offramp_session_new": (_SESSION, [_MODEL, c_int, c_int64, _ERROR]),
+    "offramp_session_free": (None, [_SESSION]),
+    "offramp_session_fork": (_SESSION, [_SESSION, _ERROR]),
+    "offramp_session_reserve": (None, [_SESSION, c_int64]),
+    "offramp_session_length": (c_int64, [_SESSION, c_int64]),
+    "offramp_session_first": (c_int64, [_SESSION, c_int64]),
+    "offramp_session_bytes": (c_int64, [_SESSION]),
+    "offramp_session_bytes_for": (c_int64, [_SESSION, c_int64]),
+    "offramp_session_watch": (c_int, [_SESSION, c_int64, c_int64, _ERROR]),
+    "offramp_session_settle": (None, [_SESSION]),
+    "offramp_session_crop": (c_int, [_SESSION, c_int64, c_int64, c_int64, _ERROR]),
+    "offramp_session_can_forget": (c_int, [_SESSION, c_int64]),
+    "offramp_session_copy": (c_int, [_SESSION, c_int64, c_int64, c_int64, _ERROR]),
+    "offramp_session_keys": (c_int, [_SESSION, c_int64, c_int64, c_void_p, _ERROR]),
+    "offramp_session_state": (c_int, [_SESSION, c_int64, c_void_p, c_void_p, _ERROR]),
+    "offramp_run": (c_int, [_MODEL, c_int64, c_int64, POINTER(CRows), c_int64, c_void_p, c_void_p, c_void_p, _ERROR]),
+    "offramp_remember": (c_int, [_MODEL, c_int64, c_int64, POINTER(CRows), c_int64, c_void_p, _ERROR]),
+    "offramp_decode": (c_int, [_MODEL, _SESSION, POINTER(CSteps), _ERROR]),
+}
+
+
+@cache
+def library() -> Any:
+    """The compiled library with the signatures of its functions; None where there is none."""
+    loaded: Any = core.library()
+    if loaded is None:
+        return None
+    loaded.offramp_constant.argtypes, loaded.offramp_constant.restype = [c_char_p], c_int64
+    loaded.offramp_kernels.restype = c_char_p
+    expected = {"OFFRAMP_GROUP": GROUP, "OFFRAMP_PANEL": PANEL, "OFFRAMP_MOST_DRAFTS": MOST_DRAFTS}
+    for name, structure in STRUCTURES.items():
+        expected[name] = ctypes.sizeof(structure)
+        expected |= {f"{name}.{field[0]}": getattr(structure, field[0]).offset for field in structure._fields_}
+    differing = [name for name, value in expected.items() if loaded.offramp_constant(name.encode()) != value]
+    if differing:
+        warnings.warn(f"The compiled library is not one of this version of offramp: {', '.join(differing)}.", stacklevel=2)
+        return None
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, result
+    return loaded
+
+
+def kernels() -> str:
+    """The processor's instructions that compiled blocks multiply with, such as "AVX2"; "" where nothing is compiled."""
+    loaded = library()
+    return loaded.offramp_kernels().decode() if loaded else ""
+
+
+@cache
+def constant(name: str) -> int:
+    """A constant of the C code by its name."""
+    return int(library().offramp_constant(name.encode()))
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call a function of the library whose last argument is where it puts an error. Returns what it returns."""
+    error = CError()
+    function = getattr(library(), name)
+    result = function(*arguments, byref(error))
+    failed = result is None if function.restype is c_void_p else result != 0
+    if failed:
+        message = error.message.decode("utf-8", "replace")
+        raise MemoryError(message) if result == constant("OFFRAMP_NO_MEMORY") else ValueError(message)
+    return result
+
+
+def handle_of(weight: Weight, fine: bool = False) -> CWeight:
+    """The weight as the C code takes it. It holds addresses only, so `weight` must stay alive.
+
+    `fine`: rows that are multiplied with integer weights are rounded to 16 bits instead of 8.
+    """
+    addresses = (None if part is None else part.data_ptr() for part in (weight.w, weight.scale, weight.bias))
+    return CWeight(constant(TYPES[weight.w.dtype]), fine, weight.rows, weight.columns, *addresses)
+
+
+def check_rows(x: Tensor, columns: int) -> None:
+    """Raise `ValueError` for rows that are not of so many float32 numbers, one after another."""
+    if x.dtype != torch.float32 or x.shape[-1] != columns or not x.is_contiguous():
+        raise ValueError(f"rows of {x.shape[-1]} {x.dtype} where {columns} float32 numbers belong")
+
+
+class Fine:
+    """A weight whose rows are rounded to 16 bits, where weights are integers."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+
+
+Field = Weight | Fine | Tensor | float | None
+
+
+class Owned:
+    """What the library made for us, at `pointer`, and frees with this object."""
+
+    def __init__(self, pointer: int, free: str) -> None:
+        self.pointer = pointer
+        self._free = getattr(library(), free)  # when Python ends, this module may be gone
+
+    def __del__(self) -> None:
+        if free := getattr(self, "_free", None):  # nothing was made of what the library refused
+            free(self.pointer)
+
+
+class Part(Owned):
+    """A part of a model: `offramp_part`.
+
+    `kind` and the names of the fields are those of the header; None leaves one out.
+    """
+
+    def __init__(self, kind: str, **fields: Field) -> None:
+        self.kind, self.fields = kind, fields  # the library holds addresses only
+        super().__init__(call("offramp_part_new", kind.encode()), "offramp_part_free")
+        for name, value in fields.items():
+            key = name.rstrip("_").encode()  # `in` is a word of Python's
+            if isinstance(value, Weight | Fine):
+                fine = isinstance(value, Fine)
+                handle = handle_of(value.weight if isinstance(value, Fine) else value, fine)
+                call("offramp_part_weight", self.pointer, key, byref(handle))
+            elif isinstance(value, Tensor):
+                if not value.is_contiguous():
+                    raise ValueError(f"the numbers of '{name}' do not stand one after another")
+                call("offramp_part_array", self.pointer, key, constant(TYPES[value.dtype]), value.data_ptr(), value.numel())
+            elif value is not None:
+                call("offramp_part_number", self.pointer, key, value)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """Its weights."""
+        fields = (field.weight if isinstance(field, Fine) else field for field in self.fields.values())
+        return [field for field in fields if isinstance(field, Weight)]
+
+
+def pointers(parts: Sequence[Part | None]) -> Any:
+    """An array of the parts' pointers."""
+    return (c_void_p * len(parts))(*(None if part is None else part.pointer for part in parts))
+
+
+class Model(Owned):
+    """A model: `offramp_model`. It uses as many threads as torch does."""
+
+    def __init__(self, ends: Part, mixers: Sequence[Part], mlps: Sequence[Part | None]) -> None:
+        """Raises `ValueError` for shapes that do not fit each other."""
+        self._alive = ends, mixers, mlps
+        self._threads, self._pairs = 1, torch.empty(0)
+        made = call("offramp_model_new", ends.pointer, pointers(mixers), pointers(mlps), len(mixers))
+        super().__init__(made, "offramp_model_free")
+
+    def rotary(self, pairs: Tensor) -> None:
+        """Give it the rotary pairs (positions, P)."""
+        call("offramp_model_rotary", self.pointer, pairs.data_ptr(), *pairs.shape)
+        self._pairs = pairs
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Call a function of the library with this model."""
+        threads = min(torch.get_num_threads(), constant("OFFRAMP_MOST_THREADS"))
+        if threads != self._threads:
+            call("offramp_model_threads", self.pointer, threads)
+            self._threads = threads
+        call(name, self.pointer, *arguments)
+
+    def product(self, weight: CWeight, x: Tensor) -> Tensor:
+        """Multiply x (R, K) with a weight: (R, N)."""
+        check_rows(x, weight.columns)
+        y = torch.empty(len(x), weight.rows, dtype=torch.float32)
+        self.call("offramp_product", byref(weight), x.data_ptr(), len(x), y.data_ptr())
+        return y

@@ -1,0 +1,96 @@
+"""The compiled C code: libraries that were installed with the package, of which one fits this processor best.
+
+`core/variants.txt` says which there may be, and what each needs. The environment variable `OFFRAMP_CORE` names another one
+than the best, or the file of a library, or "none".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import warnings
+from functools import cache
+from pathlib import Path
+
+from offramp.errors import OfframpError
+from offramp.machine import processor_words
+
+LIBRARIES = Path(__file__).parents[1] / "libraries"
+SOURCES = Path(__file__).parents[3] / "core"  # in a clone
+SLOW = "so the library's blocks run: they are slower, and in float32 or bfloat16 only."
+NOTHING = f"No compiled library is installed, {SLOW} Install gcc or clang, and then offramp again."
+UNUSABLE = f"The compiled library cannot be used ({{}}), {SLOW}"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library for this processor, or None where there is none, which a warning says.
+
+    Raises `OfframpError` for one that `OFFRAMP_CORE` names and that cannot be had, and in a clone for one that was not made
+    from the sources there.
+    """
+    chosen = os.environ.get("OFFRAMP_CORE") or best()
+    if chosen is None or chosen == "none":
+        warnings.warn(NOTHING, stacklevel=2)
+        return None
+    file = Path(chosen) if os.sep in chosen else _installed(chosen)
+    try:
+        loaded = ctypes.CDLL(str(file))
+        loaded.offramp_sources.restype = loaded.offramp_variant.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        warnings.warn(UNUSABLE.format(error), stacklevel=2)
+        return None
+    made_from = sources()
+    if made_from and loaded.offramp_sources().decode() != made_from:
+        raise OfframpError(f"{file} was not made from the C code in {SOURCES}.", "Make it anew: make core")
+    return loaded
+
+
+def variant() -> str:
+    """The name of the library in use, and of the C code it was made from; "" where there is none."""
+    loaded = library()
+    return f"{loaded.offramp_variant().decode()} {loaded.offramp_sources().decode()}" if loaded else ""
+
+
+def installed() -> list[str]:
+    """The names of the libraries that were installed."""
+    return sorted(file.stem.removeprefix("libofframp-") for file in LIBRARIES.glob("libofframp-*.so"))
+
+
+def best() -> str | None:
+    """The name of the fastest library that was installed and that this processor can run."""
+    return next((name for name in reversed(runnable(chosen=True)) if name in installed()), None)
+
+
+def runnable(chosen: bool = False) -> list[str]:
+    """The variants that this processor can run, the fastest last; with `chosen`, only those that are not slower on it."""
+    words, names = processor_words(), []
+    table = LIBRARIES / "variants.txt"
+    rows = table.read_text("utf-8").splitlines() if table.exists() else []
+    for name, machine, *rest in (row.split() for row in rows if not row.startswith("#")):
+        needs = {word for word in rest if word[0] not in "-!"}
+        if machine == platform.machine() and needs <= words:
+            words.add(name)
+            if not (chosen and any(word[1:] in words for word in rest if word[0] == "!")):
+                names.append(name)
+    return names or ["default"]
+
+
+def sources() -> str:
+    """What names the C code, as CMakeLists.txt computes it; "" where only the package is installed."""
+    hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(SOURCES.glob("*.[ch]"))]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16] if hashes else ""
+
+
+def _installed(name: str) -> Path:
+    """The file of a library that this processor can run. Raises `OfframpError` for another one."""
+    there = installed()
+    if name not in there:
+        listed = ", ".join(there) or "none"
+        raise OfframpError(f"There is no compiled library {name!r}; installed: {listed}.", "In a clone: make variants")
+    if name not in runnable():
+        listed = ", ".join(each for each in there if each in runnable()) or "none"
+        raise OfframpError(f"This processor cannot run the compiled library {name!r}.", f"It can run: {listed}.")
+    return LIBRARIES / f"libofframp-{name}.so"

@@ -3,11 +3,6 @@
 #include "attention.h"
 #include "mamba2.h"
 
-enum { ROWS_AT_ONCE = 256 };  // rows that pass together; more would need much memory and gain nothing
-
-#define NEED(truth, ...) \
-    if (!(truth)) return fail(error, OFFRAMP_INVALID, __VA_ARGS__)
-
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena *arena) {
@@ -116,8 +111,7 @@ static void work_on_call(Hand *hand, void *context) {
     Worker w = worker_of(c->model, &c->tokens, &c->buffers, hand);
     w.noting = 1;
     if (!c->remembers) {
-        GatesAsked asked = {.gates = c->gates, .desk = &c->desk};
-        if (c->gates) asked.seen = c->gates->seen, asked.logits = c->gates->logits;
+        GatesAsked asked = gates_for(c->gates, 0, &c->desk);
         const int64_t run = run_blocks(&w, c->start, c->stop, c->memory, c->sessions, &asked);
         if (!hand->index) c->run = run;
         return;
@@ -149,20 +143,19 @@ static offramp_status check_call(const Call *c, offramp_error *error) {
              (long long)rows->first);
         NEED(!model->rotary_dim || rows->first + rows->count <= model->positions,
              "There are rotary pairs for %lld positions only.", (long long)model->positions);
-        for (int64_t i = c->start; i < c->stop; i++)
-            NEED(!model->blocks[i].attends || rows->first <= rows->session->blocks[i].keys.length,
+        for (int64_t i = c->start; i < c->stop; i++) {
+            if (!model->blocks[i].attends) continue;
+            NEED(rows->first <= rows->session->blocks[i].keys.length,
                  "Block %lld has %lld tokens, and cannot go on at position %lld.", (long long)i,
                  (long long)rows->session->blocks[i].keys.length, (long long)rows->first);
-        for (int64_t i = c->start; i < c->stop; i++)
-            NEED(!model->blocks[i].attends || can_crop_keys(rows->session, i, rows->first),
+            NEED(can_crop_keys(rows->session, i, rows->first),
                  "The window of block %lld has let go of what position %lld sees.", (long long)i,
                  (long long)rows->first);
+        }
         total += rows->count;
     }
     NEED(!c->gates || (total == 1 && !c->remembers), "Gates are asked about a single row.");
-    for (int64_t i = 0; c->gates && i < c->gates->count; i++)
-        if (check_gate(c->gates->gates[i], model->hidden, error)) return OFFRAMP_INVALID;
-    return OFFRAMP_OK;
+    return check_gates(c->gates, model->hidden, error);
 }
 
 // Makes room for all rows, and runs them piece by piece.

@@ -7,7 +7,7 @@ typedef struct {
     offramp_model *model;
     const Weight *weight;
     const Sketch *sketch;
-    const Gate *gate;
+    const offramp_part *gate;
     const float *x;
     int64_t rows;
     float *y;
@@ -16,8 +16,6 @@ typedef struct {
     Found *found;
     Desk desk;
 } Call;
-
-enum { ROWS_AT_ONCE = 256 };  // rows that pass together
 
 static void lay_product(void *context, Arena *arena) {
     Call *c = context;
@@ -46,14 +44,12 @@ static void work_on_logits(Hand *hand, void *context) {
 
 static void lay_gate(void *context, Arena *arena) {
     Call *c = context;
-    const int64_t D = c->model->hidden;
-    c->desk = (Desk){take_floats(arena, D), take_floats(arena, c->gate->in.rows),
-                     take_floats(arena, narrow_room(1, D))};
+    c->desk = desk_for_gates(&(offramp_gates){.count = 1, .gates = &c->gate}, c->model->hidden, arena);
 }
 
 static void work_on_gate(Hand *hand, void *context) {
     const Call *c = context;
-    ask_gate(hand, c->gate, c->x, &c->desk, c->y);
+    ask_gate(hand, &c->gate->gate, c->x, &c->desk, c->y);
 }
 
 // Runs a call for all of its rows x (R, columns) → y (R, results), some at a time.
@@ -94,6 +90,6 @@ offramp_status offramp_logits(offramp_model *model, const offramp_part *sketch, 
 offramp_status offramp_ask(offramp_model *model, const offramp_part *gate, const float *h, float *logit,
                            offramp_error *error) {
     if (check_gate(gate, model->hidden, error)) return OFFRAMP_INVALID;
-    const Call call = {.model = model, .gate = &gate->gate, .x = h, .rows = 1, .y = logit};
+    const Call call = {.model = model, .gate = gate, .x = h, .rows = 1, .y = logit};
     return run_rows(call, model->hidden, 1, lay_gate, work_on_gate, error);
 }

@@ -10,9 +10,6 @@
 #include "head.h"
 #include "replay.h"
 
-#define NEED(truth, ...) \
-    if (!(truth)) return fail(error, OFFRAMP_INVALID, __VA_ARGS__)
-
 // One call. For drafts, block i has room for another state of a mixer, spare[i], for the window before drafts
 // entered it, windows[i], and for a journal of MOST_DRAFTS + 1 rows, journals[i].
 typedef struct {
@@ -261,9 +258,7 @@ static void take_steps(Hand *hand, void *context) {
         else
             embed(s, t, 0);
         const double embedded = seconds_now();
-        GatesAsked asked = {.gates = steps->gates, .desk = &d->desk};
-        if (steps->gates)
-            asked.seen = steps->gates->seen, asked.logits = steps->gates->logits + t * steps->gates->count;
+        GatesAsked asked = gates_for(steps->gates, t, &d->desk);
         if (n) save_mixers(s, after, N, 0);
         run = run_chunk(s, t, n + 1, after, &asked);
         if (!hand->index) {
@@ -330,9 +325,7 @@ static offramp_status check_steps(const Decoder *d, offramp_error *error) {
     if (steps->sketch && check_sketch(steps->sketch, model->hidden, model->vocabulary, error))
         return OFFRAMP_INVALID;
     if (steps->drafter && check_drafter(steps->drafter, model, error)) return OFFRAMP_INVALID;
-    for (int64_t i = 0; steps->gates && i < steps->gates->count; i++)
-        if (check_gate(steps->gates->gates[i], model->hidden, error)) return OFFRAMP_INVALID;
-    return OFFRAMP_OK;
+    return check_gates(steps->gates, model->hidden, error);
 }
 
 static offramp_status decode(Decoder *d, offramp_error *error) {

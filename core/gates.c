@@ -11,6 +11,11 @@ Desk desk_for_gates(const offramp_gates *gates, int64_t D, Arena *arena) {
     return (Desk){take_floats(arena, D), take_floats(arena, rows), take_floats(arena, narrow_room(1, D))};
 }
 
+GatesAsked gates_for(const offramp_gates *gates, int64_t t, const Desk *desk) {
+    if (!gates) return (GatesAsked){0};
+    return (GatesAsked){gates, gates->seen, gates->logits + t * gates->count, 0, desk};
+}
+
 void standardise(const float *h, const float *mean, const float *spread, int64_t D, float *x) {
     for (int64_t k = 0; k < D; k++) {
         const float y = (h[k] - mean[k]) / spread[k];

@@ -21,6 +21,9 @@ typedef struct {
     const Desk *desk;
 } GatesAsked;
 
+// The gates, or NULL for none, on the way of token number t of a call.
+GatesAsked gates_for(const offramp_gates *gates, int64_t t, const Desk *desk);
+
 // Standardise of exits/parts.py: h (D) to x.
 void standardise(const float *h, const float *mean, const float *spread, int64_t D, float *x);
 

@@ -10,9 +10,6 @@ enum {
     VECTOR = 8,             // numbers that are read together everywhere
 };
 
-#define NEED(truth, ...) \
-    if (!(truth)) return fail(error, OFFRAMP_INVALID, __VA_ARGS__)
-
 static int has_shape(const Weight *m, int64_t rows, int64_t columns) {
     return m->rows == rows && m->columns == columns;
 }
@@ -84,6 +81,12 @@ offramp_status check_gate(const offramp_part *part, int64_t D, offramp_error *er
     const int fits = g->out.values ? g->in.rows == 2 * g->out.count : g->in.rows == 1;
     NEED(fits && g->in.columns == D && g->mean.count == D && g->spread.count == D,
          "A gate's shapes do not fit %lld dims.", (long long)D);
+    return OFFRAMP_OK;
+}
+
+offramp_status check_gates(const offramp_gates *gates, int64_t D, offramp_error *error) {
+    for (int64_t i = 0; gates && i < gates->count; i++)
+        if (check_gate(gates->gates[i], D, error)) return OFFRAMP_INVALID;
     return OFFRAMP_OK;
 }
 

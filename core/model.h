@@ -114,10 +114,17 @@ struct offramp_model {
 offramp_status fail(offramp_error *error, offramp_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+// In a function that has an `error`: what must be true of its arguments, or it returns with a sentence.
+#define NEED(truth, ...) \
+    if (!(truth)) return fail(error, OFFRAMP_INVALID, __VA_ARGS__)
+
+enum { ROWS_AT_ONCE = 256 };  // rows that pass together; more would need much memory and gain nothing
+
 // Whether a part is of this kind, and complete. Then whether its shapes fit a model: D its hidden size, V its
 // vocabulary.
 offramp_status check_kind(const offramp_part *part, const char *kind, offramp_error *error);
 offramp_status check_gate(const offramp_part *part, int64_t D, offramp_error *error);
+offramp_status check_gates(const offramp_gates *gates, int64_t D, offramp_error *error);  // NULL is none
 offramp_status check_sketch(const offramp_part *part, int64_t D, int64_t V, offramp_error *error);
 offramp_status check_drafter(const offramp_part *part, const offramp_model *model, offramp_error *error);
 offramp_status check_weight(const Weight *weight, const char *name, offramp_error *error);

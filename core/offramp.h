@@ -18,12 +18,11 @@
 // sessions. Parts may be freed once a model is made of them.
 //
 // Errors. A function that can fail returns NULL or a status other than OFFRAMP_OK, and writes one sentence to
-// its `error`, unless that is NULL. A call that fails before it runs a block has changed nothing.
+// its `error`, unless that is NULL. A call with a wrong argument changes nothing.
 //
 // Threads. Models are independent of each other. Of calls with one model, one runs at a time, and others
-// wait. A call uses as many threads as `offramp_model_threads` says. A process that was forked may use models
-// that it got so, but not if the fork came during a call with one of them. What is computed does not depend
-// on the number of threads.
+// wait. A call uses as many threads as `offramp_model_threads` says. What is computed does not depend on their
+// number. After fork(), the child may use the parent's models, too, if none of them was in a call then.
 //
 // Shapes: D hidden size, V tokens of the vocabulary, N blocks, R rows (tokens of one call), W width of an MLP
 // or an adapter. All arrays are row-major.
@@ -162,8 +161,8 @@ OFFRAMP_API offramp_status offramp_model_fits(const offramp_model *model, const 
 // How many threads the next calls use: 1 at first, and OFFRAMP_MOST_THREADS at most.
 OFFRAMP_API offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offramp_error *error);
 
-// The rotary pairs (positions, P), cos and sin side by side, which are not copied. Without them no text is
-// longer than 0 tokens in attention with positions. A longer table may follow; the old one may go then.
+// Gives the model the rotary pairs (positions, P), cos and sin side by side, which are not copied. Attention
+// with positions needs them before its first token. After a call with another table, the old one may go.
 OFFRAMP_API offramp_status offramp_model_rotary(offramp_model *model, const float *pairs, int64_t positions,
                                                 int64_t dim, offramp_error *error);
 

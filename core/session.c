@@ -10,9 +10,6 @@ enum {
     UNIT = 8,       // in which positions are read
 };
 
-#define NEED(truth, ...) \
-    if (!(truth)) return fail(error, OFFRAMP_INVALID, __VA_ARGS__)
-
 static const Block *block_of(const offramp_session *s, int64_t i) { return s->model->blocks + i; }
 
 static void free_watch(Mixed *m) {

@@ -144,7 +144,7 @@ def tiny(family: str, seed: int = 0) -> Backbone:
 COMPILED = sorted(name for name, family in FAMILIES.items() if family.compiled and library())
 # The library's own blocks of every family, and compiled ones where there are some.
 VARIANTS = sorted(FAMILIES) + [f"{family}/compiled" for family in COMPILED]
-compiled_only = pytest.mark.skipif(not COMPILED, reason="no C compiler here")
+compiled_only = pytest.mark.skipif(not COMPILED, reason="no compiled library here")
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -193,6 +194,19 @@ def test_the_number_of_threads_changes_no_bit(family: str) -> None:
         torch.set_num_threads(threads)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+
+
+@compiled_only
+def test_threads_of_python_share_a_model():
+    """Their texts outgrow its rotary pairs at about the same time."""
+    engine, prompts = Engine(compiled("llama", "float32")), [[number, 2, 3] for number in range(4)]
+
+    def answer(prompt):
+        return engine.generate(prompt, max_tokens=300, end_ids=frozenset()).ids
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(answer, prompts))
+    assert together == [answer(prompt) for prompt in prompts]
 
 
 @compiled_only

@@ -263,7 +263,7 @@ def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str
     """Compiled blocks add up each row in one order, so a chunk gives the tokens that single steps give, even at ties."""
     backbone = offramp.load(name, dtype)
     if backbone.engine != "compiled blocks":
-        pytest.skip("no C compiler")
+        pytest.skip("no compiled library")
     exits, drafting = shipped_for(backbone), shipped_for(backbone, draft=True)
     assert exits
     assert drafting
@@ -287,7 +287,7 @@ def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str
 def test_an_answer_of_the_real_model_is_the_same_among_seventy(dtype: str) -> None:
     backbone = offramp.load("smollm2", dtype)
     if backbone.engine != "compiled blocks":
-        pytest.skip("no C compiler")
+        pytest.skip("no compiled library")
     drafting = shipped_for(backbone, draft=True)
     assert drafting
     many = [f"{PROMPTS[place % 6]} Give {place} reasons." for place in range(70)]

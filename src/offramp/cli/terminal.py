@@ -188,7 +188,7 @@ def anatomy_table(facts: Anatomy) -> None:
         (f"one gate ({facts.gate})", f"{facts.gate_in_blocks:.3f} blocks"),
         (f"one read-out adapter ({facts.readout})", f"{facts.readout_in_blocks:.3f} blocks"),
         ("the project fill, per skipped block", f"{facts.fill_project_in_blocks:.3f} blocks"),
-        ("compiled blocks multiply with", facts.kernels or "nothing: no C compiler"),
+        ("compiled blocks multiply with", facts.kernels or "nothing: no compiled library"),
         ("exits", _places(facts.exits["layers"], facts.exits["tails"]) if facts.exits else "none"),
     ]
     for row in rows:

@@ -34,7 +34,7 @@ __all__ = ["Backbone", "Part", "Runtime", "Step"]
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 PLAIN = "Use bfloat16 or float32."
-NO_CODE = "Install gcc or clang, or name a compiler in CC; or use bfloat16 or float32."
+NO_CODE = "Install gcc or clang, and then offramp again; or use bfloat16 or float32."
 BY_NAME = "Load the model by its name: offramp.load maps its weights from files."
 NO_CPU = 'Use bfloat16 or float32, or the CPU: device="cpu" in Python, CUDA_VISIBLE_DEVICES= before a command.'
 

@@ -108,8 +108,8 @@ class Block:
         return [*self.mixer.weights, *(self.mlp.weights if self.mlp else [])]
 
 
-class RotaryTables:
-    """The rotary pairs of each position, `pairs` (T, P): cos and sin side by side, 1 and 0 for dims that do not turn.
+class RotaryTable:
+    """Makes the rotary pairs of each position: cos and sin side by side, 1 and 0 for dims that do not turn.
 
     Raises `ValueError` for rotary positions that change with the text's length.
     """
@@ -119,15 +119,10 @@ class RotaryTables:
         if kind not in ROPE_TYPES:
             raise ValueError(f"rotary positions of the kind '{kind}' change with the text's length")
         self._rotary, self._dim = rotary, dim
-        self.pairs = torch.empty(0, dim, dtype=torch.float32)
 
-    def reaches(self, length: int) -> bool:
-        """Make the tables at least this long. Returns whether they were before."""
-        if length <= len(self.pairs):
-            return True
-        length = max(256, 2 * length)
+    def pairs(self, length: int) -> Tensor:
+        """The pairs of the first positions, (length, P)."""
         cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), torch.arange(length)[None])
         pairs = torch.stack([cos[0], sin[0]], dim=-1)[:, : cos.shape[-1] // 2]
         rest = torch.tensor([1.0, 0.0], dtype=torch.float32).expand(length, self._dim // 2 - pairs.shape[1], 2)
-        self.pairs = torch.cat([pairs, rest], dim=1).flatten(1)
-        return False
+        return torch.cat([pairs, rest], dim=1).flatten(1)

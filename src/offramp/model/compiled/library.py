@@ -246,9 +246,14 @@ class Model(Owned):
     def __init__(self, ends: Part, mixers: Sequence[Part], mlps: Sequence[Part | None]) -> None:
         """Raises `ValueError` for shapes that do not fit each other."""
         self._alive = ends, mixers, mlps
-        self._threads, self._pairs = 1, torch.empty(0)
+        self._threads, self._pairs = 1, torch.empty(0, 0)
         made = call("offramp_model_new", ends.pointer, pointers(mixers), pointers(mlps), len(mixers))
         super().__init__(made, "offramp_model_free")
+
+    @property
+    def positions(self) -> int:
+        """How many positions it has rotary pairs for."""
+        return len(self._pairs)
 
     def rotary(self, pairs: Tensor) -> None:
         """Give it the rotary pairs (positions, P)."""

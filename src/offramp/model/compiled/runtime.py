@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable, Sequence
 from ctypes import byref, c_float, c_int64
 from functools import partial
@@ -22,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.compiled.blocks import Block, RotaryTables
+from offramp.model.compiled.blocks import Block, RotaryTable
 from offramp.model.compiled.library import CRows, Fine, Model, check_rows, handle_of
 from offramp.model.compiled.library import Part as CompiledPart
 from offramp.model.compiled.parts import Changed, Maker
@@ -51,7 +52,8 @@ class Compiled:
         """
         attends = [attention for attention in modules.attention if attention is not None]
         rotary_dim = 2 * modules.rotary.inv_freq.numel() if attends else 0
-        self._tables = RotaryTables(modules.rotary, attends[0].head_dim) if attends else None
+        self._rotary = RotaryTable(modules.rotary, attends[0].head_dim) if attends else None
+        self._growing = threading.Lock()  # of the rotary pairs
         self._modules, self.weight_format, self._store, self._values = modules, weight_format, store, values
         self._format = FORMATS[weight_format]
         self._sketches = WeakTensorKeyDictionary()
@@ -150,20 +152,19 @@ class Compiled:
 
     def take_steps(self, ask: Ask, state: AnyState) -> Steps:
         """Decode one sequence greedily, in one call of the compiled code."""
-        assert isinstance(state, Session)
-        self._reach(state.length(0) + ask.most)
-        return take(self._model, state.pointer, ask, self._norm.numel())
+        session = _session(state)
+        self._reach(session.length(0) + ask.most)
+        return take(self._model, session.pointer, ask, self._norm.numel())
 
     def _reach(self, end: int) -> None:
         """Let the library know the rotary pairs of the positions before `end`."""
-        if self._tables and not self._tables.reaches(end):
-            self._model.rotary(self._tables.pairs)
+        with self._growing:
+            if self._rotary and end > self._model.positions:
+                self._model.rotary(self._rotary.pairs(max(256, 2 * end)))
 
     def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[Part], *rest: Any) -> None:
         """Call a function of the library with the rows (R, D) of all parts, one part after another."""
         check_rows(rows, self._norm.numel())
-        if not 0 <= start <= stop <= len(self.blocks):
-            raise ValueError(f"there are {len(self.blocks)} blocks, and none from {start} to {stop - 1}")
         self._reach(max(step.first + step.tokens for _, _, step in parts))
         texts = [text for _, state, step in parts for text in _session(state).rows(step.batch, step.first, step.tokens)]
         given = (CRows * len(texts))(*texts)
@@ -195,10 +196,10 @@ class Compiled:
 
     def sketch(self, reduce: Tensor, expand: Tensor, candidates: int) -> CompiledPart:
         """A sketch of the head, as for `sketched`. Raises `ValueError` for maps that do not fit."""
-        if not 0 < candidates <= self.head.rows:
-            raise ValueError(f"{candidates} candidates of {self.head.rows} tokens")
         first, second = self._sketch(reduce, expand)
-        return CompiledPart("sketch", reduce=first, expand=Fine(second), candidates=candidates)
+        sketch = CompiledPart("sketch", reduce=first, expand=Fine(second), candidates=candidates)
+        self.check(sketch)
+        return sketch
 
     def _sketch(self, reduce: Tensor, expand: Tensor) -> tuple[Weight, Weight]:
         """A sketch's two weights, in the head's format, made once. Raises `ValueError` for maps that do not fit."""

@@ -27,7 +27,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -41,10 +41,12 @@ from transformers.utils import logging
 import offramp
 from growth import machine
 from offramp import Engine, Exits, Policy, TrainConfig
-from offramp.decode import batch
 from offramp.decode.fills import FILLS
+from offramp.decode.sampling import Sampler
 from offramp.errors import BadInput
+from offramp.exits.ngrams import Ngrams
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.costs import Costs
 from offramp.training.data import PROMPTS
 from random_model import shipped_config, write_random
@@ -259,13 +261,16 @@ def verify(backbone: Backbone) -> dict[str, Any]:
     for place in Random(0).sample(range(VERIFIED), VERIFIED // 3):
         drafts[place] = (drafts[place] + 1) % backbone.vocab_size
 
-    def known(ids: list[int], size: int, most: int) -> list[int]:
-        """In the place of prompt look-up: the drafts that follow these ids."""
-        at = len(ids) - len(prompt)
-        return drafts[at : at + max(0, most)]
+    def known(_: Ngrams, ids: list[int]) -> tuple[int, float]:
+        """In the place of a table's: the draft that follows these ids."""
+        return drafts[len(ids) - len(prompt)], 1.0
 
-    with patch.object(batch, "looked_up", known):
-        tokens = Engine(backbone, fill="verify").generate(prompt, max_tokens=VERIFIED).tokens
+    engine = Engine(backbone, fill="verify", sampling=Sampler().__call__, lookup=0)  # a function, so that Python drafts
+    assert engine.drafts
+    table = Ngrams(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+    engine.drafts = replace(engine.drafts, rows=(0.0,) * (MOST_DRAFTS + 1), ngrams=table)
+    with patch.object(Ngrams, "after", known):
+        tokens = engine.generate(prompt, max_tokens=VERIFIED).tokens
     rejected = [0, *(token.rejected for token in tokens)]
     return {
         "equal": [token.id for token in tokens] == answer,

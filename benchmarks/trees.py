@@ -8,7 +8,7 @@ and third likeliest tokens, each as one more row of the chunk. If full depth cho
 The exit drafts at every token of the answers, as the first, second and third draft of a round. Then rounds are played, one
 after another: a row is added where its chance (the exit's own probability, times those before it) exceeds its cost at the
 rate so far, as decoding decides it. The look-up and the table of n-grams take no part. Costs are those that decoding uses
-(`offramp.decode.drafting`). Prints how often candidates are right, and a row for each kind of round.
+(`offramp.decode.drafts`). Prints how often candidates are right, and a row for each kind of round.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import offramp
-from offramp.decode.drafting import Drafting
+from offramp import Engine
+from offramp.decode.drafts import DraftRule
 from offramp.exits.exits import Exits, require_exits
 from offramp.model.backbone import Backbone
 from offramp.training import drafting
@@ -68,7 +69,7 @@ class Play:
     wide: the most candidates for the first draft of a round.
     """
 
-    def __init__(self, costs: Drafting, wide: int) -> None:
+    def __init__(self, costs: DraftRule, wide: int) -> None:
         self.costs, self.wide = costs, wide
         self.rounds, self.tokens, self.cost, self.rows = 1, 1.0, 1.0, 1.0  # as if one round without drafts had been played
 
@@ -102,7 +103,10 @@ class Play:
             stood = int(any(bool(text.right[0, at, place]) for place in others))
         more = chain + len(others)
         self.rounds, self.rows = self.rounds + 1, self.rows + 1 + more
-        self.tokens, self.cost = self.tokens + stood + 1, self.cost + 1 + self.costs.rows[more] + asks * self.costs.asking
+        self.tokens, self.cost = (
+            self.tokens + stood + 1,
+            self.cost + 1 + self.costs.rows[more] + asks * self.costs.asking[0],
+        )
         return stood + 1
 
 
@@ -117,10 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     backbone = offramp.load(args.model, args.dtype, keep=True)
     exits = require_exits(backbone, args.exits, draft=True)
-    (exit,) = exits
-    costs = Drafting.of(backbone, exit, exits, drafting.LENGTH, 0, exits.policy.thresholds[0])
-    if costs is None:
-        parser.error("These drafts are not compiled, so their costs are not known.")
+    costs = Engine(backbone, exits, fill="verify").drafts
+    if costs is None or not costs.asking:
+        parser.error("These exits are closed, and draft nothing.")
     config = TrainConfig(prompts=args.prompts, max_prompts=args.count, answer_tokens=args.tokens, temperatures=(0.0,))
     with tempfile.TemporaryDirectory() as work:
         data = gather(backbone, config, needed_layers(exits), Path(work))

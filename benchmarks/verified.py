@@ -19,17 +19,16 @@ import torch
 
 import offramp
 from exits import questions_in
-from offramp import Engine, Exits, Policy
+from offramp import Engine, Policy
 from offramp.errors import OfframpError
 from offramp.exits.exits import require_exits
-from offramp.model.backbone import Backbone
 
 TESTS = Path(__file__).parents[1] / "tests"
 
 
-def compare(backbone: Backbone, exits: Exits, policy: Policy | None, prompts: list[list[int]], tokens: int) -> str:
+def compare(engine: Engine, prompts: list[list[int]], tokens: int) -> str:
     """Answer each prompt both ways, and say in a line how many answers differ, and how many drafts stood."""
-    full, engine = Engine(backbone), Engine(backbone, exits, policy, "verify")
+    backbone, full = engine.backbone, Engine(engine.backbone)
     gaps, stood, rejected, count, passes = [], 0, 0, 0, 0
     for ids in prompts:
         whole, answer = full.generate(ids, max_tokens=tokens), engine.generate(ids, max_tokens=tokens)
@@ -54,9 +53,9 @@ def tiny_models(count: int) -> None:
     sys.path.insert(0, str(TESTS))
     helpers, models = import_module("helpers"), import_module("models")
     for family in models.VARIANTS:
-        exits = helpers.modest_exits(family)
-        policy = Policy((0.5,) * len(exits))
-        line = compare(models.tiny(family), exits, policy, helpers.some_prompts(count), 12)
+        # Of so small a model no draft would pay, so they cost nothing.
+        engine = helpers.costing(Engine(models.tiny(family), helpers.modest_exits(family), Policy((0.2,) * 3), "verify"))
+        line = compare(engine, helpers.some_prompts(count), 12)
         print(f"{family}: {line}", flush=True)
 
 
@@ -84,9 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count or 100)]
-    print(
-        f"{backbone.name}, {backbone.weight_format}, {args.engine}: {compare(backbone, exits, None, prompts, args.tokens)}"
-    )
+    line = compare(Engine(backbone, exits, fill="verify"), prompts, args.tokens)
+    print(f"{backbone.name}, {backbone.weight_format}, {args.engine}: {line}")
 
 
 if __name__ == "__main__":

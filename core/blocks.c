@@ -6,7 +6,7 @@
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena *arena) {
-    const int64_t D = model->hidden, few = rows <= EIGHT;
+    const int64_t D = model->hidden, few = min_(rows, EIGHT);
     int64_t x = D, mixed = 0, conv = 0, inner = D, widest = D, parts = 0, own = 0;
     for (int64_t i = 0; i < model->count; i++) {
         const Block *b = model->blocks + i;
@@ -14,7 +14,7 @@ Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena
             const Attention *a = &b->attention;
             x = larger(x, a->o.columns), widest = larger(widest, a->o.columns),
             mixed = larger(mixed, a->qkv.rows);
-            parts = larger(parts, few ? attention_parts(a, end) : 0), own = larger(own, attention_local(a));
+            parts = larger(parts, attention_parts(a, end)), own = larger(own, attention_local(a));
         } else {
             const Mamba2 *m = &b->mamba2;
             x = larger(x, m->inner), widest = larger(widest, m->inner), mixed = larger(mixed, m->in.rows);
@@ -30,7 +30,7 @@ Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena
         .conv = take_floats(arena, rows * conv),
         .inner = take_floats(arena, rows * inner),
         .room = take_floats(arena, narrow_room(rows, widest)),
-        .parts = take_floats(arena, rows * parts),
+        .parts = take_floats(arena, few * parts),
         .local = take_floats(arena, model->pool.wanted * own),
         .own = own,
     };
@@ -41,19 +41,28 @@ Worker worker_of(const offramp_model *model, const Tokens *tokens, const Buffers
         .model = model, .tokens = *tokens, .buffers = *buffers, .hand = hand, .few = tokens->count <= EIGHT};
 }
 
-int64_t run_blocks(Worker *w, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
-                   GatesAsked *gates) {
+void run_blocks(Worker *w, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences) {
     for (int64_t i = start; i < stop; i++) {
         const Block *b = w->model->blocks + i;
         const MemoryAt *own = memory + i * sequences;
         if (b->attends)
             attention_run(&b->attention, w, own);
         else
-            mamba2_run(&b->mamba2, w, own, i);
+            mamba2_run(&b->mamba2, w, own);
         if (b->has_mlp) mlp_run(&b->mlp, w);
-        if (gates_stop(w->hand, gates, i + 1, w->tokens.h)) return i + 1 - start;
     }
-    return stop - start;
+}
+
+void remember_blocks(Worker *w, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
+                     int keys) {
+    for (int64_t i = start; i < stop; i++) {
+        const Block *b = w->model->blocks + i;
+        const MemoryAt *own = memory + i * sequences;
+        if (b->attends)
+            attention_remember(&b->attention, w, own);
+        else if (!keys)
+            mamba2_remember(&b->mamba2, w, own);
+    }
 }
 
 // One call of `offramp_run` or `offramp_remember`, and the rows `from` to `to` - 1 of it that pass now.
@@ -62,27 +71,24 @@ typedef struct {
     int64_t start, stop, sessions, from, to;
     const offramp_rows *rows;
     float *h;
-    const offramp_gates *gates;  // or NULL
-    int remembers;               // only
-    int64_t run;
+    int remembers;  // only
     // Laid out for each piece of the rows:
     Tokens tokens;
     Buffers buffers;
-    Desk desk;
     MemoryAt *memory;
 } Call;
 
-MemoryAt memory_at(const offramp_rows *rows, int64_t i) {
-    offramp_session *s = rows->session;
+MemoryAt mixed_at(const Mamba2 *shape, const Mixed *m) {
+    float *notes = m->watched ? m->journal + (m->length - m->since) * note_floats(shape) : NULL;
+    return (MemoryAt){.state = {m->window, m->h, notes, m->stands ? m->old_h : m->h}};
+}
+
+MemoryAt memory_at(const offramp_session *s, int64_t i) {
     const Block *b = s->model->blocks + i;
-    Memory *memory = s->blocks + i;
-    if (b->attends) {
-        const Keys *keys = &memory->keys;
-        return (MemoryAt){.keys = {keys->buffer - keys->base * place_bytes(s, &b->attention), s->half}};
-    }
-    const Mixed *m = &memory->mixed;
-    float *notes = m->watched ? m->journal + (m->length - m->since) * note_floats(&b->mamba2) : NULL;
-    return (MemoryAt){.state = {m->window, m->h, notes}};
+    const Memory *memory = s->blocks + i;
+    if (!b->attends) return mixed_at(&b->mamba2, &memory->mixed);
+    const Keys *keys = &memory->keys;
+    return (MemoryAt){.keys = {keys->buffer - keys->base * place_bytes(s, &b->attention), s->half}};
 }
 
 static void lay_call(void *context, Arena *arena) {
@@ -98,37 +104,24 @@ static void lay_call(void *context, Arena *arena) {
             if (arena->base) positions[r - c->from] = rows->first + r - at, sequences[r - c->from] = q;
         }
         for (int64_t i = c->start; arena->base && i < c->stop; i++)
-            c->memory[i * c->sessions + q] = memory_at(rows, i);
+            c->memory[i * c->sessions + q] = memory_at(rows->session, i);
     }
     c->buffers = buffers_for(c->model, count, end, arena);
-    c->desk = desk_for_gates(c->gates, c->model->hidden, arena);
     c->tokens =
         (Tokens){c->h + c->from * c->model->hidden, count, end, positions, sequences, c->model->rotary};
 }
 
 static void work_on_call(Hand *hand, void *context) {
-    Call *c = context;
+    const Call *c = context;
     Worker w = worker_of(c->model, &c->tokens, &c->buffers, hand);
-    w.noting = 1;
-    if (!c->remembers) {
-        GatesAsked asked = gates_for(c->gates, 0, &c->desk);
-        const int64_t run = run_blocks(&w, c->start, c->stop, c->memory, c->sessions, &asked);
-        if (!hand->index) c->run = run;
-        return;
-    }
-    for (int64_t i = c->start; i < c->stop; i++) {
-        const Block *b = c->model->blocks + i;
-        const MemoryAt *own = c->memory + i * c->sessions;
-        if (b->attends)
-            attention_remember(&b->attention, &w, own);
-        else
-            mamba2_remember(&b->mamba2, &w, own, i);
-    }
+    if (c->remembers)
+        remember_blocks(&w, c->start, c->stop, c->memory, c->sessions, 0);
+    else
+        run_blocks(&w, c->start, c->stop, c->memory, c->sessions);
 }
 
 static offramp_status check_call(const Call *c, offramp_error *error) {
     const offramp_model *model = c->model;
-    int64_t total = 0;
     NEED(0 <= c->start && c->start <= c->stop && c->stop <= model->count,
          "There are %lld blocks, and none from %lld up to %lld.", (long long)model->count,
          (long long)c->start, (long long)c->stop);
@@ -152,10 +145,8 @@ static offramp_status check_call(const Call *c, offramp_error *error) {
                  "The window of block %lld has let go of what position %lld sees.", (long long)i,
                  (long long)rows->first);
         }
-        total += rows->count;
     }
-    NEED(!c->gates || (total == 1 && !c->remembers), "Gates are asked about a single row.");
-    return check_gates(c->gates, model->hidden, error);
+    return OFFRAMP_OK;
 }
 
 // Makes room for all rows, and runs them piece by piece.
@@ -165,7 +156,6 @@ static offramp_status run_call(Call *c, offramp_error *error) {
         for (int64_t i = c->start; i < c->stop; i++)
             if (!make_room(c->rows[q].session, i, c->rows[q].first, c->rows[q].first + c->rows[q].count))
                 return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for more tokens.");
-    c->run = c->stop - c->start;
     for (c->from = 0; c->from < total; c->from = c->to) {
         c->to = min_(total, c->from + ROWS_AT_ONCE);
         if (!lay_out(c->model, lay_call, c))
@@ -173,7 +163,7 @@ static offramp_status run_call(Call *c, offramp_error *error) {
         pool_run(&c->model->pool, work_on_call, c);
         for (int64_t q = 0, at = 0; q < c->sessions; at += c->rows[q++].count) {
             const int64_t first = larger(at, c->from), last = min_(at + c->rows[q].count, c->to);
-            for (int64_t i = c->start; first < last && i < c->start + c->run; i++)
+            for (int64_t i = c->start; first < last && i < c->stop; i++)
                 count_tokens(c->rows[q].session, i, c->rows[q].first + last - at, last - first);
         }
     }
@@ -189,18 +179,9 @@ static offramp_status enter_call(Call *c, offramp_error *error) {
 }
 
 offramp_status offramp_run(offramp_model *model, int64_t start, int64_t stop, const offramp_rows *rows,
-                           int64_t sessions, float *h, const offramp_gates *gates, int64_t *run,
-                           offramp_error *error) {
-    Call call = {.model = model,
-                 .start = start,
-                 .stop = stop,
-                 .sessions = sessions,
-                 .rows = rows,
-                 .h = h,
-                 .gates = gates};
-    const offramp_status status = enter_call(&call, error);
-    if (run && !status) *run = call.run;
-    return status;
+                           int64_t sessions, float *h, offramp_error *error) {
+    Call call = {.model = model, .start = start, .stop = stop, .sessions = sessions, .rows = rows, .h = h};
+    return enter_call(&call, error);
 }
 
 offramp_status offramp_remember(offramp_model *model, int64_t start, int64_t stop, const offramp_rows *rows,

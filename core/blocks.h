@@ -1,7 +1,6 @@
 // Running a range of a model's blocks: all rows of a call in one pass over the weights.
 
 #pragma once
-#include "gates.h"
 #include "products.h"
 #include "session.h"
 
@@ -22,10 +21,11 @@ typedef struct {
     int64_t half;
 } KeysAt;
 
-// Where a mixer's memory of a sequence is. `notes` (or NULL) receives what each row does to it: see Mixed of
-// session.h.
+// Where a mixer's memory of a sequence is: the state is read from `h` and written to `fresh`, which may be
+// the same place. `notes` (or NULL) receives what each row does to it: see Mixed of session.h.
 typedef struct {
-    float *window, *h, *notes;
+    float *window, *fresh, *notes;
+    const float *h;
 } StateAt;
 
 typedef union {
@@ -39,17 +39,13 @@ typedef struct {
     int64_t own;
 } Buffers;
 
-// What one thread of a call works with. `few` rows share the positions in attention, too. `noting`: notes are
-// taken, of rows from number `noted` on. `fresh`: where each block's new state goes, while the old one stays;
-// NULL: in its place.
+// What one thread of a call works with. `few` rows share the positions in attention, too.
 typedef struct {
     const offramp_model *model;
     Tokens tokens;
     Buffers buffers;
     Hand *hand;
-    int few, noting;
-    int64_t noted;
-    float *const *fresh;
+    int few;
 } Worker;
 
 // What lays out the buffers for `rows` rows whose highest position is `end` - 1.
@@ -58,9 +54,12 @@ Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena
 Worker worker_of(const offramp_model *model, const Tokens *tokens, const Buffers *buffers, Hand *hand);
 
 // Runs the worker's rows through blocks `start` to `stop` - 1. `memory` has entries for each of N blocks and
-// `sequences` sequences. A gate may stop a single row. Returns the number of blocks run.
-int64_t run_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
-                   GatesAsked *gates);
+// `sequences` sequences. `remember_blocks` lets the blocks only remember the rows; `keys`: those with
+// attention.
+void run_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences);
+void remember_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
+                     int keys);
 
-// Where the session of these rows keeps what block i remembers.
-MemoryAt memory_at(const offramp_rows *rows, int64_t i);
+// Where a session keeps what block i remembers; and where a mixer's memory is.
+MemoryAt memory_at(const offramp_session *session, int64_t i);
+MemoryAt mixed_at(const Mamba2 *shape, const Mixed *mixed);

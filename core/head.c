@@ -1,51 +1,24 @@
 #include "head.h"
 
-enum {
-    BITS = 11,
-    BINS = 1 << BITS,
-    DIGITS = 3,
-    SAMPLED = 16
-};  // one of SAMPLED estimates is looked at first
+#include "largest.h"
 
-// A number whose order as an unsigned integer is that of the floats, and back.
-static inline uint32_t ordered(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-static inline float from_ordered(uint32_t number) {
-    const uint32_t bits = number & 0x80000000u ? number ^ 0x80000000u : ~number;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-// Estimates that are looked at, `counts` of them from each piece, CHUNK apart; and room to count in.
+// Estimates that are looked at, `counts` of them from each piece, CHUNK apart.
 typedef struct {
     float *numbers;
-    int32_t *counts, *bins;
+    int32_t *counts;
     int64_t pieces;
 } Listed;
 
-// The n-th largest of what is listed, digit by digit.
+// The n-th largest of what is listed.
 static float nth_largest(const Listed *l, int64_t n) {
-    static const int shifts[] = {32 - BITS, 32 - 2 * BITS, 0};
-    uint32_t known = 0, mask = 0;
+    Search search = {.left = (double)n};
     for (int digit = 0; digit < DIGITS; digit++) {
-        const int shift = shifts[digit];
-        const uint32_t low = digit < 2 ? BINS - 1 : (1u << (32 - 2 * BITS)) - 1;
-        memset(l->bins, 0, BINS * sizeof(int32_t));
+        begin_digit(&search, digit);
         for (int64_t p = 0; p < l->pieces; p++)
-            for (int i = 0; i < l->counts[p]; i++) {
-                const uint32_t number = ordered(l->numbers[p * CHUNK + i]);
-                if ((number & mask) == known) l->bins[(number >> shift) & low]++;
-            }
-        int64_t bin = BINS - 1;
-        while (l->bins[bin] < n) n -= l->bins[bin--];
-        known |= (uint32_t)bin << shift, mask |= low << shift;
+            for (int i = 0; i < l->counts[p]; i++) weigh(&search, l->numbers[p * CHUNK + i], 1);
+        end_digit(&search);
     }
-    return from_ordered(known);
+    return found_by(&search);
 }
 
 // Lists, shared out, the estimates y (V) that are not below a bound.
@@ -64,13 +37,13 @@ static void list(Hand *hand, const Listed *l, const float *y, int64_t V, float b
 // it is looked at.
 static float least_of_likeliest(Hand *hand, const Listed *l, const float *y, int64_t V, int64_t n,
                                 Found *found) {
-    const int64_t share = n / SAMPLED, wanted = share + 4 * (int64_t)sqrtf(share) + 8;
+    const int64_t wanted = enough_of_sample(n);
     EACH_PIECE(i, hand, 1) {
         int64_t sampled = 0;
         for (int64_t j = 0; j < V; j += SAMPLED) l->numbers[sampled++] = y[j];
         *l->counts = sampled;
         found->bound =
-            wanted < sampled ? nth_largest(&(Listed){l->numbers, l->counts, l->bins, 1}, wanted) : -INFINITY;
+            wanted < sampled ? nth_largest(&(Listed){l->numbers, l->counts, 1}, wanted) : -INFINITY;
     }
     list(hand, l, y, V, found->bound);
     EACH_PIECE(i, hand, 1) {
@@ -110,7 +83,6 @@ HeadRoom room_for_head(const Weight *head, const Sketch *sketch, int64_t R, Aren
         .z_narrow = take_floats(arena, sketch ? narrow_room(R, D > k ? D : k) : 0),
         .numbers = take_floats(arena, pieces * CHUNK),
         .counts = take(arena, pieces * (int64_t)sizeof(int32_t)),
-        .bins = take(arena, sketch ? BINS * sizeof(int32_t) : 0),
     };
 }
 
@@ -124,7 +96,7 @@ void read_logits(Hand *hand, const Weight *head, const float *norm, float eps, c
     }
     const Weight *reduce = &sketch->reduce, *expand = &sketch->expand;
     const int64_t k = reduce->rows;
-    const Listed listed = {room->numbers, room->counts, room->bins, chunks_of(V)};
+    const Listed listed = {room->numbers, room->counts, chunks_of(V)};
     const Rows whole = prepare(hand, reduce, room->x, D, R, room->z_narrow);
     multiply(hand, reduce, whole, R, (Out){room->z, k, 0}, 0, k);
     multiply(hand, expand, prepare(hand, expand, room->z, k, R, room->z_narrow), R, (Out){y, V, 0}, 0, V);

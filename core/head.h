@@ -20,7 +20,7 @@ typedef struct {
 // Memory to read out R rows in.
 typedef struct {
     float *x, *narrow, *z, *z_narrow, *numbers;
-    int32_t *counts, *bins;
+    int32_t *counts;
 } HeadRoom;
 
 HeadRoom room_for_head(const Weight *head, const Sketch *sketch, int64_t R, Arena *arena);

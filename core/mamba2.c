@@ -62,8 +62,8 @@ static __attribute__((noinline)) void advance(const Mamba2 *m, const float *old,
 }
 
 // A note of one row, the `t`-th of a run, for the journal of a memory; NULL where none is taken.
-static float *note_of(const Mamba2 *m, const Worker *w, const StateAt *state, int64_t t) {
-    return w->noting && state->notes ? state->notes + (w->noted + t) * note_floats(m) : NULL;
+static float *note_of(const Mamba2 *m, const StateAt *state, int64_t t) {
+    return state->notes ? state->notes + t * note_floats(m) : NULL;
 }
 
 // The rows from r on that belong to the same sequence, of which there is at least one.
@@ -73,11 +73,13 @@ static int64_t run_of(const Tokens *tokens, int64_t r) {
     return rows;
 }
 
-// Norm and input projection, without its first `skip` rows.
+// Norm, if there is one, and input projection, without its first `skip` rows.
 static void project_in(const Mamba2 *m, Worker *w, int64_t skip) {
     const Buffers *b = &w->buffers;
     const int64_t R = w->tokens.count;
-    const Rows rows = prepare_normed(w->hand, &m->in, w->tokens.h, floats(m->norm), m->eps, R, b->x, b->room);
+    const float *h = w->tokens.h, *norm = floats(m->norm);
+    const Rows rows = norm ? prepare_normed(w->hand, &m->in, h, norm, m->eps, R, b->x, b->room)
+                           : prepare(w->hand, &m->in, h, m->in.columns, R, b->room);
     multiply(w->hand, &m->in, rows, R, (Out){b->mixed, m->in.rows, 0}, skip, m->in.rows);
 }
 
@@ -94,7 +96,7 @@ static void convolve(const Mamba2 *m, const Worker *w, const MemoryAt *memory, i
         // Input t of the run; those before it, t < 0, are in the window.
 #define INPUT(t) ((t) < 0 ? window + (W - 1 + (t)) * C : in + (t) * A)
         for (int64_t t = 0; t < rows; t++) {
-            float *out = w->buffers.conv + (first + t) * C, *note = note_of(m, w, state, t);
+            float *out = w->buffers.conv + (first + t) * C, *note = note_of(m, state, t);
             for (int64_t c = from; c < to; c += LANES) {
                 const int64_t left = to - c;
                 vf y = bias ? load_up_to(bias + c, left) : (vf){0};
@@ -115,8 +117,8 @@ static void convolve(const Mamba2 *m, const Worker *w, const MemoryAt *memory, i
 }
 
 // The recurrence of heads `from` to `to` - 1. Updates the states. With `gated`, x receives y · silu(z).
-static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int64_t block, int gated,
-                  int64_t from, int64_t to) {
+static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int gated, int64_t from,
+                  int64_t to) {
     const int64_t P = m->dim, G = m->groups, N = m->states, E = m->inner, C = m->channels, A = m->in.rows;
     const float *dt_bias = floats(m->dt_bias), *decay = floats(m->decay), *skip = floats(m->skip);
     int64_t rows, T;
@@ -131,7 +133,7 @@ static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int6
                     const float *in = w->buffers.mixed + (first + t) * A + E + C,
                                 *conv = w->buffers.conv + (first + t) * C;
                     float dt = softplus(in[head] + dt_bias[head]),
-                          *note = note_of(m, w, state, first - begin + t);
+                          *note = note_of(m, state, first - begin + t);
                     dt = dt < m->dt_low ? m->dt_low : dt > m->dt_high ? m->dt_high : dt;
                     if (note) note[2 * C + head] = dt;
                     fed.x[t] = conv + head * P, fed.B[t] = conv + E + head / (m->heads / G) * N,
@@ -139,8 +141,8 @@ static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int6
                     fed.dt[t] = dt, fed.keep[t] = expf(dt * decay[head]);
                     fed.y[t] = gated ? w->buffers.x + (first + t) * E + head * P : NULL;
                 }
-                float *h = state->h, *fresh = w->fresh ? w->fresh[block] : h;
-                advance(m, h + head * P * N, fresh + head * P * N, &fed, T, skip[head]);
+                const float *old = first == begin ? state->h : state->fresh;
+                advance(m, old + head * P * N, state->fresh + head * P * N, &fed, T, skip[head]);
                 for (int64_t t = 0; gated && t < T; t++)
                     times_silu(fed.y[t], w->buffers.mixed + (first + t) * A + head * P, P);
             }
@@ -148,7 +150,7 @@ static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int6
 }
 
 // Convolution and recurrence, shared out.
-static void advance_memories(const Mamba2 *m, Worker *w, const MemoryAt *memory, int64_t block, int gated) {
+static void advance_memories(const Mamba2 *m, Worker *w, const MemoryAt *memory, int gated) {
     const Division channels = divided(w->hand, m->channels, LANES), heads = divided(w->hand, m->heads, 1);
     int64_t from, to;
     EACH_PIECE(piece, w->hand, channels.pieces) {
@@ -157,13 +159,13 @@ static void advance_memories(const Mamba2 *m, Worker *w, const MemoryAt *memory,
     }
     EACH_PIECE(piece, w->hand, heads.pieces) {
         part_of(&heads, piece, &from, &to);
-        recur(m, w, memory, block, gated, from, to);
+        recur(m, w, memory, gated, from, to);
     }
 }
 
-// The norm over each group, and the output projection. Adds to h.
-static void project_out(const Mamba2 *m, Worker *w) {
-    const int64_t D = w->model->hidden, E = m->inner, each = E / m->groups, R = w->tokens.count;
+// The norm over each group, and the output projection.
+static void project_out(const Mamba2 *m, Worker *w, Out out) {
+    const int64_t E = m->inner, each = E / m->groups, R = w->tokens.count;
     float *x = w->buffers.x;
     const Rows rows = rows_of(&m->out, x, E, R, w->buffers.room);
     EACH_PIECE(r, w->hand, R) {
@@ -173,18 +175,22 @@ static void project_out(const Mamba2 *m, Worker *w) {
         }
         if (narrows(kind_of(&m->out))) make_narrow(&m->out, &rows, r);
     }
-    multiply(w->hand, &m->out, rows, R, (Out){w->tokens.h, D, 1}, 0, D);
+    multiply(w->hand, &m->out, rows, R, out, 0, m->out.rows);
 }
 
-void mamba2_run(const Mamba2 *m, Worker *w, const MemoryAt *memory, int64_t block) {
+void mamba2_mix(const Mamba2 *m, Worker *w, const MemoryAt *memory, Out out) {
     project_in(m, w, 0);
-    advance_memories(m, w, memory, block, 1);
-    project_out(m, w);
+    advance_memories(m, w, memory, 1);
+    project_out(m, w, out);
 }
 
-void mamba2_remember(const Mamba2 *m, Worker *w, const MemoryAt *memory, int64_t block) {
+void mamba2_run(const Mamba2 *m, Worker *w, const MemoryAt *memory) {
+    mamba2_mix(m, w, memory, (Out){w->tokens.h, m->out.rows, 1});
+}
+
+void mamba2_remember(const Mamba2 *m, Worker *w, const MemoryAt *memory) {
     project_in(m, w, m->inner);
-    advance_memories(m, w, memory, block, 0);
+    advance_memories(m, w, memory, 0);
 }
 
 void mamba2_replay(const Mamba2 *m, float *h, const float *journal, int64_t R) {

@@ -8,6 +8,7 @@ enum {
         << 16,  // of one block: threads.c counts the pieces of a phase in 24 bits, and a call has 256 rows
     MOST_BLOCKS = 1 << 16,  // of a model
     VECTOR = 8,             // numbers that are read together everywhere
+    MOST_DEEP = 2,          // deep states that a read-out reads: the top one and a middle one
 };
 
 static int has_shape(const Weight *m, int64_t rows, int64_t columns) {
@@ -47,22 +48,27 @@ static offramp_status check_attention(const offramp_part *part, Attention *found
     return OFFRAMP_OK;
 }
 
+// Whether a mixer's shapes fit each other, and so many inputs and outputs. Finds the rest from them.
+static offramp_status check_mixer(Mamba2 *m, int64_t inputs, int64_t outputs, offramp_error *error) {
+    const int64_t H = m->heads, E = m->out.columns, C = E + 2 * m->groups * m->states;
+    NEED(H > 0 && H < MOST_HEADS && E % H == 0 && m->groups > 0 && H % m->groups == 0 && m->states > 0 &&
+             m->states % VECTOR == 0,
+         "A mixer of %lld heads and %lld states in %lld groups cannot be run.", (long long)H,
+         (long long)m->states, (long long)m->groups);
+    NEED(has_shape(&m->in, E + C + H, inputs) && has_shape(&m->out, outputs, E),
+         "The matrices of a mixer do not fit its heads.");
+    NEED(m->gated_norm.count == E && has(m->conv_bias, C) && m->dt_bias.count == H && m->decay.count == H &&
+             m->skip.count == H && m->conv.count % C == 0 && m->conv.count / C > 1,
+         "The vectors of a mixer do not fit its heads.");
+    m->dim = E / H, m->inner = E, m->channels = C, m->taps = m->conv.count / C;
+    return OFFRAMP_OK;
+}
+
 static offramp_status check_mamba2(const offramp_part *part, Mamba2 *found, int64_t D, offramp_error *error) {
     if (check_kind(part, "mamba2", error)) return OFFRAMP_INVALID;
-    Mamba2 m = part->mamba2;
-    const int64_t H = m.heads, E = m.out.columns, C = E + 2 * m.groups * m.states;
-    NEED(H > 0 && H < MOST_HEADS && E % H == 0 && m.groups > 0 && H % m.groups == 0 && m.states > 0 &&
-             m.states % VECTOR == 0,
-         "A mixer of %lld heads and %lld states in %lld groups cannot be run.", (long long)H,
-         (long long)m.states, (long long)m.groups);
-    NEED(has_shape(&m.in, E + C + H, D) && has_shape(&m.out, D, E),
-         "The matrices of a mixer do not fit its heads.");
-    NEED(m.norm.count == D && m.gated_norm.count == E && has(m.conv_bias, C) && m.dt_bias.count == H &&
-             m.decay.count == H && m.skip.count == H && m.conv.count % C == 0 && m.conv.count / C > 1,
-         "The vectors of a mixer do not fit its heads.");
-    m.dim = E / H, m.inner = E, m.channels = C, m.taps = m.conv.count / C;
-    *found = m;
-    return OFFRAMP_OK;
+    *found = part->mamba2;
+    NEED(found->norm.count == D, "The norm of a mixer does not fit %lld dims.", (long long)D);
+    return check_mixer(found, D, D, error);
 }
 
 static offramp_status check_mlp(const offramp_part *part, Mlp *found, int64_t D, offramp_error *error) {
@@ -84,9 +90,31 @@ offramp_status check_gate(const offramp_part *part, int64_t D, offramp_error *er
     return OFFRAMP_OK;
 }
 
-offramp_status check_gates(const offramp_gates *gates, int64_t D, offramp_error *error) {
-    for (int64_t i = 0; gates && i < gates->count; i++)
-        if (check_gate(gates->gates[i], D, error)) return OFFRAMP_INVALID;
+offramp_status check_mamba_gate(const offramp_part *part, MambaGate *found, int64_t D, offramp_error *error) {
+    if (check_kind(part, "mamba_gate", error)) return OFFRAMP_INVALID;
+    MambaGate g = part->mamba_gate;
+    NEED(g.down.columns == D && g.mean.count == D && g.spread.count == D && g.direct.count == D,
+         "A gate's shapes do not fit %lld dims.", (long long)D);
+    g.mixer.groups = 1, g.mixer.dt_high = INFINITY;
+    if (check_mixer(&g.mixer, g.down.rows, 1, error)) return OFFRAMP_INVALID;
+    *found = g;
+    return OFFRAMP_OK;
+}
+
+offramp_status check_readout(const offramp_part *part, Readout *found, int64_t D, offramp_error *error) {
+    if (check_kind(part, "readout", error)) return OFFRAMP_INVALID;
+    Readout r = part->readout;
+    const int64_t W = r.down.columns, A = r.gated ? 2 * W : W;
+    NEED(r.in.values || !part->given, "A read-out without an adapter has nothing else.");
+    r.hidden = D, r.reads = r.in.values ? r.in.columns / D - 1 : 0, r.skips = r.in.rows == D + A;
+    if (r.in.values) {
+        NEED(has_shape(&r.in, r.skips ? D + A : A, (1 + r.reads) * D) && r.reads >= 0 &&
+                 r.reads <= MOST_DEEP && has_shape(&r.down, D, W) && r.mean.count == D &&
+                 r.spread.count == D && has(r.scale, D),
+             "A read-out's shapes do not fit %lld dims.", (long long)D);
+        NEED(!r.scale.values || r.skips, "A read-out with a scale needs a linear map.");
+    }
+    *found = r;
     return OFFRAMP_OK;
 }
 
@@ -101,40 +129,29 @@ offramp_status check_sketch(const offramp_part *part, int64_t D, int64_t V, offr
     return OFFRAMP_OK;
 }
 
-offramp_status check_drafter(const offramp_part *part, const offramp_model *model, offramp_error *error) {
-    if (check_kind(part, "drafter", error)) return OFFRAMP_INVALID;
-    const Drafter *d = &part->drafter;
-    const int64_t D = model->hidden, W = d->down.columns, V = model->vocabulary, n = d->head.rows,
-                  slots = d->keys.count;
-    NEED(has_shape(&d->in, D + 2 * W, D * (d->middle ? 3 : 2)) && has_shape(&d->down, D, W) &&
-             d->head.columns == D && d->mean.count == D && d->spread.count == D && has(d->scale, D),
-         "An exit of these shapes cannot draft for %lld dims.", (long long)D);
-    NEED(d->after <= model->count && d->tail <= model->count && d->middle <= model->count &&
-             (!d->middle || d->middle >= d->after),
-         "A drafter stands after blocks that are not there.");
-    NEED(d->tail <= model->count - d->after, "A drafter's tail begins before its exit.");
-    for (int64_t i = model->count - d->tail; i < model->count; i++)
-        NEED(model->blocks[i].attends, "A drafter's tail has a mixer, which cannot forget drafts.");
-    NEED(d->most <= OFFRAMP_MOST_DRAFTS && d->costs.count == OFFRAMP_MOST_DRAFTS + 1,
-         "A pass has at most %d drafts, and their costs have one number more.", OFFRAMP_MOST_DRAFTS);
-    NEED(n <= V && has(d->tokens, n), "A drafter drafts tokens that are not there.");
-    const int64_t *tokens = d->tokens.values;
-    for (int64_t i = 0; tokens && i < n; i++)
-        NEED(tokens[i] >= 0 && tokens[i] < V, "A drafter drafts tokens that are not there.");
-    NEED(slots == d->values.count && !(slots & (slots - 1)) && (!slots || d->shortest),
-         "A table of n-grams has a power of two slots, some of them empty.");
+offramp_status check_shortlist(const offramp_part *part, int64_t D, int64_t V, offramp_error *error) {
+    if (check_kind(part, "shortlist", error)) return OFFRAMP_INVALID;
+    const Shortlist *s = &part->shortlist;
+    const int64_t n = s->head.rows, *tokens = s->tokens.values;
+    NEED(s->head.columns == D && n <= V && s->tokens.count == n, "A short list does not fit the head.");
+    for (int64_t i = 0; i < n; i++)
+        NEED(tokens[i] >= 0 && tokens[i] < V, "A short list has tokens that are not there.");
     return OFFRAMP_OK;
 }
 
-// What decoding does not look at before it follows a table of n-grams: it is only wrong then.
-static offramp_status check_ngrams(const Drafter *d, int64_t V, offramp_error *error) {
-    const uint32_t *keys = d->keys.values, *values = d->values.values;
+offramp_status check_guesses(const offramp_part *part, int64_t V, offramp_error *error) {
+    if (check_kind(part, "guesses", error)) return OFFRAMP_INVALID;
+    const Guesses *g = &part->guesses;
+    const int64_t slots = g->keys.count;
+    const uint32_t *keys = g->keys.values, *values = g->values.values;
     int64_t empty = 0;
-    for (int64_t i = 0; i < d->keys.count; i++) {
+    NEED(slots == g->values.count && !(slots & (slots - 1)) && g->shortest,
+         "A table of n-grams has a power of two slots, some of them empty.");
+    for (int64_t i = 0; i < slots; i++) {
         empty += !keys[i];
         NEED(values[i] >> 8 < V, "A table of n-grams names tokens beyond the vocabulary.");
     }
-    NEED(!d->keys.count || empty, "A table of n-grams has a power of two slots, some of them empty.");
+    NEED(empty, "A table of n-grams has a power of two slots, some of them empty.");
     return OFFRAMP_OK;
 }
 
@@ -142,9 +159,11 @@ offramp_status offramp_model_fits(const offramp_model *model, const offramp_part
                                   offramp_error *error) {
     const char *kind = part ? part->kind->name : "";
     if (!strcmp(kind, "gate")) return check_gate(part, model->hidden, error);
+    if (!strcmp(kind, "mamba_gate")) return check_mamba_gate(part, &(MambaGate){0}, model->hidden, error);
+    if (!strcmp(kind, "readout")) return check_readout(part, &(Readout){0}, model->hidden, error);
     if (!strcmp(kind, "sketch")) return check_sketch(part, model->hidden, model->vocabulary, error);
-    if (check_drafter(part, model, error)) return OFFRAMP_INVALID;
-    return check_ngrams(&part->drafter, model->vocabulary, error);
+    if (!strcmp(kind, "shortlist")) return check_shortlist(part, model->hidden, model->vocabulary, error);
+    return check_guesses(part, model->vocabulary, error);
 }
 
 static offramp_status add_block(offramp_model *model, int64_t i, const offramp_part *mixer,

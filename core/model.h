@@ -51,16 +51,33 @@ typedef struct {
 } Gate;
 
 typedef struct {
+    Weight down;
+    Array mean, spread, direct;
+    float bias;
+    Mamba2 mixer;  // without a norm before it, and with one output
+} MambaGate;
+
+typedef struct {
+    Weight in, down;
+    Array mean, spread, scale;
+    int64_t gated;
+    int64_t hidden, reads, skips;  // D, deep states, and whether `in` has a linear map; found from the shapes
+} Readout;
+
+typedef struct {
     Weight reduce, expand;
     int64_t candidates;
 } Sketch;
 
 typedef struct {
-    Weight in, down, head;
-    Array mean, spread, scale, tokens, keys, values, costs;
-    int64_t after, tail, middle, most, alike, shortest, longest;
-    float asking, floor;
-} Drafter;
+    Weight head;
+    Array tokens;
+} Shortlist;
+
+typedef struct {
+    Array keys, values;
+    int64_t shortest, longest;
+} Guesses;
 
 // What a field of a part holds. A count is a whole number from 0 on.
 typedef enum { WEIGHT, FLOATS, WHOLE_FLOATS_OR_HALVES, INTEGERS, KEYS, COUNT_OF, REAL } Holds;
@@ -86,8 +103,11 @@ struct offramp_part {
         Mamba2 mamba2;
         Mlp mlp;
         Gate gate;
+        MambaGate mamba_gate;
+        Readout readout;
         Sketch sketch;
-        Drafter drafter;
+        Shortlist shortlist;
+        Guesses guesses;
     };
 };
 
@@ -121,12 +141,14 @@ offramp_status fail(offramp_error *error, offramp_status status, const char *for
 enum { ROWS_AT_ONCE = 256 };  // rows that pass together; more would need much memory and gain nothing
 
 // Whether a part is of this kind, and complete. Then whether its shapes fit a model: D its hidden size, V its
-// vocabulary.
+// vocabulary. `found` is the part with what its shapes say.
 offramp_status check_kind(const offramp_part *part, const char *kind, offramp_error *error);
 offramp_status check_gate(const offramp_part *part, int64_t D, offramp_error *error);
-offramp_status check_gates(const offramp_gates *gates, int64_t D, offramp_error *error);  // NULL is none
+offramp_status check_mamba_gate(const offramp_part *part, MambaGate *found, int64_t D, offramp_error *error);
+offramp_status check_readout(const offramp_part *part, Readout *found, int64_t D, offramp_error *error);
 offramp_status check_sketch(const offramp_part *part, int64_t D, int64_t V, offramp_error *error);
-offramp_status check_drafter(const offramp_part *part, const offramp_model *model, offramp_error *error);
+offramp_status check_shortlist(const offramp_part *part, int64_t D, int64_t V, offramp_error *error);
+offramp_status check_guesses(const offramp_part *part, int64_t V, offramp_error *error);
 offramp_status check_weight(const Weight *weight, const char *name, offramp_error *error);
 
 // Memory of one call, given out piece by piece. Without a base, only the bytes are counted: so the function

@@ -1,28 +1,29 @@
 // offramp: early exits for causal language models. The C library: blocks of a model, what they remember of
-// texts, and decoding.
+// texts, exits, and decoding.
 //
 // A model is put together from parts: a mixer (attention or Mamba-2) and perhaps an MLP for each block, and
 // the two ends. A part has named weights, arrays and numbers; `offramp_part_new` lists them. A session is
-// what the blocks remember of one text.
+// what the blocks remember of one text. A plan says at which exits tokens may leave, and what follows then.
 //
 //     offramp_part *part = offramp_part_new("mlp", &error);
 //     offramp_part_weight(part, "gate_up", &weight, &error);
 //     ...
 //     offramp_model *model = offramp_model_new(ends, mixers, mlps, blocks, &error);
+//     offramp_plan *plan = offramp_plan_new(model, &rules, &error);
 //     offramp_session *session = offramp_session_new(model, OFFRAMP_BFLOAT16, 256, &error);
-//     offramp_decode(model, session, &steps, &error);
+//     offramp_step(plan, &request, 1, 16, NULL, &error);
 //
 // Memory. What a function named `..._new` or `..._fork` returns belongs to the caller, who frees it with the
 // function named `..._free` (NULL is allowed there). Numbers of weights and arrays are not copied: they must
-// outlive the parts, and the models that are made of these. A model that is freed goes with the last of its
-// sessions. Parts may be freed once a model is made of them.
+// outlive the parts, and what is made of these. A model that is freed goes with the last of its sessions and
+// plans. Parts may be freed once a model is made of them; those of a plan must outlive it.
 //
 // Errors. A function that can fail returns NULL or a status other than OFFRAMP_OK, and writes one sentence to
 // its `error`, unless that is NULL. A call with a wrong argument changes nothing.
 //
 // Threads. Models are independent of each other. Of calls with one model, one runs at a time, and others
-// wait. A call uses as many threads as `offramp_model_threads` says. What is computed does not depend on their
-// number. After fork(), the child may use the parent's models, too, if none of them was in a call then.
+// wait. A call uses as many threads as `offramp_model_threads` says. What is computed does not depend on
+// their number. After fork(), the child may use the parent's models, too, if none of them was in a call then.
 //
 // Shapes: D hidden size, V tokens of the vocabulary, N blocks, R rows (tokens of one call), W width of an MLP
 // or an adapter. All arrays are row-major.
@@ -99,6 +100,10 @@ typedef struct {
     const float *bias;    // (rows), or NULL
 } offramp_weight;
 
+// What says how sure an exit is: its gate; or the probabilities that its logits give: that of the most
+// probable token, that less the second's, or 1 - their entropy / log V (exits/policy.py).
+typedef enum { OFFRAMP_GATE, OFFRAMP_MAX_PROB, OFFRAMP_MARGIN, OFFRAMP_ENTROPY } offramp_confidence;
+
 typedef struct offramp_part offramp_part;
 
 // An empty part of one of these kinds. What stands in brackets may be left out.
@@ -111,9 +116,12 @@ typedef struct offramp_part offramp_part;
 // | | | dt_bias, decay, skip (H) |
 // | mlp | gate_up (2W, D), down (D, W) | norm (D) |
 // | gate | in (2W, D) with out, or (1, D) | mean, spread (D), [out] (W) |
+// | mamba_gate | down (W, D), in (E + C + H, W), | mean, spread, direct (D), gated_norm (E), |
+// | | out (1, E) | conv (taps, C), [conv_bias] (C), dt_bias, decay, skip (H) |
+// | readout | [in] (A, K) or (D + A, K), [down] (D, W) | [mean], [spread], [scale] (D) |
 // | sketch | reduce (k, D), expand (V, k) | |
-// | drafter | in (D + 2W, 2D or 3D), down (D, W), | mean, spread (D), [scale] (D), [tokens] (n) int64, |
-// | | head (n, D) | [keys], [values] uint32, costs (OFFRAMP_MOST_DRAFTS + 1) |
+// | shortlist | head (n, D) | tokens (n) int64 |
+// | guesses | | keys, values uint32 |
 //
 // | kind | numbers |
 // |------|---------|
@@ -122,17 +130,23 @@ typedef struct offramp_part offramp_part;
 // | mamba2 | heads (H), groups (G), states, eps, gated_eps, dt_low, dt_high |
 // | mlp | norm_first, eps |
 // | gate | bias |
+// | mamba_gate | heads (H), states, gated_eps, bias |
+// | readout | [gated] |
 // | sketch | candidates |
-// | drafter | after, tail, [middle], most, alike, [shortest], [longest], asking, floor |
+// | guesses | shortest, longest |
 //
 // attention: rows of qkv are Q query heads, H key heads and H value heads of P dims; dims that the rotary
 // embedding turns together stand side by side. window: tokens that a token sees, itself included (0: all).
 // rotary: 1 with positions. norm_first: 1 if norms stand before attention and MLP, 0 if after them.
 // norm_heads: q_norm and k_norm are (P) over each head, else over all heads. mamba2 (arXiv 2405.21060,
 // section 7): E = H · P inner dims, C = E + 2 · G · states channels; rows of in: z (E), x, B and C (C), dt
-// (H). decay is A < 0. gate and drafter: exits/gates.py and exits/readouts.py say what they compute; `keys`
-// and `values` are a table of n-grams (exits/ngrams.py), `costs` what so many more rows of a pass cost, in
-// steps of full depth.
+// (H). decay is A < 0. gate, mamba_gate and readout: exits/gates.py and exits/readouts.py say what
+// they compute. mamba_gate: a mixer of one group reads `down` times the standardised state; to its output,
+// `direct` times that state is added. readout: K = D inputs, the standardised state, and D more for each of
+// one or two deep states, at a root mean square of 1. A = 2W with `gated`, for silu(first W) · last W, else
+// W. If `in` begins with D rows more, what they give is added to the adapter's output, otherwise the state at
+// a root mean square of 1 is. With `scale`, which needs these rows, the sum times it is added to the state.
+// Without `in`, the state stays as it is. guesses: a table of n-grams (exits/ngrams.py).
 OFFRAMP_API offramp_part *offramp_part_new(const char *kind, offramp_error *error);
 OFFRAMP_API void offramp_part_free(offramp_part *part);
 OFFRAMP_API offramp_status offramp_part_weight(offramp_part *part, const char *name,
@@ -153,8 +167,7 @@ OFFRAMP_API offramp_model *offramp_model_new(const offramp_part *ends, const off
                                              offramp_error *error);
 OFFRAMP_API void offramp_model_free(offramp_model *model);
 
-// Whether a gate, a sketch or a drafter fits the model. Calls look at shapes themselves; this looks at the
-// tables of a drafter, too.
+// Whether a part that is not one of its own, such as a gate or a sketch, fits the model.
 OFFRAMP_API offramp_status offramp_model_fits(const offramp_model *model, const offramp_part *part,
                                               offramp_error *error);
 
@@ -175,9 +188,16 @@ OFFRAMP_API offramp_status offramp_product(offramp_model *model, const offramp_w
 OFFRAMP_API offramp_status offramp_logits(offramp_model *model, const offramp_part *sketch, const float *h,
                                           int64_t rows, float *y, offramp_error *error);
 
-// The logit of a gate for a hidden state h (D).
+// The logits (R) of a gate, or of a mamba_gate, for hidden states h (R, D). To a mamba_gate, these are one
+// text's, from its first token on.
 OFFRAMP_API offramp_status offramp_ask(offramp_model *model, const offramp_part *gate, const float *h,
-                                       float *logit, offramp_error *error);
+                                       int64_t rows, float *logits, offramp_error *error);
+
+// What a read-out makes of hidden states h (R, D), given the deep states (R, reads, D) that it reads, or
+// NULL: out (R, D), which may be h.
+OFFRAMP_API offramp_status offramp_read_out(offramp_model *model, const offramp_part *readout, const float *h,
+                                            const float *deep, int64_t rows, float *out,
+                                            offramp_error *error);
 
 // Sessions ----------------------------------------------------------------------------------------
 
@@ -202,6 +222,9 @@ OFFRAMP_API int64_t offramp_session_length(const offramp_session *session, int64
 OFFRAMP_API int64_t offramp_session_first(const offramp_session *session, int64_t block);
 OFFRAMP_API int64_t offramp_session_bytes(const offramp_session *session);
 OFFRAMP_API int64_t offramp_session_bytes_for(const offramp_session *session, int64_t tokens);
+
+// How many tokens wait at an exit of the plan that the session was last stepped with (see offramp_step).
+OFFRAMP_API int64_t offramp_session_waits(const offramp_session *session, int64_t exit);
 
 // Mixers can forget only the tokens that they take in during a watch: it keeps what each token did. `watch`
 // begins one in blocks `start` to `stop` - 1 unless there is one, and `settle` ends all.
@@ -240,63 +263,138 @@ typedef struct {
     int64_t first, count;
 } offramp_rows;
 
-// Gates on a token's way, in order: `after[i]` blocks run before gate i, whose logit stops the token if it is
-// above `thresholds[i]` (−inf: always, and the gate is not asked). Written for those on the way: hidden
-// states `seen` (count, D) and `logits` (count), or for offramp_decode (most, count).
-typedef struct {
-    int64_t count;
-    const offramp_part *const *gates;
-    const int64_t *after;
-    const float *thresholds;
-    float *seen, *logits;
-} offramp_gates;
-
 // Runs rows h (R, D), in place, through blocks `start` to `stop` - 1, which remember them. The rows are those
-// of `sessions` sessions, one after another. A single row may have gates (else NULL). `run` (or NULL) is the
-// number of blocks that ran.
+// of `sessions` sessions, one after another.
 OFFRAMP_API offramp_status offramp_run(offramp_model *model, int64_t start, int64_t stop,
                                        const offramp_rows *rows, int64_t sessions, float *h,
-                                       const offramp_gates *gates, int64_t *run, offramp_error *error);
+                                       offramp_error *error);
 
 // As offramp_run, but the blocks only remember the rows, as if h were the input of each of them. h stays.
 OFFRAMP_API offramp_status offramp_remember(offramp_model *model, int64_t start, int64_t stop,
                                             const offramp_rows *rows, int64_t sessions, const float *h,
                                             offramp_error *error);
 
+// Exits and rules ---------------------------------------------------------------------------------
+
+// What skipped blocks remember of a token that left early: `decode/fills.py` says it for each. With
+// OFFRAMP_VERIFY a token that an exit chose is a draft, and full depth decides.
+typedef enum {
+    OFFRAMP_PROJECT,
+    OFFRAMP_COPY,
+    OFFRAMP_FREEZE,
+    OFFRAMP_DEFER,
+    OFFRAMP_VERIFY,
+} offramp_fill;
+
+// An exit after `after` blocks, whose read-out is followed by the model's last `tail` blocks. A token leaves
+// if its confidence is above `threshold`; or, in a plan with gates and second keys, if it is above `perhaps`,
+// and what the read-out says is above `key` (1: there is no second key). A threshold of 0 asks no gate.
+// `asking`: the bytes that a draft of this exit reads, as a share of those of full depth.
+typedef struct {
+    int64_t after, tail;
+    const offramp_part *gate, *readout;  // gate: NULL where none is asked
+    double threshold, perhaps, key;
+    double asking;
+    int64_t gate_flops, readout_flops;
+} offramp_exit;
+
+// FLOPs of a block for one token: `flops`, and `seen_flops` for each position that it sees; and of its share
+// in the fill `project`: `key_flops` in attention, `state_flops` in a mixer.
+typedef struct {
+    int64_t flops, seen_flops, key_flops, state_flops;
+} offramp_block_costs;
+
+// The rules of a plan. `confidence` and `key` (of second keys) say what a confidence is. `decay`: thresholds
+// are stricter at the beginning of an answer, for about so many tokens (0: they are not). Read-outs read the
+// state after block `middle` of the token before, too (0: they do not). `pending`: the most tokens that wait,
+// or the most drafts. `sketch` and `exit_sketch` stand in for the head at the top and at exits, or a
+// `shortlist` does at exits; each may be NULL. `guesses` (or NULL) is a table of n-grams that drafts come
+// from; where the last `alike` tokens stand earlier in the text, what followed there is a draft (0: it is
+// not). `row_costs`: what so many more rows of a pass cost, in steps of full depth.
+typedef struct {
+    const offramp_exit *exits;
+    int64_t count;
+    offramp_fill fill;
+    offramp_confidence confidence, key;
+    int64_t middle, pending, alike;
+    double decay;
+    const offramp_part *sketch, *exit_sketch, *shortlist, *guesses;
+    const offramp_block_costs *costs;  // of each block
+    int64_t head_flops, exit_head_flops;
+    double row_costs[OFFRAMP_MOST_DRAFTS + 1];
+} offramp_rules;
+
+typedef struct offramp_plan offramp_plan;
+
+// A plan by these rules, which are copied. Fails where they do not fit the model.
+OFFRAMP_API offramp_plan *offramp_plan_new(offramp_model *model, const offramp_rules *rules,
+                                           offramp_error *error);
+OFFRAMP_API void offramp_plan_free(offramp_plan *plan);
+
+// Choosing a token --------------------------------------------------------------------------------
+
+// How a token is chosen. At a temperature of 0 the most probable one (the first of equals), else one is
+// drawn: of the `top_k` most probable tokens (0: of all), of these the most probable ones that together have
+// a probability of `top_p` (1: all), and of these those with at least `min_p` (0: all) times the highest
+// probability. Tokens with equal logits stay or go together. A draw is a function of the seed, of how many
+// ids were before, and of the logits. `penalty` is that of repetition, of all ids of the text (1: none).
+typedef struct {
+    double temperature, top_p, min_p, penalty;
+    int64_t top_k;
+    uint64_t seed;
+} offramp_sampling;
+
+// Chooses a token by logits y (V), which it changes, after a text of `known` ids. A logit may be −inf: then
+// its token is not chosen. `allowed` has a bit for each token, from the lowest of the first of (V + 31) / 32
+// words on; NULL allows all. `id` is -1 where the logits are not finite, and -2 where no token that is
+// allowed has one.
+OFFRAMP_API offramp_status offramp_choose(offramp_model *model, const offramp_sampling *how,
+                                          const int64_t *ids, int64_t known, const uint32_t *allowed,
+                                          float *y, int64_t *id, offramp_error *error);
+
 // Decoding ----------------------------------------------------------------------------------------
 
-// A pass to the top: how many drafts were made, how many of them stood, and how many the exit made.
+// A decided token: the number of blocks before the exit that chose it, or drafted it (N: full depth chose it,
+// 0: it was guessed); the confidence of the exit, else NaN; FLOPs, and blocks run for one token each; the
+// passes to the top of this request in this call so far, and how many of its drafts they rejected.
 typedef struct {
-    int64_t drafts, stood, asked;
-} offramp_pass;
+    int64_t id, block;
+    double confidence;
+    int64_t flops, blocks, passes, rejected;
+} offramp_decision;
 
-// Greedy decoding of one session. Given: `ids`, `known` of them, of which the last is the token to begin with
-// and is not in the session yet. Decoding ends when `enough` tokens are decided (`most` at most, with drafts
-// that stood), after one of the `ends`, and where a gate stops a token. `penalty` is that of repetition, of
-// all ids (1: none). `sketch`, `drafter` and `gates` may be NULL. A drafter reads `deep`, of the token before
-// the first: its state at the top, and after block `middle`.
+enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };  // why a request failed
+
+// A request: a session, and its text. Given: `ids`, `known` of them, of which the first `prompt` are the
+// prompt, and `run` have been run. With `reads`, so many more of these are read at full depth, and nothing is
+// decided. Else one is not run yet: up to `most` tokens are decided, or until one of the `ends`. `allowed`
+// (or NULL) has a bit for each token that may come next; then one token is decided, and nothing is drafted.
+// `whole`: full depth reads out all tokens, even if the plan has a sketch. `deep` (D, or 2, D) is what
+// read-outs read of the token before, its state at the top and perhaps after block `middle`: zeros at the
+// beginning, and then kept by the caller.
 //
-// Found: the decided ids after the known ones, -1 where logits were not finite; `confidences` of those that
-// an exit drafted, NaN of others; the passes; `run`, the number of blocks run of a last token that a gate
-// stopped, else 0; `h` of the newest token, and `deep` of the newest that reached the top; seconds spent on
-// embeddings, blocks, heads, choices, and drafts.
+// Found: `decided` tokens, which are put after the known ids, and their `decisions`; `run`; `asked`, how
+// often exits read out; `failed`, or 0: then the session is half-written. A call decides at most `rounds` ·
+// (OFFRAMP_MOST_DRAFTS + 1) tokens.
 typedef struct {
-    int64_t *ids;  // (known + most)
-    int64_t known, enough, most;
+    offramp_session *session;
+    int64_t *ids;  // room for known + most
+    int64_t known, prompt, reads, most;
     const int64_t *ends;
     int64_t ends_count;
-    double penalty;
-    const offramp_part *sketch, *drafter;
-    const offramp_gates *gates;
-    int64_t decided, run, passes_count;
-    offramp_pass *passes;  // (most)
-    float *confidences;    // (most)
-    float *h, *deep;       // (D), (2, D); deep may be NULL without a drafter
-    double seconds[5];
-} offramp_steps;
+    offramp_sampling how;
+    const uint32_t *allowed;
+    int64_t whole;
+    float *deep;
+    offramp_decision *decisions;  // room for most
+    int64_t run, decided, asked, failed;
+} offramp_request;
 
-OFFRAMP_API offramp_status offramp_decode(offramp_model *model, offramp_session *session,
-                                          offramp_steps *steps, offramp_error *error);
+// Steps the requests, which are of different sessions: each reads, or decides at least one token, in up to
+// `rounds` passes to the top. They share the passes over the weights; what is decided for one does not depend
+// on the others. `seconds` (4, or NULL): spent on blocks, exits, the top, and between.
+OFFRAMP_API offramp_status offramp_step(offramp_plan *plan, offramp_request *const *requests, int64_t count,
+                                        int64_t rounds, double *seconds, offramp_error *error);
 
 #ifdef __cplusplus
 }

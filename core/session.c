@@ -12,23 +12,50 @@ enum {
 
 static const Block *block_of(const offramp_session *s, int64_t i) { return s->model->blocks + i; }
 
+static float *state_of(const Mixed *m) { return m->stands ? m->old_h : m->h; }
+
+void end_watch(Mixed *m) {
+    if (m->stands) {
+        float *h = m->h;
+        m->h = m->old_h, m->old_h = h;
+    }
+    m->watched = m->stands = 0;
+}
+
 static void free_watch(Mixed *m) {
+    end_watch(m);
     free(m->old_window), free(m->old_h), free(m->journal);
     m->old_window = m->old_h = m->journal = NULL;
-    m->watched = 0, m->room = 0;
+    m->room = 0;
+}
+
+static void free_mixed(Mixed *m) {
+    free_watch(m);
+    free(m->window), free(m->h);
+}
+
+static int make_mixed(const Mamba2 *shape, Mixed *m) {
+    m->window = calloc(window_floats(shape), sizeof(float));
+    m->h = calloc(state_floats(shape), sizeof(float));
+    return m->window && m->h;
+}
+
+static void free_exits(AtExits *exits) {
+    for (int64_t e = 0; exits->gates && e < exits->count; e++) free_mixed(exits->gates + e);
+    free(exits->shapes), free(exits->gates), free(exits->waits), free(exits->waiting);
+    *exits = (AtExits){0};
 }
 
 void offramp_session_free(offramp_session *s) {
     if (!s) return;
     for (int64_t i = 0; s->blocks && i < s->model->count; i++) {
         Memory *memory = s->blocks + i;
-        if (block_of(s, i)->attends) {
+        if (block_of(s, i)->attends)
             free(memory->keys.buffer);
-        } else {
-            free_watch(&memory->mixed);
-            free(memory->mixed.window), free(memory->mixed.h);
-        }
+        else
+            free_mixed(&memory->mixed);
     }
+    free_exits(&s->exits);
     offramp_model_free(s->model);
     free(s->blocks);
     free(s);
@@ -43,18 +70,17 @@ offramp_session *offramp_session_new(offramp_model *model, offramp_type keys, in
     offramp_session *s = calloc(1, sizeof *s);
     int whole = s != NULL;
     if (s) {
-        *s = (offramp_session){model, calloc(model->count + 1, sizeof *s->blocks), tokens,
-                               keys == OFFRAMP_BFLOAT16, new_estimates()};
+        *s = (offramp_session){.model = model,
+                               .blocks = calloc(model->count + 1, sizeof *s->blocks),
+                               .tokens = tokens,
+                               .half = keys == OFFRAMP_BFLOAT16,
+                               .estimates = new_estimates()};
         atomic_fetch_add(&model->users, 1);
         whole = s->blocks != NULL;
     }
     for (int64_t i = 0; whole && i < model->count; i++) {
         if (model->blocks[i].attends) continue;
-        const Mamba2 *m = &model->blocks[i].mamba2;
-        Mixed *mixed = &s->blocks[i].mixed;
-        mixed->window = calloc(window_floats(m), sizeof(float)),
-        mixed->h = calloc(state_floats(m), sizeof(float));
-        whole = mixed->window && mixed->h;
+        whole = make_mixed(&model->blocks[i].mamba2, &s->blocks[i].mixed);
     }
     if (whole) return s;
     offramp_session_free(s);
@@ -86,33 +112,49 @@ static int copy_keys(const offramp_session *s, int64_t i, Keys *k) {
     return 1;
 }
 
-static int copy_mixed(const offramp_session *s, int64_t i, Mixed *to) {
-    const Mixed *from = &s->blocks[i].mixed;
-    const Mamba2 *m = &block_of(s, i)->mamba2;
-    memcpy(to->window, from->window, window_floats(m) * sizeof(float));
-    memcpy(to->h, from->h, state_floats(m) * sizeof(float));
+// Copies a mixer's memory to a new one.
+static int copy_mixed(const Mamba2 *shape, const Mixed *from, Mixed *to) {
+    memcpy(to->window, from->window, window_floats(shape) * sizeof(float));
+    memcpy(to->h, state_of(from), state_floats(shape) * sizeof(float));
     to->length = from->length;
     if (!from->watched) return 1;
-    to->watched = 1, to->since = from->since, to->room = from->length - from->since;
-    to->old_window = copy_of(from->old_window, window_floats(m)),
-    to->old_h = copy_of(from->old_h, state_floats(m));
-    to->journal = copy_of(from->journal, to->room * note_floats(m));
-    return to->old_window && to->old_h && (to->journal || !from->journal);
+    const int64_t rows = from->length - from->since;
+    to->watched = 1, to->since = from->since, to->room = rows;
+    to->old_window = copy_of(from->old_window, window_floats(shape)),
+    to->old_h = copy_of(from->old_h, state_floats(shape));
+    to->journal = rows ? copy_of(from->journal, rows * note_floats(shape)) : NULL;
+    return to->old_window && to->old_h && (to->journal || !rows);
+}
+
+static int copy_exits(const offramp_session *s, offramp_session *to) {
+    const AtExits *from = &s->exits;
+    if (!from->plan) return 1;
+    if (!prepare_exits(to, from->plan, from->count, from->shapes, from->room)) return 0;
+    to->exits.run = from->run;
+    memcpy(to->exits.waits, from->waits, from->count * sizeof *from->waits);
+    memcpy(to->exits.waiting, from->waiting, from->room * s->model->hidden * sizeof(float));
+    for (int64_t e = 0; e < from->count; e++)
+        if (from->shapes[e] && !copy_mixed(from->shapes[e], from->gates + e, to->exits.gates + e)) return 0;
+    return 1;
 }
 
 offramp_session *offramp_session_fork(const offramp_session *s, offramp_error *error) {
     offramp_session *twin =
         offramp_session_new(s->model, s->half ? OFFRAMP_BFLOAT16 : OFFRAMP_FLOAT32, s->tokens, error);
-    for (int64_t i = 0; twin && i < s->model->count; i++) {
+    if (!twin) return NULL;
+    int whole = copy_exits(s, twin);
+    for (int64_t i = 0; whole && i < s->model->count; i++) {
         Memory *to = twin->blocks + i;
-        const int attends = block_of(s, i)->attends;
-        if (attends) to->keys.length = s->blocks[i].keys.length;
-        if (attends ? copy_keys(s, i, &to->keys) : copy_mixed(s, i, &to->mixed)) continue;
-        offramp_session_free(twin);
-        fail(error, OFFRAMP_NO_MEMORY, "There is no memory for another session.");
-        return NULL;
+        const Block *b = block_of(s, i);
+        if (b->attends) to->keys.length = s->blocks[i].keys.length;
+        whole =
+            b->attends ? copy_keys(s, i, &to->keys) : copy_mixed(&b->mamba2, &s->blocks[i].mixed, &to->mixed);
     }
-    return twin;
+    twin->estimates = s->estimates;
+    if (whole) return twin;
+    offramp_session_free(twin);
+    fail(error, OFFRAMP_NO_MEMORY, "There is no memory for another session.");
+    return NULL;
 }
 
 void offramp_session_reserve(offramp_session *s, int64_t tokens) {
@@ -122,6 +164,10 @@ void offramp_session_reserve(offramp_session *s, int64_t tokens) {
 int64_t offramp_session_length(const offramp_session *s, int64_t block) {
     if (block < 0 || block >= s->model->count) return -1;
     return block_of(s, block)->attends ? s->blocks[block].keys.length : s->blocks[block].mixed.length;
+}
+
+int64_t offramp_session_waits(const offramp_session *s, int64_t exit) {
+    return exit >= 0 && exit < s->exits.count ? s->exits.waits[exit] : 0;
 }
 
 int64_t offramp_session_first(const offramp_session *s, int64_t block) {
@@ -170,12 +216,11 @@ static void slide(const offramp_session *s, int64_t i, int64_t first, int64_t en
 }
 
 // The journal has room for `count` more rows.
-static int lengthen_journal(const offramp_session *s, int64_t i, int64_t count) {
-    Mixed *m = &s->blocks[i].mixed;
-    const int64_t rows = m->length - m->since + count;
-    if (!m->watched || rows <= m->room) return 1;
+static int lengthen_journal(const Mamba2 *shape, Mixed *m, int64_t count) {
+    const int64_t rows = (m->watched ? m->length - m->since : 0) + count;
+    if (rows <= m->room) return 1;
     const int64_t room = rows > 2 * m->room ? rows : 2 * m->room;
-    float *longer = realloc(m->journal, room * note_floats(&block_of(s, i)->mamba2) * sizeof(float));
+    float *longer = realloc(m->journal, room * note_floats(shape) * sizeof(float));
     if (!longer) return 0;
     m->journal = longer, m->room = room;
     return 1;
@@ -183,7 +228,10 @@ static int lengthen_journal(const offramp_session *s, int64_t i, int64_t count) 
 
 int make_room(offramp_session *s, int64_t i, int64_t first, int64_t end) {
     const Block *b = block_of(s, i);
-    if (!b->attends) return lengthen_journal(s, i, end - first);
+    if (!b->attends) {
+        Mixed *m = &s->blocks[i].mixed;
+        return !m->watched || lengthen_journal(&b->mamba2, m, end - first);
+    }
     Keys *k = &s->blocks[i].keys;
     if (b->attention.window) slide(s, i, first, end);
     const int64_t needed = end - k->base, size = place_bytes(s, &b->attention);
@@ -198,11 +246,16 @@ int make_room(offramp_session *s, int64_t i, int64_t first, int64_t end) {
     return 1;
 }
 
+void count_mixed(Mixed *m, int64_t count) {
+    m->length += count;
+    if (count) m->stands = 0;
+}
+
 void count_tokens(offramp_session *s, int64_t i, int64_t end, int64_t count) {
     if (block_of(s, i)->attends)
         s->blocks[i].keys.length = end;
     else
-        s->blocks[i].mixed.length += count;
+        count_mixed(&s->blocks[i].mixed, count);
 }
 
 static offramp_status check_range(const offramp_session *s, int64_t start, int64_t stop,
@@ -219,19 +272,29 @@ static offramp_status check_block(const offramp_session *s, int64_t i, offramp_e
     return OFFRAMP_OK;
 }
 
+int prepare_watch(const Mamba2 *shape, Mixed *m, int64_t rows) {
+    if (!m->old_window) m->old_window = malloc(window_floats(shape) * sizeof(float));
+    if (!m->old_h) m->old_h = malloc(state_floats(shape) * sizeof(float));
+    return m->old_window && m->old_h && lengthen_journal(shape, m, rows);
+}
+
+void begin_watch(const Mamba2 *shape, Mixed *m) {
+    if (m->watched) return;
+    float *h = m->h;
+    memcpy(m->old_window, m->window, window_floats(shape) * sizeof(float));
+    m->h = m->old_h, m->old_h = h;
+    m->watched = m->stands = 1, m->since = m->length;
+}
+
 offramp_status offramp_session_watch(offramp_session *s, int64_t start, int64_t stop, offramp_error *error) {
     if (check_range(s, start, stop, error)) return OFFRAMP_INVALID;
     for (int64_t i = start; i < stop; i++) {
+        const Mamba2 *shape = &block_of(s, i)->mamba2;
         Mixed *m = &s->blocks[i].mixed;
         if (block_of(s, i)->attends || m->watched) continue;
-        const Mamba2 *shape = &block_of(s, i)->mamba2;
-        m->old_window = copy_of(m->window, window_floats(shape)),
-        m->old_h = copy_of(m->h, state_floats(shape));
-        if (!m->old_window || !m->old_h) {
-            free_watch(m);
+        if (!prepare_watch(shape, m, 1))
             return fail(error, OFFRAMP_NO_MEMORY, "There is no memory to watch a mixer.");
-        }
-        m->watched = 1, m->since = m->length;
+        begin_watch(shape, m);
     }
     return OFFRAMP_OK;
 }
@@ -253,13 +316,13 @@ int offramp_session_can_forget(const offramp_session *s, int64_t length) {
     return can;
 }
 
-// Goes back to where a watch began, and repeats the tokens up to `length`.
-static void crop_mixed(const Mamba2 *shape, Mixed *m, int64_t length) {
+void crop_mixed(const Mamba2 *shape, Mixed *m, int64_t length) {
     const int64_t rows = length - m->since;
+    m->length = length, m->stands = !rows;
+    mamba2_window(shape, m->window, m->old_window, m->journal, rows);
+    if (!rows) return;
     memcpy(m->h, m->old_h, state_floats(shape) * sizeof(float));
     mamba2_replay(shape, m->h, m->journal, rows);
-    mamba2_window(shape, m->window, m->old_window, m->journal, rows);
-    m->length = length;
 }
 
 offramp_status offramp_session_crop(offramp_session *s, int64_t length, int64_t start, int64_t stop,
@@ -335,6 +398,41 @@ offramp_status offramp_session_state(const offramp_session *s, int64_t block, fl
     NEED(!block_of(s, block)->attends, "Block %lld has no mixer.", (long long)block);
     const Mamba2 *m = &block_of(s, block)->mamba2;
     memcpy(window, s->blocks[block].mixed.window, window_floats(m) * sizeof(float));
-    memcpy(h, s->blocks[block].mixed.h, state_floats(m) * sizeof(float));
+    memcpy(h, state_of(&s->blocks[block].mixed), state_floats(m) * sizeof(float));
     return OFFRAMP_OK;
+}
+
+offramp_status check_exits(const offramp_session *s, int64_t run, int64_t plan, int64_t count,
+                           const Mamba2 *const *shapes, offramp_error *error) {
+    const AtExits *exits = &s->exits;
+    const int same = exits->plan == plan;
+    NEED(same || !waiting(s), "Tokens of this session wait at exits of another plan.");
+    NEED(run == exits->run || !waiting(s), "Tokens of this session wait, and it goes on after %lld others.",
+         (long long)exits->run);
+    for (int64_t e = 0; e < count; e++)
+        NEED(!shapes[e] || run == (same ? exits->run : 0),
+             "A Mamba gate has to see a text from its beginning on.");
+    return OFFRAMP_OK;
+}
+
+int prepare_exits(offramp_session *s, int64_t plan, int64_t count, const Mamba2 *const *shapes,
+                  int64_t room) {
+    AtExits *exits = &s->exits;
+    if (exits->plan == plan) return 1;
+    free_exits(exits);
+    *exits = (AtExits){plan,
+                       count,
+                       0,
+                       calloc(count + 1, sizeof *exits->shapes),
+                       calloc(count + 1, sizeof *exits->gates),
+                       calloc(count + 1, sizeof *exits->waits),
+                       room,
+                       calloc(room * s->model->hidden + 1, sizeof(float))};
+    int whole = exits->shapes && exits->gates && exits->waits && exits->waiting;
+    for (int64_t e = 0; whole && e < count; e++) {
+        exits->shapes[e] = shapes[e];
+        whole = !shapes[e] || make_mixed(shapes[e], exits->gates + e);
+    }
+    if (!whole) free_exits(exits);
+    return whole;
 }

@@ -13,11 +13,13 @@ typedef struct {
 } Keys;
 
 // A mixer's window (taps - 1, C) and state (H, P, N), zeros before the first token. During a watch, those of
-// its beginning, and a journal of the tokens since then, with a row of `note_floats` for each.
+// its beginning, and a journal of the tokens since then, with a row of `note_floats` for each. While `stands`
+// is set, no token came since the beginning, and the state stands in `old_h` only: the next pass reads it
+// there, and writes `h`. So a watch copies no state.
 typedef struct {
     float *window, *h;
     int64_t length;
-    int watched;
+    int watched, stands;
     int64_t since, room;  // the length at the beginning of the watch; rows that the journal has room for
     float *old_window, *old_h, *journal;
 } Mixed;
@@ -27,12 +29,24 @@ typedef union {
     Mixed mixed;
 } Memory;
 
+// What the exits of a plan keep of a text: the memories of Mamba gates, and tokens that wait at exits for
+// their deeper blocks, `waits` at each exit. `waiting` (room, D) are their states there, oldest first: those
+// at later exits are older. `run`: the tokens of the text that they know of.
+typedef struct {
+    int64_t plan, count, run;  // the plan's number (0: none), and its exits
+    const Mamba2 **shapes;
+    Mixed *gates;  // used where there is a shape
+    int64_t *waits, room;
+    float *waiting;
+} AtExits;
+
 struct offramp_session {
     offramp_model *model;
     Memory *blocks;
     int64_t tokens;  // that are expected
     int half;        // keys and values are kept in bfloat16
     Estimates estimates;
+    AtExits exits;
 };
 
 static inline int64_t window_floats(const Mamba2 *m) { return (m->taps - 1) * m->channels; }
@@ -50,5 +64,30 @@ int can_crop_keys(const offramp_session *session, int64_t i, int64_t length);
 // Makes room in block i for tokens at positions `first` to `end` - 1. 0 if there is no memory.
 int make_room(offramp_session *session, int64_t i, int64_t first, int64_t end);
 
-// Counts tokens that a block has taken in: its length becomes `end`, or for a mixer grows by `count`.
+// Counts tokens that a block, or a mixer, has taken in: a block's length becomes `end`, or for a mixer grows
+// by `count`.
 void count_tokens(offramp_session *session, int64_t i, int64_t end, int64_t count);
+void count_mixed(Mixed *mixed, int64_t count);
+
+// A watch of a mixer: room for `rows` tokens (0 if there is no memory); its beginning, unless there is one;
+// its end; and going back, while it goes on, to the first `length` tokens of the text.
+int prepare_watch(const Mamba2 *shape, Mixed *mixed, int64_t rows);
+void begin_watch(const Mamba2 *shape, Mixed *mixed);
+void end_watch(Mixed *mixed);
+void crop_mixed(const Mamba2 *shape, Mixed *mixed, int64_t length);
+
+// How many tokens wait at exits.
+static inline int64_t waiting(const offramp_session *session) {
+    int64_t count = 0;
+    for (int64_t e = 0; e < session->exits.count; e++) count += session->exits.waits[e];
+    return count;
+}
+
+// Whether a session whose text has `run` tokens can go on with the exits of a plan, whose gates have mixers
+// of these shapes (NULL for others).
+offramp_status check_exits(const offramp_session *session, int64_t run, int64_t plan, int64_t count,
+                           const Mamba2 *const *shapes, offramp_error *error);
+
+// Gets a session ready for them. `room` tokens wait at most. 0 if there is no memory.
+int prepare_exits(offramp_session *session, int64_t plan, int64_t count, const Mamba2 *const *shapes,
+                  int64_t room);

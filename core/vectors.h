@@ -33,6 +33,7 @@
 
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
 typedef int8_t vb __attribute__((vector_size(4 * LANES)));         // four bytes for each lane
 typedef int8_t quarter_vb __attribute__((vector_size(LANES)));     // LANES bytes
 typedef uint16_t half_vf __attribute__((vector_size(2 * LANES)));  // LANES bfloat16 or float16 numbers
@@ -211,6 +212,32 @@ static inline vf exp_(vf x) {  // Cephes: within 2 units in the last place
     p = fma_(p, r, all(5.0000001201e-1f));
     p = fma_(p * r, r, r + 1.0f);
     return p * (vf)((n + 127) << 23);
+}
+
+static inline vf log_(
+    vf x) {  // Cephes: of positive numbers that are not subnormal, within 2 units in the last place
+    vi n = ((vi)x >> 23) - 126;
+    vf r = (vf)(((vi)x & 0x007fffff) | 0x3f000000);  // 0.5 to 1
+    const vi small = r < 0.707106781f;
+    n += small;
+    r = choose(small, r + r, r) - 1.0f;
+    const vf square = r * r, whole = __builtin_convertvector(n, vf);
+    vf p = fma_(all(7.0376836292e-2f), r, all(-1.1514610310e-1f));
+    p = fma_(p, r, all(1.1676998740e-1f));
+    p = fma_(p, r, all(-1.2420140846e-1f));
+    p = fma_(p, r, all(1.4249322787e-1f));
+    p = fma_(p, r, all(-1.6668057665e-1f));
+    p = fma_(p, r, all(2.0000714765e-1f));
+    p = fma_(p, r, all(-2.4999993993e-1f));
+    p = fma_(p, r, all(3.3333331174e-1f));
+    p = fma_(p * r, square, fma_(whole, all(-2.12194440e-4f), square * -0.5f));
+    return fma_(whole, all(0.693359375f), r + p);
+}
+
+// log(1 + x), x > -1: what 1 + x loses of a small x is made good.
+static inline vf log1p_(vf x) {
+    const vf one_more = 1.0f + x, kept = one_more - 1.0f;
+    return choose(kept == 0.0f, x, log_(one_more) * (x / kept));
 }
 
 static inline vf silu(vf x) { return x / (1.0f + exp_(-x)); }

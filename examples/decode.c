@@ -57,21 +57,25 @@ int main(void) {
     offramp_session *session = model ? offramp_session_new(model, OFFRAMP_FLOAT32, MOST, &error) : NULL;
     if (!session) return fprintf(stderr, "%s\n", error.message), 1;
 
-    int64_t ids[1 + MOST] = {7};  // the token to begin with, and those that are decided
-    float confidences[MOST], h[D];
-    offramp_pass passes[MOST];
-    offramp_steps steps = {.ids = ids,
-                           .known = 1,
-                           .enough = MOST,
-                           .most = MOST,
-                           .penalty = 1.2,
-                           .passes = passes,
-                           .confidences = confidences,
-                           .h = h};
-    if (offramp_decode(model, session, &steps, &error)) return fprintf(stderr, "%s\n", error.message), 1;
-    for (int i = 0; i <= steps.decided; i++)
-        printf("%lld%c", (long long)ids[i], i < steps.decided ? ' ' : '\n');
+    // A plan without exits: full depth decides each token. The others of its rules matter to exits and drafts.
+    const offramp_rules rules = {.key = OFFRAMP_MAX_PROB, .pending = 1};
+    offramp_plan *plan = offramp_plan_new(model, &rules, &error);
+    if (!plan) return fprintf(stderr, "%s\n", error.message), 1;
 
+    int64_t ids[1 + MOST] = {7};  // the token to begin with, and those that are decided
+    offramp_decision decisions[MOST];
+    offramp_request request = {.session = session,
+                               .ids = ids,
+                               .known = 1,
+                               .most = MOST,
+                               .how = {.top_p = 1, .penalty = 1.2},
+                               .decisions = decisions};
+    offramp_request *const requests[] = {&request};
+    if (offramp_step(plan, requests, 1, MOST, NULL, &error)) return fprintf(stderr, "%s\n", error.message), 1;
+    for (int i = 0; i <= request.decided; i++)
+        printf("%lld%c", (long long)ids[i], i < request.decided ? ' ' : '\n');
+
+    offramp_plan_free(plan);
     offramp_session_free(session), offramp_model_free(model), offramp_part_free(mixer),
         offramp_part_free(ends);
     return 0;

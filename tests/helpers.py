@@ -20,12 +20,14 @@ from models import BLOCKS, tiny
 from offramp import Engine, Exits, ExitsConfig
 from offramp.cli import main
 from offramp.decode.batch import Batch
+from offramp.decode.compiled import CompiledStepper
 from offramp.decode.fills import FILLS
 from offramp.decode.request import Prefilled
 from offramp.decode.sequence import Sequence
 from offramp.errors import BadInput
 from offramp.evaluation.tasks import Item, Task, score_coqa
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.hub import Source
 from offramp.training import teacher
 from offramp.training.sketch import closest
@@ -99,6 +101,15 @@ def damaged(backbone: Backbone) -> Backbone:
     return Backbone(model, backbone.tokenizer, Source("damaged", ""))
 
 
+def costing(engine: Engine, row: float = 0.0, asking: float = 0.0) -> Engine:
+    """The engine, whose drafts cost so much: in steps of full depth, of a row of a chunk, and of asking an exit."""
+    assert engine.drafts
+    rows = tuple(row * drafts for drafts in range(MOST_DRAFTS + 1))
+    engine.drafts = replace(engine.drafts, rows=rows, asking=(asking,) * len(engine.drafts.asking))
+    engine.compiled = engine.compiled and CompiledStepper.of(engine, engine.drafts.exits)
+    return engine
+
+
 def some_prompts(count: int, seed: int = 0) -> list[list[int]]:
     """Random prompts of 1 to 12 tokens, all printable."""
     dice = random.Random(seed)
@@ -159,9 +170,9 @@ def exact(sequence: Sequence, family: str) -> None:
     backbone = tiny(family)
     first_tail = BLOCKS - max((exit.tail for exit in sequence.exits), default=0)
     counts = [sequence.run] * BLOCKS  # tokens that each block has seen
-    for exit in sequence.exits:
+    for number, exit in enumerate(sequence.exits):
         for block in range(exit.block, BLOCKS):
-            counts[block] -= sum(h.shape[1] for h in exit.pending)
+            counts[block] -= sequence.waits(number)
     state = copy.deepcopy(sequence.state)
     for block in range(first_tail, BLOCKS):
         assert state.length(block) == (0 if backbone.kinds[block] == "neither" else sequence.run)

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from helpers import TAILS, exits_for, modest_exits
 from models import tiny
 from offramp import Engine, Exits, Policy, Sampling
-from offramp.decode.sampling import Greedy
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits.learned import hashes_of, known_among
 from offramp.model.costs import Costs
@@ -371,7 +370,7 @@ def test_a_repetition_penalty_is_calibrated_for(monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "__init__", watched)
         calibrate(backbone, exits, questions(40), config)
-    assert used == {Greedy(1.3)}
+    assert used == {Sampling(repetition_penalty=1.3).chooser()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Engine(backbone, exits, sampling=Sampling(repetition_penalty=1.3))

@@ -1,10 +1,8 @@
-"""How far drafts run ahead of full depth."""
+"""Drafts: what they come from, when they are made, and that answers are full depth's all the same."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import TAILS, exact, library_tokens, modest_exits, some_prompts
+from helpers import TAILS, costing, exact, library_tokens, modest_exits, same_or_tied, some_prompts
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
-from offramp.decode import drafting
+from offramp.decode import drafts
+from offramp.decode.drafts import Chunk, DraftRule, Estimates, Guess, Round, Source
 from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
 from offramp.errors import CorruptFile
@@ -24,25 +23,9 @@ from offramp.exits.ngrams import Ngrams, ngrams_of
 from offramp.exits.parts import unit
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.library import MOST_DRAFTS, Part
-from offramp.model.compiled.steps import Steps
+from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.compiled.weights import FORMATS
 from offramp.training.drafting import runs
-
-
-@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])  # random models whose early blocks are often right
-def test_a_draft_is_only_worth_what_all_drafts_before_it_are_worth_together(family: str) -> None:
-    """A draft is useless if a draft before it is wrong, so the product of their confidences must pass the threshold."""
-    engine = Engine(tiny(family), modest_exits(family), Policy((0.3,) * 3), "verify", lookup=0)
-    longest = 0
-    for prompt in some_prompts(6, seed=1):
-        tokens = engine.generate(prompt, max_tokens=24).tokens
-        for early, drafts in groupby(tokens, lambda token: token.exit_block < BLOCKS):
-            if early:
-                sure = [token.confidence for token in drafts]
-                longest = max(longest, len(sure))
-                assert math.prod(sure) > 0.3
-    assert longest > 1
 
 
 def drafting_exits(family: str, tails: tuple[int, ...] = (), middle: int = 0, block: int = 1) -> Exits:
@@ -59,40 +42,22 @@ def drafting_exits(family: str, tails: tuple[int, ...] = (), middle: int = 0, bl
 def drafting_engine(
     family: str, tails: tuple[int, ...] = (), threshold: float = 0.0, middle: int = 0, block: int = 1, **options: Any
 ) -> Engine:
-    """An engine whose exit drafts in compiled code, from a list of every second token."""
+    """An engine whose exit drafts, from a list of every second token."""
     backbone, exits = tiny(family), drafting_exits(family, tails, middle, block)
     exits.shortlist = torch.arange(0, backbone.vocab_size, 2)
     return Engine(backbone, exits, Policy((threshold,), "max-prob"), "verify", **options)
-
-
-def costing(engine: Engine, row: float, asking: float) -> Engine:
-    """The engine, whose drafts cost so much: in steps of full depth, of a row of a chunk, and of asking the exit.
-
-    By its record, half of its drafts are right.
-    """
-    assert engine.drafting
-    rows = tuple(row * drafts for drafts in range(MOST_DRAFTS + 1))
-    part = Part(
-        "drafter", **(engine.drafting.part.fields | {"costs": torch.tensor(rows, dtype=torch.float32), "asking": asking})
-    )
-    engine.drafting = replace(engine.drafting, by_hand=asking, rows=rows, asking=asking, part=part)
-    engine.drafting.exits.training["validation"] = [{"block": engine.drafting.block, "agreement": 0.5}]
-    return engine
 
 
 @pytest.mark.parametrize("lookup", [0, 3])
 @pytest.mark.parametrize(("block", "middle"), [(0, 0), (1, 1), (0, 4), (2, 4)])
 @pytest.mark.parametrize("tails", [(), TAILS, (3, 0, 0)], ids=str)
 @pytest.mark.parametrize("family", ["llama/compiled", "qwen3/compiled", "mistral/compiled", "mamba2/compiled"])
-def test_compiled_drafts_give_full_depths_tokens_and_states(
+def test_drafts_give_full_depths_tokens_and_states(
     family: str, tails: tuple[int, ...], block: int, middle: int, lookup: int
 ) -> None:
-    if tails and family == "mamba2/compiled":
-        assert drafting_engine(family, tails).ahead is None  # a Mamba tail is run by the other path
-        return
     stood = rejected = 0
     for threshold in (0.0, 0.02):
-        engine = costing(drafting_engine(family, tails, threshold, middle, block, lookup=lookup, max_pending=5), 0, 0)
+        engine = costing(drafting_engine(family, tails, threshold, middle, block, lookup=lookup, max_pending=5))
         for prompt in some_prompts(8, seed=int(100 * threshold)):
             batch, talk = engine.batch(), Talk()
             request = batch.add(prompt, talk, max_tokens=32)
@@ -108,11 +73,11 @@ def test_compiled_drafts_give_full_depths_tokens_and_states(
     assert stood or not block  # an untrained exit is hardly ever right about an embedding
 
 
-def test_compiled_drafts_are_those_of_the_read_out() -> None:
-    """What the compiled exit drafts first is what its module says for the same states."""
+def test_drafts_are_those_of_the_read_out() -> None:
+    """What the exit drafts first is what its module says for the same states."""
     family = "llama/compiled"
     for tails, middle, block in (((), 0, 1), (TAILS, 0, 0), ((), 3, 0), (TAILS, 5, 2)):
-        engine = costing(drafting_engine(family, tails, middle=middle, block=block, lookup=0), 0, 0)
+        engine = costing(drafting_engine(family, tails, middle=middle, block=block, lookup=0))
         exit, _ = engine.open_exits[0]
         for prompt in some_prompts(5):
             batch = engine.batch()
@@ -149,26 +114,20 @@ def drafted_id(backbone: Backbone, exit: Exit, middle: int, ids: list[int], shor
 
 
 @pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])
-def test_drafts_that_fail_cost_next_to_nothing(family: str) -> None:
+def test_drafts_that_fail_cost_next_to_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the exit is never right, it is asked less and less often."""
-    engine = costing(drafting_engine(family), 0.1, 0.1)
-    exit, _ = engine.open_exits[0]
-    exit.adapter.down.weight.zero_()
-    cost = tokens = 0.0
-    with pytest.MonkeyPatch.context() as patch:
-        take_steps = type(engine.backbone.runtime).take_steps
+    engine = costing(drafting_engine(family, block=0, lookup=0), 0.1, 0.1)  # untrained, about an embedding
+    costs: list[float] = []
+    learn_round = Estimates.learn_round
 
-        def counted(*args: Any) -> Steps:
-            nonlocal cost
-            steps: Steps = take_steps(*args)
-            cost += sum(1 + 0.1 * made.drafts + 0.1 * made.asked for made in steps.rounds)
-            return steps
+    def counted(self: Estimates, tokens: int, cost: float) -> None:
+        costs.append(cost)
+        learn_round(self, tokens, cost)
 
-        patch.setattr(type(engine.backbone.runtime), "take_steps", counted)
-        for prompt in some_prompts(6):
-            tokens += len(engine.generate(prompt, max_tokens=200).tokens)
-    assert tokens > 600
-    assert cost <= 1.03 * tokens
+    monkeypatch.setattr(Estimates, "learn_round", counted)
+    tokens = sum(len(engine.generate(prompt, max_tokens=200).tokens) for prompt in some_prompts(4))
+    assert tokens > 400
+    assert sum(costs) <= 1.03 * tokens
 
 
 def test_a_text_that_repeats_itself_is_looked_up() -> None:
@@ -291,57 +250,36 @@ def test_a_draft_starts_from_the_linear_map_that_fits_best(tails: tuple[int, ...
     assert float((found - wanted).std() / wanted.std()) < (0.2 if tails else 0.35)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=1)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(("row", "asking", "drafts"), [(0.0, 0.0, True), (0.3, 0.0, False), (0.0, 0.6, False)])
-def test_python_drafts_beside_other_answers_only_where_that_pays(row, asking, drafts, sampling) -> None:
-    family = "llama/compiled"
-    engine = costing(drafting_engine(family, sampling=sampling), row, asking)
-    full, prompts = Engine(tiny(family), sampling=sampling), some_prompts(3)
-    answers = engine.generate_batch(prompts, max_tokens=12)
-    assert [answer.ids for answer in answers] == [full.generate(prompt, max_tokens=12).ids for prompt in prompts]
-    assert any(answer.acceptance_rate is not None for answer in answers) == drafts
-
-
-def test_drafts_beside_others_pay_less_the_more_they_are() -> None:
-    made = costing(drafting_engine("llama/compiled"), 0.125, 0.1).drafting
-    assert made
-    # A row costs an eighth of a step: 1.5 (1 + (n - 1) / 8) is more than 1.1 + (2 n - 1) / 8 for n up to 5.
-    assert [made.pays_beside(answers) for answers in (1, 2, 5, 6, 9, 40)] == [True, True, True, False, False, False]
-
-
 @pytest.mark.parametrize(
     ("name", "instructions"),
     [("AMD EPYC", "AVX-512 BF16 and VNNI"), ("AMD EPYC", "AVX2"), ("Intel Xeon", "AVX-512 and VNNI")],
 )
 def test_the_table_of_machines_has_a_row_for_each_format(name: str, instructions: str, monkeypatch) -> None:
-    monkeypatch.setattr(drafting, "processor", lambda: name)
-    monkeypatch.setattr(drafting, "kernels", lambda: instructions)
+    monkeypatch.setattr(drafts, "processor", lambda: name)
+    monkeypatch.setattr(drafts, "kernels", lambda: instructions)
     for weight_format in FORMATS:
-        costs = drafting.row_costs(weight_format)
-        assert costs is not drafting.ELSEWHERE
+        costs = drafts.row_costs(weight_format)
+        assert costs is not drafts.ELSEWHERE
         assert costs[0] == 0
         assert len(costs) > MOST_DRAFTS
         assert list(costs) == sorted(costs)
-    monkeypatch.setattr(drafting, "kernels", lambda: "NEON")
-    assert drafting.row_costs("int4") is drafting.ELSEWHERE
+    monkeypatch.setattr(drafts, "kernels", lambda: "NEON")
+    assert drafts.row_costs("int4") is drafts.ELSEWHERE
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
 @pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])
-def test_the_repetition_penalty_of_compiled_code_is_the_librarys(family: str, penalty: float) -> None:
+def test_the_repetition_penalty_is_the_librarys(family: str, penalty: float) -> None:
     sampling = Sampling(repetition_penalty=penalty)
-    compiled, step_by_step = Engine(tiny(family), sampling=sampling), Engine(tiny(family), sampling=sampling)
-    drafting = costing(drafting_engine(family, sampling=sampling), 0, 0)
-    step_by_step.ahead = None
-    for prompt in ("Some words", "abc abc", "Hello there!", "1 2 3 1 2 3"):
+    for prompt in ("Some words", "abc abc", "1 2 3 1 2 3"):
         expected = library_tokens(family, prompt, 40, repetition_penalty=penalty)
-        for engine in (compiled, drafting, step_by_step):
+        for engine in (Engine(tiny(family), sampling=sampling), costing(drafting_engine(family, sampling=sampling))):
             assert engine.generate(prompt, max_tokens=40).ids == expected
 
 
 @pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])
-def test_compiled_drafts_stop_at_a_stop_string_and_a_talk_goes_on(family: str) -> None:
-    full, engine = Engine(tiny(family)), costing(drafting_engine(family), 0, 0)
+def test_drafts_stop_at_a_stop_string_and_a_talk_goes_on(family: str) -> None:
+    full, engine = Engine(tiny(family)), costing(drafting_engine(family))
     for prompt in ("Some words", "abc abc", "Hello there!"):
         whole = full.generate(prompt, max_tokens=40)
         stop = whole.text[5:7]
@@ -358,7 +296,7 @@ def test_compiled_drafts_stop_at_a_stop_string_and_a_talk_goes_on(family: str) -
 @pytest.mark.parametrize("middle", [0, 4])
 @pytest.mark.parametrize("family", ["llama/compiled", "qwen3/compiled", "mamba2/compiled"])
 def test_a_request_goes_on_in_company_and_alone_again(family: str, middle: int) -> None:
-    full, engine = Engine(tiny(family)), costing(drafting_engine(family, middle=middle), 0, 0)
+    full, engine = Engine(tiny(family)), costing(drafting_engine(family, middle=middle))
     rejected = 0
     for first, second in (some_prompts(2, seed=seed) for seed in range(4)):
         batch, talk = engine.batch(), Talk()
@@ -375,3 +313,135 @@ def test_a_request_goes_on_in_company_and_alone_again(family: str, middle: int) 
             assert [token.id for token in request.tokens] == wanted
         rejected += alone.sequence.rejected
     assert rejected
+
+
+ROWS = (0.0, 0.2, 0.3, 0.6, 1.0, 1.5, 2.0, 2.5)
+
+
+def rule(**fields: Any) -> DraftRule:
+    """A rule with one open exit, whose rows cost more the more they are."""
+    return DraftRule(**{"rows": ROWS, "asking": (0.1,), "lookup": 2, **fields})
+
+
+def test_a_pass_costs_what_its_rows_add_and_beyond_the_table_twice_the_last_one() -> None:
+    assert [rule().pass_cost(width) for width in (1, 2, 8)] == [1, 1.2, 3.5]
+    assert rule().pass_cost(11) == pytest.approx(3.5 + 3 * 2 * 0.5)
+
+
+def test_a_draft_that_does_not_pay_is_not_made() -> None:
+    """Half of the exit's drafts are right at first. A row and the asking must cost less than that."""
+    for asking, floor, asked in ((0.29, 0.0, True), (0.31, 0.0, False), (0.0, 0.6, False)):
+        estimates = Estimates(rest=5)
+        source = Round(Chunk(rule(asking=(asking,), floor=floor), 1), estimates).next([1, 2, 3]).source
+        assert source == (Source.EXIT if asked else Source.NOTHING)
+        assert estimates.rest == (16 if asked else 4)
+    chunk = Chunk(rule(), 1)
+    round = Round(chunk, Estimates())
+    assert not round.keeps_exits(7, 0.19, True, set())  # 0.19 · 0.5 / 0.5 is not above 0.2
+    assert not round.keeps_exits(7, 0.9, False, set())  # the policy says no
+    assert not round.keeps_exits(7, 0.9, True, {7})  # it would end the text
+    assert (chunk.width, round.chance) == (1, 1)
+    assert round.keeps_exits(7, 0.9, True, set())
+    assert (chunk.width, round.chance) == (2, 0.9)
+    assert [guess.promise for guess in round.guesses] == [0.9]  # one for each place
+
+
+def test_an_exit_whose_drafts_do_not_pay_is_asked_again_after_longer_and_longer_pauses() -> None:
+    estimates, asked = Estimates(right=[0, 0.01, 0.5, 0.5]), []
+    for number in range(200):
+        if Round(Chunk(rule(), 1), estimates).next([1, 2, 3]).source == Source.EXIT:
+            asked.append(number)
+    assert asked == [0, 32, 96, 160]
+
+
+def test_a_row_costs_more_the_wider_the_chunk_of_all_requests_is() -> None:
+    """Three requests share the chunk: the first draft costs 0.3 steps, the second 0.4, the third 0.5.
+
+    Without drafts, 3 requests get 3 / 1.3 tokens for a step.
+    """
+    chunk = Chunk(rule(asking=(0.0,)), 3)
+    assert chunk.share == pytest.approx(1.3 / 3)
+    rounds = [Round(chunk, Estimates()) for _ in range(3)]
+    assert chunk.row * chunk.rate == pytest.approx(0.3 * 3 / 1.3)
+    assert [round.keeps_exits(9, 0.95, True, set()) for round in rounds] == [True, True, False]
+    assert chunk.width == 5
+    assert chunk.cost == pytest.approx(2.0 / 3)
+
+
+def test_the_likelier_source_drafts_and_an_exit_goes_on_only_from_its_own_drafts() -> None:
+    ids = [5, 6, 7, 5, 6]
+    round = Round(Chunk(rule(rows=(0.0,) * 8, asking=(0.0,)), 1), Estimates(right=[0, 0.6, 0.7, 0.5]))
+    first = round.next(ids)
+    assert (first.source, first.id, first.sure) == (Source.TEXT, 7, 0.7)
+    assert round.keeps_free(first, set())
+    assert round.next([*ids, 7]).source == Source.TEXT
+    assert round.next([*ids, 1]).source == Source.NOTHING  # the exit knows no state of the token before
+    surer = Round(Chunk(rule(rows=(0.0,) * 8, asking=(0.0,)), 1), Estimates(right=[0, 0.8, 0.7, 0.5]))
+    assert surer.next(ids).source == Source.EXIT
+    assert surer.keeps_exits(1, 0.5, True, set())
+    assert surer.next([*ids, 1]).source == Source.EXIT
+    far = [5, 6, 7, *range(100, 1200), 5, 6]
+    assert surer._free(far).source == Source.NOTHING  # beyond the newest 1,024 ids
+
+
+def test_estimates_learn_from_what_full_depth_chose() -> None:
+    estimates, chunk = Estimates(), Chunk(rule(), 2)
+    round = Round(chunk, estimates)
+    round.asks(0)
+    assert round.keeps_exits(3, 0.9, True, set())
+    assert round.keeps_free(Guess(Source.TEXT, 4, 0.0, 0.9), set())
+    assert not round.keeps_free(Guess(Source.TABLE, 5, 0.25, 0.0), set())
+    round.learn([3, 8])  # the second draft was wrong, so nothing is known of the third
+    assert estimates.right == pytest.approx([0, 0.6, 0.4, 0.5])
+    assert estimates.promised == pytest.approx([0, 0.58, 0, 0.5])
+    assert estimates.seen == [2, 5, 5, 4]
+    assert estimates.tokens == pytest.approx(1.5)
+    assert estimates.cost == pytest.approx((1 + (1.6 + 0.1 * 1.2) / 2) / 2)
+    twin = estimates.copy()
+    twin.learn_draft(Guess(Source.EXIT, 1), 1)
+    assert estimates.right[Source.EXIT] == pytest.approx(0.6)
+    assert twin.right[Source.EXIT] > 0.6
+
+
+def test_drafts_that_cost_nothing_run_in_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a text that repeats itself, up to seven tokens of it go to the top with the newest token, in one pass."""
+    prompt = [65, 66, 67, 68] * 6
+    engine = costing(Engine(tiny("llama"), fill="verify", sampling=lambda _, ids: ids[-4]))
+    passes: list[int] = []
+    run_all = Backbone.run_all
+
+    def counted(self: Backbone, parts: Any, start: int, stop: int) -> list[Tensor]:
+        passes.append(parts[0][0].shape[1])
+        return run_all(self, parts, start, stop)
+
+    monkeypatch.setattr(Backbone, "run_all", counted)
+    answer = engine.generate(prompt, max_tokens=24)
+    assert answer.ids == prompt
+    assert passes[1:] == [8, 8, 8]
+    assert [token.exit_block for token in answer.tokens] == [*[0] * 7, BLOCKS] * 3
+    assert [token.deep_passes for token in answer.tokens] == [*[1] * 8, *[2] * 8, *[3] * 8]
+
+
+def test_a_request_with_a_grammar_makes_no_drafts() -> None:
+    class Fitting:
+        """As a grammar."""
+
+        def allowed(self) -> None: ...
+
+        def __call__(self, logits: Tensor, ids: list[int]) -> int:
+            return ids[-4]
+
+    engine = costing(Engine(tiny("llama"), fill="verify", sampling=Fitting()))
+    assert engine.generate([65, 66, 67, 68] * 6, max_tokens=8).tokens_per_deep_pass == 1
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=30, seed=3)], ids=["greedy", "sampled"])
+def test_several_requests_get_full_depths_answers_whatever_drafts_cost(family: str, sampling: Sampling) -> None:
+    exits, prompts, drafted = modest_exits(family, gate="linear"), some_prompts(3, seed=4), 0
+    full = [Engine(tiny(family), sampling=sampling).generate(prompt, max_tokens=10).ids for prompt in prompts]
+    for row in (0.0, 0.1):
+        engine = costing(Engine(tiny(family), exits, Policy((0.0, 1.0, 0.1)), "verify", sampling, lookup=1), row)
+        for prompt, whole, answer in zip(prompts, full, engine.generate_batch(prompts, max_tokens=10), strict=True):
+            assert same_or_tied(family, prompt, answer.ids, whole)
+            drafted += answer.acceptance_rate is not None
+    assert drafted

@@ -90,8 +90,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch) -> N
     assert len(file.read_text().splitlines()) == 3
     file.write_text(file.read_text() + '{"id": "3", "te')  # cut off while it was written
     answered: list[int] = []
-    generate = Engine.generate_batch
-    monkeypatch.setattr(Engine, "generate_batch", lambda self, *a, **k: answered.append(1) or generate(self, *a, **k))
+    summarise = Engine.summarise
+    monkeypatch.setattr(Engine, "summarise", lambda self, *a: answered.append(1) or summarise(self, *a))
     resumed = evaluation(tmp_path / "resumed").run(OPEN)
     assert len(answered) == 3
     for before, after in zip(straight.items, resumed.items, strict=True):

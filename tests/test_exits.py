@@ -85,7 +85,7 @@ def use(folder, fill: str) -> None:
         exits = Exits.load(folder, tiny("llama"))
         engine = Engine(tiny("llama/compiled" if library() else "llama"), exits, fill=fill)
         engine.generate([1, 2], max_tokens=2)
-        assert engine.drafting is None or engine.drafting.gain >= 1
+        assert engine.drafts is None or engine.drafts.gain >= 1
         assert len(Menu(tiny("llama"), exits, None, engine).points) == len(exits.calibration.get("tested", []))
 
 

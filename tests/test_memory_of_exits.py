@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers import LAYERS, modest_exits, some_prompts
+from helpers import LAYERS, costing, modest_exits, some_prompts
 from models import BLOCKS, tiny
 from offramp import Engine, Exits, Policy
 
@@ -29,6 +29,8 @@ def over_the_whole_text(family: str, exits: Exits, ids: list[int]) -> tuple[torc
 def test_a_token_leaves_as_sure_and_says_the_same_as_in_one_pass_over_the_text(family: str, fill: str) -> None:
     exits = modest_exits(family, readout="mamba")
     engine = Engine(tiny(family), exits, Policy((0.3, 0.3, 0.3)), fill, max_pending=4)
+    if fill == "verify":
+        costing(engine)
     left = rejected = 0
     for prompt in some_prompts(6, seed=2):
         answer = engine.generate(prompt, max_tokens=20)

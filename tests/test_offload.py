@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import offramp
-from helpers import modest_exits, refused
+from helpers import costing, modest_exits, refused
 from models import BLOCKS, SMALL, byte_tokenizer, saved, tiny
 from offramp import Engine, Policy
 from offramp.errors import UnsupportedModel
@@ -128,7 +128,8 @@ def test_a_token_that_leaves_reads_of_the_deep_blocks_only_what_its_fill_needs(f
 @pytest.mark.parametrize("family", THREE)
 def test_a_chunk_of_drafts_reads_each_deep_block_once(family, tmp_path):
     model = spread("dispatch_model", family, tmp_path)
-    engine = Engine(wrap(model, byte_tokenizer()), modest_exits(family), Policy((0.0, 1.0, 1.0)), "verify", lookup=0)
+    exits = modest_exits(family)
+    engine = costing(Engine(wrap(model, byte_tokenizer()), exits, Policy((0.0, 1.0, 1.0)), "verify", lookup=0))
     batch = engine.batch()
     request = batch.add(IDS, max_tokens=24)
     batch.step()

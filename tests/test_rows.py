@@ -6,16 +6,18 @@ import copy
 import os
 import subprocess
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import exact, modest_exits, same_or_tied, some_prompts
+from helpers import costing, exact, modest_exits, same_or_tied, some_prompts
 from models import COMPILED, compiled_only, tiny
 from offramp import Engine, Policy
 from offramp.decode import batch as batch_module
+from offramp.decode.batch import Batch
 from offramp.decode.embedding import embed_all
 from offramp.decode.request import Decided, Prefilled, Reading, Talk
 from offramp.decode.sampling import Sampling
@@ -43,7 +45,10 @@ def engine_of(backbone: Backbone, family: str, fill: str) -> Engine:
     """
     if fill == "full":
         return Engine(backbone)
-    return Engine(backbone, modest_exits(family, gate="linear"), Policy((0.4,) * 3), fill)
+    exits = modest_exits(family, gate="linear")
+    if fill == "verify":  # if rows cost something, the number of drafts depends on how many answers share the chunk
+        return costing(Engine(backbone, exits, Policy((1.0, 0.1, 0.1)), fill))
+    return Engine(backbone, exits, Policy((0.4,) * 3), fill)
 
 
 @compiled_only
@@ -58,6 +63,29 @@ def test_an_answer_is_the_same_alone_and_among_any_number_of_others(family: str,
     for count in (7, 70):
         answers = engine.generate_batch(prompts[:count], max_tokens=9)
         assert [answer.tokens for answer in answers[:7]] == alone
+
+
+@pytest.mark.parametrize("most", [1, 3, 99])
+def test_the_next_prompt_takes_the_place_of_an_answer_that_ends(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, prompts = Engine(tiny("llama")), some_prompts(8, seed=4)
+    choose = [Sampling(temperature=float(place % 2), seed=place).chooser() for place in range(8)]
+    ends = frozenset(range(0, 257, 9))
+    alone = [
+        dict(engine.answers([ids], 1, [each], max_tokens=9, end_ids=ends))[0]
+        for ids, each in zip(prompts, choose, strict=True)
+    ]
+    side_by_side, step = [], Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: side_by_side.append(len(batch.requests)) or step(batch))
+    started = time.perf_counter()
+    answers = dict(engine.answers(prompts, most, choose, max_tokens=9, end_ids=ends))
+    spent = time.perf_counter() - started
+    assert len({len(answer.tokens) for answer in alone}) > 2
+    assert [answers[index].ids for index in range(8)] == [answer.ids for answer in alone]
+    # All places are taken until no prompt waits.
+    assert side_by_side == sorted(side_by_side, reverse=True)
+    assert side_by_side[0] == min(most, 8)
+    shares = [answer.prefill_seconds + len(answer.tokens) / answer.decode_tokens_per_second for answer in answers.values()]
+    assert spent / 2 < sum(shares) <= spent
 
 
 ANSWERS = """
@@ -142,7 +170,7 @@ def test_a_long_prompt_does_not_hold_up_other_answers(monkeypatch) -> None:
     while not second.prefilled:
         batch.step()
         counts.append(len(first.tokens))
-    assert counts == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]  # a token, a piece, and so on
+    assert counts == [1, 2, 3, 4, 5, 6]  # a token and a piece in each step
     assert not second.tokens
     list(batch.run())
     assert [[token.id for token in request.tokens] for request in (first, second)] == alone

@@ -1,6 +1,5 @@
 """Compiled code reads and writes no memory but its own, whatever the shapes of a model and of what it is called with."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +11,6 @@ import offramp
 from helpers import exits_for
 from models import BLOCKS, PECULIAR, SMALL, byte_tokenizer, compiled_only, tiny
 from offramp import Engine
-from offramp.decode.drafting import Drafting
 from offramp.errors import UnsupportedModel
 from offramp.exits.ngrams import Ngrams
 from offramp.model.backbone import Backbone
@@ -153,15 +151,11 @@ def test_a_memory_of_another_model_or_batch_is_refused(family):
 
 
 @compiled_only
-def test_drafts_beyond_the_vocabulary_or_of_other_shapes_are_refused():
+def test_a_table_of_drafts_beyond_the_vocabulary_is_refused():
     backbone, exits = tiny("llama/compiled"), exits_for("llama", readout="deep")
-    exit = next(iter(exits))
     exits.ngrams = Ngrams(torch.tensor([1, 0], dtype=torch.int32), torch.tensor([300 << 8, 0], dtype=torch.int32))
     with pytest.raises(ValueError, match="beyond the vocabulary"):
-        Drafting.of(backbone, exit, exits, 7, 3, 0.5)
+        Engine(backbone, exits, fill="verify")
     exits.ngrams = Ngrams(exits.ngrams.keys, torch.zeros(1, dtype=torch.int32))
     with pytest.raises(ValueError, match="int32 numbers"):
-        Drafting.of(backbone, exit, exits, 7, 3, 0.5)
-    exits.ngrams, exits.config = None, replace(exits.config, middle=5)
-    with pytest.raises(ValueError, match="cannot draft"):
-        Drafting.of(backbone, exit, exits, 7, 3, 0.5)
+        Engine(backbone, exits, fill="verify")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -25,9 +26,10 @@ from hypothesis import strategies as st
 from helpers import modest_exits, sketched
 from models import COMPILED, tiny
 from offramp import Engine, Policy
+from offramp.decode.batch import Batch
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadNumbers
-from offramp.serve.answers import JsonLines, Rules
+from offramp.serve.answers import Answers, Choice, JsonLines, Post, Rules
 from offramp.serve.api import app_of
 from offramp.serve.menu import Menu
 from offramp.serve.protocol import ChatRequest
@@ -516,3 +518,54 @@ def test_the_page_and_its_files_come_from_the_server_alone(served: Served) -> No
     freeze = ["freeze"] if {"mamba", "both"} & set(served.backbone.kinds) else []  # what others would be refused
     assert menu["fills"] == ["full", "project", "copy", *freeze, "defer", "verify"]
     assert menu["usual"] == {"fill": "verify"}
+
+
+def test_a_loop_is_woken_once_for_all_that_a_step_decides() -> None:
+    post, sent = Post(), []
+
+    class Loop:
+        def call_soon_threadsafe(self, deliver: Any, things: list[Any]) -> None:
+            sent.append(len(things))
+            deliver(things)
+
+    loop = Loop()
+    queues = [asyncio.Queue(), asyncio.Queue()]
+    for queue in queues:
+        for number in range(3):
+            post.put(loop, queue, number)
+    post.send()
+    post.send()
+    assert sent == [6]
+    assert [[queue.get_nowait() for _ in range(3)] for queue in queues] == [[0, 1, 2]] * 2
+
+
+def test_tokens_that_came_before_an_error_are_told() -> None:
+    arrived, error = asyncio.Queue(), ValueError("late")
+    made = Answers([Choice(False, None, None, None), Choice(False, None, None, None)], arrived)
+    for what in ((0, "a"), (1, "b"), (0, "c"), (0, None), (1, error)):
+        arrived.put_nowait(what)
+    assert asyncio.run(made.more()) == [(0, 0), (1, 0), (0, 1), (0, None)]
+    with pytest.raises(ValueError, match="late"):
+        asyncio.run(made.more())
+
+
+def test_several_answers_to_one_prompt_and_requests_that_begin_alike_read_it_once(monkeypatch) -> None:
+    with serving() as served:
+        step, go, rows = Batch._step, threading.Event(), []
+
+        def counted(batch: Batch, reading: Any, deciding: Any) -> Any:
+            go.wait(10)
+            rows.extend(end - request.sequence.run for request, end in reading)
+            return step(batch, reading, deciding)
+
+        monkeypatch.setattr(Batch, "_step", counted)
+        with ThreadPoolExecutor(3) as threads:
+            answers = [threads.submit(chat, served, asks(number), n=3, temperature=0.5, seed=1) for number in range(3)]
+            until(lambda: served.scheduler.running + served.scheduler.waiting == 9)
+            go.set()
+            found = [answer.result(20).choices for answer in answers]
+        prompt = len(served.backbone.prompts.encode_chat(asks()))
+        assert prompt < sum(rows) < 2 * prompt
+        for number, choices in enumerate(found):
+            alone = [served.alone(asks(number), temperature=0.5, seed=seed) for seed in (1, 2, 3)]
+            assert [choice.message.content for choice in choices] == alone

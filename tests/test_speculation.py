@@ -14,6 +14,7 @@ from helpers import (
     LAYERS,
     TAILS,
     after,
+    costing,
     exact,
     exits_for,
     modest_exits,
@@ -24,10 +25,10 @@ from helpers import (
 )
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Policy
+from offramp.decode.drafts import looked_up
 from offramp.decode.fills import FILLS
 from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
-from offramp.decode.sequence import looked_up
 from offramp.errors import BadInput
 from offramp.model.state import SSM
 
@@ -43,8 +44,8 @@ def full_depth(family: str) -> list[tuple[list[int], list[int]]]:
 def test_verified_exits_give_full_depths_tokens(family: str, kind: str, tails: tuple[int, ...]) -> None:
     exits = modest_exits(family, gate=kind, readout=kind, tails=tails)
     stood = rejected = 0
-    for threshold in (0.0, 0.5):
-        engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", max_pending=4, lookup=0)
+    for thresholds in ((0.0,) * 3, (0.3,) * 3, (1.0, 1.0, 0.0)):
+        engine = costing(Engine(tiny(family), exits, Policy(thresholds), "verify", max_pending=4, lookup=0))
         for prompt, whole in full_depth(family):
             answer = engine.generate(prompt, max_tokens=12)
             assert same_or_tied(family, prompt, answer.ids, whole)
@@ -57,8 +58,8 @@ def test_verified_exits_give_full_depths_tokens(family: str, kind: str, tails: t
 def test_a_deep_read_out_gets_the_top_of_the_token_before_or_what_it_made_of_it(family: str) -> None:
     backbone, exits = tiny(family), modest_exits(family, gate="linear", readout="deep")
     exits.shortlist = torch.arange(0, backbone.vocab_size, 2)
-    engine = Engine(backbone, exits, Policy((0.0, 1.0, 1.0), "max-prob"), "verify", max_pending=2, lookup=0)
-    engine.ahead = engine.drafting = None  # compiled drafts call no module, and Python's do not pay on a model this small
+    engine = costing(Engine(backbone, exits, Policy((0.0, 1.0, 1.0), "max-prob"), "verify", max_pending=2, lookup=0))
+    engine.compiled = None  # the reference calls the module
     read: list[tuple[int, torch.Tensor, torch.Tensor]] = []
     first = engine.parts[next(iter(exits)).adapter]  # as it is run
     with pytest.MonkeyPatch.context() as patch:
@@ -99,6 +100,8 @@ def test_states_are_exact_after_any_run_of_exits(family: str, data: st.DataObjec
     exits = modest_exits(family, data.draw(st.integers(0, 5)), tails=tails)
     keys = data.draw(st.sampled_from([{}, {"perhaps": (0.0, 0.3, 0.5), "keys": (0.3, 0.1, 0.05)}]))
     engine = Engine(tiny(family), exits, Policy(thresholds, **keys), fill, max_pending=most)
+    if fill == "verify":
+        costing(engine, data.draw(st.sampled_from([0.0, 0.1])), data.draw(st.sampled_from([0.0, 0.1])))
     (prompt,) = some_prompts(1, data.draw(st.integers(0, 99)))
     talk = Talk()
     answer = [token.id for token in engine.stream(prompt, max_tokens=tokens, talk=talk)]
@@ -144,13 +147,13 @@ def test_what_an_exit_said_stands_with_defer() -> None:
 
 @pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled", "bamba"])
 def test_the_books_of_verified_decoding_balance(family: str) -> None:
-    engine = Engine(tiny(family), modest_exits(family), Policy((0.3,) * 3), "verify")
+    engine = costing(Engine(tiny(family), modest_exits(family), Policy((0.3,) * 3), "verify"))
     for prompt in some_prompts(5):
         answer = engine.generate(prompt, max_tokens=24)
         end = answer.tokens[-1]
         assert end.cumulative_flops == sum(token.flops for token in answer.tokens)
         deep = sum(token.exit_block == BLOCKS for token in answer.tokens)
-        assert deep <= end.deep_passes <= deep + 1  # the last drafts may stand without a token of the pass's own
+        assert end.deep_passes == deep
         stood = len(answer.tokens) - deep
         assert answer.acceptance_rate == pytest.approx(stood / (stood + end.rejected))
 
@@ -159,7 +162,7 @@ def test_drafts_do_not_run_past_the_end_of_a_text_or_of_the_answer(monkeypatch: 
     backbone, exits = tiny("llama"), modest_exits("llama")
     (prompt,) = some_prompts(1)
     free = Engine(backbone).generate(prompt, max_tokens=16).ids
-    engine = Engine(backbone, exits, Policy((0.0,) * 3), "verify")
+    engine = costing(Engine(backbone, exits, Policy((0.0,) * 3), "verify"))
     for limit in range(1, 9):
         assert engine.generate(prompt, max_tokens=limit).ids == free[:limit]
     monkeypatch.setattr(backbone.model.generation_config, "eos_token_id", [257, free[6]])
@@ -172,7 +175,8 @@ def test_verified_samples_are_full_depths_samples() -> None:
         for seed, prompt in enumerate(some_prompts(6)):
             sampling = Sampling(0.8, top_k=40, top_p=0.95, min_p=0.01, seed=seed, repetition_penalty=1.2)
             full = Engine(tiny(family), sampling=sampling).generate(prompt, max_tokens=16)
-            answer = Engine(tiny(family), exits, Policy((0.3,) * 3), "verify", sampling).generate(prompt, max_tokens=16)
+            engine = costing(Engine(tiny(family), exits, Policy((0.1,) * 3), "verify", sampling))
+            answer = engine.generate(prompt, max_tokens=16)
             assert answer.ids == full.ids
             drawn |= set(answer.ids)
             stood += sum(token.exit_block < BLOCKS for token in answer.tokens)
@@ -215,7 +219,9 @@ def test_a_sequence_in_a_batch_gets_its_answer_alone(family: str, size: int, fil
         assert same_or_tied(family, prompt, answer.ids, alone.ids)
         if answer.ids == alone.ids:
             equal += 1
-            assert [token.exit_block for token in answer.tokens] == [token.exit_block for token in alone.tokens]
+            # How many drafts pay depends on how wide the chunk is.
+            own = [token.exit_block for token in alone.tokens]
+            assert fill == "verify" or [token.exit_block for token in answer.tokens] == own
     assert equal > size / 2  # a tie is rare
 
 
@@ -229,11 +235,11 @@ def test_what_prompts_begin_with_is_read_once_and_changes_no_answer(family, fill
     start_a, start_b = ([index * 7 % 250 for index in range(start, start + 20)] for start in (1, 90))
     ends = some_prompts(5, seed=3)
     prompts = [start_a + ends[0][:6], start_a + ends[1][:9], ends[2], start_b + ends[3][:3], start_b[:15] + ends[4][:8]]
-    talks = engine.shared_talks(prompts)
+    talks = list(engine.shared_talks(prompts))
     assert [talk.sequence.run if talk.sequence else 0 for talk in talks] == [19, 19, 0, 14, 14]
     if template:
         prompts = [[*range(30, 60), *ids] for ids in prompts]
-        talks = engine.shared_talks(prompts)
+        talks = list(engine.shared_talks(prompts))
         assert [talk.sequence.run for talk in talks] == [49, 49, 29, 44, 44]
     together = engine.generate_batch(prompts, max_tokens=8)
     for prompt, answer in zip(prompts, together, strict=True):
@@ -317,11 +323,11 @@ def test_unusable_settings_get_a_sentence_and_a_hint(settings: dict[str, float],
 
 
 @settings(deadline=None)
-@given(ids=st.lists(st.integers(0, 3) | st.just(2**40), max_size=30), size=st.integers(1, 3), most=st.integers(0, 5))
-def test_prompt_lookup_finds_the_newest_earlier_place(ids: list[int], size: int, most: int) -> None:
+@given(ids=st.lists(st.integers(0, 3) | st.just(2**40), max_size=30), size=st.integers(1, 3))
+def test_prompt_lookup_finds_the_newest_earlier_place(ids: list[int], size: int) -> None:
     places = [at for at in range(len(ids) - size) if ids[at : at + size] == ids[-size:]]
-    after = places[-1] + size if places and len(ids) > size else len(ids)
-    assert looked_up(ids, size, most) == ids[after : after + most]
+    assert looked_up(ids, size) == (ids[places[-1] + size] if places else None)
+    assert looked_up(ids, 0) is None
 
 
 def test_looked_up_drafts_are_verified_too(family: str) -> None:
@@ -336,7 +342,7 @@ def test_looked_up_drafts_are_verified_too(family: str) -> None:
     for choose in (None, mostly_repeats):
         whole = Engine(tiny(family), sampling=choose).generate(repeated, max_tokens=24)
         for threshold in (0.4, 1.0):
-            engine = Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", choose, lookup=2)
+            engine = costing(Engine(tiny(family), exits, Policy((threshold,) * 3), "verify", choose, lookup=2))
             answer = engine.generate(repeated, max_tokens=24)
             assert same_or_tied(family, repeated, answer.ids, whole.ids)
     # With all exits closed, every draft comes from the text: some stood, and some were taken back.

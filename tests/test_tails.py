@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers import LAYERS, PROMPT, TAILS, exits_for, library_tokens, modest_exits, same_or_tied, some_prompts
+from helpers import LAYERS, PROMPT, TAILS, costing, exits_for, library_tokens, modest_exits, same_or_tied, some_prompts
 from models import BLOCKS, COMPILED, HIDDEN, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.decode.request import Talk
@@ -142,7 +142,7 @@ def test_blocks_count_what_ran_for_deferred_and_rejected_tokens(family: str) -> 
     answer = Engine(tiny(family), exits, Policy((0.0, 1.0, 1.0)), "defer", max_pending=3).generate(PROMPT, max_tokens=8)
     # Three tokens leave after block 1 and run two blocks of their tail; the fourth runs its own and their deep blocks.
     assert [token.blocks for token in answer.tokens] == [3, 3, 3, 1 + 4 * 5] * 2
-    verified = Engine(tiny(family), exits, Policy((0.3,) * 3), "verify", lookup=0)
+    verified = costing(Engine(tiny(family), exits, Policy((0.3,) * 3), "verify", lookup=0))
     for prompt in some_prompts(4):
         answer = verified.generate(prompt, max_tokens=16)
         rejected = answer.tokens[-1].rejected
@@ -209,31 +209,6 @@ def test_harm_is_what_a_token_that_leaves_does_to_later_ones(family: str, index:
         roots = (p.exp() * (p - q)).sum(-1).clamp(min=0).sqrt()
         assert harm == pytest.approx(CHANGES * float(roots.sum()), rel=2e-2, abs=3e-4)
         assert harm > 1e-3
-
-
-@pytest.mark.parametrize("gate", ["linear", "ffn"])
-@pytest.mark.parametrize("variant", COMPILED_TWO)
-@pytest.mark.parametrize("fill", ["project", "defer"])
-def test_compiled_gates_decide_as_exits_that_are_asked_one_by_one(variant: str, gate: str, fill: str) -> None:
-    exits = exits_for(variant, gate, "ffn", tails=TAILS)
-    policies = [
-        Policy((0.5, 0.6, 0.5)),
-        Policy((0.9, 0.0, 0.5)),  # every token leaves at the second exit at the latest
-        Policy((1.0, 1.0, 0.7), perhaps=(0.4, 0.5, 1.0), keys=(0.02, 0.02, 1.0)),
-    ]
-    stops = set()
-    for policy in policies:
-        engine, stepwise = (Engine(tiny(variant), exits, policy, fill) for _ in range(2))
-        assert engine.gating
-        stepwise.gating = stepwise.ahead = None
-        for prompt in some_prompts(5):
-            one, other = (each.generate(prompt, max_tokens=12) for each in (engine, stepwise))
-            assert one.ids == other.ids
-            assert (one.mean_blocks, one.flops_saved) == (other.mean_blocks, other.flops_saved)
-            for token, twin in zip(one.tokens, other.tokens, strict=True):
-                assert token.confidence == pytest.approx(twin.confidence, abs=1e-5)
-            stops |= {token.exit_block for token in one.tokens}
-    assert stops > {3, BLOCKS}
 
 
 @pytest.mark.parametrize("variant", ["mamba2", *COMPILED_TWO[1:]])

@@ -82,6 +82,8 @@ def with_nan(backbone: Backbone, sequence: Sequence) -> None:
 @pytest.mark.parametrize("family", FAMILIES[:2])
 def test_a_request_that_fails_changes_no_answer_beside_it(family: str, fill: str, way: str) -> None:
     engine = Engine(tiny(family), modest_exits(family.partition("/")[0]), Policy((0.4,) * 3), fill)
+    if way == "numbers" and "mamba" in engine.backbone.kinds:
+        engine.compiled = None  # it refuses a mixer that has taken in more than the text
     prompts = some_prompts(3, seed=4)
     alone = [engine.generate(prompt, max_tokens=12).ids for prompt in prompts]
     batch, choose = engine.batch(), Sampling().chooser()

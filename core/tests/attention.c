@@ -158,7 +158,7 @@ static void neighbours_do_not_matter(const Tiny *t, offramp_type keys, const flo
             memcpy(h + total * D, given + at[i] * D, count * D * 4);
             total += count;
         }
-        WORKS(offramp_run(t->model, 0, t->count, rows, SESSIONS, h, NULL, NULL, &said));
+        WORKS(offramp_run(t->model, 0, t->count, rows, SESSIONS, h, &said));
         for (int64_t i = 0, from = 0; i < SESSIONS; from += rows[i++].count) {
             CHECK(same(h + from * D, wanted + at[i] * D, rows[i].count * D), "session %d, call %d", (int)i,
                   call);
@@ -218,7 +218,7 @@ static void a_text_can_go_back(void) {
     const float *given = randoms(100 * 32, -1, 1);
     float *h = copied(given, 100 * 32), *other = copied(given, 100 * 32);
     run_rows(&t, session, randoms(100 * 32, -1, 1), 100);
-    WORKS(offramp_run(t.model, 0, 2, &(offramp_rows){session, 0, 60}, 1, h, NULL, NULL, &said));
+    WORKS(offramp_run(t.model, 0, 2, &(offramp_rows){session, 0, 60}, 1, h, &said));
     run_rows(&t, fresh, other, 60);
     CHECK(same(h, other, 60 * 32) && all_the_same(&t, session, fresh), "it still sees what it forgot");
     offramp_session_free(session), offramp_session_free(fresh);

@@ -1,4 +1,4 @@
-// The head: logits, a sketch's candidates, the choice of a token; and gates.
+// The head: logits, a sketch's candidates, and the best of them.
 
 #include "head.h"
 
@@ -150,134 +150,11 @@ static void the_first_of_equals_is_best(void) {
     CHECK(isnan(best_among(bad, 3).logit) && isnan(best_among(first, 2).logit), "a NaN among pieces");
 }
 
-// Gates -------------------------------------------------------------------------------------------
-
-typedef struct {
-    offramp_weight in;
-    float *mean, *spread, *out;
-    float bias;
-    offramp_part *part;
-} Gated;
-
-static Gated gate_of(int type, int64_t width) {
-    Gated g = {weight_of(type, 0, width ? 2 * width : 1, 32, 0),
-               randoms(32, -0.5f, 0.5f),
-               randoms(32, 0.02f, 2),
-               width ? randoms(width, -1, 1) : NULL,
-               0.25f,
-               new_part("gate")};
-    give(g.part, "in", &g.in), give_floats(g.part, "mean", g.mean, 32),
-        give_floats(g.part, "spread", g.spread, 32);
-    give_floats(g.part, "out", g.out, width), give_number(g.part, "bias", g.bias);
-    return g;
-}
-
-static double gate_reference(const Gated *g, const float *h, int64_t width) {
-    double x[32], act[256], sum = 0;
-    for (int k = 0; k < 32; k++) x[k] = fmin(fmax(((double)h[k] - g->mean[k]) / g->spread[k], -8), 8);
-    product_reference(&g->in, x, act);
-    for (int64_t k = 0; k < width; k++) sum += silu_reference(act[k]) * act[width + k] * g->out[k];
-    return g->bias + (width ? sum : act[0]);
-}
-
-static void gates_are_right(void) {
-    const Tiny t = model_of(OFFRAMP_FLOAT32, 50, "");
-    for (int64_t width = 0; width <= 37; width += width ? 30 : 7)
-        for (int type = OFFRAMP_FLOAT32; type <= OFFRAMP_INT4; type++) {
-            const Gated g = gate_of(type, width);
-            WORKS(offramp_model_fits(t.model, g.part, &said));
-            for (int threads = 1; threads <= 3; threads++) {
-                float h[32], logit = NAN;
-                for (int k = 0; k < 32; k++) h[k] = uniform(-2, 2);
-                WORKS(offramp_model_threads(t.model, threads, &said));
-                WORKS(offramp_ask(t.model, g.part, h, &logit, &said));
-                const double wanted = gate_reference(&g, h, width);
-                CHECK(fabs(logit - wanted) < (type ? 0.05 : 1e-5) * (5 + fabs(wanted)),
-                      "a gate of type %d: %g and not %g", type, logit, wanted);
-            }
-            offramp_part_free(g.part);
-        }
-    offramp_model_free(t.model);
-}
-
-// Runs one row with gates at 1, 2 and 3 of 4 blocks. Returns the number of blocks run; what gates saw must be
-// the row there.
-static int64_t run_with_gates(const Tiny *t, const Gated *g, const float *thresholds, const float *given,
-                              float *logits) {
-    const offramp_part *parts[] = {g[0].part, g[1].part, g[2].part};
-    const int64_t after[] = {1, 2, 3};
-    float seen[3 * 32], h[32], rest[32];
-    for (int i = 0; i < 3; i++) logits[i] = -77;
-    const offramp_gates gates = {3, parts, after, thresholds, seen, logits};
-    offramp_session *session = session_of(t, OFFRAMP_FLOAT32), *other = session_of(t, OFFRAMP_FLOAT32);
-    const offramp_rows row = {session, 0, 1}, again = {other, 0, 1};
-    int64_t run = -1;
-    memcpy(h, given, sizeof h), memcpy(rest, given, sizeof rest);
-    WORKS(offramp_run(t->model, 0, 4, &row, 1, h, &gates, &run, &said));
-    for (int64_t i = 0; i < run; i++) {
-        WORKS(offramp_run(t->model, i, i + 1, &again, 1, rest, NULL, NULL, &said));
-        if (i == 3) break;
-        CHECK(same(seen + i * 32, rest, 32), "what gate %d saw", (int)i);
-        float logit;
-        WORKS(offramp_ask(t->model, g[i].part, rest, &logit, &said));
-        CHECK(logits[i] == (thresholds[i] == -INFINITY ? 0 : logit), "the logit of gate %d", (int)i);
-    }
-    CHECK(same(h, rest, 32), "the row where it stopped");
-    for (int64_t i = 0; i < 4; i++) {
-        CHECK(offramp_session_length(session, i) == (i < run), "block %d has %d tokens", (int)i,
-              (int)offramp_session_length(session, i));
-        if (i < 3 && i >= run) CHECK(logits[i] == -77, "a gate that was not reached was asked");
-    }
-    offramp_session_free(session), offramp_session_free(other);
-    return run;
-}
-
-static void rows_stop_at_gates(void) {
-    const Tiny t = model_of(OFFRAMP_FLOAT32, 50, "amnb");
-    const Gated gates[] = {gate_of(OFFRAMP_FLOAT32, 0), gate_of(OFFRAMP_FLOAT32, 20),
-                           gate_of(OFFRAMP_BFLOAT16, 16)};
-    for (int threads = 1; threads <= 3; threads++) {
-        const float *given = randoms(32, -1, 1);
-        float logits[3], never[] = {INFINITY, INFINITY, INFINITY}, others[3];
-        WORKS(offramp_model_threads(t.model, threads, &said));
-        CHECK(run_with_gates(&t, gates, never, given, logits) == 4, "a threshold of inf stopped a row");
-        for (int i = 0; i < 3; i++) {
-            float at[] = {INFINITY, INFINITY, INFINITY};
-            at[i] = -INFINITY;
-            CHECK(run_with_gates(&t, gates, at, given, others) == i + 1,
-                  "a threshold of -inf did not stop the row at gate %d", i);
-            at[i] = nextafterf(logits[i], -INFINITY);
-            CHECK(run_with_gates(&t, gates, at, given, others) == i + 1,
-                  "a gate above its threshold did not stop the row");
-            at[i] = logits[i];
-            CHECK(run_with_gates(&t, gates, at, given, others) == 4,
-                  "a gate that is not above its threshold stopped the row");
-        }
-    }
-    // Gates go with one row.
-    offramp_session *session = session_of(&t, OFFRAMP_FLOAT32);
-    const offramp_part *part = gates[0].part, *wrong = NULL;
-    const int64_t after = 1;
-    const float threshold = 0;
-    float seen[32], logit, h[64] = {0};
-    const offramp_gates one = {1, &part, &after, &threshold, seen, &logit},
-                        bad = {1, &wrong, &after, &threshold, seen, &logit};
-    REFUSED(offramp_run(t.model, 0, 4, &(offramp_rows){session, 0, 2}, 1, h, &one, NULL, &said));
-    REFUSED(offramp_run(t.model, 0, 4, &(offramp_rows){session, 0, 1}, 1, h, &bad, NULL, &said));
-    REFUSED(offramp_ask(t.model, NULL, h, &logit, &said));
-    CHECK(offramp_session_length(session, 0) == 0, "a refused run was counted");
-    offramp_session_free(session);
-    for (int i = 0; i < 3; i++) offramp_part_free(gates[i].part);
-    offramp_model_free(t.model);
-}
-
 int main(void) {
     logits_are_right();
     candidates_are_the_likeliest();
     samples_do_not_mislead();
     equal_estimates_are_all_taken();
     the_first_of_equals_is_best();
-    gates_are_right();
-    rows_stop_at_gates();
     return 0;
 }

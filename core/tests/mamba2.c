@@ -76,7 +76,7 @@ static void cuts_do_not_matter(const Tiny *t, const offramp_session *whole, cons
         count = count > T - r ? T - r : count;
         memcpy(h, given, count * D * 4), memcpy(h + count * D, given + r * D, count * D * 4);
         const offramp_rows rows[] = {{other, 0, count}, {session, r, count}};
-        WORKS(offramp_run(t->model, 0, t->count, rows, 2, h, NULL, NULL, &said));
+        WORKS(offramp_run(t->model, 0, t->count, rows, 2, h, &said));
         CHECK(same(h + count * D, wanted + r * D, count * D), "%d rows from position %d on", (int)count,
               (int)r);
     }

@@ -165,7 +165,7 @@ static inline offramp_session *session_of(const Tiny *t, offramp_type keys) {
 // Runs `count` rows h of one session through all blocks, after what it has.
 static inline void run_rows(const Tiny *t, offramp_session *session, float *h, int64_t count) {
     const offramp_rows rows = {session, offramp_session_length(session, 0), count};
-    WORKS(offramp_run(t->model, 0, t->count, &rows, 1, h, NULL, NULL, &said));
+    WORKS(offramp_run(t->model, 0, t->count, &rows, 1, h, &said));
 }
 
 // Whether two sessions remember the same of a block, bit for bit.

@@ -23,20 +23,47 @@ static void constants_are_those_of_the_header(void) {
     IS(OFFRAMP_GROUP);
     IS(OFFRAMP_PANEL);
     IS(OFFRAMP_MOST_DRAFTS);
+    IS(OFFRAMP_GATE);
+    IS(OFFRAMP_MAX_PROB);
+    IS(OFFRAMP_MARGIN);
+    IS(OFFRAMP_ENTROPY);
+    IS(OFFRAMP_PROJECT);
+    IS(OFFRAMP_COPY);
+    IS(OFFRAMP_FREEZE);
+    IS(OFFRAMP_DEFER);
+    IS(OFFRAMP_VERIFY);
+    IS(OFFRAMP_NOT_FINITE);
+    IS(OFFRAMP_NOTHING_FITS);
+    IS(OFFRAMP_MOST_THREADS);
     SIZE(offramp_error);
     SIZE(offramp_weight);
     SIZE(offramp_rows);
-    SIZE(offramp_gates);
-    SIZE(offramp_pass);
-    SIZE(offramp_steps);
+    SIZE(offramp_sampling);
+    SIZE(offramp_exit);
+    SIZE(offramp_block_costs);
+    SIZE(offramp_rules);
+    SIZE(offramp_decision);
+    SIZE(offramp_request);
     PLACE(offramp_weight, bias);
     PLACE(offramp_rows, count);
-    PLACE(offramp_gates, logits);
-    PLACE(offramp_pass, asked);
-    PLACE(offramp_steps, ids);
-    PLACE(offramp_steps, penalty);
-    PLACE(offramp_steps, deep);
-    PLACE(offramp_steps, seconds);
+    PLACE(offramp_sampling, penalty);
+    PLACE(offramp_sampling, seed);
+    PLACE(offramp_exit, readout);
+    PLACE(offramp_exit, key);
+    PLACE(offramp_exit, readout_flops);
+    PLACE(offramp_block_costs, state_flops);
+    PLACE(offramp_rules, fill);
+    PLACE(offramp_rules, key);
+    PLACE(offramp_rules, decay);
+    PLACE(offramp_rules, guesses);
+    PLACE(offramp_rules, row_costs);
+    PLACE(offramp_decision, confidence);
+    PLACE(offramp_decision, rejected);
+    PLACE(offramp_request, ids);
+    PLACE(offramp_request, how);
+    PLACE(offramp_request, allowed);
+    PLACE(offramp_request, decisions);
+    PLACE(offramp_request, failed);
     CHECK(offramp_constant("OFFRAMP") == -1 && offramp_constant("") == -1 &&
               offramp_constant("offramp_rows.") == -1,
           "unknown names");
@@ -46,7 +73,8 @@ static void constants_are_those_of_the_header(void) {
 }
 
 static void parts_take_only_what_they_have(void) {
-    static const char *const kinds[] = {"ends", "attention", "mamba2", "mlp", "gate", "sketch", "drafter"};
+    static const char *const kinds[] = {"ends",       "attention", "mamba2", "mlp",       "gate",
+                                        "mamba_gate", "readout",   "sketch", "shortlist", "guesses"};
     const offramp_weight w = weight_of(OFFRAMP_FLOAT32, 0, 8, 8, 0);
     char name[400];
     memset(name, 'x', sizeof name), name[399] = 0;
@@ -54,7 +82,7 @@ static void parts_take_only_what_they_have(void) {
     NOT_MADE(offramp_part_new("attentio", &said));
     NOT_MADE(offramp_part_new(name, &said));
     CHECK(!offramp_part_new("attentions", NULL), "without a place for the error");
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 10; i++) {
         offramp_part *part = new_part(kinds[i]);
         REFUSED(offramp_part_weight(part, "norm", &w, &said));
         REFUSED(offramp_part_weight(part, name, &w, &said));
@@ -195,73 +223,61 @@ static void models_need_their_parts(void) {
     static const int64_t counts[] = {0, -1, 257, INT64_MAX, INT64_MIN};
     for (int i = 0; i < 5; i++) REFUSED(offramp_model_threads(t.model, counts[i], &said));
     WORKS(offramp_model_threads(t.model, 256, &said));
-    const offramp_part *strange[] = {
-        NULL, ends, mlp, mixer, new_part("gate"), new_part("sketch"), new_part("drafter")};
-    for (int i = 0; i < 7; i++) REFUSED(offramp_model_fits(t.model, strange[i], &said));
-    for (int i = 4; i < 7; i++) offramp_part_free((offramp_part *)strange[i]);
+    const offramp_part *strange[] = {NULL,
+                                     ends,
+                                     mlp,
+                                     mixer,
+                                     new_part("gate"),
+                                     new_part("sketch"),
+                                     new_part("shortlist"),
+                                     new_part("guesses"),
+                                     new_part("mamba_gate")};
+    for (int i = 0; i < 9; i++) REFUSED(offramp_model_fits(t.model, strange[i], &said));
+    for (int i = 4; i < 9; i++) offramp_part_free((offramp_part *)strange[i]);
     offramp_part_free(ends), offramp_part_free(mlp), offramp_part_free(empty), offramp_part_free(bare),
         offramp_part_free(mixer);
     offramp_model_free(t.model);
 }
 
-static offramp_part *drafter_part(void) {
-    static const Change all[] = {{"in", 32 + 64, 64}, {"down", 32, 32}, {"head", 50, 32}, {"mean", 32, -1},
-                                 {"spread", 32, -1},  {"costs", 8, -1}, {"after", 1, 0},  {"tail", 0, 0},
-                                 {"most", 7, 0},      {"alike", 0, 0},  {"asking", 0, 0}, {"floor", 0, 0}};
-    offramp_part *part = new_part("drafter");
-    for (int i = 0; i < 12; i++) change(part, all + i);
-    return part;
-}
-
-static void drafters_must_fit(void) {
-    static const Change wrong[] = {{"in", 96, 96},   {"in", 95, 64},   {"down", 24, 32},  {"head", 50, 24},
-                                   {"head", 51, 32}, {"mean", 31, -1}, {"scale", 31, -1}, {"costs", 7, -1},
-                                   {"after", 4, 0},  {"tail", 4, 0},   {"tail", 1, 0},    {"middle", 4, 0},
-                                   {"middle", 1, 0}, {"most", 8, 0}};
+static void short_lists_and_tables_must_fit(void) {
     Shape shape = SMALL;
-    shape.blocks = "aam";
+    shape.blocks = "";
     Tiny t = tiny(shape);
-    for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        offramp_part *part = drafter_part();
-        WORKS(offramp_model_fits(t.model, part, &said));
-        change(part, wrong + i);
-        REFUSED(offramp_model_fits(t.model, part, &said));
-        offramp_part_free(part);
-    }
-    // The tail's blocks stand after the exit, and have no mixers, which could not take its rows back.
-    shape.blocks = "maa";
-    Tiny other = tiny(shape);
-    offramp_part *part = drafter_part();
-    change(part, &(Change){"tail", 2, 0});
-    WORKS(offramp_model_fits(other.model, part, &said));
-    change(part, &(Change){"after", 2, 0});
-    REFUSED(offramp_model_fits(other.model, part, &said));
-    offramp_part_free(part);
-    // Tables of tokens and of n-grams.
-    part = drafter_part();
+    offramp_part *list = new_part("shortlist"), *table = new_part("guesses");
     int64_t tokens[50] = {49};
     uint32_t keys[8] = {1, 2, 3, 4, 5, 6, 7, 0}, values[8] = {49 << 8 | 200};
-    WORKS(offramp_part_array(part, "tokens", OFFRAMP_INT64, tokens, 50, &said));
-    WORKS(offramp_part_array(part, "keys", OFFRAMP_UINT32, keys, 8, &said));
-    WORKS(offramp_part_array(part, "values", OFFRAMP_UINT32, values, 8, &said));
-    REFUSED(offramp_model_fits(t.model, part, &said));  // without a shortest context
-    give_number(part, "shortest", 2), give_number(part, "longest", 4);
-    WORKS(offramp_model_fits(t.model, part, &said));
+    change(list, &(Change){"head", 50, 32});
+    WORKS(offramp_part_array(list, "tokens", OFFRAMP_INT64, tokens, 50, &said));
+    WORKS(offramp_model_fits(t.model, list, &said));
     tokens[49] = 50;
-    REFUSED(offramp_model_fits(t.model, part, &said));
+    REFUSED(offramp_model_fits(t.model, list, &said));
     tokens[49] = -1;
-    REFUSED(offramp_model_fits(t.model, part, &said));
-    tokens[49] = 0, keys[7] = 8;
-    REFUSED(offramp_model_fits(t.model, part, &said));  // no slot is empty
+    REFUSED(offramp_model_fits(t.model, list, &said));
+    tokens[49] = 0;
+    for (int64_t n = 0; n < 52; n += 17) {
+        WORKS(offramp_part_array(list, "tokens", OFFRAMP_INT64, tokens, n < 50 ? n : 49, &said));
+        REFUSED(offramp_model_fits(t.model, list, &said));
+    }
+    change(list, &(Change){"head", 49, 24});
+    REFUSED(offramp_model_fits(t.model, list, &said));
+    change(list, &(Change){"head", 49, 32});
+    WORKS(offramp_model_fits(t.model, list, &said));
+    WORKS(offramp_part_array(table, "keys", OFFRAMP_UINT32, keys, 8, &said));
+    WORKS(offramp_part_array(table, "values", OFFRAMP_UINT32, values, 8, &said));
+    REFUSED(offramp_model_fits(t.model, table, &said));  // without a shortest context
+    give_number(table, "shortest", 2), give_number(table, "longest", 4);
+    WORKS(offramp_model_fits(t.model, table, &said));
+    keys[7] = 8;
+    REFUSED(offramp_model_fits(t.model, table, &said));  // no slot is empty
     keys[7] = 0, values[3] = 50 << 8;
-    REFUSED(offramp_model_fits(t.model, part, &said));
+    REFUSED(offramp_model_fits(t.model, table, &said));
     values[3] = 0;
-    WORKS(offramp_part_array(part, "keys", OFFRAMP_UINT32, keys, 7, &said));
-    REFUSED(offramp_model_fits(t.model, part, &said));
-    WORKS(offramp_part_array(part, "values", OFFRAMP_UINT32, values, 7, &said));
-    REFUSED(offramp_model_fits(t.model, part, &said));
-    offramp_part_free(part);
-    offramp_model_free(t.model), offramp_model_free(other.model);
+    WORKS(offramp_part_array(table, "keys", OFFRAMP_UINT32, keys, 7, &said));
+    REFUSED(offramp_model_fits(t.model, table, &said));
+    WORKS(offramp_part_array(table, "values", OFFRAMP_UINT32, values, 7, &said));
+    REFUSED(offramp_model_fits(t.model, table, &said));
+    offramp_part_free(list), offramp_part_free(table);
+    offramp_model_free(t.model);
 }
 
 static void sketches_and_gates_must_fit(void) {
@@ -285,13 +301,54 @@ static void sketches_and_gates_must_fit(void) {
         REFUSED(offramp_model_fits(t.model, part, &said));
         REFUSED(offramp_model_fits(t.model, asked, &said));
         REFUSED(offramp_logits(t.model, part, h, 1, y, &said));
-        REFUSED(offramp_ask(t.model, asked, h, y, &said));
+        REFUSED(offramp_ask(t.model, asked, h, 1, y, &said));
         REFUSED(offramp_logits(t.model, asked, h, 1, y, &said));
-        REFUSED(offramp_ask(t.model, part, h, y, &said));
+        REFUSED(offramp_ask(t.model, part, h, 1, y, &said));
         offramp_part_free(part), offramp_part_free(asked);
     }
     REFUSED(offramp_logits(t.model, NULL, h, -1, y, &said));
     offramp_model_free(t.model);
+}
+
+// Each change of a part that fits is refused.
+static void changes_are_refused(const char *kind, const Change *whole, size_t count, const Change *wrong,
+                                size_t changes) {
+    Shape shape = SMALL;
+    shape.blocks = "";
+    Tiny t = tiny(shape);
+    float h[3 * 32] = {0}, y[32];
+    for (size_t i = 0; i < changes; i++) {
+        offramp_part *part = new_part(kind);
+        for (size_t j = 0; j < count; j++) change(part, whole + j);
+        WORKS(offramp_model_fits(t.model, part, &said));
+        change(part, wrong + i);
+        REFUSED(offramp_model_fits(t.model, part, &said));
+        REFUSED(offramp_ask(t.model, part, h, 1, y, &said));
+        REFUSED(offramp_read_out(t.model, part, h, h + 32, 1, y, &said));
+        offramp_part_free(part);
+    }
+    offramp_model_free(t.model);
+}
+
+static void mamba_gates_and_read_outs_must_fit(void) {
+    static const Change gate[] = {{"down", 16, 32},  {"in", 98, 16},         {"out", 1, 32},
+                                  {"mean", 32, -1},  {"spread", 32, -1},     {"direct", 32, -1},
+                                  {"conv", 256, -1}, {"gated_norm", 32, -1}, {"dt_bias", 2, -1},
+                                  {"decay", 2, -1},  {"skip", 2, -1},        {"heads", 2, 0},
+                                  {"states", 16, 0}, {"gated_eps", 1, 0},    {"bias", 0, 0}};
+    static const Change wrong[] = {
+        {"down", 16, 24},       {"down", 24, 32},   {"in", 97, 16},    {"in", 98, 24},
+        {"out", 2, 32},         {"out", 1, 24},     {"mean", 8, -1},   {"spread", 33, -1},
+        {"direct", 31, -1},     {"conv", 64, -1},   {"conv", 100, -1}, {"conv_bias", 32, -1},
+        {"gated_norm", 24, -1}, {"dt_bias", 3, -1}, {"decay", 1, -1},  {"skip", 0, -1},
+        {"heads", 0, 0},        {"heads", 3, 0},    {"states", 12, 0}};
+    changes_are_refused("mamba_gate", gate, sizeof gate / sizeof *gate, wrong, sizeof wrong / sizeof *wrong);
+    static const Change readout[] = {{"in", 32 + 2 * 16, 64}, {"down", 32, 16},  {"mean", 32, -1},
+                                     {"spread", 32, -1},      {"scale", 32, -1}, {"gated", 1, 0}};
+    static const Change bad[] = {{"in", 64, 128},   {"in", 64, 48},    {"in", 64, 24},  {"in", 65, 64},
+                                 {"in", 32, 64},    {"down", 24, 16},  {"down", 32, 8}, {"mean", 31, -1},
+                                 {"spread", 0, -1}, {"scale", 33, -1}, {"gated", 0, 0}};
+    changes_are_refused("readout", readout, sizeof readout / sizeof *readout, bad, sizeof bad / sizeof *bad);
 }
 
 int main(void) {
@@ -299,7 +356,8 @@ int main(void) {
     parts_take_only_what_they_have();
     shapes_must_fit();
     models_need_their_parts();
-    drafters_must_fit();
+    short_lists_and_tables_must_fit();
     sketches_and_gates_must_fit();
+    mamba_gates_and_read_outs_must_fit();
     return 0;
 }

@@ -23,6 +23,17 @@ static void go_on_alike(const Tiny *t, offramp_session *a, offramp_session *b, i
     CHECK(same(of_a, of_b, count * 32) && all_the_same(t, a, b), "two sessions go on differently");
 }
 
+// Two sessions remember the same, and so do their forks, which go on alike.
+static void forks_are_alike(const Tiny *t, const offramp_session *a, const offramp_session *b) {
+    CHECK(all_the_same(t, a, b), "two sessions differ");
+    offramp_session *of_a = offramp_session_fork(a, &said), *of_b = offramp_session_fork(b, &said);
+    MADE(of_a);
+    MADE(of_b);
+    CHECK(all_the_same(t, of_a, b), "a fork differs");
+    go_on_alike(t, of_a, of_b, 2);
+    offramp_session_free(of_a), offramp_session_free(of_b);
+}
+
 // A fork goes on by itself; it is as large as it says.
 static void forks_are_independent(const char *blocks, offramp_type keys) {
     const Tiny t = model_of(blocks, 20);
@@ -99,6 +110,60 @@ static void hybrids_forget_together(void) {
     offramp_model_free(t.model);
 }
 
+// The state of a watched mixer is that of one that is not watched: at the beginning, after some tokens, where
+// they are forgotten half-way or wholly, again and again, and after the watch; and so are forks of it at each of
+// these points.
+static void watches_change_nothing(void) {
+    const Tiny t = model_of("nm", 0);
+    const float *given = randoms(40 * 32, -1, 1), *spoilt = randoms(8 * 32, -1, 1);
+    for (int64_t known = 0; known <= 9; known += 3) {
+        offramp_session *watched = session_of(&t, OFFRAMP_FLOAT32), *plain = session_of(&t, OFFRAMP_FLOAT32);
+        run_rows(&t, watched, copied(given, 40 * 32), known),
+            run_rows(&t, plain, copied(given, 40 * 32), known);
+        for (int64_t round = 0, at = known; round < 12; round++) {
+            const int64_t stay = below(3), spoils = below(8 - stay) + !stay;
+            if (round % 4 == 0) WORKS(offramp_session_watch(watched, 0, 2, &said));
+            forks_are_alike(&t, watched, plain);
+            run_rows(&t, watched, copied(given + at * 32, 3 * 32), stay);
+            run_rows(&t, watched, copied(spoilt, 8 * 32), spoils);
+            WORKS(offramp_session_crop(watched, at + stay, 0, 2, &said));
+            run_rows(&t, plain, copied(given + at * 32, 3 * 32), stay), at += stay;
+            forks_are_alike(&t, watched, plain);
+            if (below(2)) offramp_session_settle(watched), offramp_session_watch(watched, 0, 2, &said);
+            if (round % 4 == 1) WORKS(offramp_session_crop(watched, at, 0, 2, &said));
+            if (round % 4 == 3) offramp_session_settle(watched);
+            forks_are_alike(&t, watched, plain);
+        }
+        offramp_session_free(watched), offramp_session_free(plain);
+    }
+    offramp_model_free(t.model);
+}
+
+// A watch that goes on can go back to its beginning, and to any token since then, also in a fork.
+static void watches_go_back(void) {
+    const Tiny t = model_of("mn", 0);
+    const float *given = randoms(20 * 32, -1, 1);
+    offramp_session *s = session_of(&t, OFFRAMP_FLOAT32), *fork;
+    run_rows(&t, s, copied(given, 20 * 32), 5);
+    WORKS(offramp_session_watch(s, 0, 2, &said));
+    for (int64_t length = 15; length >= 5; length -= 2) {
+        const int64_t now = offramp_session_length(s, 0);
+        run_rows(&t, s, copied(given + now * 32, (20 - now) * 32), 20 - now);
+        fork = offramp_session_fork(s, &said);
+        offramp_session *of_both[] = {s, fork}, *plain = session_of(&t, OFFRAMP_FLOAT32);
+        run_rows(&t, plain, copied(given, 20 * 32), length);
+        for (int i = 0; i < 2; i++) {
+            WORKS(offramp_session_crop(of_both[i], length, 0, 2, &said));
+            CHECK(all_the_same(&t, of_both[i], plain), "back at %d tokens", (int)length);
+            REFUSED(offramp_session_crop(of_both[i], 4, 0, 2, &said));
+        }
+        go_on_alike(&t, fork, plain, 3);
+        offramp_session_free(fork), offramp_session_free(plain);
+    }
+    offramp_session_free(s);
+    offramp_model_free(t.model);
+}
+
 // A window that slides lets go of old keys, and rows come out as if it had not.
 static void windows_slide(offramp_type keys) {
     const int64_t window = 30, length = 1200;
@@ -121,8 +186,8 @@ static void windows_slide(offramp_type keys) {
     REFUSED(offramp_session_crop(small, first, 0, 2, &said));
     CHECK(!offramp_session_can_forget(small, first + window - 1), "it cannot forget so much");
     REFUSED(offramp_session_keys(small, 0, first - 1, kept, &said));
-    REFUSED(offramp_run(t.model, 0, 2, &(offramp_rows){small, 0, 1}, 1, row, NULL, NULL, &said));
-    REFUSED(offramp_run(t.model, 0, 2, &(offramp_rows){small, first + 1, 1}, 1, row, NULL, NULL, &said));
+    REFUSED(offramp_run(t.model, 0, 2, &(offramp_rows){small, 0, 1}, 1, row, &said));
+    REFUSED(offramp_run(t.model, 0, 2, &(offramp_rows){small, first + 1, 1}, 1, row, &said));
     REFUSED(offramp_remember(t.model, 0, 2, &(offramp_rows){small, first - 1, 1}, 1, row, &said));
     CHECK(same(row, given, 32) && all_the_same(&t, small, before), "a refused call changed something");
     const int64_t back = first + window;
@@ -143,8 +208,8 @@ static void keys_are_copied(offramp_type keys, int64_t window) {
     WORKS(offramp_session_copy(s, 0, 1, 0, &said));
     WORKS(offramp_session_keys(s, 0, 0, of_first, &said));
     const offramp_rows rows = {s, 0, 500};
-    WORKS(offramp_run(t.model, 0, 1, &rows, 1, h, NULL, NULL, &said));
-    WORKS(offramp_run(t.model, 1, 2, &(offramp_rows){s, 0, 7}, 1, h, NULL, NULL, &said));
+    WORKS(offramp_run(t.model, 0, 1, &rows, 1, h, &said));
+    WORKS(offramp_run(t.model, 1, 2, &(offramp_rows){s, 0, 7}, 1, h, &said));
     WORKS(offramp_session_copy(s, 0, 1, 33, &said));
     CHECK(offramp_session_length(s, 1) == 40, "33 keys were copied");
     WORKS(offramp_session_keys(s, 0, 500 - 33, of_first, &said));
@@ -217,14 +282,14 @@ static void wrong_calls_are_refused(void) {
                  {1, 2, INT64_MAX, 1}, {1, 2, 6, INT64_MAX}, {0, 2, INT64_MAX, 1}};
     for (int i = 0; i < 12; i++) {
         const offramp_rows rows = {s, wrong[i].first, wrong[i].count};
-        REFUSED(offramp_run(t.model, wrong[i].start, wrong[i].stop, &rows, 1, h, NULL, NULL, &said));
+        REFUSED(offramp_run(t.model, wrong[i].start, wrong[i].stop, &rows, 1, h, &said));
         REFUSED(offramp_remember(t.model, wrong[i].start, wrong[i].stop, &rows, 1, h, &said));
     }
     const offramp_rows twice[] = {{s, 6, 1}, {s, 6, 1}}, strange[] = {{s, 6, 1}, {stranger, 0, 1}},
                        none[] = {{NULL, 0, 1}};
-    REFUSED(offramp_run(t.model, 0, 2, twice, 2, h, NULL, NULL, &said));
-    REFUSED(offramp_run(t.model, 0, 2, strange, 2, h, NULL, NULL, &said));
-    REFUSED(offramp_run(t.model, 0, 2, none, 1, h, NULL, NULL, &said));
+    REFUSED(offramp_run(t.model, 0, 2, twice, 2, h, &said));
+    REFUSED(offramp_run(t.model, 0, 2, strange, 2, h, &said));
+    REFUSED(offramp_run(t.model, 0, 2, none, 1, h, &said));
     REFUSED(offramp_session_keys(s, 1, 0, keys, &said));
     REFUSED(offramp_session_keys(s, 0, 7, keys, &said));
     REFUSED(offramp_session_keys(s, 0, -1, keys, &said));
@@ -233,11 +298,10 @@ static void wrong_calls_are_refused(void) {
     REFUSED(offramp_session_state(s, 2, keys, keys, &said));
     REFUSED(offramp_session_state(s, INT64_MAX, keys, keys, &said));
     CHECK(same(h, given, 64) && all_the_same(&t, s, before), "a refused call changed something");
-    int64_t run = -1;
-    WORKS(offramp_run(t.model, 1, 1, &(offramp_rows){s, 6, 1}, 1, h, NULL, &run, &said));
-    CHECK(run == 0 && same(h, given, 64), "no block was to be run");
-    WORKS(offramp_run(t.model, 0, 2, &(offramp_rows){s, 6, 0}, 1, h, NULL, &run, &said));
-    WORKS(offramp_run(t.model, 0, 2, NULL, 0, h, NULL, &run, &said));
+    WORKS(offramp_run(t.model, 1, 1, &(offramp_rows){s, 6, 1}, 1, h, &said));
+    CHECK(same(h, given, 64), "no block was to be run");
+    WORKS(offramp_run(t.model, 0, 2, &(offramp_rows){s, 6, 0}, 1, h, &said));
+    WORKS(offramp_run(t.model, 0, 2, NULL, 0, h, &said));
     CHECK(same(h, given, 64) && all_the_same(&t, s, before), "calls without rows");
     offramp_session_free(s), offramp_session_free(stranger), offramp_session_free(before);
     offramp_model_free(t.model), offramp_model_free(other.model);
@@ -251,12 +315,12 @@ static void texts_end_with_their_positions(void) {
     offramp_session *s = session_of(&t, OFFRAMP_FLOAT32);
     float h[32 * 3] = {0};
     run_randoms(&t, s, 8);
-    REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 8, 3}, 1, h, NULL, NULL, &said));
+    REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 8, 3}, 1, h, &said));
     REFUSED(offramp_model_rotary(t.model, t.rotary, 10, 16, &said));
     const float *longer = rotary_pairs(20, 8);
     WORKS(offramp_model_rotary(t.model, longer, 20, 8, &said));
     run_randoms(&t, s, 12);
-    REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 20, 1}, 1, h, NULL, NULL, &said));
+    REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 20, 1}, 1, h, &said));
     offramp_session_free(s);
     offramp_model_free(t.model);
 }
@@ -270,6 +334,8 @@ int main(void) {
         keys_are_copied(keys, 0), keys_are_copied(keys, 25);
     }
     hybrids_forget_together();
+    watches_change_nothing();
+    watches_go_back();
     memory_is_as_said();
     wrong_calls_are_refused();
     texts_end_with_their_positions();

@@ -15,7 +15,7 @@ enum { TOKENS = 24, ROWS = 40 };
 // What a model answers: rows of blocks, logits, and tokens.
 typedef struct {
     float h[ROWS * 32], logits[3 * 60];
-    int64_t ids[TOKENS + 1];
+    int64_t ids[ROWS + 1 + TOKENS];
 } Answer;
 
 static Tiny model_of(const char *blocks) {
@@ -32,22 +32,25 @@ static void ask(const Tiny *t, const float *given, Answer *answer) {
     memset(answer, 0, sizeof *answer);
     memcpy(answer->h, given, sizeof answer->h);
     const offramp_rows rows = {session, 0, ROWS};
-    CHECK(!offramp_run(t->model, 0, t->count, &rows, 1, answer->h, NULL, NULL, &error), "%s", error.message);
+    CHECK(!offramp_run(t->model, 0, t->count, &rows, 1, answer->h, &error), "%s", error.message);
     CHECK(!offramp_logits(t->model, NULL, answer->h, 3, answer->logits, &error), "%s", error.message);
     fork = offramp_session_fork(session, &error);
     CHECK(fork, "%s", error.message);
-    float h[32], confidences[TOKENS];
-    offramp_pass passes[TOKENS];
-    answer->ids[0] = 5;
-    offramp_steps steps = {.ids = answer->ids,
-                           .known = 1,
-                           .enough = TOKENS,
-                           .most = TOKENS,
-                           .penalty = 1.1,
-                           .passes = passes,
-                           .confidences = confidences,
-                           .h = h};
-    CHECK(!offramp_decode(t->model, fork, &steps, &error), "%s", error.message);
+    offramp_decision decisions[TOKENS];
+    answer->ids[ROWS] = 5;
+    offramp_request request = {.session = fork,
+                               .ids = answer->ids,
+                               .known = ROWS + 1,
+                               .run = ROWS,
+                               .most = TOKENS,
+                               .how = {.top_p = 1, .penalty = 1.1},
+                               .decisions = decisions},
+                    *requests[] = {&request};
+    const offramp_rules rules = {.key = OFFRAMP_MAX_PROB, .pending = 1};
+    offramp_plan *plan = offramp_plan_new(t->model, &rules, &error);
+    CHECK(plan, "%s", error.message);
+    CHECK(!offramp_step(plan, requests, 1, TOKENS, NULL, &error), "%s", error.message);
+    offramp_plan_free(plan);
     offramp_session_free(session), offramp_session_free(fork);
 }
 

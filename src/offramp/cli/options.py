@@ -135,8 +135,9 @@ class DecodingOptions:
         asked = (self.fill, self.threshold, self.confidence, self.decay or None, self.candidates or None)
         if any(option is not None for option in asked) or sampling.temperature or batch > 1:
             return self
-        drafting = next((engine.drafting for engine in self.drafting(backbone)), None)
-        return replace(self, fill="verify") if drafting and drafting.gain >= LEAST_GAIN else self
+        compiled = backbone.engine == "compiled blocks"  # the costs of drafts are those of compiled code
+        rule = next((engine.drafts for engine in self.drafting(backbone)), None) if compiled else None
+        return replace(self, fill="verify") if rule and rule.gain >= LEAST_GAIN else self
 
     def find_exits(self, backbone: Backbone) -> Exits | None:
         """The exits of the folder, or those that ship, or None; for verified decoding, those that draft."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from offramp.decode.drafts import Round
 from offramp.decode.request import Request
 from offramp.decode.sequence import NO_WORK, Sequence, Work
 from offramp.model.runtime import Part, Step
@@ -16,16 +17,16 @@ from offramp.model.runtime import Part, Step
 class Climb:
     """The newest tokens of a request's sequence on their way to the top.
 
-    h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None while all tokens
-    to run are pending at later exits. `middle`: at the top, their states after the block that read-outs read. `may_leave`:
-    whether exits are asked. `counted`: whether work is counted (that of a prompt is not). `tops`: the most probable token
-    at each exit so far, for the confidence `patience`. `gates`: what gates said that were asked on the way, by the number
-    of the exit.
+    h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None before they are
+    embedded. `middle`: at the top, their states after the block that read-outs read. `may_leave`: whether exits are asked.
+    `round`: with `verify`, the sequence's drafts in this step. `counted`: whether work is counted; that of a prompt is not.
+    `tops`: the most probable token at each exit so far, for the confidence `patience`.
     """
 
     request: Request
     end: int
     may_leave: bool
+    round: Round | None = None
     counted: bool = True
     h: Tensor | None = None
     middle: Tensor | None = None
@@ -33,7 +34,6 @@ class Climb:
     segment: int = 0
     work: Work = NO_WORK
     tops: list[int] = field(default_factory=list)
-    gates: dict[int, float] = field(default_factory=dict)
 
     @property
     def sequence(self) -> Sequence:
@@ -42,7 +42,7 @@ class Climb:
 
     @property
     def hidden(self) -> Tensor:
-        """`h`, where it cannot be None: at an exit that is asked, and at the top."""
+        """`h`, after the embedding."""
         assert self.h is not None
         return self.h
 
@@ -68,4 +68,5 @@ class Climb:
 
     def spend(self, flops: int) -> None:
         """Count FLOPs that were not spent in blocks."""
-        self.work = self.work.plus(Work(flops))
+        if flops and self.counted:
+            self.work = self.work.plus(Work(flops))

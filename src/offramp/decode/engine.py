@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Unpack
 
@@ -10,15 +10,16 @@ from offramp.decode.batch import Batch
 from offramp.decode.plan import Plan
 from offramp.decode.request import (
     Decided,
+    Finished,
     Generation,
     Limits,
     Prefilled,
-    Reading,
     Request,
     Talk,
     Token,
     drafts_of,
 )
+from offramp.decode.sampling import Choose
 from offramp.decode.sequence import begin_alike
 from offramp.progress import Progress, silent
 
@@ -58,24 +59,53 @@ class Engine(Plan):
     def generate_batch(
         self, prompts: Iterable[str | list[int]], *, progress: Progress = silent, **limits: Unpack[Limits]
     ) -> list[Generation]:
-        """Answer several prompts side by side.
-
-        Sequences leave at exits and end independently. A beginning that neighbouring prompts share, such as the examples
-        before a question, is read once. Times in the results are those of the whole batch.
-        """
-        last, seconds = time.perf_counter(), {"prefill": 0.0, "decode": 0.0}
+        """Answer several prompts side by side: `answers` in the order of the prompts."""
         ids = [self._ids(prompt) for prompt in prompts]
-        for prompt in ids:
-            self.backbone.prompts.check(prompt)
-        batch = self.batch()
-        talks = self.shared_talks(ids, progress)
-        requests = [batch.add(prompt, talk, **limits) for prompt, talk in zip(ids, talks, strict=True)]
+        made = dict(self.answers(ids, len(ids), progress=progress, **limits))
+        return [made[index] for index in range(len(ids))]
+
+    def answers(
+        self,
+        prompts: list[list[int]],
+        most: int,
+        choose: list[Choose] | None = None,
+        *,
+        progress: Progress = silent,
+        **limits: Unpack[Limits],
+    ) -> Iterator[tuple[int, Generation]]:
+        """Answer prompts (token ids), at most `most` side by side, and fewer where their memory would be too large.
+
+        Yields the index and the answer of each prompt when its answer ends; the next prompt takes its place. `choose`: what
+        chooses the tokens of each answer, in place of the plan's own. A beginning that neighbouring prompts share, such as
+        the examples before a question, is read once. Times are divided equally between the answers that are side by side.
+        """
+        for ids in prompts:
+            self.backbone.prompts.check(ids)
+        batch, waiting, room = self.batch(), deque(enumerate(prompts)), limits.get("max_tokens", 128)
+        # An answer that is made alone has its prompt read as a whole, and so a time of its own.
+        talks = self.shared_talks(prompts, progress) if most > 1 else (Talk() for _ in prompts)
+        running: dict[Request, tuple[int, dict[str, float]]] = {}  # with its index, and the times so far when it joined
+        seen = {**batch.seconds}
+        spent = dict.fromkeys(seen, 0.0)  # seconds so far, divided by the number of answers side by side
+
+        def join() -> None:
+            while waiting:
+                lengths = (len(waiting[0][1]), *(request.sequence.prompt for request in running))
+                if len(running) >= self.costs.at_once(max(lengths) + room, most):
+                    return
+                index, ids = waiting.popleft()
+                request = batch.add(ids, next(talks), choose[index] if choose else None, **limits)
+                running[request] = index, {**spent}
+
+        join()
         for event in batch.run(progress):
-            # The events of a step are all of one kind, so the time of the step goes with its first event.
-            now = time.perf_counter()
-            seconds["prefill" if isinstance(event, Reading | Prefilled) else "decode"] += now - last
-            last = now
-        return [self.summarise(request, seconds["prefill"], seconds["decode"]) for request in requests]
+            for kind, seconds in batch.seconds.items():
+                spent[kind] += (seconds - seen[kind]) / len(running)
+            seen = {**batch.seconds}
+            if isinstance(event, Finished):
+                index, before = running.pop(event.request)
+                yield index, self.summarise(event.request, *(spent[kind] - before[kind] for kind in ("prefill", "decode")))
+                join()
 
     def read(self, ids: list[int], progress: Progress = silent, talk: Talk | None = None) -> Talk:
         """A talk that has read all of these ids but the last. A given `talk` has read how they begin, and goes on."""
@@ -84,8 +114,8 @@ class Engine(Plan):
         next(event for event in batch.run(progress) if isinstance(event, Prefilled))
         return talk
 
-    def shared_talks(self, prompts: Iterable[list[int]], progress: Progress = silent) -> list[Talk]:
-        """A talk for each prompt. They share what is computed for a common beginning.
+    def shared_talks(self, prompts: Iterable[list[int]], progress: Progress = silent) -> Iterator[Talk]:
+        """A talk for each prompt, made when it is asked for. They share what is computed for a common beginning.
 
         What all prompts begin with, such as a chat template, is read once, and so is what neighbours have in common.
         """
@@ -102,13 +132,12 @@ class Engine(Plan):
                     groups[-1] = ids, common, count + 1
                     continue
             groups.append((ids, len(ids) - 1, 1))
-        talks = []
         for ids, length, count in groups:
             talk = beginning.fork()
             if count > 1:
                 self.read(ids[:length], progress, talk)
-            talks += [talk, *(talk.fork() for _ in range(count - 1))]
-        return talks
+            yield from (talk.fork() for _ in range(count - 1))
+            yield talk
 
     def forked(self, ids: list[int], count: int, progress: Progress = silent) -> list[Talk]:
         """`count` talks that have read all of these ids but the last. They are read once."""

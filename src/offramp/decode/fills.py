@@ -146,7 +146,7 @@ class Defer(Fill):
         skipped = self._stood_in(exit)
         if skipped:
             newest = h[:, -1:]
-            step = step if step.tokens == 1 else self.backbone.step(newest, exit.gate.length - 1)
+            step = step if step.tokens == 1 else self.backbone.step(newest, step.first + step.tokens - 1)
             self.backbone.project(newest, skipped.start, skipped.stop, state, step)
 
     def flops(self, exit: Exit, costs: Costs) -> int:

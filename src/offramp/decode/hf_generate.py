@@ -148,8 +148,8 @@ def decoding(
         room, ends = generation_config.max_length - input_ids.shape[1], _end_ids(stopping_criteria)
         prompts = _without_pads(input_ids, masks)
         rows = {
-            batch.add(prompt, talk, choose, max_tokens=room, end_ids=ends): row
-            for prompt, talk, choose, row in zip(prompts, engine.shared_talks(prompts), choosers, input_ids, strict=True)
+            batch.add(prompt, None, choose, max_tokens=room, end_ids=ends): row
+            for prompt, choose, row in zip(prompts, choosers, input_ids, strict=True)
         }
         finished = _continue(batch, rows, stopping_criteria, streamer)
         pad = generation_config._pad_token_tensor

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offramp.decode.drafting import Drafting
+from offramp.decode.compiled import CompiledStepper, sampler_of
+from offramp.decode.drafts import DraftRule, asking_cost, row_costs
 from offramp.decode.fills import fill_named
-from offramp.decode.gating import Gating
 from offramp.decode.heads import Head
+from offramp.decode.reference import Reference
 from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import Work
+from offramp.decode.stepper import Stepper
 from offramp.decode.timing import Timed, untimed
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.calibrated import differences
@@ -23,14 +25,10 @@ from offramp.exits.exits import Exit, Exits
 from offramp.exits.parts import Part, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.library import Part as CompiledPart
+from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.costs import Costs
-from offramp.model.families import Family
 from offramp.model.runtime import joined
-
-# Most tokens that are decided in one call, and most FLOPs: larger models decide one token at a time, and stay easy to stop.
-MOST_AHEAD, AHEAD_FLOPS = 16, 2_200_000_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Plan:
     token is chosen (the most probable by default), or a function from logits (V,) and the ids before to an id;
     `max_pending`: the most tokens that wait at exits; when that many wait, the next token goes to the top without asking
     gates, so a chunk has at most `max_pending` + 1 rows; `lookup`: with `verify`, if the last `lookup` tokens stand earlier
-    in the text, the tokens that followed them there are drafts (0: no look-up). To see where time goes, set `timed` to a
+    in the text, the token that followed them there may be a draft (0: no look-up). To see where time goes, set `timed` to a
     `Timer`. Raises `BadInput` for a policy that does not fit the exits, an unknown fill, and `max_pending` below 1.
     """
 
@@ -76,8 +74,10 @@ class Plan:
         self.fill = fill_named(fill)(backbone, self.longest_tail)
         self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
-        self.drafting = self._drafting(exits)
-        self.ahead = self._ahead(exits)
+        self.drafts = self._draft_rule(exits) if self.fill.verifies else None
+        self._reference = Reference(self)
+        self._exits, self._runtime = exits, backbone.runtime
+        self.compiled: Stepper | None = CompiledStepper.of(self, exits)
         self._calibration: dict[str, Any] = exits.calibration if exits and policy is None else {}
         if self._calibration and not self.fill.verifies:
             self._check_guarantee(sampling)
@@ -95,7 +95,6 @@ class Plan:
             (exit, index) for index, exit in enumerate(all_exits) if self.policy.opens(index)
         ]
         exits_in_order, runtime = [exit for exit, _ in self.open_exits], self.backbone.runtime
-        self.gating = Gating.of(self.backbone, exits_in_order) if self.policy.confidence == "gate" else None
         # Gates and read-outs as they are run: with the backbone's compiled products, where it has them.
         self.parts: dict[Part, Part] = {
             part: with_products(part, runtime.product_of) if isinstance(runtime, Compiled) else part
@@ -125,33 +124,42 @@ class Plan:
         """Whether answers are full depth's: no exit is open, and no sketch stands in for the head."""
         return not self.open_exits and self.head is self.whole_head
 
-    def _ahead(self, exits: Exits | None) -> tuple[Compiled, CompiledPart | None, int] | None:
-        """What decodes several tokens in one call (`asking.run_ahead`), if anything can: the runtime, what it reads out
-        with if that is a sketch, and the most tokens. Their Python costs little beside that much work.
-        """
-        runtime, family = self.backbone.runtime, self.backbone.family
-        recurrent = any(part.recurrent for exit, _ in self.open_exits for part in (exit.gate, exit.adapter))
-        if not isinstance(runtime, Compiled) or family.finish is not Family.finish:
-            return None
-        if self.fill.verifies:
-            stays = self.drafting is not None
-        else:
-            stays = not recurrent and bool(self.gating or not self.open_exits)
-        if not stays:
-            return None
-        sketch = None
-        if exits and exits.sketch and self.policy.candidates and not self.fill.verifies:
-            sketch = runtime.sketch(*exits.sketch, self.policy.candidates)
-        return runtime, sketch, max(1, min(MOST_AHEAD, AHEAD_FLOPS // self.costs.full(1)))
+    def _draft_rule(self, exits: Exits | None) -> DraftRule:
+        """The rule of drafts. Raises `ValueError` for a table of n-grams that does not fit the model."""
+        if exits and exits.ngrams:
+            exits.ngrams.check(self.backbone.vocab_size)
+        return DraftRule(
+            rows=row_costs(self.backbone.weight_format),
+            asking=tuple(asking_cost(self.backbone, exit, self.exit_head.flops) for exit, _ in self.open_exits),
+            floor=self.policy.thresholds[self.open_exits[0][1]] if self.open_exits else 0.0,
+            lookup=self.lookup,
+            ngrams=exits.ngrams if exits else None,
+            most=min(self.max_pending, MOST_DRAFTS),
+            exits=exits,
+            block=self.segments[0].stop,
+        )
 
-    def _drafting(self, exits: Exits | None) -> Drafting | None:
-        """The drafts of `verify` in compiled code, where they can be made there."""
-        policy = self.policy
-        if not self.fill.verifies or policy.confidence != "max-prob" or policy.decay or len(self.open_exits) != 1:
-            return None
-        exit, index = self.open_exits[0]
-        assert exits is not None
-        return Drafting.of(self.backbone, exit, exits, self.max_pending, self.lookup, policy.thresholds[index])
+    def stepper(self, choose: Choose) -> Stepper:
+        """What steps requests with this `choose`: compiled code if it serves the plan and `choose`, else the reference."""
+        if self._runtime is not self.backbone.runtime:  # the backbone has changed to other blocks
+            self._runtime, self.compiled = self.backbone.runtime, CompiledStepper.of(self, self._exits)
+        if self.compiled and sampler_of(choose):
+            return self.compiled
+        return self._reference
+
+    @property
+    def steppers_share(self) -> bool:
+        """Whether one stepper can go on with a text that another began: exits keep nothing of it."""
+        return not self.open_exits or not (self.fill.waits or self._has_recurrent_parts)
+
+    def may_cut(self, choose: Choose) -> bool:
+        """Whether a prompt gives the same bits wherever it is cut, as compiled code does it, and torch does not."""
+        alone = self.stepper(choose) is self.compiled or not self._has_recurrent_parts
+        return isinstance(self.backbone.runtime, Compiled) and alone
+
+    @property
+    def _has_recurrent_parts(self) -> bool:
+        return any(part.recurrent for exit, _ in self.open_exits for part in (exit.gate, exit.adapter))
 
     @property
     def prefill_flops(self) -> int:

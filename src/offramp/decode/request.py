@@ -115,8 +115,8 @@ class Request:
             decision.confidence,
             decision.work.flops,
             spent + decision.work.flops,
-            self.sequence.deep_passes,
-            self.sequence.rejected,
+            decision.deep_passes,
+            decision.rejected,
         )
         self.tokens.append(token)
         if ended or self.detokenizer.stopped:

@@ -1,4 +1,4 @@
-"""From logits to a token: the most probable one, or one drawn at random.
+"""From logits to a token: the most probable one, or one drawn at random. core/choose.c has the same rule in C.
 
 A draw depends only on the seed, the token's position in the text, and the logits. It is the Gumbel-max trick: the token
 with the largest log p plus noise is drawn. So an exit's draft and full depth decide a position under the same noise. The
@@ -7,17 +7,20 @@ drafts that stand with `verify` are what full depth would have drawn, and fewer 
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import BadInput
 from offramp.settings import setting
 
 if TYPE_CHECKING:  # the command line reads the fields of `Sampling`, and must not wait for torch
+    import numpy as np
     from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-6  # below it, logits over the temperature would overflow
 Choose = Callable[["Tensor", "list[int]"], int]  # logits (V,) and all ids before → the next id
 
 
@@ -37,8 +40,10 @@ class Sampling:
     repetition_penalty: float = setting(1.0, "Repetition penalty; 1 is none.")
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise BadInput(f"A temperature of {self.temperature} is not 0 or more.", "0 takes the most probable token.")
+        if not 0 <= self.temperature < math.inf:
+            raise BadInput(
+                f"A temperature of {self.temperature} is not a finite number from 0 on.", "0 takes the most probable token."
+            )
         if self.top_k < 0:
             raise BadInput(f"The {self.top_k} most probable tokens cannot be kept.", "0 keeps all.")
         if not 0 < self.top_p <= 1:
@@ -48,69 +53,117 @@ class Sampling:
         if not self.repetition_penalty > 0:
             raise BadInput(f"A repetition penalty of {self.repetition_penalty} is not positive.", "1 is no penalty.")
 
-    def chooser(self) -> Choose:
-        """A function that chooses tokens by these settings."""
+    def chooser(self) -> Sampler:
+        """What chooses tokens by these settings."""
+        return Sampler(*astuple(self))
+
+
+@dataclass(frozen=True)
+class Sampler(Sampling):
+    """A `Choose` by its settings."""
+
+    def __call__(self, logits: Tensor, ids: list[int]) -> int:
+        if self.temperature:
+            return _best(self._processors, self.seed, logits, ids)
+        if self.repetition_penalty != 1:
+            import torch
+
+            seen = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+            score, penalty = logits[seen], self.repetition_penalty
+            logits = logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
+        return _most_probable(logits)
+
+    @cached_property
+    def _processors(self) -> Any:
+        """The library's processors, in its order."""
         import transformers as library
 
         processors = library.LogitsProcessorList()
-        if not self.temperature:
-            return Greedy(self.repetition_penalty)
         if self.repetition_penalty != 1:
             processors.append(library.RepetitionPenaltyLogitsProcessor(self.repetition_penalty))
         if self.temperature != 1:
-            processors.append(library.TemperatureLogitsWarper(self.temperature))
+            processors.append(library.TemperatureLogitsWarper(max(self.temperature, LEAST_TEMPERATURE)))
         if self.top_k:
             processors.append(library.TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             processors.append(library.TopPLogitsWarper(self.top_p))
         if self.min_p:
             processors.append(library.MinPLogitsWarper(self.min_p))
-        return chooser(processors, self.seed)
+        return processors
 
 
-def most_probable(logits: Tensor, ids: list[int]) -> int:
+def chooser(processors: Any, seed: int | None) -> Choose:
+    """A function that applies the library's `processors` to the logits and takes the best token, or draws with a seed.
+
+    It is a `Sampler` where its settings say the same.
+    """
+    return _sampler(processors, seed) or (lambda logits, ids: _best(processors, seed, logits, ids))
+
+
+def _sampler(processors: Any, seed: int | None) -> Sampler | None:
+    """The settings by which a `Sampler` does what these processors do; None if there are none."""
+    settings: dict[str, Any] = {}
+    if processors:
+        import transformers as library
+
+        order = {
+            library.RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
+            library.TemperatureLogitsWarper: ("temperature", "temperature"),
+            library.TopKLogitsWarper: ("top_k", "top_k"),
+            library.TopPLogitsWarper: ("top_p", "top_p"),
+            library.MinPLogitsWarper: ("min_p", "min_p"),
+        }
+        kinds = [type(processor) for processor in processors]
+        in_order = [kind for kind in order if kind in kinds]
+        plain = all(getattr(each, "min_tokens_to_keep", 1) == 1 for each in processors)
+        if kinds != in_order or not plain or any(getattr(each, "prompt_ignore_length", None) for each in processors):
+            return None
+        settings = {order[kind][0]: getattr(each, order[kind][1]) for kind, each in zip(kinds, processors, strict=True)}
+    settings["temperature"] = 0.0 if seed is None else settings.get("temperature", 1.0)
+    return Sampler(**settings, seed=seed or 0)
+
+
+def _best(processors: Any, seed: int | None, logits: Tensor, ids: list[int]) -> int:
+    import torch
+
+    if processors:
+        logits = processors(torch.tensor([ids], dtype=torch.int64, device=logits.device), logits[None])[0]
+    if seed is not None:
+        logits = logits + torch.from_numpy(noise(seed, len(ids), len(logits))).to(logits.device)
+    return _most_probable(logits)
+
+
+def _most_probable(logits: Tensor) -> int:
     """The most probable token, the first of equals."""
     # On a CPU, NumPy finds the largest several times as fast as torch.
     return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
 
 
-@dataclass(frozen=True)
-class Greedy:
-    """Takes the most probable token, after a repetition penalty as the library has it. Compiled code can do that, too."""
+def noise(seed: int, position: int, tokens: int | np.ndarray) -> np.ndarray:
+    """Gumbel noise in float32 for these tokens, or for the first so many.
 
-    repetition_penalty: float = 1.0
+    It is a function of the seed, the position and each token, by hashes (core/choose.h).
+    """
+    import numpy as np
 
-    def __call__(self, logits: Tensor, ids: list[int]) -> int:
-        if self.repetition_penalty != 1:
-            import torch
-
-            seen = torch.tensor(ids, device=logits.device)
-            score, penalty = logits[seen], self.repetition_penalty
-            logits = logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
-        return most_probable(logits, ids)
-
-
-def chooser(processors: Any, seed: int | None) -> Choose:
-    """A function that applies the library's `processors` to the logits and takes the best token, or draws with a seed."""
-    import torch
-
-    if not processors and seed is None:
-        return Greedy()
-
-    def choose(logits: Tensor, ids: list[int]) -> int:
-        if processors:
-            logits = processors(torch.tensor([ids], device=logits.device), logits[None])[0]
-        if seed is not None:
-            logits = logits - _exponential(seed, len(ids), len(logits)).to(logits.device).log()
-        return most_probable(logits, ids)
-
-    return choose
+    key = _mixed((seed + 0x9E3779B97F4A7C15 * (position + 1)) % 2**64)
+    x = (np.arange(tokens) if isinstance(tokens, int) else tokens).astype(np.uint32) + np.uint32(key % 2**32)
+    x = _fmix32(_fmix32(x) ^ np.uint32(key >> 32))
+    u = np.minimum(x.astype(np.float32) * np.float32(2**-32) + np.float32(2**-33), np.float32(1 - 2**-24))
+    gumbel: np.ndarray = -np.log(-np.log1p(-u))
+    return gumbel
 
 
-def _exponential(seed: int, position: int, size: int) -> Tensor:
-    """Exponential noise (size,) that depends only on seed and position. Minus its logarithm is Gumbel noise."""
-    import torch
+def _mixed(z: int) -> int:
+    """The last steps of splitmix64."""
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
 
-    digest = hashlib.sha256(f"{seed}/{position}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.empty(size).exponential_(generator=generator)
+
+def _fmix32(x: np.ndarray) -> np.ndarray:
+    """The last steps of MurmurHash3, of uint32 numbers."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ x >> shift) * factor
+    mixed: np.ndarray = x ^ x >> 16
+    return mixed

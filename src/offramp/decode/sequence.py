@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from array import array
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -13,8 +12,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from offramp.decode.drafts import Estimates
 from offramp.exits.exits import Exit
 from offramp.exits.parts import Memory, Part
+from offramp.model.compiled.session import Session
 from offramp.model.runtime import AnyState
 
 ID_BYTES = 64  # of a Python integer in two lists
@@ -24,8 +25,8 @@ TokenIds = TypeVar("TokenIds", list[int], tuple[int, ...])
 class Follower:
     """A gate or a read-out that follows one sequence.
 
-    `see` tells it every token's hidden state at its exit, once and in order. `read` runs it for the newest token; if it is
-    recurrent, over all tokens that it has not been run on yet. `crop` can forget the tokens seen since `settle`.
+    `see` tells it every token's hidden state at its exit, once and in order, and runs it there and then if it is recurrent.
+    `read` gives the output for the newest token. `crop` can forget the tokens seen since `settle`.
     Raises `TypeError` for a part that returns a memory and does not declare `recurrent`: its memory would be lost.
     """
 
@@ -33,62 +34,51 @@ class Follower:
         """`run`: the same part as it is to be run, such as one with compiled products; by default `part` itself."""
         self._part = run or part
         self.flops_per_token = part.flops()
-        self.length = 0
+        self.length = 0  # tokens that a recurrent part has been run on
         self._memory: Memory = None
-        self._unread: list[Tensor] = []
+        self._newest: Tensor | None = None  # the newest token: its hidden state, or of a recurrent part the output
         self._settled: tuple[int, Memory] = (0, None)  # the number of settled tokens, and the memory after them
-        self._read: list[Tensor] = []  # what the part was run on since `settle`
+        self._seen: list[Tensor] = []  # what a recurrent part was run on since `settle`
 
-    def see(self, h: Tensor) -> None:
-        """Take the hidden states h (1, T, …) of T more tokens that reached the exit."""
+    def see(self, h: Tensor) -> int:
+        """Take the hidden states h (1, T, …) of T more tokens that reached the exit. Returns the FLOPs spent."""
+        if not self._part.recurrent:
+            self._newest = h[:, -1:]
+            return 0
+        out, self._memory = self._part(h.float(), self._memory)
+        self._newest = out[:, -1:]
+        self._seen.append(h)
         self.length += h.shape[1]
-        self._unread = [*self._unread, h] if self._part.recurrent else [h[:, -1:]]
-
-    def pass_by(self, tokens: int) -> None:
-        """Count tokens that the part, which is not recurrent, need never be run on."""
-        self.length += tokens
+        return h.shape[1] * self.flops_per_token
 
     def read(self) -> tuple[Tensor, int]:
-        """The output for the newest token, (1, 1, …), and the FLOPs spent."""
-        h = torch.cat(self._unread, dim=1)
-        out, memory = self._part(h.float(), self._memory)
+        """The output for the newest token, (1, 1, …), and the FLOPs spent now."""
+        assert self._newest is not None, "no token has reached this exit since `settle`"
         if self._part.recurrent:
-            self._memory = memory
-            self._read.append(h)
-        elif memory is not None:
+            return self._newest, 0
+        out, memory = self._part(self._newest.float(), None)
+        if memory is not None:
             raise TypeError(f"{type(self._part).__name__} returns a memory: its class must say `recurrent = True`")
-        self._unread = []
-        return out[:, -1:], h.shape[1] * self.flops_per_token
-
-    def catch_up(self) -> None:
-        """Run a recurrent part on the tokens that it has not been run on, now rather than in a later `read`."""
-        if self._part.recurrent and self._unread:
-            self.read()
+        return out, self.flops_per_token
 
     def settle(self) -> None:
-        """Make all tokens so far final: `crop` cannot forget them any more."""
-        self._settled = self.length - sum(h.shape[1] for h in self._unread), self._memory
-        self._read = []
+        """Make all tokens so far final: `crop` cannot forget them any more, and `read` not read them."""
+        self._settled, self._seen, self._newest = (self.length, self._memory), [], None
 
     def crop(self, length: int) -> None:
-        """Forget all tokens but the first `length`."""
+        """Forget all tokens but the first `length`. A recurrent part is run again on those that stay."""
         if length >= self.length:
             return
-        if self._part.recurrent:
-            first, self._memory = self._settled
-            kept = torch.cat([*self._read, *self._unread], dim=1)[:, : length - first]
-            self._read, self._unread = [], [kept] if kept.shape[1] else []
-        else:
-            self._unread = []
-        self.length = length
+        self.length, self._memory = self._settled
+        kept = torch.cat(self._seen, dim=1)[:, : length - self.length]
+        self._seen = []
+        if kept.shape[1]:
+            self.see(kept)
 
     def fork(self) -> Follower:
-        """A second follower that has seen the same tokens. Both share the weights.
-
-        Tensors are copied: they may be the last rows of large ones, which would stay in memory with them.
-        """
+        """A second follower that has seen the same tokens. Both share the weights."""
         twin = copy.copy(self)
-        twin._unread, twin._read = [h.clone() for h in self._unread], [*self._read]
+        twin._seen = [*self._seen]
         if self._memory is not None:
             window, state = self._memory
             twin._memory = window.clone(), state.clone()
@@ -99,7 +89,7 @@ class Follower:
     @property
     def bytes(self) -> int:
         """The bytes of what it keeps."""
-        kept = [*self._unread, *self._read, *(self._memory or ()), *(self._settled[1] or ())]
+        kept = [*self._seen, *(self._memory or ()), *(self._settled[1] or ())]
         return sum({id(part): part.nbytes for part in kept}.values())
 
 
@@ -107,21 +97,22 @@ class Follower:
 class OpenExit:
     """An open exit with what it keeps for one sequence.
 
-    `index`: its place in the policy. `pending`: hidden states (1, n, D) of tokens that left here and whose deeper blocks
-    are still to be run, oldest first.
+    `index`: its place in the policy. `gated`: whether its gate decides. `pending`: hidden states (1, n, D) of tokens that
+    left here and whose deeper blocks are still to be run, oldest first.
     """
 
     exit: Exit
     index: int
     gate: Follower
     readout: Follower
+    gated: bool = True
     pending: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, exit: Exit, index: int, run: Mapping[Part, Part] = MappingProxyType({})) -> OpenExit:
+    def of(cls, exit: Exit, index: int, run: Mapping[Part, Part] = MappingProxyType({}), gated: bool = True) -> OpenExit:
         """An exit for a new sequence; `index` is its place in the policy, `run` are its parts as they are to be run."""
         gate, readout = (Follower(part, run.get(part)) for part in (exit.gate, exit.adapter))
-        return cls(exit, index, gate, readout)
+        return cls(exit, index, gate, readout, gated)
 
     @property
     def block(self) -> int:
@@ -138,21 +129,23 @@ class OpenExit:
         """The gate and the read-out."""
         return self.gate, self.readout
 
-    def see(self, h: Tensor, deep: Tensor | None) -> None:
-        """Take h (1, n, D) of tokens at the exit, and `deep` (1, 1, …), the deep states of the token before the newest."""
-        self.gate.see(h)
+    def see(self, h: Tensor, deep: Tensor | None) -> int:
+        """Take h (1, n, D) of tokens at the exit, and `deep` (1, 1, …), the deep states of the token before the newest.
+
+        Returns the FLOPs spent.
+        """
+        asked = self.gate.see(h) if self.gated else 0
         reads = self.exit.adapter.reads
         if not reads:
-            self.readout.see(h)
-            return
+            return asked + self.readout.see(h)
         newest, size = h[:, -1:], reads * h.shape[-1]
         known = newest.new_zeros(1, 1, size) if deep is None else deep[..., :size].to(newest.dtype)
-        self.readout.see(torch.cat([newest, known], dim=-1))
+        return asked + self.readout.see(torch.cat([newest, known], dim=-1))
 
     def fork(self) -> OpenExit:
         """The same exit for a second sequence with the same tokens."""
         gate, readout = (follower.fork() for follower in self.followers)
-        return OpenExit(self.exit, self.index, gate, readout, [*self.pending])
+        return OpenExit(self.exit, self.index, gate, readout, self.gated, [*self.pending])
 
 
 class Work(NamedTuple):
@@ -171,12 +164,18 @@ NO_WORK = Work()
 
 @dataclass(frozen=True)
 class Decision:
-    """A chosen token, the number of blocks before the exit that chose it, its confidence (None at full depth), the work."""
+    """A chosen token, the number of blocks before the exit that chose it, its confidence (None at full depth), the work.
+
+    `deep_passes` and `rejected`: the chunks of the sequence that have gone to the top so far, and the drafts that have been
+    rejected.
+    """
 
     id: int
     block: int
     confidence: float | None
     work: Work = NO_WORK
+    deep_passes: int = 0
+    rejected: int = 0
 
 
 @dataclass
@@ -187,7 +186,7 @@ class Sequence:
     Tokens that are pending at a later exit are older than those at an earlier one. `drafts`: the newest ids, not verified
     yet. `deep` (1, 1, …): the top hidden state of the token before the newest, or its read-out's output if it left early;
     beside it a middle state, if read-outs read one, of the last token that full depth has run.
-    `whole`: no step failed half-way, so what the blocks remember is right.
+    `whole`: no step failed half-way, so what the blocks remember is right. `estimates`: what is learned from its drafts.
     """
 
     ids: list[int]
@@ -201,6 +200,8 @@ class Sequence:
     rejected: int = 0
     whole: bool = True
     watched: bool = False  # whether blocks keep what they need to forget drafts
+    estimates: Estimates = field(default_factory=Estimates)
+    stepper: object = None  # which began it
 
     def continued_by(self, ids: list[int], open_exits: list[tuple[Exit, int]]) -> bool:
         """Whether these ids begin with all that has been run and go on, at the same open exits, so it can be used again."""
@@ -220,7 +221,12 @@ class Sequence:
     @property
     def pending(self) -> int:
         """The number of tokens that wait at exits."""
-        return sum(h.shape[1] for exit in self.exits for h in exit.pending)
+        return sum(map(self.waits, range(len(self.exits))))
+
+    def waits(self, exit: int) -> int:
+        """The number of tokens that wait at an exit."""
+        compiled = self.state.waits(exit) if isinstance(self.state, Session) else 0
+        return compiled + sum(h.shape[1] for h in self.exits[exit].pending)
 
     @property
     def followers(self) -> list[Follower]:
@@ -256,7 +262,25 @@ class Sequence:
         """A second sequence with the same tokens, which goes on independently of this one."""
         exits = [exit.fork() for exit in self.exits]
         state, deep = copy.deepcopy(self.state), None if self.deep is None else self.deep.clone()
-        return Sequence([*self.ids], state, exits, self.prompt, deep=deep, run=self.run, watched=self.watched)
+        estimates = self.estimates.copy()
+        return Sequence(
+            [*self.ids],
+            state,
+            exits,
+            self.prompt,
+            deep=deep,
+            run=self.run,
+            watched=self.watched,
+            estimates=estimates,
+            stepper=self.stepper,
+        )
+
+    def go_on_from(self, other: Sequence, remaining: int) -> None:
+        """Take over what another sequence has computed of a text that begins alike; `remaining` more tokens are to come."""
+        twin = other.fork()
+        self.state, self.exits, self.deep, self.run = twin.state, twin.exits, twin.deep, twin.run
+        self.watched, self.estimates = twin.watched, twin.estimates
+        self.state.reserve(len(self.ids) + remaining)
 
     @property
     def bytes(self) -> int:
@@ -273,21 +297,3 @@ def begin_alike(prompts: Collection[TokenIds]) -> int:
     pairs = zip(min(prompts), max(prompts), strict=False)  # of prompts in order, the first and the last differ soonest
     count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return min(count, min(map(len, prompts)) - 1)
-
-
-def looked_up(ids: list[int], size: int, most: int) -> list[int]:
-    """Find where the last `size` ids last stood before, and return the ids that followed there, at most `most`.
-
-    Prompt look-up (A. Saxena, "Prompt Lookup Decoding", 2023): drafts that cost nothing, and are right where a text
-    repeats itself.
-    """
-    if most < 1 or len(ids) <= size:
-        return []
-    text, last = array("q", ids).tobytes(), array("q", ids[-size:]).tobytes()
-    end = len(text) - 8  # not the last ids themselves
-    while (at := text.rfind(last, 0, end)) >= 0:
-        if at % 8 == 0:
-            after = at // 8 + size
-            return ids[after : after + most]
-        end = at + len(last) - 1
-    return []

@@ -113,8 +113,8 @@ class Answer:
     decode_seconds: float
 
     @classmethod
-    def of(cls, engine: Engine, prompt_length: int, answer: Generation, batch: int) -> Answer:
-        """From the engine's answer to a prompt of `prompt_length` tokens, one of `batch` answers side by side."""
+    def of(cls, engine: Engine, prompt_length: int, answer: Generation) -> Answer:
+        """From the engine's answer to a prompt of `prompt_length` tokens."""
         costs = engine.costs
         blocks = sum(costs.full(context) - costs.head for context in range(1, prompt_length))
         return cls(
@@ -126,8 +126,8 @@ class Answer:
             flops=answer.tokens[-1].cumulative_flops,
             flops_saved=answer.flops_saved,
             prefill_flops=blocks + (prompt_length - 1) * engine.prefill_flops,
-            prefill_seconds=answer.prefill_seconds / batch,
-            decode_seconds=len(answer.tokens) / answer.decode_tokens_per_second / batch,
+            prefill_seconds=answer.prefill_seconds,
+            decode_seconds=len(answer.tokens) / answer.decode_tokens_per_second,
         )
 
     def compared(self, full: Answer) -> dict[str, float]:
@@ -308,12 +308,8 @@ def _generations(
 ) -> Iterator[tuple[str, Kept]]:
     engine = condition.engine(backbone, Sampling(repetition_penalty=task.repetition_penalty))
     prompts = [_encode(backbone, item, task.max_tokens) for item in items]
-    size = engine.costs.at_once(max(map(len, prompts), default=0) + task.max_tokens, batch)
-    for start in range(0, len(items), size):
-        asked, ids = items[start : start + size], prompts[start : start + size]
-        answers = engine.generate_batch(ids, max_tokens=task.max_tokens, stop=task.stop)
-        for item, prompt, answer in zip(asked, ids, answers, strict=True):
-            yield item.id, Answer.of(engine, len(prompt), answer, len(asked))
+    for index, answer in engine.answers(prompts, batch, max_tokens=task.max_tokens, stop=task.stop):
+        yield items[index].id, Answer.of(engine, len(prompts[index]), answer)
 
 
 def _encode(backbone: Backbone, item: Item, answer_tokens: int) -> list[int]:

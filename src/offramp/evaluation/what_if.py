@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offramp.decode.drafting import row_costs
+from offramp.decode.drafts import row_costs
 from offramp.errors import BadInput
 from offramp.evaluation.anatomy import Anatomy
 from offramp.model.compiled.library import MOST_DRAFTS
@@ -30,7 +30,7 @@ class Scenario:
 
     agreement: the share of tokens on which each exit agrees with full depth. drafts: how often a first, second, … draft
     stands, where those before it stood; the last share holds for all later ones. bandwidth: GB/s, or None. rows: what each
-    further row of a chunk costs, in steps of full depth; None: as in this machine's table (`decode.drafting.ROWS`).
+    further row of a chunk costs, in steps of full depth; None: as in this machine's table (`decode.drafts.ROWS`).
     """
 
     agreement: tuple[float, ...]

@@ -62,15 +62,47 @@ class MambaGate(Part):
 
 
 def compiled(gate: Part, dtype: torch.dtype) -> CompiledPart | None:
-    """What `Compiled.run_until` needs of a gate, with its matrices in `dtype`; None for one that cannot be asked there."""
+    """The gate as a part of the C library, with its matrices in `dtype`; None for one of another kind."""
+    if isinstance(gate, MambaGate):
+        return _compiled_mamba(gate, dtype)
     if not isinstance(gate, LinearGate | FFNGate):
         return None
     inward, out = gate.out.weight, None
     if isinstance(gate, FFNGate):
-        inward, out = torch.cat([gate.gate.weight, gate.up.weight]), gate.out.weight[0].detach().float().contiguous()
-    mean, spread = (vector.float().contiguous() for vector in (gate.norm.mean, gate.norm.spread))
-    weight = Weight({"w": inward.detach().to(dtype)})
-    return CompiledPart("gate", in_=weight, mean=mean, spread=spread, out=out, bias=float(gate.out.bias))
+        inward, out = torch.cat([gate.gate.weight, gate.up.weight]), _floats(gate.out.weight[0])
+    mean, spread = _floats(gate.norm.mean), _floats(gate.norm.spread)
+    return CompiledPart("gate", in_=_matrix(inward, dtype), mean=mean, spread=spread, out=out, bias=float(gate.out.bias))
+
+
+def _compiled_mamba(gate: MambaGate, dtype: torch.dtype) -> CompiledPart:
+    block = gate.mixer
+    return CompiledPart(
+        "mamba_gate",
+        down=_matrix(gate.down.weight, dtype),
+        in_=_matrix(block.project_in.weight, dtype),
+        out=_matrix(block.project_out.weight, dtype),
+        mean=_floats(gate.norm.mean),
+        spread=_floats(gate.norm.spread),
+        direct=_floats(gate.direct.weight),
+        gated_norm=_floats(block.norm.weight),
+        conv=_floats(block.conv_weight.T),
+        conv_bias=_floats(block.conv_bias),
+        dt_bias=_floats(block.dt_bias),
+        decay=_floats(-block.A_log.float().exp()),
+        skip=_floats(block.D),
+        heads=block.heads,
+        states=block.states,
+        gated_eps=block.norm.eps,
+        bias=float(block.project_out.bias),
+    )
+
+
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Weight:
+    return Weight({"w": weight.detach().to(dtype)})
+
+
+def _floats(vector: Tensor) -> Tensor:
+    return vector.detach().float().contiguous()
 
 
 GATES: dict[str, type[Part]] = {"linear": LinearGate, "ffn": FFNGate, "mamba": MambaGate}

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.exits.parts import MambaBlock, Memory, Part, Standardise, unit
+from offramp.model.compiled.library import Part as CompiledPart
+from offramp.model.compiled.weights import GROUP, Weight
 
 
 class Jump(nn.Module):
@@ -186,6 +188,44 @@ class DeepAdapter(Readout):
         x = self._inputs(known, deep)
         correction = self.skip(x) + self.down(F.silu(self.gate(x)) * self.up(x))
         return correction if self.jump is None else self.jump(h, known, correction), None
+
+
+def compiled(readout: Part, kind: type[Weight], dtype: torch.dtype = torch.float32) -> CompiledPart | None:
+    """The read-out as a part of the C library; None for one that sees the tokens before.
+
+    Its maps are kept as weights of this kind: in `dtype`, or as integers where their rows are cut into whole groups.
+    """
+    if isinstance(readout, NoAdapter):
+        return CompiledPart("readout")
+    if not isinstance(readout, LinearAdapter | FFNAdapter | DeepAdapter):
+        return None
+    inward, constant, down = readout.maps() if isinstance(readout, DeepAdapter) else _maps(readout)
+
+    def weight(values: Tensor, bias: Tensor | None = None) -> Weight:
+        if kind is Weight or values.shape[1] % GROUP:
+            return Weight.of(values.to(dtype), bias)
+        return kind.of(values.float().contiguous(), bias)
+
+    mean, spread, scale = (
+        None if vector is None else vector.float().contiguous()
+        for vector in (readout.norm.mean, readout.norm.spread, None if readout.jump is None else readout.jump.spread)
+    )
+    gated = not isinstance(readout, LinearAdapter)
+    return CompiledPart(
+        "readout", in_=weight(inward, constant), down=weight(down), mean=mean, spread=spread, scale=scale, gated=gated
+    )
+
+
+def _maps(readout: LinearAdapter | FFNAdapter) -> tuple[Tensor, Tensor, Tensor]:
+    """What `DeepAdapter.maps` gives. Without a jump, there is no direct map."""
+    if isinstance(readout, LinearAdapter):
+        inward, down = [readout.down.weight], readout.up.weight
+    else:
+        inward, down = [readout.gate.weight, readout.up.weight], readout.down.weight
+    constants = [part.new_zeros(len(part)) for part in inward]
+    if readout.jump is not None:
+        inward, constants = [readout.jump.direct.weight, *inward], [readout.jump.direct.bias, *constants]
+    return torch.cat(inward).detach(), torch.cat(constants).detach(), down.detach()
 
 
 READOUTS: dict[str, type[Readout]] = {

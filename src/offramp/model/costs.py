@@ -78,6 +78,11 @@ class Costs:
         """FLOPs of block `index` for one token that sees `context` tokens, itself included."""
         return self._linear[index] + self._scan[index] + 4 * self._seen(index, context) * self._queries[index]
 
+    def of_block(self, index: int) -> tuple[int, int, int, int]:
+        """FLOPs of block `index`: for one token, more for each position that it sees, and of `project` keys and state."""
+        fixed = self._linear[index] + self._scan[index]
+        return fixed, 4 * self._queries[index], self.project_keys[index], self.project_state[index]
+
     def block_bytes(self, index: int, context: int) -> int:
         """Bytes that block `index` moves for one token: its weights, the keys and values it sees, its Mamba state twice."""
         kept = self._seen(index, context) * self._kept[index] * self._itemsize

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import openai.types as completions
@@ -85,21 +87,17 @@ class Choice:
     shows_ids: bool
     used: dict[str, Any] | None  # what a calibration's guarantee depends on; None where there can be none
     job: Job
-    arrived: asyncio.Queue[Token | Exception | None]
     logprobs: Recorder | None
     tokens: list[Token] = field(default_factory=list)
     first: float = 0.0  # when the first token came
     last: float = 0.0  # when the newest came
 
-    async def each(self) -> AsyncIterator[Token]:
-        """The tokens, as they come. Raises what ended the answer too early."""
-        while (token := await self.arrived.get()) is not None:
-            if isinstance(token, Exception):
-                raise token
-            self.last = time.monotonic()
-            self.first = self.first or self.last
-            self.tokens.append(token)
-            yield token
+    def take(self, token: Token) -> int:
+        """Take in a token that has come. Returns its place."""
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.tokens.append(token)
+        return len(self.tokens) - 1
 
     def note(self, token: Token) -> dict[str, Any]:
         """What the exits did for a token."""
@@ -112,6 +110,63 @@ class Choice:
         """Why the answer ended, in OpenAI's words."""
         request = self.job.request
         return "length" if request is not None and request.finish_reason == "length" else "stop"
+
+
+class Post:
+    """Carries what happens in the engine's thread to the threads of loops: all that a step brings, in one go.
+
+    To wake a loop for each token would make both threads wait for each other each time.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._bag = threading.Lock(), list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Any], Any]]()
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], what: Any) -> None:
+        """Keep something for a queue of a loop, until `send`."""
+        with self._lock:
+            self._bag.append((loop, queue, what))
+
+    def send(self) -> None:
+        """Have everything put into its queue, in its loop's thread."""
+        with self._lock:
+            bag, self._bag = self._bag, []
+        for loop in dict.fromkeys(loop for loop, _, _ in bag):
+            with suppress(RuntimeError):  # the loop has been closed
+                loop.call_soon_threadsafe(_deliver, [(queue, what) for owner, queue, what in bag if owner is loop])
+
+
+def _deliver(things: list[tuple[asyncio.Queue[Any], Any]]) -> None:
+    for queue, what in things:
+        queue.put_nowait(what)
+
+
+Arrived = tuple[int, Token | Exception | None]  # of which answer, and what: a token, what ended it too early, or its end
+
+
+class Answers(list[Choice]):
+    """The answers to a request, on their way. `arrived` is where they come in."""
+
+    def __init__(self, choices: Iterable[Choice], arrived: asyncio.Queue[Arrived]) -> None:
+        super().__init__(choices)
+        self._arrived, self._open = arrived, len(self)
+        self._error: Exception | None = None
+
+    async def more(self) -> list[tuple[int, int | None]]:
+        """Wait for more, and return all that is there: of which answer, and the token's place in it, or None at its end.
+
+        After the end of all there is no more. Raises what ended an answer too early.
+        """
+        found: list[tuple[int, int | None]] = []
+        while self._open and not self._error and (not found or not self._arrived.empty()):
+            index, what = await self._arrived.get()
+            if isinstance(what, Exception):
+                self._error = what
+                break
+            self._open -= what is None
+            found.append((index, None if what is None else self[index].take(what)))
+        if self._error and not found:
+            raise self._error
+        return found
 
 
 class Recorder:
@@ -141,6 +196,8 @@ class Server:
         sequence = menu.usual.read([0, 0]).sequence
         assert sequence is not None
         self._state = sequence.state  # of one token, which says how much memory others take
+        self._post = Post()
+        scheduler.after = self._post.send
 
     def choices(
         self,
@@ -149,7 +206,7 @@ class Server:
         ids: list[int],
         borders: tuple[int, ...] = (),
         schema: dict[str, Any] | None = None,
-    ) -> list[Choice]:
+    ) -> Answers:
         """What a request asks for: one job for each answer, whose tokens will arrive in the loop's thread.
 
         The first job is to be handed in; the others are its twins. Raises `BadInput` for what cannot be done.
@@ -162,19 +219,23 @@ class Server:
             "temperature": asked.temperature, "repetition_penalty": asked.repetition_penalty,
         }  # fmt: skip
         made = []
+        arrived = asyncio.Queue[Arrived]()
         size = self._state.bytes_for(min(len(ids) + limits["max_tokens"], self.backbone.context))
         engine = self.menu.engine(asked.offramp.fill, asked.offramp.point)
         for number in range(asked.n):
-            queue: asyncio.Queue[Token | Exception | None] = asyncio.Queue()
-            choose = asked.sampling(number).chooser()
+            choose: Choose = asked.sampling(number).chooser()
             if schema is not None:
                 choose = Grammar(self.backbone.tokenizer, schema, len(ids), choose)
             recorder = None if most_logprobs is None else Recorder(choose, most_logprobs)
-            tell = _teller(loop, queue)
+            tell = partial(self._tell, loop, arrived, number)
             job = Job(engine, ids, limits, recorder or choose, tell, borders, bytes=size)
-            made.append(Choice(asked.offramp.ids, used, job, queue, recorder))
+            made.append(Choice(asked.offramp.ids, used, job, recorder))
         made[0].job.twins = [choice.job for choice in made[1:]]
-        return made
+        return Answers(made, arrived)
+
+    def _tell(self, loop: Any, arrived: asyncio.Queue[Arrived], number: int, what: Token | Exception | None) -> None:
+        """Tell what happens to answer `number`, in the engine's thread."""
+        self._post.put(loop, arrived, (number, what))
 
     def end(self, chosen: list[Choice]) -> None:
         """Give up what still runs of a request, and count it."""
@@ -255,16 +316,6 @@ class Server:
             "tokens_per_second": made.decode_tokens_per_second,
             "guarantee": None if choice.used is None else self.menu.guarantee(engine, **choice.used),
         }
-
-
-def _teller(loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any]) -> Callable[[Token | Exception | None], None]:
-    """A function for the engine's thread that puts what it is given into a queue of the loop's thread."""
-
-    def tell(what: Token | Exception | None) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(queue.put_nowait, what)
-
-    return tell
 
 
 def _wanted_logprobs(asked: Asked) -> int | None:

@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from ipaddress import ip_address
@@ -26,7 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.errors import OfframpError
-from offramp.serve.answers import Choice, Refused, Rules, Server, refused
+from offramp.serve.answers import Answers, Refused, Rules, Server, refused
 from offramp.serve.forms import ChatForm, CompletionForm, Form
 from offramp.serve.menu import Menu
 from offramp.serve.metrics import Metrics
@@ -41,18 +41,18 @@ LAST_ANSWERS = 20  # seconds that answers have to end when the server is to end
 T = TypeVar("T")
 
 
-async def answered(server: Server, chosen: list[Choice], form: Form, request: Request) -> Response:
+async def answered(server: Server, chosen: Answers, form: Form, request: Request) -> Response:
     """Wait for all answers. Gives them up where the client leaves, or the time is over."""
 
-    async def collect(choice: Choice) -> None:
-        async for _ in choice.each():
+    async def collected() -> None:
+        while await chosen.more():
             pass
 
     def written() -> Response:
         return JSONResponse(form.answer(chosen).model_dump(mode="json"))
 
     try:
-        await unless_left(request, _all(map(collect, chosen)))
+        await unless_left(request, collected())
         # Not in the loop's thread: sixteen long answers with log probabilities take seconds.
         return await asyncio.to_thread(written)
     finally:
@@ -87,27 +87,15 @@ class Stream(StreamingResponse):
             self._end()
 
 
-async def streamed(server: Server, asked: Asked, chosen: list[Choice], form: Form, until: float) -> AsyncIterator[str]:
+async def streamed(server: Server, asked: Asked, chosen: Answers, form: Form, until: float) -> AsyncIterator[str]:
     """The answers as server-sent events. An error becomes the last event. `until`: when it ends, in the loop's time."""
-    merged: asyncio.Queue[tuple[int, int | None]] = asyncio.Queue()
-
-    async def collect(index: int, choice: Choice) -> None:
-        at = 0
-        async for _ in choice.each():
-            merged.put_nowait((index, at))
-            at += 1
-        merged.put_nowait((index, None))
-
-    work = asyncio.ensure_future(_all(collect(*each) for each in enumerate(chosen)))
-    work.add_done_callback(lambda _: merged.put_nowait((-1, None)))
     try:
         while True:
             async with asyncio.timeout_at(until):  # not around `yield`, where the client's reading is waited for
-                index, at = await merged.get()
-            if index < 0:
+                news = await chosen.more()
+            if not news:
                 break
-            yield _event(form.part(index, chosen[index], at))
-        work.result()
+            yield "".join(_event(form.part(index, chosen[index], at)) for index, at in news)
         if asked.stream_options.include_usage:
             yield _event(form.last(chosen))
         yield "data: [DONE]\n\n"
@@ -115,18 +103,10 @@ async def streamed(server: Server, asked: Asked, chosen: list[Choice], form: For
         yield _event({"error": _late(server.rules).error})
     except Exception as error:
         yield _event({"error": refused(error).error})
-    finally:
-        work.cancel()
 
 
 def _event(what: dict[str, Any]) -> str:
     return f"data: {json.dumps(what)}\n\n"
-
-
-async def _all(works: Iterable[Coroutine[Any, Any, None]]) -> None:
-    async with asyncio.TaskGroup() as group:
-        for work in works:
-            group.create_task(work)
 
 
 def _late(rules: Rules) -> Refused:
@@ -294,7 +274,7 @@ async def respond(
         server.scheduler.give_back(place)
 
 
-async def prepared(server: Server, asked: Asked, request: Request, schema: dict[str, Any] | None) -> list[Choice]:
+async def prepared(server: Server, asked: Asked, request: Request, schema: dict[str, Any] | None) -> Answers:
     """What a request asks for, made in other threads, part by part. Drops the parts to come where the client leaves."""
     loop = asyncio.get_running_loop()
 

@@ -6,6 +6,7 @@ import json
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,25 +28,28 @@ class Grammar:
         from llguidance import LLMatcher
 
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-        self._matcher, self._prompt, self._choose = LLMatcher(_tokens_of(tokenizer), grammar), prompt, choose
+        self._matcher, self._prompt = LLMatcher(_tokens_of(tokenizer), grammar), prompt
+        self.choose = choose  # among the tokens that fit
         self._taken: list[int] = []
         if self._matcher.is_error():
             raise BadInput(f"The schema cannot be used: {self._matcher.get_error()}", "Give a JSON schema.")
 
     def __call__(self, logits: Tensor, ids: list[int]) -> int:
+        bits = np.unpackbits(self.allowed(ids).view(np.uint8), count=len(logits), bitorder="little")
+        fitting = logits.masked_fill(torch.from_numpy(bits == 0).to(logits.device), float("-inf"))
+        if fitting.amax() == float("-inf"):
+            raise NothingFits("No token of the model fits the schema here.", "Make the schema simpler.")
+        return self.choose(fitting, ids)
+
+    def allowed(self, ids: list[int]) -> np.ndarray:
+        """Which tokens fit after these ids: a bit for each token, in words of uint32, from the lowest bit on."""
         self._follow(ids[self._prompt :])
-        allowed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        words = np.frombuffer(self._matcher.compute_bitmask(), dtype="<u4")
         if self._matcher.is_error():
             raise BadInput(
                 f"The schema cannot be followed: {self._matcher.get_error().splitlines()[0]}", "Make it simpler."
             )
-        bits = (allowed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten()[: len(logits)].bool()
-        hidden = torch.ones(len(logits), dtype=torch.bool)
-        hidden[: len(bits)] = ~bits
-        fitting = logits.masked_fill(hidden.to(logits.device), float("-inf"))
-        if fitting.amax() == float("-inf"):
-            raise NothingFits("No token of the model fits the schema here.", "Make the schema simpler.")
-        return self._choose(fitting, ids)
+        return words
 
     def _follow(self, answer: list[int]) -> None:
         """Bring the matcher to where the answer ends."""

@@ -49,7 +49,7 @@ class Job:
     """A request to the scheduler, for one of its engines.
 
     tell: hears each `Token`, and at the end None or the error that ended it. borders: numbers of the prompt's first ids
-    after which other prompts may go on differently. twins: jobs with the same prompt, which is read once for all of them.
+    after which other prompts may go on differently. twins: jobs with the same prompt, which start together.
     bytes: the memory of its prompt and its longest answer.
 
     What the scheduler notes: `cached`, the prompt's ids that were in the prompt cache; the time when the request came, when
@@ -96,13 +96,14 @@ class Scheduler:
 
     def __init__(self, rows: int = 16, waiting: int = 64, cache: int = 1 << 30, memory: int | None = None) -> None:
         self.rows, self.most_waiting, self.cache, self.memory = rows, waiting, PromptCache(cache), memory
+        self.after: Callable[[], None] = lambda: None  # called after jobs have been told something
         self.failures = 0
         self._failing = False  # whether a step has failed, and no token was decided since
         self._began: float | None = None  # when the step that runs began
         self._changed = threading.Condition()
         self._preparing = 0  # answers of requests that have a place, and no ids yet
         self._waiting: deque[Job] = deque()
-        self._admitted: set[Job] = set()  # those that run, and twins that start when their prompt has been read
+        self._admitted: set[Job] = set()  # those that run, or are about to
         self._running: dict[Request, Job] = {}
         self._closing = False
         self._batches: dict[Engine, Batch] = {}
@@ -178,15 +179,18 @@ class Scheduler:
                 each.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
-                self._end(job, None)
+                for each in job.all:
+                    self._end(each, None)
             self._changed.notify()
+        self.after()
 
     def close(self) -> None:
         """Take no more jobs, give up those there are, and wait a little for the step that runs."""
         with self._changed:
             self._closing = True
             for job in [*self._waiting, *self._admitted]:
-                job.cancelled = True
+                for each in job.all:
+                    each.cancelled = True
             self._changed.notify()
         self._thread.join(LAST_STEP)
 
@@ -206,20 +210,21 @@ class Scheduler:
                     self._start(job)
             except BaseException as error:  # a bug
                 self._fail(error, [*self._running.values(), *admitted])
+            self.after()
             for engine, batch in [*self._batches.items()]:
                 try:
                     self._drop_cancelled()
                     self._step(batch)
                 except BaseException as error:  # whatever a step raises: NaN, memory, a bug
                     self._fail(error, [job for job in self._running.values() if job.engine is engine])
+                self.after()
 
     def _admit(self) -> list[Job]:
         """The jobs that may start now, in the order in which they came."""
         admitted: list[Job] = []
         while self._waiting and self._fits(self._waiting[0]):
-            job = self._waiting.popleft()
-            admitted.append(job)
-            self._admitted.update(job.all)
+            admitted += self._waiting.popleft().all
+            self._admitted.update(admitted)
         return admitted
 
     def _fits(self, job: Job) -> bool:
@@ -227,13 +232,13 @@ class Scheduler:
         together = [*self._admitted, *job.all]
         return len(together) <= self.rows and (self.memory is None or sum(each.bytes for each in together) <= self.memory)
 
-    def _start(self, job: Job, twin: Talk | None = None) -> None:
-        """Put a job into the batch. `twin`: a talk that has read its prompt."""
+    def _start(self, job: Job) -> None:
+        """Put a job into the batch."""
         if job.cancelled:
             self._end(job, None)
             return
         try:
-            talk, job.cached = (twin.fork(), len(job.ids) - 1) if twin else self.cache.talk(job.engine, job.ids)
+            talk, job.cached = self.cache.talk(job.engine, job.ids)
             batch = self._batches.setdefault(job.engine, Batch(job.engine))
             request = batch.add(job.ids, talk, job.choose, **job.limits)
         except Exception as error:  # whatever it is, it is this job's own
@@ -267,8 +272,6 @@ class Scheduler:
             self._remember(job)
         elif isinstance(event, Prefilled):
             job.read = time.monotonic()
-            for twin in job.twins:
-                self._start(twin, job.talk)
         elif isinstance(event, Decided):
             job.tell(event.token)
         elif isinstance(event, Finished):
@@ -303,8 +306,5 @@ class Scheduler:
         self._admitted.discard(job)
         if job.request is not None:
             self._running.pop(job.request, None)
-        for twin in job.twins:
-            if twin.state == "waiting":  # it would have started when the prompt had been read
-                self._end(twin, error)
         with suppress(Exception):  # who cannot be told an end has no other way to hear of it
             job.tell(job.error)

@@ -277,17 +277,10 @@ def answers(
     stop: tuple[str, ...] = (),
     report: Callable[[int], None] = lambda count: None,
 ) -> list[Generation]:
-    """An answer of at most `max_tokens` tokens to each prompt (token ids).
-
-    Prompts of similar length run side by side; `report` gets the count so far.
-    """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    """An answer of at most `max_tokens` tokens to each prompt (token ids). `report` gets the count so far."""
     answered: dict[int, Generation] = {}
-    while len(answered) < len(order):
-        batch = order[len(answered) :][:BATCH]
-        batch = batch[: engine.costs.at_once(len(prompts[batch[-1]]) + max_tokens, BATCH)]
-        generations = engine.generate_batch([prompts[index] for index in batch], max_tokens=max_tokens, stop=stop)
-        answered.update(zip(batch, generations, strict=True))
+    for index, answer in engine.answers(prompts, BATCH, max_tokens=max_tokens, stop=stop):
+        answered[index] = answer
         report(len(answered))
     return [answered[index] for index in range(len(prompts))]
 

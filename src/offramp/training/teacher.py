@@ -1,8 +1,8 @@
 """What exits learn from: the backbone's hidden states and final distributions over text, kept in shards on disk.
 
 Most of the text is the model's own answers to prompts, which is what it will decode later. Plain texts can be added.
-`answers` decodes them, many side by side. The hidden states are kept as decoding computes them, so nothing is computed
-twice.
+In compiled blocks the engine decodes the answers, many side by side; elsewhere the library does. Then the model reads all
+texts in the same way, in chunks, which gives their hidden states.
 
 Training reads the texts from the shards one by one. Millions of tokens need little memory, because the system drops its
 cache of the files when memory is short.
@@ -11,28 +11,35 @@ cache of the files when memory is short.
 from __future__ import annotations
 
 import copy
-from collections import deque
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from itertools import groupby
+from dataclasses import dataclass, fields
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple, overload
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from offramp.decode.embedding import embed_all
+from offramp.decode.engine import Engine
+from offramp.decode.sampling import LEAST_TEMPERATURE, Choose, Sampler, Sampling, noise
 from offramp.decode.sequence import begin_alike
 from offramp.errors import CorruptFile
 from offramp.files import read_lines, write_atomically
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
-from offramp.model.runtime import AnyState, Part, joined
+from offramp.model.runtime import AnyState, Part
 from offramp.training.loop import step_generator
 
 ROWS = 64  # answers side by side; more would hardly be faster, and need more memory
+CHUNK = 512  # tokens of texts that are read at once, about
+HEAD_ROWS = 256  # positions whose logits are in memory at once
 BUCKET = 64  # entries
 TEACHER = 16  # most probable tokens of the final distribution that are kept for each position
 
@@ -147,6 +154,12 @@ class TextGroup:
         """The number of tokens of the texts if every answer has its full length."""
         return sum(len(ids) + self.answer_tokens for ids in self.ids)
 
+    def choose(self, place: int) -> Sampler:
+        """How the tokens of an answer are chosen. Draws follow from the text's place alone."""
+        temperature = self.temperatures[place] if self.temperatures else 0.0
+        seed = step_generator(self.seed, place, "answers").initial_seed()
+        return Sampling(temperature, top_k=TEACHER, seed=seed).chooser()
+
 
 def group_texts(
     prompts: list[list[int]],
@@ -178,15 +191,17 @@ def made_shards(
 
     Yields the index and the shard of each group when it is done.
     """
-    asked = [index for index, group in enumerate(groups) if group.answer_tokens]
-    plain = [index for index, group in enumerate(groups) if not group.answer_tokens]
-    answering = _answer(backbone, [groups[index] for index in asked], layers, shared)
-    reading = _read(backbone, [groups[index] for index in plain], layers)
-    for chosen, made in ((asked, answering), (plain, reading)):
-        for place, texts in made:
-            tensors = {name: torch.cat([getattr(text, name) for text in texts]) for name in FIELDS}
-            tensors["lengths"] = torch.tensor([len(text.ids) for text in texts])
-            yield chosen[place], save(tensors)
+    plain = ((index, [[*ids] for ids in group.ids]) for index, group in enumerate(groups) if not group.answer_tokens)
+    prompts = [ids for group in groups if group.answer_tokens for ids in group.ids]
+    alike, nothing = (_begun(backbone, [*ids], layers) for ids in (prompts[0][:shared] if prompts else (), ()))
+    for index, texts in chain(_answered(backbone, groups), plain):
+        group = groups[index]
+        answers = bool(group.answer_tokens)
+        firsts = [len(ids) - 1 if answers else 0 for ids in group.ids]
+        read = _read(backbone, texts, firsts, layers, alike if answers else nothing)
+        tensors = {name: torch.cat([getattr(text, name) for text in read]) for name in FIELDS}
+        tensors["lengths"] = torch.tensor([len(text.ids) for text in read])
+        yield index, save(tensors)
 
 
 MakeShards = Callable[[Backbone, list[TextGroup], tuple[int, ...], int], Iterator[tuple[int, bytes]]]
@@ -222,16 +237,128 @@ def write_shards(
     return shards
 
 
+def _answered(backbone: Backbone, groups: list[TextGroup]) -> Iterator[tuple[int, list[list[int]]]]:
+    """Answer the groups' prompts, at most `ROWS` side by side, and fewer where their memory would be too large.
+
+    Yields the index of each group whose answers have all ended, and its texts: prompts with their answers, but for the last
+    token of each, which is not run.
+    """
+    engine, asked = Engine(backbone), [(index, group) for index, group in enumerate(groups) if group.answer_tokens]
+    if backbone.engine == "library blocks":  # there, the engine's sequences take turns
+        yield from ((index, _answered_by_library(engine, group)) for index, group in asked)
+        return
+    for limit, alike in groupby(asked, key=lambda pair: pair[1].answer_tokens):
+        places = [(index, group, place) for index, group in alike for place in range(len(group.ids))]
+        prompts = [[*group.ids[place]] for _, group, place in places]
+        choose: list[Choose] = [group.choose(place) for _, group, place in places]
+        ended: dict[int, dict[int, list[int]]] = defaultdict(dict)
+        for number, answer in engine.answers(prompts, ROWS, choose, max_tokens=limit):
+            index, group, place = places[number]
+            ended[index][place] = [*group.ids[place], *answer.ids[:-1]]
+            if len(ended[index]) == len(group.ids):
+                texts = ended.pop(index)
+                yield index, [texts[place] for place in sorted(texts)]
+
+
+@torch.inference_mode()
+def _answered_by_library(engine: Engine, group: TextGroup) -> list[list[int]]:
+    """The texts of a group as `_answered` gives them, by the library's `generate`: its prompts are equally long."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    backbone, model, length = engine.backbone, engine.backbone.model, len(group.ids[0])
+    stop_ids, texts, own = backbone.stop_ids, list[list[int]](), model.generation_config
+    for ids in group.ids:
+        backbone.prompts.check([*ids])
+    config = GenerationConfig(
+        max_new_tokens=min(group.answer_tokens, backbone.context - length),
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=min(stop_ids, default=0),
+    )
+    size = engine.costs.at_once(length + group.answer_tokens, ROWS)
+    model.generation_config = GenerationConfig()  # its own would give `config` what this one leaves open
+    try:
+        for at in range(0, len(group.ids), size):
+            prompts = torch.tensor(group.ids[at : at + size], device=backbone.device)
+            samplers = [group.choose(place) for place in range(at, at + len(prompts))]
+            chosen = LogitsProcessorList([_choosing(engine, samplers)])
+            for row in model.generate(prompts, config, chosen, attention_mask=torch.ones_like(prompts)).tolist():
+                ends = (place for place in range(length, len(row)) if row[place] in stop_ids)
+                texts.append(row[: next(ends, len(row) - 1)])
+    finally:
+        model.generation_config = own
+    return texts
+
+
+def _choosing(engine: Engine, samplers: list[Sampler]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that makes each row's best token what its sampler would choose: of the `TEACHER` likeliest."""
+    drawn = [row for row, sampler in enumerate(samplers) if sampler.temperature]
+    temperatures = torch.tensor([[max(samplers[row].temperature, LEAST_TEMPERATURE)] for row in drawn])
+
+    def choose(ids: Tensor, logits: Tensor) -> Tensor:
+        engine.check_numbers(logits.amax(-1).sum())  # not finite if one row's is not
+        if drawn:
+            likeliest, tokens = (part[drawn].cpu() for part in logits.topk(min(TEACHER, logits.shape[1])))
+            seeds = [samplers[row].seed for row in drawn]
+            added = [noise(seed, ids.shape[1], row) for seed, row in zip(seeds, tokens.numpy(), strict=True)]
+            best = (likeliest / temperatures + torch.tensor(np.stack(added))).argmax(-1, keepdim=True)
+            logits[drawn, tokens.gather(1, best)[:, 0].to(logits.device)] = math.inf
+        return logits
+
+    return choose
+
+
+class _Begun(NamedTuple):
+    """How texts begin: so many tokens, what the blocks remember of them, and their states at the exits (n, J, D)."""
+
+    tokens: int
+    state: AnyState
+    hidden: Tensor
+
+
+@torch.inference_mode()
+def _begun(backbone: Backbone, ids: list[int], layers: tuple[int, ...]) -> _Begun:
+    """Read what texts begin with, which may be nothing."""
+    state = backbone.state(len(ids))
+    if not ids:
+        return _Begun(0, state, torch.zeros(0, len(layers), backbone.hidden_size, dtype=torch.half, device=backbone.device))
+    h, step = backbone.embed(torch.tensor([ids], device=backbone.device))
+    (hidden,), _ = _through(backbone, [(h, state, step)], layers)
+    return _Begun(len(ids), state, hidden)
+
+
+@torch.inference_mode()
+def _read(
+    backbone: Backbone, texts: list[list[int]], firsts: list[int], layers: tuple[int, ...], begun: _Begun
+) -> list[TeacherText]:
+    """Read texts that begin alike. The positions of each count from that of `firsts` on."""
+    read: list[TeacherText] = []
+    known, longest = begun.tokens, max(map(len, texts))
+    size = Costs(backbone).at_once(longest, CHUNK // (longest - known))
+    for at in range(0, len(texts), size):
+        some = texts[at : at + size]
+        embedded = embed_all(backbone, [[ids[known:]] for ids in some], [known] * len(some))
+        states = [copy.deepcopy(begun.state) for _ in some]
+        for state, ids in zip(states, some, strict=True):
+            state.reserve(len(ids))
+        parts = [(h, state, step) for (h, step), state in zip(embedded, states, strict=True)]
+        through = _through(backbone, parts, layers)
+        for ids, first, hidden, top in zip(some, firsts[at : at + size], *through, strict=True):
+            best = [_most_probable(backbone, rows) for rows in top[first - known :].split(HEAD_ROWS)]
+            top_ids, top_logp = (F.pad(torch.cat(each), (0, 0, first, 0)).cpu() for each in zip(*best, strict=True))
+            hidden, counted = torch.cat([begun.hidden, hidden]).cpu(), torch.arange(len(ids)) >= first
+            read.append(TeacherText(torch.tensor(ids, dtype=torch.int32), hidden, top_ids, top_logp, counted))
+    return read
+
+
 def _through(backbone: Backbone, parts: list[Part], layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Run the parts through all blocks → each one's states at the exits (B, T, J, D) float16 and at the top (B, T, D)."""
+    """Run texts (1, T, D) through all blocks → each one's states at the exits (T, J, D) float16 and at the top (T, D)."""
     hidden, at_exits, start = [h for h, _, _ in parts], [], 0
     for stop in (*layers, backbone.n_blocks):
         running = [(h, state, step) for h, (_, state, step) in zip(hidden, parts, strict=True)]
         hidden = backbone.run_all(running, start, stop)
-        at_exits.append(joined([h.flatten(0, 1) for h in hidden]).half())
+        at_exits.append([h[0].half() for h in hidden])
         start = stop
-    stacked = torch.stack(at_exits[:-1], dim=1).split([h.shape[0] * h.shape[1] for h in hidden])
-    return [rows.unflatten(0, h.shape[:2]) for rows, h in zip(stacked, hidden, strict=True)], hidden
+    return [torch.stack(states, dim=1) for states in zip(*at_exits[:-1], strict=True)], [h[0] for h in hidden]
 
 
 def _most_probable(backbone: Backbone, top: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,181 +378,6 @@ def _largest(rows: Tensor, count: int) -> Tensor:
     chosen = buckets.amax(-1).topk(count, dim=-1).indices
     places: Tensor = buckets.gather(1, chosen[:, :, None].expand(-1, -1, BUCKET)).flatten(1).topk(count, dim=-1).indices
     return chosen.gather(1, places // BUCKET) * BUCKET + places % BUCKET
-
-
-@dataclass(eq=False)
-class _Text:
-    """A prompt and its answer so far: the text at `place` in the group at `group`.
-
-    Each entry of `hidden` is (T, J, D); each of `top_ids` and `top_logp` is (TEACHER,), one for each token of the answer.
-    `draws`: for each token of the answer, the number in [0, 1) that chooses it; 0 chooses the most probable.
-    """
-
-    group: int
-    place: int
-    prompt: tuple[int, ...]
-    answer_tokens: int
-    temperature: float
-    draws: list[float]
-    hidden: list[Tensor]
-    answer: list[int] = field(default_factory=list)
-    top_ids: list[Tensor] = field(default_factory=list)
-    top_logp: list[Tensor] = field(default_factory=list)
-
-    def finished(self) -> TeacherText:
-        """The text as it is stored."""
-        top_ids, top_logp = torch.stack(self.top_ids), torch.stack(self.top_logp)
-        unanswered = len(self.prompt) - 1  # positions of the prompt whose next token is the prompt's own
-        return TeacherText(
-            torch.tensor([*self.prompt, *self.answer[:-1]], dtype=torch.int32),
-            torch.cat(self.hidden).cpu(),
-            torch.cat([top_ids.new_zeros(unanswered, top_ids.shape[1]), top_ids]).cpu(),
-            torch.cat([top_logp.new_zeros(unanswered, top_ids.shape[1]), top_logp]).cpu(),
-            torch.arange(unanswered + len(top_ids)) >= unanswered,
-        )
-
-
-@dataclass(eq=False)
-class _Abreast:
-    """Texts of one length, with one state. `ids` (B, T) are run next; the first of them stand at position `first`."""
-
-    texts: list[_Text]
-    state: AnyState
-    ids: list[list[int]]
-    first: int
-
-
-class _Answers:
-    """Answers the groups' prompts, at most `ROWS` at a time, and fewer where their memory would be too large.
-
-    In compiled blocks all states share each pass over the weights: every text has a state of its own, and the next prompt
-    takes the place of an answer that ends. Elsewhere states take turns: the prompts of a group share one, and the next
-    group waits until all of its answers have ended.
-    """
-
-    def __init__(self, backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int) -> None:
-        """The prompts have their first `shared` ids in common: that part is run once."""
-        self.backbone, self.layers = backbone, layers
-        self._costs, self._share = Costs(backbone), backbone.engine != "library blocks"
-        self._stop_ids = backbone.stop_ids
-        self._shared, self._beginning, hidden = shared, backbone.state(shared), []
-        if shared:
-            h, step = backbone.embed(torch.tensor([groups[0].ids[0][:shared]], device=backbone.device))
-            (at_exits,), _ = _through(backbone, [(h, self._beginning, step)], layers)
-            hidden = [at_exits[0]]
-        self._waiting = deque(
-            _Text(index, place, ids, group.answer_tokens, *_draws(group, place), [*hidden])
-            for index, group in enumerate(groups)
-            for place, ids in enumerate(group.ids)
-        )
-        self._running: list[_Abreast] = []
-
-    def run(self) -> Iterator[_Text]:
-        """The texts as they end."""
-        while self._waiting or self._running:
-            self._fill()
-            yield from self._step()
-
-    def _fill(self) -> None:
-        """Let waiting texts take the free places."""
-        while self._waiting and (self._share or not self._running):
-            text = self._waiting[0]
-            rows = self._costs.at_once(len(text.prompt) + text.answer_tokens, ROWS)
-            free = rows - sum(len(abreast.texts) for abreast in self._running)
-            if free < 1:
-                return
-            most = 1 if self._share else free
-            texts = [self._waiting.popleft()]
-            while len(texts) < most and self._waiting and self._waiting[0].group == texts[0].group:
-                texts.append(self._waiting.popleft())
-            state = copy.deepcopy(self._beginning)
-            state.reserve(len(text.prompt) + text.answer_tokens)
-            if len(texts) > 1:
-                state.select(torch.zeros(len(texts), dtype=torch.long, device=self.backbone.device))
-            self._running.append(_Abreast(texts, state, [[*text.prompt[self._shared :]] for text in texts], self._shared))
-
-    def _step(self) -> Iterator[_Text]:
-        """Run the next tokens of all texts. Yields those that end."""
-        running = self._running
-        embedded = embed_all(self.backbone, [abreast.ids for abreast in running], [abreast.first for abreast in running])
-        parts = [(h, abreast.state, step) for abreast, (h, step) in zip(running, embedded, strict=True)]
-        at_exits, tops = _through(self.backbone, parts, self.layers)
-        top_ids, top_logp = _most_probable(self.backbone, joined([top[:, -1] for top in tops]))
-        chosen = _chosen(top_logp, [text for abreast in running for text in abreast.texts])
-        rows = iter(zip(top_ids, top_logp, top_ids.gather(1, chosen[:, None])[:, 0].tolist(), strict=True))
-        for abreast, hidden in zip(running, at_exits, strict=True):
-            abreast.first += hidden.shape[1]
-            going_on, abreast.ids = [], []
-            for place, text in enumerate(abreast.texts):
-                ids, logp, newest = next(rows)
-                text.hidden.append(hidden[place])
-                text.top_ids.append(ids)
-                text.top_logp.append(logp)
-                text.answer.append(newest)
-                if self._ends(text, newest, abreast.first):
-                    yield text
-                else:
-                    going_on.append(place)
-                    abreast.ids.append([newest])
-            if 0 < len(going_on) < len(abreast.texts):
-                abreast.state.select(torch.tensor(going_on, device=self.backbone.device))
-            abreast.texts = [abreast.texts[place] for place in going_on]
-        self._running = [abreast for abreast in running if abreast.texts]
-
-    def _ends(self, text: _Text, newest: int, position: int) -> bool:
-        full = len(text.top_ids) == text.answer_tokens or position >= self.backbone.context
-        return full or newest in self._stop_ids
-
-
-def _draws(group: TextGroup, place: int) -> tuple[float, list[float]]:
-    """The temperature of a text, and the numbers that choose its tokens. They follow from the text's place alone."""
-    temperature = group.temperatures[place] if group.temperatures else 0.0
-    if not temperature:
-        return 1.0, [0.0] * group.answer_tokens
-    generator = step_generator(group.seed, place, "answers")
-    return temperature, torch.rand(group.answer_tokens, generator=generator).tolist()
-
-
-def _chosen(top_logp: Tensor, texts: list[_Text]) -> Tensor:
-    """Which of its most probable tokens (n, TEACHER) each text goes on with, (n,)."""
-    temperatures = top_logp.new_tensor([text.temperature for text in texts], dtype=torch.float32)
-    draws = temperatures.new_tensor([text.draws[len(text.answer)] for text in texts])
-    chances = (top_logp.float() / temperatures[:, None]).softmax(-1).cumsum(-1)
-    return (chances <= draws[:, None]).sum(-1).clamp(max=top_logp.shape[1] - 1)
-
-
-@torch.inference_mode()
-def _answer(
-    backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int
-) -> Iterator[tuple[int, list[TeacherText]]]:
-    """Answer the groups' prompts, whose first `shared` ids are the same.
-
-    Yields the index of each group whose answers have all ended, and its texts.
-    """
-    if not groups:
-        return
-    ended: list[dict[int, TeacherText]] = [{} for _ in groups]
-    for text in _Answers(backbone, groups, layers, shared).run():
-        texts = ended[text.group]
-        texts[text.place] = text.finished()
-        if len(texts) == len(groups[text.group].ids):
-            yield text.group, [texts[place] for place in sorted(texts)]
-            texts.clear()
-
-
-@torch.inference_mode()
-def _read(backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...]) -> Iterator[tuple[int, list[TeacherText]]]:
-    """Read each group's plain texts, one by one: every position counts. Yields the group's index and its texts."""
-    for index, group in enumerate(groups):
-        texts = []
-        for ids in group.ids:
-            row = torch.tensor([ids], device=backbone.device)
-            h, step = backbone.embed(row)
-            (at_exits,), (top,) = _through(backbone, [(h, backbone.state(len(ids)), step)], layers)
-            top_ids, top_logp = _most_probable(backbone, top[0])
-            counted = torch.ones(len(ids), dtype=torch.bool)
-            texts.append(TeacherText(row[0].int().cpu(), at_exits[0].cpu(), top_ids.cpu(), top_logp.cpu(), counted))
-        yield index, texts
 
 
 def read_texts(path: str | Path, backbone: Backbone, length: int = 256) -> list[list[int]]:

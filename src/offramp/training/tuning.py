@@ -101,10 +101,10 @@ def _tune(backbone: Backbone, folder: Path, config: TuneConfig, progress: Progre
 
     work, accelerator = folder / ".training", accelerator_for(backbone.device)
     progress = progress if accelerator.is_main_process else silent
-    backbone.use_library_blocks()
     names = ("prompts", "texts", "max_prompts", "answer_tokens", "seed")
     reading = TrainConfig(**{name: getattr(config, name) for name in names})
     data = gather(backbone, reading, (backbone.n_blocks,), work, progress, plan=asdict(config))
+    backbone.use_library_blocks()
     texts = data.adapters + data.gates
     before = measure_held_out(backbone, data.held)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import POINTER, byref, c_char, c_char_p, c_double, c_int, c_int64, c_uint64, c_void_p
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,31 +42,94 @@ class CRows(ctypes.Structure):
     _fields_ = (("session", c_void_p), ("first", c_int64), ("count", c_int64))
 
 
-class CGates(ctypes.Structure):
-    """`offramp_gates`."""
-
-    _fields_ = (("count", c_int64), *((name, c_void_p) for name in ("gates", "after", "thresholds", "seen", "logits")))
+def _of(kind: Any, names: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, kind) for name in names.split())
 
 
-class CPass(ctypes.Structure):
-    """`offramp_pass`."""
+class Settings(Protocol):
+    """How a token is chosen: the fields of `decode.sampling.Sampling`."""
 
-    _fields_ = tuple((name, c_int64) for name in ("drafts", "stood", "asked"))
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def repetition_penalty(self) -> float: ...
 
 
-class CSteps(ctypes.Structure):
-    """`offramp_steps`."""
+class CSampling(ctypes.Structure):
+    """`offramp_sampling`."""
 
     _fields_ = (
-        ("ids", c_void_p),
-        *((name, c_int64) for name in ("known", "enough", "most")),
+        *_of(c_double, "temperature top_p min_p penalty"),
+        ("top_k", c_int64),
+        ("seed", c_uint64),
+    )
+
+    @classmethod
+    def of(cls, settings: Settings) -> CSampling:
+        """These settings as the C code takes them."""
+        numbers = settings.temperature, settings.top_p, settings.min_p, settings.repetition_penalty
+        return cls(*numbers, settings.top_k, settings.seed % 2**64)
+
+
+class CExit(ctypes.Structure):
+    """`offramp_exit`."""
+
+    _fields_ = (
+        *_of(c_int64, "after tail"),
+        *_of(c_void_p, "gate readout"),
+        *_of(c_double, "threshold perhaps key asking"),
+        *_of(c_int64, "gate_flops readout_flops"),
+    )
+
+
+class CBlockCosts(ctypes.Structure):
+    """`offramp_block_costs`."""
+
+    _fields_ = _of(c_int64, "flops seen_flops key_flops state_flops")
+
+
+class CRules(ctypes.Structure):
+    """`offramp_rules`."""
+
+    _fields_ = (
+        ("exits", c_void_p),
+        ("count", c_int64),
+        *_of(c_int, "fill confidence key"),
+        *_of(c_int64, "middle pending alike"),
+        ("decay", c_double),
+        *_of(c_void_p, "sketch exit_sketch shortlist guesses costs"),
+        *_of(c_int64, "head_flops exit_head_flops"),
+        ("row_costs", c_double * (MOST_DRAFTS + 1)),
+    )
+
+
+class CDecision(ctypes.Structure):
+    """`offramp_decision`."""
+
+    _fields_ = (*_of(c_int64, "id block"), ("confidence", c_double), *_of(c_int64, "flops blocks passes rejected"))
+
+
+class CRequest(ctypes.Structure):
+    """`offramp_request`."""
+
+    _fields_ = (
+        *_of(c_void_p, "session ids"),
+        *_of(c_int64, "known prompt reads most"),
         ("ends", c_void_p),
         ("ends_count", c_int64),
-        ("penalty", c_double),
-        *((name, c_void_p) for name in ("sketch", "drafter", "gates")),
-        *((name, c_int64) for name in ("decided", "run", "passes_count")),
-        *((name, c_void_p) for name in ("passes", "confidences", "h", "deep")),
-        ("seconds", c_double * 5),
+        ("how", CSampling),
+        ("allowed", c_void_p),
+        ("whole", c_int64),
+        *_of(c_void_p, "deep decisions"),
+        *_of(c_int64, "run decided asked failed"),
     )
 
 
@@ -74,9 +137,12 @@ STRUCTURES = {
     "offramp_error": CError,
     "offramp_weight": CWeight,
     "offramp_rows": CRows,
-    "offramp_gates": CGates,
-    "offramp_pass": CPass,
-    "offramp_steps": CSteps,
+    "offramp_sampling": CSampling,
+    "offramp_exit": CExit,
+    "offramp_block_costs": CBlockCosts,
+    "offramp_rules": CRules,
+    "offramp_decision": CDecision,
+    "offramp_request": CRequest,
 }
 TYPES = {
     torch.float32: "OFFRAMP_FLOAT32",
@@ -87,7 +153,7 @@ TYPES = {
     torch.int32: "OFFRAMP_UINT32",  # torch computes little with uint32
 }
 _ERROR = POINTER(CError)
-_MODEL = _SESSION = _PART = c_void_p
+_MODEL = _SESSION = _PART = _PLAN = c_void_p
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "offramp_part_new": (_PART, [c_char_p, _ERROR]),
     "offramp_part_free": (None, [_PART]),
@@ -101,12 +167,14 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "offramp_model_rotary": (c_int, [_MODEL, c_void_p, c_int64, c_int64, _ERROR]),
     "offramp_product": (c_int, [_MODEL, POINTER(CWeight), c_void_p, c_int64, c_void_p, _ERROR]),
     "offramp_logits": (c_int, [_MODEL, _PART, c_void_p, c_int64, c_void_p, _ERROR]),
-    "offramp_ask": (c_int, [_MODEL, _PART, c_void_p, c_void_p, _ERROR]),
+    "offramp_ask": (c_int, [_MODEL, _PART, c_void_p, c_int64, c_void_p, _ERROR]),
+    "offramp_read_out": (c_int, [_MODEL, _PART, c_void_p, c_void_p, c_int64, c_void_p, _ERROR]),
     "offramp_session_new": (_SESSION, [_MODEL, c_int, c_int64, _ERROR]),
     "offramp_session_free": (None, [_SESSION]),
     "offramp_session_fork": (_SESSION, [_SESSION, _ERROR]),
     "offramp_session_reserve": (None, [_SESSION, c_int64]),
     "offramp_session_length": (c_int64, [_SESSION, c_int64]),
+    "offramp_session_waits": (c_int64, [_SESSION, c_int64]),
     "offramp_session_first": (c_int64, [_SESSION, c_int64]),
     "offramp_session_bytes": (c_int64, [_SESSION]),
     "offramp_session_bytes_for": (c_int64, [_SESSION, c_int64]),
@@ -117,9 +185,15 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "offramp_session_copy": (c_int, [_SESSION, c_int64, c_int64, c_int64, _ERROR]),
     "offramp_session_keys": (c_int, [_SESSION, c_int64, c_int64, c_void_p, _ERROR]),
     "offramp_session_state": (c_int, [_SESSION, c_int64, c_void_p, c_void_p, _ERROR]),
-    "offramp_run": (c_int, [_MODEL, c_int64, c_int64, POINTER(CRows), c_int64, c_void_p, c_void_p, c_void_p, _ERROR]),
+    "offramp_run": (c_int, [_MODEL, c_int64, c_int64, POINTER(CRows), c_int64, c_void_p, _ERROR]),
     "offramp_remember": (c_int, [_MODEL, c_int64, c_int64, POINTER(CRows), c_int64, c_void_p, _ERROR]),
-    "offramp_decode": (c_int, [_MODEL, _SESSION, POINTER(CSteps), _ERROR]),
+    "offramp_plan_new": (_PLAN, [_MODEL, POINTER(CRules), _ERROR]),
+    "offramp_plan_free": (None, [_PLAN]),
+    "offramp_step": (c_int, [_PLAN, c_void_p, c_int64, c_int64, c_void_p, _ERROR]),
+    "offramp_choose": (
+        c_int,
+        [_MODEL, POINTER(CSampling), c_void_p, c_int64, c_void_p, c_void_p, POINTER(c_int64), _ERROR],
+    ),
 }
 
 
@@ -262,11 +336,15 @@ class Model(Owned):
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the library with this model."""
+        self.use_threads()
+        call(name, self.pointer, *arguments)
+
+    def use_threads(self) -> None:
+        """Let the next call use as many threads as torch does."""
         threads = min(torch.get_num_threads(), constant("OFFRAMP_MOST_THREADS"))
         if threads != self._threads:
             call("offramp_model_threads", self.pointer, threads)
             self._threads = threads
-        call(name, self.pointer, *arguments)
 
     def product(self, weight: CWeight, x: Tensor) -> Tensor:
         """Multiply x (R, K) with a weight: (R, N)."""

@@ -12,10 +12,11 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Sequence
-from ctypes import byref, c_float, c_int64
+from ctypes import byref, c_int64
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.compiled.blocks import Block, RotaryTable
-from offramp.model.compiled.library import CRows, Fine, Model, check_rows, handle_of
+from offramp.model.compiled.library import CRows, CSampling, Fine, Model, Settings, check_rows, handle_of
 from offramp.model.compiled.library import Part as CompiledPart
 from offramp.model.compiled.parts import Changed, Maker
 from offramp.model.compiled.session import Session
-from offramp.model.compiled.steps import Ask, Asked, Steps, take
+from offramp.model.compiled.steps import CompiledPlan, Rules
 from offramp.model.compiled.weights import FORMATS, GROUP, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
 from offramp.model.runtime import AnyState, Part, Step, joined
@@ -113,7 +114,7 @@ class Compiled:
         flat = [_rows(h) for h, _, _ in parts]
         rows = flat[0].clone(memory_format=torch.contiguous_format) if len(flat) == 1 else torch.cat(flat)
         if start < stop:
-            self._call("offramp_run", rows, start, stop, parts, None, None)
+            self._call("offramp_run", rows, start, stop, parts)
         pieces = [rows] if len(flat) == 1 else rows.split([len(x) for x in flat])
         return [x.view(h.shape) for x, (h, _, _) in zip(pieces, parts, strict=True)]
 
@@ -131,30 +132,29 @@ class Compiled:
         if not self.blocks[index].attends:
             self.remember_all([(h, state, self.step(h, state.length(index)))], index, index + 1)
 
-    def run_until(self, part: Part, start: int, asked: Asked) -> tuple[Tensor, int]:
-        """Run one token from block `start` up to the first gate that is sure enough, or to the top.
-
-        Returns its hidden state (1, 1, D) there, and the number of blocks before.
-        """
-        rows, run = _rows(part[0]).clone(memory_format=torch.contiguous_format), c_int64()
-        self._call("offramp_run", rows, start, len(self.blocks), [part], byref(asked.compiled), byref(run))
-        return rows[None], start + run.value
-
     def check(self, part: CompiledPart) -> None:
         """Raise `ValueError` for a gate, a sketch or a drafter that does not fit this model."""
         self._model.call("offramp_model_fits", part.pointer)
 
-    def ask(self, gate: CompiledPart, h: Tensor) -> float:
-        """The logit of a gate for a hidden state h (1, 1, D)."""
-        h, logit = h.float().contiguous(), c_float()
-        self._model.call("offramp_ask", gate.pointer, h.data_ptr(), byref(logit))
-        return logit.value
+    def plan(self, rules: Rules) -> CompiledPlan:
+        """A plan for this model. Raises `ValueError` for rules that do not fit it."""
+        return CompiledPlan(self._model, rules, self._reach)
 
-    def take_steps(self, ask: Ask, state: AnyState) -> Steps:
-        """Decode one sequence greedily, in one call of the compiled code."""
-        session = _session(state)
-        self._reach(session.length(0) + ask.most)
-        return take(self._model, session.pointer, ask, self._norm.numel())
+    def choose(self, settings: Settings, ids: Sequence[int], logits: Tensor, allowed: np.ndarray | None = None) -> int:
+        """Choose a token by logits (V,), after all ids before.
+
+        `allowed` has a bit for each token, in words of uint32; tokens beyond them are not allowed. Returns -1 where the
+        logits are not finite, and -2 where no token that is allowed has one.
+        """
+        check_rows(logits, self.head.rows)
+        y, given, chosen = logits.clone(), (c_int64 * len(ids))(*ids), c_int64()
+        words = np.zeros((len(y) + 31) // 32, np.uint32)
+        if allowed is not None:
+            words[: len(allowed)] = allowed[: len(words)]
+        mask = None if allowed is None else words.ctypes.data
+        how = byref(CSampling.of(settings))
+        self._model.call("offramp_choose", how, given, len(ids), mask, y.data_ptr(), byref(chosen))
+        return chosen.value
 
     def _reach(self, end: int) -> None:
         """Let the library know the rotary pairs of the positions before `end`."""
@@ -162,13 +162,13 @@ class Compiled:
             if self._rotary and end > self._model.positions:
                 self._model.rotary(self._rotary.pairs(max(256, 2 * end)))
 
-    def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[Part], *rest: Any) -> None:
+    def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
         """Call a function of the library with the rows (R, D) of all parts, one part after another."""
         check_rows(rows, self._norm.numel())
         self._reach(max(step.first + step.tokens for _, _, step in parts))
         texts = [text for _, state, step in parts for text in _session(state).rows(step.batch, step.first, step.tokens)]
         given = (CRows * len(texts))(*texts)
-        self._model.call(name, start, stop, given, len(texts), rows.data_ptr(), *rest)
+        self._model.call(name, start, stop, given, len(texts), rows.data_ptr())
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         if rows is not None:  # torch's operators, for gradients

@@ -124,6 +124,10 @@ class Session:
         """Tokens that `block` has in memory."""
         return int(library().offramp_session_length(self._texts[0].pointer, block))
 
+    def waits(self, exit: int) -> int:
+        """Tokens that wait at an open exit for their deeper blocks."""
+        return sum(library().offramp_session_waits(text.pointer, exit) for text in self._texts)
+
     @property
     def bytes(self) -> int:
         """The bytes of all memories, without room to grow."""

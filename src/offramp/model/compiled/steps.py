@@ -1,119 +1,144 @@
-"""What compiled decoding is asked for, and what it gives back."""
+"""Plans and steps of the C library: several requests decoded in one call (core/offramp.h, "Exits" and "Decoding")."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from ctypes import addressof, byref, c_float, c_int64
+from collections.abc import Callable, Sequence
+from ctypes import addressof, byref, c_double, c_int64, c_void_p
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from offramp.model.compiled.library import CGates, CPass, CSteps, Model, Part, pointers
+from offramp.model.compiled.library import (
+    MOST_DRAFTS,
+    CBlockCosts,
+    CDecision,
+    CExit,
+    CRequest,
+    CRules,
+    CSampling,
+    Model,
+    Owned,
+    Part,
+    Settings,
+    call,
+    constant,
+)
+from offramp.model.compiled.session import Session
+
+MOST_ROUNDS = 16  # of a call
+PARTS = ("blocks", "exits", "heads", "steps")  # what the seconds of a step are spent on
 
 
-class Gates:
-    """The gates of a model's open exits, in order, which compiled blocks ask (`exits.gates`)."""
+@dataclass(frozen=True)
+class ExitRules:
+    """`offramp_exit`: `after` blocks run before the exit, and the last `tail` ones after its read-out."""
 
-    def __init__(self, blocks: Sequence[int], parts: Sequence[Part], width: int) -> None:
-        """`blocks`: the number of blocks before each gate, which reads states of `width` dims."""
-        self.blocks, self.parts, self.width = blocks, parts, width
+    after: int
+    tail: int
+    gate: Part | None
+    readout: Part
+    threshold: float
+    perhaps: float
+    key: float
+    asking: float
+    gate_flops: int
+    readout_flops: int
 
-    def ahead(self, thresholds: Sequence[float], tokens: int = 1) -> Asked:
-        """The last of the gates, on the way of tokens; a threshold for each logit."""
-        first = len(self.parts) - len(thresholds)
-        return Asked(self.parts[first:], self.blocks[first:], thresholds, torch.empty(len(thresholds), self.width), tokens)
+
+@dataclass(frozen=True)
+class Rules:
+    """`offramp_rules`. `costs`: for each block its FLOPs, those for each position seen, and those of a fill's parts."""
+
+    exits: Sequence[ExitRules]
+    fill: str
+    confidence: str
+    key: str
+    middle: int
+    pending: int
+    alike: int
+    decay: float
+    sketch: Part | None
+    exit_sketch: Part | None
+    shortlist: Part | None
+    guesses: Part | None
+    costs: Sequence[tuple[int, int, int, int]]
+    head_flops: int
+    exit_head_flops: int
+    row_costs: Sequence[float]
 
 
-class Asked:
-    """Gates on the way of tokens: hidden states `seen` (n, D) of the newest token, and n `logits` for each token."""
+class Lane:
+    """A request to the library: a text and its session. What it holds stays at its place between calls."""
 
     def __init__(
-        self, parts: Sequence[Part], blocks: Sequence[int], thresholds: Sequence[float], seen: Tensor, tokens: int
+        self, session: Session, ids: Sequence[int], most: int, settings: Settings, ends: Tensor, whole: bool
     ) -> None:
-        self.count, self.seen, self.logits = len(parts), seen, (c_float * (len(parts) * tokens))()
-        # The structure holds addresses only.
-        self._alive = parts, pointers(parts), (c_int64 * len(parts))(*blocks), (c_float * len(parts))(*thresholds)
-        addresses = map(addressof, self._alive[1:])
-        self.compiled = CGates(self.count, *addresses, seen.data_ptr(), addressof(self.logits))
+        """`most`: the tokens that may be decided in all; `ends` (n,): those that end the text, int64."""
+        self._session, self._ends = session, ends
+        self._ids = (c_int64 * (len(ids) + most + 1))(*ids)
+        self._decisions = (CDecision * min(most, MOST_ROUNDS * (MOST_DRAFTS + 1)))()
+        self._allowed = np.zeros(0, np.uint32)
+        self.given = CRequest(
+            ids=addressof(self._ids), known=len(ids), prompt=len(ids), ends=ends.data_ptr(), ends_count=len(ends),
+            how=CSampling.of(settings), whole=whole, decisions=addressof(self._decisions),
+        )  # fmt: skip
+
+    def keep_deep(self, deep: Tensor) -> None:
+        """Let the library keep the deep states (2 D,) there."""
+        self._deep = deep
+        self.given.deep = deep.data_ptr()
+
+    def read(self, run: int, end: int) -> None:
+        """Ask for reading up to position `end`."""
+        self.given.run, self.given.reads = run, end - run
+
+    def decide(self, run: int, most: int, allowed: np.ndarray | None = None) -> None:
+        """Ask for at most `most` tokens. `allowed` has a bit for each token that may come next, in words of uint32."""
+        self.given.run, self.given.reads, self.given.most, self.given.allowed = run, 0, most, None
+        if allowed is not None:
+            self._allowed = allowed
+            self.given.allowed = allowed.ctypes.data
+
+    def decided(self) -> list[CDecision]:
+        """What the last call decided, until the next call."""
+        self.given.known += self.given.decided
+        found: list[CDecision] = self._decisions[: self.given.decided]
+        return found
+
+    def set_out(self) -> CRequest:
+        """The request as the library takes it now."""
+        self.given.session = self._session.pointer
+        return self.given
 
 
-@dataclass(frozen=True)
-class Ask:
-    """Greedy decoding of one sequence, asked for.
+class CompiledPlan(Owned):
+    """`offramp_plan`: a model with its rules."""
 
-    `ids`: the newest of the text's ids, the last of which is the token to begin with; decoding stops when `enough` tokens
-    are chosen (`most` at most), or after one of the `ends` (n,). `sketch` and `drafter` are parts of those kinds, `asked`
-    are gates that may stop a token, and `deep` (1, 1, D or 2D) is what a drafter reads of the token before. `penalty`: the
-    repetition penalty, of all `ids`; 1 is none.
-    """
+    def __init__(self, model: Model, rules: Rules, reach: Callable[[int], None]) -> None:
+        """`reach` lets the model know the positions before a number. Raises `ValueError` for rules that do not fit."""
+        self._model, self._reach, self._alive = model, reach, rules
+        exits = (CExit * len(rules.exits))(*map(_exit, rules.exits))
+        costs = (CBlockCosts * len(rules.costs))(*(CBlockCosts(*each) for each in rules.costs))
+        parts = (part and part.pointer for part in (rules.sketch, rules.exit_sketch, rules.shortlist, rules.guesses))
+        names = (f"OFFRAMP_{name.upper().replace('-', '_')}" for name in (rules.fill, rules.confidence, rules.key))
+        given = CRules(
+            addressof(exits), len(exits), *map(constant, names), rules.middle, rules.pending, rules.alike, rules.decay,
+            *parts, addressof(costs), rules.head_flops, rules.exit_head_flops, tuple(rules.row_costs),
+        )  # fmt: skip
+        super().__init__(call("offramp_plan_new", model.pointer, byref(given)), "offramp_plan_free")
 
-    ids: Sequence[int]
-    enough: int
-    most: int
-    ends: Tensor
-    sketch: Part | None = None
-    asked: Asked | None = None
-    deep: Tensor | None = None
-    drafter: Part | None = None
-    penalty: float = 1.0
-
-
-@dataclass(frozen=True)
-class Round:
-    """One pass to the top: `sure` are the confidences of drafts that stand (None for one that was looked up).
-
-    `drafts` were made, of which `asked` by the exit, and `rows` were run to the top.
-    """
-
-    sure: list[float | None]
-    drafts: int
-    asked: int
-
-    @property
-    def rows(self) -> int:
-        """The rows that were run to the top."""
-        return self.drafts + 1
+    def step(self, lanes: Sequence[Lane], rounds: int) -> list[float]:
+        """Step requests, in `rounds` passes to the top at most. Returns the seconds spent on each of `PARTS`."""
+        requests = (c_void_p * len(lanes))(*(addressof(lane.set_out()) for lane in lanes))
+        seconds = (c_double * len(PARTS))()
+        self._reach(max(lane.given.run + max(lane.given.reads, rounds * (MOST_DRAFTS + 1)) for lane in lanes))
+        self._model.use_threads()
+        call("offramp_step", self.pointer, addressof(requests), len(lanes), rounds, addressof(seconds))
+        return list(seconds)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """What greedy decoding found: the chosen `ids`; -1 stands where logits were not finite.
-
-    `rounds`: the passes to the top that chose them, in order; in each, drafts that stand come before the token that full
-    depth chose. `run`: the number of blocks run of a last token that a gate stopped, 0 if there is none. `h` (1, 1, D) is
-    the newest token's hidden state, `deep` what drafts read of the newest that reached the top. `seconds`: spent on
-    embeddings, blocks, heads, choices, and drafts.
-    """
-
-    ids: list[int]
-    rounds: list[Round]
-    run: int
-    h: Tensor
-    deep: Tensor
-    seconds: tuple[float, ...]
-
-
-def take(model: Model, session: int, ask: Ask, width: int) -> Steps:
-    """Take the steps that are asked for, in a session of a model whose hidden states have `width` dims."""
-    known = len(ask.ids)
-    ids = (c_int64 * (known + ask.most))(*ask.ids)
-    passes, confidences = (CPass * ask.most)(), (c_float * ask.most)()
-    reads = ask.drafter.fields["middle"] if ask.drafter else 0
-    h, deep = torch.empty(1, 1, width), torch.zeros(1, 1, width * (2 if reads else 1))
-    if ask.drafter and ask.deep is not None:
-        deep.copy_(ask.deep)
-    steps = CSteps(
-        addressof(ids), known, ask.enough, ask.most, ask.ends.data_ptr(), len(ask.ends), ask.penalty,
-        ask.sketch and ask.sketch.pointer, ask.drafter and ask.drafter.pointer,
-        addressof(ask.asked.compiled) if ask.asked else None, 0, 0, 0,
-        addressof(passes), addressof(confidences), h.data_ptr(), deep.data_ptr(),
-    )  # fmt: skip
-    model.call("offramp_decode", session, byref(steps))
-    rounds, first = [], 0
-    for made in passes[: steps.passes_count]:
-        sure = [None if math.isnan(p) else p for p in confidences[first : first + made.stood]]
-        rounds.append(Round(sure, made.drafts, made.asked))
-        first += made.stood + 1
-    return Steps(ids[known : known + steps.decided], rounds, steps.run, h, deep, tuple(steps.seconds))
+def _exit(exit: ExitRules) -> CExit:
+    gate = exit.gate and exit.gate.pointer
+    policy = exit.threshold, exit.perhaps, exit.key, exit.asking
+    return CExit(exit.after, exit.tail, gate, exit.readout.pointer, *policy, exit.gate_flops, exit.readout_flops)

@@ -1,0 +1,85 @@
+// The requests of one step, each in a lane of its own: which of its tokens climb, how far they are, and what
+// is decided. One thread at a time works here; it runs nothing.
+
+#pragma once
+#include "choose.h"
+#include "plan.h"
+#include "session.h"
+
+// What a climb has spent: FLOPs, and blocks run for one token each.
+typedef struct {
+    int64_t flops, blocks;
+} Spent;
+
+// A lane. `h` (room, D) are the states of the newest `rows` tokens that have set out and not reached the top;
+// the newest `climbing` of them climb, after the blocks before `segment`; the others wait at exits.
+// `middles`: at the top, their states after the plan's middle block.
+typedef struct {
+    offramp_request *request;
+    offramp_session *session;
+    int64_t known, run;  // ids, drafts among them; those that have set out
+    int64_t rows, climbing, segment;
+    int climbs, asks,
+        over;        // whether it climbs in this round, and asks exits; whether it is done with the call
+    int leaves;      // at the exit where it is now
+    int64_t chosen;  // there
+    double sure;     // the confidence of the exit's gate, then that with which it leaves
+    float *h, *middles;
+    Spent spent;
+    Round round;
+    offramp_decision drafts[MOST_DRAFTS];
+    int64_t passes, rejected;
+} Lane;
+
+// What the lanes of a round share: its rows, drafts among them, and the lanes that decide.
+typedef struct {
+    const offramp_plan *plan;
+    Lane *lanes;
+    int64_t count, width, deciding, rounds;
+} Lanes;
+
+// Whether request q of a call can be stepped.
+offramp_status check_request(const offramp_plan *plan, offramp_request *const *requests, int64_t q,
+                             offramp_error *error);
+
+// How many rows a request adds at most in a call.
+int64_t rows_of_call(const offramp_plan *plan, const offramp_request *request, int64_t rounds);
+
+// Gets its session ready: room for the tokens, and for watching mixers.
+offramp_status prepare_session(const offramp_plan *plan, const offramp_request *request, int64_t rounds,
+                               offramp_error *error);
+
+// The most rows of a lane, and the positions of its climbing rows: `first` to `run` - 1.
+int64_t rows_for(const offramp_plan *plan, const offramp_request *request);
+static inline int64_t first_of(const Lane *lane) { return lane->run - lane->climbing; }
+
+// Begins a round, with all lanes that are not done. Returns whether any climbs.
+int begin_round(Lanes *l);
+
+// Before a lane's climbing rows run through blocks `start` to `stop` - 1: what its mixers need to forget
+// drafts. After it: counts.
+void enter_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
+void leave_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
+
+// The same for the newest token in blocks that run, or remember, ahead of its turn there.
+void enter_ahead(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
+
+// Counts what asking an exit costs a round of drafts.
+void count_asking(const Lanes *l, Lane *lane);
+
+// A threshold of an exit for a lane's next token.
+double threshold_of(const Lanes *l, const Lane *lane, double threshold);
+
+// After the read-out of an exit chose `chosen`, with the confidence of its logits: whether the lane leaves
+// there. A lane that stays has its tail taken back.
+void consider_leaving(Lanes *l, Lane *lane, int64_t chosen, double confidence);
+
+// Leaves the exit, for the next segment or by what was chosen. `state` (D): what the head read.
+void pass_exit(Lanes *l, Lane *lane, const float *state);
+
+// Judges a lane at the top, with what full depth chose after each of its rows that are judged: one, and one
+// for each draft.
+void judge(Lanes *l, Lane *lane, const int64_t *chosen);
+
+// At the end of a call: notes what waits.
+void conclude(const Lanes *l, Lane *lane);

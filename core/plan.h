@@ -1,0 +1,51 @@
+// A plan: where tokens may leave, and the rules that follow.
+
+#pragma once
+#include "drafts.h"
+#include "exits.h"
+
+// The parts of an exit.
+typedef struct {
+    Gate gate;
+    MambaGate mamba_gate;
+    Readout readout;
+} Exit;
+
+struct offramp_plan {
+    offramp_model *model;
+    int64_t number;  // of all plans of the process, from 1 on
+    offramp_rules rules;
+    offramp_exit *exits;  // the rules' own
+    Exit *parts;
+    const Mamba2 **mixers;  // of Mamba gates; NULL for other gates
+    offramp_block_costs *costs;
+    int64_t first_tail;           // the number of blocks before the longest tail
+    int waits, takes_back;        // tokens wait; what a token leaves in tails may have to be forgotten
+    offramp_confidence measures;  // the confidence that logits give, or OFFRAMP_GATE for none
+    const Weight *exit_head;
+    const Sketch *sketch, *exit_sketch;
+    const int64_t *tokens;  // of the short list, or NULL
+    Free free;
+};
+
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// What a pass of so many rows costs, in steps of full depth. Beyond the table, each row costs twice as much as its last.
+double pass_cost(const offramp_plan *plan, int64_t rows);
+
+// Whether tokens leave at an exit also by a second key; its threshold for a token that follows `decided`
+// others.
+static inline int has_key(const offramp_exit *exit) { return exit->perhaps < 1 && exit->key < 1; }
+double decayed(const offramp_plan *plan, double threshold, int64_t decided);
+
+// FLOPs of blocks `start` to `stop` - 1 for the tokens at positions `first` to `end` - 1; of the fill for one
+// token.
+int64_t flops_of(const offramp_plan *plan, int64_t start, int64_t stop, int64_t first, int64_t end);
+int64_t fill_flops(const offramp_plan *plan, const offramp_exit *exit);
+
+// The blocks that remember a token which left at an exit, `*start` to `*stop` - 1; those that have keys only;
+// and the block whose keys they copy, or -1.
+typedef struct {
+    int64_t start, stop, keys, source;
+} Filled;
+Filled filled_at(const offramp_plan *plan, const offramp_exit *exit);

@@ -1,0 +1,474 @@
+// A step of any number of requests. It is made of turns. In each, one thread decides which lanes climb next:
+// those that are furthest behind. Their rows run through the blocks up to the next exit, or to the top, in
+// one pass. At an exit, gates and read-outs say who leaves; at the top, full depth decides.
+//
+// What threads go by stands in the turn, is written once, and has a place of its own: so a thread that comes
+// late does as the others did. The lanes change all the time, and are looked at by threads only that hold a
+// piece.
+
+#include "blocks.h"
+#include "lanes.h"
+
+// Rows that run together: of which lane, and which of its rows. `tokens.sequences` are places in `who`.
+typedef struct {
+    Lane **who;
+    int64_t lanes, *row_of;
+    Tokens tokens;
+} Group;
+
+typedef struct {
+    int64_t over, first, top, start, stop, exit;  // the segment, and the exit at its end, or -1
+    Group climbing, asked, reading, leaving;
+    Group judged;  // rows at the top; those from number `whole` on with the whole head
+    int64_t whole;
+    int expands;  // whether logits of a short list are put among those of all tokens
+    Choice *choices;
+    Found *found;
+} Turn;
+
+// One call. Threads share its memory; `h` are the rows of the pass, `states` those of exits and of the top.
+typedef struct {
+    offramp_plan *plan;
+    offramp_model *model;
+    offramp_request *const *requests;
+    Lanes lanes;
+    int64_t rows, outs, turns_count,
+        end;  // most rows of a pass, most that are read out, turns, and positions
+    double seconds[4];
+    // Laid out:
+    Turn *turns;
+    float *h, *states, *out, *y, *short_y, *logits, *sures;
+    const float **deep;
+    int64_t *chosen;
+    MemoryAt *memory, *gates;
+    Buffers buffers;
+    HeadRoom head, exit_head;
+    GateRoom *gate_rooms;
+    ReadoutRoom *readout_rooms;
+    ConfidenceRoom confidence;
+    ChooseRoom choose;
+} Step;
+
+enum { BLOCKS, EXITS, HEADS, BETWEEN };
+enum { MOST_LANES = 1 << 10, MOST_ROUNDS = 1 << 8 };
+
+static Group lay_group(Arena *arena, int64_t lanes, int64_t rows) {
+    return (Group){.who = take(arena, lanes * (int64_t)sizeof(Lane *)),
+                   .row_of = take(arena, rows * (int64_t)sizeof(int64_t)),
+                   .tokens = {.positions = take(arena, rows * (int64_t)sizeof(int64_t)),
+                              .sequences = take(arena, rows * (int64_t)sizeof(int64_t))}};
+}
+
+static void lay_turns(Step *s, Arena *arena) {
+    const int64_t L = s->lanes.count, R = s->rows, J = s->outs;
+    s->turns = take(arena, s->turns_count * (int64_t)sizeof(Turn));
+    for (int64_t t = 0; t < s->turns_count; t++) {
+        Turn turn = {.climbing = lay_group(arena, L, R),
+                     .asked = lay_group(arena, L, L),
+                     .reading = lay_group(arena, L, L),
+                     .leaving = lay_group(arena, L, L),
+                     .judged = lay_group(arena, L, J),
+                     .choices = take(arena, J * (int64_t)sizeof(Choice)),
+                     .found = take(arena, J * (int64_t)sizeof(Found))};
+        if (!arena->base) continue;
+        memset(turn.found, 0, J * sizeof(Found));
+        s->turns[t] = turn;
+    }
+}
+
+static void lay_step(void *context, Arena *arena) {
+    Step *s = context;
+    const offramp_model *model = s->model;
+    const offramp_plan *plan = s->plan;
+    const int64_t L = s->lanes.count, D = model->hidden, V = model->vocabulary, R = s->rows, J = s->outs;
+    s->lanes.lanes = take(arena, L * (int64_t)sizeof(Lane));
+    for (int64_t q = 0; q < L; q++) {
+        const int64_t room = rows_for(plan, s->requests[q]);
+        float *h = take_floats(arena, room * D),
+              *middles = take_floats(arena, plan->rules.middle ? room * D : 0);
+        if (arena->base) s->lanes.lanes[q] = (Lane){.h = h, .middles = middles};
+    }
+    lay_turns(s, arena);
+    s->h = take_floats(arena, R * D), s->states = take_floats(arena, J * D),
+    s->out = take_floats(arena, L * D);
+    s->y = take_floats(arena, J * V),
+    s->short_y = take_floats(arena, plan->tokens ? L * plan->exit_head->rows : 0);
+    s->logits = take_floats(arena, R), s->sures = take_floats(arena, L);
+    s->deep = take(arena, L * (int64_t)sizeof(float *));
+    s->chosen = take(arena, J * (int64_t)sizeof(int64_t));
+    s->memory = take(arena, model->count * L * (int64_t)sizeof(MemoryAt));
+    s->gates = take(arena, L * (int64_t)sizeof(MemoryAt));
+    s->buffers = buffers_for(model, R, s->end, arena);
+    s->head = room_for_head(&model->ends.head, plan->sketch, J, arena);
+    s->exit_head = room_for_head(plan->exit_head, plan->exit_sketch, L, arena);
+    s->gate_rooms = take(arena, plan->rules.count * (int64_t)sizeof(GateRoom));
+    s->readout_rooms = take(arena, plan->rules.count * (int64_t)sizeof(ReadoutRoom));
+    for (int64_t e = 0; e < plan->rules.count; e++) {
+        const Exit *exit = plan->parts + e;
+        const GateRoom gate = plan->mixers[e] ? room_for_mamba_gates(&exit->mamba_gate, R, arena)
+                                              : room_for_gates(&exit->gate, L, arena);
+        const ReadoutRoom readout = room_for_read_outs(&exit->readout, L, arena);
+        if (arena->base) s->gate_rooms[e] = gate, s->readout_rooms[e] = readout;
+    }
+    s->confidence = room_for_confidences(L, plan->exit_head->rows, arena);
+    s->choose = room_for_choices(J, V, arena);
+}
+
+// Adds rows `from` to `to` - 1 of a lane to a group.
+static void add(Group *g, Lane *lane, int64_t from, int64_t to) {
+    Tokens *t = &g->tokens;
+    for (int64_t r = from; r < to; r++, t->count++) {
+        const int64_t position = lane->run - lane->rows + r;
+        ((int64_t *)t->positions)[t->count] = position, ((int64_t *)t->sequences)[t->count] = g->lanes;
+        g->row_of[t->count] = r, t->end = larger(t->end, position + 1);
+    }
+    g->who[g->lanes++] = lane;
+}
+
+static Choice choice_of(const Lane *lane, int64_t known) {
+    const offramp_request *r = lane->request;
+    return (Choice){.how = &r->how, .ids = r->ids, .known = known, .allowed = r->allowed};
+}
+
+// Adds to a turn at the top the rows of a lane that are read out.
+static void add_judged(Turn *turn, Lane *lane) {
+    const int64_t drafts = lane->round.drafts;
+    if (lane->request->reads) return;
+    for (int64_t n = 0; n <= drafts; n++)
+        turn->choices[turn->judged.tokens.count + n] = choice_of(lane, lane->known - drafts + n);
+    add(&turn->judged, lane, lane->rows - drafts - 1, lane->rows);
+}
+
+// Where the memories of a group's sequences are, in blocks `start` to `stop` - 1.
+static void find_memories(Step *s, const Group *g, int64_t start, int64_t stop) {
+    for (int64_t i = start; i < stop; i++)
+        for (int64_t q = 0; q < g->lanes; q++) s->memory[i * g->lanes + q] = memory_at(g->who[q]->session, i);
+}
+
+// Whether the exit's gate is to say whether a lane may leave.
+static int asks_gate(const Step *s, const Lane *lane, const offramp_exit *exit) {
+    return s->plan->rules.confidence == OFFRAMP_GATE && threshold_of(&s->lanes, lane, exit->threshold) > 0;
+}
+
+// Sets up a turn: the lanes that are furthest behind, and their rows. Begins a round if there are none.
+static void set_up(Step *s, Turn *turn) {
+    const int64_t count = s->plan->rules.count, N = s->model->count;
+    int64_t segment = count + 1;
+    for (int began = 0;; began = 1) {
+        for (int64_t q = 0; q < s->lanes.count; q++)
+            if (s->lanes.lanes[q].climbs) segment = min_(segment, s->lanes.lanes[q].segment);
+        if (segment <= count) break;
+        if (began || !begin_round(&s->lanes)) {
+            turn->over = 1;
+            return;
+        }
+    }
+    const offramp_exit *exits = s->plan->exits;
+    turn->first = !segment, turn->top = segment == count, turn->exit = turn->top ? -1 : segment;
+    turn->start = segment ? exits[segment - 1].after : 0, turn->stop = turn->top ? N : exits[segment].after;
+    for (int64_t q = 0; q < s->lanes.count; q++) {
+        Lane *lane = s->lanes.lanes + q;
+        if (!lane->climbs || lane->segment != segment) continue;
+        enter_blocks(&s->lanes, lane, turn->start, turn->stop);
+        add(&turn->climbing, lane, lane->rows - lane->climbing, lane->rows);
+        if (!turn->top && lane->asks && asks_gate(s, lane, exits + segment))
+            add(&turn->asked, lane, lane->rows - 1, lane->rows);
+        if (turn->top && (lane->request->whole ? NULL : s->plan->sketch) == s->plan->sketch)
+            add_judged(turn, lane);
+    }
+    turn->whole = turn->judged.tokens.count;
+    for (int64_t q = 0; turn->top && s->plan->sketch && q < turn->climbing.lanes; q++)
+        if (turn->climbing.who[q]->request->whole) add_judged(turn, turn->climbing.who[q]);
+    turn->climbing.tokens.h = s->h, turn->climbing.tokens.rotary = s->model->rotary;
+    find_memories(s, &turn->climbing, turn->start, turn->stop);
+}
+
+static void embed(const Step *s, int64_t id, float *h) {
+    const Ends *ends = &s->model->ends;
+    const int64_t D = s->model->hidden;
+    const uint16_t *half = (const uint16_t *)ends->embedding.values + id * D;
+    if (ends->embedding.type == OFFRAMP_FLOAT32)
+        memcpy(h, floats(ends->embedding) + id * D, D * sizeof(float));
+    else
+        for (int64_t k = 0; k < D; k += LANES) store_up_to(h + k, from_bfloat16(half + k, D - k), D - k);
+}
+
+// Runs a group's rows, and puts the threads' time to a name.
+static void run(Step *s, Hand *hand, const Group *g, int64_t start, int64_t stop) {
+    Worker w = worker_of(s->model, &g->tokens, &s->buffers, hand);
+    run_blocks(&w, start, stop, s->memory, g->lanes);
+}
+
+static void climb(Step *s, Hand *hand, Turn *turn) {
+    const Group *g = &turn->climbing;
+    const int64_t D = s->model->hidden, middle = s->plan->rules.middle;
+    EACH_PIECE(r, hand, g->tokens.count) {
+        const Lane *lane = g->who[g->tokens.sequences[r]];
+        if (!turn->first)
+            memcpy(s->h + r * D, lane->h + g->row_of[r] * D, D * sizeof(float));
+        else
+            embed(s, lane->request->ids[g->tokens.positions[r]], s->h + r * D);
+    }
+    if (turn->top && middle) {
+        run(s, hand, g, turn->start, middle);
+        EACH_PIECE(r, hand, g->tokens.count)
+        memcpy(g->who[g->tokens.sequences[r]]->middles + g->row_of[r] * D, s->h + r * D, D * sizeof(float));
+        run(s, hand, g, middle, turn->stop);
+    } else {
+        run(s, hand, g, turn->start, turn->stop);
+    }
+    EACH_PIECE(r, hand, g->tokens.count)
+    memcpy(g->who[g->tokens.sequences[r]]->h + g->row_of[r] * D, s->h + r * D, D * sizeof(float));
+}
+
+// Copies the states of a group's rows side by side.
+static void gather(Hand *hand, const Group *g, int64_t D, float *to) {
+    EACH_PIECE(r, hand, g->tokens.count)
+    memcpy(to + r * D, g->who[g->tokens.sequences[r]]->h + g->row_of[r] * D, D * sizeof(float));
+}
+
+// After gates: which lanes read out.
+static void consider(Step *s, Turn *turn) {
+    const offramp_exit *exit = s->plan->exits + turn->exit;
+    const Group *g = &turn->climbing;
+    int64_t asked = 0, row = 0;
+    for (int64_t q = 0; q < g->lanes; q++) {
+        Lane *lane = g->who[q];
+        leave_blocks(&s->lanes, lane, turn->start, turn->stop);
+        row += lane->climbing;
+        if (s->plan->mixers[turn->exit]) {
+            count_mixed(lane->session->exits.gates + turn->exit, lane->climbing);
+            if (!lane->request->reads) lane->spent.flops += exit->gate_flops * lane->climbing;
+        }
+        if (!lane->asks) continue;
+        lane->sure = 1;
+        count_asking(&s->lanes, lane);
+        if (asks_gate(s, lane, exit)) {
+            const double logit = s->logits[s->plan->mixers[turn->exit] ? row - 1 : asked++];
+            const double lowest = threshold_of(&s->lanes, lane, exit->threshold);
+            lane->sure = 1 / (1 + exp(-logit));
+            if (!s->plan->mixers[turn->exit]) lane->spent.flops += exit->gate_flops;
+            if (!(lane->sure > (has_key(exit) ? fmin(lowest, exit->perhaps) : lowest))) continue;
+        }
+        const offramp_sampling *how = &lane->request->how;
+        turn->expands |=
+            s->plan->tokens && (how->temperature > 0 || how->penalty != 1 || lane->request->allowed);
+        turn->choices[turn->reading.lanes] = choice_of(lane, lane->known);
+        s->deep[turn->reading.lanes] = lane->request->deep;
+        lane->spent.flops += exit->readout_flops + s->plan->rules.exit_head_flops;
+        lane->request->asked++;
+        add(&turn->reading, lane, lane->rows - 1, lane->rows);
+    }
+    const int64_t N = s->model->count, start = N - exit->tail;
+    for (int64_t q = 0; q < turn->reading.lanes; q++) {
+        Lane *lane = turn->reading.who[q];
+        enter_ahead(&s->lanes, lane, start, N);
+        lane->spent.flops += flops_of(s->plan, start, N, lane->run - 1, lane->run);
+        lane->spent.blocks += exit->tail;
+    }
+    find_memories(s, &turn->reading, start, N);
+    turn->reading.tokens.h = s->out, turn->reading.tokens.rotary = s->model->rotary;
+}
+
+static void ask(Step *s, Hand *hand, Turn *turn) {
+    const Exit *exit = s->plan->parts + turn->exit;
+    const GateRoom *room = s->gate_rooms + turn->exit;
+    const Group *g = &turn->climbing;
+    if (s->plan->mixers[turn->exit]) {
+        EACH_PIECE(q, hand, g->lanes) {
+            Mixed *m = g->who[q]->session->exits.gates + turn->exit;
+            if (s->plan->rules.fill == OFFRAMP_VERIFY && !g->who[q]->request->reads)
+                begin_watch(s->plan->mixers[turn->exit], m);
+            s->gates[q] = mixed_at(s->plan->mixers[turn->exit], m);
+        }
+        ask_mamba_gates(hand, &exit->mamba_gate, s->h, g->tokens.count, g->tokens.sequences, s->gates, room,
+                        s->logits);
+    } else if (turn->asked.lanes) {
+        gather(hand, &turn->asked, s->model->hidden, s->states);
+        ask_gates(hand, &exit->gate, s->states, turn->asked.lanes, room, s->logits);
+    }
+    EACH_PIECE(i, hand, 1) consider(s, turn);
+}
+
+// What the exit's head reads, and chooses.
+static void read_out(Step *s, Hand *hand, Turn *turn) {
+    const offramp_plan *plan = s->plan;
+    const offramp_exit *exit = plan->exits + turn->exit;
+    const Group *g = &turn->reading;
+    const Ends *ends = &s->model->ends;
+    const int64_t R = g->lanes, N = s->model->count, n = plan->exit_head->rows, V = s->model->vocabulary;
+    float *y = plan->tokens ? s->short_y : s->y;
+    gather(hand, g, s->model->hidden, s->states);
+    read_outs(hand, &plan->parts[turn->exit].readout, s->states, s->deep, R, s->readout_rooms + turn->exit,
+              s->out);
+    if (exit->tail) run(s, hand, g, N - exit->tail, N);
+    read_logits(hand, plan->exit_head, floats(ends->norm), ends->eps, plan->exit_sketch, s->out, R,
+                &s->exit_head, turn->found, y);
+    if (plan->measures) confidences(hand, plan->measures, y, R, n, &s->confidence, s->sures);
+    if (turn->expands) EACH_PIECE(r, hand, R) {
+            for (int64_t v = 0; v < V; v++) s->y[r * V + v] = -INFINITY;
+            for (int64_t v = 0; v < n; v++) s->y[r * V + plan->tokens[v]] = y[r * n + v];
+        }
+    const int whole = turn->expands || !plan->tokens;
+    choose_rows(hand, turn->choices, R, whole ? s->y : y, whole ? V : n, &s->choose, s->chosen);
+}
+
+// Who leaves, and what remembers them.
+static void leave(Step *s, Turn *turn) {
+    const offramp_plan *plan = s->plan;
+    const offramp_exit *exit = plan->exits + turn->exit;
+    const Filled filled = filled_at(plan, exit);
+    const Group *g = &turn->reading;
+    for (int64_t q = 0; q < g->lanes; q++) {
+        Lane *lane = g->who[q];
+        for (int64_t i = s->model->count - exit->tail; i < s->model->count; i++)
+            count_tokens(lane->session, i, lane->run, 1);
+        const int64_t id = s->chosen[q], listed = plan->tokens && !turn->expands && id >= 0;
+        consider_leaving(&s->lanes, lane, listed ? plan->tokens[id] : id, plan->measures ? s->sures[q] : 0);
+        if (!lane->leaves) continue;
+        enter_ahead(&s->lanes, lane, filled.start, filled.stop);
+        add(&turn->leaving, lane, lane->rows - 1, lane->rows);
+        for (int64_t i = filled.start; filled.source >= 0 && i < filled.stop; i++)
+            if (s->model->blocks[i].attends) offramp_session_copy(lane->session, filled.source, i, 1, NULL);
+    }
+    find_memories(s, &turn->leaving, filled.start, filled.stop);
+    turn->leaving.tokens.h = s->h, turn->leaving.tokens.rotary = s->model->rotary;
+}
+
+static void at_exit(Step *s, Hand *hand, Turn *turn) {
+    const Filled filled = filled_at(s->plan, s->plan->exits + turn->exit);
+    const Group *left = &turn->leaving;
+    ask(s, hand, turn);
+    if (turn->reading.lanes) {
+        read_out(s, hand, turn);
+        EACH_PIECE(i, hand, 1) leave(s, turn);
+    }
+    const int fills = left->lanes && filled.source < 0 && filled.start < filled.stop;
+    if (fills) {
+        gather(hand, left, s->model->hidden, s->h);
+        Worker w = worker_of(s->model, &left->tokens, &s->buffers, hand);
+        remember_blocks(&w, filled.start, filled.stop, s->memory, left->lanes, (int)filled.keys);
+    }
+    EACH_PIECE(i, hand, 1) {
+        for (int64_t q = 0; fills && q < left->lanes; q++)
+            for (int64_t b = filled.start; b < filled.stop; b++)
+                if (!filled.keys || s->model->blocks[b].attends)
+                    count_tokens(left->who[q]->session, b, left->who[q]->run, 1);
+        for (int64_t q = 0, out = 0; q < turn->climbing.lanes; q++) {
+            Lane *lane = turn->climbing.who[q];
+            const int read = out < turn->reading.lanes && turn->reading.who[out] == lane;
+            pass_exit(&s->lanes, lane, s->out + out * s->model->hidden);
+            out += read;
+        }
+    }
+}
+
+static void at_top(Step *s, Hand *hand, Turn *turn) {
+    const Ends *ends = &s->model->ends;
+    const int64_t D = s->model->hidden, V = s->model->vocabulary, R = turn->judged.tokens.count,
+                  whole = turn->whole;
+    if (R) {
+        gather(hand, &turn->judged, D, s->states);
+        if (whole)
+            read_logits(hand, &ends->head, floats(ends->norm), ends->eps, s->plan->sketch, s->states, whole,
+                        &s->head, turn->found, s->y);
+        if (R > whole)
+            read_logits(hand, &ends->head, floats(ends->norm), ends->eps, NULL, s->states + whole * D,
+                        R - whole, &s->head, NULL, s->y + whole * V);
+        choose_rows(hand, turn->choices, R, s->y, V, &s->choose, s->chosen);
+    }
+    EACH_PIECE(i, hand, 1) {
+        for (int64_t q = 0; q < turn->climbing.lanes; q++)
+            leave_blocks(&s->lanes, turn->climbing.who[q], turn->start, turn->stop);
+        int64_t row = 0;
+        for (int64_t q = 0; q < turn->judged.lanes; q++) {
+            Lane *lane = turn->judged.who[q];
+            const int64_t rows = lane->round.drafts + 1;
+            lane->spent.flops += s->plan->rules.head_flops * rows;
+            judge(&s->lanes, lane, s->chosen + row);
+            row += rows;
+        }
+        for (int64_t q = 0; q < turn->climbing.lanes; q++)
+            if (turn->climbing.who[q]->request->reads) judge(&s->lanes, turn->climbing.who[q], NULL);
+    }
+}
+
+static void take_step(Hand *hand, void *context) {
+    Step *s = context;
+    double times[3];
+    for (Turn *turn = s->turns;; turn++) {
+        times[0] = seconds_now();
+        EACH_PIECE(i, hand, 1) set_up(s, turn);
+        if (turn->over) return;
+        times[1] = seconds_now();
+        climb(s, hand, turn);
+        times[2] = seconds_now();
+        (turn->top ? at_top : at_exit)(s, hand, turn);
+        if (hand->index) continue;
+        s->seconds[BETWEEN] += times[1] - times[0], s->seconds[BLOCKS] += times[2] - times[1];
+        s->seconds[turn->top ? HEADS : EXITS] += seconds_now() - times[2];
+    }
+}
+
+// The lanes as they begin.
+static void enter(Step *s) {
+    const int64_t D = s->model->hidden;
+    for (int64_t q = 0; q < s->lanes.count; q++) {
+        Lane *lane = s->lanes.lanes + q;
+        offramp_request *r = s->requests[q];
+        lane->request = r, lane->session = r->session, lane->known = r->known, lane->run = r->run;
+        r->decided = r->asked = r->failed = 0;
+        lane->rows = waiting(r->session);
+        if (lane->rows) memcpy(lane->h, r->session->exits.waiting, lane->rows * D * sizeof(float));
+    }
+}
+
+// The most turns of a round, in which each lane sets out up to `drafts` times. All wait for those behind
+// them: so before each turn further up there are at most `drafts` turns that end at an exit.
+static int64_t turns_of_round(const offramp_plan *plan, int64_t lanes, int64_t drafts) {
+    const int64_t exits = plan->rules.count;
+    if (drafts == 1) return exits + 1;
+    int64_t turns = 1;
+    for (int64_t e = 0; e < exits; e++) turns = min_(turns * (drafts + 1), lanes * drafts * (exits + 1));
+    return turns;
+}
+
+static offramp_status step(Step *s, int64_t rounds, offramp_error *error) {
+    const offramp_plan *plan = s->plan;
+    const int64_t count = s->lanes.count, most = min_(plan->rules.pending, MOST_DRAFTS),
+                  drafts = plan->rules.fill == OFFRAMP_VERIFY ? most + 1 : 1;
+    for (int64_t q = 0; q < count; q++) {
+        const offramp_request *r = s->requests[q];
+        if (check_request(plan, s->requests, q, error)) return OFFRAMP_INVALID;
+        s->rows += rows_for(plan, r), s->outs += r->reads ? 0 : drafts;
+        s->end = larger(s->end, r->run + rows_of_call(plan, r, rounds));
+    }
+    NEED(!s->model->rotary_dim || s->end <= s->model->positions,
+         "There are rotary pairs for %lld positions only.", (long long)s->model->positions);
+    for (int64_t q = 0; q < count; q++) {
+        const offramp_status status = prepare_session(plan, s->requests[q], rounds, error);
+        if (status) return status;
+    }
+    s->turns_count = rounds * turns_of_round(plan, count, drafts) + 1;
+    s->lanes.rounds = rounds;
+    if (!lay_out(s->model, lay_step, s))
+        return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a pass.");
+    enter(s);
+    pool_run(&s->model->pool, take_step, s);
+    for (int64_t q = 0; q < count; q++) conclude(&s->lanes, s->lanes.lanes + q);
+    return OFFRAMP_OK;
+}
+
+offramp_status offramp_step(offramp_plan *plan, offramp_request *const *requests, int64_t count,
+                            int64_t rounds, double *seconds, offramp_error *error) {
+    NEED(count >= 0 && count <= MOST_LANES && rounds > 0 && rounds <= MOST_ROUNDS,
+         "%lld requests and %lld rounds cannot be stepped.", (long long)count, (long long)rounds);
+    Step s = {
+        .plan = plan, .model = plan->model, .requests = requests, .lanes = {.plan = plan, .count = count}};
+    if (!count) return OFFRAMP_OK;
+    pool_enter(&s.model->pool);
+    const offramp_status status = step(&s, rounds, error);
+    pool_leave(&s.model->pool);
+    if (seconds) memcpy(seconds, s.seconds, sizeof s.seconds);
+    return status;
+}

@@ -1,0 +1,303 @@
+"""The rule of drafts: when `verify` makes one, and what from.
+
+A draft comes from an exit, or for nothing from the text, where it repeats itself (prompt look-up: A. Saxena, "Prompt
+Lookup Decoding", 2023), and from a table of n-grams. Another row of the chunk that full depth decides about costs
+something, and so does asking an exit. A draft is made where the chance that it stands exceeds its cost. The chances are
+estimated from the drafts of the same text so far. No clock decides, so answers can be repeated.
+
+Costs are in steps of full depth: passes of one row. All requests of a step share one chunk, so a row costs what it adds to
+the chunk as wide as it is then. Compiled code follows the same rule.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any
+
+from offramp.errors import CorruptFile
+from offramp.exits.exits import Exit, Exits
+from offramp.exits.ngrams import Ngrams
+from offramp.machine import processor
+from offramp.model.backbone import Backbone
+from offramp.model.compiled.library import MOST_DRAFTS, kernels
+
+# What 0, 1, … more rows of a chunk cost, in steps of full depth: for smollm2 on a maker's processors with these kernels, by
+# benchmarks/growth.py --formats FORMAT ("verified rows"), beside a step of a compiled loop, which is shorter than a single
+# one. On other processors, a guess.
+ROWS = {
+    ("AMD", "AVX-512 BF16 and VNNI"): {
+        "float32": (0.0, 0.1, 0.21, 0.52, 0.84, 1.02, 1.2, 1.4),
+        "bfloat16": (0.0, 0.03, 0.08, 0.18, 0.32, 0.4, 0.5, 0.58),
+        "int8": (0.0, 0.05, 0.19, 0.4, 0.66, 0.86, 1.06, 1.26),
+        "int4": (0.0, 0.02, 0.14, 0.37, 0.6, 0.8, 1.0, 1.2),
+    },
+    ("AMD", "AVX2"): {
+        "float32": (0.0, 0.08, 0.15, 0.22, 0.34, 0.4, 0.47, 0.61),
+        "bfloat16": (0.0, 0.11, 0.2, 0.38, 0.64, 0.83, 1.35, 1.65),
+        "int8": (0.0, 0.47, 0.92, 1.4, 1.9, 2.5, 3.0, 3.25),
+        "int4": (0.0, 0.57, 0.98, 1.59, 2.1, 2.67, 3.3, 3.6),
+    },
+    ("Intel", "AVX-512 and VNNI"): {
+        "float32": (0.0, 0.02, 0.06, 0.22, 0.24, 0.26, 0.42, 0.43),
+        "bfloat16": (0.0, 0.1, 0.2, 0.31, 0.42, 0.5, 0.6, 0.7),
+        "int8": (0.0, 0.12, 0.27, 0.46, 0.68, 0.89, 1.05, 1.23),
+        "int4": (0.0, 0.37, 0.8, 1.1, 1.4, 1.8, 2.1, 2.5),
+    },
+}
+ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
+
+LOOKED_BACK = 1024  # newest tokens of a text in which it is looked up what followed the last ones
+NEWEST, LONGEST = 16, 64  # drafts that a share is mostly of; rounds after which an exit is asked again at the latest
+
+
+def row_costs(weight_format: str) -> tuple[float, ...]:
+    """What 0 to 7 more rows of a chunk cost on this machine, in steps of full depth, by the table of machines."""
+    for (maker, instructions), costs in ROWS.items():
+        known = costs.get(weight_format.removesuffix("-head4"))
+        if known and maker in processor() and kernels() == instructions:
+            return known
+    return ELSEWHERE
+
+
+class Source(IntEnum):
+    """What a draft comes from."""
+
+    NOTHING, EXIT, TEXT, TABLE = range(4)
+
+
+@dataclass
+class Estimates:
+    """What is learned from the drafts of one sequence. Lists have a number for each source.
+
+    `right`: the share of its newest drafts that were right; `seen`: how many drafts that share is of (of NOTHING: how many
+    rounds `tokens` and `cost` are of); `promised`: the mean confidence of the exit's newest drafts, and the mean chance of
+    the table's. `tokens` and `cost`: those of a round. `rest` and `pause`: rounds until an exit whose drafts do not pay is
+    asked again, now and next time. At first it is as if half of a few drafts had been right.
+    """
+
+    right: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.5, 0.5])
+    seen: list[int] = field(default_factory=lambda: [1, 4, 4, 4])
+    promised: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.0, 0.5])
+    tokens: float = 1.0
+    cost: float = 1.0
+    rest: int = 0
+    pause: int = NEWEST
+
+    def copy(self) -> Estimates:
+        """The same estimates, which learn independently."""
+        return replace(self, right=[*self.right], seen=[*self.seen], promised=[*self.promised])
+
+    def _seen(self, source: Source) -> int:
+        """How many of the newest numbers of a source there are, with one more."""
+        self.seen[source] = min(self.seen[source] + 1, NEWEST)
+        return self.seen[source]
+
+    def learn_draft(self, guess: Guess, chosen: int) -> None:
+        """Learn from a draft in whose place full depth chose a token."""
+        source, seen = guess.source, self._seen(guess.source)
+        self.right[source] += ((guess.id == chosen) - self.right[source]) / seen
+        if source != Source.TEXT:
+            self.promised[source] += (guess.promise - self.promised[source]) / seen
+
+    def learn_round(self, tokens: int, cost: float) -> None:
+        """Learn how many tokens a round gave, and what it cost."""
+        seen = self._seen(Source.NOTHING)
+        self.tokens += (tokens - self.tokens) / seen
+        self.cost += (cost - self.cost) / seen
+
+
+@dataclass(frozen=True)
+class Guess:
+    """A draft that is tried, or only the source that it is to come from.
+
+    `promise`: the exit's confidence, or the table's chance; `sure`: the chance that it is right, which follows from that
+    and from the estimates.
+    """
+
+    source: Source
+    id: int = -1
+    promise: float = 0.0
+    sure: float = 0.0
+
+
+@dataclass(frozen=True)
+class DraftRule:
+    """What drafts of one plan cost, and where they come from.
+
+    `rows`: the cost of 0, 1, … more rows of a chunk; `asking`: that of asking each open exit; `floor`: what a draft's
+    chance to stand must exceed, the threshold of the first open exit. If the last `lookup` tokens stand earlier in the
+    text, the token that followed them there may be a draft (0: no look-up), and so may what `ngrams` expects. A round has
+    at most `most` drafts. `exits` have the record of their training; `block` is the number of blocks before the first open
+    one.
+    """
+
+    rows: tuple[float, ...]
+    asking: tuple[float, ...] = ()
+    floor: float = 0.0
+    lookup: int = 0
+    ngrams: Ngrams | None = None
+    most: int = MOST_DRAFTS
+    exits: Exits | None = None
+    block: int = 0
+
+    def pass_cost(self, width: int) -> float:
+        """What a pass of so many rows costs. Beyond the table, each row costs twice as much as its last."""
+        costs = self.rows
+        beyond = max(0, width - len(costs))
+        return 1 + costs[min(width, len(costs)) - 1] + 2 * beyond * (costs[-1] - costs[-2])
+
+    @property
+    def gain(self) -> float:
+        """How many times as fast as full depth the first exit's drafts should make decoding.
+
+        It follows from their costs, and from how often they were right on held-out text when the exit was trained. Raises
+        `CorruptFile` for a damaged record.
+        """
+        best = tokens = chance = 1.0
+        for drafts, share in enumerate(self._right()[:MOST_DRAFTS], start=1):
+            chance *= share
+            tokens += chance
+            best = max(best, tokens / (self.pass_cost(1 + drafts) + drafts * self.asking[0]))
+        return best
+
+    def _right(self) -> list[float]:
+        """How often a first, second, … draft was right on held-out text, by the record; nothing without exits."""
+        if self.exits is None or not self.asking:
+            return []
+        rows: list[dict[str, Any]] = self.exits.training.get("validation", [])
+        try:
+            held = next((row for row in rows if row["block"] == self.block), {})
+            return [float(share) for share in held.get("acceptance") or [held.get("agreement", 0.0)] * 3]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a stranger's record may hold anything
+            raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
+
+
+def asking_cost(backbone: Backbone, exit: Exit, head: int) -> float:
+    """The bytes that are read to ask an exit, as a share of those of a step of full depth.
+
+    They are those of the blocks before it, of its tail, and of read-out and head, whose entries take 4 bytes beside float32
+    weights, half a byte beside 4-bit ones, and else 1, as compiled code keeps them.
+    """
+    runtime, format = backbone.runtime, backbone.weight_format
+    entry = 4.0 if format == "float32" else 0.5 if format.startswith("int4") else 1.0
+    blocks = [*range(exit.block), *range(backbone.n_blocks - exit.tail, backbone.n_blocks)]
+    asked = sum(map(runtime.block_bytes, blocks)) + entry * (exit.adapter.flops() + head) / 2
+    return asked / (sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes())
+
+
+class Chunk:
+    """What all requests of a step share: the rows that will be run to the top, one for each request and draft so far."""
+
+    def __init__(self, rule: DraftRule, requests: int) -> None:
+        self.rule, self.width = rule, requests
+        self._requests = requests
+        self.share = rule.pass_cost(requests) / requests  # of a request, without drafts
+        self.rate = 1 / self.share  # tokens for each step of full depth, without drafts
+
+    @property
+    def row(self) -> float:
+        """What another row costs."""
+        return self.rule.pass_cost(self.width + 1) - self.rule.pass_cost(self.width)
+
+    @property
+    def cost(self) -> float:
+        """What the pass costs for each request."""
+        return self.rule.pass_cost(self.width) / self._requests
+
+
+class Round:
+    """The drafts of one sequence in one step. `chance`: that all of them stand; `guesses`: them, and the last one tried."""
+
+    def __init__(self, chunk: Chunk, estimates: Estimates) -> None:
+        self._chunk, self._rule, self._estimates = chunk, chunk.rule, estimates
+        self._rate = max(chunk.rate, estimates.tokens / estimates.cost)
+        self.chance, self.guesses = 1.0, list[Guess]()
+        self._drafts, self._asked = 0, 0.0
+
+    def next(self, ids: list[int]) -> Guess:
+        """Where the next draft comes from, after these ids, drafts among them.
+
+        The source is the one that is likelier to be right, if that is likely enough to pay. The exit goes on only from its
+        own drafts, whose states it knows. Where its drafts do not pay, it is asked again after some rounds.
+        """
+        e, number = self._estimates, len(self.guesses)
+        free, right = self._free(ids), e.right[Source.EXIT]
+        ask = bool(self._rule.asking) and all(guess.source == Source.EXIT for guess in self.guesses[-1:])
+        if ask:
+            cost = self._chunk.row + self._rule.asking[0] * self._chunk.share
+            ask = self.chance * right > max(cost * self._rate, self._rule.floor)
+        if self._rule.asking and number == 0:
+            ask = self._rests(ask)
+        if free.sure > 0 and (not ask or free.sure >= right):
+            return Guess(free.source, free.id, free.promise, min(free.sure, 1.0))
+        return Guess(Source.EXIT if ask else Source.NOTHING)
+
+    def _rests(self, ask: bool) -> bool:
+        """Whether the exit is asked at the beginning of a round: if that pays, or after a pause."""
+        e = self._estimates
+        e.rest -= not ask
+        if ask:
+            e.pause = e.rest = NEWEST
+        elif e.rest <= 0:
+            e.pause = e.rest = min(2 * e.pause, LONGEST)
+            return True
+        return ask
+
+    def _free(self, ids: list[int]) -> Guess:
+        """The likelier of the drafts that cost nothing, with an estimate that may be above 1."""
+        e, rule = self._estimates, self._rule
+        found = looked_up(ids[-LOOKED_BACK:], rule.lookup)
+        text = Guess(Source.TEXT, found, 0.0, e.right[Source.TEXT]) if found is not None else Guess(Source.NOTHING)
+        expected = rule.ngrams.after(ids) if rule.ngrams else None
+        if expected is None:
+            return text
+        id, chance = expected
+        table = Guess(Source.TABLE, id, chance, chance * e.right[Source.TABLE] / e.promised[Source.TABLE])
+        return text if text.sure >= table.sure else table
+
+    def asks(self, exit: int) -> None:
+        """Count the cost of asking an open exit."""
+        self._asked += self._rule.asking[exit] * self._chunk.share
+
+    def keeps_free(self, guess: Guess, ends: Collection[int]) -> bool:
+        """Whether a guess of the text or of the table becomes a draft. It must pay, and must not end the text."""
+        return self._keeps(guess, self._rule.floor, ends)
+
+    def keeps_exits(self, id: int, confidence: float, leaves: bool, ends: Collection[int]) -> bool:
+        """Whether an exit's token becomes a draft: if it `leaves` by the policy, pays, and does not end the text."""
+        e = self._estimates
+        sure = min(1.0, confidence * e.right[Source.EXIT] / e.promised[Source.EXIT])
+        guess = Guess(Source.EXIT, id, confidence, sure)
+        return self._keeps(guess, 0.0 if leaves else float("inf"), ends)
+
+    def _keeps(self, guess: Guess, floor: float, ends: Collection[int]) -> bool:
+        self.guesses[self._drafts :] = [guess]  # an exit may have been asked for this one before
+        chance = self.chance * guess.sure
+        if guess.id in ends or not chance > max(self._chunk.row * self._rate, floor):
+            return False
+        self.chance = chance
+        self._chunk.width += 1
+        self._drafts += 1
+        return True
+
+    def learn(self, chosen: list[int]) -> None:
+        """Learn from what full depth chose: the drafts that stand, and a token of its own. The chunk is complete."""
+        for guess, id in zip(self.guesses, chosen, strict=False):  # those after the first that is wrong teach nothing
+            self._estimates.learn_draft(guess, id)
+        self._estimates.learn_round(len(chosen), self._chunk.cost + self._asked)
+
+
+def looked_up(ids: list[int], size: int) -> int | None:
+    """The id that followed the last `size` ids where they last stood before; None if they did not, or for a size of 0."""
+    if size < 1 or len(ids) <= size:
+        return None
+    text, last = array("q", ids).tobytes(), array("q", ids[-size:]).tobytes()
+    end = len(text) - 8  # not the last ids themselves
+    while (at := text.rfind(last, 0, end)) >= 0:
+        if at % 8 == 0:
+            return ids[at // 8 + size]
+        end = at + len(last) - 1
+    return None

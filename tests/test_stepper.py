@@ -1,0 +1,104 @@
+"""The compiled stepper and the reference decide the same, in the same way."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import TAILS, costing, modest_exits, refused, some_prompts
+from models import BLOCKS, COMPILED, compiled_only, tiny
+from offramp import Engine, Exits, Policy
+from offramp.decode.fills import FILLS
+from offramp.decode.request import Request, Token
+from offramp.decode.sampling import Sampling
+
+SAMPLINGS = [
+    None,
+    Sampling(repetition_penalty=1.3),
+    Sampling(temperature=0.9, seed=1),
+    Sampling(temperature=1.2, top_k=30, top_p=0.9, min_p=0.001, repetition_penalty=1.1, seed=2),
+]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition of decoding, drawn at random."""
+
+    exits: Exits
+    policy: Policy
+    sampling: Sampling | None
+    options: dict[str, Any]
+    costs: tuple[float, float]  # of a row, and of asking an exit, where drafts are made
+    prompts: list[list[int]]
+
+
+def drawn(family: str, dice: random.Random) -> Condition:
+    gate, readout = dice.choice(["linear", "ffn", "mamba"]), dice.choice(["none", "linear", "ffn", "deep"])
+    exits = modest_exits(family, dice.randrange(100), gate, readout, dice.choice([(), TAILS, (3, 0, 0)]))
+    if dice.random() < 0.3:
+        exits.shortlist = torch.arange(0, tiny(family).vocab_size, 2)
+    kind = dice.choice(["gate", "keys", "max-prob", "margin", "entropy"])
+    one = dice.choice([0.0, 0.02, 0.5, 0.6] if kind == "gate" else [0.0, 0.01, 0.02])
+    policy = Policy((one, dice.choice([one, 1.0]), one), kind if kind != "keys" else "gate", dice.choice([0.0, 8.0]))
+    if kind == "keys":
+        key = dice.choice(["max-prob", "margin"])
+        policy = replace(policy, thresholds=(0.55,) * 3, perhaps=(0.3, 0.4, 1.0), keys=(0.01, 0.02, 1.0), key=key)
+    options = {"max_pending": dice.choice([1, 3, 7]), "lookup": dice.choice([0, 2])}
+    costs = dice.choice([0.0, 0.02, 0.1]), dice.choice([0.0, 0.05])
+    return Condition(
+        exits, policy, dice.choice(SAMPLINGS), options, costs, some_prompts(dice.choice([1, 4]), dice.randrange(99))
+    )
+
+
+def decoded(family: str, fill: str, condition: Condition, compiled: bool) -> list[Request]:
+    engine = Engine(tiny(family), condition.exits, condition.policy, fill, condition.sampling, **condition.options)
+    if fill == "verify":
+        costing(engine, *condition.costs)
+    assert engine.compiled
+    engine.compiled = engine.compiled if compiled else None
+    batch = engine.batch()
+    requests = [batch.add(prompt, max_tokens=24) for prompt in condition.prompts]
+    list(batch.run())
+    return requests
+
+
+def counts(token: Token) -> tuple[object, ...]:
+    return token.id, token.text, token.exit_block, token.blocks, token.flops, token.deep_passes, token.rejected
+
+
+@compiled_only
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("family", [f"{family}/compiled" for family in COMPILED])
+def test_both_steppers_decide_the_same_in_the_same_way(family: str, fill: str) -> None:
+    if refused(fill, family):
+        return
+    dice, left = random.Random(f"{family} {fill}"), 0
+    for _ in range(5):
+        condition = drawn(family, dice)
+        pairs = zip(*(decoded(family, fill, condition, compiled) for compiled in (True, False)), strict=True)
+        for ours, theirs in pairs:
+            assert [*map(counts, ours.tokens)] == [*map(counts, theirs.tokens)], condition
+            for own, other in zip(ours.tokens, theirs.tokens, strict=True):
+                assert own.confidence == pytest.approx(other.confidence, abs=2e-4)
+            left += sum(token.exit_block < BLOCKS for token in ours.tokens)
+    assert left
+
+
+@compiled_only
+@pytest.mark.parametrize("family", ["llama/compiled", "bamba/compiled"])
+def test_another_stepper_goes_on_with_a_text_or_reads_it_again(family: str) -> None:
+    """Where exits keep something of a text, another stepper begins anew; the answer is the same."""
+    for fill in ("project", "defer", "verify"):
+        exits = modest_exits(family, gate="linear", tails=TAILS)
+        engine = Engine(tiny(family), exits, Policy((0.4,) * 3), fill)
+        prompt = some_prompts(1, seed=3)[0]
+        wanted = engine.generate(prompt, max_tokens=12, end_ids=frozenset()).ids
+        talk = engine.read(prompt)
+        batch = engine.batch()
+        request = batch.add(prompt, talk, lambda logits, ids: int(logits.argmax()), max_tokens=12, end_ids=frozenset())
+        list(batch.run())
+        assert [token.id for token in request.tokens] == wanted

@@ -30,7 +30,8 @@ struct offramp_plan {
 
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// What a pass of so many rows costs, in steps of full depth. Beyond the table, each row costs twice as much as its last.
+// What a pass of so many rows costs, in steps of full depth. Beyond the table, each row costs twice as much
+// as its last.
 double pass_cost(const offramp_plan *plan, int64_t rows);
 
 // Whether tokens leave at an exit also by a second key; its threshold for a token that follows `decided`
@@ -43,8 +44,8 @@ double decayed(const offramp_plan *plan, double threshold, int64_t decided);
 int64_t flops_of(const offramp_plan *plan, int64_t start, int64_t stop, int64_t first, int64_t end);
 int64_t fill_flops(const offramp_plan *plan, const offramp_exit *exit);
 
-// The blocks that remember a token which left at an exit, `*start` to `*stop` - 1; those that have keys only;
-// and the block whose keys they copy, or -1.
+// The blocks that remember a token which left at an exit: `start` to `stop` - 1, or of these only those with
+// `keys`; and the block whose keys they copy, or -1.
 typedef struct {
     int64_t start, stop, keys, source;
 } Filled;

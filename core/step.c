@@ -173,8 +173,7 @@ static void set_up(Step *s, Turn *turn) {
         add(&turn->climbing, lane, lane->rows - lane->climbing, lane->rows);
         if (!turn->top && lane->asks && asks_gate(s, lane, exits + segment))
             add(&turn->asked, lane, lane->rows - 1, lane->rows);
-        if (turn->top && (lane->request->whole ? NULL : s->plan->sketch) == s->plan->sketch)
-            add_judged(turn, lane);
+        if (turn->top && !(s->plan->sketch && lane->request->whole)) add_judged(turn, lane);
     }
     turn->whole = turn->judged.tokens.count;
     for (int64_t q = 0; turn->top && s->plan->sketch && q < turn->climbing.lanes; q++)
@@ -193,7 +192,7 @@ static void embed(const Step *s, int64_t id, float *h) {
         for (int64_t k = 0; k < D; k += LANES) store_up_to(h + k, from_bfloat16(half + k, D - k), D - k);
 }
 
-// Runs a group's rows, and puts the threads' time to a name.
+// Runs a group's rows through blocks `start` to `stop` - 1.
 static void run(Step *s, Hand *hand, const Group *g, int64_t start, int64_t stop) {
     Worker w = worker_of(s->model, &g->tokens, &s->buffers, hand);
     run_blocks(&w, start, stop, s->memory, g->lanes);

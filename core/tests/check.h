@@ -161,6 +161,23 @@ static inline void norm_reference(const double *x, const float *weight, double e
 }
 static inline double silu_reference(double x) { return x / (1 + exp(-x)); }
 
+// The confidence of logits (n), `listed` of which are those of tokens.
+static inline double confidence_reference(offramp_confidence kind, const float *y, int64_t n,
+                                          int64_t listed) {
+    double total = 0, moment = 0, most = -INFINITY, second = -INFINITY;
+    int64_t best = 0;
+    for (int64_t i = 0; i < n; i++)
+        if (y[i] > most) most = y[i], best = i;
+    for (int64_t i = 0; i < n; i++) {
+        const double x = y[i] - most;
+        total += exp(x), moment += y[i] > -INFINITY ? x * exp(x) : 0;
+        if (i != best) second = fmax(second, x);
+    }
+    if (kind == OFFRAMP_MAX_PROB) return 1 / total;
+    if (kind == OFFRAMP_MARGIN) return (1 - exp(second)) / total;
+    return listed == 1 ? 1 : 1 + (moment / total - log(total)) / log(listed);
+}
+
 // How far numbers are from those expected, as a share of the largest expected.
 static inline double distance(const float *found, const double *expected, int64_t count) {
     double most = 0, furthest = 0;

@@ -377,21 +377,6 @@ static void all_read_outs_are_right(void) {
 
 // Confidences -------------------------------------------------------------------------------------
 
-static double confidence_reference(offramp_confidence kind, const float *y, int64_t n) {
-    double total = 0, moment = 0, most = -INFINITY, second = -INFINITY;
-    int64_t best = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (y[i] > most) most = y[i], best = i;
-    for (int64_t i = 0; i < n; i++) {
-        const double x = y[i] - most;
-        total += exp(x), moment += y[i] > -INFINITY ? x * exp(x) : 0;
-        if (i != best) second = fmax(second, x);
-    }
-    if (kind == OFFRAMP_MAX_PROB) return 1 / total;
-    if (kind == OFFRAMP_MARGIN) return (1 - exp(second)) / total;
-    return n == 1 ? 1 : 1 + (moment / total - log(total)) / log(n);
-}
-
 static void confidences_are_right(int64_t n) {
     const int mark = kept_count;
     float *y = randoms(ROWS * n, -4, 4), *sure = zeros(ROWS);
@@ -407,7 +392,7 @@ static void confidences_are_right(int64_t n) {
         const Job job = {.kind = kind, .given = y, .rows = ROWS, .n = n, .out = sure};
         cuts_do_not_matter(job, n, 1);
         for (int r = 0; r < ROWS; r++) {
-            const double wanted = confidence_reference(kind, y + r * n, n);
+            const double wanted = confidence_reference(kind, y + r * n, n, n);
             CHECK(fabs(sure[r] - wanted) < 3e-6, "measure %d of row %d of %d tokens: %g and not %g", kind, r,
                   (int)n, sure[r], wanted);
         }

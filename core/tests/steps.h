@@ -212,22 +212,6 @@ static inline double threshold_by_hand(const ByHand *b, double threshold) {
                                       : threshold;
 }
 
-static inline double confidence_reference(offramp_confidence kind, const float *y, int64_t n,
-                                          int64_t listed) {
-    double total = 0, moment = 0, most = -INFINITY, second = -INFINITY;
-    int64_t best = 0;
-    for (int64_t i = 0; i < n; i++)
-        if (y[i] > most) most = y[i], best = i;
-    for (int64_t i = 0; i < n; i++) {
-        const double x = y[i] - most;
-        total += exp(x), moment += y[i] > -INFINITY ? x * exp(x) : 0;
-        if (i != best) second = fmax(second, x);
-    }
-    if (kind == OFFRAMP_MAX_PROB) return 1 / total;
-    if (kind == OFFRAMP_MARGIN) return (1 - exp(second)) / total;
-    return 1 + (moment / total - log(total)) / log(listed);
-}
-
 // What an exit's head, or the one at the top, chooses after state h (D).
 static inline int64_t choose_by_hand(const ByHand *b, const float *h, int top, double *confidence) {
     const offramp_rules *rules = &b->rules->rules;

@@ -23,7 +23,7 @@ from offramp.exits import gates, readouts
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.ngrams import LONGEST, SHORTEST
 from offramp.exits.policy import PATIENCE
-from offramp.model.compiled.library import Part, constant
+from offramp.model.compiled.library import MOST_DRAFTS, Part, constant
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import MOST_ROUNDS, PARTS, CompiledPlan, ExitRules, Lane, Rules
@@ -207,5 +207,5 @@ def _rules(plan: Plan, runtime: Compiled, exits: Exits | None, open_exits: list[
         costs=[costs.of_block(index) for index in range(costs.n_blocks)],
         head_flops=plan.head.flops,
         exit_head_flops=plan.exit_head.flops,
-        row_costs=plan.drafts.rows if plan.drafts else (0.0,) * 8,
+        row_costs=plan.drafts.rows if plan.drafts else (0.0,) * (MOST_DRAFTS + 1),
     )

@@ -30,7 +30,7 @@ from torch import Tensor
 import offramp
 from exits import exits_for, questions_in
 from offramp import Exits
-from offramp.exits.parts import Memory, Part
+from offramp.exits.parts import ExitPart, Memory
 from offramp.metrics import auroc
 from offramp.training.config import TrainConfig
 from offramp.training.data import gather
@@ -42,10 +42,10 @@ from paper_exits import mark
 REPETITIONS = 400
 
 
-class Forgetful(Part):
+class Forgetful(ExitPart):
     """A gate that sees every token with an empty memory."""
 
-    def __init__(self, gate: Part) -> None:
+    def __init__(self, gate: ExitPart) -> None:
         super().__init__()
         self.gate = gate
 

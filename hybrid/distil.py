@@ -45,7 +45,7 @@ from offramp.model.loading import load
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather
 from offramp.training.distillation import Distillation
-from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, step_generator, warmed_cosine
+from offramp.training.loop import Budget, Loop, Loss, Training, accelerator_for, step_generator, warmed_cosine
 from offramp.training.teacher import FIELDS, TeacherText, TeacherTexts
 
 TOKENS = 2048  # of a step
@@ -244,7 +244,7 @@ class MixerTraining:
         others = [parameter for parameter in module.parameters() if id(parameter) not in taken]
         groups = [{"params": matrices, "lr": rate}, {"params": others, "lr": 3 * rate}]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        job = Job(
+        job = Training(
             name,
             module,
             batch_of=self.texts.at,

@@ -40,7 +40,7 @@ from lm.corpus import END, Lengths, Tokens, command_line, load_tokens, piece_byt
 from lm.forward import Forward
 from offramp.errors import BadInput, OfframpError
 from offramp.files import put, write_atomically
-from offramp.training.loop import Budget, Job, Loop, Loss, accelerator_for, claim, step_generator
+from offramp.training.loop import Budget, Loop, Loss, Training, accelerator_for, claim, step_generator
 from offramp.training.tuning import draw_layer_dropout, exit_weights
 
 LARGEST = 16_000_000  # bytes of the weights file
@@ -210,7 +210,7 @@ def train(
     def schedule_of(optimizer: torch.optim.Optimizer, share_spent: Callable[[], float]) -> LambdaLR:
         return LambdaLR(optimizer, lambda _: schedule(settings, share_spent()))
 
-    job = Job(
+    job = Training(
         "model",
         model,
         batch_of=lambda step: batch_at(tokens, step, settings),

@@ -9,11 +9,10 @@ from torch import Tensor
 from models import compiled_only
 from offramp.exits.gates import GATES
 from offramp.exits.gates import compiled as compiled_gate
-from offramp.exits.parts import Part
+from offramp.exits.parts import ExitPart
 from offramp.exits.readouts import READOUTS, DeepAdapter
 from offramp.exits.readouts import compiled as compiled_readout
-from offramp.model.compiled.library import Model
-from offramp.model.compiled.library import Part as CompiledPart
+from offramp.model.compiled.library import CompiledPart, Model
 from offramp.model.compiled.weights import Int4, Int8, Weight
 
 pytestmark = compiled_only
@@ -33,7 +32,7 @@ def states(seed: int, width: int = HIDDEN) -> Tensor:
     return torch.randn(TOKENS, width, generator=g) * torch.logspace(-1, 1, width) + torch.linspace(-2, 2, width)
 
 
-def fitted(part: Part) -> Part:
+def fitted(part: ExitPart) -> ExitPart:
     """The part as if it had been trained."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -36,7 +36,7 @@ from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import Follower
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.gates import GATES
-from offramp.exits.parts import Memory, Part
+from offramp.exits.parts import ExitPart, Memory
 from offramp.exits.policy import CONFIDENCES
 from offramp.exits.readouts import READOUTS
 
@@ -391,7 +391,7 @@ def test_an_answer_ends_where_the_context_does() -> None:
     assert len(answer.tokens) == 4
 
 
-class Counter(Part):
+class Counter(ExitPart):
     """A gate that opens at every third token. It must be given every token, in order."""
 
     recurrent = True

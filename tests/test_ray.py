@@ -27,7 +27,7 @@ from models import saved, tiny  # noqa: E402
 from offramp import Engine, Policy, load  # noqa: E402
 from offramp.cli.options import DecodingOptions, cluster_at  # noqa: E402
 from offramp.cli.serving import ServeOptions, application  # noqa: E402
-from offramp.cluster import Copy, Kind, Replicas, _room, _Worker, connected  # noqa: E402
+from offramp.cluster import Kind, ModelCopy, Replicas, _room, _Worker, connected  # noqa: E402
 from offramp.errors import BadInput, OfframpError  # noqa: E402
 from offramp.evaluation.evaluation import Condition, Evaluation, answered  # noqa: E402
 from offramp.evaluation.results import Result  # noqa: E402
@@ -122,7 +122,7 @@ def test_a_job_whose_machines_are_all_lost_says_so(cluster: Cluster, backbone: B
     with connected(cluster.address) as found, ThreadPoolExecutor(1) as thread:
         thread.submit(kill)
         with pytest.raises(OfframpError, match="no machine left") as caught:
-            [*found.make([Kind(Copy.of(backbone), wait)], [(0, tmp_path)] * 3)]
+            [*found.make([Kind(ModelCopy.of(backbone), wait)], [(0, tmp_path)] * 3)]
     assert "ray start" in caught.value.hint
     for _ in nodes:
         cluster.add_node(**NODE, num_cpus=1)
@@ -133,7 +133,7 @@ def test_a_job_whose_machines_are_all_lost_says_so(cluster: Cluster, backbone: B
 )
 def test_a_job_that_ends_each_worker_says_so(cluster: Cluster, backbone: Backbone, make: Any, words: str) -> None:
     with connected(cluster.address) as found, pytest.raises(OfframpError, match=words) as caught:
-        [*found.make([Kind(Copy.of(backbone), make)], [(0, "share")])]
+        [*found.make([Kind(ModelCopy.of(backbone), make)], [(0, "share")])]
     assert caught.value.hint
 
 
@@ -188,8 +188,8 @@ def test_a_served_application_answers_as_the_engine(
 
 
 def test_a_worker_with_other_weights_says_so(backbone: Backbone) -> None:
-    ours = Copy.of(backbone)
-    worker = _Worker([Kind(Copy(ours.name, ours.weights, "other"), lambda backbone, share: share)])
+    ours = ModelCopy.of(backbone)
+    worker = _Worker([Kind(ModelCopy(ours.name, ours.weights, "other"), lambda backbone, share: share)])
     error = worker.do(0, "share")
     assert isinstance(error, BadInput)
     assert "are not those of the machine that began the work" in str(error)

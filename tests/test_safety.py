@@ -14,7 +14,7 @@ from offramp import Engine
 from offramp.errors import UnsupportedModel
 from offramp.exits.ngrams import Ngrams
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.library import Fine, Model, Part
+from offramp.model.compiled.library import CompiledPart, Fine, Model
 from offramp.model.compiled.weights import Weight
 from offramp.model.families import FAMILIES, family_of
 from offramp.model.loading import adopt, check
@@ -110,8 +110,8 @@ def test_a_sketch_finds_the_likeliest_of_more_than_a_million_tokens():
     tokens, dims, candidates = 3 << 19, 8, 500
     torch.manual_seed(0)
     head, norm, eye = Weight({"w": torch.randn(tokens, dims)}), torch.ones(dims), Weight({"w": torch.eye(dims)})
-    sketch = Part("sketch", reduce=eye, expand=head, candidates=candidates)
-    model = Model(Part("ends", head=Fine(head), norm=norm, embedding=head.w, eps=1e-6), [], [])
+    sketch = CompiledPart("sketch", reduce=eye, expand=head, candidates=candidates)
+    model = Model(CompiledPart("ends", head=Fine(head), norm=norm, embedding=head.w, eps=1e-6), [], [])
     h, found, whole = torch.randn(2, dims), torch.empty(2, tokens), torch.empty(2, tokens)
     for pointer, y in ((sketch.pointer, found), (None, whole)):
         model.call("offramp_logits", pointer, h.data_ptr(), 2, y.data_ptr())

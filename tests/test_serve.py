@@ -29,7 +29,7 @@ from offramp import Engine, Policy
 from offramp.decode.batch import Batch
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadNumbers
-from offramp.serve.answers import Answers, Choice, JsonLines, Post, Rules
+from offramp.serve.answers import Choice, Choices, JsonLines, Post, Rules
 from offramp.serve.api import app_of
 from offramp.serve.menu import Menu
 from offramp.serve.protocol import ChatRequest
@@ -541,7 +541,7 @@ def test_a_loop_is_woken_once_for_all_that_a_step_decides() -> None:
 
 def test_tokens_that_came_before_an_error_are_told() -> None:
     arrived, error = asyncio.Queue(), ValueError("late")
-    made = Answers([Choice(False, None, None, None), Choice(False, None, None, None)], arrived)
+    made = Choices([Choice(False, None, None, None), Choice(False, None, None, None)], arrived)
     for what in ((0, "a"), (1, "b"), (0, "c"), (0, None), (1, error)):
         arrived.put_nowait(what)
     assert asyncio.run(made.more()) == [(0, 0), (1, 0), (0, 1), (0, None)]

@@ -118,7 +118,7 @@ def test_own_answers_are_full_depths_however_many_stand_side_by_side(
     assert len({len(ids) for ids in wanted.values()}) > 1
     kept = []
     for rows in (1, 3, 64):
-        monkeypatch.setattr(teacher, "ROWS", rows)
+        monkeypatch.setattr(teacher, "SIDE_BY_SIDE", rows)
         folder = tmp_path / str(rows)
         groups = group_texts(prompts, [], 9, batch=4)
         texts = TeacherTexts.open(write_shards(backbone, groups, LAYERS, folder))

@@ -6,7 +6,7 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from models import compiled_only
-from offramp.model.compiled.library import Model, Part, handle_of, kernels
+from offramp.model.compiled.library import CompiledPart, Model, handle_of, kernels
 from offramp.model.compiled.weights import FORMATS, Int4, Int8, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
@@ -73,7 +73,7 @@ def rounded(rows, kind, fine=False):
 
 def product(weight, rows, fine=False):
     """Rows (R, K) times a weight, by compiled code."""
-    ends = Part(
+    ends = CompiledPart(
         "ends", head=weight, norm=torch.ones(weight.columns), embedding=torch.ones(weight.rows, weight.columns), eps=0
     )
     return Model(ends, [], []).product(handle_of(weight, fine), rows)

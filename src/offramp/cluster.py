@@ -26,17 +26,17 @@ from offramp.evaluation.evaluation import Condition, Evaluation, Kept, answered
 from offramp.evaluation.tasks import Item, Task
 from offramp.model.backbone import Backbone
 from offramp.model.loading import load
-from offramp.training.teacher import ROWS, TextGroup, made_shards
+from offramp.training.teacher import SIDE_BY_SIDE, TextGroup, made_shards
 
 NAME = "offramp"  # of the application in Ray Serve
-SHARE = 2 * ROWS  # texts of a training's share: twice as many as are answered side by side
+SHARE = 2 * SIDE_BY_SIDE  # texts of a training's share: twice as many as are answered side by side
 LOOK = 5.0  # seconds without news after which the driver looks whether machines are left
 RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}  # what an actor asks for, and what a node calls it
 TRIES = 3  # how often a share may lose its worker
 
 
 @dataclass(frozen=True)
-class Copy:
+class ModelCopy:
     """What a worker must know to load the model that the driver has: its name, weight format, and fingerprint."""
 
     name: str
@@ -44,7 +44,7 @@ class Copy:
     fingerprint: str
 
     @classmethod
-    def of(cls, backbone: Backbone) -> Copy:
+    def of(cls, backbone: Backbone) -> ModelCopy:
         """That of the driver's model."""
         return cls(backbone.name, backbone.weight_format, backbone.source.fingerprint)
 
@@ -63,7 +63,7 @@ class Copy:
 class Kind:
     """A kind of work: a model, and a function from that model and a share to what is made of the share."""
 
-    copy: Copy
+    copy: ModelCopy
     make: Callable[[Backbone, Any], Any]
 
 
@@ -71,7 +71,7 @@ class _Worker:
     """An actor that does shares of work; it keeps the models that it has loaded."""
 
     def __init__(self, kinds: list[Kind]) -> None:
-        self._kinds, self._loaded = kinds, dict[Copy, Backbone]()
+        self._kinds, self._loaded = kinds, dict[ModelCopy, Backbone]()
 
     def start(self) -> None:
         """Do nothing: the call ends when the worker has started."""
@@ -174,7 +174,7 @@ class Cluster:
         """Answer a run's questions at full depth and under the conditions, where no answer is kept yet."""
         parts = list(dict.fromkeys(run.answers(conditions)))
         bare = replace(run.task, items=[])  # a share names its own
-        kinds = [Kind(Copy.of(part.backbone), partial(_answers, part.condition, bare, run.batch)) for part in parts]
+        kinds = [Kind(ModelCopy.of(part.backbone), partial(_answers, part.condition, bare, run.batch)) for part in parts]
         shares = []
         for index, part in enumerate(parts):
             items = part.missing
@@ -193,7 +193,7 @@ class Cluster:
             if not shares or sum(len(each.ids) for _, each in shares[-1]) >= size:
                 shares.append([])
             shares[-1].append((index, group))
-        kind = Kind(Copy.of(backbone), partial(_shards, layers, shared))
+        kind = Kind(ModelCopy.of(backbone), partial(_shards, layers, shared))
         for _, made in self.make([kind], [(0, share) for share in shares]):
             yield from made
 

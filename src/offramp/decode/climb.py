@@ -10,7 +10,7 @@ from torch import Tensor
 from offramp.decode.drafts import Round
 from offramp.decode.request import Request
 from offramp.decode.sequence import NO_WORK, Sequence, Work
-from offramp.model.runtime import Part, Step
+from offramp.model.runtime import BlockInput, Step
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class Climb:
         return top if self.middle is None else torch.cat([top, self.middle[:, row][:, None].to(top.dtype)], dim=-1)
 
     @property
-    def part(self) -> Part:
+    def part(self) -> BlockInput:
         """What the backbone needs to run the tokens."""
         assert self.step is not None
         return self.hidden, self.sequence.state, self.step

@@ -21,9 +21,9 @@ from offramp.decode.timing import Timer
 from offramp.errors import NothingFits
 from offramp.exits import gates, readouts
 from offramp.exits.exits import Exit, Exits
-from offramp.exits.ngrams import LONGEST, SHORTEST
+from offramp.exits.ngrams import LONGEST_CONTEXT, SHORTEST_CONTEXT
 from offramp.exits.policy import PATIENCE
-from offramp.model.compiled.library import MOST_DRAFTS, Part, constant
+from offramp.model.compiled.library import MOST_DRAFTS, CompiledPart, constant
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import MOST_ROUNDS, PARTS, CompiledPlan, ExitRules, Lane, Rules
@@ -187,10 +187,12 @@ def _rules(plan: Plan, runtime: Compiled, exits: Exits | None, open_exits: list[
         kind = _draft_weight(plan, runtime)
         picked = runtime.head.pick(shortlist)
         head = picked if kind is Weight or runtime.head.columns % 32 else kind.of(picked.dense())
-        listed = Part("shortlist", head=head, tokens=shortlist.long().contiguous())
+        listed = CompiledPart("shortlist", head=head, tokens=shortlist.long().contiguous())
     table = None
     if guesses:
-        table = Part("guesses", keys=guesses.keys, values=guesses.values, shortest=SHORTEST, longest=LONGEST)
+        table = CompiledPart(
+            "guesses", keys=guesses.keys, values=guesses.values, shortest=SHORTEST_CONTEXT, longest=LONGEST_CONTEXT
+        )
     return Rules(
         exits=open_exits,
         fill=plan.fill.name,

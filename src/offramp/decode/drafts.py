@@ -27,7 +27,7 @@ from offramp.model.compiled.library import MOST_DRAFTS, kernels
 # What 0, 1, … more rows of a chunk cost, in steps of full depth: for smollm2 on a maker's processors with these kernels, by
 # benchmarks/growth.py --formats FORMAT ("verified rows"), beside a step of a compiled loop, which is shorter than a single
 # one. On other processors, a guess.
-ROWS = {
+ROW_COSTS = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
         "float32": (0.0, 0.1, 0.21, 0.52, 0.84, 1.02, 1.2, 1.4),
         "bfloat16": (0.0, 0.03, 0.08, 0.18, 0.32, 0.4, 0.5, 0.58),
@@ -50,12 +50,12 @@ ROWS = {
 ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
 
 LOOKED_BACK = 1024  # newest tokens of a text in which it is looked up what followed the last ones
-NEWEST, LONGEST = 16, 64  # drafts that a share is mostly of; rounds after which an exit is asked again at the latest
+NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share is mostly of; rounds after which an exit is asked again at the latest
 
 
 def row_costs(weight_format: str) -> tuple[float, ...]:
     """What 0 to 7 more rows of a chunk cost on this machine, in steps of full depth, by the table of machines."""
-    for (maker, instructions), costs in ROWS.items():
+    for (maker, instructions), costs in ROW_COSTS.items():
         known = costs.get(weight_format.removesuffix("-head4"))
         if known and maker in processor() and kernels() == instructions:
             return known
@@ -242,7 +242,7 @@ class Round:
         if ask:
             e.pause = e.rest = NEWEST
         elif e.rest <= 0:
-            e.pause = e.rest = min(2 * e.pause, LONGEST)
+            e.pause = e.rest = min(2 * e.pause, LONGEST_PAUSE)
             return True
         return ask
 

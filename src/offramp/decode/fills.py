@@ -30,7 +30,7 @@ from offramp.errors import BadInput
 from offramp.exits.exits import Exit
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
-from offramp.model.runtime import Part
+from offramp.model.runtime import BlockInput
 
 
 class Fill(ABC):
@@ -53,7 +53,7 @@ class Fill(ABC):
         return range(exit.block, self.backbone.n_blocks - exit.tail)
 
     @abstractmethod
-    def leave(self, exit: OpenExit, part: Part) -> None:
+    def leave(self, exit: OpenExit, part: BlockInput) -> None:
         """Do what the fill does for a token that has left at `exit`.
 
         `part`: hidden states h (1, n, D) at the exit, of which the last is the token's and the others are of tokens that
@@ -70,7 +70,7 @@ class Project(Fill):
 
     name = "project"
 
-    def leave(self, exit: OpenExit, part: Part) -> None:
+    def leave(self, exit: OpenExit, part: BlockInput) -> None:
         h, state, step = part
         skipped = self.skipped(exit)
         self.backbone.project(h, skipped.start, skipped.stop, state, step)
@@ -89,7 +89,7 @@ class Freeze(Fill):
         if "mamba" not in backbone.kinds and "both" not in backbone.kinds:
             raise BadInput(f"{backbone.name} has no Mamba blocks whose state could be frozen.", "Use project or copy.")
 
-    def leave(self, exit: OpenExit, part: Part) -> None:
+    def leave(self, exit: OpenExit, part: BlockInput) -> None:
         h, state, step = part
         for skipped in self.skipped(exit):
             self.backbone.project_keys(h, skipped, state, step)
@@ -114,7 +114,7 @@ class Copy(Fill):
                 "Use --fill project.",
             )
 
-    def leave(self, exit: OpenExit, part: Part) -> None:
+    def leave(self, exit: OpenExit, part: BlockInput) -> None:
         h, state, step = part
         skipped = [index for index in self._attention if index in self.skipped(exit)]
         computed = [index for index in self._attention if index < exit.block]
@@ -140,7 +140,7 @@ class Defer(Fill):
     name = "defer"
     waits = True
 
-    def leave(self, exit: OpenExit, part: Part) -> None:
+    def leave(self, exit: OpenExit, part: BlockInput) -> None:
         h, state, step = part
         exit.pending.append(h)
         skipped = self._stood_in(exit)

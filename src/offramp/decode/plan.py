@@ -22,7 +22,7 @@ from offramp.decode.timing import Timed, untimed
 from offramp.errors import BadInput, BadNumbers
 from offramp.exits.calibrated import differences
 from offramp.exits.exits import Exit, Exits
-from offramp.exits.parts import Part, with_products
+from offramp.exits.parts import ExitPart, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS
@@ -96,7 +96,7 @@ class Plan:
         ]
         exits_in_order, runtime = [exit for exit, _ in self.open_exits], self.backbone.runtime
         # Gates and read-outs as they are run: with the backbone's compiled products, where it has them.
-        self.parts: dict[Part, Part] = {
+        self.parts: dict[ExitPart, ExitPart] = {
             part: with_products(part, runtime.product_of) if isinstance(runtime, Compiled) else part
             for exit in exits_in_order
             for part in (exit.gate, exit.adapter)

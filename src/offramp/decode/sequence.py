@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offramp.decode.drafts import Estimates
 from offramp.exits.exits import Exit
-from offramp.exits.parts import Memory, Part
+from offramp.exits.parts import ExitPart, Memory
 from offramp.model.compiled.session import Session
 from offramp.model.runtime import AnyState
 
@@ -30,7 +30,7 @@ class Follower:
     Raises `TypeError` for a part that returns a memory and does not declare `recurrent`: its memory would be lost.
     """
 
-    def __init__(self, part: Part, run: Part | None = None) -> None:
+    def __init__(self, part: ExitPart, run: ExitPart | None = None) -> None:
         """`run`: the same part as it is to be run, such as one with compiled products; by default `part` itself."""
         self._part = run or part
         self.flops_per_token = part.flops()
@@ -109,7 +109,9 @@ class OpenExit:
     pending: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, exit: Exit, index: int, run: Mapping[Part, Part] = MappingProxyType({}), gated: bool = True) -> OpenExit:
+    def of(
+        cls, exit: Exit, index: int, run: Mapping[ExitPart, ExitPart] = MappingProxyType({}), gated: bool = True
+    ) -> OpenExit:
         """An exit for a new sequence; `index` is its place in the policy, `run` are its parts as they are to be run."""
         gate, readout = (Follower(part, run.get(part)) for part in (exit.gate, exit.adapter))
         return cls(exit, index, gate, readout, gated)

@@ -163,7 +163,7 @@ class Likelihoods:
 Kept = Answer | Likelihoods
 
 
-class Answers:
+class AnswerFile:
     """The answers of a model to a task's questions under a condition, kept in `file`.
 
     Raises `CorruptFile` for a damaged file.
@@ -214,7 +214,7 @@ class Evaluation:
     seed: int = 0
     command: str = ""
     progress: Progress = silent
-    _answers: dict[Path, Answers] = field(default_factory=dict, init=False)
+    _answers: dict[Path, AnswerFile] = field(default_factory=dict, init=False)
 
     def run(self, condition: Condition) -> Result:
         """Answer the questions under a condition. The first call also answers them at full depth.
@@ -264,14 +264,14 @@ class Evaluation:
             measures=to_six_digits(answer.compared(full)),
         )
 
-    def answers(self, conditions: Sequence[Condition]) -> list[Answers]:
+    def answers(self, conditions: Sequence[Condition]) -> list[AnswerFile]:
         """The answers so far: those of full depth, then those under each of the conditions."""
         pairs = [(Condition(), self.reference or self.backbone), *((each, self.backbone) for each in conditions)]
         found = []
         for condition, backbone in pairs:
             file = self.work / f"{self._fingerprint(condition, backbone)}.jsonl"
             if file not in self._answers:
-                self._answers[file] = Answers(condition, backbone, self.task, file)
+                self._answers[file] = AnswerFile(condition, backbone, self.task, file)
             found.append(self._answers[file])
         return found
 

@@ -32,7 +32,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX"
 INK = "#010203"  # stands for the colour of the page's text
 GREY = "#888888"
-MOST = 12  # curves that a figure shows by name
+MOST_CURVES = 12  # curves that a figure shows by name
 CONSISTENT = 0.9  # the consistency at which curves are compared
 
 
@@ -226,7 +226,7 @@ _LEADING = (
 def _leading(results: list[Result]) -> list[Result]:
     """The conditions that figures show by name: all, or for each fill and gate those of the exits that save most."""
     curves = _curves(results)
-    if len(curves) <= MOST:
+    if len(curves) <= MOST_CURVES:
         return results
 
     def saved(curve: list[Result]) -> float:

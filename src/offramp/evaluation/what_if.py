@@ -30,7 +30,7 @@ class Scenario:
 
     agreement: the share of tokens on which each exit agrees with full depth. drafts: how often a first, second, … draft
     stands, where those before it stood; the last share holds for all later ones. bandwidth: GB/s, or None. rows: what each
-    further row of a chunk costs, in steps of full depth; None: as in this machine's table (`decode.drafts.ROWS`).
+    further row of a chunk costs, in steps of full depth; None: as in this machine's table (`decode.drafts.ROW_COSTS`).
     """
 
     agreement: tuple[float, ...]

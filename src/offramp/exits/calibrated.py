@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from offramp.exits.policy import Policy
 
-MOST = 1 << 30  # of a whole number in a stranger's record
+LARGEST_NUMBER = 1 << 30  # of a whole number in a stranger's record
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
     elif isinstance(value, bool):
         right = hint is bool
     elif isinstance(value, int):
-        right = (hint is float or isinstance(value, hint)) and abs(value) <= MOST
+        right = (hint is float or isinstance(value, hint)) and abs(value) <= LARGEST_NUMBER
     elif isinstance(value, float):
         right = hint is float and math.isfinite(value)
     else:

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.exits.parts import MambaBlock, Memory, Part, Standardise
-from offramp.model.compiled.library import Part as CompiledPart
+from offramp.exits.parts import ExitPart, MambaBlock, Memory, Standardise
+from offramp.model.compiled.library import CompiledPart
 from offramp.model.compiled.weights import Weight
 
 
-class LinearGate(Part):
+class LinearGate(ExitPart):
     """CALM's one-layer gate (arXiv 2207.07061, section 3.4): norm, then one linear map to a logit."""
 
     def __init__(self, hidden: int, width: int) -> None:
@@ -23,7 +23,7 @@ class LinearGate(Part):
         return self.out(self.norm(h)).squeeze(-1), None
 
 
-class FFNGate(Part):
+class FFNGate(ExitPart):
     """A gated SiLU network like a transformer block's feed-forward part, with a bottleneck of `width` and one logit."""
 
     def __init__(self, hidden: int, width: int) -> None:
@@ -38,7 +38,7 @@ class FFNGate(Part):
         return self.out(F.silu(self.gate(x)) * self.up(x)).squeeze(-1), None
 
 
-class MambaGate(Part):
+class MambaGate(ExitPart):
     """A Mamba block whose output projection gives one logit (DYNAMAX), in a bottleneck of `width`.
 
     Unlike the paper's gate, it also has a direct linear path and dropout. Trained on some ten thousand tokens, the block
@@ -61,7 +61,7 @@ class MambaGate(Part):
         return (logit + self.direct(x)).squeeze(-1), memory
 
 
-def compiled(gate: Part, dtype: torch.dtype) -> CompiledPart | None:
+def compiled(gate: ExitPart, dtype: torch.dtype) -> CompiledPart | None:
     """The gate as a part of the C library, with its matrices in `dtype`; None for one of another kind."""
     if isinstance(gate, MambaGate):
         return _compiled_mamba(gate, dtype)
@@ -105,4 +105,4 @@ def _floats(vector: Tensor) -> Tensor:
     return vector.detach().float().contiguous()
 
 
-GATES: dict[str, type[Part]] = {"linear": LinearGate, "ffn": FFNGate, "mamba": MambaGate}
+GATES: dict[str, type[ExitPart]] = {"linear": LinearGate, "ffn": FFNGate, "mamba": MambaGate}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LONGEST, SHORTEST = 4, 2  # tokens of a context
+LONGEST_CONTEXT, SHORTEST_CONTEXT = 4, 2  # tokens of a context
 SLOTS = 1 << 19  # of the largest table: 4 MB
 FULLEST = 0.7  # share of the slots that are taken
 LEAST = 0.45  # chance of a token to follow, below which it is not kept
@@ -42,7 +42,7 @@ class Ngrams:
     def after(self, ids: list[int]) -> tuple[int, float] | None:
         """The token that the table expects after these ids, and its chance; None for a context that it does not know."""
         mask = len(self.keys) - 1
-        for length in range(min(LONGEST, len(ids)), SHORTEST - 1, -1):
+        for length in range(min(LONGEST_CONTEXT, len(ids)), SHORTEST_CONTEXT - 1, -1):
             key = int(_hashes(np.array([ids[-length:]], dtype=np.uint32))[0])
             slot = key & mask
             while (there := int(self.keys[slot]) & 0xFFFFFFFF) != 0:
@@ -61,7 +61,7 @@ def ngrams_of(texts: Iterable[tuple[Tensor, Tensor, Tensor]], before: Ngrams | N
     kept; `most` is the number of slots.
     """
     arrays = [tuple(part.numpy().astype(np.uint32) for part in text) for text in texts]
-    found = [_likeliest(*_contexts(arrays, length)) for length in range(SHORTEST, LONGEST + 1)]
+    found = [_likeliest(*_contexts(arrays, length)) for length in range(SHORTEST_CONTEXT, LONGEST_CONTEXT + 1)]
     keys, tokens, right, seen = (np.concatenate(parts) for parts in zip(*found, strict=True))
     chance = right / (seen + 2)
     kept = np.flatnonzero(chance >= LEAST)

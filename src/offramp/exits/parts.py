@@ -21,7 +21,7 @@ from offramp.model.scan import causal_conv, scan
 Memory = tuple[Tensor, Tensor] | None
 
 
-class Part(nn.Module):
+class ExitPart(nn.Module):
     """Base of gates and read-outs: hidden states (B, T, …) and a memory → the output and the new memory.
 
     `recurrent`: the part carries a memory from token to token, so it must see every token, in order.
@@ -47,7 +47,7 @@ class Product(nn.Module):
         return self._times(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 
-def with_products(part: Part, product_of: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> Part:
+def with_products(part: ExitPart, product_of: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> ExitPart:
     """A copy of a gate or a read-out for decoding, in which `product_of` says how each linear layer is multiplied."""
     layers = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
     # A copy takes what its memo has for an object, so the layers' own weights are not copied.

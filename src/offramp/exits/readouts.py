@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.exits.parts import MambaBlock, Memory, Part, Standardise, unit
-from offramp.model.compiled.library import Part as CompiledPart
+from offramp.exits.parts import ExitPart, MambaBlock, Memory, Standardise, unit
+from offramp.model.compiled.library import CompiledPart
 from offramp.model.compiled.weights import GROUP, Weight
 
 
@@ -58,7 +58,7 @@ def _nearest(x: Tensor, y: Tensor) -> Tensor:
     return found.float().T
 
 
-class Readout(Part):
+class Readout(ExitPart):
     """Base of read-outs: hidden states (B, T, D) → (B, T, D), which the tail, or the final norm and the head, then read.
 
     `reads`: how many states of the token before it reads beside the hidden state (deep memory), of which the first is the
@@ -88,7 +88,7 @@ class NoAdapter(Readout):
     """Leaves the hidden state as it is. Nothing is trained: the tail, or the backbone's own norm and head, read it."""
 
     def __init__(self, hidden: int, width: int, tail: int = 0) -> None:
-        Part.__init__(self)
+        ExitPart.__init__(self)
 
     def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
         return h, None
@@ -190,7 +190,7 @@ class DeepAdapter(Readout):
         return correction if self.jump is None else self.jump(h, known, correction), None
 
 
-def compiled(readout: Part, kind: type[Weight], dtype: torch.dtype = torch.float32) -> CompiledPart | None:
+def compiled(readout: ExitPart, kind: type[Weight], dtype: torch.dtype = torch.float32) -> CompiledPart | None:
     """The read-out as a part of the C library; None for one that sees the tokens before.
 
     Its maps are kept as weights of this kind: in `dtype`, or as integers where their rows are cut into whole groups.

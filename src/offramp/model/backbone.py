@@ -26,10 +26,10 @@ from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
 from offramp.model.offload import device_of, is_offloaded
 from offramp.model.prompts import Prompts
-from offramp.model.runtime import AnyState, Part, Runtime, Step
+from offramp.model.runtime import AnyState, BlockInput, Runtime, Step
 from offramp.model.store import Store
 
-__all__ = ["Backbone", "Part", "Runtime", "Step"]
+__all__ = ["Backbone", "BlockInput", "Runtime", "Step"]
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -218,7 +218,7 @@ class Backbone:
         """Hidden state (B, T, D) through blocks `start` to `stop` - 1, each of which remembers the T tokens."""
         return self.runtime.run_all([(h, state, step)], start, stop)[0]
 
-    def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
+    def run_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> list[Tensor]:
         """`run` for several states at once. In compiled blocks, this is one pass over the weights."""
         return self.runtime.run_all(parts, start, stop)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-LONGEST = 100_000_000  # bytes of a safetensors header, as the library has it
+MOST_HEADER_BYTES = 100_000_000  # bytes of a safetensors header, as the library has it
 BITS = {  # of an entry, for all dtypes that safetensors files may hold
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -78,7 +78,7 @@ def read_safetensors(file: Path) -> dict[str, Place]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= min(size - 8, LONGEST):
+        if not 0 < length <= min(size - 8, MOST_HEADER_BYTES):
             raise OSError(f"{file.name} is cut short")
         try:
             header = dict(json.loads(stream.read(length)))

@@ -25,7 +25,7 @@ from offramp.model.families import Family
 from offramp.model.mamba import remember, with_own_mixer
 from offramp.model.modules import Modules
 from offramp.model.offload import brought_in
-from offramp.model.runtime import AnyState, Part, Step
+from offramp.model.runtime import AnyState, BlockInput, Step
 from offramp.model.state import State
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -87,7 +87,7 @@ class LibraryBlocks:
             return LibraryStep(batch, tokens, first, positions, tables)
         return LibraryStep(batch, tokens, first, positions, rotary(h, positions))
 
-    def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
+    def run_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> list[Tensor]:
         return [self._run(h, start, stop, state, step) for h, state, step in parts]
 
     def _run(self, h: Tensor, start: int, stop: int, state: AnyState, step: Step) -> Tensor:
@@ -108,7 +108,7 @@ class LibraryBlocks:
             h = out[0] if isinstance(out, tuple) else out
         return h.to(device)
 
-    def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
+    def remember_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> None:
         for h, state, step in parts:
             for index in range(start, stop):
                 self.remember_keys(h, index, state, step)

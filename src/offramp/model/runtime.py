@@ -32,7 +32,7 @@ class Step:
 
 
 AnyState = State | Session  # of the library's blocks, or of compiled ones
-Part = tuple[Tensor, AnyState, Step]  # hidden states (B, T, D), what the blocks remember, what the blocks share
+BlockInput = tuple[Tensor, AnyState, Step]  # hidden states (B, T, D), what the blocks remember, what the blocks share
 
 
 def joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -80,11 +80,11 @@ class Runtime(Protocol):
         """What the blocks share for tokens h (B, T, D) at positions `first`, `first` + 1, …"""
         ...
 
-    def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
+    def run_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> list[Tensor]:
         """Run each part's hidden states through blocks `start` to `stop` - 1, which remember its tokens."""
         ...
 
-    def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
+    def remember_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> None:
         """Remember only: blocks `start` to `stop` - 1 store what each would store if a part's h were its input."""
         ...
 

@@ -25,7 +25,7 @@ from offramp.errors import BadInput, OfframpError
 from offramp.serve.grammar import Grammar
 from offramp.serve.menu import FULL, Menu
 from offramp.serve.metrics import Metrics
-from offramp.serve.protocol import Asked, ChatRequest, CompletionRequest
+from offramp.serve.protocol import AnswerRequest, ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Full, Job, Scheduler
 
 log = logging.getLogger("offramp.serve")
@@ -143,7 +143,7 @@ def _deliver(things: list[tuple[asyncio.Queue[Any], Any]]) -> None:
 Arrived = tuple[int, Token | Exception | None]  # of which answer, and what: a token, what ended it too early, or its end
 
 
-class Answers(list[Choice]):
+class Choices(list[Choice]):
     """The answers to a request, on their way. `arrived` is where they come in."""
 
     def __init__(self, choices: Iterable[Choice], arrived: asyncio.Queue[Arrived]) -> None:
@@ -202,11 +202,11 @@ class Server:
     def choices(
         self,
         loop: asyncio.AbstractEventLoop,
-        asked: Asked,
+        asked: AnswerRequest,
         ids: list[int],
         borders: tuple[int, ...] = (),
         schema: dict[str, Any] | None = None,
-    ) -> Answers:
+    ) -> Choices:
         """What a request asks for: one job for each answer, whose tokens will arrive in the loop's thread.
 
         The first job is to be handed in; the others are its twins. Raises `BadInput` for what cannot be done.
@@ -231,7 +231,7 @@ class Server:
             job = Job(engine, ids, limits, recorder or choose, tell, borders, bytes=size)
             made.append(Choice(asked.offramp.ids, used, job, recorder))
         made[0].job.twins = [choice.job for choice in made[1:]]
-        return Answers(made, arrived)
+        return Choices(made, arrived)
 
     def _tell(self, loop: Any, arrived: asyncio.Queue[Arrived], number: int, what: Token | Exception | None) -> None:
         """Tell what happens to answer `number`, in the engine's thread."""
@@ -318,7 +318,7 @@ class Server:
         }
 
 
-def _wanted_logprobs(asked: Asked) -> int | None:
+def _wanted_logprobs(asked: AnswerRequest) -> int | None:
     if isinstance(asked, ChatRequest):
         return asked.top_logprobs if asked.logprobs else None
     return asked.logprobs if isinstance(asked, CompletionRequest) else None

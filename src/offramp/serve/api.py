@@ -26,11 +26,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.errors import OfframpError
-from offramp.serve.answers import Answers, Refused, Rules, Server, refused
+from offramp.serve.answers import Choices, Refused, Rules, Server, refused
 from offramp.serve.forms import ChatForm, CompletionForm, Form
 from offramp.serve.menu import Menu
 from offramp.serve.metrics import Metrics
-from offramp.serve.protocol import Asked, ChatRequest, CompletionRequest
+from offramp.serve.protocol import AnswerRequest, ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Scheduler
 
 PAGE = Path(__file__).parent / "page"
@@ -41,7 +41,7 @@ LAST_ANSWERS = 20  # seconds that answers have to end when the server is to end
 T = TypeVar("T")
 
 
-async def answered(server: Server, chosen: Answers, form: Form, request: Request) -> Response:
+async def answered(server: Server, chosen: Choices, form: Form, request: Request) -> Response:
     """Wait for all answers. Gives them up where the client leaves, or the time is over."""
 
     async def collected() -> None:
@@ -87,7 +87,7 @@ class Stream(StreamingResponse):
             self._end()
 
 
-async def streamed(server: Server, asked: Asked, chosen: Answers, form: Form, until: float) -> AsyncIterator[str]:
+async def streamed(server: Server, asked: AnswerRequest, chosen: Choices, form: Form, until: float) -> AsyncIterator[str]:
     """The answers as server-sent events. An error becomes the last event. `until`: when it ends, in the loop's time."""
     try:
         while True:
@@ -251,7 +251,7 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
 
 
 async def respond(
-    server: Server, asked: Asked, request: Request, form: type[Form], schema: dict[str, Any] | None = None
+    server: Server, asked: AnswerRequest, request: Request, form: type[Form], schema: dict[str, Any] | None = None
 ) -> Response:
     """Answer a request as one whole, or as a stream. Raises `Refused`."""
     if asked.model not in ("", server.rules.name):
@@ -274,7 +274,7 @@ async def respond(
         server.scheduler.give_back(place)
 
 
-async def prepared(server: Server, asked: Asked, request: Request, schema: dict[str, Any] | None) -> Answers:
+async def prepared(server: Server, asked: AnswerRequest, request: Request, schema: dict[str, Any] | None) -> Choices:
     """What a request asks for, made in other threads, part by part. Drops the parts to come where the client leaves."""
     loop = asyncio.get_running_loop()
 

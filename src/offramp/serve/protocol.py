@@ -82,7 +82,7 @@ class Decoding(BaseModel):
     ids: bool = False
 
 
-class Asked(BaseModel):
+class AnswerRequest(BaseModel):
     """What requests for completions and for chat have in common. Unknown fields are ignored.
 
     Where a request names no seed, it gets a new one.
@@ -139,7 +139,7 @@ class Asked(BaseModel):
         return Sampling(temperature, self.top_k, self.top_p, self.min_p, self.seed + number, self.repetition_penalty)
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(AnswerRequest):
     """`POST /v1/completions`: `prompt` is a text, or token ids."""
 
     prompt: str | list[int]
@@ -165,7 +165,7 @@ class Message(BaseModel):
         return "" if value is None else value
 
 
-class ChatRequest(Asked):
+class ChatRequest(AnswerRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]

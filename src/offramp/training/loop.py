@@ -53,7 +53,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Job:
+class Training:
     """What a loop trains.
 
     name: names the job in messages and seeds its steps together with `seed`. module: its parameters that require a gradient
@@ -101,7 +101,12 @@ class Loop:
     """
 
     def __init__(
-        self, folder: Path, job: Job, budget: Budget, accelerator: Accelerator, curve: list[dict[str, Any]] | None = None
+        self,
+        folder: Path,
+        job: Training,
+        budget: Budget,
+        accelerator: Accelerator,
+        curve: list[dict[str, Any]] | None = None,
     ) -> None:
         self.folder, self.job, self.budget, self.accelerator = folder, job, budget, accelerator
         self.step, self.seconds = 0, 0.0
@@ -268,7 +273,7 @@ class Fit:
         module.to(self.device).train()
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
-        job = Job(stage, module, batch_of, loss_of, [optimizer], schedule_of, self.seed, bfloat16=self.bfloat16)
+        job = Training(stage, module, batch_of, loss_of, [optimizer], schedule_of, self.seed, bfloat16=self.bfloat16)
         accelerator = accelerator_for(self.device, self.bfloat16)
         loop = Loop(self.work / stage, job, budget, accelerator, self.curve)
         progress = self.progress if accelerator.is_main_process else silent

@@ -32,7 +32,7 @@ SKETCH_DIMS, CANDIDATES = 64, 2048  # all but 1 in 500 of SmolLM2's own tokens a
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """What a training does: the exits' places, the number of answers, and hours for adapters, gates and measuring harm.
 
     Without a number there is one answer for each prompt. Hours are None where epochs are given.
@@ -48,7 +48,7 @@ class Plan:
 
 def planned(
     backbone: Backbone, config: TrainConfig, work: Path, progress: Progress = silent, start: Exits | None = None
-) -> Plan:
+) -> Schedule:
     """The plan for the config's budget, for exits that go on from `start` or are new.
 
     It is kept in the folder `work`, so that resumed work keeps to it. What it will do is the note of the stage "plan".
@@ -71,14 +71,14 @@ def planned(
         for each in variants(tails, layers, backbone.n_blocks) if free else [tails]:
             check_tails(backbone, each)
     if config.epochs is not None:
-        return Plan(layers, tails, config.answers)
+        return Schedule(layers, tails, config.answers)
     kept = work / "budget.json"
     if not kept.exists():
         plan, note = _measured(backbone, config, layers, tails, work / "probe", progress, free)
         write_atomically(kept, json.dumps(asdict(plan)).encode())
         progress("plan", 1, 1, note)
     record = json.loads(kept.read_text("utf-8"))
-    return Plan(**{**record, "layers": tuple(record["layers"]), "tails": tuple(record["tails"])})
+    return Schedule(**{**record, "layers": tuple(record["layers"]), "tails": tuple(record["tails"])})
 
 
 def shape_of(backbone: Backbone, config: TrainConfig, layers: tuple[int, ...], tails: tuple[int, ...]) -> ExitsConfig:
@@ -108,7 +108,7 @@ def _measured(
     folder: Path,
     progress: Progress,
     free: bool,
-) -> tuple[Plan, str]:
+) -> tuple[Schedule, str]:
     """A plan from `PROBED` answers side by side, and what it says. If the tails are `free`, a trial chooses them."""
     prompts = prompts_of(backbone, config)
     asked, temperatures = turns(prompts, config.temperatures, PROBED)
@@ -133,7 +133,7 @@ def _measured(
     fits = max(1, int(3600 * config.hours * ANSWERING / seconds))
     answers = config.answers or min(MOST_ANSWERS * len(prompts), fits)
     gates = None if config.gate_epochs is not None else config.hours * GATING
-    plan = Plan(layers, tails, answers, config.hours * FITTING, gates, config.hours * MEASURING)
+    plan = Schedule(layers, tails, answers, config.hours * FITTING, gates, config.hours * MEASURING)
     where = ", ".join(f"{layer} + {tail}" for layer, tail in zip(layers, tails or [0] * len(layers), strict=True))
     answering, training = answers * seconds / 60, 60 * config.hours * (FITTING + GATING)
     says = f"{answers:,} answers of about {tokens:.0f} tokens in {answering:.0f} min; {training:.0f} min of training"

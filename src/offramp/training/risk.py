@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-LONGEST = 8  # policies on the path; more would only cost time
+LONGEST_PATH = 8  # policies on the path; more would only cost time
 
 
 def p_value(mean: float, n: int, risk: float) -> float:
@@ -32,7 +32,7 @@ def _log_binomial(n: int, p: float, most: int) -> Iterator[float]:
         yield ways + k * math.log(p) + (n - k) * math.log1p(-p)
 
 
-MOST = 1_000_000  # the largest number of prompts that `prompts_needed` gives
+MOST_PROMPTS = 1_000_000  # the largest number of prompts that `prompts_needed` gives
 
 
 def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
@@ -42,7 +42,7 @@ def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
     n = 1
     while p_value(mean, n, risk) > delta:
         n *= 2
-        if n > MOST:  # nobody has more, and the sum in `p_value` would take minutes
+        if n > MOST_PROMPTS:  # nobody has more, and the sum in `p_value` would take minutes
             return None
     low, high = n // 2, n
     while high - low > 1:
@@ -64,7 +64,7 @@ def fixed_sequence(losses: Iterator[Sequence[float]], risk: float, delta: float)
             return
 
 
-def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST) -> list[int]:
+def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST_PATH) -> list[int]:
     """The indices of the candidates to test, in the order of the test.
 
     `pilot` has each candidate's mean loss and gain on the pilot prompts. A candidate is left out if another loses less and

@@ -34,10 +34,10 @@ from offramp.errors import CorruptFile
 from offramp.files import read_lines, write_atomically
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
-from offramp.model.runtime import AnyState, Part
+from offramp.model.runtime import AnyState, BlockInput
 from offramp.training.loop import step_generator
 
-ROWS = 64  # answers side by side; more would hardly be faster, and need more memory
+SIDE_BY_SIDE = 64  # answers side by side; more would hardly be faster, and need more memory
 CHUNK = 512  # tokens of texts that are read at once, about
 HEAD_ROWS = 256  # positions whose logits are in memory at once
 BUCKET = 64  # entries
@@ -238,7 +238,7 @@ def write_shards(
 
 
 def _answered(backbone: Backbone, groups: list[TextGroup]) -> Iterator[tuple[int, list[list[int]]]]:
-    """Answer the groups' prompts, at most `ROWS` side by side, and fewer where their memory would be too large.
+    """Answer the groups' prompts, at most `SIDE_BY_SIDE` side by side, and fewer where their memory would be too large.
 
     Yields the index of each group whose answers have all ended, and its texts: prompts with their answers, but for the last
     token of each, which is not run.
@@ -252,7 +252,7 @@ def _answered(backbone: Backbone, groups: list[TextGroup]) -> Iterator[tuple[int
         prompts = [[*group.ids[place]] for _, group, place in places]
         choose: list[Choose] = [group.choose(place) for _, group, place in places]
         ended: dict[int, dict[int, list[int]]] = defaultdict(dict)
-        for number, answer in engine.answers(prompts, ROWS, choose, max_tokens=limit):
+        for number, answer in engine.answers(prompts, SIDE_BY_SIDE, choose, max_tokens=limit):
             index, group, place = places[number]
             ended[index][place] = [*group.ids[place], *answer.ids[:-1]]
             if len(ended[index]) == len(group.ids):
@@ -274,7 +274,7 @@ def _answered_by_library(engine: Engine, group: TextGroup) -> list[list[int]]:
         eos_token_id=sorted(stop_ids) or None,
         pad_token_id=min(stop_ids, default=0),
     )
-    size = engine.costs.at_once(length + group.answer_tokens, ROWS)
+    size = engine.costs.at_once(length + group.answer_tokens, SIDE_BY_SIDE)
     model.generation_config = GenerationConfig()  # its own would give `config` what this one leaves open
     try:
         for at in range(0, len(group.ids), size):
@@ -350,7 +350,7 @@ def _read(
     return read
 
 
-def _through(backbone: Backbone, parts: list[Part], layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
+def _through(backbone: Backbone, parts: list[BlockInput], layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """Run texts (1, T, D) through all blocks → each one's states at the exits (T, J, D) float16 and at the top (T, D)."""
     hidden, at_exits, start = [h for h, _, _ in parts], [], 0
     for stop in (*layers, backbone.n_blocks):

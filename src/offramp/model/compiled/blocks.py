@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.model.compiled.library import Fine, Part
+from offramp.model.compiled.library import CompiledPart, Fine
 from offramp.model.compiled.parts import Maker
 from offramp.model.compiled.weights import Weight
 
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # rotary kinds whose angles do not depend on the text's length
 
 
-def attention_part(attention: Any, norm: Any, norm_first: bool, rotary_dim: int, window: int | None, make: Maker) -> Part:
+def attention_part(
+    attention: Any, norm: Any, norm_first: bool, rotary_dim: int, window: int | None, make: Maker
+) -> CompiledPart:
     """A block's attention, with its norm. A token sees `window` tokens, itself included; None means all of them."""
     dim = attention.head_dim
     queries = attention.o_proj.in_features // dim
@@ -46,29 +48,29 @@ def attention_part(attention: Any, norm: Any, norm_first: bool, rotary_dim: int,
         k_norm, _ = make.norm("k_norm", attention.k_norm, orders[1])
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_heads": each, "head_eps": eps}
     weight, eps = make.norm("attention_norm", norm)
-    return Part(
+    return CompiledPart(
         "attention", qkv=Fine(make.matrix("qkv", qkv, rows)), o=make.matrix("o", [attention.o_proj]), norm=weight,
         heads=heads, dim=dim, window=window, rotary=bool(getattr(attention, "use_rope", True)), norm_first=norm_first,
         eps=eps, scale=float(attention.scaling), **norms,
     )  # fmt: skip
 
 
-def mlp_part(mlp: Any, norm: Any, norm_first: bool, make: Maker) -> Part:
+def mlp_part(mlp: Any, norm: Any, norm_first: bool, make: Maker) -> CompiledPart:
     """A block's gated MLP, with its norm before it (`norm_first`) or after it."""
     gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
     weight, eps = make.norm("mlp_norm", norm)
-    return Part(
+    return CompiledPart(
         "mlp", gate_up=make.matrix("gate_up", gate_up), down=make.matrix("down", [mlp.down_proj]), norm=weight,
         norm_first=norm_first, eps=eps,
     )  # fmt: skip
 
 
-def mixer_part(mixer: Any, norm: Any, make: Maker) -> Part:
+def mixer_part(mixer: Any, norm: Any, make: Maker) -> CompiledPart:
     """A Mamba-2 mixer (arXiv 2405.21060, section 7), with the norm before it."""
     weight, eps = make.norm("norm", norm)
     low, high = mixer.time_step_limit
     conv = mixer.conv1d
-    return Part(
+    return CompiledPart(
         "mamba2", in_=Fine(make.matrix("in", [mixer.in_proj])), out=Fine(make.matrix("out", [mixer.out_proj])),
         norm=weight, gated_norm=make.vector("gated_norm", mixer.norm.weight),
         conv=make.vector("conv", conv.weight, lambda x: x.squeeze(1).T),  # (W, C)

@@ -280,7 +280,7 @@ class Owned:
             free(self.pointer)
 
 
-class Part(Owned):
+class CompiledPart(Owned):
     """A part of a model: `offramp_part`.
 
     `kind` and the names of the fields are those of the header; None leaves one out.
@@ -309,7 +309,7 @@ class Part(Owned):
         return [field for field in fields if isinstance(field, Weight)]
 
 
-def pointers(parts: Sequence[Part | None]) -> Any:
+def pointers(parts: Sequence[CompiledPart | None]) -> Any:
     """An array of the parts' pointers."""
     return (c_void_p * len(parts))(*(None if part is None else part.pointer for part in parts))
 
@@ -317,7 +317,7 @@ def pointers(parts: Sequence[Part | None]) -> Any:
 class Model(Owned):
     """A model: `offramp_model`. It uses as many threads as torch does."""
 
-    def __init__(self, ends: Part, mixers: Sequence[Part], mlps: Sequence[Part | None]) -> None:
+    def __init__(self, ends: CompiledPart, mixers: Sequence[CompiledPart], mlps: Sequence[CompiledPart | None]) -> None:
         """Raises `ValueError` for shapes that do not fit each other."""
         self._alive = ends, mixers, mlps
         self._threads, self._pairs = 1, torch.empty(0, 0)

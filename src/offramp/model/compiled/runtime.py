@@ -25,14 +25,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.compiled.blocks import Block, RotaryTable
-from offramp.model.compiled.library import CRows, CSampling, Fine, Model, Settings, check_rows, handle_of
-from offramp.model.compiled.library import Part as CompiledPart
+from offramp.model.compiled.library import CompiledPart, CRows, CSampling, Fine, Model, Settings, check_rows, handle_of
 from offramp.model.compiled.parts import Changed, Maker
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import CompiledPlan, Rules
 from offramp.model.compiled.weights import FORMATS, GROUP, Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
-from offramp.model.runtime import AnyState, Part, Step, joined
+from offramp.model.runtime import AnyState, BlockInput, Step, joined
 from offramp.model.store import Built, Get, Store
 
 SLICE = 4096  # rows of a head that are in float32 at once
@@ -109,7 +108,7 @@ class Compiled:
     def step(self, h: Tensor, first: int) -> Step:
         return Step(len(h), h.shape[1], first)
 
-    def run_all(self, parts: Sequence[Part], start: int, stop: int) -> list[Tensor]:
+    def run_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> list[Tensor]:
         """`Runtime.run_all`, in one pass over the weights."""
         flat = [_rows(h) for h, _, _ in parts]
         rows = flat[0].clone(memory_format=torch.contiguous_format) if len(flat) == 1 else torch.cat(flat)
@@ -118,7 +117,7 @@ class Compiled:
         pieces = [rows] if len(flat) == 1 else rows.split([len(x) for x in flat])
         return [x.view(h.shape) for x, (h, _, _) in zip(pieces, parts, strict=True)]
 
-    def remember_all(self, parts: Sequence[Part], start: int, stop: int) -> None:
+    def remember_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> None:
         """`Runtime.remember_all`, in one pass over the weights."""
         if start < stop:
             rows = joined([_rows(h) for h, _, _ in parts]).contiguous()
@@ -162,7 +161,7 @@ class Compiled:
             if self._rotary and end > self._model.positions:
                 self._model.rotary(self._rotary.pairs(max(256, 2 * end)))
 
-    def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[Part]) -> None:
+    def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[BlockInput]) -> None:
         """Call a function of the library with the rows (R, D) of all parts, one part after another."""
         check_rows(rows, self._norm.numel())
         self._reach(max(step.first + step.tokens for _, _, step in parts))

@@ -14,12 +14,12 @@ from offramp.model.compiled.library import (
     CBlockCosts,
     CDecision,
     CExit,
+    CompiledPart,
     CRequest,
     CRules,
     CSampling,
     Model,
     Owned,
-    Part,
     Settings,
     call,
     constant,
@@ -36,8 +36,8 @@ class ExitRules:
 
     after: int
     tail: int
-    gate: Part | None
-    readout: Part
+    gate: CompiledPart | None
+    readout: CompiledPart
     threshold: float
     perhaps: float
     key: float
@@ -58,10 +58,10 @@ class Rules:
     pending: int
     alike: int
     decay: float
-    sketch: Part | None
-    exit_sketch: Part | None
-    shortlist: Part | None
-    guesses: Part | None
+    sketch: CompiledPart | None
+    exit_sketch: CompiledPart | None
+    shortlist: CompiledPart | None
+    guesses: CompiledPart | None
     costs: Sequence[tuple[int, int, int, int]]
     head_flops: int
     exit_head_flops: int

@@ -22,6 +22,8 @@ import typer
 
 from offramp.errors import BadInput
 
+RESEARCH = "Research"  # the second panel of a verb's help
+
 
 class Only:
     """Marks a dataclass parameter of a verb: only these fields become flags; the others keep their defaults."""
@@ -117,7 +119,8 @@ def _flags(start: Any, only: tuple[str, ...] | None = None, chosen: bool = False
         kind, read = _kind(hints[item.name], flag)
         if isinstance(default, tuple):
             default = ",".join(map(str, default)) or None
-        option = typer.Option(flag, help=help, show_default=default is not None)
+        panel = RESEARCH if item.metadata["research"] else None
+        option = typer.Option(flag, help=help, show_default=default is not None, rich_help_panel=panel)
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameter = inspect.Parameter(item.name, keyword, default=default, annotation=Annotated[kind, option])
         flags[item.name] = _Flag(parameter, read)

@@ -2,11 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-ray test-core lint core variants docs release exits bench load soak mamba-lm mamba-answers paper paper-quick clean
+.PHONY: demo picture test test-ray test-core lint core variants docs release exits bench load soak mamba-lm mamba-answers paper paper-quick clean
 
-# MODEL names another model than smollm2; BOTH=1 asks the Transformer and the Mamba model and puts them side by side.
+# MODEL names another model than smollm2.
 demo: .venv/.installed
-	$(BIN)/offramp demo $(if $(MODEL),--model $(MODEL)) $(if $(BOTH),--both)
+	$(BIN)/offramp demo $(if $(MODEL),--model $(MODEL))
+
+# The picture of the README, docs/demo.svg: what the demo prints on this machine, which should have nothing else to do.
+picture: .venv/.installed
+	$(BIN)/python benchmarks/picture.py
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
@@ -66,21 +70,22 @@ exits: .venv/.installed
 		--epochs 4 --gate-epochs 8 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp calibrate smollm2 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
-	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --draft --own-prompts build/prompts/all.jsonl --temperatures 0,0.7,0,0.9 \
-		--epochs 1 --gate-epochs 1
-	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second.jsonl \
-		--answers 2400 --epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
+	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1
+	head -n 2400 build/prompts/second.jsonl > build/prompts/second-2400.jsonl
+	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second-2400.jsonl \
+		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp calibrate smollm2-hybrid --exits $(SMOLLM2)-hybrid --prompts build/prompts/calibrate.jsonl
-	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all.jsonl --answers 4500 \
-		--temperatures 0,0.7,0,0.9 --epochs 1 --gate-epochs 1 --readout-width 2048
+	head -n 4500 build/prompts/all.jsonl > build/prompts/all-4500.jsonl
+	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all-4500.jsonl \
+		--epochs 1 --gate-epochs 1 --readout-width 2048
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
-		--temperatures 0,0.7,0,0.9 --epochs 2 --gate-epochs 1
+		--epochs 2 --gate-epochs 1
 	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.06
 	$(BIN)/offramp calibrate mamba-tiny-ee --exits $(TINY)-ee --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
-		--temperatures 0,0.7,0,0.9 --epochs 2 --gate-epochs 1
+		--epochs 2 --gate-epochs 1
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("build/adapters"))
     args = parser.parse_args(argv)
-    backbone = offramp.load(args.model, args.dtype)
+    backbone = offramp.load(args.model, args.dtype).backbone
     settings = TrainConfig(
         prompts=args.own_prompts, answers=args.answers, answer_tokens=args.tokens, epochs=args.epochs, gate_epochs=0
     )

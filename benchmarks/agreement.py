@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         task = load_task(args.task, args.data, args.count)
-        backbone = offramp.load(args.model, args.dtype, keep=True)
+        backbone = offramp.load(args.model, args.dtype, keep=True).backbone
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     engine, model, same = Engine(backbone), backbone.model, 0

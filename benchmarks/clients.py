@@ -88,8 +88,8 @@ def cache(client: Any, model: str) -> str:
 
 def stream(client: Any, model: str, dtype: str, tokens: int) -> str:
     """The rate of one stream over HTTP beside the engine's in this process, in turn, prompt by prompt."""
-    backbone = offramp.load(model, dtype)
-    engine = Engine(backbone, offramp.shipped_for(backbone, draft=True), fill="verify")
+    backbone = offramp.load(model, dtype).backbone
+    engine = Engine(backbone, offramp.ExitSet.shipped(backbone).drafting, fill="verify")
     ratios, rates = [], []
     for turn in range(PAIRS + 1):
         seconds = [0.0, 0.0]

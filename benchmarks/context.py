@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     print(machine(args.threads, read_bandwidth(args.threads)))
     torch.manual_seed(0)
     for weights in args.formats.split(","):
-        backbones = {name: offramp.load(name, weights) for name in args.models}
+        backbones = {name: offramp.load(name, weights).backbone for name in args.models}
         print(f"\n{weights}, {args.rounds} rounds of {STEPS} steps\n")
         print("| tokens before |" + "".join(f" {name}, ms | MB |" for name in backbones))
         print("|---:|" + "---:|---:|" * len(backbones))

@@ -73,7 +73,7 @@ def max_prob_scores(exits: Exits, labelled: LabelledTexts) -> list[torch.Tensor]
 
 def exits_for(backbone: Backbone, folder: Path | None) -> Exits:
     """The exits in the folder; the shipped ones for None."""
-    exits = Exits.load(folder, backbone) if folder else offramp.shipped_for(backbone)
+    exits = Exits.load(folder, backbone) if folder else offramp.ExitSet.shipped(backbone).early
     assert exits, f"no exits ship for {backbone.name}"
     return exits
 
@@ -82,7 +82,7 @@ def compare_formats(args: argparse.Namespace) -> None:
     """For each weight format, compare the exits with what the model answers in that format."""
     print("| weights | head | agreement | gate AUROC |\n|---|---|---|---|")
     for name, kept in FORMATS.items():
-        backbone = offramp.load(args.model, name)
+        backbone = offramp.load(args.model, name).backbone
         exits = exits_for(backbone, args.exits)
         prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
         folder = args.work / f"asked-{name}"
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         compare_formats(args)
         return
 
-    fast, exact = offramp.load(args.model), offramp.load(args.model, "float32")
+    fast, exact = offramp.load(args.model).backbone, offramp.load(args.model, "float32").backbone
     base = exits_for(exact, args.exits)
     config = TrainConfig(prompts=args.own_prompts, gate_target="agreement")
     fills = args.fills.split(",")

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("build/gates"))
     args = parser.parse_args(argv)
-    backbone = offramp.load(args.model)
+    backbone = offramp.load(args.model).backbone
     base = exits_for(backbone, args.exits)
     settings = TrainConfig(
         prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs, gate_target="agreement"

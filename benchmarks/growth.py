@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     note = machine(args.threads, read_bandwidth(args.threads))
     torch.manual_seed(0)
     backbones = {
-        format: outline(args.model, format, random=True) if args.random else offramp.load(args.model, format)
+        format: outline(args.model, format, random=True) if args.random else offramp.load(args.model, format).backbone
         for format in args.formats.split(",")
     }
     first = next(iter(backbones.values()))

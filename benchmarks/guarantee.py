@@ -29,7 +29,7 @@ import offramp
 from exits import questions_in
 from offramp import Engine, Policy
 from offramp.errors import OfframpError
-from offramp.exits.exits import require_exits
+from offramp.exits.exit_set import ExitSet
 from offramp.files import write_atomically
 from offramp.training.calibration import PILOT, answers, gain
 from offramp.training.lines import KINDS, candidates
@@ -127,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, default=Path("build/guarantee/guarantee.svg"))
     args = parser.parse_args(argv)
     try:
-        backbone = offramp.load(args.model, args.dtype)
-        exits = require_exits(backbone, args.exits)
-        reference = offramp.load(args.reference, args.dtype) if args.reference else backbone
+        backbone = offramp.load(args.model, args.dtype).backbone
+        exits = ExitSet.find(args.exits, backbone).require_early(backbone)
+        reference = offramp.load(args.reference, args.dtype).backbone if args.reference else backbone
         questions = questions_of(args.questions, args.count)
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         triples = zip(early, full, questions, strict=True)
         return {
             "policy": asdict(policy),
-            "losses": [LOSSES[args.loss](answer, whole, question) for answer, whole, question in triples],
+            "losses": [LOSSES[args.loss].of(answer, whole, question) for answer, whole, question in triples],
             "gain": [gain(answer, args.fill) for answer in early],
             "flops_saved": [answer.flops_saved for answer in early],
             "mean_blocks": fmean(answer.mean_blocks for answer in early),

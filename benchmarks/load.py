@@ -124,8 +124,8 @@ def served(model: str, dtype: str | None) -> Iterator[tuple[str, int]]:
         model,
         "--port",
         str(port),
-        "--fill",
-        "verify",
+        "--mode",
+        "exact",
     ]
     process = subprocess.Popen([*command, *(["--dtype", dtype] if dtype else [])], stderr=subprocess.DEVNULL)
     try:
@@ -183,7 +183,7 @@ def run(
 def check(pairs: list[tuple[Asked, Got]], model: str, dtype: str | None) -> list[str]:
     """What went wrong; answers in float32 are compared with the same engine's alone."""
     wrong = []
-    engine = offramp.Engine(offramp.load(model, dtype)) if dtype == "float32" else None
+    engine = offramp.Engine(offramp.load(model, dtype).backbone) if dtype == "float32" else None
     alone: dict[str, str] = {}
     for asked, got in pairs:
         if asked.kind == "malformed":

@@ -28,9 +28,9 @@ import ray
 from ray.cluster_utils import Cluster as Nodes
 
 import offramp
-from offramp.cluster import Cluster, connected
 from offramp.evaluation.evaluation import Answer, Evaluation
 from offramp.evaluation.tasks import Item, Task
+from offramp.extras.cluster import Cluster, connected
 from offramp.files import read_lines
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=32, help="prompts of a share")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args(arguments)
-    backbone = offramp.load(asked.model)
+    backbone = offramp.load(asked.model).backbone
     lines = read_lines(PROMPTS, ())[: asked.prompts]
     items = [Item(str(number), line, line, ()) for number, line in enumerate(lines)]
     task = Task("own prompts", items, (), asked.tokens, lambda answer, item: {}, PROMPTS.name, "")

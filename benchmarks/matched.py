@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=48)
     args = parser.parse_args(argv)
     try:
-        backbone = offramp.load(args.model, args.dtype)
+        backbone = offramp.load(args.model, args.dtype).backbone
         named = [(name, Exits.load(folder, backbone)) for name, _, folder in (each.partition("=") for each in args.exits)]
         questions = read_questions(args.prompts)
     except OfframpError as error:

@@ -29,7 +29,7 @@ import offramp
 from offramp import Engine
 from offramp.errors import OfframpError
 from offramp.evaluation.bench import PROMPTS
-from offramp.exits.exits import require_exits
+from offramp.exits.exit_set import ExitSet
 from offramp.files import cache_folder
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
@@ -138,7 +138,7 @@ def in_turn(engines: dict[str, Engine], prompts: list[list[int]], tokens: int, p
 
 def engines_of(backbone: Backbone, exits: Path | None, drafts: Path | None) -> dict[str, Engine]:
     """Full depth, the calibrated exits, and `verify`."""
-    deciding, drafting = require_exits(backbone, exits), require_exits(backbone, drafts, draft=True)
+    deciding, drafting = ExitSet.find(exits, backbone).early, ExitSet.find(drafts, backbone).drafting
     return {
         FULL: Engine(backbone),
         "exits, `project`": Engine(backbone, deciding),
@@ -163,13 +163,17 @@ def spread(name: str, dtype: str | None, work: Path) -> Backbone:
     for parameter in model.parameters():
         if not parameter.is_meta:  # it may be mapped from a file, and the lower half is to stay in memory
             parameter.data = parameter.data.clone()
-    return offramp.wrap(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
+    return offramp.wrap(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name).backbone
 
 
 def decode(args: argparse.Namespace, group: Group) -> None:
     """Load the model, limit the memory, and print the table."""
     held = round(args.held)
-    backbone = spread(args.model, args.dtype, args.work) if args.spread else offramp.load(args.model, args.dtype, held=held)
+    backbone = (
+        spread(args.model, args.dtype, args.work)
+        if args.spread
+        else offramp.load(args.model, args.dtype, held=held).backbone
+    )
     engines = engines_of(backbone, args.exits, args.drafts)
     prompts = [backbone.prompts.encode(text) for text in PROMPTS[: args.count]]
     for engine in engines.values():

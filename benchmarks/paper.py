@@ -36,10 +36,11 @@ import offramp
 from offramp import Exits, Policy
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition, Evaluation, fingerprint
-from offramp.evaluation.report import CONSISTENT, write
 from offramp.evaluation.results import ConditionInfo, Result, load_results, save_results
 from offramp.evaluation.tasks import Task, load_task
 from offramp.exits.policy import TRAINING_FREE
+from offramp.extras.report.curves import CONSISTENT
+from offramp.extras.report.page import write
 from offramp.files import write_atomically
 from offramp.training.calibration import calibrations, precision_line
 from offramp.training.config import CalibrationConfig, TrainConfig
@@ -75,9 +76,9 @@ class Experiment:
 
     def __init__(self, model: str, task_name: str, args: argparse.Namespace) -> None:
         name, _, folder = model.partition("=")
-        backbone, task = offramp.load(name), load_task(task_name, getattr(args, task_name))
+        backbone, task = offramp.load(name).backbone, load_task(task_name, getattr(args, task_name))
         self.backbone, self.args, self.source, self.name = backbone, args, name, Path(name).name
-        self.shipped = Exits.load(folder, backbone) if folder else offramp.shipped_for(backbone)
+        self.shipped = Exits.load(folder, backbone) if folder else offramp.ExitSet.shipped(backbone).early
         count = COUNTS[task_name] if args.count is None else args.count
         self.scored, self.others = replace(task, items=task.items[:count]), task.items[count:] if count else []
         self.task = task
@@ -149,7 +150,7 @@ class Experiment:
 
     def drafts(self) -> list[Condition]:
         """Verified drafts, if exits that draft ship."""
-        drafts = offramp.shipped_for(self.backbone, draft=True)
+        drafts = offramp.ExitSet.shipped(self.backbone).drafting
         return [Condition("verify", None, drafts, DRAFTS)] if drafts else []
 
     @cached_property

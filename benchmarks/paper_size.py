@@ -104,7 +104,7 @@ class Job:
         os.environ["OFFRAMP_CACHE"] = str(self.folder.parent / "cache")
         torch.set_num_threads(self.threads)
         logging.set_verbosity_error()  # every process would say which faster kernels are missing
-        return offramp.load(str(self.folder), self.format)
+        return offramp.load(str(self.folder), self.format).backbone
 
 
 def fresh(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

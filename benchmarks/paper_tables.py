@@ -25,8 +25,8 @@ from pathlib import Path
 from statistics import fmean
 
 from offramp.errors import OfframpError
-from offramp.evaluation.report import CONSISTENT, crossing
 from offramp.evaluation.results import Result, load_results
+from offramp.extras.report.curves import CONSISTENT, crossing
 from paper import COUNTS, DRAFTS, FILLS, GATES, LOSSES, MATCHED, MODELS, PENALTY, PLAIN, RISKS, SEEDS, SHIPPED, THE_PAPERS
 from paper_exits import Recipe
 from paper_times import COLUMNS, TIMES, row, rows_of, share, subject

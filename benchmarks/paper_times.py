@@ -25,9 +25,9 @@ from typing import Any
 from offramp import Engine
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition, to_six_digits
-from offramp.evaluation.report import COLOURS, MARKERS
 from offramp.evaluation.results import Result, load_results
 from offramp.evaluation.tasks import Item
+from offramp.extras.report.figures import COLOURS, MARKERS
 from offramp.files import write_atomically
 from offramp.machine import machine
 from offramp.metrics import token_f1

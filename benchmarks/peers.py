@@ -75,10 +75,10 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
     from offramp.model.compiled.runtime import Compiled
 
     torch.set_num_threads(args.threads)
-    model = offramp.load(args.model, args.dtype)
+    model = offramp.load(args.model, args.dtype).backbone
     # Without this, the engine would stop at an end of text.
     type(model).stop_ids = frozenset()  # type: ignore[method-assign,assignment]
-    exits = offramp.shipped_for(model, draft=True) if args.verify else None
+    exits = offramp.ExitSet.shipped(model).drafting if args.verify else None
     engine = offramp.Engine(model, exits, fill="verify" if exits else "project")
 
     def generate(ids: list[int], tokens: int, out: Out) -> None:

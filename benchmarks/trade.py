@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/trade"))
     args = parser.parse_args(argv)
     try:
-        backbone = offramp.load(args.model, args.dtype)
+        backbone = offramp.load(args.model, args.dtype).backbone
         pilot = [backbone.prompts.encode(question.prompt) for question in read_questions(args.pilot)[:PILOT]]
         lines = {FULL: {FULL: Engine(backbone)}}
         for name, folder in (pair.split("=", 1) for pair in args.exits):

@@ -24,7 +24,8 @@ from torch import Tensor
 import offramp
 from offramp import Engine
 from offramp.decode.drafts import DraftRule
-from offramp.exits.exits import Exits, require_exits
+from offramp.exits.exit_set import ExitSet
+from offramp.exits.exits import Exits
 from offramp.model.backbone import Backbone
 from offramp.training import drafting
 from offramp.training.config import TrainConfig
@@ -119,8 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--dtype")
     args = parser.parse_args(argv)
-    backbone = offramp.load(args.model, args.dtype, keep=True)
-    exits = require_exits(backbone, args.exits, draft=True)
+    backbone = offramp.load(args.model, args.dtype, keep=True).backbone
+    exits = ExitSet.find(args.exits, backbone).drafting
+    assert exits is not None
     costs = Engine(backbone, exits, fill="verify").drafts
     if costs is None or not costs.asking:
         parser.error("These exits are closed, and draft nothing.")

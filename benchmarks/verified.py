@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/verified.py TruthfulQA.csv [--model smollm2] [--dtype float32] [--engine compiled]
     .venv/bin/python benchmarks/verified.py --tiny [--count 200]
 
-Every question is answered at full depth and with `--fill verify`. For answers that differ, the script prints how far apart
+Every question is answered at full depth and with `--mode exact`. For answers that differ, the script prints how far apart
 the two best logits are at the first token that differs. In float32, only ties may differ; in compiled blocks,
 nothing may. `--engine library` runs the library's own blocks.
 """
@@ -21,7 +21,7 @@ import offramp
 from exits import questions_in
 from offramp import Engine, Policy
 from offramp.errors import OfframpError
-from offramp.exits.exits import require_exits
+from offramp.exits.exit_set import ExitSet
 
 TESTS = Path(__file__).parents[1] / "tests"
 
@@ -76,10 +76,10 @@ def main(argv: list[str] | None = None) -> None:
         tiny_models(args.count or 200)
         return
     try:
-        backbone = offramp.load(args.model, args.dtype, keep=args.engine == "library")
+        backbone = offramp.load(args.model, args.dtype, keep=args.engine == "library").backbone
         if args.engine == "library":
             backbone.use_library_blocks()
-        exits = require_exits(backbone, args.exits, draft=True)
+        exits = ExitSet.find(args.exits, backbone).drafting
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count or 100)]

@@ -52,7 +52,7 @@ ALWAYS void scores_of(const float *q, const Seen *seen, int64_t j, int64_t count
 }
 
 // Adds the values of positions `from` to `to` - 1, each times its weight, to V vectors of the outputs of G
-// queries, from `dim` on (one vector may be cut short). What was there before is multiplied by `keep` first.
+// queries, from `dim` on (one vector may be cut short). Earlier sums are multiplied by `keep` first.
 ALWAYS void values_of(const Seen *seen, int64_t dim, int64_t from, int64_t to, const float *weights,
                       const float *keep, float *out, const int G, const int V, const int half) {
     const int64_t P = seen->P, left = P - dim;
@@ -74,8 +74,7 @@ ALWAYS void values_of(const Seen *seen, int64_t dim, int64_t from, int64_t to, c
         for (int v = 0; v < V; v++) store_up_to(out + g * P + dim + v * LANES, acc[g][v], left - v * LANES);
 }
 
-// Turns the scores s of positions `from` to `to` - 1 into weights. Returns what earlier weights are to be
-// multiplied by.
+// Turns the scores s of positions `from` to `to` - 1 into weights. Returns the factor for earlier weights.
 static float weights_from_scores(float *s, int64_t from, int64_t to, float *most, float *total) {
     const int64_t first = from / LANES * LANES;
     vf tops = all(*most), sums = {0};

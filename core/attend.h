@@ -3,8 +3,8 @@
 #pragma once
 #include "vectors.h"
 
-// Positions that are attended to in one go, and those whose softmax is one part of the sum. Both begin at
-// multiples.
+// The number of positions that are attended to at once, and the number whose softmax is one part of the sum.
+// Both kinds of pieces begin at multiples of these numbers.
 enum { PIECE = 64, STRETCH = 256 };
 
 // What is attended to: keys and values of one head, in float32 or bfloat16 (`half`), `step` bytes from one
@@ -13,7 +13,7 @@ typedef struct {
     const char *keys, *values;
     int64_t step, P;
     float scale;
-    const char *next;  // what will be attended to soon
+    const char *next;  // the next positions, to be fetched soon
     int64_t ahead;     // bytes of it to ask for with every EIGHT positions
 } Seen;
 

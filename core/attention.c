@@ -75,7 +75,7 @@ static void stretches(const Attention *a, const Worker *w, Run run, int64_t *fro
 
 // Attention of a run's rows over one stretch, for the queries of the key/value heads `from` to `to` - 1. The
 // results of each head are (rows, group) queries; the next head's follow. The pieces and stretches are the
-// same for every row, so what a row gets does not depend on the rows beside it.
+// same for every row, so a row's results do not depend on the rows beside it.
 static void attend(const Attention *a, const Worker *w, const KeysAt *at, Run run, int64_t stretch,
                    int64_t from, int64_t to, float *results) {
     const int64_t P = a->dim, H = a->heads, group = a->queries / H, queries = run.rows * group,
@@ -93,7 +93,7 @@ static void attend(const Attention *a, const Worker *w, const KeysAt *at, Run ru
                 const int64_t after = position[r] + 1,
                               start = a->window && after > a->window ? after - a->window : 0;
                 const int64_t first = start > piece ? start - piece : 0, last = min_(after - piece, PIECE);
-                // The first of few rows asks for the next piece, each head for its share.
+                // If there are few rows, the first one prefetches the next piece, each head its share.
                 const int64_t ahead = r || !w->few ? 0 : PIECE * step / (to - from);
                 const char *next = at->places + (piece + PIECE) * step + (head - from) * ahead;
                 const Seen seen = {keys, keys + H * P * size,    step, P, a->scale,
@@ -107,7 +107,7 @@ static void attend(const Attention *a, const Worker *w, const KeysAt *at, Run ru
     }
 }
 
-// Puts the outputs of a run's rows, for one head, where the next product finds them.
+// Writes the outputs of a run's rows, for one head, as the input of the next product.
 static void finish(const Attention *a, const Worker *w, Run run, int64_t head, Softmax sum) {
     const int64_t P = a->dim, Q = a->queries, group = Q / a->heads;
     for (int64_t r = 0; r < run.rows; r++)
@@ -143,8 +143,8 @@ static void attend_many(const Attention *a, Worker *w, const MemoryAt *memory) {
     }
 }
 
-// The stretches of few rows, one run after another: of number i, its run, its own number, and where its
-// results go.
+// The stretches of few rows, one run after another. For number i: its run, its own number, and the place of
+// its results.
 typedef struct {
     Run run;
     int64_t stretch;
@@ -161,9 +161,9 @@ static Stretch stretch_of(const Attention *a, const Worker *w, int64_t i) {
     }
 }
 
-// Attention of few rows: threads share the stretches, too; where there are fewer than threads, also the
-// heads. Each result gets a place of its own in `parts`. Then the parts of each run become one, and its rows
-// narrow for the next product.
+// Attention of few rows: threads also share out the stretches, and the heads if there are fewer stretches
+// than threads. Each result gets a place of its own in `parts`. Then the parts of each run become one, and
+// its rows narrow for the next product.
 static Rows attend_few(const Attention *a, Worker *w, const MemoryAt *memory) {
     const Tokens *tokens = &w->tokens;
     const int64_t H = a->heads, P = a->dim, group = a->queries / H, R = tokens->count;

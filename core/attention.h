@@ -9,14 +9,14 @@
 // projection, added to h. There is a memory for each sequence.
 void attention_run(const Attention *a, Worker *w, const MemoryAt *memory);
 
-// Only stores keys and values.
+// As attention_run, but only stores keys and values.
 void attention_remember(const Attention *a, Worker *w, const MemoryAt *memory);
 
 // The gated MLP of a block, added to h.
 void mlp_run(const Mlp *m, Worker *w);
 
-// The floats of Buffers that a row needs: of `x`, `mixed` and `parts` (of few rows up to position `end` - 1),
-// and of `local`.
+// The number of floats that a row needs in Buffers: of `x`, `mixed` and `parts` (for few rows up to position
+// `end` - 1), and of `local`.
 static inline int64_t attention_parts(const Attention *a, int64_t end) {
     return softmax_floats(a->queries, a->dim) * (end / STRETCH + 1);
 }

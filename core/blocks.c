@@ -71,7 +71,7 @@ typedef struct {
     int64_t start, stop, sessions, from, to;
     const offramp_rows *rows;
     float *h;
-    int remembers;  // only
+    int remembers;  // remembers only
     // Laid out for each piece of the rows:
     Tokens tokens;
     Buffers buffers;
@@ -129,10 +129,10 @@ static offramp_status check_call(const Call *c, offramp_error *error) {
         const offramp_rows *rows = c->rows + q;
         NEED(rows->session && rows->session->model == model, "A session belongs to another model.");
         for (int64_t other = 0; other < q; other++)
-            NEED(rows->session != c->rows[other].session, "A session stands here twice.");
+            NEED(rows->session != c->rows[other].session, "A session is given twice.");
         NEED(rows->count >= 0 && rows->first >= 0 && rows->count <= INT32_MAX &&
                  rows->first <= INT64_MAX - rows->count,
-             "%lld rows from position %lld on cannot be run.", (long long)rows->count,
+             "%lld rows from position %lld on are not a valid range.", (long long)rows->count,
              (long long)rows->first);
         NEED(!model->rotary_dim || rows->first + rows->count <= model->positions,
              "There are rotary pairs for %lld positions only.", (long long)model->positions);
@@ -142,7 +142,7 @@ static offramp_status check_call(const Call *c, offramp_error *error) {
                  "Block %lld has %lld tokens, and cannot go on at position %lld.", (long long)i,
                  (long long)rows->session->blocks[i].keys.length, (long long)rows->first);
             NEED(can_crop_keys(rows->session, i, rows->first),
-                 "The window of block %lld has let go of what position %lld sees.", (long long)i,
+                 "The window of block %lld no longer has the keys that position %lld sees.", (long long)i,
                  (long long)rows->first);
         }
     }

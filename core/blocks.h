@@ -14,15 +14,15 @@ typedef struct {
     const float *rotary;
 } Tokens;
 
-// Where the keys of a block and a sequence are: the place of position 0, or where it would be, and whether
-// they are in bfloat16.
+// The keys of one block for one sequence: the place of position 0 (which may lie before the memory, if a
+// window has slid), and whether they are in bfloat16.
 typedef struct {
     char *places;
     int64_t half;
 } KeysAt;
 
-// Where a mixer's memory of a sequence is: the state is read from `h` and written to `fresh`, which may be
-// the same place. `notes` (or NULL) receives what each row does to it: see Mixed of session.h.
+// A mixer's memory of one sequence. The state is read from `h` and written to `fresh`, which may be the same
+// place. `notes` (or NULL) receives the journal of the rows: see Mixed in session.h.
 typedef struct {
     float *window, *fresh, *notes;
     const float *h;
@@ -39,7 +39,7 @@ typedef struct {
     int64_t own;
 } Buffers;
 
-// What one thread of a call works with. `few` rows share the positions in attention, too.
+// The data of one thread of a call. With `few` rows, threads also share out the positions in attention.
 typedef struct {
     const offramp_model *model;
     Tokens tokens;
@@ -48,18 +48,18 @@ typedef struct {
     int few;
 } Worker;
 
-// What lays out the buffers for `rows` rows whose highest position is `end` - 1.
+// Lays out the buffers for `rows` rows whose highest position is `end` - 1.
 Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena *arena);
 
 Worker worker_of(const offramp_model *model, const Tokens *tokens, const Buffers *buffers, Hand *hand);
 
 // Runs the worker's rows through blocks `start` to `stop` - 1. `memory` has entries for each of N blocks and
-// `sequences` sequences. `remember_blocks` lets the blocks only remember the rows; `keys`: those with
-// attention.
+// `sequences` sequences. With `remember_blocks`, the blocks only remember the rows; with `keys`, only blocks
+// with attention do.
 void run_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences);
 void remember_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
                      int keys);
 
-// Where a session keeps what block i remembers; and where a mixer's memory is.
+// A session's keys of block i, and its memory of a mixer.
 MemoryAt memory_at(const offramp_session *session, int64_t i);
 MemoryAt mixed_at(const Mamba2 *shape, const Mixed *mixed);

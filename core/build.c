@@ -1,4 +1,4 @@
-// What this library was made from, and for: CMakeLists.txt says so.
+// The sources and the processor of this library, as CMakeLists.txt gives them.
 
 #include "offramp.h"
 

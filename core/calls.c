@@ -9,7 +9,7 @@ typedef struct {
     const Weight *weight;
     const Sketch *sketch;
     const Gate *gate;
-    const MambaGate *mamba_gate;  // where there is no gate
+    const MambaGate *mamba_gate;  // NULL for other calls
     MemoryAt memory;              // of a Mamba gate
     const Readout *readout;
     const float *x, *deep;
@@ -84,7 +84,7 @@ static offramp_status run_rows(Call call, int64_t columns, int64_t results, void
                                Work *work, offramp_error *error) {
     const int64_t total = call.rows;
     offramp_status status = OFFRAMP_OK;
-    if (total < 0) return fail(error, OFFRAMP_INVALID, "%lld rows are no rows.", (long long)total);
+    if (total < 0) return fail(error, OFFRAMP_INVALID, "A call cannot have %lld rows.", (long long)total);
     pool_enter(&call.model->pool);
     for (int64_t first = 0; first < total && !status; first += ROWS_AT_ONCE) {
         Call piece = call;

@@ -22,7 +22,7 @@ ChooseRoom room_for_choices(int64_t R, int64_t V, Arena *arena) {
     };
 }
 
-// What may be chosen ------------------------------------------------------------------------------
+// The tokens that may be chosen -------------------------------------------------------------------
 
 // Makes logits y (V) of tokens that are not allowed −inf. A NaN stays, and so does +inf: they are found
 // later.
@@ -34,7 +34,8 @@ static void mask(float *y, int64_t V, const uint32_t *allowed) {
     }
 }
 
-// Makes the ids of the text less likely: the library's repetition penalty. `seen` has a bit for each token.
+// Makes the tokens of the text less likely: the library's repetition penalty. `seen` has a bit for each
+// token.
 static void penalise(const Choice *c, float *y, int64_t V, uint32_t *seen) {
     const float penalty = (float)c->how->penalty;
     memset(seen, 0, words_of(V) * sizeof *seen);
@@ -45,7 +46,7 @@ static void penalise(const Choice *c, float *y, int64_t V, uint32_t *seen) {
     }
 }
 
-// A row that is drawn from. Of its logits y (V), the largest is `top`.
+// A row for a draw. The largest of its logits y (V) is `top`.
 typedef struct {
     const float *y;
     int64_t V;
@@ -66,7 +67,7 @@ static inline vf shares(const Row *row, int64_t i) {
     return exp_((load_up_to(row->y + i, row->V - i) - row->top) / row->temperature);
 }
 
-// Those of all tokens whose logits are not below a bound.
+// The sum for all tokens whose logits are not below a bound.
 static double total_share(const Row *row, float bound) {
     double total = 0;
     for (int64_t from = 0; from < row->V; from += CHUNK) {
@@ -82,8 +83,8 @@ static double total_share(const Row *row, float bound) {
     return total;
 }
 
-// The largest logit so that those from it on weigh so much together, of those that are not below a bound: 1
-// each, or its share.
+// The largest logit such that it and all larger ones weigh so much together. Only logits that are not below a
+// bound count: 1 each, or their share.
 static float least_of_weight(const Row *row, float bound, double weight, int by_share) {
     Search search = {.left = weight};
     for (int digit = 0; digit < DIGITS; digit++) {
@@ -121,8 +122,7 @@ static float kth_largest(const Row *row, int64_t k) {
     return least_of_weight(row, found < k ? -INFINITY : bound, (double)k, 0);
 }
 
-// What a logit of y (V) that may be drawn is not below. Each rule is about the tokens that the ones before it
-// leave.
+// The lowest logit of y (V) that may be drawn. Each rule is about the tokens that the rules before it leave.
 static float least_drawn(const Choice *c, const float *y, int64_t V) {
     const offramp_sampling *how = c->how;
     const Row row = {y, V, top_of(y, V), temperature_of(c)};
@@ -171,7 +171,7 @@ static inline vf noise(Key key, int64_t t) {
     return -log_(-log1p_(-u));
 }
 
-// Makes logits `from` to `to` - 1 of y what is largest for the token that is drawn. A NaN stays.
+// Turns logits `from` to `to` - 1 of y into numbers of which the drawn token has the largest. A NaN stays.
 static void add_noise(const Choice *c, float *y, int64_t from, int64_t to, float least) {
     const Key key = key_of(c->how->seed, c->known);
     const float temperature = temperature_of(c);
@@ -187,7 +187,7 @@ static void add_noise(const Choice *c, float *y, int64_t from, int64_t to, float
 
 // Choices -----------------------------------------------------------------------------------------
 
-// Whether a row is worked on before its best token is looked for.
+// Whether a row's logits change before the best token is found.
 static int prepares(const Choice *c) { return c->allowed || c->how->penalty != 1 || draws(c); }
 
 static void prepare_row(const Choice *c, float *y, int64_t V, uint32_t *seen, float *least) {
@@ -220,11 +220,11 @@ void choose_rows(Hand *hand, const Choice *choices, int64_t R, float *y, int64_t
 offramp_status check_choice(const Choice *choice, int64_t V, offramp_error *error) {
     const offramp_sampling *how = choice->how;
     NEED(how->temperature >= 0 && isfinite(how->temperature), "A temperature is 0 or more.");
-    NEED(how->top_k >= 0, "The %lld most probable tokens cannot be kept.", (long long)how->top_k);
+    NEED(how->top_k >= 0, "A top-k is 0 or more, and not %lld.", (long long)how->top_k);
     NEED(how->top_p > 0 && how->top_p <= 1, "A top-p is above 0, and 1 at most.");
     NEED(how->min_p >= 0 && how->min_p <= 1, "A min-p is 0 to 1.");
     NEED(how->penalty > 0 && isfinite(how->penalty), "A repetition penalty is above 0.");
-    NEED(choice->known >= 0, "%lld ids are no ids.", (long long)choice->known);
+    NEED(choice->known >= 0, "A text has 0 or more ids, and not %lld.", (long long)choice->known);
     for (int64_t t = 0; t < choice->known; t++)
         NEED(choice->ids[t] >= 0 && choice->ids[t] < V, "There is no token %lld.", (long long)choice->ids[t]);
     return OFFRAMP_OK;

@@ -22,8 +22,8 @@ typedef struct {
     const uint32_t *allowed;
 } Choice;
 
-// Memory to choose for R rows in: what a logit that may be drawn is not below (R), a bit for each token that
-// the text has (R, (V + 31) / 32), and the best of each CHUNK (R, chunks).
+// Memory for choosing in R rows: the lowest logit that may be drawn (R), a bit for each token that the text
+// has (R, (V + 31) / 32), and the best of each CHUNK (R, chunks).
 typedef struct {
     float *least;
     uint32_t *seen;
@@ -32,10 +32,10 @@ typedef struct {
 
 ChooseRoom room_for_choices(int64_t R, int64_t V, Arena *arena);
 
-// Whether settings, and the ids of a text, are such as `choose_rows` takes.
+// Checks settings and the ids of a text for `choose_rows`.
 offramp_status check_choice(const Choice *choice, int64_t V, offramp_error *error);
 
-// Chooses by R rows of logits y (R, V), which change, shared out: `chosen` (R) are ids, or -1 and -2 as
-// offramp_choose says. The choices stay as they are until all threads are through.
+// Chooses a token for each of R rows of logits y (R, V), shared out among threads; it changes y. `chosen` (R)
+// are ids, or -1 and -2 as in offramp_choose. The choices do not change before all threads are done.
 void choose_rows(Hand *hand, const Choice *choices, int64_t R, float *y, int64_t V, const ChooseRoom *room,
                  int64_t *chosen);

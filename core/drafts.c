@@ -1,14 +1,14 @@
 #include "drafts.h"
 
-// Drafts that a share is mostly of; rounds after which an exit is asked again at the latest; ids of a text
-// among which is looked up.
+// The number of newest drafts that a share mostly reflects; the longest pause of an exit, in rounds; the
+// number of newest ids that prompt look-up searches.
 enum { NEWEST = 16, LONGEST = 64, LOOKED_BACK = 1024 };
 
 Estimates new_estimates(void) {
     return (Estimates){{0, 0.5, 0.5, 0.5}, {1, 4, 4, 4}, {0, 0.5, 0.5, 0.5}, 1, 1, 0, NEWEST};
 }
 
-// The id that followed the last `alike` of `count` ids where they stood before, or -1.
+// The id that followed the last `alike` of `count` ids when they last occurred, or -1.
 static int64_t looked_up(const int64_t *ids, int64_t count, int64_t alike) {
     const int64_t *last = ids + count - alike, *first = count > LOOKED_BACK ? ids + count - LOOKED_BACK : ids;
     for (const int64_t *at = last - 1; alike && at >= first; at--)
@@ -26,8 +26,8 @@ static uint32_t key_of(const int64_t *ids, int64_t n) {
     return key ? key : 1;
 }
 
-// The table's value for the longest context that it knows at the end of `count` ids, or 0: 256 · a token +
-// its chance to follow, in 1/255. It is a hash table (exits/ngrams.py).
+// The table's value for the longest context that it knows at the end of `count` ids: 256 · a token + its
+// chance to follow, in 1/255; 0 if it knows none. It is a hash table (exits/ngrams.py).
 static uint32_t expected(const Guesses *g, const int64_t *ids, int64_t count) {
     const uint32_t *keys = g->keys.values, *values = g->values.values;
     const int64_t mask = g->keys.count - 1;
@@ -39,7 +39,7 @@ static uint32_t expected(const Guesses *g, const int64_t *ids, int64_t count) {
     return 0;
 }
 
-// The chance of draft n, of which its source promised so much, to be right.
+// The chance that draft n is right, by its source's promise and the estimates.
 static double sure_of(const Estimates *e, const Round *round) {
     const int64_t n = round->drafts, source = round->source[n];
     const double right = e->right[source];

@@ -1,18 +1,25 @@
 // Drafts: guesses at the tokens that follow, which full depth then decides in one chunk. They come from an
-// exit, and for nothing from the text, where it repeats itself (prompt look-up), and from a table of what
-// often follows a few tokens. decode/drafts.py has the same rules in Python.
+// exit, or at no cost from the text, where it repeats itself (prompt look-up), or from a table of the tokens
+// that often follow a few others. decode/drafts.py has the same rules in Python.
 
 #pragma once
 #include "model.h"
 
-enum { MOST_DRAFTS = OFFRAMP_MOST_DRAFTS };    // of a round
-enum { NOTHING, EXIT, TEXT, TABLE, SOURCES };  // what a draft comes from
+enum { MOST_DRAFTS = OFFRAMP_MOST_DRAFTS };  // of a round
+// What a draft comes from.
+enum {
+    NOTHING = OFFRAMP_FROM_FULL,
+    EXIT = OFFRAMP_FROM_EXIT,
+    TEXT = OFFRAMP_FROM_TEXT,
+    TABLE = OFFRAMP_FROM_TABLE,
+    SOURCES
+};
 
-// What is learned from the drafts of one sequence. It decides how many drafts are made.
+// Estimates from the drafts of one sequence. They decide how many drafts are made.
 typedef struct {
     double right[SOURCES],
         seen[SOURCES];  // share of each source's newest drafts that were right; how many (NOTHING: rounds)
-    double promised[SOURCES];  // what was said of their chances, on average
+    double promised[SOURCES];  // the mean chance that was promised for them
     double tokens, cost;       // of a round; its share in the cost of a pass, in steps of full depth
     int64_t rest, pause;  // rounds until an exit whose drafts do not pay is asked again: now, and next time
 } Estimates;
@@ -24,27 +31,27 @@ Estimates new_estimates(void);
 typedef struct {
     int64_t source[MOST_DRAFTS + 1], draft[MOST_DRAFTS + 1];
     double promise[MOST_DRAFTS + 1];  // the exit's confidence, or the table's chance
-    double chance;                    // that all drafts so far stand
-    double asked;                     // what asking exits has cost
+    double chance;                    // the chance that all drafts so far stand
+    double asked;                     // the cost of asking exits
     int64_t drafts;
 } Round;
 
-// What drafts cost now, in steps of full depth: one more row of the pass, and asking an exit; and how many
-// tokens a pass makes for as much.
+// The costs of drafts now, in steps of full depth: of one more row of the pass, and of asking an exit; and
+// the tokens that a pass gives for each step of full depth.
 typedef struct {
     double row, asking, tokens, floor;  // floor: what a draft's chance to stand must exceed anyway
 } Prices;
 
-// What drafts come from without an exit, after the `count` ids of a text: prompt look-up of the last `alike`
-// (0: none), and a table (or NULL).
+// The sources of drafts without an exit, after the `count` ids of a text: prompt look-up of the last `alike`
+// ids (0: none), and a table (or NULL).
 typedef struct {
     const Guesses *guesses;
     int64_t alike;
 } Free;
 
-// Decides where draft n of a round comes from: from whichever source is likelier to be right, if it is likely
-// enough to stand. Sets its source; a free draft is noted, too. `exits`: there are exits that could be asked.
-// An exit goes on only from its own drafts, whose states it knows.
+// Decides where draft n of a round comes from: the source that is likelier to be right, if the draft is
+// likely enough to stand. Sets its source, and for a free draft also its id. `exits`: there are exits that
+// can be asked. An exit goes on only from its own drafts, whose states it knows.
 void choose_source(const Free *from, Estimates *e, Round *round, int exits, const int64_t *ids, int64_t count,
                    const Prices *prices);
 
@@ -54,5 +61,5 @@ int pays(const Estimates *e, const Round *round, const Prices *prices);
 // Tries it.
 void keep_draft(const Estimates *e, Round *round);
 
-// Learns from a round of which `stood` drafts stood, what full depth chose, and what the round cost.
+// Learns from a round: `stood` of its drafts stood. Also given are full depth's choices and the cost.
 void learn_from(Estimates *e, const Round *round, int64_t stood, const int64_t *chosen, double cost);

@@ -102,7 +102,8 @@ void read_outs(Hand *hand, const Readout *readout, const float *h, const float *
         EACH_PIECE(r, hand, R) memmove(out + r * D, h + r * D, D * sizeof(float));
         return;
     }
-    // A row of `act` begins with what is added up, and then has what goes into `down`, or first its gate.
+    // A row of `act` begins with the terms of the sum. Then comes the input of `down`, with its gate before
+    // it if it has one.
     const int64_t stride = D + A, skipped = readout->skips ? 0 : D;
     const Rows x = rows_of(in, room->x, K, R, room->narrow),
                inner = rows_of(down, room->act + stride - W, stride, R, room->narrow);
@@ -138,7 +139,7 @@ ConfidenceRoom room_for_confidences(int64_t R, int64_t n, Arena *arena) {
     };
 }
 
-// The largest of the logits `from` to `to` - 1 but for the best one.
+// The largest of the logits `from` to `to` - 1, without the best one.
 static float second_of(const float *y, int64_t from, int64_t to, int32_t best) {
     vf tops = all(-INFINITY);
     for (int64_t i = from; i < to; i += LANES) {
@@ -149,8 +150,8 @@ static float second_of(const float *y, int64_t from, int64_t to, int32_t best) {
     return largest(tops);
 }
 
-// Sums of e and of e · x over the logits `from` to `to` - 1, where x is a logit less `most`, and e its
-// exponential. It is so small for a logit of −inf that it adds nothing.
+// Sums of e and of e · x over the logits `from` to `to` - 1, where x is a logit minus `most`, and e = exp(x).
+// For a logit of −inf, e is so small that it adds nothing.
 static void add_up(const float *y, int64_t from, int64_t to, float most, float *sums, float *moments) {
     vf total = {0}, moment = {0};
     for (int64_t i = from; i < to; i += LANES) {
@@ -161,7 +162,7 @@ static void add_up(const float *y, int64_t from, int64_t to, float most, float *
     *sums = sum(total), *moments = sum(moment);
 }
 
-// The confidence of a row of n logits, from what is known of its pieces.
+// The confidence of a row of n logits, from the numbers of its pieces.
 static float confidence_of(offramp_confidence kind, int64_t n, const ConfidenceRoom *of_row) {
     const int64_t pieces = chunks_of(n);
     const Best best = best_among(of_row->bests, pieces);

@@ -2,14 +2,14 @@
 
 #include "largest.h"
 
-// Estimates that are looked at, `counts` of them from each piece, CHUNK apart.
+// A list of estimates: `counts` of them from each piece, CHUNK apart.
 typedef struct {
     float *numbers;
     int32_t *counts;
     int64_t pieces;
 } Listed;
 
-// The n-th largest of what is listed.
+// The n-th largest in the list.
 static float nth_largest(const Listed *l, int64_t n) {
     Search search = {.left = (double)n};
     for (int digit = 0; digit < DIGITS; digit++) {
@@ -33,8 +33,8 @@ static void list(Hand *hand, const Listed *l, const float *y, int64_t V, float b
     }
 }
 
-// The n-th largest, 1 ≤ n ≤ V, of the estimates y (V). A sample gives the bound; then only what is not below
-// it is looked at.
+// The n-th largest, 1 ≤ n ≤ V, of the estimates y (V). A sample gives a bound. Then only estimates that are
+// not below it are searched.
 static float least_of_likeliest(Hand *hand, const Listed *l, const float *y, int64_t V, int64_t n,
                                 Found *found) {
     const int64_t wanted = enough_of_sample(n);

@@ -1,23 +1,23 @@
-// The final norm and the LM head, whole or on those tokens only that a sketch of it finds likeliest; and the
+// The final norm and the LM head, for all tokens or only for those that a sketch finds likeliest; and the
 // choice of a token.
 
 #pragma once
 #include "model.h"
 #include "products.h"
 
-enum { CHUNK = 1024 };  // tokens that are a piece
+enum { CHUNK = 1024 };  // tokens of one piece
 
 static inline int64_t chunks_of(int64_t V) { return (V + CHUNK - 1) / CHUNK; }
 
-// What is known of the estimates of one row: a bound that a few more than the wanted number should not be
-// below, how many are not, and the least that is wanted. Each row has its own, so that a thread that comes
-// late still reads what the others decided by.
+// The estimates of one row: a bound that a few more than the wanted number should reach, how many reach it,
+// and the lowest wanted one. Each row has its own, so that a thread that comes late reads the same values as
+// the others.
 typedef struct {
     float bound, least;
     int64_t listed;
 } Found;
 
-// Memory to read out R rows in.
+// Memory for reading out R rows.
 typedef struct {
     float *x, *narrow, *z, *z_narrow, *numbers;
     int32_t *counts;
@@ -27,8 +27,8 @@ HeadRoom room_for_head(const Weight *head, const Sketch *sketch, int64_t R, Aren
 
 // Puts logits of hidden states h (R, D) into y (R, V), shared out. With a sketch (else NULL), only the
 // candidates of each row get theirs (more if estimates are equal), and all others −inf. Rows (D) times
-// `reduce` (k, D) times `expand` (V, k) are estimates of the logits. `found` (R) is zeros, and not used
-// again.
+// `reduce` (k, D) times `expand` (V, k) are estimates of the logits. `found` (R) must be zeros, and must not
+// be used again.
 void read_logits(Hand *hand, const Weight *head, const float *norm, float eps, const Sketch *sketch,
                  const float *h, int64_t R, const HeadRoom *room, Found *found, float *y);
 

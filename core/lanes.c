@@ -11,29 +11,31 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
     const offramp_session *session = r->session;
     NEED(session && session->model == model, "A session belongs to another model.");
     for (int64_t other = 0; other < q; other++)
-        NEED(requests[other]->session != session, "A session stands here twice.");
+        NEED(requests[other]->session != session, "A session is given twice.");
     NEED(0 <= r->run && r->run <= r->known && r->known < INT32_MAX && r->reads >= 0 &&
              r->reads <= r->known - r->run,
-         "%lld of %lld tokens have been run, and %lld more cannot be.", (long long)r->run,
+         "%lld of %lld tokens have been run, so %lld more cannot be read.", (long long)r->run,
          (long long)r->known, (long long)r->reads);
     NEED(r->reads || (r->known - r->run == 1 && r->most > 0),
-         "A token is decided after one that is not run yet, and not after %lld.",
+         "A token is decided after one id that is not run yet, and not after %lld.",
          (long long)(r->known - r->run));
     for (int64_t t = r->run; t < r->known; t++)
         NEED(r->ids[t] >= 0 && r->ids[t] < model->vocabulary, "There is no token %lld.",
              (long long)r->ids[t]);
-    NEED(r->deep || !plan->rules.count, "Exits keep states of the token before.");
+    NEED(r->deep || !plan->rules.count, "A request needs 'deep' if there are exits.");
     if (check_exits(session, r->run, plan->number, plan->rules.count, plan->mixers, error))
         return OFFRAMP_INVALID;
     const Choice choice = {.how = &r->how, .ids = r->ids, .known = r->known, .allowed = r->allowed};
     if (!r->reads && check_choice(&choice, model->vocabulary, error)) return OFFRAMP_INVALID;
     for (int64_t i = 0; i < model->count; i++) {
         const int64_t length = offramp_session_length(session, i);
-        // Tokens that wait are not in deeper blocks yet, or states of mixers have stayed as they were.
+        // A block may have fewer tokens: those that wait are not in deeper blocks yet, and fills may leave
+        // states of mixers as they were.
         int64_t least = model->blocks[i].attends ? r->run : 0;
         if (plan->waits) least = r->run - waiting(session);
-        NEED(length >= least && length <= r->run, "Block %lld has taken in %lld tokens, and not %lld.",
-             (long long)i, (long long)length, (long long)r->run);
+        NEED(length >= least && length <= r->run,
+             "Block %lld has taken in %lld tokens, but the text has %lld.", (long long)i, (long long)length,
+             (long long)r->run);
     }
     return OFFRAMP_OK;
 }
@@ -82,13 +84,14 @@ static Prices prices_of(const Lanes *l, const Lane *lane) {
                     .floor = plan->rules.count ? plan->exits[0].threshold : 0};
 }
 
-// Appends a draft, with what its climb has spent.
+// Appends a draft, with the work of its climb.
 static void draft(Lane *lane, int64_t id, int64_t block, double confidence) {
     lane->drafts[lane->round.drafts] = (offramp_decision){.id = id,
                                                           .block = block,
                                                           .confidence = confidence,
                                                           .flops = lane->spent.flops,
-                                                          .blocks = lane->spent.blocks};
+                                                          .blocks = lane->spent.blocks,
+                                                          .source = lane->round.source[lane->round.drafts]};
     keep_draft(&lane->session->estimates, &lane->round);
     lane->request->ids[lane->known++] = id;
     lane->spent = (Spent){0};
@@ -156,7 +159,7 @@ void enter_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop) {
         Mixed *m = mixed_of(l, lane, i);
         const Mamba2 *shape = &l->plan->model->blocks[i].mamba2;
         if (!m) continue;
-        // What tokens that left early put into the tails' blocks makes room for their exact states.
+        // The exact states replace those that tokens put into the tails' blocks when they left early.
         if (m->watched && m->length > first_of(lane)) crop_mixed(shape, m, first_of(lane));
         if (lane->round.drafts) begin_watch(shape, m);
     }
@@ -230,7 +233,7 @@ void consider_leaving(Lanes *l, Lane *lane, int64_t chosen, double confidence) {
     if (!lane->leaves) take_back(l, lane);
 }
 
-// Notes a decided token, whose id stands in the text already.
+// Records a decided token. Its id is already in the text.
 static void decide(Lane *lane, offramp_decision decision) {
     offramp_request *r = lane->request;
     decision.passes = lane->passes, decision.rejected = lane->rejected;
@@ -275,7 +278,8 @@ void pass_exit(Lanes *l, Lane *lane, const float *state) {
                                     .block = exit->after,
                                     .confidence = lane->sure,
                                     .flops = lane->spent.flops,
-                                    .blocks = lane->spent.blocks});
+                                    .blocks = lane->spent.blocks,
+                                    .source = EXIT});
     settle(l, lane);
 }
 
@@ -296,7 +300,7 @@ static void forget(const Lanes *l, Lane *lane, int64_t length) {
     lane->run = min_(lane->run, length);
 }
 
-// Keeps what read-outs read of the token in this row.
+// Keeps the states of this row's token that read-outs will read.
 static void keep_deep(const Lanes *l, Lane *lane, int64_t row) {
     const int64_t D = l->plan->model->hidden;
     if (!lane->request->deep) return;

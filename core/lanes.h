@@ -1,12 +1,12 @@
-// The requests of one step, each in a lane of its own: which of its tokens climb, how far they are, and what
-// is decided. One thread at a time works here; it runs nothing.
+// The requests of one step, each in a lane of its own: which of its tokens climb, how far they are, and which
+// tokens are decided. One thread at a time works here, and it runs no blocks.
 
 #pragma once
 #include "choose.h"
 #include "plan.h"
 #include "session.h"
 
-// What a climb has spent: FLOPs, and blocks run for one token each.
+// The work of a climb: FLOPs, and blocks run for one token each.
 typedef struct {
     int64_t flops, blocks;
 } Spent;
@@ -31,7 +31,7 @@ typedef struct {
     int64_t passes, rejected;
 } Lane;
 
-// What the lanes of a round share: its rows, drafts among them, and the lanes that decide.
+// The common data of a round's lanes: its rows, drafts among them, and the lanes that decide.
 typedef struct {
     const offramp_plan *plan;
     Lane *lanes;
@@ -42,10 +42,10 @@ typedef struct {
 offramp_status check_request(const offramp_plan *plan, offramp_request *const *requests, int64_t q,
                              offramp_error *error);
 
-// How many rows a request adds at most in a call.
+// The most rows that a request adds in a call.
 int64_t rows_of_call(const offramp_plan *plan, const offramp_request *request, int64_t rounds);
 
-// Gets its session ready: room for the tokens, and for watching mixers.
+// Prepares its session: makes room for the tokens, and for watching mixers.
 offramp_status prepare_session(const offramp_plan *plan, const offramp_request *request, int64_t rounds,
                                offramp_error *error);
 
@@ -56,30 +56,29 @@ static inline int64_t first_of(const Lane *lane) { return lane->run - lane->clim
 // Begins a round, with all lanes that are not done. Returns whether any climbs.
 int begin_round(Lanes *l);
 
-// Before a lane's climbing rows run through blocks `start` to `stop` - 1: what its mixers need to forget
-// drafts. After it: counts.
+// Before a lane's climbing rows run through blocks `start` to `stop` - 1: prepares its mixers to forget
+// drafts. After it: counts the work.
 void enter_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
 void leave_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
 
 // The same for the newest token in blocks that run, or remember, ahead of its turn there.
 void enter_ahead(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
 
-// Counts what asking an exit costs a round of drafts.
+// Counts the cost of asking an exit in a round of drafts.
 void count_asking(const Lanes *l, Lane *lane);
 
 // A threshold of an exit for a lane's next token.
 double threshold_of(const Lanes *l, const Lane *lane, double threshold);
 
-// After the read-out of an exit chose `chosen`, with the confidence of its logits: whether the lane leaves
-// there. A lane that stays has its tail taken back.
+// Whether a lane leaves at an exit whose read-out chose `chosen`, with the confidence of its logits. If the
+// lane stays, its tail forgets the token.
 void consider_leaving(Lanes *l, Lane *lane, int64_t chosen, double confidence);
 
-// Leaves the exit, for the next segment or by what was chosen. `state` (D): what the head read.
+// Moves on from the exit: to the next segment, or out with the chosen token. `state` (D): the head's input.
 void pass_exit(Lanes *l, Lane *lane, const float *state);
 
-// Judges a lane at the top, with what full depth chose after each of its rows that are judged: one, and one
-// for each draft.
+// Judges a lane at the top by full depth's choices: after its newest decided token, and after each draft.
 void judge(Lanes *l, Lane *lane, const int64_t *chosen);
 
-// At the end of a call: notes what waits.
+// At the end of a call: records the tokens that wait.
 void conclude(const Lanes *l, Lane *lane);

@@ -1,6 +1,5 @@
-// Which of many numbers are the largest, found digit by digit, without sorting them: in each pass, every
-// number adds what it weighs to the bin of its digit, and then a walk from the largest bin down finds the
-// digit.
+// Finds the largest of many numbers digit by digit, without sorting. In each pass, every number adds its
+// weight to the bin of its digit. Then a walk down from the largest bin finds the digit.
 
 #pragma once
 #include <stdint.h>
@@ -10,7 +9,7 @@ enum {
     BITS = 11,
     BINS = 1 << BITS,
     DIGITS = 3,
-    SAMPLED = 16,  // one of SAMPLED numbers is looked at first, where there are many
+    SAMPLED = 16,  // if there are many numbers, one of SAMPLED is looked at first
 };
 
 // A number whose order as an unsigned integer is that of the floats, and back.
@@ -27,8 +26,8 @@ static inline float from_ordered(uint32_t number) {
     return x;
 }
 
-// Finds the largest number such that the numbers from it on weigh `left` together; the least of all, where
-// all weigh less. `left` and zeros are given.
+// Finds the largest number such that it and all larger ones weigh `left` together; if all weigh less, the
+// smallest of all. `left` and zeros are given.
 typedef struct {
     double left;           // what numbers with the digits that are known weigh, of those that are wanted
     uint32_t known, mask;  // digits
@@ -61,7 +60,7 @@ static inline void end_digit(Search *s) {
 
 static inline float found_by(const Search *s) { return from_ordered(s->known); }
 
-// How many of the largest of a sample to look at, so that there are most likely n numbers that are not below.
+// How many of a sample's largest numbers to take, so that most likely n of all numbers are not below them.
 static inline int64_t enough_of_sample(int64_t n) {
     const int64_t share = n / SAMPLED;
     return share + 4 * (int64_t)__builtin_sqrt((double)share) + 8;

@@ -1,4 +1,4 @@
-// About the library: its version, its sources, and what bindings compare when they load it.
+// About the library: its version, its sources, and the numbers that bindings compare when they load it.
 
 #include <stddef.h>
 
@@ -82,6 +82,10 @@ static const Constant CONSTANTS[] = {
     VALUE(OFFRAMP_FREEZE),
     VALUE(OFFRAMP_DEFER),
     VALUE(OFFRAMP_VERIFY),
+    VALUE(OFFRAMP_FROM_FULL),
+    VALUE(OFFRAMP_FROM_EXIT),
+    VALUE(OFFRAMP_FROM_TEXT),
+    VALUE(OFFRAMP_FROM_TABLE),
     VALUE(OFFRAMP_NOT_FINITE),
     VALUE(OFFRAMP_NOTHING_FITS),
     SIZE(offramp_exit),
@@ -126,6 +130,7 @@ static const Constant CONSTANTS[] = {
     PLACE(offramp_decision, blocks),
     PLACE(offramp_decision, passes),
     PLACE(offramp_decision, rejected),
+    PLACE(offramp_decision, source),
     SIZE(offramp_request),
     PLACE(offramp_request, session),
     PLACE(offramp_request, ids),

@@ -12,14 +12,14 @@ enum {
     REGISTERS = 8
 };  // tokens whose outputs are summed at once; vectors of a state in registers
 
-// What T ≤ TOKENS tokens of a sequence feed to one head, and what they get.
+// The inputs and outputs of one head for T ≤ TOKENS tokens of a sequence.
 typedef struct {
     const float *x[TOKENS], *B[TOKENS], *C[TOKENS];  // (P), (N), (N)
     float dt[TOKENS], keep[TOKENS], *y[TOKENS];  // keep is exp(dt · decay); y (P), NULL if it is not wanted
 } Fed;
 
-// V vectors of one row of a state, from column n on (one vector may be cut short), are taken from `old` and
-// put into `state`: T tokens pass, the sums for y grow.
+// Moves V vectors of one row of a state, from column n on (one vector may be cut short), from `old` to
+// `state` over T tokens, and adds to the sums for y.
 ALWAYS void advance_row(const Mamba2 *m, const float *old, float *state, int64_t n, const float *in,
                         const Fed *fed, int64_t T, vf *sums, const int V) {
     vf v[REGISTERS];
@@ -43,7 +43,7 @@ ALWAYS void advance_row(const Mamba2 *m, const float *old, float *state, int64_t
 
 // The recurrence for T tokens and one head: the state (P, N) after `old`, which may be the same place; each y
 // becomes C h + D x. Never inlined, so that a replay repeats it bit for bit. A row of the state stays in
-// registers while the tokens pass.
+// registers for all tokens.
 static __attribute__((noinline)) void advance(const Mamba2 *m, const float *old, float *state, const Fed *fed,
                                               int64_t T, float skip) {
     const int64_t N = m->states;

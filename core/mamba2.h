@@ -9,5 +9,5 @@ void mamba2_run(const Mamba2 *m, Worker *w, const MemoryAt *memory);
 // The same, with the output at `out`. The worker's tokens and its buffers x, mixed, conv and room are used.
 void mamba2_mix(const Mamba2 *m, Worker *w, const MemoryAt *memory, Out out);
 
-// Only updates the memories.
+// As mamba2_run, but only updates the memories.
 void mamba2_remember(const Mamba2 *m, Worker *w, const MemoryAt *memory);

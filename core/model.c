@@ -7,7 +7,7 @@ enum {
     MOST_HEADS = 1
         << 16,  // of one block: threads.c counts the pieces of a phase in 24 bits, and a call has 256 rows
     MOST_BLOCKS = 1 << 16,  // of a model
-    VECTOR = 8,             // numbers that are read together everywhere
+    VECTOR = 8,             // such a multiple can be read in whole vectors everywhere
     MOST_DEEP = 2,          // deep states that a read-out reads: the top one and a middle one
 };
 
@@ -22,9 +22,9 @@ static offramp_status check_ends(const offramp_part *part, offramp_error *error)
     if (check_kind(part, "ends", error)) return OFFRAMP_INVALID;
     const Ends *e = &part->ends;
     const int64_t D = e->head.columns;
-    NEED(e->norm.count == D, "The final norm has %lld numbers, and the head %lld columns.",
+    NEED(e->norm.count == D, "The final norm has %lld numbers, but the head has %lld columns.",
          (long long)e->norm.count, (long long)D);
-    NEED(D % VECTOR == 0, "A hidden size of %lld is no multiple of %d.", (long long)D, VECTOR);
+    NEED(D % VECTOR == 0, "A hidden size of %lld is not a multiple of %d.", (long long)D, VECTOR);
     NEED(e->embedding.count % D == 0 && e->embedding.count / D >= e->head.rows,
          "The embedding has fewer tokens than the head.");
     return OFFRAMP_OK;
@@ -48,7 +48,7 @@ static offramp_status check_attention(const offramp_part *part, Attention *found
     return OFFRAMP_OK;
 }
 
-// Whether a mixer's shapes fit each other, and so many inputs and outputs. Finds the rest from them.
+// Whether a mixer's shapes fit each other and so many inputs and outputs. Computes the other sizes from them.
 static offramp_status check_mixer(Mamba2 *m, int64_t inputs, int64_t outputs, offramp_error *error) {
     const int64_t H = m->heads, E = m->out.columns, C = E + 2 * m->groups * m->states;
     NEED(H > 0 && H < MOST_HEADS && E % H == 0 && m->groups > 0 && H % m->groups == 0 && m->states > 0 &&
@@ -105,7 +105,7 @@ offramp_status check_readout(const offramp_part *part, Readout *found, int64_t D
     if (check_kind(part, "readout", error)) return OFFRAMP_INVALID;
     Readout r = part->readout;
     const int64_t W = r.down.columns, A = r.gated ? 2 * W : W;
-    NEED(r.in.values || !part->given, "A read-out without an adapter has nothing else.");
+    NEED(r.in.values || !part->given, "A read-out without 'in' can have no other weights or arrays.");
     r.hidden = D, r.reads = r.in.values ? r.in.columns / D - 1 : 0, r.skips = r.in.rows == D + A;
     if (r.in.values) {
         NEED(has_shape(&r.in, r.skips ? D + A : A, (1 + r.reads) * D) && r.reads >= 0 &&
@@ -135,7 +135,7 @@ offramp_status check_shortlist(const offramp_part *part, int64_t D, int64_t V, o
     const int64_t n = s->head.rows, *tokens = s->tokens.values;
     NEED(s->head.columns == D && n <= V && s->tokens.count == n, "A short list does not fit the head.");
     for (int64_t i = 0; i < n; i++)
-        NEED(tokens[i] >= 0 && tokens[i] < V, "A short list has tokens that are not there.");
+        NEED(tokens[i] >= 0 && tokens[i] < V, "A short list names tokens beyond the vocabulary.");
     return OFFRAMP_OK;
 }
 
@@ -146,12 +146,12 @@ offramp_status check_guesses(const offramp_part *part, int64_t V, offramp_error 
     const uint32_t *keys = g->keys.values, *values = g->values.values;
     int64_t empty = 0;
     NEED(slots == g->values.count && !(slots & (slots - 1)) && g->shortest,
-         "A table of n-grams has a power of two slots, some of them empty.");
+         "A table of n-grams needs a power of two slots, and some empty ones.");
     for (int64_t i = 0; i < slots; i++) {
         empty += !keys[i];
         NEED(values[i] >> 8 < V, "A table of n-grams names tokens beyond the vocabulary.");
     }
-    NEED(empty, "A table of n-grams has a power of two slots, some of them empty.");
+    NEED(empty, "A table of n-grams needs a power of two slots, and some empty ones.");
     return OFFRAMP_OK;
 }
 
@@ -222,8 +222,8 @@ void offramp_model_free(offramp_model *model) {
 }
 
 offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offramp_error *error) {
-    NEED(threads > 0 && threads <= MOST_THREADS, "A model uses 1 to %d threads, and not %lld.", MOST_THREADS,
-         (long long)threads);
+    NEED(threads > 0 && threads <= MOST_THREADS, "A model can use 1 to %d threads, but not %lld.",
+         MOST_THREADS, (long long)threads);
     pool_enter(&model->pool);
     model->pool.wanted = (int)threads;
     pool_leave(&model->pool);

@@ -79,7 +79,7 @@ typedef struct {
     int64_t shortest, longest;
 } Guesses;
 
-// What a field of a part holds. A count is a whole number from 0 on.
+// The type of a part's field. A count is a whole number of 0 or more.
 typedef enum { WEIGHT, FLOATS, WHOLE_FLOATS_OR_HALVES, INTEGERS, KEYS, COUNT_OF, REAL } Holds;
 
 typedef struct {
@@ -134,14 +134,15 @@ struct offramp_model {
 offramp_status fail(offramp_error *error, offramp_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-// In a function that has an `error`: what must be true of its arguments, or it returns with a sentence.
+// In a function with an `error`: a condition on its arguments. If it is false, the function returns with a
+// sentence.
 #define NEED(truth, ...) \
     if (!(truth)) return fail(error, OFFRAMP_INVALID, __VA_ARGS__)
 
 enum { ROWS_AT_ONCE = 256 };  // rows that pass together; more would need much memory and gain nothing
 
-// Whether a part is of this kind, and complete. Then whether its shapes fit a model: D its hidden size, V its
-// vocabulary. `found` is the part with what its shapes say.
+// Checks that a part is of this kind and complete, and then that its shapes fit a model with hidden size D
+// and vocabulary V. `found` is the part with the numbers that follow from its shapes.
 offramp_status check_kind(const offramp_part *part, const char *kind, offramp_error *error);
 offramp_status check_gate(const offramp_part *part, int64_t D, offramp_error *error);
 offramp_status check_mamba_gate(const offramp_part *part, MambaGate *found, int64_t D, offramp_error *error);
@@ -151,8 +152,8 @@ offramp_status check_shortlist(const offramp_part *part, int64_t D, int64_t V, o
 offramp_status check_guesses(const offramp_part *part, int64_t V, offramp_error *error);
 offramp_status check_weight(const Weight *weight, const char *name, offramp_error *error);
 
-// Memory of one call, given out piece by piece. Without a base, only the bytes are counted: so the function
-// that lays out a call's memory is also the one that says how much it needs.
+// Memory of one call, given out piece by piece. Without a base, only the bytes are counted. So one function
+// both lays out a call's memory and says how much is needed.
 typedef struct {
     char *base;
     int64_t used;

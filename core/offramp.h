@@ -1,9 +1,9 @@
-// offramp: early exits for causal language models. The C library: blocks of a model, what they remember of
-// texts, exits, and decoding.
+// offramp: early exits for causal language models. The C library: blocks of a model, their memory of texts,
+// exits, and decoding.
 //
 // A model is put together from parts: a mixer (attention or Mamba-2) and perhaps an MLP for each block, and
-// the two ends. A part has named weights, arrays and numbers; `offramp_part_new` lists them. A session is
-// what the blocks remember of one text. A plan says at which exits tokens may leave, and what follows then.
+// the two ends. A part has named weights, arrays and numbers; `offramp_part_new` lists them. A session is the
+// blocks' memory of one text. A plan says at which exits tokens may leave, and what happens then.
 //
 //     offramp_part *part = offramp_part_new("mlp", &error);
 //     offramp_part_weight(part, "gate_up", &weight, &error);
@@ -13,17 +13,18 @@
 //     offramp_session *session = offramp_session_new(model, OFFRAMP_BFLOAT16, 256, &error);
 //     offramp_step(plan, &request, 1, 16, NULL, &error);
 //
-// Memory. What a function named `..._new` or `..._fork` returns belongs to the caller, who frees it with the
+// Memory. The caller owns the result of a function named `..._new` or `..._fork`, and frees it with the
 // function named `..._free` (NULL is allowed there). Numbers of weights and arrays are not copied: they must
-// outlive the parts, and what is made of these. A model that is freed goes with the last of its sessions and
-// plans. Parts may be freed once a model is made of them; those of a plan must outlive it.
+// outlive the parts, and the models and plans made of these. A freed model stays until the last of its
+// sessions and plans is freed. Parts may be freed once a model is made of them; those of a plan must outlive
+// it.
 //
 // Errors. A function that can fail returns NULL or a status other than OFFRAMP_OK, and writes one sentence to
 // its `error`, unless that is NULL. A call with a wrong argument changes nothing.
 //
-// Threads. Models are independent of each other. Of calls with one model, one runs at a time, and others
-// wait. A call uses as many threads as `offramp_model_threads` says. What is computed does not depend on
-// their number. After fork(), the child may use the parent's models, too, if none of them was in a call then.
+// Threads. Models are independent of each other. Calls with one model run one at a time; the others wait. A
+// call uses as many threads as `offramp_model_threads` says. The results do not depend on their number. After
+// fork(), the child may use the parent's models, too, if none of them was in a call then.
 //
 // Shapes: D hidden size, V tokens of the vocabulary, N blocks, R rows (tokens of one call), W width of an MLP
 // or an adapter. All arrays are row-major.
@@ -66,9 +67,9 @@ OFFRAMP_API const char *offramp_variant(void);
 OFFRAMP_API const char *offramp_sources(void);
 OFFRAMP_API const char *offramp_kernels(void);
 
-// What a binding of another language has to know: a constant by its name ("OFFRAMP_INT8",
-// "OFFRAMP_MOST_DRAFTS"), the size of a structure ("offramp_weight"), or the offset of one of its fields
-// ("offramp_weight.rows"). -1 for an unknown name.
+// Numbers for bindings of other languages: a constant by its name ("OFFRAMP_INT8", "OFFRAMP_MOST_DRAFTS"),
+// the size of a structure ("offramp_weight"), or the offset of one of its fields ("offramp_weight.rows"). -1
+// for an unknown name.
 OFFRAMP_API int64_t offramp_constant(const char *name);
 
 // Parts of a model --------------------------------------------------------------------------------
@@ -100,8 +101,8 @@ typedef struct {
     const float *bias;    // (rows), or NULL
 } offramp_weight;
 
-// What says how sure an exit is: its gate; or the probabilities that its logits give: that of the most
-// probable token, that less the second's, or 1 - their entropy / log V (exits/policy.py).
+// The measure of an exit's confidence: its gate; or from the probabilities of its logits, that of the most
+// probable token, that minus the second's, or 1 - entropy / log V (exits/policy.py).
 typedef enum { OFFRAMP_GATE, OFFRAMP_MAX_PROB, OFFRAMP_MARGIN, OFFRAMP_ENTROPY } offramp_confidence;
 
 typedef struct offramp_part offramp_part;
@@ -167,7 +168,7 @@ OFFRAMP_API offramp_model *offramp_model_new(const offramp_part *ends, const off
                                              offramp_error *error);
 OFFRAMP_API void offramp_model_free(offramp_model *model);
 
-// Whether a part that is not one of its own, such as a gate or a sketch, fits the model.
+// Checks that another part, such as a gate or a sketch, fits the model.
 OFFRAMP_API offramp_status offramp_model_fits(const offramp_model *model, const offramp_part *part,
                                               offramp_error *error);
 
@@ -188,13 +189,13 @@ OFFRAMP_API offramp_status offramp_product(offramp_model *model, const offramp_w
 OFFRAMP_API offramp_status offramp_logits(offramp_model *model, const offramp_part *sketch, const float *h,
                                           int64_t rows, float *y, offramp_error *error);
 
-// The logits (R) of a gate, or of a mamba_gate, for hidden states h (R, D). To a mamba_gate, these are one
-// text's, from its first token on.
+// The logits (R) of a gate, or of a mamba_gate, for hidden states h (R, D). For a mamba_gate, the rows are
+// one text's, from its first token on.
 OFFRAMP_API offramp_status offramp_ask(offramp_model *model, const offramp_part *gate, const float *h,
                                        int64_t rows, float *logits, offramp_error *error);
 
-// What a read-out makes of hidden states h (R, D), given the deep states (R, reads, D) that it reads, or
-// NULL: out (R, D), which may be h.
+// A read-out's output out (R, D) for hidden states h (R, D); out may be h. Given are the deep states (R,
+// reads, D) that it reads, or NULL.
 OFFRAMP_API offramp_status offramp_read_out(offramp_model *model, const offramp_part *readout, const float *h,
                                             const float *deep, int64_t rows, float *out,
                                             offramp_error *error);
@@ -209,10 +210,10 @@ OFFRAMP_API offramp_session *offramp_session_new(offramp_model *model, offramp_t
                                                  offramp_error *error);
 OFFRAMP_API void offramp_session_free(offramp_session *session);
 
-// A session that goes on independently, with no more room than its tokens need.
+// A copy of a session, which goes on independently. It has no more room than its tokens need.
 OFFRAMP_API offramp_session *offramp_session_fork(const offramp_session *session, offramp_error *error);
 
-// When memory grows next, let it have room for so many tokens.
+// Gives the memory room for so many tokens when it next grows.
 OFFRAMP_API void offramp_session_reserve(offramp_session *session, int64_t tokens);
 
 // The number of tokens that a block has taken in; the first position whose keys it still has, which is not 0
@@ -226,15 +227,15 @@ OFFRAMP_API int64_t offramp_session_bytes_for(const offramp_session *session, in
 // How many tokens wait at an exit of the plan that the session was last stepped with (see offramp_step).
 OFFRAMP_API int64_t offramp_session_waits(const offramp_session *session, int64_t exit);
 
-// Mixers can forget only the tokens that they take in during a watch: it keeps what each token did. `watch`
-// begins one in blocks `start` to `stop` - 1 unless there is one, and `settle` ends all.
+// Mixers can forget only the tokens that they take in during a watch, which keeps a journal of the tokens.
+// `watch` begins one in blocks `start` to `stop` - 1 unless there is one, and `settle` ends all.
 OFFRAMP_API offramp_status offramp_session_watch(offramp_session *session, int64_t start, int64_t stop,
                                                  offramp_error *error);
 OFFRAMP_API void offramp_session_settle(offramp_session *session);
 
-// Forgets every token from position `length` on, in blocks `start` to `stop` - 1. A mixer goes back to where
-// its watch began, and repeats those that stay. Fails, and changes nothing, where a token came before the
-// watch, or a window has slid too far.
+// Forgets every token from position `length` on, in blocks `start` to `stop` - 1. A mixer goes back to the
+// beginning of its watch, and repeats the tokens that stay. Fails, and changes nothing, if a token came
+// before the watch, or if a window has slid too far.
 OFFRAMP_API offramp_status offramp_session_crop(offramp_session *session, int64_t length, int64_t start,
                                                 int64_t stop, offramp_error *error);
 
@@ -256,8 +257,8 @@ OFFRAMP_API offramp_status offramp_session_state(const offramp_session *session,
 
 // Running blocks ----------------------------------------------------------------------------------
 
-// The next tokens of one session: `count` of them, from position `first` on. Attention forgets what it has
-// from there on.
+// The next tokens of one session: `count` of them, from position `first` on. Attention first forgets the
+// tokens that it has from there on.
 typedef struct {
     offramp_session *session;
     int64_t first, count;
@@ -269,14 +270,15 @@ OFFRAMP_API offramp_status offramp_run(offramp_model *model, int64_t start, int6
                                        const offramp_rows *rows, int64_t sessions, float *h,
                                        offramp_error *error);
 
-// As offramp_run, but the blocks only remember the rows, as if h were the input of each of them. h stays.
+// As offramp_run, but the blocks only remember the rows, as if h were the input of each block. h does not
+// change.
 OFFRAMP_API offramp_status offramp_remember(offramp_model *model, int64_t start, int64_t stop,
                                             const offramp_rows *rows, int64_t sessions, const float *h,
                                             offramp_error *error);
 
 // Exits and rules ---------------------------------------------------------------------------------
 
-// What skipped blocks remember of a token that left early: `decode/fills.py` says it for each. With
+// Fills: how skipped blocks remember a token that left early. `decode/fills.py` describes each. With
 // OFFRAMP_VERIFY a token that an exit chose is a draft, and full depth decides.
 typedef enum {
     OFFRAMP_PROJECT,
@@ -287,9 +289,10 @@ typedef enum {
 } offramp_fill;
 
 // An exit after `after` blocks, whose read-out is followed by the model's last `tail` blocks. A token leaves
-// if its confidence is above `threshold`; or, in a plan with gates and second keys, if it is above `perhaps`,
-// and what the read-out says is above `key` (1: there is no second key). A threshold of 0 asks no gate.
-// `asking`: the bytes that a draft of this exit reads, as a share of those of full depth.
+// if its confidence is above `threshold`. In a plan with gates and second keys, it also leaves if the
+// confidence is above `perhaps`, and the read-out's own is above `key` (1: there is no second key). With a
+// threshold of 0, no gate is asked. `asking`: the bytes that a draft of this exit reads, as a share of those
+// of full depth.
 typedef struct {
     int64_t after, tail;
     const offramp_part *gate, *readout;  // gate: NULL where none is asked
@@ -304,13 +307,13 @@ typedef struct {
     int64_t flops, seen_flops, key_flops, state_flops;
 } offramp_block_costs;
 
-// The rules of a plan. `confidence` and `key` (of second keys) say what a confidence is. `decay`: thresholds
-// are stricter at the beginning of an answer, for about so many tokens (0: they are not). Read-outs read the
+// The rules of a plan. `confidence` and `key` (for second keys) name the measures. `decay`: thresholds are
+// stricter at the beginning of an answer, for about so many tokens (0: they are not). Read-outs read the
 // state after block `middle` of the token before, too (0: they do not). `pending`: the most tokens that wait,
-// or the most drafts. `sketch` and `exit_sketch` stand in for the head at the top and at exits, or a
-// `shortlist` does at exits; each may be NULL. `guesses` (or NULL) is a table of n-grams that drafts come
-// from; where the last `alike` tokens stand earlier in the text, what followed there is a draft (0: it is
-// not). `row_costs`: what so many more rows of a pass cost, in steps of full depth.
+// or the most drafts. `sketch` and `exit_sketch` replace the head at the top and at exits; at exits, a
+// `shortlist` may do so; each may be NULL. `guesses` (or NULL) is a table of n-grams for drafts. If the last
+// `alike` tokens stand earlier in the text, the token that followed them is a draft (0: no look-up).
+// `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth.
 typedef struct {
     const offramp_exit *exits;
     int64_t count;
@@ -326,7 +329,7 @@ typedef struct {
 
 typedef struct offramp_plan offramp_plan;
 
-// A plan by these rules, which are copied. Fails where they do not fit the model.
+// A plan with these rules, which are copied. Fails if they do not fit the model.
 OFFRAMP_API offramp_plan *offramp_plan_new(offramp_model *model, const offramp_rules *rules,
                                            offramp_error *error);
 OFFRAMP_API void offramp_plan_free(offramp_plan *plan);
@@ -344,34 +347,37 @@ typedef struct {
     uint64_t seed;
 } offramp_sampling;
 
-// Chooses a token by logits y (V), which it changes, after a text of `known` ids. A logit may be −inf: then
-// its token is not chosen. `allowed` has a bit for each token, from the lowest of the first of (V + 31) / 32
-// words on; NULL allows all. `id` is -1 where the logits are not finite, and -2 where no token that is
-// allowed has one.
+// Chooses a token by logits y (V), which it changes, after a text of `known` ids. A token whose logit is −inf
+// is not chosen. `allowed` has a bit for each token, in (V + 31) / 32 words from the lowest bit of the first
+// on; NULL allows all. `id` is -1 if the logits are not finite, and -2 if all allowed tokens have −inf.
 OFFRAMP_API offramp_status offramp_choose(offramp_model *model, const offramp_sampling *how,
                                           const int64_t *ids, int64_t known, const uint32_t *allowed,
                                           float *y, int64_t *id, offramp_error *error);
 
 // Decoding ----------------------------------------------------------------------------------------
 
-// A decided token: the number of blocks before the exit that chose it, or drafted it (N: full depth chose it,
-// 0: it was guessed); the confidence of the exit, else NaN; FLOPs, and blocks run for one token each; the
-// passes to the top of this request in this call so far, and how many of its drafts they rejected.
+// What a decided token came from: full depth, an exit, the text (prompt look-up), or the table of n-grams.
+enum { OFFRAMP_FROM_FULL, OFFRAMP_FROM_EXIT, OFFRAMP_FROM_TEXT, OFFRAMP_FROM_TABLE };
+
+// A decided token: the number of blocks before the exit that chose or drafted it (N: full depth chose it, 0:
+// it came from the text or the table); the confidence of the exit, else NaN; FLOPs, and blocks run for one
+// token each; the request's passes to the top in this call so far, and the number of its drafts that they
+// rejected; what the token came from (OFFRAMP_FROM_…).
 typedef struct {
     int64_t id, block;
     double confidence;
-    int64_t flops, blocks, passes, rejected;
+    int64_t flops, blocks, passes, rejected, source;
 } offramp_decision;
 
 enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };  // why a request failed
 
-// A request: a session, and its text. Given: `ids`, `known` of them, of which the first `prompt` are the
-// prompt, and `run` have been run. With `reads`, so many more of these are read at full depth, and nothing is
-// decided. Else one is not run yet: up to `most` tokens are decided, or until one of the `ends`. `allowed`
-// (or NULL) has a bit for each token that may come next; then one token is decided, and nothing is drafted.
-// `whole`: full depth reads out all tokens, even if the plan has a sketch. `deep` (D, or 2, D) is what
-// read-outs read of the token before, its state at the top and perhaps after block `middle`: zeros at the
-// beginning, and then kept by the caller.
+// A request: a session, and its text. Given: `known` ids, `ids`. The first `prompt` of them are the prompt,
+// and the first `run` have been run. With `reads`, so many more are read at full depth, and nothing is
+// decided. Otherwise all but one must have been run: up to `most` tokens are decided, or until one of the
+// `ends`. `allowed` (or NULL) has a bit for each token that may come next; then one token is decided, and
+// nothing is drafted. `whole`: full depth reads out all tokens, even if the plan has a sketch. `deep` (D, or
+// 2, D) are the states of the token before that read-outs read: at the top, and perhaps after block `middle`.
+// They begin as zeros, and the caller keeps them between calls.
 //
 // Found: `decided` tokens, which are put after the known ids, and their `decisions`; `run`; `asked`, how
 // often exits read out; `failed`, or 0: then the session is half-written. A call decides at most `rounds` ·
@@ -390,9 +396,9 @@ typedef struct {
     int64_t run, decided, asked, failed;
 } offramp_request;
 
-// Steps the requests, which are of different sessions: each reads, or decides at least one token, in up to
-// `rounds` passes to the top. They share the passes over the weights; what is decided for one does not depend
-// on the others. `seconds` (4, or NULL): spent on blocks, exits, the top, and between.
+// Steps the requests, which must have different sessions: each reads, or decides at least one token, in up to
+// `rounds` passes to the top. They share the passes over the weights. The tokens of one do not depend on the
+// others. `seconds` (4, or NULL): spent on blocks, exits, the top, and between.
 OFFRAMP_API offramp_status offramp_step(offramp_plan *plan, offramp_request *const *requests, int64_t count,
                                         int64_t rounds, double *seconds, offramp_error *error);
 

@@ -118,7 +118,7 @@ offramp_part *offramp_part_new(const char *kind, offramp_error *error) {
 
 void offramp_part_free(offramp_part *part) { free(part); }
 
-// Where a field of this name is, and marks it as given; NULL if the part has none that holds this.
+// The place of a field of this name, which is marked as given; NULL if the part has none of this type.
 static void *place_of(offramp_part *part, const char *name, unsigned holds, offramp_error *error) {
     const Field *fields = part->kind->fields;
     for (int i = 0; fields[i].name; i++) {
@@ -135,7 +135,7 @@ offramp_status check_weight(const Weight *m, const char *name, offramp_error *er
     // A group of an integer weight has one scale.
     const int64_t unit = m->type >= OFFRAMP_INT8 ? OFFRAMP_GROUP : 1, most = INT32_MAX;
     if (m->type < OFFRAMP_FLOAT32 || m->type > OFFRAMP_INT4)
-        return fail(error, OFFRAMP_INVALID, "The weight '%.40s' is of no type that weights have.", name);
+        return fail(error, OFFRAMP_INVALID, "The weight '%.40s' has a type that weights cannot have.", name);
     if (m->rows < 1 || m->columns < 1 || m->rows > most || m->columns > most || m->columns % unit)
         return fail(error, OFFRAMP_INVALID,
                     "The weight '%.40s' has %lld rows of %lld; rows of a multiple of %lld are needed.", name,
@@ -180,7 +180,8 @@ offramp_status offramp_part_number(offramp_part *part, const char *name, double 
     if (!count) return OFFRAMP_INVALID;
     if (!(value >= 0 && value <= INT32_MAX && value == floor(value))) {
         part->given = given;
-        return fail(error, OFFRAMP_INVALID, "'%.40s' is a whole number from 0 on, and not %g.", name, value);
+        return fail(error, OFFRAMP_INVALID, "'%.40s' is a whole number of 0 or more, and not %g.", name,
+                    value);
     }
     *count = (int64_t)value;
     return OFFRAMP_OK;

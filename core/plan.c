@@ -2,7 +2,7 @@
 
 #include <stdlib.h>
 
-enum { MOST_PENDING = 64 };  // tokens that wait; windows keep as many spare positions
+enum { MOST_PENDING = 64 };  // the most tokens that wait; windows keep as many spare positions
 
 double pass_cost(const offramp_plan *plan, int64_t rows) {
     const double *more = plan->rules.row_costs, last = more[MOST_DRAFTS] - more[MOST_DRAFTS - 1];
@@ -52,7 +52,7 @@ static offramp_status check_exit(offramp_plan *plan, int64_t e, offramp_error *e
              exit->tail <= model->count - exit->after,
          "An exit after %lld blocks with a tail of %lld does not fit %lld blocks.", (long long)exit->after,
          (long long)exit->tail, (long long)model->count);
-    NEED(!e || exit[-1].after < exit->after, "Exits stand in the order of their blocks.");
+    NEED(!e || exit[-1].after < exit->after, "Exits must stand in the order of their blocks.");
     Exit *parts = plan->parts + e;
     NEED(exit->gate || plan->rules.confidence != OFFRAMP_GATE, "An exit has no gate.");
     if (exit->gate && !check_kind(exit->gate, "mamba_gate", NULL)) {
@@ -64,7 +64,7 @@ static offramp_status check_exit(offramp_plan *plan, int64_t e, offramp_error *e
     }
     if (check_readout(exit->readout, &parts->readout, model->hidden, error)) return OFFRAMP_INVALID;
     NEED(parts->readout.reads < 2 || plan->rules.middle,
-         "A read-out reads a state of the middle, and there is none.");
+         "A read-out reads a middle state, but the plan has none.");
     return OFFRAMP_OK;
 }
 
@@ -77,12 +77,13 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
     NEED((int)rules->confidence >= OFFRAMP_GATE && rules->confidence <= OFFRAMP_ENTROPY &&
              rules->key > OFFRAMP_GATE && rules->key <= OFFRAMP_ENTROPY,
          "There is no such confidence.");
-    NEED(rules->pending > 0 && rules->pending <= MOST_PENDING, "1 to %d tokens wait, and not %lld.",
+    NEED(rules->pending > 0 && rules->pending <= MOST_PENDING, "1 to %d tokens may wait, and not %lld.",
          MOST_PENDING, (long long)rules->pending);
     NEED(rules->middle >= 0 && rules->middle <= model->count && (!rules->middle || rules->middle >= last),
-         "A state after %lld blocks is not one of the middle.", (long long)rules->middle);
+         "A middle state cannot be after %lld blocks.", (long long)rules->middle);
     NEED(rules->alike >= 0 && rules->decay >= 0, "A number of tokens is 0 or more.");
-    NEED(!rules->count || !(rules->exit_sketch && rules->shortlist), "Exits have a sketch or a short list.");
+    NEED(!rules->count || !(rules->exit_sketch && rules->shortlist),
+         "Exits have a sketch or a short list, not both.");
     for (int64_t e = 0; e < rules->count; e++)
         if (check_exit(plan, e, error)) return OFFRAMP_INVALID;
     if (rules->sketch && check_sketch(rules->sketch, D, V, error)) return OFFRAMP_INVALID;
@@ -100,7 +101,7 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
     return OFFRAMP_OK;
 }
 
-// What follows from the rules.
+// Computes the fields that follow from the rules.
 static void derive(offramp_plan *plan) {
     const offramp_rules *rules = &plan->rules;
     const int64_t N = plan->model->count;
@@ -124,7 +125,7 @@ offramp_plan *offramp_plan_new(offramp_model *model, const offramp_rules *rules,
     static _Atomic int64_t plans;
     const int64_t N = model->count, count = rules->count;
     if (count < 0 || count > N + 1) {
-        fail(error, OFFRAMP_INVALID, "There cannot be %lld exits.", (long long)count);
+        fail(error, OFFRAMP_INVALID, "A plan cannot have %lld exits.", (long long)count);
         return NULL;
     }
     offramp_plan *plan = calloc(1, sizeof *plan);

@@ -20,7 +20,7 @@ struct offramp_plan {
     const Mamba2 **mixers;  // of Mamba gates; NULL for other gates
     offramp_block_costs *costs;
     int64_t first_tail;           // the number of blocks before the longest tail
-    int waits, takes_back;        // tokens wait; what a token leaves in tails may have to be forgotten
+    int waits, takes_back;        // whether tokens wait; whether tails may have to forget tokens
     offramp_confidence measures;  // the confidence that logits give, or OFFRAMP_GATE for none
     const Weight *exit_head;
     const Sketch *sketch, *exit_sketch;
@@ -30,12 +30,11 @@ struct offramp_plan {
 
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// What a pass of so many rows costs, in steps of full depth. Beyond the table, each row costs twice as much
-// as its last.
+// The cost of a pass with so many rows, in steps of full depth. Beyond the table, each row costs twice as
+// much as the table's last one.
 double pass_cost(const offramp_plan *plan, int64_t rows);
 
-// Whether tokens leave at an exit also by a second key; its threshold for a token that follows `decided`
-// others.
+// Whether an exit has a second key; an exit's threshold for a token that follows `decided` others.
 static inline int has_key(const offramp_exit *exit) { return exit->perhaps < 1 && exit->key < 1; }
 double decayed(const offramp_plan *plan, double threshold, int64_t decided);
 
@@ -44,8 +43,8 @@ double decayed(const offramp_plan *plan, double threshold, int64_t decided);
 int64_t flops_of(const offramp_plan *plan, int64_t start, int64_t stop, int64_t first, int64_t end);
 int64_t fill_flops(const offramp_plan *plan, const offramp_exit *exit);
 
-// The blocks that remember a token which left at an exit: `start` to `stop` - 1, or of these only those with
-// `keys`; and the block whose keys they copy, or -1.
+// The blocks that remember a token that left at an exit: `start` to `stop` - 1, with `keys` only those with
+// attention; and the block whose keys they copy, or -1.
 typedef struct {
     int64_t start, stop, keys, source;
 } Filled;

@@ -8,13 +8,13 @@ static const Products *products_of(const Weight *m) { return PRODUCTS_OF[kind_of
 
 int64_t unit_of(const Weight *m) { return m->type == OFFRAMP_INT4 ? PANEL : FOUR; }
 
-// Bytes that are to come into the cache.
+// Bytes to prefetch into the cache.
 typedef struct {
     const char *from, *to;
 } Next;
 
 // Multiplies R rows of x with rows `from` to `to` - 1 of the weight, over the columns `first` to `last` - 1.
-// The weights stay in the cache while all rows pass. Meanwhile `next` is fetched.
+// The weights stay in the cache for all rows. Meanwhile `next` is fetched.
 static void multiply_cached(const Weight *m, const Rows *x, int64_t R, int64_t first, int64_t last,
                             const Out *out, int64_t from, int64_t to, Next next) {
     const Products *with = products_of(m);
@@ -45,7 +45,7 @@ static void product_of_few(const Weight *m, const Rows *x, int64_t R, Out out, i
                           &out);
 }
 
-// For many rows: weights are cut into pieces that stay in the cache while all rows pass.
+// For many rows: weights are cut into pieces that stay in the cache for all rows.
 static void product_of_many(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to) {
     const int64_t K = m->columns, bytes = row_bytes(m) / K;
     for (int64_t first = 0; first < K; first += DEPTH, out.add = 1) {
@@ -59,7 +59,7 @@ static void product_of_many(const Weight *m, const Rows *x, int64_t R, Out out, 
     }
 }
 
-// For int4 weights: a panel stays in the cache while all rows pass.
+// For int4 weights: a panel stays in the cache for all rows.
 static void product_of_panels(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to) {
     const int64_t K = m->columns;
     const Products *with = products_of(m);

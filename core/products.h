@@ -11,21 +11,21 @@
 #include "rows.h"
 #include "threads.h"
 
-// Where the results of a product go: rows `stride` apart. With `add`, they are added to what is there.
+// The place for a product's results: rows `stride` apart. With `add`, they are added to what is there.
 typedef struct {
     float *y;
     int64_t stride;
     int add;
 } Out;
 
-// What a row of weights takes, except of int4 ones.
+// The bytes of a row of weights (not for int4).
 static inline int64_t row_bytes(const Weight *m) {
     return m->columns * (m->type == OFFRAMP_FLOAT32 ? 4 : m->type == OFFRAMP_BFLOAT16 ? 2 : 1);
 }
 
 // Multiplies R rows of x with rows `from` to `to` - 1 of the weight, and unless `apart` is 0 with as many
-// from row `from` + `apart` on. The sum over the columns is made in pieces of DEPTH, for few rows as for
-// many.
+// from row `from` + `apart` on. The sum over the columns is made in pieces of DEPTH, whether there are few
+// rows or many.
 void product(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to, int64_t apart);
 
 // Multiplies R rows of x with rows `first` to `last` - 1 of the weight, shared out.
@@ -36,7 +36,7 @@ void multiply(Hand *hand, const Weight *m, Rows x, int64_t R, Out out, int64_t f
 void multiply_chosen(const Weight *m, const Rows *x, int64_t r, const int64_t *chosen, int64_t count,
                      Out out);
 
-// How results of a weight's rows are shared out: whole panels, or a few rows.
+// The unit in which a weight's rows are shared out: whole panels, or a few rows.
 int64_t unit_of(const Weight *m);
 
 // Root mean square norm: x (n) / √(mean x² + eps) · weight.

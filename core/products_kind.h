@@ -5,7 +5,7 @@
 #pragma once
 #include "products.h"
 
-// Columns multiplied in one go; bytes of weights that stay in the cache.
+// The columns that are multiplied at once; the bytes of weights that stay in the cache.
 enum { DEPTH = 2048, CACHED = 1 << 17 };
 enum { MOST_ROWS = 8, FOUR = 4 };  // rows of x in a tile; weights of a tile that stand together
 
@@ -22,9 +22,9 @@ typedef void Multiply(const Tile *tile, const Out *out);
 typedef void Choose(const Weight *m, const Rows *x, int64_t r, const int64_t *rows, int64_t count,
                     const Out *out);
 
-// The functions of one format: for 1 to MOST_ROWS rows of x, with one stream of weights and with two; for
-// weights in the cache, of which it takes `weights`, and `rows` rows of x; and for scattered rows of weights.
-// Panels have the first only.
+// The functions of one format. The first is for 1 to MOST_ROWS rows of x, with one stream of weights or two.
+// The second is for weights in the cache: `weights` of them times `rows` rows of x. The third is for
+// scattered rows of weights. Panels have only the first.
 typedef struct {
     Multiply *one_stream[MOST_ROWS], *two_streams[MOST_ROWS], *cached;
     int64_t weights, rows;

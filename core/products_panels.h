@@ -67,7 +67,7 @@ ALWAYS void panel_tile(const Tile *c, const Out *out, const int T) {
 #define PANELS(T) FUNCTION(panel_##T, panel_tile(c, out, T))
 UP_TO_EIGHT(PANELS)
 
-// Whole panels are multiplied, and their results picked from.
+// Multiplies whole panels, and picks the wanted results.
 static void scattered(const Weight *m, const Rows *x, int64_t r, const int64_t *rows, int64_t count,
                       const Out *out) {
     float results[PANEL];

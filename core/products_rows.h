@@ -4,7 +4,7 @@
 #pragma once
 #include "products_kind.h"
 
-// Numbers of a row of weights that are multiplied in one go.
+// The numbers of a row of weights that are multiplied at once.
 #define AT_ONCE (IS_INT8(KIND) ? 4 * LANES : KIND == BFLOAT16 && MULTIPLIES_BFLOAT16 ? 2 * LANES : LANES)
 
 // The numbers of a row `w` from column k on, of which there are `left`, and zeros. A vector of another type
@@ -74,7 +74,7 @@ ALWAYS void store_sums(const Tile *c, const Out *out, int t, int64_t n, int64_t 
 }
 
 // At most FOUR weights, one after another, times T rows of x. With two streams, as many others at the same
-// time: then there are twice as many sums that do not wait for each other.
+// time: so twice as many sums run independently.
 ALWAYS void in_turn(const Tile *c, const Out *out, const int T, const int streams) {
     const Rows x = *c->x;
     const int64_t row = row_bytes(c->m), to = c->to, apart = c->apart * row;
@@ -127,11 +127,11 @@ ALWAYS void side_by_side(const Tile *c, const Out *out, const int N, const int T
     EACH_ROW store_sums(c, out, t, c->n, N, sums + t * N);
 }
 
-// EIGHT rows of a weight, or all `count` that are left, anywhere in it, times row r of x. Rows that come soon
-// are asked for.
+// EIGHT rows of a weight, or all `count` that are left, anywhere in it, times row r of x. Rows that are
+// needed soon are prefetched.
 static void scattered_eight(const Weight *m, const Rows *x, int64_t r, const int64_t *rows, int64_t count,
                             const Out *out) {
-    enum { AHEAD = 3 };  // rows are asked for when so many others are left
+    enum { AHEAD = 3 };  // rows are prefetched when so many others are left
     const int64_t K = m->columns, bytes = row_bytes(m), some = min_(EIGHT, count);
     for (int64_t first = 0; first < K; first += DEPTH) {
         const int64_t to = min_(K, first + DEPTH);

@@ -27,7 +27,7 @@ static inline void store_bytes(int8_t *p, vi v) {
 }
 
 // `count` columns of a row, a multiple of GROUP, as integers of 8 bits, or with `low` of 16; their scale, and
-// the sum of what they stand for.
+// the sum of the numbers that they stand for.
 static inline void quantise(const float *p, int64_t count, int8_t *q, int8_t *low, float *scale,
                             float *total) {
     const float range = low ? 127 * BASE + 127 : 127;
@@ -38,7 +38,7 @@ static inline void quantise(const float *p, int64_t count, int8_t *q, int8_t *lo
         nothing += v * 0;
     }
     const float most = largest(tops), factor = range / most;
-    vu sums = {0};  // what stands for a NaN is so large that sums go round
+    vu sums = {0};  // a NaN becomes an integer so large that sums wrap around
     for (int k = 0; k < count; k += LANES) {
         const vi whole = rounded(load(p + k) * factor);
         const vi high = low ? rounded(__builtin_convertvector(whole, vf) * (1.0f / BASE)) : whole;

@@ -1,8 +1,8 @@
-// Rows as they are multiplied with weights.
+// The form of rows in which they are multiplied with weights.
 //
 // A row's sums are added in the same order however many rows there are, so a chunk of any length gives bit
-// for bit what its tokens give one by one, and no sequence depends on its neighbours. What rows are
-// multiplied as:
+// for bit what its tokens give one by one, and no sequence depends on its neighbours. The form depends on the
+// weights:
 //
 // | weights | rows |
 // |---------|------|

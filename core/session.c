@@ -6,8 +6,8 @@
 
 enum {
     SPARE = 64,     // tokens beyond a window that can still be forgotten
-    AT_ONCE = 256,  // room for tokens to come until a window slides
-    UNIT = 8,       // in which positions are read
+    AT_ONCE = 256,  // room for new tokens before a window slides
+    UNIT = 8,       // positions that are read at once
 };
 
 static const Block *block_of(const offramp_session *s, int64_t i) { return s->model->blocks + i; }
@@ -100,8 +100,7 @@ static int64_t needed_bytes(const offramp_session *s, int64_t i) {
     return k->buffer ? (k->length - k->base) * place_bytes(s, &block_of(s, i)->attention) : 0;
 }
 
-// Copies what a block remembers to a new session, whose block has only its own numbers. 0 if there is no
-// memory.
+// Copies a block's memory to a new session, whose block has no buffer yet. 0 if there is no memory.
 static int copy_keys(const offramp_session *s, int64_t i, Keys *k) {
     const int64_t bytes = needed_bytes(s, i), each = place_bytes(s, &block_of(s, i)->attention);
     if (!bytes) return 1;
@@ -204,7 +203,7 @@ int64_t offramp_session_bytes_for(const offramp_session *s, int64_t tokens) {
     return bytes;
 }
 
-// If there is no room for tokens up to `end`, lets go of those that none from position `first` on can see.
+// If there is no room for tokens up to `end`, drops those that no token from position `first` on can see.
 static void slide(const offramp_session *s, int64_t i, int64_t first, int64_t end) {
     const Attention *a = &block_of(s, i)->attention;
     Keys *k = &s->blocks[i].keys;
@@ -215,7 +214,7 @@ static void slide(const offramp_session *s, int64_t i, int64_t first, int64_t en
     k->base = start;
 }
 
-// The journal has room for `count` more rows.
+// Gives the journal room for `count` more rows.
 static int lengthen_journal(const Mamba2 *shape, Mixed *m, int64_t count) {
     const int64_t rows = (m->watched ? m->length - m->since : 0) + count;
     if (rows <= m->room) return 1;
@@ -267,7 +266,7 @@ static offramp_status check_range(const offramp_session *s, int64_t start, int64
 }
 
 static offramp_status check_block(const offramp_session *s, int64_t i, offramp_error *error) {
-    NEED(0 <= i && i < s->model->count, "There are %lld blocks, and none has the number %lld.",
+    NEED(0 <= i && i < s->model->count, "There are %lld blocks, so none has the number %lld.",
          (long long)s->model->count, (long long)i);
     return OFFRAMP_OK;
 }
@@ -333,7 +332,7 @@ offramp_status offramp_session_crop(offramp_session *s, int64_t length, int64_t 
         const Mixed *m = &s->blocks[i].mixed;
         if (block_of(s, i)->attends) {
             NEED(can_crop_keys(s, i, length),
-                 "A window of %lld tokens has let go of what position %lld sees.",
+                 "A window of %lld tokens no longer has the keys that position %lld sees.",
                  (long long)block_of(s, i)->attention.window, (long long)length);
         } else {
             NEED(length >= m->length || (m->watched && length >= m->since),
@@ -356,7 +355,7 @@ offramp_status offramp_session_copy(offramp_session *s, int64_t from, int64_t to
     const Block *source = block_of(s, from), *goal = block_of(s, to);
     NEED(source->attends && goal->attends && source->attention.heads == goal->attention.heads &&
              source->attention.dim == goal->attention.dim,
-         "Blocks %lld and %lld have no keys of one shape.", (long long)from, (long long)to);
+         "Blocks %lld and %lld do not have keys of the same shape.", (long long)from, (long long)to);
     NEED(from != to, "The keys of block %lld cannot be copied to itself.", (long long)from);
     const Keys *k = &s->blocks[from].keys;
     Keys *own = &s->blocks[to].keys;
@@ -407,11 +406,11 @@ offramp_status check_exits(const offramp_session *s, int64_t run, int64_t plan, 
     const AtExits *exits = &s->exits;
     const int same = exits->plan == plan;
     NEED(same || !waiting(s), "Tokens of this session wait at exits of another plan.");
-    NEED(run == exits->run || !waiting(s), "Tokens of this session wait, and it goes on after %lld others.",
-         (long long)exits->run);
+    NEED(run == exits->run || !waiting(s),
+         "Tokens of this session wait, so it cannot go on after %lld tokens.", (long long)exits->run);
     for (int64_t e = 0; e < count; e++)
         NEED(!shapes[e] || run == (same ? exits->run : 0),
-             "A Mamba gate has to see a text from its beginning on.");
+             "A Mamba gate must see a text from its beginning on.");
     return OFFRAMP_OK;
 }
 

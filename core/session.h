@@ -1,21 +1,21 @@
-// What the blocks of a model remember of one text. The functions of offramp.h keep it between calls; a call
-// gets tables of it.
+// The memory of one text in a model's blocks. The functions of offramp.h keep it between calls; a call gets
+// tables of it.
 
 #pragma once
 #include "drafts.h"
 #include "model.h"
 
-// Keys and values of one block for positions from `base` on, (capacity, 2H, P) in float32 or bfloat16. Where
-// a token sees only a window, few more are kept.
+// Keys and values of one block for positions from `base` on, (capacity, 2H, P) in float32 or bfloat16. If a
+// token sees only a window, little more than the window is kept.
 typedef struct {
     char *buffer;
     int64_t base, capacity, length;
 } Keys;
 
-// A mixer's window (taps - 1, C) and state (H, P, N), zeros before the first token. During a watch, those of
-// its beginning, and a journal of the tokens since then, with a row of `note_floats` for each. While `stands`
-// is set, no token came since the beginning, and the state stands in `old_h` only: the next pass reads it
-// there, and writes `h`. So a watch copies no state.
+// A mixer's window (taps - 1, C) and state (H, P, N), zeros before the first token. During a watch, also
+// those at its beginning, and a journal of the tokens since then, with a row of `note_floats` for each. While
+// `stands` is set, no token has come since the beginning, and the state is in `old_h` only: the next pass
+// reads it there, and writes `h`. So a watch copies no state.
 typedef struct {
     float *window, *h;
     int64_t length;
@@ -29,9 +29,9 @@ typedef union {
     Mixed mixed;
 } Memory;
 
-// What the exits of a plan keep of a text: the memories of Mamba gates, and tokens that wait at exits for
-// their deeper blocks, `waits` at each exit. `waiting` (room, D) are their states there, oldest first: those
-// at later exits are older. `run`: the tokens of the text that they know of.
+// The memory of a plan's exits of one text: the memories of Mamba gates, and tokens that wait at exits for
+// their deeper blocks, `waits` at each exit. `waiting` (room, D) are their states, oldest first: tokens at
+// later exits are older. `run`: the number of the text's tokens that the exits have seen.
 typedef struct {
     int64_t plan, count, run;  // the plan's number (0: none), and its exits
     const Mamba2 **shapes;
@@ -43,7 +43,7 @@ typedef struct {
 struct offramp_session {
     offramp_model *model;
     Memory *blocks;
-    int64_t tokens;  // that are expected
+    int64_t tokens;  // the tokens that are expected
     int half;        // keys and values are kept in bfloat16
     Estimates estimates;
     AtExits exits;
@@ -58,19 +58,18 @@ static inline int64_t place_bytes(const offramp_session *s, const Attention *a) 
     return 2 * a->heads * a->dim * (s->half ? 2 : 4);
 }
 
-// Whether block i, which attends, still has what a token at position `length` sees.
+// Whether block i, which has attention, still has all keys that a token at position `length` sees.
 int can_crop_keys(const offramp_session *session, int64_t i, int64_t length);
 
 // Makes room in block i for tokens at positions `first` to `end` - 1. 0 if there is no memory.
 int make_room(offramp_session *session, int64_t i, int64_t first, int64_t end);
 
-// Counts tokens that a block, or a mixer, has taken in: a block's length becomes `end`, or for a mixer grows
-// by `count`.
+// Counts tokens that a block has taken in: its length becomes `end`, or with a mixer grows by `count`.
 void count_tokens(offramp_session *session, int64_t i, int64_t end, int64_t count);
 void count_mixed(Mixed *mixed, int64_t count);
 
-// A watch of a mixer: room for `rows` tokens (0 if there is no memory); its beginning, unless there is one;
-// its end; and going back, while it goes on, to the first `length` tokens of the text.
+// A watch of a mixer: makes room for `rows` tokens (0 if there is no memory); begins one, unless there is
+// one; ends it; and goes back, during it, to the first `length` tokens of the text.
 int prepare_watch(const Mamba2 *shape, Mixed *mixed, int64_t rows);
 void begin_watch(const Mamba2 *shape, Mixed *mixed);
 void end_watch(Mixed *mixed);
@@ -88,6 +87,6 @@ static inline int64_t waiting(const offramp_session *session) {
 offramp_status check_exits(const offramp_session *session, int64_t run, int64_t plan, int64_t count,
                            const Mamba2 *const *shapes, offramp_error *error);
 
-// Gets a session ready for them. `room` tokens wait at most. 0 if there is no memory.
+// Prepares a session for them. `room` tokens wait at most. 0 if there is no memory.
 int prepare_exits(offramp_session *session, int64_t plan, int64_t count, const Mamba2 *const *shapes,
                   int64_t room);

@@ -2,117 +2,13 @@
 // those that are furthest behind. Their rows run through the blocks up to the next exit, or to the top, in
 // one pass. At an exit, gates and read-outs say who leaves; at the top, full depth decides.
 //
-// What threads go by stands in the turn, is written once, and has a place of its own: so a thread that comes
-// late does as the others did. The lanes change all the time, and are looked at by threads only that hold a
-// piece.
+// Control flow depends only on values in the turn. They are written once, each in a place of its own, so a
+// thread that comes late does as the others did. The lanes change all the time, so only a thread that holds a
+// piece may read them.
 
-#include "blocks.h"
-#include "lanes.h"
+#include "step.h"
 
-// Rows that run together: of which lane, and which of its rows. `tokens.sequences` are places in `who`.
-typedef struct {
-    Lane **who;
-    int64_t lanes, *row_of;
-    Tokens tokens;
-} Group;
-
-typedef struct {
-    int64_t over, first, top, start, stop, exit;  // the segment, and the exit at its end, or -1
-    Group climbing, asked, reading, leaving;
-    Group judged;  // rows at the top; those from number `whole` on with the whole head
-    int64_t whole;
-    int expands;  // whether logits of a short list are put among those of all tokens
-    Choice *choices;
-    Found *found;
-} Turn;
-
-// One call. Threads share its memory; `h` are the rows of the pass, `states` those of exits and of the top.
-typedef struct {
-    offramp_plan *plan;
-    offramp_model *model;
-    offramp_request *const *requests;
-    Lanes lanes;
-    int64_t rows, outs, turns_count,
-        end;  // most rows of a pass, most that are read out, turns, and positions
-    double seconds[4];
-    // Laid out:
-    Turn *turns;
-    float *h, *states, *out, *y, *short_y, *logits, *sures;
-    const float **deep;
-    int64_t *chosen;
-    MemoryAt *memory, *gates;
-    Buffers buffers;
-    HeadRoom head, exit_head;
-    GateRoom *gate_rooms;
-    ReadoutRoom *readout_rooms;
-    ConfidenceRoom confidence;
-    ChooseRoom choose;
-} Step;
-
-enum { BLOCKS, EXITS, HEADS, BETWEEN };
 enum { MOST_LANES = 1 << 10, MOST_ROUNDS = 1 << 8 };
-
-static Group lay_group(Arena *arena, int64_t lanes, int64_t rows) {
-    return (Group){.who = take(arena, lanes * (int64_t)sizeof(Lane *)),
-                   .row_of = take(arena, rows * (int64_t)sizeof(int64_t)),
-                   .tokens = {.positions = take(arena, rows * (int64_t)sizeof(int64_t)),
-                              .sequences = take(arena, rows * (int64_t)sizeof(int64_t))}};
-}
-
-static void lay_turns(Step *s, Arena *arena) {
-    const int64_t L = s->lanes.count, R = s->rows, J = s->outs;
-    s->turns = take(arena, s->turns_count * (int64_t)sizeof(Turn));
-    for (int64_t t = 0; t < s->turns_count; t++) {
-        Turn turn = {.climbing = lay_group(arena, L, R),
-                     .asked = lay_group(arena, L, L),
-                     .reading = lay_group(arena, L, L),
-                     .leaving = lay_group(arena, L, L),
-                     .judged = lay_group(arena, L, J),
-                     .choices = take(arena, J * (int64_t)sizeof(Choice)),
-                     .found = take(arena, J * (int64_t)sizeof(Found))};
-        if (!arena->base) continue;
-        memset(turn.found, 0, J * sizeof(Found));
-        s->turns[t] = turn;
-    }
-}
-
-static void lay_step(void *context, Arena *arena) {
-    Step *s = context;
-    const offramp_model *model = s->model;
-    const offramp_plan *plan = s->plan;
-    const int64_t L = s->lanes.count, D = model->hidden, V = model->vocabulary, R = s->rows, J = s->outs;
-    s->lanes.lanes = take(arena, L * (int64_t)sizeof(Lane));
-    for (int64_t q = 0; q < L; q++) {
-        const int64_t room = rows_for(plan, s->requests[q]);
-        float *h = take_floats(arena, room * D),
-              *middles = take_floats(arena, plan->rules.middle ? room * D : 0);
-        if (arena->base) s->lanes.lanes[q] = (Lane){.h = h, .middles = middles};
-    }
-    lay_turns(s, arena);
-    s->h = take_floats(arena, R * D), s->states = take_floats(arena, J * D),
-    s->out = take_floats(arena, L * D);
-    s->y = take_floats(arena, J * V),
-    s->short_y = take_floats(arena, plan->tokens ? L * plan->exit_head->rows : 0);
-    s->logits = take_floats(arena, R), s->sures = take_floats(arena, L);
-    s->deep = take(arena, L * (int64_t)sizeof(float *));
-    s->chosen = take(arena, J * (int64_t)sizeof(int64_t));
-    s->memory = take(arena, model->count * L * (int64_t)sizeof(MemoryAt));
-    s->gates = take(arena, L * (int64_t)sizeof(MemoryAt));
-    s->buffers = buffers_for(model, R, s->end, arena);
-    s->head = room_for_head(&model->ends.head, plan->sketch, J, arena);
-    s->exit_head = room_for_head(plan->exit_head, plan->exit_sketch, L, arena);
-    s->gate_rooms = take(arena, plan->rules.count * (int64_t)sizeof(GateRoom));
-    s->readout_rooms = take(arena, plan->rules.count * (int64_t)sizeof(ReadoutRoom));
-    for (int64_t e = 0; e < plan->rules.count; e++) {
-        const Exit *exit = plan->parts + e;
-        const GateRoom gate = plan->mixers[e] ? room_for_mamba_gates(&exit->mamba_gate, R, arena)
-                                              : room_for_gates(&exit->gate, L, arena);
-        const ReadoutRoom readout = room_for_read_outs(&exit->readout, L, arena);
-        if (arena->base) s->gate_rooms[e] = gate, s->readout_rooms[e] = readout;
-    }
-    s->confidence = room_for_confidences(L, plan->exit_head->rows, arena);
-    s->choose = room_for_choices(J, V, arena);
-}
 
 // Adds rows `from` to `to` - 1 of a lane to a group.
 static void add(Group *g, Lane *lane, int64_t from, int64_t to) {
@@ -130,7 +26,7 @@ static Choice choice_of(const Lane *lane, int64_t known) {
     return (Choice){.how = &r->how, .ids = r->ids, .known = known, .allowed = r->allowed};
 }
 
-// Adds to a turn at the top the rows of a lane that are read out.
+// At the top, adds the rows of a lane that are read out to a turn.
 static void add_judged(Turn *turn, Lane *lane) {
     const int64_t drafts = lane->round.drafts;
     if (lane->request->reads) return;
@@ -139,13 +35,13 @@ static void add_judged(Turn *turn, Lane *lane) {
     add(&turn->judged, lane, lane->rows - drafts - 1, lane->rows);
 }
 
-// Where the memories of a group's sequences are, in blocks `start` to `stop` - 1.
+// The memories of a group's sequences in blocks `start` to `stop` - 1.
 static void find_memories(Step *s, const Group *g, int64_t start, int64_t stop) {
     for (int64_t i = start; i < stop; i++)
         for (int64_t q = 0; q < g->lanes; q++) s->memory[i * g->lanes + q] = memory_at(g->who[q]->session, i);
 }
 
-// Whether the exit's gate is to say whether a lane may leave.
+// Whether the exit's gate is asked about a lane.
 static int asks_gate(const Step *s, const Lane *lane, const offramp_exit *exit) {
     return s->plan->rules.confidence == OFFRAMP_GATE && threshold_of(&s->lanes, lane, exit->threshold) > 0;
 }
@@ -289,7 +185,7 @@ static void ask(Step *s, Hand *hand, Turn *turn) {
     EACH_PIECE(i, hand, 1) consider(s, turn);
 }
 
-// What the exit's head reads, and chooses.
+// Runs the exit's head, and chooses tokens.
 static void read_out(Step *s, Hand *hand, Turn *turn) {
     const offramp_plan *plan = s->plan;
     const offramp_exit *exit = plan->exits + turn->exit;
@@ -312,7 +208,7 @@ static void read_out(Step *s, Hand *hand, Turn *turn) {
     choose_rows(hand, turn->choices, R, whole ? s->y : y, whole ? V : n, &s->choose, s->chosen);
 }
 
-// Who leaves, and what remembers them.
+// Decides which lanes leave, and fills their skipped blocks.
 static void leave(Step *s, Turn *turn) {
     const offramp_plan *plan = s->plan;
     const offramp_exit *exit = plan->exits + turn->exit;
@@ -409,7 +305,7 @@ static void take_step(Hand *hand, void *context) {
     }
 }
 
-// The lanes as they begin.
+// Sets up the lanes.
 static void enter(Step *s) {
     const int64_t D = s->model->hidden;
     for (int64_t q = 0; q < s->lanes.count; q++) {
@@ -422,8 +318,8 @@ static void enter(Step *s) {
     }
 }
 
-// The most turns of a round, in which each lane sets out up to `drafts` times. All wait for those behind
-// them: so before each turn further up there are at most `drafts` turns that end at an exit.
+// The most turns of a round, in which each lane sets out up to `drafts` times. All lanes wait for those
+// behind them. So at most `drafts` turns end at an exit before each turn further up.
 static int64_t turns_of_round(const offramp_plan *plan, int64_t lanes, int64_t drafts) {
     const int64_t exits = plan->rules.count;
     if (drafts == 1) return exits + 1;

@@ -6,12 +6,12 @@
 #include <unistd.h>
 
 enum {
-    PIECES_BITS = 24,  // of a phase's pieces
-    SPINS = 1000,      // looks at a phase before the processor is offered to others
-    ROUNDS = 40,       // of these, before a helper without a call sleeps
+    PIECES_BITS = 24,  // bits for the number of a phase's pieces
+    SPINS = 1000,      // the number of looks at a phase before the processor is offered to others
+    ROUNDS = 40,       // the number of such offers before a helper without a call sleeps
 };
 static const int64_t OPEN = (int64_t)1 << 16,
-                     CALL = (int64_t)1 << 17;  // of the door; below are those who have joined
+                     CALL = (int64_t)1 << 17;  // bits of the door; those below count who has joined
 
 static void relax(int spins) {
 #if defined(__x86_64__)
@@ -133,8 +133,7 @@ void pool_begin(Pool *pool) {
 }
 
 void pool_end(Pool *pool) {
-    if (pool->owner != getpid())
-        return;  // the threads are those of the process that this one was forked from
+    if (pool->owner != getpid()) return;  // the pool's threads belong to the parent process
     pthread_mutex_lock(&pool->lock);
     atomic_store(&pool->stops, 1);
     pthread_cond_broadcast(&pool->wake);

@@ -1,6 +1,6 @@
 // A pool of threads, and how the threads of one call share out its work: all go through the same phases, and
 // in each they claim pieces until none is left. A thread waits for pieces that others hold, and not for the
-// others themselves. So a thread that the system has put aside holds the call up only if it holds a piece.
+// others themselves. So a thread that the system has put aside delays the call only if it holds a piece.
 
 #pragma once
 #include <pthread.h>
@@ -51,20 +51,20 @@ struct Pool {
 void pool_begin(Pool *pool);
 void pool_end(Pool *pool);
 
-// Between these two, this thread has the pool, and everything that belongs to it, for itself.
+// Between these two calls, the pool and all its data belong to this thread alone.
 void pool_enter(Pool *pool);
 void pool_leave(Pool *pool);
 
-// Runs `work` on `wanted` threads, this one among them, within `pool_enter`. With fewer threads than wanted
-// if the system gives none.
+// Runs `work` on `wanted` threads, this one among them, within `pool_enter`. There are fewer if the system
+// gives no more.
 void pool_run(Pool *pool, Work *work, void *context);
 
 // The next piece of a phase of so many. -1 when all pieces are done.
 int64_t next_piece(Hand *hand, int64_t pieces);
 #define EACH_PIECE(i, hand, pieces) for (int64_t i; (i = next_piece(hand, pieces)) >= 0;)
 
-// How `total` things are divided: a large part for each thread first, then small ones, so that all end at
-// about the same time. All parts but the last are multiples of `unit`.
+// Divides `total` things: a large part for each thread first, then small ones, so that all end at about the
+// same time. All parts but the last are multiples of `unit`.
 typedef struct {
     int64_t total, unit, large, pieces, threads;
 } Division;

@@ -1,6 +1,5 @@
-// Vectors of LANES float32 numbers, and what is computed with them, in terms of the compiler's vector types.
-// The processor's own instructions stand where the compiler would not find them: AVX-512, AVX2, VNNI, BF16,
-// NEON.
+// Vectors of LANES float32 numbers, and functions of them, with the compiler's vector types. The processor's
+// own instructions are used where the compiler would not find them: AVX-512, AVX2, VNNI, BF16, NEON.
 
 #pragma once
 #include <math.h>
@@ -183,7 +182,7 @@ static inline vf clamped(vf x, float low, float high) {
 #endif
 }
 
-// Bit i says whether number i, of at most LANES, is not less than a bound; so it is set for a NaN.
+// Bit i is set if number i, of at most LANES, is not less than a bound. So it is also set for a NaN.
 static inline uint32_t not_below(const float *p, int64_t n, float bound) {
     const vf v = load_up_to(p, n);
     const uint32_t first = n < LANES ? (1u << n) - 1 : (uint32_t)((1ull << LANES) - 1);
@@ -234,7 +233,7 @@ static inline vf log_(
     return fma_(whole, all(0.693359375f), r + p);
 }
 
-// log(1 + x), x > -1: what 1 + x loses of a small x is made good.
+// log(1 + x), x > -1, with a correction for the digits of a small x that 1 + x loses.
 static inline vf log1p_(vf x) {
     const vf one_more = 1.0f + x, kept = one_more - 1.0f;
     return choose(kept == 0.0f, x, log_(one_more) * (x / kept));
@@ -291,7 +290,7 @@ static inline vf from_float16(const uint16_t *p) {
 }
 
 // Lane i adds the products of bytes 4 i to 4 i + 3. `dot_nibbles`: w is 0 to 15. `dot_bytes`: no byte is
-// -128, and OFFSET times the sum of x must be subtracted from what is added.
+// -128, and OFFSET times the sum of x must be subtracted from the result.
 #define OFFSET (VNNI ? 128 : 0)
 #if WIDE && VNNI
 static inline vi dot_nibbles(vi acc, vb w, vb x) {

@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(args: Any) -> None:
     """Print the table, and write the samples."""
-    models = {name: offramp.load(name) for name in args.models}
+    models = {name: offramp.load(name).backbone for name in args.models}
     with tempfile.TemporaryDirectory() as folder:
         texts = answers_of(models[args.models[0]], args.prompts, args.count, Path(folder)) if args.prompts else None
         print(f"{HEADER}\n|{'---|' * HEADER.count(' | ')}---|")

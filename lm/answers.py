@@ -71,7 +71,7 @@ def main() -> None:
         answered = {document.question for document in read_source(args.out).documents} if args.out.exists() else set()
         questions = [question for question in questions_of(args.questions, args.count) if question not in answered]
         # For many rows at once, the library's own blocks are fast, and fastest in float32.
-        backbone = offramp.load(args.model, "float32", keep=True)
+        backbone = offramp.load(args.model, "float32", keep=True).backbone
         written = len(answered)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         for batch in batches(questions):

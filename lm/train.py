@@ -38,10 +38,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import offramp
 from lm.corpus import END, Lengths, Tokens, command_line, load_tokens, piece_bytes, report
 from lm.forward import Forward
+from lm.tune import draw_layer_dropout, exit_weights
 from offramp.errors import BadInput, OfframpError
 from offramp.files import put, write_atomically
 from offramp.training.loop import Budget, Loop, Loss, Training, accelerator_for, claim, step_generator
-from offramp.training.tuning import draw_layer_dropout, exit_weights
 
 LARGEST = 16_000_000  # bytes of the weights file
 VALIDATE = 0.05  # share of the budget between two points of the curve

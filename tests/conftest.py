@@ -57,4 +57,4 @@ def smollm2() -> Backbone:
     """The real model in float32, with the library's own model kept beside it."""
     import offramp
 
-    return offramp.load("smollm2", "float32", keep=True)
+    return offramp.load("smollm2", "float32", keep=True).backbone

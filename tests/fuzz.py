@@ -39,6 +39,7 @@ from helpers import exits_for
 from models import COMPILED, saved, tiny
 from offramp import Engine, Exits, load
 from offramp.errors import OfframpError
+from offramp.exits.exit_set import ExitSet
 from offramp.model.backbone import Backbone
 from offramp.model.checkpoint import Gguf, checkpoint_for
 from offramp.model.loading import outline
@@ -229,7 +230,7 @@ class Targets:
         ])  # fmt: skip
         more = {
             "model": "tiny", "max_tokens": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 1, "n": 2,
-            "stop": ["x"], "repetition_penalty": 1.1, "offramp": {"fill": "verify", "point": 0, "ids": True}, "tools": [],
+            "stop": ["x"], "repetition_penalty": 1.1, "offramp": {"mode": "early", "ids": True}, "tools": [],
             "frequency_penalty": 0, "stream": dice.random() < 0.3, "stream_options": {"include_usage": True},
             "logit_bias": {},
         }  # fmt: skip
@@ -258,7 +259,7 @@ class Targets:
         tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         backbone, exits = Backbone(copy.deepcopy(tiny("llama").model), tokenizer, tiny("llama").source), exits_for("llama")
         backbone.use_compiled_blocks("float32")
-        menu = Menu(backbone, exits, exits, Engine(backbone, exits, fill="verify"))
+        menu = Menu(backbone, ExitSet(exits), Engine(backbone, ExitSet(exits), mode="exact"))
         app = app_of(menu, Scheduler(), Rules("tiny", most_tokens=8))
         client = self._open.enter_context(TestClient(app, "http://localhost", raise_server_exceptions=False))
         assert client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2}).status_code == 200

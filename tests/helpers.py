@@ -106,7 +106,7 @@ def costing(engine: Engine, row: float = 0.0, asking: float = 0.0) -> Engine:
     assert engine.drafts
     rows = tuple(row * drafts for drafts in range(MOST_DRAFTS + 1))
     engine.drafts = replace(engine.drafts, rows=rows, asking=(asking,) * len(engine.drafts.asking))
-    engine.compiled = engine.compiled and CompiledStepper.of(engine, engine.drafts.exits)
+    engine.compiled = engine.compiled and CompiledStepper.of(engine, engine._exits)
     return engine
 
 

@@ -374,7 +374,7 @@ def test_nan_logits_are_named_not_decoded() -> None:
         (lambda b: Engine(b, fill="magic"), "no fill 'magic'"),
         (lambda b: Engine(b, exits_for("llama"), Policy((0.5,))), "do not fit"),
         (lambda b: Engine(b, sampling=Sampling(repetition_penalty=0)), "not positive"),
-        (lambda b: Engine(b, fill="defer", max_pending=0), "too few"),
+        (lambda b: Engine(b, fill="defer", max_pending=0), "must be able to wait"),
         (lambda b: Engine(b).generate(PROMPT, max_tokens=0), "0 tokens"),
         (lambda b: Engine(b).generate([], max_tokens=4), "empty"),
         (lambda b: Engine(b).generate([1] * 512, max_tokens=4), "512 tokens long"),

@@ -26,7 +26,7 @@ def requests(*arguments):
 
 @pytest.fixture(scope="module")
 def ours():
-    from offramp.evaluation.harness import Harnessed
+    from offramp.extras.harness import Harnessed
 
     return Harnessed(pretrained="mamba-tiny", threshold=1.0, dtype="float32")
 
@@ -87,7 +87,7 @@ def test_answers_are_the_librarys_up_to_where_they_stop(ours, theirs) -> None:
 )
 def test_misspelt_arguments_are_refused_before_a_model_is_loaded(arguments, sentence, hint, monkeypatch) -> None:
     import offramp
-    from offramp.evaluation.harness import Harnessed
+    from offramp.extras.harness import Harnessed
 
     monkeypatch.setattr(offramp, "load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(BadInput, match=sentence) as caught:
@@ -96,18 +96,19 @@ def test_misspelt_arguments_are_refused_before_a_model_is_loaded(arguments, sent
 
 
 def test_without_exits_only_full_depth_can_be_asked_for() -> None:
-    from offramp.evaluation.harness import ModelArguments
+    from offramp import Model
+    from offramp.extras.harness import ModelArguments
 
-    backbone = tiny("llama")  # no exits ship for it
-    assert ModelArguments("tiny").condition(backbone).exits is None
+    model = Model(tiny("llama"))  # no exits ship for it
+    assert ModelArguments("tiny").condition(model).exits is None
     with pytest.raises(BadInput, match="No exits ship for tiny-llama"):
-        ModelArguments("tiny", threshold=0.5).condition(backbone)
+        ModelArguments("tiny", threshold=0.5).condition(model)
     with pytest.raises(BadInput, match="no fill 'projekt'"):
-        ModelArguments("tiny", fill="projekt").condition(backbone)
+        ModelArguments("tiny", fill="projekt").check()
 
 
 def test_a_mistake_on_the_command_line_gets_one_sentence_and_a_hint(monkeypatch) -> None:
-    from offramp.evaluation import harness
+    from offramp.extras import harness
 
     arguments = ("run", "--model", "offramp", "--tasks", "wikitext", "--model_args", "pretrained=mamba-tiny,fill=projekt")
     monkeypatch.setattr(sys, "argv", ["harness", *arguments])
@@ -122,12 +123,12 @@ def test_the_harness_knows_the_model() -> None:
     command = [
         sys.executable,
         "-m",
-        "offramp.evaluation.harness",
+        "offramp.extras.harness",
         "--help",
     ]  # listing the tasks takes a quarter of a minute
     assert "lm-eval" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
     from lm_eval.api.registry import get_model
 
-    from offramp.evaluation.harness import Harnessed
+    from offramp.extras.harness import Harnessed
 
     assert get_model("offramp") is Harnessed

@@ -11,7 +11,7 @@ import pytest
 
 from models import saved, tiny
 from offramp import Engine
-from offramp.cli.llm import OfframpModel
+from offramp.extras.llm import OfframpModel
 from offramp.model import hub
 
 TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
@@ -44,8 +44,8 @@ def test_a_prompt_and_a_conversation_get_the_models_answers(model) -> None:
 
 
 def test_what_a_user_can_mend_is_said_in_words(model) -> None:
-    with pytest.raises(llm.ModelError, match="no fill 'none'"):
-        model.prompt("Hello", fill="none", dtype="float32").text()
+    with pytest.raises(llm.ModelError, match="no mode 'none'"):
+        model.prompt("Hello", mode="none", dtype="float32").text()
     with pytest.raises(Exception, match="greater than or equal to 1"):
         model.prompt("Hello", max_tokens=0)
 

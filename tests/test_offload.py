@@ -17,9 +17,10 @@ from helpers import costing, modest_exits, refused
 from models import BLOCKS, SMALL, byte_tokenizer, saved, tiny
 from offramp import Engine, Policy
 from offramp.errors import UnsupportedModel
+from offramp.extras.offload import values_of
 from offramp.model.families import FAMILIES
+from offramp.model.hooks import device_of
 from offramp.model.loading import wrap
-from offramp.model.offload import device_of, values_of
 
 THREE = ["llama", "mamba2", "bamba"]
 IDS = [83, 111, 109, 101, 32, 119, 111, 114, 100, 115]
@@ -216,10 +217,10 @@ def test_held_weights_are_in_memory_and_the_others_are_mapped(tmp_path, own_cach
         return {Path(line.split()[-1]).stem for line in lines if line.endswith(".bin") and str(own_cache) in line}
 
     folder = str(saved(tiny("llama"), tmp_path / "model"))
-    whole = offramp.load(folder, "float32", held=1 << 30)
+    whole = offramp.load(folder, "float32", held=1 << 30).backbone
     assert mapped() == set()
     sizes = {file.stem: file.stat().st_size for file in own_cache.glob("formats/*/*.bin")}
-    part = offramp.load(folder, "float32", held=sizes["ends"] + 2 * sizes["0"])
+    part = offramp.load(folder, "float32", held=sizes["ends"] + 2 * sizes["0"]).backbone
     assert mapped() == {"2", "3", "4", "5"}
     expected = Engine(tiny("llama")).generate(IDS, max_tokens=8).ids
     assert [Engine(backbone).generate(IDS, max_tokens=8).ids for backbone in (whole, part)] == [expected, expected]

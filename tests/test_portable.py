@@ -59,7 +59,7 @@ def test_without_library_and_locks_everything_runs_and_says_so_once(model, tmp_p
     said = ran(*windows, "generate", model, "Grüß Gott", "--max-tokens", "4", "--dtype", "float32", **lacking)
     assert said.stderr.count(NOTHING) == 1
     assert not (tmp_path / "cache" / "formats").exists()
-    expected = Engine(offramp.load(str(model), "float32")).generate("Grüß Gott", max_tokens=4)
+    expected = Engine(offramp.load(str(model), "float32").backbone).generate("Grüß Gott", max_tokens=4)
     assert said.stdout == f"{expected.text}\n"
     questions = [{"question": f"Größe {i}?", "answer": {"value": "groß", "aliases": []}} for i in range(8)]
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(each, ensure_ascii=False) for each in questions), "utf-8")
@@ -72,9 +72,9 @@ def test_without_library_and_locks_everything_runs_and_says_so_once(model, tmp_p
 
 
 def test_without_compiled_code_the_librarys_blocks_run_and_int4_is_refused(model, own_cache, monkeypatch) -> None:
-    compiled_one = offramp.load(str(model), "float32")
+    compiled_one = offramp.load(str(model), "float32").backbone
     monkeypatch.setattr("offramp.model.backbone.library", lambda: None)
-    plain, half = (offramp.load(str(model), dtype) for dtype in ("float32", "bfloat16"))
+    plain, half = (offramp.load(str(model), dtype).backbone for dtype in ("float32", "bfloat16"))
     assert (plain.engine, half.engine) == ("library blocks", "library blocks")
     assert (plain.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     answers = [Engine(each).generate([1, 2, 3], max_tokens=20, end_ids=frozenset()).ids for each in (compiled_one, plain)]

@@ -27,10 +27,10 @@ from models import saved, tiny  # noqa: E402
 from offramp import Engine, Policy, load  # noqa: E402
 from offramp.cli.options import DecodingOptions, cluster_at  # noqa: E402
 from offramp.cli.serving import ServeOptions, application  # noqa: E402
-from offramp.cluster import Kind, ModelCopy, Replicas, _room, _Worker, connected  # noqa: E402
 from offramp.errors import BadInput, OfframpError  # noqa: E402
 from offramp.evaluation.evaluation import Condition, Evaluation, answered  # noqa: E402
 from offramp.evaluation.results import Result  # noqa: E402
+from offramp.extras.cluster import Kind, ModelCopy, Replicas, _room, _Worker, connected  # noqa: E402
 from offramp.model.backbone import Backbone  # noqa: E402
 from offramp.training.teacher import group_texts, made_shards, write_shards  # noqa: E402
 from watched import Missing, Watched, crash, wait  # noqa: E402
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> Backbone:
-    return load(str(folder), "float32")
+    return load(str(folder), "float32").backbone
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_served_application_answers_as_the_engine(
     exits.policy = Policy((0.3,) * 3)
     exits.save(tmp_path)
     options = ServeOptions(api_key="secret")
-    decoding = DecodingOptions(exits=str(tmp_path), fill="verify", dtype="float32")
+    decoding = DecodingOptions(exits=str(tmp_path), mode="exact", dtype="float32")
     wanted = Engine(backbone).generate(backbone.prompts.encode("Once upon", raw=True), max_tokens=12).text
     port = free_port()
     with (
@@ -177,7 +177,7 @@ def test_a_served_application_answers_as_the_engine(
         asked = {"model": model.id, "prompt": "Once upon", "max_tokens": 12, "temperature": 0}
         whole = client.completions.create(**asked)
         assert whole.choices[0].text == wanted
-        assert whole.choices[0].model_extra["offramp"]["fill"] == "verify"
+        assert whole.choices[0].model_extra["offramp"]["mode"] == "exact"
         parts = [*client.completions.create(**asked, stream=True)]
         assert "".join(part.choices[0].text for part in parts) == wanted
         assert len(parts) > 3
@@ -261,7 +261,7 @@ def test_the_commands_let_the_cluster_work(folder: Path, tmp_path: Path, monkeyp
     lines = [{"question_id": n, "question": f"Who {n}?", "answer": {"value": "Me", "aliases": []}} for n in range(9)]
     (tmp_path / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "prompts.txt").write_text("".join(f"Say {n}\n" for n in range(9)))
-    quick = ["--layers", "1,3", "--answer-tokens", "4", "--epochs", "1", "--gate-epochs", "1", "--readout-width", "32"]
+    quick = ["--layers", "1,3", "--epochs", "1", "--gate-epochs", "1", "--readout-width", "32"]
     train = ["train", str(folder), "-o", "exits", "--own-prompts", "prompts.txt", *quick, "--gate-width", "16"]
     asked = ["--task", "triviaqa", "--data", "trivia.jsonl"]
     evaluate = ["eval", str(folder), *asked, "--exits", "exits", "--threshold", "0.5"]
@@ -280,7 +280,7 @@ def test_the_commands_let_the_cluster_work(folder: Path, tmp_path: Path, monkeyp
 
 def test_without_ray_the_extra_is_named(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "offramp.cluster")
+    monkeypatch.delitem(sys.modules, "offramp.extras.cluster")
     with pytest.raises(BadInput, match="needs the package ray") as caught, cluster_at("auto"):
         pass
     assert "'.[ray]'" in caught.value.hint

@@ -20,8 +20,9 @@ from offramp import Policy
 from offramp.cli.terminal import result_line
 from offramp.errors import BadInput
 from offramp.evaluation.evaluation import Condition, Evaluation
-from offramp.evaluation.report import crossing, write
 from offramp.evaluation.results import Interval, Result, load_results, save_results
+from offramp.extras.report.curves import crossing
+from offramp.extras.report.page import write
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -102,7 +103,7 @@ def test_the_page_holds_everything_by_itself(page: Path, results) -> None:
     assert all(result.condition.name in text for result in results)
     assert "offramp eval &lt;tiny&gt;" in text  # escaped
     assert "#010203" not in text
-    assert "F1 less full depth's" in text
+    assert "F1 less full depth&#39;s" in text
     assert "At consistency 0.9" in text
     figures = sorted((page.parent / "report-figures").glob("*.svg"))
     assert len(figures) == 6

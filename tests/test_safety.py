@@ -86,7 +86,7 @@ def test_a_model_that_does_not_fit_is_loaded_on_the_librarys_blocks_or_refused(t
     model = random_model("mamba2", state_size=4)
     model.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    loaded = [offramp.load(str(tmp_path), dtype) for dtype in ("float32", "bfloat16")]
+    loaded = [offramp.load(str(tmp_path), dtype).backbone for dtype in ("float32", "bfloat16")]
     assert [(each.engine, each.weight_format) for each in loaded] == [
         ("library blocks", "float32"),
         ("library blocks", "bfloat16"),

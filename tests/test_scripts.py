@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,7 @@ import paper
 import paper_size
 import paper_tables
 import paper_times
+import picture
 import prefill
 import prompts
 import random_model
@@ -64,9 +66,9 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OFFRAMP_CACHE", str(folder / "cache"))
         saved(tiny("llama"), folder / "model")
-        fingerprint = offramp.load(str(folder / "model"), "float32").source.fingerprint
+        fingerprint = offramp.load(str(folder / "model"), "float32").backbone.source.fingerprint
         made = modest_exits("llama", gate="ffn")
-        made.backbone["fingerprint"], made.policy = fingerprint, Policy((0.4, 0.4, 0.4))
+        made.owner, made.policy = replace(made.owner, fingerprint=fingerprint), Policy((0.4, 0.4, 0.4))
         made.save(folder / "exits")
         (folder / "questions.txt").write_text("".join(f"Why is it {number}?\n" for number in range(60)))
         (folder / "prompts.txt").write_text("".join(f"Say something about {number}\n" for number in range(16)))
@@ -98,7 +100,7 @@ def drafts_pay(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "asking_cost", lambda *parts: 0.0)
     made = modest_exits("llama", gate="linear")
     made.policy = Policy((1.0, 1.0, 0.0))
-    made.backbone["fingerprint"] = offramp.load(str(world / "model"), "float32").source.fingerprint
+    made.owner = replace(made.owner, fingerprint=offramp.load(str(world / "model"), "float32").backbone.source.fingerprint)
     made.save(Path("exits"))
 
 
@@ -109,12 +111,21 @@ def test_every_script_has_a_test() -> None:
         scripts = {path.stem for path in (here.parents[1] / folder).glob("*.py") if "def main(" in path.read_text()}
         untested = {script for script in scripts if call.format(script) not in tests.read_text()}
         assert scripts
-        assert untested <= {"peers"}  # which speed.py starts
+        assert untested <= {"peers", "tune"}  # which speed.py starts, and test_lm_tune runs
 
 
 def test_agreement_counts_the_answers_that_are_the_librarys(world, capsys) -> None:
     agreement.main(["triviaqa", str(world / "trivia.jsonl"), "--model", str(world / "model"), "--count", "4"])
     assert capsys.readouterr().out.endswith("model, float32, triviaqa: 4 of 4 answers are the library's\n")
+
+
+def test_picture_shows_what_the_demo_prints(world, tmp_path) -> None:
+    path = tmp_path / "demo.svg"
+    model, exits = (str(world / name) for name in ("model", "exits"))
+    picture.main(["-o", str(path), "--model", model, "--exits", exits, "--max-tokens", "4", "Why?"])
+    drawn = path.read_text("utf-8")
+    assert "as&#160;full&#160;depth" in drawn
+    assert "url(http" not in drawn  # no font from elsewhere
 
 
 def test_prompts_are_divided_into_parts_that_share_none(tmp_path, capsys) -> None:
@@ -144,7 +155,7 @@ def test_prompts_are_divided_into_parts_that_share_none(tmp_path, capsys) -> Non
 def test_offload_says_what_a_token_takes(world, capsys, monkeypatch) -> None:
     names = ["full depth", "exits, `project`", "`verify`"]
     drafts_pay(world, monkeypatch)
-    engines = offload.engines_of(offramp.load(str(world / "model"), "float32"), world / "exits", Path("exits"))
+    engines = offload.engines_of(offramp.load(str(world / "model"), "float32").backbone, world / "exits", Path("exits"))
     assert list(engines) == names
     table = rows("\n".join(offload.in_turn(engines, [[72, 105], [33]], tokens=6, pairs=2)))
     assert [row[0] for row in table[1:]] == names
@@ -197,7 +208,7 @@ def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:
 def test_trees_plays_rounds_with_chains_and_with_other_candidates(world, capsys) -> None:
     made = Exits.new(tiny("llama"), ExitsConfig((1,), "linear", "deep", 32, 32, tails=(1,), middle=2))
     made.policy = Policy((0.0,), "max-prob")
-    made.backbone["fingerprint"] = offramp.load(str(world / "model"), "float32").source.fingerprint
+    made.owner = replace(made.owner, fingerprint=offramp.load(str(world / "model"), "float32").backbone.source.fingerprint)
     made.save(Path("exits/draft"))
     arguments = ["--exits", "exits", "--prompts", str(world / "prompts.txt"), "--tokens", "8", "--dtype", "float32"]
     trees.main([str(world / "model"), *arguments])
@@ -311,9 +322,9 @@ def test_gates_compares_gates_of_one_size(world, capsys) -> None:
 
 def test_the_pages_say_what_the_results_say(capsys, tmp_path) -> None:
     root = Path(__file__).parents[1]
-    page = root / "docs" / "results" / "README.md"
+    page = root / "docs" / "experiments" / "paper" / "README.md"
     files = sorted(map(str, (*page.parent.glob("*.json.xz"), *page.parent.glob("*-times.json"))))
-    others = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+    others = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     paper_tables.main([*files, "--check", str(page), *map(str, others)])
     assert re.search(r"has all \d{2,} rows, and no percentage that is not in them\n$", capsys.readouterr().out)
 
@@ -539,7 +550,7 @@ def test_a_random_checkpoint_has_every_weight_in_shards() -> None:
     shards = sorted(Path("model").glob("*.safetensors"))
     assert len(shards) > 2
     assert size == pytest.approx(sum(shard.stat().st_size for shard in shards), rel=0.1)
-    backbone = offramp.load("model", "float32", keep=True)
+    backbone = offramp.load("model", "float32", keep=True).backbone
     assert not backbone.stop_ids
     assert backbone.model.state_dict()["backbone.layers.0.mixer.in_proj.weight"].std() == pytest.approx(0.02, rel=0.1)
     assert backbone.tokenizer.decode(backbone.tokenizer("é 1")["input_ids"]) == "é 1"

@@ -27,8 +27,10 @@ from helpers import modest_exits, sketched
 from models import COMPILED, tiny
 from offramp import Engine, Policy
 from offramp.decode.batch import Batch
+from offramp.decode.modes import MODES
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadNumbers
+from offramp.exits.exit_set import ExitSet
 from offramp.serve.answers import Choice, Choices, JsonLines, Post, Rules
 from offramp.serve.api import app_of
 from offramp.serve.menu import Menu
@@ -50,16 +52,28 @@ JSON = st.recursive(
 )
 
 
+def calibration(*tested: tuple[Policy, bool]) -> dict[str, Any]:
+    """The record of a calibration that tested these policies, with whether each passed."""
+    return {
+        "fill": "copy", "weights": "float32", "max_tokens": 24, "raw": False, "repetition_penalty": 1.0, "stop": [],
+        "loss": "f1", "risk": 0.05, "delta": 0.1,
+        "tested": [
+            {"policy": asdict(policy), "loss": 0.01, "flops_saved": 0.1, "passed": passed} for policy, passed in tested
+        ],
+    }  # fmt: skip
+
+
 class Served:
     """A server on a free port, and OpenAI's client for it."""
 
-    def __init__(self, family: str, rules: Rules, **options: Any) -> None:
+    def __init__(self, family: str, rules: Rules, calibration: dict[str, Any] | None = None, **options: Any) -> None:
         self.backbone = tiny(family)
         exits = modest_exits(family.partition("/")[0])
-        exits.policy = Policy((0.3, 0.3, 0.3))
-        self.engine = Engine(self.backbone, exits, fill="verify")
+        exits.policy, exits.calibration = Policy((0.3, 0.3, 0.3)), calibration or {}
+        self.exits = ExitSet(exits)
+        self.engine = Engine(self.backbone, self.exits, mode="exact")
         self.scheduler = Scheduler(**options)
-        app = app_of(Menu(self.backbone, exits, exits, self.engine), self.scheduler, rules)
+        app = app_of(Menu(self.backbone, self.exits, self.engine), self.scheduler, rules)
         self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -143,51 +157,41 @@ def chat(served: Served, messages: list[dict[str, str]], **more: Any) -> Any:
 
 
 def test_a_point_that_passed_guarantees_only_what_was_tested() -> None:
-    """Another fill, template, temperature, length, stop text or weight format was not tested."""
+    """Another mode, template, temperature, length, stop text or weight format was not tested."""
     backbone, exits = tiny("llama"), modest_exits("llama")
-    policies = [Policy((0.9,) * 3), Policy((0.3,) * 3)]
-    tested = [
-        {"policy": asdict(policy), "loss": 0.01, "flops_saved": 0.1, "passed": policy.thresholds[0] > 0.5}
-        for policy in policies
-    ]
-    exits.calibration = {
-        "fill": "copy", "weights": "float32", "max_tokens": 16, "raw": False, "repetition_penalty": 1.0, "stop": [],
-        "tested": tested, "loss": "f1", "risk": 0.05, "delta": 0.1,
-    }  # fmt: skip
-    exits.policy = policies[0]
-    menu = Menu(backbone, exits, exits, Engine(backbone, exits, fill="verify"))
-    use = {"max_tokens": 16, "raw": False, "temperature": 0.0, "repetition_penalty": 1.0, "stop": ()}
+    exits.policy = Policy((0.9,) * 3)
+    exits.calibration = calibration((exits.policy, True), (Policy((0.3,) * 3), False))
+    found = ExitSet(exits)
+    menu = Menu(backbone, found, Engine(backbone, found, mode="exact"))
+    use = {"max_tokens": 24, "raw": False, "temperature": 0.0, "repetition_penalty": 1.0, "stop": ()}
     promise = {"loss": "f1", "risk": 0.05, "delta": 0.1}
-    assert menu.guarantee(menu.engine("copy", 0), **use) == promise
-    assert (
-        menu.guarantee(
-            menu.engine("copy", None),
-            **use,
-        )
-        == promise
-    )
-    for other in ({"max_tokens": 17}, {"raw": True}, {"temperature": 0.7}, {"repetition_penalty": 1.1}, {"stop": ("x",)}):
-        assert menu.guarantee(menu.engine("copy", 0), **{**use, **other}) is None
-    for fill, point in (("copy", 1), ("project", 0), ("full", None), ("verify", None)):
-        assert menu.guarantee(menu.engine(fill, point), **use) is None
+    for mode, point in (("early", 0), ("early", None), (None, 0)):
+        engine = menu.engine(mode, point)
+        assert (engine.mode, engine.fill.name) == ("early", "copy")
+        assert menu.guarantee(engine, **use) == promise
+    for other in ({"max_tokens": 25}, {"raw": True}, {"temperature": 0.7}, {"repetition_penalty": 1.1}, {"stop": ("x",)}):
+        assert menu.guarantee(menu.engine("early", 0), **{**use, **other}) is None
+    for mode, point in (("early", 1), ("full", None), ("exact", None), (None, None)):
+        assert menu.guarantee(menu.engine(mode, point), **use) is None
     said = menu.describe()
     assert [point["passed"] for point in said["points"]] == [True, False]
-    assert said["tested"] == {"fill": "copy", "max_tokens": 16}
+    assert said["tested"] == {"max_tokens": 24}
+    assert "at most 0.05 of an answer is lost on average, with probability 0.9" in said["modes"][-1]["promise"]
     exits.calibration["weights"] = "int4"
-    assert not any(point["passed"] for point in menu.describe()["points"])
+    said = menu.describe()
+    assert not any(point["passed"] for point in said["points"])
+    assert "RISK" in said["modes"][-1]["promise"]
 
 
 def test_a_sketch_of_the_head_is_not_called_full_depth() -> None:
-    """Closed exits whose policy reads out few tokens: the policy decides, so it is not what `full` asks for."""
+    """Closed exits whose policy reads out few tokens: the policy decides, so it is not the mode `full`."""
     backbone, exits = tiny("llama"), sketched("llama")
     exits.policy = Policy((1.0,) * 3, candidates=64)
-    exits.calibration = {"fill": "project", "weights": "float32", "loss": "f1", "risk": 0.05, "delta": 0.1, "tested": [
-        {"policy": asdict(exits.policy), "loss": 0.01, "flops_saved": 0.1, "passed": True},
-    ]}  # fmt: skip
+    exits.calibration = {**calibration((exits.policy, True)), "fill": "project"}
     usual = Engine(backbone, exits)
-    menu = Menu(backbone, exits, None, usual)
-    assert menu.describe()["usual"] == {"fill": "project"}
-    assert menu.engine("project", None) is usual
+    menu = Menu(backbone, ExitSet(exits), usual)
+    assert menu.describe()["usual"] == "early"
+    assert menu.engine("early", None) is usual
     assert menu.engine("full", None).is_full
     assert menu.guarantee(usual) == {"loss": "f1", "risk": 0.05, "delta": 0.1}
     assert menu.guarantee(menu.engine("full", None)) is None
@@ -204,8 +208,27 @@ def test_answers_are_full_depths_whole_and_streamed(family: str) -> None:
             assert parts[-1].choices[0].finish_reason == whole.choices[0].finish_reason
             about = whole.choices[0].model_extra["offramp"]
             assert len(about["tokens"]) == whole.usage.completion_tokens
-            assert about["fill"] == "verify"
+            assert about["mode"] == "exact"
             assert parts[-1].choices[0].model_extra["offramp"]["tokens_per_pass"] >= 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_chooses_the_mode_and_hears_where_each_token_came_from(served: Served, mode: str) -> None:
+    way = {"offramp": {"mode": mode}}
+    whole, parts = (chat(served, asks(), max_tokens=24, extra_body=way, stream=stream) for stream in (False, True))
+    about = whole.choices[0].model_extra["offramp"]
+    notes = [part.choices[0].model_extra["offramp"] for part in parts]
+    assert [{name: note[name] for name in about["tokens"][0]} for note in notes[:-1]] == about["tokens"]
+    assert about["mode"] == notes[-1]["mode"] == mode
+    wanted = Engine(served.backbone, served.exits, mode=mode).generate(
+        served.backbone.prompts.encode_chat(asks()), max_tokens=24
+    )
+    assert about["tokens"] == [
+        {"block": token.exit_block, "confidence": token.confidence, "drafted": token.drafted, "source": token.source}
+        for token in wanted.tokens
+    ]
+    assert sum(token["drafted"] for token in about["tokens"]) == about["num_accepted_tokens"]
+    assert (mode == "exact") == (about["num_draft_tokens"] > 0)
 
 
 def test_sampled_answers_are_those_of_their_seed(served: Served) -> None:
@@ -262,7 +285,7 @@ def test_an_answer_fits_a_schema_with_drafts_too(served: Served) -> None:
     }  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
     for seed in range(4):
-        for way in ({}, {"offramp": {"fill": "full"}}):
+        for way in ({}, {"offramp": {"mode": "full"}}):
             found = chat(
                 served, asks(seed), max_tokens=200, temperature=1.0, seed=seed, response_format=form, extra_body=way
             )
@@ -282,7 +305,9 @@ def test_an_answer_fits_a_schema_with_drafts_too(served: Served) -> None:
         ({"messages": [{"role": "user", "content": "long " * 300}]}, openai.BadRequestError, "tokens long"),
         ({"presence_penalty": 1}, openai.BadRequestError, "presence_penalty"),
         ({"tools": [{}]}, openai.BadRequestError, "tools"),
-        ({"extra_body": {"offramp": {"fill": "none"}}}, openai.BadRequestError, "no fill 'none'"),
+        ({"extra_body": {"offramp": {"mode": "none"}}}, openai.BadRequestError, "no mode 'none'"),
+        ({"extra_body": {"offramp": {"point": 3}}}, openai.BadRequestError, "no calibrated points"),
+        ({"extra_body": {"offramp": {"fill": "copy"}}}, openai.BadRequestError, "offramp.fill"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
          openai.BadRequestError, "schema"),
     ],
@@ -332,13 +357,13 @@ def test_many_requests_side_by_side_get_their_answers_alone(family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fill", ["full", "verify", "project"])
-def test_cached_prompts_change_no_answer(family: str, fill: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_cached_prompts_change_no_answer(family: str, mode: str) -> None:
     with serving(family) as served, serving(family, cache=0) as fresh:
         for number in range(3):
             messages = asks(number)
             for _ in range(2):
-                way = {"offramp": {"fill": fill}}
+                way = {"offramp": {"mode": mode}}
                 found, other = (chat(each, messages, extra_body=way) for each in (served, fresh))
                 assert other.usage.prompt_tokens_details.cached_tokens == 0
                 assert found.choices[0].message.content == other.choices[0].message.content
@@ -515,9 +540,8 @@ def test_the_page_and_its_files_come_from_the_server_alone(served: Served) -> No
         assert fetch(f"{served.address}/page/{file}").status == 200
     assert "http" not in page.text.replace("http-equiv", "")
     menu = json.loads(fetch(f"{served.address}/offramp/menu").text)
-    freeze = ["freeze"] if {"mamba", "both"} & set(served.backbone.kinds) else []  # what others would be refused
-    assert menu["fills"] == ["full", "project", "copy", *freeze, "defer", "verify"]
-    assert menu["usual"] == {"fill": "verify"}
+    assert menu["modes"] == [asdict(mode) for mode in MODES.values()]
+    assert menu["usual"] == "exact"
 
 
 def test_a_loop_is_woken_once_for_all_that_a_step_decides() -> None:

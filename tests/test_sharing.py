@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 import offramp
 from helpers import exits_for, modest_exits
 from models import saved, tiny
-from offramp import Engine, Exits, Policy
+from offramp import Engine, Exits, ExitSet, Policy
+from offramp.exits.format import Record
 from offramp.exits.sharing import card, on_the_hub
+from offramp.files import shipped
 
 PUSH = """
 import sys, offramp
-model = offramp.load(sys.argv[1], "float32")
-exits, drafts = offramp.Exits.load(sys.argv[2], model), offramp.Exits.load(sys.argv[3], model)
-print(exits.push_to_hub("some/exits", drafts, licence="apache-2.0"))
+model = offramp.load(sys.argv[1], "float32").backbone
+exits = offramp.ExitSet.load(sys.argv[2], model)
+print(exits.push_to_hub("some/exits", licence="apache-2.0"))
 """
 
 
@@ -31,10 +35,10 @@ def test_exits_go_to_the_hub_and_come_from_there(hub, tmp_path) -> None:
     exits = modest_exits("llama")
     exits.policy, exits.training = Policy((0.4, 0.4, 0.4)), {"command": "offramp train …"}
     drafts = exits_for("llama", "linear", "deep")
-    for each, name in ((exits, "exits"), (drafts, "drafts")):
-        each.backbone["fingerprint"] = tiny("llama").source.fingerprint
+    for each, name in ((exits, "exits"), (drafts, "exits/draft")):
+        each.owner = replace(each.owner, fingerprint=tiny("llama").source.fingerprint)
         each.save(tmp_path / name)
-    pushed = ran(hub, "-c", PUSH, model, str(tmp_path / "exits"), str(tmp_path / "drafts"))
+    pushed = ran(hub, "-c", PUSH, model, str(tmp_path / "exits"))
     assert "some/exits/commit/" in pushed.stdout, pushed.stderr
     kept = sorted(str(path.relative_to(tmp_path / "hub")) for path in (tmp_path / "hub").rglob("*") if path.is_file())
     assert kept == [
@@ -47,9 +51,9 @@ def test_exits_go_to_the_hub_and_come_from_there(hub, tmp_path) -> None:
     for part in ("config", "policy", "training"):
         assert json.loads((there / record).read_text())[part] == json.loads((here / record).read_text())[part]
     main = "import sys; from offramp.cli import main; main()"
-    asked = ("generate", model, "Hello", "--max-tokens", "6", "--dtype", "float32", "--exits")
+    asked = ("generate", model, "Hello", "--max-tokens", "6", "--dtype", "float32", "--mode", "early", "--exits")
     answered = ran(hub, "-c", main, *asked, "some/exits")
-    backbone = offramp.load(model, "float32")
+    backbone = offramp.load(model, "float32").backbone
     expected = Engine(backbone, Exits.load(tmp_path / "exits", backbone)).generate("Hello", max_tokens=6)
     assert answered.stdout == f"{expected.text}\n", answered.stderr
     wrong = ran(hub, "-c", main, *asked, "some/other")
@@ -60,7 +64,7 @@ def test_exits_go_to_the_hub_and_come_from_there(hub, tmp_path) -> None:
 
 def test_a_card_says_how_good_the_exits_are_and_links_the_model() -> None:
     exits = modest_exits("llama")
-    exits.backbone["name"] = "org/model"
+    exits.owner = replace(exits.owner, name="org/model")
     exits.training = {
         "command": "offramp train org/model -o DIR",
         "text": [{"prompts": "mine.jsonl"}],
@@ -73,18 +77,39 @@ def test_a_card_says_how_good_the_exits_are_and_links_the_model() -> None:
             {"passed": True, "loss": 0.031, "flops_saved": 0.166}, {"passed": False, "loss": 0.2, "flops_saved": 0.5},
         ],
     }  # fmt: skip
-    text = card(exits, "me/exits", licence="mit")
+    text = card(exits, None, "me/exits", licence="mit")
     for part in (
-        "base_model: org/model\n", "license: mit\n", "--exits me/exits", 'from_pretrained("me/exits", model)', "12,345",
+        "base_model: org/model\n", "license: mit\n", "--exits me/exits", 'load("org/model", exits="me/exits")', "12,345",
         "| 3 | 62.5% | – |", "a probability of 95%", "saved 16.6% of FLOPs", "offramp train org/model -o DIR", "mine.jsonl",
     ):  # fmt: skip
         assert part in text
     assert text.startswith("---\nlibrary_name: offramp\n")
-    exits.backbone["name"], exits.calibration = "smollm2", {}
-    text = card(exits, "me/exits", exits)
+    exits.owner, exits.calibration = replace(exits.owner, name="smollm2"), {}
+    text = card(exits, exits, "me/exits")
     assert "base_model" not in text
     assert "No guarantee" in text
-    assert "Exits that draft" in text
+    assert "The exit that drafts" in text
+    for each in exits_that_ship():
+        blocks = each.split("\n\n")
+        assert any(
+            block.startswith("Calibrated on 1080 prompts") or block.startswith("Calibrated on 864") for block in blocks
+        )
+        assert sum(block.startswith("## ") and "\n" not in block for block in blocks) == 3
+        assert [block for block in blocks if block.startswith("|")] == [block for block in blocks if "|---|" in block]
+
+
+def exits_that_ship() -> list[str]:
+    """The cards of all exits that ship."""
+    cards = []
+    for folder in shipped("exits"):
+        groups = []
+        for place in (folder, folder / "draft"):
+            record = Record.read(place)
+            made = SimpleNamespace(**vars(record))
+            made.validation = record.training["validation"]
+            groups.append(made)
+        cards.append(card(*groups, "org/exits", code=True))
+    return cards
 
 
 @pytest.mark.parametrize(
@@ -108,4 +133,4 @@ def test_a_hub_name_is_told_from_a_folder(name: str, there: bool, tmp_path, monk
 def test_a_folder_is_read_as_before(tmp_path) -> None:
     exits = modest_exits("llama")
     exits.save(tmp_path)
-    assert Exits.from_pretrained(tmp_path, tiny("llama")).config == exits.config
+    assert ExitSet.load(str(tmp_path), tiny("llama")).early.config == exits.config

@@ -311,7 +311,7 @@ def test_an_unwatched_state_refuses_to_forget() -> None:
     [
         ({"temperature": -1}, "temperature of -1"),
         ({"temperature": float("nan")}, "temperature of nan"),
-        ({"top_k": -1}, "-1 most probable"),
+        ({"top_k": -1}, "top-k of -1"),
         ({"top_p": 0}, "top-p of 0"),
         ({"min_p": 2}, "min-p of 2"),
     ],

@@ -67,7 +67,17 @@ def decoded(family: str, fill: str, condition: Condition, compiled: bool) -> lis
 
 
 def counts(token: Token) -> tuple[object, ...]:
-    return token.id, token.text, token.exit_block, token.blocks, token.flops, token.deep_passes, token.rejected
+    return (
+        token.id,
+        token.text,
+        token.exit_block,
+        token.blocks,
+        token.flops,
+        token.deep_passes,
+        token.rejected,
+        token.source,
+        token.drafted,
+    )
 
 
 @compiled_only
@@ -82,6 +92,9 @@ def test_both_steppers_decide_the_same_in_the_same_way(family: str, fill: str) -
         pairs = zip(*(decoded(family, fill, condition, compiled) for compiled in (True, False)), strict=True)
         for ours, theirs in pairs:
             assert [*map(counts, ours.tokens)] == [*map(counts, theirs.tokens)], condition
+            for token in ours.tokens:
+                assert (token.source == "full") == (token.exit_block == BLOCKS)
+                assert token.drafted == (fill == "verify" and token.source != "full")
             for own, other in zip(ours.tokens, theirs.tokens, strict=True):
                 assert own.confidence == pytest.approx(other.confidence, abs=2e-4)
             left += sum(token.exit_block < BLOCKS for token in ours.tokens)
@@ -102,3 +115,16 @@ def test_another_stepper_goes_on_with_a_text_or_reads_it_again(family: str) -> N
         request = batch.add(prompt, talk, lambda logits, ids: int(logits.argmax()), max_tokens=12, end_ids=frozenset())
         list(batch.run())
         assert [token.id for token in request.tokens] == wanted
+
+
+@compiled_only
+def test_a_fill_and_a_confidence_of_ones_own_run_in_the_reference(monkeypatch) -> None:
+    class Own(FILLS["project"]):
+        name = "own"
+
+    monkeypatch.setitem(FILLS, "own", Own)
+    exits, prompt = modest_exits("llama"), some_prompts(1, 3)[0]
+    policy = Policy((0.3,) * 3)
+    own, project = (Engine(tiny("llama/compiled"), exits, policy, fill) for fill in ("own", "project"))
+    assert own.compiled is None is not project.compiled
+    assert own.generate(prompt, max_tokens=12).ids == project.generate(prompt, max_tokens=12).ids

@@ -106,7 +106,7 @@ def test_gate_and_key_decide_together() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"perhaps": (0.1,), "keys": (0.5,)}, "do not make second keys for 2"),
+        ({"perhaps": (0.1,), "keys": (0.5,)}, "do not fit 2"),
         ({"perhaps": (0.1, 0.1), "keys": (0.5, 0.5), "confidence": "max-prob"}, "does not go with"),
         ({"perhaps": (0.1, 0.1), "keys": (0.5, 0.5), "key": "gate"}, "does not go with"),
         ({"perhaps": (0.1, 0.1), "keys": (0.5, 2.0)}, "threshold of 2"),

@@ -589,15 +589,6 @@ def test_no_epochs_leave_the_exits_untrained(tmp_path, prompts: str) -> None:
     assert exits.training["curve"] == []
 
 
-def test_a_checkpoint_of_an_earlier_version_is_refused_and_kept(tmp_path, prompts: str) -> None:
-    work = tmp_path / ".training"
-    work.mkdir()
-    (work / "adapters.pt").write_bytes(b"old")
-    with pytest.raises(BadInput, match="earlier version"):
-        train(tiny("llama"), tmp_path, config(prompts))
-    assert (work / "adapters.pt").read_bytes() == b"old"
-
-
 def test_another_accelerator_in_the_process_keeps_its_precision() -> None:
     own = Accelerator(mixed_precision=accelerator_for(torch.device("cpu")).mixed_precision)
     for bfloat16 in (True, False):

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 @torch.inference_mode()
 def logits(folder: Path) -> torch.Tensor:
-    return offramp.load(str(folder), "float32").forward(IDS)
+    return offramp.load(str(folder), "float32").backbone.forward(IDS)
 
 
 @pytest.fixture
@@ -67,13 +67,13 @@ def test_a_config_does_not_change_what_is_known_of_the_same_weights(honest: Path
     config = json.loads((shorter / "config.json").read_text())
     (shorter / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     assert logits(shorter).shape == logits(honest).shape
-    assert offramp.load(str(honest), "float32").source.fingerprint == tiny("llama").source.fingerprint
+    assert offramp.load(str(honest), "float32").backbone.source.fingerprint == tiny("llama").source.fingerprint
 
 
 def test_mixers_belong_to_an_alias(tmp_path, own_cache, monkeypatch) -> None:
     (tmp_path / hub.MIXERS).write_bytes(b"")
     monkeypatch.setattr(hub, "base_of", lambda file: "org/name")
-    with pytest.raises(ModelNotFound, match="'org/name', which is no alias"):
+    with pytest.raises(ModelNotFound, match="'org/name', which is not an alias"):
         resolve(str(tmp_path))
 
 
@@ -96,7 +96,7 @@ def test_a_gguf_file_is_described_by_nothing_that_lies_beside_it(tmp_path, own_c
 def test_an_index_names_files_beside_it_only(named, honest: Path, strange: Path) -> None:
     (strange / WHOLE).unlink()
     (strange / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": named}}))
-    with pytest.raises(CorruptFile, match="does not name the files of weights beside it"):
+    with pytest.raises(CorruptFile, match="must name the files of weights"):
         resolve(str(strange))
 
 

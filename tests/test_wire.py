@@ -364,7 +364,7 @@ def test_a_name_of_elsewhere_is_refused(path: str) -> None:
 
 def test_names_of_the_command_line_reach_the_server(monkeypatch) -> None:
     backbone = SimpleNamespace(name="tiny", weight_format="float32", device=torch.device("cpu"))
-    menu = SimpleNamespace(backbone=backbone, usual=SimpleNamespace(fill=SimpleNamespace(name="project")))
+    menu = SimpleNamespace(backbone=backbone, usual=SimpleNamespace(mode="full"))
     made: list[Rules] = []
     monkeypatch.setattr("offramp.cli.serving._menu", lambda *_: menu)
     monkeypatch.setattr("offramp.serve.api.app_of", lambda _, scheduler, rules: made.append(rules) or scheduler.close())

@@ -49,7 +49,13 @@ static void gates_saw_no_other_drafts(const ByHand *b, const Rules *r, const Tex
         const offramp_decision *d = x->decisions + n;
         int64_t e = 0;
         while (e < r->rules.count && (d->block != r->exits[e].after || isnan(d->confidence))) e++;
-        from_exits += e < r->rules.count, guessed += !d->block && isnan(d->confidence);
+        const int drafted = e < r->rules.count, guess = !d->block && isnan(d->confidence);
+        from_exits += drafted, guessed += guess;
+        CHECK(drafted ? d->source == OFFRAMP_FROM_EXIT
+              : guess ? d->source == OFFRAMP_FROM_TEXT || d->source == OFFRAMP_FROM_TABLE
+                      : d->source == OFFRAMP_FROM_FULL && d->block == b->t->count,
+              "token %d after block %d came from %d", (int)n, (int)d->block, (int)d->source);
+        CHECK(d->source != OFFRAMP_FROM_TABLE || r->rules.guesses, "a token of a table that is not there");
         if (e == r->rules.count || r->rules.confidence || r->keys) continue;
         const int64_t last = x->r.prompt + n - 1, first = r->recurrent[e] ? 0 : last;
         float logits[ROOM];

@@ -32,6 +32,8 @@ static void constants_are_those_of_the_header(void) {
     IS(OFFRAMP_FREEZE);
     IS(OFFRAMP_DEFER);
     IS(OFFRAMP_VERIFY);
+    IS(OFFRAMP_FROM_FULL);
+    IS(OFFRAMP_FROM_TABLE);
     IS(OFFRAMP_NOT_FINITE);
     IS(OFFRAMP_NOTHING_FITS);
     IS(OFFRAMP_MOST_THREADS);
@@ -59,6 +61,7 @@ static void constants_are_those_of_the_header(void) {
     PLACE(offramp_rules, row_costs);
     PLACE(offramp_decision, confidence);
     PLACE(offramp_decision, rejected);
+    PLACE(offramp_decision, source);
     PLACE(offramp_request, ids);
     PLACE(offramp_request, how);
     PLACE(offramp_request, allowed);

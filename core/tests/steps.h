@@ -95,7 +95,7 @@ static inline int same_decisions(const offramp_decision *a, const offramp_decisi
     const int sure =
         isnan(a->confidence) ? isnan(b->confidence) : fabs(a->confidence - b->confidence) <= tolerance;
     return sure && a->id == b->id && a->block == b->block && a->flops == b->flops && a->blocks == b->blocks &&
-           a->passes == b->passes && a->rejected == b->rejected;
+           a->passes == b->passes && a->rejected == b->rejected && a->source == b->source;
 }
 
 // The same tokens, decided in the same way, and the same memories.
@@ -285,7 +285,7 @@ static inline int leaves_by_hand(ByHand *b, int64_t e, const float *h, float *ou
         leaves = (!gated || b->rules->keys) && sure > (gated ? threshold_by_hand(b, at->key) : threshold);
     }
     leaves &= d->id >= 0;
-    d->confidence = sure, d->block = at->after;
+    d->confidence = sure, d->block = at->after, d->source = leaves ? OFFRAMP_FROM_EXIT : OFFRAMP_FROM_FULL;
     // Where tokens wait, all blocks will run for them, and what a tail did is forgotten.
     if (leaves && rules->fill < OFFRAMP_DEFER) {
         offramp_session_free(before);

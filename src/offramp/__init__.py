@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from offramp.decode.engine import Engine
+    from offramp.decode.facade import Model, load, wrap
     from offramp.decode.hf_generate import decoding, generate_with_exits
+    from offramp.decode.modes import MODES
     from offramp.decode.request import Generation, Talk, Token
     from offramp.decode.sampling import Sampling
     from offramp.errors import OfframpError
     from offramp.exits.config import ExitsConfig
-    from offramp.exits.exits import Exits, shipped_for
+    from offramp.exits.exit_set import ExitSet
+    from offramp.exits.exits import Exits
     from offramp.exits.policy import Policy
     from offramp.model.backbone import Backbone
     from offramp.model.families import FAMILIES, Family
-    from offramp.model.loading import load, wrap
     from offramp.training.calibration import calibrate
     from offramp.training.config import CalibrationConfig, TrainConfig
     from offramp.training.training import train
@@ -25,16 +27,18 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "decode.engine": ("Engine",),
+    "decode.facade": ("Model", "load", "wrap"),
     "decode.hf_generate": ("decoding", "generate_with_exits"),
+    "decode.modes": ("MODES",),
     "decode.request": ("Generation", "Talk", "Token"),
     "decode.sampling": ("Sampling",),
     "errors": ("OfframpError",),
     "exits.config": ("ExitsConfig",),
-    "exits.exits": ("Exits", "shipped_for"),
+    "exits.exit_set": ("ExitSet",),
+    "exits.exits": ("Exits",),
     "exits.policy": ("Policy",),
     "model.backbone": ("Backbone",),
     "model.families": ("FAMILIES", "Family"),
-    "model.loading": ("load", "wrap"),
     "training.calibration": ("calibrate",),
     "training.config": ("CalibrationConfig", "TrainConfig"),
     "training.training": ("train",),
@@ -42,13 +46,16 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "FAMILIES",
+    "MODES",
     "Backbone",
     "CalibrationConfig",
     "Engine",
+    "ExitSet",
     "Exits",
     "ExitsConfig",
     "Family",
     "Generation",
+    "Model",
     "OfframpError",
     "Policy",
     "Sampling",
@@ -59,7 +66,6 @@ __all__ = [
     "decoding",
     "generate_with_exits",
     "load",
-    "shipped_for",
     "train",
     "wrap",
 ]

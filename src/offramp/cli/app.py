@@ -10,21 +10,24 @@ from typing import Annotated, NoReturn
 import typer
 
 from offramp import __version__
-from offramp.cli.decoding import chat, demo, generate
+from offramp.cli.decoding import chat, generate
+from offramp.cli.demo import demo
 from offramp.cli.evaluating import bench, evaluate, inspect, report
 from offramp.cli.flags import with_flags
+from offramp.cli.names import Verb
 from offramp.cli.progress import Interrupted
 from offramp.cli.serving import serve
-from offramp.cli.training import calibrate, export, train, tune
+from offramp.cli.training import calibrate, export, train
 from offramp.errors import OfframpError
 
 app = typer.Typer(
-    help="Early exits for Hugging Face causal language models: easy tokens leave the network early.",
+    help="Faster answers from Hugging Face language models: exits guess tokens, and the whole model checks them. "
+    "docs/words.md explains the words.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for verb in (demo, generate, chat, train, calibrate, tune, export, evaluate, report, inspect, bench, serve):
-    app.command("eval" if verb is evaluate else verb.__name__)(with_flags(verb))
+for verb in (demo, generate, chat, train, calibrate, export, evaluate, report, inspect, bench, serve):
+    app.command("eval" if verb is evaluate else verb.__name__, cls=Verb)(with_flags(verb))
 
 
 def _say_version(asked: bool) -> None:

@@ -11,42 +11,40 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from offramp.cli.flags import Only
-from offramp.cli.options import DecodingOptions, Json, Model, Ray, Reference, check_batch, cluster_at
+from offramp.cli.options import DecodingOptions, Json, Model, Ray, cluster_at
 from offramp.cli.progress import command_line, progress_bars, resumable
-from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
-from offramp.settings import setting
+from offramp.settings import RESEARCH, setting
 
 if TYPE_CHECKING:
-    from offramp.evaluation.bench import FillComparison
+    from offramp.decode.engine import Engine
+    from offramp.decode.facade import Model as LoadedModel
     from offramp.evaluation.evaluation import Condition
-    from offramp.model.backbone import Backbone
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
     """How many questions to ask, and how."""
 
-    limit: int | None = setting(None, "Ask only this many questions of each task. Default: all.")
-    batch: int = setting(64, "Most answers side by side; times are shares of the batch's. 1: each answer by itself.")
-    seed: int = setting(0, "Seed of the resampling that gives the intervals.")
+    limit: int | None = setting(None, "Ask only so many questions of each task (default: all).")
+    batch: int = setting(64, "Largest number of answers made at once; a time is the batch's time divided by its answers.")
 
 
 def evaluate(
     model: Model,
-    task: Annotated[str, typer.Option(help="truthfulqa, truthfulqa-mc, triviaqa or coqa, or several of them with commas.")],
+    task: Annotated[str, typer.Option(help="One of {tasks}, or several of them with commas.", show_default=False)],
     *,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="The task's official file, or TASK=FILE for one of several tasks. Default: from the hub."),
+        typer.Option(help="The task's official file, or TASK=FILE for one of several tasks (default: from the hub)."),
     ] = None,
-    decoding: Annotated[DecodingOptions, Only("exits", "fill", "confidence", "decay", "candidates", "dtype")],
+    decoding: Annotated[DecodingOptions, Only("exits", "fill", "confidence", "candidates", "dtype")],
     threshold: Annotated[
         list[str] | None,
-        typer.Option(help="As for generate. May be repeated to measure several. Default: the exits' own policy."),
+        typer.Option(
+            help="As for generate; repeat it to measure several (default: the exits' own policy).", rich_help_panel=RESEARCH
+        ),
     ] = None,
-    reference: Reference = None,
-    sampling: Annotated[Sampling, Only("repetition_penalty")],
     options: EvaluationOptions,
     ray: Ray = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
@@ -59,13 +57,13 @@ def evaluate(
     from offramp.evaluation.tasks import load_task
     from offramp.files import cache_folder
 
-    check_batch(options.batch)
+    if options.batch < 1:
+        raise BadInput(f"Answers cannot be made {options.batch} at a time.", "Give --batch 1 or more.")
     names = task.split(",")
     tasks = [load_task(name, _file_for(name, names, data or []), options.limit) for name in names]
-    tasks = [replace(task, repetition_penalty=sampling.repetition_penalty) for task in tasks]
-    backbone = decoding.load(model)
-    reference_model = decoding.load(reference) if reference else None
-    conditions = _conditions(backbone, decoding, threshold)
+    loaded = decoding.load(model)
+    backbone = loaded.backbone
+    conditions = _conditions(loaded, decoding, threshold)
     # Answers of a cluster have its machines' times, so they are kept apart.
     folder = "answers" if ray is None else "answers-ray"
     work = out.with_name(f".{out.name}.{folder}") if out else cache_folder() / folder
@@ -73,8 +71,8 @@ def evaluate(
     with resumable(), cluster_at(ray) as cluster:
         for questions in tasks:
             with progress_bars() as progress:
-                batch, seed = options.batch, options.seed
-                run = Evaluation(backbone, questions, work, reference_model, batch, seed, command_line(), progress)
+                batch, command = options.batch, command_line()
+                run = Evaluation(backbone, questions, work, batch=batch, command=command, progress=progress)
                 if cluster:
                     cluster.answer(run, conditions)
                 elif others:
@@ -90,21 +88,31 @@ def evaluate(
         return
     if out:
         save_results(results, out)
-    for file in {file for run in runs for file in run.files}:
+    _remove({file for run in runs for file in run.files}, work)
+
+
+def _remove(files: set[Path], folder: Path) -> None:
+    """Remove files, and their folder if nothing else is in it."""
+    for file in files:
         file.unlink(missing_ok=True)
     with suppress(OSError):  # another run's answers are there too
-        work.rmdir()
+        folder.rmdir()
 
 
-def _conditions(backbone: Backbone, decoding: DecodingOptions, thresholds: list[str] | None) -> list[Condition]:
+def _conditions(model: LoadedModel, decoding: DecodingOptions, thresholds: list[str] | None) -> list[Condition]:
     """Full depth, and with exits one condition for each threshold, or the exits' own policy."""
+    from offramp.decode.modes import mode_of
     from offramp.evaluation.evaluation import Condition
 
-    exits = decoding.find_exits(backbone)
+    mode = decoding.mode or mode_of(decoding.fill)
+    if mode == "full" or not (model.exits or thresholds or decoding.mode):
+        return [Condition()]
+    early = []
     settings: list[str | None] = [*thresholds] if thresholds else [None]
-    policies = [replace(decoding, threshold=threshold).policy(backbone, exits) for threshold in settings]
-    early = [Condition(decoding.fill_name, policy, exits) for policy in policies]
-    return [Condition(), *early] if exits else [Condition()]
+    for threshold in settings:
+        exits, policy, fill = replace(decoding, mode=mode, threshold=threshold).rules(model)
+        early.append(Condition(fill, policy, exits))
+    return [Condition(), *early]
 
 
 def _file_for(task: str, tasks: list[str], data: list[str]) -> str | None:
@@ -117,11 +125,11 @@ def _file_for(task: str, tasks: list[str], data: list[str]) -> str | None:
 
 def report(
     results: Annotated[list[Path], typer.Argument(help="Files that offramp eval --json wrote.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write; figures go to a folder beside it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write; its figures go to a folder beside it.")],
 ) -> None:
     """Make a page from results: quality and consistency against cost, where tokens leave, coloured answers."""
-    from offramp.evaluation.report import write
     from offramp.evaluation.results import load_results
+    from offramp.extras.report.page import write
 
     figures = write(load_results(results), output)
     print(f"{output}, and {len(figures)} figures in {figures[0].parent}" if figures else output)
@@ -135,9 +143,8 @@ def inspect(
         list[str] | None,
         typer.Option(
             "--what-if",
-            help="Also show what would be saved if exits agreed with full depth this often (agreement=0.5,0.6,0.7, one "
-            "share for each exit), or drafts (drafts=0.5). bandwidth=GB/S adds times. rows=SHARE: what each further row of "
-            "a chunk costs, in steps of full depth; default: as on this machine. May be repeated.",
+            help="Compute what exits would save if they agreed with full depth so often (agreement=0.5,0.6,0.7), or drafts "
+            "(drafts=0.5), with bandwidth=GB/S for times and rows=SHARE for the cost of one more token in a pass.",
         ),
     ] = None,
     as_json: Json = False,
@@ -147,11 +154,13 @@ def inspect(
     from offramp.evaluation.anatomy import anatomy
     from offramp.evaluation.what_if import Scenario
     from offramp.evaluation.what_if import what_if as savings
+    from offramp.exits.exit_set import ExitSet
     from offramp.model.loading import outline
 
     scenario = Scenario.parse(what_if) if what_if else None
     backbone = outline(model, decoding.dtype)
-    facts = anatomy(backbone, decoding.find_exits(backbone))
+    exits = ExitSet.find(decoding.exits, backbone)
+    facts = anatomy(backbone, exits.early or exits.draft)
     found = savings(facts, scenario) if scenario else []
     if as_json:
         print(json.dumps({**asdict(facts), **({"what_if": [asdict(each) for each in found]} if scenario else {})}))
@@ -166,12 +175,11 @@ class Runs:
     """How many tokens a run has, and how many runs there are."""
 
     tokens: int = setting(48, "Tokens to decode in each run.")
-    prefill: int | None = setting(None, "Time the reading of a prompt of this many tokens instead of decoding.")
-    pairs: int = setting(5, "Number of pairs of runs; the two sides take turns.")
+    pairs: int = setting(5, "Number of pairs of runs; the sides take turns.")
 
     def check(self) -> None:
         """Raise `BadInput` for runs that cannot be timed."""
-        if self.tokens < 2 or self.pairs < 1 or (self.prefill is not None and self.prefill < 2):
+        if self.tokens < 2 or self.pairs < 1:
             raise BadInput(
                 "A run needs at least 2 tokens, and there must be at least one pair.", "Try --tokens 48 --pairs 5."
             )
@@ -183,54 +191,48 @@ BENCH_DECODING = DecodingOptions(dtype="bfloat16")
 def bench(
     *,
     model: Annotated[str, typer.Option(help="The model, as for generate.")] = "smollm2",
-    against: Annotated[str, typer.Option(help="The library to compare with: transformers.")] = "transformers",
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--compare",
+            help="Modes or fills to time, such as full,exact,defer (default: full depth beside transformers).",
+            show_default=False,
+        ),
+    ] = None,
     runs: Runs,
-    random: Annotated[
-        bool, typer.Option("--random", help="Use random weights in the model's shape: only its config is needed.")
-    ] = False,
-    fills: Annotated[
-        str | None, typer.Option(help="Compare fills with one another instead: full,defer,verify.", show_default=False)
-    ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="With --fills: a file of prompts, as for generate. Default: six that come with it."),
+        Path | None, typer.Option(help="With --compare, a file of prompts, as for generate (default: six of its own).")
     ] = None,
-    decoding: Annotated[
-        DecodingOptions, Only("exits", "threshold", "confidence", "decay", "candidates", "dtype")
-    ] = BENCH_DECODING,
-    sampling: Annotated[Sampling, Only("repetition_penalty")],
+    decoding: Annotated[DecodingOptions, Only("exits", "threshold", "dtype")] = BENCH_DECODING,
     as_json: Json = False,
 ) -> None:
-    """Time full-depth decoding beside another library, in paired runs, so that a slow minute affects both."""
-    from offramp.cli.terminal import bench_table, fills_table
-    from offramp.evaluation.bench import compare, compare_prefill
-    from offramp.model.loading import outline
-
-    if against != "transformers":
-        raise BadInput(f"'{against}' cannot be compared with here.", "Use transformers; `make bench` has more peers.")
-    runs.check()
-    backbone = outline(model, decoding.dtype, random=True) if random else decoding.load(model, keep=fills is None)
-    if fills is not None:
-        compared = _compare_fills(backbone, decoding, fills.split(","), runs, prompts, sampling)
-        print(json.dumps(asdict(compared))) if as_json else fills_table(compared)
-        return
-    if runs.prefill is None:
-        result = compare(backbone, runs.tokens, runs.pairs, sampling)
-    else:
-        result = compare_prefill(backbone, runs.prefill, runs.pairs)
-    print(json.dumps(asdict(result))) if as_json else bench_table(result)
-
-
-def _compare_fills(
-    backbone: Backbone, decoding: DecodingOptions, fills: list[str], runs: Runs, file: Path | None, sampling: Sampling
-) -> FillComparison:
-    from offramp.evaluation.bench import PROMPTS, compare_fills
+    """Time full depth beside transformers, or modes and fills, in runs that take turns."""
+    from offramp.cli.terminal import bench_table, speeds_table
+    from offramp.evaluation.bench import PROMPTS, compare, compare_engines
     from offramp.files import read_lines
 
-    prompts = read_lines(file, ("prompt", "question")) if file else PROMPTS
-    exits, policies = {}, {}
-    for fill in fills:
-        chosen = replace(decoding, fill=fill)
-        exits[fill] = None if fill == "full" else chosen.require_exits(backbone)
-        policies[fill] = chosen.policy(backbone, exits[fill]) if exits[fill] else None
-    return compare_fills(backbone, exits, policies, runs.tokens, runs.pairs, prompts, sampling)
+    runs.check()
+    loaded = decoding.load(model, keep=names is None)
+    if names is None:
+        result = compare(loaded.backbone, runs.tokens, runs.pairs)
+        print(json.dumps(asdict(result))) if as_json else bench_table(result)
+        return
+    texts = read_lines(prompts, ("prompt", "question")) if prompts else PROMPTS
+    engines = {name: _engine(loaded, decoding, name) for name in names.split(",")}
+    compared = compare_engines(engines, runs.tokens, runs.pairs, texts)
+    print(json.dumps(asdict(compared))) if as_json else speeds_table(compared)
+
+
+def _engine(model: LoadedModel, decoding: DecodingOptions, name: str) -> Engine:
+    """The engine of a mode or a fill. Raises `BadInput` for an unknown name, and where exits are missing."""
+    from offramp.decode.fills import FILLS
+    from offramp.decode.modes import MODES
+
+    if name == "full":
+        return model.engine("full")
+    if name not in MODES and name not in FILLS:
+        raise BadInput(
+            f"There is no mode and no fill '{name}'.", f"Choose from {', '.join(dict.fromkeys((*MODES, *FILLS)))}."
+        )
+    chosen = replace(decoding, mode=name) if name in MODES else replace(decoding, fill=name)
+    return chosen.engine(model)

@@ -4,7 +4,7 @@ A verb takes the dataclass itself, and `with_flags` gives it a signature that ty
 
     @app.command()
     @with_flags
-    def tune(model: Model, *, config: TuneConfig) -> None: ...
+    def calibrate(model: Model, *, config: CalibrationConfig) -> None: ...
 
 Each field with a help line (see `offramp.settings`) becomes a flag. A verb may also take only some of the fields
 (`Annotated[DecodingOptions, Only("dtype")]`), or instead of the dataclass a dict of the fields that the user set
@@ -21,8 +21,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from offramp.errors import BadInput
-
-RESEARCH = "Research"  # the second panel of a verb's help
 
 
 class Only:
@@ -114,13 +112,13 @@ def _flags(start: Any, only: tuple[str, ...] | None = None, chosen: bool = False
         draft = item.metadata["draft"]
         if chosen and default not in (None, ()):
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            help += f" Default: {shown}." if draft is None else f" Default: {shown}, with --draft {draft}."
+            drafts = "" if draft is None else f"; with --draft: {draft}"
+            help = f"{help.removesuffix('.')} (default: {shown}{drafts})."
         default = None if chosen else default
         kind, read = _kind(hints[item.name], flag)
         if isinstance(default, tuple):
             default = ",".join(map(str, default)) or None
-        panel = RESEARCH if item.metadata["research"] else None
-        option = typer.Option(flag, help=help, show_default=default is not None, rich_help_panel=panel)
+        option = typer.Option(flag, help=help, show_default=default is not None, rich_help_panel=item.metadata["panel"])
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameter = inspect.Parameter(item.name, keyword, default=default, annotation=Annotated[kind, option])
         flags[item.name] = _Flag(parameter, read)

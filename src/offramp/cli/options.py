@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,23 +12,20 @@ import typer
 from offramp.cli.progress import status
 from offramp.errors import BadInput
 from offramp.files import install_hint
-from offramp.settings import setting
+from offramp.settings import RESEARCH, SEVERAL, setting
 
 if TYPE_CHECKING:
-    from offramp.cluster import Cluster
     from offramp.decode.engine import Engine
+    from offramp.decode.facade import Model as LoadedModel
     from offramp.decode.sampling import Sampling
     from offramp.exits.exits import Exits
     from offramp.exits.policy import Policy
-    from offramp.model.backbone import Backbone
-
-LEAST_GAIN = 1.1  # times as fast as full depth, for `verify` to be the default
+    from offramp.extras.cluster import Cluster
 
 Model = Annotated[
     str,
     typer.Argument(
-        help="A hub name (org/name), a local folder, a GGUF file, or an alias (smollm2, smollm2-hybrid, mamba-tiny, "
-        "mamba-tiny-ee).",
+        help="A hub name (org/name), a folder, a GGUF file, or an alias (smollm2, smollm2-hybrid, mamba-tiny, …).",
         show_default=False,
     ),
 ]
@@ -40,9 +37,9 @@ Reference = Annotated[
 Ray = Annotated[
     str | None,
     typer.Option(
-        help="Let the machines of a Ray cluster do the work. Its address (HOST:PORT); auto: the cluster that this machine "
-        "belongs to; local: a new one of this machine alone. Needs the extra ray.",
+        help="Let a Ray cluster do the work: its address (HOST:PORT), auto for this machine's, or local for a new one.",
         show_default=False,
+        rich_help_panel=SEVERAL,
     ),
 ]
 
@@ -57,7 +54,7 @@ def cluster_at(address: str | None) -> Iterator[Cluster | None]:
         yield None
         return
     try:
-        from offramp.cluster import connected
+        from offramp.extras.cluster import connected
     except ImportError as error:
         raise BadInput(f"--ray needs the package {error.name}.", install_hint("ray")) from error
     with connected(address) as found:
@@ -66,125 +63,75 @@ def cluster_at(address: str | None) -> Iterator[Cluster | None]:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How to decode: the weights' format, the exits, what skipped blocks remember, and when a token leaves."""
+    """How to decode: the mode, the exits, the weights' format; and for research what a mode is made of."""
 
-    exits: str | None = setting(
-        None,
-        "Folder with trained exits, or their name on the hub (org/name). Default: the exits that ship for this model, if "
-        "any.",
-    )
+    mode: str | None = setting(None, "What you get: {modes} (default: exact where drafts should pay, else full).")
+    exits: str | None = setting(None, "Folder with exits, or their name on the hub (default: those that ship).")
+    dtype: str | None = setting(None, "Weights: {formats} (default: bfloat16 where it passes the self-check).")
     fill: str | None = setting(
-        None,
-        "What skipped blocks remember of a token: project (keys, values and Mamba state computed from the exit's hidden "
-        "state), copy (the last computed block's keys and values), freeze (the Mamba state stays as it was), defer (the "
-        "exact states, computed together with the next token that goes deep), verify (as defer, and full depth decides). "
-        "Default: project; but generate and chat take verify where drafts ship that should make it faster.",
+        None, "What skipped blocks remember of a token: {fills} (default: the mode's).", panel=RESEARCH
     )
     threshold: str | None = setting(
-        None,
-        "Confidence that a token must exceed to leave, 0 to 1: one number for all exits, or one for each (1,1,0.9,0.8). "
-        "1 closes an exit, 0 lets every token leave. It replaces the exits' whole policy. Default: the exits' own policy.",
+        None, "Confidence that a token must exceed to leave, one for all exits or one for each: 1,1,0.9.", panel=RESEARCH
     )
     confidence: str | None = setting(
-        None,
-        "What the threshold is compared with: gate (trained), or without training max-prob, margin, entropy or patience "
-        "(the share of open exits in a row that agree). Needs --threshold. Default: as the exits have it.",
-    )
-    decay: float = setting(
-        0.0, "Tokens over which thresholds fall at the beginning of an answer (CALM); 0: they stay. Needs --threshold."
+        None, "What the threshold is compared with: {confidences} (default: as the exits have it).", panel=RESEARCH
     )
     candidates: int = setting(
-        0,
-        "Read out only the tokens that a sketch of the head ranks highest: this many, such as 2048; 0: all. Needs "
-        "--threshold, and exits with a sketch.",
-    )
-    dtype: str | None = setting(
-        None, "Weights: bfloat16, float32, int8, int4 or int4-head4. Default: bfloat16 where it passes the self-check."
+        0, "Read out only so many tokens, those that a sketch of the head ranks highest (0: all).", panel=RESEARCH
     )
 
-    kv: str | None = setting(
-        None,
-        "Keys and values: bfloat16 or float32, where compiled blocks have attention. Default: float32 with float32 "
-        "weights, else bfloat16.",
-    )
-
-    def load(self, model: str, keep: bool = False) -> Backbone:
-        """Load the model. `keep`: keep the library's own weights in memory too."""
+    def load(self, model: str, keep: bool = False) -> LoadedModel:
+        """Load the model; its exits are those that the flags name. `keep`: keep the library's own weights, too."""
         with status(f"Loading {model} …") as progress:
-            from offramp.model.loading import load
+            from offramp.decode.facade import load
 
-            return load(model, self.dtype, keep=keep, progress=progress, kv=self.kv)
+            return load(model, self.dtype, keep=keep, progress=progress, exits=self.exits)
 
-    @property
-    def fill_name(self) -> str:
-        """The fill's name."""
-        return self.fill or "project"
+    def rules(self, model: LoadedModel) -> tuple[Exits | None, Policy | None, str]:
+        """The exits, the policy (None for the exits' own), and the fill that the flags ask for.
 
-    @property
-    def verifies(self) -> bool:
-        """Whether full depth decides each token, and exits only draft."""
-        from offramp.decode.fills import fill_named
-
-        return fill_named(self.fill_name).verifies
-
-    def chosen_for(self, backbone: Backbone, sampling: Sampling, batch: int = 1) -> DecodingOptions:
-        """These options, with `verify` where nothing else is asked for and drafts should make greedy decoding faster.
-
-        No clock decides: the drafts' record and their costs do.
+        Without a mode, flags for research name it. Raises `BadInput` for flags that do not go together, and as
+        `modes.settled` does.
         """
-        asked = (self.fill, self.threshold, self.confidence, self.decay or None, self.candidates or None)
-        if any(option is not None for option in asked) or sampling.temperature or batch > 1:
-            return self
-        compiled = backbone.engine == "compiled blocks"  # the costs of drafts are those of compiled code
-        rule = next((engine.drafts for engine in self.drafting(backbone)), None) if compiled else None
-        return replace(self, fill="verify") if rule and rule.gain >= LEAST_GAIN else self
+        from offramp.decode.modes import USUAL_FILL, mode_of, settled, usual_mode
 
-    def find_exits(self, backbone: Backbone) -> Exits | None:
-        """The exits of the folder, or those that ship, or None; for verified decoding, those that draft."""
-        from offramp.exits.exits import find_exits
+        asked = {
+            "fill": self.fill,
+            "threshold": self.threshold,
+            "confidence": self.confidence,
+            "candidates": self.candidates,
+        }
+        flags = " and ".join(f"--{name}" for name, value in asked.items() if value)
+        if self.mode == "full":
+            if flags:
+                raise BadInput(f"The mode full has no exits, so nothing for {flags}.", "Leave one of them out.")
+            return None, None, USUAL_FILL
+        mode = self.mode
+        if mode is None:
+            mode = mode_of(self.fill) if flags else usual_mode(model.backbone, model.exits)
+        exits, fill = settled(mode, model.exits, model.backbone, self.fill)
+        return exits, self._policy(exits), fill
 
-        return find_exits(backbone, self.exits, self.verifies)
-
-    def drafting(self, backbone: Backbone) -> list[Engine]:
-        """An engine whose drafts full depth decides about, beside another fill; none without an exit that drafts."""
-        from offramp.decode.engine import Engine
-        from offramp.exits.exits import find_exits
-
-        drafts = None if self.verifies else find_exits(backbone, self.exits, draft=True)
-        return [Engine(backbone, drafts, fill="verify")] if drafts and drafts.config.readout == "deep" else []
-
-    def require_exits(self, backbone: Backbone) -> Exits:
-        """`find_exits`; raises `BadInput` where there are none."""
-        from offramp.exits.exits import require_exits
-
-        return require_exits(backbone, self.exits, self.verifies)
-
-    def policy(self, backbone: Backbone, exits: Exits | None) -> Policy | None:
-        """The policy that the flags name; None for the exits' own. Raises `BadInput` if a flag needs another one."""
-        from offramp.exits.exits import no_exits
+    def _policy(self, exits: Exits | None) -> Policy | None:
         from offramp.exits.policy import Policy
 
         if self.threshold is None:
-            own_confidence = exits is None or self.confidence in (None, exits.policy.confidence)
-            if self.decay or self.candidates or not own_confidence:
-                flags = {"confidence": not own_confidence, "decay": self.decay, "candidates": self.candidates}
-                flag_names = " and ".join(f"--{name}" for name, value in flags.items() if value)
-                raise BadInput(f"There is no default threshold with {flag_names}.", "Give one: --threshold 0.9")
+            asked = {"confidence": self.confidence, "candidates": self.candidates}
+            if flags := " and ".join(f"--{name}" for name, value in asked.items() if value):
+                raise BadInput(f"There is no default threshold with {flags}.", "Give one: --threshold 0.9")
             return None
         thresholds = _thresholds(self.threshold)
         if exits is None:
-            if min(thresholds) < 1:
-                raise no_exits(backbone)
-            return None
+            raise BadInput("There are no exits that --threshold could open.", "Leave it out, or name exits: --exits DIR.")
         thresholds = thresholds * len(exits) if len(thresholds) == 1 else thresholds
-        return Policy(thresholds, self.confidence or exits.policy.confidence, self.decay, self.candidates)
+        return Policy(thresholds, self.confidence or exits.policy.confidence, candidates=self.candidates)
 
-    def engines(self, backbone: Backbone, exits: Exits | None, sampling: Sampling | None = None) -> tuple[Engine, Engine]:
-        """Two engines under the same settings: one at full depth, one with the exits."""
+    def engine(self, model: LoadedModel, sampling: Sampling | None = None) -> Engine:
+        """The engine that the flags ask for. Raises as `rules` does."""
         from offramp.decode.engine import Engine
 
-        early = Engine(backbone, exits, self.policy(backbone, exits), self.fill_name, sampling)
-        return Engine(backbone, sampling=sampling), early
+        return Engine(model.backbone, *self.rules(model), sampling)
 
 
 def _thresholds(text: str) -> tuple[float, ...]:
@@ -192,9 +139,3 @@ def _thresholds(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise BadInput(f"'{text}' is not a threshold.", "For example --threshold 0.9, or --threshold 1,1,0.9,0.8") from None
-
-
-def check_batch(batch: int) -> None:
-    """Raise `BadInput` for a batch of less than one answer."""
-    if batch < 1:
-        raise BadInput(f"{batch} answers side by side are too few.", "Give --batch 1 or more.")

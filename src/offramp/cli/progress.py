@@ -1,15 +1,19 @@
-"""Progress on stderr: a spinner, bars, and what Ctrl-C says about work that can be resumed."""
+"""Progress on stderr: a spinner, bars or lines, and what Ctrl-C says about work that can be resumed."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import OfframpError
+from offramp.progress import silent
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from offramp.progress import Progress
 
 
@@ -45,20 +49,34 @@ def resumable() -> Iterator[None]:
 
 @contextmanager
 def progress_bars(transient: bool = False) -> Iterator[Progress]:
-    """A bar for each stage of the work; `transient` bars are wiped away at the end."""
+    """A bar for each stage of the work in a terminal, else a line when the stage ends. `transient`: nothing stays."""
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_interactive:
+        with _bars(console, transient) as report:
+            yield report
+    elif transient:
+        yield silent
+    else:
+        with _lines() as report:
+            yield report
+
+
+@contextmanager
+def _bars(console: Console, transient: bool) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.table import Column
 
     columns = (
-        TextColumn("{task.description:<9}"),
-        BarColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", table_column=Column(overflow="fold")),  # it gives way, so that no name is cut
     )
-    with Progress(*columns, console=Console(stderr=True), transient=transient) as bars:
+    with Progress(*columns, console=console, transient=transient) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, completed: int, total: int, note: str = "") -> None:
@@ -67,6 +85,32 @@ def progress_bars(transient: bool = False) -> Iterator[Progress]:
             bars.update(tasks[stage], completed=completed, total=total, note=note)
 
         yield report
+
+
+@contextmanager
+def _lines() -> Iterator[Progress]:
+    """For a log or a pipe: one whole line for each stage, when it ends. Stages follow one another."""
+    since, running = time.monotonic(), ("", "")  # the stage that has not ended, and its line so far
+
+    def end() -> None:
+        nonlocal since, running
+        print(running[1], file=sys.stderr, flush=True)
+        since, running = time.monotonic(), ("", "")
+
+    def report(stage: str, completed: int, total: int, note: str = "") -> None:
+        nonlocal running
+        if running[0] not in ("", stage):
+            end()
+        count = f"{completed:,}" if completed >= total else f"{completed:,} of {total:,}"
+        running = stage, f"{stage}: {count} in {time.monotonic() - since:.1f} s{f', {note}' if note else ''}"
+        if completed >= total:
+            end()
+
+    try:
+        yield report
+    finally:
+        if running[0]:
+            end()
 
 
 @contextmanager

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from offramp.cli.flags import Only
 from offramp.cli.options import DecodingOptions, Model, Ray, cluster_at
-from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
 from offramp.files import install_hint
 from offramp.machine import free_memory
-from offramp.settings import setting
+from offramp.settings import SEVERAL, setting
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -30,32 +30,27 @@ if TYPE_CHECKING:
 class ServeOptions:
     """What the server allows, and how many requests it answers side by side."""
 
-    rows: int = setting(16, "Answers side by side: those of n, and those whose prompt is still being read, count too.")
-    waiting: int = setting(64, "Answers that may wait beyond these; more are refused with status 429.")
+    rows: int = setting(16, "Answers that are made side by side; four times as many may wait.")
     memory: float | None = setting(
-        None,
-        "Memory for what runs, in GiB: each row's keys, values and Mamba states, for its prompt and longest answer. A "
-        "request waits until it fits. Default: half of what is free beside the prompt cache, once the model is loaded.",
+        None, "GiB for what the answers remember; a request waits until it fits (default: half of what is free)."
     )
-    cache: float = setting(1.0, "Memory for the prompt cache, in GiB; 0: none.")
+    cache: float = setting(1.0, "GiB for the prompt cache (0: none).")
     max_tokens: int = setting(4096, "Longest answer, in tokens.")
     max_seconds: float = setting(600.0, "Longest time for a request, in seconds.")
-    max_body: int = setting(1 << 20, "Largest body of a request, in bytes.")
+    max_body: int = 1 << 20  # bytes of a request's body
     api_key: str | None = setting(
-        None,
-        "Key that clients must send. Better in the environment variable OFFRAMP_API_KEY, where other users cannot see it.",
+        None, "Key that clients must send; other users cannot see it in the environment variable OFFRAMP_API_KEY."
     )
-    allowed_host: tuple[str, ...] = setting(
-        (),
-        "A name that requests may call the server by, beside localhost, this machine's name, --host, and addresses. Can be "
-        "given several times.",
-    )
-    replicas: tuple[int, ...] = setting(
-        (1, 4), "With --ray: the least and the most replicas. One more starts when more than --rows requests run on each."
-    )
+    allowed_host: tuple[str, ...] = setting((), "One more host name that requests may use; may be repeated.")
+    replicas: tuple[int, ...] = setting((1, 4), "With --ray, the least and the most replicas.", panel=SEVERAL)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that may wait; more are refused with status 429."""
+        return 4 * self.rows
 
     def __post_init__(self) -> None:
-        least = {"rows": 1, "waiting": 0, "cache": 0, "max_tokens": 1, "max_body": 1}
+        least = {"rows": 1, "cache": 0, "max_tokens": 1}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise BadInput(f"--{name.replace('_', '-')} must be {lowest} or more.")
@@ -70,9 +65,9 @@ class ServeOptions:
 def serve(
     model: Model,
     *,
-    decoding: DecodingOptions,
-    host: Annotated[str, typer.Option(help="The address to listen at. Default: this machine only.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen at.")] = 8000,
+    decoding: Annotated[DecodingOptions, Only("mode", "exits", "dtype")],
+    host: Annotated[str, typer.Option(help="Address to listen at; the default is for this machine only.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
     options: ServeOptions,
     ray: Ray = None,
 ) -> None:
@@ -89,7 +84,7 @@ def serve(
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     with cluster_at(ray) as cluster:
         if cluster:
-            from offramp.cluster import Replicas
+            from offramp.extras.cluster import Replicas
 
             least, most = options.replicas
             replicas = Replicas(least, most, options.rows, 2 * (options.rows + options.waiting))
@@ -99,7 +94,7 @@ def serve(
             return
     menu = _menu(model, decoding)
     backbone = menu.backbone
-    typer.echo(f"{backbone.name} ({backbone.weight_format}, {menu.usual.fill.name}) at {address}", err=True)
+    typer.echo(f"{backbone.name} ({backbone.weight_format}, mode {menu.usual.mode}) at {address}", err=True)
     uvicorn.run(_app(menu, options), host=host, port=port, log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS)
 
 
@@ -117,14 +112,10 @@ def application(model: str, decoding: DecodingOptions, options: ServeOptions) ->
 
 
 def _menu(model: str, decoding: DecodingOptions) -> Menu:
-    from offramp.exits.exits import find_exits
     from offramp.serve.menu import Menu
 
-    backbone = decoding.load(model)
-    exits, drafts = (find_exits(backbone, decoding.exits, draft) for draft in (False, True))
-    decoding = decoding.chosen_for(backbone, Sampling())
-    _, engine = decoding.engines(backbone, drafts if decoding.verifies else exits)
-    return Menu(backbone, exits, drafts, engine)
+    loaded = decoding.load(model)
+    return Menu(loaded.backbone, loaded.exits, decoding.engine(loaded))
 
 
 def _app(menu: Menu, options: ServeOptions) -> FastAPI:

@@ -1,11 +1,11 @@
-"""What people see in the terminal: answers coloured by exit, and small tables."""
+"""What people see in the terminal: answers coloured by what each token came from, and small tables."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -14,79 +14,95 @@ from rich.text import Text
 
 from offramp.decode.request import Generation, Token
 from offramp.evaluation.anatomy import Anatomy
-from offramp.evaluation.bench import Comparison, FillComparison
+from offramp.evaluation.bench import Comparison, EngineComparison
 from offramp.evaluation.metrics_table import metrics_of
 from offramp.evaluation.results import Result, penalty_words
 from offramp.evaluation.what_if import Saving
 from offramp.exits.calibrated import Calibration
 from offramp.exits.exits import Exits
 from offramp.metrics import token_f1
-from offramp.model.backbone import Backbone
 
 console = Console(highlight=False)
-# From early exits to late ones. Full depth has the terminal's own colour.
-_COLOURS = ("green", "cyan", "yellow", "magenta")
+# What a token came from: its colour, its mark in the legend, and its name. Full depth has the terminal's own colour.
+SOURCES = {
+    "exit": ("green", "■", "an exit"),
+    "table": ("cyan", "■", "a table"),
+    "text": ("yellow", "■", "the text so far"),
+    "full": ("default", "□", "full depth"),
+}
 
 
-def _colour(block: int, n_blocks: int) -> str:
-    if block == n_blocks:
-        return "default"
-    return _COLOURS[min(len(_COLOURS) - 1, block * len(_COLOURS) // n_blocks)]
+def _coloured(token: Token) -> Text:
+    return Text(token.text, SOURCES[token.source][0])
 
 
-def shade(token: Token, n_blocks: int) -> str:
-    """A token's text with terminal codes for the colour of the block where it left; plain text without a terminal."""
+def shade(token: Token) -> str:
+    """A token's text with terminal codes for the colour of what it came from; plain text without a terminal."""
     with console.capture() as captured:
-        console.print(Text(token.text, _colour(token.exit_block, n_blocks)), end="", soft_wrap=True)
+        console.print(_coloured(token), end="", soft_wrap=True)
     return captured.get()
 
 
-def answer_in_colour(question: str, full: Generation, early: Generation, model: str | None = None) -> None:
-    """A question, its answer at full depth, and its answer with exits, each token in its exit's colour."""
-    console.print(Text(f"\n{question}", "bold") + Text(f"  {model}" if model else "", "dim"))
-    console.print(Text("full depth  ", "dim") + Text(full.text.strip()), soft_wrap=True)
-    coloured = Text.assemble(("with exits  ", "dim"))  # only this part is dim, not what is appended
-    for token in early.tokens:
-        coloured.append(token.text, _colour(token.exit_block, early.blocks))
-    console.print(coloured, soft_wrap=True)
-    blocks = [f"{token.exit_block}" for token in early.tokens]
-    console.print(Text(f"left after  {' '.join(blocks)}", "dim"), soft_wrap=True)
+def legend() -> None:
+    """What the colours mean, in a line."""
+    named = {source: Text.assemble((mark, colour), " ", name) for source, (colour, mark, name) in SOURCES.items()}
+    full = named.pop("full")
+    rest = Text.assemble("; chosen by ", full, ", which checks all guesses.")
+    console.print(Text("Guessed by ") + Text(" ").join(named.values()) + rest)
 
 
-def comparison_table(compared: list[tuple[Backbone, list[tuple[Generation, ...]]]]) -> None:
-    """Full depth beside exits, over all answers of each model. Rates are medians, the other numbers means.
+def answer_in_colour(question: str, full: Generation, answer: Generation) -> None:
+    """A question, its answer at full depth, and its answer in another mode, each token in the colour of its source."""
+    console.print(Text(f"\n{question}", "bold"))
+    name = answer.mode.ljust(5)
+    console.print(Text("full   ", "dim") + Text(full.text.strip()), soft_wrap=True)
+    # Only the name is dim, not what is appended.
+    console.print(Text.assemble((f"{name}  ", "dim"), *map(_coloured, answer.tokens)), soft_wrap=True)
+    if answer.mode == "early":
+        blocks = " ".join(str(token.exit_block) for token in answer.tokens)
+        console.print(Text(f"left after block  {blocks}", "dim"), soft_wrap=True)
 
-    Each question has an answer at full depth, one with exits, and perhaps a verified one.
+
+def speed_beside(full: Generation, answer: Generation) -> str:
+    """How many times as fast as full depth an answer was made, and whether its tokens are the same."""
+    ratio = answer.decode_tokens_per_second / full.decode_tokens_per_second
+    same = "same tokens" if answer.ids == full.ids else "other tokens"
+    return f"{ratio:.1f} times as fast as full depth, {same}"
+
+
+def modes_table(title: str, answers: dict[str, list[Generation]]) -> None:
+    """What each mode did. `answers`: by mode, those to the same prompts; those of `full` are the reference.
+
+    A cell says – where the number says nothing about the mode.
     """
-    names = " and ".join(f"{backbone.name}, {backbone.weight_format}" for backbone, _ in compared)
-    table = Table(title=f"{names}, fill {compared[0][1][0][1].fill}", title_justify="left")
-    for column in ("", "tokens/s", "mean blocks run", "FLOPs saved", "consistency"):
-        table.add_column(column, justify="right" if column else "left")
-    for backbone, answers in compared:
-        fulls, *others = zip(*answers, strict=True)
-        for name, runs in zip(("full depth", "with exits", "drafts, verified"), (fulls, *others), strict=False):
-            table.add_row(
-                f"{backbone.name}, {name}" if len(compared) > 1 else name,
-                f"{median(run.decode_tokens_per_second for run in runs):.1f}",
-                f"{mean(run.mean_blocks for run in runs):.1f} of {backbone.n_blocks}",
-                f"{mean(run.flops_saved for run in runs):.1%}",
-                f"{mean(token_f1(run.ids, full.ids) for run, full in zip(runs, fulls, strict=True)):.2f}",
-            )
+    table = Table(title=title, title_justify="left")
+    for column in ("mode", "tokens/s", "times as fast", "tokens a pass", "FLOPs saved", "consistency"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    fulls = answers["full"]
+    for mode, runs in answers.items():
+        consistency = mean(token_f1(run.ids, full.ids) for run, full in zip(runs, fulls, strict=True))
+        table.add_row(
+            mode,
+            f"{_rate(runs):.0f}",
+            "–" if mode == "full" else f"{_rate(runs) / _rate(fulls):.2f}",
+            "–" if mode == "early" else f"{mean(run.tokens_per_deep_pass for run in runs):.2f}",
+            f"{mean(run.flops_saved for run in runs):.1%}" if mode == "early" else "–",
+            "–" if mode == "full" else f"{consistency:.2f}",
+        )
     console.print()
     console.print(table)
-    for backbone, answers in compared:
-        early = answers[0][1]
-        blocks = ", ".join(map(str, early.thresholds))
-        console.print(Text(f"{backbone.name}: exits after blocks {blocks}; policy: {early.policy}.", "dim"))
-    console.print(Text("Consistency: token F1 with the full-depth answer.", "dim"))
 
 
-LOSS_LABELS = {"f1": "1 − token F1", "exact": "answers that differ", "task": "lost task score"}
+def _rate(runs: list[Generation]) -> float:
+    """Tokens a second, over all answers."""
+    return sum(len(run.tokens) for run in runs) / sum(len(run.tokens) / run.decode_tokens_per_second for run in runs)
 
 
 def calibration_table(record: Calibration, exits: Exits, folder: Path) -> None:
     """The policies that were tested, and the guarantee, or why there is none."""
-    loss = LOSS_LABELS[record.loss]
+    from offramp.training.losses import LOSSES
+
+    loss = LOSSES[record.loss].label
     table = Table(title=f"{record.n} prompts, fill {record.fill}, {record.weights}", title_justify="left")
     for column in ("policy", loss, "p-value", "FLOPs saved", "mean blocks run", ""):
         table.add_column(column, justify="left" if column in ("policy", "") else "right")
@@ -110,32 +126,6 @@ def _verdict(record: Calibration, folder: Path, loss: str) -> list[str]:
         count = math.ceil(record.needed * (record.n + record.pilot) / record.n)
         return [failed, f"If losses stay the same, the first policy would pass with about {count} prompts."]
     return [failed, "The first policy lost about as much as the risk, or more: more prompts would not help."]
-
-
-WORSE = 0.02  # the share by which tuning may raise the perplexity without a warning
-
-
-def tuning_table(record: dict[str, Any], folder: Path) -> None:
-    """How often each block, read out by the model's own head, agrees with the untuned full depth, before and after."""
-    before, after = record["held_out"]["before"], record["held_out"]["after"]
-    table = Table(title=f"{folder}: agreement with the untuned model, on held-out answers of its own", title_justify="left")
-    for column in ("after block", "before", "after"):
-        table.add_column(column, justify="right")
-    for block, (old, new) in enumerate(zip(before["agreement"], after["agreement"], strict=True), start=1):
-        table.add_row(str(block), f"{old:.0%}", f"{new:.0%}")
-    console.print(table)
-    change = after["perplexity"] / before["perplexity"] - 1
-    console.print(
-        f"Perplexity of those answers at full depth: {before['perplexity']:.3f} before, {after['perplexity']:.3f} after "
-        f"({change:+.1%}).",
-        soft_wrap=True,
-    )
-    if change > WORSE:
-        hint = "Try a lower --learning-rate or --exit-scale, or more prompts."
-        console.print(
-            f"[yellow]That is more than {WORSE:.0%} worse, too much for what early blocks gain.[/] {hint}", soft_wrap=True
-        )
-    console.print(f"This is another model now. Exits for it: offramp train {folder} -o DIR", soft_wrap=True)
 
 
 def result_line(result: Result) -> None:
@@ -165,9 +155,8 @@ def training_table(exits: Exits, folder: Path) -> None:
     console.print(table)
     note = "Gate and key rank the tokens by how sure the exit is: the gate before it reads out, the key afterwards."
     console.print(Text(f"{note} 0.3+0.9: leaves if the gate is above 0.3 and the key above 0.9.", "dim"))
-    verified = " --fill verify" if exits.config.readout == "deep" else ""  # deep read-outs are for drafts
     minutes = exits.training["seconds"] / 60
-    console.print(Text(f"{minutes:.1f} minutes. Try: offramp demo --exits {folder}{verified}", "dim"))
+    console.print(Text(f"{minutes:.1f} minutes. Try: offramp demo --exits {folder}", "dim"))
 
 
 def anatomy_table(facts: Anatomy) -> None:
@@ -229,7 +218,7 @@ def savings_table(found: list[Saving]) -> None:
     note = (
         "A computation, and no measurement: times are those of reading what a token reads from memory. Exits: a gate that "
         "makes no mistake lets a token leave at the first exit that agrees with full depth, so this is the most that exits "
-        "can save. verify: drafts by an exit as `offramp train --draft` makes it; a chunk that costs more counts as more "
+        "can save. exact: drafts by an exit as `offramp train --draft` makes it; a chunk that costs more counts as more "
         "bytes."
     )
     console.print(Text(note, "dim"))
@@ -247,7 +236,7 @@ _KIND = {"mamba": "Mamba", "both": "attention and Mamba", "neither": "neither at
 
 def bench_table(result: Comparison) -> None:
     """What `bench.compare` measured."""
-    runs = f"{result.what}, {result.tokens} tokens{penalty_words(result.repetition_penalty)}, {result.pairs} pairs"
+    runs = f"{result.what}, {result.tokens} tokens, {result.pairs} pairs"
     table = Table(title=f"{result.model}, {runs}", title_justify="left")
     for title in ("", "weights", "tokens/s", "ms a token"):
         table.add_column(title, justify="left" if title in ("", "weights") else "right")
@@ -262,30 +251,29 @@ def bench_table(result: Comparison) -> None:
     console.print(Text(_listed(result.machine), "dim"))
 
 
-def fills_table(result: FillComparison) -> None:
-    """What `bench.compare_fills` measured."""
-    penalty = penalty_words(result.repetition_penalty)
-    runs = f"{result.prompts} prompts, up to {result.tokens} tokens{penalty}, {result.pairs} pairs"
+def speeds_table(result: EngineComparison) -> None:
+    """What `bench.compare_engines` measured."""
+    runs = f"{result.prompts} prompts, up to {result.tokens} tokens, {result.pairs} pairs"
     table = Table(title=f"{result.model}, {result.weights}, {runs}", title_justify="left")
     titles = ("", "tokens/s", "ratio", "pairs from–to", "equal", "mean blocks", "tokens a deep pass", "acceptance")
     for title in titles:
         table.add_column(title, justify="right" if title else "left")
-    for name, fill in result.fills.items():
-        low, high = fill.spread
-        accepted = "" if fill.acceptance_rate is None else f"{fill.acceptance_rate:.0%}"
+    for name, speed in result.speeds.items():
+        low, high = speed.spread
+        accepted = "" if speed.acceptance_rate is None else f"{speed.acceptance_rate:.0%}"
         table.add_row(
             name,
-            f"{fill.tokens_per_second:.1f}",
-            f"{fill.ratio:.2f}",
+            f"{speed.tokens_per_second:.1f}",
+            f"{speed.ratio:.2f}",
             f"{low:.2f}–{high:.2f}",
-            f"{fill.equal:.0%}",
-            f"{fill.mean_blocks:.1f}",
-            f"{fill.tokens_per_deep_pass:.2f}",
+            f"{speed.equal:.0%}",
+            f"{speed.mean_blocks:.1f}",
+            f"{speed.tokens_per_deep_pass:.2f}",
             accepted,
         )
     console.print(table)
-    for name, fill in result.fills.items():
-        console.print(Text(f"{name}, ms a token: {_listed(fill.parts_ms)}", "dim"))
+    for name, speed in result.speeds.items():
+        console.print(Text(f"{name}, ms a token: {_listed(speed.parts_ms)}", "dim"))
     console.print(Text(_listed(result.machine), "dim"))
 
 

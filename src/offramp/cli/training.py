@@ -1,4 +1,4 @@
-"""The verbs that make something: train, calibrate, tune and export."""
+"""The verbs that make something: train, calibrate and export."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from offramp.cli.flags import Chosen, Only
-from offramp.cli.options import DecodingOptions, Json, Model, Ray, Reference, cluster_at
+from offramp.cli.options import DecodingOptions, Json, Model, Ray, cluster_at
 from offramp.cli.progress import command_line, progress_bars, resumable
 from offramp.errors import BadInput
 from offramp.files import alone_in
-from offramp.training.config import CalibrationConfig, TrainConfig, TuneConfig, draft_config
+from offramp.training.config import CalibrationConfig, TrainConfig, draft_config
 
 
 def train(
@@ -23,15 +23,13 @@ def train(
     *,
     draft: Annotated[
         bool,
-        typer.Option("--draft", help="Train one shallow exit that drafts for --fill verify, in OUTPUT/draft."),
+        typer.Option("--draft", help="Train an exit that drafts for the mode exact, in OUTPUT/draft."),
     ] = False,
     settings: Annotated[dict[str, Any], Chosen(TrainConfig)],
     start: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of exits to go on from. They may be another model's of the same shape, such as the one that "
-            "this model was tuned from.",
-            show_default=False,
+            help="Folder of exits to go on from, of this model or of another one of the same shape.", show_default=False
         ),
     ] = None,
     ray: Ray = None,
@@ -40,11 +38,12 @@ def train(
 ) -> None:
     """Train exits on the model's own answers. Ctrl-C is safe: the same command resumes the work."""
     from offramp.cli.terminal import training_table
-    from offramp.exits.exits import DRAFT, Exits
+    from offramp.exits.exit_set import DRAFT
+    from offramp.exits.exits import Exits
     from offramp.training.teacher import made_shards
     from offramp.training.training import train as train_exits
 
-    backbone = decoding.load(model)
+    backbone = decoding.load(model).backbone
     config = draft_config(backbone.kinds, **settings) if draft else TrainConfig(**settings)
     output = output / DRAFT if draft else output
     before = None if start is None else Exits.load(start, backbone, any_weights=True)
@@ -62,7 +61,7 @@ def calibrate(
     prompts: Annotated[
         Path,
         typer.Option(
-            help="A file of prompts like those of later use: lines, or JSON lines with 'prompt' or 'question'.",
+            help="File of prompts like those of later use, as lines or as JSON lines with 'prompt' or 'question'.",
             show_default=False,
         ),
     ],
@@ -70,14 +69,14 @@ def calibrate(
     decoding: Annotated[DecodingOptions, Only("exits", "dtype")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for the calibrated exits. Default: --exits, if that is a folder."),
+        typer.Option("--output", "-o", help="Folder for the calibrated exits (default: that of --exits)."),
     ] = None,
     config: CalibrationConfig,
-    reference: Reference = None,
     as_json: Json = False,
 ) -> None:
     """Set the exits' thresholds so that answers differ by at most RISK on average, with probability 1 − DELTA."""
     from offramp.cli.terminal import calibration_table
+    from offramp.exits.exit_set import no_exits
     from offramp.exits.sharing import on_the_hub
     from offramp.training.calibration import calibrate as calibrate_exits
     from offramp.training.losses import read_questions
@@ -86,36 +85,17 @@ def calibrate(
     if folder is None:
         raise BadInput("There is no folder to keep the thresholds in.", "Name one: --exits DIR, or -o DIR for a new one.")
     questions = read_questions(prompts)
-    backbone = decoding.load(model)
-    exits = decoding.require_exits(backbone)
-    reference_backbone = decoding.load(reference) if reference else None
+    loaded = decoding.load(model)
+    backbone, exits = loaded.backbone, loaded.exits.early
+    if exits is None:
+        raise no_exits(backbone)
     with alone_in(folder), progress_bars() as progress:
-        record = calibrate_exits(backbone, exits, questions, config, reference_backbone, progress)
-        exits.save(folder)
+        record = calibrate_exits(backbone, exits, questions, config, progress=progress)
+        loaded.exits.save(folder)
     if as_json:
         print(json.dumps({"model": backbone.name, "exits": str(folder), **exits.calibration, "passed": record.passed}))
     else:
         calibration_table(record, exits, folder)
-
-
-def tune(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tuned model.", show_default=False)],
-    *,
-    config: TuneConfig,
-    as_json: Json = False,
-) -> None:
-    """Tune a model so that its early blocks predict its last one: a LoRA with LayerSkip's loss. Ctrl-C is safe."""
-    from offramp.cli.terminal import tuning_table
-    from offramp.training.tuning import tune as tune_model
-
-    backbone = DecodingOptions(dtype="float32").load(model, keep=True)
-    with resumable(), progress_bars() as progress:
-        record = tune_model(backbone, output, config, progress, command_line())
-    if as_json:
-        print(json.dumps({"output": str(output), **record}))
-    else:
-        tuning_table(record, output)
 
 
 def export(
@@ -123,28 +103,25 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the repository.", show_default=False)],
     *,
     decoding: Annotated[DecodingOptions, Only("exits")],
-    fill: Annotated[
+    mode: Annotated[
         str | None,
-        typer.Option(
-            help="The fill of calls that name none: project, copy, freeze, defer or verify. Default: verify where exits "
-            "that draft are there, else project.",
-            show_default=False,
-        ),
+        typer.Option(help="Mode of calls that name none (default: exact where drafts should pay, else full)."),
     ] = None,
 ) -> None:
     """Write exits as a repository for transformers: model.generate(..., custom_generate="org/name")."""
-    from offramp.decode.fills import fill_named
-    from offramp.exits.exits import exits_and_drafts
+    from offramp.decode.modes import settled
+    from offramp.exits.exit_set import ExitSet, no_exits
     from offramp.exits.sharing import export as export_exits
     from offramp.model.loading import outline
 
-    chosen = None if fill is None else fill_named(fill)
     backbone = outline(model)
     with warnings.catch_warnings():  # an outline runs in no weight format that could differ from the exits'
         warnings.simplefilter("ignore")
-        exits, drafts = exits_and_drafts(backbone, decoding.exits)
-    chosen = chosen or fill_named("verify" if drafts else "project")
-    chosen(backbone)  # raises for a fill that this model cannot have
-    export_exits(exits, output, backbone, chosen.name, drafts)
-    print(f"{output}: exits of {backbone.name}, fill {chosen.name}.")
+        exits = ExitSet.find(decoding.exits, backbone)
+    if not exits:
+        raise no_exits(backbone)
+    if mode is not None:
+        settled(mode, exits, backbone)  # raises for a mode that these exits do not serve
+    export_exits(exits, output, backbone, mode)
+    print(f"{output}: exits of {backbone.name}{f', mode {mode}' if mode else ''}.")
     print(f"To share it: hf upload org/name {output}")

@@ -1,4 +1,4 @@
-"""Requests side by side: which of them read and decide in a step, and what comes of it. Steppers do the work."""
+"""Requests that are decoded side by side. A batch chooses which of them read or decide in a step; steppers do the work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from offramp.decode.stepper import Stepper
 from offramp.errors import BadInput
 from offramp.progress import Progress, silent
 
-# Most tokens of a prompt that one step reads, and of all prompts. More would be no faster, and progress would be seldom.
+# The most tokens that one step reads of one prompt, and of all prompts. More would be no faster, and progress would be
+# rare.
 PIECE = MOST_READ = 512
 
 
@@ -27,15 +28,15 @@ class Batch:
     """Requests that are decoded side by side. Make it with `Engine.batch`.
 
     Requests join with `add` and leave with `cancel` between steps, or when they finish. Each sequence has its own memory,
-    exits and drafts; nothing is padded; only the passes over the weights are shared (in compiled blocks; in
-    the library's, sequences take turns).
+    exits and drafts, and nothing is padded. Compiled blocks read the weights once for all sequences; in the library's
+    blocks, sequences take turns.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.requests: list[Request] = []
         self.pace = Pace(plan.costs.full(1))
-        self.seconds = {"prefill": 0.0, "decode": 0.0}  # that steps have taken
+        self.seconds = {"prefill": 0.0, "decode": 0.0}  # seconds that steps have taken
         self._beginnings = Beginnings(plan)
 
     def add(
@@ -43,8 +44,8 @@ class Batch:
     ) -> Request:
         """Add a request to continue these token ids; the next step starts on it.
 
-        A `talk` keeps what is computed for this request, and gives it what was computed for the beginning of the same text.
-        `choose` takes the place of the plan's own. Raises `BadInput` for an empty prompt, for one that leaves no room in
+        A `talk` keeps what is computed for this request; if it already holds the beginning of the text, the request goes on
+        from there. `choose` replaces the plan's own. Raises `BadInput` for an empty prompt, for one that leaves no room in
         the context, for ids that are no tokens, for `max_tokens` below 1, and for a talk that another request is using.
         """
         backbone, max_tokens = self.plan.backbone, limits.get("max_tokens", 128)
@@ -56,7 +57,7 @@ class Batch:
         sequence = self._sequence(ids, remaining, talk or Talk(), self.plan.stepper(choose))
         detokenizer = Detokenizer(backbone.tokenizer, limits.get("stop", ()))
         end_ids = limits.get("end_ids", backbone.stop_ids)
-        request = Request(sequence, remaining, end_ids, detokenizer, choose)
+        request = Request(sequence, remaining, end_ids, detokenizer, choose, self.plan.fill.verifies)
         self._beginnings.join(request, self.requests)
         self.requests.append(request)
         return request
@@ -68,12 +69,12 @@ class Batch:
             request.finish_reason = "cancelled"
 
     def run(self, progress: Progress = silent) -> Iterator[Event]:
-        """Step until every request has finished; yield what happens, but for requests that were cancelled meanwhile.
+        """Step until every request has finished, and yield the events of all requests that were not cancelled.
 
         `progress` is told how many tokens have been read of the prompts that take several steps. The error of a request
         ends all of them, and is raised.
         """
-        read: dict[Request, tuple[int, int]] = {}  # of these prompts: the tokens read, and all tokens
+        read: dict[Request, tuple[int, int]] = {}  # of the prompts that take several steps: the tokens read, and all tokens
         while self.requests:
             for event in self.step():
                 if isinstance(event, Reading):
@@ -93,10 +94,10 @@ class Batch:
     def step(self) -> list[Event]:
         """Read pieces of new prompts, and decide at least one token of every request that is read. Returns the events.
 
-        While answers are under way, a step reads only as much as it can in about `HELD` seconds. What goes wrong for
-        one request alone, such as NaN logits (`BadNumbers`) or its `choose`, ends that request: it is `Finished`, with the
-        finish reason "failed" and its `error`. Any other error is raised, and all requests end so. A talk of a request
-        that failed starts anew, since its memory may be half-written.
+        While answers are under way, a step reads only as much as it can in about `HELD` seconds. An error of one request
+        alone, such as NaN logits (`BadNumbers`) or an error in its `choose`, ends that request: it is `Finished`, with the
+        finish reason "failed" and its `error`. Any other error is raised, and ends all requests. A talk of a request that
+        failed starts anew, since its memory may be half-written.
         """
         self._beginnings.go_on(self.requests)
         new = [request for request in self.requests if not request.prefilled and request not in self._beginnings]
@@ -118,7 +119,7 @@ class Batch:
         return events
 
     def _took(self, rows: int, deciding: int, seconds: float) -> None:
-        """Note what a step took that read so many tokens of prompts beside so many requests that decided."""
+        """Note the time of a step in which so many tokens of prompts were read, and so many requests decided."""
         if rows:
             self.pace.note(rows + deciding, seconds)
         reading = seconds * rows / max(1, rows + deciding)
@@ -132,16 +133,16 @@ class Batch:
         self.requests.clear()
 
     def _pieces(self, requests: list[Request], rows: int) -> list[tuple[Request, int]]:
-        """Which prompts a step reads, and each up to which position: about so many rows in all, but no prompt's last token.
+        """The prompts that a step reads, and up to which position: about so many rows in all, but no prompt's last token.
 
-        Half of them are the oldest prompt's; then come those of which least is left. So a long prompt does not hold up
-        short ones, nor they it.
+        Half of the rows go to the oldest prompt, the others to the prompts with the fewest tokens left. So long and short
+        prompts do not hold each other up.
         """
         ends = {request: self._end_of_piece(request) for request in requests}
         pieces: dict[Request, int] = {}
 
         def give(request: Request, most: int) -> int:
-            """Let a prompt have so many rows. Returns how many it takes."""
+            """Give a prompt up to so many rows. Returns how many it takes."""
             begin, end = pieces.get(request, request.sequence.run), ends[request]
             end = min(end, begin + most) if self.plan.may_cut(request.choose) else end
             pieces[request] = end
@@ -156,12 +157,12 @@ class Batch:
         return [*pieces.items()]
 
     def _end_of_piece(self, request: Request) -> int:
-        """Up to where a prompt is read next, if there is time: to its end, the next pause, or as far as one step reads."""
+        """Where the next piece of a prompt ends, if there is time: at the prompt's end, a pause, or a step's limit."""
         begin = request.sequence.run
         return min([begin + min(PIECE, self._left(request)), *(place for place in request.pauses if place > begin)])
 
     def _left(self, request: Request) -> int:
-        """How much is left of a prompt to be read, or of a beginning that others wait for."""
+        """How many tokens are left to read of a prompt, or of a beginning that others wait for."""
         places = [len(request.sequence.ids) - 1, *self._beginnings.pauses(request)]
         return min(place for place in places if place >= request.sequence.run) - request.sequence.run
 
@@ -209,7 +210,7 @@ class Batch:
 
 
 def _progress_of(request: Request) -> Reading | Prefilled:
-    """The event of a request of whose prompt a piece has been read."""
+    """The event of a request after a piece of its prompt has been read."""
     run, total = request.sequence.run, len(request.sequence.ids) - 1
     request.prefilled = run == total
     return Prefilled(request) if request.prefilled else Reading(request, run, total)
@@ -221,6 +222,6 @@ def _check_limits(limits: Limits) -> None:
         if name not in Limits.__annotations__:
             raise TypeError(f"unexpected argument '{name}': the limits are {', '.join(Limits.__annotations__)}")
     if isinstance(limits.get("stop", ()), str):
-        raise BadInput("The stop texts are one text, not a tuple of texts.", 'For example: stop=("\\n",)')
+        raise BadInput("The stop texts must be a tuple of texts, not one text.", 'For example: stop=("\\n",)')
     if limits.get("max_tokens", 1) < 1:
         raise BadInput(f"{limits['max_tokens']} tokens cannot be generated.", "Give --max-tokens 1 or more.")

@@ -9,45 +9,45 @@ from offramp.decode.plan import Plan
 from offramp.decode.request import Request
 from offramp.decode.sequence import begin_alike
 
-ALIKE = 16  # tokens that are worth a pause, and a copy of what was computed for them
+ALIKE = 16  # tokens in common that are worth a pause and a copy of the memory
 
 
 class Beginnings:
-    """Which requests wait for another to read what both prompts begin with, and go on from there.
+    """The requests that wait while another one reads the beginning of both prompts, and then go on from there.
 
-    A request waits for an older one only, so none waits for itself.
+    A request only waits for an older one, so there is no circle.
     """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._waits: dict[Request, tuple[Request, int]] = {}  # for whom, and up to which position
+        self._waits: dict[Request, tuple[Request, int]] = {}  # for whom it waits, and up to which position
 
     def __contains__(self, request: Request) -> bool:
         """Whether a request waits."""
         return request in self._waits
 
     def join(self, request: Request, older: Several[Request]) -> None:
-        """Let a request wait for that of the older ones which has most in common with it, if that is worth it."""
+        """Let a request wait for the older one with the longest beginning in common, if that is worth it."""
         ids, run = request.sequence.ids, request.sequence.run
         useful = [one for one in older if self._may_read_for(one, request)]
-        # Of texts in order, neighbours have most in common.
+        # In a sorted list of texts, neighbours have most in common.
         before = max((one for one in useful if _ids(one) <= ids), key=_ids, default=None)
         after = min((one for one in useful if _ids(one) > ids), key=_ids, default=None)
         shared = [(begin_alike([ids, _ids(one)]), one) for one in (before, after) if one]
         common, reader = max(shared, key=itemgetter(0), default=(0, request))
-        while self._waits.get(reader, (reader, 0))[1] >= common > 0:  # that one goes on from there, or beyond, itself
+        while self._waits.get(reader, (reader, 0))[1] >= common > 0:  # it waits itself, for one that reads as far
             reader = self._waits[reader][0]
         if common - run >= ALIKE:
             self._waits[request] = reader, common
 
     def _may_read_for(self, reader: Request, request: Request) -> bool:
-        """Whether a request is still to read tokens that another begins with, too, and the other can go on from there."""
+        """Whether a request will still read tokens that another begins with, too, and the other can go on from there."""
         theirs, own = reader.sequence, request.sequence
         same = self._plan.steppers_share or theirs.stepper is own.stepper
         return not reader.prefilled and same and theirs.ids[: theirs.run] == own.ids[: theirs.run]
 
     def go_on(self, requests: Several[Request]) -> None:
-        """Let those go on whose beginning has been read; one whose reader has left may find another. Oldest first."""
+        """Let requests go on whose beginning has been read, oldest first. Those whose reader has left may find another."""
         if not self._waits:
             return
         waits, self._waits = self._waits, {}

@@ -19,8 +19,8 @@ class Climb:
 
     h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None before they are
     embedded. `middle`: at the top, their states after the block that read-outs read. `may_leave`: whether exits are asked.
-    `round`: with `verify`, the sequence's drafts in this step. `counted`: whether work is counted; that of a prompt is not.
-    `tops`: the most probable token at each exit so far, for the confidence `patience`.
+    `round`: with `verify`, the sequence's drafts in this step. `counted`: whether work is counted; the work for a prompt is
+    not. `tops`: the most probable token at each exit so far, for the confidence `patience`.
     """
 
     request: Request
@@ -47,23 +47,23 @@ class Climb:
         return self.h
 
     def deep(self, row: int) -> Tensor:
-        """At the top, the states of one of the tokens that read-outs read of the token before: (1, 1, …)."""
+        """At the top, the states of one token that read-outs will read together with the next one: (1, 1, …)."""
         top = self.hidden[:, row][:, None]
         return top if self.middle is None else torch.cat([top, self.middle[:, row][:, None].to(top.dtype)], dim=-1)
 
     @property
     def part(self) -> BlockInput:
-        """What the backbone needs to run the tokens."""
+        """The arguments that the backbone needs to run the tokens."""
         assert self.step is not None
         return self.hidden, self.sequence.state, self.step
 
     def make_room(self, start: int, stop: int, first_tail: int) -> None:
-        """Get what blocks `start` to `stop` - 1 remember ready for the tokens. The longest tail begins at `first_tail`."""
+        """Prepare the memories of blocks `start` to `stop` - 1 for the tokens. The longest tail begins at `first_tail`."""
         sequence = self.sequence
         if sequence.drafts:  # the state must be able to forget them
             sequence.watch(start, stop)
         if sequence.watched and stop > first_tail:
-            # What tokens that left early put into the tails' blocks makes room for their exact states.
+            # The exact states replace those that tokens put into the tails' blocks when they left early.
             sequence.state.crop(self.end - self.hidden.shape[1], max(start, first_tail), stop)
 
     def spend(self, flops: int) -> None:

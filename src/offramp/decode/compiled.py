@@ -16,30 +16,29 @@ from torch import Tensor
 
 from offramp.decode.request import Request
 from offramp.decode.sampling import Choose, Sampler
-from offramp.decode.sequence import Decision, Work
+from offramp.decode.sequence import SOURCES, Decision, Work
 from offramp.decode.timing import Timer
 from offramp.errors import NothingFits
 from offramp.exits import gates, readouts
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.ngrams import LONGEST_CONTEXT, SHORTEST_CONTEXT
-from offramp.exits.policy import PATIENCE
 from offramp.model.compiled.library import MOST_DRAFTS, CompiledPart, constant
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.session import Session
-from offramp.model.compiled.steps import MOST_ROUNDS, PARTS, CompiledPlan, ExitRules, Lane, Rules
+from offramp.model.compiled.steps import MOST_ROUNDS, PARTS, CompiledPlan, ExitRules, Lane, Rules, known
 from offramp.model.compiled.weights import Int4, Int8, Weight
 from offramp.model.families import Family
 
 if TYPE_CHECKING:
     from offramp.decode.plan import Plan
 
-# Of the tokens of one call. Their weights in float32 are 4.4 GB, which take less than 0.1 s at 50 GB/s: a new request waits
-# for no longer. Larger models decide few tokens in a call.
+# The work of one call. Its weights in float32 are 4.4 GB, which take less than 0.1 s at 50 GB/s: a new request waits no
+# longer than that. Larger models decide few tokens in a call.
 BURST_FLOPS = 2_200_000_000
 
 
 def sampler_of(choose: Choose) -> Sampler | None:
-    """The settings that a `choose` goes by, within a grammar or not; None for another function."""
+    """The settings of a `choose`, within a grammar or not; None for a function without settings."""
     inner = getattr(choose, "choose", choose) if hasattr(choose, "allowed") else choose
     return inner if isinstance(inner, Sampler) else None
 
@@ -56,8 +55,9 @@ class CompiledStepper:
     def of(cls, plan: Plan, exits: Exits | None) -> CompiledStepper | None:
         """The stepper of a plan; None if a part of it cannot be compiled."""
         runtime: object = plan.backbone.runtime
-        plain = plan.backbone.family.finish is Family.finish and plan.policy.confidence != PATIENCE
-        if not isinstance(runtime, Compiled) or not plain:
+        if not isinstance(runtime, Compiled) or plan.backbone.family.finish is not Family.finish:
+            return None
+        if not all(map(known, (plan.fill.name, plan.policy.confidence, plan.policy.key))):
             return None
         found = [_exit_rules(plan, runtime, exit, index, number) for number, (exit, index) in enumerate(plan.open_exits)]
         rules = [each for each in found if each]
@@ -94,7 +94,7 @@ class CompiledStepper:
         return max(1, self._burst // (requests * (2 if self._plan.drafts else 1)))
 
     def _waits_for_first(self, request: Request) -> bool:
-        """Whether somebody waits for a first token of a model that is not small: it comes alone, and so soon."""
+        """Whether a request waits for the first token of a large model. Then a call decides only this token."""
         return not request.tokens and self._burst < MOST_ROUNDS
 
     def _lane(self, request: Request) -> Lane:
@@ -111,7 +111,7 @@ class CompiledStepper:
         return lane
 
     def _deep(self, known: Tensor | None) -> Tensor:
-        """Deep states (1, 1, D), or (1, 1, 2 D) with a middle one, that begin as those which are known."""
+        """Deep states (1, 1, D), or (1, 1, 2 D) with a middle one: those that are known, and then zeros."""
         deep = torch.zeros(1, 1, self._plan.backbone.hidden_size * (2 if self._plan.middle else 1))
         if known is not None:
             deep[..., : known.shape[-1]] = known
@@ -128,7 +128,7 @@ class CompiledStepper:
         return words
 
     def _heard(self, request: Request, lane: Lane) -> list[Decision]:
-        """Note what a call has found for a request. Returns its decisions."""
+        """Copy a call's results to a request. Returns its decisions."""
         sequence, failed = request.sequence, lane.given.failed
         passes, rejected = sequence.deep_passes, sequence.rejected
         decisions = [
@@ -139,6 +139,7 @@ class CompiledStepper:
                 Work(d.flops, d.blocks),
                 passes + d.passes,
                 rejected + d.rejected,
+                SOURCES[d.source],
             )
             for d in lane.decided()
         ]
@@ -154,7 +155,7 @@ class CompiledStepper:
 
 
 def _exit_rules(plan: Plan, runtime: Compiled, exit: Exit, index: int, number: int) -> ExitRules | None:
-    """The rules of an open exit, `number` of them come before; None if its parts cannot be compiled."""
+    """The rules of an open exit, which has `number` exits before it; None if its parts cannot be compiled."""
     policy, plain = plan.policy, runtime.weight_format == "float32"
     dtype = torch.float32 if plain else torch.bfloat16
     gate = gates.compiled(exit.gate, dtype) if policy.confidence == "gate" else None
@@ -170,7 +171,7 @@ def _exit_rules(plan: Plan, runtime: Compiled, exit: Exit, index: int, number: i
 
 
 def _draft_weight(plan: Plan, runtime: Compiled) -> type[Weight]:
-    """How read-outs are kept. A draft may be rougher than a decision."""
+    """The format of read-outs. A draft may be rougher than a decision."""
     if not plan.fill.verifies or runtime.weight_format == "float32":
         return Weight
     return Int4 if runtime.weight_format.startswith("int4") else Int8

@@ -15,13 +15,13 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
         self._tokenizer, self.stops = tokenizer, tuple(string for string in stop if string)
-        # What is beneath the library's tokenizer gives the same text several times as fast.
+        # The library's tokenizer wraps a backend, which gives the same text several times as fast.
         beneath = getattr(tokenizer, "backend_tokenizer", None)
         plain = beneath is not None and not getattr(tokenizer, "clean_up_tokenization_spaces", True)
         self._text_of: Any = getattr(beneath if plain else tokenizer, "decode", None)
         self._ids: list[int] = []  # the newest tokens
-        self._before = ""  # what was held back of the tokens before them
-        self._sent = 0  # characters of both that were sent
+        self._before = ""  # text of older tokens that was held back
+        self._sent = 0  # characters of the pending text that were sent
         self.stopped = False
 
     def push(self, token: int, last: bool) -> str:
@@ -50,7 +50,7 @@ class Detokenizer:
         return text
 
     def _shorten(self, text: str) -> None:
-        """Keep only the newest tokens, if they end the `text` by themselves: not if they begin within a character."""
+        """Keep only the newest tokens, if their own text ends the `text`. It does not if they begin within a character."""
         newest = self._decode(self._ids[-WINDOW:])
         if newest and text.endswith(newest):
             self._ids, self._before = self._ids[-WINDOW:], text.removesuffix(newest)

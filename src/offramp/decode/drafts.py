@@ -1,12 +1,12 @@
-"""The rule of drafts: when `verify` makes one, and what from.
+"""The rule of drafts: when `verify` makes one, and where it comes from.
 
-A draft comes from an exit, or for nothing from the text, where it repeats itself (prompt look-up: A. Saxena, "Prompt
-Lookup Decoding", 2023), and from a table of n-grams. Another row of the chunk that full depth decides about costs
-something, and so does asking an exit. A draft is made where the chance that it stands exceeds its cost. The chances are
-estimated from the drafts of the same text so far. No clock decides, so answers can be repeated.
+A draft comes from an exit, or for nothing from the text, where it repeats itself (prompt look-up: A. Saxena, "Prompt Lookup
+Decoding", 2023), and from a table of n-grams. Each draft adds a row to the chunk that full depth decides about. The row
+costs something, and so does asking an exit. A draft is made if its chance to stand exceeds its cost. The chances are
+estimated from the earlier drafts of the same text. No clock decides, so answers can be repeated.
 
-Costs are in steps of full depth: passes of one row. All requests of a step share one chunk, so a row costs what it adds to
-the chunk as wide as it is then. Compiled code follows the same rule.
+Costs are in steps of full depth: passes of one row. All requests of a step share one chunk, so the cost of a row depends on
+the chunk's width at that moment. Compiled code follows the same rule.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from array import array
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any
 
-from offramp.errors import CorruptFile
-from offramp.exits.exits import Exit, Exits
+from offramp.exits.exits import Exit
 from offramp.exits.ngrams import Ngrams
 from offramp.machine import processor
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS, kernels
 
-# What 0, 1, … more rows of a chunk cost, in steps of full depth: for smollm2 on a maker's processors with these kernels, by
-# benchmarks/growth.py --formats FORMAT ("verified rows"), beside a step of a compiled loop, which is shorter than a single
-# one. On other processors, a guess.
+# The costs of 0, 1, … more rows of a chunk, in steps of full depth. They were measured for smollm2 on one maker's
+# processors with these kernels, by benchmarks/growth.py --formats FORMAT ("verified rows"), against a step of a compiled
+# loop, which is shorter than a single one. On other processors, they are a guess.
 ROW_COSTS = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
         "float32": (0.0, 0.1, 0.21, 0.52, 0.84, 1.02, 1.2, 1.4),
@@ -49,12 +47,12 @@ ROW_COSTS = {
 }
 ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
 
-LOOKED_BACK = 1024  # newest tokens of a text in which it is looked up what followed the last ones
-NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share is mostly of; rounds after which an exit is asked again at the latest
+LOOKED_BACK = 1024  # prompt look-up searches this many of a text's newest tokens
+NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share mostly reflects; the longest pause of an exit, in rounds
 
 
 def row_costs(weight_format: str) -> tuple[float, ...]:
-    """What 0 to 7 more rows of a chunk cost on this machine, in steps of full depth, by the table of machines."""
+    """The costs of 0 to 7 more rows of a chunk on this machine, in steps of full depth, from the table of machines."""
     for (maker, instructions), costs in ROW_COSTS.items():
         known = costs.get(weight_format.removesuffix("-head4"))
         if known and maker in processor() and kernels() == instructions:
@@ -63,19 +61,19 @@ def row_costs(weight_format: str) -> tuple[float, ...]:
 
 
 class Source(IntEnum):
-    """What a draft comes from."""
+    """Where a draft comes from."""
 
     NOTHING, EXIT, TEXT, TABLE = range(4)
 
 
 @dataclass
 class Estimates:
-    """What is learned from the drafts of one sequence. Lists have a number for each source.
+    """Estimates from the drafts of one sequence. Lists have a number for each source.
 
-    `right`: the share of its newest drafts that were right; `seen`: how many drafts that share is of (of NOTHING: how many
-    rounds `tokens` and `cost` are of); `promised`: the mean confidence of the exit's newest drafts, and the mean chance of
-    the table's. `tokens` and `cost`: those of a round. `rest` and `pause`: rounds until an exit whose drafts do not pay is
-    asked again, now and next time. At first it is as if half of a few drafts had been right.
+    `right`: the share of a source's newest drafts that were right; `seen`: the number of these drafts (for NOTHING: the
+    number of rounds behind `tokens` and `cost`); `promised`: the mean confidence of the exit's newest drafts, and the mean
+    chance of the table's. `tokens` and `cost`: the means of a round. `rest` and `pause`: rounds until an exit whose drafts
+    do not pay is asked again, now and next time. The estimates start as if half of a few drafts had been right.
     """
 
     right: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.5, 0.5])
@@ -87,23 +85,23 @@ class Estimates:
     pause: int = NEWEST
 
     def copy(self) -> Estimates:
-        """The same estimates, which learn independently."""
+        """A copy of the estimates, which learns independently."""
         return replace(self, right=[*self.right], seen=[*self.seen], promised=[*self.promised])
 
     def _seen(self, source: Source) -> int:
-        """How many of the newest numbers of a source there are, with one more."""
+        """Count one more number of a source. Returns the count."""
         self.seen[source] = min(self.seen[source] + 1, NEWEST)
         return self.seen[source]
 
     def learn_draft(self, guess: Guess, chosen: int) -> None:
-        """Learn from a draft in whose place full depth chose a token."""
+        """Learn from a draft, now that full depth has decided its position."""
         source, seen = guess.source, self._seen(guess.source)
         self.right[source] += ((guess.id == chosen) - self.right[source]) / seen
         if source != Source.TEXT:
             self.promised[source] += (guess.promise - self.promised[source]) / seen
 
     def learn_round(self, tokens: int, cost: float) -> None:
-        """Learn how many tokens a round gave, and what it cost."""
+        """Learn from a round: the number of its tokens, and its cost."""
         seen = self._seen(Source.NOTHING)
         self.tokens += (tokens - self.tokens) / seen
         self.cost += (cost - self.cost) / seen
@@ -113,8 +111,8 @@ class Estimates:
 class Guess:
     """A draft that is tried, or only the source that it is to come from.
 
-    `promise`: the exit's confidence, or the table's chance; `sure`: the chance that it is right, which follows from that
-    and from the estimates.
+    `promise`: the exit's confidence, or the table's chance; `sure`: the chance that the draft is right, by the promise and
+    the estimates.
     """
 
     source: Source
@@ -125,13 +123,12 @@ class Guess:
 
 @dataclass(frozen=True)
 class DraftRule:
-    """What drafts of one plan cost, and where they come from.
+    """The costs and sources of the drafts of one plan.
 
     `rows`: the cost of 0, 1, … more rows of a chunk; `asking`: that of asking each open exit; `floor`: what a draft's
     chance to stand must exceed, the threshold of the first open exit. If the last `lookup` tokens stand earlier in the
     text, the token that followed them there may be a draft (0: no look-up), and so may what `ngrams` expects. A round has
-    at most `most` drafts. `exits` have the record of their training; `block` is the number of blocks before the first open
-    one.
+    at most `most` drafts.
     """
 
     rows: tuple[float, ...]
@@ -140,46 +137,19 @@ class DraftRule:
     lookup: int = 0
     ngrams: Ngrams | None = None
     most: int = MOST_DRAFTS
-    exits: Exits | None = None
-    block: int = 0
 
     def pass_cost(self, width: int) -> float:
-        """What a pass of so many rows costs. Beyond the table, each row costs twice as much as its last."""
+        """The cost of a pass with so many rows. Beyond the table, each row costs twice as much as the table's last one."""
         costs = self.rows
         beyond = max(0, width - len(costs))
         return 1 + costs[min(width, len(costs)) - 1] + 2 * beyond * (costs[-1] - costs[-2])
-
-    @property
-    def gain(self) -> float:
-        """How many times as fast as full depth the first exit's drafts should make decoding.
-
-        It follows from their costs, and from how often they were right on held-out text when the exit was trained. Raises
-        `CorruptFile` for a damaged record.
-        """
-        best = tokens = chance = 1.0
-        for drafts, share in enumerate(self._right()[:MOST_DRAFTS], start=1):
-            chance *= share
-            tokens += chance
-            best = max(best, tokens / (self.pass_cost(1 + drafts) + drafts * self.asking[0]))
-        return best
-
-    def _right(self) -> list[float]:
-        """How often a first, second, … draft was right on held-out text, by the record; nothing without exits."""
-        if self.exits is None or not self.asking:
-            return []
-        rows: list[dict[str, Any]] = self.exits.training.get("validation", [])
-        try:
-            held = next((row for row in rows if row["block"] == self.block), {})
-            return [float(share) for share in held.get("acceptance") or [held.get("agreement", 0.0)] * 3]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:  # a stranger's record may hold anything
-            raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
 
 
 def asking_cost(backbone: Backbone, exit: Exit, head: int) -> float:
     """The bytes that are read to ask an exit, as a share of those of a step of full depth.
 
-    They are those of the blocks before it, of its tail, and of read-out and head, whose entries take 4 bytes beside float32
-    weights, half a byte beside 4-bit ones, and else 1, as compiled code keeps them.
+    Counted are the blocks before the exit, its tail, its read-out and the head. As in compiled code, an entry of the last
+    two takes 4 bytes with float32 weights, half a byte with 4-bit ones, else 1.
     """
     runtime, format = backbone.runtime, backbone.weight_format
     entry = 4.0 if format == "float32" else 0.5 if format.startswith("int4") else 1.0
@@ -189,27 +159,27 @@ def asking_cost(backbone: Backbone, exit: Exit, head: int) -> float:
 
 
 class Chunk:
-    """What all requests of a step share: the rows that will be run to the top, one for each request and draft so far."""
+    """The rows that all requests of a step run to the top together: one for each request and each draft so far."""
 
     def __init__(self, rule: DraftRule, requests: int) -> None:
         self.rule, self.width = rule, requests
         self._requests = requests
-        self.share = rule.pass_cost(requests) / requests  # of a request, without drafts
+        self.share = rule.pass_cost(requests) / requests  # cost of a request, without drafts
         self.rate = 1 / self.share  # tokens for each step of full depth, without drafts
 
     @property
     def row(self) -> float:
-        """What another row costs."""
+        """The cost of another row."""
         return self.rule.pass_cost(self.width + 1) - self.rule.pass_cost(self.width)
 
     @property
     def cost(self) -> float:
-        """What the pass costs for each request."""
+        """The cost of the pass for each request."""
         return self.rule.pass_cost(self.width) / self._requests
 
 
 class Round:
-    """The drafts of one sequence in one step. `chance`: that all of them stand; `guesses`: them, and the last one tried."""
+    """The drafts of one sequence in one step. `chance`: that all of them stand; `guesses`: the drafts and the last try."""
 
     def __init__(self, chunk: Chunk, estimates: Estimates) -> None:
         self._chunk, self._rule, self._estimates = chunk, chunk.rule, estimates
@@ -220,8 +190,8 @@ class Round:
     def next(self, ids: list[int]) -> Guess:
         """Where the next draft comes from, after these ids, drafts among them.
 
-        The source is the one that is likelier to be right, if that is likely enough to pay. The exit goes on only from its
-        own drafts, whose states it knows. Where its drafts do not pay, it is asked again after some rounds.
+        It is the source that is likelier to be right, if its chance is high enough to pay. The exit goes on only from its
+        own drafts, whose states it knows. If its drafts do not pay, the exit is asked again after some rounds.
         """
         e, number = self._estimates, len(self.guesses)
         free, right = self._free(ids), e.right[Source.EXIT]
@@ -236,7 +206,7 @@ class Round:
         return Guess(Source.EXIT if ask else Source.NOTHING)
 
     def _rests(self, ask: bool) -> bool:
-        """Whether the exit is asked at the beginning of a round: if that pays, or after a pause."""
+        """Whether the exit is asked at the beginning of a round: it is if that pays, or after a pause."""
         e = self._estimates
         e.rest -= not ask
         if ask:
@@ -247,7 +217,7 @@ class Round:
         return ask
 
     def _free(self, ids: list[int]) -> Guess:
-        """The likelier of the drafts that cost nothing, with an estimate that may be above 1."""
+        """The likeliest of the drafts that cost nothing. Its estimate may be above 1."""
         e, rule = self._estimates, self._rule
         found = looked_up(ids[-LOOKED_BACK:], rule.lookup)
         text = Guess(Source.TEXT, found, 0.0, e.right[Source.TEXT]) if found is not None else Guess(Source.NOTHING)
@@ -285,13 +255,13 @@ class Round:
 
     def learn(self, chosen: list[int]) -> None:
         """Learn from what full depth chose: the drafts that stand, and a token of its own. The chunk is complete."""
-        for guess, id in zip(self.guesses, chosen, strict=False):  # those after the first that is wrong teach nothing
+        for guess, id in zip(self.guesses, chosen, strict=False):  # drafts after the first wrong one teach nothing
             self._estimates.learn_draft(guess, id)
         self._estimates.learn_round(len(chosen), self._chunk.cost + self._asked)
 
 
 def looked_up(ids: list[int], size: int) -> int | None:
-    """The id that followed the last `size` ids where they last stood before; None if they did not, or for a size of 0."""
+    """The id that followed the last `size` ids when they last occurred; None if they did not, or for a size of 0."""
     if size < 1 or len(ids) <= size:
         return None
     text, last = array("q", ids).tobytes(), array("q", ids[-size:]).tobytes()

@@ -1,4 +1,4 @@
-"""The embeddings of several sequences' newest tokens, in one look-up where that is the same."""
+"""Embed the newest tokens of several sequences, in one look-up if that gives the same result."""
 
 from __future__ import annotations
 

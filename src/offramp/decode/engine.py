@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import Unpack
+from copy import copy
+from typing import Protocol, Unpack
 
 from offramp.decode.batch import Batch
+from offramp.decode.fills import fill_named
+from offramp.decode.modes import USUAL_FILL, mode_of, settled, usual_mode
 from offramp.decode.plan import Plan
 from offramp.decode.request import (
     Decided,
@@ -19,16 +22,59 @@ from offramp.decode.request import (
     Token,
     drafts_of,
 )
-from offramp.decode.sampling import Choose
+from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import begin_alike
+from offramp.errors import BadInput
+from offramp.exits.exit_set import ExitSet
+from offramp.exits.exits import Exits
+from offramp.exits.policy import Policy
+from offramp.model.backbone import Backbone, HasBackbone, backbone_of
 from offramp.progress import Progress, silent
 
-SHARED = 64  # tokens that neighbouring prompts must have in common, for these to be read only once
-ALIKE = 16  # the same for what all prompts begin with
+SHARED = 64  # neighbouring prompts with this many tokens in common have them read only once
+ALIKE = 16  # the same for a beginning that all prompts share
+
+
+class HasExits(HasBackbone, Protocol):
+    """A model together with its exits, such as `offramp.load` gives."""
+
+    @property
+    def exits(self) -> ExitSet:
+        """The model's exits; empty if there are none."""
+        ...
 
 
 class Engine(Plan):
-    """Decodes with a backbone and, if given, its exits. The arguments are those of a `Plan`."""
+    """Decodes a model's answers in a mode, or by rules of one's own.
+
+    `model`: what `offramp.load` gives, or a `Backbone`. `mode`: full, exact or early (`decode.modes`). `exits`: the model's
+    own by default, or those that ship for a backbone. With a mode, `policy` and `fill` replace the mode's own.
+
+    For research, a group of exits (`Exits`) may be given without a mode: then `policy` is theirs by default, and `fill`
+    project. A backbone without a mode and without exits decodes at full depth. The other arguments are those of a `Plan`.
+    Raises as `Plan` and `modes.settled` do.
+    """
+
+    def __init__(
+        self,
+        model: HasExits | Backbone,
+        exits: ExitSet | Exits | None = None,
+        policy: Policy | None = None,
+        fill: str | None = None,
+        sampling: Sampling | Choose | None = None,
+        *,
+        mode: str | None = None,
+        max_pending: int = 7,
+        lookup: int = 3,
+    ) -> None:
+        chosen, fill = _chosen(model, exits, policy, fill, mode)
+        super().__init__(backbone_of(model), chosen, policy, fill, sampling, max_pending, lookup)
+
+    def sampling(self, sampling: Sampling | Choose | None) -> Engine:
+        """An engine with the same rules and parts that chooses tokens in another way."""
+        made = copy(self)
+        made._sample(sampling or Sampling())
+        return made
 
     def batch(self) -> Batch:
         """An empty batch, to which requests are added. `stream` and `generate` are built on it."""
@@ -44,9 +90,9 @@ class Engine(Plan):
     ) -> Iterator[Token]:
         """Yield tokens as they are decided, for a prompt (text, or token ids). A long prompt reports its `progress`.
 
-        A token's text may be empty and come with a later token: a character can span tokens, and text that may turn out
-        to begin a stop string is held back. Raises `BadInput` (empty prompt, prompt beyond the context) and `BadNumbers`
-        (NaN logits).
+        A token's text may be empty, and come with a later token. There are two reasons: a character can span tokens, and
+        text that may begin a stop string is held back. Raises `BadInput` (empty prompt, prompt beyond the context) and
+        `BadNumbers` (NaN logits).
         """
         batch = self.batch()
         batch.add(self._ids(prompt), talk, **limits)
@@ -75,16 +121,16 @@ class Engine(Plan):
     ) -> Iterator[tuple[int, Generation]]:
         """Answer prompts (token ids), at most `most` side by side, and fewer where their memory would be too large.
 
-        Yields the index and the answer of each prompt when its answer ends; the next prompt takes its place. `choose`: what
-        chooses the tokens of each answer, in place of the plan's own. A beginning that neighbouring prompts share, such as
-        the examples before a question, is read once. Times are divided equally between the answers that are side by side.
+        Yields the index and the answer of each prompt when its answer ends; the next prompt takes its place. `choose`: one
+        for each answer, in place of the plan's own. A beginning that neighbouring prompts share, such as the examples
+        before a question, is read once. Times are divided equally between the answers that are side by side.
         """
         for ids in prompts:
             self.backbone.prompts.check(ids)
         batch, waiting, room = self.batch(), deque(enumerate(prompts)), limits.get("max_tokens", 128)
-        # An answer that is made alone has its prompt read as a whole, and so a time of its own.
+        # Answers made one at a time have their prompts read one at a time, and so have times of their own.
         talks = self.shared_talks(prompts, progress) if most > 1 else (Talk() for _ in prompts)
-        running: dict[Request, tuple[int, dict[str, float]]] = {}  # with its index, and the times so far when it joined
+        running: dict[Request, tuple[int, dict[str, float]]] = {}  # its index, and the times so far when it joined
         seen = {**batch.seconds}
         spent = dict.fromkeys(seen, 0.0)  # seconds so far, divided by the number of answers side by side
 
@@ -108,7 +154,7 @@ class Engine(Plan):
                 join()
 
     def read(self, ids: list[int], progress: Progress = silent, talk: Talk | None = None) -> Talk:
-        """A talk that has read all of these ids but the last. A given `talk` has read how they begin, and goes on."""
+        """A talk that has read all of these ids but the last. A given `talk` has read a beginning of them, and goes on."""
         talk, batch = talk or Talk(), self.batch()
         batch.add(ids, talk, max_tokens=1)
         next(event for event in batch.run(progress) if isinstance(event, Prefilled))
@@ -117,13 +163,14 @@ class Engine(Plan):
     def shared_talks(self, prompts: Iterable[list[int]], progress: Progress = silent) -> Iterator[Talk]:
         """A talk for each prompt, made when it is asked for. They share what is computed for a common beginning.
 
-        What all prompts begin with, such as a chat template, is read once, and so is what neighbours have in common.
+        The beginning of all prompts, such as that of a chat template, is read once. So is the common beginning of
+        neighbours.
         """
         prompts = list(prompts)
         alike = begin_alike(prompts) if len(prompts) > 1 else 0
         alike = alike if alike >= ALIKE else 0
         beginning = self.read(prompts[0][:alike], progress) if alike else Talk()
-        groups: list[tuple[list[int], int, int]] = []  # the newest prompt, how much its group has in common, its size
+        groups: list[tuple[list[int], int, int]] = []  # newest prompt, length of the common beginning, size
         for ids in prompts:
             if groups:
                 last, length, count = groups[-1]
@@ -151,7 +198,7 @@ class Engine(Plan):
             raise ValueError("the request has no tokens yet")
         full = sum(self.costs.full(prompt + index) for index in range(len(tokens)))
         last, blocks = tokens[-1], self.backbone.n_blocks
-        drafted, _ = drafts_of(tokens, blocks)
+        drafted, _ = drafts_of(tokens)
         return Generation(
             text="".join(token.text for token in tokens),
             tokens=tokens,
@@ -159,9 +206,10 @@ class Engine(Plan):
             mean_blocks=sum(token.blocks for token in tokens) / len(tokens),
             flops_saved=1 - last.cumulative_flops / full,
             tokens_per_deep_pass=len(tokens) / max(1, last.deep_passes),
-            acceptance_rate=1 - last.rejected / drafted if self.fill.verifies and drafted else None,
+            acceptance_rate=1 - last.rejected / drafted if drafted else None,
             prefill_seconds=prefill_seconds,
             decode_tokens_per_second=len(tokens) / decode_seconds,
+            mode=self.mode,
             fill=self.fill.name,
             thresholds=self.thresholds,
             policy=self.policy.describe(self.gate),
@@ -170,3 +218,26 @@ class Engine(Plan):
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         return self.backbone.prompts.encode(prompt) if isinstance(prompt, str) else prompt
+
+
+def _chosen(
+    model: HasExits | Backbone, exits: ExitSet | Exits | None, policy: Policy | None, fill: str | None, mode: str | None
+) -> tuple[Exits | None, str]:
+    """The exits and the fill that an engine's arguments ask for."""
+    backbone = backbone_of(model)
+    if mode == "full":
+        if policy or fill:
+            raise BadInput("The mode full has no exits, so no policy and no fill.", "Leave them out, or the mode.")
+        return None, USUAL_FILL
+    if mode is None and (isinstance(exits, Exits) or (exits is None and isinstance(model, Backbone))):
+        fill = fill or USUAL_FILL
+        if exits and not (policy or fill_named(fill).verifies):  # their own policy is for the weights that they know
+            ExitSet(exits).require_early(backbone)
+        return exits, fill
+    if isinstance(exits, Exits):
+        exits = ExitSet(exits)
+    elif exits is None:
+        exits = ExitSet.shipped(model) if isinstance(model, Backbone) else model.exits
+    if mode is None:
+        mode = mode_of(fill) if policy or fill else usual_mode(backbone, exits)
+    return settled(mode, exits, backbone, fill)

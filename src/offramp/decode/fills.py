@@ -49,15 +49,15 @@ class Fill(ABC):
         self.backbone, self.first_tail = backbone, backbone.n_blocks - longest_tail
 
     def skipped(self, exit: Exit | OpenExit) -> range:
-        """The blocks that a token skips which leaves at `exit`: those between the exit and its tail."""
+        """The blocks that a token skips when it leaves at `exit`: those between the exit and its tail."""
         return range(exit.block, self.backbone.n_blocks - exit.tail)
 
     @abstractmethod
     def leave(self, exit: OpenExit, part: BlockInput) -> None:
-        """Do what the fill does for a token that has left at `exit`.
+        """Fill the skipped blocks for a token that has left at `exit`.
 
-        `part`: hidden states h (1, n, D) at the exit, of which the last is the token's and the others are of tokens that
-        waited; the blocks' state; what the blocks share.
+        `part`: hidden states h (1, n, D) at the exit; the blocks' state; what the blocks share. The last of the hidden
+        states is the token's; the others are of tokens that waited.
         """
 
     def flops(self, exit: Exit, costs: Costs) -> int:
@@ -87,7 +87,7 @@ class Freeze(Fill):
     def __init__(self, backbone: Backbone, longest_tail: int = 0) -> None:
         super().__init__(backbone, longest_tail)
         if "mamba" not in backbone.kinds and "both" not in backbone.kinds:
-            raise BadInput(f"{backbone.name} has no Mamba blocks whose state could be frozen.", "Use project or copy.")
+            raise BadInput(f"{backbone.name} has no Mamba blocks for the fill 'freeze'.", "Use project or copy.")
 
     def leave(self, exit: OpenExit, part: BlockInput) -> None:
         h, state, step = part
@@ -111,14 +111,14 @@ class Copy(Fill):
             raise BadInput(
                 f"The fill 'copy' needs the same key and value shape in every block; {backbone.name} has "
                 f"{', '.join(f'{heads} heads of {dim}' for heads, dim in sorted(shapes))}.",
-                "Use --fill project.",
+                "Use the fill project.",
             )
 
     def leave(self, exit: OpenExit, part: BlockInput) -> None:
         h, state, step = part
         skipped = [index for index in self._attention if index in self.skipped(exit)]
         computed = [index for index in self._attention if index < exit.block]
-        if not computed:  # an exit below a hybrid's first attention block: there is nothing to copy
+        if not computed:  # the exit is below a hybrid's first attention block, so there is nothing to copy
             for index in skipped:
                 self.backbone.project_keys(h, index, state, step)
             return
@@ -133,8 +133,8 @@ class Copy(Fill):
 class Defer(Fill):
     """The token waits at its exit; its skipped blocks run later, together with the next token that passes the exit.
 
-    Until then, every block of the longest tail remembers something of it, since the next token may run that tail: what the
-    token's own tail computed, and below that what `Project` stores. The later run replaces both by exact states.
+    Until then, every block of the longest tail needs some memory of the token, since the next token may run that tail. The
+    token's own tail computes it; blocks below get what `Project` stores. The later run replaces both by exact states.
     """
 
     name = "defer"
@@ -159,7 +159,7 @@ class Defer(Fill):
 
 
 class Verify(Defer):
-    """As `Defer`, and the full model's logits decide: the first draft that differs and all after it are rejected."""
+    """As `Defer`, but the full model's logits decide: the first draft that differs is rejected, with all after it."""
 
     name = "verify"
     verifies = True

@@ -43,8 +43,8 @@ class Head:
         """
         if sketch is None:
             raise BadInput(
-                f"{candidates} candidates cannot be read out: the exits hold no sketch of the head.",
-                "Give 0 for all tokens, or exits trained with --sketch.",
+                f"{candidates} candidates cannot be read out: the exits have no sketch of the head.",
+                "Give 0 for all tokens, or train exits with a sketch.",
             )
         if candidates > backbone.vocab_size:
             raise BadInput(

@@ -1,4 +1,4 @@
-"""Exits in the library's own API: `model.generate(**inputs, custom_generate=offramp.decoding(exits, fill="verify"))`.
+"""Exits in the library's own API: `model.generate(**inputs, custom_generate=offramp.decoding(exits, mode="exact"))`.
 
 The library also takes the name of a repository as `custom_generate`; the code of those that `offramp export` writes calls
 `generate_with_exits`.
@@ -16,11 +16,13 @@ from torch import Tensor
 
 from offramp.decode.batch import Batch
 from offramp.decode.engine import Engine
-from offramp.decode.fills import fill_named
+from offramp.decode.fills import FILLS
+from offramp.decode.modes import check_mode, mode_of, settled, usual_mode
 from offramp.decode.request import Decided, Request
 from offramp.decode.sampling import chooser
-from offramp.errors import BadInput, ExitsMismatch
-from offramp.exits.exits import Exits, belong, require_exits
+from offramp.errors import BadInput
+from offramp.exits.exit_set import ExitSet
+from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
 from offramp.exits.sharing import on_the_hub
 from offramp.model.backbone import Backbone
@@ -28,9 +30,9 @@ from offramp.model.checkpoint import fingerprint
 from offramp.model.loading import adopt
 
 UNSUPPORTED = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-# Arguments of the library's `generate` that would be lost on the way to exits, and what to do instead.
+# Arguments of the library's `generate` that do not reach the exits, and what to use instead.
 REFUSED = {
-    "assistant_model": 'With fill="verify", exits draft.',
+    "assistant_model": 'With mode="exact", exits draft.',
     "stop_strings": "Give a StopStringCriteria in stopping_criteria.",
     "token_healing": "Leave it out.",
     "inputs_embeds": "Give input_ids.",
@@ -43,22 +45,29 @@ REFUSED = {
 
 def generate_with_exits(
     model: Any,
-    fill: str,
+    mode: str | None = None,
     threshold: float | Sequence[float] | None = None,
     streamer: Any = None,
     revision: str | None = None,
+    fill: str | None = None,
     **arguments: Any,
 ) -> Any:
     """The library's `generate` with the exits of the repository, or folder, that the call names as `custom_generate`.
 
-    `threshold`: one number for all exits, or one for each, in place of the exits' own policy. `revision`: the
-    repository's. The rest is as for the library's `generate`, and goes through `decoding`. The model need not have been
-    given to offramp: what is made of it at the first call is kept with it, and made anew when its weights have changed.
+    `mode`: full, exact or early; for research, `fill` replaces the mode's own, or names the mode. `threshold`: one number
+    for all exits, or one for each, in place of the exits' own policy. `revision`: the repository's. The rest is as for the
+    library's `generate`, and goes through `decoding`. You need not give the model to offramp: the first call makes a
+    backbone of it and keeps it with the model; a later call makes it anew if the weights have changed.
 
-    Raises `BadInput` for an unknown fill and for arguments that exits cannot honour, and otherwise as `adopt`,
-    `require_exits` and `decoding` do.
+    Raises `BadInput` for an unknown mode and for arguments that exits cannot honour, and otherwise as `adopt`,
+    `ExitSet.load` and `decoding` do.
     """
-    verifies, settings = fill_named(fill).verifies, arguments.get("generation_config")
+    if mode in FILLS:  # as repositories of before call it
+        mode, fill = None, mode
+    mode = mode or (mode_of(fill) if fill else None)
+    if mode is not None:
+        check_mode(mode)
+    settings = arguments.get("generation_config")
     for name, hint in REFUSED.items():
         given = arguments.get(name, getattr(settings, name, None))
         if given is not None and given is not False:
@@ -66,13 +75,16 @@ def generate_with_exits(
     repository = _named_repository()
     if revision is not None and on_the_hub(repository):
         repository = f"{repository}@{revision}"
-    exits = require_exits(_adopted(model), repository, verifies)
-    custom = decoding(exits, _policy(exits, threshold), fill, streamer=streamer)
+    backbone = _adopted(model)
+    exits = ExitSet.load(repository, backbone)
+    mode = mode or (usual_mode(backbone, exits) if threshold is None else "early")
+    policy = None if threshold is None else _policy(settled(mode, exits, backbone, fill)[0], threshold)
+    custom = decoding(exits, policy, fill, mode=mode, streamer=streamer)
     return model.generate(custom_generate=custom, streamer=streamer, **arguments)
 
 
 def _named_repository() -> str:
-    """What the call of the library's `generate` that is under way names as `custom_generate`.
+    """The `custom_generate` argument of the library's `generate` that is running now.
 
     transformers 5.24 hands a repository's code all arguments but this one, and runs a copy of the code in another place.
     """
@@ -86,7 +98,7 @@ def _named_repository() -> str:
 
 
 class _Kept:
-    """The backbone that was made of the library's model, and is kept with it. Copies of the model begin without one."""
+    """Keeps a backbone with the library's model that it was made of. Copies of the model begin without one."""
 
     backbone: Backbone | None = None
     made_of: tuple[Any, ...] = ()
@@ -96,7 +108,7 @@ class _Kept:
 
 
 def _adopted(model: Any) -> Backbone:
-    """The backbone of a model: its owner's, or one that was made here and that the model still fits."""
+    """The backbone of a model: its owner's, or one that was made here and still has the model's weights."""
     kept: _Kept = vars(model).setdefault("_offramp", _Kept())
     known = Backbone.of(model)
     if known is not None and known is not kept.backbone:
@@ -108,9 +120,9 @@ def _adopted(model: Any) -> Backbone:
     return kept.backbone
 
 
-def _policy(exits: Exits, threshold: float | Sequence[float] | None) -> Policy | None:
-    if threshold is None:
-        return None
+def _policy(exits: Exits | None, threshold: float | Sequence[float]) -> Policy:
+    if exits is None:
+        raise BadInput("A threshold was given, but there are no exits.", "Leave it out, or choose another mode.")
     numbers = [threshold] * len(exits) if isinstance(threshold, int | float) else threshold
     try:
         return Policy(tuple(map(float, numbers)), exits.policy.confidence)
@@ -119,7 +131,13 @@ def _policy(exits: Exits, threshold: float | Sequence[float] | None) -> Policy |
 
 
 def decoding(
-    exits: Exits, policy: Policy | None = None, fill: str = "project", max_pending: int = 7, streamer: Any = None
+    exits: ExitSet | Exits | None,
+    policy: Policy | None = None,
+    fill: str | None = None,
+    *,
+    mode: str | None = None,
+    max_pending: int = 7,
+    streamer: Any = None,
 ) -> Callable[..., Any]:
     """A `custom_generate` for the library's `generate`; arguments as for `Engine`.
 
@@ -142,7 +160,7 @@ def decoding(
         seed = int(torch.randint(2**62, ())) if generation_config.do_sample else None
         # Rows may have the same prompt: each draws by a seed of its own.
         choosers = [chooser(logits_processor, None if seed is None else seed + row) for row in range(len(input_ids))]
-        engine = Engine(backbone, exits, policy, fill, max_pending=max_pending)
+        engine = Engine(backbone, exits, policy, fill, mode=mode, max_pending=max_pending)
         batch = engine.batch()
         masks = inputs.get("attention_mask")
         room, ends = generation_config.max_length - input_ids.shape[1], _end_ids(stopping_criteria)
@@ -162,7 +180,7 @@ def decoding(
 
 
 def _end_ids(stopping_criteria: Any) -> frozenset[int]:
-    """The tokens that end a text, as the library's criteria name them."""
+    """The tokens that end a text, by the library's criteria."""
     ids = [criterion.eos_token_id.tolist() for criterion in stopping_criteria if hasattr(criterion, "eos_token_id")]
     return frozenset(chain.from_iterable(ids))
 
@@ -205,26 +223,23 @@ def _check_supported(generation_config: Any) -> None:
 
 
 def _check_several(logits_processor: Any, streamer: Any) -> None:
-    """Raise `BadInput` for what is told about one text only."""
+    """Raise `BadInput` for arguments that only work with one text."""
     from transformers import PrefixConstrainedLogitsProcessor
 
     if streamer is not None:
-        raise BadInput("A streamer hears one text, not several at a time.", "Give one prompt, or no streamer.")
+        raise BadInput("A streamer works with one prompt, not with several.", "Give one prompt, or no streamer.")
     if any(isinstance(each, PrefixConstrainedLogitsProcessor) for each in logits_processor):
-        raise BadInput("A prefix_allowed_tokens_fn is asked about one text, not several at a time.", "Give one prompt.")
+        raise BadInput("A prefix_allowed_tokens_fn works with one prompt, not with several.", "Give one prompt.")
 
 
-def _backbone_of(model: Any, exits: Exits) -> Backbone:
+def _backbone_of(model: Any, exits: ExitSet | Exits | None) -> Backbone:
     """The backbone that `load` or `wrap` made of the library's model."""
     backbone = Backbone.of(model)
     if backbone is None:
         raise BadInput(
-            "This model was not given to offramp.",
+            "offramp did not load or wrap this model.",
             "Keep what offramp.load(name, keep=True) or offramp.wrap(model, tokenizer) returns, and use its `model`.",
         )
-    if not belong(exits.backbone, backbone):
-        raise ExitsMismatch(
-            f"The exits were trained for {exits.backbone['name']}, and {backbone.name} has other weights.",
-            f"Train exits for this model: offramp train {backbone.name} -o DIR",
-        )
+    if isinstance(exits, Exits) and not exits.owner.fits(backbone):
+        raise exits.owner.mismatch(backbone, "The exits")
     return backbone

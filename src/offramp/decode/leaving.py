@@ -1,9 +1,9 @@
-"""Leaving at an exit: which tokens do, and with which next token.
+"""Leaving at an exit: which tokens leave, and which next token they get.
 
 The gate reads the hidden state at the exit. Where it is sure, or where it says "perhaps" and there is a second key, the
 read-out runs: the adapter, then the exit's tail if it has one, then the head. With a second key, or with a confidence that
-needs no gate, the logits decide. With `verify`, a token that leaves is a draft, and must also pay (`decode.drafts`). What
-the tail's blocks remember of a token that then stays is taken back.
+needs no gate, the logits decide. With `verify`, a token that leaves is a draft, and must also pay (`decode.drafts`). If the
+token then stays, the tail's blocks forget it again.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _gate_says(plan: Plan, number: int, climb: Climb) -> float:
 
 
 def _lowest(plan: Plan, number: int, climb: Climb) -> float:
-    """What the gate's confidence must exceed, or the token goes on without a read-out."""
+    """The gate's confidence must exceed this, or the token goes on without a read-out."""
     index, policy = climb.sequence.exits[number].index, plan.policy
     threshold = _threshold(plan, number, climb, policy.threshold)
     return min(threshold, policy.perhaps[index]) if policy.has_key(index) else threshold
@@ -115,13 +115,13 @@ def _run_tail(plan: Plan, tail: int, climbs: list[Climb], adapted: list[Tensor])
 
 
 def _watch_tails(plan: Plan, climb: Climb) -> None:
-    """Let the tails' blocks be able to forget what a token leaves there, if that may be necessary."""
+    """Make sure that the tails' blocks can forget the newest tokens, if that may be necessary."""
     if plan.longest_tail and (plan.takes_back or climb.request.reads_all):
         climb.sequence.watch(plan.first_tail, plan.backbone.n_blocks)
 
 
 def _confidence(plan: Plan, number: int, readout: ReadOut, gate: float | None) -> tuple[float, bool]:
-    """How sure an exit is of a climb's newest token, whose gate has spoken, and whether the token leaves by the policy."""
+    """The exit's confidence in a climb's newest token, after the gate, and whether the token leaves by the policy."""
     climb, policy = readout.climb, plan.policy
     if gate is not None and gate > _threshold(plan, number, climb, policy.threshold):
         return gate, True
@@ -141,7 +141,7 @@ def _training_free(plan: Plan, kind: str, readout: ReadOut) -> float:
 
 
 def _choice(plan: Plan, readout: ReadOut) -> int | None:
-    """The next token that an exit chooses; None where nothing fits, since full depth reads out more tokens."""
+    """The next token that an exit chooses; None if no token fits. Full depth reads out more tokens."""
     request = readout.climb.request
     with plan.timed("sampling"):
         try:
@@ -151,7 +151,7 @@ def _choice(plan: Plan, readout: ReadOut) -> int | None:
 
 
 def _stands(climb: Climb, id: int, confidence: float, leaves: bool) -> bool:
-    """Whether a climb leaves with this token. A draft that the policy lets leave, but that is not kept, ends the asking."""
+    """Whether a climb leaves with this token. If only the policy says yes, not the draft rule, no more exits are asked."""
     if not climb.round:
         return leaves
     kept = climb.round.keeps_exits(id, confidence, leaves, climb.request.end_ids)
@@ -171,11 +171,11 @@ def _left(plan: Plan, number: int, readout: ReadOut, id: int, confidence: float)
     size, known = readout.h.shape[-1], sequence.deep
     middle = readout.h.new_zeros(1, 1, size * bool(plan.middle)) if known is None else known[..., size:].to(readout.h.dtype)
     sequence.deep = torch.cat([readout.h, middle], dim=-1)
-    return Decision(id, exit.block, confidence, climb.work, sequence.deep_passes, sequence.rejected)
+    return Decision(id, exit.block, confidence, climb.work, sequence.deep_passes, sequence.rejected, "exit")
 
 
 def _stay(plan: Plan, number: int, climb: Climb) -> None:
-    """Take back what an exit's tail remembers of a token that then stays."""
+    """Let an exit's tail forget a token that stays."""
     tail = climb.sequence.exits[number].tail
     if tail:
         climb.sequence.state.take_back(plan.backbone.n_blocks - tail)

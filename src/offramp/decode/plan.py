@@ -61,13 +61,11 @@ class Plan:
         lookup: int = 3,
     ) -> None:
         if max_pending < 1:
-            raise BadInput(f"At most {max_pending} waiting tokens is too few.", "Give 1 or more.")
+            raise BadInput(f"max_pending is {max_pending}, but at least one token must be able to wait.", "Give 1 or more.")
         self.backbone, self.max_pending = backbone, max_pending
         self.timed: Timed = untimed
         self._has_warned = False
         self.costs = Costs(backbone)
-        sampling = sampling or Sampling()
-        self.choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
         self.policy = policy or (exits.policy if exits else Policy(()))
         self.gate = exits.config.gate if exits else "gate"
         self._open(exits)
@@ -79,11 +77,16 @@ class Plan:
         self._exits, self._runtime = exits, backbone.runtime
         self.compiled: Stepper | None = CompiledStepper.of(self, exits)
         self._calibration: dict[str, Any] = exits.calibration if exits and policy is None else {}
+        self._sample(sampling or Sampling())
+
+    def _sample(self, sampling: Sampling | Choose) -> None:
+        """Choose tokens in this way from now on."""
+        self.choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
         if self._calibration and not self.fill.verifies:
             self._check_guarantee(sampling)
 
     def _open(self, exits: Exits | None) -> None:
-        """Divide the blocks at the exits that are open: those where a token may leave."""
+        """Divide the blocks at the open exits: those where a token may leave."""
         all_exits = list(exits or ())
         thresholds = self.policy.thresholds
         if len(thresholds) != len(all_exits):
@@ -95,7 +98,7 @@ class Plan:
             (exit, index) for index, exit in enumerate(all_exits) if self.policy.opens(index)
         ]
         exits_in_order, runtime = [exit for exit, _ in self.open_exits], self.backbone.runtime
-        # Gates and read-outs as they are run: with the backbone's compiled products, where it has them.
+        # The gates and read-outs that run: with the backbone's compiled products, if it has them.
         self.parts: dict[ExitPart, ExitPart] = {
             part: with_products(part, runtime.product_of) if isinstance(runtime, Compiled) else part
             for exit in exits_in_order
@@ -120,6 +123,11 @@ class Plan:
             self.exit_head = Head.sketched(backbone, costs, sketch, self.policy.exit_candidates)
 
     @property
+    def mode(self) -> str:
+        """The name of the mode (`decode.modes`) whose promise these rules keep."""
+        return "exact" if self.fill.verifies else "full" if self.is_full else "early"
+
+    @property
     def is_full(self) -> bool:
         """Whether answers are full depth's: no exit is open, and no sketch stands in for the head."""
         return not self.open_exits and self.head is self.whole_head
@@ -135,13 +143,11 @@ class Plan:
             lookup=self.lookup,
             ngrams=exits.ngrams if exits else None,
             most=min(self.max_pending, MOST_DRAFTS),
-            exits=exits,
-            block=self.segments[0].stop,
         )
 
     def stepper(self, choose: Choose) -> Stepper:
-        """What steps requests with this `choose`: compiled code if it serves the plan and `choose`, else the reference."""
-        if self._runtime is not self.backbone.runtime:  # the backbone has changed to other blocks
+        """The stepper for requests with this `choose`: compiled code if it can serve them, else the reference."""
+        if self._runtime is not self.backbone.runtime:  # the backbone now runs other blocks
             self._runtime, self.compiled = self.backbone.runtime, CompiledStepper.of(self, self._exits)
         if self.compiled and sampler_of(choose):
             return self.compiled
@@ -149,11 +155,11 @@ class Plan:
 
     @property
     def steppers_share(self) -> bool:
-        """Whether one stepper can go on with a text that another began: exits keep nothing of it."""
+        """Whether one stepper can go on with a text that another began. It can if exits keep nothing of the text."""
         return not self.open_exits or not (self.fill.waits or self._has_recurrent_parts)
 
     def may_cut(self, choose: Choose) -> bool:
-        """Whether a prompt gives the same bits wherever it is cut, as compiled code does it, and torch does not."""
+        """Whether a prompt gives the same bits wherever it is cut. Compiled code does so, and torch does not."""
         alone = self.stepper(choose) is self.compiled or not self._has_recurrent_parts
         return isinstance(self.backbone.runtime, Compiled) and alone
 
@@ -180,9 +186,9 @@ class Plan:
 
     @property
     def takes_back(self) -> bool:
-        """Whether what a token leaves in the tails' blocks may have to be forgotten.
+        """Whether the tails' blocks may have to forget a token that has run through them.
 
-        That is so where the read-out may refuse to let it leave, and where its exact states are to come.
+        That is so if the read-out may keep the token, or if its exact states come later.
         """
         has_keys = any(self.policy.has_key(index) for _, index in self.open_exits)
         return self.fill.waits or has_keys or self.policy.confidence != "gate"
@@ -199,7 +205,7 @@ class Plan:
             raise self.bad_numbers()
 
     def bad_numbers(self) -> BadNumbers:
-        """What to raise for logits that are not finite."""
+        """The error for logits that are not finite."""
         return BadNumbers(
             f"{self.backbone.name} gave NaN or infinite logits in {self.backbone.weight_format}.",
             "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
@@ -214,12 +220,12 @@ class Plan:
         used: dict[str, Any] = {"fill": self.fill.name, "weights": self.backbone.weight_format}
         if isinstance(sampling, Sampling):
             used |= {"temperature": sampling.temperature, "repetition_penalty": sampling.repetition_penalty}
-        self._warn(differences(self._calibration, used))
+        self._warn(differences(self._calibration, used), 6)  # so that the warning names the line that makes the engine
 
     def check_use(self, max_tokens: int, raw: bool | None = None) -> None:
         """Warn, once, if answers may be longer than those that the exits' policy was calibrated with.
 
-        Where it is known that prompts are `raw`, or that they are not, that is compared too.
+        If it is known whether prompts are `raw`, that is compared too.
         """
         if not self._calibration or self.fill.verifies or self._has_warned:
             return
@@ -227,10 +233,10 @@ class Plan:
         self._has_warned = bool(differs)
         self._warn(differs)
 
-    def _warn(self, differs: list[str]) -> None:
+    def _warn(self, differs: list[str], stacklevel: int = 4) -> None:
         if differs:
             warnings.warn(
-                f"These thresholds were calibrated with {' and '.join(differs)}: here they guarantee nothing. "
+                f"These thresholds were calibrated with {' and '.join(differs)}, so they guarantee nothing here. "
                 "Calibrate anew: offramp calibrate",
-                stacklevel=4,
+                stacklevel=stacklevel,
             )

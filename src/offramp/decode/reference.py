@@ -14,10 +14,10 @@ model's logits decide: drafts that agree stand, the first draft that differs is 
 rejected.
 
 Climbs that are furthest behind run first. So sequences that go deep wait for each other, and share one pass over the
-weights (in compiled blocks; in the library's, sequences take turns). Exits whose threshold is 1 never fire and are left
-out: full depth costs nothing extra.
+weights in compiled blocks. In the library's blocks, sequences take turns. Exits with a threshold of 1 never let a token
+leave and are left out, so full depth costs nothing extra.
 
-It is meant to be read. It drives any runtime's blocks, with exits of all kinds and any `choose`.
+This code is meant to be read. It runs with any runtime's blocks, exits of all kinds and any `choose`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from offramp.decode.drafts import Chunk, Round, Source
 from offramp.decode.embedding import embed_all
 from offramp.decode.leaving import leave
 from offramp.decode.request import Request
-from offramp.decode.sequence import Decision
+from offramp.decode.sequence import SOURCES, Decision
 
 if TYPE_CHECKING:
     from offramp.decode.plan import Plan
@@ -99,7 +99,7 @@ def set_out(plan: Plan, request: Request, round: Round | None) -> Climb:
     sequence, ids = request.sequence, request.sequence.ids
     if not round:
         return Climb(request, len(ids), may_leave=sequence.pending < plan.max_pending)
-    # What a grammar allows after a draft is not known before full depth has decided about it.
+    # A grammar cannot say what may follow a draft before full depth has decided about the draft.
     most = 0 if plan.drafts is None or hasattr(request.choose, "allowed") else min(plan.drafts.most, request.remaining - 1)
     while len(sequence.drafts) < most:
         guess = round.next(ids)
@@ -107,7 +107,7 @@ def set_out(plan: Plan, request: Request, round: Round | None) -> Climb:
             return Climb(request, len(ids), may_leave=True, round=round)
         if guess.source == Source.NOTHING or not round.keeps_free(guess, request.end_ids):
             break
-        sequence.drafts.append(Decision(guess.id, 0, None))
+        sequence.drafts.append(Decision(guess.id, 0, None, source=SOURCES[guess.source]))
         ids.append(guess.id)
     return Climb(request, len(ids), may_leave=False, round=round)
 
@@ -132,7 +132,7 @@ def embed(plan: Plan, climbs: list[Climb]) -> None:
 
 
 def run_segment(plan: Plan, number: int, climbs: list[Climb]) -> None:
-    """Run a segment's blocks for all climbs that are at it, in one pass over the weights. The exit at its end sees them."""
+    """Run a segment's blocks for all climbs at it, in one pass over the weights. Then the exit at its end sees them."""
     if not climbs:
         return
     start, stop = plan.segments[number].start, plan.segments[number].stop
@@ -176,7 +176,7 @@ def judge(plan: Plan, climbs: list[Climb]) -> dict[Request, list[Decision]]:
     decided = {}
     for head in dict.fromkeys((plan.head, plan.whole_head)):
         those = [climb for climb in climbs if head is (plan.whole_head if climb.request.reads_all else plan.head)]
-        # Before the rows of the newest token and of drafts come those of tokens that only waited.
+        # The rows of tokens that only waited come first, then those of the newest token and of drafts.
         hidden = [climb.hidden[:, -1 - len(climb.sequence.drafts) :] for climb in those]
         for climb, logits in zip(those, plan.logits_of(head, hidden) if those else [], strict=True):
             with climb.request.own():
@@ -187,10 +187,10 @@ def judge(plan: Plan, climbs: list[Climb]) -> dict[Request, list[Decision]]:
 
 
 def compare(plan: Plan, climb: Climb, logits: Tensor) -> list[Decision]:
-    """The drafts that full depth chooses too, then the token that it chooses instead of the first that differs.
+    """The drafts that full depth chooses too, then full depth's own token in place of the first draft that differs.
 
-    Row i of the logits (n, V) decides the position of draft i, and the last row that after all drafts. The drafts from the
-    token on that full depth chooses are rejected.
+    Row i of the logits (n, V) decides the position of draft i, and the last row that after all drafts. The drafts from that
+    token on are rejected.
     """
     sequence, drafts = climb.sequence, climb.sequence.drafts
     first = len(sequence.ids) - len(drafts)

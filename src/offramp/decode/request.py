@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.decode.detokenizer import Detokenizer
 from offramp.decode.sampling import Choose
-from offramp.decode.sequence import Decision, Sequence
+from offramp.decode.sequence import Decision, Sequence, TokenSource
 
 
 class Limits(TypedDict, total=False):
@@ -33,10 +33,11 @@ class Token:
     """One generated token.
 
     `exit_block` is the number of blocks before the exit that chose it (with `verify`, before the draft that stood), and the
-    model's depth for a token of full depth. `blocks` counts all blocks that were run for it: those before its exit, tails,
-    also of exits that then kept it, and blocks that ran for tokens deferred or taken back. `confidence` is that of the exit
-    where it left (None at full depth). `deep_passes` counts the chunks that have gone to the top so far, and `rejected` the
-    drafts that have been rejected so far.
+    model's depth for a token of full depth. `source` says what the token came from, and `drafted` whether it was a draft
+    that full depth confirmed. `blocks` counts all blocks that were run for it: those before its exit, the tails of all
+    exits that were asked, and blocks that ran for tokens deferred or taken back. `confidence` is that of the exit where it
+    left (None at full depth). `deep_passes` counts the chunks that have gone to the top so far, and `rejected` the drafts
+    that have been rejected so far.
     """
 
     id: int
@@ -48,11 +49,13 @@ class Token:
     cumulative_flops: int
     deep_passes: int
     rejected: int
+    source: TokenSource
+    drafted: bool
 
 
-def drafts_of(tokens: list[Token], depth: int) -> tuple[int, int]:
-    """With `verify`, how many drafts were made for an answer's tokens, and how many stood. `depth`: the model's blocks."""
-    stood = sum(token.exit_block < depth for token in tokens)
+def drafts_of(tokens: list[Token]) -> tuple[int, int]:
+    """How many drafts were made for an answer's tokens, and how many stood."""
+    stood = sum(token.drafted for token in tokens)
     return stood + (tokens[-1].rejected if tokens else 0), stood
 
 
@@ -63,9 +66,9 @@ FinishReason = Literal["stop", "length", "cancelled", "failed"]
 class Request:
     """A text to continue until an end token, a stop string or the limit.
 
-    `remaining`: the number of tokens that may still be generated; `tokens`: those generated so far. `pauses`: numbers of
-    the prompt's first tokens at which reading pauses, so that its state there can be kept. `error`: what ended the request
-    if its finish reason is "failed".
+    `remaining`: the number of tokens that may still be generated; `tokens`: those generated so far. `verified`: full depth
+    decides each token, so that those of other sources were drafts. `pauses`: positions in the prompt where reading pauses,
+    so that the state there can be kept. `error`: what ended the request if its finish reason is "failed".
     """
 
     sequence: Sequence
@@ -73,6 +76,7 @@ class Request:
     end_ids: frozenset[int]
     detokenizer: Detokenizer
     choose: Choose
+    verified: bool = False
     prefilled: bool = False
     pauses: list[int] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
@@ -81,19 +85,19 @@ class Request:
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        """Run what belongs to this request alone: an exception there ends this request, and no other."""
+        """Run code that belongs to this request alone: an exception in it ends this request, and no other."""
         try:
             yield
         except Exception as error:
             self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """End with an error. What the blocks remember may be half-written."""
+        """End with an error. The blocks' memory may be half-written."""
         self.finish_reason, self.error, self.sequence.whole = "failed", error, False
 
     @cached_property
     def reads_all(self) -> bool:
-        """Whether full depth reads out all tokens, even where a sketch of the head would name some: `choose` says so."""
+        """Whether `choose` asks full depth to read out all tokens, even if there is a sketch of the head."""
         return bool(getattr(self.choose, "reads_all", False))
 
     @cached_property
@@ -117,6 +121,8 @@ class Request:
             spent + decision.work.flops,
             decision.deep_passes,
             decision.rejected,
+            decision.source,
+            self.verified and decision.source != "full",
         )
         self.tokens.append(token)
         if ended or self.detokenizer.stopped:
@@ -128,7 +134,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A piece of a long prompt has been read: by now `tokens` of the `total` that are read before the first answer."""
+    """A piece of a long prompt has been read: now `tokens` of the `total` tokens before the answer."""
 
     request: Request
     tokens: int
@@ -162,7 +168,7 @@ Event = Reading | Prefilled | Decided | Finished
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished answer and what it cost.
+    """A finished answer and its cost.
 
     `blocks` is the model's depth N; `mean_blocks` is the tokens' mean `blocks`. `flops_saved` is 1 − FLOPs of decoding
     (blocks, fills, gates, read-outs, heads) / FLOPs of full-depth decoding of the same tokens, both without the prefill.
@@ -179,6 +185,7 @@ class Generation:
     acceptance_rate: float | None
     prefill_seconds: float
     decode_tokens_per_second: float
+    mode: str
     fill: str
     thresholds: dict[int, float]
     policy: str
@@ -191,11 +198,11 @@ class Generation:
 
 
 class Talk:
-    """A text that grows turn by turn. The next request with this talk uses again what was computed for the text."""
+    """A text that grows turn by turn. The next request with this talk reuses the memory of the text."""
 
     def __init__(self, sequence: Sequence | None = None) -> None:
         self.sequence = sequence
 
     def fork(self) -> Talk:
-        """A second talk with the same beginning."""
+        """A copy of this talk, which goes on independently."""
         return Talk(self.sequence.fork() if self.sequence else None)

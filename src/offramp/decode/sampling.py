@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from offramp.errors import BadInput
-from offramp.settings import setting
+from offramp.settings import RESEARCH, setting
 
 if TYPE_CHECKING:  # the command line reads the fields of `Sampling`, and must not wait for torch
     import numpy as np
@@ -33,19 +33,20 @@ class Sampling:
     """
 
     temperature: float = setting(0.0, "0 takes the most probable token; above 0, tokens are drawn.")
-    top_k: int = setting(0, "Draw from this many most probable tokens; 0: from all.")
+    top_k: int = setting(0, "Draw from so many of the most probable tokens (0: from all).")
     top_p: float = setting(1.0, "Draw from the most probable tokens that together have this probability.")
     min_p: float = setting(0.0, "Draw from tokens with at least this share of the highest probability.")
     seed: int = setting(0, "Seed of the draws.")
-    repetition_penalty: float = setting(1.0, "Repetition penalty; 1 is none.")
+    repetition_penalty: float = setting(1.0, "Repetition penalty; 1 is none.", panel=RESEARCH)
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise BadInput(
-                f"A temperature of {self.temperature} is not a finite number from 0 on.", "0 takes the most probable token."
+                f"A temperature of {self.temperature} is not a finite number of 0 or more.",
+                "0 takes the most probable token.",
             )
         if self.top_k < 0:
-            raise BadInput(f"The {self.top_k} most probable tokens cannot be kept.", "0 keeps all.")
+            raise BadInput(f"A top-k of {self.top_k} is below 0.", "0 keeps all.")
         if not 0 < self.top_p <= 1:
             raise BadInput(f"A top-p of {self.top_p} is not in (0, 1].", "1 keeps all tokens.")
         if not 0 <= self.min_p <= 1:
@@ -54,7 +55,7 @@ class Sampling:
             raise BadInput(f"A repetition penalty of {self.repetition_penalty} is not positive.", "1 is no penalty.")
 
     def chooser(self) -> Sampler:
-        """What chooses tokens by these settings."""
+        """A `Choose` with these settings."""
         return Sampler(*astuple(self))
 
 
@@ -95,13 +96,13 @@ class Sampler(Sampling):
 def chooser(processors: Any, seed: int | None) -> Choose:
     """A function that applies the library's `processors` to the logits and takes the best token, or draws with a seed.
 
-    It is a `Sampler` where its settings say the same.
+    It is a `Sampler` if settings can express the processors.
     """
     return _sampler(processors, seed) or (lambda logits, ids: _best(processors, seed, logits, ids))
 
 
 def _sampler(processors: Any, seed: int | None) -> Sampler | None:
-    """The settings by which a `Sampler` does what these processors do; None if there are none."""
+    """The settings of a `Sampler` that does the same as these processors; None if there are none."""
     settings: dict[str, Any] = {}
     if processors:
         import transformers as library
@@ -140,7 +141,7 @@ def _most_probable(logits: Tensor) -> int:
 
 
 def noise(seed: int, position: int, tokens: int | np.ndarray) -> np.ndarray:
-    """Gumbel noise in float32 for these tokens, or for the first so many.
+    """Gumbel noise in float32 for these tokens, or for the first n of all.
 
     It is a function of the seed, the position and each token, by hashes (core/choose.h).
     """

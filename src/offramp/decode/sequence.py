@@ -1,4 +1,4 @@
-"""What one sequence keeps between decoding steps, and how it forgets rejected drafts."""
+"""The memory of one sequence between decoding steps, and how it forgets rejected drafts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -18,16 +18,16 @@ from offramp.exits.parts import ExitPart, Memory
 from offramp.model.compiled.session import Session
 from offramp.model.runtime import AnyState
 
-ID_BYTES = 64  # of a Python integer in two lists
+ID_BYTES = 64  # bytes of a Python integer that stands in two lists
 TokenIds = TypeVar("TokenIds", list[int], tuple[int, ...])
 
 
 class Follower:
     """A gate or a read-out that follows one sequence.
 
-    `see` tells it every token's hidden state at its exit, once and in order, and runs it there and then if it is recurrent.
-    `read` gives the output for the newest token. `crop` can forget the tokens seen since `settle`.
-    Raises `TypeError` for a part that returns a memory and does not declare `recurrent`: its memory would be lost.
+    `see` takes every token's hidden state at its exit, once and in order; a recurrent part runs at once. `read` gives the
+    output for the newest token. `crop` can forget the tokens seen since `settle`. Raises `TypeError` for a part that
+    returns a memory and does not declare `recurrent`: its memory would be lost.
     """
 
     def __init__(self, part: ExitPart, run: ExitPart | None = None) -> None:
@@ -36,9 +36,9 @@ class Follower:
         self.flops_per_token = part.flops()
         self.length = 0  # tokens that a recurrent part has been run on
         self._memory: Memory = None
-        self._newest: Tensor | None = None  # the newest token: its hidden state, or of a recurrent part the output
+        self._newest: Tensor | None = None  # the newest token's hidden state, or the output for it if the part is recurrent
         self._settled: tuple[int, Memory] = (0, None)  # the number of settled tokens, and the memory after them
-        self._seen: list[Tensor] = []  # what a recurrent part was run on since `settle`
+        self._seen: list[Tensor] = []  # the inputs of a recurrent part since `settle`
 
     def see(self, h: Tensor) -> int:
         """Take the hidden states h (1, T, …) of T more tokens that reached the exit. Returns the FLOPs spent."""
@@ -62,7 +62,7 @@ class Follower:
         return out, self.flops_per_token
 
     def settle(self) -> None:
-        """Make all tokens so far final: `crop` cannot forget them any more, and `read` not read them."""
+        """Make all tokens so far final: after that, `crop` cannot forget them, and `read` cannot read them."""
         self._settled, self._seen, self._newest = (self.length, self._memory), [], None
 
     def crop(self, length: int) -> None:
@@ -76,7 +76,7 @@ class Follower:
             self.see(kept)
 
     def fork(self) -> Follower:
-        """A second follower that has seen the same tokens. Both share the weights."""
+        """A copy of this follower, which has seen the same tokens and shares the weights."""
         twin = copy.copy(self)
         twin._seen = [*self._seen]
         if self._memory is not None:
@@ -88,14 +88,14 @@ class Follower:
 
     @property
     def bytes(self) -> int:
-        """The bytes of what it keeps."""
+        """The bytes of its memory."""
         kept = [*self._seen, *(self._memory or ()), *(self._settled[1] or ())]
         return sum({id(part): part.nbytes for part in kept}.values())
 
 
 @dataclass
 class OpenExit:
-    """An open exit with what it keeps for one sequence.
+    """An open exit with its memory of one sequence.
 
     `index`: its place in the policy. `gated`: whether its gate decides. `pending`: hidden states (1, n, D) of tokens that
     left here and whose deeper blocks are still to be run, oldest first.
@@ -164,12 +164,17 @@ class Work(NamedTuple):
 NO_WORK = Work()
 
 
+# What a token came from: full depth, an exit, the text (prompt look-up), or the table of n-grams; in the C library's order.
+TokenSource = Literal["full", "exit", "text", "table"]
+SOURCES: tuple[TokenSource, ...] = get_args(TokenSource)
+
+
 @dataclass(frozen=True)
 class Decision:
     """A chosen token, the number of blocks before the exit that chose it, its confidence (None at full depth), the work.
 
     `deep_passes` and `rejected`: the chunks of the sequence that have gone to the top so far, and the drafts that have been
-    rejected.
+    rejected. `source`: what the token came from.
     """
 
     id: int
@@ -178,17 +183,18 @@ class Decision:
     work: Work = NO_WORK
     deep_passes: int = 0
     rejected: int = 0
+    source: TokenSource = "full"
 
 
 @dataclass
 class Sequence:
-    """The tokens of one text and what has been computed of them.
+    """The tokens of one text, and the memory of them.
 
-    `ids`: prompt, decided tokens, drafts. All but the last have been run through the blocks before the first exit.
-    Tokens that are pending at a later exit are older than those at an earlier one. `drafts`: the newest ids, not verified
-    yet. `deep` (1, 1, …): the top hidden state of the token before the newest, or its read-out's output if it left early;
-    beside it a middle state, if read-outs read one, of the last token that full depth has run.
-    `whole`: no step failed half-way, so what the blocks remember is right. `estimates`: what is learned from its drafts.
+    `ids`: prompt, decided tokens, drafts. All but the last have been run through the blocks before the first exit. Tokens
+    that are pending at a later exit are older than those at an earlier one. `drafts`: the newest ids, not verified yet.
+    `deep` (1, 1, …): the top hidden state of the token before the newest, or its read-out's output if it left early; beside
+    it a middle state, if read-outs read one, of the last token that full depth has run. `whole`: no step failed half-way,
+    so the blocks' memory is right. `estimates`: those that its drafts taught.
     """
 
     ids: list[int]
@@ -206,15 +212,15 @@ class Sequence:
     stepper: object = None  # which began it
 
     def continued_by(self, ids: list[int], open_exits: list[tuple[Exit, int]]) -> bool:
-        """Whether these ids begin with all that has been run and go on, at the same open exits, so it can be used again."""
+        """Whether the sequence can be used again: these ids begin with all that have been run, at the same open exits."""
         same_exits = [(exit.exit, exit.index) for exit in self.exits] == open_exits
         begins = self.run < len(ids) and self.ids[: self.run] == ids[: self.run]
         return self.whole and begins and same_exits and not self.drafts
 
     def forget_what_differs(self, ids: list[int]) -> None:
-        """Forget what was run of a text that goes on unlike these ids: tokens decided ahead that nobody took, or an edit.
+        """Forget the tokens from where the text differs from these ids: tokens decided ahead that nobody took, or an edit.
 
-        Only attention can, so it is done where nothing else remembers.
+        This is done only if attention alone remembers, since nothing else can forget.
         """
         length = begin_alike([self.ids, ids])
         if self.whole and 0 < length < self.run and not self.exits and self.state.can_forget(length):
@@ -238,7 +244,7 @@ class Sequence:
     def settle(self) -> None:
         """Make all tokens final: none of them is a draft any more.
 
-        While tokens are pending, what they left in the tails' blocks can still be forgotten.
+        While tokens are pending, the tails' blocks can still forget them.
         """
         self.drafts = []
         if self.watched and not self.pending:
@@ -278,7 +284,7 @@ class Sequence:
         )
 
     def go_on_from(self, other: Sequence, remaining: int) -> None:
-        """Take over what another sequence has computed of a text that begins alike; `remaining` more tokens are to come."""
+        """Take over another sequence's memory of a text that begins alike; `remaining` more tokens are to come."""
         twin = other.fork()
         self.state, self.exits, self.deep, self.run = twin.state, twin.exits, twin.deep, twin.run
         self.watched, self.estimates = twin.watched, twin.estimates
@@ -286,16 +292,16 @@ class Sequence:
 
     @property
     def bytes(self) -> int:
-        """The bytes that a fork takes: those of the blocks' and the exits' memories, and about those of the ids."""
+        """The bytes that a fork takes: the memories of blocks and exits, and an estimate for the ids."""
         deep = 0 if self.deep is None else self.deep.nbytes
         exits = sum(follower.bytes for follower in self.followers)
         return self.state.bytes + exits + deep + ID_BYTES * len(self.ids)
 
 
 def begin_alike(prompts: Collection[TokenIds]) -> int:
-    """How many ids all prompts begin with, such as those of a chat template; at least one id of each is left out."""
+    """The number of ids that all prompts begin with, such as a chat template's. At least one id of each is left out."""
     if not prompts:
         return 0
-    pairs = zip(min(prompts), max(prompts), strict=False)  # of prompts in order, the first and the last differ soonest
+    pairs = zip(min(prompts), max(prompts), strict=False)  # in sorted order, the first and the last differ soonest
     count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     return min(count, min(map(len, prompts)) - 1)

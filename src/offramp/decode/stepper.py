@@ -18,7 +18,7 @@ class Stepper(Protocol):
         """Read and decide. Returns the decisions of each request that has any, in the order of `deciding`.
 
         `reading`: requests, each with the position up to which its prompt is to be read at full depth, beyond what was read
-        before. `deciding`: requests whose prompts have been read but for the last token. Decisions may go on after one that
-        ends the text. What goes wrong for one request alone goes to its `fail`, and that request has no decisions.
+        before. `deciding`: requests whose prompts have been read except for the last token. There may be decisions after
+        the one that ends the text. An error of one request alone goes to its `fail`, and that request has no decisions.
         """
         ...

@@ -1,4 +1,4 @@
-"""How fast decoding is: at full depth beside `transformers` on the same weights, and fills beside one another.
+"""How fast decoding is: at full depth beside `transformers` on the same weights, and engines beside one another.
 
 Runs take turns (A B A B …), and a ratio is the median over pairs, so that a slow minute of the machine affects both sides.
 A rate counts the tokens after the first, and so leaves out the prefill.
@@ -7,7 +7,7 @@ A rate counts the tokens after the first, and so leaves out the prefill.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -16,11 +16,8 @@ import torch
 
 from offramp.decode.engine import Engine
 from offramp.decode.request import Generation
-from offramp.decode.sampling import Sampling
 from offramp.decode.timing import Timer, untimed
 from offramp.errors import BadInput
-from offramp.exits.exits import Exits
-from offramp.exits.policy import Policy
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import kernels
@@ -71,18 +68,16 @@ class Comparison:
     tokens: int
     pairs: int
     prompt_tokens: int
-    repetition_penalty: float
     machine: dict[str, Any] = field(default_factory=_machine)
 
 
 @dataclass(frozen=True)
-class FillSpeed:
-    """How fast a fill decodes, compared with the first fill.
+class EngineSpeed:
+    """How fast an engine decodes, compared with the first one.
 
-    `ratio`: its rate over the first fill's, the median of the pairs; `spread`: the lowest and highest pair; `equal`: share
+    `ratio`: its rate over the first one's, the median of the pairs; `spread`: the lowest and highest pair; `equal`: share
     of the places of the longer of two answers at which both have the same token; `parts_ms`: the parts of a token's time,
-    in ms; `acceptance_rate`: share of
-    drafts that stood, None without drafts.
+    in ms; `acceptance_rate`: share of drafts that stood, None without drafts.
     """
 
     tokens_per_second: float
@@ -97,115 +92,80 @@ class FillSpeed:
 
 
 @dataclass(frozen=True)
-class FillComparison:
-    """Fills beside one another. `ratio` is the last fill's rate over the first's."""
+class EngineComparison:
+    """Engines beside one another, by name. `ratio` is the last one's rate over the first one's."""
 
     model: str
     what: str
     weights: str
     ratio: float
-    fills: dict[str, FillSpeed]
+    speeds: dict[str, EngineSpeed]
     tokens: int
     prompts: int
     pairs: int
-    repetition_penalty: float
     machine: dict[str, Any] = field(default_factory=_machine)
 
 
-def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5, sampling: Sampling | None = None) -> Comparison:
+def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> Comparison:
     """Decode `tokens` tokens with offramp and with `transformers`' generate, in turn, `pairs` times after a warm-up.
-
-    Of `sampling`, both have the repetition penalty.
 
     The backbone must have been loaded with `keep=True`. Raises `BadInput` for more tokens than the context holds.
     """
-    prompt = backbone.prompts.encode(PROMPT) if backbone.tokenizer else _random_ids(backbone, 16)
-    _check_fits(backbone, len(prompt) + tokens)
-    sampling = sampling or Sampling()
-    engine, penalty = Engine(backbone, sampling=sampling), sampling.repetition_penalty
+    prompt = _encoded(backbone, [PROMPT], tokens)[0]
+    engine = Engine(backbone)
     _our_rate(engine, prompt, 8)
-    _their_rate(backbone, prompt, 8, penalty)
-    rates = _in_turn(
-        lambda: _our_rate(engine, prompt, tokens), lambda: _their_rate(backbone, prompt, tokens, penalty), pairs
+    _their_rate(backbone, prompt, 8)
+    rates = [(_our_rate(engine, prompt, tokens), _their_rate(backbone, prompt, tokens)) for _ in range(pairs)]
+    ratios = [our_rate / their_rate for our_rate, their_rate in rates]
+    our_rates, their_rates = ([pair[side] for pair in rates] for side in (0, 1))
+    dtype = str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch.")
+    return Comparison(
+        model=backbone.name,
+        what="decoding",
+        ratio=median(ratios),
+        spread=(min(ratios), max(ratios)),
+        ours=Side(f"offramp ({backbone.engine})", backbone.weight_format, median(our_rates), our_rates),
+        theirs=Side("transformers generate", dtype, median(their_rates), their_rates),
+        parts_ms=parts_of_a_token(engine, [prompt], tokens),
+        tokens=tokens,
+        pairs=pairs,
+        prompt_tokens=len(prompt),
     )
-    parts = parts_of_a_token(engine, [prompt], tokens)
-    return _comparison(backbone, ("decoding", "generate"), rates, parts, (tokens, len(prompt)), penalty)
 
 
-def compare_prefill(backbone: Backbone, tokens: int, pairs: int = 5) -> Comparison:
-    """As `compare`, for the prefill of `tokens` random tokens up to the logits of the next one."""
-    _check_fits(backbone, tokens)
-    ids = torch.tensor([_random_ids(backbone, tokens)], device=backbone.device)
+def compare_engines(
+    engines: dict[str, Engine], tokens: int = 48, pairs: int = 5, texts: Sequence[str] = PROMPTS
+) -> EngineComparison:
+    """Decode answers to prompts with each engine, `pairs` times after a warm-up. They take turns, prompt by prompt.
 
-    @torch.inference_mode()
-    def read_ours() -> None:
-        h, step = backbone.embed(ids)
-        h = backbone.run(h, 0, backbone.n_blocks, backbone.state(tokens), step)
-        backbone.logits(h[:, -1:]).sum().item()
-
-    @torch.inference_mode()
-    def read_theirs() -> None:
-        backbone.model(ids, use_cache=True, logits_to_keep=1).logits.sum().item()
-
-    def rate(read: Callable[[], None]) -> float:
-        started = time.perf_counter()
-        read()
-        return tokens / (time.perf_counter() - started)
-
-    rate(read_ours)
-    rate(read_theirs)
-    rates = _in_turn(lambda: rate(read_ours), lambda: rate(read_theirs), pairs)
-    return _comparison(backbone, ("prefill", "forward"), rates, {}, (tokens, tokens))
-
-
-def compare_fills(
-    backbone: Backbone,
-    fills: dict[str, Exits | None],
-    policies: dict[str, Policy | None],
-    tokens: int = 48,
-    pairs: int = 5,
-    texts: Sequence[str] = PROMPTS,
-    sampling: Sampling | None = None,
-) -> FillComparison:
-    """Decode answers to prompts with each fill, `pairs` times after a warm-up. Fills take turns, prompt by prompt.
-
-    A fill without exits is full depth. A policy in `policies` replaces that of the fill's exits. Raises `BadInput` for more
-    tokens than the context holds.
+    All engines have the same model. Raises `BadInput` for more tokens than the context holds.
     """
-    sampling = sampling or Sampling()
-    prompts = [backbone.prompts.encode(text) for text in texts] if backbone.tokenizer else [_random_ids(backbone, 16)]
-    _check_fits(backbone, max(map(len, prompts)) + tokens)
-
-    engines = {
-        fill: Engine(backbone, exits, policies.get(fill) if exits else None, fill if exits else "project", sampling)
-        for fill, exits in fills.items()
-    }
+    first = next(iter(engines))
+    backbone = engines[first].backbone
+    prompts = _encoded(backbone, texts, tokens)
 
     def answers_of_all() -> dict[str, list[Generation]]:
-        made: dict[str, list[Generation]] = {fill: [] for fill in fills}
+        made: dict[str, list[Generation]] = {name: [] for name in engines}
         for prompt in prompts:
-            for fill, engine in engines.items():
-                made[fill].append(engine.generate(prompt, max_tokens=tokens))
+            for name, engine in engines.items():
+                made[name].append(engine.generate(prompt, max_tokens=tokens))
         return made
 
     answers = answers_of_all()
-    rounds = [{fill: _rate_of(made) for fill, made in answers_of_all().items()} for _ in range(pairs)]
-    first = next(iter(fills))
+    rounds = [{name: _rate_of(made) for name, made in answers_of_all().items()} for _ in range(pairs)]
     speeds = {}
-    for fill in fills:
-        ratios = [rates[fill] / rates[first] for rates in rounds]
-        speeds[fill] = _fill_speed(
-            answers[fill],
+    for name, engine in engines.items():
+        ratios = [rates[name] / rates[first] for rates in rounds]
+        speeds[name] = _speed(
+            answers[name],
             answers[first],
-            tokens_per_second=median(rates[fill] for rates in rounds),
+            tokens_per_second=median(rates[name] for rates in rounds),
             ratio=median(ratios),
             spread=(min(ratios), max(ratios)),
-            parts_ms=parts_of_a_token(engines[fill], prompts, tokens),
+            parts_ms=parts_of_a_token(engine, prompts, tokens),
         )
-    last = speeds[fill].ratio
-    weights = backbone.weight_format
-    penalty = sampling.repetition_penalty
-    return FillComparison(backbone.name, "decoding", weights, last, speeds, tokens, len(prompts), pairs, penalty)
+    last = speeds[name].ratio
+    return EngineComparison(backbone.name, "decoding", backbone.weight_format, last, speeds, tokens, len(prompts), pairs)
 
 
 def parts_of_a_token(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, float]:
@@ -239,7 +199,7 @@ def _rate_of(answers: list[Generation]) -> float:
     return tokens / sum(len(answer.tokens) / answer.decode_tokens_per_second for answer in answers)
 
 
-def _fill_speed(answers: list[Generation], first: list[Generation], **measured: Any) -> FillSpeed:
+def _speed(answers: list[Generation], first: list[Generation], **measured: Any) -> EngineSpeed:
     ends = [answer.tokens[-1] for answer in answers]
     count = sum(len(answer.tokens) for answer in answers)
     pairs = [zip(answer.ids, reference.ids, strict=False) for answer, reference in zip(answers, first, strict=True)]
@@ -247,7 +207,7 @@ def _fill_speed(answers: list[Generation], first: list[Generation], **measured: 
     early = sum(token.exit_block < answer.blocks for answer in answers for token in answer.tokens)
     rejected = sum(end.rejected for end in ends)
     drafts = any(answer.acceptance_rate is not None for answer in answers)
-    return FillSpeed(
+    return EngineSpeed(
         thresholds=answers[0].thresholds,
         equal=sum(id == first_id for pair in pairs for id, first_id in pair) / places,
         mean_blocks=sum(token.blocks for answer in answers for token in answer.tokens) / count,
@@ -257,48 +217,18 @@ def _fill_speed(answers: list[Generation], first: list[Generation], **measured: 
     )
 
 
-def _check_fits(backbone: Backbone, tokens: int) -> None:
-    if tokens > backbone.context:
-        raise BadInput(f"{tokens} tokens do not fit {backbone.name}, which holds {backbone.context}.", "Take fewer.")
+def _encoded(backbone: Backbone, texts: Sequence[str], tokens: int) -> list[list[int]]:
+    """The prompts as ids; random ones for a model without a tokenizer.
 
-
-def _random_ids(backbone: Backbone, length: int) -> list[int]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, backbone.vocab_size, (length,), generator=generator).tolist()
-
-
-def _in_turn(our_run: Callable[[], float], their_run: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
-    return [(our_run(), their_run()) for _ in range(pairs)]
-
-
-def _comparison(
-    backbone: Backbone,
-    calls: tuple[str, str],
-    rates: list[tuple[float, float]],
-    parts: dict[str, float],
-    sizes: tuple[int, int],
-    penalty: float = 1.0,
-) -> Comparison:
-    """The `Comparison` of pairs of rates, ours and theirs, in tokens a second.
-
-    `calls`: what was measured, and the name of the library's call; `sizes`: the number of tokens, and of prompt tokens.
+    Raises `BadInput` where `tokens` more would not fit the model's context.
     """
-    ratios = [our_rate / their_rate for our_rate, their_rate in rates]
-    our_rates, their_rates = ([pair[side] for pair in rates] for side in (0, 1))
-    dtype = str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch.")
-    return Comparison(
-        model=backbone.name,
-        what=calls[0],
-        ratio=median(ratios),
-        spread=(min(ratios), max(ratios)),
-        ours=Side(f"offramp ({backbone.engine})", backbone.weight_format, median(our_rates), our_rates),
-        theirs=Side(f"transformers {calls[1]}", dtype, median(their_rates), their_rates),
-        parts_ms=parts,
-        tokens=sizes[0],
-        pairs=len(rates),
-        prompt_tokens=sizes[1],
-        repetition_penalty=penalty,
-    )
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(0, backbone.vocab_size, (16,), generator=generator).tolist()
+    prompts = [backbone.prompts.encode(text) for text in texts] if backbone.tokenizer else [random]
+    needed = max(map(len, prompts)) + tokens
+    if needed > backbone.context:
+        raise BadInput(f"{needed} tokens do not fit {backbone.name}, which holds {backbone.context}.", "Take fewer.")
+    return prompts
 
 
 class _Times:
@@ -329,7 +259,7 @@ def _our_rate(engine: Engine, prompt: list[int], tokens: int) -> float:
 
 
 @torch.inference_mode()
-def _their_rate(backbone: Backbone, prompt: list[int], tokens: int, penalty: float) -> float:
+def _their_rate(backbone: Backbone, prompt: list[int], tokens: int) -> float:
     clock = _Times()
     ids = torch.tensor([prompt], device=backbone.device)
     backbone.model.generate(
@@ -338,7 +268,6 @@ def _their_rate(backbone: Backbone, prompt: list[int], tokens: int, penalty: flo
         max_new_tokens=tokens,
         min_new_tokens=tokens,
         do_sample=False,
-        repetition_penalty=penalty,
         streamer=clock,
     )
     return clock.rate(1)

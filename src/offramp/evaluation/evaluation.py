@@ -77,7 +77,7 @@ class Condition:
     def info(self) -> ConditionInfo:
         """The condition as a Result keeps it."""
         if self.exits is None:
-            return ConditionInfo(self.name, None, None, None, None)
+            return ConditionInfo(self.name, None, None, None, None, "")
         long = {"tested", "untested", "pilot_hashes"}
         calibration = {name: value for name, value in self.exits.calibration.items() if name not in long}
         own = calibration if self.policy is None else None

@@ -39,10 +39,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which weights ran, in which format.
-
-    `sha256` is their fingerprint (`checkpoint.fingerprint`). In results of earlier versions it is a hash of their files.
-    """
+    """Which weights ran, in which format. `sha256` is their fingerprint (`checkpoint.fingerprint`)."""
 
     name: str
     sha256: str
@@ -62,7 +59,7 @@ class ConditionInfo:
     gate: str | None
     policy: Policy | None
     calibration: dict[str, Any] | None
-    label: str = ""
+    label: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class TaskInfo:
     note: str
     max_tokens: int
     batch: int
-    repetition_penalty: float = 1.0
+    repetition_penalty: float
 
 
 def penalty_words(penalty: float) -> str:

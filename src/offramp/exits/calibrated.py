@@ -1,4 +1,4 @@
-"""The record of a calibration, how a use of exits differs from it, and whether a stranger's record has the right types."""
+"""The record of a calibration: what it holds, how a use of exits differs from it, and a check of strangers' records."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from offramp.exits.policy import Policy
 
-LARGEST_NUMBER = 1 << 30  # of a whole number in a stranger's record
+LARGEST_NUMBER = 1 << 30  # largest whole number in a stranger's record
 
 
 @dataclass(frozen=True)
 class Tested:
     """A policy on the path, and whether it passed.
 
-    `loss`: its mean loss on the prompts of the test, for answers of at most `length` tokens, where that is largest. What it
-    saved is a mean over whole answers.
+    `loss`: its mean loss on the prompts of the test, for answers of at most `length` tokens. That is the length with the
+    largest loss. Savings are means over whole answers.
     """
 
     policy: Policy
@@ -33,9 +33,9 @@ class Calibration:
     """The guarantee of a calibration: `policy` keeps the expected `loss` at `risk` or less, with probability 1 − `delta`.
 
     That holds for a limit of `max_tokens` tokens, and for each lower one. `pilot` prompts found the path, and `n` others
-    tested it; `pilot_hashes` are the former's (`exits.learned`). `tested` holds the policies of the path up to the first
-    that failed, and `untested` those after it. If none passed, `policy` is closed, and `needed` is the number of test
-    prompts with which the first one would have passed, or None if it would not with any. `raw`: the prompts took no chat
+    tested it; `pilot_hashes` are hashes of the first (`exits.learned`). `tested` holds the policies of the path up to the
+    first that failed, and `untested` those after it. If none passed, `policy` is closed. Then `needed` is the number of
+    test prompts with which the first one would have passed, or None if no number would do. `raw`: the prompts had no chat
     template.
     """
 
@@ -73,10 +73,7 @@ def differences(calibration: dict[str, Any], used: dict[str, Any]) -> list[str]:
     found = []
     for name, value in used.items():
         tested = calibration.get(name, {"temperature": 0.0, "repetition_penalty": 1.0}.get(name, value))
-        if name == "max_tokens" and isinstance(tested, list | tuple):
-            lengths = ", ".join(map(str, tested))
-            found.append(f"a mixture of answers of at most {lengths} tokens, and not with each length for itself")
-        elif name == "max_tokens":
+        if name == "max_tokens":
             found += [f"answers of at most {tested} tokens, not {value}"] if value > tested else []
         elif name == "raw":
             found += ["prompts as they are" if tested else "the model's chat template"] if value != tested else []
@@ -88,18 +85,13 @@ def differences(calibration: dict[str, Any], used: dict[str, Any]) -> list[str]:
 
 
 def check_types(made: Any) -> None:
-    """Raises `TypeError` where a dataclass, made from a stranger's JSON, holds a value of another type than it says."""
+    """Raises `TypeError` if a dataclass, made from a stranger's JSON, holds a value of a wrong type."""
     _check_fields(type(made), {item.name: getattr(made, item.name) for item in fields(made)})
 
 
 def check_calibration(record: dict[str, Any]) -> None:
-    """Raises `TypeError`, or what `Policy.from_json` raises, where a stranger's record is no calibration's.
-
-    Earlier versions wrote fewer fields, and several lengths as `max_tokens`.
-    """
-    lengths = record.get("max_tokens", 0)
-    for length in lengths if lengths and isinstance(lengths, list) else [lengths]:
-        _check_fields(Calibration, {**record, "max_tokens": length})
+    """Check a stranger's record of a calibration. Raises `TypeError`, or as `Policy.from_json` does."""
+    _check_fields(Calibration, record)
 
 
 def _check_fields(kind: Any, record: dict[str, Any]) -> None:

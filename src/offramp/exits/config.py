@@ -1,4 +1,4 @@
-"""What exits are made of, and the places that they get by default."""
+"""The shape of exits, and their default places."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExitsConfig:
-    """What a set of exits is made of.
+    """The shape of a set of exits.
 
     `layers`: for each exit, the number of blocks that run before it (0 for a deep read-out, which then reads the
     embedding). `tails`: for each exit, how many of the model's last blocks run after its adapter (0: none); empty where no
     exit has a tail. Widths are bottlenecks, in dims. `shortlist`: read out only this many frequent tokens (0: all).
-    `sketch`: dims of a sketch of the head (0: none). `ngrams`: slots of a table of n-grams, which drafts come from, too
-    (0: none). `middle`: a deep read-out also reads the state of the token before after so many blocks (0: it does not).
+    `sketch`: dims of a sketch of the head (0: none). `ngrams`: slots of a table of n-grams for drafts (0: none). `middle`:
+    a deep read-out also reads the previous token's state after so many blocks (0: it does not).
     """
 
     layers: tuple[int, ...]
@@ -70,16 +70,16 @@ class ExitsConfig:
                 f"A sketch of {self.sketch} dims cannot be made.",
                 f"Give a multiple of 32, at most {backbone.hidden_size}; 0 for none.",
             )
-        # The Mamba parts are made of heads of 32 dims.
+        # Mamba parts have heads of 32 dims.
         for width, unit, part in ((self.gate_width, 16, "gate"), (self.readout_width, 32, "read-out")):
             if width < unit or width % unit:
                 raise OfframpError(f"A {part} {width} dims wide cannot be made.", f"Give a multiple of {unit}.")
 
 
 def suggested_places(n_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where exits go by default, and their tails: after a third, a half and two thirds of the blocks, with a tenth of them.
+    """The default places: exits after a third, a half and two thirds of the blocks, with tails of a tenth of the blocks.
 
-    The first exit, which knows least, gets one block more where that is not much.
+    In models of 20 blocks or more, the tail of the first exit, which knows least, is one block longer.
     """
     layers = sorted({min(n_blocks - 1, max(1, math.floor(n_blocks * part + 0.5))) for part in (1 / 3, 1 / 2, 2 / 3)})
     tail = max(1, round(n_blocks / 10))

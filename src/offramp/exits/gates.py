@@ -41,8 +41,8 @@ class FFNGate(ExitPart):
 class MambaGate(ExitPart):
     """A Mamba block whose output projection gives one logit (DYNAMAX), in a bottleneck of `width`.
 
-    Unlike the paper's gate, it also has a direct linear path and dropout. Trained on some ten thousand tokens, the block
-    alone overfits: it ranks the tokens of new text worse than a linear gate does.
+    Unlike the paper's gate, it also has a direct linear path and dropout. The block alone overfits if it is trained on some
+    ten thousand tokens: on new text, it ranks tokens worse than a linear gate.
     """
 
     recurrent = True
@@ -62,7 +62,7 @@ class MambaGate(ExitPart):
 
 
 def compiled(gate: ExitPart, dtype: torch.dtype) -> CompiledPart | None:
-    """The gate as a part of the C library, with its matrices in `dtype`; None for one of another kind."""
+    """The gate as a part of the C library, with its matrices in `dtype`; None for an unknown kind of gate."""
     if isinstance(gate, MambaGate):
         return _compiled_mamba(gate, dtype)
     if not isinstance(gate, LinearGate | FFNGate):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 LONGEST_CONTEXT, SHORTEST_CONTEXT = 4, 2  # tokens of a context
-SLOTS = 1 << 19  # of the largest table: 4 MB
-FULLEST = 0.7  # share of the slots that are taken
-LEAST = 0.45  # chance of a token to follow, below which it is not kept
+SLOTS = 1 << 19  # slots of the largest table: 4 MB
+FULLEST = 0.7  # largest share of slots that are taken
+LEAST = 0.45  # a token is kept if its chance to follow is at least this
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ngrams:
         if any((part.dtype, *part.shape) != (torch.int32, slots) for part in (self.keys, self.values)):
             raise ValueError(f"keys and values of n-grams must be {slots} int32 numbers each")
         if not slots or slots & (slots - 1) or bool(self.keys.all()):
-            raise ValueError(f"a table of n-grams cannot have {slots} slots, all of them taken")
+            raise ValueError(f"a table of n-grams needs empty slots, and a power of 2 of slots: it has {slots}")
         if int(((self.values.long() & 0xFFFFFFFF) >> 8).max()) >= vocabulary:
             raise ValueError(f"its table of n-grams names tokens beyond the vocabulary of {vocabulary}")
 
@@ -57,8 +57,8 @@ def ngrams_of(texts: Iterable[tuple[Tensor, Tensor, Tensor]], before: Ngrams | N
     """The table of texts: ids (T,), the token that the model chose after each (T,), and whether that counts (T,).
 
     A token that followed b times out of n has a chance of b / (n + 2): a guess from few texts is often wrong on others.
-    What the texts do not say comes from a table `before`. Where there are too many contexts, the most frequent ones are
-    kept; `most` is the number of slots.
+    Contexts that are not in the texts come from a table `before`. If there are too many contexts for `most` slots, the most
+    frequent ones are kept.
     """
     arrays = [tuple(part.numpy().astype(np.uint32) for part in text) for text in texts]
     found = [_likeliest(*_contexts(arrays, length)) for length in range(SHORTEST_CONTEXT, LONGEST_CONTEXT + 1)]
@@ -97,7 +97,7 @@ def _contexts(texts: list[tuple[np.ndarray, ...]], length: int) -> tuple[np.ndar
 
 
 def _likeliest(keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each key, the token that follows it most often, how often it does, and how often any does."""
+    """For each key, the token that follows it most often, how often it does so, and how often any token follows."""
     pairs, counts = np.unique(keys.astype(np.uint64) << np.uint64(32) | tokens, return_counts=True)
     own = (pairs >> np.uint64(32)).astype(np.uint32)
     order = np.lexsort((-counts, own))
@@ -108,7 +108,7 @@ def _likeliest(keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _table(keys: np.ndarray, values: np.ndarray, slots: int) -> tuple[Tensor, Tensor]:
-    """The keys and values in a hash table with linear probing. Frequent ones come first, and are found soonest."""
+    """The keys and values in a hash table with linear probing. Frequent keys go in first, so they are found soonest."""
     table, stored, mask = np.zeros(slots, np.uint32), np.zeros(slots, np.uint32), slots - 1
     for key, value in zip(keys.tolist(), values.tolist(), strict=True):
         slot = key & mask

@@ -1,4 +1,4 @@
-"""What gates and read-outs are made of: their common base, the scale of what they read, and a small Mamba-2 block.
+"""The building blocks of gates and read-outs: a common base, the scale of their inputs, and a small Mamba-2 block.
 
 Shapes: B batch, T tokens, D the backbone's hidden size.
 """
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from offramp.model.costs import matrix_flops
 from offramp.model.scan import causal_conv, scan
 
-# What a recurrent part carries from token to token: the convolution's window (B, W - 1, E + 2N) and the scan's state
-# (B, H, P, N). None before the first token, and for parts that carry nothing.
+# The memory of a recurrent part: the convolution's window (B, W - 1, E + 2N) and the scan's state (B, H, P, N). None before
+# the first token, and for parts without a memory.
 Memory = tuple[Tensor, Tensor] | None
 
 
@@ -30,7 +30,7 @@ class ExitPart(nn.Module):
     recurrent: ClassVar[bool] = False
 
     def flops(self) -> int:
-        """FLOPs of one token: 2 for each entry of a weight matrix, and what Mamba blocks add (`MambaBlock.scan_flops`)."""
+        """FLOPs of one token: 2 for each entry of a weight matrix, and those of Mamba scans (`MambaBlock.scan_flops`)."""
         blocks = [part for part in self.modules() if isinstance(part, MambaBlock)]
         convolutions = sum(2 * block.conv_weight.numel() for block in blocks)  # `scan_flops` counts them already
         return matrix_flops(self) - convolutions + sum(block.scan_flops() for block in blocks)
@@ -50,7 +50,7 @@ class Product(nn.Module):
 def with_products(part: ExitPart, product_of: Callable[[nn.Linear], Callable[[Tensor], Tensor]]) -> ExitPart:
     """A copy of a gate or a read-out for decoding, in which `product_of` says how each linear layer is multiplied."""
     layers = [layer for layer in part.modules() if isinstance(layer, nn.Linear)]
-    # A copy takes what its memo has for an object, so the layers' own weights are not copied.
+    # `deepcopy` takes these layers from its memo, so it does not copy their weights.
     return copy.deepcopy(part, {id(layer): Product(product_of(layer)) for layer in layers})
 
 
@@ -96,7 +96,7 @@ class Standardise(nn.Module):
     """Standardises each dim of hidden states (…, D) by its mean and spread over the training text, and clamps to ±8.
 
     Hidden states have dims a hundred times larger than others, and tokens (often the first) a thousand times larger
-    ("massive activations", arXiv 2402.17762): a part that learns for minutes cannot also learn to undo that.
+    ("massive activations", arXiv 2402.17762). A part that learns for minutes cannot also learn to undo that.
     """
 
     mean: Tensor
@@ -119,6 +119,6 @@ class Standardise(nn.Module):
 def unit(h: Tensor) -> Tensor:
     """Hidden states (…, D) scaled to a root mean square of 1.
 
-    The final norm does the same later. At this scale, a correction of ordinary size can turn a hidden state.
+    The final norm does the same later. At this scale, a correction of ordinary size can change the direction of a state.
     """
     return h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)

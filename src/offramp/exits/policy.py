@@ -36,7 +36,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 TRAINING_FREE: dict[str, Callable[[Tensor], Tensor]] = {"max-prob": max_prob, "margin": margin, "entropy": entropy}
-# The number of open exits in a row, ending with this one, that read out the same token, over the number of open exits.
+# Patience: the number of open exits in a row, up to this one, that read out the same token, over that of all open exits.
 PATIENCE = "patience"
 CONFIDENCES = ("gate", *TRAINING_FREE, PATIENCE)
 
@@ -46,10 +46,10 @@ class Policy:
     """A token leaves at the first exit whose confidence is above its threshold.
 
     `thresholds` has one number in [0, 1] for each exit. 1 closes the exit. 0 lets every token leave, and no gate is asked.
-    `decay` (tokens; 0: none) makes the beginning of an answer stricter: after t tokens the threshold λ is
-    0.9 λ + 0.1 exp(−t / decay) (CALM, section 3.4). `candidates` (tokens; 0: all) limits the read-out, at exits and at the
-    top, to the tokens that the exits' sketch of the head ranks highest, because the head of a large vocabulary costs many
-    blocks; `exit_candidates` (0: as many as `candidates`) limits it at exits only.
+    `decay` (tokens; 0: none) makes the beginning of an answer stricter: after t tokens the threshold λ is 0.9 λ + 0.1
+    exp(−t / decay) (CALM, section 3.4). `candidates` (tokens; 0: all) limits the read-out, at exits and at the top, to the
+    tokens that the exits' sketch of the head ranks highest: the head of a large vocabulary costs as much as many blocks;
+    `exit_candidates` (0: as many as `candidates`) limits it at exits only.
 
     Exits may have a second key. Where the gate's confidence is at most the threshold but above `perhaps`, the exit reads
     out, and the token leaves if the read-out's own confidence, `key` (max-prob or margin), is above `keys`. Both have one
@@ -73,7 +73,7 @@ class Policy:
         if self.perhaps or self.keys:
             if not len(self.perhaps) == len(self.keys) == len(self.thresholds):
                 raise BadInput(
-                    f"{len(self.perhaps)} and {len(self.keys)} numbers do not make second keys for {len(self.thresholds)} "
+                    f"Second keys of {len(self.perhaps)} and {len(self.keys)} numbers do not fit {len(self.thresholds)} "
                     "exits.",
                     "Give 'perhaps' and 'keys' one number for each exit.",
                 )
@@ -96,7 +96,7 @@ class Policy:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Policy:
-        """The policy of a record that `dataclasses.asdict` made, or an earlier version, which knew fewer fields."""
+        """The policy of a record that `dataclasses.asdict` made; fields that it lacks have their defaults."""
         lists = {name: tuple(map(float, record.get(name, ()))) for name in ("thresholds", "perhaps", "keys")}
         return cls(**{**record, **lists})
 
@@ -113,7 +113,7 @@ class Policy:
         return self._decayed(self.thresholds[exit], decided)
 
     def key_threshold(self, exit: int, decided: int) -> float:
-        """What the second key of an exit must exceed for the token that follows `decided` tokens of the answer."""
+        """The threshold of an exit's second key for the token that follows `decided` tokens of the answer."""
         return self._decayed(self.keys[exit], decided)
 
     def _decayed(self, threshold: float, decided: int) -> float:
@@ -127,7 +127,7 @@ class Policy:
         return ", ".join([self.confidence_name(gate), " ".join(self.in_words()), *self.extras])
 
     def in_words(self) -> list[str]:
-        """For each exit, what must be exceeded to leave there."""
+        """The thresholds of each exit, in words."""
         words = [show_threshold(threshold) for threshold in self.thresholds]
         for exit, (perhaps, key) in enumerate(zip(self.perhaps, self.keys, strict=True)):
             if self.has_key(exit):

@@ -1,7 +1,7 @@
-"""Read-outs: an adapter that turns the hidden state at an exit into what the backbone reads next.
+"""Read-outs: an adapter that prepares the hidden state at an exit for the part of the backbone that reads it next.
 
-Without a tail, that is the final norm and the head. With a tail of m blocks, it is the model's own last m blocks: the exit
-jumps over the middle of the network, and the adapter maps the state after block k to where block N - m + 1 expects it.
+Without a tail, that part is the final norm and the head. With a tail of m blocks, it is the model's own last m blocks: the
+exit jumps over the middle of the network, and the adapter maps the state after block k to one that block N - m + 1 expects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from offramp.model.compiled.weights import GROUP, Weight
 
 
 class Jump(nn.Module):
-    """What every adapter before a tail has: a full linear map, and the scale of the states that the tail expects.
+    """The common part of all adapters before a tail: a full linear map, and the scale of the states that the tail expects.
 
     The adapter's output is h + spread ⊙ (W x + c), for the hidden state h, its standardised form x, and the correction c of
     the kind of read-out. `spread` (D,) is the standard deviation, over the training text, of the states before the tail.
@@ -32,9 +32,9 @@ class Jump(nn.Module):
         self.register_buffer("spread", torch.ones(hidden))
 
     def fit(self, x: Tensor, h: Tensor, target: Tensor) -> Tensor:
-        """Start from the linear map that takes h (n, D), standardised x (n, D), nearest to `target` (n, D).
+        """Start from the linear map that brings h (n, D), standardised x (n, D), closest to `target` (n, D).
 
-        x may have more columns. The map of these is returned, (D, K − D).
+        If x has more columns than D, their map (D, K − D) is returned.
         """
         self.spread.copy_(target.std(0).clamp(min=1e-6))
         ones = torch.ones(len(x), 1, device=x.device)
@@ -50,7 +50,7 @@ class Jump(nn.Module):
 
 
 def _nearest(x: Tensor, y: Tensor) -> Tensor:
-    """The map (D, K), a little shrunk, that takes x (n, K) nearest to y (n, D)."""
+    """The map (D, K), a little shrunk, that brings x (n, K) closest to y (n, D)."""
     x = x.double()
     gram = x.T @ x
     gram.diagonal().add_(1e-2 * len(x))
@@ -61,8 +61,8 @@ def _nearest(x: Tensor, y: Tensor) -> Tensor:
 class Readout(ExitPart):
     """Base of read-outs: hidden states (B, T, D) → (B, T, D), which the tail, or the final norm and the head, then read.
 
-    `reads`: how many states of the token before it reads beside the hidden state (deep memory), of which the first is the
-    top one: (B, T, (1 + reads) D). A subclass gives the `correction` of a hidden state.
+    `reads`: how many states of the previous token it also reads (deep memory), the top one first: (B, T, (1 + reads) D). A
+    subclass gives the `correction` of a hidden state.
     """
 
     reads: int = 0
@@ -73,7 +73,7 @@ class Readout(ExitPart):
         self.norm = Standardise(hidden)
 
     def correction(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """Standardised hidden states x (B, T, D) → what is added to them, and the new memory."""
+        """Standardised hidden states x (B, T, D) → the correction, and the new memory."""
         raise NotImplementedError
 
     def forward(self, h: Tensor, memory: Memory = None) -> tuple[Tensor, Memory]:
@@ -141,9 +141,9 @@ class DeepAdapter(Readout):
 
     The top state of the token before holds most of what a shallow block lacks; EAGLE (arXiv 2401.15077) drafts from it
     alone, and EAGLE-3 (arXiv 2503.01840) from states of several depths. Reads x (B, T, (1 + reads) D): the hidden state,
-    the top one, and with `reads` = 2 a middle one. In a run of drafts a token's own deep states are unknown when the next
-    token is drafted. The read-out's output (or the tail's) stands in for the top one, and the middle one stays that of the
-    last token that full depth has run.
+    the top one, and with `reads` = 2 a middle one. In a run of drafts, the deep states of the previous token are unknown.
+    The read-out's output (or the tail's) replaces the top one. The middle one stays that of the last token that full depth
+    has run.
     """
 
     def __init__(self, hidden: int, width: int, tail: int = 0, reads: int = 1) -> None:
@@ -154,12 +154,13 @@ class DeepAdapter(Readout):
         self.up = nn.Linear(inputs, width, bias=False)
         self.down = nn.Linear(width, hidden, bias=False)
         nn.init.zeros_(self.down.weight)
-        with torch.no_grad():  # until `fit`, it passes on the hidden state alone
+        with torch.no_grad():  # before `fit`, the output is the hidden state alone
             self.skip.weight.zero_() if tail else self.skip.weight.copy_(torch.eye(hidden, inputs) / 2)
 
     def fit(self, h: Tensor, deep: Tensor, target: Tensor) -> None:
-        """Start from the linear map of h (n, D) and the deep states (n, reads · D) nearest to `target` (n, D): the state
-        before the tail, or without a tail the one at the top.
+        """Start from the linear map of h (n, D) and the deep states (n, reads · D) that comes closest to `target` (n, D).
+
+        The target is the state before the tail, or without a tail the one at the top.
         """
         x = self._inputs(self.norm(h), deep)
         with torch.no_grad():
@@ -173,8 +174,10 @@ class DeepAdapter(Readout):
         return torch.cat([known, *map(unit, deep.chunk(self.reads, dim=-1))], dim=-1)
 
     def maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The read-out as two maps: `skip`, `gate` and `up` one above the other, (D + 2W, (1 + reads) D), the constant that
-        is added to their product, (D + 2W,), and `down` (D, W). A jump's direct map is part of `skip`.
+        """The read-out as a map, a constant that is added to its product, and `down` (D, W).
+
+        The map (D + 2W, (1 + reads) D) is `skip`, `gate` and `up`, one above the other. The constant is (D + 2W,). A jump's
+        direct map is part of `skip`.
         """
         skip, constant = self.skip.weight.detach().clone(), torch.zeros(len(self.skip.weight) + 2 * len(self.gate.weight))
         if self.jump is not None:
@@ -191,9 +194,9 @@ class DeepAdapter(Readout):
 
 
 def compiled(readout: ExitPart, kind: type[Weight], dtype: torch.dtype = torch.float32) -> CompiledPart | None:
-    """The read-out as a part of the C library; None for one that sees the tokens before.
+    """The read-out as a part of the C library; None for a recurrent one.
 
-    Its maps are kept as weights of this kind: in `dtype`, or as integers where their rows are cut into whole groups.
+    Its maps are weights of this kind: in `dtype`, or as integers if their rows are a whole number of groups long.
     """
     if isinstance(readout, NoAdapter):
         return CompiledPart("readout")
@@ -217,7 +220,7 @@ def compiled(readout: ExitPart, kind: type[Weight], dtype: torch.dtype = torch.f
 
 
 def _maps(readout: LinearAdapter | FFNAdapter) -> tuple[Tensor, Tensor, Tensor]:
-    """What `DeepAdapter.maps` gives. Without a jump, there is no direct map."""
+    """As `DeepAdapter.maps`. Without a jump, there is no direct map."""
     if isinstance(readout, LinearAdapter):
         inward, down = [readout.down.weight], readout.up.weight
     else:

@@ -10,7 +10,7 @@ Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -21,15 +21,15 @@ from offramp.model.checkpoint import Values
 from offramp.model.compiled.library import library
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.families import UNBOUNDED, Family, family_of
+from offramp.model.hooks import device_of, is_offloaded
 from offramp.model.hub import Source
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
-from offramp.model.offload import device_of, is_offloaded
 from offramp.model.prompts import Prompts
 from offramp.model.runtime import AnyState, BlockInput, Runtime, Step
 from offramp.model.store import Store
 
-__all__ = ["Backbone", "BlockInput", "Runtime", "Step"]
+__all__ = ["Backbone", "BlockInput", "HasBackbone", "Runtime", "Step", "backbone_of"]
 
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,7 +42,7 @@ _BACKBONES: WeakKeyDictionary[Any, ReferenceType[Backbone]] = WeakKeyDictionary(
 
 
 def no_compiled(name: str, format: str, why: str, hint: str = PLAIN) -> UnsupportedModel:
-    """What to raise for a model that compiled blocks cannot run."""
+    """The error for a model that compiled blocks cannot run."""
     return UnsupportedModel(f"{name} has no compiled blocks in {format}: {why}.", hint)
 
 
@@ -85,7 +85,7 @@ class Backbone:
 
     @classmethod
     def of(cls, model: Any) -> Backbone | None:
-        """The backbone that was last made of the library's `model`, if it is still in use."""
+        """The newest backbone that was made of the library's `model`, if it is still in use."""
         backbone = _BACKBONES.get(model)
         return None if backbone is None else backbone()
 
@@ -136,9 +136,9 @@ class Backbone:
     def use_compiled_blocks(self, format: str, store: Store | None = None, values: Values | None = None) -> None:
         """Run compiled blocks and a compiled head from now on, with weights in this format (see `weights.FORMATS`).
 
-        `store` keeps the converted weights. `values` reads those of a model on the meta device. In a model that is in
-        memory, a quantised format also replaces the library's own weights, by the quantised ones. Raises
-        `UnsupportedModel`, with the reason, where there are no compiled blocks for this model in this format.
+        `store` keeps the converted weights. `values` reads those of a model on the meta device. If the model is in memory,
+        a quantised format also replaces the library's own weights. Raises `UnsupportedModel`, with the reason, where there
+        are no compiled blocks for this model in this format.
         """
         require_compiled(self.name, self.family, format, self.device)
         if is_offloaded(self.model):
@@ -163,8 +163,8 @@ class Backbone:
             raise BadInput(f"Keys and values cannot be kept in '{dtype}'.", f"Choose from {', '.join(KV_DTYPES)}.")
         if not isinstance(self.runtime, Compiled) or not self.runtime.keeps_keys:
             raise UnsupportedModel(
-                f"{self.name} has no compiled attention whose keys and values could be kept in {dtype}.",
-                "Leave the choice out (--kv).",
+                f"{self.name} runs without compiled attention, so its keys and values cannot be kept in {dtype}.",
+                "Leave the choice out (kv).",
             )
         self.runtime.keep_keys_in(KV_DTYPES[dtype])
 
@@ -193,7 +193,7 @@ class Backbone:
         self.runtime.drop_spare_weights()
 
     def state(self, capacity: int = 256) -> AnyState:
-        """An empty memory for all blocks. So many tokens are expected; it grows."""
+        """An empty memory for all blocks, with room for so many tokens; it grows where more come."""
         return self.runtime.state(capacity)
 
     def window(self, index: int) -> int | None:
@@ -219,13 +219,13 @@ class Backbone:
         return self.runtime.run_all([(h, state, step)], start, stop)[0]
 
     def run_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> list[Tensor]:
-        """`run` for several states at once. In compiled blocks, this is one pass over the weights."""
+        """Do `run` for several states at once. Compiled blocks read their weights once for all of them."""
         return self.runtime.run_all(parts, start, stop)
 
     def project(self, h: Tensor, start: int, stop: int, state: AnyState, step: Step) -> None:
         """Store what blocks `start` to `stop` - 1 would remember if each of them saw `h` (B, T, D) as its input.
 
-        Attention blocks compute only keys and values, with their own input norm and projections. This is CALM's state
+        Attention blocks compute only keys and values, by their own input norm and projections. This is CALM's state
         propagation (arXiv 2207.07061, section 3.2). Mamba blocks compute only what feeds their convolution and state
         (`mamba.remember`).
         """
@@ -264,14 +264,14 @@ class Backbone:
         def logits(h: Tensor) -> Tensor:
             raw = read_out(h)
             finished = self._finished(raw)
-            if finished is not raw:  # a soft cap would make finite numbers of the others' −inf
+            if finished is not raw:  # a soft cap would turn the −inf of the other tokens into finite numbers
                 finished = torch.where(raw == float("-inf"), raw, finished)
             return finished
 
         return logits
 
     def final(self, h: Tensor) -> Tensor:
-        """The final norm of h (…, D) in float32, which the head is multiplied with."""
+        """The final norm of h (…, D) in float32: the head's input."""
         return self.runtime.final(h)
 
     def head_weight(self) -> Tensor:
@@ -282,3 +282,17 @@ class Backbone:
         """Token ids (B, T) → logits (B, T, V) at full depth. The memory is empty at the start and is not kept."""
         h, step = self.embed(ids)
         return self.logits(self.run(h, 0, self.n_blocks, self.state(ids.shape[1]), step))
+
+
+class HasBackbone(Protocol):
+    """An object that holds a backbone, such as the `Model` that `offramp.load` gives."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone."""
+        ...
+
+
+def backbone_of(model: Backbone | HasBackbone) -> Backbone:
+    """The backbone of a model, or the backbone itself."""
+    return model if isinstance(model, Backbone) else model.backbone

@@ -23,9 +23,9 @@ from offramp.files import cache_folder, read_json
 from offramp.model.headers import DTYPES, Place, read_gguf, read_safetensors, rows_of
 
 PIECE = 1 << 22  # entries of a tensor that are converted at once
-RECORD = "offramp-source.json"  # in a folder of the cache that was made of a GGUF file: where that file is
+RECORD = "offramp-source.json"  # a file in the cache folder of a GGUF file's model; it says where the GGUF file is
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EDITION = 2  # of the fingerprint; raise it when the same weights get another one
+EDITION = 2  # version of the fingerprint; raise it when the same weights get another fingerprint
 SAMPLE = 1024  # entries of a tensor that its fingerprint looks at
 GOLDEN = 0x9E3779B97F4A7C15  # the golden ratio's fraction, times 2 ** 64
 ROW_WISE = {"TensorProcessor", "Gemma2TensorProcessor", "MambaTensorProcessor"}  # of the library: they move no rows
@@ -81,7 +81,7 @@ class Gguf:
 
         architecture, places = read_gguf(file)
         self._processor = library.TENSOR_PROCESSORS.get(architecture, library.TensorProcessor)(model.config.to_dict())
-        # The library would ask this of each module of the model, too, which takes long.
+        # The library would look up the names module by module, which takes long.
         flat = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=list)
         names = library.get_gguf_hf_weights_map(flat, self._processor)
         self._own_names = {names[own]: own for own in places if own in names}
@@ -94,7 +94,7 @@ class Gguf:
 
         shapes = {}
         for name, place in self._places.items():
-            # The library's change of a tensor is a function of numpy arrays; this one takes no memory.
+            # The library's change is a function of a numpy array; this array takes no memory.
             changed = self._changed(name, np.broadcast_to(np.float32(-1), place.shape))
             if changed is not None:
                 shapes[name] = tuple(changed.shape)
@@ -113,7 +113,7 @@ class Gguf:
             return self.rows(name, 0, rows_of(self.shapes[name])).flatten()[places]
         from gguf import GGML_QUANT_SIZES, dequantize
 
-        # The library changes each entry of such a tensor by itself, so blocks can stand for rows.
+        # The library changes each entry of such a tensor by itself, so blocks of entries can be treated as rows.
         entries, size = GGML_QUANT_SIZES[self._places[name].kind]
         blocks = self._places[name].read_each(places // entries, size).numpy()
         changed = self._changed(name, dequantize(blocks, self._places[name].kind))
@@ -134,16 +134,16 @@ class Gguf:
         return torch.from_numpy(changed.copy())
 
     def _changed(self, name: str, values: Any) -> Any:
-        """What the library makes of a tensor of the file; None if it makes several tensors of it."""
+        """The tensor that the library makes of one in the file; None if it makes several of it."""
         try:
             result = self._processor.process(values, self._own_names[name], parsed_parameters={"tensors": {}})
-        except Exception as error:  # a tensor of a shape that the library does not expect there
+        except Exception as error:  # the library does not expect a tensor of this shape here
             raise ValueError(f"'{self._own_names[name]}' cannot have the shape {values.shape}") from error
         return result.weights if result.name else None
 
 
 def gguf_of(folder: Path) -> Path | None:
-    """The GGUF file that has a folder's weights, if offramp made the folder in its cache; no other folder is believed."""
+    """The GGUF file with a folder's weights. Only a folder that offramp made in its cache can name one."""
     if folder.resolve().parent != (cache_folder() / "gguf").resolve():
         return None
     named = read_json(folder / RECORD).get("gguf")
@@ -153,9 +153,9 @@ def gguf_of(folder: Path) -> Path | None:
 def weights_in(folder: Path) -> list[Path]:
     """The files that hold the weights of a folder's model.
 
-    They are the GGUF file that offramp made the folder of. Else they are, as the library has it, `model.safetensors`, or
-    those that the index names, or all safetensors files. Raises `CorruptFile` for an index that names anything but files
-    beside it.
+    If offramp made the folder of a GGUF file, it is that file. Otherwise, as in the library, they are `model.safetensors`,
+    or the files that the index names, or all safetensors files. Raises `CorruptFile` for an index that names none, or names
+    files outside the folder.
     """
     if gguf := gguf_of(folder):
         return [gguf]
@@ -168,14 +168,14 @@ def weights_in(folder: Path) -> list[Path]:
     plain = (isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") for name in names)
     if not names or not all(plain):
         raise CorruptFile(
-            f"{folder / INDEX} does not name the files of weights beside it.",
-            "Fetch the model again. An index names no other folder.",
+            f"{folder / INDEX} must name the files of weights, all in its own folder.",
+            "Fetch the model again.",
         )
     return sorted({folder / name for name in names})
 
 
 def checkpoint_for(folder: Path, model: Any) -> Checkpoint | None:
-    """The weights in a folder, if they are the library's `model` tensor by tensor; else None: the library may convert them.
+    """The weights in a folder, if their tensors are those of the library's `model`; None if it would convert them.
 
     Raises `ValueError` or `OSError` for damaged files.
     """
@@ -256,12 +256,13 @@ class Values:
 
 
 def fingerprint(model: Any, values: Values | None = None) -> str:
-    """What identifies a model's weights, whatever dtype they are in and wherever they were loaded from.
+    """A hash that identifies a model's weights, whatever their dtype and wherever they were loaded from.
 
     SHA-256 over the name and shape of each parameter, and 1,024 scattered entries of it, rounded to bfloat16.
     """
     values, digest = values or Values(), hashlib.sha256()
-    tied = getattr(model, "all_tied_weights_keys", {})  # accelerate's hooks make two tensors of one that is offloaded
+    # accelerate's hooks turn one offloaded tensor that is tied into two tensors
+    tied = getattr(model, "all_tied_weights_keys", {})
     for name, parameter in sorted(model.named_parameters()):
         if parameter.is_meta and name in tied:
             continue

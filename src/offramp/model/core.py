@@ -1,7 +1,7 @@
-"""The compiled C code: libraries that were installed with the package, of which one fits this processor best.
+"""The compiled C code. Several libraries are installed with the package; the fastest one for this processor is loaded.
 
-`core/variants.txt` says which there may be, and what each needs. The environment variable `OFFRAMP_CORE` names another one
-than the best, or the file of a library, or "none".
+`core/variants.txt` lists the libraries, and what each needs. The environment variable `OFFRAMP_CORE` chooses another one:
+its name, the file of a library, or "none".
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ UNUSABLE = f"The compiled library cannot be used ({{}}), {SLOW}"
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library for this processor, or None where there is none, which a warning says.
+    """The library for this processor. If there is none, a warning says so, and the result is None.
 
-    Raises `OfframpError` for one that `OFFRAMP_CORE` names and that cannot be had, and in a clone for one that was not made
-    from the sources there.
+    Raises `OfframpError` if the library that `OFFRAMP_CORE` names cannot be used, and in a clone if the library was made
+    from other sources than those there.
     """
     chosen = os.environ.get("OFFRAMP_CORE") or best()
     if chosen is None or chosen == "none":
@@ -44,7 +44,7 @@ def library() -> ctypes.CDLL | None:
         return None
     made_from = sources()
     if made_from and loaded.offramp_sources().decode() != made_from:
-        raise OfframpError(f"{file} was not made from the C code in {SOURCES}.", "Make it anew: make core")
+        raise OfframpError(f"{file} was not made from the C code in {SOURCES}.", "Build it again: make core")
     return loaded
 
 
@@ -65,7 +65,7 @@ def best() -> str | None:
 
 
 def runnable(chosen: bool = False) -> list[str]:
-    """The variants that this processor can run, the fastest last; with `chosen`, only those that are not slower on it."""
+    """The variants that this processor can run, the fastest last; with `chosen`, without those that are slower on it."""
     words, names = processor_words(), []
     table = LIBRARIES / "variants.txt"
     rows = table.read_text("utf-8").splitlines() if table.exists() else []
@@ -79,13 +79,13 @@ def runnable(chosen: bool = False) -> list[str]:
 
 
 def sources() -> str:
-    """What names the C code, as CMakeLists.txt computes it; "" where only the package is installed."""
+    """The hash of the C code, as CMakeLists.txt computes it; "" where only the package is installed."""
     hashes = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(SOURCES.glob("*.[ch]"))]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16] if hashes else ""
 
 
 def _installed(name: str) -> Path:
-    """The file of a library that this processor can run. Raises `OfframpError` for another one."""
+    """The file of a library. Raises `OfframpError` for one that this processor cannot run."""
     there = installed()
     if name not in there:
         listed = ", ".join(there) or "none"

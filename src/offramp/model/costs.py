@@ -26,11 +26,11 @@ from torch import nn
 from offramp.model.backbone import Backbone
 from offramp.model.library_blocks import active_experts
 
-ROOM = 4 << 30  # bytes that what sequences side by side remember may take
+ROOM = 4 << 30  # bytes for the memories of all sequences that are decoded side by side
 
 
 def matrix_flops(module: nn.Module, active: float = 1.0) -> int:
-    """FLOPs of one token through every weight matrix in `module`: 2 · entries, of stacked experts the share `active`."""
+    """FLOPs of one token through all weight matrices in `module`: 2 · entries, times `active` for stacked experts."""
     entries = 0
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2 and not name.endswith("A_log"):  # Mamba-1's decay rates are no matrix product
@@ -79,7 +79,7 @@ class Costs:
         return self._linear[index] + self._scan[index] + 4 * self._seen(index, context) * self._queries[index]
 
     def of_block(self, index: int) -> tuple[int, int, int, int]:
-        """FLOPs of block `index`: for one token, more for each position that it sees, and of `project` keys and state."""
+        """FLOPs of block `index`: for a token, for each position that it sees, and for keys and state of `project`."""
         fixed = self._linear[index] + self._scan[index]
         return fixed, 4 * self._queries[index], self.project_keys[index], self.project_state[index]
 
@@ -91,7 +91,7 @@ class Costs:
     def blocks(self, start: int, stop: int, context: int) -> int:
         """FLOPs of blocks `start` to `stop` - 1 for one token that sees `context` tokens, itself included."""
         key = start, stop, context
-        if key not in self._known:  # every token of every sequence asks
+        if key not in self._known:  # computed once, since every token of every sequence needs it
             self._known[key] = sum(self.block(index, context) for index in range(start, stop))
         return self._known[key]
 
@@ -105,7 +105,7 @@ class Costs:
         return round(share * self._weight_bytes[index])
 
     def sketched(self, dims: int, candidates: int) -> int:
-        """FLOPs of a head that reads out `candidates` tokens, which a sketch of `dims` dims names."""
+        """FLOPs of a head that reads out `candidates` tokens, which a sketch of `dims` dims has chosen."""
         return 2 * (self._hidden * dims + self._vocabulary * dims + candidates * self._hidden)
 
     def full(self, context: int) -> int:
@@ -113,11 +113,11 @@ class Costs:
         return self.blocks(0, self.n_blocks, context) + self.head
 
     def memory(self, tokens: int) -> int:
-        """Bytes of what all blocks remember of a sequence of `tokens` tokens: keys, values and Mamba states."""
+        """Bytes that a sequence of `tokens` tokens takes in the memory of all blocks: keys, values and Mamba states."""
         return tokens * self._itemsize * sum(self._kept) + 4 * sum(self._states)
 
     def at_once(self, tokens: int, most: int) -> int:
-        """How many sequences of so many tokens to keep in memory side by side: `most`, or as many as `ROOM` holds."""
+        """How many sequences of so many tokens to decode side by side: `most`, or fewer where `ROOM` holds no more."""
         return max(1, min(most, ROOM // max(1, self.memory(tokens))))
 
 

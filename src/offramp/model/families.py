@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedModel
+from offramp.model.hooks import brought_in
 from offramp.model.hub import Source
-from offramp.model.offload import brought_in
 
-Config = Any  # a transformers PreTrainedConfig: its fields differ from family to family
+Config = Any  # a PreTrainedConfig of transformers; its fields differ from family to family
 KeysValues = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -80,7 +80,7 @@ class Family:
     cache_kwarg: str = "cache"
     implementation: str = "sdpa"  # which of the library's attention functions
     keys_values: KeysValues = _split_kv
-    projected: int = 2  # how many of the three (queries, keys, values) `keys_values` computes
+    projected: int = 2  # how many of queries, keys and values `keys_values` computes: 2 or 3
     scale_in: Callable[[Config], float] = lambda config: 1.0
     finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
     compiled: bool = False  # whether there is compiled code for the blocks
@@ -145,7 +145,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "nemotron_h": Family(norm="norm_f", attention="mixer", mixer="mixer", input_norm="norm", rotary=None),
 }
-MOST_BLOCKS = 10_000  # the largest models have some hundred; the library would make any number
+MOST_BLOCKS = 10_000  # the largest models have a few hundred; the library would make any number
 UNBOUNDED = 2**31  # the context of a model that has no attention
 
 
@@ -154,7 +154,7 @@ def family_of(config: Config, source: Source) -> Family:
     if config.model_type not in FAMILIES:
         raise UnsupportedModel(
             f"'{source.name}' is of the family '{config.model_type}', which offramp has no row for.",
-            f"Supported families: {', '.join(sorted(FAMILIES))}. A family is one row in families.FAMILIES.",
+            f"Supported families: {', '.join(sorted(FAMILIES))}. A new family is one row in families.FAMILIES.",
         )
     blocks = getattr(config, "num_hidden_layers", None)
     if type(blocks) is not int or not 0 < blocks <= MOST_BLOCKS:

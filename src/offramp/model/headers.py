@@ -1,7 +1,7 @@
-"""Where each tensor of a file is, by what the file's header says: safetensors and GGUF.
+"""Find the tensors of a file by its header: safetensors and GGUF.
 
-Files come from strangers. What a header claims is neither allocated nor counted through before it is known to be in the
-file.
+Files come from strangers. So nothing is allocated or looped over because of a header's claim before the file is known to
+hold it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MOST_HEADER_BYTES = 100_000_000  # bytes of a safetensors header, as the library has it
-BITS = {  # of an entry, for all dtypes that safetensors files may hold
+BITS = {  # bits of an entry, for all dtypes that safetensors files may hold
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -62,7 +62,7 @@ class Place:
     def read_each(self, units: Tensor, size: int) -> Tensor:
         """The bytes (n, `size`) of each of these units (n,) of `size` bytes, counted from the start of the tensor."""
         with self.file.open("rb", buffering=0) as stream:
-            if hasattr(os, "posix_fadvise"):  # reading ahead would read most of the file
+            if hasattr(os, "posix_fadvise"):  # with reading ahead, the system would read most of the file
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             found = b"".join(os.pread(stream.fileno(), size, self.offset + unit * size) for unit in units.tolist())
         if len(found) < len(units) * size:
@@ -71,7 +71,7 @@ class Place:
 
 
 def read_safetensors(file: Path) -> dict[str, Place]:
-    """Where each tensor of a safetensors file is, checked: all bytes after the header are those of one tensor.
+    """Where each tensor of a safetensors file is. It is checked that each byte after the header belongs to one tensor.
 
     Raises `ValueError` or `OSError` for a file that is damaged.
     """
@@ -92,7 +92,7 @@ def read_safetensors(file: Path) -> dict[str, Place]:
     places, end = {}, 0
     for start, stop, name, dtype, shape, bits in sorted(table, key=lambda row: row[:2]):
         if start != end or 8 * (stop - start) != prod(shape) * bits:
-            raise ValueError(f"the header of {file.name} is damaged: '{name}' is not where and as large as it says")
+            raise ValueError(f"the header of {file.name} is damaged: it gives '{name}' a wrong place or size")
         places[name] = Place(file, 8 + length + start, (stop - start) // max(1, rows_of(shape)), dtype, shape)
         end = stop
     if 8 + length + end > size:
@@ -105,15 +105,15 @@ def read_safetensors(file: Path) -> dict[str, Place]:
 def _numbers(found: Any) -> tuple[int, ...]:
     """The numbers of a list, if they are few, whole and not negative. Raises `TypeError` for anything else."""
     if not isinstance(found, list) or len(found) > 64 or any(type(each) is not int or each < 0 for each in found):
-        raise TypeError("no list of whole numbers")
+        raise TypeError("not a list of whole numbers")
     return tuple(found)
 
 
 def read_gguf(file: Path) -> tuple[str, dict[str, Place]]:
     """The architecture that a GGUF file names, and where each of its tensors is.
 
-    The package `gguf` can do this too, but takes seconds and a gigabyte for the words of a large vocabulary, and believes
-    what a damaged file claims. Raises `ValueError` or `OSError` for a file that is damaged or of another format.
+    The package `gguf` can do this too. But it takes seconds and a gigabyte for a large vocabulary, and it trusts damaged
+    files. Raises `ValueError` or `OSError` for a file that is damaged or of another format.
     """
     try:
         with file.open("rb") as stream:
@@ -137,7 +137,7 @@ def read_gguf(file: Path) -> tuple[str, dict[str, Place]]:
 
 
 class _GgufHeader:
-    """Reads the header of a GGUF file of `size` bytes, from place `at` on. What is not in the file is a `struct.error`."""
+    """Reads the header of a GGUF file of `size` bytes, from place `at` on. A file that ends early: `struct.error`."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self.size, self.at = stream, size, 0
@@ -153,7 +153,7 @@ class _GgufHeader:
         return self.bytes(self.number()).decode()
 
     def value(self, kind: int) -> Any:
-        """The value of a field; None for an array, which is passed over. As in llama.cpp, an array holds no arrays."""
+        """The value of a field; None for an array, which is skipped. As in llama.cpp, an array holds no arrays."""
         from gguf import GGUFValueType
 
         if kind == GGUFValueType.STRING:
@@ -180,11 +180,11 @@ class _GgufHeader:
     def _go(self, count: int) -> None:
         self.at += count
         if self.at > self.size:
-            raise struct.error(f"{count} bytes are not there")
+            raise struct.error(f"{count} bytes are missing")
 
 
 def _gguf_place(file: Path, start: int, size: int, shape: tuple[int, ...], number: int, offset: int) -> Place:
-    """Where a tensor is whose data are `offset` bytes after `start`, in a file of `size` bytes."""
+    """The place of a tensor whose data begin `offset` bytes after `start`, in a file of `size` bytes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     kind = GGMLQuantizationType(number)

@@ -40,10 +40,9 @@ from offramp.files import (
     shipped,
     write_atomically,
 )
-from offramp.model.checkpoint import RECORD, fingerprint, gguf_of, weights_in
+from offramp.model.checkpoint import RECORD, Values, fingerprint, gguf_of, named_tensors, weights_in
 from offramp.model.headers import read_gguf
 from offramp.model.hybrid import MIXERS, base_of, read_mixers, to_bamba
-from offramp.model.offload import values_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Source:
     """A model's name as the user gave it, the folder to load it from, and what identifies its weights.
 
     `fingerprint` is that of `checkpoint.fingerprint`; it is empty for weights that have not been read. `digest` gives the
-    SHA-256 of the files that the weights came from, as exits recorded it before there were fingerprints.
+    SHA-256 of the files that the weights came from; older records of exits hold it in place of the fingerprint.
     """
 
     name: str
@@ -90,7 +89,7 @@ class Source:
     @classmethod
     def of_weights(cls, name: str, model: Any) -> Source:
         """The source of a model that is in memory only."""
-        return cls(name, "", fingerprint(model, values_of(model)), lambda: _digest_of(model))
+        return cls(name, "", fingerprint(model, _values_of(model)), lambda: _digest_of(model))
 
     @property
     def sha256(self) -> str:
@@ -111,9 +110,18 @@ class Source:
         )
 
 
+def _values_of(model: Any) -> Values:
+    """What reads the values of a model's tensors, also of one that accelerate has spread."""
+    if not any(tensor.is_meta for tensor in named_tensors(model).values()):
+        return Values()
+    from offramp.extras.offload import values_of
+
+    return values_of(model)
+
+
 def _digest_of(model: Any) -> str:
     """SHA-256 over the names and float32 values of a model's tensors."""
-    values, digest = values_of(model), hashlib.sha256()
+    values, digest = _values_of(model), hashlib.sha256()
     for key, tensor in sorted(model.state_dict(keep_vars=True).items()):
         digest.update(key.encode())
         digest.update(values.whole(tensor, torch.float32).cpu().contiguous().numpy().tobytes())
@@ -137,7 +145,7 @@ def resolve(name: str) -> Source:
 
 
 def find_config(name: str) -> Source:
-    """Where a model's config can be read. The hash is empty where its weights are not on this machine.
+    """Find a model's config. The hash is empty where the weights are not on this machine.
 
     Raises `ModelNotFound`.
     """
@@ -187,7 +195,7 @@ def _from_folder(name: str, folder: Path) -> Source:
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         hint = f"Name the GGUF file itself: {ggufs[0]}" if ggufs else f"A model is {NAMES}."
-        raise ModelNotFound(f"{name} is a folder without a config.json, so not a model.", hint)
+        raise ModelNotFound(f"{name} is a folder without a config.json, so it is not a model.", hint)
     weights = weights_in(folder)
     if not weights and any(folder.glob("*.bin")):
         raise CorruptFile(
@@ -210,7 +218,7 @@ def _snapshot(name: str, local: bool) -> Source:
 
     repository, _, revision = name.partition("@")
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"]
-    spare = ["consolidated*"]  # the same weights once more, under other names
+    spare = ["consolidated*"]  # copies of the same weights under other names
     folder = snapshot_download(
         repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=spare, local_files_only=local
     )
@@ -285,7 +293,7 @@ def _from_mixers(name: str, folder: Path) -> Source:
     named = base_of(folder / MIXERS)
     if named not in ALIASES:
         raise ModelNotFound(
-            f"The mixers in {name} belong to '{named}', which is no alias.", f"Aliases: {', '.join(ALIASES)}."
+            f"The mixers in {name} belong to '{named}', which is not an alias.", f"Aliases: {', '.join(ALIASES)}."
         )
     base = resolve(named)
     sha256 = hashlib.sha256(f"{base.sha256} {sha256_of(folder / MIXERS)}".encode()).hexdigest()
@@ -308,12 +316,12 @@ def _from_mixers(name: str, folder: Path) -> Source:
 
 @contextmanager
 def _quiet_library() -> Iterator[None]:
-    """Without the library's progress bars, and its advice to install kernels for GPUs."""
+    """Hide the library's progress bars, and its advice to install kernels for GPUs."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # for good, as wherever a model is loaded
+    logging.disable_progress_bar()  # this stays so after the context, as wherever a model is loaded
     try:
         yield
     finally:
@@ -323,8 +331,8 @@ def _quiet_library() -> Iterator[None]:
 def read_whole(folder: Path, shapes: Any, **settings: Any) -> Any:
     """The library's model of a folder that `resolve` found; `shapes`: the same without weights.
 
-    The library gets only the files that the source's hash is made of. In a folder it would also follow adapters, and other
-    names of files in the config. `settings` are those of its `from_pretrained`.
+    The library gets only the files that the source's hash covers. In a folder it would also load adapters, and other files
+    that the config names. `settings` go to its `from_pretrained`.
     """
     if gguf := gguf_of(folder):
         where = {"pretrained_model_name_or_path": folder, "gguf_file": str(gguf), "local_files_only": True}
@@ -360,7 +368,7 @@ def _describe(source: Source, file: Path, folder: Path) -> None:
         # The library would also read what lies in the file's own folder, so it is given an empty one.
         where: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
         try:
-            read_gguf(file)  # first, since the library believes what the header claims
+            read_gguf(file)  # first, since the library trusts the header
             config = AutoConfig.from_pretrained(made, trust_remote_code=False, **where)
             tokenizer = AutoTokenizer.from_pretrained(made, trust_remote_code=False, **where)
             with torch.device("meta"):

@@ -1,7 +1,8 @@
 """A hybrid made from a model of the llama kind: Mamba-2 mixers in the places of some of its attentions.
 
-The mixers are kept by themselves, in integers of 8 bits (`write_mixers`), and put onto the model's own weights when it is
-loaded (`to_bamba`). The result is the library's Bamba: a block has an attention or a Mamba-2 mixer, and then a gated MLP.
+The mixers have a file of their own, in integers of 8 bits (`write_mixers`). They are added to the model's weights when it
+is loaded (`to_bamba`). The result is the library's Bamba: a block has an attention or a Mamba-2 mixer, and then a gated
+MLP.
 
 A mixer begins from an attention's weights ("The Mamba in the Llama", arXiv 2408.15237), in which several heads of queries
 share a head of keys and values. So several heads of C share a head of B and of x. Bamba has no heads that share x: what is
@@ -66,7 +67,7 @@ def read_mixers(file: Path) -> dict[int, Mixer]:
     mixers: dict[int, Mixer] = {}
     try:
         with safe_open(file, "pt") as tensors:
-            kept = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118 - it is no dict
+            kept = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118 - it is not a dict
     except Exception as error:  # whatever safetensors raises for bytes that it cannot read
         raise CorruptFile(f"The mixers in {file} are damaged: {error}", "Install offramp-models again.") from error
     for key, value in kept.items():

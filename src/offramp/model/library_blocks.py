@@ -1,9 +1,9 @@
 """The runtime that calls the library's own blocks, one range at a time, so that decoding can stop after any of them.
 
-What differs between model families (scales, masks, how keys and values come out of the projections) is a row in `families`.
-The library's attention takes a `State` in place of its cache. Mamba blocks run with a mixer of our own (see `mamba`).
-Blocks may run on several devices (see `offload`). What a block remembers stays on its device; everything that these methods
-take and give is on the device of the embedding.
+A row in `families` says how a model family differs: scales, masks, how keys and values come out of the projections. The
+library's attention takes a `State` in place of its cache. Mamba blocks run with a mixer of our own (see `mamba`). Blocks
+may run on several devices (see `offload`). A block's memory stays on its device. The tensors that these methods take and
+return are on the device of the embedding.
 
 Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks, H key/value heads, P head dim.
 """
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from offramp.model.compiled.weights import FORMATS, Weight
 from offramp.model.families import Family
+from offramp.model.hooks import brought_in
 from offramp.model.mamba import remember, with_own_mixer
 from offramp.model.modules import Modules
-from offramp.model.offload import brought_in
 from offramp.model.runtime import AnyState, BlockInput, Step
 from offramp.model.state import State
 
@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 @dataclass
 class LibraryStep(Step):
-    """Positions (1, T), the library's rotary tables, and the attention masks that were made for blocks so far."""
+    """Positions (1, T), the library's rotary tables, and the attention masks made so far."""
 
     positions: Tensor
     rotary: Any = None
@@ -170,7 +170,7 @@ class LibraryBlocks:
         return weight.float()
 
     def _ready(self, h: Tensor) -> Tensor:
-        """What the head takes: the final norm of h (some Mamba models keep the residual stream in float32)."""
+        """The head's input: the final norm of h (some Mamba models keep the residual stream in float32)."""
         normed: Tensor = self._modules.norm(h).to(h.device, self.dtype)
         return normed
 
@@ -231,7 +231,7 @@ class Outline(LibraryBlocks):
     def __init__(self, modules: Modules, family: Family, config: Any, weight_format: str) -> None:
         super().__init__(modules, family, config)
         self.weight_format = weight_format
-        self.dtype = torch.float32  # compiled blocks', for hidden states, keys and values
+        self.dtype = torch.float32  # as in compiled blocks: hidden states, keys and values
 
     def block_bytes(self, index: int) -> int:
         format = FORMATS[self.weight_format]
@@ -251,7 +251,7 @@ def active_experts(config: Any) -> float:
 
 
 def stored_bytes(block: nn.Module, format: type[Weight], itemsize: int, active: float = 1.0) -> int:
-    """Bytes of the parameters that one token reads, with matrices in this format, of stacked experts the share `active`."""
+    """Bytes of the parameters that one token reads, with matrices in this format; times `active` for stacked experts."""
     matrices = [parameter.shape for parameter in block.parameters() if parameter.ndim == 2]
     others = [(name, parameter) for name, parameter in block.named_parameters() if parameter.ndim != 2]
     entries = sum(part.numel() * (active if part.ndim == 3 and "conv" not in name else 1) for name, part in others)

@@ -49,10 +49,10 @@ from offramp.model.families import Family, family_of
 from offramp.model.hub import Source, find_config, read_whole, resolve
 from offramp.model.library_blocks import Outline
 from offramp.model.selfcheck import Lender, check, code_hash
-from offramp.model.store import Get, Incomplete, Store, Tensors
+from offramp.model.store import Get, Store, Tensors
 from offramp.progress import Progress, silent
 
-MOST_WEIGHTS = 8  # in a byte of a file: none has less than a bit
+MOST_WEIGHTS = 8  # weights in a byte of a file, at most: no format has less than a bit for each
 
 __all__ = ["adopt", "check", "library_folder", "load", "outline", "wrap"]
 
@@ -68,14 +68,15 @@ def load(
 ) -> Backbone:
     """Load a causal language model and check it against the library's own logits.
 
-    `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`).
-    `dtype` is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`. The default is
-    bfloat16, or float32 where bfloat16 does not pass the self-check. The first time, weights are converted tensor by
-    tensor and kept in the cache; after that they are mapped from there. `progress` hears of that, in parts of the model.
-    Compiled blocks run where there are some, and then the library's model has shapes only. With `keep` it has its weights
-    too, so that `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or
-    when `HF_HUB_OFFLINE` is set. `kv`: as `Backbone.keep_keys_in` takes it. `held`: so many bytes of the weights are read
-    into memory and stay there, where not all of them fit: the LM head and the lowest blocks, which every token reads.
+    `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`). `dtype`
+    is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`. The default is bfloat16, or
+    float32 where bfloat16 does not pass the self-check. The first time, weights are converted tensor by tensor and kept in
+    the cache; after that they are mapped from there. `progress` is told how many parts of the model are converted. Compiled
+    blocks run if the family has some. Then the library's model has shapes only; with `keep` it has its weights too, so that
+    `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or when
+    `HF_HUB_OFFLINE` is set. `kv`: as `Backbone.keep_keys_in` takes it. `held` is for weights that do not all fit into
+    memory: so many bytes of them are read and stay there. They are the LM head and the lowest blocks, which every token
+    reads.
 
     Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint, and `OfframpError` where the
     cache is full or cannot be written.
@@ -97,7 +98,7 @@ def load(
 
 
 class _Loading:
-    """What the ways to load one model share."""
+    """The arguments and steps that all ways to load one model share."""
 
     def __init__(self, source: Source, device: torch.device, keep: bool, progress: Progress, held: int = 0) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -110,7 +111,8 @@ class _Loading:
             self.config = AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
             # First, so that an unsupported family is refused before a minute of loading.
             self.family: Family = family_of(self.config, source)
-            # It is meant for new weights, but transformers 5 divides every loaded out_proj of a Mamba model by √blocks.
+            # The option is meant for new weights, but transformers 5 then divides every loaded out_proj of a Mamba model by
+            # √blocks.
             if hasattr(self.config, "rescale_prenorm_residual"):
                 self.config.rescale_prenorm_residual = False
             self.tokenizer = AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
@@ -123,16 +125,11 @@ class _Loading:
         """The model in one weight format: on compiled blocks if there are some and they pass the self-check."""
         try:
             require_compiled(self.source.name, self.family, dtype, self.device)  # before weights are read
-            return self._twice_if_incomplete(self._on_compiled_blocks, dtype)
+            return self._on_compiled_blocks(dtype)
         except UnsupportedModel:
             if FORMATS[dtype].quantised:
                 raise
-        return self._twice_if_incomplete(self._on_library_blocks, dtype)
-
-    def _twice_if_incomplete(self, way: Callable[[str], Backbone], dtype: str) -> Backbone:
-        with suppress(Incomplete):
-            return way(dtype)
-        return way(dtype)
+        return self._on_library_blocks(dtype)
 
     def _on_compiled_blocks(self, dtype: str) -> Backbone:
         store = self._store(dtype)
@@ -162,7 +159,7 @@ class _Loading:
         return Store.of(self.source.sha256, config, kind, **settings)
 
     def _shapes(self, dtype: str) -> tuple[Any, Values]:
-        """The library's model with its parameters on the meta device, and what reads their values."""
+        """The library's model with its parameters on the meta device, and the `Values` that read them."""
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -191,7 +188,7 @@ class _Loading:
         return model.to(self.device)
 
     def _check_size(self, model: Any) -> None:
-        """Raises `ValueError` for more weights than the files can hold. The library would make what they lack."""
+        """Raises `ValueError` for more weights than the files can hold: the library would invent the missing ones."""
         needed = sum(part.numel() for part in named_tensors(model).values())
         held = sum(file.stat().st_size for file in weights_in(self.folder))
         if needed > MOST_WEIGHTS * held:
@@ -217,7 +214,7 @@ class _Loading:
         return f"{compiled or 'library'} {code_hash()} on {self.device.type}, {versions}"
 
     def _lender(self, backbone: Backbone, store: Store, values: Values) -> Lender:
-        """What lends the library the weights that it should compute with: quantised ones where there are such."""
+        """The lender of the weights that the library should compute with: quantised ones if there are any."""
         assert isinstance(backbone.runtime, Compiled)
         changed = {id(module): weight for module, weight in backbone.runtime.changed}
 
@@ -243,7 +240,7 @@ class _Loading:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        """Turn what a damaged file makes the library raise into a sentence and a hint."""
+        """Turn the library's exception for a damaged file into a sentence and a hint."""
         try:
             with in_the_cache():
                 yield
@@ -302,7 +299,7 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     except Exception as error:
         raise source.unreadable(error) from error
     family = family_of(config, source)
-    if random:  # Mamba's default of 0.1 makes a random model that amplifies rounding a thousandfold
+    if random:  # with Mamba's default of 0.1, a random model amplifies rounding a thousandfold
         config.initializer_range = 0.02
     torch.manual_seed(0)
     try:
@@ -326,7 +323,7 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
 
 
 def _settings(family: Family, dtype: str) -> dict[str, Any]:
-    """What the library is told of how to make a model."""
+    """Settings for the library to make a model with."""
     return {"attn_implementation": family.implementation, "dtype": FORMATS[dtype].loaded}
 
 
@@ -350,7 +347,7 @@ def _with_fingerprint(source: Source, model: Any, values: Values) -> Source:
         if values.model is not None and values.checkpoint is None:
             return source
         known[key] = fingerprint(model, values)
-        with suppress(OSError):  # it is computed again next time
+        with suppress(OSError):  # if it cannot be written, the fingerprint is computed again next time
             write_atomically(cache, json.dumps(known, indent=1).encode())
     return replace(source, fingerprint=known[key])
 
@@ -399,9 +396,9 @@ def adopt(model: Any) -> Backbone:
 
 @in_the_cache()
 def library_folder(name: str) -> Path:
-    """A local folder with a model's weights, as the library and other programs read it.
+    """A local folder with a model's weights that the library and other programs can read.
 
-    That of a GGUF file is written to the cache once, in float32, which holds every value of such a file exactly. Raises
+    For a GGUF file, it is written to the cache once, in float32, which holds every value of such a file exactly. Raises
     `ModelNotFound`, `UnsupportedModel`, `CorruptFile`.
     """
     loading = _Loading(resolve(name), torch.device("cpu"), True, silent)

@@ -1,12 +1,12 @@
 """The mixers of the library's Mamba blocks, continued from any state, in chunks of any length.
 
-The library's own mixers compute a whole text, and then single tokens, rightly. But its Mamba-1 mixer forgets its state when
-a chunk of several tokens follows, and it loops over the tokens of a prompt. So our runs put another mixer into its blocks:
-`with_own_mixer` makes a copy of a block that shares all weights with it. The library's model stays as it is.
+The library's own mixers are right for a whole text and for single tokens after it. But its Mamba-1 mixer forgets its state
+when a chunk of several tokens follows, and it loops over the tokens of a prompt. So our runs put another mixer into its
+blocks: `with_own_mixer` makes a copy of a block that shares all weights with it. The library's model stays as it is.
 
-Mamba-1 (arXiv 2312.00752, section 3.4): mamba, falcon_mamba and jamba, the latter two with norms on dt, B and C.
-Mamba-2 (2405.21060, section 7): mamba2, bamba, granitemoehybrid, nemotron_h, and falcon_h1, which adds multipliers
-and, where the config says so, leaves the norm out.
+Mamba-1 (arXiv 2312.00752, section 3.4): mamba, falcon_mamba and jamba; the last two have norms on dt, B and C. Mamba-2
+(2405.21060, section 7): mamba2, bamba, granitemoehybrid, nemotron_h, and falcon_h1, which adds multipliers and, where the
+config says so, leaves the norm out.
 
 Shapes: B batch, T tokens, D hidden size, E inner width, G groups, N state size, W the convolution's width.
 """
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.model.offload import brought_in, share_hook
+from offramp.model.hooks import brought_in, share_hook
 from offramp.model.scan import causal_conv, scan, selective_scan
 from offramp.model.state import SSM, State
 
@@ -51,7 +51,7 @@ class StatefulMixer(nn.Module):
 
 
 def with_own_mixer(block: nn.Module, name: str) -> nn.Module:
-    """A copy of the library's block that shares all its modules, but whose mixer, called `name`, is a `StatefulMixer`."""
+    """A copy of the library's block. It shares all modules but the mixer `name`, which is a `StatefulMixer`."""
     copied = copy.copy(block)
     copied._modules = {**block._modules, name: StatefulMixer(getattr(block, name))}
     share_hook(copied, block)
@@ -107,7 +107,7 @@ Advance = Callable[[Tensor | None, int], tuple[Tensor, Tensor]]  # (state h, n) 
 
 
 def _recorded(advance: Advance, inputs: Tensor, memory: SSM | None) -> Tensor:
-    """The y of all tokens, from the remembered state on. `memory` gets the new state and records how to repeat them."""
+    """The y of all tokens, from the remembered state on. `memory` gets the new state, and a way to repeat the tokens."""
     tokens = inputs.shape[1]
     y, h = advance(None if memory is None else memory.h, tokens)
     if memory is not None:
@@ -130,7 +130,7 @@ def _advance_mamba2(mixer: LibraryMixer, xBC: Tensor, dt: Tensor, memory: SSM | 
     x, B, C = _convolve(mixer, xBC, memory).split([mixer.intermediate_size, size, size], dim=-1)
     heads, groups = (-1, mixer.head_dim), (mixer.n_groups, -1)
     x, B, C = x.unflatten(2, heads), B.unflatten(2, groups), C.unflatten(2, groups)
-    # The library leaves the limits out for single tokens. That shows only where a step size reaches a limit.
+    # The library has no limits for single tokens. The results differ only where a step size reaches a limit.
     dt = F.softplus(dt.float() + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
     A, D = -torch.exp(mixer.A_log.float()), mixer.D
 
@@ -153,7 +153,7 @@ def _convolve(mixer: LibraryMixer, x: Tensor, memory: SSM | None) -> Tensor:
 
 
 def _linear(layer: nn.Linear, x: Tensor, rows: slice = slice(None)) -> Tensor:
-    """The rows `rows` of a linear layer's output, for up to hundreds of inputs x at once."""
+    """The rows `rows` of a linear layer's output, for one to some hundred inputs x."""
     with brought_in(layer):
         weight, bias = layer.weight[rows], None if layer.bias is None else layer.bias[rows]
     if x.device.type == "cpu" and weight.dtype == torch.bfloat16 and x.shape[:-1].numel() >= 16:

@@ -58,13 +58,13 @@ class Modules:
         )
 
     def with_blocks(self, blocks: list[nn.Module], family: Family) -> Modules:
-        """The same modules but for the blocks, which are copies of these."""
+        """The same modules, but with these blocks, which are copies of the model's own."""
         attention = [_attention_of(block, family) for block in blocks]
         return replace(self, blocks=blocks, attention=attention, mixers=[_mixer_of(block, family) for block in blocks])
 
     @property
     def kinds(self) -> list[str]:
-        """What each block remembers: a name in `state.KINDS`."""
+        """The kind of each block's memory: a name in `state.KINDS`."""
         pairs = zip(self.attention, self.mixers, strict=True)
         return [KINDS[attention is not None, mixer is not None] for attention, mixer in pairs]
 

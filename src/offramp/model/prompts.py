@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from functools import cached_property
 from typing import Any
 
@@ -14,11 +16,18 @@ class Prompts:
     """Turns prompts and conversations into token ids, and refuses those that a model cannot answer.
 
     `tokenizer` is the library's. `context` is the number of tokens that the model `name` holds, answer included;
-    `vocabulary` is the number of its different tokens.
+    `size` is the number of its different tokens.
     """
 
-    def __init__(self, tokenizer: Any, context: int, name: str, vocabulary: int) -> None:
-        self._tokenizer, self._context, self._name, self._vocabulary = tokenizer, context, name, vocabulary
+    def __init__(self, tokenizer: Any, context: int, name: str, size: int) -> None:
+        self._tokenizer, self._context, self._name, self._size = tokenizer, context, name, size
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """A hash of the tokenizer's tokens and their ids; empty without a tokenizer."""
+        if self._tokenizer is None:
+            return ""
+        return hashlib.sha256(json.dumps(sorted(self._tokenizer.get_vocab().items())).encode()).hexdigest()
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """A prompt → token ids. The chat template is used where the tokenizer has one and `raw` is false.
@@ -30,13 +39,13 @@ class Prompts:
         return self.encode_chat([{"role": "user", "content": prompt}], raw)
 
     def encode_chat(self, messages: list[dict[str, str]], raw: bool = False) -> list[int]:
-        """A conversation → token ids up to where the answer begins. Raises `BadInput` as `check` does."""
+        """A conversation → the token ids before the answer. Raises `BadInput` as `check` does."""
         if raw or not getattr(self._tokenizer, "chat_template", None):
             text, options = "\n".join(message["content"] for message in messages), {}
         else:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             options = {"add_special_tokens": False}
-        if len(text) > self._context * self._longest:  # to make tokens of it could take seconds
+        if len(text) > self._context * self._longest:  # turning it into tokens could take seconds
             raise BadInput(f"The prompt has {len(text)} characters; {self._name} holds {self._context} tokens.", SHORTEN)
         ids = self._tokenizer(text, **options)["input_ids"]
         self.check(ids)
@@ -48,7 +57,7 @@ class Prompts:
         return max(map(len, self._tokenizer.get_vocab()))
 
     def check(self, ids: list[int]) -> None:
-        """Refuse a prompt of no tokens, of ids that are no tokens, and without room for an answer, with `BadInput`."""
+        """Raise `BadInput` for a prompt without tokens, with ids that are no tokens, or without room for an answer."""
         if not ids:
             raise BadInput("The prompt is empty.", "Give some text to go on from.")
         if len(ids) >= self._context:
@@ -56,8 +65,8 @@ class Prompts:
                 f"The prompt is {len(ids)} tokens long; {self._name} holds {self._context} with its answer.",
                 SHORTEN,
             )
-        if not 0 <= min(ids) <= max(ids) < self._vocabulary:
+        if not 0 <= min(ids) <= max(ids) < self._size:
             raise BadInput(
-                f"The prompt has ids from {min(ids)} to {max(ids)}; {self._name} has {self._vocabulary} tokens.",
+                f"The prompt has ids from {min(ids)} to {max(ids)}; {self._name} has {self._size} tokens.",
                 "Make the ids with the model's own tokenizer.",
             )

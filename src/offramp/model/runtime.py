@@ -23,7 +23,7 @@ from offramp.model.state import State
 class Step:
     """What all blocks of one call share: the number of sequences, of tokens in each, and the position of the first one.
 
-    A runtime adds what it needs.
+    Each runtime adds fields that it needs.
     """
 
     batch: int
@@ -31,7 +31,7 @@ class Step:
     first: int
 
 
-AnyState = State | Session  # of the library's blocks, or of compiled ones
+AnyState = State | Session  # the memory of the library's blocks, or of compiled ones
 BlockInput = tuple[Tensor, AnyState, Step]  # hidden states (B, T, D), what the blocks remember, what the blocks share
 
 
@@ -45,7 +45,7 @@ class Runtime(Protocol):
 
     @property
     def engine(self) -> str:
-        """What does the work: `library blocks` or `compiled blocks`."""
+        """The name of the code that runs: `library blocks` or `compiled blocks`."""
         ...
 
     @property
@@ -85,7 +85,7 @@ class Runtime(Protocol):
         ...
 
     def remember_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> None:
-        """Remember only: blocks `start` to `stop` - 1 store what each would store if a part's h were its input."""
+        """Store only: each of blocks `start` to `stop` - 1 stores what it would if a part's h were its input."""
         ...
 
     def remember_keys(self, h: Tensor, index: int, state: AnyState, step: Step) -> None:
@@ -105,7 +105,7 @@ class Runtime(Protocol):
         ...
 
     def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
-        """A function like `logits`, of those tokens only that a sketch of the head finds likeliest.
+        """A function like `logits`, for the tokens only that a sketch of the head finds likeliest.
 
         The sketch takes what the head takes times `reduce` (k, D), and multiplies it with the head times `expand` (D, k).
         The result gives the logits of each row's `candidates` likeliest tokens (more if estimates are equal), and −inf for

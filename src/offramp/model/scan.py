@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64  # tokens whose mutual influence is computed as one matrix (2405.21060, section 6); longer chunks only cost more
+CHUNK = 64  # tokens of a chunk, computed as one matrix of all pairs (2405.21060, section 6); longer chunks only cost more
 FEW = 16  # tokens of Mamba-1 whose decays and inputs are computed at once
 SPAN = 16 * CHUNK  # tokens whose chunks are computed side by side; this bounds the memory of a long prompt
 
@@ -123,8 +123,8 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Mamba-1: run T tokens from state `h` (zeros if None). Returns y (B, T, E) and the new h.
 
-    The recurrence runs token by token. What does not depend on the token before is computed for `FEW` tokens at once, so
-    that it stays in the processor's cache. States are written in place, unless gradients must pass through.
+    The recurrence runs token by token. The terms that do not depend on the token before are computed for `FEW` tokens at
+    once, so that they stay in the processor's cache. States are written in place, unless gradients must pass through.
     """
     x, dt, A, B, C, D = (_wide(part) for part in (x, dt, A, B, C, D))
     if h is None:

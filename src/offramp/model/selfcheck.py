@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from offramp.errors import BadNumbers, UnsupportedModel
 from offramp.model.backbone import Backbone
+from offramp.model.hooks import is_offloaded
 from offramp.model.mamba import is_mamba1
-from offramp.model.offload import is_offloaded
 
 
 @dataclass(frozen=True)
 class Lender:
     """Lends weights to a library's model on the meta device.
 
-    `weight` gives the value of a module's parameter, by its name. `returned` hears of each part of the model that has run:
-    how many have, and how many there are.
+    `weight` gives the value of a module's parameter, by its name. `returned` is called after each part of the model has
+    run, with the number of parts that have run and of all parts.
     """
 
     weight: Callable[[nn.Module, str], Tensor]
@@ -52,9 +52,10 @@ class Reference:
     def of(cls, backbone: Backbone, lender: Lender | None = None) -> Reference:
         """Run the library's model. Raises `BadNumbers` when its logits are not finite.
 
-        A model on the meta device needs a `lender`, unless hooks of accelerate's bring its weights in. Either runs once, in
-        one pass, for `full` and `cached`: another pass would read all weights once more. So does a hybrid in which no
-        attention is left: over its cache, the library asks an attention for the length of the text, and fails.
+        A model on the meta device needs a `lender`, unless hooks of accelerate's bring its weights in. With either, the
+        model runs once, in one pass, for `full` and `cached`: another pass would read all weights again. A hybrid without
+        any attention also runs in one pass: with a cache, the library asks an attention for the length of the text, and
+        fails.
         """
         generator = torch.Generator().manual_seed(0)
         length = min(16, backbone.context)
@@ -91,7 +92,7 @@ def _cached(backbone: Backbone, pieces: list[Tensor]) -> Tensor:
 
 @contextmanager
 def lent(backbone: Backbone, lender: Lender) -> Iterator[None]:
-    """While the context is open, each part of a model on the meta device has its weights while it runs, and only then."""
+    """While the context is open, each part of a model on the meta device has its weights only while it runs."""
     modules = backbone.modules
     parts = [modules.embedding, *modules.blocks, modules.norm, modules.head]
     on_loan: list[tuple[nn.Module, str, Any]] = []

@@ -1,4 +1,4 @@
-"""What each of the library's blocks remembers of the tokens it has seen (`compiled.session` is for compiled blocks).
+"""The memory of the library's blocks: what each keeps of the tokens so far (`compiled.session` is for compiled blocks).
 
 Each block's memory has its own length: a block that an early exit skipped is behind the others until its fill catches up.
 `State.update` has the signature by which the library's blocks store their keys and values, so a `State` is passed to
@@ -28,7 +28,7 @@ class KV:
         self._buffer: Tensor | None = None
 
     def __deepcopy__(self, _: Any) -> KV:
-        """A memory that goes on independently. It has no more room than its tokens need."""
+        """A copy of this memory, which goes on independently. It has no more room than its tokens need."""
         twin = KV(self._capacity)
         twin.length = self.length
         if self._buffer is not None:
@@ -79,7 +79,7 @@ class KV:
         self.length = end
 
     def reserve(self, capacity: int) -> None:
-        """When the buffer grows next, let it have room for this many tokens."""
+        """Give the buffer room for this many tokens when it next grows."""
         self._capacity = max(self._capacity, capacity)
 
     def crop(self, length: int) -> None:
@@ -111,7 +111,7 @@ class SSM:
         self._journal: list[tuple[Tensor, Replay]] = []
 
     def __deepcopy__(self, _: Any) -> SSM:
-        """A memory that goes on independently. What a journal holds is only read, so both share it."""
+        """A copy of this memory, which goes on independently. A journal's entries are only read, so both share them."""
         twin = SSM()
         twin.window, twin.h = (None if part is None else part.clone() for part in (self.window, self.h))
         twin.length, twin._start, twin._journal = self.length, self._start, [*self._journal]
@@ -179,7 +179,7 @@ class SSM:
             self.window, self.h = self.window.index_select(0, rows), self.h.index_select(0, rows)
 
 
-KINDS = ("attention", "mamba", "both", "neither")  # what a block's memory holds; a hybrid model has blocks of several kinds
+KINDS = ("attention", "mamba", "both", "neither")  # the kinds of memory; a hybrid model has blocks of several kinds
 
 
 class State:
@@ -218,7 +218,7 @@ class State:
         return kv + sum(2 * ssm.nbytes for ssm in self.ssm if ssm is not None)
 
     def reserve(self, capacity: int) -> None:
-        """Expect this many tokens: memories that grow are then made large enough at once."""
+        """Expect this many tokens: a memory that grows gets room for all of them at once."""
         for kv in self.kv:
             if kv is not None:
                 kv.reserve(capacity)
@@ -230,7 +230,7 @@ class State:
                 ssm.watch()
 
     def settle(self) -> None:
-        """Keep all tokens for good, and drop what was kept for forgetting them."""
+        """Keep all tokens for good, and drop the journals."""
         for ssm in self.ssm:
             if ssm is not None:
                 ssm.settle()

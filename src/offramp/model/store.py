@@ -25,7 +25,7 @@ from typing import IO, Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from offramp.errors import OfframpError
+from offramp.errors import CorruptFile
 from offramp.files import cache_folder, in_the_cache, put, read_json, sha256_of_text, write_atomically
 from offramp.progress import Progress, silent
 
@@ -43,15 +43,11 @@ ALIGNED = 64
 RECORD, LOCK = "record.json", ".lock"
 
 
-class Incomplete(OfframpError):
-    """A store that seemed complete lacks something that is asked of it. A new `Store` of the same name makes all anew."""
-
-
 class Store:
-    """What a model runs on, made once. Without a folder, nothing is kept.
+    """A model's converted tensors, made once. Without a folder, nothing is kept.
 
-    `parts` is the number of parts that the model has; it serves the progress. Tensors are put on `device`. Parts of up to
-    `held` bytes in all are read into memory and stay there, the first ones first; the others are mapped.
+    `parts` is the number of parts that the model has, for the progress. Tensors are put on `device`. Parts of up to `held`
+    bytes in all are read into memory and stay there, the first ones first; the others are mapped.
     """
 
     def __init__(
@@ -69,10 +65,10 @@ class Store:
         self.complete = record is not None
         self._record: dict[str, Any] = record or {"parts": {}}
         self._unfinished: Path | None = None  # the temporary folder
-        self._discard: Callable[[], Any] = lambda: None  # removes it; it runs at the end of the process, too
+        self._discard: Callable[[], Any] = lambda: None  # removes the temporary folder, at the latest when the process ends
         self._maps: list[mmap.mmap] = []
         if folder and folder.parent.is_dir():
-            with suppress(OSError):  # a cache that cannot be written serves
+            with suppress(OSError):  # a cache that cannot be written to can still be read
                 _sweep(folder.parent)
 
     @classmethod
@@ -84,10 +80,10 @@ class Store:
         return cls(cache_folder() / "formats" / f"{key}-{kind}", **settings)
 
     def part(self, name: str, build: Callable[[Get], Built]) -> Built:
-        """What `build` makes of one part's tensors. It gets a function that it asks for all of them, by key.
+        """The result of `build` for one part. `build` gets a function, and asks it for all tensors of the part by key.
 
         A key's tensors come from the part's file. If there is none yet, `build` runs twice: the first run makes the
-        tensors, and the second gets them mapped. Raises `Incomplete`, and `OfframpError` where the cache cannot be written.
+        tensors, and the second gets them mapped. Raises `OfframpError` where the cache cannot be written.
         """
         with self._discarded_if_it_fails():
             if not self.complete:
@@ -109,7 +105,7 @@ class Store:
             return build(lambda key, _: kept[key] if key in kept else self._lacks(f"{name}, {key}"))
 
     def finish(self) -> None:
-        """All parts have been made: give the folder its name. If another process was faster, its folder is used on."""
+        """All parts have been made: give the folder its name. If another process was faster, use its folder."""
         temporary, folder = self._unfinished, self._folder
         if temporary is None or folder is None:
             return
@@ -128,7 +124,7 @@ class Store:
             self._unfinished, self.complete = None, True
 
     def release(self) -> None:
-        """Let go of the pages in memory; they are read again from the files when they are next needed."""
+        """Free the pages in memory; they are read again from the files when they are next needed."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
@@ -138,7 +134,7 @@ class Store:
         return None if found is None else (found[0], found[1])
 
     def note(self, check: str, differences: tuple[float, float]) -> None:
-        """Remember that the self-check of this name passed. Where that cannot be written, it is repeated next time."""
+        """Record that the self-check of this name passed. If that cannot be written, the check is repeated next time."""
         if self._folder and self.complete:
             with suppress(OSError), _locked(self._folder.parent):
                 record = _complete(self._folder)  # another process may have noted a check meanwhile
@@ -183,10 +179,7 @@ class Store:
             raise
 
     def _lacks(self, what: str) -> NoReturn:
-        """Forget this conversion, which an earlier version made, so that the next `Store` makes it anew."""
-        assert self._folder
-        (self._folder / RECORD).unlink(missing_ok=True)
-        raise Incomplete(f"The converted weights in {self._folder} lack a tensor ({what}).", "Delete this folder.")
+        raise CorruptFile(f"The converted weights in {self._folder} lack a tensor ({what}).", "Delete this folder.")
 
     def _mapped(self, part: str) -> dict[str, Tensors]:
         """The tensors of a part's file, by key. On a CPU, mapped ones share its pages; a change stays in this process."""
@@ -214,12 +207,12 @@ class Store:
 
 
 def _files(folder: Path) -> dict[str, list[int]]:
-    """Sizes and times of change of the files with tensors, by name: a file that was cut or changed shows."""
+    """The sizes and times of change of the files with tensors, by name. They show whether a file was cut or changed."""
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.bin"))}
 
 
 def _complete(folder: Path) -> dict[str, Any] | None:
-    """The record of a folder; None if it is missing, or says something else than its files."""
+    """The record of a folder; None if it is missing, or does not agree with the files."""
     record = read_json(folder / RECORD)
     return record if record and _files(folder) == record.get("files") else None
 

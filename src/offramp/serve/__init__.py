@@ -1,4 +1,4 @@
 """An OpenAI-compatible server: many requests side by side on one engine.
 
-`scheduler` runs the engine in a thread of its own, `cache` keeps what was computed for prompts, `api` speaks HTTP.
+`scheduler` runs the engine in a thread of its own, `cache` keeps the memories of prompts, `api` speaks HTTP.
 """

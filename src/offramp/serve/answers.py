@@ -1,4 +1,4 @@
-"""Requests on their way: what is handed to the scheduler for them, and what comes back."""
+"""Requests on their way: their jobs for the scheduler, and the answers that come back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from offramp.decode.sampling import Choose
 from offramp.decode.sequence import begin_alike
 from offramp.errors import BadInput, OfframpError
 from offramp.serve.grammar import Grammar
-from offramp.serve.menu import FULL, Menu
+from offramp.serve.menu import Menu
 from offramp.serve.metrics import Metrics
 from offramp.serve.protocol import AnswerRequest, ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Full, Job, Scheduler
@@ -32,7 +32,7 @@ log = logging.getLogger("offramp.serve")
 
 
 class JsonLines(logging.Formatter):
-    """A log in JSON, one object a line. It has no text of prompts or answers."""
+    """A log in JSON, one object a line. It contains no text of prompts or answers."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""
@@ -47,7 +47,7 @@ THREADS = 2  # that render and tokenise prompts; decoding needs the processor, t
 
 @dataclass(frozen=True)
 class Rules:
-    """What the server allows. name: the model's. key: the API key, or None. Sizes in bytes, tokens, and seconds.
+    """The limits of a server, in bytes, tokens, and seconds, and its names. name: the model's. key: the API key, or None.
 
     hosts: names that requests may call the server by, beside `localhost`, this machine's name, and addresses. most_arrival:
     how long a request's body may take to arrive.
@@ -82,7 +82,7 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Choice:
-    """One answer on its way: its job, and what arrives of it."""
+    """One answer on its way: its job, and the tokens that have arrived."""
 
     shows_ids: bool
     used: dict[str, Any] | None  # what a calibration's guarantee depends on; None where there can be none
@@ -101,9 +101,7 @@ class Choice:
 
     def note(self, token: Token) -> dict[str, Any]:
         """What the exits did for a token."""
-        engine = self.job.engine
-        drafted = engine.fill.verifies and token.exit_block < engine.backbone.n_blocks
-        return {"block": token.exit_block, "confidence": token.confidence, "drafted": drafted}
+        return {"block": token.exit_block, "confidence": token.confidence, "drafted": token.drafted, "source": token.source}
 
     @property
     def reason(self) -> str:
@@ -113,21 +111,21 @@ class Choice:
 
 
 class Post:
-    """Carries what happens in the engine's thread to the threads of loops: all that a step brings, in one go.
+    """Carries events from the engine's thread to the threads of loops: all events of a step at once.
 
-    To wake a loop for each token would make both threads wait for each other each time.
+    If each token woke a loop, both threads would wait for each other each time.
     """
 
     def __init__(self) -> None:
         self._lock, self._bag = threading.Lock(), list[tuple[asyncio.AbstractEventLoop, asyncio.Queue[Any], Any]]()
 
     def put(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[Any], what: Any) -> None:
-        """Keep something for a queue of a loop, until `send`."""
+        """Keep an event for a loop's queue until `send`."""
         with self._lock:
             self._bag.append((loop, queue, what))
 
     def send(self) -> None:
-        """Have everything put into its queue, in its loop's thread."""
+        """Put all events into their queues, in the threads of their loops."""
         with self._lock:
             bag, self._bag = self._bag, []
         for loop in dict.fromkeys(loop for loop, _, _ in bag):
@@ -152,9 +150,9 @@ class Choices(list[Choice]):
         self._error: Exception | None = None
 
     async def more(self) -> list[tuple[int, int | None]]:
-        """Wait for more, and return all that is there: of which answer, and the token's place in it, or None at its end.
+        """Wait for tokens, and return all that have come: each one's answer and place there, or None at the answer's end.
 
-        After the end of all there is no more. Raises what ended an answer too early.
+        Returns nothing after the end of all answers. Raises the error that ended an answer too early.
         """
         found: list[tuple[int, int | None]] = []
         while self._open and not self._error and (not found or not self._arrived.empty()):
@@ -170,7 +168,7 @@ class Choices(list[Choice]):
 
 
 class Recorder:
-    """A `Choose` that notes log probabilities at each position: those of the `most` likeliest tokens, and of the chosen."""
+    """A `Choose` that records log probabilities at each position: of the `most` likeliest tokens, and of the chosen one."""
 
     def __init__(self, choose: Choose, most: int) -> None:
         self._choose, self._most = choose, most
@@ -187,7 +185,7 @@ class Recorder:
 
 
 class Server:
-    """Answers requests with the engines of a menu, run by a scheduler, by rules."""
+    """Answers requests with the engines of a menu, which a scheduler runs, within the server's rules."""
 
     def __init__(self, menu: Menu, scheduler: Scheduler, rules: Rules, metrics: Metrics) -> None:
         self.menu, self.scheduler, self.rules, self.metrics = menu, scheduler, rules, metrics
@@ -207,9 +205,9 @@ class Server:
         borders: tuple[int, ...] = (),
         schema: dict[str, Any] | None = None,
     ) -> Choices:
-        """What a request asks for: one job for each answer, whose tokens will arrive in the loop's thread.
+        """The answers that a request asks for: one job for each. Their tokens will arrive in the loop's thread.
 
-        The first job is to be handed in; the others are its twins. Raises `BadInput` for what cannot be done.
+        The first job is to be handed in; the others are its twins. Raises `BadInput` for a request that cannot be served.
         """
         most = asked.longest or self.rules.most_tokens
         limits: Limits = {"max_tokens": min(most, self.rules.most_tokens), "stop": tuple(asked.stop)}
@@ -221,7 +219,7 @@ class Server:
         made = []
         arrived = asyncio.Queue[Arrived]()
         size = self._state.bytes_for(min(len(ids) + limits["max_tokens"], self.backbone.context))
-        engine = self.menu.engine(asked.offramp.fill, asked.offramp.point)
+        engine = self.menu.engine(asked.offramp.mode, asked.offramp.point)
         for number in range(asked.n):
             choose: Choose = asked.sampling(number).chooser()
             if schema is not None:
@@ -234,11 +232,11 @@ class Server:
         return Choices(made, arrived)
 
     def _tell(self, loop: Any, arrived: asyncio.Queue[Arrived], number: int, what: Token | Exception | None) -> None:
-        """Tell what happens to answer `number`, in the engine's thread."""
+        """Pass on an event of answer `number`, in the engine's thread."""
         self._post.put(loop, arrived, (number, what))
 
     def end(self, chosen: list[Choice]) -> None:
-        """Give up what still runs of a request, and count it."""
+        """Cancel the running answers of a request, and count it."""
         job = chosen[0].job
         self.metrics.finished(chosen)
         self.scheduler.cancel(job)
@@ -247,15 +245,15 @@ class Server:
             "cached_tokens": job.cached,
             "tokens": sum(len(choice.tokens) for choice in chosen),
             "seconds": round(time.monotonic() - job.asked, 3),
-            "fill": job.engine.fill.name,
+            "mode": job.engine.mode,
         }
         log.info("answered", extra={"facts": facts})
 
     def borders(self, messages: list[dict[str, Any]], ids: list[int]) -> tuple[int, ...]:
-        """How many of a conversation's first ids other conversations may begin with, too.
+        """The places, in ids, at which other conversations may part from this one.
 
-        That is up to where the first message after the system's begins, for chats with the same system prompt, and up to
-        where the last message begins, for other ends of this chat. Its next turn goes on from the end of the answer.
+        Chats with the same system prompt share the ids before the first message after it. Other ends of this chat share
+        those before the last message. Its next turn goes on from the end of the answer.
         """
         first = next((place for place, each in enumerate(messages) if each["role"] not in ("system", "developer")), 0)
         found = set()
@@ -266,7 +264,7 @@ class Server:
         return tuple(sorted(found - {0}))
 
     def rendered(self, messages: list[dict[str, Any]]) -> list[int]:
-        """A conversation's ids. Raises `Refused` where the model has no chat template, or where that refuses."""
+        """A conversation's ids. Raises `Refused` if the model has no chat template, or if that refuses the messages."""
         if not getattr(self.backbone.tokenizer, "chat_template", None):
             raise Refused(400, f"{self.rules.name} has no chat template. Use /v1/completions.", "messages")
         try:
@@ -284,7 +282,7 @@ class Server:
         return token, id, nats, best
 
     def usage(self, chosen: list[Choice]) -> completions.CompletionUsage:
-        """The tokens of a request: the prompt's, those of it that were cached, and the answers'."""
+        """The numbers of a request's tokens: in the prompt, in its cached part, and in the answers."""
         prompt, made = len(chosen[0].job.ids), sum(len(choice.tokens) for choice in chosen)
         details = {"cached_tokens": chosen[0].job.cached}
         return completions.CompletionUsage.model_validate({
@@ -293,21 +291,21 @@ class Server:
         })  # fmt: skip
 
     def about(self, choice: Choice) -> dict[str, Any]:
-        """What exits did for an answer: for each token its block, confidence, and whether it was a draft; and totals."""
+        """The work of exits for an answer: each token's block and confidence, and whether it was a draft; and totals."""
         job, engine, blocks = choice.job, choice.job.engine, self.backbone.n_blocks
         tokens = [choice.note(token) for token in choice.tokens]
         prompt = {"prompt_token_ids": job.ids} if choice.shows_ids else {}
         if job.request is None or not choice.tokens:
             return {"tokens": tokens, **prompt}
         made = engine.summarise(job.request, job.read - job.asked, max(1e-9, job.ended - job.read))
-        drafts, stood = drafts_of(choice.tokens, blocks) if engine.fill.verifies else (0, 0)
+        drafts, stood = drafts_of(choice.tokens)
         return {
             "tokens": tokens,
             **prompt,
             "blocks": blocks,
             "mean_blocks": made.mean_blocks,
             "flops_saved": made.flops_saved,
-            "fill": FULL if engine.is_full else made.fill,
+            "mode": made.mode,
             "num_draft_tokens": drafts,
             "num_accepted_tokens": stood,
             "acceptance_rate": made.acceptance_rate,
@@ -325,7 +323,7 @@ def _wanted_logprobs(asked: AnswerRequest) -> int | None:
 
 
 def refused(error: BaseException) -> Refused:
-    """What to tell a client about an error."""
+    """The words for a client about an error."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, Refused):

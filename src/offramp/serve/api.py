@@ -1,7 +1,6 @@
 """The HTTP interface: OpenAI's completions and chat, models, health and metrics.
 
-Answers have the types of the package `openai`. What it has no field for stands in the field `offramp`, which clients do not
-look at.
+Answers have the types of the package `openai`. Other facts stand in the field `offramp`, which clients ignore.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ T = TypeVar("T")
 
 
 async def answered(server: Server, chosen: Choices, form: Form, request: Request) -> Response:
-    """Wait for all answers. Gives them up where the client leaves, or the time is over."""
+    """Wait for all answers. Cancels them if the client leaves, or the time is over."""
 
     async def collected() -> None:
         while await chosen.more():
@@ -60,7 +59,7 @@ async def answered(server: Server, chosen: Choices, form: Form, request: Request
 
 
 async def unless_left(request: Request, work: Awaitable[T]) -> T:
-    """Wait for work. Cancels it where the client leaves before it is done, and raises `Refused`."""
+    """Wait for work. If the client leaves before it is done, cancels it and raises `Refused`."""
     gone, doing = asyncio.ensure_future(_left(request)), asyncio.ensure_future(work)
     try:
         await asyncio.wait({gone, doing}, return_when=asyncio.FIRST_COMPLETED)
@@ -73,7 +72,7 @@ async def unless_left(request: Request, work: Awaitable[T]) -> T:
 
 
 class Stream(StreamingResponse):
-    """Server-sent events, and what is to be done when they end, also where they never begin."""
+    """Server-sent events, with a function that runs when they end, even if they never begin."""
 
     def __init__(self, events: AsyncIterator[str], end: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -192,6 +191,30 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
     app = FastAPI(title="offramp", lifespan=lifespan)
     app.add_middleware(Guard, rules=rules)
 
+    _say_errors(app)
+
+    @app.get("/", include_in_schema=False)
+    async def _page() -> Response:
+        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": ONLY_OWN_FILES})
+
+    app.mount("/page", StaticFiles(directory=PAGE))
+
+    _tell_facts(app, menu, scheduler, rules, metrics)
+
+    @app.post("/v1/chat/completions")
+    async def _chat(asked: ChatRequest, request: Request) -> Response:
+        return await respond(server, asked, request, ChatForm, asked.response_format.schema_of_answers)
+
+    @app.post("/v1/completions")
+    async def _complete(asked: CompletionRequest, request: Request) -> Response:
+        return await respond(server, asked, request, CompletionForm)
+
+    return app
+
+
+def _say_errors(app: FastAPI) -> None:
+    """Let the application give errors in OpenAI's form."""
+
     @app.exception_handler(Refused)
     @app.exception_handler(OfframpError)
     @app.exception_handler(Exception)
@@ -209,11 +232,9 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
         words = f"There is no {request.url.path} here." if error.status_code == 404 else f"{error.detail}."
         return Refused(error.status_code, words, headers=error.headers).response
 
-    @app.get("/", include_in_schema=False)
-    async def _page() -> Response:
-        return FileResponse(PAGE / "index.html", headers={"Content-Security-Policy": ONLY_OWN_FILES})
 
-    app.mount("/page", StaticFiles(directory=PAGE))
+def _tell_facts(app: FastAPI, menu: Menu, scheduler: Scheduler, rules: Rules, metrics: Metrics) -> None:
+    """Let the application tell of its health, its model and its modes."""
 
     @app.get("/health")
     async def _health() -> dict[str, str]:
@@ -238,16 +259,6 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
     @app.get("/offramp/menu")
     async def _menu() -> dict[str, Any]:
         return {"model": rules.name, **menu.describe()}
-
-    @app.post("/v1/chat/completions")
-    async def _chat(asked: ChatRequest, request: Request) -> Response:
-        return await respond(server, asked, request, ChatForm, asked.response_format.schema_of_answers)
-
-    @app.post("/v1/completions")
-    async def _complete(asked: CompletionRequest, request: Request) -> Response:
-        return await respond(server, asked, request, CompletionForm)
-
-    return app
 
 
 async def respond(

@@ -1,7 +1,7 @@
-"""A prompt cache: what was computed for the beginnings of texts, used again by other requests.
+"""A prompt cache: it keeps the memories of the beginnings of texts, for other requests to use again.
 
 An entry is a sequence as it was after some tokens. Attention could be cut back to any shared beginning. A Mamba state
-cannot, and neither can a recurrent gate. So an entry serves a prompt that begins with all of its tokens, and entries are
+cannot, and neither can a recurrent gate. So an entry can be used for prompts that begin with all of its tokens. Entries are
 made where prompts are likely to agree: at the borders of messages, and at the end of an answer.
 """
 
@@ -17,14 +17,14 @@ from offramp.decode.sequence import Sequence
 
 @dataclass(frozen=True)
 class Entry:
-    """A sequence that nothing goes on with any more, and the bytes of its memory."""
+    """A sequence that does not change any more, and the bytes of its memory."""
 
     sequence: Sequence
     bytes: int
 
 
 class PromptCache:
-    """Sequences by their engine and the tokens that they have taken in; those not used for the longest time go first.
+    """Sequences by their engine and their tokens. Those that have not been used for the longest time are dropped first.
 
     most: bytes of memory that all entries may take; 0 keeps nothing. bytes: those they take now.
     """
@@ -37,7 +37,7 @@ class PromptCache:
         return len(self._entries)
 
     def talk(self, engine: Engine, ids: list[int]) -> tuple[Talk, int]:
-        """A talk to answer these ids with, and how many of them it has taken in already."""
+        """A talk for an answer to these ids, and how many of them it has taken in already."""
         found: tuple[int, ...] = ()
         for (owner, kept), entry in self._entries.items():
             if owner is engine and len(kept) > len(found) and entry.sequence.continued_by(ids, engine.open_exits):

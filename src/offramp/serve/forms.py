@@ -16,9 +16,9 @@ LEAST = -9999.0  # stands for −∞, which JSON does not have
 
 
 class Form:
-    """How answers of one kind are written: those of completions, or of chat.
+    """The form of answers to completions, or of answers in a chat.
 
-    `whole` is OpenAI's type for an answer. The parts of a stream are dicts of the same form: to check each would take time
+    `whole` is OpenAI's type for an answer. The parts of a stream are dicts of the same form: checking each would take time
     that decoding needs. OpenAI's client, which tests the server, checks them.
     """
 

@@ -1,4 +1,4 @@
-"""Answers in JSON: a token is chosen among those with which the text can still fit a schema (`llguidance`)."""
+"""Answers in JSON: only tokens are chosen after which the text can still fit a schema (`llguidance`)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from offramp.errors import BadInput, NothingFits
 class Grammar:
     """A `Choose` that keeps an answer within a JSON schema, and lets another one choose among the tokens that fit.
 
-    The texts that it is asked about may go back, as drafts are rejected: the matcher then goes back, too. Raises
-    `NothingFits` where no token fits that has been read out, and `BadInput` where the matcher gives up.
+    When drafts are rejected, the text becomes shorter, and the matcher goes back, too. Raises `NothingFits` if none of the
+    tokens that were read out fits, and `BadInput` if the matcher gives up.
     """
 
     reads_all = True  # what fits may be unlikely
 
     def __init__(self, tokenizer: Any, schema: dict[str, Any], prompt: int, choose: Choose) -> None:
-        """`prompt`: the number of the prompt's ids. Raises `BadInput` for a schema that is none."""
+        """`prompt`: the number of the prompt's ids. Raises `BadInput` for an invalid schema."""
         from llguidance import LLMatcher
 
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))

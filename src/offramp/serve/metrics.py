@@ -19,7 +19,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """What a server counts."""
+    """The counters of a server."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._registry = CollectorRegistry()
@@ -55,7 +55,7 @@ class Metrics:
         }
 
     def finished(self, chosen: list[Choice]) -> None:
-        """Count a request, with its answers as they are now. The worst of their ends is its own."""
+        """Count a request with its answers as they are now. It ended as the worst of them did."""
         job, outcomes = chosen[0].job, {choice.job.outcome for choice in chosen}
         self._finished.labels(finished_reason=next(each for each in WORST_FIRST if each in outcomes)).inc()
         self._count("prompt_tokens", len(job.ids))
@@ -67,12 +67,12 @@ class Metrics:
             self._answered(choice)
 
     def _answered(self, choice: Choice) -> None:
-        """Count an answer's tokens: those that have come."""
+        """Count the tokens of an answer that have come."""
         tokens, engine = choice.tokens, choice.job.engine
         self._count("generation_tokens", len(tokens))
         self._count("blocks", sum(token.blocks for token in tokens))
         if engine.fill.verifies:
-            made, stood = drafts_of(tokens, engine.backbone.n_blocks)
+            made, stood = drafts_of(tokens)
             self._count("spec_decode_num_draft_tokens", made)
             self._count("spec_decode_num_accepted_tokens", stood)
         if len(tokens) > 1:

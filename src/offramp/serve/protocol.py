@@ -1,7 +1,7 @@
-"""What the HTTP interface takes in, checked: OpenAI's requests for completions and chat, with a few fields of our own.
+"""The requests of the HTTP interface, checked: OpenAI's for completions and chat, with a few fields of our own.
 
-Of OpenAI's fields that are not supported, those that would change an answer are refused, unless they ask for nothing; the
-others have no effect. docs/serve.md lists all of them. What is given back are the types of the package `openai`.
+Some of OpenAI's fields are not supported. Those that would change an answer are refused, unless they ask for nothing; the
+others have no effect. docs/serve.md lists all of them. Answers have the types of the package `openai`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEAST_TEMPERATURE = 0.01  # above 0, as vLLM has it: logits that are divided by 
 
 
 def _refused(*nothing: Any) -> AfterValidator:
-    """What checks a field that is not supported: `nothing` are the values that ask for nothing."""
+    """The check of a field that is not supported: `nothing` are the values that ask for nothing."""
 
     def check(value: Any) -> Any:
         if value not in nothing:
@@ -73,19 +73,21 @@ class ResponseFormat(BaseModel):
 
 
 class Decoding(BaseModel):
-    """`offramp`, a field of our own: the fill (`full` is full depth), the number of a calibrated point, and whether the
-    answer has the ids of the prompt.
+    """`offramp`, a field of our own: the mode, the number of a calibrated point of `early`, and whether the answer has the
+    ids of the prompt. Unknown fields in it are refused: they would be asked for and not done.
     """
 
-    fill: str | None = None
+    model_config = ConfigDict(extra="forbid")
+
+    mode: str | None = None
     point: int | None = None
     ids: bool = False
 
 
 class AnswerRequest(BaseModel):
-    """What requests for completions and for chat have in common. Unknown fields are ignored.
+    """The common fields of requests for completions and for chat. Unknown fields are ignored.
 
-    Where a request names no seed, it gets a new one.
+    A request without a seed gets a new one.
     """
 
     model: str = ""
@@ -134,7 +136,7 @@ class AnswerRequest(BaseModel):
         return self.max_tokens
 
     def sampling(self, number: int) -> Sampling:
-        """How answer `number` is drawn. Each answer to one prompt has a seed of its own."""
+        """The sampling of answer `number`. Each answer to one prompt has a seed of its own."""
         temperature = max(self.temperature, LEAST_TEMPERATURE) if self.temperature else 0.0
         return Sampling(temperature, self.top_k, self.top_p, self.min_p, self.seed + number, self.repetition_penalty)
 

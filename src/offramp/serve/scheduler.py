@@ -1,7 +1,7 @@
 """Continuous batching: a thread runs the engine, and requests join and leave its batch between steps.
 
-The thread owns the batch and the prompt cache, so nothing else touches them. Others hand it jobs, and hear what happens to
-them through a function that each job brings (`Job.tell`), which is called in that thread.
+The thread owns the batch and the prompt cache, so nothing else touches them. Other threads hand it jobs. Each job brings a
+function (`Job.tell`), which the thread calls to say what happens to the job.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LAST_STEP = 5.0  # seconds that closing waits for the step that runs
 
 
 class Full(OfframpError):
-    """As many requests wait as may wait. `seconds`: when to try again."""
+    """No more requests may wait. `seconds`: when to try again."""
 
     def __init__(self, waiting: int, seconds: int) -> None:
         super().__init__(f"{waiting} requests are waiting already.", f"Try again in {seconds} seconds.")
@@ -48,13 +48,13 @@ class Place:
 class Job:
     """A request to the scheduler, for one of its engines.
 
-    tell: hears each `Token`, and at the end None or the error that ended it. borders: numbers of the prompt's first ids
-    after which other prompts may go on differently. twins: jobs with the same prompt, which start together.
+    tell: called with each `Token`, and at the end with None or the error that ended it. borders: numbers of the prompt's
+    first ids after which other prompts may go on differently. twins: jobs with the same prompt, which start together.
     bytes: the memory of its prompt and its longest answer.
 
-    What the scheduler notes: `cached`, the prompt's ids that were in the prompt cache; the time when the request came, when
-    its prompt had been read, and when it ended, in seconds of `time.monotonic`; the error that ended it; the engine's
-    request.
+    The scheduler fills in: `cached`, the number of the prompt's ids that were in the prompt cache; the times when the
+    request came, when its prompt had been read, and when it ended, in seconds of `time.monotonic`; the error that ended it;
+    the engine's request.
     """
 
     engine: Engine
@@ -88,7 +88,7 @@ class Job:
 
 
 class Scheduler:
-    """Runs jobs, at most `rows` side by side; at most `waiting` more wait for their turn, or for their prompt's ids.
+    """Runs at most `rows` jobs side by side. At most `waiting` more wait for their turn, or for their prompt's ids.
 
     Each engine has a batch of its own; where several have work, their steps take turns. cache: the bytes that the prompt
     cache may take. memory: the bytes that all running jobs may take; None: any number.
@@ -122,7 +122,7 @@ class Scheduler:
 
     @property
     def trouble(self) -> str | None:
-        """What is wrong with the engine, or None."""
+        """The error of the engine in words, or None."""
         began = self._began
         if not self._thread.is_alive():
             return "The engine's thread has ended."
@@ -133,7 +133,7 @@ class Scheduler:
         return None
 
     def take(self, answers: int = 1) -> Place:
-        """Take a place for a request. Raises `Full` where there is none now, and `BadInput` where there is never one."""
+        """Take a place for a request. Raises `Full` if there is none now, and `BadInput` if there can never be one."""
         if answers > self.rows:
             raise BadInput(f"{answers} answers at once need {answers} rows; there are {self.rows}.", "Ask for fewer (n).")
         with self._changed:
@@ -144,7 +144,7 @@ class Scheduler:
         return Place(answers)
 
     def give_back(self, place: Place) -> None:
-        """Give a place back. Does nothing for one that is used."""
+        """Give a place back. Does nothing for a place that a job has used."""
         with self._changed:
             self._preparing -= place.answers
             place.answers = 0
@@ -173,7 +173,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, job: Job) -> None:
-        """Give a job up. One that waits is gone at once; one that runs frees its row before the next step."""
+        """Cancel a job. A waiting job is gone at once; a running job frees its row before the next step."""
         with self._changed:
             for each in job.all:
                 each.cancelled = True
@@ -185,7 +185,7 @@ class Scheduler:
         self.after()
 
     def close(self) -> None:
-        """Take no more jobs, give up those there are, and wait a little for the step that runs."""
+        """Take no more jobs, cancel all jobs, and wait a little for the step that runs."""
         with self._changed:
             self._closing = True
             for job in [*self._waiting, *self._admitted]:
@@ -267,7 +267,7 @@ class Scheduler:
         self._failing = (broken or self._failing) and not any(isinstance(event, Decided) for event in events)
 
     def _tell(self, job: Job, event: Event) -> None:
-        """Do what an event of a job asks for."""
+        """Handle an event of a job."""
         if isinstance(event, Reading) and event.tokens in job.borders:
             self._remember(job)
         elif isinstance(event, Prefilled):
@@ -290,7 +290,7 @@ class Scheduler:
             self._end(job, None)
 
     def _fail(self, error: BaseException, jobs: list[Job]) -> None:
-        """End jobs with an error; their engines begin anew."""
+        """End jobs with an error, and restart their engines."""
         self.failures += 1
         self._failing = True
         for job in jobs:

@@ -9,16 +9,17 @@ Each policy is a hypothesis: "its expected loss is above α". Its p-value comes 
 (`p_value`). Policies are tested one after another along a path from nearly closed to open, each at level δ, up to the
 first hypothesis that is not rejected (fixed-sequence testing, section 3). The last policy that passed is the result.
 
-The guarantee holds for each length of answers by itself, up to the longest: the loss of a policy is that of the answers'
-first 1, 2, 3, … tokens, at the length where its mean is largest. A policy passes only if it passes at every length, so its
-p-value is the largest of theirs, and needs no correction for their number (an intersection–union test).
+The guarantee holds for each length of answers by itself, up to the longest. The loss is measured on the answers' first 1,
+2, 3, … tokens, and a policy's loss is the one at the length with the largest mean. A policy passes only if it passes at
+every length. So its p-value is the largest over the lengths, and needs no correction for their number (an
+intersection–union test).
 
-The order of the path must not depend on the prompts of the test. Several exits have no natural order: which of two policies
-is bolder depends on how often each exit is right and on what its skipped blocks cost the rest of the answer. So a share of
-the prompts, the pilot, is spent on finding the path. The path consists of the candidates that no other candidate beats in
-both loss and gain (saved FLOPs, or with `defer` saved deep passes). The pilot's answers also show how often each exit is
-right, so that policies can be made for a precision (`points`). A path that an earlier calibration wrote down may be tested
-again on new prompts (`retest`): it needs no pilot.
+The order of the path must not depend on the prompts of the test. With several exits, policies have no natural order. How
+bold a policy is depends on how often each exit is right, and on what its skipped blocks cost the rest of the answer. So a
+share of the prompts, the pilot, is spent on finding the path. The path consists of the candidates that no other candidate
+beats in both loss and gain (saved FLOPs, or with `defer` saved deep passes). The pilot's answers also show how often each
+exit is right, so that policies can be made for a precision (`points`). The path of an earlier calibration can be tested
+again on new prompts (`retest`). This needs no pilot.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile, reason_of
 from offramp.exits.calibrated import Calibration, Tested
 from offramp.exits.exits import Exits
+from offramp.exits.format import Owner
 from offramp.exits.learned import PILOTED, TRAINED, hashes_of, known_among
 from offramp.exits.policy import Policy
 from offramp.files import sha256_of_text
-from offramp.model.backbone import Backbone
+from offramp.model.backbone import Backbone, HasBackbone, backbone_of
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import CalibrationConfig, TrainConfig
@@ -55,7 +57,7 @@ from offramp.training.validation import evidence
 
 PILOT = 0.2  # share of the prompts that finds the path
 PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
-ROUNDS = 6  # in which tokens of the pilot's answers jump, to see how often exits with tails are right
+ROUNDS = 6  # rounds in which tokens of the pilot's answers jump, to see how often exits with tails are right
 BATCH = 64  # most answers side by side
 
 
@@ -69,8 +71,8 @@ def precision_line(
 ) -> list[Policy]:
     """Policies for falling precisions, from how often exits are right in the model's answers to prompts (token ids).
 
-    If the config's fill leaves approximate states, it also counts what these change. `head`: the policies' `candidates` and
-    `exit_candidates`.
+    If the config's fill leaves approximate states, the later tokens that these change count, too. `head`: the policies'
+    `candidates` and `exit_candidates`.
     """
     groups = group_texts(prompts, [], config.max_tokens, batch=48)
     with TemporaryDirectory() as folder:
@@ -89,7 +91,7 @@ def gain(answer: Generation, fill: str) -> float:
 
 
 def calibrate(
-    backbone: Backbone,
+    model: Backbone | HasBackbone,
     exits: Exits,
     questions: list[Question],
     config: CalibrationConfig | None = None,
@@ -98,12 +100,15 @@ def calibrate(
 ) -> Calibration:
     """Find the boldest policy that keeps the risk on these questions; set `exits.policy` and `exits.calibration`.
 
-    `reference` is another model, such as the one that this model was tuned from: answers are then compared with its full
-    depth. It must have the same tokenizer. A prompt's hash, and not its position, decides if it belongs to the pilot.
-    Raises `BadInput` for settings that make no sense, for too few prompts, and for prompts that the exits learned from.
+    If the exits learned from other weights, they become this model's.
+
+    `reference` is another model, such as the one that this model was tuned from. Then answers are compared with its full
+    depth. It must have the same tokenizer. A prompt's hash, not its position, decides if it belongs to the pilot. Raises
+    `BadInput` for settings that make no sense, for too few prompts, and for prompts that the exits learned from.
     """
+    backbone = backbone_of(model)
     (record,) = calibrations(backbone, exits, questions, [config or CalibrationConfig()], reference, progress)
-    exits.policy, exits.calibration = record.policy, asdict(record)
+    exits.owner, exits.policy, exits.calibration = Owner.of(backbone), record.policy, asdict(record)
     return record
 
 
@@ -115,15 +120,16 @@ def calibrations(
     reference: Backbone | None = None,
     progress: Progress = silent,
 ) -> list[Calibration]:
-    """The record of a calibration for each config. They may differ in risk, delta and loss, and share their answers.
+    """The records of calibrations for several configs, which share their answers and differ only in risk, delta and loss.
 
-    The exits stay as they are. Otherwise as `calibrate`; raises `BadInput` also for configs that differ in more.
+    The exits do not change. The rest is as in `calibrate`. Also raises `BadInput` for configs that differ in other
+    settings.
     """
     config = configs[0]
     for each in configs:
         _check(questions, each)
         if replace(each, risk=config.risk, delta=config.delta, loss=config.loss) != config:
-            raise BadInput("These calibrations need other answers.", "Only risk, delta and loss may differ.")
+            raise BadInput("These calibrations cannot share their answers.", "Only risk, delta and loss may differ.")
     if reference and reference.tokenizer.get_vocab() != backbone.tokenizer.get_vocab():
         raise BadInput(
             f"{reference.name} and {backbone.name} have different tokenizers.",
@@ -150,13 +156,13 @@ def written_path(exits: Exits) -> list[Policy]:
     known = exits.calibration
     path = [each["policy"] for each in known.get("tested", [])] + list(known.get("untested", []))
     if not path:
-        raise BadInput("These exits have no path that could be tested again.", "Calibrate them without --retest.")
+        raise BadInput("These exits have no path from an earlier calibration.", "Calibrate them without --retest.")
     return [Policy.from_json(policy) for policy in path]
 
 
 @dataclass
 class _Trial:
-    """Tries policies on the same questions, against the same answers of full depth."""
+    """Tries policies on the same questions, and compares with the same answers of full depth."""
 
     backbone: Backbone
     exits: Exits
@@ -286,14 +292,14 @@ def answers(
 
 
 def _check_unknown(exits: Exits, prompts: list[str], pilot: int) -> None:
-    """Raises `BadInput` for prompts that exits, gates or an earlier path learned from; warns where that is not recorded.
+    """Raises `BadInput` for prompts that exits, gates or an earlier path learned from; warns if the record lacks them.
 
     The first prompts are those of the `pilot`, which may use an earlier one's prompts again.
     """
     learned, earlier = (history.get(name) for history, name in ((exits.training, TRAINED), (exits.calibration, PILOTED)))
     if exits.training and learned is None:
         warnings.warn(
-            "These exits do not say which prompts they learned from, so nobody can check that none of these is among them.",
+            "These exits have no record of the prompts they learned from, so these prompts cannot be checked against it.",
             stacklevel=4,
         )
     try:
@@ -317,12 +323,12 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
         raise BadInput(f"There is no loss '{config.loss}'.", f"Choose from {', '.join(LOSSES)}.")
     if config.kind == "precision" and config.confidence not in (None, "gate"):
         raise BadInput(
-            f"The policies of the kind 'precision' compare gates, not {config.confidence}.", "Add --policy thresholds."
+            f"Policies of the kind 'precision' need the gate, not {config.confidence}.", "Add --policy thresholds."
         )
     if fill_named(config.fill).verifies:
         raise BadInput(
-            "Verified answers are the full model's own: there is nothing to guarantee.",
-            "Their thresholds are a matter of speed: offramp bench --fills full,verify --threshold …",
+            "With 'verify', answers are the full model's own, so there is nothing to calibrate.",
+            "Its thresholds only change the speed: offramp bench --compare full,exact --threshold …",
         )
     if config.max_tokens < 1:
         raise BadInput(f"{config.max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
@@ -341,4 +347,4 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
             "Give JSON lines with 'answer' or 'answers', such as TriviaQA's.",
         )
     if len({question.prompt for question in questions}) < len(questions):
-        raise BadInput("Some prompts occur twice, but losses must be independent.", "Keep each prompt once.")
+        raise BadInput("Some prompts occur twice, but the test needs independent prompts.", "Keep each prompt once.")

@@ -25,7 +25,7 @@ from offramp.training.teacher import (
 )
 
 PROMPTS = ASSETS / "prompts.txt"
-MOST_FOR_GATES, MOST_HELD = 2000, 1000  # texts: more of them would serve adapters better
+MOST_FOR_GATES, MOST_HELD = 2000, 1000  # texts for gates and validation at most: more are better spent on adapters
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ def gather(
     gates_only: bool = False,
     make: MakeShards = made_shards,
 ) -> Data:
-    """Run the model over the config's prompts and texts, and split these. Work in the folder `work` is resumed.
+    """Run the model over the config's prompts and texts, and split them. Unfinished work in the folder `work` is resumed.
 
-    Adapters, gates and validation get 7 : 2 : 1 of the texts; of many texts, gates and validation get a smaller share. With
-    `gates_only`, adapters get a single text, and gates the rest.
-    There are `config.answers` answers, or one for each prompt. `plan` (default: the config) must be the same as when that
-    work began. With several processes, each runs the model over a share of the texts. `make` makes the shards, as
-    `made_shards` does. Raises `BadInput` for too few texts, and for another plan.
+    Adapters, gates and validation get 7 : 2 : 1 of the texts. If there are many texts, gates and validation get a smaller
+    share. With `gates_only`, adapters get a single text, and gates the rest. There are `config.answers` answers, or one for
+    each prompt. `plan` (default: the config) must be the same as when that work began. With several processes, each runs
+    the model over a share of the texts. `make` makes the shards, as `made_shards` does. Raises `BadInput` for too few
+    texts, and for another plan.
     """
     prompts, texts, files = _corpus(backbone, config)
     asked, temperatures = turns(prompts, config.temperatures, config.answers or len(prompts))
@@ -91,7 +91,7 @@ def parts_of(teacher: TeacherTexts, seed: int, gates_only: bool = False) -> tupl
 
 
 def turns(prompts: list[list[int]], temperatures: tuple[float, ...], answers: int) -> tuple[list[list[int]], list[float]]:
-    """Which prompts to answer, and at which temperatures: each prompt in turn, at each of the temperatures in turn."""
+    """The prompts to answer and their temperatures: each prompt in turn, at each of the temperatures in turn."""
     pairs = [divmod(number, len(prompts)) for number in range(answers)] if prompts else []
     asked = [prompts[place] for _, place in pairs]
     return asked, [temperatures[(place + turn) % len(temperatures)] for turn, place in pairs]

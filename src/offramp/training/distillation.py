@@ -18,10 +18,10 @@ from offramp.training.teacher import TeacherText
 
 @dataclass(frozen=True)
 class Distillation:
-    """What the n counted positions of a batch of texts should say.
+    """The targets for the n counted positions of a batch of texts.
 
-    `rows` (R,): the tokens of the softmax, rising; `offset` (R,): what to add to their logits. `columns` (n, K): where the
-    teacher's tokens stand in `rows`; `targets` (n, K): their probabilities.
+    `rows` (R,): the tokens of the softmax, rising; `offset` (R,): what to add to their logits. `columns` (n, K): the places
+    of the teacher's tokens in `rows`; `targets` (n, K): their probabilities.
     """
 
     rows: Tensor
@@ -38,7 +38,7 @@ class Distillation:
         device: torch.device,
         shortlist: Tensor | None = None,
     ) -> Distillation:
-        """The softmax is over `shortlist` if there is one; its other tokens then count for nothing."""
+        """The softmax is over `shortlist` if there is one; then the teacher's other tokens are left out."""
         counted = pad_batch([text.counted for text in texts])
         teacher = pad_batch([text.top_ids for text in texts])[counted].long()
         targets = pad_batch([text.top_logp for text in texts])[counted].float().softmax(-1)

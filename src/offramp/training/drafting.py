@@ -1,11 +1,11 @@
-"""Runs of drafts over whole texts: what an exit makes of each token as the first, second and third draft of a run.
+"""Train exits to draft: each token of a text is drafted as the first, the second and the third draft of a run.
 
-A draft reads the top state of the token before. Only for the first draft of a run has full depth run that token. For the
-others, what the exit made of it stands in. An exit that learned from first drafts alone is useless after them. So it learns
-from all (training-time test: EAGLE-3, arXiv 2503.01840, section 3; HASS, arXiv 2408.15766).
+A draft reads the top state of the previous token. Full depth has run that token only for the first draft of a run. The
+later drafts read the exit's own state in its place. An exit that learned only first drafts fails at later ones. So it
+learns all of them (training-time test: EAGLE-3, arXiv 2503.01840, section 3; HASS, arXiv 2408.15766).
 
 All tokens of a text are drafted at once. In the tail's blocks, a token sees the exact keys and values of the tokens before
-its run, those that the exit made of the tokens of its run, and its own.
+its run, the exit's keys and values of the tokens in its run, and its own.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.runtime import Runtime
 
 LENGTH = 3  # drafts of a run
-WEIGHTS = (1.0, 0.6, 0.36)  # of their losses: a draft counts only if those before it are right
+WEIGHTS = (1.0, 0.6, 0.36)  # each later draft's loss weighs less, since a draft counts only if those before it are right
 
 
 def check_tails(backbone: Backbone, tails: tuple[int, ...]) -> None:
-    """Raises `BadInput` for tails of exits through which drafts cannot be trained."""
+    """Raise `BadInput` if drafts cannot be trained through these tails."""
     longest = max(tails, default=0)
     if longest and set(backbone.kinds[-longest:]) != {"attention"}:
         raise BadInput(
@@ -62,7 +62,7 @@ def runs(
 
 
 def _moved(h: Tensor, places: int) -> Tensor:
-    """States (B, T, D) of the tokens so many places before, and zeros at the beginning."""
+    """The states (B, T, D), moved by so many places: each token gets that of an earlier one, or zeros at the beginning."""
     return F.pad(h, (0, 0, places, 0))[:, : h.shape[1]]
 
 
@@ -83,7 +83,7 @@ class _Tail:
         self._passes = 0
 
     def run(self, adapted: Tensor) -> Tensor:
-        """The states at the top (B, T, D) for what the exit's adapter made of each token, as the next draft of its run."""
+        """The adapter's output of each token → the states at the top (B, T, D), as the next draft of its run."""
         self._passes += 1
         h, tokens = adapted.to(self._runtime.dtype), adapted.shape[1]
         step = self._runtime.step(h, 0)

@@ -1,13 +1,13 @@
-"""What an early exit costs the tokens after it: the skipped blocks remember of its token only what the fill stored.
+"""The harm of an early exit to later tokens: of its token, the skipped blocks remember only what the fill stored.
 
-The token itself may be right, and the rest of the answer still change. This harm is measured on text whose exact hidden
+Even if the token itself is right, the rest of the answer may change. This harm is measured on text whose exact hidden
 states are known. The blocks after the exit run once with all tokens exact, and once for each token that leaves: its skipped
 blocks are filled by `project`, its tail's blocks remember what the jump computed, and all other tokens stay exact. The harm
 is the sum, over the later tokens, of the square root of the Kullback-Leibler divergence between the two next-token
 distributions, times a constant. The square root is proportional to how far logits move, and so to how often the most
 probable token changes. On SmolLM2 the constant is the same for all exits, and for small and large harms.
 
-Harms are very unequal. So a gate that foresees them loses little of what can be saved, and much of the harm.
+Harms are very unequal. So a gate that foresees them avoids much of the harm, and gives up little of the savings.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from offramp.exits.exits import Exit
 from offramp.model.backbone import Backbone
 from offramp.training.teacher import TeacherText
 
-CHANGES = 0.5  # most probable tokens that change, for a root of one nat; 0.49 to 0.55 at three exits of SmolLM2
+CHANGES = 0.5  # how many most probable tokens change for a root of one nat; 0.49 to 0.55 at three exits of SmolLM2
 CONSIDERED = 4  # most probable tokens of each position
 
 
@@ -29,9 +29,9 @@ CONSIDERED = 4  # most probable tokens of each position
 def harms(backbone: Backbone, exit: Exit, text: TeacherText, place: int, adapted: Tensor, positions: list[int]) -> Tensor:
     """Estimate how many later tokens change if the token at each of the n `positions` leaves, (n,).
 
-    `place` is that of the exit's block among the text's hidden states; adapted (1, T, D) is what the exit's adapter makes
-    of them. Only counted positions matter. The distributions are over the tokens that are among the likeliest anywhere in
-    the text. The text's last token has none after it, and must not be among the positions.
+    `place` is that of the exit's block among the text's hidden states; adapted (1, T, D) is the adapter's output for them.
+    Only counted positions matter. The distributions are over the tokens that are among the likeliest anywhere in the text.
+    The text's last token must not be among the positions, since no token follows it.
     """
     start, stop = exit.block, backbone.n_blocks
     h = text.hidden[None, :, place].to(backbone.device, backbone.dtype)

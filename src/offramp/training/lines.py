@@ -1,11 +1,11 @@
-"""Lines of policies that a calibration may choose from, each from nearly closed to open."""
+"""Lines of policies for a calibration to choose from. Each goes from nearly closed to open."""
 
 from __future__ import annotations
 
 from offramp.errors import BadInput
 from offramp.exits.policy import PATIENCE, Policy
 
-# Tokens that a sketch of the head names. Fewer would use up the risk before an exit opens, and save hardly more.
+# Candidates from a sketch of the head. Fewer would use up the risk before an exit opens, and save little more.
 CANDIDATES = (8192, 4096)
 EXIT_CANDIDATES = 512
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
@@ -28,8 +28,8 @@ def candidates(
     The kind `precision` has no such lines: its policies are made from the pilot's answers (`points.policies`).
 
     `vocabulary` is the model's, for exits with a sketch of the head, else 0. With a sketch, one more line comes first: it
-    closes all exits and reads out fewer and fewer candidates. The other lines then read out the smallest number of them;
-    with `whole_head` at exits only, and the first line is left out. Raises `BadInput` for an unknown `kind`.
+    closes all exits and reads out fewer and fewer candidates. The other lines read out the smallest number of them. With
+    `whole_head`, they do so at exits only, and the first line is left out. Raises `BadInput` for an unknown `kind`.
     """
     if kind not in KINDS:
         raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
@@ -57,7 +57,7 @@ def candidates(
 def heads(vocabulary: int, whole_head: bool) -> tuple[int, int]:
     """A policy's `candidates` and `exit_candidates` for exits with a sketch; with `whole_head`, only the latter.
 
-    At exits few are enough: a token whose likeliest successor is not among them would not be sure enough to leave.
+    A few candidates are enough at exits: if the likeliest next token is not among them, the exit is not sure enough anyway.
     """
     if vocabulary <= CANDIDATES[-1]:
         return 0, 0

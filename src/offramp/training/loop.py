@@ -1,13 +1,12 @@
 """The training loop that exits, tuned models and `lm/` share: steps, checkpoints, exact resumption, several processes.
 
-`accelerate` places the tensors, mixes precisions, clips gradients, and writes and reads checkpoints. What a step does is a
-function of the seed and the step's number. So a run that was interrupted and resumed ends bit for bit like one that was
-not.
+`accelerate` places the tensors, mixes precisions, clips gradients, and writes and reads checkpoints. A step depends only on
+the seed and its number. So a resumed run gives the same result, bit for bit, as a run without interruption.
 
 Several processes train together if `torchrun` starts them, or on GPUs `accelerate launch`. Each process takes an equal
-share of a step's batch, and the gradients are averaged. The result is that of one process, up to rounding, on three
-conditions: the loss is a mean over the batch, all shares weigh the same in it (a mean over tokens needs as many tokens in
-each), and the step draws neither dropout nor a sampled vocabulary. Otherwise it is another run of the same method. Each
+share of a step's batch, and the gradients are averaged. The result is the same as with one process, up to rounding, on
+three conditions. The loss is a mean over the batch. All shares weigh the same in it (for a mean over tokens, each needs as
+many tokens). The step draws neither dropout nor a sampled vocabulary. Otherwise it is another run of the same method. Each
 process loads the backbone on its own device.
 """
 
@@ -35,10 +34,10 @@ from offramp.errors import BadInput, BadNumbers, CorruptFile
 from offramp.files import alone_in, put, write_atomically
 from offramp.progress import Progress, silent
 
-POINTS = 60  # of a stage's curve of losses
+POINTS = 60  # points of a stage's curve of losses
 STATE = "loop.json"  # in a checkpoint
 SIMILAR = 32  # batches whose texts are sorted by length
-Loss = tuple[Tensor, list[Tensor]]  # what a step minimises, and the losses that are reported
+Loss = tuple[Tensor, list[Tensor]]  # the loss that a step minimises, and the losses that are reported
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Training:
-    """What a loop trains.
+    """The work of a loop: a module, its batches, its loss and its optimizers.
 
     name: names the job in messages and seeds its steps together with `seed`. module: its parameters that require a gradient
     are trained and saved, the others are not. batch_of: the items of a step's batch, a list or a tensor of one item a row.
@@ -77,8 +76,8 @@ class Training:
 def accelerator_for(device: torch.device, bfloat16: bool = False) -> Accelerator:
     """An accelerator for a model on this device; with `bfloat16`, matrix products under `autocast` are computed in it.
 
-    accelerate keeps one precision for the whole process. If another one is set already, it stays, and the loop's own
-    autocast takes its place.
+    accelerate keeps one precision for the whole process. If another one is set already, it stays, and the loop uses an
+    autocast of its own.
     """
     place: dict[str, Any] = {"cpu": device.type == "cpu"}
     try:
@@ -89,15 +88,15 @@ def accelerator_for(device: torch.device, bfloat16: bool = False) -> Accelerator
 
 
 def alone(folder: Path, device: torch.device) -> AbstractContextManager[None]:
-    """`alone_in` a folder, for all processes that train together on devices of this kind: the main one holds the lock."""
+    """Do `alone_in` for all processes that train together on devices of this kind: the main one holds the lock."""
     return alone_in(folder) if accelerator_for(device).is_main_process else nullcontext()
 
 
 class Loop:
     """Trains a job until its budget is spent, from the last checkpoint in `folder` if there is one.
 
-    step: the number of finished steps; seconds: of work; curve: points that the caller adds; losses: those that each step
-    since the last point reported. Raises `CorruptFile` for a damaged checkpoint.
+    step: the number of finished steps; seconds: of work; curve: points that the caller adds; losses: those of each step
+    since the last point. Raises `CorruptFile` for a damaged checkpoint.
     """
 
     def __init__(
@@ -134,8 +133,8 @@ class Loop:
     def run(self, after_step: Callable[[], None], stop: Callable[[], bool] = lambda: False) -> bool:
         """Train, and call `after_step` after each step. Returns whether the budget is spent.
 
-        Before each step, `stop` is called: if it returns true, training stops; it can be resumed. Raises `BadNumbers` for
-        a loss that is not finite.
+        `stop` is called before each step. If it returns true, training stops, and can be resumed. Raises `BadNumbers` for a
+        loss that is not finite.
         """
         saved, started, worked_before = time.monotonic(), time.process_time(), self.seconds
         while self.share_spent() < 1:
@@ -162,7 +161,7 @@ class Loop:
         with self._autocast():
             loss, losses = job.loss_of(self._share_of(job.batch_of(self.step)), self.step)
         if not math.isfinite(float(loss.detach())):
-            raise BadNumbers(f"The loss of the {job.name} became NaN at step {self.step}.", "Try a lower --learning-rate.")
+            raise BadNumbers(f"The loss of the {job.name} became NaN at step {self.step}.", "Try a lower learning rate.")
         for optimizer in self._optimizers:
             optimizer.zero_grad()
         self.accelerator.backward(loss)
@@ -196,7 +195,7 @@ class Loop:
         return means
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides parameters, optimizers and schedules. accelerate would keep it in a pickle."""
+        """A checkpoint's values besides parameters, optimizers and schedules. accelerate would put them into a pickle."""
         return {"step": self.step, "seconds": self.seconds, "curve": self.curve, "losses": self.losses}
 
     def _save(self) -> None:
@@ -284,7 +283,8 @@ class Fit:
             points = sum(point["stage"] == stage for point in self.curve)
             if spent >= min(1.0, (points + 1) / POINTS):
                 loop.add_point({"stage": stage, "step": loop.step, "loss": losses})
-            progress(stage, min(1000, int(1000 * spent)), 1000, f"loss {sum(losses) / len(losses):.3f}")
+            steps = loop.step if spent >= 1 else max(loop.step + 1, round(loop.step / spent))  # with hours, an estimate
+            progress(stage, loop.step, steps, f"loss {sum(losses) / len(losses):.3f}")
 
         loop.run(after_step)
         module.eval()
@@ -315,15 +315,7 @@ def warmed_cosine(spent: float, warm: float = 0.05) -> float:
 
 
 def claim(work: Path, plan: dict[str, Any]) -> None:
-    """Note in the folder `work` what is trained there.
-
-    Raises `BadInput` if that was something else last time, and for the checkpoints of an earlier version.
-    """
-    if any(work.glob("*.pt")):
-        raise BadInput(
-            f"An earlier version of offramp left an unfinished training in {work}, and this version cannot resume it.",
-            "Finish it with that version, or delete that folder to start anew.",
-        )
+    """Note in the folder `work` what is trained there. Raises `BadInput` if that was something else last time."""
     note, wanted = work / "plan.json", json.dumps(plan)
     if not note.exists():
         write_atomically(note, wanted.encode())

@@ -1,4 +1,4 @@
-"""What an answer with exits loses, beside the full-depth answer to the same question: a number from 0 to 1."""
+"""The loss of an answer with exits, compared with the full-depth answer to the same question: a number from 0 to 1."""
 
 from __future__ import annotations
 
@@ -48,34 +48,43 @@ def f1_loss(early: Generation, full: Generation, question: Question) -> float:
 
 
 def exact_loss(early: Generation, full: Generation, question: Question) -> float:
-    """1 if the answer differs from the full model's at all."""
+    """1 if the answer differs from the full model's, else 0."""
     return float(early.ids != full.ids)
 
 
 def task_loss(early: Generation, full: Generation, question: Question) -> float:
     """Full depth's word recall of the references minus this answer's; 0 if that is negative.
 
-    Recall, since a model that answers in sentences has a word F1 near 0 with a short reference, and so nothing to lose.
+    It is recall, not F1: a model that answers in sentences has an F1 near 0 with a short reference, and so nothing to lose.
     """
     return max(0.0, best_recall(full.text, question.references) - best_recall(early.text, question.references))
 
 
-LOSSES: dict[str, Callable[[Generation, Generation, Question], float]] = {
-    "f1": f1_loss,
-    "exact": exact_loss,
-    "task": task_loss,
+@dataclass(frozen=True)
+class Loss:
+    """A way to measure an answer's loss. `label` is its name for people, `of` computes it, and `help` explains it."""
+
+    label: str
+    of: Callable[[Generation, Generation, Question], float]
+    help: str
+
+
+LOSSES = {
+    "f1": Loss("1 − token F1", f1_loss, "1 − token F1 with full depth's answer"),
+    "exact": Loss("answers that differ", exact_loss, "1 if the answers differ"),
+    "task": Loss("lost task score", task_loss, "how many more words of the prompt's answer it misses, as a share"),
 }
 
 
 def losses_by_length(early: Generation, full: Generation, question: Question, loss: str, longest: int) -> list[float]:
-    """What the first 1, 2, … `longest` tokens of an answer lose."""
+    """The losses of the first 1, 2, … `longest` tokens of an answer."""
     found = [0.0] * sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(early.ids, full.ids, strict=False)))
     for length in range(len(found) + 1, min(longest, max(len(early.tokens), len(full.tokens))) + 1):
-        found.append(LOSSES[loss](_first(early, length), _first(full, length), question))
+        found.append(LOSSES[loss].of(_first(early, length), _first(full, length), question))
     return [*found, *found[-1:] * (longest - len(found))]
 
 
 def _first(answer: Generation, length: int) -> Generation:
-    """The answer as it would be with a limit of `length` tokens: a later token changes no earlier one."""
+    """The answer with a limit of `length` tokens: the longer one's beginning, since later tokens change no earlier ones."""
     tokens = answer.tokens[:length]
     return replace(answer, tokens=tokens, text="".join(token.text for token in tokens))

@@ -1,8 +1,8 @@
-"""How long the exits' tails are: a short trial on the model itself confirms the rule of `suggested_places`, or corrects it.
+"""A short trial on the model chooses the length of the exits' tails. It confirms or corrects `suggested_places`.
 
-The answers of the probe serve as its text. Adapters with shorter tails, with those of the rule, and with longer ones are
-each trained for a few steps. The tails whose exits save most on held-out answers win. So short a training leaves the exits
-worse than they will be, but all of them alike.
+The trial uses the answers of the probe. It trains adapters for a few steps each: with shorter tails, with those of the
+rule, and with longer ones. The tails whose exits save most on held-out answers win. After so short a training, exits are
+worse than they will be, but all are affected alike.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from offramp.training.teacher import TeacherTexts
 from offramp.training.trainer import Trainer
 from offramp.training.validation import evidence
 
-STEPS = 60  # of each training in the trial
-PRECISION = 0.9  # of the tokens that leave; a higher one would let too few of them leave after so short a training
+STEPS = 60  # steps of each training in the trial
+PRECISION = 0.9  # precision at which tokens leave; at a higher one, too few would leave after so short a training
 ROUNDS = 6
 
 

@@ -1,7 +1,7 @@
-"""What a training does with its time: where exits go, how many answers the model makes, and how long the exits learn.
+"""The plan of a training: where exits go, how many answers the model makes, and how long the exits learn.
 
-A short probe of how fast the model answers says how many answers fit into the time. The same answers serve a trial of how
-long the exits' tails should be (`places`).
+A short probe measures how fast the model answers, and so how many answers fit into the time. The same answers are used to
+choose the length of the exits' tails (`places`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, write
 
 # Shares of the time; the rest is for the probe, the trial and labels.
 ANSWERING, FITTING, GATING, MEASURING = 0.38, 0.38, 0.07, 0.08
-MOST_ANSWERS = 12  # to one prompt: more would hardly say anything new
+MOST_ANSWERS = 12  # answers to one prompt at most: more would add little
 PROBED = 256  # answers
 SKETCH_DIMS, CANDIDATES = 64, 2048  # all but 1 in 500 of SmolLM2's own tokens are among the candidates
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a training does: the exits' places, the number of answers, and hours for adapters, gates and measuring harm.
+    """The plan: the exits' places, the number of answers, and hours for adapters, gates and measuring harm.
 
     Without a number there is one answer for each prompt. Hours are None where epochs are given.
     """
@@ -51,15 +51,15 @@ def planned(
 ) -> Schedule:
     """The plan for the config's budget, for exits that go on from `start` or are new.
 
-    It is kept in the folder `work`, so that resumed work keeps to it. What it will do is the note of the stage "plan".
-    Raises `BadInput` where the config wants other places than those of `start`.
+    It is kept in the folder `work`, and resumed work follows it. The stage "plan" tells it to the user. Raises `BadInput`
+    where the config wants other places than those of `start`.
     """
     layers, tails = suggested_places(backbone.n_blocks)
     if start is not None:
         layers, tails = start.config.layers, start.config.tails
         if config.layers not in (None, layers) or config.tails not in ((), tails):
             raise BadInput(
-                "Training goes on with exits where they are, and these are at other places.",
+                "The exits of --start are at other places.",
                 "Leave --layers and --tails out, or train new exits, without --start.",
             )
     elif config.layers:
@@ -109,7 +109,7 @@ def _measured(
     progress: Progress,
     free: bool,
 ) -> tuple[Schedule, str]:
-    """A plan from `PROBED` answers side by side, and what it says. If the tails are `free`, a trial chooses them."""
+    """A plan from `PROBED` answers side by side, and its text. If the tails are `free`, a trial chooses them."""
     prompts = prompts_of(backbone, config)
     asked, temperatures = turns(prompts, config.temperatures, PROBED)
     groups = group_texts(asked, [], config.answer_tokens, 48, temperatures)

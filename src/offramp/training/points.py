@@ -1,8 +1,8 @@
 """Policies by precision: at each exit, the thresholds above which a given share of the tokens that leave are right.
 
 A threshold means something else at each exit, and for each gate. A precision means the same everywhere. So a calibration
-goes along a line of precisions. Where the fill is approximate, the later tokens that a token changes count as wrong too
-(`Evidence.worth`). For each precision, every exit gets the rule that saves most and reaches it on labelled text:
+goes along a line of precisions. If the fill is approximate, the later tokens that a token changes also count as wrong
+(`Evidence.worth`). For each precision, every exit gets the rule that saves most among those that reach it on labelled text:
 
 - the gate alone: a token leaves above a threshold;
 - the gate and the second key: above a lower threshold the exit reads out, and the token leaves if the read-out's own
@@ -21,10 +21,11 @@ from offramp.exits.policy import Policy
 from offramp.model.costs import Costs
 from offramp.training.validation import Evidence, lowest
 
-CONTEXT = 128  # tokens before the one whose costs decide between the rules
+CONTEXT = 128  # context, in tokens, for the costs that decide between the rules
 # Shares of the tokens that may be asked for the second key. The best is often a few percent.
 ASKED = (0.02, 0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4, 0.5, 0.65, 0.8)
-# Where the next lower precision saves more than twice as much, these shares of its tokens leave first.
+# If the next lower precision saves more than twice as much, policies that let only these shares of its tokens leave come
+# first.
 SHARES = (0.25, 0.5, 0.75)
 
 
@@ -58,9 +59,9 @@ def rule(known: Evidence, precision: float, gain: float, price: float) -> Rule:
 
 
 def narrowed(wide: Rule, known: Evidence, share: float) -> Rule:
-    """The rule that lets about this share of the tokens leave that leave by another: those of which the gate is surest.
+    """A rule for about this share of the tokens that leave by the `wide` rule: those with the highest gate.
 
-    What it saves is taken to be the same share.
+    Its saving is assumed to be the same share.
     """
     leaving = (known.gate > wide.threshold) | ((known.gate > wide.perhaps) & (known.key > wide.key))
     if not leaving.any():
@@ -70,7 +71,7 @@ def narrowed(wide: Rule, known: Evidence, share: float) -> Rule:
 
 
 def saved(exits: Exits, shown: list[Evidence], costs: Costs, precision: float) -> float:
-    """FLOPs that the exits save for a mean token if each lets tokens leave at this precision by itself, added up."""
+    """The sum of the FLOPs that each exit by itself saves for a mean token at this precision."""
     return sum(_rule_at(exits, exit, known, costs, precision, 0, 0).saved for exit, known in zip(exits, shown, strict=True))
 
 
@@ -79,8 +80,8 @@ def policies(
 ) -> list[Policy]:
     """A policy for each precision; `candidates` and `at_exits` are the policies' `candidates` and `exit_candidates`.
 
-    A precision that opens no exit is left out, and so is a policy that equals the one before. Where a step is wide,
-    narrower policies come first (`SHARES`).
+    A precision that opens no exit is left out, and so is a policy that equals the one before. Before a wide step come
+    narrower policies (`SHARES`).
     """
     steps: list[list[Rule]] = []
     before = 0.0

@@ -1,4 +1,4 @@
-"""Learn then Test (Angelopoulos et al., arXiv 2110.01052): which of several policies keeps a risk, by their losses.
+"""Learn then Test (Angelopoulos et al., arXiv 2110.01052): find a policy that keeps a risk, from the policies' losses.
 
 The expected loss of a policy is shown to be at most α by a p-value; policies along a path are tested one after another.
 """
@@ -36,13 +36,13 @@ MOST_PROMPTS = 1_000_000  # the largest number of prompts that `prompts_needed` 
 
 
 def prompts_needed(mean: float, risk: float, delta: float) -> int | None:
-    """The number of prompts that would show that a policy with this mean loss keeps the risk; None above a million."""
+    """The number of prompts needed to show that a policy with this mean loss keeps the risk; None above a million."""
     if mean >= risk:
         return None
     n = 1
     while p_value(mean, n, risk) > delta:
         n *= 2
-        if n > MOST_PROMPTS:  # nobody has more, and the sum in `p_value` would take minutes
+        if n > MOST_PROMPTS:  # nobody has more prompts, and the sum in `p_value` would take minutes
             return None
     low, high = n // 2, n
     while high - low > 1:
@@ -68,9 +68,9 @@ def path(pilot: list[tuple[float, float]], risk: float, longest: int = LONGEST_P
     """The indices of the candidates to test, in the order of the test.
 
     `pilot` has each candidate's mean loss and gain on the pilot prompts. A candidate is left out if another loses less and
-    gains at least as much, if it gains nothing, or if it loses twice the risk. Candidates of equal loss all stay, because a
-    pilot is too small to tell them apart. The order is that of rising gain, so the safest comes first. If more than
-    `longest` candidates are left, every n-th is kept, from the first on.
+    gains at least as much, if it gains nothing, or if it loses twice the risk. Candidates of equal loss all stay: the pilot
+    is too small to tell them apart. The order is that of rising gain, so the safest comes first. If more than `longest`
+    candidates are left, every n-th is kept, from the first on.
     """
     order = [
         index

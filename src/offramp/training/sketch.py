@@ -1,7 +1,7 @@
-"""A sketch of the LM head: a map of low rank that guesses which tokens the head would find likeliest.
+"""A sketch of the LM head: a low-rank map that guesses the head's likeliest tokens.
 
-It begins as the map with the smallest error of all logits (`closest`). But the error of a token that nobody would choose
-does not matter. So the sketch then learns to give the model's own next tokens a high probability.
+It begins as the map with the smallest error of all logits (`closest`). But errors do not matter for tokens that nobody
+would choose. So the sketch then learns to give the model's own next tokens a high probability.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from offramp.training.distillation import Distillation
 from offramp.training.loop import Budget, Fit, Loss, step_generator
 from offramp.training.teacher import TeacherText, lengths_of
 
-STEPS, EPOCHS = 200, 4  # the smaller one counts; more hardly change anything
-CLOSEST = 500  # texts that the map to begin with is made of
-RATE = 0.01  # of the mean size of the entries
+STEPS, EPOCHS = 200, 4  # steps, or epochs if they are fewer; more change little
+CLOSEST = 500  # texts for the first map
+RATE = 0.01  # learning rate, as a share of the mean size of the entries
 
 
 class Sketch(nn.Module):
-    """Rows x (n, D) after the final norm → what stands in for them, (n, D): x reduceᵀ expandᵀ.
+    """Rows x (n, D) after the final norm → their stand-ins (n, D): x reduceᵀ expandᵀ.
 
     The parameters are divided by the mean size of their entries, so that one learning rate suits both.
     """
@@ -88,6 +88,6 @@ def closest(backbone: Backbone, texts: Sequence[TeacherText], dims: int) -> tupl
 
 @torch.no_grad()
 def _tops(backbone: Backbone, texts: Sequence[TeacherText]) -> Tensor:
-    """What the head reads at the texts' counted positions, (n, D)."""
+    """The head's inputs (n, D) at the texts' counted positions."""
     tops = torch.cat([text.hidden[text.counted, -1].float() for text in texts])
     return backbone.final(tops.to(backbone.device))

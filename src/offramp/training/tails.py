@@ -1,8 +1,7 @@
-"""The model's last blocks over texts in which some tokens jumped: left at an exit, and came in again before its tail.
+"""The model's last blocks over texts in which some tokens jumped: they left at an exit, and came in again before its tail.
 
 Every position of a text has its exact hidden state, from the teacher. At the positions of a `Jumped`, the adapter's output
-takes its place. So the tail's blocks see what they see in decoding: exact tokens, jumped ones, and each other's keys,
-values and states.
+replaces it. So the tail's blocks see the same mix as in decoding: exact tokens and jumped ones.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from offramp.exits.exits import Exit, Exits
 from offramp.model.backbone import Backbone
 from offramp.model.runtime import Runtime
 
-LEAST_SHARE = 0.4  # of a text's tokens that jump in training: from this to all of them, drawn for each text
+LEAST_SHARE = 0.4  # of a text's tokens, for jumps in training; the share is drawn from here to 1 for each text
 
 
 @dataclass(frozen=True)
 class Jumped:
-    """Tokens that jumped at one exit: `where` (B, T) they stand, and their n adapted states, `h` (n, D), in that order."""
+    """Tokens that jumped at one exit: their places `where` (B, T), and their adapted states `h` (n, D), in that order."""
 
     exit: Exit
     where: Tensor
@@ -52,7 +51,7 @@ def through_tails(backbone: Backbone, runtime: Runtime, exact: Tensor, jumps: li
 def drawn_exits(counted: Tensor, exits: int, share: Tensor | float, generator: torch.Generator) -> Tensor:
     """For each position (B, T), the index of the exit that its token leaves at; −1 where it does not leave.
 
-    Of the `counted` positions, the share `share` leaves, (B, 1) or the same for all; each exit is as likely as the others.
+    `share`, (B, 1) or the same for all, of the `counted` positions leaves; all exits are equally likely.
     """
     drawn = torch.rand(counted.shape, generator=generator) / share
     return torch.where(counted & (drawn < 1), (drawn * exits).long(), -1)

@@ -1,4 +1,4 @@
-"""What exits learn from: the backbone's hidden states and final distributions over text, kept in shards on disk.
+"""The teacher's output that exits learn from: hidden states and final distributions over text, in shards on disk.
 
 Most of the text is the model's own answers to prompts, which is what it will decode later. Plain texts can be added.
 In compiled blocks the engine decodes the answers, many side by side; elsewhere the library does. Then the model reads all
@@ -37,8 +37,8 @@ from offramp.model.costs import Costs
 from offramp.model.runtime import AnyState, BlockInput
 from offramp.training.loop import step_generator
 
-SIDE_BY_SIDE = 64  # answers side by side; more would hardly be faster, and need more memory
-CHUNK = 512  # tokens of texts that are read at once, about
+SIDE_BY_SIDE = 64  # answers side by side; more would be hardly faster, and would need more memory
+CHUNK = 512  # about so many tokens are read at once
 HEAD_ROWS = 256  # positions whose logits are in memory at once
 BUCKET = 64  # entries
 TEACHER = 16  # most probable tokens of the final distribution that are kept for each position
@@ -46,7 +46,7 @@ TEACHER = 16  # most probable tokens of the final distribution that are kept for
 
 @dataclass(frozen=True)
 class TeacherText:
-    """One text of T tokens. Position t holds what the model computed after token t, which predicts token t + 1.
+    """One text of T tokens. Position t holds the model's output after token t, which predicts token t + 1.
 
     ids (T,); hidden (T, J, D) float16 at the J exits; top_ids and top_logp (T, TEACHER): the final distribution's most
     probable tokens, best first; counted (T,): positions whose guess is trained on and measured (answers, not prompts).
@@ -63,7 +63,7 @@ FIELDS = tuple(field.name for field in fields(TeacherText))
 
 
 class _Place(NamedTuple):
-    """Where a text is: rows `start` to `stop` - 1 of a shard."""
+    """The place of a text: rows `start` to `stop` - 1 of a shard."""
 
     shard: Path
     start: int
@@ -71,7 +71,7 @@ class _Place(NamedTuple):
 
 
 class TeacherTexts(Sequence[TeacherText]):
-    """Texts in shards on disk. Only their places are in memory; indexing maps a text's rows of its shard.
+    """Texts in shards on disk. Only their places are in memory; indexing maps the rows of a text from its shard.
 
     Raises `CorruptFile` for a shard that cannot be read.
     """
@@ -155,7 +155,7 @@ class TextGroup:
         return sum(len(ids) + self.answer_tokens for ids in self.ids)
 
     def choose(self, place: int) -> Sampler:
-        """How the tokens of an answer are chosen. Draws follow from the text's place alone."""
+        """The sampling of an answer. The draws depend only on the text's place."""
         temperature = self.temperatures[place] if self.temperatures else 0.0
         seed = step_generator(self.seed, place, "answers").initial_seed()
         return Sampling(temperature, top_k=TEACHER, seed=seed).chooser()
@@ -228,7 +228,7 @@ def write_shards(
             after_group(group)
         else:
             missing.append((group, shard))
-    # Of all prompts, so that work that is resumed computes what it would have computed at once.
+    # Over all prompts, so that resumed work computes the same as work without interruption.
     shared = begin_alike([ids for group in groups if group.answer_tokens for ids in group.ids])
     for index, content in make(backbone, [group for group, _ in missing], layers, shared):
         group, shard = missing[index]
@@ -244,7 +244,7 @@ def _answered(backbone: Backbone, groups: list[TextGroup]) -> Iterator[tuple[int
     token of each, which is not run.
     """
     engine, asked = Engine(backbone), [(index, group) for index, group in enumerate(groups) if group.answer_tokens]
-    if backbone.engine == "library blocks":  # there, the engine's sequences take turns
+    if backbone.engine == "library blocks":  # the library's blocks, in which the engine's sequences would take turns
         yield from ((index, _answered_by_library(engine, group)) for index, group in asked)
         return
     for limit, alike in groupby(asked, key=lambda pair: pair[1].answer_tokens):
@@ -275,7 +275,7 @@ def _answered_by_library(engine: Engine, group: TextGroup) -> list[list[int]]:
         pad_token_id=min(stop_ids, default=0),
     )
     size = engine.costs.at_once(length + group.answer_tokens, SIDE_BY_SIDE)
-    model.generation_config = GenerationConfig()  # its own would give `config` what this one leaves open
+    model.generation_config = GenerationConfig()  # the model's own would fill fields that `config` leaves open
     try:
         for at in range(0, len(group.ids), size):
             prompts = torch.tensor(group.ids[at : at + size], device=backbone.device)
@@ -290,7 +290,7 @@ def _answered_by_library(engine: Engine, group: TextGroup) -> list[list[int]]:
 
 
 def _choosing(engine: Engine, samplers: list[Sampler]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A logits processor that makes each row's best token what its sampler would choose: of the `TEACHER` likeliest."""
+    """A logits processor: the token that a row's sampler chooses, among the `TEACHER` likeliest, becomes the row's best."""
     drawn = [row for row, sampler in enumerate(samplers) if sampler.temperature]
     temperatures = torch.tensor([[max(samplers[row].temperature, LEAST_TEMPERATURE)] for row in drawn])
 
@@ -308,7 +308,7 @@ def _choosing(engine: Engine, samplers: list[Sampler]) -> Callable[[Tensor, Tens
 
 
 class _Begun(NamedTuple):
-    """How texts begin: so many tokens, what the blocks remember of them, and their states at the exits (n, J, D)."""
+    """The common beginning of texts: its length, the blocks' memory of it, and its states at the exits (n, J, D)."""
 
     tokens: int
     state: AnyState
@@ -317,7 +317,7 @@ class _Begun(NamedTuple):
 
 @torch.inference_mode()
 def _begun(backbone: Backbone, ids: list[int], layers: tuple[int, ...]) -> _Begun:
-    """Read what texts begin with, which may be nothing."""
+    """Read the common beginning of texts, which may be empty."""
     state = backbone.state(len(ids))
     if not ids:
         return _Begun(0, state, torch.zeros(0, len(layers), backbone.hidden_size, dtype=torch.half, device=backbone.device))

@@ -1,4 +1,4 @@
-"""Fits the parts of exits to texts: adapters by distillation, gates by what their read-outs get right.
+"""Fits the parts of exits to texts: adapters by distillation, gates by whether the read-outs are right.
 
 Adapters: cross-entropy with the teacher's most probable tokens (`distillation`). Exits with tails share each pass through
 the model's last blocks: a random share of a text's tokens jump, each at one of the exits, and the others stay exact. A
@@ -40,16 +40,16 @@ from offramp.training.tails import LEAST_SHARE, Jumped, drawn_exits, first_tail,
 from offramp.training.teacher import TeacherText, lengths_of
 from offramp.training.validation import LabelledTexts, Labels, lowest
 
-EPOCHS = 4  # passes over the text where neither a number nor a time is given
-SURE = 0.97  # the precision at which a second key is foreseen by the gate before it
-LIKELY = 0.8  # the confidence of a read-out below which no rule would let a token leave whose harm matters
-MISSED = 0.1  # later tokens that change, at which a gate should be sure by 1/e only
-LABELLED = 1 / 3  # of a text's tokens that jump when exits are judged: about as many as leave in decoding
+EPOCHS = 4  # passes over the text, if neither a number nor a time is given
+SURE = 0.97  # the precision of the second key whose answer the gate learns to foresee
+LIKELY = 0.8  # harm is measured if the read-out's confidence is above this: no good rule lets other tokens leave
+MISSED = 0.1  # if so many later tokens change, the gate's target is 1/e
+LABELLED = 1 / 3  # share of a text's tokens that jump when exits are judged: about as many as leave in decoding
 
 
 def needed_layers(exits: Exits) -> tuple[int, ...]:
-    """The numbers of blocks after which training needs the hidden states, rising."""
-    n_blocks = exits.backbone["blocks"]
+    """The blocks after which training needs the hidden states, as rising numbers of blocks."""
+    n_blocks = exits.owner.blocks
     needed = {exit.block for exit in exits} | {n_blocks - exit.tail for exit in exits if exit.tail}
     if exits.config.sketch or any(exit.adapter.reads for exit in exits):
         needed.add(n_blocks)
@@ -128,7 +128,7 @@ class Trainer:
             self.fit.run("adapters", adapters, texts, budget, self.config.learning_rate, loss_of, lengths_of(texts))
 
     def fit_gates(self, labelled: LabelledTexts, hours: float | None = None) -> None:
-        """Train the gates to foresee what `config.gate_target` names, for as long as `fit_adapters`."""
+        """Train the gates to foresee the target `config.gate_target`, for as long as `fit_adapters`."""
         targets = gate_targets(labelled, self.config.gate_target)
 
         def loss_of(batch: list[int], step: int) -> Loss:
@@ -170,9 +170,10 @@ class Trainer:
         return losses
 
     def _read_out(self, exit: Exit, hidden: Tensor, runtime: Runtime, length: int = drafting.LENGTH) -> list[Tensor]:
-        """What an exit makes of every token of hidden (B, T, J, D), before the final norm: (B, T, D).
+        """An exit's output for every token of hidden (B, T, J, D), before the final norm: (B, T, D).
 
-        Several for a read-out that reads the top: one for each draft of a run of this length. Else the exit has no tail.
+        A read-out that reads the top has several outputs: one for each draft of a run of this length. Other exits here have
+        no tail.
         """
         if exit.adapter.reads:
             states = {block: hidden[:, :, place] for block, place in self.place.items()}
@@ -180,14 +181,14 @@ class Trainer:
         return [exit.adapter(hidden[:, :, self.place[exit.block]])[0]]
 
     def _reading_runtime(self) -> Runtime:
-        """What `_read_out` runs tails with where nothing is trained. Only exits that draft need the library's blocks."""
+        """The runtime for tails in `_read_out` if nothing is trained. Only exits that draft need the library's blocks."""
         drafts = any(exit.adapter.reads and exit.tail for exit in self.exits)
         return self.backbone.trainable_from(self.start) if drafts else self.backbone.runtime
 
     def _scorer(self, texts: list[TeacherText], step: int) -> Callable[..., Tensor]:
-        """A function that gives the mean cross-entropy of states (n, D) before the final norm with the teacher.
+        """A function that computes the mean cross-entropy with the teacher from states (n, D) before the final norm.
 
-        They are those of all counted positions, or of those that its second argument is true for.
+        The states are at all counted positions, or at those where its second argument is true.
         """
         generator = step_generator(self.config.seed, step, "vocabulary")
         wanted = Distillation.of(texts, self.backbone.vocab_size, generator, self.device, self.exits.shortlist)
@@ -200,13 +201,13 @@ class Trainer:
     def _jump(self, hidden: Tensor, chosen: Tensor, runtime: Runtime) -> dict[Exit, tuple[Tensor, Tensor]]:
         """Let tokens jump at the exits with tails: `chosen` (B, T) is the index of each one's exit, −1 for none.
 
-        Returns for each exit where its tokens stand, (B, T), and the states at the top, (B, T, D), which all exits share.
+        Returns the places of each exit's tokens, (B, T), and the states at the top, (B, T, D), which all exits share.
         """
         jumps = []
         for index, exit in enumerate(self.tails):
             where = chosen == index
             x = hidden[:, :, self.place[exit.block]]
-            # A part without a memory need not see the tokens that do not jump.
+            # A part without a memory does not need the tokens that do not jump.
             adapted = exit.adapter(x)[0][where] if exit.adapter.recurrent else exit.adapter(x[where][None])[0][0]
             jumps.append(Jumped(exit, where, adapted))
         top = through_tails(self.backbone, runtime, hidden[:, :, self.place[self.start]], jumps)
@@ -218,7 +219,7 @@ class Trainer:
     def _gate_losses(self, texts: list[TeacherText], wanted: Tensor) -> list[Tensor]:
         """For each exit, the binary cross-entropy of its gate with `wanted` (n, J) at the texts' counted positions.
 
-        Where that is −1, it is unknown, and counts for nothing.
+        −1 means that it is unknown; such positions are left out.
         """
         hidden = self._padded([text.hidden for text in texts]).float()
         counted = self._padded([text.counted for text in texts])
@@ -235,8 +236,8 @@ class Trainer:
     def labels(self, texts: Sequence[TeacherText], rounds: int = 2) -> LabelledTexts:
         """Read out the texts at every exit, over all tokens or the short list, and compare with the oracle's top k.
 
-        Exits without a tail read out every position. In each of the `rounds`, `LABELLED` of the tokens jump, each
-        at one of the other exits. What a token would say where it did not jump stays unknown.
+        Exits without a tail read out every position. In each of the `rounds`, the share `LABELLED` of the tokens jumps,
+        each at one of the other exits. A token's label stays unknown at exits where it did not jump.
         """
         labelled: list[Labels] = []
         runtime = self._reading_runtime()
@@ -263,7 +264,7 @@ class Trainer:
 
     @torch.inference_mode()
     def acceptance(self, texts: Sequence[TeacherText]) -> list[list[float]]:
-        """For each exit that drafts, the share of its first, second, … drafts that are right where those before them are.
+        """The share of right ones among each exit's first, second, … drafts whose earlier drafts are right.
 
         EAGLE (arXiv 2401.15077) calls them 1-α, 2-α, … An exit that does not draft has none.
         """
@@ -287,10 +288,10 @@ class Trainer:
 
     @torch.inference_mode()
     def measure_harm(self, labelled: LabelledTexts, hours: float | None = None) -> None:
-        """Note the harm of leaving at each exit, for the tokens that may leave; text by text, for at most so many `hours`.
+        """Measure the harm of leaving at each exit for the tokens that may leave, text by text, in at most so many `hours`.
 
-        Tokens that the read-out is not sure of (`LIKELY`) count as if they changed one token. Wrong ones count by
-        themselves, so they have no harm.
+        If the read-out is not sure of a token (`LIKELY`), its harm is set to one token. A wrong token has no harm, since it
+        counts as wrong already.
         """
         until = time.monotonic() + 3600 * (math.inf if hours is None else hours)
         for done, (text, labels) in enumerate(zip(labelled.texts, labelled.labels, strict=True)):
@@ -312,7 +313,7 @@ class Trainer:
             self.progress("harm", done + 1, len(labelled))
 
     def _label(self, labels: Labels, index: int, h: Tensor, which: Tensor) -> None:
-        """Note what exit `index` says at the positions `which` (n,), from states h before the final norm."""
+        """Fill in the labels of exit `index` at the positions `which` (n,), from states h before the final norm."""
         rows = self.exits.shortlist
         head = self.backbone.logits if rows is None else self.backbone.head_of(rows)
         for part, place in zip(h.split(256), which.nonzero()[:, 0].split(256), strict=True):
@@ -325,12 +326,12 @@ class Trainer:
 
 
 def gate_targets(labelled: LabelledTexts, target: str) -> list[Tensor]:
-    """For each text, what the gates should say, (n, J) from 0 to 1, or −1 where it is unknown.
+    """The gates' targets for each text, (n, J): from 0 to 1, or −1 if unknown.
 
     With the target `agreement`: whether the read-out agrees with the oracle (the paper's). With `key`: whether the
     read-out's own confidence lets the token leave, at a precision of `SURE`. Few tokens are both right and known to be
-    right. A gate that foresees these wastes fewer read-outs than one that foresees agreement. Where no threshold reaches
-    that precision, agreement is the target. With `harmless`: the same, times exp(−harm / `MISSED`); as `key` if no harm was
+    right. A gate that foresees these wastes fewer read-outs than one that foresees agreement. If no threshold reaches that
+    precision, agreement is the target. With `harmless`: the target of `key`, times exp(−harm / `MISSED`) if harm was
     measured.
     """
     labels = labelled.together()

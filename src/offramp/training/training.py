@@ -6,11 +6,11 @@
 3. Adapters: each read-out is distilled towards the final distribution (`Trainer.fit_adapters`).
 4. Gates learn where a token may leave: where its read-out is sure, and later tokens will not miss it (`Trainer.fit_gates`).
 
-A text serves adapters, gates or validation, never two of them: a gate must learn how the read-out does on text it was not
-fitted to.
+A text is used for adapters, gates or validation, never for two of them: a gate must learn how good the read-out is on new
+text.
 
 Texts are read from disk when a step needs them, so memory does not grow with the text. Everything random is a function of
-the seed and the step, so a run of so many epochs that was interrupted and resumed ends like one that was not.
+the seed and the step, so a resumed run of so many epochs gives the same result as one without interruption.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from offramp.exits.learned import TRAINED, hashes_of
 from offramp.exits.ngrams import ngrams_of
 from offramp.exits.policy import Policy
 from offramp.files import write_atomically
-from offramp.model.backbone import Backbone
+from offramp.model.backbone import Backbone, HasBackbone, backbone_of
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
 from offramp.training.config import TrainConfig
@@ -46,7 +46,7 @@ from offramp.training.validation import Evidence, evidence, quality
 
 
 def train(
-    backbone: Backbone,
+    model: Backbone | HasBackbone,
     folder: str | Path,
     config: TrainConfig | None = None,
     progress: Progress = silent,
@@ -56,11 +56,12 @@ def train(
 ) -> Exits:
     """Train exits and save them in `folder`; its subfolder `.training` holds unfinished work.
 
-    Called again with the same config after an interruption, it resumes the work. `command` is kept in the record. `start`
-    holds exits to go on from; they keep their shape. `make_shards` makes the shards, as `teacher.made_shards` does in this
+    Called again with the same config after an interruption, it resumes the work. `command` goes into the record. `start`:
+    exits to go on from; they keep their shape. `make_shards` makes the shards, as `teacher.made_shards` does in this
     process. Raises `BadInput` for unusable files or settings, for other places than those of `start`, and where another
     training is at work in `folder`; `CorruptFile` for damaged work files.
     """
+    backbone = backbone_of(model)
     with alone(Path(folder), backbone.device):
         return _train(backbone, Path(folder), config or TrainConfig(), progress, command, start, make_shards)
 
@@ -87,12 +88,7 @@ def _train(
         text = replace(config, answers=plan.answers)
         gates_only = start is not None and config.epochs == 0
         data = gather(backbone, text, needed_layers(exits), work, progress, settings, gates_only, make_shards)
-        if exits.config.shortlist and exits.shortlist is None:
-            exits.shortlist = frequent_tokens(data.adapters, exits.config.shortlist, backbone.vocab_size)
-        if any(exit.adapter.reads for exit in exits):
-            learned = ((each.ids, each.top_ids[:, 0], each.counted) for each in data.adapters)
-            exits.ngrams = ngrams_of(learned, start.ngrams if start else None)
-            exits.config = replace(exits.config, ngrams=len(exits.ngrams.keys))
+        _add_tables(exits, data, backbone.vocab_size, start)
         trainer = Trainer(backbone, exits, config, work, progress)
         if exits.config.sketch and exits.sketch is None:
             exits.sketch = sketch_of(backbone, data.adapters, exits.config.sketch, trainer.fit)
@@ -132,10 +128,20 @@ def _train(
     return Exits.load(folder, backbone)
 
 
-def _learned_from(config: TrainConfig, start: Exits | None) -> dict[str, Any]:
-    """Hashes of all prompts that the exits learned from, with those of earlier trainings; and the record of the last one.
+def _add_tables(exits: Exits, data: Data, vocabulary: int, start: Exits | None) -> None:
+    """Add the short list of tokens and the table of n-grams that the exits' config asks for."""
+    if exits.config.shortlist and exits.shortlist is None:
+        exits.shortlist = frequent_tokens(data.adapters, exits.config.shortlist, vocabulary)
+    if any(exit.adapter.reads for exit in exits):
+        learned = ((each.ids, each.top_ids[:, 0], each.counted) for each in data.adapters)
+        exits.ngrams = ngrams_of(learned, start.ngrams if start else None)
+        exits.config = replace(exits.config, ngrams=len(exits.ngrams.keys))
 
-    Where an earlier training did not record its prompts, there are no hashes.
+
+def _learned_from(config: TrainConfig, start: Exits | None) -> dict[str, Any]:
+    """The hashes of all prompts that the exits learned from, in all their trainings; and the last training's record.
+
+    If an earlier training did not record its prompts, there are no hashes.
     """
     lines = lines_of(config)
     if start is None:
@@ -146,9 +152,9 @@ def _learned_from(config: TrainConfig, start: Exits | None) -> dict[str, Any]:
 
 
 def _default_policy(exits: Exits, config: TrainConfig, shown: list[Evidence], costs: Costs) -> Policy:
-    """The config's threshold, or for each exit the rule that reaches the config's precision on held-out text.
+    """A policy with the config's threshold, or for each exit with the rule that reaches its precision on held-out text.
 
-    This is a guess from tokens that leave one by one. Only a calibration tests whole answers.
+    The rules are guesses from single tokens that leave. Only a calibration tests whole answers.
     """
     number = CANDIDATES if exits.config.sketch else 0
     closed = (1.0,) * len(exits)
@@ -176,7 +182,7 @@ class _Clock:
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.time() - self._started
-        if self._path.parent.is_dir():  # it is missing if the work never began
+        if self._path.parent.is_dir():  # the folder is missing if the work never began
             write_atomically(self._path, str(self.seconds).encode())
 
 

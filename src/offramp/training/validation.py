@@ -13,12 +13,12 @@ from offramp.exits.exits import Exits
 from offramp.metrics import auroc
 from offramp.training.teacher import TeacherText
 
-LEAST = 30  # tokens that must leave, or a precision means nothing
+LEAST = 30  # if fewer tokens leave, a precision means nothing
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What the J exits say at n positions.
+    """The labels of J exits at n positions.
 
     oracle (n, K): the oracle's most probable tokens; agrees (n, J): 1 where the exit's most probable token is among the
     first k of them, 0 where not, −1 where it is unknown; top_prob (n, J): the probability of the exit's own. harm (n, J):
@@ -32,7 +32,7 @@ class Labels:
 
     @classmethod
     def unknown(cls, oracle: Tensor, exits: int) -> Labels:
-        """Labels of which none is known yet."""
+        """Labels that are all unknown."""
         shape = len(oracle), exits
         return cls(oracle, torch.full(shape, -1, dtype=torch.int8), torch.zeros(shape), torch.full(shape, torch.nan))
 
@@ -44,7 +44,7 @@ class Labels:
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """Texts, and for each what the exits say at its counted positions. `places`: of each block, among the hidden states."""
+    """Texts, each with the exits' labels at its counted positions. `places`: each block's place among the hidden states."""
 
     texts: Sequence[TeacherText]
     labels: list[Labels]
@@ -64,10 +64,10 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of n tokens at one exit, each (n,).
+    """Measurements of n tokens at one exit, each (n,).
 
     The gate's confidence, the read-out's own, whether it is right, and the `harm` if the token leaves: how many later
-    tokens change. The harm is 0 where it was not measured, as for a fill that makes up for it.
+    tokens change. The harm is 0 if it was not measured, for example for a fill with exact states.
     """
 
     gate: Tensor
@@ -77,13 +77,13 @@ class Evidence:
 
     @property
     def worth(self) -> Tensor:
-        """Of a token that leaves: 1, less 1 if it is wrong, less the later tokens that change, (n,)."""
+        """The worth of each token that leaves, (n,): 1, less 1 if it is wrong, less the later tokens that change."""
         return self.agrees.double() - self.harm
 
 
 @torch.inference_mode()
 def evidence(exits: Exits, labelled: LabelledTexts) -> list[Evidence]:
-    """What the labelled positions of the texts show of each exit; if harm was measured, those where it is known."""
+    """The evidence on each exit from the texts' labelled positions; if harm was measured, from those where it is known."""
     device = next(exits.modules.parameters()).device
     confidence: list[list[Tensor]] = [[] for _ in exits]
     for text in labelled.texts:
@@ -101,7 +101,7 @@ def evidence(exits: Exits, labelled: LabelledTexts) -> list[Evidence]:
 
 
 def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) -> list[dict[str, Any]]:
-    """How good each exit is, from its evidence; and the `acceptance` of its drafts by their place in a run.
+    """Measures of each exit from its evidence, and the `acceptance` of its drafts by their place in a run.
 
     `agreement` with the oracle's top k; areas under the ROC curve of the gate and of the read-out's own confidence; and the
     shares of the tokens that may leave if 99% and 95% of them must be right, ranked by that confidence.
@@ -123,7 +123,7 @@ def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) 
 
 
 def lowest(confidence: Tensor, worth: Tensor, precision: float) -> tuple[float, int]:
-    """The lowest threshold above which the tokens' mean worth is at least `precision`, and how many those are.
+    """The lowest threshold above which the tokens' mean worth is at least `precision`, and the number of these tokens.
 
     `confidence` and `worth` are (n,); a token's worth is 1 or true if it is right. Without such a threshold, or with fewer
     than `LEAST` tokens above it: (1, 0).
@@ -131,7 +131,7 @@ def lowest(confidence: Tensor, worth: Tensor, precision: float) -> tuple[float, 
     ordered, order = confidence.double().sort(descending=True)
     right, count = worth[order].double().cumsum(0), torch.arange(1, len(ordered) + 1)
     below = torch.cat([ordered[1:], ordered.new_zeros(1)])
-    # Of tokens with the same confidence, all leave or none.
+    # Tokens with the same confidence leave together or not at all.
     good = ((below < ordered) & (right >= precision * count) & (count >= LEAST)).nonzero()[:, 0]
     if not len(good):
         return 1.0, 0

@@ -114,7 +114,7 @@ class CRules(ctypes.Structure):
 class CDecision(ctypes.Structure):
     """`offramp_decision`."""
 
-    _fields_ = (*_of(c_int64, "id block"), ("confidence", c_double), *_of(c_int64, "flops blocks passes rejected"))
+    _fields_ = (*_of(c_int64, "id block"), ("confidence", c_double), *_of(c_int64, "flops blocks passes rejected source"))
 
 
 class CRequest(ctypes.Structure):

@@ -121,9 +121,9 @@ class CompiledPlan(Owned):
         exits = (CExit * len(rules.exits))(*map(_exit, rules.exits))
         costs = (CBlockCosts * len(rules.costs))(*(CBlockCosts(*each) for each in rules.costs))
         parts = (part and part.pointer for part in (rules.sketch, rules.exit_sketch, rules.shortlist, rules.guesses))
-        names = (f"OFFRAMP_{name.upper().replace('-', '_')}" for name in (rules.fill, rules.confidence, rules.key))
+        names = (rules.fill, rules.confidence, rules.key)
         given = CRules(
-            addressof(exits), len(exits), *map(constant, names), rules.middle, rules.pending, rules.alike, rules.decay,
+            addressof(exits), len(exits), *map(_number, names), rules.middle, rules.pending, rules.alike, rules.decay,
             *parts, addressof(costs), rules.head_flops, rules.exit_head_flops, tuple(rules.row_costs),
         )  # fmt: skip
         super().__init__(call("offramp_plan_new", model.pointer, byref(given)), "offramp_plan_free")
@@ -136,6 +136,15 @@ class CompiledPlan(Owned):
         self._model.use_threads()
         call("offramp_step", self.pointer, addressof(requests), len(lanes), rounds, addressof(seconds))
         return list(seconds)
+
+
+def known(name: str) -> bool:
+    """Whether the library knows a fill or a confidence of this name."""
+    return _number(name) >= 0
+
+
+def _number(name: str) -> int:
+    return constant(f"OFFRAMP_{name.upper().replace('-', '_')}")
 
 
 def _exit(exit: ExitRules) -> CExit:

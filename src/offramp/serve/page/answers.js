@@ -1,8 +1,16 @@
-// Shows answers: each token shaded by the block that it left after, and what is known of it.
+// Shows answers: each token coloured by what it came from, and what is known of it.
+
+const SOURCES = {
+  exit: { short: "exit", drafted: (token) => `A draft of the exit after block ${token.block}` },
+  text: { short: "earlier text", drafted: () => "A draft from earlier text, which repeats itself here" },
+  table: { short: "table", drafted: () => "A draft from the table of frequent word sequences" },
+  full: { short: "full depth" },
+};
 
 // An element for an answer, to which tokens are added. `blocks`: the model's depth; `told` gets a token that is pointed at.
 export class AnswerView {
-  constructor(blocks, told) {
+  constructor(mode, blocks, told) {
+    this.mode = mode;
     this.blocks = blocks;
     this.told = told;
     this.tokens = [];
@@ -29,14 +37,25 @@ export class AnswerView {
 
   add(text, note) {
     const span = document.createElement("span");
-    const early = note.block < this.blocks;
-    span.className = `token${early ? " early" : ""}${note.drafted ? " drafted" : ""}`;
-    if (early) span.style.setProperty("--saved", String(1 - note.block / this.blocks));
+    span.className = `token ${this.#colour(note)}`;
+    span.style.setProperty("--saved", String(1 - note.block / this.blocks));
     span.textContent = text;
     span.dataset.index = String(this.tokens.length);
     this.tokens.push({ text, ...note });
     this.spans.push(span);
     this.element.append(span);
+  }
+
+  #colour(note) {
+    return this.mode === "early" ? (note.block < this.blocks ? "early" : "full") : note.source;
+  }
+
+  // What the colours mean, with the number of tokens of each: pairs of a class and words. Empty where nothing is coloured.
+  get legend() {
+    const count = (colour) => this.tokens.filter((token) => this.#colour(token) === colour).length;
+    const exact = Object.entries(SOURCES).map(([source, { short }]) => [source, `${short} ${count(source)}`]);
+    const early = [["early", `left early ${count("early")} (stronger: after fewer blocks)`], ["full", `full depth ${count("full")}`]];
+    return { exact, early, full: [] }[this.mode];
   }
 
   // Marks the tokens from the first on that differ from another answer's.
@@ -69,8 +88,8 @@ export class AnswerView {
 
 // A token in words.
 export function inWords(token, blocks) {
-  const place = token.block >= blocks ? `full depth (${blocks} blocks)` : `after block ${token.block} of ${blocks}`;
   const sure = token.confidence === null ? "" : `, confidence ${(100 * token.confidence).toFixed(0)}%`;
-  const how = token.drafted ? "A draft that stood, made " : token.block < blocks ? "Left " : "Chosen at ";
-  return `“${token.text}”\n${how}${place}${sure}.`;
+  const left = token.block < blocks ? `Left after block ${token.block} of ${blocks}` : `Chosen at full depth (${blocks} blocks)`;
+  const how = token.drafted ? SOURCES[token.source].drafted(token) : left;
+  return `“${token.text}”\n${how}${sure}.${token.drafted ? " Full depth chose the same token." : ""}`;
 }

@@ -11,7 +11,7 @@ export async function menu() {
 
 // The likeliest tokens, at full depth, after the ids of a text.
 export async function alternatives(model, ids, signal) {
-  const body = { model, prompt: ids, max_tokens: 1, temperature: 0, logprobs: 5, offramp: { fill: "full" } };
+  const body = { model, prompt: ids, max_tokens: 1, temperature: 0, logprobs: 5, offramp: { mode: "full" } };
   const response = await fetch("v1/completions", { method: "POST", headers, body: JSON.stringify(body), signal });
   if (!response.ok) throw new Error(await words(response));
   const { choices } = await response.json();

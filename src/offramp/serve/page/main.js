@@ -1,23 +1,15 @@
-// The page: a conversation, a meter, and the settings that the next answer is made with.
+// The page: a conversation, figures, and the mode and settings that the next answer is made with.
 
 import { alternatives, answer, menu } from "./api.js";
 import { AnswerView, inWords } from "./answers.js";
+import { percent, showMeter, showSpeed, times } from "./meter.js";
 
 const $ = (id) => document.getElementById(id);
 const STARTS = ["Why is the sky blue?", "List three uses of vinegar in the house.", "Write one sentence about the sea."];
-const FILLS = {
-  full: "No exits: every token runs through all blocks.",
-  verify: "Exits draft, and full depth decides: the same answer, sooner.",
-  project: "A token that leaves counts. What skipped blocks remember is computed from the state at the exit.",
-  copy: "A token that leaves counts. Skipped blocks get the keys and values of the last block that ran.",
-  freeze: "A token that leaves counts. The Mamba states of skipped blocks stay as they were.",
-  defer: "A token that leaves counts. Skipped blocks run later, together with the next token that goes deep.",
-};
 
-const facts = { blocks: 1, model: "", points: [] };
+const facts = { blocks: 1, model: "", modes: [], points: [] };
 const messages = [];
 let running = null; // the AbortController of the answer on its way
-let speedOfFull = null;
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -25,34 +17,39 @@ function element(name, properties = {}, ...children) {
   return made;
 }
 
-function decides() {
-  return !["full", "verify"].includes($("fill").value);
+function button(text, action) {
+  const made = element("button", { type: "button", textContent: text });
+  made.addEventListener("click", action);
+  return made;
 }
 
-function way(fill) {
-  const chosen = fill ?? $("fill").value;
-  return { fill: chosen, ids: true, ...(!fill && decides() && facts.points.length ? { point: Number($("point").value) } : {}) };
+function help(text) {
+  return element("p", { className: "help", textContent: text });
+}
+
+function chosenMode() {
+  return document.querySelector("#modes :checked").value;
+}
+
+function showModes() {
+  for (const { name, promise, saves } of facts.modes) {
+    const radio = element("input", { type: "radio", name: "mode", value: name, checked: name === facts.usual });
+    radio.addEventListener("input", showSettings);
+    const said = element("span", {}, element("strong", { textContent: name }), element("small", { textContent: ` saves ${saves}` }));
+    $("modes").append(element("label", {}, radio, said, element("span", { className: "help", textContent: promise })));
+  }
 }
 
 function showSettings() {
-  $("fill-help").textContent = FILLS[$("fill").value] ?? "";
-  $("points").hidden = !decides() || !facts.points.length;
+  if (!document.querySelector(".answer")) showMeter(chosenMode());
   const point = facts.points[Number($("point").value)];
+  $("points").hidden = chosenMode() !== "early" || !point;
   if (!point) return;
-  const { fill, max_tokens: longest } = facts.tested;
-  const alike = fill === $("fill").value && Number($("temperature").value) === 0 && Number($("length").value) <= longest;
-  const passed = !point.passed ? "did not pass its test" : alike ? "passed its test" : "passed its test, but not used in this way";
+  const alike = Number($("temperature").value) === 0 && Number($("length").value) <= facts.tested.max_tokens;
+  const passed = !point.passed ? "did not pass its test" : alike ? "passed its test" : "passed its test, but not with these settings";
   const words = `saves ${percent(point.flops_saved)} of FLOPs, answers lose ${percent(point.loss)} on average; ${passed}`;
   $("point-value").textContent = words;
   $("point").setAttribute("aria-valuetext", words);
-}
-
-function percent(share) {
-  return `${(100 * share).toFixed(1)}%`;
-}
-
-function meter(values) {
-  for (const [name, value] of Object.entries(values)) document.querySelector(`[data-meter="${name}"]`).textContent = value;
 }
 
 let asking = null;
@@ -74,26 +71,32 @@ async function tell(view, index) {
   }
 }
 
-// Streams an answer to the messages into a view. `shown`: what the meter shows of it, all or only its speed at full depth.
-// The draws of one seed can be compared.
-async function stream(view, history, seed, settings, shown = "all") {
+// What the next answer is asked for with. Each time it is drawn anew.
+function request() {
+  const mode = chosenMode();
+  const point = mode === "early" && facts.points.length ? { point: Number($("point").value) } : {};
+  return {
+    model: facts.model, messages: [...messages], offramp: { mode, ids: true, ...point }, seed: Math.floor(Math.random() * 2 ** 32),
+    temperature: Number($("temperature").value), max_tokens: Number($("length").value),
+  };
+}
+
+// Streams an answer into a view. `heard` is called after each token, with the tokens a second so far.
+async function stream(view, body, heard = () => {}) {
   let first = 0;
   running = new AbortController();
   $("stop").disabled = false;
   $("send").disabled = true;
   try {
-    const body = {
-      model: facts.model, messages: history, offramp: settings, seed,
-      temperature: Number($("temperature").value), max_tokens: Number($("length").value),
-    };
     await answer(body, running.signal, (text, note, reason) => {
-      if (reason) return finish(view, note, shown);
+      if (reason) {
+        view.prompt = note.prompt_token_ids;
+        view.note = note.mode && note; // an answer without tokens has no figures
+        return;
+      }
       first ||= performance.now();
       view.add(text, note);
-      if (shown !== "all") return;
-      const blocks = view.tokens.reduce((sum, token) => sum + token.block, 0) / view.tokens.length;
-      const speed = (view.tokens.length - 1) / ((performance.now() - first) / 1000);
-      meter({ blocks: `${blocks.toFixed(1)} of ${facts.blocks}`, speed: view.tokens.length > 2 ? speed.toFixed(0) : "–" });
+      if (view.tokens.length > 2) heard((view.tokens.length - 1) / ((performance.now() - first) / 1000));
     });
   } catch (error) {
     if (error.name !== "AbortError") view.element.after(element("p", { className: "error", textContent: error.message }));
@@ -104,62 +107,74 @@ async function stream(view, history, seed, settings, shown = "all") {
   }
 }
 
-function finish(view, note, shown) {
-  view.prompt = note.prompt_token_ids;
-  view.note = note;
-  if (note.mean_blocks === undefined) return;
-  if (note.fill === "full") speedOfFull = note.tokens_per_second;
-  meter({ full: speedOfFull ? speedOfFull.toFixed(0) : "–" });
-  if (shown !== "all") return;
-  meter({
-    blocks: `${note.mean_blocks.toFixed(1)} of ${note.blocks}`,
-    saved: percent(note.flops_saved),
-    speed: note.tokens_per_second.toFixed(0),
-    drafts: note.acceptance_rate === null ? "–" : percent(note.acceptance_rate),
+function legend(view) {
+  const items = view.legend.map(([colour, words]) => {
+    const sample = element("span", { className: `token sample ${colour}`, textContent: "ab" });
+    sample.setAttribute("aria-hidden", "true");
+    return element("li", {}, sample, ` ${words}`);
   });
+  return element("ul", { className: "legend" }, ...items);
 }
 
-function button(text, action) {
-  const made = element("button", { type: "button", textContent: text });
-  made.addEventListener("click", action);
-  return made;
-}
-
-async function reply() {
-  const history = [...messages];
-  const seed = Math.floor(Math.random() * 2 ** 32);
-  const view = new AnswerView(facts.blocks, tell);
-  const answers = element("div", { className: "answers" }, view.element);
-  const turn = element("article", { className: "turn assistant" }, element("h2", { textContent: facts.model }), answers);
+// Answers what was said last. `before`: the answer that this one takes the place of, if any.
+async function reply(before = null) {
+  const body = request();
+  const { mode } = body.offramp;
+  const view = new AnswerView(mode, facts.blocks, tell);
+  const answers = element("div", { className: "answers" }, element("div", {}, view.element));
+  const turn = element("article", { className: "turn assistant" }, element("h2", { textContent: `${facts.model}, ${mode}` }), answers);
   $("log").append(turn);
   turn.scrollIntoView({ block: "nearest" });
-  await stream(view, history, seed, way());
+  showMeter(mode);
+  await stream(view, body, showSpeed);
+  if (!turn.isConnected) return; // a new conversation has begun
+  showMeter(mode, view);
   messages.push({ role: "assistant", content: view.text });
+  if (view.legend.length) turn.append(legend(view));
+  if (before === view.text && body.temperature === 0) {
+    turn.append(help("The same answer: at temperature 0 nothing is drawn. Raise the temperature for another one."));
+  }
   const again = button("Regenerate", async () => {
     if (running) return;
-    messages.length = history.length;
+    messages.length = body.messages.length;
     while (turn.nextSibling) turn.nextSibling.remove();
     turn.remove();
-    await reply();
-  });
-  const compare = button("Compare with full depth", async () => {
-    if (running) return;
-    compare.disabled = true;
-    const other = new AnswerView(facts.blocks, tell);
-    answers.classList.add("two");
-    answers.append(element("div", {}, element("h3", { textContent: "Full depth" }), other.element));
-    await stream(other, history, seed, way("full"), "full depth");
-    view.mark(other);
-    other.mark(view);
-    const same = view.text === other.text ? "Both answers are the same." : "Tokens that differ have a frame.";
-    answers.after(element("p", { className: "help", textContent: same }));
+    await reply(view.text);
   });
   const copy = button("Copy", async () => {
     await navigator.clipboard.writeText(view.text);
     copy.textContent = "Copied";
     setTimeout(() => (copy.textContent = "Copy"), 1500);
   });
-  turn.append(element("div", { className: "row" }, copy, again, compare));
+  const buttons = [copy, again, ...(mode === "full" ? [] : [compareButton(view, body, answers)])];
+  turn.append(element("div", { className: "row" }, ...buttons));
+  turn.scrollIntoView({ block: "nearest" });
+}
+
+// A button that answers the same request at full depth, beside the answer, and tells how many times as fast the answer was.
+function compareButton(view, body, answers) {
+  const compare = button("Compare with full depth", async () => {
+    if (running) return;
+    compare.disabled = true;
+    const other = new AnswerView("full", facts.blocks, tell);
+    answers.firstChild.prepend(element("h3", { textContent: view.mode }));
+    answers.classList.add("two");
+    answers.append(element("div", {}, element("h3", { textContent: "full" }), other.element));
+    await stream(other, { ...body, offramp: { mode: "full", ids: true } });
+    view.mark(other);
+    other.mark(view);
+    view.full = other.note;
+    showMeter(view.mode, view);
+    const same = view.text === other.text ? "Both answers are the same." : "Tokens that differ have a frame.";
+    answers.after(help(`${same}${speeds(view, other)}`));
+  });
+  return compare;
+}
+
+function speeds(view, other) {
+  if (!view.note || !other.note) return "";
+  const [own, full] = [view, other].map(({ note }) => note.tokens_per_second.toFixed(0));
+  return ` ${own} tokens a second against ${full}: ${times(view.note, other.note)} times as fast.`;
 }
 
 async function send(text) {
@@ -180,15 +195,11 @@ async function begin() {
     return;
   }
   $("model").textContent = `${facts.model}, ${facts.blocks} blocks`;
-  for (const fill of facts.fills) $("fill").append(element("option", { value: fill, textContent: fill }));
-  $("fill").value = facts.usual.fill;
   $("point").max = String(Math.max(0, facts.points.length - 1));
   $("point").value = String(Math.max(0, facts.points.findLastIndex((point) => point.passed)));
-  $("legend").textContent =
-    `A token without a shade ran through all ${facts.blocks} blocks. The stronger the shade, the earlier the exit. ` +
-    "A dotted line marks a draft that full depth confirmed.";
-  for (const text of STARTS) $("starts").append(button(text, () => send(text)));
+  showModes();
   showSettings();
+  for (const text of STARTS) $("starts").append(button(text, () => send(text)));
 }
 
 $("ask").addEventListener("submit", (event) => {
@@ -208,6 +219,7 @@ $("clear").addEventListener("click", () => {
   $("log").replaceChildren();
   $("starts").hidden = false;
   $("message").focus();
+  showSettings();
 });
-for (const id of ["fill", "point"]) $(id).addEventListener("input", showSettings);
+for (const id of ["point", "temperature", "length"]) $(id).addEventListener("input", showSettings);
 begin();

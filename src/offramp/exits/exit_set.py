@@ -70,11 +70,13 @@ class ExitSet:
         if backbone.name in ALIASES and not shipped("exits"):
             missing = f"There are no exits for {backbone.name} here, since the package {MODELS_PACKAGE} is not installed."
             warnings.warn(f"{missing} {INSTALL_MODELS}", stacklevel=1)  # one place, so it is said once
-        owners = {path: owner for path in shipped("exits") if (owner := _owner(path))}
-        for path, owner in owners.items():
-            if owner.owns_weights_of(backbone):
+        others = []
+        for path in shipped("exits"):
+            owner = _owner(path)
+            if owner and owner.owns_weights_of(backbone):
                 return cls._read(path, backbone)
-        for path, owner in owners.items():
+            others += [(path, owner)] if owner else []
+        for path, owner in others:
             if backbone.prompts.vocabulary and owner.fits(backbone):
                 return cls.load(path, backbone)
         return cls()

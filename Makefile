@@ -64,13 +64,14 @@ SMOLLM2 := $(SHIPPED)/exits/smollm2
 TINY := $(SHIPPED)/exits/mamba-tiny
 exits: .venv/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/prompts.py --trivia $(TRIVIA) --instructions $(INSTRUCTIONS)
-	$(BIN)/offramp train smollm2 -o build/exits/smollm2 --layers 10,15,20 --tails 4,3,3 --own-prompts build/prompts/first.jsonl \
+	$(BIN)/offramp train smollm2 --dtype bfloat16 -o build/exits/smollm2 --layers 10,15,20 --tails 4,3,3 --own-prompts build/prompts/first.jsonl \
 		--epochs 4 --gate-epochs 4 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
-	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --start build/exits/smollm2 --own-prompts build/prompts/second.jsonl \
+	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(SMOLLM2) --start build/exits/smollm2 --own-prompts build/prompts/second.jsonl \
 		--epochs 4 --gate-epochs 8 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
-	$(BIN)/offramp calibrate smollm2 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl
+	$(BIN)/offramp calibrate smollm2 --dtype bfloat16 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl
+	$(BIN)/offramp calibrate smollm2 --dtype file --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl --retest
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
-	$(BIN)/offramp train smollm2 -o $(SMOLLM2) --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1
+	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(SMOLLM2) --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1
 	head -n 2400 build/prompts/second.jsonl > build/prompts/second-2400.jsonl
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second-2400.jsonl \
 		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256

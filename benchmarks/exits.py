@@ -34,7 +34,8 @@ from offramp.decode.fills import FILLS
 from offramp.files import read_lines
 from offramp.metrics import auroc, token_f1
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.weights import FORMATS
+from offramp.model.compiled.formats import FORMATS
+from offramp.model.compiled.runtime import Compiled
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather
 from offramp.training.teacher import TeacherTexts, group_texts, write_shards
@@ -81,7 +82,7 @@ def exits_for(backbone: Backbone, folder: Path | None) -> Exits:
 def compare_formats(args: argparse.Namespace) -> None:
     """For each weight format, compare the exits with what the model answers in that format."""
     print("| weights | head | agreement | gate AUROC |\n|---|---|---|---|")
-    for name, kept in FORMATS.items():
+    for name in FORMATS:
         backbone = offramp.load(args.model, name).backbone
         exits = exits_for(backbone, args.exits)
         prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count)]
@@ -92,7 +93,7 @@ def compare_formats(args: argparse.Namespace) -> None:
         trainer = Trainer(backbone, exits, TrainConfig(), args.work)
         rows = quality(exits, evidence(exits, trainer.labels(answers)), trainer.acceptance(answers))
         agreement = " ".join(f"{row['agreement']:.0%}" for row in rows)
-        head = kept.head.__name__ if kept.quantised else name
+        head = backbone.runtime.head.name if isinstance(backbone.runtime, Compiled) else name
         print(f"| {name} | {head} | {agreement} | {' '.join(str(row['gate_auroc']) for row in rows)} |", flush=True)
 
 

@@ -33,7 +33,7 @@ import transformers
 import offramp
 from offramp.machine import processor
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.weights import FORMATS
+from offramp.model.compiled.formats import FORMATS
 from offramp.model.loading import outline
 from offramp.model.runtime import AnyState
 from speed import read_bandwidth

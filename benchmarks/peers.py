@@ -95,6 +95,7 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
         "weights": model.weight_format.removesuffix("-head4"),
         "head": compiled.head.name if compiled else formats(model.head),
         "weight_bytes": sum(costs.block_bytes(index, 0) for index in range(model.n_blocks)) + costs.head_bytes,
+        "bits": model.runtime.bits,
         "way": f"Engine.stream, {depth}, {model.engine}",
     }
     return Peer(
@@ -305,6 +306,7 @@ def gguf_facts(path: Path) -> dict[str, Any]:
         "weights": " + ".join(name for name in sorted(sizes, key=lambda name: -sizes[name]) if name != "F32"),
         "head": head.tensor_type.name,
         "weight_bytes": sum(int(tensor.n_bytes) for tensor in read),
+        "bits": 8 * sum(int(tensor.n_bytes) for tensor in read) / sum(int(tensor.n_elements) for tensor in read),
     }
 
 

@@ -4,7 +4,7 @@
                                            [--lengths 512,2048] [--rounds 5]
 
 - `prompts`: read a prompt of `--lengths` tokens and choose one token. Each format takes turns with its peer: bfloat16 and
-  float32 with `transformers`, int4 and int8 with llama.cpp on the model's GGUF file (Q4_1, and Q8_0 made from it).
+  float32 with `transformers`, file, int4 and int8 with llama.cpp on the model's GGUF file (Q4_1, and Q8_0 made from it).
 - `mamba`: the same for the shape of Mamba-2 130M with random weights, against `transformers` on the same weights.
 - `batch`: `--prompts` prompts side by side, `--tokens` new tokens each, at full depth, against the library's `generate` on
   one batch padded on the left. Tokens are the new ones, seconds those from the first prompt to the last token.
@@ -40,6 +40,7 @@ from speed import MODEL, WORK, Row, Worker, chat_ids, entry, machine, ours, path
 PEERS = {
     "bfloat16": "transformers-bfloat16",
     "int4": "llamacpp-q4_1",
+    "file": "llamacpp-q4_1",
     "float32": "transformers-float32",
     "int8": "llamacpp-q8_0",
 }
@@ -87,7 +88,8 @@ def readings(title: str, paths: dict[str, str], formats: list[str], lengths: lis
 
 def trials(args: argparse.Namespace) -> list[Trial]:
     """What to measure, in order. A format whose peer needs a file that the model does not come with is left out."""
-    paths = paths_of(args.model)
+    whole = any(entry(PEERS[format]).weights == "folder" for format in args.formats)
+    paths = paths_of(args.model, whole)
     formats = [format for format in args.formats if entry(PEERS[format]).weights in paths]
     against_library = [format for format in formats if PEERS[format].startswith("transformers")]
     found = []

@@ -34,8 +34,8 @@ import torch
 from transformers import AutoTokenizer
 
 from offramp.machine import processor
-from offramp.model.compiled.weights import FORMATS
-from offramp.model.hub import ALIASES, Wheel
+from offramp.model.compiled.formats import FORMATS
+from offramp.model.hub import ALIASES, Wheel, resolve
 from offramp.model.loading import library_folder
 
 MODEL = "smollm2"
@@ -83,9 +83,14 @@ class Failed(Exception):
     """A peer that cannot go on, with the reason for its row."""
 
 
-def paths_of(model: str) -> dict[str, str]:
-    """What a worker may load for a model: its `name`, its safetensors `folder`, and its `gguf` file if it has one."""
-    paths = {"name": model, "folder": str(library_folder(model))}
+def paths_of(model: str, whole: bool = True) -> dict[str, str]:
+    """What a worker may load for a model: its `name`, its safetensors `folder`, and its `gguf` file if it has one.
+
+    Without `whole`, the folder of a GGUF file has only what describes the model: its tokenizer and its config.
+    """
+    paths = {"name": model, "folder": str(library_folder(model) if whole else resolve(model).path)}
+    if model.endswith(".gguf"):
+        paths["gguf"] = model
     wheel = ALIASES.get(model)
     if isinstance(wheel, Wheel):
         package, _, file = wheel.member.partition("/")
@@ -326,10 +331,12 @@ def table(results: list[dict[str, Any]], own: list[Row]) -> str:
             return [result["peer"], f"failed: {result['failure']}"]
         digits = {"gigabytes_per_second": 1, "perplexity": 2}
         optional = ["–" if result[key] is None else f"{result[key]:.{places}f}" for key, places in digits.items()]
+        bits = result.get("bits")
         return [
             result["peer"],
             result["weights"],
             result["head"],
+            f"{bits:.2f}" if bits else "–",
             f"{result['tokens_per_second']:.1f}",
             f"{result['ms_per_token']:.1f}",
             *(spread(result["ratios"].get(own_row.name)) for own_row in own),
@@ -342,6 +349,7 @@ def table(results: list[dict[str, Any]], own: list[Row]) -> str:
         "peer",
         "weights",
         "head",
+        "bits a weight",
         "tokens/s",
         "ms a token",
         *ratio,
@@ -363,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peers", default=",".join(ENTRIES), help=f"peers, by comma: {', '.join(ENTRIES)}")
     parser.add_argument("--ours", default=",".join(FORMATS), help="formats to run offramp in, and to take ratios of")
-    parser.add_argument("--model", default=MODEL, help="peers that need a GGUF file can only run the default")
+    parser.add_argument("--model", default=MODEL, help="a GGUF file, or the default, for peers that need one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -376,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unknown peers {', '.join(sorted(unknown))}; there are {', '.join(ENTRIES)}")
 
     WORK.mkdir(parents=True, exist_ok=True)
-    paths = paths_of(args.model)
+    paths = paths_of(args.model, any(entry(name).weights == "folder" for name in peers))
     if without := [name for name in peers if entry(name).weights not in paths]:
         parser.error(f"{', '.join(without)} need a GGUF file, which {args.model} does not come with")
     tokenizer = AutoTokenizer.from_pretrained(paths["folder"], trust_remote_code=False)

@@ -198,8 +198,7 @@ static Rows attend_few(const Attention *a, Worker *w, const MemoryAt *memory) {
                 softmax_merge(sum, softmax_at(place + (n * H + head) * size, queries), queries, P);
             finish(a, w, run, head, sum);
         }
-        for (int64_t r = run.first; r < run.first + run.rows && narrows(kind_of(&a->o)); r++)
-            make_narrow(&a->o, &rows, r);
+        for (int64_t r = run.first; r < run.first + run.rows; r++) make_narrow(&rows, r);
     }
     return rows;
 }

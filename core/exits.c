@@ -17,10 +17,6 @@ static void to_unit(const float *h, int64_t D, float *x) {
     for (int64_t k = 0; k < D; k++) x[k] = scale * h[k];
 }
 
-static void make_narrow_if_needed(const Weight *m, const Rows *rows, int64_t r) {
-    if (narrows(kind_of(m))) make_narrow(m, rows, r);
-}
-
 // Gates -------------------------------------------------------------------------------------------
 
 GateRoom room_for_gates(const Gate *gate, int64_t R, Arena *arena) {
@@ -38,7 +34,7 @@ void ask_gates(Hand *hand, const Gate *gate, const float *h, int64_t R, const Ga
     const Rows rows = rows_of(in, room->x, D, R, room->narrow);
     EACH_PIECE(r, hand, R) {
         standardise(h + r * D, floats(gate->mean), floats(gate->spread), D, room->x + r * D);
-        make_narrow_if_needed(in, &rows, r);
+        make_narrow(&rows, r);
     }
     multiply(hand, in, rows, R, (Out){room->act, A, 0}, 0, A);
     EACH_PIECE(r, hand, R) {
@@ -74,7 +70,7 @@ void ask_mamba_gates(Hand *hand, const MambaGate *gate, const float *h, int64_t 
         float *x = room->x + r * D;
         standardise(h + r * D, floats(gate->mean), floats(gate->spread), D, x);
         logits[r] = sum(dots(x, floats(gate->direct), D)) + gate->bias;
-        make_narrow_if_needed(down, &rows, r);
+        make_narrow(&rows, r);
     }
     multiply(hand, down, rows, R, (Out){room->act, W, 0}, 0, W);
     Worker worker = {
@@ -112,13 +108,13 @@ void read_outs(Hand *hand, const Readout *readout, const float *h, const float *
         standardise(h + r * D, floats(readout->mean), floats(readout->spread), D, own);
         for (int64_t i = 0; i < readout->reads; i++) to_unit(deep[r] + i * D, D, own + (1 + i) * D);
         if (!readout->skips) to_unit(h + r * D, D, room->act + r * stride);
-        make_narrow_if_needed(in, &x, r);
+        make_narrow(&x, r);
     }
     multiply(hand, in, x, R, (Out){room->act + skipped, stride, 0}, 0, in->rows);
     EACH_PIECE(r, hand, R) {
         float *last = room->act + (r + 1) * stride - W;
         if (readout->gated) times_silu(last, last - W, W);
-        make_narrow_if_needed(down, &inner, r);
+        make_narrow(&inner, r);
     }
     multiply(hand, down, inner, R, (Out){room->act, stride, 1}, 0, D);
     EACH_PIECE(r, hand, R) {

@@ -173,7 +173,7 @@ static void project_out(const Mamba2 *m, Worker *w, Out out) {
             float *part = x + r * E + g * each;
             rms_norm(part, floats(m->gated_norm) + g * each, m->gated_eps, part, each);
         }
-        if (narrows(kind_of(&m->out))) make_narrow(&m->out, &rows, r);
+        make_narrow(&rows, r);
     }
     multiply(w->hand, &m->out, rows, R, out, 0, m->out.rows);
 }

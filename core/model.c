@@ -25,7 +25,7 @@ static offramp_status check_ends(const offramp_part *part, offramp_error *error)
     NEED(e->norm.count == D, "The final norm has %lld numbers, but the head has %lld columns.",
          (long long)e->norm.count, (long long)D);
     NEED(D % VECTOR == 0, "A hidden size of %lld is not a multiple of %d.", (long long)D, VECTOR);
-    NEED(e->embedding.count % D == 0 && e->embedding.count / D >= e->head.rows,
+    NEED(e->embedding.columns == D && e->embedding.rows >= e->head.rows,
          "The embedding has fewer tokens than the head.");
     return OFFRAMP_OK;
 }

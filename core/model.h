@@ -10,14 +10,13 @@
 typedef struct {
     const void *values;
     int64_t count;
-    offramp_type type;
 } Array;
 
 static inline const float *floats(Array array) { return array.values; }
 
 typedef struct {
-    Weight head;
-    Array norm, embedding;
+    Weight head, embedding;
+    Array norm;
     float eps;
 } Ends;
 
@@ -80,7 +79,7 @@ typedef struct {
 } Guesses;
 
 // The type of a part's field. A count is a whole number of 0 or more.
-typedef enum { WEIGHT, FLOATS, WHOLE_FLOATS_OR_HALVES, INTEGERS, KEYS, COUNT_OF, REAL } Holds;
+typedef enum { WEIGHT, FLOATS, INTEGERS, KEYS, COUNT_OF, REAL } Holds;
 
 typedef struct {
     const char *name;

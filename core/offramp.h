@@ -78,15 +78,30 @@ OFFRAMP_API int64_t offramp_constant(const char *name);
 typedef enum {
     OFFRAMP_FLOAT32,
     OFFRAMP_BFLOAT16,
-    OFFRAMP_INT8,    // weights: symmetric, with one scale for each row
-    OFFRAMP_INT4,    // weights: q · scale + low, for OFFRAMP_GROUP columns each, in panels: see products.h
-    OFFRAMP_INT64,   // arrays only
-    OFFRAMP_UINT32,  // arrays only
+    OFFRAMP_FLOAT16,      // weights only, as all types from here to OFFRAMP_STACKED
+    OFFRAMP_INT8,         // symmetric, with one scale for each row
+    OFFRAMP_INT8_GROUPS,  // symmetric, with one scale for each OFFRAMP_GROUP columns of a row
+    // The types of GGUF files, in panels: layouts.h says where their numbers stand.
+    OFFRAMP_Q4_0,
+    OFFRAMP_Q4_1,
+    OFFRAMP_Q5_0,
+    OFFRAMP_Q5_1,
+    OFFRAMP_Q8_0,
+    OFFRAMP_Q2_K,
+    OFFRAMP_Q3_K,
+    OFFRAMP_Q4_K,
+    OFFRAMP_Q5_K,
+    OFFRAMP_Q6_K,
+    OFFRAMP_IQ4_NL,
+    OFFRAMP_IQ4_XS,
+    OFFRAMP_STACKED,  // weights of several types, one above another
+    OFFRAMP_INT64,    // arrays only
+    OFFRAMP_UINT32,   // arrays only
 } offramp_type;
 
 enum {
-    OFFRAMP_GROUP = 32,       // columns of an int4 weight that have one scale
-    OFFRAMP_PANEL = 16,       // rows of an int4 weight that are kept together
+    OFFRAMP_GROUP = 32,       // columns of a row that are rounded together
+    OFFRAMP_PANEL = 16,       // rows of a weight in panels that are kept together
     OFFRAMP_MOST_DRAFTS = 7,  // drafts of one pass
     OFFRAMP_MOST_THREADS = 256,
 };
@@ -94,11 +109,14 @@ enum {
 // The matrix of a linear layer: x (R, columns) → x · weightᵀ + bias (R, rows).
 typedef struct {
     int64_t type;  // offramp_type
-    int64_t fine;  // 1: rows are rounded to 16 bits before they are multiplied with integers, 0: to 8 bits
+    int64_t
+        fine;  // 1: rows of x are rounded to 16 bits before they are multiplied with integers, 0: to 8 bits;
+               // 1: rows of x are not rounded to bfloat16 before they are multiplied with it
     int64_t rows, columns;
-    const void *values;
-    const float *scales;  // (rows) of an int8 weight, else NULL
-    const float *bias;    // (rows), or NULL
+    const void *values;   // of a stacked weight, as many offramp_weight as `pieces` says
+    const float *scales;  // of an int8 weight, else NULL: (rows), or (rows, columns / OFFRAMP_GROUP)
+    const float *bias;    // (rows), or NULL; of a stacked weight, each piece has its own
+    int64_t pieces;       // of a stacked weight, else 0; `fine` is that of the whole
 } offramp_weight;
 
 // The measure of an exit's confidence: its gate; or from the probabilities of its logits, that of the most
@@ -111,7 +129,7 @@ typedef struct offramp_part offramp_part;
 //
 // | kind | weights | arrays |
 // |------|---------|--------|
-// | ends | head (V, D) | norm (D), embedding (at least V, D) in float32 or bfloat16 |
+// | ends | head (V, D), embedding (at least V, D) | norm (D) |
 // | attention | qkv ((Q + 2H) · P, D), o (D, Q · P) | norm (D), [q_norm], [k_norm] |
 // | mamba2 | in (E + C + H, D), out (D, E) | norm (D), gated_norm (E), conv (taps, C), [conv_bias] (C), |
 // | | | dt_bias, decay, skip (H) |

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include "layouts.h"
 #include "model.h"
 
 offramp_status fail(offramp_error *error, offramp_status status, const char *format, ...) {
@@ -20,7 +21,7 @@ static const Kind KINDS_OF_PARTS[] = {
     {"ends",
      {{"head", WEIGHT, AT(ends, head), 0},
       {"norm", FLOATS, AT(ends, norm), 0},
-      {"embedding", WHOLE_FLOATS_OR_HALVES, AT(ends, embedding), 0},
+      {"embedding", WEIGHT, AT(ends, embedding), 0},
       {"eps", REAL, AT(ends, eps), 0}}},
     {"attention",
      {{"qkv", WEIGHT, AT(attention, qkv), 0},
@@ -132,16 +133,35 @@ static void *place_of(offramp_part *part, const char *name, unsigned holds, offr
 }
 
 offramp_status check_weight(const Weight *m, const char *name, offramp_error *error) {
-    // A group of an integer weight has one scale.
-    const int64_t unit = m->type >= OFFRAMP_INT8 ? OFFRAMP_GROUP : 1, most = INT32_MAX;
-    if (m->type < OFFRAMP_FLOAT32 || m->type > OFFRAMP_INT4)
+    const int64_t most = INT32_MAX;
+    const int stacked = m->type == OFFRAMP_STACKED;
+    if (m->type < OFFRAMP_FLOAT32 || m->type > OFFRAMP_STACKED)
         return fail(error, OFFRAMP_INVALID, "The weight '%.40s' has a type that weights cannot have.", name);
+    // Columns that have one scale stand together.
+    const int64_t unit = in_panels(m) && LAYOUTS[m->type].super ? SUPER
+                         : m->type >= OFFRAMP_INT8 && !stacked  ? GROUP
+                                                                : 1;
     if (m->rows < 1 || m->columns < 1 || m->rows > most || m->columns > most || m->columns % unit)
         return fail(error, OFFRAMP_INVALID,
                     "The weight '%.40s' has %lld rows of %lld; rows of a multiple of %lld are needed.", name,
                     (long long)m->rows, (long long)m->columns, (long long)unit);
-    if (!m->values || (m->type == OFFRAMP_INT8 && !m->scales))
+    if (!m->values || ((m->type == OFFRAMP_INT8 || m->type == OFFRAMP_INT8_GROUPS) && !m->scales) ||
+        (stacked && m->pieces < 1))
         return fail(error, OFFRAMP_INVALID, "The weight '%.40s' has no numbers.", name);
+    int64_t rows = 0;
+    for (int64_t i = 0; stacked && i < m->pieces; i++) {
+        const Weight *piece = (const Weight *)m->values + i;
+        if (check_weight(piece, name, error)) return OFFRAMP_INVALID;
+        if (piece->type == OFFRAMP_STACKED || piece->type == OFFRAMP_INT8 ||
+            piece->type == OFFRAMP_INT8_GROUPS || piece->columns != m->columns)
+            return fail(error, OFFRAMP_INVALID,
+                        "The weight '%.40s' has a piece that cannot be stacked: its type or its columns.",
+                        name);
+        rows += piece->rows;
+    }
+    if (stacked && rows != m->rows)
+        return fail(error, OFFRAMP_INVALID, "The pieces of the weight '%.40s' have %lld rows, and not %lld.",
+                    name, (long long)rows, (long long)m->rows);
     return OFFRAMP_OK;
 }
 
@@ -157,15 +177,14 @@ offramp_status offramp_part_weight(offramp_part *part, const char *name, const o
 offramp_status offramp_part_array(offramp_part *part, const char *name, offramp_type type, const void *values,
                                   int64_t count, offramp_error *error) {
     unsigned holds = 0;
-    if (type == OFFRAMP_FLOAT32) holds = 1 << FLOATS | 1 << WHOLE_FLOATS_OR_HALVES;
-    if (type == OFFRAMP_BFLOAT16) holds = 1 << WHOLE_FLOATS_OR_HALVES;
+    if (type == OFFRAMP_FLOAT32) holds = 1 << FLOATS;
     if (type == OFFRAMP_INT64) holds = 1 << INTEGERS;
     if (type == OFFRAMP_UINT32) holds = 1 << KEYS;
     if (count < 0 || (count && !values))
         return fail(error, OFFRAMP_INVALID, "The array '%.40s' has no numbers.", name);
     Array *place = place_of(part, name, holds, error);
     if (!place) return OFFRAMP_INVALID;
-    *place = (Array){values, count, type};
+    *place = (Array){values, count};
     return OFFRAMP_OK;
 }
 

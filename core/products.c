@@ -1,12 +1,45 @@
+#include "layouts.h"
 #include "products_kind.h"
 
-static const Products *const PRODUCTS_OF[KINDS] = {&products_float32,   &products_bfloat16,
-                                                   &products_int8,      &products_int4,
-                                                   &products_fine_int8, &products_fine_int4};
+// The functions that multiply such weights with rows of this form.
+static const Products *products_of(const Weight *m, Form form) {
+    static const Products *const in_panels[] = {[2] = products_2_bits, [3] = products_3_bits,
+                                                [4] = products_4_bits, [5] = products_5_bits,
+                                                [6] = products_6_bits, [8] = products_8_bits};
+    const int fine = form == FINE_BYTES || form == FINE_GROUPS;
+    switch (m->type) {
+        case OFFRAMP_FLOAT32: return &products_float32;
+        case OFFRAMP_FLOAT16: return &products_float16;
+#if MULTIPLIES_BFLOAT16
+        case OFFRAMP_BFLOAT16: return form == PAIRS ? &products_paired_bfloat16 : &products_bfloat16;
+#else
+        case OFFRAMP_BFLOAT16: return &products_bfloat16;
+#endif
+        case OFFRAMP_INT8: return fine ? &products_fine_int8 : &products_int8;
+        case OFFRAMP_INT8_GROUPS: return fine ? &products_fine_int8_groups : &products_int8_groups;
+    }
+    const Layout of = LAYOUTS[m->type < OFFRAMP_STACKED ? m->type : OFFRAMP_FLOAT32];
+    return (of.codes ? products_codes : in_panels[of.bits]) + fine;
+}
 
-static const Products *products_of(const Weight *m) { return PRODUCTS_OF[kind_of(m)]; }
+int64_t unit_of(const Weight *m) { return in_panels(m) || m->type == OFFRAMP_STACKED ? PANEL : FOUR; }
 
-int64_t unit_of(const Weight *m) { return m->type == OFFRAMP_INT4 ? PANEL : FOUR; }
+void store_lanes(const Tile *c, const Out *out, int T, int64_t n, const vf *sums) {
+    const int64_t first = c->first - n, last = c->last - n;
+    const float *bias = c->m->bias && !c->from ? c->m->bias + n : NULL;
+    float *y = out->y + c->r * out->stride + n;
+    for (int t = 0; t < T; t++, y += out->stride) {
+        if (first <= 0 && last >= LANES) {
+            const vf s = bias ? sums[t] + load(bias) : sums[t];
+            store(y, out->add ? load(y) + s : s);
+            continue;
+        }
+        for (int64_t i = first < 0 ? 0 : first; i < min_(last, LANES); i++) {
+            const float s = bias ? sums[t][i] + bias[i] : sums[t][i];
+            y[i] = out->add ? y[i] + s : s;
+        }
+    }
+}
 
 // Bytes to prefetch into the cache.
 typedef struct {
@@ -17,7 +50,7 @@ typedef struct {
 // The weights stay in the cache for all rows. Meanwhile `next` is fetched.
 static void multiply_cached(const Weight *m, const Rows *x, int64_t R, int64_t first, int64_t last,
                             const Out *out, int64_t from, int64_t to, Next next) {
-    const Products *with = products_of(m);
+    const Products *with = products_of(m, x->form);
     const int64_t several = with->weights, most = with->rows;
     const int64_t share = (next.to - next.from) / (((to - from) / several + 1) * (R / most + 1)) + 64;
     for (int64_t r = 0, T; r < R; r += T) {
@@ -37,7 +70,7 @@ static void multiply_cached(const Weight *m, const Rows *x, int64_t R, int64_t f
 static void product_of_few(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to,
                            int64_t apart) {
     const int64_t K = m->columns;
-    const Products *with = products_of(m);
+    const Products *with = products_of(m, x->form);
     Multiply *multiply_rows = (apart ? with->two_streams : with->one_stream)[R - 1];
     for (int64_t first = 0; first < K; first += DEPTH, out.add = 1)
         for (int64_t n = from; n < to; n += FOUR)
@@ -59,10 +92,10 @@ static void product_of_many(const Weight *m, const Rows *x, int64_t R, Out out, 
     }
 }
 
-// For int4 weights: a panel stays in the cache for all rows.
+// For weights in panels: a panel stays in the cache for all rows.
 static void product_of_panels(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to) {
     const int64_t K = m->columns;
-    const Products *with = products_of(m);
+    const Products *with = products_of(m, x->form);
     for (int64_t first = 0; first < K; first += DEPTH, out.add = 1)
         for (int64_t n = from / PANEL * PANEL; n < to; n += PANEL)
             for (int64_t r = 0, T; r < R; r += T) {
@@ -72,20 +105,30 @@ static void product_of_panels(const Weight *m, const Rows *x, int64_t R, Out out
             }
 }
 
+// For stacked weights: the rows that each piece has of those.
+static void product_of_pieces(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to) {
+    const Weight *piece = m->values;
+    for (int64_t i = 0; i < m->pieces && to > 0; i++, piece++) {
+        if (from < piece->rows) product(piece, x, R, out, from > 0 ? from : 0, min_(to, piece->rows), 0);
+        from -= piece->rows, to -= piece->rows, out.y += piece->rows;
+    }
+}
+
 void product(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to, int64_t apart) {
-    const int panels = m->type == OFFRAMP_INT4;
-    if (!panels && R <= MOST_ROWS) {
+    const int stacked = m->type == OFFRAMP_STACKED, panels = in_panels(m);
+    if (!stacked && !panels && R <= MOST_ROWS) {
         product_of_few(m, x, R, out, from, to, apart);
         return;
     }
-    (panels ? product_of_panels : product_of_many)(m, x, R, out, from, to);
+    (stacked ? product_of_pieces : panels ? product_of_panels : product_of_many)(m, x, R, out, from, to);
     if (apart) product(m, x, R, out, from + apart, to + apart, 0);
 }
 
 void multiply(Hand *hand, const Weight *m, Rows x, int64_t R, Out out, int64_t first, int64_t last) {
     // Few rows of x are multiplied with two streams of weights that are far apart.
-    const int64_t rows = last - first, apart = m->type != OFFRAMP_INT4 && R <= MOST_ROWS ? rows / 2 : 0;
-    const Division d = divided(hand, apart ? apart : rows, unit_of(m));
+    const int64_t rows = last - first, unit = unit_of(m),
+                  apart = unit != PANEL && R <= MOST_ROWS ? rows / 2 : 0;
+    const Division d = divided(hand, apart ? apart : rows, unit);
     EACH_PIECE(i, hand, d.pieces) {
         int64_t from, to;
         part_of(&d, i, &from, &to);
@@ -96,7 +139,19 @@ void multiply(Hand *hand, const Weight *m, Rows x, int64_t R, Out out, int64_t f
 
 void multiply_chosen(const Weight *m, const Rows *x, int64_t r, const int64_t *chosen, int64_t count,
                      Out out) {
-    products_of(m)->scattered(m, x, r, chosen, count, &out);
+    if (m->type != OFFRAMP_STACKED) {
+        products_of(m, x->form)->scattered(m, x, r, chosen, count, &out);
+        return;
+    }
+    // Their places are given for the whole weight.
+    int64_t own[64];
+    const Weight *piece = m->values;
+    for (int64_t i = 0, first = 0, n; i < count; i += n) {
+        for (; chosen[i] >= first + piece->rows; piece++) first += piece->rows;
+        for (n = 0; i + n < count && n < 64 && chosen[i + n] < first + piece->rows; n++)
+            own[n] = chosen[i + n] - first;
+        multiply_chosen(piece, x, r, own, n, (Out){out.y + first, out.stride, out.add});
+    }
 }
 
 void rms_norm(const float *x, const float *weight, float eps, float *out, int64_t n) {
@@ -106,7 +161,7 @@ void rms_norm(const float *x, const float *weight, float eps, float *out, int64_
 
 Rows prepare(Hand *hand, const Weight *m, const float *x, int64_t stride, int64_t R, float *room) {
     const Rows rows = rows_of(m, x, stride, R, room);
-    if (narrows(kind_of(m))) EACH_PIECE(r, hand, R) make_narrow(m, &rows, r);
+    if (rows.form != SINGLES) EACH_PIECE(r, hand, R) make_narrow(&rows, r);
     return rows;
 }
 
@@ -116,7 +171,7 @@ Rows prepare_normed(Hand *hand, const Weight *m, const float *h, const float *we
     const Rows rows = rows_of(m, x, K, R, room);
     EACH_PIECE(r, hand, R) {
         rms_norm(h + r * K, weight, eps, x + r * K, K);
-        if (narrows(kind_of(m))) make_narrow(m, &rows, r);
+        make_narrow(&rows, r);
     }
     return rows;
 }

@@ -2,11 +2,6 @@
 //
 // Weights are read in the order in which they stand in memory: the processor fetches one stream ahead of
 // time, but hardly several.
-//
-// An int4 weight stands in panels of PANEL rows, and a panel in blocks of GROUP columns: byte 4 i + c of its
-// quarter j holds column 4 j + c of row i in its low half, and column 16 + 4 j + c in its high half. Then
-// come the rows' scales, then their minima, as float16. The last panel is filled up.
-
 #pragma once
 #include "rows.h"
 #include "threads.h"
@@ -18,9 +13,11 @@ typedef struct {
     int add;
 } Out;
 
-// The bytes of a row of weights (not for int4).
+// The bytes of a row of weights, where rows stand one after another.
 static inline int64_t row_bytes(const Weight *m) {
-    return m->columns * (m->type == OFFRAMP_FLOAT32 ? 4 : m->type == OFFRAMP_BFLOAT16 ? 2 : 1);
+    return m->columns * (m->type == OFFRAMP_FLOAT32                                  ? 4
+                         : m->type == OFFRAMP_INT8 || m->type == OFFRAMP_INT8_GROUPS ? 1
+                                                                                     : 2);
 }
 
 // Multiplies R rows of x with rows `from` to `to` - 1 of the weight, and unless `apart` is 0 with as many

@@ -1,5 +1,5 @@
-// The products of one format, for products.c. Each format has a file that says its KIND and includes
-// products_rows.h or products_panels.h, which hold the functions: KIND and the number of rows of x are
+// The products of one format, for products.c. Each format has a file that says its KIND or its BITS and includes
+// products_rows.h or products_panels.h, which hold the functions: these and the number of rows of x are
 // constants in their loops.
 
 #pragma once
@@ -10,7 +10,7 @@ enum { DEPTH = 2048, CACHED = 1 << 17 };
 enum { MOST_ROWS = 8, FOUR = 4 };  // rows of x in a tile; weights of a tile that stand together
 
 // `count` weights from row n on, and in two streams as many from row n + `apart` on, times rows of x from row
-// r on, over the columns `from` to `to` - 1. Of an int4 weight, it is the panel that begins at n, and the
+// r on, over the columns `from` to `to` - 1. Of a weight in panels, it is the panel that begins at n, and the
 // results of the weights `first` to `last` - 1 are wanted.
 typedef struct {
     const Weight *m;
@@ -31,8 +31,17 @@ typedef struct {
     Choose *scattered;
 } Products;
 
-extern const Products products_float32, products_bfloat16, products_int8, products_int4, products_fine_int8,
-    products_fine_int4;
+// Formats of rows, and how rows of x are made narrow for them.
+enum { FLOAT32, BFLOAT16, PAIRED_BFLOAT16, FLOAT16, INT8, FINE_INT8, INT8_GROUPS, FINE_INT8_GROUPS };
+
+extern const Products products_float32, products_bfloat16, products_paired_bfloat16, products_float16,
+    products_int8, products_fine_int8, products_int8_groups, products_fine_int8_groups;
+// Formats in panels, by their bits; `codes`: of those. The second one is for `fine` rows of x.
+extern const Products products_2_bits[2], products_3_bits[2], products_4_bits[2], products_codes[2],
+    products_5_bits[2], products_6_bits[2], products_8_bits[2];
+
+// Puts the sums of LANES weights in panels, from row n on, and of the tile's T rows, where they belong.
+void store_lanes(const Tile *tile, const Out *out, int T, int64_t n, const vf *sums);
 
 #define EACH_WEIGHT _Pragma("GCC unroll 4") for (int i = 0; i < N; i++)
 #define EACH_ROW _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)

@@ -1,48 +1,75 @@
-// Products with weights whose rows stand one after another: float32, bfloat16 and int8. For a file that says
-// KIND.
+// Products with weights whose rows stand one after another: floats and int8. For a file that says KIND.
 
 #pragma once
 #include "products_kind.h"
 
+#define IN_GROUPS (KIND == INT8_GROUPS || KIND == FINE_INT8_GROUPS)
+#define IS_INT8 (KIND == INT8 || KIND == FINE_INT8 || IN_GROUPS)
+#define SCALED (IS_INT8 && !IN_GROUPS)  // each row of weights has one scale
+#define IS_FINE (KIND == FINE_INT8 || KIND == FINE_INT8_GROUPS)
+
 // The numbers of a row of weights that are multiplied at once.
-#define AT_ONCE (IS_INT8(KIND) ? 4 * LANES : KIND == BFLOAT16 && MULTIPLIES_BFLOAT16 ? 2 * LANES : LANES)
+#define AT_ONCE (IS_INT8 ? 4 * LANES : KIND == PAIRED_BFLOAT16 ? 2 * LANES : LANES)
 
 // The numbers of a row `w` from column k on, of which there are `left`, and zeros. A vector of another type
 // is returned as `vi`.
 ALWAYS vi weights_at(const char *w, int64_t k, int64_t left) {
     if (KIND == FLOAT32) return (vi)load_up_to((const float *)w + k, left);
-    const char *from = w + (IS_INT8(KIND) ? k : 2 * k);
+    const char *from = w + (IS_INT8 ? k : 2 * k);
 #if WIDE
-    if (IS_INT8(KIND))
+    if (IS_INT8)
         return (vi)(left >= 64 ? _mm512_loadu_si512(from)
                                : _mm512_maskz_loadu_epi8((1ull << left) - 1, from));
-    if (MULTIPLIES_BFLOAT16)
+    if (KIND == PAIRED_BFLOAT16)
         return (vi)(left >= 32 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << left) - 1, from));
 #else
-    if (IS_INT8(KIND)) {
+    if (IS_INT8) {
         vi v;
         memcpy(&v, from, sizeof v);  // 32 columns, a group
         return v;
     }
 #endif
+    if (KIND == FLOAT16) return (vi)float16_up_to((const uint16_t *)from, left);
     return (vi)from_bfloat16((const uint16_t *)from, left);
 }
 
-// Adds the products of weights, as `weights_at` gives them, and of row r from column k on, of which there are
-// `left`.
-ALWAYS vf times(vf acc, vi weights, const Rows *x, int64_t r, int64_t k, int64_t left) {
-    if (IS_INT8(KIND)) {
-        vb q;
-        memcpy(&q, (const int8_t *)x->narrow + r * x->width + k, sizeof q);
-        vi whole = dot_bytes((vi){0}, (vb)weights, q);
-        if (IS_FINE(KIND)) {
-            memcpy(&q, x->low + r * x->width + k, sizeof q);
-            whole = dot_bytes(whole * BASE, (vb)weights, q);
-        }
-        return fma_(__builtin_convertvector(whole, vf), all(x->scale[r * x->groups + k / (2 * GROUP)]), acc);
+// Adds the products of bytes of weights and of a row to `acc`.
+ALWAYS vi times_bytes(vi acc, vi weights, const int8_t *q) {
+    vb x;
+    memcpy(&x, q, sizeof x);
+    acc = dot_bytes(acc, (vb)weights, x);
+    // Sums that each have a scale of their own cannot be corrected in the end: see dot_bytes.
+    return IN_GROUPS && OFFSET ? acc - dot_small((vi){0}, (vb)((vi){0} | (int32_t)0x80808080), x) : acc;
+}
+
+// Products of the scales of weights and of a row from column k on, of which there are `left`, for each lane.
+ALWAYS vf scales_of(const float *scales, const float *of_row, int64_t left) {
+#if WIDE
+    const __m512 first = _mm512_set1_ps(scales[0] * of_row[0]);
+    return (vf)(left <= GROUP ? first : _mm512_insertf32x8(first, _mm256_set1_ps(scales[1] * of_row[1]), 1));
+#else
+    (void)left;  // a vector is one group
+    return all(scales[0] * of_row[0]);
+#endif
+}
+
+// Adds the products of row n of the weights, as `weights_at` gives them, and of row r from column k on, of which
+// there are `left`.
+ALWAYS vf times(vf acc, vi weights, const Weight *m, int64_t n, const Rows *x, int64_t r, int64_t k,
+                int64_t left) {
+    if (IS_INT8) {
+        const int64_t at = r * x->width + k;
+        vi whole = times_bytes((vi){0}, weights, (const int8_t *)x->narrow + at);
+        if (IS_FINE) whole = times_bytes(whole * BASE, weights, x->low + at);
+        const vf sums = __builtin_convertvector(whole, vf);
+        const float *scale = x->scale + r * x->groups;
+        return IN_GROUPS
+                   ? fma_(sums, scales_of(m->scales + (n * m->columns + k) / GROUP, scale + k / GROUP, left),
+                          acc)
+                   : fma_(sums, all(scale[k / (2 * GROUP)]), acc);
     }
 #if MULTIPLIES_BFLOAT16
-    if (KIND == BFLOAT16) {
+    if (KIND == PAIRED_BFLOAT16) {
         const __m512bh q = (__m512bh)_mm512_loadu_si512((const int16_t *)x->narrow + r * x->width + k);
         return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)weights, q);
     }
@@ -56,21 +83,28 @@ typedef float four __attribute__((vector_size(4 * FOUR)));
 ALWAYS void store_sums(const Tile *c, const Out *out, int t, int64_t n, int64_t count, const float *sums) {
     const Weight *m = c->m;
     float *y = out->y + (c->r + t) * out->stride + n;
-    const float offset = IS_INT8(KIND) && !c->from ? c->x->offset[c->r + t] : 0;
+    const float offset = SCALED && !c->from ? c->x->offset[c->r + t] : 0;
     if (count == FOUR) {
         four s, part;
         memcpy(&s, sums, sizeof s);
-        if (IS_INT8(KIND)) memcpy(&part, m->scales + n, sizeof part), s = part * (s - offset);
+        if (SCALED) memcpy(&part, m->scales + n, sizeof part), s = part * (s - offset);
         if (m->bias && !c->from) memcpy(&part, m->bias + n, sizeof part), s += part;
         if (out->add) memcpy(&part, y, sizeof part), s = part + s;
         memcpy(y, &s, sizeof s);
         return;
     }
     for (int i = 0; i < count; i++) {
-        float s = IS_INT8(KIND) ? m->scales[n + i] * (sums[i] - offset) : sums[i];
+        float s = SCALED ? m->scales[n + i] * (sums[i] - offset) : sums[i];
         if (m->bias && !c->from) s += m->bias[n + i];
         y[i] = out->add ? y[i] + s : s;
     }
+}
+
+// The same for T rows, whose sums are EIGHT apart. It is one function, since a copy in each place makes the
+// library half as large again.
+static __attribute__((noinline, noclone)) void store_rows(const Tile *c, const Out *out, int T, int64_t n,
+                                                          int64_t count, const float *sums) {
+    for (int t = 0; t < T; t++) store_sums(c, out, t, n, count, sums + t * EIGHT);
 }
 
 // At most FOUR weights, one after another, times T rows of x. With two streams, as many others at the same
@@ -83,25 +117,23 @@ ALWAYS void in_turn(const Tile *c, const Out *out, const int T, const int stream
     for (int64_t i = 0; i < c->count; i++, w += row) {
         vf near[MOST_ROWS] = {0}, far[MOST_ROWS] = {0};
         int64_t k = c->from;
-#define GO_ON(left)                                                                                \
-    {                                                                                              \
-        const vi u = weights_at(w, k, left), v = streams > 1 ? weights_at(w + apart, k, left) : u; \
-        EACH_ROW {                                                                                 \
-            near[t] = times(near[t], u, &x, c->r + t, k, left);                                    \
-            if (streams > 1) far[t] = times(far[t], v, &x, c->r + t, k, left);                     \
-        }                                                                                          \
+#define GO_ON(left)                                                                                       \
+    {                                                                                                     \
+        const vi u = weights_at(w, k, left), v = streams > 1 ? weights_at(w + apart, k, left) : u;        \
+        EACH_ROW {                                                                                        \
+            near[t] = times(near[t], u, c->m, c->n + i, &x, c->r + t, k, left);                           \
+            if (streams > 1) far[t] = times(far[t], v, c->m, c->n + i + c->apart, &x, c->r + t, k, left); \
+        }                                                                                                 \
     }
         for (; k + AT_ONCE <= to; k += AT_ONCE) GO_ON(AT_ONCE)
         if (k < to) GO_ON(to - k)
 #undef GO_ON
         EACH_ROW acc[t * EIGHT + i] = near[t], acc[t * EIGHT + FOUR + i] = far[t];
     }
-    for (int t = 0; t < T; t++) {
-        float sums[EIGHT];
-        sums_of(acc + t * EIGHT, sums);
-        store_sums(c, out, t, c->n, c->count, sums);
-        if (streams > 1) store_sums(c, out, t, c->n + c->apart, c->count, sums + FOUR);
-    }
+    float sums[MOST_ROWS * EIGHT];
+    for (int t = 0; t < T; t++) sums_of(acc + t * EIGHT, sums + t * EIGHT);
+    store_rows(c, out, T, c->n, c->count, sums);
+    if (streams > 1) store_rows(c, out, T, c->n + c->apart, c->count, sums + FOUR);
 }
 
 // N weights, read side by side, times T rows of x. That takes fewer loads of x, but is slow where weights
@@ -112,11 +144,12 @@ ALWAYS void side_by_side(const Tile *c, const Out *out, const int N, const int T
     const char *w = (const char *)c->m->values + c->n * row;
     vf acc[24] = {0};
     int64_t k = c->from;
-#define GO_ON(left)                                                                               \
-    {                                                                                             \
-        vi v[4];                                                                                  \
-        EACH_WEIGHT v[i] = weights_at(w + i * row, k, left);                                      \
-        EACH_ROW EACH_WEIGHT acc[t * N + i] = times(acc[t * N + i], v[i], &x, c->r + t, k, left); \
+#define GO_ON(left)                                                             \
+    {                                                                           \
+        vi v[4];                                                                \
+        EACH_WEIGHT v[i] = weights_at(w + i * row, k, left);                    \
+        EACH_ROW EACH_WEIGHT acc[t * N + i] =                                   \
+            times(acc[t * N + i], v[i], c->m, c->n + i, &x, c->r + t, k, left); \
     }
     for (; k + AT_ONCE <= c->to; k += AT_ONCE) GO_ON(AT_ONCE)
     if (k < c->to) GO_ON(c->to - k)
@@ -143,13 +176,13 @@ static void scattered_eight(const Weight *m, const Rows *x, int64_t r, const int
                 __builtin_prefetch((const char *)m->values + rows[i + AHEAD] * bytes + at);
             for (int64_t k = first; k < to; k += AT_ONCE) {
                 const int64_t left = k + AT_ONCE <= to ? AT_ONCE : to - k;
-                acc[i] = times(acc[i], weights_at((const char *)m->values + rows[i] * bytes, k, left), x, r,
-                               k, left);
+                const vi weights = weights_at((const char *)m->values + rows[i] * bytes, k, left);
+                acc[i] = times(acc[i], weights, m, rows[i], x, r, k, left);
             }
         }
         sums_of(acc, sums);
         for (int64_t i = 0; i < some; i++)
-            store_sums(&(Tile){m, x, rows[i], 1, 0, r, first, to, 0, 0}, &added, 0, rows[i], 1, sums + i);
+            store_rows(&(Tile){m, x, rows[i], 1, 0, r, first, to, 0, 0}, &added, 1, rows[i], 1, sums + i);
     }
 }
 
@@ -164,9 +197,9 @@ UP_TO_EIGHT(STREAMS)
 
 // Weights and rows of a tile in the cache: as many as the registers hold.
 #if WIDE
-enum { CACHED_WEIGHTS = IS_INT8(KIND) ? 2 : 4, CACHED_ROWS = IS_INT8(KIND) ? 8 : 6 };
+enum { CACHED_WEIGHTS = IS_INT8 ? 2 : 4, CACHED_ROWS = IS_INT8 ? 8 : 6 };
 #else
-enum { CACHED_WEIGHTS = IS_INT8(KIND) ? 2 : 3, CACHED_ROWS = IS_INT8(KIND) ? 5 : 4 };
+enum { CACHED_WEIGHTS = IS_INT8 ? 2 : 3, CACHED_ROWS = IS_INT8 ? 5 : 4 };
 #endif
 FUNCTION(cached, side_by_side(c, out, CACHED_WEIGHTS, CACHED_ROWS))
 

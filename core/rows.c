@@ -1,17 +1,27 @@
 #include "rows.h"
 
 // Columns of a row with one scale.
-static int64_t columns_of_scale(int kind) { return IS_INT8(kind) ? 2 * GROUP : GROUP; }
+static int64_t columns_of_scale(Form form) { return form == BYTES || form == FINE_BYTES ? 2 * GROUP : GROUP; }
 
-Rows rows_of(const Weight *m, const float *x, int64_t stride, int64_t R, float *room) {
-    const int64_t width = (m->columns + 63) / 64 * 64, groups = width / columns_of_scale(kind_of(m));
-    float *scale = room, *sums = scale + R * groups, *offset = sums + R * groups;
-    // A vector that crosses cache lines takes twice as long.
-    const char *narrow = (const char *)(((uintptr_t)(offset + R) + 63) / 64 * 64);
-    return (Rows){x, stride, width, groups, narrow, (const int8_t *)narrow + R * width, scale, sums, offset};
+Form form_of(const Weight *m) {
+    if (m->type == OFFRAMP_INT8) return m->fine ? FINE_BYTES : BYTES;
+    if (in_panels(m) || m->type == OFFRAMP_INT8_GROUPS) return m->fine ? FINE_GROUPS : GROUPS;
+    if (m->type == OFFRAMP_BFLOAT16) return m->fine || !MULTIPLIES_BFLOAT16 ? SINGLES : PAIRS;
+    const Weight *piece = m->values;
+    for (int64_t i = 0; i < m->pieces; i++)
+        if (in_panels(piece + i)) return m->fine ? FINE_GROUPS : GROUPS;
+    return SINGLES;
 }
 
-typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+Rows rows_of(const Weight *m, const float *x, int64_t stride, int64_t R, float *room) {
+    const Form form = form_of(m);
+    const int64_t K = m->columns, width = (K + 63) / 64 * 64, groups = width / columns_of_scale(form);
+    float *scale = room, *sums = scale + R * groups, *offset = sums + R * groups, *halves = offset + R;
+    // A vector that crosses cache lines takes twice as long.
+    const char *narrow = (const char *)(((uintptr_t)(halves + R * width / HALF) + 63) / 64 * 64);
+    return (Rows){form,  x,    stride, K,     width, groups, narrow, (const int8_t *)narrow + R * width,
+                  scale, sums, halves, offset};
+}
 
 static inline vi rounded(vf v) {
     return __builtin_convertvector(v + choose(v < 0, all(-0.5f), all(0.5f)), vi);
@@ -27,9 +37,9 @@ static inline void store_bytes(int8_t *p, vi v) {
 }
 
 // `count` columns of a row, a multiple of GROUP, as integers of 8 bits, or with `low` of 16; their scale, and
-// the sum of the numbers that they stand for.
-static inline void quantise(const float *p, int64_t count, int8_t *q, int8_t *low, float *scale,
-                            float *total) {
+// the sum of the numbers that they stand for, in all and for every HALF columns.
+static inline void quantise(const float *p, int64_t count, int8_t *q, int8_t *low, float *scale, float *total,
+                            float *halves) {
     const float range = low ? 127 * BASE + 127 : 127;
     vf tops = all(1e-30f), nothing = {0};
     for (int k = 0; k < count; k += LANES) {
@@ -38,16 +48,21 @@ static inline void quantise(const float *p, int64_t count, int8_t *q, int8_t *lo
         nothing += v * 0;
     }
     const float most = largest(tops), factor = range / most;
-    vu sums = {0};  // a NaN becomes an integer so large that sums wrap around
-    for (int k = 0; k < count; k += LANES) {
-        const vi whole = rounded(load(p + k) * factor);
-        const vi high = low ? rounded(__builtin_convertvector(whole, vf) * (1.0f / BASE)) : whole;
-        store_bytes(q + k, high);
-        if (low) store_bytes(low + k, (vi)((vu)whole - (vu)high * BASE));
-        sums += (vu)whole;
-    }
+    float all_sums = 0;
     *scale = most / range + sum(nothing);  // keeps a NaN, which an integer cannot hold
-    *total = *scale * sum(__builtin_convertvector((vi)sums, vf));
+    for (int half = 0; half < count; half += HALF) {
+        vu sums = {0};  // a NaN becomes an integer so large that sums wrap around
+        for (int k = half; k < half + HALF; k += LANES) {
+            const vi whole = rounded(load(p + k) * factor);
+            const vi high = low ? rounded(__builtin_convertvector(whole, vf) * (1.0f / BASE)) : whole;
+            store_bytes(q + k, high);
+            if (low) store_bytes(low + k, (vi)((vu)whole - (vu)high * BASE));
+            sums += (vu)whole;
+        }
+        const float own = sum(__builtin_convertvector((vi)sums, vf));
+        halves[half / (HALF)] = *scale * own, all_sums += own;
+    }
+    *total = *scale * all_sums;
 }
 
 #if MULTIPLIES_BFLOAT16
@@ -62,22 +77,24 @@ static void to_pairs(const float *p, int64_t K, int64_t width, int16_t *narrow) 
 }
 #endif
 
-void make_narrow(const Weight *m, const Rows *x, int64_t r) {
-    const int64_t K = m->columns, G = x->groups;
-    const int kind = kind_of(m);
+void make_narrow(const Rows *x, int64_t r) {
+    const int64_t K = x->columns, G = x->groups;
     const float *p = x->x + r * x->stride;
+    if (x->form == SINGLES) return;
 #if MULTIPLIES_BFLOAT16
-    if (kind == BFLOAT16) {
+    if (x->form == PAIRS) {
         to_pairs(p, K, x->width, (int16_t *)x->narrow + r * x->width);
         return;
     }
 #endif
     int8_t *q = (int8_t *)x->narrow + r * x->width,
-           *low = IS_FINE(kind) ? (int8_t *)x->low + r * x->width : NULL;
-    float *scale = (float *)x->scale + r * G, *sums = (float *)x->sums + r * G, offset = 0;
-    const int64_t columns = columns_of_scale(kind);
+           *low = x->form == FINE_BYTES || x->form == FINE_GROUPS ? (int8_t *)x->low + r * x->width : NULL;
+    float *scale = (float *)x->scale + r * G, *sums = (float *)x->sums + r * G,
+          *halves = (float *)x->halves + r * (x->width / HALF), offset = 0;
+    const int64_t columns = columns_of_scale(x->form);
     for (int64_t k = 0, g = 0; k < K; k += columns, g++) {
-        quantise(p + k, min_(K - k, columns), q + k, low ? low + k : NULL, scale + g, sums + g);
+        quantise(p + k, min_(K - k, columns), q + k, low ? low + k : NULL, scale + g, sums + g,
+                 halves + k / HALF);
         offset += OFFSET * sums[g];
     }
     memset(q + K, 0, x->width - K);

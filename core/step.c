@@ -7,6 +7,7 @@
 // piece may read them.
 
 #include "step.h"
+#include "values.h"
 
 enum { MOST_LANES = 1 << 10, MOST_ROUNDS = 1 << 8 };
 
@@ -78,16 +79,6 @@ static void set_up(Step *s, Turn *turn) {
     find_memories(s, &turn->climbing, turn->start, turn->stop);
 }
 
-static void embed(const Step *s, int64_t id, float *h) {
-    const Ends *ends = &s->model->ends;
-    const int64_t D = s->model->hidden;
-    const uint16_t *half = (const uint16_t *)ends->embedding.values + id * D;
-    if (ends->embedding.type == OFFRAMP_FLOAT32)
-        memcpy(h, floats(ends->embedding) + id * D, D * sizeof(float));
-    else
-        for (int64_t k = 0; k < D; k += LANES) store_up_to(h + k, from_bfloat16(half + k, D - k), D - k);
-}
-
 // Runs a group's rows through blocks `start` to `stop` - 1.
 static void run(Step *s, Hand *hand, const Group *g, int64_t start, int64_t stop) {
     Worker w = worker_of(s->model, &g->tokens, &s->buffers, hand);
@@ -102,7 +93,8 @@ static void climb(Step *s, Hand *hand, Turn *turn) {
         if (!turn->first)
             memcpy(s->h + r * D, lane->h + g->row_of[r] * D, D * sizeof(float));
         else
-            embed(s, lane->request->ids[g->tokens.positions[r]], s->h + r * D);
+            values_of_row(&s->model->ends.embedding, lane->request->ids[g->tokens.positions[r]],
+                          s->h + r * D);
     }
     if (turn->top && middle) {
         run(s, hand, g, turn->start, middle);

@@ -274,7 +274,7 @@ static inline void to_bfloat16(uint16_t *p, vf v, int64_t n) {
         memcpy(p, &halves, 2 * n);
 }
 
-// Float16 numbers, none of them infinite, as float32.
+// Float16 numbers as float32.
 static inline vf from_float16(const uint16_t *p) {
 #if WIDE
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
@@ -285,40 +285,83 @@ static inline vf from_float16(const uint16_t *p) {
     memcpy(&v, p, sizeof v);
     const vi bits = __builtin_convertvector(v, vi);
     const vf size = (vf)((bits & 0x7fff) << 13) * 0x1p112f;  // the exponents are biased by 15 and by 127
-    return (vf)((vi)size | (bits & 0x8000) << 16);
+    // The largest exponent is that of infinity and NaN.
+    const vi large = (bits & 0x7c00) == 0x7c00 & 0x7f800000;
+    return (vf)((vi)size | large | (bits & 0x8000) << 16);
 #endif
 }
 
-// Lane i adds the products of bytes 4 i to 4 i + 3. `dot_nibbles`: w is 0 to 15. `dot_bytes`: no byte is
+// The first n float16 numbers, at most LANES, and zeros.
+static inline vf float16_up_to(const uint16_t *p, int64_t n) {
+    if (n >= LANES) return from_float16(p);
+    uint16_t some[LANES] = {0};
+    memcpy(some, p, 2 * n);
+    return from_float16(some);
+}
+
+// LANES bytes as float32.
+static inline vf from_int8(const int8_t *p) {
+#if WIDE
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    quarter_vb v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vf);
+#endif
+}
+
+// Of a table of 16 bytes, those at places 0 to 15.
+static inline vb look_up(const int8_t *table, vb places) {
+#if WIDE
+    const __m512i wide = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    return (vb)_mm512_shuffle_epi8(wide, (__m512i)places);
+#elif defined(__AVX2__)
+    const __m256i wide = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (vb)_mm256_shuffle_epi8(wide, (__m256i)places);
+#elif defined(__aarch64__)
+    const int8x16_t all = vld1q_s8(table);
+    const uint8x16x2_t at = vld1q_u8_x2((const uint8_t *)&places);
+    const int8x16x2_t found = {{vqtbl1q_s8(all, at.val[0]), vqtbl1q_s8(all, at.val[1])}};
+    memcpy(&places, &found, sizeof places);
+    return places;
+#else
+    for (int i = 0; i < 4 * LANES; i++) places[i] = table[places[i]];
+    return places;
+#endif
+}
+
+// Lane i adds the products of bytes 4 i to 4 i + 3. `dot_small`: w is 0 to 63. `dot_bytes`: no byte is
 // -128, and OFFSET times the sum of x must be subtracted from the result.
 #define OFFSET (VNNI ? 128 : 0)
 #if WIDE && VNNI
-static inline vi dot_nibbles(vi acc, vb w, vb x) {
+static inline vi dot_small(vi acc, vb w, vb x) {
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 }
-static inline vi dot_bytes(vi acc, vb w, vb x) { return dot_nibbles(acc, w ^ -128, x); }
+static inline vi dot_bytes(vi acc, vb w, vb x) { return dot_small(acc, w ^ -128, x); }
 #elif WIDE
-static inline vi dot_nibbles(vi acc, vb w, vb x) {
+static inline vi dot_small(vi acc, vb w, vb x) {
     const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, (__m512i)x);
     return acc + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 static inline vi dot_bytes(vi acc, vb w, vb x) {
     const __m512i signed_x =
         _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), (__m512i)x);
-    return dot_nibbles(acc, (vb)_mm512_abs_epi8((__m512i)w), (vb)signed_x);
+    return dot_small(acc, (vb)_mm512_abs_epi8((__m512i)w), (vb)signed_x);
 }
 #elif VNNI
-static inline vi dot_nibbles(vi acc, vb w, vb x) {
+static inline vi dot_small(vi acc, vb w, vb x) {
     return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
 }
-static inline vi dot_bytes(vi acc, vb w, vb x) { return dot_nibbles(acc, w ^ -128, x); }
+static inline vi dot_bytes(vi acc, vb w, vb x) { return dot_small(acc, w ^ -128, x); }
 #elif defined(__AVX2__)
-static inline vi dot_nibbles(vi acc, vb w, vb x) {
+static inline vi dot_small(vi acc, vb w, vb x) {
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
     return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 static inline vi dot_bytes(vi acc, vb w, vb x) {
-    return dot_nibbles(acc, (vb)_mm256_abs_epi8((__m256i)w), (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w));
+    return dot_small(acc, (vb)_mm256_abs_epi8((__m256i)w), (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w));
 }
 #else
 static inline vi dot_bytes(vi acc, vb w, vb x) {
@@ -334,5 +377,5 @@ static inline vi dot_bytes(vi acc, vb w, vb x) {
 #endif
     return acc;
 }
-static inline vi dot_nibbles(vi acc, vb w, vb x) { return dot_bytes(acc, w, x); }
+static inline vi dot_small(vi acc, vb w, vb x) { return dot_bytes(acc, w, x); }
 #endif

@@ -29,7 +29,7 @@ static const float *numbers(int count, float low) {  // from low to low + 1
 
 static void give(offramp_part *part, const char *name, int rows, int columns) {
     const offramp_weight weight = {
-        OFFRAMP_FLOAT32, 0, rows, columns, numbers(rows * columns, -0.5f), NULL, NULL};
+        .type = OFFRAMP_FLOAT32, .rows = rows, .columns = columns, .values = numbers(rows * columns, -0.5f)};
     offramp_part_weight(part, name, &weight, NULL);
 }
 
@@ -39,7 +39,7 @@ static void give_array(offramp_part *part, const char *name, int count, float lo
 
 int main(void) {
     offramp_part *ends = offramp_part_new("ends", NULL), *mixer = offramp_part_new("mamba2", NULL);
-    give(ends, "head", V, D), give_array(ends, "norm", D, 0.5f), give_array(ends, "embedding", V * D, -0.5f);
+    give(ends, "head", V, D), give_array(ends, "norm", D, 0.5f), give(ends, "embedding", V, D);
     offramp_part_number(ends, "eps", 1e-5, NULL);
     give(mixer, "in", E + C + H, D), give(mixer, "out", D, E);
     give_array(mixer, "norm", D, 0.5f), give_array(mixer, "gated_norm", E, 0.5f),

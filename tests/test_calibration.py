@@ -7,7 +7,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from statistics import fmean
 
@@ -267,6 +267,28 @@ def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
     loaded.calibration["weights"] = "int4"
     with pytest.warns(UserWarning, match="calibrated with weights int4, not float32"):
         Engine(backbone, loaded)
+
+
+def test_exits_keep_a_calibration_for_each_format_of_weights(tmp_path) -> None:
+    backbone, exits = tiny("llama"), exits_for("llama")
+    config = CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4)
+    calibrate(backbone, exits, questions(40), config)
+    own = exits.calibration
+    # The same exits were also calibrated for weights of 4 bits, with another policy.
+    exits.use({**own, "weights": "int4", "policy": asdict(Policy((0.25,) * 3))})
+    assert exits.policy == Policy((0.25,) * 3)
+    exits.save(tmp_path)
+    loaded = Exits.load(tmp_path, backbone)  # which runs in float32
+    assert loaded.calibration == json.loads(json.dumps(own))
+    assert loaded.policy == Policy.from_json(own["policy"])
+    assert [*loaded.elsewhere] == ["int4"]
+    calibrate(backbone, loaded, questions(41), config)
+    assert (loaded.calibration["n"], [*loaded.elsewhere]) == (41 - round(41 / 5), ["int4"])
+    record = json.loads((tmp_path / "offramp.json").read_text())
+    record["elsewhere"]["float32"]["weights"] = "int8"
+    (tmp_path / "offramp.json").write_text(json.dumps(record))
+    with pytest.raises(CorruptFile, match="does not name the formats"):
+        Exits.load(tmp_path, backbone)
 
 
 def test_longer_answers_than_the_calibrated_ones_warn() -> None:

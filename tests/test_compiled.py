@@ -12,8 +12,8 @@ from models import COMPILED, compiled_only, tiny
 from offramp import Engine
 from offramp.errors import BadInput, UnsupportedModel
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.formats import FORMATS
 from offramp.model.compiled.library import Model
-from offramp.model.compiled.weights import FORMATS
 from offramp.model.loading import check
 from offramp.model.store import Store
 
@@ -36,7 +36,7 @@ def compiled(family, format, store=None):
 def test_logits_are_the_librarys_with_the_same_weights(family, format):
     backbone = compiled(family, format)
     full, cached = check(backbone)
-    assert max(full, cached) <= (1e-5 if format == "float32" else 1e-1)
+    assert max(full, cached) <= {"float32": 1e-5, "bfloat16": 5e-2}.get(format, 1e-3)
 
 
 @compiled_only

@@ -12,8 +12,9 @@ from offramp.exits.gates import compiled as compiled_gate
 from offramp.exits.parts import ExitPart
 from offramp.exits.readouts import READOUTS, DeepAdapter
 from offramp.exits.readouts import compiled as compiled_readout
+from offramp.model.compiled.formats import Int4
 from offramp.model.compiled.library import CompiledPart, Model
-from offramp.model.compiled.weights import Int4, Int8, Weight
+from offramp.model.compiled.weights import Int8, Weight
 
 pytestmark = compiled_only
 HIDDEN, WIDTH, TOKENS = 64, 32, 300  # more tokens than pass together in C
@@ -23,7 +24,8 @@ HIDDEN, WIDTH, TOKENS = 64, 32, 300  # more tokens than pass together in C
 def model() -> Model:
     """A model without blocks: what the library's calls need."""
     table = torch.zeros(8, HIDDEN)
-    return Model(CompiledPart("ends", head=Weight.of(table), norm=torch.ones(HIDDEN), embedding=table, eps=1e-5), [], [])
+    head = Weight.of(table)
+    return Model(CompiledPart("ends", head=head, norm=torch.ones(HIDDEN), embedding=head, eps=1e-5), [], [])
 
 
 def states(seed: int, width: int = HIDDEN) -> Tensor:

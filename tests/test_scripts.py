@@ -285,7 +285,7 @@ def test_exits_compares_gates(world, capsys) -> None:
             assert free["flops_saved"] < 1
             assert 0 <= free["consistency"] <= 1
     exits.main([*arguments, "--formats"])
-    assert [row[0] for row in rows(capsys.readouterr().out)] == ["weights", *offramp.model.compiled.weights.FORMATS]
+    assert [row[0] for row in rows(capsys.readouterr().out)] == ["weights", *offramp.model.compiled.formats.FORMATS]
 
 
 def test_adapters_compares_adapters_of_one_size(world, capsys) -> None:

@@ -3,13 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from models import compiled_only
+from offramp.model.compiled.formats import FORMATS, Int4
+from offramp.model.compiled.gguf_types import tensors_of
 from offramp.model.compiled.library import CompiledPart, Model, handle_of, kernels
-from offramp.model.compiled.weights import FORMATS, Int4, Int8, Weight
+from offramp.model.compiled.panels import PANELS
+from offramp.model.compiled.weights import Int8, Stack, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
+# Where the float16 numbers of a block stand in a file: random bytes there would be infinite or NaN.
+FLOATS = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)},
+}
 
 
 def random_weight(kind, rows=48, columns=96, bias=False):
@@ -27,6 +36,59 @@ def gguf_values(quantisation, rows=40, columns=256):
     return torch.from_numpy(quants.dequantize(quants.quantize(weight, kind), kind).copy())
 
 
+def gguf_rows(kind, rows=37, columns=768):
+    """Random rows of this type as their bytes in a file (rows, bytes), and as values."""
+    entries, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    generator = np.random.default_rng(0)
+    blocks = generator.integers(0, 256, (rows, columns // entries, size), dtype=np.uint8)
+    for place in FLOATS[kind]:
+        scales = generator.normal(0, 1e-2, (rows, columns // entries, 1)).astype(np.float16)
+        blocks[..., place : place + 2] = scales.view(np.uint8)
+    raw = blocks.reshape(rows, -1)
+    return torch.from_numpy(raw), torch.from_numpy(quants.dequantize(raw, GGMLQuantizationType[kind]).copy())
+
+
+@pytest.mark.parametrize("kind", PANELS)
+def test_a_panel_keeps_the_values_of_its_file(kind):
+    raw, values = gguf_rows(kind)
+    made = PANELS[kind]
+    weight = made(made.packed(tensors_of(kind, raw)))
+    torch.testing.assert_close(weight.dense(), values, rtol=1e-6, atol=0)
+    assert weight.shape == (37, 768)
+    assert weight.nbytes == made.bytes_of(37, 768, 4)
+    for rows in (slice(5, 30), torch.tensor([36, 0, 17])):
+        assert torch.equal(weight.pick(rows).dense(), weight.dense()[rows])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PANELS if kind.endswith(("_K", "_XS"))])
+def test_rows_that_have_no_whole_super_block_are_refused(kind):
+    entries = torch.zeros(4, 3, 32, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="groups of 256"):
+        PANELS[kind].of_entries(entries, torch.zeros(4, 3, PANELS[kind].layout.numbers, dtype=torch.int8))
+
+
+@compiled_only
+@pytest.mark.parametrize("fine", [False, True])
+@pytest.mark.parametrize("kind", PANELS)
+def test_a_compiled_product_is_with_the_values_of_the_file(kind, fine):
+    raw, values = gguf_rows(kind)
+    made, rows = PANELS[kind], torch.randn(9, 768)
+    wanted = rounded(rows, "int4", fine).double() @ values.double().T
+    found = product(made(made.packed(tensors_of(kind, raw))), rows, fine)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@compiled_only
+def test_a_stack_multiplies_as_its_pieces():
+    bias = torch.randn(37)
+    made = [PANELS[kind](PANELS[kind].packed(tensors_of(kind, gguf_rows(kind)[0])), bias) for kind in ("Q5_0", "Q6_K")]
+    pieces = [*made, Weight.of(torch.randn(11, 768).half())]
+    stack, rows = Stack(pieces), torch.randn(6, 768)
+    assert torch.equal(product(stack, rows), torch.cat([product(piece, rows) for piece in pieces], dim=1))
+    assert torch.equal(stack.pick(slice(30, 80)).dense(), stack.dense()[30:80])
+    assert stack.nbytes == sum(piece.nbytes for piece in pieces)
+
+
 @pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1"])
 def test_int4_keeps_the_values_of_a_4_bit_gguf(quantisation):
     values = gguf_values(quantisation)
@@ -39,13 +101,15 @@ def test_int4_does_not_keep_what_has_more_than_16_values():
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("int8", 254), ("int4", 15)])
-def test_rounding_is_at_most_half_a_step(kind, steps):
+def test_rounding_is_at_most_half_a_step_or_better_on_the_whole(kind, steps):
+    """A grid that is searched for may leave a group's largest weight further away, where all others gain."""
     torch.manual_seed(0)
     weight = torch.randn(16, 64)
     groups = weight if kind == "int8" else weight.unflatten(1, (-1, 32))
     span = 2 * groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
-    error = (KINDS[kind].of(weight).dense() - weight).view_as(groups).abs().amax(-1)
-    assert (error <= span / steps / 2 * 1.001).all()
+    error = (KINDS[kind].of(weight).dense() - weight).view_as(groups).abs()
+    assert (error.amax(-1) <= 3 * span / steps).all()
+    assert (error.square().mean(-1) <= (span / steps).square() / 12 * 1.5).all()
 
 
 def test_a_group_of_equal_weights_stays_as_it_is():
@@ -73,9 +137,7 @@ def rounded(rows, kind, fine=False):
 
 def product(weight, rows, fine=False):
     """Rows (R, K) times a weight, by compiled code."""
-    ends = CompiledPart(
-        "ends", head=weight, norm=torch.ones(weight.columns), embedding=torch.ones(weight.rows, weight.columns), eps=0
-    )
+    ends = CompiledPart("ends", head=weight, norm=torch.ones(weight.columns), embedding=weight, eps=0)
     return Model(ends, [], []).product(handle_of(weight, fine), rows)
 
 
@@ -109,4 +171,4 @@ def test_a_format_with_fewer_bits_reads_fewer_bytes():
     sizes = [random_weight(kind, columns=256).nbytes for kind in ("float32", "bfloat16", "int8", "int4")]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 4
-    assert set(FORMATS) == {"float32", "bfloat16", "int8", "int4", "int4-head4"}
+    assert set(FORMATS) == {"float32", "bfloat16", "int8", "int4", "int4-head4", "file"}

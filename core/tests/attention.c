@@ -245,7 +245,7 @@ int main(void) {
     test_of(window);
     whole.blocks = "aa", whole.type = OFFRAMP_INT8, whole.fine = 1;
     test_of(whole);
-    whole.type = OFFRAMP_INT4, whole.width = 96;
+    whole.type = OFFRAMP_Q4_1, whole.width = 96;
     test_of(whole);
     whole.type = OFFRAMP_BFLOAT16, whole.hidden = 24;
     test_of(whole);

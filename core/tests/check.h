@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "offramp.h"
+#include "layouts.h"
 
 // Ends the test with a line that says what is not true.
 #define CHECK(truth, ...)                                                       \
@@ -92,64 +92,120 @@ static inline double float16_of(uint16_t bits) {
     return bits & 0x8000 ? -size : size;
 }
 
+// A random float16 number about as large as x, and of its sign.
+static inline uint16_t random_float16(float x) {
+    const int exponent = x == 0 ? 0 : 15 + (int)floorf(log2f(fabsf(x)));
+    return (uint16_t)((x < 0 ? 0x8000 : 0) | (exponent > 0 ? exponent : 0) << 10 | below(512));
+}
+
+// Random weights in panels, as layouts.h says they are kept. Minima are what makes weights' mean small.
+static inline uint8_t *panels_of(Layout of, int64_t rows, int64_t columns, float size) {
+    const int64_t panels = (rows + OFFRAMP_PANEL - 1) / OFFRAMP_PANEL,
+                  bytes = panels * bytes_of_panel(of, columns);
+    const int scales = SCALES_OF(of.bits) * OFFRAMP_PANEL, most = 1 << (of.bits + 4 * of.codes);
+    const float scale = 2 * size / most / (of.super ? 32 : 1), low = -scale * most / 2;
+    uint8_t *values = memory(bytes), *p = values;
+    for (int64_t i = 0; i < panels * (columns / OFFRAMP_GROUP); i++) {
+        for (int r = 0; of.super && i % (columns / OFFRAMP_GROUP) % (SUPER / OFFRAMP_GROUP) == 0 &&
+                        r < (1 + of.lows) * OFFRAMP_PANEL;
+             r++, p += 2) {
+            const uint16_t unit = random_float16(r < OFFRAMP_PANEL ? scale : low);
+            memcpy(p, &unit, 2);
+        }
+        for (int b = 0; b < of.bits * PLANE; b++) *p++ = (uint8_t)random_bits();
+        for (int r = 0; r < (1 + of.lows) * scales; r++) {
+            const uint16_t number = random_float16(r < scales ? scale : low);
+            if (of.super)
+                *p++ = (uint8_t)(of.lows ? below(64) : below(64) - 32);
+            else
+                memcpy(p, &number, 2), p += 2;
+        }
+    }
+    CHECK(p == values + bytes, "%d bytes were written and not %d", (int)(p - values), (int)bytes);
+    return values;
+}
+
+// A number of panels, read bit by bit.
+static inline double entry_of_panels(Layout of, const uint8_t *values, int64_t columns, int64_t row,
+                                     int64_t column) {
+    const int64_t g = column / OFFRAMP_GROUP, i = row % OFFRAMP_PANEL;
+    const int k = column % OFFRAMP_GROUP, v = k / 4, of_four = 4 * (int)i + k % 4;
+    const uint8_t *panel = values + row / OFFRAMP_PANEL * bytes_of_panel(of, columns),
+                  *block = panel + g * bytes_of_block(of) + (g / 8 + 1) * bytes_before(of),
+                  *ends = block + of.bits * 64,
+                  *units = panel + g / 8 * (8 * bytes_of_block(of) + bytes_before(of));
+    int q = 0, begun = 0;
+    const uint8_t *plane = block;
+    if (of.bits & 8) q = plane[64 * v + of_four];
+    if (of.bits & 4) q = plane[64 * (v % 4) + of_four] >> (v < 4 ? 0 : 4) & 15, plane += 4 * 64, begun = 4;
+    if (of.bits & 2)
+        q |= (plane[64 * (v / 4) + of_four] >> 2 * (v % 4) & 3) << begun, plane += 2 * 64, begun += 2;
+    if (of.bits & 1) q |= (plane[of_four] >> v & 1) << begun;
+    double weight = of.bits == 8 ? (double)(int8_t)q : of.codes ? (double)CODES[q] : q, both[2] = {0};
+    if (of.bits < 8 && !of.codes && !of.lows) weight -= 1 << (of.bits - 1);
+    const int scales = SCALES_OF(of.bits);
+    for (int low = 0; low <= of.lows; low++) {
+        const int64_t at = (low * scales + k * scales / 32) * OFFRAMP_PANEL + i;
+        uint16_t bits;
+        memcpy(&bits, of.super ? units + 2 * (low * OFFRAMP_PANEL + i) : ends + 2 * at, 2);
+        both[low] = float16_of(bits) * (of.super ? (int8_t)ends[at] : 1);
+    }
+    return weight * both[0] + both[1];
+}
+
 // Weights (rows, columns) whose products with numbers around 1 are around 1.
 static inline offramp_weight weight_of(int type, int fine, int64_t rows, int64_t columns, int bias) {
     offramp_weight w = {.type = type, .fine = fine, .rows = rows, .columns = columns};
     const float size = sqrtf(3.0f / columns);
-    const int64_t count = rows * columns, panels = (rows + OFFRAMP_PANEL - 1) / OFFRAMP_PANEL,
-                  groups = columns / OFFRAMP_GROUP;
+    const int64_t count = rows * columns;
     if (type == OFFRAMP_FLOAT32) w.values = randoms(count, -size, size);
-    if (type == OFFRAMP_BFLOAT16) {
+    if (type == OFFRAMP_BFLOAT16 || type == OFFRAMP_FLOAT16) {
         uint16_t *values = memory(count * 2);
         for (int64_t i = 0; i < count; i++) {
             const float x = uniform(-size, size);
             memcpy(values + i, (const char *)&x + 2, 2);
+            if (type == OFFRAMP_FLOAT16) values[i] = random_float16(x);
         }
         w.values = values;
     }
-    if (type == OFFRAMP_INT8) {
+    if (type == OFFRAMP_INT8 || type == OFFRAMP_INT8_GROUPS) {
+        const int64_t scales = type == OFFRAMP_INT8 ? rows : count / OFFRAMP_GROUP;
         int8_t *values = memory(count);
         for (int64_t i = 0; i < count; i++) values[i] = (int8_t)(below(255) - 127);
-        w.values = values, w.scales = randoms(rows, 0.5f * size / 127, size / 127);
+        w.values = values, w.scales = randoms(scales, 0.5f * size / 127, size / 127);
     }
-    if (type == OFFRAMP_INT4) {
-        uint8_t *values = memory(panels * groups * 320);
-        for (int64_t i = 0; i < panels * groups; i++) {
-            for (int b = 0; b < 256; b++) values[i * 320 + b] = (uint8_t)random_bits();
-            for (int r = 0; r < 32; r++) {  // scales, then minima about -7.5 times as large
-                const int exponent = 15 + (int)floorf(log2f(size / 8)) + (r < 16 ? 0 : 3);
-                const uint16_t bits =
-                    (uint16_t)((r < 16 ? 0 : 0x8000) | (exponent > 0 ? exponent : 1) << 10 | below(512));
-                memcpy(values + i * 320 + 256 + 2 * r, &bits, 2);
-            }
-        }
-        w.values = values;
-    }
+    if (type >= OFFRAMP_Q4_0) w.values = panels_of(LAYOUTS[type], rows, columns, size);
     if (bias) w.bias = randoms(rows, -1, 1);
     return w;
 }
 
-// A weight's number, as products.h says it is kept.
+// A weight's number, of a piece if it is stacked.
 static inline double entry(const offramp_weight *w, int64_t row, int64_t column) {
     const int64_t at = row * w->columns + column;
+    if (w->type == OFFRAMP_STACKED)
+        for (const offramp_weight *piece = w->values;; row -= piece->rows, piece++)
+            if (row < piece->rows) return entry(piece, row, column);
     if (w->type == OFFRAMP_FLOAT32) return ((const float *)w->values)[at];
     if (w->type == OFFRAMP_BFLOAT16) return half_of(((const uint16_t *)w->values)[at]);
+    if (w->type == OFFRAMP_FLOAT16) return float16_of(((const uint16_t *)w->values)[at]);
     if (w->type == OFFRAMP_INT8) return (double)((const int8_t *)w->values)[at] * w->scales[row];
-    const int64_t block = row / 16 * (w->columns / 32) + column / 32, i = row % 16, k = column % 32,
-                  j = k % 16 / 4, c = k % 4;
-    const uint8_t *bytes = (const uint8_t *)w->values + block * 320;
-    const uint8_t both = bytes[64 * j + 4 * i + c];
-    uint16_t ends[2];
-    memcpy(ends, bytes + 256 + 2 * i, 2);
-    memcpy(ends + 1, bytes + 288 + 2 * i, 2);
-    return (k < 16 ? both & 15 : both >> 4) * float16_of(ends[0]) + float16_of(ends[1]);
+    if (w->type == OFFRAMP_INT8_GROUPS)
+        return (double)((const int8_t *)w->values)[at] * w->scales[at / OFFRAMP_GROUP];
+    return entry_of_panels(LAYOUTS[w->type], w->values, w->columns, row, column);
+}
+
+static inline double bias_of(const offramp_weight *w, int64_t row) {
+    if (w->type == OFFRAMP_STACKED)
+        for (const offramp_weight *piece = w->values;; row -= piece->rows, piece++)
+            if (row < piece->rows) return bias_of(piece, row);
+    return w->bias ? w->bias[row] : 0;
 }
 
 // What references are made of. y (rows) = weight · x (columns) + bias, and a norm of x (n) by its root mean
 // square.
 static inline void product_reference(const offramp_weight *w, const double *x, double *y) {
     for (int64_t n = 0; n < w->rows; n++) {
-        y[n] = w->bias ? w->bias[n] : 0;
+        y[n] = bias_of(w, n);
         for (int64_t k = 0; k < w->columns; k++) y[n] += entry(w, n, k) * x[k];
     }
 }

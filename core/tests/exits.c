@@ -124,8 +124,7 @@ typedef struct {
 
 static Recurrent recurrent_of(int type) {
     Recurrent g = {.down = weight_of(type, 0, WIDTH, D, 0), .part = new_part("mamba_gate")};
-    g.in = weight_of(type == OFFRAMP_INT4 || type == OFFRAMP_INT8 ? OFFRAMP_BFLOAT16 : type, 0,
-                     INNER + CHANNELS + HEADS, WIDTH, 0);
+    g.in = weight_of(type >= OFFRAMP_INT8 ? OFFRAMP_BFLOAT16 : type, 0, INNER + CHANNELS + HEADS, WIDTH, 0);
     g.out = weight_of(type, 0, 1, INNER, 0);
     g.mean = randoms(D, -0.5f, 0.5f), g.spread = randoms(D, 0.3f, 2), g.direct = randoms(D, -0.2f, 0.2f);
     g.gated_norm = randoms(INNER, 0.5f, 1.5f), g.conv = randoms(TAPS * CHANNELS, -0.7f, 0.7f);
@@ -356,7 +355,7 @@ static void read_outs_are_right(const Reader *r, double tolerance) {
 }
 
 static void all_read_outs_are_right(void) {
-    for (int type = OFFRAMP_FLOAT32; type <= OFFRAMP_INT4; type++)
+    for (int type = OFFRAMP_FLOAT32; type <= OFFRAMP_Q4_1; type++)
         for (int kind = 0; kind < 8; kind++) {
             const int mark = kept_count, reads = kind / 2 > 1 ? kind / 2 - 1 : 0, jumps = kind % 2;
             // Linear and gated ones; deep ones, which always have a linear map. One is as wide as the state.
@@ -411,7 +410,7 @@ static void confidences_are_right(int64_t n) {
 
 int main(void) {
     begin();
-    for (int type = OFFRAMP_FLOAT32; type <= OFFRAMP_INT4; type++) {
+    for (int type = OFFRAMP_FLOAT32; type <= OFFRAMP_Q4_1; type++) {
         gates_are_right(type, 0), gates_are_right(type, 7), gates_are_right(type, 96);
         mamba_gates_are_right(type);
     }

@@ -18,7 +18,7 @@ static void logits_reference(const Tiny *t, const float *h, double *y) {
 }
 
 static void logits_are_right(void) {
-    for (int type = OFFRAMP_FLOAT32; type <= OFFRAMP_INT4; type++) {
+    for (int type = OFFRAMP_FLOAT32; type <= OFFRAMP_Q4_1; type++) {
         const Tiny t = model_of(type, 1100, "");
         const int64_t V = 1100, R = 300;
         float *h = randoms(R * 32, -1, 1), *y = zeros(R * V), *alone = zeros(V);

@@ -169,7 +169,7 @@ int main(void) {
     test_of(large);
     whole.blocks = "m", whole.type = OFFRAMP_INT8, whole.fine = 1;
     test_of(whole);
-    whole.type = OFFRAMP_INT4;
+    whole.type = OFFRAMP_Q4_1;
     test_of(whole);
     whole.type = OFFRAMP_BFLOAT16;
     test_of(whole);

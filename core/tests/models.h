@@ -118,8 +118,10 @@ static inline offramp_part *ends_part(const Shape *s, Tiny *t) {
     t->head = weight_of(s->type, s->fine, s->vocabulary, s->hidden, 0);
     t->norm = randoms(s->hidden, 0.5f, 1.5f), t->embedding = randoms(s->vocabulary * s->hidden, -1, 1);
     give(part, "head", &t->head);
-    give_floats(part, "norm", t->norm, s->hidden),
-        give_floats(part, "embedding", t->embedding, s->vocabulary * s->hidden);
+    give_floats(part, "norm", t->norm, s->hidden);
+    const offramp_weight embedding = {
+        .type = OFFRAMP_FLOAT32, .rows = s->vocabulary, .columns = s->hidden, .values = t->embedding};
+    give(part, "embedding", &embedding);
     give_number(part, "eps", EPS);
     return part;
 }

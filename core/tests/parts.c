@@ -17,7 +17,11 @@ static void constants_are_those_of_the_header(void) {
     IS(OFFRAMP_FLOAT32);
     IS(OFFRAMP_BFLOAT16);
     IS(OFFRAMP_INT8);
-    IS(OFFRAMP_INT4);
+    IS(OFFRAMP_INT8_GROUPS);
+    IS(OFFRAMP_FLOAT16);
+    IS(OFFRAMP_Q4_1);
+    IS(OFFRAMP_IQ4_XS);
+    IS(OFFRAMP_STACKED);
     IS(OFFRAMP_INT64);
     IS(OFFRAMP_UINT32);
     IS(OFFRAMP_GROUP);
@@ -47,6 +51,7 @@ static void constants_are_those_of_the_header(void) {
     SIZE(offramp_decision);
     SIZE(offramp_request);
     PLACE(offramp_weight, bias);
+    PLACE(offramp_weight, pieces);
     PLACE(offramp_rows, count);
     PLACE(offramp_sampling, penalty);
     PLACE(offramp_sampling, seed);
@@ -148,7 +153,7 @@ typedef struct {
 } Change;
 
 static void change(offramp_part *part, const Change *c) {
-    offramp_weight w = {OFFRAMP_FLOAT32, 0, (int64_t)c->value, c->columns, NULL, NULL, NULL};
+    offramp_weight w = {.type = OFFRAMP_FLOAT32, .rows = (int64_t)c->value, .columns = c->columns};
     if (c->columns > 0) {
         w.values = zeros(w.rows * w.columns);
         give(part, c->name, &w);
@@ -173,12 +178,8 @@ static void shapes_must_fit(void) {
         {"dt_bias", 3, -1},        {"decay", 5, -1},          {"skip", 0, -1}};
     static const Change mlp[] = {
         {"gate_up", 64, 32}, {"gate_up", 128, 24}, {"down", 24, 64}, {"norm", 24, -1}};
-    static const Change ends[] = {{"head", 50, 24},
-                                  {"head", 51, 32},
-                                  {"norm", 24, -1},
-                                  {"embedding", 49 * 32, -1},
-                                  {"embedding", 50 * 32 + 1, -1},
-                                  {"embedding", 0, -1}};
+    static const Change ends[] = {
+        {"head", 50, 24}, {"head", 51, 32}, {"norm", 24, -1}, {"embedding", 49, 32}, {"embedding", 50, 24}};
     for (size_t i = 0; i < sizeof attention / sizeof *attention; i++) {
         Layer layer = {0};
         offramp_part *part = attention_part(&SMALL, &layer);

@@ -4,6 +4,7 @@
 #include "products_kind.h"
 
 #include "models.h"
+#include "values.h"
 
 #define LENGTH(array) ((int64_t)(sizeof(array) / sizeof *(array)))
 enum { MOST_OF_X = 260 };  // more than pass together
@@ -22,7 +23,7 @@ static double room_for_rounding(const offramp_weight *w, const double *row, cons
             weights += fabs(row[c]), top = fmax(top, fabs(row[c]));
         }
         if (w->type >= OFFRAMP_INT8 && !whole) room += 0.5001 * most / (w->fine ? 32512 : 127) * weights;
-        if (w->type == OFFRAMP_BFLOAT16 && MULTIPLIES_BFLOAT16) room += most / 256 * weights;
+        if (form_of(w) == PAIRS) room += most / 256 * weights;
         room += 4e-6 * top * sizes;
     }
     return room;
@@ -47,11 +48,23 @@ static void product_is_right(const offramp_weight *w, int whole) {
     for (int64_t n = 0; n < N; n++) {
         for (int64_t k = 0; k < K; k++) row[k] = entry(w, n, k);
         for (int64_t r = 0; r < R; r++) {
-            double wanted = w->bias ? w->bias[n] : 0;
+            double wanted = bias_of(w, n);
             for (int64_t k = 0; k < K; k++) wanted += row[k] * x[r * K + k];
             CHECK(fabs(y[r * N + n] - wanted) <= room_for_rounding(w, row, x + r * K, whole),
                   "%g and not %g, in row %d of %d of type %d, fine %d, columns %d", y[r * N + n], wanted,
                   (int)n, (int)N, (int)w->type, (int)w->fine, (int)K);
+        }
+    }
+}
+
+static void values_are_right(const offramp_weight *w) {
+    float *values = zeros(w->columns);
+    for (int64_t n = 0; n < w->rows; n++) {
+        values_of_row(w, n, values);
+        for (int64_t k = 0; k < w->columns; k++) {
+            const double wanted = entry(w, n, k);
+            CHECK(fabs(values[k] - wanted) <= 1e-6 * fabs(wanted) + 1e-7, "%g and not %g, type %d", values[k],
+                  wanted, (int)w->type);
         }
     }
 }
@@ -121,6 +134,7 @@ static void test_of(int type, int fine, const int64_t *columns, int64_t count) {
             const int mark = kept_count;
             const offramp_weight w = weight_of(type, fine, rows[n], columns[k], n % 2);
             product_is_right(&w, 0);
+            values_are_right(&w);
             if (type >= OFFRAMP_INT8) product_is_right(&w, 1);
             if (n % 2 || columns[k] < 100) rows_are_their_own(&w);
             parts_are_those_of_the_whole(&w);
@@ -130,27 +144,61 @@ static void test_of(int type, int fine, const int64_t *columns, int64_t count) {
 
 // A NaN is found again in its own row, and only there; what is too small for a scale is not lost.
 static void nan_is_kept(int type, int fine) {
-    const offramp_weight w = weight_of(type, fine, 20, 64, 0);
+    const offramp_weight w = weight_of(type, fine, 20, 256, 0);
     float *x = rows_for(&w, 3, 0), *y = zeros(60);
-    x[64 + 10] = NAN;
+    x[256 + 10] = NAN;
     WORKS(offramp_product(owner.model, &w, x, 3, y, &said));
     for (int n = 0; n < 20; n++)
         CHECK(!isnan(y[n]) && isnan(y[20 + n]) && !isnan(y[40 + n]), "type %d, fine %d", type, fine);
-    memset(x, 0, 64 * 4);
+    memset(x, 0, 256 * 4);
     WORKS(offramp_product(owner.model, &w, x, 1, y, &said));
     for (int n = 0; n < 20; n++) CHECK(y[n] == 0, "zeros give %g, type %d, fine %d", y[n], type, fine);
+}
+
+// Weights of several types above one another: each gives what it gives alone, in any part of the whole.
+static void stacked_weights_are_their_pieces(void) {
+    static const int types[][3] = {{OFFRAMP_Q5_0, OFFRAMP_Q5_0, OFFRAMP_Q8_0},
+                                   {OFFRAMP_Q4_K, OFFRAMP_Q6_K, OFFRAMP_BFLOAT16},
+                                   {OFFRAMP_FLOAT32, OFFRAMP_BFLOAT16, OFFRAMP_FLOAT16},
+                                   {OFFRAMP_FLOAT16, OFFRAMP_IQ4_NL, OFFRAMP_FLOAT32}};
+    for (int64_t i = 0; i < LENGTH(types); i++)
+        for (int fine = 0; fine < 2; fine++) {
+            static const int64_t rows[] = {48, 7, 21};
+            offramp_weight pieces[3], w = {.type = OFFRAMP_STACKED, .fine = fine, .rows = 76, .columns = 256};
+            w.values = pieces, w.pieces = 3;
+            for (int p = 0; p < 3; p++) pieces[p] = weight_of(types[i][p], fine, rows[p], 256, p == 1);
+            values_are_right(&w);
+            rows_are_their_own(&w);
+            parts_are_those_of_the_whole(&w);
+            const float *x = randoms(2 * 256, -2, 2);
+            float *y = zeros(2 * 76), *alone = zeros(2 * 48);
+            WORKS(offramp_product(owner.model, &w, x, 2, y, &said));
+            for (int p = 0, first = 0; p < 3; first += (int)rows[p++]) {
+                pieces[p].fine |=
+                    pieces[p].type == OFFRAMP_BFLOAT16;  // among others, its rows are not rounded
+                WORKS(offramp_product(owner.model, pieces + p, x, 2, alone, &said));
+                for (int r = 0; r < 2; r++)
+                    CHECK(same(y + r * 76 + first, alone + r * rows[p], rows[p]), "piece %d of %d, fine %d",
+                          p, (int)i, fine);
+            }
+        }
 }
 
 static void wrong_weights_are_refused(void) {
     offramp_weight w = weight_of(OFFRAMP_INT8, 0, 4, 64, 0);
     float x[64] = {0}, y[4] = {1, 2, 3, 4};
     const float before[4] = {1, 2, 3, 4};
-    offramp_weight wrong[8];
-    for (int i = 0; i < 8; i++) wrong[i] = w;
+    offramp_weight wrong[13], pieces[2] = {w, w};
+    for (int i = 0; i < 13; i++) wrong[i] = w;
+    for (int i = 8; i < 13; i++)
+        wrong[i].type = OFFRAMP_STACKED, wrong[i].values = pieces, wrong[i].pieces = 2;
+    pieces[0].type = pieces[1].type = OFFRAMP_Q5_0, pieces[0].rows = 3;
+    wrong[8].rows = 8, wrong[9].pieces = 0, wrong[10].columns = 32, wrong[11].type = OFFRAMP_Q6_K,
+    wrong[12].rows = 7, pieces[1].type = OFFRAMP_INT8;
     wrong[0].type = OFFRAMP_INT64, wrong[1].type = -1, wrong[2].columns = 40, wrong[3].rows = 0,
     wrong[4].scales = NULL;
     wrong[5].values = NULL, wrong[6].columns = -32, wrong[7].rows = INT64_MAX;
-    for (int i = 0; i < 8; i++) {
+    for (int i = 0; i < 13; i++) {
         REFUSED(offramp_product(owner.model, wrong + i, x, 1, y, &said));
         CHECK(offramp_product(owner.model, wrong + i, x, 1, y, NULL) == OFFRAMP_INVALID,
               "without an error's place: %d", i);
@@ -162,16 +210,22 @@ static void wrong_weights_are_refused(void) {
 
 int main(void) {
     static const int64_t whole_groups[] = {32, 64, 96, 160, DEPTH + 32, 2 * DEPTH + 96};
+    static const int64_t super_groups[] = {256, 512, DEPTH + 256};
     static const int64_t odd[] = {1, 7, 8, 15, 17, 40, 63, 65, DEPTH + 9};
     Shape shape = SMALL;
     shape.blocks = "";
     owner = tiny(shape);
-    for (int type = OFFRAMP_FLOAT32; type <= OFFRAMP_INT4; type++)
-        for (int fine = 0; fine <= (type >= OFFRAMP_INT8); fine++) {
+    for (int type = OFFRAMP_FLOAT32; type < OFFRAMP_STACKED; type++)
+        for (int fine = 0; fine < 2; fine++) {
+            const int super = type >= OFFRAMP_Q4_0 && LAYOUTS[type].super;
             nan_is_kept(type, fine);
             if (type < OFFRAMP_INT8) test_of(type, fine, odd, LENGTH(odd));
-            test_of(type, fine, whole_groups, LENGTH(whole_groups));
+            if (super)
+                test_of(type, fine, super_groups, LENGTH(super_groups));
+            else
+                test_of(type, fine, whole_groups, LENGTH(whole_groups));
         }
+    stacked_weights_are_their_pieces();
     wrong_weights_are_refused();
     offramp_model_free(owner.model);
     return 0;

@@ -103,7 +103,7 @@ static inline offramp_part *shortlist_part(Rules *r, const Tiny *t, int64_t step
         tokens[i] = i * step;
         memcpy(rows + i * D, (const float *)t->head.values + i * step * D, D * 4);
     }
-    const offramp_weight head = {OFFRAMP_FLOAT32, 0, n, D, rows, NULL, NULL};
+    const offramp_weight head = {.type = OFFRAMP_FLOAT32, .rows = n, .columns = D, .values = rows};
     give(part, "head", &head);
     WORKS(offramp_part_array(part, "tokens", OFFRAMP_INT64, tokens, n, &said));
     r->tokens = tokens, r->listed = n;
@@ -133,7 +133,7 @@ static inline offramp_part *guesses_part(Rules *r, const int64_t *text, int64_t 
 static inline Tiny random_model(const char *blocks, int positions) {
     Shape shape = SMALL;
     shape.blocks = blocks, shape.window = below(2) ? 0 : 6, shape.bias = below(2);
-    shape.type = below(3) ? OFFRAMP_FLOAT32 : (int)below(4), shape.fine = below(2);
+    shape.type = below(3) ? OFFRAMP_FLOAT32 : (int)below(6), shape.fine = below(2);
     shape.positions = positions ? ROOM : 0;
     return tiny(shape);
 }

@@ -19,7 +19,7 @@ NAMES = {
     "early_fills": "decode.fills.EARLY",
     "modes": "decode.modes.MODES",
     "confidences": "exits.policy.CONFIDENCES",
-    "formats": "model.compiled.weights.FORMATS",
+    "formats": "model.compiled.formats.FORMATS",
     "losses": "training.losses.LOSSES",
     "policies": "training.lines.KINDS",
     "tasks": "evaluation.tasks.TASKS",

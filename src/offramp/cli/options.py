@@ -67,7 +67,7 @@ class DecodingOptions:
 
     mode: str | None = setting(None, "What you get: {modes} (default: exact where drafts should pay, else full).")
     exits: str | None = setting(None, "Folder with exits, or their name on the hub (default: those that ship).")
-    dtype: str | None = setting(None, "Weights: {formats} (default: bfloat16 where it passes the self-check).")
+    dtype: str | None = setting(None, "Weights: {formats} (default: file for a GGUF file, else bfloat16).")
     fill: str | None = setting(
         None, "What skipped blocks remember of a token: {fills} (default: the mode's).", panel=RESEARCH
     )

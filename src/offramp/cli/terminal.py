@@ -21,6 +21,7 @@ from offramp.evaluation.what_if import Saving
 from offramp.exits.calibrated import Calibration
 from offramp.exits.exits import Exits
 from offramp.metrics import token_f1
+from offramp.model.reading import Change
 
 console = Console(highlight=False)
 # What a token came from: its colour, its mark in the legend, and its name. Full depth has the terminal's own colour.
@@ -177,12 +178,16 @@ def anatomy_table(facts: Anatomy) -> None:
         (f"one gate ({facts.gate})", f"{facts.gate_in_blocks:.3f} blocks"),
         (f"one read-out adapter ({facts.readout})", f"{facts.readout_in_blocks:.3f} blocks"),
         ("the project fill, per skipped block", f"{facts.fill_project_in_blocks:.3f} blocks"),
+        ("bits of a weight, as it runs", f"{facts.bits:.2f}"),
         ("compiled blocks multiply with", facts.kernels or "nothing: no compiled library"),
         ("exits", _places(facts.exits["layers"], facts.exits["tails"]) if facts.exits else "none"),
     ]
     for row in rows:
         table.add_row(*row)
     console.print(table)
+    if facts.file:
+        console.print(_file_table(facts))
+    _change_line(facts.weight_format, facts.change)
     title = "A token that leaves there" if facts.exits else "A token that would leave there"
     leaving = Table(title=title, title_justify="left")
     for column in ("after block", "tail", "parameters", "GFLOPs", "of full depth", "GB moved"):
@@ -203,6 +208,17 @@ def anatomy_table(facts: Anatomy) -> None:
         "head; in the last row every gate was asked and none let the token leave. GB count the same."
     )
     console.print(Text(note, "dim"))
+
+
+def _file_table(facts: Anatomy) -> Table:
+    """What the model's files hold, by type, and what multiplies it."""
+    table = Table(title="In the model's files", title_justify="left")
+    for column in ("type", "tensors", "GB", "bits a weight", "runs as"):
+        table.add_column(column, justify="left" if column in ("type", "runs as") else "right")
+    for held in facts.file:
+        bits = 8 * held.bytes / max(1, held.entries)
+        table.add_row(held.kind, str(held.tensors), f"{held.bytes / 1e9:.3f}", f"{bits:.2f}", facts.runs(held.kind))
+    return table
 
 
 def savings_table(found: list[Saving]) -> None:
@@ -238,14 +254,15 @@ def bench_table(result: Comparison) -> None:
     """What `bench.compare` measured."""
     runs = f"{result.what}, {result.tokens} tokens, {result.pairs} pairs"
     table = Table(title=f"{result.model}, {runs}", title_justify="left")
-    for title in ("", "weights", "tokens/s", "ms a token"):
+    for title in ("", "weights", "bits a weight", "tokens/s", "ms a token"):
         table.add_column(title, justify="left" if title in ("", "weights") else "right")
     for side in (result.ours, result.theirs):
         rate = side.tokens_per_second
-        table.add_row(side.name, side.weights, f"{rate:.1f}", f"{1000 / rate:.1f}")
+        table.add_row(side.name, side.weights, f"{side.bits:.2f}", f"{rate:.1f}", f"{1000 / rate:.1f}")
     console.print(table)
     low, high = result.spread
     console.print(f"ratio {result.ratio:.2f} (pairs from {low:.2f} to {high:.2f})")
+    _change_line(result.ours.weights, result.change)
     if result.parts_ms:
         console.print(Text(f"offramp, ms a token: {_listed(result.parts_ms)}", "dim"))
     console.print(Text(_listed(result.machine), "dim"))
@@ -254,7 +271,7 @@ def bench_table(result: Comparison) -> None:
 def speeds_table(result: EngineComparison) -> None:
     """What `bench.compare_engines` measured."""
     runs = f"{result.prompts} prompts, up to {result.tokens} tokens, {result.pairs} pairs"
-    table = Table(title=f"{result.model}, {result.weights}, {runs}", title_justify="left")
+    table = Table(title=f"{result.model}, {result.weights} ({result.bits:.2f} bits a weight), {runs}", title_justify="left")
     titles = ("", "tokens/s", "ratio", "pairs from–to", "equal", "mean blocks", "tokens a deep pass", "acceptance")
     for title in titles:
         table.add_column(title, justify="right" if title else "left")
@@ -272,9 +289,16 @@ def speeds_table(result: EngineComparison) -> None:
             accepted,
         )
     console.print(table)
+    _change_line(result.weights, result.change)
     for name, speed in result.speeds.items():
         console.print(Text(f"{name}, ms a token: {_listed(speed.parts_ms)}", "dim"))
     console.print(Text(_listed(result.machine), "dim"))
+
+
+def _change_line(format: str, change: Change | None) -> None:
+    """What a weight format changes, where that is known."""
+    if change:
+        console.print(f"{format}: {change}", soft_wrap=True)
 
 
 def _listed(items: dict[str, Any]) -> str:

@@ -22,11 +22,12 @@ from offramp.errors import NothingFits
 from offramp.exits import gates, readouts
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.ngrams import LONGEST_CONTEXT, SHORTEST_CONTEXT
+from offramp.model.compiled.formats import Int4
 from offramp.model.compiled.library import MOST_DRAFTS, CompiledPart, constant
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import MOST_ROUNDS, PARTS, CompiledPlan, ExitRules, Lane, Rules, known
-from offramp.model.compiled.weights import Int4, Int8, Weight
+from offramp.model.compiled.weights import Int8, Weight
 from offramp.model.families import Family
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class CompiledStepper:
 
 def _exit_rules(plan: Plan, runtime: Compiled, exit: Exit, index: int, number: int) -> ExitRules | None:
     """The rules of an open exit, which has `number` exits before it; None if its parts cannot be compiled."""
-    policy, plain = plan.policy, runtime.weight_format == "float32"
+    policy, plain = plan.policy, plan.backbone.precision == "float32"
     dtype = torch.float32 if plain else torch.bfloat16
     gate = gates.compiled(exit.gate, dtype) if policy.confidence == "gate" else None
     readout = readouts.compiled(exit.adapter, _draft_weight(plan, runtime), dtype)
@@ -172,9 +173,9 @@ def _exit_rules(plan: Plan, runtime: Compiled, exit: Exit, index: int, number: i
 
 def _draft_weight(plan: Plan, runtime: Compiled) -> type[Weight]:
     """The format of read-outs. A draft may be rougher than a decision."""
-    if not plan.fill.verifies or runtime.weight_format == "float32":
+    if not plan.fill.verifies or plan.backbone.precision == "float32":
         return Weight
-    return Int4 if runtime.weight_format.startswith("int4") else Int8
+    return Int4 if plan.backbone.precision == "int4" else Int8
 
 
 def _rules(plan: Plan, runtime: Compiled, exits: Exits | None, open_exits: list[ExitRules]) -> Rules:

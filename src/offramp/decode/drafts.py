@@ -51,10 +51,13 @@ LOOKED_BACK = 1024  # prompt look-up searches this many of a text's newest token
 NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share mostly reflects; the longest pause of an exit, in rounds
 
 
-def row_costs(weight_format: str) -> tuple[float, ...]:
-    """The costs of 0 to 7 more rows of a chunk on this machine, in steps of full depth, from the table of machines."""
+def row_costs(precision: str) -> tuple[float, ...]:
+    """The costs of 0 to 7 more rows of a chunk on this machine, in steps of full depth, from the table of machines.
+
+    `precision` is that of a backbone.
+    """
     for (maker, instructions), costs in ROW_COSTS.items():
-        known = costs.get(weight_format.removesuffix("-head4"))
+        known = costs.get(precision)
         if known and maker in processor() and kernels() == instructions:
             return known
     return ELSEWHERE
@@ -151,8 +154,8 @@ def asking_cost(backbone: Backbone, exit: Exit, head: int) -> float:
     Counted are the blocks before the exit, its tail, its read-out and the head. As in compiled code, an entry of the last
     two takes 4 bytes with float32 weights, half a byte with 4-bit ones, else 1.
     """
-    runtime, format = backbone.runtime, backbone.weight_format
-    entry = 4.0 if format == "float32" else 0.5 if format.startswith("int4") else 1.0
+    runtime = backbone.runtime
+    entry = {"float32": 4.0, "int4": 0.5}.get(backbone.precision, 1.0)
     blocks = [*range(exit.block), *range(backbone.n_blocks - exit.tail, backbone.n_blocks)]
     asked = sum(map(runtime.block_bytes, blocks)) + entry * (exit.adapter.flops() + head) / 2
     return asked / (sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes())

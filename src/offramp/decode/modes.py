@@ -89,7 +89,7 @@ def promised_gain(backbone: Backbone, exits: Exits) -> float:
         raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
     listed = backbone.vocab_size if exits.shortlist is None else len(exits.shortlist)
     asking = asking_cost(backbone, first, Costs(backbone).head * listed // backbone.vocab_size)
-    rule = DraftRule(row_costs(backbone.weight_format))
+    rule = DraftRule(row_costs(backbone.precision))
     best = tokens = chance = 1.0
     for drafts, share in enumerate(right[:MOST_DRAFTS], start=1):
         chance *= share

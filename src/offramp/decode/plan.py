@@ -137,7 +137,7 @@ class Plan:
         if exits and exits.ngrams:
             exits.ngrams.check(self.backbone.vocab_size)
         return DraftRule(
-            rows=row_costs(self.backbone.weight_format),
+            rows=row_costs(self.backbone.precision),
             asking=tuple(asking_cost(self.backbone, exit, self.exit_head.flops) for exit, _ in self.open_exits),
             floor=self.policy.thresholds[self.open_exits[0][1]] if self.open_exits else 0.0,
             lookup=self.lookup,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from offramp.errors import OfframpError
 from offramp.exits.config import ExitsConfig, suggested_places
 from offramp.exits.exits import Exits
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
+from offramp.model.checkpoint import Held, held_in
+from offramp.model.compiled.formats import FILE
 from offramp.model.compiled.library import kernels
+from offramp.model.compiled.panels import LAYOUTS
 from offramp.model.costs import Costs
 from offramp.model.families import UNBOUNDED
+from offramp.model.reading import Change
 from offramp.training.config import draft_config
 
 CONTEXT = 256  # tokens before the one whose costs are stated
@@ -37,18 +44,24 @@ class Leaving:
 class Anatomy:
     """The parts of a model. Costs are FLOPs at a context of `cost_context` tokens.
 
-    `kernels` are the processor's instructions that compiled blocks multiply with on this machine; "" without a compiler.
-    `full_bytes` are the bytes that a token moves at full depth. `draft_flops` and `draft_bytes` are those of a draft, by an
-    exit as `offramp train --draft` makes it. Fields that end in `_in_blocks` are costs divided by that of a mean block.
-    `context` is None where it is unbounded. `exits` holds the layers, tails and thresholds of the model's exits, and its
-    policy in words. It is None if there are none; then `gate` and `readout` are the default kinds, and `leaving` is for
-    exits at `suggested_layers`, with `suggested_tails`.
+    `bits` are those of a weight, as it runs; `file` is what the model's files hold. `change` says what the weight format
+    changes in a short text, where the model has been loaded in it on this machine. `kernels` are the processor's
+    instructions that compiled blocks multiply with on this machine; "" without a compiler. `full_bytes` are the bytes that
+    a token moves at full depth. `draft_flops` and `draft_bytes` are those of a draft, by an exit as `offramp train --draft`
+    makes it. Fields that end in `_in_blocks` are costs divided by that of a mean block. `context` is None where it is
+    unbounded. `exits` holds the layers, tails and thresholds of the model's exits, and its policy in words. It is None if
+    there are none; then `gate` and `readout` are the default kinds, and `leaving` is for exits at `suggested_layers`, with
+    `suggested_tails`.
     """
 
     model: str
     sha256: str
     model_type: str
     weight_format: str
+    precision: str
+    bits: float
+    file: list[Held]
+    change: Change | None
     kernels: str
     blocks: int
     hidden_size: int
@@ -75,6 +88,12 @@ class Anatomy:
     suggested_tails: list[int]
     exits: dict[str, Any] | None
 
+    def runs(self, kind: str) -> str:
+        """What multiplies weights that the files hold in this type."""
+        if self.weight_format != FILE:
+            return self.weight_format
+        return f"panels of {LAYOUTS[kind].bits} bits" if kind in LAYOUTS else "rows of floats"
+
 
 def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> Anatomy:
     """The parts of a model and their costs, for its exits or default ones. An `outline` without weights is enough."""
@@ -90,6 +109,10 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
         sha256=backbone.source.fingerprint,
         model_type=backbone.config.model_type,
         weight_format=backbone.weight_format,
+        precision=backbone.precision,
+        bits=backbone.runtime.bits,
+        file=_held(backbone),
+        change=backbone.change,
         kernels=kernels(),
         blocks=backbone.n_blocks,
         hidden_size=backbone.hidden_size,
@@ -118,6 +141,13 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
         suggested_tails=list(tails),
         exits=None if exits is None else _exits_found(exits),
     )
+
+
+def _held(backbone: Backbone) -> list[Held]:
+    """What the model's files hold; nothing for a model that has none, or damaged ones."""
+    with suppress(OfframpError, OSError, ValueError):
+        return held_in(Path(backbone.source.path))
+    return []
 
 
 def _exits_found(exits: Exits) -> dict[str, Any]:
@@ -152,7 +182,7 @@ def _drafting(backbone: Backbone, costs: Costs, context: int) -> tuple[int, int]
     adapter = DeepAdapter(backbone.hidden_size, config.readout_width, len(tail), 1 + bool(config.middle))
     vocabulary = min(config.shortlist or backbone.vocab_size, backbone.vocab_size)
     entries = adapter.flops() // 2 + vocabulary * backbone.hidden_size
-    weights = entries // 2 if backbone.weight_format.startswith("int4") else entries
+    weights = entries // 2 if backbone.precision == "int4" else entries
     return (
         2 * entries + sum(costs.block(index, context) for index in tail),
         weights + sum(costs.block_bytes(index, context) for index in tail),

@@ -21,6 +21,7 @@ from offramp.errors import BadInput
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import kernels
+from offramp.model.reading import Change
 
 PROMPT = "Explain how rainbows form, in detail."
 # With `verify`, speed depends on how many drafts stand, which differs from text to text.
@@ -42,10 +43,11 @@ def _machine() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two libraries, with the rate of each run and their median, in tokens a second."""
+    """One of the two libraries, with the rate of each run and their median, in tokens a second; `bits` of a weight."""
 
     name: str
     weights: str
+    bits: float
     tokens_per_second: float
     runs: list[float]
 
@@ -55,7 +57,7 @@ class Comparison:
     """offramp (`ours`) beside another library (`theirs`), with rates in tokens a second.
 
     `ratio`: our rate over theirs, the median of the pairs; `spread`: the lowest and highest pair. `parts_ms`: the parts of
-    our time for a token, in ms.
+    our time for a token, in ms. `change`: what our weight format changes in a short text, where that was measured.
     """
 
     model: str
@@ -68,6 +70,7 @@ class Comparison:
     tokens: int
     pairs: int
     prompt_tokens: int
+    change: Change | None = None
     machine: dict[str, Any] = field(default_factory=_machine)
 
 
@@ -93,16 +96,18 @@ class EngineSpeed:
 
 @dataclass(frozen=True)
 class EngineComparison:
-    """Engines beside one another, by name. `ratio` is the last one's rate over the first one's."""
+    """Engines beside one another, by name. `ratio`: the last's rate over the first's; `bits`, `change`: as above."""
 
     model: str
     what: str
     weights: str
+    bits: float
     ratio: float
     speeds: dict[str, EngineSpeed]
     tokens: int
     prompts: int
     pairs: int
+    change: Change | None = None
     machine: dict[str, Any] = field(default_factory=_machine)
 
 
@@ -118,18 +123,22 @@ def compare(backbone: Backbone, tokens: int = 48, pairs: int = 5) -> Comparison:
     rates = [(_our_rate(engine, prompt, tokens), _their_rate(backbone, prompt, tokens)) for _ in range(pairs)]
     ratios = [our_rate / their_rate for our_rate, their_rate in rates]
     our_rates, their_rates = ([pair[side] for pair in rates] for side in (0, 1))
-    dtype = str(next(backbone.blocks[0].parameters()).dtype).removeprefix("torch.")
+    held = next(backbone.blocks[0].parameters()).dtype
+    dtype, bits = str(held).removeprefix("torch."), 8.0 * held.itemsize
     return Comparison(
         model=backbone.name,
         what="decoding",
         ratio=median(ratios),
         spread=(min(ratios), max(ratios)),
-        ours=Side(f"offramp ({backbone.engine})", backbone.weight_format, median(our_rates), our_rates),
-        theirs=Side("transformers generate", dtype, median(their_rates), their_rates),
+        ours=Side(
+            f"offramp ({backbone.engine})", backbone.weight_format, backbone.runtime.bits, median(our_rates), our_rates
+        ),
+        theirs=Side("transformers generate", dtype, bits, median(their_rates), their_rates),
         parts_ms=parts_of_a_token(engine, [prompt], tokens),
         tokens=tokens,
         pairs=pairs,
         prompt_tokens=len(prompt),
+        change=backbone.change,
     )
 
 
@@ -165,7 +174,12 @@ def compare_engines(
             parts_ms=parts_of_a_token(engine, prompts, tokens),
         )
     last = speeds[name].ratio
-    return EngineComparison(backbone.name, "decoding", backbone.weight_format, last, speeds, tokens, len(prompts), pairs)
+    counts = tokens, len(prompts), pairs
+    return EngineComparison(backbone.name, "decoding", *_weights(backbone), last, speeds, *counts, backbone.change)
+
+
+def _weights(backbone: Backbone) -> tuple[str, float]:
+    return backbone.weight_format, backbone.runtime.bits
 
 
 def parts_of_a_token(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, float]:

@@ -103,7 +103,7 @@ class ExitSet:
         return self.draft or self.early
 
     def require_early(self, backbone: Backbone) -> Exits:
-        """The exits that may decide for this backbone. Warns if it runs in another weight format than in their training.
+        """The exits that may decide for this backbone. Warns of a format that they were neither trained nor calibrated in.
 
         Raises `BadInput` where there are none, and `ExitsMismatch` where they learned from other weights.
         """
@@ -117,7 +117,8 @@ class ExitSet:
                 f"would lose in {backbone.name}.",
                 "Calibrate them on these weights (offramp calibrate), or use the mode exact, in which full depth decides.",
             )
-        if self.early.weight_format != backbone.weight_format:
+        formats = {self.early.weight_format, self.early.calibration.get("weights")}
+        if backbone.weight_format not in formats:
             warnings.warn(
                 f"These exits were trained with {self.early.weight_format} weights and the model runs in "
                 f"{backbone.weight_format}: they may agree with it less often.",

@@ -47,7 +47,8 @@ class Exits:
 
     `owner` is the model that they learned from, and `weight_format` the format that its weights ran in. `policy` is the
     default one. `training` records how the exits were made. `calibration` records the guarantee of `policy` (see
-    `training.calibration`); it is empty without one. `shortlist` (n,): the tokens that are read out, rising; None for all.
+    `training.calibration`); it is empty without one. `elsewhere` holds the records for other formats of weights, by format:
+    loading chooses that of the backbone. `shortlist` (n,): the tokens that are read out, rising; None for all.
     `sketch`: two maps, reduce (k, D) and expand (D, k). The head reads expand · reduce · h in place of the hidden state h,
     so the head times `expand` is a small matrix (`offramp.training.sketch`). `ngrams`: a table of the tokens that often
     follow a few others in the model's own answers.
@@ -60,6 +61,7 @@ class Exits:
     policy: Policy
     training: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
+    elsewhere: dict[str, dict[str, Any]] = field(default_factory=dict)
     shortlist: Tensor | None = None
     sketch: tuple[Tensor, Tensor] | None = None
     ngrams: Ngrams | None = None
@@ -91,7 +93,8 @@ class Exits:
         self._check_config()
         tensors = {key: value.detach().to(torch.bfloat16).contiguous() for key, value in self.modules.state_dict().items()}
         tables = Tables(self.shortlist, self.sketch, self.ngrams)
-        record = Record(self.config, self.owner, self.weight_format, "", self.policy, self.training, self.calibration)
+        histories = self.training, self.calibration, self.elsewhere
+        record = Record(self.config, self.owner, self.weight_format, "", self.policy, *histories)
         record.write(Path(folder), tensors | tables.tensors())
 
     def _check_config(self) -> None:
@@ -126,9 +129,19 @@ class Exits:
             raise CorruptFile(f"{folder / RECORD} is damaged: {reason_of(error)}", "Train the exits again.") from error
         exits._take(folder / WEIGHTS, read_tensors(folder, record.weights_sha256), backbone)
         exits.owner, exits.policy, exits.weight_format = record.owner, record.policy, record.weight_format
-        exits.training, exits.calibration = record.training, record.calibration
+        exits.training, exits.calibration, exits.elsewhere = record.training, record.calibration, record.elsewhere
+        if record.calibration.get("weights") != backbone.weight_format:
+            exits.use(record.elsewhere.get(backbone.weight_format, {}))
         exits.modules.eval().requires_grad_(False)
         return exits
+
+    def use(self, calibration: dict[str, Any]) -> None:
+        """Let this record of a calibration, unless it is empty, decide from now on. The one before is kept `elsewhere`."""
+        if not calibration:
+            return
+        kept = {str(each["weights"]): each for each in (*self.elsewhere.values(), self.calibration) if "weights" in each}
+        self.elsewhere = {format: each for format, each in kept.items() if format != calibration["weights"]}
+        self.calibration, self.policy = calibration, Policy.from_json(calibration["policy"])
 
     def _take(self, file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> None:
         """Take the weights and tables that a file held."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +97,7 @@ class Record:
     policy: Policy
     training: dict[str, Any]
     calibration: dict[str, Any]
+    elsewhere: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> Record:
@@ -119,11 +120,17 @@ class Record:
         owner = Owner(**record["backbone"])
         for made in (config, policy, owner):
             check_types(made)
-        histories = [record[name] for name in ("training", "calibration")]
-        if not all(isinstance(each, dict) for each in histories):
+        training, calibration = record["training"], record["calibration"]
+        if not (isinstance(training, dict) and isinstance(calibration, dict)):
             raise TypeError("'training' or 'calibration' is not a JSON object")
-        check_calibration(record["calibration"])
-        return cls(config, owner, str(record["weight_format"]), str(record["weights_sha256"]), policy, *histories)
+        elsewhere = {str(format): dict(each) for format, each in dict(record.get("elsewhere", {})).items()}
+        for each in (calibration, *elsewhere.values()):
+            check_calibration(each)
+        for format, each in elsewhere.items():
+            if each["weights"] != format or not each["policy"]:
+                raise TypeError("'elsewhere' does not name the formats of its calibrations")
+        written = str(record["weight_format"]), str(record["weights_sha256"])
+        return cls(config, owner, *written, policy, training, calibration, elsewhere)
 
     def write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Write the record, with the hash of these tensors, and the tensors.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from offramp.exits.parts import ExitPart, MambaBlock, Memory, Standardise, unit
 from offramp.model.compiled.library import CompiledPart
-from offramp.model.compiled.weights import GROUP, Weight
+from offramp.model.compiled.panels import GROUP
+from offramp.model.compiled.weights import Weight
 
 
 class Jump(nn.Module):

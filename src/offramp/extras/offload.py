@@ -9,7 +9,7 @@ from itertools import chain
 from torch import Tensor, nn
 
 from offramp.errors import UnsupportedModel
-from offramp.model.checkpoint import Values, named_tensors
+from offramp.model.checkpoint import Values, kind_of, named_tensors
 from offramp.model.hooks import offloading
 
 
@@ -51,6 +51,9 @@ class Offloaded:
 
     def entries(self, name: str, places: Tensor) -> Tensor:
         return self._tensor(name).flatten()[places]
+
+    def kind(self, name: str) -> str:
+        return kind_of(self._held[name])
 
     def _tensor(self, name: str) -> Tensor:
         """A whole tensor. The newest is kept, since it is asked for row by row."""

@@ -18,14 +18,18 @@ from torch import Tensor, nn
 
 from offramp.errors import BadInput, UnsupportedModel
 from offramp.model.checkpoint import Values
+from offramp.model.compiled.formats import FORMATS, Int4, precision_of
 from offramp.model.compiled.library import library
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.families import UNBOUNDED, Family, family_of
 from offramp.model.hooks import device_of, is_offloaded
 from offramp.model.hub import Source
+from offramp.model.lending import lender_of
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
+from offramp.model.moments import Moments
 from offramp.model.prompts import Prompts
+from offramp.model.reading import Change, Reading
 from offramp.model.runtime import AnyState, BlockInput, Runtime, Step
 from offramp.model.store import Store
 
@@ -62,8 +66,9 @@ class Backbone:
     Attributes: `model` and `tokenizer` are the library's own, and `config` is the model's text config. `n_blocks` is N,
     `hidden_size` D, `vocab_size` V, and `context` the length of the longest sequence the model was made for, in tokens.
     `kinds` holds the kind of each block. `source` says where the weights came from, with their hash. `prompts` turns text
-    into token ids. `modules` holds the library's modules, and `runtime` runs the blocks. `device` is where hidden
-    states and gates are, and the blocks unless accelerate has spread them; a model on the meta device names it.
+    into token ids. `modules` holds the library's modules, and `runtime` runs the blocks. `change` says what
+    the weight format changes in a short text, where that was measured. `device` is where hidden states and gates are, and
+    the blocks unless accelerate has spread them; a model on the meta device names it.
     """
 
     def __init__(self, model: Any, tokenizer: Any, source: Source, device: torch.device | None = None) -> None:
@@ -80,6 +85,7 @@ class Backbone:
         self.context: int = getattr(config, "max_position_embeddings", UNBOUNDED)
         self.device: torch.device = device or device_of(self.modules.embedding)
         self.kinds = self.modules.kinds
+        self.change: Change | None = None
         self.prompts = Prompts(tokenizer, self.context, source.name, self.vocab_size)
         _BACKBONES[model] = ref(self)
 
@@ -98,6 +104,11 @@ class Backbone:
     def weight_format(self) -> str:
         """The format that the weights run in."""
         return self.runtime.weight_format
+
+    @property
+    def precision(self) -> str:
+        """The format whose weights have about as many bits: float32, bfloat16, int8 or int4."""
+        return precision_of(self.runtime.bits)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,18 +144,30 @@ class Backbone:
             ids.update(named if isinstance(named, list) else [] if named is None else [named])
         return frozenset(ids)
 
-    def use_compiled_blocks(self, format: str, store: Store | None = None, values: Values | None = None) -> None:
-        """Run compiled blocks and a compiled head from now on, with weights in this format (see `weights.FORMATS`).
+    def use_compiled_blocks(
+        self,
+        format: str,
+        store: Store | None = None,
+        values: Values | None = None,
+        reading: Reading | None = None,
+    ) -> None:
+        """Run compiled blocks and a compiled head from now on, with weights in this format (see `formats.FORMATS`).
 
-        `store` keeps the converted weights. `values` reads those of a model on the meta device. If the model is in memory,
-        a quantised format also replaces the library's own weights. Raises `UnsupportedModel`, with the reason, where there
-        are no compiled blocks for this model in this format.
+        `store` keeps the converted weights. `values` reads those of a model on the meta device. `reading` says
+        which of them get inputs that 8 bits cannot hold. If the model is in memory, a quantised format also replaces the
+        library's own weights. Raises `UnsupportedModel`, with the reason, where there are no compiled blocks for this model
+        in this format.
         """
         require_compiled(self.name, self.family, format, self.device)
         if is_offloaded(self.model):
             raise no_compiled(self.name, format, "accelerate brings its weights in one by one", BY_NAME)
         try:
-            runtime = Compiled(self.modules, format, store or Store(), values or Values())
+            store, values, inputs, moments = store or Store(), values or Values(), {}, None
+            if reading:
+                inputs = reading.inputs_of(self.model)
+                if FORMATS[format].blocks is Int4 and not store.complete:
+                    moments = Moments(self, lender_of(values, {})).of_block
+            runtime = Compiled(self.modules, format, store, values, inputs, moments)
         except ValueError as error:
             why = str(error).removesuffix(".")
             raise no_compiled(self.name, format, why[0].lower() + why[1:]) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -47,6 +48,10 @@ class Checkpoint(Protocol):
         """The entries at these places (n,) of a tensor, counted as if it were flat."""
         ...
 
+    def kind(self, name: str) -> str:
+        """The type of a tensor: F32, F16, BF16, or a type of GGUF files."""
+        ...
+
 
 class Safetensors:
     """A `Checkpoint` in safetensors files. Raises `ValueError` or `OSError` for files that are damaged or missing."""
@@ -68,6 +73,9 @@ class Safetensors:
     def entries(self, name: str, places: Tensor) -> Tensor:
         dtype = DTYPES[self._places[name].kind]
         return self._places[name].read_each(places, dtype.itemsize).view(dtype).flatten()
+
+    def kind(self, name: str) -> str:
+        return str(self._places[name].kind)
 
 
 class Gguf:
@@ -119,6 +127,35 @@ class Gguf:
         changed = self._changed(name, dequantize(blocks, self._places[name].kind))
         return torch.from_numpy(changed.reshape(len(places), entries).copy())[torch.arange(len(places)), places % entries]
 
+    def kind(self, name: str) -> str:
+        """The type of a tensor in the file. One whose values the library changes is F32: they are kept as they become."""
+        known: str = self._places[name].kind.name
+        return "F32" if self._order(name) is None else known
+
+    def blocks(self, name: str, start: int, stop: int) -> Tensor:
+        """The bytes of rows `start` to `stop` - 1 of a tensor (n, bytes), as they stand in the file."""
+        place, order = self._places[name], self._order(name)
+        assert order is not None
+        rows = order[start:stop]
+        if bool((rows.diff() == 1).all()):
+            return place.read(int(rows[0]), int(rows[-1]) + 1).view(len(rows), place.row_bytes)
+        first = int(rows.min())
+        return place.read(first, int(rows.max()) + 1).view(-1, place.row_bytes)[rows - first]
+
+    def _order(self, name: str) -> Tensor | None:
+        """For each row of a matrix as the library has it, the row of the file that it is; None where rows are not kept."""
+        import numpy as np
+
+        rows = rows_of(self._places[name].shape)
+        if len(self._places[name].shape) != 2:
+            return None
+        if self._row_wise(name):
+            return torch.arange(rows)
+        changed = self._changed(name, np.arange(rows, dtype=np.float32)[:, None])
+        order = None if changed is None else torch.from_numpy(np.ascontiguousarray(changed)).flatten().long()
+        kept = order is not None and torch.equal(order.sort().values, torch.arange(rows))
+        return order if kept else None
+
     def _row_wise(self, name: str) -> bool:
         """Whether the library changes each row of this tensor by itself."""
         kind = type(self._processor).__name__
@@ -140,6 +177,30 @@ class Gguf:
         except Exception as error:  # the library does not expect a tensor of this shape here
             raise ValueError(f"'{self._own_names[name]}' cannot have the shape {values.shape}") from error
         return result.weights if result.name else None
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a model's files hold in one type: tensors, their entries, and bytes."""
+
+    kind: str
+    tensors: int
+    entries: int
+    bytes: int
+
+
+def held_in(folder: Path) -> list[Held]:
+    """What a folder's files hold, the largest first. Raises `ValueError` or `OSError` for damaged files."""
+    places: list[Place] = []
+    for file in weights_in(folder):
+        places += (read_gguf(file)[1] if gguf_of(folder) else read_safetensors(file)).values()
+    names = sorted({str(getattr(place.kind, "name", place.kind)) for place in places})
+    held = []
+    for kind in names:
+        own = [place for place in places if str(getattr(place.kind, "name", place.kind)) == kind]
+        size = sum(rows_of(place.shape) * place.row_bytes for place in own)
+        held.append(Held(kind, len(own), sum(prod(place.shape) for place in own), size))
+    return sorted(held, key=lambda each: -each.bytes)
 
 
 def gguf_of(folder: Path) -> Path | None:
@@ -199,6 +260,11 @@ def checkpoint_for(folder: Path, model: Any) -> Checkpoint | None:
     return checkpoint
 
 
+def kind_of(tensor: Tensor) -> str:
+    """The type of a tensor in memory: F32, F16 or BF16."""
+    return next((kind for kind, dtype in DTYPES.items() if dtype == tensor.dtype), "F32")
+
+
 def named_tensors(model: Any) -> dict[str, Tensor]:
     """Parameters and kept buffers of a model, each once."""
     parameters = dict(model.named_parameters())
@@ -237,12 +303,28 @@ class Values:
         assert self.checkpoint is not None
         return self.checkpoint.entries(self._names[id(tensor)], places)
 
-    def pieces(self, tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """The tensor cut into slices of at most `PIECE` entries: (start, stop, rows)."""
+    def kind(self, tensor: Tensor) -> str:
+        """The type of a tensor of the model, as a `Checkpoint` names it."""
+        if self.model is None:
+            return kind_of(tensor)
+        assert self.checkpoint is not None
+        return self.checkpoint.kind(self._names[id(tensor)])
+
+    def blocks(self, tensor: Tensor, start: int, stop: int) -> Tensor:
+        """The bytes of rows `start` to `stop` - 1 of a tensor of the model, which is in a GGUF file."""
+        assert isinstance(self.checkpoint, Gguf)
+        return self.checkpoint.blocks(self._names[id(tensor)], start, stop)
+
+    def slices(self, tensor: Tensor) -> Iterator[tuple[int, int]]:
+        """The rows of a tensor, cut into slices of at most `PIECE` entries: (start, stop)."""
         rows = rows_of(tuple(tensor.shape))
         step = max(1, PIECE // max(1, tensor.numel() // rows))
         for start in range(0, rows, step):
-            stop = min(rows, start + step)
+            yield start, min(rows, start + step)
+
+    def pieces(self, tensor: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """The values of a tensor, in its `slices`: (start, stop, rows)."""
+        for start, stop in self.slices(tensor):
             yield start, stop, self.rows(tensor, start, stop)
 
     def whole(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,23 +12,27 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from offramp.model.compiled.weights import FORMATS, Weight
+from offramp.model.checkpoint import Values
+from offramp.model.compiled.formats import FORMATS
+from offramp.model.compiled.panels import PANELS
+from offramp.model.compiled.weights import Weight
 from offramp.model.families import Family
+from offramp.model.headers import DTYPES
 from offramp.model.hooks import brought_in
 from offramp.model.mamba import remember, with_own_mixer
 from offramp.model.modules import Modules
 from offramp.model.runtime import AnyState, BlockInput, Step
 from offramp.model.state import State
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 
 @dataclass
@@ -60,8 +64,17 @@ class LibraryBlocks:
         self._takes_use_cache = ["use_cache" in inspect.signature(type(block).forward).parameters for block in self._blocks]
 
     @property
-    def tolerance(self) -> float:
-        return TOLERANCE.get(self.dtype, 3e-2)
+    def bits(self) -> float:
+        return float(8 * self.dtype.itemsize)
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        kept = self.dtype, self.weight_format
+        self.dtype, self.weight_format = torch.float32, "float32"
+        try:
+            yield
+        finally:
+            self.dtype, self.weight_format = kept
 
     def state(self, capacity: int) -> State:
         return State(self._modules.kinds, capacity)
@@ -180,7 +193,7 @@ class LibraryBlocks:
         return weight
 
     def block_bytes(self, index: int) -> int:
-        return stored_bytes(self._modules.blocks[index], Weight, self.dtype.itemsize, active_experts(self._config))
+        return stored_bytes(self._modules.blocks[index], self.dtype.itemsize, active_experts(self._config))
 
     def head_bytes(self) -> int:
         rows, columns = self._modules.head.weight.shape
@@ -226,21 +239,40 @@ class LibraryBlocks:
 
 
 class Outline(LibraryBlocks):
-    """A model's shape without weights, which cannot run. Its sizes in bytes are those that compiled blocks would have."""
+    """A model's shape without weights, which cannot run. Its sizes in bytes are those that compiled blocks would have.
 
-    def __init__(self, modules: Modules, family: Family, config: Any, weight_format: str) -> None:
+    `values` tell the types of its file's tensors.
+    """
+
+    def __init__(self, modules: Modules, family: Family, config: Any, weight_format: str, values: Values) -> None:
         super().__init__(modules, family, config)
-        self.weight_format = weight_format
+        self.weight_format, self._format, self._values = weight_format, FORMATS[weight_format], values
         self.dtype = torch.float32  # as in compiled blocks: hidden states, keys and values
 
+    @property
+    def bits(self) -> float:
+        parameters = chain.from_iterable(block.parameters() for block in self._modules.blocks)
+        matrices = [parameter for parameter in parameters if parameter.ndim == 2]
+        head, kinds = self._modules.head.weight, self._format
+        size = self._bytes_of(head, kinds.head) + sum(self._bytes_of(matrix, kinds.blocks) for matrix in matrices)
+        return float(8 * size / (head.numel() + sum(matrix.numel() for matrix in matrices)))
+
     def block_bytes(self, index: int) -> int:
-        format = FORMATS[self.weight_format]
-        return stored_bytes(self._modules.blocks[index], format.blocks, format.loaded.itemsize)
+        parameters = list(self._modules.blocks[index].parameters())
+        matrices = [self._bytes_of(parameter, self._format.blocks) for parameter in parameters if parameter.ndim == 2]
+        others = sum(parameter.numel() for parameter in parameters if parameter.ndim != 2)
+        return sum(matrices) + others * self._format.loaded.itemsize
 
     def head_bytes(self) -> int:
-        format = FORMATS[self.weight_format]
-        rows, columns = self._modules.head.weight.shape
-        return format.head.bytes_of(rows, columns, format.loaded.itemsize)
+        return self._bytes_of(self._modules.head.weight, self._format.head)
+
+    def _bytes_of(self, matrix: Tensor, kind: type[Weight] | None) -> int:
+        itemsize = self._format.loaded.itemsize
+        if kind is None:
+            held = self._values.kind(matrix)
+            kind, itemsize = PANELS.get(held, Weight), DTYPES.get(held, torch.float32).itemsize
+        rows, columns = matrix.shape
+        return kind.bytes_of(rows, columns, itemsize)
 
 
 def active_experts(config: Any) -> float:
@@ -250,9 +282,8 @@ def active_experts(config: Any) -> float:
     return routed / experts if routed and experts else 1.0
 
 
-def stored_bytes(block: nn.Module, format: type[Weight], itemsize: int, active: float = 1.0) -> int:
-    """Bytes of the parameters that one token reads, with matrices in this format; times `active` for stacked experts."""
-    matrices = [parameter.shape for parameter in block.parameters() if parameter.ndim == 2]
-    others = [(name, parameter) for name, parameter in block.named_parameters() if parameter.ndim != 2]
-    entries = sum(part.numel() * (active if part.ndim == 3 and "conv" not in name else 1) for name, part in others)
-    return sum(format.bytes_of(rows, columns, itemsize) for rows, columns in matrices) + round(entries) * itemsize
+def stored_bytes(block: nn.Module, itemsize: int, active: float) -> int:
+    """Bytes of the parameters that one token reads; times `active` for stacked experts."""
+    parameters = block.named_parameters()
+    entries = (part.numel() * (active if part.ndim == 3 and "conv" not in name else 1) for name, part in parameters)
+    return round(sum(entries)) * itemsize

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from itertools import chain
@@ -29,29 +29,34 @@ from offramp.files import (
     write_atomically,
 )
 from offramp.model import core
-from offramp.model.backbone import Backbone, require_compiled
+from offramp.model.backbone import Backbone, no_compiled, require_compiled
 from offramp.model.checkpoint import (
-    EDITION,
     RECORD,
     WHOLE,
     Checkpoint,
     Values,
     checkpoint_for,
-    fingerprint,
     gguf_of,
     named_tensors,
     weights_in,
     write_safetensors,
 )
+from offramp.model.compiled.formats import FILE, FORMATS
+from offramp.model.compiled.library import library
 from offramp.model.compiled.runtime import Compiled
-from offramp.model.compiled.weights import FORMATS
 from offramp.model.families import Family, family_of
+from offramp.model.fingerprints import knows_fingerprint, with_fingerprint
 from offramp.model.hub import Source, find_config, read_whole, resolve
+from offramp.model.lending import OWN, Lender, lender_of
 from offramp.model.library_blocks import Outline
-from offramp.model.selfcheck import Lender, check, code_hash
+from offramp.model.reading import EDITION as READING
+from offramp.model.reading import Change, Reading, change_of, read, short_text
+from offramp.model.runtime import Runtime
+from offramp.model.selfcheck import check, code_hash
 from offramp.model.store import Get, Store, Tensors
 from offramp.progress import Progress, silent
 
+MUCH = 0.03  # a share by which perplexity may be worse in a format without a warning
 MOST_WEIGHTS = 8  # weights in a byte of a file, at most: no format has less than a bit for each
 
 __all__ = ["adopt", "check", "library_folder", "load", "outline", "wrap"]
@@ -69,14 +74,16 @@ def load(
     """Load a causal language model and check it against the library's own logits.
 
     `name` is a hub name (`org/name`, or `org/name@revision`), a local folder, a GGUF file, or an alias (`smollm2`). `dtype`
-    is a format of `weights.FORMATS`: `bfloat16`, `float32`, `int8`, `int4` or `int4-head4`. The default is bfloat16, or
-    float32 where bfloat16 does not pass the self-check. The first time, weights are converted tensor by tensor and kept in
-    the cache; after that they are mapped from there. `progress` is told how many parts of the model are converted. Compiled
-    blocks run if the family has some. Then the library's model has shapes only; with `keep` it has its weights too, so that
-    `Backbone.model` can be used by itself. Nothing is fetched when the files are already on this machine, or when
-    `HF_HUB_OFFLINE` is set. `kv`: as `Backbone.keep_keys_in` takes it. `held` is for weights that do not all fit into
-    memory: so many bytes of them are read and stay there. They are the LM head and the lowest blocks, which every token
-    reads.
+    is a format of `formats.FORMATS`: `bfloat16`, `float32`, `int8`, `int4`, `int4-head4`, or `file` for each tensor as its
+    file has it. The default is `file` for a GGUF file where compiled blocks run it, else bfloat16, or float32 where
+    bfloat16 does not pass the self-check. The first time, weights are converted tensor by tensor and kept in the cache;
+    after that they are mapped from there. The first time in a quantised format, the library's model also reads a short text
+    in float32; `Backbone.change` then says what the format changes, with a warning where that is much. `progress` is told
+    how many parts of the model are done. Compiled blocks run if the family has some. Then the library's model has shapes
+    only; with `keep` it has its weights too, so that `Backbone.model` can be used by itself. Nothing is fetched when the
+    files are already on this machine, or when `HF_HUB_OFFLINE` is set. `kv`: as `Backbone.keep_keys_in` takes it. `held` is
+    for weights that do not all fit into memory: so many bytes of them are read and stay there. They are the LM head and the
+    lowest blocks, which every token reads.
 
     Raises `ModelNotFound`, `UnsupportedModel`, `CorruptFile`, `BadNumbers`, each with a hint, and `OfframpError` where the
     cache is full or cannot be written.
@@ -85,13 +92,7 @@ def load(
     source = resolve(name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loading = _Loading(source, where, keep, progress, held)
-    try:
-        backbone = loading.load(dtype or "bfloat16")
-    except (UnsupportedModel, BadNumbers):
-        if dtype is not None:
-            raise
-        backbone = loading.load("float32")  # raises for a model that is wrong in any dtype
-        warnings.warn(f"{name} fails the self-check in bfloat16; running it in float32.", stacklevel=2)
+    backbone = loading.load(dtype) if dtype else loading.load_by_default()
     if kv is not None:
         backbone.keep_keys_in(kv)
     return backbone
@@ -131,17 +132,40 @@ class _Loading:
                 raise
         return self._on_library_blocks(dtype)
 
+    def load_by_default(self) -> Backbone:
+        """The model in its file's own types if that is a GGUF file, else in bfloat16, else in float32."""
+        if gguf_of(self.folder) is not None:
+            try:
+                return self.load(FILE)
+            except UnsupportedModel as error:
+                warnings.warn(f"{self.source.name} runs in bfloat16, and not as its file has it. {error}", stacklevel=3)
+        try:
+            return self.load("bfloat16")
+        except (UnsupportedModel, BadNumbers):
+            backbone = self.load("float32")  # raises for a model that is wrong in any dtype
+            warnings.warn(f"{self.source.name} fails the self-check in bfloat16; running it in float32.", stacklevel=3)
+            return backbone
+
     def _on_compiled_blocks(self, dtype: str) -> Backbone:
-        store = self._store(dtype)
+        store, quantised = self._store(dtype), FORMATS[dtype].quantised
         model, values = self._shapes(dtype)
-        # The fingerprint and the self-check need the weights as the library has them.
-        ready = store.complete and _knows_fingerprint(self.source) and store.passed(self._check_name()) is not None
+        reading = Reading.unpacked(self._reading_file()) if quantised else None
+        # The fingerprint, the reading and the self-check need the weights as the library has them.
+        ready = store.complete and knows_fingerprint(self.source) and store.passed(self._check_name()) is not None
+        ready = ready and (reading is not None or not quantised)
+        as_in_file = dtype == FILE
+        if as_in_file and not (ready or values.checkpoint):
+            why = "its tensors are not those of the library's model"
+            raise no_compiled(self.source.name, dtype, why, "Choose --dtype bfloat16.")
         if self.keep or not (ready or values.checkpoint):
-            model, values = self._whole(dtype, Store()), Values()
+            model = self._whole(dtype, Store())
+            values = Values(model, lambda: self._checkpoint(model)) if as_in_file else Values()
         backbone = self._backbone(model, values)
+        if quantised and reading is None:
+            reading = self._read(backbone, store, values)
         with self._readable():
-            backbone.use_compiled_blocks(dtype, store, values)
-        self._check(backbone, store, values)
+            backbone.use_compiled_blocks(dtype, store, values, reading)
+        self._check(backbone, store, values, reading)
         if not self.keep:
             backbone.drop_spare_weights()
         return backbone
@@ -196,16 +220,37 @@ class _Loading:
 
     def _backbone(self, model: Any, values: Values) -> Backbone:
         with self._readable():
-            source = _with_fingerprint(self.source, model, values)
+            source = with_fingerprint(self.source, model, values)
         return Backbone(model, self.tokenizer, source, self.device)
 
-    def _check(self, backbone: Backbone, store: Store, values: Values) -> None:
-        """The self-check, unless these weights have passed it with this code before."""
+    def _reading_file(self) -> Path:
+        config = (self.folder / "config.json").read_text("utf-8")
+        key = sha256_of_text(f"{READING} {self.source.sha256} {config} {short_text()} {version('transformers')}")
+        return cache_folder() / "readings" / f"{key[:16]}.bin"
+
+    def _read(self, backbone: Backbone, store: Store, values: Values) -> Reading:
+        """Let the library's model read the short text; keep what was found."""
+        with self._readable():
+            reading = read(backbone, self._lender("reading", store, values))
+        with suppress(OSError):  # it is made again next time
+            write_atomically(self._reading_file(), reading.packed())
+        return reading
+
+    def _check(self, backbone: Backbone, store: Store, values: Values, reading: Reading | None = None) -> None:
+        """The self-check, and what the format changes, unless these weights have passed it with this code before."""
         name = self._check_name()
-        if store.passed(name) is None:
-            lender = None if values.model is None else self._lender(backbone, store, values)
-            with self._readable():
-                store.note(name, check(backbone, lender))
+        if store.passed(name) is not None:
+            backbone.change = Change(**store.change) if store.change else None
+            return
+        lost = 0.0 if reading is None else max(found.lost16 for found in reading.inputs.values())
+        with self._readable():
+            differences = check(backbone, self._lender("checking", store, values, backbone.runtime), lost)
+        backbone.change = change_of(backbone, reading, self.progress) if reading else None
+        store.note(name, differences, asdict(backbone.change) if backbone.change else None)
+        if backbone.change and backbone.change.worse > MUCH:
+            warnings.warn(
+                f"{backbone.name} loses much in {backbone.weight_format}: {backbone.change}. Try bfloat16.", stacklevel=5
+            )
 
     def _check_name(self) -> str:
         """The name of a self-check: it changes with the code that computes, and with the kind of device."""
@@ -213,22 +258,15 @@ class _Loading:
         versions = f"offramp {__version__}, torch {torch.__version__}, transformers {version('transformers')}"
         return f"{compiled or 'library'} {code_hash()} on {self.device.type}, {versions}"
 
-    def _lender(self, backbone: Backbone, store: Store, values: Values) -> Lender:
-        """The lender of the weights that the library should compute with: quantised ones if there are any."""
-        assert isinstance(backbone.runtime, Compiled)
-        changed = {id(module): weight for module, weight in backbone.runtime.changed}
-
-        def weight(module: nn.Module, name: str) -> Tensor:
-            if name == "weight" and id(module) in changed:
-                return changed[id(module)]()
-            parameter: Tensor = getattr(module, name)
-            return values.whole(parameter, parameter.dtype)
+    def _lender(self, stage: str, store: Store, values: Values, runtime: Runtime | None = None) -> Lender:
+        """The lender of the model's own weights, or where the `runtime` has others in their place, of those."""
 
         def returned(count: int, total: int) -> None:
             store.release()
-            self.progress("checking", count, total)
+            self.progress(stage, count, total)
 
-        return Lender(weight, returned)
+        changed = dict(runtime.changed) if isinstance(runtime, Compiled) else {}
+        return OWN if values.model is None else lender_of(values, changed, returned)
 
     def write(self, file: Path) -> None:
         """Write the weights as safetensors in float32."""
@@ -291,7 +329,6 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = dtype or "bfloat16"
     _check_dtype(dtype)
     source = find_config(name)
     try:
@@ -299,6 +336,8 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
     except Exception as error:
         raise source.unreadable(error) from error
     family = family_of(config, source)
+    compiled = family.compiled and library() is not None and not random
+    dtype = dtype or (FILE if compiled and gguf_of(Path(source.path)) else "bfloat16")
     if random:  # with Mamba's default of 0.1, a random model amplifies rounding a thousandfold
         config.initializer_range = 0.02
     torch.manual_seed(0)
@@ -311,14 +350,17 @@ def outline(name: str, dtype: str | None = None, random: bool = False) -> Backbo
         config.eos_token_id = model.generation_config.eos_token_id = None
     if FORMATS[dtype].quantised:
         require_compiled(source.name, family, dtype, torch.device("cpu"))
+    values, known = Values(model, lambda: checkpoint_for(Path(source.path), model)), None
     if not random and source.sha256:
+        known = Store.of(source.sha256, Path(source.path) / "config.json", dtype).change
         with suppress(Exception):  # the shape of a model with damaged weights can be shown
-            source = _with_fingerprint(source, model, Values(model, lambda: checkpoint_for(Path(source.path), model)))
+            source = with_fingerprint(source, model, values)
     backbone = Backbone(model, None, source)
+    backbone.change = Change(**known) if known else None
     if random:
         _make_ready(backbone, dtype)
     elif family.compiled:
-        backbone.runtime = Outline(backbone.modules, family, config, dtype)
+        backbone.runtime = Outline(backbone.modules, family, config, dtype, values)
     return backbone
 
 
@@ -337,28 +379,6 @@ def _make_ready(backbone: Backbone, dtype: str) -> None:
             raise
         backbone.use_library_blocks()
         check(backbone)
-
-
-def _with_fingerprint(source: Source, model: Any, values: Values) -> Source:
-    """The source, with the fingerprint of its weights. The cache folder keeps it by their hash and the model's config."""
-    cache, key = cache_folder() / "fingerprints.json", _fingerprint_key(source)
-    known = read_json(cache)
-    if key not in known:
-        if values.model is not None and values.checkpoint is None:
-            return source
-        known[key] = fingerprint(model, values)
-        with suppress(OSError):  # if it cannot be written, the fingerprint is computed again next time
-            write_atomically(cache, json.dumps(known, indent=1).encode())
-    return replace(source, fingerprint=known[key])
-
-
-def _knows_fingerprint(source: Source) -> bool:
-    return _fingerprint_key(source) in read_json(cache_folder() / "fingerprints.json")
-
-
-def _fingerprint_key(source: Source) -> str:
-    config = (Path(source.path) / "config.json").read_text("utf-8")  # it says which of the tensors the model has
-    return f"{EDITION} {source.sha256} {sha256_of_text(config)}"
 
 
 def _check_dtype(dtype: str | None) -> None:

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,7 +51,7 @@ class Runtime(Protocol):
 
     @property
     def weight_format(self) -> str:
-        """The format of the weights: a name in `weights.FORMATS`, or the name of the library model's dtype."""
+        """The format of the weights: a name in `formats.FORMATS`, or the name of the library model's dtype."""
         ...
 
     @property
@@ -64,8 +65,15 @@ class Runtime(Protocol):
         ...
 
     @property
-    def tolerance(self) -> float:
-        """The largest difference from the library's logits that rounding explains, as a share of the largest logit."""
+    def bits(self) -> float:
+        """The bits of a weight: the mean of all that a token is multiplied with."""
+        ...
+
+    def exact(self) -> AbstractContextManager[None]:
+        """While the context is open, results are rounded as little as these weights allow, however long it takes.
+
+        The library's model must have its weights in float32 meanwhile (`lending.lent`).
+        """
         ...
 
     def state(self, capacity: int) -> AnyState:

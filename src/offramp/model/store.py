@@ -2,7 +2,8 @@
 
 A conversion fills a temporary folder beside it, one file for each part of the model, and renames it when all parts are
 on the disk. Its files are plain: each tensor begins at a multiple of 64 bytes, so that the compiled code reads whole cache
-lines. `record.json` says what is where. It also says which self-checks the tensors have passed.
+lines. `record.json` says what is where. It also says which self-checks the tensors have passed, and what the format
+changes.
 
 A lock beside the folders is held while one of them begins, gets its name, or changes its record. A temporary folder has its
 own lock, which tells that its conversion runs. Where the system has no such locks, as on Windows, nothing is kept.
@@ -38,7 +39,7 @@ Tensors = dict[str, Tensor]
 Get = Callable[[str, Callable[[], Tensors]], Tensors]  # (key, what makes the tensors) → the tensors under that key
 Built = TypeVar("Built")
 
-LAYOUT = 2  # raise it when what is kept under a key changes
+LAYOUT = 5  # raise it when what is kept under a key changes
 ALIGNED = 64
 RECORD, LOCK = "record.json", ".lock"
 
@@ -133,13 +134,23 @@ class Store:
         found = self._record.get("checks", {}).get(check)
         return None if found is None else (found[0], found[1])
 
-    def note(self, check: str, differences: tuple[float, float]) -> None:
-        """Record that the self-check of this name passed. If that cannot be written, the check is repeated next time."""
+    @property
+    def change(self) -> dict[str, float] | None:
+        """What `note` got as the change that the format makes."""
+        found: dict[str, float] | None = self._record.get("change")
+        return found
+
+    def note(self, check: str, differences: tuple[float, float], change: dict[str, float] | None = None) -> None:
+        """Record that the self-check of this name passed, and what the format changes.
+
+        If that cannot be written, the check is repeated next time.
+        """
         if self._folder and self.complete:
             with suppress(OSError), _locked(self._folder.parent):
                 record = _complete(self._folder)  # another process may have noted a check meanwhile
                 if record is not None:
                     record.setdefault("checks", {})[check] = differences
+                    record["change"] = change
                     write_atomically(self._folder / RECORD, json.dumps(record).encode())
 
     def _write(self, part: str, made: dict[str, Tensors]) -> None:

@@ -100,7 +100,8 @@ def calibrate(
 ) -> Calibration:
     """Find the boldest policy that keeps the risk on these questions; set `exits.policy` and `exits.calibration`.
 
-    If the exits learned from other weights, they become this model's.
+    If the exits learned from other weights, they become this model's. Calibrations for other formats of the same weights
+    are kept.
 
     `reference` is another model, such as the one that this model was tuned from. Then answers are compared with its full
     depth. It must have the same tokenizer. A prompt's hash, not its position, decides if it belongs to the pilot. Raises
@@ -108,7 +109,10 @@ def calibrate(
     """
     backbone = backbone_of(model)
     (record,) = calibrations(backbone, exits, questions, [config or CalibrationConfig()], reference, progress)
-    exits.owner, exits.policy, exits.calibration = Owner.of(backbone), record.policy, asdict(record)
+    owner = Owner.of(backbone)
+    if exits.owner != owner:  # what was promised for other weights says nothing of these
+        exits.owner, exits.calibration, exits.elsewhere = owner, {}, {}
+    exits.use(asdict(record))
     return record
 
 

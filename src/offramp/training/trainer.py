@@ -75,7 +75,7 @@ class Trainer:
     ) -> None:
         self.backbone, self.exits, self.config = backbone, exits, config
         self.progress, self.device = progress, backbone.device
-        bfloat16 = backbone.weight_format != "float32" and multiplies_bfloat16(backbone.device)
+        bfloat16 = backbone.precision != "float32" and multiplies_bfloat16(backbone.device)
         self.fit = Fit(work, backbone.device, config.seed, config.batch, progress, bfloat16)
         self.place = {block: index for index, block in enumerate(layers or needed_layers(exits))}
         self.tails = [exit for exit in exits if exit.tail and not exit.adapter.reads]

@@ -48,8 +48,9 @@ def attention_part(
         k_norm, _ = make.norm("k_norm", attention.k_norm, orders[1])
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_heads": each, "head_eps": eps}
     weight, eps = make.norm("attention_norm", norm)
+    matrix = make.matrix("qkv", qkv, rows, careful=qkv[1:])
     return CompiledPart(
-        "attention", qkv=Fine(make.matrix("qkv", qkv, rows)), o=make.matrix("o", [attention.o_proj]), norm=weight,
+        "attention", qkv=Fine(matrix), o=make.product("o", [attention.o_proj]), norm=weight,
         heads=heads, dim=dim, window=window, rotary=bool(getattr(attention, "use_rope", True)), norm_first=norm_first,
         eps=eps, scale=float(attention.scaling), **norms,
     )  # fmt: skip
@@ -60,7 +61,7 @@ def mlp_part(mlp: Any, norm: Any, norm_first: bool, make: Maker) -> CompiledPart
     gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
     weight, eps = make.norm("mlp_norm", norm)
     return CompiledPart(
-        "mlp", gate_up=make.matrix("gate_up", gate_up), down=make.matrix("down", [mlp.down_proj]), norm=weight,
+        "mlp", gate_up=make.product("gate_up", gate_up), down=make.product("down", [mlp.down_proj]), norm=weight,
         norm_first=norm_first, eps=eps,
     )  # fmt: skip
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from offramp.model import core
-from offramp.model.compiled.weights import GROUP, PANEL, Weight
+from offramp.model.compiled.panels import GROUP, PANEL
+from offramp.model.compiled.weights import Stack, Weight
 
 MOST_DRAFTS = 7  # of one pass
 
@@ -33,6 +34,7 @@ class CWeight(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("type", "fine", "rows", "columns")),
         *((name, c_void_p) for name in ("values", "scales", "bias")),
+        ("pieces", c_int64),
     )
 
 
@@ -147,8 +149,6 @@ STRUCTURES = {
 TYPES = {
     torch.float32: "OFFRAMP_FLOAT32",
     torch.bfloat16: "OFFRAMP_BFLOAT16",
-    torch.int8: "OFFRAMP_INT8",
-    torch.uint8: "OFFRAMP_INT4",
     torch.int64: "OFFRAMP_INT64",
     torch.int32: "OFFRAMP_UINT32",  # torch computes little with uint32
 }
@@ -248,8 +248,15 @@ def handle_of(weight: Weight, fine: bool = False) -> CWeight:
 
     `fine`: rows that are multiplied with integer weights are rounded to 16 bits instead of 8.
     """
-    addresses = (None if part is None else part.data_ptr() for part in (weight.w, weight.scale, weight.bias))
-    return CWeight(constant(TYPES[weight.w.dtype]), fine, weight.rows, weight.columns, *addresses)
+    kind, pieces = constant(f"OFFRAMP_{weight.name.upper()}"), 0
+    if isinstance(weight, Stack):
+        pieces = len(weight.pieces)
+        if weight.handles is None:  # made once: parts keep their address
+            weight.handles = (CWeight * pieces)(*map(handle_of, weight.pieces))
+        addresses: list[int | None] = [ctypes.addressof(weight.handles), None, None]
+    else:
+        addresses = [None if part is None else part.data_ptr() for part in (weight.w, weight.scale, weight.bias)]
+    return CWeight(kind, fine, weight.rows, weight.columns, *addresses, pieces)
 
 
 def check_rows(x: Tensor, columns: int) -> None:
@@ -259,10 +266,11 @@ def check_rows(x: Tensor, columns: int) -> None:
 
 
 class Fine:
-    """A weight whose rows are rounded to 16 bits, where weights are integers."""
+    """A weight of integers whose rows are rounded to 16 bits; with `exact`, also one of bfloat16 with float32 rows."""
 
-    def __init__(self, weight: Weight) -> None:
+    def __init__(self, weight: Weight, exact: bool = False) -> None:
         self.weight = weight
+        self.fine = exact or type(weight) is not Weight
 
 
 Field = Weight | Fine | Tensor | float | None
@@ -292,7 +300,7 @@ class CompiledPart(Owned):
         for name, value in fields.items():
             key = name.rstrip("_").encode()  # `in` is a word of Python's
             if isinstance(value, Weight | Fine):
-                fine = isinstance(value, Fine)
+                fine = isinstance(value, Fine) and value.fine
                 handle = handle_of(value.weight if isinstance(value, Fine) else value, fine)
                 call("offramp_part_weight", self.pointer, key, byref(handle))
             elif isinstance(value, Tensor):
@@ -301,6 +309,15 @@ class CompiledPart(Owned):
                 call("offramp_part_array", self.pointer, key, constant(TYPES[value.dtype]), value.data_ptr(), value.numel())
             elif value is not None:
                 call("offramp_part_number", self.pointer, key, value)
+
+    def exact(self) -> CompiledPart:
+        """The same part, whose rows are rounded as little as its weights allow."""
+
+        def exact(value: Field) -> Field:
+            weight = value.weight if isinstance(value, Fine) else value
+            return Fine(weight, exact=True) if isinstance(weight, Weight) else value
+
+        return CompiledPart(self.kind, **{name: exact(value) for name, value in self.fields.items()})
 
     @property
     def weights(self) -> list[Weight]:

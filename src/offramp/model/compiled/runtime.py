@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from ctypes import byref, c_int64
 from functools import partial
 from typing import Any
@@ -25,15 +26,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.compiled.blocks import Block, RotaryTable
+from offramp.model.compiled.formats import FORMATS, beside
 from offramp.model.compiled.library import CompiledPart, CRows, CSampling, Fine, Model, Settings, check_rows, handle_of
+from offramp.model.compiled.panels import GROUP
 from offramp.model.compiled.parts import Changed, Maker
+from offramp.model.compiled.rounding import Inputs
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import CompiledPlan, Rules
-from offramp.model.compiled.weights import FORMATS, GROUP, Weight, multiplies_bfloat16
+from offramp.model.compiled.weights import Weight, multiplies_bfloat16
 from offramp.model.modules import Modules
+from offramp.model.reading import LayerInput
 from offramp.model.runtime import AnyState, BlockInput, Step, joined
 from offramp.model.store import Built, Get, Store
 
+ENDS = "ends"  # the name of the part with the embedding, the final norm and the head
 SLICE = 4096  # rows of a head that are in float32 at once
 
 
@@ -46,28 +52,41 @@ class Compiled:
     engine = "compiled blocks"
     dtype = kept_dtype = torch.float32
 
-    def __init__(self, modules: Modules, weight_format: str, store: Store, values: Values) -> None:
-        """Raises `ValueError` for a model that the compiled code does not fit, or whose weights do not fit the format, one
-        of `weights.FORMATS`.
+    def __init__(
+        self,
+        modules: Modules,
+        weight_format: str,
+        store: Store,
+        values: Values,
+        inputs: Mapping[nn.Module, LayerInput],
+        moments: Callable[[int], Mapping[nn.Module, Inputs]] | None = None,
+    ) -> None:
+        """`weight_format` is one of `formats.FORMATS`; `inputs`: as a `Maker` takes them, and `moments` of each block.
+
+        Raises `ValueError` for a model that the compiled code does not fit, or whose weights do not fit the format.
         """
         attends = [attention for attention in modules.attention if attention is not None]
         rotary_dim = 2 * modules.rotary.inv_freq.numel() if attends else 0
         self._rotary = RotaryTable(modules.rotary, attends[0].head_dim) if attends else None
         self._growing = threading.Lock()  # of the rotary pairs
         self._modules, self.weight_format, self._store, self._values = modules, weight_format, store, values
+        self._inputs, self._moments = inputs, moments
         self._format = FORMATS[weight_format]
         self._sketches = WeakTensorKeyDictionary()
         self.changed: Changed = []
-        self._norm, self._eps, self.head, self.embedding = self._part("ends", self._ends)
-        ends = CompiledPart("ends", head=Fine(self.head), norm=self._norm, embedding=self.embedding, eps=self._eps)
+        self._norm, self._eps, self.head, self.embedding = self._part(ENDS, self._make_ends)
+        self._ends = CompiledPart("ends", head=Fine(self.head), norm=self._norm, embedding=self.embedding, eps=self._eps)
         parts = zip(modules.blocks, modules.attention, modules.mixers, modules.windows, strict=True)
-        self.blocks = [self._part(str(i), partial(_block, ends, *part, rotary_dim)) for i, part in enumerate(parts)]
-        self._model = Model(ends, [block.mixer for block in self.blocks], [block.mlp for block in self.blocks])
+        self.blocks = [self._part(str(i), partial(_block, self._ends, *part, rotary_dim)) for i, part in enumerate(parts)]
+        self._model = Model(self._ends, [block.mixer for block in self.blocks], [block.mlp for block in self.blocks])
         store.finish()
         # As x · w · √D / √(Σ x² + D · eps): fewer operators.
         self._scaled = self._norm * math.sqrt(len(self._norm))
         self._floor = torch.tensor(math.sqrt(len(self._norm) * self._eps))
-        if self.keeps_keys and weight_format != "float32":
+        weights = [self.head, *(weight for block in self.blocks for weight in block.weights)]
+        entries = sum(weight.rows * weight.columns for weight in weights)
+        self.bits = 8 * sum(weight.nbytes for weight in weights) / entries
+        if self.keeps_keys and self.bits < 32:
             self.kept_dtype = torch.bfloat16
 
     def _part(self, name: str, build: Callable[[Maker], Built]) -> Built:
@@ -75,17 +94,19 @@ class Compiled:
 
         def with_maker(get: Get) -> tuple[Built, Changed]:
             changed: Changed = []
-            return build(Maker(get, self._values, self.weight_format, changed)), changed
+            moments = partial(self._moments, int(name)) if self._moments and name != ENDS else dict
+            return build(Maker(get, self._values, self.weight_format, changed, self._inputs, moments)), changed
 
         built, changed = self._store.part(name, with_maker)
         self.changed += changed
         return built
 
-    def _ends(self, make: Maker) -> tuple[Tensor, float, Weight, Tensor]:
+    def _make_ends(self, make: Maker) -> tuple[Tensor, float, Weight, Weight]:
         """Final norm, head and embedding. A head that is the embedding is kept once, unless it becomes integers."""
         head = make.matrix("head", [self._modules.head], head=True)
-        tied = self._modules.head.weight is self._modules.embedding.weight and not self._format.quantised
-        embedding = head.w if tied else make.embedding(self._modules.embedding)
+        as_it_is = self._format.blocks in (None, Weight)
+        tied = self._modules.head.weight is self._modules.embedding.weight and as_it_is
+        embedding = head if tied else make.embedding(self._modules.embedding)
         return *make.norm("norm", self._modules.norm), head, embedding
 
     @property
@@ -102,7 +123,7 @@ class Compiled:
         return Session(self._model, attends, shapes, self.kept_dtype, capacity)
 
     def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
-        h = F.embedding(ids, self.embedding).float()
+        h = self.embedding.pick(ids.flatten()).dense().view(*ids.shape, -1)
         return h, self.step(h, first)
 
     def step(self, h: Tensor, first: int) -> Step:
@@ -203,9 +224,11 @@ class Compiled:
     def _sketch(self, reduce: Tensor, expand: Tensor) -> tuple[Weight, Weight]:
         """A sketch's two weights, in the head's format, made once. Raises `ValueError` for maps that do not fit."""
         if expand not in self._sketches:
-            if reduce.shape != expand.T.shape or (self._format.quantised and len(reduce) % GROUP):
+            # A head that is in panels, or stacked, has a sketch in 4 bits or in 8, as a head of floats has one of these.
+            kind = beside(self.head)
+            if reduce.shape != expand.T.shape or (kind is not Weight and len(reduce) % GROUP):
                 raise ValueError(f"maps of {tuple(reduce.shape)} and {tuple(expand.shape)} make no sketch of this head")
-            kind, size = type(self.head), self.head.rows
+            size = self.head.rows
             pieces = []
             for first in range(0, size, SLICE):
                 product = self.head.pick(slice(first, min(size, first + SLICE))).dense() @ expand
@@ -219,7 +242,7 @@ class Compiled:
         """A function x (n, K) → (n, N) that multiplies with a linear layer's weights, kept in bfloat16 unless the blocks'
         are float32.
         """
-        dtype = torch.float32 if self.weight_format == "float32" else torch.bfloat16
+        dtype = torch.float32 if self.bits == 32 else torch.bfloat16
         bias = None if layer.bias is None else layer.bias.detach()
         return self._product_with(Weight({"w": layer.weight.detach().to(dtype)}, bias))
 
@@ -246,7 +269,7 @@ class Compiled:
     def filled(self, block: nn.Module) -> nn.Module:
         """A copy of one of the library's blocks, with the weights that this runtime runs with."""
         changed = {id(module): weight for module, weight in self.changed}
-        copied, multiplies = copy.deepcopy(block), self.weight_format != "float32" and multiplies_bfloat16()
+        copied, multiplies = copy.deepcopy(block), self.bits < 32 and multiplies_bfloat16()
         dtype = torch.bfloat16 if multiplies else torch.float32
         for module, twin in zip(block.modules(), copied.modules(), strict=True):
             for name, parameter in module.named_parameters(recurse=False):
@@ -264,14 +287,17 @@ class Compiled:
         for part in (*self._modules.blocks, self._modules.embedding, self._modules.norm, self._modules.head):
             part.to("meta")
 
-    @property
-    def tolerance(self) -> float:
-        """How far logits may be from the library's because products are rounded, as a share of the largest logit.
-
-        float32: 1e-4. Integer weights: 1e-1, since rows are rounded to 8-bit integers. bfloat16: 1e-1, since the library
-        rounds every result; that alone moves SmolLM2's logits by 4e-2.
-        """
-        return 1e-4 if self.head.w.dtype == torch.float32 else 1e-1
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """`Runtime.exact`: all rows are fine, and keys and values float32."""
+        kept = self._model, self.kept_dtype
+        mlps = [block.mlp and block.mlp.exact() for block in self.blocks]
+        self._model = Model(self._ends.exact(), [block.mixer.exact() for block in self.blocks], mlps)
+        self.kept_dtype = torch.float32
+        try:
+            yield
+        finally:
+            self._model, self.kept_dtype = kept
 
 
 def _block(ends: CompiledPart, *parts: Any) -> Block:

@@ -1,0 +1,4 @@
+#define BITS 3
+#include "products_panels.h"
+
+const Products products_3_bits[] = PRODUCTS;

@@ -1,0 +1,4 @@
+#define BITS 5
+#include "products_panels.h"
+
+const Products products_5_bits[] = PRODUCTS;

@@ -1,0 +1,100 @@
+"""Weight formats: how a linear layer's weights are kept.
+
+| format | blocks | head |
+|--------|--------|------|
+| `float32` | float32 | float32 |
+| `bfloat16` | bfloat16 | bfloat16 |
+| `int8` | 8 bits, one scale a row | as the blocks |
+| `int4` | 4 bits, a scale and a minimum for every 32; 8 bits for keys and values | 8 bits, one scale a row |
+| `int4-head4` | as `int4` | as the blocks |
+| `file` | each tensor as its file has it | as the blocks |
+
+Weights that already lie on a 4-bit grid, such as those of a GGUF file in Q4_0 or Q4_1, keep their values in `int4`. Keys
+and values are few weights, and a fifth of what 4 bits lose, so they get 8 bits unless they lie on such a grid. Rows are
+float32 before and after a product, in every format. Compiled code multiplies them.
+
+Shapes: N rows of a weight (outputs), K its columns (inputs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from offramp.model.compiled.panels import GROUP, LAYOUTS, Panels
+from offramp.model.compiled.rounding import Inputs, grouped
+from offramp.model.compiled.weights import Int8, Stack, Weight
+from offramp.model.store import Tensors
+
+FILE = "file"
+
+
+class Int4(Panels):
+    """4-bit integers with a scale and a minimum for every 32 weights of a row: weight = q · scale + low, as in Q4_1."""
+
+    kind, layout = "Q4_1", LAYOUTS["Q4_1"]
+
+    @classmethod
+    def tensors(cls, weight: Tensor, known: Inputs | None = None) -> Tensors:
+        """The weight rounded by `rounding.grouped`, with what is known of the rows that it meets."""
+        made = grouped(weight, known)
+        return cls.of_entries(made.codes.unflatten(1, (-1, GROUP)), torch.stack([made.scale, made.low], dim=-1))
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of the table above. `loaded` is the dtype that the library's weights are read in.
+
+    `blocks` and `head` are what they are kept in; None: in what their file has.
+    """
+
+    loaded: torch.dtype = torch.float32
+    blocks: type[Weight] | None = Weight
+    head: type[Weight] | None = Weight
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights may be integers, which only compiled code multiplies."""
+        return self.blocks is not Weight
+
+
+class Finer(Panels):
+    """8-bit integers with a scale for every 32 weights of a row, as in Q8_0."""
+
+    kind, layout = "Q8_0", LAYOUTS["Q8_0"]
+
+    @classmethod
+    def tensors(cls, weight: Tensor, known: Inputs | None = None) -> Tensors:
+        """The weight rounded to the nearest points."""
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
+        q = (groups / scale.float()).nan_to_num(0, 0, 0).round().clamp(-127, 127).to(torch.int8)
+        return cls.of_entries(q.view(torch.uint8), scale)
+
+
+def beside(weight: Weight) -> type[Weight]:
+    """The kind in which weights that are made of floats are kept beside this one: about as large as it."""
+    while isinstance(weight, Stack):
+        weight = weight.pieces[0]
+    if type(weight) is Weight:
+        return Weight
+    return Int4 if isinstance(weight, Panels) and weight.layout.bits < 8 else Int8
+
+
+def precision_of(bits: float) -> str:
+    """The format whose weights have about so many bits: float32, bfloat16, int8 or int4."""
+    return next(name for name, most in {"int4": 7, "int8": 12, "bfloat16": 24, "float32": inf}.items() if bits <= most)
+
+
+FROM_FLOATS: dict[str, type[Panels]] = {made.kind: made for made in (Int4, Finer)}
+FORMATS = {
+    "float32": Format(),
+    "bfloat16": Format(torch.bfloat16),
+    "int8": Format(blocks=Int8, head=Int8),
+    "int4": Format(blocks=Int4, head=Int8),
+    "int4-head4": Format(blocks=Int4, head=Int4),
+    FILE: Format(blocks=None, head=None),
+}

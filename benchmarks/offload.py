@@ -128,7 +128,7 @@ def in_turn(engines: dict[str, Engine], prompts: list[list[int]], tokens: int, p
         count = sum(own.tokens for own in found)
         cells = [
             name,
-            f"{1000 * median(own.seconds / own.tokens for own in found):.1f}",
+            f"{1000 * median(own.seconds / own.tokens for own in found):.2f}",
             f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})",
             f"{sum(own.read for own in found) / count / MB:.1f}",
             f"{count / max(1, sum(own.passes for own in found)):.2f}",

@@ -286,7 +286,7 @@ static inline vf from_float16(const uint16_t *p) {
     const vi bits = __builtin_convertvector(v, vi);
     const vf size = (vf)((bits & 0x7fff) << 13) * 0x1p112f;  // the exponents are biased by 15 and by 127
     // The largest exponent is that of infinity and NaN.
-    const vi large = (bits & 0x7c00) == 0x7c00 & 0x7f800000;
+    const vi large = ((bits & 0x7c00) == 0x7c00) & 0x7f800000;
     return (vf)((vi)size | large | (bits & 0x8000) << 16);
 #endif
 }

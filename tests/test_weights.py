@@ -71,6 +71,7 @@ def test_rows_that_have_no_whole_super_block_are_refused(kind):
 @pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("kind", PANELS)
 def test_a_compiled_product_is_with_the_values_of_the_file(kind, fine):
+    torch.manual_seed(0)  # a number half way between two integers may be rounded to either
     raw, values = gguf_rows(kind)
     made, rows = PANELS[kind], torch.randn(9, 768)
     wanted = rounded(rows, "int4", fine).double() @ values.double().T
@@ -108,7 +109,7 @@ def test_rounding_is_at_most_half_a_step_or_better_on_the_whole(kind, steps):
     groups = weight if kind == "int8" else weight.unflatten(1, (-1, 32))
     span = 2 * groups.abs().amax(-1) if kind == "int8" else groups.amax(-1) - groups.amin(-1)
     error = (KINDS[kind].of(weight).dense() - weight).view_as(groups).abs()
-    assert (error.amax(-1) <= 3 * span / steps).all()
+    assert (error.amax(-1) <= span / steps * (0.5 * 1.001 if kind == "int8" else 3)).all()
     assert (error.square().mean(-1) <= (span / steps).square() / 12 * 1.5).all()
 
 

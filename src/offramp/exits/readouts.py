@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offramp.exits.parts import ExitPart, MambaBlock, Memory, Standardise, unit
 from offramp.model.compiled.library import CompiledPart
-from offramp.model.compiled.panels import GROUP
+from offramp.model.compiled.rounding import GROUP
 from offramp.model.compiled.weights import Weight
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.files import ASSETS
+from offramp.model.compiled.rounding import GROUP
 from offramp.model.lending import Lender, lent, require_finite
 from offramp.progress import Progress, silent
 
@@ -31,7 +32,6 @@ TOKENS = 96  # of a piece of text, at most
 FEWEST = 16  # tokens of a piece; a tokenizer that makes fewer gets random ids instead
 BETWEEN = "\n=====\n"
 EACH = 8  # of so many tokens, one shows what rounding a layer's input loses
-GROUP = 32  # columns of a row that the C code rounds with one scale, but with int8 weights twice as many
 MOST16 = 127 * 255 + 127  # the largest of its integers of 16 bits
 COARSE = 0.02  # rows are rounded to 16 bits where 8 would lose more than this share of a layer's output
 AT_ONCE = 32  # tokens whose logits are in memory at once
@@ -211,7 +211,10 @@ def _parts_of(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(x: Tensor, most: int) -> Tensor:
-    """Rows x (n, K) as whole numbers up to `most`, with a scale for each `GROUP` columns: core/rows.c does this."""
+    """Rows x (n, K) as whole numbers up to `most`, with a scale for each `GROUP` columns, as in core/rows.c.
+
+    There, int8 weights have a scale for twice as many.
+    """
     groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-30) / most
     whole = torch.round(groups / scale)

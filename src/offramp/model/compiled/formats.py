@@ -24,8 +24,8 @@ from math import inf
 import torch
 from torch import Tensor
 
-from offramp.model.compiled.panels import GROUP, LAYOUTS, Panels
-from offramp.model.compiled.rounding import Inputs, grouped
+from offramp.model.compiled.panels import LAYOUTS, Panels
+from offramp.model.compiled.rounding import GROUP, Inputs, grouped
 from offramp.model.compiled.weights import Int8, Stack, Weight
 from offramp.model.store import Tensors
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from offramp.model.compiled.panels import GROUP, PANELS
+from offramp.model.compiled.panels import PANELS
+from offramp.model.compiled.rounding import GROUP
 from offramp.model.store import Tensors
 
 Parts = tuple[Tensor, Tensor, Tensor | None]  # entries (N, G, 32) uint8; ends (N, G, ·); units (N, S, ·) or None

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from offramp.model import core
-from offramp.model.compiled.panels import GROUP, PANEL
+from offramp.model.compiled.panels import PANEL
+from offramp.model.compiled.rounding import GROUP
 from offramp.model.compiled.weights import Stack, Weight
 
 MOST_DRAFTS = 7  # of one pass

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offramp.model.compiled.rounding import GROUP
 from offramp.model.compiled.weights import Weight
 from offramp.model.store import Tensors
 
-GROUP, SUPER = 32, 256  # columns that are rounded together, and that have one float16 scale where scales are integers
+SUPER = 256  # columns that have one float16 scale where scales are integers
 PANEL = 16  # rows of a weight that are kept together
 CODES = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32)
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GROUP = 32
+GROUP = 32  # columns of a row that are rounded together: OFFRAMP_GROUP
 DAMPING = 0.3  # of the diagonal, which is added to moments: a text is short, and other texts differ from it
 FLOOR = 0.01  # of the median of mean squares: added to each, since a column that a short text leaves at 0 is not always 0
 SPARE = (-2, -1, 0, 1, 2)  # how many scales more than a grid has the range of a group is taken to be, in the search

@@ -28,9 +28,8 @@ from offramp.model.checkpoint import Values
 from offramp.model.compiled.blocks import Block, RotaryTable
 from offramp.model.compiled.formats import FORMATS, beside
 from offramp.model.compiled.library import CompiledPart, CRows, CSampling, Fine, Model, Settings, check_rows, handle_of
-from offramp.model.compiled.panels import GROUP
 from offramp.model.compiled.parts import Changed, Maker
-from offramp.model.compiled.rounding import Inputs
+from offramp.model.compiled.rounding import GROUP, Inputs
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import CompiledPlan, Rules
 from offramp.model.compiled.weights import Weight, multiplies_bfloat16
@@ -224,7 +223,7 @@ class Compiled:
     def _sketch(self, reduce: Tensor, expand: Tensor) -> tuple[Weight, Weight]:
         """A sketch's two weights, in the head's format, made once. Raises `ValueError` for maps that do not fit."""
         if expand not in self._sketches:
-            # A head that is in panels, or stacked, has a sketch in 4 bits or in 8, as a head of floats has one of these.
+            # The sketch is kept about as precisely as the head.
             kind = beside(self.head)
             if reduce.shape != expand.T.shape or (kind is not Weight and len(reduce) % GROUP):
                 raise ValueError(f"maps of {tuple(reduce.shape)} and {tuple(expand.shape)} make no sketch of this head")

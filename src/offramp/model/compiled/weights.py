@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from offramp.model.compiled.rounding import Inputs, int8
+from offramp.model.compiled.rounding import GROUP, Inputs, int8
 from offramp.model.store import Tensors
 
 
@@ -105,14 +105,14 @@ class Int8Groups(Weight):
 
     @classmethod
     def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
-        return rows * columns + 4 * rows * columns // 32
+        return rows * columns + 4 * rows * columns // GROUP
 
     @property
     def name(self) -> str:
         return "int8_groups"
 
     def dense(self) -> Tensor:
-        groups: Tensor = self.w.float().unflatten(1, (-1, 32))
+        groups: Tensor = self.w.float().unflatten(1, (-1, GROUP))
         return groups.mul_(self.scale[..., None]).flatten(1)
 
 

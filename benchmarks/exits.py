@@ -36,9 +36,10 @@ from offramp.metrics import auroc, token_f1
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.formats import FORMATS
 from offramp.model.compiled.runtime import Compiled
+from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather
-from offramp.training.teacher import TeacherTexts, group_texts, write_shards
+from offramp.training.teacher import TeacherTexts, group_texts
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import LabelledTexts, evidence, quality
 

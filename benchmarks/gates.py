@@ -32,9 +32,10 @@ from exits import exits_for, questions_in
 from offramp import Exits
 from offramp.exits.parts import ExitPart, Memory
 from offramp.metrics import auroc
+from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import gather
-from offramp.training.teacher import TeacherTexts, group_texts, write_shards
+from offramp.training.teacher import TeacherTexts, group_texts
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import LabelledTexts
 from paper_exits import mark

@@ -29,7 +29,7 @@ from ray.cluster_utils import Cluster as Nodes
 
 import offramp
 from offramp.evaluation.evaluation import Answer, Evaluation
-from offramp.evaluation.tasks import Item, Task
+from offramp.evaluation.task import Item, Task
 from offramp.extras.cluster import Cluster, connected
 from offramp.files import read_lines
 from offramp.machine import machine

@@ -37,7 +37,8 @@ from offramp import Exits, Policy
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition, Evaluation, fingerprint
 from offramp.evaluation.results import ConditionInfo, Result, load_results, save_results
-from offramp.evaluation.tasks import Task, load_task
+from offramp.evaluation.task import Task
+from offramp.evaluation.tasks import load_task
 from offramp.exits.policy import TRAINING_FREE
 from offramp.extras.report.curves import CONSISTENT
 from offramp.extras.report.page import write

@@ -18,10 +18,11 @@ from offramp.exits.config import ExitsConfig, suggested_places
 from offramp.exits.policy import TRAINING_FREE
 from offramp.files import sha256_of_text
 from offramp.model.backbone import Backbone
+from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, parts_of
 from offramp.training.loop import claim
-from offramp.training.teacher import TeacherTexts, TextGroup, write_shards
+from offramp.training.teacher import TeacherTexts, TextGroup
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import LabelledTexts
 

@@ -26,7 +26,7 @@ from offramp import Engine
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition, to_six_digits
 from offramp.evaluation.results import Result, load_results
-from offramp.evaluation.tasks import Item
+from offramp.evaluation.task import Item
 from offramp.extras.report.figures import COLOURS, MARKERS
 from offramp.files import write_atomically
 from offramp.machine import machine

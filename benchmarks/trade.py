@@ -28,7 +28,8 @@ import numpy as np
 import offramp
 from offramp import Engine, Exits, Policy
 from offramp.errors import OfframpError
-from offramp.evaluation.tasks import Task, load_task
+from offramp.evaluation.task import Task
+from offramp.evaluation.tasks import load_task
 from offramp.files import write_atomically
 from offramp.machine import machine
 from offramp.metrics import token_f1

@@ -6,10 +6,12 @@
 //
 // | planes | hold |
 // |--------|------|
-// | 8 | all bits of v, in plane v |
 // | 4 | the low 4 bits: of v in the low half of plane v % 4 for v < 4, else in its high half |
 // | 2 | the next 2 bits (the low ones of 2 and 3 bits): of v in bits 2 (v % 4) of plane v / 4 |
 // | 1 | the highest bit: of v in bit v |
+//
+// Entries of 8 bits are not in planes: a block begins with the 32 bytes of each row. So one row of a weight is
+// quick to read, as for the candidates of a sketch.
 //
 // Then come scales, and minima if there are some: a weight is q · scale + low. Without minima, it is
 // (q - centre) · scale; q of 8 bits is signed, and q of a code stands for a number of CODES. A scale is for GROUP

@@ -78,9 +78,8 @@ OFFRAMP_API int64_t offramp_constant(const char *name);
 typedef enum {
     OFFRAMP_FLOAT32,
     OFFRAMP_BFLOAT16,
-    OFFRAMP_FLOAT16,      // weights only, as all types from here to OFFRAMP_STACKED
-    OFFRAMP_INT8,         // symmetric, with one scale for each row
-    OFFRAMP_INT8_GROUPS,  // symmetric, with one scale for each OFFRAMP_GROUP columns of a row
+    OFFRAMP_FLOAT16,  // weights only, as all types from here to OFFRAMP_STACKED
+    OFFRAMP_INT8,     // symmetric, with one scale for each row
     // The types of GGUF files, in panels: layouts.h says where their numbers stand.
     OFFRAMP_Q4_0,
     OFFRAMP_Q4_1,

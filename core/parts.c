@@ -145,15 +145,13 @@ offramp_status check_weight(const Weight *m, const char *name, offramp_error *er
         return fail(error, OFFRAMP_INVALID,
                     "The weight '%.40s' has %lld rows of %lld; rows of a multiple of %lld are needed.", name,
                     (long long)m->rows, (long long)m->columns, (long long)unit);
-    if (!m->values || ((m->type == OFFRAMP_INT8 || m->type == OFFRAMP_INT8_GROUPS) && !m->scales) ||
-        (stacked && m->pieces < 1))
+    if (!m->values || (m->type == OFFRAMP_INT8 && !m->scales) || (stacked && m->pieces < 1))
         return fail(error, OFFRAMP_INVALID, "The weight '%.40s' has no numbers.", name);
     int64_t rows = 0;
     for (int64_t i = 0; stacked && i < m->pieces; i++) {
         const Weight *piece = (const Weight *)m->values + i;
         if (check_weight(piece, name, error)) return OFFRAMP_INVALID;
-        if (piece->type == OFFRAMP_STACKED || piece->type == OFFRAMP_INT8 ||
-            piece->type == OFFRAMP_INT8_GROUPS || piece->columns != m->columns)
+        if (piece->type == OFFRAMP_STACKED || piece->type == OFFRAMP_INT8 || piece->columns != m->columns)
             return fail(error, OFFRAMP_INVALID,
                         "The weight '%.40s' has a piece that cannot be stacked: its type or its columns.",
                         name);

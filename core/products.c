@@ -16,7 +16,6 @@ static const Products *products_of(const Weight *m, Form form) {
         case OFFRAMP_BFLOAT16: return &products_bfloat16;
 #endif
         case OFFRAMP_INT8: return fine ? &products_fine_int8 : &products_int8;
-        case OFFRAMP_INT8_GROUPS: return fine ? &products_fine_int8_groups : &products_int8_groups;
     }
     const Layout of = LAYOUTS[m->type < OFFRAMP_STACKED ? m->type : OFFRAMP_FLOAT32];
     return (of.codes ? products_codes : in_panels[of.bits]) + fine;

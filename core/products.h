@@ -15,9 +15,7 @@ typedef struct {
 
 // The bytes of a row of weights, where rows stand one after another.
 static inline int64_t row_bytes(const Weight *m) {
-    return m->columns * (m->type == OFFRAMP_FLOAT32                                  ? 4
-                         : m->type == OFFRAMP_INT8 || m->type == OFFRAMP_INT8_GROUPS ? 1
-                                                                                     : 2);
+    return m->columns * (m->type == OFFRAMP_FLOAT32 ? 4 : m->type == OFFRAMP_INT8 ? 1 : 2);
 }
 
 // Multiplies R rows of x with rows `from` to `to` - 1 of the weight, and unless `apart` is 0 with as many

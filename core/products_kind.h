@@ -32,10 +32,10 @@ typedef struct {
 } Products;
 
 // Formats of rows, and how rows of x are made narrow for them.
-enum { FLOAT32, BFLOAT16, PAIRED_BFLOAT16, FLOAT16, INT8, FINE_INT8, INT8_GROUPS, FINE_INT8_GROUPS };
+enum { FLOAT32, BFLOAT16, PAIRED_BFLOAT16, FLOAT16, INT8, FINE_INT8 };
 
 extern const Products products_float32, products_bfloat16, products_paired_bfloat16, products_float16,
-    products_int8, products_fine_int8, products_int8_groups, products_fine_int8_groups;
+    products_int8, products_fine_int8;
 // Formats in panels, by their bits; `codes`: of those. The second one is for `fine` rows of x.
 extern const Products products_2_bits[2], products_3_bits[2], products_4_bits[2], products_codes[2],
     products_5_bits[2], products_6_bits[2], products_8_bits[2];

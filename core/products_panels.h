@@ -16,7 +16,30 @@ enum { PARTS = PANEL / LANES, SCALES = SCALES_OF(BITS), WITH_SCALE = EIGHT / SCA
 // What is subtracted from weights, where no minimum is kept.
 enum { CENTRE = BITS == 8 || IN_CODES ? OFFSET : 1 << (BITS - 1) };
 
-// Columns 4 v to 4 v + 3 of a block's rows: of part `part` of them.
+// Places for __builtin_shuffle: the same in all lanes of 128 bits.
+#if WIDE
+#define IN_LANES(a, b, c, d) \
+    (vi){a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12}
+#else
+#define IN_LANES(a, b, c, d) (vi){a, b, c, d, a + 4, b + 4, c + 4, d + 4}
+#endif
+
+// 16 bytes from each of several places, `far` bytes apart, in lanes of 128 bits.
+ALWAYS vi lanes_of(const uint8_t *from, int far) {
+#define SIXTEEN(i) _mm_loadu_si128((const __m128i *)(from + (i) * far))
+#if WIDE
+    const __m512i v = _mm512_inserti32x4(_mm512_castsi128_si512(SIXTEEN(0)), SIXTEEN(1), 1);
+    return (vi)_mm512_inserti32x4(_mm512_inserti32x4(v, SIXTEEN(2), 2), SIXTEEN(3), 3);
+#elif defined(__AVX2__)
+    return (vi)_mm256_inserti128_si256(_mm256_castsi128_si256(SIXTEEN(0)), SIXTEEN(1), 1);
+#else
+    vi v;
+    memcpy(&v, from, 16), memcpy((char *)&v + 16, from + far, 16);
+    return v;
+#endif
+}
+
+// Columns 4 v to 4 v + 3 of a block's rows: of part `part` of them. Entries of 8 bits: see `turned`.
 ALWAYS vb weights_of(const uint8_t *block, int part, int v) {
 #define PLANE_AT(i)                                                                   \
     ({                                                                                \
@@ -26,7 +49,6 @@ ALWAYS vb weights_of(const uint8_t *block, int part, int v) {
     })
 #define MOVED(bits, from, to) ((from) < (to) ? (bits) << ((to) - (from)) : (bits) >> ((from) - (to)))
     enum { TWO = BITS >= 4 ? 4 : 0, ONE = BITS == 5 ? 4 : 2 };  // planes of 2 bits, and of 1, begin there
-    if (BITS == 8) return (vb)PLANE_AT(v);
     vu w = {0};
     if (BITS >= 4) w = MOVED(PLANE_AT(v % 4), v < 4 ? 0 : 4, 0) & 0x0f0f0f0f;
     if (BITS == 6) w |= MOVED(PLANE_AT(TWO + v / 4), 2 * (v % 4), 4) & 0x30303030;
@@ -34,6 +56,20 @@ ALWAYS vb weights_of(const uint8_t *block, int part, int v) {
     if (BITS == 5) w |= MOVED(PLANE_AT(ONE), v, 4) & 0x10101010;
     if (BITS == 3) w |= MOVED(PLANE_AT(ONE), v, 2) & 0x04040404;
     return IN_CODES ? look_up(CODES, (vb)w) : (vb)w;
+}
+
+// Four vectors as `weights_of` gives them, of entries of 8 bits: columns 16 `half` to 16 `half` + 15 of a part of a
+// block's rows.
+ALWAYS void turned(const uint8_t *block, int part, int half, vb *w) {
+    const vi low = IN_LANES(0, LANES, 1, LANES + 1), high = IN_LANES(2, LANES + 2, 3, LANES + 3);
+    const vi even = IN_LANES(0, 1, LANES, LANES + 1), odd = IN_LANES(2, 3, LANES + 2, LANES + 3);
+    vi v[4], u[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) v[i] = lanes_of(block + (part * LANES + i) * GROUP + 16 * half, 4 * GROUP);
+    u[0] = __builtin_shuffle(v[0], v[1], low), u[1] = __builtin_shuffle(v[2], v[3], low);
+    u[2] = __builtin_shuffle(v[0], v[1], high), u[3] = __builtin_shuffle(v[2], v[3], high);
+    w[0] = (vb)__builtin_shuffle(u[0], u[1], even), w[1] = (vb)__builtin_shuffle(u[0], u[1], odd);
+    w[2] = (vb)__builtin_shuffle(u[2], u[3], even), w[3] = (vb)__builtin_shuffle(u[2], u[3], odd);
 }
 
 // Adds the products of weights with the same four numbers of a row in all lanes.
@@ -70,13 +106,15 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
             const uint8_t *ends = block + BITS * PLANE;
             const int64_t place = c->r * x.width + g * GROUP;
             const int8_t *q = (const int8_t *)x.narrow + place, *rest = x.low + place;
+            vb bytes_of[EIGHT];
+            if (BITS == 8) turned(block, part, 0, bytes_of), turned(block, part, 1, bytes_of + 4);
 #pragma GCC unroll 2
             for (int s = 0; s < SCALES; s++) {
                 vi whole[MOST_ROWS] = {0}, less[MOST_ROWS] = {0};
 #pragma GCC unroll 8
                 for (int i = 0; i < WITH_SCALE; i++) {
                     const int v = SCALES == 1 ? i / 2 + i % 2 * 4 : s * WITH_SCALE + i;  // halves of a plane
-                    const vb w = weights_of(block, part, v);
+                    const vb w = BITS == 8 ? bytes_of[v] : weights_of(block, part, v);
                     EACH_ROW whole[t] = dot_four(whole[t], w, q + t * x.width + 4 * v);
                     if (fine) EACH_ROW less[t] = dot_four(less[t], w, rest + t * x.width + 4 * v);
                 }
@@ -110,6 +148,50 @@ ALWAYS void panel_tile(const Tile *c, const Out *out, const int T, const int fin
     FUNCTION(panel_##T, panel_tile(c, out, T, 0)) FUNCTION(fine_panel_##T, panel_tile(c, out, T, 1))
 UP_TO_EIGHT(PANELS)
 
+#if BITS == 8
+// Columns `from` to `to` - 1 of PANEL rows of a weight, whose first blocks and places in a panel are given, as one
+// panel.
+static void gather(const uint8_t *const *blocks, const int *places, int64_t from, int64_t to,
+                   uint8_t *panel) {
+    enum { BYTES = BITS * PLANE + PANEL * HALF_PRECISION, AHEAD = 6 };  // blocks to fetch ahead of time
+    for (int64_t at = from / GROUP * BYTES; at < to / GROUP * BYTES; at += BYTES, panel += BYTES)
+        for (int i = 0; i < PANEL; i++) {
+            const uint8_t *block = blocks[i] + at, *ends = block + BITS * PLANE + HALF_PRECISION * places[i];
+            __builtin_prefetch(block + AHEAD * BYTES + GROUP * places[i]);
+            memcpy(panel + GROUP * i, block + GROUP * places[i], GROUP);
+            memcpy(panel + BITS * PLANE + HALF_PRECISION * i, ends, HALF_PRECISION);
+        }
+}
+
+// Multiplies any rows of a weight, which are put into panels.
+ALWAYS void pick(const Weight *m, const Rows *x, int64_t r, const int64_t *rows, int64_t count,
+                 const Out *out, Multiply *multiply_panel) {
+    const Layout of = LAYOUTS[m->type];
+    const int64_t K = m->columns;
+    _Alignas(64) uint8_t panel[DEPTH / GROUP * (BITS * PLANE + PANEL * HALF_PRECISION)];
+    const uint8_t *blocks[PANEL];
+    int places[PANEL];
+    float results[PANEL], biases[PANEL];
+    for (int64_t first = 0; first < count; first += PANEL) {
+        for (int i = 0; i < PANEL; i++) {
+            const int64_t row = rows[min_(first + i, count - 1)];
+            blocks[i] = (const uint8_t *)m->values + row / PANEL * bytes_of_panel(of, K);
+            places[i] = (int)(row % PANEL), biases[i] = m->bias ? m->bias[row] : 0;
+        }
+        Weight one = *m;
+        one.bias = m->bias ? biases : NULL;
+        for (int64_t from = 0, to; from < K; from = to) {
+            to = min_(K, from + DEPTH);
+            gather(blocks, places, from, to, panel);
+            one.values = panel - from / GROUP * bytes_of_block(of);
+            multiply_panel(&(Tile){&one, x, 0, PANEL, 0, r, from, to, 0, PANEL},
+                           &(Out){results, 0, from > 0});
+        }
+        for (int64_t i = first; i < min_(count, first + PANEL); i++)
+            out->y[r * out->stride + rows[i]] = results[i - first];
+    }
+}
+#else
 // Multiplies whole panels, and picks the wanted results.
 ALWAYS void pick(const Weight *m, const Rows *x, int64_t r, const int64_t *rows, int64_t count,
                  const Out *out, Multiply *panel) {
@@ -123,6 +205,8 @@ ALWAYS void pick(const Weight *m, const Rows *x, int64_t r, const int64_t *rows,
         for (; i < count && rows[i] < to; i++) out->y[r * out->stride + rows[i]] = results[rows[i] - from];
     }
 }
+
+#endif
 
 static void scattered(const Weight *m, const Rows *x, int64_t r, const int64_t *rows, int64_t count,
                       const Out *out) {

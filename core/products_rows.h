@@ -3,10 +3,7 @@
 #pragma once
 #include "products_kind.h"
 
-#define IN_GROUPS (KIND == INT8_GROUPS || KIND == FINE_INT8_GROUPS)
-#define IS_INT8 (KIND == INT8 || KIND == FINE_INT8 || IN_GROUPS)
-#define SCALED (IS_INT8 && !IN_GROUPS)  // each row of weights has one scale
-#define IS_FINE (KIND == FINE_INT8 || KIND == FINE_INT8_GROUPS)
+#define IS_INT8 (KIND == INT8 || KIND == FINE_INT8)
 
 // The numbers of a row of weights that are multiplied at once.
 #define AT_ONCE (IS_INT8 ? 4 * LANES : KIND == PAIRED_BFLOAT16 ? 2 * LANES : LANES)
@@ -37,36 +34,18 @@ ALWAYS vi weights_at(const char *w, int64_t k, int64_t left) {
 ALWAYS vi times_bytes(vi acc, vi weights, const int8_t *q) {
     vb x;
     memcpy(&x, q, sizeof x);
-    acc = dot_bytes(acc, (vb)weights, x);
-    // Sums that each have a scale of their own cannot be corrected in the end: see dot_bytes.
-    return IN_GROUPS && OFFSET ? acc - dot_small((vi){0}, (vb)((vi){0} | (int32_t)0x80808080), x) : acc;
+    return dot_bytes(acc, (vb)weights, x);
 }
 
-// Products of the scales of weights and of a row from column k on, of which there are `left`, for each lane.
-ALWAYS vf scales_of(const float *scales, const float *of_row, int64_t left) {
-#if WIDE
-    const __m512 first = _mm512_set1_ps(scales[0] * of_row[0]);
-    return (vf)(left <= GROUP ? first : _mm512_insertf32x8(first, _mm256_set1_ps(scales[1] * of_row[1]), 1));
-#else
-    (void)left;  // a vector is one group
-    return all(scales[0] * of_row[0]);
-#endif
-}
-
-// Adds the products of row n of the weights, as `weights_at` gives them, and of row r from column k on, of which
+// Adds the products of a row of weights, as `weights_at` gives them, and of row r from column k on, of which
 // there are `left`.
-ALWAYS vf times(vf acc, vi weights, const Weight *m, int64_t n, const Rows *x, int64_t r, int64_t k,
-                int64_t left) {
+ALWAYS vf times(vf acc, vi weights, const Rows *x, int64_t r, int64_t k, int64_t left) {
     if (IS_INT8) {
         const int64_t at = r * x->width + k;
         vi whole = times_bytes((vi){0}, weights, (const int8_t *)x->narrow + at);
-        if (IS_FINE) whole = times_bytes(whole * BASE, weights, x->low + at);
-        const vf sums = __builtin_convertvector(whole, vf);
+        if (KIND == FINE_INT8) whole = times_bytes(whole * BASE, weights, x->low + at);
         const float *scale = x->scale + r * x->groups;
-        return IN_GROUPS
-                   ? fma_(sums, scales_of(m->scales + (n * m->columns + k) / GROUP, scale + k / GROUP, left),
-                          acc)
-                   : fma_(sums, all(scale[k / (2 * GROUP)]), acc);
+        return fma_(__builtin_convertvector(whole, vf), all(scale[k / (2 * GROUP)]), acc);
     }
 #if MULTIPLIES_BFLOAT16
     if (KIND == PAIRED_BFLOAT16) {
@@ -83,18 +62,18 @@ typedef float four __attribute__((vector_size(4 * FOUR)));
 ALWAYS void store_sums(const Tile *c, const Out *out, int t, int64_t n, int64_t count, const float *sums) {
     const Weight *m = c->m;
     float *y = out->y + (c->r + t) * out->stride + n;
-    const float offset = SCALED && !c->from ? c->x->offset[c->r + t] : 0;
+    const float offset = IS_INT8 && !c->from ? c->x->offset[c->r + t] : 0;
     if (count == FOUR) {
         four s, part;
         memcpy(&s, sums, sizeof s);
-        if (SCALED) memcpy(&part, m->scales + n, sizeof part), s = part * (s - offset);
+        if (IS_INT8) memcpy(&part, m->scales + n, sizeof part), s = part * (s - offset);
         if (m->bias && !c->from) memcpy(&part, m->bias + n, sizeof part), s += part;
         if (out->add) memcpy(&part, y, sizeof part), s = part + s;
         memcpy(y, &s, sizeof s);
         return;
     }
     for (int i = 0; i < count; i++) {
-        float s = SCALED ? m->scales[n + i] * (sums[i] - offset) : sums[i];
+        float s = IS_INT8 ? m->scales[n + i] * (sums[i] - offset) : sums[i];
         if (m->bias && !c->from) s += m->bias[n + i];
         y[i] = out->add ? y[i] + s : s;
     }
@@ -117,13 +96,13 @@ ALWAYS void in_turn(const Tile *c, const Out *out, const int T, const int stream
     for (int64_t i = 0; i < c->count; i++, w += row) {
         vf near[MOST_ROWS] = {0}, far[MOST_ROWS] = {0};
         int64_t k = c->from;
-#define GO_ON(left)                                                                                       \
-    {                                                                                                     \
-        const vi u = weights_at(w, k, left), v = streams > 1 ? weights_at(w + apart, k, left) : u;        \
-        EACH_ROW {                                                                                        \
-            near[t] = times(near[t], u, c->m, c->n + i, &x, c->r + t, k, left);                           \
-            if (streams > 1) far[t] = times(far[t], v, c->m, c->n + i + c->apart, &x, c->r + t, k, left); \
-        }                                                                                                 \
+#define GO_ON(left)                                                                                \
+    {                                                                                              \
+        const vi u = weights_at(w, k, left), v = streams > 1 ? weights_at(w + apart, k, left) : u; \
+        EACH_ROW {                                                                                 \
+            near[t] = times(near[t], u, &x, c->r + t, k, left);                                    \
+            if (streams > 1) far[t] = times(far[t], v, &x, c->r + t, k, left);                     \
+        }                                                                                          \
     }
         for (; k + AT_ONCE <= to; k += AT_ONCE) GO_ON(AT_ONCE)
         if (k < to) GO_ON(to - k)
@@ -144,12 +123,11 @@ ALWAYS void side_by_side(const Tile *c, const Out *out, const int N, const int T
     const char *w = (const char *)c->m->values + c->n * row;
     vf acc[24] = {0};
     int64_t k = c->from;
-#define GO_ON(left)                                                             \
-    {                                                                           \
-        vi v[4];                                                                \
-        EACH_WEIGHT v[i] = weights_at(w + i * row, k, left);                    \
-        EACH_ROW EACH_WEIGHT acc[t * N + i] =                                   \
-            times(acc[t * N + i], v[i], c->m, c->n + i, &x, c->r + t, k, left); \
+#define GO_ON(left)                                                                               \
+    {                                                                                             \
+        vi v[4];                                                                                  \
+        EACH_WEIGHT v[i] = weights_at(w + i * row, k, left);                                      \
+        EACH_ROW EACH_WEIGHT acc[t * N + i] = times(acc[t * N + i], v[i], &x, c->r + t, k, left); \
     }
     for (; k + AT_ONCE <= c->to; k += AT_ONCE) GO_ON(AT_ONCE)
     if (k < c->to) GO_ON(c->to - k)
@@ -177,7 +155,7 @@ static void scattered_eight(const Weight *m, const Rows *x, int64_t r, const int
             for (int64_t k = first; k < to; k += AT_ONCE) {
                 const int64_t left = k + AT_ONCE <= to ? AT_ONCE : to - k;
                 const vi weights = weights_at((const char *)m->values + rows[i] * bytes, k, left);
-                acc[i] = times(acc[i], weights, m, rows[i], x, r, k, left);
+                acc[i] = times(acc[i], weights, x, r, k, left);
             }
         }
         sums_of(acc, sums);

@@ -5,7 +5,7 @@ static int64_t columns_of_scale(Form form) { return form == BYTES || form == FIN
 
 Form form_of(const Weight *m) {
     if (m->type == OFFRAMP_INT8) return m->fine ? FINE_BYTES : BYTES;
-    if (in_panels(m) || m->type == OFFRAMP_INT8_GROUPS) return m->fine ? FINE_GROUPS : GROUPS;
+    if (in_panels(m)) return m->fine ? FINE_GROUPS : GROUPS;
     if (m->type == OFFRAMP_BFLOAT16) return m->fine || !MULTIPLIES_BFLOAT16 ? SINGLES : PAIRS;
     const Weight *piece = m->values;
     for (int64_t i = 0; i < m->pieces; i++)

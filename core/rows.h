@@ -9,7 +9,7 @@
 // | float32, float16 | float32 |
 // | bfloat16 | bfloat16 where the processor multiplies it (AVX512-BF16), else and with `fine` float32 |
 // | int8 | 8-bit integers with a scale for every 64 columns; `fine`: 16-bit ones |
-// | int8 in groups, in panels | 8-bit integers with a scale for every GROUP columns; `fine`: 16-bit ones |
+// | integers in panels | 8-bit integers with a scale for every GROUP columns; `fine`: 16-bit ones |
 // | stacked | as the pieces need it; float32 too, for pieces of floats among panels |
 
 #pragma once

@@ -6,7 +6,7 @@
 static float entry_of_block(Layout of, const uint8_t *block, int i, int k) {
     const int v = k / 4, byte = 4 * i + k % 4;
     int q = 0, begun = 0;
-    if (of.bits == 8) return (float)(int8_t)block[v * PLANE + byte];
+    if (of.bits == 8) return (float)(int8_t)block[GROUP * i + k];
     if (of.bits & 4) q = block[v % 4 * PLANE + byte] >> (v < 4 ? 0 : 4) & 15, block += 4 * PLANE, begun = 4;
     if (of.bits & 2)
         q |= (block[v / 4 * PLANE + byte] >> 2 * (v % 4) & 3) << begun, block += 2 * PLANE, begun += 2;
@@ -60,9 +60,8 @@ void values_of_row(const Weight *m, int64_t row, float *out) {
         if (m->type == OFFRAMP_FLOAT32) v = load_up_to((const float *)values + at, left);
         if (m->type == OFFRAMP_BFLOAT16) v = from_bfloat16((const uint16_t *)values + at, left);
         if (m->type == OFFRAMP_FLOAT16) v = float16_up_to((const uint16_t *)values + at, left);
-        if (m->type == OFFRAMP_INT8 || m->type == OFFRAMP_INT8_GROUPS)
-            for (int64_t i = 0; i < min_(left, LANES); i++)
-                v[i] = (int8_t)values[at + i] * m->scales[m->type == OFFRAMP_INT8 ? row : (at + i) / GROUP];
+        if (m->type == OFFRAMP_INT8)
+            for (int64_t i = 0; i < min_(left, LANES); i++) v[i] = (int8_t)values[at + i] * m->scales[row];
         store_up_to(out + k, v, left);
     }
 }

@@ -25,7 +25,8 @@ from offramp.decode.fills import FILLS
 from offramp.decode.request import Prefilled
 from offramp.decode.sequence import Sequence
 from offramp.errors import BadInput
-from offramp.evaluation.tasks import Item, Task, score_coqa
+from offramp.evaluation.task import Item, Task
+from offramp.evaluation.tasks import score_coqa
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.hub import Source

@@ -123,7 +123,7 @@ def test_names_in_a_verbs_help_are_those_of_the_classes(world, monkeypatch) -> N
     for verb, words in (
         ("train", ["linear, ffn, mamba or new (default: mamba", "deep (default: ffn"]),
         ("calibrate", ["f1, exact or task", "precision, thresholds, decay, patience or fixed", "freeze or defer"]),
-        ("eval", ["truthfulqa, truthfulqa-mc, triviaqa or coqa"]),
+        ("eval", ["truthfulqa, truthfulqa-mc, triviaqa, coqa, humaneval or mbpp"]),
     ):
         shown = " ".join(run(world, verb, "--help", COLUMNS="400").stdout.split())
         for each in words:

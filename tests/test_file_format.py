@@ -105,7 +105,7 @@ def test_a_file_of_several_types_keeps_each(tmp_path):
     assert [piece.name for piece in qkv.pieces] == ["Q5_0", "Q8_0"]
     assert [piece.name for piece in getattr(gate_up, "weight", gate_up).pieces] == ["Q4_K", "Q6_K"]
     assert isinstance(qkv, Stack)
-    assert (backbone.runtime.embedding.name, backbone.runtime.head.name) == ("Q5_0", "int8_groups")
+    assert (backbone.runtime.embedding.name, backbone.runtime.head.name) == ("Q5_0", "Q8_0")
     assert backbone.precision == "int8"
     # Each token is decoded alone, as in a chunk, and from its embedding in C as in Python.
     answer = offramp.Engine(backbone).generate([1, 2, 3], max_tokens=8)

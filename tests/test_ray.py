@@ -32,7 +32,8 @@ from offramp.evaluation.evaluation import Condition, Evaluation, answered  # noq
 from offramp.evaluation.results import Result  # noqa: E402
 from offramp.extras.cluster import Kind, ModelCopy, Replicas, _room, _Worker, connected  # noqa: E402
 from offramp.model.backbone import Backbone  # noqa: E402
-from offramp.training.teacher import group_texts, made_shards, write_shards  # noqa: E402
+from offramp.training.answering import made_shards, write_shards  # noqa: E402
+from offramp.training.teacher import group_texts  # noqa: E402
 from watched import Missing, Watched, crash, wait  # noqa: E402
 
 NODE = {"node_ip_address": "127.0.0.1", "object_store_memory": 80 * 2**20}

@@ -8,8 +8,8 @@ import math
 import pytest
 
 from offramp.errors import BadInput
+from offramp.evaluation.task import Item
 from offramp.evaluation.tasks import (
-    Item,
     choices,
     load_task,
     rouge_l,

@@ -136,7 +136,7 @@ static inline double entry_of_panels(Layout of, const uint8_t *values, int64_t c
                   *units = panel + g / 8 * (8 * bytes_of_block(of) + bytes_before(of));
     int q = 0, begun = 0;
     const uint8_t *plane = block;
-    if (of.bits & 8) q = plane[64 * v + of_four];
+    if (of.bits & 8) q = plane[32 * (int)i + k];
     if (of.bits & 4) q = plane[64 * (v % 4) + of_four] >> (v < 4 ? 0 : 4) & 15, plane += 4 * 64, begun = 4;
     if (of.bits & 2)
         q |= (plane[64 * (v / 4) + of_four] >> 2 * (v % 4) & 3) << begun, plane += 2 * 64, begun += 2;
@@ -168,11 +168,10 @@ static inline offramp_weight weight_of(int type, int fine, int64_t rows, int64_t
         }
         w.values = values;
     }
-    if (type == OFFRAMP_INT8 || type == OFFRAMP_INT8_GROUPS) {
-        const int64_t scales = type == OFFRAMP_INT8 ? rows : count / OFFRAMP_GROUP;
+    if (type == OFFRAMP_INT8) {
         int8_t *values = memory(count);
         for (int64_t i = 0; i < count; i++) values[i] = (int8_t)(below(255) - 127);
-        w.values = values, w.scales = randoms(scales, 0.5f * size / 127, size / 127);
+        w.values = values, w.scales = randoms(rows, 0.5f * size / 127, size / 127);
     }
     if (type >= OFFRAMP_Q4_0) w.values = panels_of(LAYOUTS[type], rows, columns, size);
     if (bias) w.bias = randoms(rows, -1, 1);
@@ -189,8 +188,6 @@ static inline double entry(const offramp_weight *w, int64_t row, int64_t column)
     if (w->type == OFFRAMP_BFLOAT16) return half_of(((const uint16_t *)w->values)[at]);
     if (w->type == OFFRAMP_FLOAT16) return float16_of(((const uint16_t *)w->values)[at]);
     if (w->type == OFFRAMP_INT8) return (double)((const int8_t *)w->values)[at] * w->scales[row];
-    if (w->type == OFFRAMP_INT8_GROUPS)
-        return (double)((const int8_t *)w->values)[at] * w->scales[at / OFFRAMP_GROUP];
     return entry_of_panels(LAYOUTS[w->type], w->values, w->columns, row, column);
 }
 

@@ -17,7 +17,6 @@ static void constants_are_those_of_the_header(void) {
     IS(OFFRAMP_FLOAT32);
     IS(OFFRAMP_BFLOAT16);
     IS(OFFRAMP_INT8);
-    IS(OFFRAMP_INT8_GROUPS);
     IS(OFFRAMP_FLOAT16);
     IS(OFFRAMP_Q4_1);
     IS(OFFRAMP_IQ4_XS);

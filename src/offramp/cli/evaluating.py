@@ -38,7 +38,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="The task's official file, or TASK=FILE for one of several tasks (default: from the hub)."),
     ] = None,
-    decoding: Annotated[DecodingOptions, Only("exits", "fill", "confidence", "candidates", "dtype")],
+    decoding: Annotated[DecodingOptions, Only("exits", "fill", "candidates", "dtype")],
     threshold: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,6 +46,10 @@ def evaluate(
         ),
     ] = None,
     options: EvaluationOptions,
+    run_code: Annotated[
+        bool,
+        typer.Option("--run-code", help="Let programs that the model writes run, shut in (for humaneval and mbpp)."),
+    ] = False,
     ray: Ray = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
 ) -> None:
@@ -60,7 +64,7 @@ def evaluate(
     if options.batch < 1:
         raise BadInput(f"Answers cannot be made {options.batch} at a time.", "Give --batch 1 or more.")
     names = task.split(",")
-    tasks = [load_task(name, _file_for(name, names, data or []), options.limit) for name in names]
+    tasks = [load_task(name, _file_for(name, names, data or []), options.limit, run_code) for name in names]
     loaded = decoding.load(model)
     backbone = loaded.backbone
     conditions = _conditions(loaded, decoding, threshold)

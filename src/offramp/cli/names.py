@@ -18,7 +18,6 @@ NAMES = {
     "fills": "decode.fills.FILLS",
     "early_fills": "decode.fills.EARLY",
     "modes": "decode.modes.MODES",
-    "confidences": "exits.policy.CONFIDENCES",
     "formats": "model.compiled.formats.FORMATS",
     "losses": "training.losses.LOSSES",
     "policies": "training.lines.KINDS",

@@ -30,10 +30,6 @@ Model = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for another program to read.")]
-Reference = Annotated[
-    str | None,
-    typer.Option(help="Compare with another model's full depth, such as the one that MODEL was tuned from."),
-]
 Ray = Annotated[
     str | None,
     typer.Option(
@@ -74,9 +70,6 @@ class DecodingOptions:
     threshold: str | None = setting(
         None, "Confidence that a token must exceed to leave, one for all exits or one for each: 1,1,0.9.", panel=RESEARCH
     )
-    confidence: str | None = setting(
-        None, "What the threshold is compared with: {confidences} (default: as the exits have it).", panel=RESEARCH
-    )
     candidates: int = setting(
         0, "Read out only so many tokens, those that a sketch of the head ranks highest (0: all).", panel=RESEARCH
     )
@@ -99,7 +92,6 @@ class DecodingOptions:
         asked = {
             "fill": self.fill,
             "threshold": self.threshold,
-            "confidence": self.confidence,
             "candidates": self.candidates,
         }
         flags = " and ".join(f"--{name}" for name, value in asked.items() if value)
@@ -117,15 +109,14 @@ class DecodingOptions:
         from offramp.exits.policy import Policy
 
         if self.threshold is None:
-            asked = {"confidence": self.confidence, "candidates": self.candidates}
-            if flags := " and ".join(f"--{name}" for name, value in asked.items() if value):
-                raise BadInput(f"There is no default threshold with {flags}.", "Give one: --threshold 0.9")
+            if self.candidates:
+                raise BadInput("There is no default threshold with --candidates.", "Give one: --threshold 0.9")
             return None
         thresholds = _thresholds(self.threshold)
         if exits is None:
             raise BadInput("There are no exits that --threshold could open.", "Leave it out, or name exits: --exits DIR.")
         thresholds = thresholds * len(exits) if len(thresholds) == 1 else thresholds
-        return Policy(thresholds, self.confidence or exits.policy.confidence, candidates=self.candidates)
+        return Policy(thresholds, exits.policy.confidence, candidates=self.candidates)
 
     def engine(self, model: LoadedModel, sampling: Sampling | None = None) -> Engine:
         """The engine that the flags ask for. Raises as `rules` does."""

@@ -40,7 +40,7 @@ def train(
     from offramp.cli.terminal import training_table
     from offramp.exits.exit_set import DRAFT
     from offramp.exits.exits import Exits
-    from offramp.training.teacher import made_shards
+    from offramp.training.answering import made_shards
     from offramp.training.training import train as train_exits
 
     backbone = decoding.load(model).backbone

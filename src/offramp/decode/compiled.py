@@ -149,7 +149,7 @@ class CompiledStepper:
         if decisions:
             sequence.deep_passes, sequence.rejected = decisions[-1].deep_passes, decisions[-1].rejected
         if failed == constant("OFFRAMP_NOT_FINITE"):
-            request.fail(self._plan.bad_numbers())
+            request.fail(self._plan.backbone.bad_numbers())
         elif failed:
             request.fail(NothingFits("No token of the model fits the schema here.", "Make the schema simpler."))
         return [] if failed else decisions

@@ -19,7 +19,7 @@ from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import Work
 from offramp.decode.stepper import Stepper
 from offramp.decode.timing import Timed, untimed
-from offramp.errors import BadInput, BadNumbers
+from offramp.errors import BadInput
 from offramp.exits.calibrated import differences
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.parts import ExitPart, with_products
@@ -202,14 +202,7 @@ class Plan:
     def check_numbers(self, logits: Tensor) -> None:
         """Raise `BadNumbers` for NaN and infinite logits."""
         if not torch.isfinite(logits.amax()):
-            raise self.bad_numbers()
-
-    def bad_numbers(self) -> BadNumbers:
-        """The error for logits that are not finite."""
-        return BadNumbers(
-            f"{self.backbone.name} gave NaN or infinite logits in {self.backbone.weight_format}.",
-            "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
-        )
+            raise self.backbone.bad_numbers()
 
     def part_of(self, number: int) -> str:
         """The timer's name for a segment: `shallow` before the first open exit, `deep` after it; `blocks` without exits."""

@@ -33,7 +33,8 @@ from offramp.evaluation.results import (
     TaskInfo,
     summary,
 )
-from offramp.evaluation.tasks import Item, Task, choices, rouge_l, score_choices
+from offramp.evaluation.task import Item, Task
+from offramp.evaluation.tasks import choices, rouge_l, score_choices
 from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
 from offramp.files import sha256_of_text, write_atomically
@@ -307,15 +308,15 @@ def _generations(
     condition: Condition, task: Task, batch: int, backbone: Backbone, items: Sequence[Item]
 ) -> Iterator[tuple[str, Kept]]:
     engine = condition.engine(backbone, Sampling(repetition_penalty=task.repetition_penalty))
-    prompts = [_encode(backbone, item, task.max_tokens) for item in items]
+    prompts = [_encode(backbone, item, task) for item in items]
     for index, answer in engine.answers(prompts, batch, max_tokens=task.max_tokens, stop=task.stop):
         yield items[index].id, Answer.of(engine, len(prompts[index]), answer)
 
 
-def _encode(backbone: Backbone, item: Item, answer_tokens: int) -> list[int]:
+def _encode(backbone: Backbone, item: Item, task: Task) -> list[int]:
     """The prompt's token ids. A beginning that would leave no room for the answer is cut off (CoQA's stories)."""
-    ids = list(backbone.tokenizer(item.prompt)["input_ids"])
-    return ids[-max(1, backbone.context - answer_tokens) :]
+    ids = backbone.prompts.encode(item.prompt) if task.chat else list(backbone.tokenizer(item.prompt)["input_ids"])
+    return ids[-max(1, backbone.context - task.max_tokens) :]
 
 
 def _likelihoods(condition: Condition, backbone: Backbone, items: Sequence[Item]) -> Iterator[tuple[str, Kept]]:

@@ -46,6 +46,7 @@ _TABLE = (
     Metric("bleu_max", "BLEU", score=True),
     Metric("bleu_diff", "BLEU difference", score=True, report=False),
     Metric("bleu_acc", "BLEU accuracy", score=True, line=True),
+    Metric("pass@1", "pass@1", score=True, line=True),
     Metric("mc2", "MC2", score=True, line=True),
     Metric("mc1", "MC1", score=True, line=True),
     Metric("token_f1", "consistency (token F1)", line=True),

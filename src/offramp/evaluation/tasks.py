@@ -16,12 +16,15 @@ import functools
 import io
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offramp.errors import BadInput, reason_of
-from offramp.files import install_hint, sha256_of_text
+from offramp.errors import BadInput
+from offramp.evaluation import sandbox
+from offramp.evaluation.code import humaneval, mbpp
+from offramp.evaluation.sources import from_hub, missing, not_official, read_file
+from offramp.evaluation.task import Item, Scores, Task
+from offramp.files import sha256_of_text
 from offramp.metrics import best_f1, best_match, left_one_out, trivia_words
 
 # The authors' prompt (TruthfulQA, arXiv 2109.07958, appendix E).
@@ -47,48 +50,24 @@ A: The 1992 Olympics were held in Barcelona, Spain.
 SHOTS = 5  # questions with answers before a TriviaQA question
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question. `prompt` ends where the answer begins. `references` are right answers, `wrong` are wrong answers."""
-
-    id: str
-    question: str
-    prompt: str
-    references: tuple[str, ...]
-    wrong: tuple[str, ...] = ()
-    best: str = ""  # TruthfulQA's best answer
-
-
-Scores = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A set of questions, how an answer to them ends, and how it is scored: `score(answer, item)` gives named scores."""
-
-    name: str
-    items: list[Item]
-    stop: tuple[str, ...]
-    max_tokens: int
-    score: Callable[[str, Item], Scores]
-    source: str
-    sha256: str
-    note: str = ""  # a label that every figure from this task must carry
-    multiple_choice: bool = False
-    repetition_penalty: float = 1.0  # of the answers' tokens; 1 is none
-
-
-def load_task(name: str, data: str | Path | None = None, limit: int | None = None) -> Task:
+def load_task(name: str, data: str | Path | None = None, limit: int | None = None, run_code: bool = False) -> Task:
     """A task by name, from the hub or from the file `data`.
 
-    `limit`: keep only this many questions, the first in the order of their hashes (CoQA: in the file's order). Raises
-    `BadInput` for an unknown task, a limit below 1, and data that cannot be fetched or read.
+    `limit`: keep only this many questions, the first in the order of their hashes (CoQA: in the file's order). `run_code`:
+    what the model writes may run, shut in. Raises `BadInput` for an unknown task, a limit below 1, data that cannot be
+    fetched or read, and for a task whose code may not or cannot run.
     """
     if limit is not None and limit < 1:
         raise BadInput(f"{limit} questions are too few.", "Give --limit 1 or more, or none for all of them.")
     if name not in TASKS:
         raise BadInput(f"There is no task '{name}'.", f"Choose from {', '.join(TASKS)}.")
     task = TASKS[name](data)
+    if task.runs_code:
+        if not run_code:
+            raise BadInput(
+                f"To score {name}, programs that the model writes must run. {sandbox.PROMISE}", "To allow it: --run-code"
+            )
+        sandbox.check()
     # This order has nothing to do with the file's, so that a few questions are a fair sample.
     items = sorted(task.items, key=lambda item: sha256_of_text(f"{item.id} {item.question}"))
     if name == "coqa":  # conversations stay whole, turn by turn
@@ -110,11 +89,11 @@ def truthfulqa_mc(data: str | Path | None) -> Task:
 
 def _truthful_items(data: str | Path | None) -> tuple[list[Item], str, str]:
     if data is None:
-        rows = _hub("truthfulqa/truthful_qa", "generation", "validation")
+        rows = from_hub("truthfulqa/truthful_qa", "generation", "validation")
         records = [(row["question"], row["best_answer"], row["correct_answers"], row["incorrect_answers"]) for row in rows]
         source, digest = "truthfulqa/truthful_qa", sha256_of_text(json.dumps(records))
     else:
-        text, source, digest = _read(data)
+        text, source, digest = read_file(data)
         try:
             table = list(csv.DictReader(io.StringIO(text)))
             columns = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
@@ -125,7 +104,7 @@ def _truthful_items(data: str | Path | None) -> tuple[list[Item], str, str]:
             if unusable := next((question for question, _, right, wrong in records if not (right and wrong)), None):
                 raise ValueError(f"no right or no wrong answers to {unusable!r}")
         except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
-            raise _not_official(data, "TruthfulQA's CSV", error) from error
+            raise not_official(data, "TruthfulQA's CSV", error) from error
     items = [
         Item(str(number), question, f"{TRUTHFUL}Q: {question}\nA:", tuple(right), tuple(wrong), best)
         for number, (question, best, right, wrong) in enumerate(records)
@@ -172,7 +151,7 @@ def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise _missing("rouge-score", error) from error
+        raise missing("rouge-score", error) from error
     return RougeScorer(["rouge1", "rougeL", "rougeLsum"])
 
 
@@ -185,7 +164,7 @@ def _bleu(reference: str, answer: str) -> float:
     try:
         import sacrebleu
     except ImportError as error:
-        raise _missing("sacrebleu", error) from error
+        raise missing("sacrebleu", error) from error
     settings = {"smooth_method": "exp", "smooth_value": 0.0, "tokenize": "intl", "use_effective_order": False}
     return float(sacrebleu.corpus_bleu([answer], [[reference]], **settings).score)
 
@@ -213,12 +192,12 @@ def score_choices(right: list[float], wrong: list[float]) -> Scores:
 def triviaqa(data: str | Path | None) -> Task:
     """TriviaQA, closed book, with five examples before each question: the first of the train split, or of the file."""
     if data is None:
-        records = _hub("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
-        examples = _hub("mandarjoshi/trivia_qa", "rc.nocontext", f"train[:{SHOTS}]")
+        records = from_hub("mandarjoshi/trivia_qa", "rc.nocontext", "validation")
+        examples = from_hub("mandarjoshi/trivia_qa", "rc.nocontext", f"train[:{SHOTS}]")
         source = "mandarjoshi/trivia_qa rc.nocontext"
         digest = sha256_of_text(json.dumps([row["question"] for row in records]))
     else:
-        text, source, digest = _read(data)
+        text, source, digest = read_file(data)
         try:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
             for row in records:
@@ -226,7 +205,7 @@ def triviaqa(data: str | Path | None) -> Task:
                 if isinstance(row["answer"]["aliases"], str) or not all(isinstance(text, str) for text in texts):
                     raise ValueError(f"a question or an answer that is no text: {texts}")
         except (ValueError, KeyError, TypeError) as error:
-            raise _not_official(data, "JSON lines with TriviaQA's fields", error) from error
+            raise not_official(data, "JSON lines with TriviaQA's fields", error) from error
         examples, records = records[:SHOTS], records[SHOTS:]
     shots = "".join(f"Question: {row['question']}\nAnswer: {row['answer']['value']}\n\n" for row in examples)
     items = [
@@ -254,11 +233,11 @@ def coqa(data: str | Path | None) -> Task:
     if data is None:
         stories = [
             (str(number), row["story"], row["questions"], [[answer] for answer in row["answers"]["input_text"]])
-            for number, row in enumerate(_hub("stanfordnlp/coqa", None, "validation"))
+            for number, row in enumerate(from_hub("stanfordnlp/coqa", None, "validation"))
         ]
         source, digest, note = "stanfordnlp/coqa", sha256_of_text(json.dumps(stories)), "one reference an answer"
     else:
-        text, source, digest = _read(data)
+        text, source, digest = read_file(data)
         try:
             stories = [
                 (story["id"], story["story"], list(map(_text, story["questions"])), list(_answered(story)))
@@ -269,7 +248,7 @@ def coqa(data: str | Path | None) -> Task:
             if not all(references for *_, answers in stories for references in answers):
                 raise ValueError("a question without an answer")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise _not_official(data, "CoQA's JSON", error) from error
+            raise not_official(data, "CoQA's JSON", error) from error
         note = "" if len(stories) >= 100 else f"a smoke test: {len(stories)} conversations"
     items = []
     for id, story, questions, answers in stories:
@@ -306,33 +285,6 @@ TASKS: dict[str, Callable[[str | Path | None], Task]] = {
     "truthfulqa-mc": truthfulqa_mc,
     "triviaqa": triviaqa,
     "coqa": coqa,
+    "humaneval": humaneval,
+    "mbpp": mbpp,
 }
-
-
-def _hub(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise _missing("datasets", error) from error
-    try:
-        return list(load_dataset(name, config, split=split))
-    except Exception as error:  # the library raises its own, its HTTP library's and the system's errors
-        reason = reason_of(error)
-        raise BadInput(f"The data set {name} could not be fetched: {reason}", "Name a file with it: --data FILE") from error
-
-
-def _read(data: str | Path) -> tuple[str, str, str]:
-    path = Path(data).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {error}.", "Give the task's official file.") from error
-    return text, path.name, sha256_of_text(text)
-
-
-def _not_official(data: str | Path, format: str, error: Exception) -> BadInput:
-    return BadInput(f"{data} is not {format}: {error!r}.", "Give the task's official file.")
-
-
-def _missing(library: str, error: ImportError) -> BadInput:
-    return BadInput(f"The library {library} is not installed.", install_hint("eval"))

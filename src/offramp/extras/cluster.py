@@ -23,10 +23,11 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from offramp.errors import BadInput, OfframpError, reason_of
 from offramp.evaluation.evaluation import Condition, Evaluation, Kept, answered
-from offramp.evaluation.tasks import Item, Task
+from offramp.evaluation.task import Item, Task
 from offramp.model.backbone import Backbone
 from offramp.model.loading import load
-from offramp.training.teacher import SIDE_BY_SIDE, TextGroup, made_shards
+from offramp.training.answering import SIDE_BY_SIDE, made_shards
+from offramp.training.teacher import TextGroup
 
 NAME = "offramp"  # of the application in Ray Serve
 SHARE = 2 * SIDE_BY_SIDE  # texts of a training's share: twice as many as are answered side by side

@@ -16,7 +16,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from offramp.errors import BadInput, UnsupportedModel
+from offramp.errors import BadInput, BadNumbers, UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.compiled.formats import FORMATS, Int4, precision_of
 from offramp.model.compiled.library import library
@@ -104,6 +104,13 @@ class Backbone:
     def weight_format(self) -> str:
         """The format that the weights run in."""
         return self.runtime.weight_format
+
+    def bad_numbers(self) -> BadNumbers:
+        """The error for logits that are not finite."""
+        return BadNumbers(
+            f"{self.name} gave NaN or infinite logits in {self.weight_format}.",
+            "Try --dtype float32; if that fails too, the weights are damaged: fetch them again.",
+        )
 
     @property
     def precision(self) -> str:

@@ -46,12 +46,13 @@ from offramp.files import sha256_of_text
 from offramp.model.backbone import Backbone, HasBackbone, backbone_of
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
+from offramp.training.answering import write_shards
 from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.lines import candidates, heads
 from offramp.training.losses import LOSSES, Question, losses_by_length
 from offramp.training.points import policies
 from offramp.training.risk import fixed_sequence, path, prompts_needed
-from offramp.training.teacher import TeacherTexts, group_texts, write_shards
+from offramp.training.teacher import TeacherTexts, group_texts
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import evidence
 

@@ -60,7 +60,7 @@ class TrainConfig:
     max_prompts: int | None = None
     answers: int | None = None
     temperatures: tuple[float, ...] = setting((0.0, 0.7, 0.9), draft=(0.0, 0.7, 0.0, 0.9))
-    answer_tokens: int = 128
+    answer_tokens: int = 256
     batch: int = setting(16, draft=4)
     learning_rate: float = 1e-3
     gate_learning_rate: float = 1e-3

@@ -12,19 +12,12 @@ from offramp.errors import BadInput
 from offramp.files import ASSETS, read_lines, sha256_of
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
+from offramp.training.answering import MakeShards, made_shards, write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.loop import accelerator_for, claim, step_generator
-from offramp.training.teacher import (
-    MakeShards,
-    TeacherTexts,
-    TextGroup,
-    group_texts,
-    made_shards,
-    read_texts,
-    write_shards,
-)
+from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, read_texts
 
-PROMPTS = ASSETS / "prompts.txt"
+PROMPTS, CODING = ASSETS / "prompts.txt", ASSETS / "coding.jsonl"  # general ones, and those for code
 MOST_FOR_GATES, MOST_HELD = 2000, 1000  # texts for gates and validation at most: more are better spent on adapters
 
 
@@ -99,8 +92,9 @@ def turns(prompts: list[list[int]], temperatures: tuple[float, ...], answers: in
 
 def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], list[list[int]], list[dict[str, Any]]]:
     """Prompts and texts as token ids, and a record of the files they came from."""
-    source, prompts = Path(config.prompts or PROMPTS), prompts_of(backbone, config)
-    record = [{"prompts": source.name, "lines": len(prompts), "sha256": sha256_of(source)}]
+    prompts = prompts_of(backbone, config)
+    sources = [Path(config.prompts)] if config.prompts else [PROMPTS, CODING]
+    record = [{"prompts": source.name, "lines": len(prompts), "sha256": sha256_of(source)} for source in sources]
     texts: list[list[int]] = []
     for path in map(Path, config.texts):
         pieces = read_texts(path, backbone)
@@ -110,8 +104,12 @@ def _corpus(backbone: Backbone, config: TrainConfig) -> tuple[list[list[int]], l
 
 
 def lines_of(config: TrainConfig) -> list[str]:
-    """The config's prompts."""
-    return read_lines(Path(config.prompts or PROMPTS), ("prompt", "question"))[: config.max_prompts]
+    """The config's prompts. By default, offramp's own: those for code stand evenly among the general ones."""
+    if config.prompts:
+        return read_lines(Path(config.prompts), ("prompt", "question"))[: config.max_prompts]
+    lists = [read_lines(path, ("prompt",)) for path in (PROMPTS, CODING)]
+    placed = [((place + 0.5) / len(lines), line) for lines in lists for place, line in enumerate(lines)]
+    return [line for _, line in sorted(placed)][: config.max_prompts]
 
 
 def prompts_of(backbone: Backbone, config: TrainConfig) -> list[list[int]]:

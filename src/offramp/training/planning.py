@@ -18,11 +18,12 @@ from offramp.exits.exits import Exits
 from offramp.files import write_atomically
 from offramp.model.backbone import Backbone
 from offramp.progress import Progress, silent
+from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import prompts_of, turns
 from offramp.training.drafting import check_tails
 from offramp.training.places import tried, variants
-from offramp.training.teacher import TeacherTexts, TextGroup, group_texts, write_shards
+from offramp.training.teacher import TeacherTexts, TextGroup, group_texts
 
 # Shares of the time; the rest is for the probe, the trial and labels.
 ANSWERING, FITTING, GATING, MEASURING = 0.38, 0.38, 0.07, 0.08

@@ -34,13 +34,14 @@ from offramp.files import write_atomically
 from offramp.model.backbone import Backbone, HasBackbone, backbone_of
 from offramp.model.costs import Costs
 from offramp.progress import Progress, silent
+from offramp.training.answering import MakeShards, made_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather, lines_of
 from offramp.training.loop import accelerator_for, alone
 from offramp.training.planning import CANDIDATES, planned, shape_of
 from offramp.training.points import policies
 from offramp.training.sketch import sketch_of
-from offramp.training.teacher import MakeShards, TeacherText, made_shards
+from offramp.training.teacher import TeacherText
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import Evidence, evidence, quality
 

@@ -25,12 +25,6 @@ def tensors_of(kind: str, rows: Tensor) -> Tensors:
     return PANELS[kind].of_entries(*_PARTS[kind](rows))
 
 
-def rows_of_bytes(rows: Tensor) -> Tensors:
-    """Rows of a file (N, bytes) of the type Q8_0, as `weights.Int8Groups.tensors` has them."""
-    q, scale, _ = _q8_0(rows)
-    return {"w": q.flatten(1).view(torch.int8), "scale": scale.squeeze(-1).float()}
-
-
 def _blocks(rows: Tensor, *sizes: int) -> list[Tensor]:
     """The fields of blocks, of so many bytes each: (N, B, size)."""
     return list(rows.unflatten(1, (-1, sum(sizes))).split(sizes, dim=2))

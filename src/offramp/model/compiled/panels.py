@@ -1,7 +1,7 @@
 """Weights in panels, one class for each type of GGUF files that has integers: what core/layouts.h says of them.
 
-A panel keeps 16 rows together. A block is 32 columns of it: planes of bits, then scales and minima. The values are those of
-the file, bit for bit up to float32's rounding.
+A panel keeps 16 rows together. A block is 32 columns of it: planes of bits (entries of 8 bits row by row), then scales and
+minima. The values are those of the file, bit for bit up to float32's rounding.
 
 Shapes: N rows of a weight, K its columns; P panels, G = K / 32 groups of a row, S = K / 256.
 """
@@ -41,6 +41,11 @@ class Layout:
     def scales(self) -> int:
         """Scales of a row in a block."""
         return 2 if self.bits in (2, 3, 6) else 1
+
+    @property
+    def planes(self) -> tuple[int, int]:
+        """Planes of a block, and the bytes of a row in each."""
+        return (1, GROUP) if self.bits == 8 else (self.bits, 4)
 
     @property
     def numbers(self) -> int:
@@ -93,8 +98,8 @@ class Panels(Weight):
     def packed(cls, tensors: Tensors) -> Tensors:
         of, q = cls.layout, tensors["q"]
         spare = -len(q) % PANEL
-        # (P, G, planes, 16 rows · 4 bytes), and as many numbers of 16 rows
-        kept = [_together(F.pad(q, (0, 0, 0, 0, 0, spare)).unflatten(2, (of.bits, 4)))]
+        # (P, G, planes, 16 rows · their bytes), and as many numbers of 16 rows
+        kept = [_together(F.pad(q, (0, 0, 0, 0, 0, spare)).unflatten(2, of.planes))]
         kept.append(_together(F.pad(tensors["ends"], (0, 0, 0, 0, 0, spare))[..., None]))
         w = torch.cat(kept, dim=2)
         if of.super:
@@ -103,7 +108,7 @@ class Panels(Weight):
         return {"w": w.flatten(1), "shape": torch.tensor([len(q), q.shape[1] * GROUP])}
 
     def _rows(self, rows: slice | Tensor) -> Tensors:
-        of, bits = self.layout, self.layout.bits
+        of, (planes, width) = self.layout, self.layout.planes
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(self.rows)
             panels = self.w[start // PANEL : -(-stop // PANEL)]
@@ -116,9 +121,9 @@ class Panels(Weight):
             units, w = w.tensor_split([2 * PANEL * (1 + of.lows)], dim=2)
             out["units"] = _apart(units.contiguous().view(torch.float16).unflatten(2, (-1, PANEL, 1)))[own]
         w = w.reshape(len(panels), self.columns // GROUP, -1)
-        q, ends = w.tensor_split([4 * PANEL * bits], dim=2)
+        q, ends = w.tensor_split([4 * PANEL * of.bits], dim=2)
         dtype = torch.int8 if of.super else torch.float16
-        out["q"] = _apart(q.unflatten(2, (bits, PANEL, 4)))[own]
+        out["q"] = _apart(q.unflatten(2, (planes, PANEL, width)))[own]
         out["ends"] = _apart(ends.contiguous().view(dtype).unflatten(2, (-1, PANEL, 1)))[own]
         return out
 

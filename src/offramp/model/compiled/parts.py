@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.compiled.formats import FORMATS, FROM_FLOATS, Finer, Int4
-from offramp.model.compiled.gguf_types import rows_of_bytes, tensors_of
+from offramp.model.compiled.gguf_types import tensors_of
 from offramp.model.compiled.library import Fine
 from offramp.model.compiled.panels import PANELS
 from offramp.model.compiled.rounding import Inputs, inputs_of, lies_on_grids
-from offramp.model.compiled.weights import Int8Groups, Stack, Weight
+from offramp.model.compiled.weights import Stack, Weight
 from offramp.model.headers import DTYPES
 from offramp.model.reading import COARSE, LayerInput
 from offramp.model.store import Get, Tensors
 
-IN_ROWS = "Q8_0 in rows"
-KINDS: dict[str, type[Weight]] = {**PANELS, IN_ROWS: Int8Groups}
 Changed = list[tuple[Any, Callable[[], Tensor]]]  # library's modules, each with the weight that this format gives it
 
 
@@ -63,7 +61,7 @@ class Maker:
         """
         kind = self._format.head if head else self._format.blocks
         if kind is None or (kind is Int4 and careful):
-            weight = self._of_types(key, layers, order, careful, head)
+            weight = self._of_types(key, layers, order, careful)
         else:
             tensors = dict(self._get(key, lambda: self._stacked(kind, layers, order)))
             weight = kind(tensors, tensors.pop("bias", None))
@@ -82,13 +80,9 @@ class Maker:
         layers: list[nn.Linear],
         order: Tensor | None,
         careful: Sequence[nn.Linear] = (),
-        in_rows: bool = False,
     ) -> Weight:
-        """One weight of stacked layers, each in a type of its own: that of the file, or 4 bits, or 8.
-
-        `in_rows`: 8 bits are kept in rows, of which a sketch picks a few.
-        """
-        kinds = [IN_ROWS if in_rows and kind == Finer.kind else kind for kind in self._kinds(key, layers, careful)]
+        """One weight of stacked layers, each in a type of its own: that of the file, or 4 bits, or 8."""
+        kinds = self._kinds(key, layers, careful)
         runs = [list(run) for _, run in groupby(range(len(layers)), kinds.__getitem__)]
         pieces, first = [], 0
         for number, run in enumerate(runs):
@@ -97,7 +91,7 @@ class Maker:
             inner = None if order is None else order[first : first + rows] - first
             tensors = dict(self._get(f"{key}.{number}", partial(self._typed, kinds[run[0]], own, inner)))
             bias = tensors.pop("bias", None)
-            pieces.append(KINDS.get(kinds[run[0]], Weight)(tensors, bias))
+            pieces.append(PANELS.get(kinds[run[0]], Weight)(tensors, bias))
             first += rows
         return pieces[0] if len(pieces) == 1 else Stack(pieces)
 
@@ -127,18 +121,17 @@ class Maker:
         """What the store keeps of layers whose weights get this type, or have it in the file."""
         if self._format.blocks is not None:
             return self._stacked(FROM_FLOATS[kind], layers, order)
-        if kind not in KINDS:
+        if kind not in PANELS:
             return self._stacked(Weight, layers, order, DTYPES[kind])
-        take_apart = rows_of_bytes if kind == IN_ROWS else partial(tensors_of, kind)
         made = [
-            take_apart(self._values.blocks(layer.weight, *rows))
+            tensors_of(kind, self._values.blocks(layer.weight, *rows))
             for layer in layers
             for rows in self._values.slices(layer.weight)
         ]
         tensors = {name: torch.cat([part[name] for part in made]) for name in made[0]}
         if order is not None:
             tensors = {name: part[order] for name, part in tensors.items()}
-        return KINDS[kind].packed(tensors) | self._bias(layers, order)
+        return PANELS[kind].packed(tensors) | self._bias(layers, order)
 
     def product(self, key: str, layers: list[nn.Linear]) -> Weight | Fine:
         """As `matrix`, but fine where 8 bits cannot hold what one of the layers gets."""

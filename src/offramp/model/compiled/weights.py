@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from offramp.model.compiled.rounding import GROUP, Inputs, int8
+from offramp.model.compiled.rounding import Inputs, int8
 from offramp.model.store import Tensors
 
 
@@ -94,26 +94,6 @@ class Int8(Weight):
 
     def dense(self) -> Tensor:
         return self.w.float().mul_(self.scale[:, None])
-
-
-class Int8Groups(Weight):
-    """8-bit integers with a scale (N, K / 32) for every 32 weights of a row, in rows: any few of them are quick to read."""
-
-    def __init__(self, tensors: Tensors, bias: Tensor | None = None) -> None:
-        super().__init__(tensors, bias)
-        self.scale: Tensor = tensors["scale"]
-
-    @classmethod
-    def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:
-        return rows * columns + 4 * rows * columns // GROUP
-
-    @property
-    def name(self) -> str:
-        return "int8_groups"
-
-    def dense(self) -> Tensor:
-        groups: Tensor = self.w.float().unflatten(1, (-1, GROUP))
-        return groups.mul_(self.scale[..., None]).flatten(1)
 
 
 class Stack(Weight):

@@ -1,0 +1,99 @@
+"""Prompts to train and calibrate the exits of a model for code, in parts that share none.
+
+    PYTHONPATH=. .venv/bin/python benchmarks/code_prompts.py --mbpp mbpp.jsonl --instructions dolly-1000.jsonl
+
+It writes JSON lines to build/prompts: `code-train`, and `code-calibrate`, which nothing is trained on. The sources are
+
+- MBPP's training problems (ids from 601 on), each in three wordings; its validation problems (511 to 600) calibrate;
+- functions of Python's own standard library, by signature and docstring, which the model is to write; one in twelve
+  calibrates;
+- offramp's own prompts, for code and general ones, and instructions. Those of `calibration-prompts/` calibrate.
+
+MBPP's test problems and HumanEval are in no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from offramp.evaluation.code import mbpp_prompt, python_prompt
+from offramp.files import read_lines, sha256_of_text, write_atomically
+from offramp.training.data import CODING, PROMPTS
+from prompts import FRESH, instructions
+
+TRAINED, VALIDATED = range(601, 975), range(511, 601)  # MBPP's official parts
+FUNCTIONS = 2600  # of the standard library
+DOCUMENTED = range(40, 700)  # characters of a docstring
+NOT_READ = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}  # windows and jokes
+
+
+def library_functions() -> Iterator[tuple[str, str, str]]:
+    """Public functions and methods of the standard library that are written in Python: name, signature, docstring."""
+    warnings.simplefilter("ignore")
+    for name in sorted(sys.stdlib_module_names - NOT_READ):
+        try:
+            module = vars(importlib.import_module(name)) if not name.startswith("_") else {}
+        except ImportError:  # it belongs to another system
+            continue
+        owners = [module, *(vars(each) for _, each in sorted(module.items()) if inspect.isclass(each))]
+        for owner in owners:
+            for function in [each for _, each in sorted(owner.items()) if inspect.isfunction(each)]:
+                documented = len(inspect.getdoc(function) or "") in DOCUMENTED
+                if documented and function.__module__ == name and not function.__name__.startswith("_"):
+                    yield function.__name__, str(inspect.signature(function)), inspect.getdoc(function) or ""
+
+
+def written_out(name: str, signature: str, doc: str, way: int) -> str:
+    """A request to write a function, in one of three ways."""
+    indented = "\n    ".join(doc.splitlines())
+    head = f'def {name}{signature}:\n    """{indented}\n    """\n'
+    if way == 0:
+        return python_prompt(head)
+    if way == 1:
+        return f"Complete this Python function.\n\n```python\n{head}```"
+    return f"Write a Python function `{name}{signature}`. {' '.join(doc.split())}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mbpp", type=Path, required=True)
+    parser.add_argument("--instructions", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, default=Path("build/prompts"))
+    args = parser.parse_args(argv)
+    draw = random.Random(0)
+    problems = [json.loads(line) for line in args.mbpp.read_text("utf-8").splitlines()]
+    trained = [row for row in problems if row["task_id"] in TRAINED]
+    functions = sorted(set(library_functions()))
+    draw.shuffle(functions)
+    requests = [written_out(*each, way=number % 3) for number, each in enumerate(functions[:FUNCTIONS])]
+    calibrating = [request for request in requests if int(sha256_of_text(request)[:8], 16) % 12 == 0]
+    train = [
+        *(mbpp_prompt(row["text"], row["test_list"]) for row in trained),
+        *(python_prompt(f'"""\n{row["text"]}\n{row["test_list"][0]}\n"""') for row in trained),
+        *(row["text"] for row in trained),
+        *(request for request in requests if request not in calibrating),
+        *(line for path in (PROMPTS, CODING) for line in read_lines(path, ("prompt",))),
+        *(row["prompt"] for row in instructions(args.instructions)),
+    ]
+    validated = [mbpp_prompt(row["text"], row["test_list"]) for row in problems if row["task_id"] in VALIDATED]
+    fresh = [line for name in ("own", "instructions") for line in read_lines(FRESH / f"{name}.txt", ())]
+    parts = {"code-train": train, "code-calibrate": [*validated, *calibrating, *fresh]}
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, prompts in parts.items():
+        unique = list(dict.fromkeys(prompts))
+        draw.shuffle(unique)
+        lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in unique)
+        write_atomically(args.output / f"{name}.jsonl", lines.encode())
+        print(f"{name}: {len(unique)} prompts")
+
+
+if __name__ == "__main__":
+    main()

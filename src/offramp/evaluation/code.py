@@ -1,0 +1,100 @@
+"""HumanEval and MBPP: code that the model writes is run with the data set's tests, shut in (`sandbox`).
+
+The model is asked in its chat template for a whole program, and its answer is decoded greedily, so that pass@1 is the share
+of problems that are solved. Means differ from published ones, which let base models continue the code, or allow longer
+answers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from offramp.evaluation import sandbox
+from offramp.evaluation.sources import from_hub, not_official, read_file
+from offramp.evaluation.task import Item, Scores, Task
+from offramp.files import sha256_of_text
+
+TESTED = range(11, 511)  # MBPP's ids of the official test split
+MOST_TOKENS = 256
+
+
+def python_prompt(beginning: str) -> str:
+    """The request to write Python code that begins so, as EvalPlus words it (arXiv 2305.01210)."""
+    asked = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
+    return f"{asked}\n```python\n{beginning.strip()}\n```"
+
+
+def mbpp_prompt(text: str, tests: list[str]) -> str:
+    """The request to solve a problem of MBPP, as its authors word it (arXiv 2108.07732)."""
+    asked = f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
+    return "\n".join([asked, "", *tests])
+
+
+def humaneval(data: str | Path | None) -> Task:
+    """HumanEval (arXiv 2107.03374): a function by its signature and docstring."""
+    fields = ("task_id", "prompt", "test", "entry_point", "canonical_solution")
+    rows, source, digest = _rows(data, "openai/openai_humaneval", None, "HumanEval's", fields)
+    items = [
+        Item(
+            row["task_id"],
+            row["prompt"],
+            python_prompt(row["prompt"]),
+            (row["prompt"] + row["canonical_solution"],),
+            # The prompt comes first, since its tests and some answers need its imports and helpers.
+            program=f"{row['prompt']}    pass\n\n{{answer}}\n\n{row['test']}\n\ncheck({row['entry_point']})\n",
+        )
+        for row in rows
+    ]
+    return Task("humaneval", items, (), MOST_TOKENS, score_code, source, digest, chat=True, runs_code=True)
+
+
+def mbpp(data: str | Path | None) -> Task:
+    """MBPP (arXiv 2108.07732): a function by one sentence and three tests; the problems of its test split."""
+    fields = ("task_id", "text", "code", "test_setup_code", "test_list")
+    rows, source, digest = _rows(data, "google-research-datasets/mbpp", "full", "MBPP's", fields)
+    items = [
+        Item(
+            str(row["task_id"]),
+            row["text"],
+            mbpp_prompt(row["text"], row["test_list"]),
+            (row["code"],),
+            program="\n\n".join(["{answer}", row["test_setup_code"], *row["test_list"]]) + "\n",
+        )
+        for row in rows
+        if row["task_id"] in TESTED
+    ]
+    return Task("mbpp", items, (), MOST_TOKENS, score_code, source, digest, chat=True, runs_code=True)
+
+
+def score_code(answer: str, item: Item) -> Scores:
+    """pass@1: 1 if the answer's code passes all tests, else 0."""
+    before, _, after = item.program.partition("{answer}")
+    return {"pass@1": float(sandbox.passes(before + code_of(answer) + after))}
+
+
+def code_of(answer: str) -> str:
+    """The first block of code in an answer in Markdown; a block that has no end goes to the answer's. Without one: all."""
+    found = re.search(r"```[^\n]*\n(.*?)(?:\n```|\Z)", answer, re.DOTALL)
+    return found.group(1) if found else answer
+
+
+def _rows(
+    data: str | Path | None, hub: str, config: str | None, whose: str, fields: tuple[str, ...]
+) -> tuple[list[dict[str, Any]], str, str]:
+    """The problems, from the hub's test split or from JSON lines with these fields; their source, and a hash."""
+    if data is None:
+        rows = from_hub(hub, config, "test")
+        return rows, hub, sha256_of_text(json.dumps(rows))
+    text, source, digest = read_file(data)
+    try:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        for row in rows:
+            texts = [row[name] for name in fields if name not in ("task_id", "test_list")] + row.get("test_list", [])
+            if not isinstance(row["task_id"], str | int) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"problem {row['task_id']!r} has something else than text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise not_official(data, f"JSON lines with {whose} fields", error) from error
+    return rows, source, digest

@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
     records: dict[str, dict[str, Any]] = {}
     print("| thresholds | mean loss | FLOPs saved | mean blocks run |\n|---|---|---|---|")
-    for line in candidates(len(exits), args.policy, exits.policy.confidence, backbone.vocab_size if exits.sketch else 0):
+    for line in candidates(len(exits), args.policy, exits.policy.confidence, exits.named(backbone.vocab_size)):
         for policy in line:
             name = " ".join(f"{threshold:.3g}" for threshold in policy.thresholds)
             name += f", {policy.candidates} candidates" if policy.candidates else ""

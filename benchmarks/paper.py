@@ -162,7 +162,7 @@ class Experiment:
 
         def line() -> list[dict[str, Any]]:
             prompts = prompts_of(self.backbone, TrainConfig(prompts=self.args.own_prompts, max_prompts=self.args.pilot))
-            head = heads(self.backbone.vocab_size if exits.sketch else 0, whole_head=True)
+            head = heads(exits.named(self.backbone.vocab_size), whole_head=True)
             return [asdict(policy) for policy in precision_line(self.backbone, exits, prompts, CalibrationConfig(), head)]
 
         found = self.once(f"second-keys-{self.args.pilot}", line)

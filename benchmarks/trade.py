@@ -51,7 +51,7 @@ Name = tuple[str, str]  # a line and a policy
 
 def lines_of(backbone: Backbone, name: str, exits: Exits, pilot: list[list[int]], fill: str) -> dict[str, list[Policy]]:
     """The policies of each line for these exits, nearly closed first."""
-    head = heads(backbone.vocab_size if exits.sketch else 0, whole_head=True)
+    head = heads(exits.named(backbone.vocab_size), whole_head=True)
     lines = {f"{name}, gate alone": [Policy((threshold,) * len(exits), "gate", 0.0, *head) for threshold in THRESHOLDS]}
     keyed = precision_line(backbone, exits, pilot, CalibrationConfig(fill=fill), head)
     lines[f"{name}, second key"] = keyed[:: max(1, len(keyed) // POINTS)]

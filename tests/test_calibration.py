@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import TAILS, exits_for, modest_exits
+from helpers import TAILS, exits_for, modest_exits, sketched
 from models import tiny
 from offramp import Engine, Exits, Policy, Sampling
 from offramp.errors import BadInput, CorruptFile
@@ -480,8 +480,11 @@ def test_a_narrower_rule_lets_the_surest_of_the_same_tokens_leave(wide: Rule) ->
 
 def test_a_sketch_keeps_enough_candidates_to_leave_risk_for_exits() -> None:
     """With fewer candidates, the sketch alone would use up the risk, and no exit could open."""
-    assert heads(49_152, whole_head=False) == (4096, 512)
-    assert heads(49_152, whole_head=True) == (0, 512)
-    assert heads(3000, whole_head=False) == (0, 0)
-    least = min(policy.candidates for line in candidates(3, "thresholds", vocabulary=49_152) for policy in line)
+    exits = sketched("llama")
+    assert (exits.named(49_152), exits.named(8192), exits.named(300)) == ((8192, 4096), (4096,), ())
+    named = exits.named(49_152)
+    assert heads(named, whole_head=False) == (4096, 512)
+    assert heads(named, whole_head=True) == (0, 512)
+    assert heads((), whole_head=False) == (0, 0)
+    least = min(policy.candidates for line in candidates(3, "thresholds", named=named) for policy in line)
     assert least == 4096

@@ -27,8 +27,9 @@ from offramp.exits.readouts import READOUTS
 from offramp.model.compiled.library import library
 from offramp.model.hub import ALIASES
 from offramp.serve.menu import Menu
+from offramp.training import sketch
 from offramp.training.loop import Fit
-from offramp.training.sketch import closest, sketch_of
+from offramp.training.sketch import chosen_sketch, closest, ranks, sketch_of
 from offramp.training.teacher import TeacherText
 
 
@@ -420,6 +421,28 @@ def test_a_trained_sketch_names_the_models_tokens_more_often_than_the_closest(tm
     trained = sketch_of(backbone, texts[:400], 8, Fit(tmp_path, backbone.device))
     with torch.inference_mode():
         assert misses(*trained) < 0.9 * closest_misses
+
+
+def test_the_cheapest_sketch_that_misses_few_tokens_is_chosen(tmp_path, monkeypatch) -> None:
+    backbone, dice = tiny("llama"), torch.Generator().manual_seed(0)
+
+    def text() -> TeacherText:  # states that lie in four of the 32 dims
+        h = torch.randn(30, 1, 4, generator=dice) @ torch.eye(4, 32) * 3
+        top = backbone.logits(h[:, 0]).log_softmax(-1).topk(16)
+        return TeacherText(torch.zeros(30), h, top.indices, top.values, torch.ones(30, dtype=torch.bool))
+
+    with torch.no_grad():
+        texts = [text() for _ in range(60)]
+    monkeypatch.setattr(sketch, "CANDIDATES", (4, 40))
+    fit = Fit(tmp_path / "some", backbone.device)
+    maps, named = chosen_sketch(backbone, texts[:40], texts[40:], (1, 4, 8), fit)
+    assert maps is not None
+    assert (len(maps[0]), named) == (4, 4)
+    assert float((ranks(backbone, texts[40:], maps) >= named).float().mean()) <= sketch.MISSED
+    tried = {(point["dims"], point["candidates"]): point["missed"] for point in fit.curve if "missed" in point}
+    assert set(tried) == {(1, 4), (1, 40), (4, 4), (4, 40)}  # 8 dims would cost more than what 4 dims have shown
+    assert min(tried[1, 4], tried[1, 40]) > sketch.MISSED
+    assert chosen_sketch(backbone, texts[:40], texts[40:], (1,), Fit(tmp_path / "none", backbone.device)) == (None, 0)
 
 
 def test_fewer_candidates_cost_less_and_are_counted() -> None:

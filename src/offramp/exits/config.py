@@ -21,8 +21,9 @@ class ExitsConfig:
     `layers`: for each exit, the number of blocks that run before it (0 for a deep read-out, which then reads the
     embedding). `tails`: for each exit, how many of the model's last blocks run after its adapter (0: none); empty where no
     exit has a tail. Widths are bottlenecks, in dims. `shortlist`: read out only this many frequent tokens (0: all).
-    `sketch`: dims of a sketch of the head (0: none). `ngrams`: slots of a table of n-grams for drafts (0: none). `middle`:
-    a deep read-out also reads the previous token's state after so many blocks (0: it does not).
+    `sketch`: dims of a sketch of the head (0: none). `candidates`: among so many tokens that the sketch finds likeliest,
+    the head's is nearly always. `ngrams`: slots of a table of n-grams for drafts (0: none). `middle`: a deep read-out also
+    reads the previous token's state after so many blocks (0: it does not).
     """
 
     layers: tuple[int, ...]
@@ -35,6 +36,7 @@ class ExitsConfig:
     tails: tuple[int, ...] = ()
     ngrams: int = 0
     middle: int = 0
+    candidates: int = 4096
 
     @property
     def places(self) -> list[tuple[int, int]]:

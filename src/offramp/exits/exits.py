@@ -76,6 +76,11 @@ class Exits:
     def __iter__(self) -> Iterator[Exit]:
         return (exit for exit in self.modules if isinstance(exit, Exit))
 
+    def named(self, vocabulary: int) -> tuple[int, ...]:
+        """Numbers of candidates from the sketch that a policy may ask for, falling; none without a sketch."""
+        numbers = (2 * self.config.candidates, self.config.candidates) if self.sketch else ()
+        return tuple(number for number in numbers if number < vocabulary)
+
     @property
     def validation(self) -> list[dict[str, Any]]:
         """For each exit, how often it was right on held-out text, from the training's record."""

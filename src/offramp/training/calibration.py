@@ -141,8 +141,8 @@ def calibrations(
             "Compare with the model that it was tuned from.",
         )
     confidence = config.confidence or exits.policy.confidence
-    vocabulary = backbone.vocab_size if exits.sketch else 0
-    lines = candidates(len(exits), config.kind, confidence, vocabulary, config.whole_head)
+    named = exits.named(backbone.vocab_size)
+    lines = candidates(len(exits), config.kind, confidence, named, config.whole_head)
     written = written_path(exits) if config.retest else None
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
     pilot = 0 if written else max(1, round(PILOT * len(questions)))
@@ -151,7 +151,7 @@ def calibrations(
     if written:
         return [trial.calibrated(written, each) for each in configs]
     if config.kind == "precision":
-        head = heads(vocabulary, config.whole_head)
+        head = heads(named, config.whole_head)
         lines.append(precision_line(backbone, exits, trial.ids[: trial.pilot], config, head, progress))
     return [trial.calibrated(trial.find_path(lines, each), each) for each in configs]
 

@@ -26,7 +26,7 @@ class TrainConfig:
     `batch`: sequences of a step. `learning_rate`, `gate_learning_rate`: the highest ones. `precision`: the thresholds are
     set so that an exit that fires agrees this often; a `threshold` and its `confidence` take their place. `shortlist`: an
     exit reads out only so many tokens, the most frequent ones of the answers; 0: all. `sketch`: dims of the sketch of the
-    head, a multiple of 32; 0: none; None: 64 for a large vocabulary.
+    head, a multiple of 32; 0: none; None: for a large vocabulary, as few as miss few of the model's own tokens.
     """
 
     prompts: str | None = setting(

@@ -5,15 +5,13 @@ from __future__ import annotations
 from offramp.errors import BadInput
 from offramp.exits.policy import PATIENCE, Policy
 
-# Candidates from a sketch of the head. Fewer would use up the risk before an exit opens, and save little more.
-CANDIDATES = (8192, 4096)
-EXIT_CANDIDATES = 512
+EXIT_CANDIDATES = 512  # from a sketch of the head
 GRID = (0.98, 0.96, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
 KINDS = ("precision", "thresholds", "decay", PATIENCE, "fixed")
 
 
 def candidates(
-    count: int, kind: str, confidence: str = "gate", vocabulary: int = 0, whole_head: bool = False
+    count: int, kind: str, confidence: str = "gate", named: tuple[int, ...] = (), whole_head: bool = False
 ) -> list[list[Policy]]:
     """Lists of policies for `count` exits; each list, called a line, goes from nearly closed to open.
 
@@ -27,15 +25,15 @@ def candidates(
 
     The kind `precision` has no such lines: its policies are made from the pilot's answers (`points.policies`).
 
-    `vocabulary` is the model's, for exits with a sketch of the head, else 0. With a sketch, one more line comes first: it
-    closes all exits and reads out fewer and fewer candidates. The other lines read out the smallest number of them. With
-    `whole_head`, they do so at exits only, and the first line is left out. Raises `BadInput` for an unknown `kind`.
+    `named`: numbers of candidates from a sketch of the head (`Exits.named`). With a sketch, one more line comes first: it
+    closes all exits and reads out fewer and fewer candidates; the other lines read out the least number. Still fewer would
+    use up the risk before an exit opens. With `whole_head`, they do so at exits only, and the first line is left out.
+    Raises `BadInput` for an unknown `kind`.
     """
     if kind not in KINDS:
         raise BadInput(f"There is no policy '{kind}'.", f"Choose from {', '.join(KINDS)}.")
-    fewer = [number for number in CANDIDATES if number < vocabulary]
-    lines = [[Policy((1.0,) * count, confidence, candidates=number) for number in fewer]] if not whole_head else []
-    head = heads(vocabulary, whole_head)
+    lines = [[Policy((1.0,) * count, confidence, candidates=number) for number in named]] if not whole_head else []
+    head = heads(named, whole_head)
     for closed in reversed(range(count)):
         opened = count - closed
 
@@ -54,11 +52,11 @@ def candidates(
     return [line for line in lines if line]
 
 
-def heads(vocabulary: int, whole_head: bool) -> tuple[int, int]:
+def heads(named: tuple[int, ...], whole_head: bool) -> tuple[int, int]:
     """A policy's `candidates` and `exit_candidates` for exits with a sketch; with `whole_head`, only the latter.
 
     A few candidates are enough at exits: if the likeliest next token is not among them, the exit is not sure enough anyway.
     """
-    if vocabulary <= CANDIDATES[-1]:
+    if not named:
         return 0, 0
-    return (0 if whole_head else CANDIDATES[-1]), EXIT_CANDIDATES
+    return (0 if whole_head else named[-1]), min(EXIT_CANDIDATES, named[-1])

@@ -23,13 +23,13 @@ from offramp.training.config import TrainConfig
 from offramp.training.data import prompts_of, turns
 from offramp.training.drafting import check_tails
 from offramp.training.places import tried, variants
+from offramp.training.sketch import DIMS
 from offramp.training.teacher import TeacherTexts, TextGroup, group_texts
 
 # Shares of the time; the rest is for the probe, the trial and labels.
 ANSWERING, FITTING, GATING, MEASURING = 0.38, 0.38, 0.07, 0.08
 MOST_ANSWERS = 12  # answers to one prompt at most: more would add little
 PROBED = 256  # answers
-SKETCH_DIMS, CANDIDATES = 64, 2048  # all but 1 in 500 of SmolLM2's own tokens are among the candidates
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def planned(
 def shape_of(backbone: Backbone, config: TrainConfig, layers: tuple[int, ...], tails: tuple[int, ...]) -> ExitsConfig:
     """The shape of new exits at these places."""
     shortlist = config.shortlist if config.shortlist < backbone.vocab_size else 0
-    # With few tokens or dims, a sketch would cost as much as the head.
-    large = backbone.vocab_size >= 8 * CANDIDATES and backbone.hidden_size >= 8 * SKETCH_DIMS
-    sketch = (SKETCH_DIMS if large else 0) if config.sketch is None else config.sketch
+    # With few tokens or dims, a sketch would cost as much as the head. How many dims it gets, its loss says (`sketch`).
+    large = backbone.vocab_size >= 16384 and backbone.hidden_size >= 8 * DIMS[0]
+    sketch = (DIMS[0] if large else 0) if config.sketch is None else config.sketch
     return ExitsConfig(
         layers,
         config.gate,

@@ -2,6 +2,9 @@
 
 It begins as the map with the smallest error of all logits (`closest`). But errors do not matter for tokens that nobody
 would choose. So the sketch then learns to give the model's own next tokens a high probability.
+
+How many dims and candidates it needs depends on the model. `chosen_sketch` takes the cheapest of those that miss at most
+1 in 200 of the model's own tokens.
 """
 
 from __future__ import annotations
@@ -13,10 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.model.backbone import Backbone
+from offramp.model.costs import Costs
 from offramp.training.distillation import Distillation
 from offramp.training.loop import Budget, Fit, Loss, step_generator
 from offramp.training.teacher import TeacherText, lengths_of
 
+DIMS, CANDIDATES = (64, 128, 192, 256), (2048, 4096, 8192)  # to choose from
+MISSED = 0.005  # the largest share of own tokens that are not among the candidates
+MEASURED = 4000  # tokens that show what is missed
 STEPS, EPOCHS = 200, 4  # steps, or epochs if they are fewer; more change little
 CLOSEST = 500  # texts for the first map
 RATE = 0.01  # learning rate, as a share of the mean size of the entries
@@ -42,6 +49,47 @@ class Sketch(nn.Module):
         return F.linear(F.linear(x, reduce), expand)
 
 
+def chosen_sketch(
+    backbone: Backbone, texts: Sequence[TeacherText], held: Sequence[TeacherText], dims: Sequence[int], fit: Fit
+) -> tuple[tuple[Tensor, Tensor] | None, int]:
+    """The cheapest sketch that misses few of the tokens of `held`, trained on the texts, and its number of candidates.
+
+    It has one of these `dims`. If every sketch misses more, or costs as much as the head: None, and 0.
+    """
+    costs = Costs(backbone)
+    best: tuple[tuple[Tensor, Tensor] | None, int] = None, 0
+    least = costs.head
+    for size in dims:
+        if costs.sketched(size, CANDIDATES[0]) >= least:  # more dims cost more than what was found
+            break
+        maps = sketch_of(backbone, texts, size, fit)
+        places = ranks(backbone, held, maps)
+        for number in CANDIDATES:
+            missed, cost = float((places >= number).float().mean()), costs.sketched(size, number)
+            fit.curve.append({"stage": "sketch", "dims": size, "candidates": number, "missed": round(missed, 5)})
+            if missed <= MISSED and cost < least:
+                best, least = (maps, number), cost
+    return best
+
+
+@torch.inference_mode()
+def ranks(backbone: Backbone, texts: Sequence[TeacherText], maps: tuple[Tensor, Tensor]) -> Tensor:
+    """How many tokens a sketch finds likelier than the model's own, at up to `MEASURED` positions of the texts."""
+    tops, own = [], []
+    for text in texts:
+        tops.append(_tops(backbone, [text]))
+        own.append(text.top_ids[text.counted, 0].long())
+        if sum(map(len, own)) >= MEASURED:
+            break
+    reduce, expand = (part.to(backbone.device) for part in maps)
+    small = backbone.head_weight().float() @ expand
+    found = []
+    for rows, ids in zip(torch.cat(tops)[:MEASURED].split(256), torch.cat(own)[:MEASURED].split(256), strict=True):
+        logits = F.linear(F.linear(rows, reduce), small)
+        found.append((logits > logits.gather(1, ids[:, None].to(logits.device))).sum(1))
+    return torch.cat(found).cpu()
+
+
 def sketch_of(backbone: Backbone, texts: Sequence[TeacherText], dims: int, fit: Fit) -> tuple[Tensor, Tensor]:
     """The maps reduce (k, D) and expand (D, k) of a sketch, trained on the texts; k is `dims`.
 
@@ -57,7 +105,15 @@ def sketch_of(backbone: Backbone, texts: Sequence[TeacherText], dims: int, fit: 
         loss = wanted.loss(F.linear(sketch(_tops(backbone, chosen)), weight[wanted.rows]))
         return loss, [loss]
 
-    fit.run("sketch", sketch, texts, Budget(min(STEPS, fit.steps_of(texts, EPOCHS))), RATE, loss_of, lengths_of(texts))
+    fit.run(
+        f"sketch of {dims}",
+        sketch,
+        texts,
+        Budget(min(STEPS, fit.steps_of(texts, EPOCHS))),
+        RATE,
+        loss_of,
+        lengths_of(texts),
+    )
     reduce, expand = sketch.maps()
     return reduce.detach().cpu(), expand.detach().cpu()
 

@@ -38,9 +38,9 @@ from offramp.training.answering import MakeShards, made_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import Data, gather, lines_of
 from offramp.training.loop import accelerator_for, alone
-from offramp.training.planning import CANDIDATES, planned, shape_of
+from offramp.training.planning import planned, shape_of
 from offramp.training.points import policies
-from offramp.training.sketch import sketch_of
+from offramp.training.sketch import DIMS, chosen_sketch
 from offramp.training.teacher import TeacherText
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import Evidence, evidence, quality
@@ -92,7 +92,9 @@ def _train(
         _add_tables(exits, data, backbone.vocab_size, start)
         trainer = Trainer(backbone, exits, config, work, progress)
         if exits.config.sketch and exits.sketch is None:
-            exits.sketch = sketch_of(backbone, data.adapters, exits.config.sketch, trainer.fit)
+            dims = DIMS if config.sketch is None else (config.sketch,)
+            exits.sketch, named = chosen_sketch(backbone, data.adapters, data.held, dims, trainer.fit)
+            exits.config = replace(exits.config, sketch=len(exits.sketch[0]) if exits.sketch else 0, candidates=named)
         if start is None:
             trainer.standardise(data.adapters)
         else:
@@ -157,7 +159,7 @@ def _default_policy(exits: Exits, config: TrainConfig, shown: list[Evidence], co
 
     The rules are guesses from single tokens that leave. Only a calibration tests whole answers.
     """
-    number = CANDIDATES if exits.config.sketch else 0
+    number = exits.config.candidates if exits.sketch else 0
     closed = (1.0,) * len(exits)
     if config.threshold is not None:
         return Policy((config.threshold,) * len(exits), config.confidence, candidates=number)

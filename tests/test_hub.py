@@ -123,16 +123,26 @@ def test_offline_and_no_wheel_does_not_ask_pip(bare, monkeypatch) -> None:
 
 
 def test_what_ships_is_found_and_not_imported(tmp_path, monkeypatch) -> None:
-    package = tmp_path / "offramp_models"
-    for name in ("b", "a"):
-        (package / "models" / name).mkdir(parents=True)
-    (package / "models" / "notes.txt").write_text("")
-    (package / "__init__.py").write_text("raise ImportError")
+    before = files.shipped("models"), files.shipped("exits")
+    values = {"one": "found_one", "two": "found_two", "gone": "found_gone", "deep": "found_one.models", "odd": "os:path"}
+    for name in ("found_one/models/b", "found_one/models/a", "found_two/exits/c"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "found_one" / "models" / "notes.txt").write_text("")
+    for name in ("found_one", "found_two"):
+        (tmp_path / name / "__init__.py").write_text("raise ImportError")
+    about = tmp_path / "found-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: found\nVersion: 1.0\n")
+    lines = (f"{name} = {value}\n" for name, value in values.items())
+    (about / "entry_points.txt").write_text(f"[{files.PACKAGES}]\n{''.join(lines)}")
     monkeypatch.syspath_prepend(tmp_path)
-    assert files.shipped("models") == [package / "models" / "a", package / "models" / "b"]
-    assert files.shipped("exits") == []
-    monkeypatch.setattr(files.importlib.util, "find_spec", lambda name: None)
-    assert files.shipped("models") == []
+    found = files.shipped("models"), files.shipped("exits")
+    new = [[path for path in after if path not in own] for after, own in zip(found, before, strict=True)]
+    assert new == [
+        [tmp_path / "found_one" / "models" / "a", tmp_path / "found_one" / "models" / "b"],
+        [tmp_path / "found_two" / "exits" / "c"],
+    ]
+    assert [path for path in found[0] if path in before[0]] == before[0]
 
 
 def test_an_alias_whose_package_is_not_installed_says_what_to_install(own_cache, monkeypatch) -> None:

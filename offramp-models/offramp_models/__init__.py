@@ -1,6 +1,6 @@
 """The small models and the trained exits that ship with offramp: files, and no code.
 
-offramp finds the files where this package is installed, and never imports it. `models/` has a folder for each model, by its
+offramp finds this package by its entry point, and never imports it. `models/` has a folder for each model, by its
 alias; `exits/` has one for each model that exits were trained for. Each folder holds a record of how it was made.
 """
 

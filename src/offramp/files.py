@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ except ModuleNotFoundError:  # Windows: no locks of this kind
     fcntl = None  # type: ignore[assignment]
 
 ASSETS = Path(__file__).parent / "assets"  # prompts and model shapes
+PACKAGES = "offramp.packages"  # the group of entry points of packages with models and exits
 MODELS_PACKAGE = "offramp-models"  # a distribution of its own, with the models and exits that ship
 INSTALL_MODELS = f"Install it in a clone of offramp: pip install ./{MODELS_PACKAGE}"  # neither package is on PyPI
 
@@ -32,10 +34,15 @@ def install_hint(extra: str) -> str:
 
 
 def shipped(kind: str) -> list[Path]:
-    """The folders of a kind, "models" or "exits", in the package `offramp-models`; none where it is not installed."""
-    spec = importlib.util.find_spec(MODELS_PACKAGE.replace("-", "_"))
-    places = (spec.submodule_search_locations if spec else None) or []
-    return sorted(folder for place in places for folder in (Path(place) / kind).glob("*") if folder.is_dir())
+    """The folders of a kind, "models" or "exits", in installed packages that bring such.
+
+    A package says so by an entry point of the group `PACKAGES`, whose value is the name of a package of Python. That holds
+    files, and is not imported.
+    """
+    names = sorted({entry.value for entry in entry_points(group=PACKAGES) if entry.value.isidentifier()})
+    specs = [spec for spec in map(importlib.util.find_spec, names) if spec]
+    places = [Path(place) / kind for spec in specs for place in spec.submodule_search_locations or ()]
+    return [folder for place in places for folder in sorted(place.glob("*")) if folder.is_dir()]
 
 
 def cache_folder() -> Path:

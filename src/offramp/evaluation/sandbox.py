@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 from offramp.errors import BadInput
-from offramp.evaluation.shut_in import REFUSED
 
 SECONDS, BYTES = 10, 2 << 30  # of a program
+REFUSED = 77  # the exit status where the system cannot shut a program in
 PROMISE = (
     "Each runs shut in: without network and other processes, for at most 10 seconds, with 2 GB, and can write only to a "
     "folder that is then gone. It can still read all files that you can read."
@@ -31,7 +31,8 @@ def passes(program: str, seconds: int = SECONDS) -> bool:
     if sys.platform != "linux":
         raise _refused("that needs Linux")
     secret = secrets.token_hex(16)
-    command = [sys.executable, "-I", str(Path(__file__).with_name("shut_in.py")), str(seconds), str(BYTES)]
+    numbers = map(str, (seconds, BYTES, REFUSED))
+    command = [sys.executable, "-I", str(Path(__file__).with_name("shut_in.py")), *numbers]
     sent = f"{secret}\n{program}".encode("utf-8", "replace")
     try:
         # The limit of the processor's time ends a loop; this one also ends a program that sleeps.

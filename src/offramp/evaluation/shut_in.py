@@ -1,10 +1,10 @@
-"""A program, shut in: `python -I shut_in.py SECONDS BYTES`, with the program on stdin. `sandbox` starts it.
+"""A program, shut in: `python -I shut_in.py SECONDS BYTES REFUSED`, with the program on stdin. `sandbox` starts it.
 
 On Linux a process may give itself less than its user has. This one can then reach no network, sees every file but can
 write only into an empty folder of its own in memory, sees and starts no processes, and has limits on time, memory and open
 files. Then it runs the program. The first line of stdin is a secret that is printed at the end: so a program that ends
-early, by `exit()` or a crash, has not passed. Exits with `REFUSED` and a reason on stderr where the system does not allow
-all that.
+early, by `exit()` or a crash, has not passed. Exits with the number REFUSED and a reason on stderr where the system
+does not allow all that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import resource
 import struct
 import sys
 
-REFUSED = 77
 OPEN_FILES, FILE_BYTES = 64, 1 << 24
 
 # From Linux' headers.
@@ -86,14 +85,14 @@ def give_up_rights(seconds: int, size: int) -> None:
 
 def main() -> None:
     secret, _, program = sys.stdin.read().partition("\n")
-    seconds, size = map(int, sys.argv[1:])
+    seconds, size, refused = map(int, sys.argv[1:])
     try:
         must(libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0), "it would outlive its caller")
         leave_the_system()
         give_up_rights(seconds, size)
     except (OSError, KeyError, ValueError) as error:
         print(error, file=sys.stderr)
-        sys.exit(REFUSED)
+        sys.exit(refused)
     out = os.dup(1)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

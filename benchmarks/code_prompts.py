@@ -19,10 +19,12 @@ import importlib
 import inspect
 import json
 import random
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from offramp.evaluation.code import mbpp_prompt, python_prompt
 from offramp.files import read_lines, sha256_of_text, write_atomically
@@ -48,7 +50,19 @@ def library_functions() -> Iterator[tuple[str, str, str]]:
             for function in [each for _, each in sorted(owner.items()) if inspect.isfunction(each)]:
                 documented = len(inspect.getdoc(function) or "") in DOCUMENTED
                 if documented and function.__module__ == name and not function.__name__.startswith("_"):
-                    yield function.__name__, str(inspect.signature(function)), inspect.getdoc(function) or ""
+                    signature = re.sub(r"0x[0-9a-f]+", "0x7f0000000000", str(inspect.signature(function)))  # addresses
+                    yield function.__name__, signature, inspect.getdoc(function) or ""
+
+
+def by_its_authors(row: dict[str, Any]) -> str:
+    """A problem of MBPP as its authors word it (arXiv 2108.07732)."""
+    asked = f"You are an expert Python programmer, and here is your task: {row['text']} Your code should pass these tests:"
+    return "\n".join([asked, "", *row["test_list"]])
+
+
+def by_evalplus(row: dict[str, Any]) -> str:
+    """A problem of MBPP as the task `mbpp` words it."""
+    return mbpp_prompt(row["text"], row["test_list"][0])
 
 
 def written_out(name: str, signature: str, doc: str, way: int) -> str:
@@ -76,14 +90,13 @@ def main(argv: list[str] | None = None) -> None:
     requests = [written_out(*each, way=number % 3) for number, each in enumerate(functions[:FUNCTIONS])]
     calibrating = [request for request in requests if int(sha256_of_text(request)[:8], 16) % 12 == 0]
     train = [
-        *(mbpp_prompt(row["text"], row["test_list"]) for row in trained),
-        *(python_prompt(f'"""\n{row["text"]}\n{row["test_list"][0]}\n"""') for row in trained),
+        *(written(row) for row in trained for written in (by_its_authors, by_evalplus)),
         *(row["text"] for row in trained),
         *(request for request in requests if request not in calibrating),
         *(line for path in (PROMPTS, CODING) for line in read_lines(path, ("prompt",))),
         *(row["prompt"] for row in instructions(args.instructions)),
     ]
-    validated = [mbpp_prompt(row["text"], row["test_list"]) for row in problems if row["task_id"] in VALIDATED]
+    validated = [by_evalplus(row) for row in problems if row["task_id"] in VALIDATED]
     fresh = [line for name in ("own", "instructions") for line in read_lines(FRESH / f"{name}.txt", ())]
     parts = {"code-train": train, "code-calibrate": [*validated, *calibrating, *fresh]}
     args.output.mkdir(parents=True, exist_ok=True)

@@ -41,9 +41,10 @@ def written(folder: Path, *rows: dict[str, object]) -> Path:
     ("answer", "code"),
     [
         ("Sure:\n```python\nx = 1\n```\nThen:\n```python\ny = 2\n```", "x = 1"),
-        ("```python\nx = 1\ny = ", "x = 1\ny = "),  # cut off by the limit of tokens
+        ("```python\nx = 1\ny = 2\nfor z in (3,\n    4", "x = 1\ny = 2"),  # cut off by the limit of tokens
+        ("def f(x):\n    return (x\n\0", ""),
         ("x = 1", "x = 1"),
-        ("```\nx = '''\n```'''", "x = '''"),
+        ("```\nx = 1\ny = '''\n```'''", "x = 1"),
     ],
 )
 def test_an_answers_code_is_its_first_block(answer: str, code: str) -> None:
@@ -59,7 +60,7 @@ def test_a_problem_is_solved_if_all_tests_pass(tmp_path) -> None:
     assert score_code("I cannot.", item) == {"pass@1": 0}
     rows = [MBPP, {**MBPP, "task_id": 10}, {**MBPP, "task_id": 511}]  # the others are for prompts and validation
     (item,) = load_task("mbpp", written(tmp_path, *rows), run_code=True).items
-    assert item.prompt.endswith("these tests:\n\nassert double(one) == 2\nassert double(4) == 8")
+    assert item.prompt.endswith('```python\n"""\nWrite a function that doubles.\nassert double(one) == 2\n"""\n```')
     assert score_code(f"```python\n{MBPP['code']}\n```", item) == {"pass@1": 1}
     assert score_code("```python\ndef double(x):\n    return 2\n```", item) == {"pass@1": 0}
 

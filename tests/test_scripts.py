@@ -33,6 +33,7 @@ sys.path.insert(
 import adapters
 import agreement
 import clients
+import code_prompts
 import context
 import exits
 import gates
@@ -150,6 +151,29 @@ def test_prompts_are_divided_into_parts_that_share_none(tmp_path, capsys) -> Non
     assert len(places) == prompts.REPEATS
     assert set(places) == {0, 1, 2}
     assert "own-train: 200 prompts" in capsys.readouterr().out
+
+
+def test_code_prompts_are_divided_into_parts_that_share_none(tmp_path, capsys) -> None:
+    problems = [
+        {"task_id": number, "text": f"Write function {number}.", "test_list": [f"assert f() == {number}"]}
+        for number in (10, 500, 510, 511, 600, 601, 974)
+    ]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    (tmp_path / "dolly.jsonl").write_text(json.dumps({"prompt": "### Instruction:\nName three trees.\n\n### Response:\n"}))
+    arguments = ["--mbpp", str(tmp_path / "mbpp.jsonl"), "--instructions", str(tmp_path / "dolly.jsonl")]
+    for folder in ("one", "two"):
+        code_prompts.main([*arguments, "-o", str(tmp_path / folder)])
+    names = ["code-calibrate", "code-train"]
+    assert [file.read_bytes() for file in sorted((tmp_path / "one").iterdir())] == [
+        (tmp_path / "two" / f"{name}.jsonl").read_bytes() for name in names
+    ]
+    calibrate, train = (read_lines(tmp_path / "one" / f"{name}.jsonl", ("prompt",)) for name in names)
+    assert len({*calibrate, *train}) == len(calibrate) + len(train)
+    assert {number for number in range(1000) for line in train if f"Write function {number}." in line} == {601, 974}
+    assert {number for number in range(1000) for line in calibrate if f"Write function {number}." in line} == {511, 600}
+    assert "Name three trees." in train
+    assert sum("dedent(text)" in line for line in train + calibrate) == 1  # textwrap's
+    assert f"code-train: {len(train)} prompts" in capsys.readouterr().out
 
 
 def test_offload_says_what_a_token_takes(world, capsys, monkeypatch) -> None:

@@ -1,14 +1,16 @@
 """HumanEval and MBPP: code that the model writes is run with the data set's tests, shut in (`sandbox`).
 
-The model is asked in its chat template for a whole program, and its answer is decoded greedily, so that pass@1 is the share
-of problems that are solved. Means differ from published ones, which let base models continue the code, or allow longer
-answers.
+The model is asked in its chat template for a whole program, in words of EvalPlus (arXiv 2305.01210), and its answer is
+decoded greedily, so that pass@1 is the share of problems that are solved. Means differ from published ones, which let base
+models continue the code, or allow longer answers.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,14 @@ MOST_TOKENS = 256
 
 
 def python_prompt(beginning: str) -> str:
-    """The request to write Python code that begins so, as EvalPlus words it (arXiv 2305.01210)."""
+    """The request to write a Python program for what is said so."""
     asked = "Please provide a self-contained Python script that solves the following problem in a markdown code block:"
     return f"{asked}\n```python\n{beginning.strip()}\n```"
 
 
-def mbpp_prompt(text: str, tests: list[str]) -> str:
-    """The request to solve a problem of MBPP, as its authors word it (arXiv 2108.07732)."""
-    asked = f"You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:"
-    return "\n".join([asked, "", *tests])
+def mbpp_prompt(text: str, test: str) -> str:
+    """The request to solve a problem of MBPP, by its sentence and its first test."""
+    return python_prompt(f'"""\n{text}\n{test}\n"""')
 
 
 def humaneval(data: str | Path | None) -> Task:
@@ -59,7 +60,7 @@ def mbpp(data: str | Path | None) -> Task:
         Item(
             str(row["task_id"]),
             row["text"],
-            mbpp_prompt(row["text"], row["test_list"]),
+            mbpp_prompt(row["text"], row["test_list"][0]),
             (row["code"],),
             program="\n\n".join(["{answer}", row["test_setup_code"], *row["test_list"]]) + "\n",
         )
@@ -76,9 +77,23 @@ def score_code(answer: str, item: Item) -> Scores:
 
 
 def code_of(answer: str) -> str:
-    """The first block of code in an answer in Markdown; a block that has no end goes to the answer's. Without one: all."""
+    """The first block of code in an answer in Markdown; without a block, the whole answer.
+
+    Lines at the end that are no whole statement are left out: they were cut off by the limit of tokens.
+    """
     found = re.search(r"```[^\n]*\n(.*?)(?:\n```|\Z)", answer, re.DOTALL)
-    return found.group(1) if found else answer
+    lines = (found.group(1) if found else answer).split("\n")
+    return next((code for code in ("\n".join(lines[:end]) for end in range(len(lines), 0, -1)) if _is_python(code)), "")
+
+
+def _is_python(code: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in a text
+        try:
+            ast.parse(code)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # a NUL; brackets that are nested too deeply
+            return False
+    return True
 
 
 def _rows(
@@ -92,9 +107,12 @@ def _rows(
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         for row in rows:
-            texts = [row[name] for name in fields if name not in ("task_id", "test_list")] + row.get("test_list", [])
+            tests = row["test_list"] if "test_list" in fields else ["one"]
+            texts = [*(row[name] for name in fields if name not in ("task_id", "test_list")), *tests]
             if not isinstance(row["task_id"], str | int) or not all(isinstance(text, str) for text in texts):
                 raise ValueError(f"problem {row['task_id']!r} has something else than text")
+            if not tests:
+                raise ValueError(f"problem {row['task_id']!r} has no test")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise not_official(data, f"JSON lines with {whose} fields", error) from error
     return rows, source, digest

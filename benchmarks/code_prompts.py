@@ -2,14 +2,17 @@
 
     PYTHONPATH=. .venv/bin/python benchmarks/code_prompts.py --mbpp mbpp.jsonl --instructions dolly-1000.jsonl
 
-It writes JSON lines to build/prompts: `code-train`, and `code-calibrate`, which nothing is trained on. The sources are
+It writes JSON lines to build/prompts: `code-train`, and what nothing is trained on: `code-calibrate`, and `code-task`,
+whose problems have programs that test an answer's code. The sources are
 
-- MBPP's training problems (ids from 601 on), each in three wordings; its validation problems (511 to 600) calibrate;
+- MBPP's training problems (ids from 601 on), each in three wordings; its validation problems (511 to 600) and the few that
+  are meant as examples (up to 10) calibrate, and are those of `code-task`;
 - functions of Python's own standard library, by signature and docstring, which the model is to write; one in twelve
   calibrates;
 - offramp's own prompts, for code and general ones, and instructions. Those of `calibration-prompts/` calibrate.
 
-MBPP's test problems and HumanEval are in no part.
+MBPP's test problems and HumanEval are in neither. With `--humaneval FILE`, its prompts go to a third file, `code-bench`,
+for `offramp bench --prompts`.
 """
 
 from __future__ import annotations
@@ -26,12 +29,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from offramp.evaluation.code import mbpp_prompt, python_prompt
+from offramp.evaluation.code import humaneval, mbpp_item, python_prompt
 from offramp.files import read_lines, sha256_of_text, write_atomically
 from offramp.training.data import CODING, PROMPTS
 from prompts import FRESH, instructions
 
-TRAINED, VALIDATED = range(601, 975), range(511, 601)  # MBPP's official parts
+TRAINED, VALIDATED = range(601, 975), {*range(1, 11), *range(511, 601)}  # MBPP's official parts
 FUNCTIONS = 2600  # of the standard library
 DOCUMENTED = range(40, 700)  # characters of a docstring
 NOT_READ = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}  # windows and jokes
@@ -62,7 +65,7 @@ def by_its_authors(row: dict[str, Any]) -> str:
 
 def by_evalplus(row: dict[str, Any]) -> str:
     """A problem of MBPP as the task `mbpp` words it."""
-    return mbpp_prompt(row["text"], row["test_list"][0])
+    return mbpp_item(row).prompt
 
 
 def written_out(name: str, signature: str, doc: str, way: int) -> str:
@@ -80,6 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mbpp", type=Path, required=True)
     parser.add_argument("--instructions", type=Path, required=True)
+    parser.add_argument("--humaneval", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/prompts"))
     args = parser.parse_args(argv)
     draw = random.Random(0)
@@ -96,9 +100,11 @@ def main(argv: list[str] | None = None) -> None:
         *(line for path in (PROMPTS, CODING) for line in read_lines(path, ("prompt",))),
         *(row["prompt"] for row in instructions(args.instructions)),
     ]
-    validated = [by_evalplus(row) for row in problems if row["task_id"] in VALIDATED]
+    validated = [mbpp_item(row) for row in problems if row["task_id"] in VALIDATED]
     fresh = [line for name in ("own", "instructions") for line in read_lines(FRESH / f"{name}.txt", ())]
-    parts = {"code-train": train, "code-calibrate": [*validated, *calibrating, *fresh]}
+    parts = {"code-train": train, "code-calibrate": [*(item.prompt for item in validated), *calibrating, *fresh]}
+    if args.humaneval:
+        parts["code-bench"] = [item.prompt for item in humaneval(args.humaneval).items]
     args.output.mkdir(parents=True, exist_ok=True)
     for name, prompts in parts.items():
         unique = list(dict.fromkeys(prompts))
@@ -106,6 +112,9 @@ def main(argv: list[str] | None = None) -> None:
         lines = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in unique)
         write_atomically(args.output / f"{name}.jsonl", lines.encode())
         print(f"{name}: {len(unique)} prompts")
+    tested = (json.dumps({"prompt": item.prompt, "program": item.program}) + "\n" for item in validated)
+    write_atomically(args.output / "code-task.jsonl", "".join(tested).encode())
+    print(f"code-task: {len(validated)} prompts")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 import warnings
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import pairwise
 from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from helpers import TAILS, exits_for, modest_exits, sketched
 from models import tiny
 from offramp import Engine, Exits, Policy, Sampling
+from offramp.decode.request import Generation
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits.learned import hashes_of, known_among
 from offramp.model.costs import Costs
@@ -27,7 +30,7 @@ from offramp.training import calibration
 from offramp.training.calibration import calibrate, calibrations
 from offramp.training.config import CalibrationConfig
 from offramp.training.lines import KINDS, candidates, heads
-from offramp.training.losses import LOSSES, Question, losses_by_length, read_questions
+from offramp.training.losses import LOSSES, Question, losses_by_length, read_questions, task_loss
 from offramp.training.points import SHARES, Rule, narrowed, policies, rule
 from offramp.training.risk import fixed_sequence, p_value, path, prompts_needed
 from offramp.training.validation import Evidence
@@ -417,6 +420,23 @@ def test_questions_are_read_with_their_answers(tmp_path) -> None:
     ]
     (tmp_path / "lines.txt").write_text("One?\n\nTwo?\n")
     assert read_questions(tmp_path / "lines.txt") == [Question("One?"), Question("Two?")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="programs can be shut in on Linux only")
+def test_code_is_lost_if_full_depths_passes_and_the_other_fails(tmp_path) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"prompt": "Double.", "program": "{answer}\nassert double(2) == 4"}))
+    (question,) = read_questions(file)
+
+    def answer(*words: str) -> Generation:
+        tokens = tuple(SimpleNamespace(text=word, id=place) for place, word in enumerate(words))
+        return replace(Engine(tiny("llama")).generate("x", max_tokens=1), tokens=tokens, text="".join(words))
+
+    right, wrong = answer("def double(x):", " return", " 2", " * x"), answer("def double(x):", " return", " x")
+    assert [task_loss(early, full, question) for early in (right, wrong) for full in (right, wrong)] == [0, 0, 1, 0]
+    assert losses_by_length(wrong, right, question, "task", 5) == [0, 0, 0, 1, 1]  # the beginning of `right` fails, too
+    with pytest.raises(BadInput, match="programs that the model writes must run"):
+        calibrate(tiny("llama"), exits_for("llama"), [question] * 80, CalibrationConfig(loss="task"))
 
 
 def shown(gate: torch.Tensor, key: torch.Tensor, chance: torch.Tensor, harm: float = 0.0) -> Evidence:

@@ -185,7 +185,7 @@ def test_every_flag_says_what_it_does(verb: str) -> None:
         ("train", TrainConfig, ("--layers", "--own-prompts", "--hours", "--gate-width", "--draft")),
         ("calibrate", CalibrationConfig, ("--risk", "--delta", "--policy", "--retest", "--exits", "--dtype")),
         ("generate", Sampling, ("--temperature", "--top-p", "--repetition-penalty", "--exits", "--fill")),
-        ("generate", DecodingOptions, ("--threshold", "--mode", "--fill", "--candidates", "--dtype")),
+        ("generate", DecodingOptions, ("--threshold", "--mode", "--fill", "--dtype")),
     ],
 )
 def test_a_verbs_flags_defaults_and_help_are_its_configs(verb: str, config: type, flags: tuple[str, ...]) -> None:
@@ -486,7 +486,6 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("generate", "model", "x" * 600), "tokens long"),
         (("generate", "model", "Hi", "--exits", "nowhere"), "no folder nowhere"),
         (("generate", "model", "Hi", "--threshold", "0.5"), "No exits ship for model"),
-        (("eval", "model", "--task", "coqa", "--data", "coqa.json", "--threshold", "0.5"), "No exits ship for model"),
         (("bench", "--model", "model", "--compare", "full,defer"), "No exits ship for model"),
         (("bench", "--model", "model", "--compare", "full,magic"), "no mode and no fill 'magic'"),
         (
@@ -496,7 +495,6 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("generate", "model", "Hi", "--mode", "magic"), "no mode 'magic'"),
         (("generate", "model", "Hi", "--exits", "exits", "--threshold", "2"), "not in [0, 1]"),
         (("generate", "model", "Hi", "--exits", "exits", "--fill", "magic"), "no fill 'magic'"),
-        (("generate", "model", "Hi", "--exits", "exits", "--candidates", "9"), "no default threshold with --candidates"),
         (("generate", "model", "Hi", "--dtype", "int3"), "'int3' is not a dtype"),
         (("generate", "model", "Hi", "--max-tokens", "0"), "0 tokens"),
         (("generate", "model", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),

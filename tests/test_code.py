@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from offramp import sandbox
 from offramp.errors import BadInput
-from offramp.evaluation import sandbox
-from offramp.evaluation.code import code_of, score_code
+from offramp.evaluation.code import score_code
 from offramp.evaluation.tasks import load_task
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="programs can be shut in on Linux only")
@@ -48,7 +48,7 @@ def written(folder: Path, *rows: dict[str, object]) -> Path:
     ],
 )
 def test_an_answers_code_is_its_first_block(answer: str, code: str) -> None:
-    assert code_of(answer) == code
+    assert sandbox.code_of(answer) == code
 
 
 @linux_only
@@ -86,7 +86,7 @@ def test_a_system_without_namespaces_is_refused(tmp_path, monkeypatch) -> None:
     (tmp_path / "shut_in.py").write_text(child.replace("NEW_USERS | NEW_NETWORK", "0x40 | NEW_NETWORK"))
     monkeypatch.setattr(sandbox, "__file__", str(tmp_path / "sandbox.py"))
     with pytest.raises(BadInput, match=r"cannot shut in .*no namespaces"):
-        sandbox.check()
+        sandbox.check(allowed=True)
 
 
 def raises(kind: str, statement: str) -> str:

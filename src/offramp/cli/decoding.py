@@ -43,7 +43,7 @@ def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="The prompt. Or use --prompts.", show_default=False)] = None,
     *,
-    decoding: Annotated[DecodingOptions, Only("mode", "exits", "dtype", "fill", "threshold", "candidates")],
+    decoding: Annotated[DecodingOptions, Only("mode", "exits", "dtype", "fill", "threshold")],
     sampling: Annotated[Sampling, Only("temperature", "top_p", "seed", "repetition_penalty")],
     prompts: Annotated[
         Path | None, typer.Option(help="File of prompts, as lines or JSON lines with 'prompt'; prints JSON lines.")

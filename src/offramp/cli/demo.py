@@ -27,6 +27,11 @@ QUESTIONS = {  # no exit that ships has learned from one of these: it would show
         "Which planet is the largest?",
         "Who wrote Romeo and Juliet?",
     ],
+    "code": [
+        "Write a Python function that reverses the order of the words in a sentence.",
+        "Write a SQL query that counts the orders of each customer.",
+        "What does this print? print([x * x for x in range(5) if x % 2])",
+    ],
 }
 ROUNDS = 3  # measured answers of each mode to a question; the fastest counts, since other programs only slow an answer down
 ENOUGH = 5.0  # seconds after which no other round begins
@@ -60,7 +65,7 @@ def demo(
     for mode in answers:
         loaded.generate("Hello", mode, max_tokens=8)  # a first answer is slow, since memory and caches are cold
     legend()
-    for question in questions or QUESTIONS.get(model.removesuffix("-ee"), QUESTIONS["smollm2"]):
+    for question in questions or _questions_for(model):
         console.print(Text(f"\n{question}", "bold"))
         for token in loaded.stream(question, "exact", max_tokens=max_tokens):
             print(shade(token), end="", flush=True)
@@ -75,6 +80,11 @@ def demo(
     modes_table(f"{loaded.backbone.name}, {loaded.backbone.weight_format}; {where}", answers)
     for line in (*map(partial(_promise, loaded), answers), NOTE):
         console.print(Text(line, "dim"))
+
+
+def _questions_for(model: str) -> list[str]:
+    """The questions for a model by its name: its own, or those for code if the name says that it is for code."""
+    return QUESTIONS.get(model.removesuffix("-ee"), QUESTIONS["code" if "code" in model.lower() else "smollm2"])
 
 
 def _measured(loaded: Model, modes: list[str], question: str, max_tokens: int) -> list[dict[str, Generation]]:

@@ -7,14 +7,11 @@ models continue the code, or allow longer answers.
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-import warnings
 from pathlib import Path
 from typing import Any
 
-from offramp.evaluation import sandbox
+from offramp import sandbox
 from offramp.evaluation.sources import from_hub, not_official, read_file
 from offramp.evaluation.task import Item, Scores, Task
 from offramp.files import sha256_of_text
@@ -29,9 +26,11 @@ def python_prompt(beginning: str) -> str:
     return f"{asked}\n```python\n{beginning.strip()}\n```"
 
 
-def mbpp_prompt(text: str, test: str) -> str:
-    """The request to solve a problem of MBPP, by its sentence and its first test."""
-    return python_prompt(f'"""\n{text}\n{test}\n"""')
+def mbpp_item(row: dict[str, Any]) -> Item:
+    """A problem of MBPP: it is asked by its sentence and its first test, and all tests must pass."""
+    prompt = python_prompt(f'"""\n{row["text"]}\n{row["test_list"][0]}\n"""')
+    program = "\n\n".join([sandbox.ANSWER, row["test_setup_code"], *row["test_list"], ""])
+    return Item(str(row["task_id"]), row["text"], prompt, (row["code"],), program=program)
 
 
 def humaneval(data: str | Path | None) -> Task:
@@ -56,44 +55,13 @@ def mbpp(data: str | Path | None) -> Task:
     """MBPP (arXiv 2108.07732): a function by one sentence and three tests; the problems of its test split."""
     fields = ("task_id", "text", "code", "test_setup_code", "test_list")
     rows, source, digest = _rows(data, "google-research-datasets/mbpp", "full", "MBPP's", fields)
-    items = [
-        Item(
-            str(row["task_id"]),
-            row["text"],
-            mbpp_prompt(row["text"], row["test_list"][0]),
-            (row["code"],),
-            program="\n\n".join(["{answer}", row["test_setup_code"], *row["test_list"]]) + "\n",
-        )
-        for row in rows
-        if row["task_id"] in TESTED
-    ]
+    items = [mbpp_item(row) for row in rows if row["task_id"] in TESTED]
     return Task("mbpp", items, (), MOST_TOKENS, score_code, source, digest, chat=True, runs_code=True)
 
 
 def score_code(answer: str, item: Item) -> Scores:
     """pass@1: 1 if the answer's code passes all tests, else 0."""
-    before, _, after = item.program.partition("{answer}")
-    return {"pass@1": float(sandbox.passes(before + code_of(answer) + after))}
-
-
-def code_of(answer: str) -> str:
-    """The first block of code in an answer in Markdown; without a block, the whole answer.
-
-    Lines at the end that are no whole statement are left out: they were cut off by the limit of tokens.
-    """
-    found = re.search(r"```[^\n]*\n(.*?)(?:\n```|\Z)", answer, re.DOTALL)
-    lines = (found.group(1) if found else answer).split("\n")
-    return next((code for code in ("\n".join(lines[:end]) for end in range(len(lines), 0, -1)) if _is_python(code)), "")
-
-
-def _is_python(code: str) -> bool:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of escapes in a text
-        try:
-            ast.parse(code)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # a NUL; brackets that are nested too deeply
-            return False
-    return True
+    return {"pass@1": float(sandbox.solves(answer, item.program))}
 
 
 def _rows(

@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from offramp import sandbox
 from offramp.errors import BadInput
-from offramp.evaluation import sandbox
 from offramp.evaluation.code import humaneval, mbpp
 from offramp.evaluation.sources import from_hub, missing, not_official, read_file
 from offramp.evaluation.task import Item, Scores, Task
@@ -63,11 +63,7 @@ def load_task(name: str, data: str | Path | None = None, limit: int | None = Non
         raise BadInput(f"There is no task '{name}'.", f"Choose from {', '.join(TASKS)}.")
     task = TASKS[name](data)
     if task.runs_code:
-        if not run_code:
-            raise BadInput(
-                f"To score {name}, programs that the model writes must run. {sandbox.PROMISE}", "To allow it: --run-code"
-            )
-        sandbox.check()
+        sandbox.check(run_code)
     # This order has nothing to do with the file's, so that a few questions are a fair sample.
     items = sorted(task.items, key=lambda item: sha256_of_text(f"{item.id} {item.question}"))
     if name == "coqa":  # conversations stay whole, turn by turn

@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 
+from offramp import sandbox
 from offramp.decode.engine import Engine
 from offramp.decode.fills import fill_named
 from offramp.decode.request import Generation
@@ -346,10 +347,13 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
             f"{config.risk}.",
             f"Give at least {math.ceil(needed / share) + 1}.",
         )
-    if config.loss == "task" and not all(question.references for question in questions):
-        raise BadInput(
-            "The loss 'task' needs right answers with the prompts.",
-            "Give JSON lines with 'answer' or 'answers', such as TriviaQA's.",
-        )
+    if config.loss == "task":
+        if not all(question.references or question.program for question in questions):
+            raise BadInput(
+                "The loss 'task' needs right answers with the prompts.",
+                "Give JSON lines with 'answer' or 'answers', such as TriviaQA's, or with a 'program' that tests code.",
+            )
+        if any(question.program for question in questions):
+            sandbox.check(config.run_code)
     if len({question.prompt for question in questions}) < len(questions):
         raise BadInput("Some prompts occur twice, but the test needs independent prompts.", "Keep each prompt once.")

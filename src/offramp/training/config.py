@@ -104,11 +104,12 @@ class CalibrationConfig:
     """What a calibration must guarantee, and how the answers are generated.
 
     The loss `f1` is 1 − token F1 with full depth's answer; `exact` is 1 if the answers differ; `task` is the share of the
-    words of the prompt's 'answer' that full depth's answer has and this one misses. The policies of the kind `precision`
-    have thresholds and second keys under which every exit is right equally often; `thresholds` has one for all exits; those
-    of `decay` fall along an answer; `fixed` is one exit for every token. `confidence`: what thresholds are compared with;
-    None: as the exits have it. `stop`: texts before which an answer ends. `raw`: prompts are given without the model's chat
-    template. `repetition_penalty`: 1 is none.
+    words of the prompt's 'answer' that full depth's answer has and this one misses. If the prompt has a 'program', `task`
+    is 1 if full depth's code passes it and this answer's does not; `run_code` allows that it runs. The policies of the kind
+    `precision` have thresholds and second keys under which every exit is right equally often; `thresholds` has one for all
+    exits; those of `decay` fall along an answer; `fixed` is one exit for every token. `confidence`: what thresholds are
+    compared with; None: as the exits have it. `stop`: texts before which an answer ends. `raw`: prompts are given without
+    the model's chat template. `repetition_penalty`: 1 is none.
     """
 
     risk: float = setting(0.05, "Highest mean loss of an answer that is allowed, 0 to 1.")
@@ -123,6 +124,7 @@ class CalibrationConfig:
     retest: bool = setting(
         False, "Test the path of the exits' last calibration again, on new prompts and without a pilot.", panel=RESEARCH
     )
+    run_code: bool = setting(False, "Let programs that the model writes run, shut in (--loss task with a 'program').")
     confidence: str | None = None
     stop: tuple[str, ...] = ()
     raw: bool = False

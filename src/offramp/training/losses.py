@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
+from offramp import sandbox
 from offramp.decode.request import Generation
 from offramp.files import read_lines
 from offramp.metrics import best_recall, token_f1
@@ -15,17 +16,21 @@ from offramp.metrics import best_recall, token_f1
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, and answers that count as right (only the loss `task` needs them)."""
+    """A prompt, and what only the loss `task` needs: answers that count as right, or a program that tests an answer's code.
+
+    The code stands in the program in the place of {answer} (`sandbox.solves`).
+    """
 
     prompt: str
     references: tuple[str, ...] = ()
+    program: str = ""
 
 
 def read_questions(file: str | Path) -> list[Question]:
     """Read prompts from a file of lines, or of JSON lines with `prompt` or `question`.
 
     A JSON line may have right answers in `answer` or `answers`: a text, a list of texts, or TriviaQA's object with `value`
-    and `aliases`. Raises `BadInput` for a file that is neither.
+    and `aliases`; or a `program`. Raises `BadInput` for a file that is neither.
     """
     prompts = read_lines(file, ("prompt", "question"))
     if Path(file).suffix != ".jsonl":
@@ -38,7 +43,9 @@ def read_questions(file: str | Path) -> list[Question]:
         if isinstance(answer, dict):
             answer = [answer.get("value"), *(answer.get("aliases") or ())]
         texts = answer if isinstance(answer, list) else [answer]
-        questions.append(Question(prompt, tuple(str(text) for text in texts if text not in (None, ()))))
+        questions.append(
+            Question(prompt, tuple(str(text) for text in texts if text not in (None, ())), str(record.get("program") or ""))
+        )
     return questions
 
 
@@ -55,8 +62,12 @@ def exact_loss(early: Generation, full: Generation, question: Question) -> float
 def task_loss(early: Generation, full: Generation, question: Question) -> float:
     """Full depth's word recall of the references minus this answer's; 0 if that is negative.
 
+    With a program: 1 if full depth's code passes it and this answer's does not, else 0.
+
     It is recall, not F1: a model that answers in sentences has an F1 near 0 with a short reference, and so nothing to lose.
     """
+    if question.program:
+        return float(sandbox.solves(full.text, question.program) and not sandbox.solves(early.text, question.program))
     return max(0.0, best_recall(full.text, question.references) - best_recall(early.text, question.references))
 
 
@@ -72,7 +83,11 @@ class Loss:
 LOSSES = {
     "f1": Loss("1 − token F1", f1_loss, "1 − token F1 with full depth's answer"),
     "exact": Loss("answers that differ", exact_loss, "1 if the answers differ"),
-    "task": Loss("lost task score", task_loss, "how many more words of the prompt's answer it misses, as a share"),
+    "task": Loss(
+        "lost task score",
+        task_loss,
+        "how many more words of the prompt's answer it misses, as a share; for code, 1 if it alone fails",
+    ),
 }
 
 

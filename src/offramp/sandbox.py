@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import re
 import secrets
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from offramp.errors import BadInput
 
 SECONDS, BYTES = 10, 2 << 30  # of a program
 REFUSED = 77  # the exit status where the system cannot shut a program in
+ANSWER = "{answer}"  # stands in a program for an answer's code
 PROMISE = (
     "Each runs shut in: without network and other processes, for at most 10 seconds, with 2 GB, and can write only to a "
     "folder that is then gone. It can still read all files that you can read."
 )
 
 
-def check() -> None:
-    """Raise `BadInput` if this system cannot shut a program in, or if it does not run there."""
+def check(allowed: bool) -> None:
+    """Raise `BadInput` if the user has not allowed that code runs, or if this system cannot shut it in."""
+    if not allowed:
+        raise BadInput(f"To score this, programs that the model writes must run. {PROMISE}", "To allow it: --run-code")
     if not passes("import collections, json, math, re, typing"):
         raise _refused("Python's own library is out of reach there")
 
@@ -44,6 +51,37 @@ def passes(program: str, seconds: int = SECONDS) -> bool:
     if done.returncode == REFUSED and done.stderr:  # a program's own errors go nowhere
         raise _refused(done.stderr.decode("utf-8", "replace").strip())
     return done.stdout == secret.encode()
+
+
+@functools.lru_cache(maxsize=4096)  # answers that begin alike hold the same code
+def _solves(code: str, program: str) -> bool:
+    before, _, after = program.partition(ANSWER)
+    return passes(before + code + after)
+
+
+def solves(answer: str, program: str) -> bool:
+    """Whether a program passes with an answer's code in the place of {answer}. Raises as `passes` does."""
+    return _solves(code_of(answer), program)
+
+
+def code_of(answer: str) -> str:
+    """The first block of code in an answer in Markdown; without a block, the whole answer.
+
+    Lines at the end that are no whole statement are left out: they were cut off by the limit of tokens.
+    """
+    found = re.search(r"```[^\n]*\n(.*?)(?:\n```|\Z)", answer, re.DOTALL)
+    lines = (found.group(1) if found else answer).split("\n")
+    return next((code for code in ("\n".join(lines[:end]) for end in range(len(lines), 0, -1)) if _is_python(code)), "")
+
+
+def _is_python(code: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes in a text
+        try:
+            ast.parse(code)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # a NUL; brackets that are nested too deeply
+            return False
+    return True
 
 
 def _refused(reason: str) -> BadInput:

@@ -13,6 +13,8 @@ enum { IN_CODES = 0 };
 // Vectors that a panel's rows take; scales of a row in a block, and the vectors of weights that one is for.
 enum { PARTS = PANEL / LANES, SCALES = SCALES_OF(BITS), WITH_SCALE = EIGHT / SCALES };
 
+enum { AHEAD = 2048 };  // bytes to fetch ahead of time
+
 // What is subtracted from weights, where no minimum is kept.
 enum { CENTRE = BITS == 8 || IN_CODES ? OFFSET : 1 << (BITS - 1) };
 
@@ -103,6 +105,9 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
                 unit = from_float16(units), low_unit = of.lows ? from_float16(units + PANEL) : unit;
                 block += before;
             }
+            // With many rows, the processor does not fetch weights early enough by itself.
+            for (int64_t line = 0; T > 4 && part == 0 && line < bytes; line += 64)
+                __builtin_prefetch(block + AHEAD + line);
             const uint8_t *ends = block + BITS * PLANE;
             const int64_t place = c->r * x.width + g * GROUP;
             const int8_t *q = (const int8_t *)x.narrow + place, *rest = x.low + place;
@@ -153,11 +158,11 @@ UP_TO_EIGHT(PANELS)
 // panel.
 static void gather(const uint8_t *const *blocks, const int *places, int64_t from, int64_t to,
                    uint8_t *panel) {
-    enum { BYTES = BITS * PLANE + PANEL * HALF_PRECISION, AHEAD = 6 };  // blocks to fetch ahead of time
+    enum { BYTES = BITS * PLANE + PANEL * HALF_PRECISION };
     for (int64_t at = from / GROUP * BYTES; at < to / GROUP * BYTES; at += BYTES, panel += BYTES)
         for (int i = 0; i < PANEL; i++) {
             const uint8_t *block = blocks[i] + at, *ends = block + BITS * PLANE + HALF_PRECISION * places[i];
-            __builtin_prefetch(block + AHEAD * BYTES + GROUP * places[i]);
+            __builtin_prefetch(block + AHEAD + GROUP * places[i]);
             memcpy(panel + GROUP * i, block + GROUP * places[i], GROUP);
             memcpy(panel + BITS * PLANE + HALF_PRECISION * i, ends, HALF_PRECISION);
         }

@@ -498,6 +498,11 @@ def test_a_narrower_rule_lets_the_surest_of_the_same_tokens_leave(wide: Rule) ->
     assert narrowed(Rule(), known, 0.25) == Rule()
 
 
+def test_an_exit_of_which_nothing_is_known_stays_closed() -> None:
+    nothing = torch.zeros(0)
+    assert rule(Evidence(nothing, nothing, nothing.bool(), nothing), 0.9, gain=100, price=1) == Rule()
+
+
 def test_a_sketch_keeps_enough_candidates_to_leave_risk_for_exits() -> None:
     """With fewer candidates, the sketch alone would use up the risk, and no exit could open."""
     exits = sketched("llama")

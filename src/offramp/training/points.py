@@ -46,6 +46,8 @@ def rule(known: Evidence, precision: float, gain: float, price: float) -> Rule:
     """
     best = Rule()
     tokens = len(known.agrees)
+    if not tokens:
+        return best
     threshold, leaving = lowest(known.gate, known.worth, precision)
     if leaving:
         best = Rule(threshold=threshold, saved=gain * leaving / tokens)

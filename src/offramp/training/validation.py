@@ -94,7 +94,9 @@ def evidence(exits: Exits, labelled: LabelledTexts) -> list[Evidence]:
     measured = ~labels.harm.isnan()
     shown = []
     for index, gate in enumerate(confidence):
-        known = (labels.agrees[:, index] >= 0) & (measured[:, index] | ~measured.any())
+        known = labels.agrees[:, index] >= 0
+        if (known & measured[:, index]).any():
+            known &= measured[:, index]
         key, agrees, harm = labels.top_prob[known, index], labels.agrees[known, index], labels.harm[known, index]
         shown.append(Evidence(torch.cat(gate)[known], key, agrees.bool(), harm.nan_to_num(0.0)))
     return shown
@@ -114,8 +116,8 @@ def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) 
             "agreement": round(float(tokens.agrees.float().mean()), 4),
             "gate_auroc": round(auroc(tokens.gate, tokens.agrees), 4),
             "key_auroc": round(auroc(tokens.key, tokens.agrees), 4),
-            "leave_at_99": round(lowest(tokens.key, tokens.agrees, 0.99)[1] / len(tokens.agrees), 4),
-            "leave_at_95": round(lowest(tokens.key, tokens.agrees, 0.95)[1] / len(tokens.agrees), 4),
+            "leave_at_99": round(lowest(tokens.key, tokens.agrees, 0.99)[1] / max(1, len(tokens.agrees)), 4),
+            "leave_at_95": round(lowest(tokens.key, tokens.agrees, 0.95)[1] / max(1, len(tokens.agrees)), 4),
             **({"acceptance": [round(share, 4) for share in drafts]} if drafts else {}),
         }
         for exit, tokens, drafts in zip(exits, shown, acceptance, strict=True)

@@ -15,7 +15,7 @@ from helpers import modest_exits, run_cli
 from models import saved, tiny
 from offramp import Engine, Policy
 from offramp.cli import terminal
-from offramp.cli.demo import QUESTIONS
+from offramp.cli.demo import QUESTIONS, _questions_for
 from offramp.decode.modes import MODES
 from offramp.exits.format import RECORD, Record
 from offramp.exits.learned import TRAINED, known_among
@@ -83,6 +83,11 @@ def test_exits_that_learned_from_other_weights_have_no_row_for_early(folder) -> 
 def test_the_demo_has_three_questions_of_its_own_for_each_model(folder) -> None:
     assert {len(questions) for questions in QUESTIONS.values()} == {3}
     assert len(SPEED.findall(demo(folder))) == 3
+
+
+def test_a_model_for_code_is_asked_for_code() -> None:
+    assert _questions_for("models/Some-Coder-0.5B.gguf") == QUESTIONS["code"]
+    assert _questions_for("org/other") == QUESTIONS["smollm2"]
 
 
 def test_no_exit_that_ships_learned_from_a_question_of_the_demo() -> None:

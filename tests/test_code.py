@@ -65,6 +65,12 @@ def test_a_problem_is_solved_if_all_tests_pass(tmp_path) -> None:
     assert score_code("```python\ndef double(x):\n    return 2\n```", item) == {"pass@1": 0}
 
 
+@pytest.mark.parametrize("wrong", [{"test_list": "assert double(1)"}, {"test_list": []}, {"test_list": [1]}, {"code": 3}])
+def test_another_file_of_mbpp_is_refused(tmp_path, wrong: dict[str, object]) -> None:
+    with pytest.raises(BadInput, match="is not JSON lines with MBPP's fields"):
+        load_task("mbpp", written(tmp_path, {**MBPP, **wrong}), run_code=True)
+
+
 @pytest.mark.parametrize("wrong", [{"test": 1}, {"prompt": None}])
 def test_another_file_is_refused(tmp_path, wrong: dict[str, object]) -> None:
     with pytest.raises(BadInput, match="is not JSON lines with HumanEval's fields"):

@@ -471,5 +471,7 @@ def test_a_sketch_is_kept_and_checked(tmp_path) -> None:
         Engine(tiny("llama"), exits_for("llama"), Policy((1.0,) * 3, candidates=50))
     with pytest.raises(BadInput, match="there are 260 tokens"):
         Engine(tiny("llama"), sketched("llama"), Policy((1.0,) * 3, candidates=300))
+    with pytest.raises(OfframpError, match="cannot name -1 candidates"):
+        Exits.new(tiny("llama"), ExitsConfig((1,), sketch=32, candidates=-1))
     with pytest.raises(OfframpError, match="sketch of 33 dims"):
         Exits.new(tiny("llama"), ExitsConfig((1,), sketch=33))

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from offramp.errors import BadInput
 
-SECONDS, BYTES = 10, 2 << 30  # of a program
+SECONDS, PAUSES, BYTES = 10, 5, 2 << 30  # of a program: processor time, seconds beyond it, memory
 REFUSED = 77  # the exit status where the system cannot shut a program in
 ANSWER = "{answer}"  # stands in a program for an answer's code
 PROMISE = (
-    "Each runs shut in: without network and other processes, for at most 10 seconds, with 2 GB, and can write only to a "
+    "Each runs shut in: without network and other processes, for at most 15 seconds, with 2 GB, and can write only to a "
     "folder that is then gone. It can still read all files that you can read."
 )
 
@@ -44,7 +44,12 @@ def passes(program: str, seconds: int = SECONDS) -> bool:
     try:
         # The limit of the processor's time ends a loop; this one also ends a program that sleeps.
         done = subprocess.run(
-            command, input=sent, capture_output=True, timeout=seconds + 5, env={"LC_ALL": "C.UTF-8"}, start_new_session=True
+            command,
+            input=sent,
+            capture_output=True,
+            timeout=seconds + PAUSES,
+            env={"LC_ALL": "C.UTF-8"},
+            start_new_session=True,
         )
     except subprocess.TimeoutExpired:
         return False

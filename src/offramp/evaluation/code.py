@@ -18,6 +18,7 @@ from offramp.files import sha256_of_text
 
 TESTED = range(11, 511)  # MBPP's ids of the official test split
 MOST_TOKENS = 256
+KINDS: dict[str, Any] = {"task_id": str | int, "test_list": list}  # of fields that are not text
 
 
 def python_prompt(beginning: str) -> str:
@@ -48,7 +49,7 @@ def humaneval(data: str | Path | None) -> Task:
         )
         for row in rows
     ]
-    return Task("humaneval", items, (), MOST_TOKENS, score_code, source, digest, chat=True, runs_code=True)
+    return Task("humaneval", items, (), MOST_TOKENS, score_code, source, digest, chat=True)
 
 
 def mbpp(data: str | Path | None) -> Task:
@@ -56,7 +57,7 @@ def mbpp(data: str | Path | None) -> Task:
     fields = ("task_id", "text", "code", "test_setup_code", "test_list")
     rows, source, digest = _rows(data, "google-research-datasets/mbpp", "full", "MBPP's", fields)
     items = [mbpp_item(row) for row in rows if row["task_id"] in TESTED]
-    return Task("mbpp", items, (), MOST_TOKENS, score_code, source, digest, chat=True, runs_code=True)
+    return Task("mbpp", items, (), MOST_TOKENS, score_code, source, digest, chat=True)
 
 
 def score_code(answer: str, item: Item) -> Scores:
@@ -75,12 +76,10 @@ def _rows(
     try:
         rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         for row in rows:
-            tests = row["test_list"] if "test_list" in fields else ["one"]
-            texts = [*(row[name] for name in fields if name not in ("task_id", "test_list")), *tests]
-            if not isinstance(row["task_id"], str | int) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"problem {row['task_id']!r} has something else than text")
-            if not tests:
-                raise ValueError(f"problem {row['task_id']!r} has no test")
+            wrong = [name for name in fields if not isinstance(row[name], KINDS.get(name, str))]
+            tests = row.get("test_list", [""])
+            if wrong or not tests or not all(isinstance(test, str) for test in tests):
+                raise ValueError(f"problem {row['task_id']!r}: not what is expected in {wrong or ['test_list']}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise not_official(data, f"JSON lines with {whose} fields", error) from error
     return rows, source, digest

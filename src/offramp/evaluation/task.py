@@ -37,4 +37,3 @@ class Task:
     multiple_choice: bool = False
     repetition_penalty: float = 1.0  # of the answers' tokens; 1 is none
     chat: bool = False  # prompts go through the model's chat template
-    runs_code: bool = False  # scoring runs what the model wrote

@@ -62,7 +62,7 @@ def load_task(name: str, data: str | Path | None = None, limit: int | None = Non
     if name not in TASKS:
         raise BadInput(f"There is no task '{name}'.", f"Choose from {', '.join(TASKS)}.")
     task = TASKS[name](data)
-    if task.runs_code:
+    if any(item.program for item in task.items):
         sandbox.check(run_code)
     # This order has nothing to do with the file's, so that a few questions are a fair sample.
     items = sorted(task.items, key=lambda item: sha256_of_text(f"{item.id} {item.question}"))

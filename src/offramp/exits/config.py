@@ -72,6 +72,8 @@ class ExitsConfig:
                 f"A sketch of {self.sketch} dims cannot be made.",
                 f"Give a multiple of 32, at most {backbone.hidden_size}; 0 for none.",
             )
+        if self.sketch and self.candidates < 1:
+            raise OfframpError(f"A sketch cannot name {self.candidates} candidates.", "4096 are usual.")
         # Mamba parts have heads of 32 dims.
         for width, unit, part in ((self.gate_width, 16, "gate"), (self.readout_width, 32, "read-out")):
             if width < unit or width % unit:

@@ -10,20 +10,24 @@
 // | 2 | the next 2 bits (the low ones of 2 and 3 bits): of v in bits 2 (v % 4) of plane v / 4 |
 // | 1 | the highest bit: of v in bit v |
 //
-// Entries of 8 bits are not in planes: a block begins with the 32 bytes of each row. So one row of a weight is
-// quick to read, as for the candidates of a sketch.
-//
 // Then come scales, and minima if there are some: a weight is q · scale + low. Without minima, it is
 // (q - centre) · scale; q of 8 bits is signed, and q of a code stands for a number of CODES. A scale is for GROUP
 // columns, or for half as many with 2, 3 and 6 bits. Scales and minima are float16 numbers, one for each row; or
 // with `super`, integers of 8 bits. These are multiplied by a float16 for SUPER columns, which stand before the
 // blocks of these columns: PANEL for scales, then PANEL for minima. The last panel is filled up.
+//
+// Entries of 8 bits are kept otherwise: in blocks of LONG columns, first the bytes of each row, then the float16
+// scales of each row. So one row of a weight lies in few lines of the cache, and is quick to read: the candidates
+// of a sketch are such rows. The last block is filled up.
 
 #pragma once
 #include "offramp.h"
 
 enum { SUPER = 256 };                                    // columns
 enum { PLANE = 4 * OFFRAMP_PANEL, HALF_PRECISION = 2 };  // bytes of a plane, and of a float16
+// Columns of a block of 8 bits; bytes of its scales of a row, and of all of it.
+enum { LONG = 64, SCALES_OF_LONG = LONG / OFFRAMP_GROUP * HALF_PRECISION };
+enum { LONG_BYTES = OFFRAMP_PANEL * (LONG + SCALES_OF_LONG) };
 
 typedef struct {
     int bits, codes, super, lows;  // all but bits: 0 or 1
@@ -38,7 +42,8 @@ static const Layout LAYOUTS[OFFRAMP_STACKED] = {
 
 static const int8_t CODES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-// Scales of a row in a block; bytes of a block, and of what stands before the blocks of SUPER columns.
+// Scales of a row in a block; bytes of a block (of 8 bits, what GROUP columns of it take), and of what stands before
+// the blocks of SUPER columns.
 #define SCALES_OF(bits) ((bits) == 2 || (bits) == 3 || (bits) == 6 ? 2 : 1)
 static inline int64_t bytes_of_block(Layout of) {
     return of.bits * PLANE +
@@ -48,5 +53,6 @@ static inline int64_t bytes_before(Layout of) {
     return of.super ? (1 + of.lows) * OFFRAMP_PANEL * HALF_PRECISION : 0;
 }
 static inline int64_t bytes_of_panel(Layout of, int64_t columns) {
+    if (of.bits == 8) return (columns + LONG - 1) / LONG * LONG_BYTES;
     return columns / OFFRAMP_GROUP * bytes_of_block(of) + columns / SUPER * bytes_before(of);
 }

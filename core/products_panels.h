@@ -13,7 +13,7 @@ enum { IN_CODES = 0 };
 // Vectors that a panel's rows take; scales of a row in a block, and the vectors of weights that one is for.
 enum { PARTS = PANEL / LANES, SCALES = SCALES_OF(BITS), WITH_SCALE = EIGHT / SCALES };
 
-enum { AHEAD = 2048 };  // bytes to fetch ahead of time
+enum { AHEAD = 4096 };  // bytes to fetch ahead of time
 
 // What is subtracted from weights, where no minimum is kept.
 enum { CENTRE = BITS == 8 || IN_CODES ? OFFSET : 1 << (BITS - 1) };
@@ -60,14 +60,14 @@ ALWAYS vb weights_of(const uint8_t *block, int part, int v) {
     return IN_CODES ? look_up(CODES, (vb)w) : (vb)w;
 }
 
-// Four vectors as `weights_of` gives them, of entries of 8 bits: columns 16 `half` to 16 `half` + 15 of a part of a
-// block's rows.
-ALWAYS void turned(const uint8_t *block, int part, int half, vb *w) {
+// Four vectors as `weights_of` gives them, of entries of 8 bits: of a part of the rows, the 16 columns that begin at
+// `from`.
+ALWAYS void turned(const uint8_t *from, int part, vb *w) {
     const vi low = IN_LANES(0, LANES, 1, LANES + 1), high = IN_LANES(2, LANES + 2, 3, LANES + 3);
     const vi even = IN_LANES(0, 1, LANES, LANES + 1), odd = IN_LANES(2, 3, LANES + 2, LANES + 3);
     vi v[4], u[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) v[i] = lanes_of(block + (part * LANES + i) * GROUP + 16 * half, 4 * GROUP);
+    for (int i = 0; i < 4; i++) v[i] = lanes_of(from + (part * LANES + i) * LONG, 4 * LONG);
     u[0] = __builtin_shuffle(v[0], v[1], low), u[1] = __builtin_shuffle(v[2], v[3], low);
     u[2] = __builtin_shuffle(v[0], v[1], high), u[3] = __builtin_shuffle(v[2], v[3], high);
     w[0] = (vb)__builtin_shuffle(u[0], u[1], even), w[1] = (vb)__builtin_shuffle(u[0], u[1], odd);
@@ -89,6 +89,14 @@ ALWAYS vf numbers_of(Layout of, const uint8_t *ends, int s, int part, vf unit) {
     return of.super ? from_int8((const int8_t *)ends + at) * unit : from_float16((const uint16_t *)ends + at);
 }
 
+// Scale number `s` of each row of a part, in a block of entries of 8 bits.
+ALWAYS vf scales_of_long(const uint8_t *ends, int64_t s, int part) {
+    vu pairs;
+    memcpy(&pairs, ends + part * (int)sizeof pairs, sizeof pairs);
+    const half_vf scales = __builtin_convertvector(pairs >> 16 * (int32_t)s, half_vf);
+    return from_float16((const uint16_t *)&scales);
+}
+
 // A panel of a weight times T rows of x. Lane i belongs to row i of the panel (of a part of it where vectors are
 // short).
 ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T, const int fine) {
@@ -106,25 +114,31 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
                 block += before;
             }
             // With many rows, the processor does not fetch weights early enough by itself.
-            for (int64_t line = 0; T > 4 && part == 0 && line < bytes; line += 64)
+            for (int64_t line = 0; T > (BITS == 8 ? 1 : 4) && part == 0 && line < bytes; line += 64)
                 __builtin_prefetch(block + AHEAD + line);
             const uint8_t *ends = block + BITS * PLANE;
             const int64_t place = c->r * x.width + g * GROUP;
             const int8_t *q = (const int8_t *)x.narrow + place, *rest = x.low + place;
-            vb bytes_of[EIGHT];
-            if (BITS == 8) turned(block, part, 0, bytes_of), turned(block, part, 1, bytes_of + 4);
+            vb eight[EIGHT];
+            vf scales_of_8_bits = {0};
+            if (BITS == 8) {
+                const int64_t s = g % (LONG / GROUP);
+                const uint8_t *rows = block - s * bytes;
+                turned(rows + s * GROUP, part, eight), turned(rows + s * GROUP + 16, part, eight + 4);
+                scales_of_8_bits = scales_of_long(rows + PANEL * LONG, s, part);
+            }
 #pragma GCC unroll 2
             for (int s = 0; s < SCALES; s++) {
                 vi whole[MOST_ROWS] = {0}, less[MOST_ROWS] = {0};
 #pragma GCC unroll 8
                 for (int i = 0; i < WITH_SCALE; i++) {
                     const int v = SCALES == 1 ? i / 2 + i % 2 * 4 : s * WITH_SCALE + i;  // halves of a plane
-                    const vb w = BITS == 8 ? bytes_of[v] : weights_of(block, part, v);
+                    const vb w = BITS == 8 ? eight[v] : weights_of(block, part, v);
                     EACH_ROW whole[t] = dot_four(whole[t], w, q + t * x.width + 4 * v);
                     if (fine) EACH_ROW less[t] = dot_four(less[t], w, rest + t * x.width + 4 * v);
                 }
                 if (fine) EACH_ROW whole[t] = whole[t] * BASE + less[t];
-                const vf scales = numbers_of(of, ends, s, part, unit);
+                const vf scales = BITS == 8 ? scales_of_8_bits : numbers_of(of, ends, s, part, unit);
                 const vf lows = of.lows ? numbers_of(of, ends, SCALES + s, part, low_unit) : scales * -CENTRE;
                 EACH_ROW {
                     const int64_t at = (c->r + t) * x.groups + g;
@@ -154,41 +168,54 @@ ALWAYS void panel_tile(const Tile *c, const Out *out, const int T, const int fin
 UP_TO_EIGHT(PANELS)
 
 #if BITS == 8
-// Columns `from` to `to` - 1 of PANEL rows of a weight, whose first blocks and places in a panel are given, as one
-// panel.
-static void gather(const uint8_t *const *blocks, const int *places, int64_t from, int64_t to,
-                   uint8_t *panel) {
-    enum { BYTES = BITS * PLANE + PANEL * HALF_PRECISION };
-    for (int64_t at = from / GROUP * BYTES; at < to / GROUP * BYTES; at += BYTES, panel += BYTES)
+// Where PANEL rows of a weight are kept: the beginnings of their panels, and their places in these.
+typedef struct {
+    const uint8_t *panels[PANEL];
+    int places[PANEL];
+} Places;
+
+// The rows number `first` on of a list of `count`. The last one fills up.
+static Places places_of(const Weight *m, const int64_t *rows, int64_t first, int64_t count) {
+    Places of;
+    for (int i = 0; i < PANEL; i++) {
+        const int64_t row = rows[min_(first + i, count - 1)];
+        of.panels[i] =
+            (const uint8_t *)m->values + row / PANEL * bytes_of_panel(LAYOUTS[m->type], m->columns);
+        of.places[i] = (int)(row % PANEL);
+    }
+    return of;
+}
+
+// Columns `from` to `to` - 1 of some rows as one panel. Those of the `next` rows, far apart, are fetched meanwhile.
+static void gather(const Places *rows, const Places *next, int64_t from, int64_t to, uint8_t *panel) {
+    for (int64_t k = from; k < to; k += LONG) {
+        const int64_t at = k / LONG * LONG_BYTES, scales = PANEL * LONG;
+        uint8_t *block = panel + at - from / LONG * LONG_BYTES;
         for (int i = 0; i < PANEL; i++) {
-            const uint8_t *block = blocks[i] + at, *ends = block + BITS * PLANE + HALF_PRECISION * places[i];
-            __builtin_prefetch(block + AHEAD + GROUP * places[i]);
-            memcpy(panel + GROUP * i, block + GROUP * places[i], GROUP);
-            memcpy(panel + BITS * PLANE + HALF_PRECISION * i, ends, HALF_PRECISION);
+            const uint8_t *own = rows->panels[i] + at, *later = next->panels[i] + at;
+            __builtin_prefetch(later + next->places[i] * LONG), __builtin_prefetch(later + scales);
+            memcpy(block + i * LONG, own + rows->places[i] * LONG, LONG);
+            memcpy(block + scales + i * SCALES_OF_LONG, own + scales + rows->places[i] * SCALES_OF_LONG,
+                   SCALES_OF_LONG);
         }
+    }
 }
 
 // Multiplies any rows of a weight, which are put into panels.
 ALWAYS void pick(const Weight *m, const Rows *x, int64_t r, const int64_t *rows, int64_t count,
                  const Out *out, Multiply *multiply_panel) {
-    const Layout of = LAYOUTS[m->type];
-    const int64_t K = m->columns;
-    _Alignas(64) uint8_t panel[DEPTH / GROUP * (BITS * PLANE + PANEL * HALF_PRECISION)];
-    const uint8_t *blocks[PANEL];
-    int places[PANEL];
+    _Alignas(64) uint8_t panel[DEPTH / LONG * LONG_BYTES];
     float results[PANEL], biases[PANEL];
+    Weight one = *m;
+    one.bias = m->bias ? biases : NULL;
+    Places now, next = count ? places_of(m, rows, 0, count) : (Places){0};
     for (int64_t first = 0; first < count; first += PANEL) {
-        for (int i = 0; i < PANEL; i++) {
-            const int64_t row = rows[min_(first + i, count - 1)];
-            blocks[i] = (const uint8_t *)m->values + row / PANEL * bytes_of_panel(of, K);
-            places[i] = (int)(row % PANEL), biases[i] = m->bias ? m->bias[row] : 0;
-        }
-        Weight one = *m;
-        one.bias = m->bias ? biases : NULL;
-        for (int64_t from = 0, to; from < K; from = to) {
-            to = min_(K, from + DEPTH);
-            gather(blocks, places, from, to, panel);
-            one.values = panel - from / GROUP * bytes_of_block(of);
+        now = next, next = places_of(m, rows, first + PANEL, count);
+        for (int i = 0; m->bias && i < PANEL; i++) biases[i] = m->bias[rows[min_(first + i, count - 1)]];
+        for (int64_t from = 0, to; from < m->columns; from = to) {
+            to = min_(m->columns, from + DEPTH);
+            gather(&now, &next, from, to, panel);
+            one.values = panel - from / LONG * LONG_BYTES;
             multiply_panel(&(Tile){&one, x, 0, PANEL, 0, r, from, to, 0, PANEL},
                            &(Out){results, 0, from > 0});
         }

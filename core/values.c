@@ -6,7 +6,6 @@
 static float entry_of_block(Layout of, const uint8_t *block, int i, int k) {
     const int v = k / 4, byte = 4 * i + k % 4;
     int q = 0, begun = 0;
-    if (of.bits == 8) return (float)(int8_t)block[GROUP * i + k];
     if (of.bits & 4) q = block[v % 4 * PLANE + byte] >> (v < 4 ? 0 : 4) & 15, block += 4 * PLANE, begun = 4;
     if (of.bits & 2)
         q |= (block[v / 4 * PLANE + byte] >> 2 * (v % 4) & 3) << begun, block += 2 * PLANE, begun += 2;
@@ -41,6 +40,15 @@ static void values_of_panel(const Weight *m, int64_t row, float *out) {
     }
 }
 
+static void values_of_long(const Weight *m, int64_t row, float *out) {
+    const int64_t K = m->columns, i = row % PANEL;
+    const uint8_t *block = (const uint8_t *)m->values + row / PANEL * bytes_of_panel(LAYOUTS[m->type], K);
+    for (int64_t first = 0; first < K; first += LONG, block += LONG_BYTES)
+        for (int64_t k = 0; k < min_(LONG, K - first); k++)
+            out[first + k] = (int8_t)block[i * LONG + k] *
+                             float16_at(block + PANEL * LONG + i * SCALES_OF_LONG, k / GROUP);
+}
+
 void values_of_row(const Weight *m, int64_t row, float *out) {
     const int64_t K = m->columns;
     const char *values = m->values;
@@ -51,7 +59,7 @@ void values_of_row(const Weight *m, int64_t row, float *out) {
         return;
     }
     if (in_panels(m)) {
-        values_of_panel(m, row, out);
+        (LAYOUTS[m->type].bits == 8 ? values_of_long : values_of_panel)(m, row, out);
         return;
     }
     for (int64_t k = 0; k < K; k += LANES) {

@@ -105,7 +105,15 @@ static inline uint8_t *panels_of(Layout of, int64_t rows, int64_t columns, float
     const int scales = SCALES_OF(of.bits) * OFFRAMP_PANEL, most = 1 << (of.bits + 4 * of.codes);
     const float scale = 2 * size / most / (of.super ? 32 : 1), low = -scale * most / 2;
     uint8_t *values = memory(bytes), *p = values;
-    for (int64_t i = 0; i < panels * (columns / OFFRAMP_GROUP); i++) {
+    for (int64_t i = 0; i < panels && of.bits == 8; i++)
+        for (int64_t k = 0; k < columns; k += LONG) {
+            for (int64_t b = 0; b < OFFRAMP_PANEL * LONG; b++) *p++ = (uint8_t)random_bits();
+            for (int b = 0; b < OFFRAMP_PANEL * 2; b++, p += 2) {
+                const uint16_t number = random_float16(scale);
+                memcpy(p, &number, 2);
+            }
+        }
+    for (int64_t i = 0; i < panels * (columns / OFFRAMP_GROUP) && of.bits < 8; i++) {
         for (int r = 0; of.super && i % (columns / OFFRAMP_GROUP) % (SUPER / OFFRAMP_GROUP) == 0 &&
                         r < (1 + of.lows) * OFFRAMP_PANEL;
              r++, p += 2) {
@@ -129,6 +137,13 @@ static inline uint8_t *panels_of(Layout of, int64_t rows, int64_t columns, float
 static inline double entry_of_panels(Layout of, const uint8_t *values, int64_t columns, int64_t row,
                                      int64_t column) {
     const int64_t g = column / OFFRAMP_GROUP, i = row % OFFRAMP_PANEL;
+    if (of.bits == 8) {
+        const uint8_t *block =
+            values + row / OFFRAMP_PANEL * bytes_of_panel(of, columns) + column / 64 * 16 * 68;
+        uint16_t scale;
+        memcpy(&scale, block + 16 * 64 + 4 * i + column % 64 / 32 * 2, 2);
+        return (int8_t)block[64 * i + column % 64] * float16_of(scale);
+    }
     const int k = column % OFFRAMP_GROUP, v = k / 4, of_four = 4 * (int)i + k % 4;
     const uint8_t *panel = values + row / OFFRAMP_PANEL * bytes_of_panel(of, columns),
                   *block = panel + g * bytes_of_block(of) + (g / 8 + 1) * bytes_before(of),
@@ -136,13 +151,12 @@ static inline double entry_of_panels(Layout of, const uint8_t *values, int64_t c
                   *units = panel + g / 8 * (8 * bytes_of_block(of) + bytes_before(of));
     int q = 0, begun = 0;
     const uint8_t *plane = block;
-    if (of.bits & 8) q = plane[32 * (int)i + k];
     if (of.bits & 4) q = plane[64 * (v % 4) + of_four] >> (v < 4 ? 0 : 4) & 15, plane += 4 * 64, begun = 4;
     if (of.bits & 2)
         q |= (plane[64 * (v / 4) + of_four] >> 2 * (v % 4) & 3) << begun, plane += 2 * 64, begun += 2;
     if (of.bits & 1) q |= (plane[of_four] >> v & 1) << begun;
-    double weight = of.bits == 8 ? (double)(int8_t)q : of.codes ? (double)CODES[q] : q, both[2] = {0};
-    if (of.bits < 8 && !of.codes && !of.lows) weight -= 1 << (of.bits - 1);
+    double weight = of.codes ? (double)CODES[q] : q, both[2] = {0};
+    if (!of.codes && !of.lows) weight -= 1 << (of.bits - 1);
     const int scales = SCALES_OF(of.bits);
     for (int low = 0; low <= of.lows; low++) {
         const int64_t at = (low * scales + k * scales / 32) * OFFRAMP_PANEL + i;

@@ -1,7 +1,7 @@
 """Weights in panels, one class for each type of GGUF files that has integers: what core/layouts.h says of them.
 
-A panel keeps 16 rows together. A block is 32 columns of it: planes of bits (entries of 8 bits row by row), then scales and
-minima. The values are those of the file, bit for bit up to float32's rounding.
+A panel keeps 16 rows together. A block is 32 columns of it: planes of bits, then scales and minima. Entries of 8 bits are
+in blocks of 64 columns, row by row. The values are those of the file, bit for bit up to float32's rounding.
 
 Shapes: N rows of a weight, K its columns; P panels, G = K / 32 groups of a row, S = K / 256.
 """
@@ -21,6 +21,8 @@ from offramp.model.store import Tensors
 
 SUPER = 256  # columns that have one float16 scale where scales are integers
 PANEL = 16  # rows of a weight that are kept together
+LONG = 64  # columns of a block of entries of 8 bits
+LONG_SIZES = LONG, LONG // GROUP * 2  # bytes of a row in it: entries, and scales
 CODES = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.float32)
 
 
@@ -43,11 +45,6 @@ class Layout:
         return 2 if self.bits in (2, 3, 6) else 1
 
     @property
-    def planes(self) -> tuple[int, int]:
-        """Planes of a block, and the bytes of a row in each."""
-        return (1, GROUP) if self.bits == 8 else (self.bits, 4)
-
-    @property
     def numbers(self) -> int:
         """Scales and minima of a row in a block."""
         return self.scales * (1 + self.lows)
@@ -59,6 +56,8 @@ class Layout:
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of a row of so many columns."""
+        if self.bits == 8:
+            return -(-columns // LONG) * sum(LONG_SIZES)
         block = GROUP * self.bits // 8 + self.numbers * (1 if self.super else 2)
         return columns // GROUP * block + (columns // SUPER * 2 * (1 + self.lows) if self.super else 0)
 
@@ -96,19 +95,20 @@ class Panels(Weight):
 
     @classmethod
     def packed(cls, tensors: Tensors) -> Tensors:
-        of, q = cls.layout, tensors["q"]
-        spare = -len(q) % PANEL
+        of, shape = cls.layout, torch.tensor([len(tensors["q"]), tensors["q"].shape[1] * GROUP])
+        spare = -len(tensors["q"]) % PANEL
+        q, ends = (F.pad(tensors[name], (0, 0, 0, 0, 0, spare)) for name in ("q", "ends"))
+        if of.bits == 8:
+            return {"w": _in_long_blocks(q.flatten(1), ends.flatten(1)), "shape": shape}
         # (P, G, planes, 16 rows · their bytes), and as many numbers of 16 rows
-        kept = [_together(F.pad(q, (0, 0, 0, 0, 0, spare)).unflatten(2, of.planes))]
-        kept.append(_together(F.pad(tensors["ends"], (0, 0, 0, 0, 0, spare))[..., None]))
-        w = torch.cat(kept, dim=2)
+        w = torch.cat([_together(q.unflatten(2, (of.bits, 4))), _together(ends[..., None])], dim=2)
         if of.super:
             units = _together(F.pad(tensors["units"], (0, 0, 0, 0, 0, spare))[..., None])
             w = torch.cat([units, w.unflatten(1, (-1, SUPER // GROUP)).flatten(2)], dim=2)
-        return {"w": w.flatten(1), "shape": torch.tensor([len(q), q.shape[1] * GROUP])}
+        return {"w": w.flatten(1), "shape": shape}
 
     def _rows(self, rows: slice | Tensor) -> Tensors:
-        of, (planes, width) = self.layout, self.layout.planes
+        of = self.layout
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(self.rows)
             panels = self.w[start // PANEL : -(-stop // PANEL)]
@@ -116,6 +116,9 @@ class Panels(Weight):
         else:  # index_select is several times as fast as indexing
             panels, own = self.w.index_select(0, rows // PANEL), torch.arange(len(rows)) * PANEL + rows % PANEL
         w, out = panels, {}
+        if of.bits == 8:
+            q, ends = _of_long_blocks(panels, self.columns)
+            return {"q": q[own], "ends": ends[own]}
         if of.super:
             w = panels.unflatten(1, (self.columns // SUPER, -1))
             units, w = w.tensor_split([2 * PANEL * (1 + of.lows)], dim=2)
@@ -123,7 +126,7 @@ class Panels(Weight):
         w = w.reshape(len(panels), self.columns // GROUP, -1)
         q, ends = w.tensor_split([4 * PANEL * of.bits], dim=2)
         dtype = torch.int8 if of.super else torch.float16
-        out["q"] = _apart(q.unflatten(2, (planes, PANEL, width)))[own]
+        out["q"] = _apart(q.unflatten(2, (of.bits, PANEL, 4)))[own]
         out["ends"] = _apart(ends.contiguous().view(dtype).unflatten(2, (-1, PANEL, 1)))[own]
         return out
 
@@ -156,6 +159,22 @@ def _together(parts: Tensor) -> Tensor:
 def _apart(parts: Tensor) -> Tensor:
     """Numbers (P, G, n, 16, b) of panels by their rows: (N, G, n · b)."""
     return parts.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(2)
+
+
+def _in_long_blocks(q: Tensor, scales: Tensor) -> Tensor:
+    """Bytes (N, K) and scales (N, G) of rows as panels (P, bytes) of blocks of 64 columns."""
+    filled = [F.pad(part, (0, -part.shape[1] % size)) for part, size in ((q, LONG), (scales, LONG // GROUP))]
+    # (P, 16 rows, blocks, bytes) of each → (P, blocks, bytes of both)
+    parts = [part.view(torch.uint8).unflatten(1, (-1, size)) for part, size in zip(filled, LONG_SIZES, strict=True)]
+    blocks = [part.unflatten(0, (-1, PANEL)).transpose(1, 2).flatten(2) for part in parts]
+    return torch.cat(blocks, dim=2).flatten(1)
+
+
+def _of_long_blocks(panels: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Of such panels, bytes (N, G, 32) and scales (N, G, 1) of all rows."""
+    blocks = panels.unflatten(1, (-1, PANEL * sum(LONG_SIZES))).split([PANEL * size for size in LONG_SIZES], dim=2)
+    q, scales = (part.unflatten(2, (PANEL, -1)).transpose(1, 2).flatten(2).flatten(0, 1) for part in blocks)
+    return q[:, :columns].unflatten(1, (-1, GROUP)), scales.view(torch.float16)[:, : columns // GROUP, None]
 
 
 def _planes(q: Tensor, bits: int) -> Tensor:

@@ -113,9 +113,10 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
                 unit = from_float16(units), low_unit = of.lows ? from_float16(units + PANEL) : unit;
                 block += before;
             }
-            // With many rows, the processor does not fetch weights early enough by itself.
-            for (int64_t line = 0; T > (BITS == 8 ? 1 : 4) && part == 0 && line < bytes; line += 64)
-                __builtin_prefetch(block + AHEAD + line);
+            // With several rows, the processor does not fetch weights early enough by itself; nor does it where a
+            // panel of 8 bits is read in two parts.
+            for (int64_t line = 0; T > (BITS == 8 && !WIDE ? 0 : 1) && part == 0 && line < bytes; line += 64)
+                __builtin_prefetch(block + AHEAD + line, 0, 2);
             const uint8_t *ends = block + BITS * PLANE;
             const int64_t place = c->r * x.width + g * GROUP;
             const int8_t *q = (const int8_t *)x.narrow + place, *rest = x.low + place;

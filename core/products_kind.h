@@ -43,6 +43,11 @@ extern const Products products_2_bits[2], products_3_bits[2], products_4_bits[2]
 // Puts the sums of LANES weights in panels, from row n on, and of the tile's T rows, where they belong.
 void store_lanes(const Tile *tile, const Out *out, int T, int64_t n, const vf *sums);
 
+// Fetches weights into the second cache ahead of time. Where several rows are multiplied with each weight, the
+// processor does not do so early enough by itself.
+enum { AHEAD = 4096 };  // bytes
+ALWAYS void fetch(const void *weights) { __builtin_prefetch((const char *)weights + AHEAD, 0, 2); }
+
 #define EACH_WEIGHT _Pragma("GCC unroll 4") for (int i = 0; i < N; i++)
 #define EACH_ROW _Pragma("GCC unroll 8") for (int t = 0; t < T; t++)
 // One function for each number of rows.

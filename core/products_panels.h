@@ -13,7 +13,8 @@ enum { IN_CODES = 0 };
 // Vectors that a panel's rows take; scales of a row in a block, and the vectors of weights that one is for.
 enum { PARTS = PANEL / LANES, SCALES = SCALES_OF(BITS), WITH_SCALE = EIGHT / SCALES };
 
-enum { AHEAD = 4096 };  // bytes to fetch ahead of time
+// Rows from which on it pays to fetch weights ahead of time: one where a panel of 8 bits is read in two parts.
+enum { FETCHED = BITS == 8 && PARTS == 2 ? 1 : 2 };
 
 // What is subtracted from weights, where no minimum is kept.
 enum { CENTRE = BITS == 8 || IN_CODES ? OFFSET : 1 << (BITS - 1) };
@@ -113,10 +114,7 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
                 unit = from_float16(units), low_unit = of.lows ? from_float16(units + PANEL) : unit;
                 block += before;
             }
-            // With several rows, the processor does not fetch weights early enough by itself; nor does it where a
-            // panel of 8 bits is read in two parts.
-            for (int64_t line = 0; T > (BITS == 8 && !WIDE ? 0 : 1) && part == 0 && line < bytes; line += 64)
-                __builtin_prefetch(block + AHEAD + line, 0, 2);
+            for (int64_t line = 0; T >= FETCHED && part == 0 && line < bytes; line += 64) fetch(block + line);
             const uint8_t *ends = block + BITS * PLANE;
             const int64_t place = c->r * x.width + g * GROUP;
             const int8_t *q = (const int8_t *)x.narrow + place, *rest = x.low + place;

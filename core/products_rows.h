@@ -5,6 +5,9 @@
 
 #define IS_INT8 (KIND == INT8 || KIND == FINE_INT8)
 
+enum { FETCHED = 4 };  // rows from which on it pays to fetch weights ahead of time
+enum { SIZE = KIND == FLOAT32 ? 4 : IS_INT8 ? 1 : 2 };  // bytes of a weight
+
 // The numbers of a row of weights that are multiplied at once.
 #define AT_ONCE (IS_INT8 ? 4 * LANES : KIND == PAIRED_BFLOAT16 ? 2 * LANES : LANES)
 
@@ -99,6 +102,8 @@ ALWAYS void in_turn(const Tile *c, const Out *out, const int T, const int stream
 #define GO_ON(left)                                                                                \
     {                                                                                              \
         const vi u = weights_at(w, k, left), v = streams > 1 ? weights_at(w + apart, k, left) : u; \
+        if (T >= FETCHED) fetch(w + k * SIZE);                                                     \
+        if (T >= FETCHED && streams > 1) fetch(w + apart + k * SIZE);                              \
         EACH_ROW {                                                                                 \
             near[t] = times(near[t], u, &x, c->r + t, k, left);                                    \
             if (streams > 1) far[t] = times(far[t], v, &x, c->r + t, k, left);                     \

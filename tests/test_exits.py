@@ -20,7 +20,7 @@ from offramp import MODES, Engine, Exits, ExitsConfig, Policy
 from offramp.decode.modes import usual_mode
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch, OfframpError
 from offramp.exits.config import suggested_places
-from offramp.exits.exit_set import ExitSet
+from offramp.exits.exit_set import PACKAGES_OF_MODELS, ExitSet
 from offramp.exits.format import Owner
 from offramp.exits.gates import GATES
 from offramp.exits.readouts import READOUTS
@@ -160,6 +160,16 @@ def test_without_the_package_of_exits_that_ship_it_is_named(monkeypatch) -> None
         exits.require_early(backbone)
     assert "pip install ./offramp-models" in caught.value.hint
     assert "offramp train tiny-llama" in caught.value.hint
+
+
+def test_a_package_of_exits_for_this_shape_is_named(monkeypatch) -> None:
+    backbone = tiny("qwen2")
+    shape = backbone.n_blocks, backbone.hidden_size, backbone.vocab_size
+    monkeypatch.setitem(PACKAGES_OF_MODELS, shape, ("offramp-tiny", "Tiny-Instruct"))
+    with pytest.raises(BadInput, match="No exits for tiny-qwen2 are installed") as caught:
+        ExitSet.find(None, backbone).require_early(backbone)
+    assert "If it is Tiny-Instruct, install its exits in a clone of offramp: pip install ./offramp-tiny" in caught.value.hint
+    assert "offramp train tiny-qwen2" in caught.value.hint
 
 
 def test_exits_are_found_in_a_folder_or_among_those_that_ship(tmp_path) -> None:

@@ -18,6 +18,8 @@ from offramp.model.backbone import Backbone, HasBackbone, backbone_of
 from offramp.model.hub import ALIASES
 
 DRAFT = "draft"  # the subfolder for the exit that drafts
+# Packages that hold the exits of one model, by its blocks, dims, and tokens of the vocabulary.
+PACKAGES_OF_MODELS = {(24, 896, 151936): ("offramp-qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct")}
 
 
 @dataclass
@@ -153,6 +155,12 @@ def _owner(folder: Path) -> Owner | None:
 def no_exits(backbone: Backbone) -> BadInput:
     """The error for a model without exits."""
     train = f"offramp train {backbone.name} -o DIR. Then name them: --exits DIR."
+    package, model = PACKAGES_OF_MODELS.get((backbone.n_blocks, backbone.hidden_size, backbone.vocab_size), ("", ""))
+    if package:
+        return BadInput(
+            f"No exits for {backbone.name} are installed, and no folder of exits is named.",
+            f"If it is {model}, install its exits in a clone of offramp: pip install ./{package}. Or train some: {train}",
+        )
     if not shipped("exits"):
         return BadInput(
             f"No folder of exits is named, and the package {MODELS_PACKAGE}, with the exits that ship, is not installed.",

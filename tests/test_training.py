@@ -38,7 +38,7 @@ from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS, lines_of, turns
 from offramp.training.loop import Budget, Fit, accelerator_for, batches
-from offramp.training.planning import FITTING
+from offramp.training.planning import DECIDING
 from offramp.training.sketch import sketch_of
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts
 from offramp.training.trainer import MISSED, Trainer, gate_targets
@@ -190,6 +190,8 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
     )
     exits = train(backbone, tmp_path / "exits", settings)
     assert exits.policy == Policy((0.05,), "max-prob")
+    assert exits.training["tokens"]["gates"] < exits.training["tokens"]["adapters"] / 8  # one text: drafts need no gate
+    assert "gate_auroc" not in exits.training["validation"][0]
     assert len(exits.shortlist) == 100
     full, drafting = Engine(backbone), Engine(backbone, exits, fill="verify", lookup=0)
     answers = [drafting.generate(line, max_tokens=12) for line in read_lines(prompts, ())[:8]]
@@ -522,7 +524,7 @@ def test_a_time_is_kept_and_said_beforehand(tmp_path, prompts: str, monkeypatch)
     assert re.fullmatch(words, said[0])
     plan = exits.training["plan"]
     assert 3 <= plan["answers"] <= 12 * 40
-    assert plan["adapter_hours"] == pytest.approx(FITTING * 0.001)
+    assert plan["adapter_hours"] == pytest.approx(DECIDING[1] * 0.001)
     assert plan["tails"] == [exit.tail for exit in exits]
     spent = [point for point in exits.training["curve"] if point["stage"] == "adapters"]
     assert spent

@@ -151,11 +151,15 @@ def training_table(exits: Exits, folder: Path) -> None:
     for column in ("after block", "tail", "agrees with full depth", "gate AUROC", "key AUROC", "leaves above"):
         table.add_column(column, justify="right")
     for row, rule in zip(exits.training["validation"], exits.policy.in_words(), strict=True):
-        areas = (f"{row['gate_auroc']:.3f}", f"{row['key_auroc']:.3f}")
+        areas = [f"{row[name]:.3f}" if name in row else "–" for name in ("gate_auroc", "key_auroc")]
         table.add_row(str(row["block"]), f"{row['tail'] or ''}", f"{row['agreement']:.1%}", *areas, rule)
     console.print(table)
     note = "Gate and key rank the tokens by how sure the exit is: the gate before it reads out, the key afterwards."
     console.print(Text(f"{note} 0.3+0.9: leaves if the gate is above 0.3 and the key above 0.9.", "dim"))
+    for row in exits.training["validation"]:
+        if drafts := row.get("acceptance"):
+            right = ", ".join(f"{share:.0%}" for share in drafts)
+            console.print(Text(f"Of a run's drafts, if those before are right, {right} are right.", "dim"))
     minutes = exits.training["seconds"] / 60
     console.print(Text(f"{minutes:.1f} minutes. Try: offramp demo --exits {folder}", "dim"))
 

@@ -82,6 +82,11 @@ class Exits:
         return tuple(number for number in numbers if number < vocabulary)
 
     @property
+    def drafts(self) -> bool:
+        """Whether these exits only draft: such read-outs also read what full depth made of the token before."""
+        return any(exit.adapter.reads for exit in self)
+
+    @property
     def validation(self) -> list[dict[str, Any]]:
         """For each exit, how often it was right on held-out text, from the training's record."""
         return [row for row in self.training.get("validation", []) if isinstance(row, dict)]

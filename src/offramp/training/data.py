@@ -38,13 +38,13 @@ def gather(
     work: Path,
     progress: Progress = silent,
     plan: dict[str, Any] | None = None,
-    gates_only: bool = False,
+    only: str = "",
     make: MakeShards = made_shards,
 ) -> Data:
     """Run the model over the config's prompts and texts, and split them. Unfinished work in the folder `work` is resumed.
 
     Adapters, gates and validation get 7 : 2 : 1 of the texts. If there are many texts, gates and validation get a smaller
-    share. With `gates_only`, adapters get a single text, and gates the rest. There are `config.answers` answers, or one for
+    share; `only`, "adapters" or "gates", says that the other gets a single text. There are `config.answers` answers, or one for
     each prompt. `plan` (default: the config) must be the same as when that work began. With several processes, each runs
     the model over a share of the texts. `make` makes the shards, as `made_shards` does. Raises `BadInput` for too few
     texts, and for another plan.
@@ -69,15 +69,15 @@ def gather(
 
     shards = write_shards(backbone, groups, layers, work, after_group, share, make)
     accelerator.wait_for_everyone()
-    return Data(*parts_of(TeacherTexts.open(shards), config.seed, gates_only), files)
+    return Data(*parts_of(TeacherTexts.open(shards), config.seed, only), files)
 
 
-def parts_of(teacher: TeacherTexts, seed: int, gates_only: bool = False) -> tuple[TeacherTexts, TeacherTexts, TeacherTexts]:
+def parts_of(teacher: TeacherTexts, seed: int, only: str = "") -> tuple[TeacherTexts, TeacherTexts, TeacherTexts]:
     """The texts for adapters, for gates, and those held out, as `gather` divides them."""
     order = torch.randperm(len(teacher), generator=step_generator(seed, 0)).tolist()
     fifth, tenth = (max(1, min(most, len(order) // part)) for part, most in ((5, MOST_FOR_GATES), (10, MOST_HELD)))
-    if gates_only:
-        fifth = len(order) - tenth - 1
+    if only:
+        fifth = 1 if only == "adapters" else len(order) - tenth - 1
     parts = order[tenth + fifth :], order[tenth : tenth + fifth], order[:tenth]
     adapters, gates, held = map(teacher.subset, parts)
     return adapters, gates, held

@@ -27,9 +27,10 @@ from offramp.training.sketch import DIMS
 from offramp.training.teacher import TeacherTexts, TextGroup, group_texts
 
 # Shares of the time; the rest is for the probe, the trial and labels.
-ANSWERING, FITTING, GATING, MEASURING = 0.38, 0.38, 0.07, 0.08
+DECIDING = 0.38, 0.38, 0.07, 0.08  # for answers, adapters, gates, and measuring harm
+DRAFTING = 0.5, 0.42, 0.0, 0.0  # exits that draft have no use for gates and harm
 MOST_ANSWERS = 12  # answers to one prompt at most: more would add little
-PROBED = 256  # answers
+PROBED, FEW_PROBED = 256, 64  # answers, with a trial and without
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,8 @@ def _measured(
     free: bool,
 ) -> tuple[Schedule, str]:
     """A plan from `PROBED` answers side by side, and its text. If the tails are `free`, a trial chooses them."""
-    prompts = prompts_of(backbone, config)
-    asked, temperatures = turns(prompts, config.temperatures, PROBED)
+    prompts, probed = prompts_of(backbone, config), PROBED if free else FEW_PROBED
+    asked, temperatures = turns(prompts, config.temperatures, probed)
     groups = group_texts(asked, [], config.answer_tokens, 48, temperatures)
     shutil.rmtree(folder, ignore_errors=True)
     started, done = time.perf_counter(), 0
@@ -120,22 +121,24 @@ def _measured(
     def after_group(group: TextGroup) -> None:
         nonlocal done
         done += len(group.ids)
-        progress("probe", done, PROBED)
+        progress("probe", done, probed)
 
     candidates = variants(tails, layers, backbone.n_blocks) if free else []
     starts = {backbone.n_blocks - tail for each in candidates for tail in each if tail}
     needed = tuple(sorted({*layers, *starts, backbone.n_blocks}))
     texts = TeacherTexts.open(write_shards(backbone, groups, needed, folder, after_group))
-    seconds = (time.perf_counter() - started) / PROBED
-    tokens = sum(int(text.counted.sum()) for text in texts) / PROBED
+    seconds = (time.perf_counter() - started) / probed
+    tokens = sum(int(text.counted.sum()) for text in texts) / probed
     if free:
         tails = tried(backbone, config, shape_of(backbone, config, layers, tails), texts, needed, folder, progress)
     shutil.rmtree(folder)
-    fits = max(1, int(3600 * config.hours * ANSWERING / seconds))
-    answers = config.answers or min(MOST_ANSWERS * len(prompts), fits)
-    gates = None if config.gate_epochs is not None else config.hours * GATING
-    plan = Schedule(layers, tails, answers, config.hours * FITTING, gates, config.hours * MEASURING)
+    answering, fitting, gating, measuring = (
+        config.hours * share for share in (DRAFTING if config.readout == "deep" else DECIDING)
+    )
+    answers = config.answers or min(MOST_ANSWERS * len(prompts), max(1, int(3600 * answering / seconds)))
+    gates = None if config.gate_epochs is not None else gating
+    plan = Schedule(layers, tails, answers, fitting, gates, measuring)
     where = ", ".join(f"{layer} + {tail}" for layer, tail in zip(layers, tails or [0] * len(layers), strict=True))
-    answering, training = answers * seconds / 60, 60 * config.hours * (FITTING + GATING)
-    says = f"{answers:,} answers of about {tokens:.0f} tokens in {answering:.0f} min; {training:.0f} min of training"
+    minutes, training = answers * seconds / 60, 60 * (fitting + gating)
+    says = f"{answers:,} answers of about {tokens:.0f} tokens in {minutes:.0f} min; {training:.0f} min of training"
     return plan, f"exits after blocks {where}; {says}"

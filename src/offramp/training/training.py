@@ -87,8 +87,8 @@ def _train(
             exits.shortlist, exits.sketch, exits.ngrams = start.shortlist, start.sketch, start.ngrams
         settings = {**asdict(config), "start": start.training if start else None}
         text = replace(config, answers=plan.answers)
-        gates_only = start is not None and config.epochs == 0
-        data = gather(backbone, text, needed_layers(exits), work, progress, settings, gates_only, make_shards)
+        only = "adapters" if exits.drafts else "gates" if start is not None and config.epochs == 0 else ""
+        data = gather(backbone, text, needed_layers(exits), work, progress, settings, only, make_shards)
         _add_tables(exits, data, backbone.vocab_size, start)
         trainer = Trainer(backbone, exits, config, work, progress)
         if exits.config.sketch and exits.sketch is None:
@@ -106,7 +106,8 @@ def _train(
         if config.gate_target == "harmless":
             trainer.measure_harm(held, plan.harm_hours and plan.harm_hours / 3)
             trainer.measure_harm(gates, plan.harm_hours and plan.harm_hours * 2 / 3)
-        trainer.fit_gates(gates, plan.gate_hours)
+        if not exits.drafts:  # a draft needs no gate: its own confidence ranks better
+            trainer.fit_gates(gates, plan.gate_hours)
 
     exits.modules.eval().requires_grad_(False)
     shown = evidence(exits, held)
@@ -135,7 +136,7 @@ def _add_tables(exits: Exits, data: Data, vocabulary: int, start: Exits | None) 
     """Add the short list of tokens and the table of n-grams that the exits' config asks for."""
     if exits.config.shortlist and exits.shortlist is None:
         exits.shortlist = frequent_tokens(data.adapters, exits.config.shortlist, vocabulary)
-    if any(exit.adapter.reads for exit in exits):
+    if exits.drafts:
         learned = ((each.ids, each.top_ids[:, 0], each.counted) for each in data.adapters)
         exits.ngrams = ngrams_of(learned, start.ngrams if start else None)
         exits.config = replace(exits.config, ngrams=len(exits.ngrams.keys))

@@ -105,8 +105,8 @@ def evidence(exits: Exits, labelled: LabelledTexts) -> list[Evidence]:
 def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) -> list[dict[str, Any]]:
     """Measures of each exit from its evidence, and the `acceptance` of its drafts by their place in a run.
 
-    `agreement` with the oracle's top k; areas under the ROC curve of the gate and of the read-out's own confidence; and the
-    shares of the tokens that may leave if 99% and 95% of them must be right, ranked by that confidence.
+    `agreement` with the oracle's top k; areas under the ROC curve of the gate, where no drafts are made, and of the
+    read-out's own confidence; and the shares of the tokens that may leave if 99% and 95% of them must be right, ranked by that confidence.
     """
     return [
         {
@@ -114,7 +114,7 @@ def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) 
             "tail": exit.tail,
             "tokens": len(tokens.agrees),
             "agreement": round(float(tokens.agrees.float().mean()), 4),
-            "gate_auroc": round(auroc(tokens.gate, tokens.agrees), 4),
+            **({} if drafts else {"gate_auroc": round(auroc(tokens.gate, tokens.agrees), 4)}),
             "key_auroc": round(auroc(tokens.key, tokens.agrees), 4),
             "leave_at_99": round(lowest(tokens.key, tokens.agrees, 0.99)[1] / max(1, len(tokens.agrees)), 4),
             "leave_at_95": round(lowest(tokens.key, tokens.agrees, 0.95)[1] / max(1, len(tokens.agrees)), 4),

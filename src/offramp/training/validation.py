@@ -106,7 +106,8 @@ def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) 
     """Measures of each exit from its evidence, and the `acceptance` of its drafts by their place in a run.
 
     `agreement` with the oracle's top k; areas under the ROC curve of the gate, where no drafts are made, and of the
-    read-out's own confidence; and the shares of the tokens that may leave if 99% and 95% of them must be right, ranked by that confidence.
+    read-out's own confidence; and the shares of the tokens that may leave if 99% and 95% of them must be right, ranked by
+    that confidence.
     """
     return [
         {

@@ -44,9 +44,10 @@ def gather(
     """Run the model over the config's prompts and texts, and split them. Unfinished work in the folder `work` is resumed.
 
     Adapters, gates and validation get 7 : 2 : 1 of the texts. If there are many texts, gates and validation get a smaller
-    share; `only`, "adapters" or "gates", says that the other gets a single text. There are `config.answers` answers, or one
-    for each prompt. `plan` (default: the config) must be the same as when that work began. With several processes, each runs
-    the model over a share of the texts. `make` makes the shards, as `made_shards` does. Raises `BadInput` for too few
+    share; `only`, "adapters" or "gates", says that the other gets a single text. There are `config.answers` answers, or
+    one for each prompt. `plan` (default: the config) must be the same as when that work began. With several processes,
+    each runs the model over a share of the texts. `make` makes the shards, as `made_shards` does. Raises `BadInput` for
+    too few
     texts, and for another plan.
     """
     prompts, texts, files = _corpus(backbone, config)

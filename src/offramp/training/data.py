@@ -47,8 +47,7 @@ def gather(
     share; `only`, "adapters" or "gates", says that the other gets a single text. There are `config.answers` answers, or
     one for each prompt. `plan` (default: the config) must be the same as when that work began. With several processes,
     each runs the model over a share of the texts. `make` makes the shards, as `made_shards` does. Raises `BadInput` for
-    too few
-    texts, and for another plan.
+    too few texts, and for another plan.
     """
     prompts, texts, files = _corpus(backbone, config)
     asked, temperatures = turns(prompts, config.temperatures, config.answers or len(prompts))

@@ -2,8 +2,9 @@
 
     PYTHONPATH=. .venv/bin/python benchmarks/code_prompts.py --mbpp mbpp.jsonl --instructions dolly-1000.jsonl
 
-It writes JSON lines to build/prompts: `code-train`, and what nothing is trained on: `code-calibrate`, and `code-task`,
-whose problems have programs that test an answer's code. The sources are
+It writes JSON lines to build/prompts: `code-train`, and `code-more` for a second training, which asks other things about
+the same problems and functions; and what nothing is trained on: `code-calibrate`, and `code-task`, whose problems have
+programs that test an answer's code. The sources are
 
 - MBPP's training problems (ids from 601 on), each in three wordings; its validation problems (511 to 600) and the few that
   are meant as examples (up to 10) calibrate, and are those of `code-task`;
@@ -11,7 +12,7 @@ whose problems have programs that test an answer's code. The sources are
   calibrates;
 - offramp's own prompts, for code and general ones, and instructions. Those of `calibration-prompts/` calibrate.
 
-MBPP's test problems and HumanEval are in neither. With `--humaneval FILE`, its prompts go to a third file, `code-bench`,
+MBPP's test problems and HumanEval are in none of them. With `--humaneval FILE`, its prompts go to `code-bench`,
 for `offramp bench --prompts`.
 """
 
@@ -35,7 +36,7 @@ from offramp.training.data import CODING, PROMPTS
 from prompts import FRESH, instructions
 
 TRAINED, VALIDATED = range(601, 975), {*range(1, 11), *range(511, 601)}  # MBPP's official parts
-FUNCTIONS = 2600  # of the standard library
+FUNCTIONS, ASKED_ABOUT = 2600, 1200  # of the standard library
 DOCUMENTED = range(40, 700)  # characters of a docstring
 NOT_READ = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}  # windows and jokes
 
@@ -79,6 +80,18 @@ def written_out(name: str, signature: str, doc: str, way: int) -> str:
     return f"Write a Python function `{name}{signature}`. {' '.join(doc.split())}"
 
 
+def asked_about(name: str, signature: str, doc: str, way: int) -> str:
+    """Something else to do with a function, in one of four ways."""
+    indented = "\n    ".join(doc.splitlines())
+    wanted = (
+        "Write unit tests for this Python function.",
+        "Show three short examples of how to use this Python function, and explain them.",
+        "Write this function in JavaScript.",
+        "What could go wrong in this function, and how would you handle it? Show the code.",
+    )
+    return f'{wanted[way]}\n\n```python\ndef {name}{signature}:\n    """{indented}\n    """\n```'
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mbpp", type=Path, required=True)
@@ -91,8 +104,14 @@ def main(argv: list[str] | None = None) -> None:
     trained = [row for row in problems if row["task_id"] in TRAINED]
     functions = sorted(set(library_functions()))
     draw.shuffle(functions)
-    requests = [written_out(*each, way=number % 3) for number, each in enumerate(functions[:FUNCTIONS])]
+    requests = {written_out(*each, way=number % 3): each for number, each in enumerate(functions[:FUNCTIONS])}
     calibrating = [request for request in requests if int(sha256_of_text(request)[:8], 16) % 12 == 0]
+    known = [each for request, each in requests.items() if request not in calibrating][:ASKED_ABOUT]
+    more = [
+        *(asked_about(*each, way=number % 4) for number, each in enumerate(known)),
+        *(f"{row['text']} Explain how your code works." for row in trained),
+        *(f"Write a Python class with a method for this task, and an example of its use: {row['text']}" for row in trained),
+    ]
     train = [
         *(written(row) for row in trained for written in (by_its_authors, by_evalplus)),
         *(row["text"] for row in trained),
@@ -105,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"code-train": train, "code-calibrate": [*(item.prompt for item in validated), *calibrating, *fresh]}
     if args.humaneval:
         parts["code-bench"] = [item.prompt for item in humaneval(args.humaneval).items]
+    parts["code-more"] = more
     args.output.mkdir(parents=True, exist_ok=True)
     for name, prompts in parts.items():
         unique = list(dict.fromkeys(prompts))

@@ -102,6 +102,7 @@ ALWAYS vf scales_of_long(const uint8_t *ends, int64_t s, int part) {
 // short).
 ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T, const int fine) {
     const Rows x = *c->x;
+    const Place place = stands_at(&x, c->r);
     const int64_t before = bytes_before(of), bytes = bytes_of_block(of), start = c->from / GROUP;
     const uint8_t *panel = (const uint8_t *)c->m->values + c->n / PANEL * bytes_of_panel(of, c->m->columns) +
                            start * bytes + c->from / SUPER * before;
@@ -116,8 +117,8 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
             }
             for (int64_t line = 0; T >= FETCHED && part == 0 && line < bytes; line += 64) fetch(block + line);
             const uint8_t *ends = block + BITS * PLANE;
-            const int64_t place = c->r * x.width + g * GROUP;
-            const int8_t *q = (const int8_t *)x.narrow + place, *rest = x.low + place;
+            const int64_t at = place.first + g * place.apart;
+            const int8_t *q = (const int8_t *)x.narrow + at * GROUP, *rest = x.low + at * GROUP;
             vb eight[EIGHT];
             vf scales_of_8_bits = {0};
             if (BITS == 8) {
@@ -133,16 +134,15 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
                 for (int i = 0; i < WITH_SCALE; i++) {
                     const int v = SCALES == 1 ? i / 2 + i % 2 * 4 : s * WITH_SCALE + i;  // halves of a plane
                     const vb w = BITS == 8 ? eight[v] : weights_of(block, part, v);
-                    EACH_ROW whole[t] = dot_four(whole[t], w, q + t * x.width + 4 * v);
-                    if (fine) EACH_ROW less[t] = dot_four(less[t], w, rest + t * x.width + 4 * v);
+                    EACH_ROW whole[t] = dot_four(whole[t], w, q + t * GROUP + 4 * v);
+                    if (fine) EACH_ROW less[t] = dot_four(less[t], w, rest + t * GROUP + 4 * v);
                 }
                 if (fine) EACH_ROW whole[t] = whole[t] * BASE + less[t];
                 const vf scales = BITS == 8 ? scales_of_8_bits : numbers_of(of, ends, s, part, unit);
                 const vf lows = of.lows ? numbers_of(of, ends, SCALES + s, part, low_unit) : scales * -CENTRE;
                 EACH_ROW {
-                    const int64_t at = (c->r + t) * x.groups + g;
-                    const float *sums = SCALES == 1 ? x.sums + at : x.halves + 2 * at + s;
-                    acc[t] = fma_(__builtin_convertvector(whole[t], vf) * x.scale[at], scales, acc[t]);
+                    const float *sums = SCALES == 1 ? x.sums + at + t : x.halves + 2 * (at + t) + s;
+                    acc[t] = fma_(__builtin_convertvector(whole[t], vf) * x.scale[at + t], scales, acc[t]);
                     acc[t] = fma_(lows, all(*sums), acc[t]);
                 }
             }

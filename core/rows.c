@@ -19,7 +19,7 @@ Rows rows_of(const Weight *m, const float *x, int64_t stride, int64_t R, float *
     float *scale = room, *sums = scale + R * groups, *offset = sums + R * groups, *halves = offset + R;
     // A vector that crosses cache lines takes twice as long.
     const char *narrow = (const char *)(((uintptr_t)(halves + R * width / HALF) + 63) / 64 * 64);
-    return (Rows){form,  x,    stride, K,     width, groups, narrow, (const int8_t *)narrow + R * width,
+    return (Rows){form,  x,    R,      stride, K, width, groups, narrow, (const int8_t *)narrow + R * width,
                   scale, sums, halves, offset};
 }
 
@@ -78,7 +78,7 @@ static void to_pairs(const float *p, int64_t K, int64_t width, int16_t *narrow) 
 #endif
 
 void make_narrow(const Rows *x, int64_t r) {
-    const int64_t K = x->columns, G = x->groups;
+    const int64_t K = x->columns;
     const float *p = x->x + r * x->stride;
     if (x->form == SINGLES) return;
 #if MULTIPLIES_BFLOAT16
@@ -87,17 +87,18 @@ void make_narrow(const Rows *x, int64_t r) {
         return;
     }
 #endif
-    int8_t *q = (int8_t *)x->narrow + r * x->width,
-           *low = x->form == FINE_BYTES || x->form == FINE_GROUPS ? (int8_t *)x->low + r * x->width : NULL;
-    float *scale = (float *)x->scale + r * G, *sums = (float *)x->sums + r * G,
-          *halves = (float *)x->halves + r * (x->width / HALF), offset = 0;
     const int64_t columns = columns_of_scale(x->form);
-    for (int64_t k = 0, g = 0; k < K; k += columns, g++) {
-        quantise(p + k, min_(K - k, columns), q + k, low ? low + k : NULL, scale + g, sums + g,
-                 halves + k / HALF);
-        offset += OFFSET * sums[g];
+    const Place place = stands_at(x, r);
+    const int fine = x->form == FINE_BYTES || x->form == FINE_GROUPS;
+    float offset = 0;
+    for (int64_t k = 0, at = place.first; k < K; k += columns, at += place.apart) {
+        int8_t *q = (int8_t *)x->narrow + at * columns, *low = fine ? (int8_t *)x->low + at * columns : NULL;
+        const int64_t count = min_(K - k, columns);
+        quantise(p + k, count, q, low, (float *)x->scale + at, (float *)x->sums + at,
+                 (float *)x->halves + at * (columns / HALF));
+        memset(q + count, 0, columns - count);
+        if (low) memset(low + count, 0, columns - count);
+        offset += OFFSET * x->sums[at];
     }
-    memset(q + K, 0, x->width - K);
-    if (low) memset(low + K, 0, x->width - K);
     ((float *)x->offset)[r] = offset;
 }

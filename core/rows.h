@@ -27,19 +27,33 @@ static inline int in_panels(const Weight *m) { return m->type >= OFFRAMP_Q4_0 &&
 // The form that a weight needs.
 Form form_of(const Weight *m);
 
-// Rows as they are multiplied, `stride` apart: `columns` numbers x in each. Unless the form is SINGLES, `narrow`
-// holds them in bfloat16 or in 8-bit integers, `width` numbers a row, zeros after the last column; `low` has the
-// low bytes of 16-bit integers.
+enum { TOGETHER = 8 };  // rows that are multiplied with each weight at the same time
+
+// Rows as they are multiplied, `count` of them, `stride` apart: `columns` numbers x in each. Unless the form is
+// SINGLES, `narrow` holds them in bfloat16 or in 8-bit integers, `width` numbers a row, zeros after the last
+// column; `low` has the low bytes of 16-bit integers. In the forms for panels, TOGETHER rows stand together (or
+// those that are left): GROUP columns of each, then the next ones of each; and so do their scales and sums.
 typedef struct {
     Form form;
     const float *x;
-    int64_t stride, columns, width, groups;
+    int64_t count, stride, columns, width, groups;
     const void *narrow;
     const int8_t *low;
     const float *scale, *sums, *halves,
         *offset;  // of each group of a row: scale, sum of its numbers; of HALF columns: their sum; of each
                   // row: see dot_bytes
 } Rows;
+
+// Where the numbers of row r begin, counted in groups of columns, and how far apart its groups are.
+typedef struct {
+    int64_t first, apart;
+} Place;
+
+static inline Place stands_at(const Rows *x, int64_t r) {
+    if (x->form != GROUPS && x->form != FINE_GROUPS) return (Place){r * x->groups, 1};
+    const int64_t before = r / TOGETHER * TOGETHER;
+    return (Place){before * x->groups + r - before, min_(TOGETHER, x->count - before)};
+}
 
 // The floats of room that the narrow forms of R rows of K columns need.
 static inline int64_t narrow_room(int64_t R, int64_t K) { return R * (K + 64) + 64; }

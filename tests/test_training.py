@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
 import json
@@ -201,6 +202,17 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
     assert sum(answer.tokens_per_deep_pass for answer in answers) > 8
     drafts = {token.id for answer in answers for token in answer.tokens if token.exit_block == 2}
     assert drafts <= set(exits.shortlist.tolist())
+
+
+@pytest.mark.skipif("llama" not in COMPILED, reason="needs a C compiler")
+@pytest.mark.parametrize("dtype", ["int4", "bfloat16"])
+def test_a_draft_with_a_tail_is_trained_and_judged_in_every_format(tmp_path, prompts: str, dtype: str) -> None:
+    """The tail's weights may be in bfloat16, though hidden states are float32."""
+    alike = tiny("llama")
+    backbone = Backbone(copy.deepcopy(alike.model), alike.tokenizer, alike.source)
+    backbone.use_compiled_blocks(dtype)
+    exits = train(backbone, tmp_path, config(prompts, layers=(0,), tails=(1,), gate="linear", readout="deep"))
+    assert 0 <= exits.training["validation"][0]["acceptance"][0] <= 1
 
 
 @pytest.mark.parametrize(

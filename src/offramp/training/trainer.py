@@ -177,7 +177,8 @@ class Trainer:
         """
         if exit.adapter.reads:
             states = {block: hidden[:, :, place] for block, place in self.place.items()}
-            return drafting.runs(self.backbone, runtime, exit, self.exits.config.middle, states, length)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.fit.bfloat16):  # as in training
+                return drafting.runs(self.backbone, runtime, exit, self.exits.config.middle, states, length)
         return [exit.adapter(hidden[:, :, self.place[exit.block]])[0]]
 
     def _reading_runtime(self) -> Runtime:

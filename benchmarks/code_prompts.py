@@ -69,10 +69,15 @@ def by_evalplus(row: dict[str, Any]) -> str:
     return mbpp_item(row).prompt
 
 
+def head_of(name: str, signature: str, doc: str) -> str:
+    """The first lines of a function: its signature and its docstring."""
+    indented = "\n    ".join(doc.splitlines())
+    return f'def {name}{signature}:\n    """{indented}\n    """\n'
+
+
 def written_out(name: str, signature: str, doc: str, way: int) -> str:
     """A request to write a function, in one of three ways."""
-    indented = "\n    ".join(doc.splitlines())
-    head = f'def {name}{signature}:\n    """{indented}\n    """\n'
+    head = head_of(name, signature, doc)
     if way == 0:
         return python_prompt(head)
     if way == 1:
@@ -82,14 +87,13 @@ def written_out(name: str, signature: str, doc: str, way: int) -> str:
 
 def asked_about(name: str, signature: str, doc: str, way: int) -> str:
     """Something else to do with a function, in one of four ways."""
-    indented = "\n    ".join(doc.splitlines())
     wanted = (
         "Write unit tests for this Python function.",
         "Show three short examples of how to use this Python function, and explain them.",
         "Write this function in JavaScript.",
         "What could go wrong in this function, and how would you handle it? Show the code.",
     )
-    return f'{wanted[way]}\n\n```python\ndef {name}{signature}:\n    """{indented}\n    """\n```'
+    return f"{wanted[way]}\n\n```python\n{head_of(name, signature, doc)}```"
 
 
 def main(argv: list[str] | None = None) -> None:

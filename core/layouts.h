@@ -42,8 +42,8 @@ static const Layout LAYOUTS[OFFRAMP_STACKED] = {
 
 static const int8_t CODES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-// Scales of a row in a block; bytes of a block (of 8 bits, what GROUP columns of it take), and of what stands before
-// the blocks of SUPER columns.
+// Scales of a row in a block; bytes of a block (with 8 bits: of GROUP columns), and of what stands before the blocks
+// of SUPER columns.
 #define SCALES_OF(bits) ((bits) == 2 || (bits) == 3 || (bits) == 6 ? 2 : 1)
 static inline int64_t bytes_of_block(Layout of) {
     return of.bits * PLANE +

@@ -206,7 +206,7 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
 
 @pytest.mark.skipif("llama" not in COMPILED, reason="needs a C compiler")
 @pytest.mark.parametrize("dtype", ["int4", "bfloat16"])
-def test_a_draft_with_a_tail_is_trained_and_judged_in_every_format(tmp_path, prompts: str, dtype: str) -> None:
+def test_a_draft_with_a_tail_is_trained_and_judged_in_fewer_bits(tmp_path, prompts: str, dtype: str) -> None:
     """The tail's weights may be in bfloat16, though hidden states are float32."""
     alike = tiny("llama")
     backbone = Backbone(copy.deepcopy(alike.model), alike.tokenizer, alike.source)

@@ -111,7 +111,7 @@ def _measured(
     progress: Progress,
     free: bool,
 ) -> tuple[Schedule, str]:
-    """A plan from `PROBED` answers side by side, and its text. If the tails are `free`, a trial chooses them."""
+    """A plan from a few answers side by side, and its text. If the tails are `free`, a trial chooses them."""
     prompts, probed = prompts_of(backbone, config), PROBED if free else FEW_PROBED
     asked, temperatures = turns(prompts, config.temperatures, probed)
     groups = group_texts(asked, [], config.answer_tokens, 48, temperatures)

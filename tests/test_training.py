@@ -42,7 +42,7 @@ from offramp.training.loop import Budget, Fit, accelerator_for, batches
 from offramp.training.planning import DECIDING
 from offramp.training.sketch import sketch_of
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts
-from offramp.training.trainer import MISSED, Trainer, gate_targets
+from offramp.training.trainer import MISSED, Trainer, gate_targets, needed_layers
 from offramp.training.training import train
 from offramp.training.validation import LabelledTexts, Labels, evidence, lowest
 
@@ -612,21 +612,44 @@ def test_another_accelerator_in_the_process_keeps_its_precision() -> None:
 
 
 def test_gates_learn_which_sure_tokens_do_harm() -> None:
-    """Sure tokens count the less, the more later tokens change; where harm is unknown, nothing is learned."""
+    """Sure tokens count the less, the more later tokens change; those whose harm is known stand for the others."""
     count = 200
     labels = Labels.unknown(torch.zeros(count, 1), 1)
     labels.agrees[:] = 1
     labels.top_prob[:, 0] = torch.linspace(0.5, 1, count)
     labels.agrees[: count // 2] = 0
     labelled = LabelledTexts([], [labels], {})
-    (key,) = gate_targets(labelled, "key")
-    assert torch.equal(gate_targets(labelled, "harmless")[0], key)  # as long as no harm was measured
+    (key,), weights = gate_targets(labelled, "key")
+    assert weights.tolist() == [1]
+    assert torch.equal(gate_targets(labelled, "harmless")[0][0], key)  # as long as no harm was measured
     assert key[: count // 2 - 10].sum() == 0
     assert key[count // 2 :].all()
     labels.harm[:, 0] = torch.tensor([0.0, MISSED] * (count // 2))
-    labels.harm[-1] = torch.nan
-    (wanted,) = gate_targets(labelled, "harmless")
+    labels.harm[0] = labels.harm[-1] = torch.nan
+    (wanted,), weights = gate_targets(labelled, "harmless")
     assert wanted[-1] == -1
     assert wanted[-2] == 1 == wanted[-4]
     assert float(wanted[-3]) == pytest.approx(math.exp(-1), rel=1e-5)
-    assert wanted[: count // 2 - 10].abs().sum() == 0
+    assert wanted[: count // 2 - 10].abs().sum() == 0  # they may not leave, so their harm does not matter
+    leaving = int((key > 0).sum())
+    assert float(weights[0]) == pytest.approx(leaving / (leaving - 1))
+
+
+@torch.inference_mode()
+def test_harm_is_measured_for_few_tokens_of_each_text(tmp_path, prompts: str) -> None:
+    backbone = tiny("llama")
+    groups = group_texts([backbone.prompts.encode(line) for line in read_lines(prompts, ())], [], 12, 4)
+    exits = Exits.new(backbone, ExitsConfig((2, 3), tails=(2, 1)))
+    trainer = Trainer(backbone, exits, config(prompts), tmp_path)
+    texts = TeacherTexts.open(write_shards(backbone, groups, needed_layers(exits), tmp_path))
+    labelled = trainer.labels(texts)
+    for labels in labelled.labels:
+        labels.top_prob[:] = 1  # as if the exits were sure of all tokens
+    trainer.measure_harm(labelled, most=3)
+    for labels in labelled.labels:
+        known = ~labels.harm.isnan()
+        assert known.sum(0).tolist() == [min(3, len(labels.harm))] * 2
+        assert (labels.harm[known & (labels.agrees != 1)] == 0).all()
+    labelled.labels[0].top_prob[:] = 0
+    trainer.measure_harm(labelled, most=3)
+    assert (labelled.labels[0].harm == 1).all()

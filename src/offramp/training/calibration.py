@@ -60,6 +60,7 @@ from offramp.training.validation import evidence
 PILOT = 0.2  # share of the prompts that finds the path
 PRECISIONS = (0.998, 0.995, 0.99, 0.985, 0.98, 0.97, 0.96, 0.95, 0.93, 0.91, 0.88, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3)
 ROUNDS = 6  # rounds in which tokens of the pilot's answers jump, to see how often exits with tails are right
+MEASURED = 24  # tokens of a pilot's answer whose harm is measured at each exit
 BATCH = 64  # most answers side by side
 
 
@@ -82,7 +83,7 @@ def precision_line(
         trainer = Trainer(backbone, exits, TrainConfig(), Path(folder), progress)
         labelled = trainer.labels(texts, ROUNDS)
         if not fill_named(config.fill).waits:
-            trainer.measure_harm(labelled)
+            trainer.measure_harm(labelled, most=MEASURED)
         known = evidence(exits, labelled)
     return policies(exits, known, Costs(backbone), PRECISIONS, *head)
 

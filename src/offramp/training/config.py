@@ -59,7 +59,7 @@ class TrainConfig:
     texts: tuple[str, ...] = ()
     max_prompts: int | None = None
     answers: int | None = None
-    temperatures: tuple[float, ...] = setting((0.0, 0.7, 0.9), draft=(0.0, 0.7, 0.0, 0.9))
+    temperatures: tuple[float, ...] = (0.0, 0.7, 0.0, 0.9)
     answer_tokens: int = 256
     batch: int = setting(16, draft=4)
     learning_rate: float = 1e-3
@@ -78,7 +78,7 @@ class TrainConfig:
         if self.gate_target not in ("key", "harmless", "agreement"):
             raise BadInput(f"Gates cannot foresee '{self.gate_target}'.", "Choose from key, harmless, agreement.")
         if not self.temperatures or min(self.temperatures) < 0:
-            raise BadInput("Temperatures must be 0 or more, and there must be one.", "For example 0,0.7,0.9.")
+            raise BadInput("Temperatures must be 0 or more, and there must be one.", "For example 0,0.7.")
         check_rates(self.learning_rate, self.gate_learning_rate)
         if not 0 <= self.precision <= 1:
             raise BadInput(f"A precision of {self.precision} is not in [0, 1].", "0.98 is the default.")

@@ -44,6 +44,7 @@ EPOCHS = 4  # passes over the text, if neither a number nor a time is given
 SURE = 0.97  # the precision of the second key whose answer the gate learns to foresee
 LIKELY = 0.8  # harm is measured if the read-out's confidence is above this: no good rule lets other tokens leave
 MISSED = 0.1  # if so many later tokens change, the gate's target is 1/e
+MEASURED = 4  # tokens of a text whose harm is measured at each exit: many texts say more than many tokens of a text
 LABELLED = 1 / 3  # share of a text's tokens that jump when exits are judged: about as many as leave in decoding
 
 
@@ -129,11 +130,11 @@ class Trainer:
 
     def fit_gates(self, labelled: LabelledTexts, hours: float | None = None) -> None:
         """Train the gates to foresee the target `config.gate_target`, for as long as `fit_adapters`."""
-        targets = gate_targets(labelled, self.config.gate_target)
+        targets, weights = gate_targets(labelled, self.config.gate_target)
 
         def loss_of(batch: list[int], step: int) -> Loss:
             wanted = torch.cat([targets[index] for index in batch])
-            return self._weighted(self._gate_losses([labelled.texts[index] for index in batch], wanted))
+            return self._weighted(self._gate_losses([labelled.texts[index] for index in batch], wanted, weights))
 
         gates = nn.ModuleList(exit.gate for exit in self.exits)
         budget = self._budget(labelled, self.config.gate_epochs, hours)
@@ -217,10 +218,10 @@ class Trainer:
     def _padded(self, tensors: list[Tensor]) -> Tensor:
         return pad_batch(tensors).to(self.device)
 
-    def _gate_losses(self, texts: list[TeacherText], wanted: Tensor) -> list[Tensor]:
+    def _gate_losses(self, texts: list[TeacherText], wanted: Tensor, weights: Tensor) -> list[Tensor]:
         """For each exit, the binary cross-entropy of its gate with `wanted` (n, J) at the texts' counted positions.
 
-        −1 means that it is unknown; such positions are left out.
+        −1 means that it is unknown; such positions are left out. Those above 0 count by `weights` (J,).
         """
         hidden = self._padded([text.hidden for text in texts]).float()
         counted = self._padded([text.counted for text in texts])
@@ -229,8 +230,10 @@ class Trainer:
         for index, exit in enumerate(self.exits):
             score, _ = exit.gate(hidden[:, :, self.place[exit.block]])
             known = wanted[:, index] >= 0
-            loss = F.binary_cross_entropy_with_logits(score[counted][known], wanted[known, index].float(), reduction="sum")
-            losses.append(loss / max(1, int(known.sum())))
+            target = wanted[known, index].float()
+            weight = torch.where(target > 0, float(weights[index]), 1.0)
+            loss = F.binary_cross_entropy_with_logits(score[counted][known], target, weight, reduction="sum")
+            losses.append(loss / weight.sum().clamp(min=1))
         return losses
 
     @torch.inference_mode()
@@ -288,30 +291,31 @@ class Trainer:
         return [(right[index] / count).tolist() if exit.adapter.reads else [] for index, exit in enumerate(self.exits)]
 
     @torch.inference_mode()
-    def measure_harm(self, labelled: LabelledTexts, hours: float | None = None) -> None:
-        """Measure the harm of leaving at each exit for the tokens that may leave, text by text, in at most so many `hours`.
+    def measure_harm(self, labelled: LabelledTexts, hours: float | None = None, most: int = MEASURED) -> None:
+        """Measure the harm of leaving at each exit for some tokens of each text, in at most so many `hours`.
 
-        If the read-out is not sure of a token (`LIKELY`), its harm is set to one token. A wrong token has no harm, since it
-        counts as wrong already.
+        The tokens are drawn at random, until `most` of them may leave. If the read-out is not sure of a token (`LIKELY`),
+        its harm is set to one token. A wrong token has no harm, since it counts as wrong already.
         """
         until = time.monotonic() + 3600 * (math.inf if hours is None else hours)
-        for done, (text, labels) in enumerate(zip(labelled.texts, labelled.labels, strict=True)):
+        for number, (text, labels) in enumerate(zip(labelled.texts, labelled.labels, strict=True)):
             if time.monotonic() > until:
                 return
             positions = text.counted.nonzero()[:, 0]
-            hidden = text.hidden[None].float().to(self.device)
+            order = torch.randperm(len(positions), generator=step_generator(self.config.seed, number, "harm"))
             for index, exit in enumerate(self.exits):
                 if exit.adapter.reads:  # it drafts, and full depth decides
                     continue
-                likely = labels.top_prob[:, index] > LIKELY
-                labels.harm[:, index] = (~likely).float()
-                measured = likely & (labels.agrees[:, index] == 1) & (positions < len(text.ids) - 1)
-                if measured.any():
-                    adapted, _ = exit.adapter(hidden[:, :, self.place[exit.block]])
+                likely, place = labels.top_prob[:, index] > LIKELY, self.place[exit.block]
+                drawn = order[likely[order].cumsum(0) <= most]
+                labels.harm[drawn, index] = (~likely[drawn]).float()
+                right, last = labels.agrees[drawn, index] == 1, positions[drawn] == len(text.ids) - 1
+                measured = drawn[likely[drawn] & right & ~last]
+                if len(measured):
+                    adapted, _ = exit.adapter(text.hidden[None, :, place].float().to(self.device))
                     chosen = positions[measured].tolist()
-                    found = harms(self.backbone, exit, text, self.place[exit.block], adapted, chosen)
-                    labels.harm[measured, index] = found
-            self.progress("harm", done + 1, len(labelled))
+                    labels.harm[measured, index] = harms(self.backbone, exit, text, place, adapted, chosen)
+            self.progress("harm", number + 1, len(labelled))
 
     def _label(self, labels: Labels, index: int, h: Tensor, which: Tensor) -> None:
         """Fill in the labels of exit `index` at the positions `which` (n,), from states h before the final norm."""
@@ -326,26 +330,28 @@ class Trainer:
             labels.top_prob[place, index] = max_prob(logits).cpu()
 
 
-def gate_targets(labelled: LabelledTexts, target: str) -> list[Tensor]:
-    """The gates' targets for each text, (n, J): from 0 to 1, or −1 if unknown.
+def gate_targets(labelled: LabelledTexts, target: str) -> tuple[list[Tensor], Tensor]:
+    """The gates' targets for each text, (n, J): from 0 to 1, or −1 if unknown; and the weights of those above 0, (J,).
 
     With the target `agreement`: whether the read-out agrees with the oracle (the paper's). With `key`: whether the
     read-out's own confidence lets the token leave, at a precision of `SURE`. Few tokens are both right and known to be
     right. A gate that foresees these wastes fewer read-outs than one that foresees agreement. If no threshold reaches that
-    precision, agreement is the target. With `harmless`: the target of `key`, times exp(−harm / `MISSED`) if harm was
-    measured.
+    precision, agreement is the target. With `harmless`: the target of `key`, times exp(−harm / `MISSED`). A token that may
+    not leave needs no harm for it. Of those that may, only the measured ones count, and each stands for several.
     """
     labels = labelled.together()
     if labels.harm.isnan().all():
         target = "key" if target == "harmless" else target
-    targets = labels.agrees.float()
+    targets, weights = labels.agrees.float(), torch.ones(labels.agrees.shape[1])
     for index in range(targets.shape[1] if target != "agreement" else 0):
         known, key = targets[:, index] >= 0, labels.top_prob[:, index]
         threshold, leaving = lowest(key[known], targets[known, index], SURE)
         if leaving:
             targets[known, index] = (key[known] > threshold).to(targets.dtype)
         if target == "harmless":
-            harm = labels.harm[:, index]
-            targets[known, index] *= torch.exp(-harm[known] / MISSED)
-            targets[harm.isnan(), index] = -1
-    return list(targets.split([len(labels.agrees) for labels in labelled.labels]))
+            harm, leaves = labels.harm[:, index], targets[:, index] > 0
+            measured = leaves & ~harm.isnan()
+            targets[measured, index] *= torch.exp(-harm[measured] / MISSED)
+            targets[leaves & ~measured, index] = -1
+            weights[index] = leaves.sum() / measured.sum().clamp(min=1)
+    return list(targets.split([len(labels.agrees) for labels in labelled.labels])), weights

@@ -6,6 +6,7 @@
 #include "model.h"
 
 enum { MOST_DRAFTS = OFFRAMP_MOST_DRAFTS };  // of a round
+enum { MOST_ASKED = 7 };                     // of them, those for which exits are asked
 // What a draft comes from.
 enum {
     NOTHING = OFFRAMP_FROM_FULL,
@@ -30,7 +31,7 @@ Estimates new_estimates(void);
 // The drafts of a round. Draft n may be one that was not kept: then it is the last.
 typedef struct {
     int64_t source[MOST_DRAFTS + 1], draft[MOST_DRAFTS + 1];
-    double promise[MOST_DRAFTS + 1];  // the exit's confidence, or the table's chance
+    double promise[MOST_DRAFTS + 1];  // the exit's confidence, or the chance by the text or the table
     double chance;                    // the chance that all drafts so far stand
     double asked;                     // the cost of asking exits
     int64_t drafts;
@@ -42,8 +43,8 @@ typedef struct {
     double row, asking, tokens, floor;  // floor: what a draft's chance to stand must exceed anyway
 } Prices;
 
-// The sources of drafts without an exit, after the `count` ids of a text: prompt look-up of the last `alike`
-// ids (0: none), and a table (or NULL).
+// The sources of drafts without an exit, after the `count` ids of a text: prompt look-up of at least the last
+// `alike` ids (0: none), and a table (or NULL).
 typedef struct {
     const Guesses *guesses;
     int64_t alike;

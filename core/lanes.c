@@ -77,7 +77,9 @@ static Prices prices_of(const Lanes *l, const Lane *lane) {
     const offramp_plan *plan = l->plan;
     const Estimates *e = &lane->session->estimates;
     const double plain = pass_cost(plan, l->deciding),
-                 row = pass_cost(plan, l->width + 1) - pass_cost(plan, l->width);
+                 row = l->width < widest_pass(l->deciding)
+                           ? pass_cost(plan, l->width + 1) - pass_cost(plan, l->width)
+                           : INFINITY;
     return (Prices){.row = row,
                     .asking = plan->rules.count ? plan->exits[0].asking * plain / l->deciding : 0,
                     .tokens = fmax(l->deciding / plain, e->tokens / e->cost),

@@ -99,9 +99,9 @@ typedef enum {
 } offramp_type;
 
 enum {
-    OFFRAMP_GROUP = 32,       // columns of a row that are rounded together
-    OFFRAMP_PANEL = 16,       // rows of a weight in panels that are kept together
-    OFFRAMP_MOST_DRAFTS = 7,  // drafts of one pass
+    OFFRAMP_GROUP = 32,        // columns of a row that are rounded together
+    OFFRAMP_PANEL = 16,        // rows of a weight in panels that are kept together
+    OFFRAMP_MOST_DRAFTS = 31,  // drafts of one pass
     OFFRAMP_MOST_THREADS = 256,
 };
 
@@ -329,7 +329,7 @@ typedef struct {
 // state after block `middle` of the token before, too (0: they do not). `pending`: the most tokens that wait,
 // or the most drafts. `sketch` and `exit_sketch` replace the head at the top and at exits; at exits, a
 // `shortlist` may do so; each may be NULL. `guesses` (or NULL) is a table of n-grams for drafts. If the last
-// `alike` tokens stand earlier in the text, the token that followed them is a draft (0: no look-up).
+// `alike` tokens or more stand earlier in the text, the token that followed them is a draft (0: no look-up).
 // `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth.
 typedef struct {
     const offramp_exit *exits;

@@ -6,7 +6,7 @@ enum { MOST_PENDING = 64 };  // the most tokens that wait; windows keep as many 
 
 double pass_cost(const offramp_plan *plan, int64_t rows) {
     const double *more = plan->rules.row_costs, last = more[MOST_DRAFTS] - more[MOST_DRAFTS - 1];
-    return 1 + more[min_(rows - 1, MOST_DRAFTS)] + 2 * last * larger(0, rows - 1 - MOST_DRAFTS);
+    return 1 + more[min_(rows - 1, MOST_DRAFTS)] + last * larger(0, rows - 1 - MOST_DRAFTS);
 }
 
 double decayed(const offramp_plan *plan, double threshold, int64_t decided) {

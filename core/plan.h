@@ -30,9 +30,12 @@ struct offramp_plan {
 
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// The cost of a pass with so many rows, in steps of full depth. Beyond the table, each row costs twice as
-// much as the table's last one.
+// The cost of a pass with so many rows, in steps of full depth. Beyond the table, each row costs as much as
+// the table's last one.
 double pass_cost(const offramp_plan *plan, int64_t rows);
+
+// The most rows of a pass that decides for so many requests. Drafts of one request may fill it.
+static inline int64_t widest_pass(int64_t deciding) { return larger(64, (MOST_ASKED + 1) * deciding); }
 
 // Whether an exit has a second key; an exit's threshold for a token that follows `decided` others.
 static inline int has_key(const offramp_exit *exit) { return exit->perhaps < 1 && exit->key < 1; }

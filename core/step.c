@@ -310,33 +310,36 @@ static void enter(Step *s) {
     }
 }
 
-// The most turns of a round, in which each lane sets out up to `drafts` times. All lanes wait for those
-// behind them. So at most `drafts` turns end at an exit before each turn further up.
-static int64_t turns_of_round(const offramp_plan *plan, int64_t lanes, int64_t drafts) {
+// The most turns of a round, in which each lane sets out up to `times`. All lanes wait for those behind them.
+// So at most `times` turns end at an exit before each turn further up.
+static int64_t turns_of_round(const offramp_plan *plan, int64_t lanes, int64_t times) {
     const int64_t exits = plan->rules.count;
-    if (drafts == 1) return exits + 1;
+    if (times == 1) return exits + 1;
     int64_t turns = 1;
-    for (int64_t e = 0; e < exits; e++) turns = min_(turns * (drafts + 1), lanes * drafts * (exits + 1));
+    for (int64_t e = 0; e < exits; e++) turns = min_(turns * (times + 1), lanes * times * (exits + 1));
     return turns;
 }
 
 static offramp_status step(Step *s, int64_t rounds, offramp_error *error) {
     const offramp_plan *plan = s->plan;
-    const int64_t count = s->lanes.count, most = min_(plan->rules.pending, MOST_DRAFTS),
-                  drafts = plan->rules.fill == OFFRAMP_VERIFY ? most + 1 : 1;
+    const int64_t count = s->lanes.count, most = min_(plan->rules.pending, MOST_DRAFTS);
+    const int verifies = plan->rules.fill == OFFRAMP_VERIFY;
+    int64_t deciding = 0, reads = 0;
     for (int64_t q = 0; q < count; q++) {
         const offramp_request *r = s->requests[q];
         if (check_request(plan, s->requests, q, error)) return OFFRAMP_INVALID;
-        s->rows += rows_for(plan, r), s->outs += r->reads ? 0 : drafts;
+        s->rows += rows_for(plan, r), deciding += !r->reads, reads += r->reads;
         s->end = larger(s->end, r->run + rows_of_call(plan, r, rounds));
     }
+    s->outs = verifies ? min_(deciding * (most + 1), widest_pass(deciding)) : deciding;
+    if (verifies) s->rows = reads + s->outs;
     NEED(!s->model->rotary_dim || s->end <= s->model->positions,
          "There are rotary pairs for %lld positions only.", (long long)s->model->positions);
     for (int64_t q = 0; q < count; q++) {
         const offramp_status status = prepare_session(plan, s->requests[q], rounds, error);
         if (status) return status;
     }
-    s->turns_count = rounds * turns_of_round(plan, count, drafts) + 1;
+    s->turns_count = rounds * turns_of_round(plan, count, verifies ? min_(most, MOST_ASKED) + 1 : 1) + 1;
     s->lanes.rounds = rounds;
     if (!lay_out(s->model, lay_step, s))
         return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a pass.");

@@ -25,7 +25,7 @@ from helpers import (
 )
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Policy
-from offramp.decode.drafts import looked_up
+from offramp.decode.drafts import REPEATED, looked_up
 from offramp.decode.fills import FILLS
 from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
@@ -323,10 +323,13 @@ def test_unusable_settings_get_a_sentence_and_a_hint(settings: dict[str, float],
 
 
 @settings(deadline=None)
-@given(ids=st.lists(st.integers(0, 3) | st.just(2**40), max_size=30), size=st.integers(1, 3))
-def test_prompt_lookup_finds_the_newest_earlier_place(ids: list[int], size: int) -> None:
-    places = [at for at in range(len(ids) - size) if ids[at : at + size] == ids[-size:]]
-    assert looked_up(ids, size) == (ids[places[-1] + size] if places else None)
+@given(ids=st.lists(st.integers(0, 3) | st.just(2**40), max_size=30), least=st.integers(1, 3))
+def test_prompt_lookup_finds_the_newest_of_the_places_that_are_most_alike(ids: list[int], least: int) -> None:
+    found = None
+    for size in range(least, len(REPEATED) + 1):
+        places = [at for at in range(len(ids) - size) if ids[at : at + size] == ids[-size:]]
+        found = (ids[places[-1] + size], REPEATED[size - 1]) if places else found
+    assert looked_up(ids, least) == found
     assert looked_up(ids, 0) is None
 
 

@@ -47,11 +47,12 @@ def drawn(family: str, dice: random.Random) -> Condition:
     if kind == "keys":
         key = dice.choice(["max-prob", "margin"])
         policy = replace(policy, thresholds=(0.55,) * 3, perhaps=(0.3, 0.4, 1.0), keys=(0.01, 0.02, 1.0), key=key)
-    options = {"max_pending": dice.choice([1, 3, 7]), "lookup": dice.choice([0, 2])}
+    options = {"max_pending": dice.choice([1, 3, 7, None]), "lookup": dice.choice([0, 1, 2])}
     costs = dice.choice([0.0, 0.02, 0.1]), dice.choice([0.0, 0.05])
-    return Condition(
-        exits, policy, dice.choice(SAMPLINGS), options, costs, some_prompts(dice.choice([1, 4]), dice.randrange(99))
-    )
+    prompts = some_prompts(dice.choice([1, 4]), dice.randrange(99))
+    if dice.random() < 0.5:  # they repeat themselves
+        prompts = [prompt * 8 for prompt in prompts]
+    return Condition(exits, policy, dice.choice(SAMPLINGS), options, costs, prompts)
 
 
 def decoded(family: str, fill: str, condition: Condition, compiled: bool) -> list[Request]:

@@ -128,7 +128,7 @@ static void all_drafts_change_nothing(int64_t conditions) {
         Prompts prompts;
         random_rules(&t, &rules, OFFRAMP_VERIFY, 1);
         if (n % 5 == 0) rules.rules.count = 0;
-        rules.rules.alike = below(3), rules.rules.pending = 1 + below(10);
+        rules.rules.alike = below(3), rules.rules.pending = 1 + below(31);
         for (int64_t i = 0; n % 3 && i < t.count; i++) rules.costs[i].seen_flops = 0;
         random_prompts(&t, &prompts, 0);
         tokens_are_those_of_full_depth(&t, &rules, &prompts);

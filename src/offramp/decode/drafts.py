@@ -1,9 +1,10 @@
 """The rule of drafts: when `verify` makes one, and where it comes from.
 
 A draft comes from an exit, or for nothing from the text, where it repeats itself (prompt look-up: A. Saxena, "Prompt Lookup
-Decoding", 2023), and from a table of n-grams. Each draft adds a row to the chunk that full depth decides about. The row
-costs something, and so does asking an exit. A draft is made if its chance to stand exceeds its cost. The chances are
-estimated from the earlier drafts of the same text. No clock decides, so answers can be repeated.
+Decoding", 2023), or from a table of n-grams. The more tokens are alike, the likelier the text is right. Each draft adds a
+row to the chunk that full depth decides about. The row costs something, and so does asking an exit. A draft is made if its
+chance to stand exceeds its cost. The chances are estimated from the earlier drafts of the same text. No clock decides, so
+answers can be repeated.
 
 Costs are in steps of full depth: passes of one row. All requests of a step share one chunk, so the cost of a row depends on
 the chunk's width at that moment. Compiled code follows the same rule.
@@ -11,10 +12,12 @@ the chunk's width at that moment. Compiled code follows the same rule.
 
 from __future__ import annotations
 
-from array import array
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+
+import numpy as np
 
 from offramp.exits.exits import Exit
 from offramp.exits.ngrams import Ngrams
@@ -22,15 +25,16 @@ from offramp.machine import processor
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS, kernels
 
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)  # rows of the chunks whose costs are in the table
 # The costs of 0, 1, … more rows of a chunk, in steps of full depth. They were measured for smollm2 on one maker's
 # processors with these kernels, by benchmarks/growth.py --formats FORMAT ("verified rows"), against a step of a compiled
 # loop, which is shorter than a single one. On other processors, they are a guess.
-ROW_COSTS = {
+ROW_COSTS: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
-        "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39),
-        "bfloat16": (0.0, 0.02, 0.06, 0.1, 0.12, 0.16, 0.2, 0.25),
-        "int8": (0.0, 0.08, 0.25, 0.4, 0.7, 0.9, 1.15, 1.35),
-        "int4": (0.0, 0.07, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0),
+        "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 2.6),
+        "bfloat16": (0.0, 0.02, 0.06, 0.1, 0.12, 0.16, 0.2, 0.25, 2.7),
+        "int8": (0.0, 0.08, 0.25, 0.4, 0.7, 0.9, 1.15, 1.35, 7.7),
+        "int4": (0.0, 0.07, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0, 5.4),
     },
     ("AMD", "AVX2"): {
         "float32": (0.0, 0.08, 0.15, 0.22, 0.34, 0.4, 0.47, 0.61),
@@ -47,20 +51,29 @@ ROW_COSTS = {
 }
 ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
 
-LOOKED_BACK = 1024  # prompt look-up searches this many of a text's newest tokens
+LOOKED_BACK = 8192  # prompt look-up searches this many of a text's newest tokens
+# The chance that a token follows if the last 1, 2, … tokens stood before it earlier in the text: the shares in own answers
+# of SmolLM2 to general prompts and of Qwen2.5-Coder-0.5B to those for code, which differ by less than 0.05.
+REPEATED = (0.2, 0.5, 0.62, 0.7, 0.74, 0.78, 0.81, 0.84, 0.86, 0.88, 0.9, 0.91, 0.92, 0.93, 0.94, 0.97)
+MOST_ASKED = 7  # drafts of a round for which exits are asked
+WIDEST = 64  # rows of a pass; more if there are so many requests that each could not have `MOST_ASKED` drafts
 NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share mostly reflects; the longest pause of an exit, in rounds
 
 
 def row_costs(precision: str) -> tuple[float, ...]:
-    """The costs of 0 to 7 more rows of a chunk on this machine, in steps of full depth, from the table of machines.
+    """The costs of 0 to `MOST_DRAFTS` more rows of a chunk on this machine, in steps of full depth.
 
-    `precision` is that of a backbone.
+    They are from the table of machines, and between and beyond its widths on straight lines: where more than 8 rows pay,
+    many do. `precision` is that of a backbone.
     """
+    found: tuple[float, ...] = ELSEWHERE
     for (maker, instructions), costs in ROW_COSTS.items():
-        known = costs.get(precision)
-        if known and maker in processor() and kernels() == instructions:
-            return known
-    return ELSEWHERE
+        if maker in processor() and kernels() == instructions:
+            found = costs.get(precision, found)
+    widths, rows = WIDTHS[: len(found)], np.arange(1, MOST_DRAFTS + 2)
+    slope = (found[-1] - found[3]) / (widths[-1] - widths[3])
+    beyond = found[-1] + slope * (rows - widths[-1])
+    return tuple(np.where(rows <= widths[-1], np.interp(rows, widths, found), beyond).tolist())
 
 
 class Source(IntEnum):
@@ -74,14 +87,14 @@ class Estimates:
     """Estimates from the drafts of one sequence. Lists have a number for each source.
 
     `right`: the share of a source's newest drafts that were right; `seen`: the number of these drafts (for NOTHING: the
-    number of rounds behind `tokens` and `cost`); `promised`: the mean confidence of the exit's newest drafts, and the mean
-    chance of the table's. `tokens` and `cost`: the means of a round. `rest` and `pause`: rounds until an exit whose drafts
-    do not pay is asked again, now and next time. The estimates start as if half of a few drafts had been right.
+    number of rounds behind `tokens` and `cost`); `promised`: the mean of what their source promised. `tokens` and `cost`:
+    the means of a round. `rest` and `pause`: rounds until an exit whose drafts do not pay is asked again, now and next
+    time. The estimates start as if half of a few drafts had been right.
     """
 
     right: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.5, 0.5])
     seen: list[int] = field(default_factory=lambda: [1, 4, 4, 4])
-    promised: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.0, 0.5])
+    promised: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.5, 0.5])
     tokens: float = 1.0
     cost: float = 1.0
     rest: int = 0
@@ -100,8 +113,7 @@ class Estimates:
         """Learn from a draft, now that full depth has decided its position."""
         source, seen = guess.source, self._seen(guess.source)
         self.right[source] += ((guess.id == chosen) - self.right[source]) / seen
-        if source != Source.TEXT:
-            self.promised[source] += (guess.promise - self.promised[source]) / seen
+        self.promised[source] += (guess.promise - self.promised[source]) / seen
 
     def learn_round(self, tokens: int, cost: float) -> None:
         """Learn from a round: the number of its tokens, and its cost."""
@@ -114,8 +126,8 @@ class Estimates:
 class Guess:
     """A draft that is tried, or only the source that it is to come from.
 
-    `promise`: the exit's confidence, or the table's chance; `sure`: the chance that the draft is right, by the promise and
-    the estimates.
+    `promise`: the exit's confidence, or the chance by the text or the table; `sure`: the chance that the draft is right,
+    by the promise and the estimates.
     """
 
     source: Source
@@ -129,9 +141,9 @@ class DraftRule:
     """The costs and sources of the drafts of one plan.
 
     `rows`: the cost of 0, 1, … more rows of a chunk; `asking`: that of asking each open exit; `floor`: what a draft's
-    chance to stand must exceed, the threshold of the first open exit. If the last `lookup` tokens stand earlier in the
-    text, the token that followed them there may be a draft (0: no look-up), and so may what `ngrams` expects. A round has
-    at most `most` drafts.
+    chance to stand must exceed, the threshold of the first open exit. If the last `lookup` tokens or more stand earlier in
+    the text, the token that followed them there may be a draft (0: no look-up), and so may what `ngrams` expects. A round
+    has at most `most` drafts.
     """
 
     rows: tuple[float, ...]
@@ -142,10 +154,10 @@ class DraftRule:
     most: int = MOST_DRAFTS
 
     def pass_cost(self, width: int) -> float:
-        """The cost of a pass with so many rows. Beyond the table, each row costs twice as much as the table's last one."""
+        """The cost of a pass with so many rows. Beyond the table, each row costs as much as the table's last one."""
         costs = self.rows
         beyond = max(0, width - len(costs))
-        return 1 + costs[min(width, len(costs)) - 1] + 2 * beyond * (costs[-1] - costs[-2])
+        return 1 + costs[min(width, len(costs)) - 1] + beyond * (costs[-1] - costs[-2])
 
 
 def asking_cost(backbone: Backbone, exit: Exit, head: int) -> float:
@@ -166,13 +178,15 @@ class Chunk:
 
     def __init__(self, rule: DraftRule, requests: int) -> None:
         self.rule, self.width = rule, requests
-        self._requests = requests
+        self._requests, self._widest = requests, max(WIDEST, (MOST_ASKED + 1) * requests)
         self.share = rule.pass_cost(requests) / requests  # cost of a request, without drafts
         self.rate = 1 / self.share  # tokens for each step of full depth, without drafts
 
     @property
     def row(self) -> float:
-        """The cost of another row."""
+        """The cost of another row; infinite if there is no room for it."""
+        if self.width == self._widest:
+            return math.inf
         return self.rule.pass_cost(self.width + 1) - self.rule.pass_cost(self.width)
 
     @property
@@ -199,6 +213,7 @@ class Round:
         e, number = self._estimates, len(self.guesses)
         free, right = self._free(ids), e.right[Source.EXIT]
         ask = bool(self._rule.asking) and all(guess.source == Source.EXIT for guess in self.guesses[-1:])
+        ask = ask and number < MOST_ASKED
         if ask:
             cost = self._chunk.row + self._rule.asking[0] * self._chunk.share
             ask = self.chance * right > max(cost * self._rate, self._rule.floor)
@@ -221,15 +236,16 @@ class Round:
 
     def _free(self, ids: list[int]) -> Guess:
         """The likeliest of the drafts that cost nothing. Its estimate may be above 1."""
-        e, rule = self._estimates, self._rule
-        found = looked_up(ids[-LOOKED_BACK:], rule.lookup)
-        text = Guess(Source.TEXT, found, 0.0, e.right[Source.TEXT]) if found is not None else Guess(Source.NOTHING)
-        expected = rule.ngrams.after(ids) if rule.ngrams else None
-        if expected is None:
-            return text
-        id, chance = expected
-        table = Guess(Source.TABLE, id, chance, chance * e.right[Source.TABLE] / e.promised[Source.TABLE])
-        return text if text.sure >= table.sure else table
+        found = {
+            Source.TEXT: looked_up(ids[-LOOKED_BACK:], self._rule.lookup),
+            Source.TABLE: self._rule.ngrams.after(ids) if self._rule.ngrams else None,
+        }
+        right, promised = self._estimates.right, self._estimates.promised
+        guesses = [
+            Guess(source, id, chance, chance * right[source] / promised[source])
+            for source, (id, chance) in ((source, each) for source, each in found.items() if each)
+        ]
+        return max(guesses, key=lambda guess: guess.sure, default=Guess(Source.NOTHING))
 
     def asks(self, exit: int) -> None:
         """Count the cost of asking an open exit."""
@@ -263,14 +279,19 @@ class Round:
         self._estimates.learn_round(len(chosen), self._chunk.cost + self._asked)
 
 
-def looked_up(ids: list[int], size: int) -> int | None:
-    """The id that followed the last `size` ids when they last occurred; None if they did not, or for a size of 0."""
-    if size < 1 or len(ids) <= size:
-        return None
-    text, last = array("q", ids).tobytes(), array("q", ids[-size:]).tobytes()
-    end = len(text) - 8  # not the last ids themselves
-    while (at := text.rfind(last, 0, end)) >= 0:
-        if at % 8 == 0:
-            return ids[at // 8 + size]
-        end = at + len(last) - 1
-    return None
+def looked_up(ids: list[int], least: int) -> tuple[int, float] | None:
+    """The id that followed where the ids before were most like the last ones, and its chance, by how many were alike.
+
+    At least so many must be alike (0: no look-up); more than `REPEATED` has chances for are not compared. Of equal places,
+    the newest counts.
+    """
+    text, found = np.array(ids), None
+    places = np.arange(len(ids) - 1) if least else np.arange(0)  # of ids before which the text may be alike
+    for alike in range(1, len(REPEATED) + 1):
+        places = places[places >= alike - 1]
+        places = places[text[places - alike + 1] == text[-alike]] if len(places) else places
+        if not len(places):
+            break
+        if alike >= least:
+            found = ids[places[-1] + 1], REPEATED[alike - 1]
+    return found

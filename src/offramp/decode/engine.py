@@ -64,8 +64,8 @@ class Engine(Plan):
         sampling: Sampling | Choose | None = None,
         *,
         mode: str | None = None,
-        max_pending: int = 7,
-        lookup: int = 3,
+        max_pending: int | None = None,
+        lookup: int = 1,
     ) -> None:
         chosen, fill = _chosen(model, exits, policy, fill, mode)
         super().__init__(backbone_of(model), chosen, policy, fill, sampling, max_pending, lookup)

@@ -136,7 +136,7 @@ def decoding(
     fill: str | None = None,
     *,
     mode: str | None = None,
-    max_pending: int = 7,
+    max_pending: int | None = None,
     streamer: Any = None,
 ) -> Callable[..., Any]:
     """A `custom_generate` for the library's `generate`; arguments as for `Engine`.

@@ -45,8 +45,9 @@ class Plan:
     `policy`: when a token leaves (the exits' own by default); `fill`: a name in `decode.fills.FILLS`; `sampling`: how a
     token is chosen (the most probable by default), or a function from logits (V,) and the ids before to an id;
     `max_pending`: the most tokens that wait at exits; when that many wait, the next token goes to the top without asking
-    gates, so a chunk has at most `max_pending` + 1 rows; `lookup`: with `verify`, if the last `lookup` tokens stand earlier
-    in the text, the token that followed them there may be a draft (0: no look-up). To see where time goes, set `timed` to a
+    gates, so a chunk has at most `max_pending` + 1 rows (default: 7, and for the drafts of `verify` as many as may be);
+    `lookup`: with `verify`, if the last `lookup` tokens or more stand earlier in the text, the token that followed them
+    there may be a draft (0: no look-up). To see where time goes, set `timed` to a
     `Timer`. Raises `BadInput` for a policy that does not fit the exits, an unknown fill, and `max_pending` below 1.
     """
 
@@ -57,12 +58,12 @@ class Plan:
         policy: Policy | None = None,
         fill: str = "project",
         sampling: Sampling | Choose | None = None,
-        max_pending: int = 7,
-        lookup: int = 3,
+        max_pending: int | None = None,
+        lookup: int = 1,
     ) -> None:
-        if max_pending < 1:
+        if max_pending is not None and max_pending < 1:
             raise BadInput(f"max_pending is {max_pending}, but at least one token must be able to wait.", "Give 1 or more.")
-        self.backbone, self.max_pending = backbone, max_pending
+        self.backbone = backbone
         self.timed: Timed = untimed
         self._has_warned = False
         self.costs = Costs(backbone)
@@ -70,6 +71,7 @@ class Plan:
         self.gate = exits.config.gate if exits else "gate"
         self._open(exits)
         self.fill = fill_named(fill)(backbone, self.longest_tail)
+        self.max_pending = max_pending or (MOST_DRAFTS if self.fill.verifies else 7)
         self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
         self.drafts = self._draft_rule(exits) if self.fill.verifies else None

@@ -20,7 +20,7 @@ from offramp.model.compiled.panels import PANEL
 from offramp.model.compiled.rounding import GROUP
 from offramp.model.compiled.weights import Stack, Weight
 
-MOST_DRAFTS = 7  # of one pass
+MOST_DRAFTS = 31  # of one pass
 
 
 class CError(ctypes.Structure):

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,17 @@ def test_what_a_killed_conversion_left_is_removed_and_a_running_one_stays(folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         logits(folder)  # it is enough that a model is loaded
         assert [name for name in conversions(own_cache) if name.startswith(".")] == [".alive"]
+
+
+def test_weights_that_nobody_loads_for_long_are_removed(folder: Path, own_cache: Path) -> None:
+    logits(folder)
+    (name,) = conversions(own_cache)
+    other, old = own_cache / "formats" / "other", time.time() - store.UNUSED - 9
+    shutil.copytree(own_cache / "formats" / name, other)
+    for place in (own_cache / "formats" / name, other):
+        os.utime(place / store.RECORD, (old, old))
+    logits(folder)
+    assert conversions(own_cache) == [name]
 
 
 def test_a_full_disk_gets_one_sentence_and_leaves_nothing(folder: Path, own_cache: Path, monkeypatch) -> None:

@@ -16,6 +16,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,6 +42,7 @@ Built = TypeVar("Built")
 
 LAYOUT = 7  # raise it when what is kept under a key changes
 ALIGNED = 64
+UNUSED = 30 * 24 * 3600  # seconds; what nobody has loaded for so long is removed
 RECORD, LOCK = "record.json", ".lock"
 
 
@@ -70,6 +72,8 @@ class Store:
         self._maps: list[mmap.mmap] = []
         if folder and folder.parent.is_dir():
             with suppress(OSError):  # a cache that cannot be written to can still be read
+                if self.complete:
+                    os.utime(folder / RECORD)
                 _sweep(folder.parent)
 
     @classmethod
@@ -242,8 +246,15 @@ def _locked(formats: Path) -> Iterator[None]:
 
 
 def _sweep(formats: Path) -> None:
-    """Remove the temporary folders of conversions that were killed."""
+    """Remove the temporary folders of conversions that were killed, and weights that were not loaded for long.
+
+    Such are those of models that were deleted, and those that an older version of offramp converted.
+    """
     with _locked(formats):
+        for record in formats.glob(f"[!.]*/{RECORD}"):
+            with suppress(OSError):
+                if time.time() - record.stat().st_mtime > UNUSED:
+                    shutil.rmtree(record.parent, ignore_errors=True)
         for folder in formats.glob(".*/"):
             with suppress(OSError), (folder / LOCK).open("ab") as own:
                 fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)

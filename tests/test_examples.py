@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from models import saved, tiny
-from offramp.training import places
 from test_serve import serving
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -45,7 +44,6 @@ def test_compare_finds_exact_answers_equal() -> None:
 
 
 def test_own_prompts_trains_and_calibrates(tmp_path, own_cache, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(places, "STEPS", 2)  # of a trial that test_training tests
     model, prompts, exits = saved(tiny("llama"), tmp_path / "model"), tmp_path / "prompts.txt", tmp_path / "exits"
     prompts.write_text("\n".join(f"What is {number}?" for number in range(240)))
     example = EXAMPLES / "own_prompts.py"

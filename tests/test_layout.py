@@ -129,9 +129,10 @@ def test_make_knows_every_target_that_the_makefile_names() -> None:
 
 
 def test_no_hint_installs_a_strangers_package_from_pypi() -> None:
-    """Neither package is on PyPI. A path, a URL after the name, or a clone's extras are right."""
+    """No package is on PyPI. A path, a URL after the name, or a clone's extras are right."""
     root = PACKAGE.parents[1]
-    folders = [root / name for name in ("src", "lm", "hybrid", "benchmarks", "examples", "docs", "offramp-models", ".ci")]
+    names = ("src", "lm", "hybrid", "benchmarks", "examples", "docs", ".ci")
+    folders = [*(root / name for name in names), *root.glob("offramp-*")]
     files = [root / "README.md", root / "Makefile", *(path for folder in folders for path in folder.rglob("*"))]
     texts = [path for path in files if path.is_file() and path.suffix in ("", ".md", ".py", ".toml", ".ipynb")]
     from_pypi = re.compile(r"""(?:pipx?|uv) (?:tool )?install (?:-\S+ )*["']?(?:offramp|\{MODELS)(?!\S* @ )""")

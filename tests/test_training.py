@@ -34,7 +34,7 @@ from offramp.exits.learned import hashes_of
 from offramp.exits.readouts import READOUTS
 from offramp.files import read_lines
 from offramp.model.backbone import Backbone
-from offramp.training import answering, places
+from offramp.training import answering
 from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS, lines_of, turns
@@ -521,8 +521,7 @@ def test_batches_hold_every_text_once_and_similar_ones_together() -> None:
     assert found != batches(100, 8, torch.Generator().manual_seed(1), lengths)
 
 
-def test_a_time_is_kept_and_said_beforehand(tmp_path, prompts: str, monkeypatch) -> None:
-    monkeypatch.setattr(places, "STEPS", 6)  # the trial's
+def test_a_time_is_kept_and_said_beforehand(tmp_path, prompts: str) -> None:
     said: list[str] = []
 
     def progress(stage: str, completed: int, total: int, note: str = "") -> None:

@@ -1,6 +1,6 @@
 """A short trial on the model chooses the length of the exits' tails. It confirms or corrects `suggested_places`.
 
-The trial uses the answers of the probe. It trains adapters for a few steps each: with shorter tails, with those of the
+The trial uses the answers of the probe. It trains adapters for a short time each: with shorter tails, with those of the
 rule, and with longer ones. The tails whose exits save most on held-out answers win. After so short a training, exits are
 worse than they will be, but all are affected alike.
 """
@@ -24,7 +24,7 @@ from offramp.training.teacher import TeacherTexts
 from offramp.training.trainer import Trainer
 from offramp.training.validation import evidence
 
-STEPS = 60  # steps of each training in the trial
+BATCH = 4  # texts of a step in the trial, at most: many short steps learn more in a short time
 PRECISION = 0.9  # precision at which tokens leave; at a higher one, too few would leave after so short a training
 ROUNDS = 6
 
@@ -46,13 +46,15 @@ def tried(
     texts: TeacherTexts,
     layers: tuple[int, ...],
     work: Path,
+    hours: float,
     progress: Progress = silent,
 ) -> tuple[int, ...]:
-    """The best tails for exits like `parts`. The hidden states of the texts are those after the blocks `layers`."""
+    """The best tails for exits like `parts`, after `hours` of training for all candidates together.
+
+    The hidden states of the texts are those after the blocks `layers`.
+    """
     held = max(1, len(texts) // 4)
-    batch = min(config.batch, len(texts) - held)
-    epochs = max(1, round(STEPS * batch / (len(texts) - held)))
-    settings = replace(config, epochs=epochs, batch=batch)
+    settings = replace(config, batch=min(config.batch, BATCH, len(texts) - held))
     costs, found = Costs(backbone), []
     candidates = variants(parts.tails, parts.layers, backbone.n_blocks)
     for number, tails in enumerate(candidates):
@@ -61,7 +63,7 @@ def tried(
         folder = work / f"tails-{'-'.join(map(str, tails))}"
         trainer = Trainer(backbone, exits, settings, folder, layers=layers)
         trainer.standardise(texts[held:])
-        trainer.fit_adapters(texts[held:])
+        trainer.fit_adapters(texts[held:], hours / len(candidates))
         exits.modules.eval().requires_grad_(False)
         shown = evidence(exits, trainer.labels(texts[:held], ROUNDS))
         found.append(saved(exits, shown, costs, PRECISION))

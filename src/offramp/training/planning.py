@@ -26,11 +26,12 @@ from offramp.training.places import tried, variants
 from offramp.training.sketch import DIMS
 from offramp.training.teacher import TeacherTexts, TextGroup, group_texts
 
-# Shares of the time; the rest is for the probe, the trial and labels.
-DECIDING = 0.38, 0.38, 0.07, 0.08  # for answers, adapters, gates, and measuring harm
-DRAFTING = 0.5, 0.42, 0.0, 0.0  # exits that draft have no use for gates and harm
+# Shares of the time; the rest is for labels.
+PROBING, TRYING = 0.05, 0.1  # for answers that only the trial needs, and for the trial
+DECIDING = 0.34, 0.36, 0.06, 0.06  # for answers, adapters, gates, and measuring harm
+DRAFTING = 0.5, 0.42, 0.0, 0.0  # exits that draft have no use for gates and harm, and there is no trial
 MOST_ANSWERS = 12  # answers to one prompt at most: more would add little
-PROBED, FEW_PROBED = 256, 64  # answers, with a trial and without
+PROBED, MOST_TRIED = 64, 256  # answers of the probe; those that the trial uses, at most
 
 
 @dataclass(frozen=True)
@@ -112,25 +113,32 @@ def _measured(
     free: bool,
 ) -> tuple[Schedule, str]:
     """A plan from a few answers side by side, and its text. If the tails are `free`, a trial chooses them."""
-    prompts, probed = prompts_of(backbone, config), PROBED if free else FEW_PROBED
-    asked, temperatures = turns(prompts, config.temperatures, probed)
-    groups = group_texts(asked, [], config.answer_tokens, 48, temperatures)
-    shutil.rmtree(folder, ignore_errors=True)
-    started, done = time.perf_counter(), 0
-
-    def after_group(group: TextGroup) -> None:
-        nonlocal done
-        done += len(group.ids)
-        progress("probe", done, probed)
-
+    prompts = prompts_of(backbone, config)
     candidates = variants(tails, layers, backbone.n_blocks) if free else []
     starts = {backbone.n_blocks - tail for each in candidates for tail in each if tail}
     needed = tuple(sorted({*layers, *starts, backbone.n_blocks}))
-    texts = TeacherTexts.open(write_shards(backbone, groups, needed, folder, after_group))
-    seconds = (time.perf_counter() - started) / probed
-    tokens = sum(int(text.counted.sum()) for text in texts) / probed
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def answered(first: int, last: int) -> TeacherTexts:
+        asked, temperatures = turns(prompts, config.temperatures, last)
+        groups, done = group_texts(asked[first:], [], config.answer_tokens, 48, temperatures[first:]), first
+
+        def after_group(group: TextGroup) -> None:
+            nonlocal done
+            done += len(group.ids)
+            progress("probe", done, last)
+
+        return TeacherTexts.open(write_shards(backbone, groups, needed, folder / str(first), after_group))
+
+    started = time.perf_counter()
+    texts = answered(0, PROBED)
+    seconds = (time.perf_counter() - started) / PROBED
+    tokens = sum(int(text.counted.sum()) for text in texts) / PROBED
     if free:
-        tails = tried(backbone, config, shape_of(backbone, config, layers, tails), texts, needed, folder, progress)
+        more = min(MOST_TRIED - PROBED, int(3600 * config.hours * PROBING / seconds))
+        texts = texts + answered(PROBED, PROBED + more) if more else texts
+        parts = shape_of(backbone, config, layers, tails)
+        tails = tried(backbone, config, parts, texts, needed, folder, TRYING * config.hours, progress)
     shutil.rmtree(folder)
     answering, fitting, gating, measuring = (
         config.hours * share for share in (DRAFTING if config.readout == "deep" else DECIDING)

@@ -338,7 +338,7 @@ def test_answers_side_by_side_are_those_one_by_one(world) -> None:
 
 
 def test_bench_compares_modes_and_fills(world) -> None:
-    arguments = ("--model", "model", "--exits", "exits", "--compare", "full,defer,exact", "--threshold", "0.3")
+    arguments = ("--model", "model", "--exits", "exits", "--compare", "full,defer,exact")
     sizes = ("--tokens", "6", "--pairs", "2", "--dtype", "float32")
     result = json.loads(run(world, "bench", *arguments, *sizes, "--json").stdout)
     assert list(result["speeds"]) == ["full", "defer", "exact"]
@@ -346,6 +346,18 @@ def test_bench_compares_modes_and_fills(world) -> None:
     assert result["ratio"] == result["speeds"]["exact"]["ratio"]
     for word in ("tokens a deep pass", "acceptance", "exact"):
         assert word in run(world, "bench", *arguments, *sizes).stdout
+
+
+def test_bench_measures_what_rows_cost(world) -> None:
+    arguments = ("bench", "--model", "model", "--dtype", "float32", "--costs")
+    result = json.loads(run(world, *arguments, "--json").stdout)
+    assert [*result] == ["1", "2", "3", "4", "5", "6", "7", "8", "32"]
+    (kept,) = json.loads((world / "cache" / "costs.json").read_text()).values()
+    assert kept == [*result.values()]
+    shown = run(world, *arguments).stdout
+    (world / "cache" / "costs.json").unlink()
+    assert "1.00" in shown
+    assert "answers do not change" in shown
 
 
 def test_compare_for_people_shows_both_answers(world) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor
 from helpers import TAILS, costing, exact, library_tokens, modest_exits, same_or_tied, some_prompts
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
-from offramp.decode import drafts
+from offramp.decode import row_costs
 from offramp.decode.drafts import LOOKED_BACK, WIDEST, Chunk, DraftRule, Estimates, Guess, Round, Source
 from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
 from offramp.errors import CorruptFile
+from offramp.evaluation.bench import measured_costs
 from offramp.exits.exits import Exit
 from offramp.exits.ngrams import Ngrams, ngrams_of
 from offramp.exits.parts import unit
@@ -254,16 +256,36 @@ def test_a_draft_starts_from_the_linear_map_that_fits_best(tails: tuple[int, ...
     [("AMD EPYC", "AVX-512 BF16 and VNNI"), ("AMD EPYC", "AVX2"), ("Intel Xeon", "AVX-512 and VNNI")],
 )
 def test_the_table_of_machines_has_a_row_for_each_format(name: str, instructions: str, monkeypatch) -> None:
-    monkeypatch.setattr(drafts, "processor", lambda: name)
-    monkeypatch.setattr(drafts, "kernels", lambda: instructions)
+    monkeypatch.setattr(row_costs, "processor", lambda: name)
+    monkeypatch.setattr(row_costs, "kernels", lambda: instructions)
     for precision in ("float32", "bfloat16", "int8", "int4"):
-        costs = drafts.row_costs(precision)
-        assert costs[:8] != drafts.ELSEWHERE
+        costs = row_costs.costs_in_table(precision)
+        assert costs[:8] != row_costs.ELSEWHERE
         assert costs[0] == 0
         assert len(costs) == MOST_DRAFTS + 1
         assert list(costs) == sorted(costs)
-    monkeypatch.setattr(drafts, "kernels", lambda: "NEON")
-    assert drafts.row_costs("int4") == pytest.approx([0.15 * row for row in range(MOST_DRAFTS + 1)])
+    monkeypatch.setattr(row_costs, "kernels", lambda: "NEON")
+    assert row_costs.costs_in_table("int4") == pytest.approx([0.15 * row for row in range(MOST_DRAFTS + 1)])
+
+
+def test_costs_that_were_measured_here_replace_the_tables(own_cache: Path) -> None:
+    backbone = tiny("llama/compiled")
+    table = row_costs.costs_in_table(backbone.precision)
+    assert row_costs.row_costs(backbone) == table
+    found = measured_costs(backbone, rounds=2)
+    assert found[0] == 0
+    assert list(found) == sorted(found)
+    row_costs.keep(backbone, (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 3.1))
+    assert row_costs.row_costs(backbone) == pytest.approx([0.1 * rows for rows in range(32)])
+    assert Engine(backbone, fill="verify").drafts.rows == row_costs.row_costs(backbone)
+    assert row_costs.row_costs(tiny("mamba2/compiled")) == table
+    for damaged in ("not JSON", '{"a": 1}', *(json.dumps({row_costs._key(backbone): each}) for each in DAMAGED)):
+        (own_cache / "costs.json").write_text(damaged)
+        assert row_costs.row_costs(backbone) == table
+    row_costs.keep(backbone, found)  # in a file that was damaged
+
+
+DAMAGED = (7, [0.0] * 8, [0.1] * 9, [0.0] * 8 + ["x"], [0.0, 0.3, 0.2, *[1.0] * 6], [0.0] * 8 + [1e99])
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])

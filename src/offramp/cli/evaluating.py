@@ -207,15 +207,29 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(help="With --compare, a file of prompts, as for generate (default: six of its own).")
     ] = None,
-    decoding: Annotated[DecodingOptions, Only("exits", "threshold", "dtype")] = BENCH_DECODING,
+    costs: Annotated[
+        bool,
+        typer.Option(
+            "--costs",
+            help="Measure what the rows of a pass cost here, and keep it: exact then makes as many drafts as pay.",
+        ),
+    ] = False,
+    decoding: Annotated[DecodingOptions, Only("exits", "dtype")] = BENCH_DECODING,
     as_json: Json = False,
 ) -> None:
     """Time full depth beside transformers, or modes and fills, in runs that take turns."""
-    from offramp.cli.terminal import bench_table, speeds_table
-    from offramp.evaluation.bench import PROMPTS, compare, compare_engines
+    from offramp.cli.terminal import bench_table, costs_table, speeds_table
+    from offramp.decode.row_costs import WIDTHS, keep
+    from offramp.evaluation.bench import PROMPTS, compare, compare_engines, measured_costs
     from offramp.files import read_lines
 
     runs.check()
+    if costs:
+        backbone = decoding.load(model).backbone
+        found = dict(zip(WIDTHS, measured_costs(backbone), strict=True))
+        keep(backbone, [*found.values()])
+        print(json.dumps(found)) if as_json else costs_table(backbone, found)
+        return
     loaded = decoding.load(model, keep=names is None)
     if names is None:
         result = compare(loaded.backbone, runs.tokens, runs.pairs)

@@ -21,6 +21,7 @@ from offramp.evaluation.what_if import Saving
 from offramp.exits.calibrated import Calibration
 from offramp.exits.exits import Exits
 from offramp.metrics import token_f1
+from offramp.model.backbone import Backbone
 from offramp.model.reading import Change
 
 console = Console(highlight=False)
@@ -297,6 +298,16 @@ def speeds_table(result: EngineComparison) -> None:
     for name, speed in result.speeds.items():
         console.print(Text(f"{name}, ms a token: {_listed(speed.parts_ms)}", "dim"))
     console.print(Text(_listed(result.machine), "dim"))
+
+
+def costs_table(backbone: Backbone, costs: dict[int, float]) -> None:
+    """What `bench.measured_costs` found, by the rows of a pass."""
+    table = Table(title=f"{backbone.name}, {backbone.weight_format}: a pass, in steps of one row", title_justify="left")
+    for rows in costs:
+        table.add_column(f"{rows} row{'s' * (rows > 1)}", justify="right")
+    table.add_row(*(f"{1 + cost:.2f}" for cost in costs.values()))
+    console.print(table)
+    console.print("Kept for this model on this machine. The mode exact makes as many drafts as pay; answers do not change.")
 
 
 def _change_line(format: str, change: Change | None) -> None:

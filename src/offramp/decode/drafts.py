@@ -21,35 +21,8 @@ import numpy as np
 
 from offramp.exits.exits import Exit
 from offramp.exits.ngrams import Ngrams
-from offramp.machine import processor
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.library import MOST_DRAFTS, kernels
-
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)  # rows of the chunks whose costs are in the table
-# The costs of 0, 1, … more rows of a chunk, in steps of full depth. They were measured for smollm2 on one maker's
-# processors with these kernels, by benchmarks/growth.py --formats FORMAT ("verified rows"), against a step of a compiled
-# loop, which is shorter than a single one. On other processors, they are a guess.
-ROW_COSTS: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
-    ("AMD", "AVX-512 BF16 and VNNI"): {
-        "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 2.6),
-        "bfloat16": (0.0, 0.02, 0.06, 0.1, 0.12, 0.16, 0.2, 0.25, 2.7),
-        "int8": (0.0, 0.08, 0.25, 0.4, 0.7, 0.9, 1.15, 1.35, 7.7),
-        "int4": (0.0, 0.07, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0, 5.4),
-    },
-    ("AMD", "AVX2"): {
-        "float32": (0.0, 0.08, 0.15, 0.22, 0.34, 0.4, 0.47, 0.61),
-        "bfloat16": (0.0, 0.11, 0.2, 0.38, 0.64, 0.83, 1.35, 1.65),
-        "int8": (0.0, 0.47, 0.92, 1.4, 1.9, 2.5, 3.0, 3.25),
-        "int4": (0.0, 0.57, 0.98, 1.59, 2.1, 2.67, 3.3, 3.6),
-    },
-    ("Intel", "AVX-512 and VNNI"): {
-        "float32": (0.0, 0.02, 0.06, 0.22, 0.24, 0.26, 0.42, 0.43),
-        "bfloat16": (0.0, 0.1, 0.2, 0.31, 0.42, 0.5, 0.6, 0.7),
-        "int8": (0.0, 0.12, 0.27, 0.46, 0.68, 0.89, 1.05, 1.23),
-        "int4": (0.0, 0.37, 0.8, 1.1, 1.4, 1.8, 2.1, 2.5),
-    },
-}
-ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
+from offramp.model.compiled.library import MOST_DRAFTS
 
 LOOKED_BACK = 8192  # prompt look-up searches this many of a text's newest tokens
 # The chance that a token follows if the last 1, 2, … tokens stood before it earlier in the text: the shares in own answers
@@ -58,22 +31,6 @@ REPEATED = (0.2, 0.5, 0.62, 0.7, 0.74, 0.78, 0.81, 0.84, 0.86, 0.88, 0.9, 0.91, 
 MOST_ASKED = 7  # drafts of a round for which exits are asked
 WIDEST = 64  # rows of a pass; more if there are so many requests that each could not have `MOST_ASKED` drafts
 NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share mostly reflects; the longest pause of an exit, in rounds
-
-
-def row_costs(precision: str) -> tuple[float, ...]:
-    """The costs of 0 to `MOST_DRAFTS` more rows of a chunk on this machine, in steps of full depth.
-
-    They are from the table of machines, and between and beyond its widths on straight lines: where more than 8 rows pay,
-    many do. `precision` is that of a backbone.
-    """
-    found: tuple[float, ...] = ELSEWHERE
-    for (maker, instructions), costs in ROW_COSTS.items():
-        if maker in processor() and kernels() == instructions:
-            found = costs.get(precision, found)
-    widths, rows = WIDTHS[: len(found)], np.arange(1, MOST_DRAFTS + 2)
-    slope = (found[-1] - found[3]) / (widths[-1] - widths[3])
-    beyond = found[-1] + slope * (rows - widths[-1])
-    return tuple(np.where(rows <= widths[-1], np.interp(rows, widths, found), beyond).tolist())
 
 
 class Source(IntEnum):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.decode.drafts import DraftRule, asking_cost, row_costs
+from offramp.decode.drafts import DraftRule, asking_cost
 from offramp.decode.fills import FILLS, fill_named
+from offramp.decode.row_costs import row_costs
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits.exit_set import ExitSet
 from offramp.exits.exits import Exits
@@ -89,7 +90,7 @@ def promised_gain(backbone: Backbone, exits: Exits) -> float:
         raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
     listed = backbone.vocab_size if exits.shortlist is None else len(exits.shortlist)
     asking = asking_cost(backbone, first, Costs(backbone).head * listed // backbone.vocab_size)
-    rule = DraftRule(row_costs(backbone.precision))
+    rule = DraftRule(row_costs(backbone))
     best = tokens = chance = 1.0
     for drafts, share in enumerate(right[:MOST_DRAFTS], start=1):
         chance *= share

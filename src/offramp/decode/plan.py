@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from offramp.decode.compiled import CompiledStepper, sampler_of
-from offramp.decode.drafts import DraftRule, asking_cost, row_costs
+from offramp.decode.drafts import DraftRule, asking_cost
 from offramp.decode.fills import fill_named
 from offramp.decode.heads import Head
 from offramp.decode.reference import Reference
+from offramp.decode.row_costs import row_costs
 from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import Work
 from offramp.decode.stepper import Stepper
@@ -139,7 +140,7 @@ class Plan:
         if exits and exits.ngrams:
             exits.ngrams.check(self.backbone.vocab_size)
         return DraftRule(
-            rows=row_costs(self.backbone.precision),
+            rows=row_costs(self.backbone),
             asking=tuple(asking_cost(self.backbone, exit, self.exit_head.flops) for exit, _ in self.open_exits),
             floor=self.policy.thresholds[self.open_exits[0][1]] if self.open_exits else 0.0,
             lookup=self.lookup,

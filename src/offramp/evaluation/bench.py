@@ -16,6 +16,7 @@ import torch
 
 from offramp.decode.engine import Engine
 from offramp.decode.request import Generation
+from offramp.decode.row_costs import WIDTHS
 from offramp.decode.timing import Timer, untimed
 from offramp.errors import BadInput
 from offramp.machine import machine
@@ -33,6 +34,7 @@ PROMPTS = (
     "Who wrote Romeo and Juliet, and when?",
     "Write a Python function that reverses a string.",
 )
+PASSES = 4  # of each width in a round, when rows are timed
 REST = "everything else"  # a token's time outside all named parts
 
 
@@ -180,6 +182,37 @@ def compare_engines(
 
 def _weights(backbone: Backbone) -> tuple[str, float]:
     return backbone.weight_format, backbone.runtime.bits
+
+
+@torch.inference_mode()
+def measured_costs(backbone: Backbone, rounds: int = 9) -> tuple[float, ...]:
+    """What 0, 1, … more rows of a pass cost, at `WIDTHS`, in steps of full depth.
+
+    Passes of each width take turns with passes of one row, after a context of 64 tokens; medians over the rounds. A step is
+    a decoded token's time. So what a single call costs beside its work does not count.
+    """
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, backbone.vocab_size, (1, 64 + PASSES * WIDTHS[-1]), generator=generator).to(backbone.device)
+
+    def seconds(width: int) -> float:
+        state = backbone.state()
+        h, step = backbone.embed(ids[:, :64])
+        backbone.run(h, 0, backbone.n_blocks, state, step)
+        started = time.perf_counter()
+        for at in range(64, 64 + PASSES * width, width):
+            h, step = backbone.embed(ids[:, at : at + width], at)
+            float(backbone.logits(backbone.run(h, 0, backbone.n_blocks, state, step))[0, 0, 0])  # a GPU waits here
+        return (time.perf_counter() - started) / PASSES
+
+    prompt = _encoded(backbone, [PROMPT], 48)[0]
+    engine = Engine(backbone)
+    steps, more = [], [[0.0] for _ in WIDTHS]
+    for number in range(1 + rounds):
+        steps.append(1 / _our_rate(engine, prompt, 24))
+        for place, width in enumerate(WIDTHS[1:] if number else ()):  # the first round warms up
+            more[place + 1].append(seconds(width) - seconds(1))
+    costs = [max(0.0, median(each[1:] or each) / median(steps[1:])) for each in more]
+    return tuple(round(max(costs[: place + 1]), 3) for place in range(len(costs)))
 
 
 def parts_of_a_token(engine: Engine, prompts: list[list[int]], tokens: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offramp.decode.drafts import row_costs
+from offramp.decode.row_costs import costs_in_table
 from offramp.errors import BadInput
 from offramp.evaluation.anatomy import Anatomy
 from offramp.model.compiled.library import MOST_DRAFTS
@@ -30,7 +30,7 @@ class Scenario:
 
     agreement: the share of tokens on which each exit agrees with full depth. drafts: how often a first, second, … draft
     stands, where those before it stood; the last share holds for all later ones. bandwidth: GB/s, or None. rows: what each
-    further row of a chunk costs, in steps of full depth; None: as in this machine's table (`decode.drafts.ROW_COSTS`).
+    further row of a chunk costs, in steps of full depth; None: as in this machine's table (`decode.row_costs`).
     """
 
     agreement: tuple[float, ...]
@@ -107,7 +107,7 @@ def _left(facts: Anatomy, agreement: Sequence[float]) -> tuple[float, float, str
 
 def _verified(facts: Anatomy, scenario: Scenario) -> tuple[float, float, str]:
     """Bytes (a dearer chunk counts as more of them), FLOPs, and how many drafts are made, at the best number of drafts."""
-    table = row_costs(facts.precision)
+    table = costs_in_table(facts.precision)
     tokens = chance = 1.0
     found = [(float(facts.full_bytes), float(facts.full_flops), "no drafts")]
     for count in range(1, MOST_DRAFTS + 1):

@@ -1,0 +1,91 @@
+"""What the rows of a pass cost, in steps of full depth: passes of one row.
+
+A table knows some machines. `offramp bench --costs` measures a model on this machine, and what it finds is kept in the
+cache. Costs decide how many drafts are made, and never what they are compared with: answers do not change.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from offramp.files import cache_folder, in_the_cache, read_json, write_atomically
+from offramp.machine import processor
+from offramp.model.backbone import Backbone
+from offramp.model.compiled.library import MOST_DRAFTS, kernels
+
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)  # rows of the passes whose costs are known
+# The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's
+# processors with these kernels, by benchmarks/growth.py --formats FORMAT ("verified rows"), against a step of a compiled
+# loop, which is shorter than a single one. On other processors, they are a guess.
+ROW_COSTS: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
+    ("AMD", "AVX-512 BF16 and VNNI"): {
+        "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 2.6),
+        "bfloat16": (0.0, 0.02, 0.06, 0.1, 0.12, 0.16, 0.2, 0.25, 2.7),
+        "int8": (0.0, 0.08, 0.25, 0.4, 0.7, 0.9, 1.15, 1.35, 7.7),
+        "int4": (0.0, 0.07, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0, 5.4),
+    },
+    ("AMD", "AVX2"): {
+        "float32": (0.0, 0.08, 0.15, 0.22, 0.34, 0.4, 0.47, 0.61),
+        "bfloat16": (0.0, 0.11, 0.2, 0.38, 0.64, 0.83, 1.35, 1.65),
+        "int8": (0.0, 0.47, 0.92, 1.4, 1.9, 2.5, 3.0, 3.25),
+        "int4": (0.0, 0.57, 0.98, 1.59, 2.1, 2.67, 3.3, 3.6),
+    },
+    ("Intel", "AVX-512 and VNNI"): {
+        "float32": (0.0, 0.02, 0.06, 0.22, 0.24, 0.26, 0.42, 0.43),
+        "bfloat16": (0.0, 0.1, 0.2, 0.31, 0.42, 0.5, 0.6, 0.7),
+        "int8": (0.0, 0.12, 0.27, 0.46, 0.68, 0.89, 1.05, 1.23),
+        "int4": (0.0, 0.37, 0.8, 1.1, 1.4, 1.8, 2.1, 2.5),
+    },
+}
+ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
+
+
+def row_costs(backbone: Backbone) -> tuple[float, ...]:
+    """The costs of 0 to `MOST_DRAFTS` more rows of a pass on this machine: measured ones, or those of the table."""
+    kept = _measured(read_json(cache_folder() / "costs.json").get(_key(backbone)))
+    return _at_all_widths(kept) if kept else costs_in_table(backbone.precision)
+
+
+def costs_in_table(precision: str) -> tuple[float, ...]:
+    """The costs of 0 to `MOST_DRAFTS` more rows of a pass by the table of machines; `precision` is that of a backbone."""
+    found: tuple[float, ...] = ELSEWHERE
+    for (maker, instructions), costs in ROW_COSTS.items():
+        if maker in processor() and kernels() == instructions:
+            found = costs.get(precision, found)
+    return _at_all_widths(found)
+
+
+def keep(backbone: Backbone, costs: Sequence[float]) -> None:
+    """Let these costs, at `WIDTHS`, be the model's on this machine. Raises `OfframpError` where the cache is unusable."""
+    file = cache_folder() / "costs.json"
+    with in_the_cache():
+        write_atomically(file, json.dumps({**read_json(file), _key(backbone): [*costs]}).encode())
+
+
+def _key(backbone: Backbone) -> str:
+    """What the costs depend on."""
+    where = processor(), kernels(), torch.get_num_threads()
+    return repr((backbone.source.fingerprint, backbone.weight_format, backbone.engine, *where))
+
+
+def _measured(kept: object) -> list[float] | None:
+    """Costs that were kept; None for what is none: as many as `WIDTHS`, from 0 on, and none less than the one before."""
+    if not isinstance(kept, list) or not all(isinstance(cost, int | float) for cost in kept):
+        return None
+    usable = len(kept) == len(WIDTHS) and kept[0] == 0 and kept[-1] < 1e6 and kept == sorted(kept)
+    return kept if usable else None
+
+
+def _at_all_widths(costs: Sequence[float]) -> tuple[float, ...]:
+    """The costs of 0 to `MOST_DRAFTS` more rows from those at the first `WIDTHS`.
+
+    They are on straight lines between these widths, and beyond them: where more than 8 rows pay, many do.
+    """
+    widths, rows = WIDTHS[: len(costs)], np.arange(1, MOST_DRAFTS + 2)
+    slope = (costs[-1] - costs[3]) / (widths[-1] - widths[3])
+    beyond = costs[-1] + slope * (rows - widths[-1])
+    return tuple(np.where(rows <= widths[-1], np.interp(rows, widths, costs), beyond).tolist())

@@ -65,7 +65,7 @@ class Engine(Plan):
         *,
         mode: str | None = None,
         max_pending: int | None = None,
-        lookup: int = 1,
+        lookup: int = 2,
     ) -> None:
         chosen, fill = _chosen(model, exits, policy, fill, mode)
         super().__init__(backbone_of(model), chosen, policy, fill, sampling, max_pending, lookup)

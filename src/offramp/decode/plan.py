@@ -60,7 +60,7 @@ class Plan:
         fill: str = "project",
         sampling: Sampling | Choose | None = None,
         max_pending: int | None = None,
-        lookup: int = 1,
+        lookup: int = 2,
     ) -> None:
         if max_pending is not None and max_pending < 1:
             raise BadInput(f"max_pending is {max_pending}, but at least one token must be able to wait.", "Give 1 or more.")

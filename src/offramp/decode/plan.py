@@ -48,8 +48,8 @@ class Plan:
     `max_pending`: the most tokens that wait at exits; when that many wait, the next token goes to the top without asking
     gates, so a chunk has at most `max_pending` + 1 rows (default: 7, and for the drafts of `verify` as many as may be);
     `lookup`: with `verify`, if the last `lookup` tokens or more stand earlier in the text, the token that followed them
-    there may be a draft (0: no look-up). To see where time goes, set `timed` to a
-    `Timer`. Raises `BadInput` for a policy that does not fit the exits, an unknown fill, and `max_pending` below 1.
+    there may be a draft (0: no look-up). To see where time goes, set `timed` to a `Timer`. Raises `BadInput` for a policy
+    that does not fit the exits, an unknown fill, and `max_pending` below 1.
     """
 
     def __init__(

@@ -185,7 +185,7 @@ def _weights(backbone: Backbone) -> tuple[str, float]:
 
 
 @torch.inference_mode()
-def measured_costs(backbone: Backbone, rounds: int = 9) -> tuple[float, ...]:
+def measured_costs(backbone: Backbone, rounds: int = 15) -> tuple[float, ...]:
     """What 0, 1, … more rows of a pass cost, at `WIDTHS`, in steps of full depth.
 
     Passes of each width take turns with passes of one row, after a context of 64 tokens; medians over the rounds. A step is
@@ -208,7 +208,7 @@ def measured_costs(backbone: Backbone, rounds: int = 9) -> tuple[float, ...]:
     engine = Engine(backbone)
     steps, more = [], [[0.0] for _ in WIDTHS]
     for number in range(1 + rounds):
-        steps.append(1 / _our_rate(engine, prompt, 24))
+        steps.append(1 / engine.generate(prompt, max_tokens=48).decode_tokens_per_second)
         for place, width in enumerate(WIDTHS[1:] if number else ()):  # the first round warms up
             more[place + 1].append(seconds(width) - seconds(1))
     costs = [max(0.0, median(each[1:] or each) / median(steps[1:])) for each in more]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -285,7 +286,15 @@ def test_costs_that_were_measured_here_replace_the_tables(own_cache: Path) -> No
     row_costs.keep(backbone, found)  # in a file that was damaged
 
 
-DAMAGED = (7, [0.0] * 8, [0.1] * 9, [0.0] * 8 + ["x"], [0.0, 0.3, 0.2, *[1.0] * 6], [0.0] * 8 + [1e99])
+DAMAGED = (
+    7,
+    [0.0] * 8,
+    [0.1] * 9,
+    [0.0] * 8 + ["x"],
+    [0.0, 0.3, 0.2, *[1.0] * 6],
+    [0.0] * 8 + [1e99],
+    [0.0, math.nan, *[1.0] * 7],
+)
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])

@@ -39,7 +39,7 @@ from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS, lines_of, turns
 from offramp.training.loop import Budget, Fit, accelerator_for, batches
-from offramp.training.planning import DECIDING
+from offramp.training.planning import DECIDING, TRYING
 from offramp.training.sketch import sketch_of
 from offramp.training.teacher import TeacherText, TeacherTexts, TextGroup, group_texts, read_texts
 from offramp.training.trainer import MISSED, Trainer, gate_targets, needed_layers
@@ -521,14 +521,25 @@ def test_batches_hold_every_text_once_and_similar_ones_together() -> None:
     assert found != batches(100, 8, torch.Generator().manual_seed(1), lengths)
 
 
-def test_a_time_is_kept_and_said_beforehand(tmp_path, prompts: str) -> None:
+def test_a_time_is_kept_and_said_beforehand(tmp_path, prompts: str, monkeypatch) -> None:
     said: list[str] = []
 
     def progress(stage: str, completed: int, total: int, note: str = "") -> None:
         said.extend([note] if stage == "plan" else [])
 
     settings = config(prompts, layers=None, hours=0.001, epochs=None, gate_epochs=None)
+    hours: list[float | None] = []
+    fit_adapters = Trainer.fit_adapters
+
+    def timed(self: Trainer, texts: TeacherTexts, given: float | None = None) -> None:
+        hours.append(given)
+        fit_adapters(self, texts, given)
+
+    monkeypatch.setattr(Trainer, "fit_adapters", timed)
     exits = train(tiny("llama"), tmp_path, settings, progress)
+    *trial, whole = hours
+    assert sum(trial) == pytest.approx(TRYING * 0.001)
+    assert whole == pytest.approx(DECIDING[1] * 0.001)
     words = (
         r"exits after blocks 2 \+ \d, 3 \+ \d, 4 \+ \d; [\d,]+ answers of about \d+ tokens in \d+ min; \d+ min of training"
     )
@@ -632,6 +643,10 @@ def test_gates_learn_which_sure_tokens_do_harm() -> None:
     assert wanted[: count // 2 - 10].abs().sum() == 0  # they may not leave, so their harm does not matter
     leaving = int((key > 0).sum())
     assert float(weights[0]) == pytest.approx(leaving / (leaving - 1))
+    labels.harm[key[:, 0] > 0] = torch.nan  # only tokens that stay anyway were measured
+    (wanted,), weights = gate_targets(labelled, "harmless")
+    assert torch.equal(wanted, key)
+    assert weights.tolist() == [1]
 
 
 @torch.inference_mode()

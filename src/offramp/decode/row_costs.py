@@ -18,9 +18,9 @@ from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS, kernels
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)  # rows of the passes whose costs are known
-# The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's
-# processors with these kernels, by benchmarks/growth.py --formats FORMAT ("verified rows"), against a step of a compiled
-# loop, which is shorter than a single one. On other processors, they are a guess.
+# The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's processors with these
+# kernels, by benchmarks/growth.py --formats FORMAT ("verified rows"), and those of 32 rows in the same way, against a step
+# of a compiled loop, which is shorter than a single one. On other processors, they are a guess.
 ROW_COSTS: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
         "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 2.6),
@@ -73,11 +73,10 @@ def _key(backbone: Backbone) -> str:
 
 
 def _measured(kept: object) -> list[float] | None:
-    """Costs that were kept; None for what is none: as many as `WIDTHS`, from 0 on, and none less than the one before."""
-    if not isinstance(kept, list) or not all(isinstance(cost, int | float) for cost in kept):
+    """Costs that were kept: as many as `WIDTHS`, from 0 on, and none less than the one before. None for anything else."""
+    if not isinstance(kept, list) or not all(isinstance(cost, int | float) and 0 <= cost < 1e6 for cost in kept):
         return None
-    usable = len(kept) == len(WIDTHS) and kept[0] == 0 and kept[-1] < 1e6 and kept == sorted(kept)
-    return kept if usable else None
+    return kept if len(kept) == len(WIDTHS) and kept[0] == 0 and kept == sorted(kept) else None
 
 
 def _at_all_widths(costs: Sequence[float]) -> tuple[float, ...]:

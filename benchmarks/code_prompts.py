@@ -2,14 +2,13 @@
 
     PYTHONPATH=. .venv/bin/python benchmarks/code_prompts.py --mbpp mbpp.jsonl --instructions dolly-1000.jsonl
 
-It writes JSON lines to build/prompts: `code-train`, and `code-more` for a second training, which asks other things about
-the same problems and functions; and what nothing is trained on: `code-calibrate`, and `code-task`, whose problems have
-programs that test an answer's code. The sources are
+It writes JSON lines to build/prompts: `code-train`; and what nothing is trained on: `code-calibrate`, and `code-task`,
+whose problems have programs that test an answer's code. The sources are
 
-- MBPP's training problems (ids from 601 on), each in three wordings; its validation problems (511 to 600) and the few that
+- MBPP's training problems (ids from 601 on), each in five wordings; its validation problems (511 to 600) and the few that
   are meant as examples (up to 10) calibrate, and are those of `code-task`;
 - functions of Python's own standard library, by signature and docstring, which the model is to write; one in twelve
-  calibrates;
+  calibrates; and other questions about some of them, such as for unit tests;
 - offramp's own prompts, for code and general ones, and instructions. Those of `calibration-prompts/` calibrate.
 
 MBPP's test problems and HumanEval are in none of them. With `--humaneval FILE`, its prompts go to `code-bench`,
@@ -38,6 +37,11 @@ from prompts import FRESH, instructions
 TRAINED, VALIDATED = range(601, 975), {*range(1, 11), *range(511, 601)}  # MBPP's official parts
 FUNCTIONS, ASKED_ABOUT = 2600, 1200  # of the standard library
 DOCUMENTED = range(40, 700)  # characters of a docstring
+WORDINGS = (
+    "{}",
+    "{} Explain how your code works.",
+    "Write a Python class with a method for this task, and an example of its use: {}",
+)
 NOT_READ = {"antigravity", "idlelib", "lib2to3", "test", "this", "tkinter", "turtle", "turtledemo"}  # windows and jokes
 
 
@@ -111,15 +115,11 @@ def main(argv: list[str] | None = None) -> None:
     requests = {written_out(*each, way=number % 3): each for number, each in enumerate(functions[:FUNCTIONS])}
     calibrating = [request for request in requests if int(sha256_of_text(request)[:8], 16) % 12 == 0]
     known = [each for request, each in requests.items() if request not in calibrating][:ASKED_ABOUT]
-    more = [
-        *(asked_about(*each, way=number % 4) for number, each in enumerate(known)),
-        *(f"{row['text']} Explain how your code works." for row in trained),
-        *(f"Write a Python class with a method for this task, and an example of its use: {row['text']}" for row in trained),
-    ]
     train = [
         *(written(row) for row in trained for written in (by_its_authors, by_evalplus)),
-        *(row["text"] for row in trained),
+        *(wanted.format(row["text"]) for row in trained for wanted in WORDINGS),
         *(request for request in requests if request not in calibrating),
+        *(asked_about(*each, way=number % 4) for number, each in enumerate(known)),
         *(line for path in (PROMPTS, CODING) for line in read_lines(path, ("prompt",))),
         *(row["prompt"] for row in instructions(args.instructions)),
     ]
@@ -128,7 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     parts = {"code-train": train, "code-calibrate": [*(item.prompt for item in validated), *calibrating, *fresh]}
     if args.humaneval:
         parts["code-bench"] = [item.prompt for item in humaneval(args.humaneval).items]
-    parts["code-more"] = more
     args.output.mkdir(parents=True, exist_ok=True)
     for name, prompts in parts.items():
         unique = list(dict.fromkeys(prompts))

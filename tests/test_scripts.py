@@ -169,19 +169,18 @@ def test_code_prompts_are_divided_into_parts_that_share_none(tmp_path, capsys) -
     arguments = ["--mbpp", str(tmp_path / "mbpp.jsonl"), "--instructions", str(tmp_path / "dolly.jsonl")]
     for folder in ("one", "two"):
         code_prompts.main([*arguments, "-o", str(tmp_path / folder)])
-    names = ["code-calibrate", "code-more", "code-task", "code-train"]
+    names = ["code-calibrate", "code-task", "code-train"]
     assert [file.read_bytes() for file in sorted((tmp_path / "one").iterdir())] == [
         (tmp_path / "two" / f"{name}.jsonl").read_bytes() for name in names
     ]
-    calibrate, more, task, train = (read_lines(tmp_path / "one" / f"{name}.jsonl", ("prompt",)) for name in names)
-    assert len({*calibrate, *train, *more}) == len(calibrate) + len(train) + len(more)
+    calibrate, task, train = (read_lines(tmp_path / "one" / f"{name}.jsonl", ("prompt",)) for name in names)
+    assert len({*calibrate, *train}) == len(calibrate) + len(train)
     assert {number for number in range(1000) for line in train if f"Write function {number}." in line} == {601, 974}
     assert {number for number in range(1000) for line in calibrate if f"Write function {number}." in line} == {10, 511, 600}
-    assert {number for number in range(1000) for line in more if f"Write function {number}." in line} == {601, 974}
     assert len(task) == 3
     assert {*task} <= {*calibrate}
     assert "Name three trees." in train
-    assert sum("dedent(text)" in line for line in train + calibrate) == 1  # textwrap's
+    assert sum("dedent(text)" in line for line in train + calibrate) == 2  # textwrap's: to write it, and another question
     assert f"code-train: {len(train)} prompts" in capsys.readouterr().out
 
 

@@ -19,7 +19,7 @@ from offramp.model.hub import ALIASES
 
 DRAFT = "draft"  # the subfolder for the exit that drafts
 # Packages that hold the exits of one model, by its blocks, dims, and tokens of the vocabulary.
-PACKAGES_OF_MODELS: dict[tuple[int, int, int], tuple[str, str]] = {}  # shape: name of the package, and of the model
+PACKAGES_OF_MODELS = {(24, 896, 151_936): ("offramp-qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct")}
 
 
 @dataclass

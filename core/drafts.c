@@ -104,7 +104,7 @@ void learn_from(Estimates *e, const Round *round, int64_t stood, const int64_t *
         const int64_t source = round->source[n];
         if (round->draft[n] < 0) continue;
         e->seen[source] = one_more(e->seen[source]);
-        learn(e->right + source, e->seen[source], round->draft[n] == chosen[n]);
+        learn(e->right + source, e->seen[source], n < stood || round->draft[n] == chosen[n]);
         learn(e->promised + source, e->seen[source], round->promise[n]);
     }
     e->seen[NOTHING] = one_more(e->seen[NOTHING]);

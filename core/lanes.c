@@ -23,6 +23,7 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
         NEED(r->ids[t] >= 0 && r->ids[t] < model->vocabulary, "There is no token %lld.",
              (long long)r->ids[t]);
     NEED(r->deep || !plan->rules.count, "A request needs 'deep' if there are exits.");
+    NEED(!consents(plan) || r->how.temperature == 0, "With consent, tokens cannot be drawn.");
     if (check_exits(session, r->run, plan->number, plan->rules.count, plan->mixers, error))
         return OFFRAMP_INVALID;
     const Choice choice = {.how = &r->how, .ids = r->ids, .known = r->known, .allowed = r->allowed};
@@ -67,6 +68,13 @@ static const offramp_exit *exit_of(const Lanes *l, const Lane *lane) {
 }
 static int verifies(const Lanes *l) { return l->plan->rules.fill == OFFRAMP_VERIFY; }
 
+// The requests among which a lane shares a pass, and the rows of the pass. With consent, drafts must not depend
+// on other requests.
+static int64_t sharing(const Lanes *l) { return consents(l->plan) ? 1 : l->deciding; }
+static int64_t width_at(const Lanes *l, const Lane *lane) {
+    return consents(l->plan) ? lane->round.drafts + 1 : l->width;
+}
+
 static int ends_with(const Lane *lane, int64_t id) {
     int end = 0;
     for (int64_t i = 0; i < lane->request->ends_count; i++) end |= id == lane->request->ends[i];
@@ -76,13 +84,13 @@ static int ends_with(const Lane *lane, int64_t id) {
 static Prices prices_of(const Lanes *l, const Lane *lane) {
     const offramp_plan *plan = l->plan;
     const Estimates *e = &lane->session->estimates;
-    const double plain = pass_cost(plan, l->deciding),
-                 row = l->width < widest_pass(l->deciding)
-                           ? pass_cost(plan, l->width + 1) - pass_cost(plan, l->width)
-                           : INFINITY;
+    const int64_t requests = sharing(l), width = width_at(l, lane);
+    const double plain = pass_cost(plan, requests),
+                 row = width < widest_pass(requests) ? pass_cost(plan, width + 1) - pass_cost(plan, width)
+                                                     : INFINITY;
     return (Prices){.row = row,
-                    .asking = plan->rules.count ? plan->exits[0].asking * plain / l->deciding : 0,
-                    .tokens = fmax(l->deciding / plain, e->tokens / e->cost),
+                    .asking = plan->rules.count ? plan->exits[0].asking * plain / requests : 0,
+                    .tokens = fmax(requests / plain, e->tokens / e->cost),
                     .floor = plan->rules.count ? plan->exits[0].threshold : 0};
 }
 
@@ -183,7 +191,7 @@ void enter_ahead(const Lanes *l, Lane *lane, int64_t start, int64_t stop) {
 }
 
 void count_asking(const Lanes *l, Lane *lane) {
-    lane->round.asked += exit_of(l, lane)->asking * pass_cost(l->plan, l->deciding) / l->deciding;
+    lane->round.asked += exit_of(l, lane)->asking * pass_cost(l->plan, sharing(l)) / sharing(l);
 }
 
 double threshold_of(const Lanes *l, const Lane *lane, double threshold) {
@@ -310,8 +318,24 @@ static void keep_deep(const Lanes *l, Lane *lane, int64_t row) {
     if (l->plan->rules.middle) memcpy(lane->request->deep + D, lane->middles + row * D, D * sizeof(float));
 }
 
-void judge(Lanes *l, Lane *lane, const int64_t *chosen) {
-    const int64_t last = lane->rows - 1, drafts = lane->round.drafts, first = lane->known - drafts;
+// Whether a draft stands that is to be the text's token number `place`: full depth chose it too, or consents.
+// `y` are full depth's logits there.
+static int stands(const Lanes *l, Lane *lane, offramp_decision *draft, int64_t chosen, int64_t place,
+                  const float *y) {
+    const offramp_rules *rules = &l->plan->rules;
+    offramp_request *r = lane->request;
+    if (draft->id == chosen) return 1;
+    if (!consents(l->plan) || chosen < 0 || ends_with(lane, chosen)) return 0;
+    const double regret = (double)y[chosen] - y[draft->id],
+                 most = rules->mean_regret * (double)(place - r->prompt + 1 + OFFRAMP_AHEAD);
+    if (!(regret <= rules->token_regret && r->regret + regret <= most)) return 0;
+    draft->regret = regret, r->regret += regret;
+    return 1;
+}
+
+void judge(Lanes *l, Lane *lane, const int64_t *chosen, const float *y) {
+    const int64_t last = lane->rows - 1, drafts = lane->round.drafts, first = lane->known - drafts,
+                  V = l->plan->model->vocabulary;
     int64_t stood = 0;
     lane->climbs = 0;
     if (lane->request->reads) {
@@ -320,7 +344,9 @@ void judge(Lanes *l, Lane *lane, const int64_t *chosen) {
         settle(l, lane);
         return;
     }
-    while (stood < drafts && chosen[stood] == lane->request->ids[first + stood]) stood++;
+    while (stood < drafts &&
+           stands(l, lane, lane->drafts + stood, chosen[stood], first + stood, y + stood * V))
+        stood++;
     if (chosen[stood] < 0) {
         fail_lane(lane, chosen[stood] == -1 ? OFFRAMP_NOT_FINITE : OFFRAMP_NOTHING_FITS);
         return;
@@ -338,7 +364,7 @@ void judge(Lanes *l, Lane *lane, const int64_t *chosen) {
                                     .flops = lane->spent.flops,
                                     .blocks = lane->spent.blocks});
     if (verifies(l)) {
-        const double cost = pass_cost(l->plan, l->width) / l->deciding + lane->round.asked;
+        const double cost = pass_cost(l->plan, width_at(l, lane)) / sharing(l) + lane->round.asked;
         learn_from(&lane->session->estimates, &lane->round, stood, chosen, cost);
         if (stood < drafts) forget(l, lane, first + stood);
     }

@@ -102,6 +102,7 @@ enum {
     OFFRAMP_GROUP = 32,        // columns of a row that are rounded together
     OFFRAMP_PANEL = 16,        // rows of a weight in panels that are kept together
     OFFRAMP_MOST_DRAFTS = 31,  // drafts of one pass
+    OFFRAMP_AHEAD = 16,        // tokens whose mean regret an answer may spend ahead
     OFFRAMP_MOST_THREADS = 256,
 };
 
@@ -331,13 +332,20 @@ typedef struct {
 // `shortlist` may do so; each may be NULL. `guesses` (or NULL) is a table of n-grams for drafts. If the last
 // `alike` tokens or more stand earlier in the text, the token that followed them is a draft (0: no look-up).
 // `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth.
+//
+// With `token_regret`, full depth need not choose a draft, but only consent to it. The regret of a token is
+// log(p_max / p) in nats, by full depth's probabilities p of all tokens. A draft stands if its regret is at
+// most `token_regret`, and that of the answer up to it at most `mean_regret` · (t + OFFRAMP_AHEAD), where it
+// is the answer's token number t, unless full depth's own token ends the text. With 0, a draft stands if it is
+// full depth's own token. With consent, drafts decide what is said, and so they depend on nothing but the
+// text: the pass counts as if there were no other requests.
 typedef struct {
     const offramp_exit *exits;
     int64_t count;
     offramp_fill fill;
     offramp_confidence confidence, key;
     int64_t middle, pending, alike;
-    double decay;
+    double decay, token_regret, mean_regret;
     const offramp_part *sketch, *exit_sketch, *shortlist, *guesses;
     const offramp_block_costs *costs;  // of each block
     int64_t head_flops, exit_head_flops;
@@ -379,11 +387,12 @@ enum { OFFRAMP_FROM_FULL, OFFRAMP_FROM_EXIT, OFFRAMP_FROM_TEXT, OFFRAMP_FROM_TAB
 // A decided token: the number of blocks before the exit that chose or drafted it (N: full depth chose it, 0:
 // it came from the text or the table); the confidence of the exit, else NaN; FLOPs, and blocks run for one
 // token each; the request's passes to the top in this call so far, and the number of its drafts that they
-// rejected; what the token came from (OFFRAMP_FROM_…).
+// rejected; what the token came from (OFFRAMP_FROM_…); its regret, in nats.
 typedef struct {
     int64_t id, block;
     double confidence;
     int64_t flops, blocks, passes, rejected, source;
+    double regret;
 } offramp_decision;
 
 enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };  // why a request failed
@@ -394,7 +403,8 @@ enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };  // why a request failed
 // `ends`. `allowed` (or NULL) has a bit for each token that may come next; then one token is decided, and
 // nothing is drafted. `whole`: full depth reads out all tokens, even if the plan has a sketch. `deep` (D, or
 // 2, D) are the states of the token before that read-outs read: at the top, and perhaps after block `middle`.
-// They begin as zeros, and the caller keeps them between calls.
+// They begin as zeros, and the caller keeps them between calls. `regret` is that of the answer so far: it
+// begins with 0, and the caller keeps it.
 //
 // Found: `decided` tokens, which are put after the known ids, and their `decisions`; `run`; `asked`, how
 // often exits read out; `failed`, or 0: then the session is half-written. A call decides at most `rounds` ·
@@ -411,6 +421,7 @@ typedef struct {
     float *deep;
     offramp_decision *decisions;  // room for most
     int64_t run, decided, asked, failed;
+    double regret;
 } offramp_request;
 
 // Steps the requests, which must have different sessions: each reads, or decides at least one token, in up to

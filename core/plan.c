@@ -82,6 +82,7 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
     NEED(rules->middle >= 0 && rules->middle <= model->count && (!rules->middle || rules->middle >= last),
          "A middle state cannot be after %lld blocks.", (long long)rules->middle);
     NEED(rules->alike >= 0 && rules->decay >= 0, "A number of tokens is 0 or more.");
+    NEED(rules->token_regret >= 0 && rules->mean_regret >= 0, "A regret is 0 or more.");
     NEED(!rules->count || !(rules->exit_sketch && rules->shortlist),
          "Exits have a sketch or a short list, not both.");
     for (int64_t e = 0; e < rules->count; e++)

@@ -272,11 +272,11 @@ static void at_top(Step *s, Hand *hand, Turn *turn) {
             Lane *lane = turn->judged.who[q];
             const int64_t rows = lane->round.drafts + 1;
             lane->spent.flops += s->plan->rules.head_flops * rows;
-            judge(&s->lanes, lane, s->chosen + row);
+            judge(&s->lanes, lane, s->chosen + row, s->y + row * V);
             row += rows;
         }
         for (int64_t q = 0; q < turn->climbing.lanes; q++)
-            if (turn->climbing.who[q]->request->reads) judge(&s->lanes, turn->climbing.who[q], NULL);
+            if (turn->climbing.who[q]->request->reads) judge(&s->lanes, turn->climbing.who[q], NULL, NULL);
     }
 }
 
@@ -304,6 +304,8 @@ static void enter(Step *s) {
         Lane *lane = s->lanes.lanes + q;
         offramp_request *r = s->requests[q];
         lane->request = r, lane->session = r->session, lane->known = r->known, lane->run = r->run;
+        // With consent, an answer must not depend on the drafts of texts that were read or written before.
+        if (consents(s->plan) && r->known == r->prompt) lane->session->estimates = new_estimates();
         r->decided = r->asked = r->failed = 0;
         lane->rows = waiting(r->session);
         if (lane->rows) memcpy(lane->h, r->session->exits.waiting, lane->rows * D * sizeof(float));
@@ -331,7 +333,8 @@ static offramp_status step(Step *s, int64_t rounds, offramp_error *error) {
         s->rows += rows_for(plan, r), deciding += !r->reads, reads += r->reads;
         s->end = larger(s->end, r->run + rows_of_call(plan, r, rounds));
     }
-    s->outs = verifies ? min_(deciding * (most + 1), widest_pass(deciding)) : deciding;
+    s->outs = verifies ? deciding * (most + 1) : deciding;
+    if (verifies && !consents(plan)) s->outs = min_(s->outs, widest_pass(deciding));
     if (verifies) s->rows = reads + s->outs;
     NEED(!s->model->rotary_dim || s->end <= s->model->positions,
          "There are rotary pairs for %lld positions only.", (long long)s->model->positions);

@@ -45,6 +45,7 @@ TOKEN = {
     "rejected",
     "source",
     "drafted",
+    "regret",
 }
 ANSWER = {
     "text",
@@ -55,6 +56,7 @@ ANSWER = {
     "flops_saved",
     "tokens_per_deep_pass",
     "acceptance_rate",
+    "regret",
     "prefill_seconds",
     "decode_tokens_per_second",
     "fill",

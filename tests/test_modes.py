@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from helpers import exits_for, modest_exits
 from models import compiled_only, tiny
 from offramp import MODES, Engine, Exits, ExitSet, Model, Policy, Sampling
+from offramp.decode.consent import POINTS
 from offramp.decode.modes import promised_gain, usual_mode
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch
 
@@ -30,9 +31,9 @@ def drafting(family: str = "llama", right: float = 0.9) -> Exits:
 
 def test_exact_is_full_depths_answer_and_early_decides_by_the_exits() -> None:
     model = Model(tiny("llama"), ExitSet(deciding(), drafting()))
-    assert model.modes == tuple(MODES) == ("full", "exact", "early")
-    full, exact, early = (model.generate(PROMPT, mode, max_tokens=24) for mode in model.modes)
-    assert [each.mode for each in (full, exact, early)] == list(MODES)
+    assert model.modes == tuple(MODES) == ("full", "exact", "close", "early")
+    full, exact, close, early = (model.generate(PROMPT, mode, max_tokens=24) for mode in model.modes)
+    assert [each.mode for each in (full, exact, close, early)] == list(MODES)
     assert exact.ids == full.ids
     assert early.mean_blocks < full.mean_blocks == full.blocks
     assert early.ids == Engine(model.backbone, model.exits.early).generate(PROMPT, max_tokens=24).ids
@@ -66,10 +67,34 @@ def test_a_group_of_exits_is_decoded_with_in_the_mode_that_is_named(mode: str) -
     assert Engine(tiny("llama"), exits, fill="verify").mode == "exact"
 
 
+def test_a_mode_may_name_a_point() -> None:
+    """Points are numbered from 1 on: those of `close` are rules of consent, and those of `early` what was calibrated."""
+    model = Model(tiny("llama"), ExitSet(deciding(), drafting()))
+    early = model.exits.early
+    assert early
+    policies = [Policy((threshold,) * 3) for threshold in (0.9, 0.3)]
+    early.calibration = {
+        "tested": [{"policy": asdict(each), "loss": 0.0, "flops_saved": 0.0, "passed": True} for each in policies]
+    }
+    assert [model.engine(mode).consent for mode in ("close", "close:1", "close:2")] == [POINTS[0], *POINTS]
+    assert [model.generate(PROMPT, mode, max_tokens=2).mode for mode in ("close:1", "close:2")] == ["close", "close:2"]
+    assert [model.engine(f"early:{number}").policy for number in (1, 2)] == policies
+    assert model.engine("early").policy == early.policy
+    wrong = {"close:3": "no point 3", "early:3": "no point 3"}
+    for mode in ("exact:1", "full:1", "close:0", "close:", "early:-1", "close:x", "close:1:2", "close:²"):
+        wrong[mode] = "There is no mode"
+    for mode, why in wrong.items():
+        with pytest.raises(BadInput, match=why):
+            model.engine(mode)
+    early.calibration = {}
+    with pytest.raises(BadInput, match="no calibrated points"):
+        model.engine("early:1")
+
+
 def test_exits_of_other_weights_decide_nowhere_without_a_policy_of_ones_own() -> None:
     other, exits = tiny("llama", seed=1), deciding()
     model = Model(other, ExitSet(exits))
-    assert model.modes == ("full", "exact")
+    assert model.modes == ("full", "exact", "close")
     for make in (
         lambda: Engine(other, exits),
         lambda: Engine(other, exits, mode="early"),

@@ -165,21 +165,21 @@ def test_a_point_that_passed_guarantees_only_what_was_tested() -> None:
     menu = Menu(backbone, found, Engine(backbone, found, mode="exact"))
     use = {"max_tokens": 24, "raw": False, "temperature": 0.0, "repetition_penalty": 1.0, "stop": ()}
     promise = {"loss": "f1", "risk": 0.05, "delta": 0.1}
-    for mode, point in (("early", 0), ("early", None), (None, 0)):
-        engine = menu.engine(mode, point)
+    for mode in ("early:1", "early"):
+        engine = menu.engine(mode)
         assert (engine.mode, engine.fill.name) == ("early", "copy")
         assert menu.guarantee(engine, **use) == promise
     for other in ({"max_tokens": 25}, {"raw": True}, {"temperature": 0.7}, {"repetition_penalty": 1.1}, {"stop": ("x",)}):
-        assert menu.guarantee(menu.engine("early", 0), **{**use, **other}) is None
-    for mode, point in (("early", 1), ("full", None), ("exact", None), (None, None)):
-        assert menu.guarantee(menu.engine(mode, point), **use) is None
+        assert menu.guarantee(menu.engine("early:1"), **{**use, **other}) is None
+    for mode in ("early:2", "full", "exact", "close", "close:2", None):
+        assert menu.guarantee(menu.engine(mode), **use) is None
     said = menu.describe()
-    assert [point["passed"] for point in said["points"]] == [True, False]
+    assert [point["passed"] for point in said["points"]["early"]] == [True, False]
     assert said["tested"] == {"max_tokens": 24}
     assert "at most 0.05 of an answer is lost on average, with probability 0.9" in said["modes"][-1]["promise"]
     exits.calibration["weights"] = "int4"
     said = menu.describe()
-    assert not any(point["passed"] for point in said["points"])
+    assert not any(point["passed"] for point in said["points"]["early"])
     assert "RISK" in said["modes"][-1]["promise"]
 
 
@@ -191,10 +191,10 @@ def test_a_sketch_of_the_head_is_not_called_full_depth() -> None:
     usual = Engine(backbone, exits)
     menu = Menu(backbone, ExitSet(exits), usual)
     assert menu.describe()["usual"] == "early"
-    assert menu.engine("early", None) is usual
-    assert menu.engine("full", None).is_full
+    assert menu.engine("early") is usual
+    assert menu.engine("full").is_full
     assert menu.guarantee(usual) == {"loss": "f1", "risk": 0.05, "delta": 0.1}
-    assert menu.guarantee(menu.engine("full", None)) is None
+    assert menu.guarantee(menu.engine("full")) is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -224,11 +224,18 @@ def test_a_request_chooses_the_mode_and_hears_where_each_token_came_from(served:
         served.backbone.prompts.encode_chat(asks()), max_tokens=24
     )
     assert about["tokens"] == [
-        {"block": token.exit_block, "confidence": token.confidence, "drafted": token.drafted, "source": token.source}
+        {
+            "block": token.exit_block,
+            "confidence": token.confidence,
+            "drafted": token.drafted,
+            "source": token.source,
+            "regret": token.regret,
+        }
         for token in wanted.tokens
     ]
     assert sum(token["drafted"] for token in about["tokens"]) == about["num_accepted_tokens"]
-    assert (mode == "exact") == (about["num_draft_tokens"] > 0)
+    assert (mode in ("exact", "close")) == (about["num_draft_tokens"] > 0)
+    assert about["regret"] == wanted.regret
 
 
 def test_sampled_answers_are_those_of_their_seed(served: Served) -> None:
@@ -306,7 +313,10 @@ def test_an_answer_fits_a_schema_with_drafts_too(served: Served) -> None:
         ({"presence_penalty": 1}, openai.BadRequestError, "presence_penalty"),
         ({"tools": [{}]}, openai.BadRequestError, "tools"),
         ({"extra_body": {"offramp": {"mode": "none"}}}, openai.BadRequestError, "no mode 'none'"),
-        ({"extra_body": {"offramp": {"point": 3}}}, openai.BadRequestError, "no calibrated points"),
+        ({"extra_body": {"offramp": {"mode": "early:9"}}}, openai.BadRequestError, "no calibrated points"),
+        ({"extra_body": {"offramp": {"mode": "exact:1"}}}, openai.BadRequestError, "of close and early"),
+        ({"extra_body": {"offramp": {"mode": "close"}}, "temperature": 1}, openai.BadRequestError, "draws none"),
+        ({"extra_body": {"offramp": {"mode": "close"}}, "logprobs": True}, openai.BadRequestError, "no logprobs"),
         ({"extra_body": {"offramp": {"fill": "copy"}}}, openai.BadRequestError, "offramp.fill"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
          openai.BadRequestError, "schema"),

@@ -114,8 +114,8 @@ def _conditions(model: LoadedModel, decoding: DecodingOptions, thresholds: list[
     early = []
     settings: list[str | None] = [*thresholds] if thresholds else [None]
     for threshold in settings:
-        exits, policy, fill = replace(decoding, mode=mode, threshold=threshold).rules(model)
-        early.append(Condition(fill, policy, exits))
+        way = replace(decoding, mode=mode, threshold=threshold).way(model)
+        early.append(Condition(way.fill, way.policy, way.exits, consent=way.consent))
     return [Condition(), *early]
 
 
@@ -248,9 +248,10 @@ def _engine(model: LoadedModel, decoding: DecodingOptions, name: str) -> Engine:
 
     if name == "full":
         return model.engine("full")
-    if name not in MODES and name not in FILLS:
+    is_mode = name.partition(":")[0] in MODES
+    if not is_mode and name not in FILLS:
         raise BadInput(
             f"There is no mode and no fill '{name}'.", f"Choose from {', '.join(dict.fromkeys((*MODES, *FILLS)))}."
         )
-    chosen = replace(decoding, mode=name) if name in MODES else replace(decoding, fill=name)
+    chosen = replace(decoding, mode=name) if is_mode else replace(decoding, fill=name)
     return chosen.engine(model)

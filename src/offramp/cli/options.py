@@ -17,6 +17,7 @@ from offramp.settings import RESEARCH, SEVERAL, setting
 if TYPE_CHECKING:
     from offramp.decode.engine import Engine
     from offramp.decode.facade import Model as LoadedModel
+    from offramp.decode.modes import Way
     from offramp.decode.sampling import Sampling
     from offramp.exits.exits import Exits
     from offramp.exits.policy import Policy
@@ -61,7 +62,9 @@ def cluster_at(address: str | None) -> Iterator[Cluster | None]:
 class DecodingOptions:
     """How to decode: the mode, the exits, the weights' format; and for research what a mode is made of."""
 
-    mode: str | None = setting(None, "What you get: {modes} (default: exact where drafts should pay, else full).")
+    mode: str | None = setting(
+        None, "What you get: {modes}, or a point: close:2 (default: exact where drafts should pay, else full)."
+    )
     exits: str | None = setting(None, "Folder with exits, or their name on the hub (default: those that ship).")
     dtype: str | None = setting(None, "Weights: {formats} (default: file for a GGUF file, else bfloat16).")
     fill: str | None = setting(
@@ -81,13 +84,13 @@ class DecodingOptions:
 
             return load(model, self.dtype, keep=keep, progress=progress, exits=self.exits)
 
-    def rules(self, model: LoadedModel) -> tuple[Exits | None, Policy | None, str]:
-        """The exits, the policy (None for the exits' own), and the fill that the flags ask for.
+    def way(self, model: LoadedModel) -> Way:
+        """The way to decode that the flags ask for. A policy of None is the exits' own.
 
         Without a mode, flags for research name it. Raises `BadInput` for flags that do not go together, and as
         `modes.settled` does.
         """
-        from offramp.decode.modes import USUAL_FILL, mode_of, settled, usual_mode
+        from offramp.decode.modes import USUAL_FILL, Way, mode_of, settled, usual_mode
 
         asked = {
             "fill": self.fill,
@@ -98,12 +101,12 @@ class DecodingOptions:
         if self.mode == "full":
             if flags:
                 raise BadInput(f"The mode full has no exits, so nothing for {flags}.", "Leave one of them out.")
-            return None, None, USUAL_FILL
+            return Way(None, USUAL_FILL)
         mode = self.mode
         if mode is None:
             mode = mode_of(self.fill) if flags else usual_mode(model.backbone, model.exits)
-        exits, fill = settled(mode, model.exits, model.backbone, self.fill)
-        return exits, self._policy(exits), fill
+        way = settled(mode, model.exits, model.backbone, self.fill)
+        return way._replace(policy=self._policy(way.exits) or way.policy)
 
     def _policy(self, exits: Exits | None) -> Policy | None:
         from offramp.exits.policy import Policy
@@ -119,10 +122,11 @@ class DecodingOptions:
         return Policy(thresholds, exits.policy.confidence, candidates=self.candidates)
 
     def engine(self, model: LoadedModel, sampling: Sampling | None = None) -> Engine:
-        """The engine that the flags ask for. Raises as `rules` does."""
+        """The engine that the flags ask for. Raises as `way` does."""
         from offramp.decode.engine import Engine
 
-        return Engine(model.backbone, *self.rules(model), sampling)
+        way = self.way(model)
+        return Engine(model.backbone, way.exits, way.policy, way.fill, sampling, consent=way.consent)
 
 
 def _thresholds(text: str) -> tuple[float, ...]:

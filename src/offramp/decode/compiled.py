@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from offramp.decode.request import Request
-from offramp.decode.sampling import Choose, Sampler
+from offramp.decode.sampling import sampler_of
 from offramp.decode.sequence import SOURCES, Decision, Work
 from offramp.decode.timing import Timer
 from offramp.errors import NothingFits
@@ -36,12 +36,6 @@ if TYPE_CHECKING:
 # The work of one call. Its weights in float32 are 4.4 GB, which take less than 0.1 s at 50 GB/s: a new request waits no
 # longer than that. Larger models decide few tokens in a call.
 BURST_FLOPS = 2_200_000_000
-
-
-def sampler_of(choose: Choose) -> Sampler | None:
-    """The settings of a `choose`, within a grammar or not; None for a function without settings."""
-    inner = getattr(choose, "choose", choose) if hasattr(choose, "allowed") else choose
-    return inner if isinstance(inner, Sampler) else None
 
 
 class CompiledStepper:
@@ -141,6 +135,7 @@ class CompiledStepper:
                 passes + d.passes,
                 rejected + d.rejected,
                 SOURCES[d.source],
+                d.regret,
             )
             for d in lane.decided()
         ]
@@ -204,6 +199,8 @@ def _rules(plan: Plan, runtime: Compiled, exits: Exits | None, open_exits: list[
         pending=plan.max_pending,
         alike=plan.lookup,
         decay=policy.decay,
+        token_regret=plan.consent.token_regret if plan.consent else 0.0,
+        mean_regret=plan.consent.regret if plan.consent else 0.0,
         sketch=runtime.sketch(*sketch, at_top) if sketch and at_top else None,
         exit_sketch=runtime.sketch(*sketch, at_exits) if sketch and at_exits and open_exits else None,
         shortlist=listed,

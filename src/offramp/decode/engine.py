@@ -8,8 +8,9 @@ from copy import copy
 from typing import Protocol, Unpack
 
 from offramp.decode.batch import Batch
+from offramp.decode.consent import Consent
 from offramp.decode.fills import fill_named
-from offramp.decode.modes import USUAL_FILL, mode_of, settled, usual_mode
+from offramp.decode.modes import USUAL_FILL, Way, mode_of, settled, usual_mode
 from offramp.decode.plan import Plan
 from offramp.decode.request import (
     Decided,
@@ -47,8 +48,9 @@ class HasExits(HasBackbone, Protocol):
 class Engine(Plan):
     """Decodes a model's answers in a mode, or by rules of one's own.
 
-    `model`: what `offramp.load` gives, or a `Backbone`. `mode`: full, exact or early (`decode.modes`). `exits`: the model's
-    own by default, or those that ship for a backbone. With a mode, `policy` and `fill` replace the mode's own.
+    `model`: what `offramp.load` gives, or a `Backbone`. `mode`: full, exact, close or early, perhaps with a point
+    (`decode.modes`). `exits`: the model's own by default, or those that ship for a backbone. With a mode, `policy`, `fill`
+    and `consent` replace the mode's own.
 
     For research, a group of exits (`Exits`) may be given without a mode: then `policy` is theirs by default, and `fill`
     project. A backbone without a mode and without exits decodes at full depth. The other arguments are those of a `Plan`.
@@ -66,9 +68,11 @@ class Engine(Plan):
         mode: str | None = None,
         max_pending: int | None = None,
         lookup: int = 2,
+        consent: Consent | None = None,
     ) -> None:
-        chosen, fill = _chosen(model, exits, policy, fill, mode)
-        super().__init__(backbone_of(model), chosen, policy, fill, sampling, max_pending, lookup)
+        way = _way(model, exits, policy, fill, mode)
+        policy, consent = policy or way.policy, consent or way.consent
+        super().__init__(backbone_of(model), way.exits, policy, way.fill, sampling, max_pending, lookup, consent)
 
     def sampling(self, sampling: Sampling | Choose | None) -> Engine:
         """An engine with the same rules and parts that chooses tokens in another way."""
@@ -207,6 +211,7 @@ class Engine(Plan):
             flops_saved=1 - last.cumulative_flops / full,
             tokens_per_deep_pass=len(tokens) / max(1, last.deep_passes),
             acceptance_rate=1 - last.rejected / drafted if drafted else None,
+            regret=sum(token.regret for token in tokens),
             prefill_seconds=prefill_seconds,
             decode_tokens_per_second=len(tokens) / decode_seconds,
             mode=self.mode,
@@ -220,20 +225,20 @@ class Engine(Plan):
         return self.backbone.prompts.encode(prompt) if isinstance(prompt, str) else prompt
 
 
-def _chosen(
+def _way(
     model: HasExits | Backbone, exits: ExitSet | Exits | None, policy: Policy | None, fill: str | None, mode: str | None
-) -> tuple[Exits | None, str]:
-    """The exits and the fill that an engine's arguments ask for."""
+) -> Way:
+    """The way to decode that an engine's arguments ask for."""
     backbone = backbone_of(model)
     if mode == "full":
         if policy or fill:
             raise BadInput("The mode full has no exits, so no policy and no fill.", "Leave them out, or the mode.")
-        return None, USUAL_FILL
+        return Way(None, USUAL_FILL)
     if mode is None and (isinstance(exits, Exits) or (exits is None and isinstance(model, Backbone))):
         fill = fill or USUAL_FILL
         if exits and not (policy or fill_named(fill).verifies):  # their own policy is for the weights that they know
             ExitSet(exits).require_early(backbone)
-        return exits, fill
+        return Way(exits, fill)
     if isinstance(exits, Exits):
         exits = ExitSet(exits)
     elif exits is None:

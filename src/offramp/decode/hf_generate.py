@@ -17,7 +17,7 @@ from torch import Tensor
 from offramp.decode.batch import Batch
 from offramp.decode.engine import Engine
 from offramp.decode.fills import FILLS
-from offramp.decode.modes import check_mode, mode_of, settled, usual_mode
+from offramp.decode.modes import mode_of, parted, settled, usual_mode
 from offramp.decode.request import Decided, Request
 from offramp.decode.sampling import chooser
 from offramp.errors import BadInput
@@ -54,10 +54,10 @@ def generate_with_exits(
 ) -> Any:
     """The library's `generate` with the exits of the repository, or folder, that the call names as `custom_generate`.
 
-    `mode`: full, exact or early; for research, `fill` replaces the mode's own, or names the mode. `threshold`: one number
-    for all exits, or one for each, in place of the exits' own policy. `revision`: the repository's. The rest is as for the
-    library's `generate`, and goes through `decoding`. You need not give the model to offramp: the first call makes a
-    backbone of it and keeps it with the model; a later call makes it anew if the weights have changed.
+    `mode`: full, exact, close or early; for research, `fill` replaces the mode's own, or names the mode. `threshold`: one
+    number for all exits, or one for each, in place of the exits' own policy. `revision`: the repository's. The rest is as
+    for the library's `generate`, and goes through `decoding`. You need not give the model to offramp: the first call makes
+    a backbone of it and keeps it with the model; a later call makes it anew if the weights have changed.
 
     Raises `BadInput` for an unknown mode and for arguments that exits cannot honour, and otherwise as `adopt`,
     `ExitSet.load` and `decoding` do.
@@ -66,7 +66,7 @@ def generate_with_exits(
         mode, fill = None, mode
     mode = mode or (mode_of(fill) if fill else None)
     if mode is not None:
-        check_mode(mode)
+        parted(mode)
     settings = arguments.get("generation_config")
     for name, hint in REFUSED.items():
         given = arguments.get(name, getattr(settings, name, None))
@@ -78,7 +78,7 @@ def generate_with_exits(
     backbone = _adopted(model)
     exits = ExitSet.load(repository, backbone)
     mode = mode or (usual_mode(backbone, exits) if threshold is None else "early")
-    policy = None if threshold is None else _policy(settled(mode, exits, backbone, fill)[0], threshold)
+    policy = None if threshold is None else _policy(settled(mode, exits, backbone, fill).exits, threshold)
     custom = decoding(exits, policy, fill, mode=mode, streamer=streamer)
     return model.generate(custom_generate=custom, streamer=streamer, **arguments)
 

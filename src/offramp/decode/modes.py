@@ -1,25 +1,31 @@
-"""Four modes say what a user gets; the fourth, `close`, is not offered yet.
+"""Four modes say what a user gets.
 
 A mode chooses among a model's exits and a fill. `MODES` describes each of them, and every interface reads it: the command
-line, Python, the server and its page, transformers and llm.
+line, Python, the server and its page, transformers and llm. Two modes have points, which are numbered from 1 on:
+`close:2` trusts more than `close`, and `early:3` is the third policy that a calibration tested.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from offramp.decode.consent import POINTS, Consent
 from offramp.decode.drafts import DraftRule, asking_cost
 from offramp.decode.fills import FILLS, fill_named
 from offramp.decode.row_costs import row_costs
 from offramp.errors import BadInput, CorruptFile
+from offramp.exits.calibrated import points_of
 from offramp.exits.exit_set import ExitSet
 from offramp.exits.exits import Exits
+from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.costs import Costs
 
 LEAST_GAIN = 1.1  # `exact` is the default if drafts should make decoding so many times as fast as full depth
+_Point = TypeVar("_Point")
 USUAL_FILL = "project"  # the fill of exits that decide, if no calibration names another
 
 
@@ -48,6 +54,12 @@ MODES = {
         Mode("full", "every token goes through every block: the reference", "nothing"),
         Mode("exact", "full depth's own tokens: exits draft, and full depth decides", "time"),
         Mode(
+            "close",
+            f"full depth's own tokens, or others that it finds at least {POINTS[0].share:g} times as likely (close:2: "
+            f"{POINTS[1].share:g} times), within a bound for each answer",
+            "more time",
+        ),
+        Mode(
             "early",
             "exits decide; at most RISK of an answer is lost on average, with probability 1 − DELTA (offramp calibrate)",
             "FLOPs, some time",
@@ -56,10 +68,25 @@ MODES = {
 }
 
 
-def check_mode(name: str) -> None:
-    """Raises `BadInput` for an unknown mode."""
+class Way(NamedTuple):
+    """A mode's way to decode: its exits and its fill, and where it has points, a policy or a rule of consent."""
+
+    exits: Exits | None
+    fill: str
+    policy: Policy | None = None
+    consent: Consent | None = None
+
+
+def parted(mode: str) -> tuple[str, int | None]:
+    """The name of a mode, and the number of its point: `close:2` is ("close", 2). Raises `BadInput`."""
+    name, colon, number = mode.partition(":")
     if name not in MODES:
-        raise BadInput(f"There is no mode '{name}'.", f"Choose from {', '.join(MODES)}.")
+        raise BadInput(f"There is no mode '{mode}'.", f"Choose from {', '.join(MODES)}.")
+    if not colon:
+        return name, None
+    if name not in ("close", "early") or not number.isdecimal() or not 0 < int(number) < 1000:
+        raise BadInput(f"There is no mode '{mode}'.", "Points are numbers from 1 on, of close and early: close:2, early:3.")
+    return name, int(number)
 
 
 def mode_of(fill: str | None) -> str:
@@ -99,21 +126,36 @@ def promised_gain(backbone: Backbone, exits: Exits) -> float:
     return best
 
 
-def settled(mode: str, exits: ExitSet, backbone: Backbone, fill: str | None = None) -> tuple[Exits | None, str]:
-    """The exits and the fill of a mode. A `fill` replaces the mode's own, if it keeps the mode's promise.
+def settled(mode: str, exits: ExitSet, backbone: Backbone, fill: str | None = None) -> Way:
+    """The way of a mode. A `fill` replaces the mode's own, if it keeps the mode's promise.
 
-    The fill of `early` is the one that the exits were calibrated with. Raises `BadInput` for an unknown mode or fill, for
-    a fill of another mode, and for `early` without exits; `ExitsMismatch` for `early` with exits of other weights.
+    The fill of `early` is the one that the exits were calibrated with. Raises `BadInput` for an unknown mode, point or
+    fill, for a fill of another mode, and for `early` without exits; `ExitsMismatch` for `early` with exits of other
+    weights.
     """
-    check_mode(mode)
-    if fill is not None and (fill_named(fill).verifies != (mode == "exact") or mode == "full"):
+    name, point = parted(mode)
+    drafts = name in ("exact", "close")
+    if fill is not None and (fill_named(fill).verifies != drafts or name == "full"):
         other = f"the fill '{fill}' belongs to the mode {mode_of(fill)}"
         raise BadInput(f"The mode '{mode}' has no fill '{fill}'; {other}.", "Leave out the mode or the fill.")
-    if mode == "full":
-        return None, USUAL_FILL
-    if mode == "exact":
+    if name == "full":
+        return Way(None, USUAL_FILL)
+    if drafts:
         if exits.drafting and not exits.drafting.owner.fits(backbone):
             raise exits.drafting.owner.mismatch(backbone, "The exits")
-        return exits.drafting, fill or "verify"
+        consent = _point(POINTS, name, point or 1) if name == "close" else None
+        return Way(exits.drafting, fill or "verify", consent=consent)
     early = exits.require_early(backbone)
-    return early, fill or str(early.calibration.get("fill", USUAL_FILL))
+    policy = None if point is None else _point(points_of(early.calibration), name, point).policy
+    return Way(early, fill or str(early.calibration.get("fill", USUAL_FILL)), policy)
+
+
+def _point(points: Sequence[_Point], mode: str, number: int) -> _Point:
+    """The point of a mode with this number."""
+    if not points:
+        raise BadInput(
+            f"The mode {mode} has no calibrated points here.", "Leave the point out, or calibrate: offramp calibrate."
+        )
+    if number > len(points):
+        raise BadInput(f"The mode {mode} has no point {number} here.", f"The last one is {mode}:{len(points)}.")
+    return points[number - 1]

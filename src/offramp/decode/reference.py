@@ -11,7 +11,7 @@ token runs the next segment, in one chunk with all tokens that wait at this exit
 
 With `verify`, a token that left is a draft, and the sequence climbs again at once. When a climb reaches the top, the full
 model's logits decide: drafts that agree stand, the first draft that differs is replaced, and all drafts after it are
-rejected.
+rejected. In the mode `close`, a draft that differs stands if full depth consents to it (`decode.consent`).
 
 Climbs that are furthest behind run first. So sequences that go deep wait for each other, and share one pass over the
 weights in compiled blocks. In the library's blocks, sequences take turns. Exits with a threshold of 1 never let a token
@@ -30,10 +30,11 @@ import torch
 from torch import Tensor
 
 from offramp.decode.climb import Climb
-from offramp.decode.drafts import Chunk, Round, Source
+from offramp.decode.drafts import Chunk, Estimates, Round, Source
 from offramp.decode.embedding import embed_all
 from offramp.decode.leaving import leave
 from offramp.decode.request import Request
+from offramp.decode.sampling import sampler_of
 from offramp.decode.sequence import SOURCES, Decision
 
 if TYPE_CHECKING:
@@ -71,9 +72,7 @@ def read(plan: Plan, reading: Sequence[tuple[Request, int]]) -> None:
 def decide(plan: Plan, requests: Sequence[Request]) -> list[tuple[Request, list[Decision]]]:
     """Let the requests' sequences climb until a token of each is decided. The climbs furthest behind run first."""
     decided: dict[Request, list[Decision]] = {}
-    chunk = Chunk(plan.drafts, len(requests)) if plan.drafts else None
-    rounds = [Round(chunk, request.sequence.estimates) if chunk else None for request in requests]
-    climbs = [set_out(plan, *pair) for pair in zip(requests, rounds, strict=True)]
+    climbs = [set_out(plan, *pair) for pair in zip(requests, begin_rounds(plan, requests), strict=True)]
     embed(plan, climbs)
     while (number := min((climb.segment for climb in climbs), default=plan.top)) < plan.top:
         here = [climb for climb in climbs if climb.segment == number]
@@ -92,6 +91,19 @@ def decide(plan: Plan, requests: Sequence[Request]) -> list[tuple[Request, list[
     for request in decided:
         request.sequence.settle()
     return [(request, decided[request]) for request in requests if request in decided]
+
+
+def begin_rounds(plan: Plan, requests: Sequence[Request]) -> list[Round | None]:
+    """A round of drafts for each request. With consent, drafts depend on the request's own text alone."""
+    if not plan.drafts:
+        return [None] * len(requests)
+    if not plan.consent:
+        chunk = Chunk(plan.drafts, len(requests))
+        return [Round(chunk, request.sequence.estimates) for request in requests]
+    for request in requests:
+        if not request.tokens:
+            request.sequence.estimates = Estimates()
+    return [Round(Chunk(plan.drafts, 1), request.sequence.estimates) for request in requests]
 
 
 def set_out(plan: Plan, request: Request, round: Round | None) -> Climb:
@@ -186,8 +198,24 @@ def judge(plan: Plan, climbs: list[Climb]) -> dict[Request, list[Decision]]:
     return decided
 
 
+def consented(plan: Plan, climb: Climb, own: int, draft: int, scores: Tensor, place: int) -> float | None:
+    """The regret of a draft as the text's token number `place`; None if full depth, with its `own` token, does not consent.
+
+    scores (V,): full depth's logits there. Full depth always ends the text itself.
+    """
+    request, sequence = climb.request, climb.sequence
+    if not plan.consent or own in request.end_ids:
+        return None
+    sampler = sampler_of(request.choose)
+    assert sampler  # the plan refuses others
+    scores = sampler.penalised(scores, sequence.ids[:place])
+    regret = float(scores[own]) - float(scores[draft])
+    allowed = plan.consent.allows(regret, request.regret, place - sequence.prompt + 1)
+    return regret if allowed else None
+
+
 def compare(plan: Plan, climb: Climb, logits: Tensor) -> list[Decision]:
-    """The drafts that full depth chooses too, then full depth's own token in place of the first draft that differs.
+    """The drafts that full depth chooses too or consents to, then its own token in place of the first of the others.
 
     Row i of the logits (n, V) decides the position of draft i, and the last row that after all drafts. The drafts from that
     token on are rejected.
@@ -197,8 +225,13 @@ def compare(plan: Plan, climb: Climb, logits: Tensor) -> list[Decision]:
     for stood, scores in enumerate(logits):
         with plan.timed("sampling"):
             id = climb.request.choose(scores, sequence.ids[: first + stood])
-        if stood == len(drafts) or id != drafts[stood].id:
+        if stood == len(drafts):
             break
+        regret = 0.0 if id == drafts[stood].id else consented(plan, climb, id, drafts[stood].id, scores, first + stood)
+        if regret is None:
+            break
+        climb.request.regret += regret
+        drafts[stood] = replace(drafts[stood], regret=regret)
     sequence.deep = climb.deep(stood - len(logits))
     rejected = drafts[stood:]
     sequence.deep_passes += 1

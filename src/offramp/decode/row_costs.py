@@ -59,6 +59,11 @@ def costs_in_table(precision: str) -> tuple[float, ...]:
     return _at_all_widths(found)
 
 
+def usual_costs(backbone: Backbone) -> tuple[float, ...]:
+    """The costs of 0 to `MOST_DRAFTS` more rows of a pass on the first machine of the table: everywhere the same."""
+    return _at_all_widths(next(iter(ROW_COSTS.values())).get(backbone.precision, ELSEWHERE))
+
+
 def keep(backbone: Backbone, costs: Sequence[float]) -> None:
     """Let these costs, at `WIDTHS`, be the model's on this machine. Raises `OfframpError` where the cache is unusable."""
     file = cache_folder() / "costs.json"

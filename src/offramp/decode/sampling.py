@@ -66,13 +66,17 @@ class Sampler(Sampling):
     def __call__(self, logits: Tensor, ids: list[int]) -> int:
         if self.temperature:
             return _best(self._processors, self.seed, logits, ids)
-        if self.repetition_penalty != 1:
-            import torch
+        return _most_probable(self.penalised(logits, ids))
 
-            seen = torch.tensor(ids, dtype=torch.int64, device=logits.device)
-            score, penalty = logits[seen], self.repetition_penalty
-            logits = logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
-        return _most_probable(logits)
+    def penalised(self, logits: Tensor, ids: list[int]) -> Tensor:
+        """The logits (V,) after the repetition penalty."""
+        if self.repetition_penalty == 1:
+            return logits
+        import torch
+
+        seen = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+        score, penalty = logits[seen], self.repetition_penalty
+        return logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
 
     @cached_property
     def _processors(self) -> Any:
@@ -91,6 +95,12 @@ class Sampler(Sampling):
         if self.min_p:
             processors.append(library.MinPLogitsWarper(self.min_p))
         return processors
+
+
+def sampler_of(choose: Choose) -> Sampler | None:
+    """The settings of a `choose`, within a grammar or not; None for a function without settings."""
+    inner = getattr(choose, "choose", choose) if hasattr(choose, "allowed") else choose
+    return inner if isinstance(inner, Sampler) else None
 
 
 def chooser(processors: Any, seed: int | None) -> Choose:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from offramp.decode.consent import Consent
 from offramp.decode.engine import Engine
 from offramp.decode.fills import fill_named
 from offramp.decode.request import Generation
@@ -49,13 +50,14 @@ class Condition:
     """How to decode: with these exits, this fill and this policy.
 
     A policy of None is the exits' own. Without exits, it is full depth. `label` says which exits these are, where several
-    kinds are compared. Raises `BadInput` for an unknown fill.
+    kinds are compared. `consent`: the rule of the mode close. Raises `BadInput` for an unknown fill.
     """
 
     fill: str = "project"
     policy: Policy | None = None
     exits: Exits | None = None
     label: str = ""
+    consent: Consent | None = None
 
     def __post_init__(self) -> None:
         fill_named(self.fill)
@@ -71,7 +73,8 @@ class Condition:
         if self.exits is None or self.used_policy is None:
             return "full depth"
         chosen_by = "" if self.policy else ", calibrated" if self.exits.calibration else ", by default"
-        words = f"{self.fill}, {self.used_policy.describe(self.exits.config.gate)}{chosen_by}"
+        fill = self.consent.mode if self.consent else self.fill
+        words = f"{fill}, {self.used_policy.describe(self.exits.config.gate)}{chosen_by}"
         return f"{self.label}: {words}" if self.label else words
 
     @property
@@ -86,7 +89,9 @@ class Condition:
 
     def engine(self, backbone: Backbone, sampling: Sampling | None = None) -> Engine:
         """An engine that decodes under this condition."""
-        return Engine(backbone, self.exits, self.policy, self.fill if self.exits else "project", sampling)
+        return Engine(
+            backbone, self.exits, self.policy, self.fill if self.exits else "project", sampling, consent=self.consent
+        )
 
     def scorer(self, backbone: Backbone, forced: Forced) -> Engine:
         """An engine for likelihoods. It reads out all tokens, because a token that is not a candidate has no likelihood."""

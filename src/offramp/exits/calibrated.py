@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
+from offramp.errors import CorruptFile, OfframpError
 from offramp.exits.policy import Policy
 
 LARGEST_NUMBER = 1 << 30  # largest whole number in a stranger's record
@@ -62,6 +63,29 @@ class Calibration:
     def passed(self) -> bool:
         """Whether any policy passed the test."""
         return any(test.passed for test in self.tested)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A policy that a calibration tested, and what it measured: the mean loss of an answer, the share of FLOPs saved, and
+    whether it passed the test.
+    """
+
+    policy: Policy
+    loss: float
+    flops_saved: float
+    passed: bool
+
+
+def points_of(calibration: dict[str, Any]) -> list[Point]:
+    """The points that a calibration tested. Raises `CorruptFile` if its record is not complete."""
+    try:
+        return [
+            Point(Policy.from_json(each["policy"]), each["loss"], each["flops_saved"], each["passed"])
+            for each in calibration.get("tested", [])
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError, OfframpError) as error:
+        raise CorruptFile(f"The exits' calibration is damaged: {error!r}.", "Calibrate again.") from error
 
 
 def differences(calibration: dict[str, Any], used: dict[str, Any]) -> list[str]:

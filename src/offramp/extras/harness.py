@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 import offramp
 from offramp.decode.facade import Model
 from offramp.decode.fills import fill_named
-from offramp.decode.modes import check_mode, mode_of, settled
+from offramp.decode.modes import mode_of, parted, settled
 from offramp.errors import BadInput, OfframpError
 from offramp.evaluation.evaluation import Condition
 from offramp.evaluation.likelihood import Forced, log_likelihood_of
@@ -53,7 +53,7 @@ class ModelArguments:
     def check(self) -> None:
         """Raises `BadInput` for a misspelt mode or fill, before the model is loaded."""
         if self.mode is not None:
-            check_mode(self.mode)
+            parted(self.mode)
         if self.fill is not None:
             fill_named(self.fill)
 
@@ -64,12 +64,13 @@ class ModelArguments:
         """
         if self.mode is None and self.threshold is None and not model.exits:
             return Condition()
-        exits, fill = settled(self.mode or mode_of(self.fill), model.exits, model.backbone, self.fill)
-        if self.threshold is None:
-            return Condition(fill, None, exits)
-        if exits is None:
-            raise no_exits(model.backbone)
-        return Condition(fill, Policy((float(self.threshold),) * len(exits), exits.policy.confidence), exits)
+        way = settled(self.mode or mode_of(self.fill), model.exits, model.backbone, self.fill)
+        policy = way.policy
+        if self.threshold is not None:
+            if way.exits is None:
+                raise no_exits(model.backbone)
+            policy = Policy((float(self.threshold),) * len(way.exits), way.exits.policy.confidence)
+        return Condition(way.fill, policy, way.exits, consent=way.consent)
 
 
 @register_model("offramp")

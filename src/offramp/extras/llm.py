@@ -60,7 +60,7 @@ class OfframpModel(llm.Model):  # type: ignore[misc]
         max_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
         temperature: float = Field(0.0, ge=0, description="0 takes the most probable token.")
         seed: int = Field(0, description="Seed of the draws.")
-        mode: str | None = Field(None, description="full, exact or early.")
+        mode: str | None = Field(None, description="full, exact, close or early.")
         exits: str | None = Field(None, description="Folder with trained exits, or their name on the hub.")
         dtype: str | None = Field(None, description="Weights: bfloat16, float32, int8, int4 or int4-head4.")
 

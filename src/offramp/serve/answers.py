@@ -101,7 +101,10 @@ class Choice:
 
     def note(self, token: Token) -> dict[str, Any]:
         """What the exits did for a token."""
-        return {"block": token.exit_block, "confidence": token.confidence, "drafted": token.drafted, "source": token.source}
+        return {
+            "block": token.exit_block, "confidence": token.confidence, "drafted": token.drafted, "source": token.source,
+            "regret": token.regret,
+        }  # fmt: skip
 
     @property
     def reason(self) -> str:
@@ -219,7 +222,7 @@ class Server:
         made = []
         arrived = asyncio.Queue[Arrived]()
         size = self._state.bytes_for(min(len(ids) + limits["max_tokens"], self.backbone.context))
-        engine = self.menu.engine(asked.offramp.mode, asked.offramp.point)
+        engine = self.menu.engine(asked.offramp.mode)
         for number in range(asked.n):
             choose: Choose = asked.sampling(number).chooser()
             if schema is not None:
@@ -309,6 +312,7 @@ class Server:
             "num_draft_tokens": drafts,
             "num_accepted_tokens": stood,
             "acceptance_rate": made.acceptance_rate,
+            "regret": made.regret,
             "tokens_per_pass": made.tokens_per_deep_pass,
             "prefill_seconds": made.prefill_seconds,
             "tokens_per_second": made.decode_tokens_per_second,

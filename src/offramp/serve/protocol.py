@@ -73,14 +73,13 @@ class ResponseFormat(BaseModel):
 
 
 class Decoding(BaseModel):
-    """`offramp`, a field of our own: the mode, the number of a calibrated point of `early`, and whether the answer has the
-    ids of the prompt. Unknown fields in it are refused: they would be asked for and not done.
+    """`offramp`, a field of our own: the mode, and whether the answer has the ids of the prompt. Unknown fields in it are
+    refused: they would be asked for and not done.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     mode: str | None = None
-    point: int | None = None
     ids: bool = False
 
 

@@ -21,6 +21,7 @@ from offramp.model.compiled.rounding import GROUP
 from offramp.model.compiled.weights import Stack, Weight
 
 MOST_DRAFTS = 31  # of one pass
+AHEAD = 16  # tokens whose mean regret an answer may spend ahead
 
 
 class CError(ctypes.Structure):
@@ -107,7 +108,7 @@ class CRules(ctypes.Structure):
         ("count", c_int64),
         *_of(c_int, "fill confidence key"),
         *_of(c_int64, "middle pending alike"),
-        ("decay", c_double),
+        *_of(c_double, "decay token_regret mean_regret"),
         *_of(c_void_p, "sketch exit_sketch shortlist guesses costs"),
         *_of(c_int64, "head_flops exit_head_flops"),
         ("row_costs", c_double * (MOST_DRAFTS + 1)),
@@ -117,7 +118,12 @@ class CRules(ctypes.Structure):
 class CDecision(ctypes.Structure):
     """`offramp_decision`."""
 
-    _fields_ = (*_of(c_int64, "id block"), ("confidence", c_double), *_of(c_int64, "flops blocks passes rejected source"))
+    _fields_ = (
+        *_of(c_int64, "id block"),
+        ("confidence", c_double),
+        *_of(c_int64, "flops blocks passes rejected source"),
+        ("regret", c_double),
+    )
 
 
 class CRequest(ctypes.Structure):
@@ -133,6 +139,7 @@ class CRequest(ctypes.Structure):
         ("whole", c_int64),
         *_of(c_void_p, "deep decisions"),
         *_of(c_int64, "run decided asked failed"),
+        ("regret", c_double),
     )
 
 
@@ -206,7 +213,7 @@ def library() -> Any:
         return None
     loaded.offramp_constant.argtypes, loaded.offramp_constant.restype = [c_char_p], c_int64
     loaded.offramp_kernels.restype = c_char_p
-    expected = {"OFFRAMP_GROUP": GROUP, "OFFRAMP_PANEL": PANEL, "OFFRAMP_MOST_DRAFTS": MOST_DRAFTS}
+    expected = {"OFFRAMP_GROUP": GROUP, "OFFRAMP_PANEL": PANEL, "OFFRAMP_MOST_DRAFTS": MOST_DRAFTS, "OFFRAMP_AHEAD": AHEAD}
     for name, structure in STRUCTURES.items():
         expected[name] = ctypes.sizeof(structure)
         expected |= {f"{name}.{field[0]}": getattr(structure, field[0]).offset for field in structure._fields_}

@@ -58,6 +58,8 @@ class Rules:
     pending: int
     alike: int
     decay: float
+    token_regret: float
+    mean_regret: float
     sketch: CompiledPart | None
     exit_sketch: CompiledPart | None
     shortlist: CompiledPart | None
@@ -124,6 +126,7 @@ class CompiledPlan(Owned):
         names = (rules.fill, rules.confidence, rules.key)
         given = CRules(
             addressof(exits), len(exits), *map(_number, names), rules.middle, rules.pending, rules.alike, rules.decay,
+            rules.token_regret, rules.mean_regret,
             *parts, addressof(costs), rules.head_flops, rules.exit_head_flops, tuple(rules.row_costs),
         )  # fmt: skip
         super().__init__(call("offramp_plan_new", model.pointer, byref(given)), "offramp_plan_free")

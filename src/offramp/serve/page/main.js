@@ -7,7 +7,8 @@ import { percent, showMeter, showSpeed, times } from "./meter.js";
 const $ = (id) => document.getElementById(id);
 const STARTS = ["Why is the sky blue?", "List three uses of vinegar in the house.", "Write one sentence about the sea."];
 
-const facts = { blocks: 1, model: "", modes: [], points: [] };
+const facts = { blocks: 1, model: "", modes: [], points: {} };
+const taken = {}; // the number of the point that each mode is at
 const messages = [];
 let running = null; // the AbortController of the answer on its way
 
@@ -31,9 +32,14 @@ function chosenMode() {
   return document.querySelector("#modes :checked").value;
 }
 
+// The mode that the server answers in if none is asked for: "close" of "close:2".
+function usualMode() {
+  return facts.usual.split(":")[0];
+}
+
 function showModes() {
   for (const { name, promise, saves } of facts.modes) {
-    const radio = element("input", { type: "radio", name: "mode", value: name, checked: name === facts.usual });
+    const radio = element("input", { type: "radio", name: "mode", value: name, checked: name === usualMode() });
     radio.addEventListener("input", showSettings);
     const said = element("span", {}, element("strong", { textContent: name }), element("small", { textContent: ` saves ${saves}` }));
     $("modes").append(element("label", {}, radio, said, element("span", { className: "help", textContent: promise })));
@@ -42,14 +48,26 @@ function showModes() {
 
 function showSettings() {
   if (!document.querySelector(".answer")) showMeter(chosenMode());
-  const point = facts.points[Number($("point").value)];
-  $("points").hidden = chosenMode() !== "early" || !point;
-  if (!point) return;
-  const alike = Number($("temperature").value) === 0 && Number($("length").value) <= facts.tested.max_tokens;
-  const passed = !point.passed ? "did not pass its test" : alike ? "passed its test" : "passed its test, but not with these settings";
-  const words = `saves ${percent(point.flops_saved)} of FLOPs, answers lose ${percent(point.loss)} on average; ${passed}`;
+  const mode = chosenMode();
+  const points = facts.points[mode] ?? [];
+  $("points").hidden = !points.length;
+  if (!points.length) return;
+  $("point").max = String(points.length - 1);
+  $("point").value = String(taken[mode]);
+  const words = mode === "close" ? bounds(points[taken[mode]]) : measured(points[taken[mode]]);
   $("point-value").textContent = words;
   $("point").setAttribute("aria-valuetext", words);
+}
+
+// A point of `close`, and one of `early`, in words.
+function bounds({ share, regret }) {
+  return `tokens at least ${share} times as likely as full depth's own; at most ${regret} nats a token are lost on average`;
+}
+
+function measured({ loss, flops_saved: saved, passed }) {
+  const alike = Number($("temperature").value) === 0 && Number($("length").value) <= facts.tested.max_tokens;
+  const test = !passed ? "did not pass its test" : alike ? "passed its test" : "passed its test, but not with these settings";
+  return `saves ${percent(saved)} of FLOPs, answers lose ${percent(loss)} on average; ${test}`;
 }
 
 let asking = null;
@@ -74,9 +92,9 @@ async function tell(view, index) {
 // What the next answer is asked for with. Each time it is drawn anew.
 function request() {
   const mode = chosenMode();
-  const point = mode === "early" && facts.points.length ? { point: Number($("point").value) } : {};
+  const point = facts.points[mode]?.length ? `:${taken[mode] + 1}` : "";
   return {
-    model: facts.model, messages: [...messages], offramp: { mode, ids: true, ...point }, seed: Math.floor(Math.random() * 2 ** 32),
+    model: facts.model, messages: [...messages], offramp: { mode: mode + point, ids: true }, seed: Math.floor(Math.random() * 2 ** 32),
     temperature: Number($("temperature").value), max_tokens: Number($("length").value),
   };
 }
@@ -119,10 +137,10 @@ function legend(view) {
 // Answers what was said last. `before`: the answer that this one takes the place of, if any.
 async function reply(before = null) {
   const body = request();
-  const { mode } = body.offramp;
+  const mode = chosenMode();
   const view = new AnswerView(mode, facts.blocks, tell);
   const answers = element("div", { className: "answers" }, element("div", {}, view.element));
-  const turn = element("article", { className: "turn assistant" }, element("h2", { textContent: `${facts.model}, ${mode}` }), answers);
+  const turn = element("article", { className: "turn assistant" }, element("h2", { textContent: `${facts.model}, ${body.offramp.mode}` }), answers);
   $("log").append(turn);
   turn.scrollIntoView({ block: "nearest" });
   showMeter(mode);
@@ -195,8 +213,10 @@ async function begin() {
     return;
   }
   $("model").textContent = `${facts.model}, ${facts.blocks} blocks`;
-  $("point").max = String(Math.max(0, facts.points.length - 1));
-  $("point").value = String(Math.max(0, facts.points.findLastIndex((point) => point.passed)));
+  taken.close = 0;
+  taken.early = Math.max(0, facts.points.early.findLastIndex((point) => point.passed));
+  const named = Number(facts.usual.split(":")[1]);
+  if (named) taken[usualMode()] = named - 1;
   showModes();
   showSettings();
   for (const text of STARTS) $("starts").append(button(text, () => send(text)));
@@ -220,6 +240,9 @@ $("clear").addEventListener("click", () => {
   $("starts").hidden = false;
   $("message").focus();
   showSettings();
+});
+$("point").addEventListener("input", () => {
+  taken[chosenMode()] = Number($("point").value);
 });
 for (const id of ["point", "temperature", "length"]) $(id).addEventListener("input", showSettings);
 begin();

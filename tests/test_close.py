@@ -1,0 +1,148 @@
+"""The mode `close`: a draft stands if full depth finds it nearly as likely as its own token, and no answer loses more."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from helpers import NEAR, TAILS, costing, modest_exits, some_prompts
+from models import COMPILED, compiled_only, tiny
+from offramp import Engine, Policy
+from offramp.decode import row_costs
+from offramp.decode.consent import AHEAD, Consent
+from offramp.decode.request import Generation, Talk, Token
+from offramp.decode.sampling import Sampling
+from offramp.errors import BadInput
+
+RULES = Consent(0.5, 0.03), Consent(0.05, 2.0), Consent(0.9, 100.0), Consent(0.01, 0.0)
+
+
+def close(family: str, consent: Consent, sampling: Sampling | None = None, seed: int = 0, **options) -> Engine:
+    exits = modest_exits(family, seed, "linear", "linear", TAILS)
+    policy = Policy((0.0, 0.3, 1.0), "max-prob")
+    return Engine(tiny(family), exits, policy, "verify", sampling, consent=consent, **options)
+
+
+def seen(token: Token) -> tuple[object, ...]:
+    return token.id, token.source, token.exit_block, token.rejected, token.regret
+
+
+@torch.inference_mode()
+def regrets(family: str, prompt: list[int], ids: list[int], penalty: float) -> list[tuple[float, int]]:
+    """By the library's own logits, after the penalty: each token's regret, and the likeliest token in its place."""
+    known = prompt + ids
+    found = []
+    for place, logits in enumerate(tiny(family).forward(torch.tensor([known]))[0], start=1):
+        for each in set(known[:place]):
+            logits[each] = logits[each] * penalty if logits[each] < 0 else logits[each] / penalty
+        if len(prompt) <= place < len(known):
+            found.append((float(logits.max() - logits[known[place]]), int(logits.argmax())))
+    return found
+
+
+def check(family: str, prompt: list[int], answer: Generation, consent: Consent, penalty: float = 1.0) -> None:
+    """Both promises hold for the answer, its record is true, and its other tokens are full depth's own."""
+    total = 0.0
+    truth = regrets(family, prompt, answer.ids, penalty)
+    ends = tiny(family).stop_ids
+    for number, (token, (regret, own)) in enumerate(zip(answer.tokens, truth, strict=True), start=1):
+        assert token.regret == pytest.approx(regret, abs=NEAR)
+        assert token.regret <= -math.log(consent.share)
+        assert token.drafted or token.regret == 0
+        assert token.id in ends or own not in ends or regret <= NEAR  # full depth's own end of the text stands
+        total += token.regret
+        assert total <= consent.regret * (number + AHEAD)
+    assert answer.regret == total
+
+
+def test_each_answer_keeps_both_promises(family: str) -> None:
+    consented = 0
+    for number, consent in enumerate(RULES):
+        penalty = (1.0, 1.2)[number % 2]
+        engine = costing(close(family, consent, Sampling(repetition_penalty=penalty)), 0.02)
+        assert engine.mode.startswith("close")
+        for prompt in some_prompts(2):
+            answer = engine.generate(prompt, max_tokens=12)
+            check(family, prompt, answer, consent, penalty)
+            consented += sum(token.regret > 0 for token in answer.tokens)
+    assert consented
+
+
+@compiled_only
+@pytest.mark.parametrize("family", [f"{family}/compiled" for family in COMPILED])
+def test_both_steppers_consent_to_the_same(family: str) -> None:
+    dice, consented = random.Random(family), 0
+    for number in range(5):
+        rows = tuple(dice.choice([0.0, 0.05]) * drafts for drafts in range(32))
+        consent = Consent(dice.choice([0.5, 0.1, 0.01]), dice.choice([0.03, 0.5]), rows)
+        sampling = Sampling(repetition_penalty=dice.choice([1.0, 1.3]))
+        engine = close(family, consent, sampling, number, max_pending=dice.choice([1, 4, None]))
+        prompts = [prompt * dice.choice([1, 6]) for prompt in some_prompts(3, number)]
+        ours = engine.generate_batch(prompts, max_tokens=24)
+        engine.compiled = None
+        theirs = engine.generate_batch(prompts, max_tokens=24)
+        assert [[*map(seen, answer.tokens)] for answer in ours] == [[*map(seen, answer.tokens)] for answer in theirs]
+        consented += sum(token.regret > 0 for answer in ours for token in answer.tokens)
+    assert consented
+
+
+@compiled_only
+@pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled", "bamba/compiled"])
+def test_an_answer_does_not_depend_on_what_is_around_it(family: str, monkeypatch, tmp_path) -> None:
+    """It is the same alone, among eight, after a beginning that another request read, and on a machine with other costs."""
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path))
+    consent = Consent(0.05, 0.5)
+    engine, prompts = close(family, consent), [prompt * 4 for prompt in some_prompts(8, 5)]
+    alone = [engine.generate(prompt, max_tokens=24) for prompt in prompts]
+    wanted = [[*map(seen, answer.tokens)] for answer in alone]
+    assert any(token.regret for answer in alone for token in answer.tokens)
+
+    together = engine.generate_batch(prompts, max_tokens=24)
+    assert [[*map(seen, answer.tokens)] for answer in together] == wanted
+
+    other = Talk()
+    ids = [token.id for token in engine.stream(prompts[0][:5], other, max_tokens=16)]
+    begun = prompts[0][:5] + ids[:-1]
+    fresh = [*map(seen, engine.stream([*begun, 70, 71], max_tokens=24))]
+    assert [*map(seen, engine.stream([*begun, 70, 71], other, max_tokens=24))] == fresh
+    for talk, prompt, tokens in zip(engine.shared_talks(prompts), prompts, wanted, strict=True):
+        assert [*map(seen, engine.stream(prompt, talk, max_tokens=24))] == tokens
+
+    row_costs.keep(tiny(family), [0.0, *(9.0 for _ in row_costs.WIDTHS[1:])])
+    assert Engine(tiny(family), mode="exact").drafts.rows[1] == 9.0
+    elsewhere = close(family, consent)
+    monkeypatch.setattr(row_costs, "processor", lambda: "another")
+    assert [[*map(seen, elsewhere.generate(prompt, max_tokens=24).tokens)] for prompt in prompts] == wanted
+    monkeypatch.undo()
+
+
+@compiled_only
+def test_an_answer_begins_as_a_longer_one_does(monkeypatch) -> None:
+    engine = close("llama/compiled", Consent(0.05, 0.5))
+    for prompt in some_prompts(4, 7):
+        long = engine.generate(prompt * 4, max_tokens=32)
+        assert engine.generate(prompt * 4, max_tokens=20).ids == long.ids[:20]
+
+
+def test_without_consent_nothing_is_regretted() -> None:
+    exits = modest_exits("llama", gate="linear", tails=TAILS)
+    answer = Engine(tiny("llama"), exits, Policy((0.0,) * 3), "verify").generate([72, 105], max_tokens=12)
+    assert answer.regret == 0
+    assert answer.mode == "exact"
+
+
+def test_what_cannot_be_consented_to_is_refused() -> None:
+    with pytest.raises(BadInput, match="no drafts to consent to"):
+        Engine(tiny("llama"), fill="project", consent=RULES[0])
+    with pytest.raises(BadInput, match="draws none"):
+        close("llama", RULES[0], Sampling(temperature=0.5))
+    engine = close("llama", RULES[0])
+    for choose, why in ((Sampling(temperature=0.5).chooser(), "draws none"), (lambda logits, ids: 0, "no logprobs")):
+        with pytest.raises(BadInput, match=why):
+            engine.batch().add([72], choose=choose)
+    for share, regret in ((0.0, 1.0), (1.0, 1.0), (0.5, -1.0), (0.5, math.inf), (math.nan, 1.0)):
+        with pytest.raises(BadInput, match="cannot consent"):
+            Consent(share, regret)

@@ -13,6 +13,10 @@ Estimates new_estimates(void) {
     return (Estimates){{0, 0.5, 0.5, 0.5}, {1, 4, 4, 4}, {0, 0.5, 0.5, 0.5}, 1, 1, 0, NEWEST};
 }
 
+void expect(Estimates *e, const double *accepted) {
+    if (e->seen[NOTHING] == 1 && accepted[0] > 0) e->right[EXIT] = e->promised[EXIT] = accepted[0];
+}
+
 typedef struct {
     int64_t id, alike;
 } Match;
@@ -70,7 +74,10 @@ void choose_source(const Free *from, Estimates *e, Round *round, int exits, cons
     const double promise = (value & 255) / 255.0, repeated = found.id < 0 ? 0 : REPEATED[found.alike - 1],
                  table = value ? promise * e->right[TABLE] / e->promised[TABLE] : 0,
                  text = repeated * e->right[TEXT] / e->promised[TEXT], most = fmax(text, table),
-                 exit = e->right[EXIT];
+                 later = from->accepted[0] > 0
+                             ? from->accepted[min_(n, OFFRAMP_DEPTHS - 1)] / from->accepted[0]
+                             : 1,
+                 exit = e->right[EXIT] * later;
     int ask =
         exits && n < MOST_ASKED && (n == 0 || round->source[n - 1] == EXIT) && round->chance * exit > least;
     if (exits && n == 0 && ask) e->rest = e->pause = NEWEST;

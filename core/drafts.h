@@ -28,6 +28,9 @@ typedef struct {
 // Estimates for a sequence that nothing has been drafted for, as if half of a few drafts had been right.
 Estimates new_estimates(void);
 
+// Begins the estimates of a sequence that nothing has been drafted for with what an exit's training says.
+void expect(Estimates *e, const double *accepted);
+
 // The drafts of a round. Draft n may be one that was not kept: then it is the last.
 typedef struct {
     int64_t source[MOST_DRAFTS + 1], draft[MOST_DRAFTS + 1];
@@ -48,6 +51,7 @@ typedef struct {
 typedef struct {
     const Guesses *guesses;
     int64_t alike;
+    const double *accepted;  // of the rules
 } Free;
 
 // Decides where draft n of a round comes from: the source that is likelier to be right, if the draft is

@@ -102,6 +102,7 @@ enum {
     OFFRAMP_GROUP = 32,        // columns of a row that are rounded together
     OFFRAMP_PANEL = 16,        // rows of a weight in panels that are kept together
     OFFRAMP_MOST_DRAFTS = 31,  // drafts of one pass
+    OFFRAMP_DEPTHS = 3,        // drafts of an exit in a row, of which `accepted` tells
     OFFRAMP_AHEAD = 16,        // tokens whose mean regret an answer may spend ahead
     OFFRAMP_MOST_THREADS = 256,
 };
@@ -331,7 +332,8 @@ typedef struct {
 // or the most drafts. `sketch` and `exit_sketch` replace the head at the top and at exits; at exits, a
 // `shortlist` may do so; each may be NULL. `guesses` (or NULL) is a table of n-grams for drafts. If the last
 // `alike` tokens or more stand earlier in the text, the token that followed them is a draft (0: no look-up).
-// `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth.
+// `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth. `accepted`: the shares of an
+// exit's first, second and later drafts that were right in training (0: unknown).
 //
 // With `token_regret`, full depth need not choose a draft, but only consent to it. The regret of a token is
 // log(p_max / p) in nats, by full depth's probabilities p of all tokens. A draft stands if its regret is at
@@ -349,7 +351,7 @@ typedef struct {
     const offramp_part *sketch, *exit_sketch, *shortlist, *guesses;
     const offramp_block_costs *costs;  // of each block
     int64_t head_flops, exit_head_flops;
-    double row_costs[OFFRAMP_MOST_DRAFTS + 1];
+    double row_costs[OFFRAMP_MOST_DRAFTS + 1], accepted[OFFRAMP_DEPTHS];
 } offramp_rules;
 
 typedef struct offramp_plan offramp_plan;

@@ -82,6 +82,8 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
     NEED(rules->middle >= 0 && rules->middle <= model->count && (!rules->middle || rules->middle >= last),
          "A middle state cannot be after %lld blocks.", (long long)rules->middle);
     NEED(rules->alike >= 0 && rules->decay >= 0, "A number of tokens is 0 or more.");
+    for (int64_t n = 0; n < OFFRAMP_DEPTHS; n++)
+        NEED(rules->accepted[n] >= 0 && rules->accepted[n] <= 1, "A share of drafts is 0 to 1.");
     NEED(rules->token_regret >= 0 && rules->mean_regret >= 0, "A regret is 0 or more.");
     NEED(!rules->count || !(rules->exit_sketch && rules->shortlist),
          "Exits have a sketch or a short list, not both.");
@@ -119,7 +121,7 @@ static void derive(offramp_plan *plan) {
     plan->exit_sketch = rules->exit_sketch ? &rules->exit_sketch->sketch : NULL;
     plan->exit_head = rules->shortlist ? &rules->shortlist->shortlist.head : &plan->model->ends.head;
     plan->tokens = rules->shortlist ? rules->shortlist->shortlist.tokens.values : NULL;
-    plan->free = (Free){rules->guesses ? &rules->guesses->guesses : NULL, rules->alike};
+    plan->free = (Free){rules->guesses ? &rules->guesses->guesses : NULL, rules->alike, rules->accepted};
 }
 
 offramp_plan *offramp_plan_new(offramp_model *model, const offramp_rules *rules, offramp_error *error) {

@@ -306,6 +306,7 @@ static void enter(Step *s) {
         lane->request = r, lane->session = r->session, lane->known = r->known, lane->run = r->run;
         // With consent, an answer must not depend on the drafts of texts that were read or written before.
         if (consents(s->plan) && r->known == r->prompt) lane->session->estimates = new_estimates();
+        expect(&lane->session->estimates, s->plan->rules.accepted);
         r->decided = r->asked = r->failed = 0;
         lane->rows = waiting(r->session);
         if (lane->rows) memcpy(lane->h, r->session->exits.waiting, lane->rows * D * sizeof(float));

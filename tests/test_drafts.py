@@ -16,7 +16,7 @@ from helpers import TAILS, costing, exact, library_tokens, modest_exits, same_or
 from models import BLOCKS, HIDDEN, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.decode import row_costs
-from offramp.decode.drafts import LOOKED_BACK, WIDEST, Chunk, DraftRule, Estimates, Guess, Round, Source
+from offramp.decode.drafts import LOOKED_BACK, WIDEST, Chunk, DraftRule, Estimates, Guess, Round, Source, accepted_by
 from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
 from offramp.errors import CorruptFile
@@ -374,6 +374,35 @@ def test_a_draft_that_does_not_pay_is_not_made() -> None:
     assert round.keeps_exits(7, 0.9, True, set())
     assert (chunk.width, round.chance) == (2, 0.9)
     assert [guess.promise for guess in round.guesses] == [0.9]  # one for each place
+
+
+def test_a_new_text_begins_with_what_the_exits_training_says() -> None:
+    """A row and the asking cost 0.4. Then what the text's own drafts teach counts more and more."""
+    for accepted, asked in ((), [True, True]), ((0.7, 0.2, 0.2), [True, False]), ((0.3, 0.3, 0.3), [False, False]):
+        estimates = Estimates(rest=5)
+        round = Round(Chunk(rule(asking=(0.2,), accepted=accepted), 1), estimates)
+        assert (round.next([1, 2, 3]).source == Source.EXIT) == asked[0]
+        assert estimates.right[Source.EXIT] == estimates.promised[Source.EXIT] == (accepted[0] if accepted else 0.5)
+        if asked[0]:
+            round.keeps_exits(7, 0.9, True, set())
+            round.chance = 1.0
+            assert (round.next([1, 2, 3, 7]).source == Source.EXIT) == asked[1]
+    round.learn([7])
+    learned = [*estimates.right]
+    Round(Chunk(rule(accepted=(0.9, 0.9, 0.9)), 1), estimates)
+    assert estimates.right == learned
+
+
+def test_a_record_says_how_often_drafts_were_right() -> None:
+    exits = modest_exits("llama")
+    exit = next(iter(exits))
+    for row, shares in (({"acceptance": [0.6, 0.5]}, (0.6, 0.5, 0.5)), ({"agreement": 0.4}, (0.4,) * 3), (None, ())):
+        exits.training = {"validation": [{"block": exit.block, **row}] if row else []}
+        assert accepted_by(exits, exit) == shares
+    for nonsense in (["often"], [1.5], [math.nan], 7):
+        exits.training = {"validation": [{"block": exit.block, "acceptance": nonsense}]}
+        with pytest.raises(CorruptFile, match="record of their training is damaged"):
+            accepted_by(exits, exit)
 
 
 def test_an_exit_whose_drafts_do_not_pay_is_asked_again_after_longer_and_longer_pauses() -> None:

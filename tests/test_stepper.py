@@ -39,6 +39,8 @@ class Condition:
 def drawn(family: str, dice: random.Random) -> Condition:
     gate, readout = dice.choice(["linear", "ffn", "mamba"]), dice.choice(["none", "linear", "ffn", "deep"])
     exits = modest_exits(family, dice.randrange(100), gate, readout, dice.choice([(), TAILS, (3, 0, 0)]))
+    shares = [dice.choice([0.9, 0.5, 0.1]) for _ in range(3)]
+    exits.training = {"validation": [{"block": 1, "acceptance": shares}] if dice.random() < 0.5 else []}
     if dice.random() < 0.3:
         exits.shortlist = torch.arange(0, tiny(family).vocab_size, 2)
     kind = dice.choice(["gate", "keys", "max-prob", "margin", "entropy"])

@@ -23,7 +23,7 @@ from offramp.exits import gates, readouts
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.ngrams import LONGEST_CONTEXT, SHORTEST_CONTEXT
 from offramp.model.compiled.formats import Int4
-from offramp.model.compiled.library import MOST_DRAFTS, CompiledPart, constant
+from offramp.model.compiled.library import DEPTHS, MOST_DRAFTS, CompiledPart, constant
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import MOST_ROUNDS, PARTS, CompiledPlan, ExitRules, Lane, Rules, known
@@ -209,4 +209,5 @@ def _rules(plan: Plan, runtime: Compiled, exits: Exits | None, open_exits: list[
         head_flops=plan.head.flops,
         exit_head_flops=plan.exit_head.flops,
         row_costs=plan.drafts.rows if plan.drafts else (0.0,) * (MOST_DRAFTS + 1),
+        accepted=plan.drafts.accepted if plan.drafts and plan.drafts.accepted else (0.0,) * DEPTHS,
     )

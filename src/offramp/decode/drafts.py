@@ -16,13 +16,15 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
-from offramp.exits.exits import Exit
+from offramp.errors import CorruptFile
+from offramp.exits.exits import Exit, Exits
 from offramp.exits.ngrams import Ngrams
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.library import MOST_DRAFTS
+from offramp.model.compiled.library import DEPTHS, MOST_DRAFTS
 
 LOOKED_BACK = 8192  # prompt look-up searches this many of a text's newest tokens
 # The chance that a token follows if the last 1, 2, … tokens stood before it earlier in the text: the shares in own answers
@@ -46,7 +48,7 @@ class Estimates:
     `right`: the share of a source's newest drafts that were right; `seen`: the number of these drafts (for NOTHING: the
     number of rounds behind `tokens` and `cost`); `promised`: the mean of what their source promised. `tokens` and `cost`:
     the means of a round. `rest` and `pause`: rounds until an exit whose drafts do not pay is asked again, now and next
-    time. The estimates start as if half of a few drafts had been right.
+    time. The estimates start as if half of a few drafts had been right, or of the exit's as many as in its training.
     """
 
     right: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.5, 0.5])
@@ -60,6 +62,11 @@ class Estimates:
     def copy(self) -> Estimates:
         """A copy of the estimates, which learns independently."""
         return replace(self, right=[*self.right], seen=[*self.seen], promised=[*self.promised])
+
+    def expect(self, accepted: tuple[float, ...]) -> None:
+        """Begin with what an exit's training says, if nothing has been drafted yet."""
+        if self.seen[Source.NOTHING] == 1 and accepted and accepted[0]:
+            self.right[Source.EXIT] = self.promised[Source.EXIT] = accepted[0]
 
     def _seen(self, source: Source) -> int:
         """Count one more number of a source. Returns the count."""
@@ -100,7 +107,8 @@ class DraftRule:
     `rows`: the cost of 0, 1, … more rows of a chunk; `asking`: that of asking each open exit; `floor`: what a draft's
     chance to stand must exceed, the threshold of the first open exit. If the last `lookup` tokens or more stand earlier in
     the text, the token that followed them there may be a draft (0: no look-up), and so may what `ngrams` expects. A round
-    has at most `most` drafts.
+    has at most `most` drafts. `accepted`: the shares of an exit's first, second and later drafts that were right in its
+    training, `DEPTHS` of them; none if that is unknown.
     """
 
     rows: tuple[float, ...]
@@ -109,12 +117,33 @@ class DraftRule:
     lookup: int = 0
     ngrams: Ngrams | None = None
     most: int = MOST_DRAFTS
+    accepted: tuple[float, ...] = ()
+
+    def later(self, number: int) -> float:
+        """How often an exit's draft `number` (from 0) of a round is right, as a share of the first."""
+        return self.accepted[min(number, DEPTHS - 1)] / self.accepted[0] if self.accepted and self.accepted[0] else 1.0
 
     def pass_cost(self, width: int) -> float:
         """The cost of a pass with so many rows. Beyond the table, each row costs as much as the table's last one."""
         costs = self.rows
         beyond = max(0, width - len(costs))
         return 1 + costs[min(width, len(costs)) - 1] + beyond * (costs[-1] - costs[-2])
+
+
+def accepted_by(exits: Exits, exit: Exit) -> tuple[float, ...]:
+    """The shares of the exit's first, second and later drafts that were right on held-out text, by its training's record.
+
+    None if the record does not say. Raises `CorruptFile` for a damaged record.
+    """
+    try:
+        held: dict[str, Any] = next((row for row in exits.validation if row["block"] == exit.block), {})
+        known = held.get("acceptance") or ([held["agreement"]] if held else [])
+        shares = [float(share) for share in known]
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"shares of {shares}")
+    except (KeyError, TypeError, ValueError) as error:  # a stranger's record may hold anything
+        raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
+    return tuple(shares + shares[-1:] * (DEPTHS - len(shares)))[:DEPTHS]
 
 
 def asking_cost(backbone: Backbone, exit: Exit, head: int) -> float:
@@ -157,6 +186,7 @@ class Round:
 
     def __init__(self, chunk: Chunk, estimates: Estimates) -> None:
         self._chunk, self._rule, self._estimates = chunk, chunk.rule, estimates
+        estimates.expect(self._rule.accepted)
         self._rate = max(chunk.rate, estimates.tokens / estimates.cost)
         self.chance, self.guesses = 1.0, list[Guess]()
         self._drafts, self._asked = 0, 0.0
@@ -168,7 +198,7 @@ class Round:
         own drafts, whose states it knows. If its drafts do not pay, the exit is asked again after some rounds.
         """
         e, number = self._estimates, len(self.guesses)
-        free, right = self._free(ids), e.right[Source.EXIT]
+        free, right = self._free(ids), e.right[Source.EXIT] * self._rule.later(number)
         ask = bool(self._rule.asking) and all(guess.source == Source.EXIT for guess in self.guesses[-1:])
         ask = ask and number < MOST_ASKED
         if ask:

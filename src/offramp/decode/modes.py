@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from offramp.decode.consent import POINTS, Consent
-from offramp.decode.drafts import DraftRule, asking_cost
+from offramp.decode.drafts import DraftRule, accepted_by, asking_cost
 from offramp.decode.fills import FILLS, fill_named
 from offramp.decode.row_costs import row_costs
-from offramp.errors import BadInput, CorruptFile
+from offramp.errors import BadInput
 from offramp.exits.calibrated import points_of
 from offramp.exits.exit_set import ExitSet
 from offramp.exits.exits import Exits
@@ -110,11 +110,7 @@ def promised_gain(backbone: Backbone, exits: Exits) -> float:
     first = next((exit for index, exit in enumerate(exits) if exits.policy.opens(index)), None)
     if first is None:
         return 1.0
-    try:
-        held = next((row for row in exits.validation if row["block"] == first.block), {})
-        right = [float(share) for share in held.get("acceptance") or [held.get("agreement", 0.0)] * 3]
-    except (KeyError, TypeError, ValueError) as error:  # a stranger's record may hold anything
-        raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
+    right = accepted_by(exits, first)
     listed = backbone.vocab_size if exits.shortlist is None else len(exits.shortlist)
     asking = asking_cost(backbone, first, Costs(backbone).head * listed // backbone.vocab_size)
     rule = DraftRule(row_costs(backbone))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offramp.decode.compiled import CompiledStepper
 from offramp.decode.consent import Consent
-from offramp.decode.drafts import DraftRule, asking_cost
+from offramp.decode.drafts import DraftRule, accepted_by, asking_cost
 from offramp.decode.fills import fill_named
 from offramp.decode.heads import Head
 from offramp.decode.reference import Reference
@@ -171,6 +171,7 @@ class Plan:
             lookup=self.lookup,
             ngrams=exits.ngrams if exits else None,
             most=min(self.max_pending, MOST_DRAFTS),
+            accepted=accepted_by(exits, self.open_exits[0][0]) if exits and self.open_exits else (),
         )
 
     def stepper(self, choose: Choose) -> Stepper:

@@ -23,10 +23,11 @@ class TrainConfig:
     the full model's k most probable ones. `texts`: files to read, too, plain or as JSON lines with 'text'. `max_prompts`:
     use only the first ones, this many. `answers`: how many to train on; None: as many as `hours` allows, or with `epochs`
     one for each prompt. `temperatures`: those of the answers, in turn; 0 is greedy. `answer_tokens`: the longest answer.
-    `batch`: sequences of a step. `learning_rate`, `gate_learning_rate`: the highest ones. `precision`: the thresholds are
-    set so that an exit that fires agrees this often; a `threshold` and its `confidence` take their place. `shortlist`: an
-    exit reads out only so many tokens, the most frequent ones of the answers; 0: all. `sketch`: dims of the sketch of the
-    head, a multiple of 32; 0: none; None: for a large vocabulary, as few as miss few of the model's own tokens.
+    `batch`: sequences of a step; many short steps learn more from a text than few long ones. `learning_rate`,
+    `gate_learning_rate`: the highest ones. `precision`: the thresholds are set so that an exit that fires agrees this
+    often; a `threshold` and its `confidence` take their place. `shortlist`: an exit reads out only so many tokens, the most
+    frequent ones of the answers; 0: all. `sketch`: dims of the sketch of the head, a multiple of 32; 0: none; None: for a
+    large vocabulary, as few as miss few of the model's own tokens.
     """
 
     prompts: str | None = setting(
@@ -61,7 +62,7 @@ class TrainConfig:
     answers: int | None = None
     temperatures: tuple[float, ...] = (0.0, 0.7, 0.0, 0.9)
     answer_tokens: int = 256
-    batch: int = setting(16, draft=4)
+    batch: int = 4
     learning_rate: float = 1e-3
     gate_learning_rate: float = 1e-3
     precision: float = 0.98

@@ -24,7 +24,6 @@ from offramp.training.teacher import TeacherTexts
 from offramp.training.trainer import Trainer
 from offramp.training.validation import evidence
 
-BATCH = 4  # texts of a step in the trial, at most: many short steps learn more in a short time
 PRECISION = 0.9  # precision at which tokens leave; at a higher one, too few would leave after so short a training
 ROUNDS = 6
 
@@ -54,7 +53,7 @@ def tried(
     The hidden states of the texts are those after the blocks `layers`.
     """
     held = max(1, len(texts) // 4)
-    settings = replace(config, batch=min(config.batch, BATCH, len(texts) - held))
+    settings = replace(config, batch=min(config.batch, len(texts) - held))
     costs, found = Costs(backbone), []
     candidates = variants(parts.tails, parts.layers, backbone.n_blocks)
     for number, tails in enumerate(candidates):

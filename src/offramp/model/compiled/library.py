@@ -21,6 +21,7 @@ from offramp.model.compiled.rounding import GROUP
 from offramp.model.compiled.weights import Stack, Weight
 
 MOST_DRAFTS = 31  # of one pass
+DEPTHS = 3  # drafts of an exit in a row, of which training says how many were right
 AHEAD = 16  # tokens whose mean regret an answer may spend ahead
 
 
@@ -112,6 +113,7 @@ class CRules(ctypes.Structure):
         *_of(c_void_p, "sketch exit_sketch shortlist guesses costs"),
         *_of(c_int64, "head_flops exit_head_flops"),
         ("row_costs", c_double * (MOST_DRAFTS + 1)),
+        ("accepted", c_double * DEPTHS),
     )
 
 
@@ -213,7 +215,13 @@ def library() -> Any:
         return None
     loaded.offramp_constant.argtypes, loaded.offramp_constant.restype = [c_char_p], c_int64
     loaded.offramp_kernels.restype = c_char_p
-    expected = {"OFFRAMP_GROUP": GROUP, "OFFRAMP_PANEL": PANEL, "OFFRAMP_MOST_DRAFTS": MOST_DRAFTS, "OFFRAMP_AHEAD": AHEAD}
+    expected = {
+        "OFFRAMP_GROUP": GROUP,
+        "OFFRAMP_PANEL": PANEL,
+        "OFFRAMP_MOST_DRAFTS": MOST_DRAFTS,
+        "OFFRAMP_DEPTHS": DEPTHS,
+        "OFFRAMP_AHEAD": AHEAD,
+    }
     for name, structure in STRUCTURES.items():
         expected[name] = ctypes.sizeof(structure)
         expected |= {f"{name}.{field[0]}": getattr(structure, field[0]).offset for field in structure._fields_}

@@ -68,6 +68,7 @@ class Rules:
     head_flops: int
     exit_head_flops: int
     row_costs: Sequence[float]
+    accepted: Sequence[float]
 
 
 class Lane:
@@ -128,6 +129,7 @@ class CompiledPlan(Owned):
             addressof(exits), len(exits), *map(_number, names), rules.middle, rules.pending, rules.alike, rules.decay,
             rules.token_regret, rules.mean_regret,
             *parts, addressof(costs), rules.head_flops, rules.exit_head_flops, tuple(rules.row_costs),
+            tuple(rules.accepted),
         )  # fmt: skip
         super().__init__(call("offramp_plan_new", model.pointer, byref(given)), "offramp_plan_free")
 

@@ -43,7 +43,8 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
 
 int64_t rows_of_call(const offramp_plan *plan, const offramp_request *r, int64_t rounds) {
     return r->reads ? r->reads
-                    : min_(r->most, rounds * (plan->rules.fill == OFFRAMP_VERIFY ? MOST_DRAFTS + 1 : 1));
+                    : min_(r->most + consents(plan),
+                           rounds * (plan->rules.fill == OFFRAMP_VERIFY ? MOST_DRAFTS + 1 : 1));
 }
 
 offramp_status prepare_session(const offramp_plan *plan, const offramp_request *r, int64_t rounds,
@@ -111,7 +112,8 @@ static void draft(Lane *lane, int64_t id, int64_t block, double confidence) {
 static int seek_drafts(Lanes *l, Lane *lane) {
     const offramp_plan *plan = l->plan;
     const offramp_request *r = lane->request;
-    const int64_t most = min_(min_(plan->rules.pending, MOST_DRAFTS), r->most - r->decided - 1);
+    const int64_t left = r->most - r->decided - !consents(plan),
+                  most = min_(min_(plan->rules.pending, MOST_DRAFTS), left);
     Round *round = &lane->round;
     if (r->allowed) return 0;
     while (round->drafts < most) {
@@ -351,18 +353,20 @@ void judge(Lanes *l, Lane *lane, const int64_t *chosen, const float *y) {
         fail_lane(lane, chosen[stood] == -1 ? OFFRAMP_NOT_FINITE : OFFRAMP_NOTHING_FITS);
         return;
     }
+    // With consent, a draft may be the last token that is wanted. It then takes the place of full depth's own.
+    const int closes = stood > 0 && stood == lane->request->most - lane->request->decided;
+    stood -= closes;
     keep_deep(l, lane, last - drafts + stood);
-    for (int64_t n = stood; n < drafts; n++)
+    offramp_decision newest = {.id = chosen[stood], .block = depth_of(l), .confidence = NAN};
+    if (closes) newest = lane->drafts[stood];
+    for (int64_t n = stood + closes; n < drafts; n++)
         lane->spent.flops += lane->drafts[n].flops, lane->spent.blocks += lane->drafts[n].blocks;
-    lane->passes++, lane->rejected += drafts - stood;
+    newest.flops += lane->spent.flops, newest.blocks += lane->spent.blocks;
+    lane->passes++, lane->rejected += drafts - stood - closes;
     for (int64_t n = 0; n < stood; n++) decide(lane, lane->drafts[n]);
     lane->known = first + stood;
-    lane->request->ids[lane->known++] = chosen[stood];
-    decide(lane, (offramp_decision){.id = chosen[stood],
-                                    .block = depth_of(l),
-                                    .confidence = NAN,
-                                    .flops = lane->spent.flops,
-                                    .blocks = lane->spent.blocks});
+    lane->request->ids[lane->known++] = newest.id;
+    decide(lane, newest);
     if (verifies(l)) {
         const double cost = pass_cost(l->plan, width_at(l, lane)) / sharing(l) + lane->round.asked;
         learn_from(&lane->session->estimates, &lane->round, stood, chosen, cost);

@@ -340,7 +340,7 @@ typedef struct {
 // most `token_regret`, and that of the answer up to it at most `mean_regret` · (t + OFFRAMP_AHEAD), where it
 // is the answer's token number t, unless full depth's own token ends the text. With 0, a draft stands if it is
 // full depth's own token. With consent, drafts decide what is said, and so they depend on nothing but the
-// text: the pass counts as if there were no other requests.
+// text: the pass counts as if there were no other requests. A request's `prompt` says where its answer begins.
 typedef struct {
     const offramp_exit *exits;
     int64_t count;

@@ -85,6 +85,8 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
     for (int64_t n = 0; n < OFFRAMP_DEPTHS; n++)
         NEED(rules->accepted[n] >= 0 && rules->accepted[n] <= 1, "A share of drafts is 0 to 1.");
     NEED(rules->token_regret >= 0 && rules->mean_regret >= 0, "A regret is 0 or more.");
+    NEED(!rules->token_regret || (rules->fill == OFFRAMP_VERIFY && !rules->sketch),
+         "Full depth consents to drafts, by its whole head.");
     NEED(!rules->count || !(rules->exit_sketch && rules->shortlist),
          "Exits have a sketch or a short list, not both.");
     for (int64_t e = 0; e < rules->count; e++)

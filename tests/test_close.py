@@ -120,11 +120,25 @@ def test_an_answer_does_not_depend_on_what_is_around_it(family: str, monkeypatch
 
 
 @compiled_only
-def test_an_answer_begins_as_a_longer_one_does(monkeypatch) -> None:
-    engine = close("llama/compiled", Consent(0.05, 0.5))
-    for prompt in some_prompts(4, 7):
-        long = engine.generate(prompt * 4, max_tokens=32)
-        assert engine.generate(prompt * 4, max_tokens=20).ids == long.ids[:20]
+@pytest.mark.parametrize("family", ["llama/compiled", "bamba/compiled"])
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "reference"])
+def test_an_answer_begins_as_a_longer_one_does(family: str, compiled: bool) -> None:
+    """Also where the last token that is wanted is a draft to which full depth consents; and its talk goes on rightly."""
+    engine = costing(close(family, Consent(0.01, 3.0)), 0.02)
+    engine.compiled = engine.compiled if compiled else None
+    last = 0
+    for prompt in some_prompts(2, 7):
+        long = engine.generate(prompt * 4, max_tokens=24)
+        for most in range(1, 24):
+            talk = Talk()
+            short = [*engine.stream(prompt * 4, talk, max_tokens=most)]
+            begun = [(token.id, token.source, token.regret) for token in long.tokens[:most]]
+            assert [(token.id, token.source, token.regret) for token in short] == begun
+            last += short[-1].regret > 0
+            more = prompt * 4 + [token.id for token in short] + [70]
+            fresh = engine.generate(more, max_tokens=3)
+            assert [token.id for token in engine.stream(more, talk, max_tokens=3)] == fresh.ids
+    assert last
 
 
 def test_without_consent_nothing_is_regretted() -> None:
@@ -140,9 +154,12 @@ def test_what_cannot_be_consented_to_is_refused() -> None:
     with pytest.raises(BadInput, match="draws none"):
         close("llama", RULES[0], Sampling(temperature=0.5))
     engine = close("llama", RULES[0])
-    for choose, why in ((Sampling(temperature=0.5).chooser(), "draws none"), (lambda logits, ids: 0, "no logprobs")):
+    for choose, why in ((Sampling(temperature=0.5).chooser(), "draws none"), (lambda logits, ids: 0, "nor logprobs")):
         with pytest.raises(BadInput, match=why):
             engine.batch().add([72], choose=choose)
+    for rows in ((0.0,), (0.1,) * 31, (-0.1,) * 32, (math.nan,) * 32):
+        with pytest.raises(BadInput, match="costs of rows"):
+            Consent(0.5, 0.03, rows)
     for share, regret in ((0.0, 1.0), (1.0, 1.0), (0.5, -1.0), (0.5, math.inf), (math.nan, 1.0)):
         with pytest.raises(BadInput, match="cannot consent"):
             Consent(share, regret)

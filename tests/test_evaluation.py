@@ -13,6 +13,7 @@ import torch
 from helpers import exits_for, sketched, task
 from models import BLOCKS, tiny
 from offramp import Engine, Policy
+from offramp.decode.consent import POINTS
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile
 from offramp.evaluation.evaluation import Condition, Evaluation
@@ -20,6 +21,7 @@ from offramp.evaluation.likelihood import Forced, log_likelihoods
 from offramp.evaluation.metrics_table import METRICS
 from offramp.evaluation.results import Interval, ScoredChoice, difference, load_results, save_results, summary
 from offramp.evaluation.tasks import score_choices, score_coqa, score_trivia, score_truthful
+from offramp.extras.report.curves import curves
 
 
 def evaluation(folder, batch: int = 1, **changed) -> Evaluation:
@@ -27,6 +29,18 @@ def evaluation(folder, batch: int = 1, **changed) -> Evaluation:
 
 
 OPEN = Condition("project", Policy((0.5,) * 3), exits_for("llama"))
+
+
+def test_modes_that_share_exits_and_fill_are_told_apart_and_drafts_need_no_exits(tmp_path) -> None:
+    exits, run = exits_for("llama"), evaluation(tmp_path)
+    drafts = [Condition("verify", None, each, consent=consent) for each in (exits, None) for consent in (None, *POINTS)]
+    conditions = [Condition(), *drafts]
+    assert len({condition.name for condition in conditions}) == len(conditions)
+    results = [run.run(condition) for condition in conditions]
+    assert len(run.files) == len(conditions)
+    assert [result.condition.fill for result in results] == [None, *["verify", "close", "close:2"] * 2]
+    assert len(curves(results)) == len(conditions)
+    assert [result.summary["token_f1"].mean for result in (results[1], results[4])] == [1.0, 1.0]
 
 
 def test_a_result_is_what_the_engine_gives(tmp_path) -> None:

@@ -74,14 +74,31 @@ def test_a_mode_may_name_a_point() -> None:
     assert early
     policies = [Policy((threshold,) * 3) for threshold in (0.9, 0.3)]
     early.calibration = {
-        "tested": [{"policy": asdict(each), "loss": 0.0, "flops_saved": 0.0, "passed": True} for each in policies]
+        "tested": [
+            {"policy": asdict(each), "loss": 0.0, "flops_saved": 0.0, "passed": passed}
+            for each, passed in zip(policies, (True, False), strict=True)
+        ]
     }
     assert [model.engine(mode).consent for mode in ("close", "close:1", "close:2")] == [POINTS[0], *POINTS]
     assert [model.generate(PROMPT, mode, max_tokens=2).mode for mode in ("close:1", "close:2")] == ["close", "close:2"]
-    assert [model.engine(f"early:{number}").policy for number in (1, 2)] == policies
+    assert model.engine("early:1").policy == policies[0]
+    with pytest.warns(UserWarning, match="point 2 did not pass its test"):
+        assert model.engine("early:2").policy == policies[1]
     assert model.engine("early").policy == early.policy
     wrong = {"close:3": "no point 3", "early:3": "no point 3"}
-    for mode in ("exact:1", "full:1", "close:0", "close:", "early:-1", "close:x", "close:1:2", "close:²"):
+    for mode in (
+        "exact:1",
+        "full:1",
+        "close:0",
+        "close:",
+        "early:-1",
+        "close:x",
+        "close:1:2",
+        "close:²",
+        "close:01",
+        "close:٢",
+        "early:1000",
+    ):
         wrong[mode] = "There is no mode"
     for mode, why in wrong.items():
         with pytest.raises(BadInput, match=why):

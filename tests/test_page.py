@@ -159,6 +159,7 @@ def test_a_close_answer_says_what_full_depth_thinks_of_its_drafts(page) -> None:
     page.keyboard.press("Enter")
     page.wait_for_selector(".error")
     assert "draws none" in page.text_content(".error")
+    assert "status of 400" in page.wrong.pop()
 
 
 def test_a_token_says_what_it_came_from_and_what_full_depth_would_say(page) -> None:

@@ -190,8 +190,9 @@ def test_a_sketch_of_the_head_is_not_called_full_depth() -> None:
     exits.calibration = {**calibration((exits.policy, True)), "fill": "project"}
     usual = Engine(backbone, exits)
     menu = Menu(backbone, ExitSet(exits), usual)
-    assert menu.describe()["usual"] == "early"
-    assert menu.engine("early") is usual
+    assert menu.describe()["usual"] == "early:1"
+    assert menu.engine("early") is menu.engine("early:1") is menu.engine(None) is usual
+    assert menu.engine("close:1") is menu.engine("close") is not menu.engine("close:2")
     assert menu.engine("full").is_full
     assert menu.guarantee(usual) == {"loss": "f1", "risk": 0.05, "delta": 0.1}
     assert menu.guarantee(menu.engine("full")) is None
@@ -316,7 +317,10 @@ def test_an_answer_fits_a_schema_with_drafts_too(served: Served) -> None:
         ({"extra_body": {"offramp": {"mode": "early:9"}}}, openai.BadRequestError, "no calibrated points"),
         ({"extra_body": {"offramp": {"mode": "exact:1"}}}, openai.BadRequestError, "of close and early"),
         ({"extra_body": {"offramp": {"mode": "close"}}, "temperature": 1}, openai.BadRequestError, "draws none"),
-        ({"extra_body": {"offramp": {"mode": "close"}}, "logprobs": True}, openai.BadRequestError, "no logprobs"),
+        ({"extra_body": {"offramp": {"mode": "close"}}, "logprobs": True}, openai.BadRequestError, "nor logprobs"),
+        ({"extra_body": {"offramp": {"mode": "close"}}, "temperature": 1, "stream": True},
+         openai.BadRequestError, "draws none"),
+        ({"extra_body": {"offramp": {"mode": "close:" + "0" * 5000 + "1"}}}, openai.BadRequestError, "no mode"),
         ({"extra_body": {"offramp": {"fill": "copy"}}}, openai.BadRequestError, "offramp.fill"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
          openai.BadRequestError, "schema"),

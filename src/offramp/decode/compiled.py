@@ -98,7 +98,10 @@ class CompiledStepper:
             sequence, sampler = request.sequence, sampler_of(request.choose)
             assert sampler
             assert isinstance(sequence.state, Session)
-            lane = Lane(sequence.state, sequence.ids, request.remaining, sampler, request.ends, request.reads_all)
+            lane = Lane(
+                sequence.state, sequence.ids, sequence.prompt, request.remaining, sampler, request.ends, request.reads_all,
+                request.regret,
+            )  # fmt: skip
             if self._keeps_deep:
                 sequence.deep = self._deep(sequence.deep)
                 lane.keep_deep(sequence.deep)
@@ -139,7 +142,7 @@ class CompiledStepper:
             )
             for d in lane.decided()
         ]
-        sequence.run = lane.given.run
+        sequence.run, request.regret = lane.given.run, lane.given.regret
         sequence.ids += [decision.id for decision in decisions]
         if decisions:
             sequence.deep_passes, sequence.rejected = decisions[-1].deep_passes, decisions[-1].rejected

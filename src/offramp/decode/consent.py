@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from offramp.errors import BadInput
-from offramp.model.compiled.library import AHEAD
+from offramp.model.compiled.library import AHEAD, MOST_DRAFTS
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Consent:
 
     `share`: of the likeliest token's probability, in (0, 1); `regret`: nats a token, on average. `rows`: what 0, 1, … more
     rows of a pass cost, in steps of full depth. These costs decide what is drafted, and drafts decide what is said: so they
-    are part of the rule, and not the machine's own.
+    are part of the rule, and not the machine's own. Empty: those of the first machine that was measured.
     """
 
     share: float
@@ -39,6 +39,8 @@ class Consent:
                 f"Full depth cannot consent to a share of {self.share} with a regret of {self.regret}.",
                 "Give a share between 0 and 1, such as 0.5, and a regret of 0 or more, such as 0.03.",
             )
+        if self.rows and (len(self.rows) != MOST_DRAFTS + 1 or not all(0 <= cost < math.inf for cost in self.rows)):
+            raise BadInput("The costs of rows are not those of 0 to 31 more rows.", "Leave them out.")
 
     @cached_property
     def token_regret(self) -> float:

@@ -7,6 +7,8 @@ line, Python, the server and its page, transformers and llm. Two modes have poin
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -84,7 +86,7 @@ def parted(mode: str) -> tuple[str, int | None]:
         raise BadInput(f"There is no mode '{mode}'.", f"Choose from {', '.join(MODES)}.")
     if not colon:
         return name, None
-    if name not in ("close", "early") or not number.isdecimal() or not 0 < int(number) < 1000:
+    if name not in ("close", "early") or not re.fullmatch("[1-9][0-9]{0,2}", number):
         raise BadInput(f"There is no mode '{mode}'.", "Points are numbers from 1 on, of close and early: close:2, early:3.")
     return name, int(number)
 
@@ -142,8 +144,10 @@ def settled(mode: str, exits: ExitSet, backbone: Backbone, fill: str | None = No
         consent = _point(POINTS, name, point or 1) if name == "close" else None
         return Way(exits.drafting, fill or "verify", consent=consent)
     early = exits.require_early(backbone)
-    policy = None if point is None else _point(points_of(early.calibration), name, point).policy
-    return Way(early, fill or str(early.calibration.get("fill", USUAL_FILL)), policy)
+    tested = None if point is None else _point(points_of(early.calibration), name, point)
+    if tested and not tested.passed:
+        warnings.warn(f"The calibration's point {point} did not pass its test, so it guarantees nothing.", stacklevel=4)
+    return Way(early, fill or str(early.calibration.get("fill", USUAL_FILL)), tested.policy if tested else None)
 
 
 def _point(points: Sequence[_Point], mode: str, number: int) -> _Point:

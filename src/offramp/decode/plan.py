@@ -22,7 +22,7 @@ from offramp.decode.sequence import Work
 from offramp.decode.stepper import Stepper
 from offramp.decode.timing import Timed, untimed
 from offramp.errors import BadInput
-from offramp.exits.calibrated import differences
+from offramp.exits.calibrated import differences, points_of
 from offramp.exits.exits import Exit, Exits
 from offramp.exits.parts import ExitPart, with_products
 from offramp.exits.policy import Policy
@@ -89,7 +89,9 @@ class Plan:
         self._reference = Reference(self)
         self._exits, self._runtime = exits, backbone.runtime
         self.compiled: Stepper | None = CompiledStepper.of(self, exits)
-        self._calibration: dict[str, Any] = exits.calibration if exits and policy is None else {}
+        known = exits.calibration if exits else {}
+        tested = policy is None or policy in [point.policy for point in points_of(known)]
+        self._calibration: dict[str, Any] = known if tested else {}
         self._sample(sampling or Sampling())
 
     def _sample(self, sampling: Sampling | Choose) -> None:
@@ -104,11 +106,14 @@ class Plan:
         sampler = sampler_of(choose)
         if self.consent and sampler is None:
             raise BadInput(
-                "The mode close chooses tokens by settings alone, and reports no logprobs.", "Use the mode exact."
+                "The mode close chooses by temperature and repetition penalty alone: neither other processors nor logprobs "
+                "go with it.",
+                "Use the mode exact.",
             )
         if self.consent and sampler and sampler.temperature:
             raise BadInput(
-                "The mode close takes the most probable tokens, and draws none.", "Set the temperature to 0, or use exact."
+                "The mode close takes the most probable tokens, and draws none.",
+                "Set the temperature to 0 (in transformers: do_sample=False), or use the mode exact.",
             )
 
     def _open(self, exits: Exits | None) -> None:

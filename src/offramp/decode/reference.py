@@ -112,7 +112,9 @@ def set_out(plan: Plan, request: Request, round: Round | None) -> Climb:
     if not round:
         return Climb(request, len(ids), may_leave=sequence.pending < plan.max_pending)
     # A grammar cannot say what may follow a draft before full depth has decided about the draft.
-    most = 0 if plan.drafts is None or hasattr(request.choose, "allowed") else min(plan.drafts.most, request.remaining - 1)
+    most = 0
+    if plan.drafts and not hasattr(request.choose, "allowed"):
+        most = min(plan.drafts.most, request.remaining - (not plan.consent))
     while len(sequence.drafts) < most:
         guess = round.next(ids)
         if guess.source == Source.EXIT:
@@ -232,16 +234,20 @@ def compare(plan: Plan, climb: Climb, logits: Tensor) -> list[Decision]:
             break
         climb.request.regret += regret
         drafts[stood] = replace(drafts[stood], regret=regret)
-    sequence.deep = climb.deep(stood - len(logits))
+    newest = Decision(id, plan.backbone.n_blocks, None)
     rejected = drafts[stood:]
+    if stood and stood == climb.request.remaining:  # with consent, a draft may be the last token that is wanted
+        stood -= 1
+        newest = drafts[stood]
+    sequence.deep = climb.deep(stood - len(logits))
     sequence.deep_passes += 1
     sequence.rejected += len(rejected)
-    if rejected:
+    if stood < len(drafts):
         with plan.timed("rollback"):
             sequence.crop(first + stood)
-    sequence.ids.append(id)
-    work = climb.work.plus(*(draft.work for draft in rejected))
-    decisions = [*drafts[:stood], Decision(id, plan.backbone.n_blocks, None, work)]
+    sequence.ids.append(newest.id)
+    work = newest.work.plus(climb.work, *(draft.work for draft in rejected))
+    decisions = [*drafts[:stood], replace(newest, work=work)]
     if climb.round:
         climb.round.learn([decision.id for decision in decisions])
     return [replace(each, deep_passes=sequence.deep_passes, rejected=sequence.rejected) for each in decisions]

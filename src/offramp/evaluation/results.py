@@ -50,8 +50,9 @@ class ModelInfo:
 class ConditionInfo:
     """How answers were decoded. All but the name is None for full depth.
 
-    `gate` is the kind of the exits' gates. `calibration` is the record of the exits' own policy, which is empty if that was
-    not calibrated. It is None if the user chose the policy. `label` says which exits these are.
+    `fill`: its name, or the mode close with its point. `gate` is the kind of the exits' gates.
+    `calibration` is the record of the exits' own policy, which is empty if that was not calibrated. It is None if the user
+    chose the policy. `label` says which exits these are.
     """
 
     name: str

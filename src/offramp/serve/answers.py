@@ -229,6 +229,7 @@ class Server:
                 choose = Grammar(self.backbone.tokenizer, schema, len(ids), choose)
             recorder = None if most_logprobs is None else Recorder(choose, most_logprobs)
             tell = partial(self._tell, loop, arrived, number)
+            engine.check_choose(recorder or choose)
             job = Job(engine, ids, limits, recorder or choose, tell, borders, bytes=size)
             made.append(Choice(asked.offramp.ids, used, job, recorder))
         made[0].job.twins = [choice.job for choice in made[1:]]

@@ -24,7 +24,9 @@ class Menu:
         self.backbone, self.exits, self.usual = backbone, exits, usual
         self.modes = tuple(dict.fromkeys((*exits.modes(backbone), parted(usual.mode)[0])))
         self.points = points_of(exits.early.calibration) if exits.early and "early" in self.modes else []
-        self._made = {usual.mode: usual}
+        same = [number for number, point in enumerate(self.points, 1) if point.policy == usual.policy]
+        self._usual = f"early:{same[0]}" if usual.mode == "early" and same else usual.mode
+        self._made = {_key(usual.mode): usual, _key(self._usual): usual}
 
     def engine(self, mode: str | None) -> Engine:
         """The engine of a mode, perhaps with a point: `close:2`. Raises `BadInput`."""
@@ -32,9 +34,10 @@ class Menu:
             return self.usual
         if parted(mode)[0] not in self.modes:
             raise BadInput(f"There is no mode '{mode}' here.", f"Choose from {', '.join(self.modes)}.")
-        if mode not in self._made:
-            self._made[mode] = Engine(self.backbone, self.exits, mode=mode)
-        return self._made[mode]
+        key = _key(mode)
+        if key not in self._made:
+            self._made[key] = Engine(self.backbone, self.exits, mode=mode)
+        return self._made[key]
 
     def guarantee(self, engine: Engine, **used: Any) -> dict[str, Any] | None:
         """The guarantee for an engine's answers that are `used` in this way (see `exits.calibrated.differences`).
@@ -61,7 +64,7 @@ class Menu:
         return {
             "blocks": self.backbone.n_blocks,
             "modes": [asdict(mode) | {"promise": mode.promised(promised)} for mode in map(MODES.__getitem__, self.modes)],
-            "usual": self.usual.mode,
+            "usual": self._usual,
             "points": {
                 "close": [{"share": point.share, "regret": point.regret} for point in POINTS],
                 "early": [
@@ -71,3 +74,8 @@ class Menu:
             },
             "tested": {name: tested.get(name) for name in ("max_tokens",)},
         }
+
+
+def _key(mode: str) -> str:
+    """The one name of a mode and its point: `close:1` is `close`."""
+    return "close" if mode == "close:1" else mode

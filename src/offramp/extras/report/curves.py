@@ -21,10 +21,12 @@ def curves(results: list[Result]) -> list[tuple[str, list[Result]]]:
 
     def label(result: Result) -> str:
         condition, policy = result.condition, result.condition.policy
-        if policy is None:
+        if condition.fill is None:
             return "full depth"
+        if policy is None:
+            return condition.name
         extras = [] if own(result) else policy.extras
-        words = ", ".join([condition.fill or "", policy.confidence_name(condition.gate or ""), *extras])
+        words = ", ".join([condition.fill, policy.confidence_name(condition.gate or ""), *extras])
         return f"{condition.label}: {words}" if condition.label else words
 
     return sorted(

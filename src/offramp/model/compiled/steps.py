@@ -75,16 +75,27 @@ class Lane:
     """A request to the library: a text and its session. What it holds stays at its place between calls."""
 
     def __init__(
-        self, session: Session, ids: Sequence[int], most: int, settings: Settings, ends: Tensor, whole: bool
+        self,
+        session: Session,
+        ids: Sequence[int],
+        prompt: int,
+        most: int,
+        settings: Settings,
+        ends: Tensor,
+        whole: bool,
+        regret: float,
     ) -> None:
-        """`most`: the tokens that may be decided in all; `ends` (n,): those that end the text, int64."""
+        """`prompt`: how many of the ids are not the answer's; `most`: the tokens that may be decided in all; `ends` (n,):
+        those that end the text, int64; `regret`: that of the answer so far.
+        """
         self._session, self._ends = session, ends
         self._ids = (c_int64 * (len(ids) + most + 1))(*ids)
         self._decisions = (CDecision * min(most, MOST_ROUNDS * (MOST_DRAFTS + 1)))()
         self._allowed = np.zeros(0, np.uint32)
         self.given = CRequest(
-            ids=addressof(self._ids), known=len(ids), prompt=len(ids), ends=ends.data_ptr(), ends_count=len(ends),
+            ids=addressof(self._ids), known=len(ids), prompt=prompt, ends=ends.data_ptr(), ends_count=len(ends),
             how=CSampling.of(settings), whole=whole, decisions=addressof(self._decisions),
+            regret=regret,
         )  # fmt: skip
 
     def keep_deep(self, deep: Tensor) -> None:

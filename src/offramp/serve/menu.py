@@ -22,7 +22,7 @@ class Menu:
 
     def __init__(self, backbone: Backbone, exits: ExitSet, usual: Engine) -> None:
         self.backbone, self.exits, self.usual = backbone, exits, usual
-        self.modes = tuple(dict.fromkeys((*exits.modes(backbone), parted(usual.mode)[0])))
+        self.modes = tuple(dict.fromkeys((*exits.modes(backbone), "close" if usual.consent else usual.mode)))
         self.points = points_of(exits.early.calibration) if exits.early and "early" in self.modes else []
         same = [number for number, point in enumerate(self.points, 1) if point.policy == usual.policy]
         self._usual = f"early:{same[0]}" if usual.mode == "early" and same else usual.mode

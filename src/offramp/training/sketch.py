@@ -24,7 +24,7 @@ from offramp.training.teacher import TeacherText, lengths_of
 DIMS, CANDIDATES = (64, 128, 192, 256), (2048, 4096, 8192)  # to choose from
 MISSED = 0.005  # the largest share of own tokens that are not among the candidates
 MEASURED = 4000  # tokens that show what is missed
-STEPS, EPOCHS = 200, 4  # steps, or epochs if they are fewer; more change little
+STEPS, EPOCHS = 800, 4  # steps, or epochs if they are fewer; more change little
 CLOSEST = 500  # texts for the first map
 RATE = 0.01  # learning rate, as a share of the mean size of the entries
 

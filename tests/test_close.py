@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -10,12 +11,17 @@ import torch
 
 from helpers import NEAR, TAILS, costing, modest_exits, some_prompts
 from models import COMPILED, compiled_only, tiny
-from offramp import Engine, Policy
+from offramp import Engine, Exits, ExitSet, Policy
 from offramp.decode import row_costs
-from offramp.decode.consent import AHEAD, Consent
+from offramp.decode.consent import AHEAD, POINTS, Consent
 from offramp.decode.request import Generation, Talk, Token
 from offramp.decode.sampling import Sampling
-from offramp.errors import BadInput
+from offramp.errors import BadInput, CorruptFile
+from offramp.exits.calibrated import CloseCalibration
+from offramp.training.config import CalibrationConfig
+from offramp.training.consenting import calibrate_close, nlls
+from offramp.training.losses import Question
+from offramp.training.risk import bets, proved_at
 
 RULES = Consent(0.5, 0.03), Consent(0.05, 2.0), Consent(0.9, 100.0), Consent(0.01, 0.0)
 
@@ -163,3 +169,83 @@ def test_what_cannot_be_consented_to_is_refused() -> None:
     for share, regret in ((0.0, 1.0), (1.0, 1.0), (0.5, -1.0), (0.5, math.inf), (math.nan, 1.0)):
         with pytest.raises(BadInput, match="cannot consent"):
             Consent(share, regret)
+
+
+@torch.inference_mode()
+def test_the_nll_of_an_answer_is_the_librarys() -> None:
+    engine = close("llama", Consent(0.05, 1.0))
+    prompts = some_prompts(3)
+    made = engine.generate_batch(prompts, max_tokens=9)
+    for nll, prompt, answer in zip(nlls(tiny("llama"), prompts, made), prompts, made, strict=True):
+        logp = tiny("llama").forward(torch.tensor([prompt + answer.ids]))[0].log_softmax(-1)
+        wanted = [-float(logp[len(prompt) - 1 + place, id]) for place, id in enumerate(answer.ids)]
+        assert nll == pytest.approx(sum(wanted) / len(wanted), abs=NEAR)
+
+
+def test_a_bet_against_a_true_claim_seldom_wins_and_one_against_a_false_claim_soon_does() -> None:
+    def won(mean: float, count: int) -> list[int | None]:
+        found = []
+        for seed in range(300):
+            dice = random.Random(seed)
+            values = [min(1.0, max(0.0, dice.gauss(mean, 0.1))) for _ in range(count)]
+            found.append(proved_at(bets(values, 0.5, 0.1), 0.1))
+        return found
+
+    assert sum(each is not None for each in won(0.5, 150)) <= 0.1 * 300
+    assert sum(each is not None for each in won(0.55, 150)) <= 3
+    below = won(0.45, 150)
+    assert None not in below
+    assert 5 < sorted(map(int, filter(None, below)))[150] < 100
+    assert bets([0.0, 1.0], 0.5, 0.1)[0] > 0 > bets([1.0, 0.0], 0.5, 0.1)[0]
+    assert min(bets([1.0] * 500, 0.01, 0.1)) > -math.inf  # no bet loses all
+
+
+def calibrated(**changed) -> tuple[Exits, CloseCalibration]:
+    exits = modest_exits("llama", 0, "linear", "linear", TAILS)
+    exits.policy = Policy((0.0, 0.3, 1.0), "max-prob")
+    config = CalibrationConfig(**{"risk": 0.5, "delta": 0.2, "max_tokens": 6, **changed})
+    questions = [Question(f"Prompt {number}", ("x",)) for number in range(24)]
+    return exits, calibrate_close(tiny("llama"), exits, questions, config)
+
+
+def test_a_calibration_of_close_keeps_the_points_that_pass_and_their_costs_of_rows(tmp_path, monkeypatch) -> None:
+    exits, record = calibrated()
+    assert [test.passed for test in record.tested] == [True, True]
+    assert [(test.share, test.regret) for test in record.tested] == [(point.share, point.regret) for point in POINTS]
+    assert all(0 < (test.needed or 0) <= record.n == 24 for test in record.tested)
+    ExitSet(draft=exits).save(tmp_path)
+    monkeypatch.setattr(row_costs, "processor", lambda: "another")
+    found = ExitSet.load(tmp_path, tiny("llama"))
+    for number, point in enumerate(POINTS, start=1):
+        engine = Engine(tiny("llama"), found, mode=f"close:{number}")
+        assert engine.consent == Consent(point.share, point.regret, record.tested[number - 1].rows)
+        assert engine.mode == ("close" if number == 1 else "close:2")
+    assert Engine(tiny("llama"), found, mode="exact").consent is None
+
+    _, record = calibrated(risk=1e-6)
+    assert [test.passed for test in record.tested] == [False]
+    assert not record.passed
+    assert calibrated(loss="task")[1].tested[0].loss >= 0
+
+
+@pytest.mark.parametrize("damage", [{"rows": [0.1]}, {"rows": "cheap"}, {"share": "half"}])
+def test_a_damaged_record_of_close_is_refused(tmp_path, damage) -> None:
+    exits, _ = calibrated()
+    ExitSet(draft=exits).save(tmp_path)
+    file = tmp_path / "draft" / "offramp.json"
+    record = json.loads(file.read_text("utf-8"))
+    record["calibration"]["tested"][0] |= damage
+    file.write_text(json.dumps(record))
+    with pytest.raises(CorruptFile, match="damaged"):
+        Engine(tiny("llama"), ExitSet.load(tmp_path, tiny("llama")), mode="close")
+
+
+def test_close_is_calibrated_for_likelihood_or_a_task() -> None:
+    with pytest.raises(BadInput, match="says little"):
+        calibrated(loss="f1")
+    with pytest.raises(BadInput, match="delta of 2"):
+        calibrated(delta=2)
+    with pytest.raises(BadInput, match="too few"):
+        calibrated(loss="task", risk=0.01)
+    with pytest.raises(BadInput, match="too few"):
+        calibrated(loss="task", risk=1e-9)

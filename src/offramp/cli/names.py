@@ -16,7 +16,6 @@ NAMES = {
     "gates": "exits.gates.GATES",
     "readouts": "exits.readouts.READOUTS",
     "fills": "decode.fills.FILLS",
-    "early_fills": "decode.fills.EARLY",
     "modes": "decode.modes.MODES",
     "formats": "model.compiled.formats.FORMATS",
     "losses": "training.losses.LOSSES",

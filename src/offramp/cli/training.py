@@ -67,6 +67,7 @@ def calibrate(
     ],
     *,
     decoding: Annotated[DecodingOptions, Only("exits", "dtype")],
+    mode: Annotated[str, typer.Option(help="The mode to calibrate: close or early.")] = "early",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for the calibrated exits (default: that of --exits)."),
@@ -74,26 +75,37 @@ def calibrate(
     config: CalibrationConfig,
     as_json: Json = False,
 ) -> None:
-    """Set the exits' thresholds so that answers differ by at most RISK on average, with probability 1 − DELTA."""
-    from offramp.cli.terminal import calibration_table
+    """Let answers differ by at most RISK on average, with probability 1 − DELTA: early's thresholds, or close's points."""
+    from offramp.cli.terminal import calibration_table, close_table
+    from offramp.exits.calibrated import Calibration, CloseCalibration
     from offramp.exits.exit_set import no_exits
     from offramp.exits.sharing import on_the_hub
     from offramp.training.calibration import calibrate as calibrate_exits
+    from offramp.training.consenting import calibrate_close
     from offramp.training.losses import read_questions
 
+    if mode not in ("close", "early"):
+        raise BadInput(f"There is nothing to calibrate in a mode '{mode}'.", "Choose close or early.")
     folder = output or (Path(decoding.exits) if decoding.exits and not on_the_hub(decoding.exits) else None)
     if folder is None:
         raise BadInput("There is no folder to keep the thresholds in.", "Name one: --exits DIR, or -o DIR for a new one.")
     questions = read_questions(prompts)
     loaded = decoding.load(model)
-    backbone, exits = loaded.backbone, loaded.exits.early
+    backbone, close = loaded.backbone, mode == "close"
+    exits = loaded.exits.drafting if close else loaded.exits.early
     if exits is None:
         raise no_exits(backbone)
+    record: CloseCalibration | Calibration
     with alone_in(folder), progress_bars() as progress:
-        record = calibrate_exits(backbone, exits, questions, config, progress=progress)
+        if close:
+            record = calibrate_close(backbone, exits, questions, config, progress)
+        else:
+            record = calibrate_exits(backbone, exits, questions, config, progress=progress)
         loaded.exits.save(folder)
     if as_json:
         print(json.dumps({"model": backbone.name, "exits": str(folder), **exits.calibration, "passed": record.passed}))
+    elif isinstance(record, CloseCalibration):
+        close_table(record)
     else:
         calibration_table(record, exits, folder)
 

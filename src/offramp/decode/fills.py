@@ -167,8 +167,6 @@ class Verify(Defer):
 
 FILLS: dict[str, type[Fill]] = {fill.name: fill for fill in (Project, Copy, Freeze, Defer, Verify)}
 
-EARLY = [name for name, fill in FILLS.items() if not fill.verifies]  # the fills with which exits decide
-
 
 def fill_named(name: str) -> type[Fill]:
     """The class of the fill with this name. Raises `BadInput` for an unknown name."""

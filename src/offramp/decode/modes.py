@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 from offramp.decode.consent import POINTS, Consent
 from offramp.decode.drafts import DraftRule, accepted_by, asking_cost
 from offramp.decode.fills import FILLS, fill_named
 from offramp.decode.row_costs import row_costs
-from offramp.errors import BadInput
+from offramp.errors import BadInput, CorruptFile
 from offramp.exits.calibrated import points_of
 from offramp.exits.exit_set import ExitSet
 from offramp.exits.exits import Exits
@@ -142,12 +142,24 @@ def settled(mode: str, exits: ExitSet, backbone: Backbone, fill: str | None = No
         if exits.drafting and not exits.drafting.owner.fits(backbone):
             raise exits.drafting.owner.mismatch(backbone, "The exits")
         consent = _point(POINTS, name, point or 1) if name == "close" else None
-        return Way(exits.drafting, fill or "verify", consent=consent)
+        return Way(exits.drafting, fill or "verify", consent=consent and _calibrated(consent, exits.drafting, backbone))
     early = exits.require_early(backbone)
     tested = None if point is None else _point(points_of(early.calibration), name, point)
     if tested and not tested.passed:
         warnings.warn(f"The calibration's point {point} did not pass its test, so it guarantees nothing.", stacklevel=4)
     return Way(early, fill or str(early.calibration.get("fill", USUAL_FILL)), tested.policy if tested else None)
+
+
+def _calibrated(point: Consent, exits: Exits | None, backbone: Backbone) -> Consent:
+    """A point of `close` with the costs of rows by which it was calibrated for these weights, if it was."""
+    known = exits.calibration if exits and exits.owner.owns_weights_of(backbone) else {}
+    try:
+        for each in known.get("tested", []) if known.get("weights") == backbone.weight_format else []:
+            if (each.get("share"), each.get("regret")) == (point.share, point.regret):
+                return replace(point, rows=tuple(each["rows"]))
+    except (KeyError, TypeError, BadInput) as error:
+        raise CorruptFile(f"The exits' calibration is damaged: {error!r}.", "Calibrate again.") from error
+    return point
 
 
 def _point(points: Sequence[_Point], mode: str, number: int) -> _Point:

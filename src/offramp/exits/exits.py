@@ -47,11 +47,11 @@ class Exits:
 
     `owner` is the model that they learned from, and `weight_format` the format that its weights ran in. `policy` is the
     default one. `training` records how the exits were made. `calibration` records the guarantee of `policy` (see
-    `training.calibration`); it is empty without one. `elsewhere` holds the records for other formats of weights, by format:
-    loading chooses that of the backbone. `shortlist` (n,): the tokens that are read out, rising; None for all.
-    `sketch`: two maps, reduce (k, D) and expand (D, k). The head reads expand · reduce · h in place of the hidden state h,
-    so the head times `expand` is a small matrix (`offramp.training.sketch`). `ngrams`: a table of the tokens that often
-    follow a few others in the model's own answers.
+    `training.calibration`), or of the mode close with these drafts (`training.consenting`); it is empty without one.
+    `elsewhere` holds the records for other formats of weights, by format: loading chooses that of the backbone.
+    `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and expand
+    (D, k). The head reads expand · reduce · h in place of the hidden state h, so the head times `expand` is a small matrix
+    (`offramp.training.sketch`). `ngrams`: a table of the tokens that often follow a few others in the model's own answers.
     """
 
     config: ExitsConfig
@@ -151,7 +151,9 @@ class Exits:
             return
         kept = {str(each["weights"]): each for each in (*self.elsewhere.values(), self.calibration) if "weights" in each}
         self.elsewhere = {format: each for format, each in kept.items() if format != calibration["weights"]}
-        self.calibration, self.policy = calibration, Policy.from_json(calibration["policy"])
+        self.calibration = calibration
+        if "policy" in calibration:  # that of `close` has points, and no policy
+            self.policy = Policy.from_json(calibration["policy"])
 
     def _take(self, file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> None:
         """Take the weights and tables that a file held."""

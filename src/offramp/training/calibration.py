@@ -132,6 +132,7 @@ def calibrations(
     The exits do not change. The rest is as in `calibrate`. Also raises `BadInput` for configs that differ in other
     settings.
     """
+    configs = [replace(each, loss=each.loss or "f1") for each in configs]
     config = configs[0]
     for each in configs:
         _check(questions, each)
@@ -323,30 +324,33 @@ def _check_unknown(exits: Exits, prompts: list[str], pilot: int) -> None:
 
 
 def _check(questions: list[Question], config: CalibrationConfig) -> None:
-    for name, value in (("risk", config.risk), ("delta", config.delta)):
-        if not 0 < value < 1:
-            raise BadInput(f"A {name} of {value} is not between 0 and 1.", "0.05 is usual.")
-    if config.loss not in LOSSES:
-        raise BadInput(f"There is no loss '{config.loss}'.", f"Choose from {', '.join(LOSSES)}.")
     if config.kind == "precision" and config.confidence not in (None, "gate"):
         raise BadInput(
             f"Policies of the kind 'precision' need the gate, not {config.confidence}.", "Add --policy thresholds."
         )
+    if config.loss not in LOSSES:
+        raise BadInput(f"There is no loss '{config.loss}'.", f"Choose from {', '.join(LOSSES)}.")
     if fill_named(config.fill).verifies:
         raise BadInput(
             "With 'verify', answers are the full model's own, so there is nothing to calibrate.",
-            "Its thresholds only change the speed: offramp bench --compare full,exact --threshold …",
+            "Its thresholds only change the speed: offramp bench --compare full,exact",
         )
+    check_questions(questions, config, 1.0 if config.retest else 1 - PILOT)
+
+
+def check_questions(questions: list[Question], config: CalibrationConfig, share: float = 1.0) -> None:
+    """Raises `BadInput` for settings that make no sense, and for questions that cannot be tested on; `share` is tested."""
+    for name, value in (("risk", config.risk), ("delta", config.delta)):
+        if not 0 < value < 1:
+            raise BadInput(f"A {name} of {value} is not between 0 and 1.", "0.05 is usual.")
     if config.max_tokens < 1:
         raise BadInput(f"{config.max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
     needed = prompts_needed(0.0, config.risk, config.delta)
-    assert needed is not None
-    share = 1 if config.retest else 1 - PILOT
-    if len(questions) * share < needed:
+    if config.loss != "nll" and (needed is None or len(questions) * share < needed):
         raise BadInput(
             f"{len(questions)} prompts are too few: even if no answer differed, they could not show a risk of "
             f"{config.risk}.",
-            f"Give at least {math.ceil(needed / share) + 1}.",
+            f"Give at least {math.ceil(needed / share) + 1}." if needed else "Give a higher risk, such as 0.05.",
         )
     if config.loss == "task":
         if not all(question.references or question.program for question in questions):

@@ -452,6 +452,10 @@ def test_close_is_calibrated_with_the_exits_that_draft(world) -> None:
     assert (record["passed"], len(record["tested"])) == (False, 1)
     answer = json.loads(run(world, "generate", "model", "Hi", "--exits", "close", "--mode", "close:2", "--json").stdout)
     assert answer["mode"] == "close:2"
+    run(world, "generate", "model", "Hi", "--exits", "close", "--mode", "exact", "--threshold", "0.5", "--max-tokens", "2")
+    before = (world / "exits" / "offramp.json").read_bytes()
+    assert "only decide" in run(world, "calibrate", *arguments, "--exits", "exits", code=1).stderr
+    assert (world / "exits" / "offramp.json").read_bytes() == before
 
 
 def test_exits_of_the_hub_are_calibrated_into_a_folder_that_is_named(world, monkeypatch) -> None:

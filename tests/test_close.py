@@ -18,6 +18,7 @@ from offramp.decode.request import Generation, Talk, Token
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile
 from offramp.exits.calibrated import CloseCalibration
+from offramp.exits.learned import TRAINED, hashes_of
 from offramp.training.config import CalibrationConfig
 from offramp.training.consenting import calibrate_close, nlls
 from offramp.training.losses import Question
@@ -200,8 +201,8 @@ def test_a_bet_against_a_true_claim_seldom_wins_and_one_against_a_false_claim_so
     assert min(bets([1.0] * 500, 0.01, 0.1)) > -math.inf  # no bet loses all
 
 
-def calibrated(**changed) -> tuple[Exits, CloseCalibration]:
-    exits = modest_exits("llama", 0, "linear", "linear", TAILS)
+def calibrated(exits: Exits | None = None, **changed) -> tuple[Exits, CloseCalibration]:
+    exits = exits or modest_exits("llama", 0, "linear", "linear", TAILS)
     exits.policy = Policy((0.0, 0.3, 1.0), "max-prob")
     config = CalibrationConfig(**{"risk": 0.5, "delta": 0.2, "max_tokens": 6, **changed})
     questions = [Question(f"Prompt {number}", ("x",)) for number in range(24)]
@@ -243,6 +244,10 @@ def test_a_damaged_record_of_close_is_refused(tmp_path, damage) -> None:
 def test_close_is_calibrated_for_likelihood_or_a_task() -> None:
     with pytest.raises(BadInput, match="says little"):
         calibrated(loss="f1")
+    learned = modest_exits("llama", 0, "linear", "linear", TAILS)
+    learned.training = {TRAINED: hashes_of(["Prompt 3"])}
+    with pytest.raises(BadInput, match="1 of the 24 prompts were used to train"):
+        calibrated(exits=learned)
     with pytest.raises(BadInput, match="delta of 2"):
         calibrated(delta=2)
     with pytest.raises(BadInput, match="too few"):

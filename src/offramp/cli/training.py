@@ -92,7 +92,9 @@ def calibrate(
     questions = read_questions(prompts)
     loaded = decoding.load(model)
     backbone, close = loaded.backbone, mode == "close"
-    exits = loaded.exits.drafting if close else loaded.exits.early
+    if close and loaded.exits.early and not loaded.exits.draft:  # its record would take the place of early's
+        raise BadInput("These exits only decide: close needs an exit that drafts.", "Train one: offramp train --draft")
+    exits = loaded.exits.draft if close else loaded.exits.early
     if exits is None:
         raise no_exits(backbone)
     record: CloseCalibration | Calibration

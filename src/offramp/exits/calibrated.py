@@ -124,7 +124,12 @@ class Point:
 
 
 def points_of(calibration: dict[str, Any]) -> list[Point]:
-    """The points that a calibration tested. Raises `CorruptFile` if its record is not complete."""
+    """The points of `early` that a calibration tested; none if it is one of `close`.
+
+    Raises `CorruptFile` if its record is not complete.
+    """
+    if calibration.get("mode") == "close":
+        return []
     try:
         return [
             Point(Policy.from_json(each["policy"]), each["loss"], each["flops_saved"], each["passed"])

@@ -149,7 +149,7 @@ def calibrations(
     written = written_path(exits) if config.retest else None
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
     pilot = 0 if written else max(1, round(PILOT * len(questions)))
-    _check_unknown(exits, [question.prompt for question in questions], pilot)
+    check_unknown(exits, [question.prompt for question in questions], pilot)
     trial = _Trial.begin(backbone, exits, questions, pilot, config, reference or backbone, progress)
     if written:
         return [trial.calibrated(written, each) for each in configs]
@@ -299,7 +299,7 @@ def answers(
     return [answered[index] for index in range(len(prompts))]
 
 
-def _check_unknown(exits: Exits, prompts: list[str], pilot: int) -> None:
+def check_unknown(exits: Exits, prompts: list[str], pilot: int) -> None:
     """Raises `BadInput` for prompts that exits, gates or an earlier path learned from; warns if the record lacks them.
 
     The first prompts are those of the `pilot`, which may use an earlier one's prompts again.

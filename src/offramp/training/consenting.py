@@ -30,7 +30,7 @@ from offramp.exits.exits import Exits
 from offramp.files import sha256_of_text
 from offramp.model.backbone import Backbone, HasBackbone, backbone_of
 from offramp.progress import Progress, silent
-from offramp.training.calibration import answers, check_questions
+from offramp.training.calibration import answers, check_questions, check_unknown
 from offramp.training.config import CalibrationConfig
 from offramp.training.losses import LOSSES, Question
 from offramp.training.risk import bets, p_value, proved_at
@@ -54,6 +54,7 @@ def calibrate_close(
     check_questions(questions, config)
     if config.loss not in ("nll", "task"):
         raise BadInput(f"The loss '{config.loss}' says little of the mode close.", "Choose nll or task.")
+    check_unknown(exits, [question.prompt for question in questions], 0)
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
     ids = [backbone.prompts.encode(question.prompt, config.raw) for question in questions]
     rows, tested = row_costs(backbone), list[CloseTested]()

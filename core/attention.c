@@ -32,22 +32,19 @@ static void store_row(const Attention *a, float *row, int64_t queries, const flo
             to_bfloat16((uint16_t *)place + i, load_up_to(row + i, kept - i), kept - i);
 }
 
-// Input norm, and the projections to `queries` query heads (all or none), keys and values. Keys and values
-// are stored.
+// The projections to `queries` query heads (all or none), keys and values. Keys and values are stored.
 static void project(const Attention *a, Worker *w, const MemoryAt *memory, int64_t queries) {
     const Tokens *tokens = &w->tokens;
     const Buffers *b = &w->buffers;
-    const int64_t D = w->model->hidden, P = a->dim, H = a->heads, all_rows = a->qkv.rows, R = tokens->count;
+    const int64_t P = a->dim, H = a->heads, all_rows = a->qkv.rows, R = tokens->count;
     const int64_t skip = (a->queries - queries) * P;
-    const Rows rows =
-        a->norm_first ? prepare_normed(w->hand, &a->qkv, tokens->h, floats(a->norm), a->eps, R, b->x, b->room)
-                      : prepare(w->hand, &a->qkv, tokens->h, D, R, b->room);
-    multiply(w->hand, &a->qkv, rows, R, (Out){b->mixed, all_rows, 0}, skip, all_rows);
+    const Rows rows = enter_part(w, &a->around, &a->qkv);
+    multiply(w->hand, &a->qkv, rows, R, (Out){b->qkv, all_rows, 0}, skip, all_rows);
     EACH_PIECE(r, w->hand, R) {
         const KeysAt *keys = &memory[tokens->sequences[r]].keys;
         char *place = keys->places + tokens->positions[r] * 2 * H * P * (keys->half ? 2 : 4);
         const float *turn = a->rotary ? tokens->rotary + tokens->positions[r] * P : NULL;
-        store_row(a, b->mixed + r * all_rows + skip, queries, turn, place, keys->half);
+        store_row(a, b->qkv + r * all_rows + skip, queries, turn, place, keys->half);
     }
 }
 
@@ -100,7 +97,7 @@ static void attend(const Attention *a, const Worker *w, const KeysAt *at, Run ru
                                    next, ahead / (PIECE / EIGHT)};
                 const Softmax so_far = {all_rows.most + r * group, all_rows.total + r * group,
                                         all_rows.out + r * group * P};
-                const float *q = w->buffers.mixed + (run.first + r) * a->qkv.rows + head * group * P;
+                const float *q = w->buffers.qkv + (run.first + r) * a->qkv.rows + head * group * P;
                 if (first < last) attend_group(q, &seen, first, last, so_far, group, (int)at->half);
             }
         }
@@ -203,37 +200,26 @@ static Rows attend_few(const Attention *a, Worker *w, const MemoryAt *memory) {
     return rows;
 }
 
-// Norms rows x (R, D) and adds them to h.
-static void add_normed(Worker *w, const float *norm, float eps, const float *from, float *x) {
-    const int64_t D = w->model->hidden;
-    float *h = w->tokens.h;
-    EACH_PIECE(r, w->hand, w->tokens.count) {
-        rms_norm(from + r * D, norm, eps, x + r * D, D);
-        for (int64_t k = 0; k < D; k++) h[r * D + k] += x[r * D + k];
-    }
-}
-
-void attention_run(const Attention *a, Worker *w, const MemoryAt *memory) {
-    const Buffers *b = &w->buffers;
-    const int64_t D = w->model->hidden, R = w->tokens.count;
-    float *out = a->norm_first ? w->tokens.h : b->inner;
+void attention_project(const Attention *a, Worker *w, const MemoryAt *memory) {
     project(a, w, memory, a->queries);
-    if (!w->few) attend_many(a, w, memory);
-    const Rows rows =
-        w->few ? attend_few(a, w, memory) : prepare(w->hand, &a->o, b->x, a->queries * a->dim, R, b->room);
-    multiply(w->hand, &a->o, rows, R, (Out){out, D, (int)a->norm_first}, 0, D);
-    if (!a->norm_first) add_normed(w, floats(a->norm), a->eps, out, b->x);
 }
 
 void attention_remember(const Attention *a, Worker *w, const MemoryAt *memory) { project(a, w, memory, 0); }
 
+void attention_run(const Attention *a, Worker *w, const MemoryAt *memory) {
+    const Buffers *b = &w->buffers;
+    const int64_t R = w->tokens.count;
+    if (!w->few) attend_many(a, w, memory);
+    const Rows rows =
+        w->few ? attend_few(a, w, memory) : prepare(w->hand, &a->o, b->x, a->queries * a->dim, R, b->room);
+    leave_part(w, &a->around, &a->o, rows, b->inner);
+}
+
 void mlp_run(const Mlp *m, Worker *w) {
     const Buffers *b = &w->buffers;
-    const int64_t D = w->model->hidden, W = m->down.columns, R = w->tokens.count;
-    float *h = w->tokens.h, *inner = b->inner, *out = m->norm_first ? h : b->x;
-    Rows rows = m->norm_first
-                    ? prepare_normed(w->hand, &m->gate_up, h, floats(m->norm), m->eps, R, b->x, b->room)
-                    : prepare(w->hand, &m->gate_up, h, D, R, b->room);
+    const int64_t W = m->down.columns, R = w->tokens.count;
+    float *inner = b->inner;
+    Rows rows = enter_part(w, &m->around, &m->gate_up);
     const Division d = divided(w->hand, W, unit_of(&m->gate_up));
     EACH_PIECE(i, w->hand, d.pieces) {
         int64_t from, to;
@@ -243,6 +229,5 @@ void mlp_run(const Mlp *m, Worker *w) {
             times_silu(inner + r * 2 * W + W + from, inner + r * 2 * W + from, to - from);
     }
     rows = prepare(w->hand, &m->down, inner + W, 2 * W, R, b->room);
-    multiply(w->hand, &m->down, rows, R, (Out){out, D, (int)m->norm_first}, 0, D);
-    if (!m->norm_first) add_normed(w, floats(m->norm), m->eps, out, b->x);
+    leave_part(w, &m->around, &m->down, rows, b->x);
 }

@@ -1,23 +1,24 @@
 #include "blocks.h"
 
 #include "attention.h"
-#include "mamba2.h"
+#include "mixers.h"
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena *arena) {
     const int64_t D = model->hidden, few = min_(rows, EIGHT);
-    int64_t x = D, mixed = 0, conv = 0, inner = D, widest = D, parts = 0, own = 0;
+    int64_t x = D, qkv = 0, in = 0, conv = 0, inner = D, widest = D, parts = 0, own = 0;
     for (int64_t i = 0; i < model->count; i++) {
         const Block *b = model->blocks + i;
         if (b->attends) {
             const Attention *a = &b->attention;
             x = larger(x, a->o.columns), widest = larger(widest, a->o.columns),
-            mixed = larger(mixed, a->qkv.rows);
+            qkv = larger(qkv, a->qkv.rows);
             parts = larger(parts, attention_parts(a, end)), own = larger(own, attention_local(a));
-        } else {
-            const Mamba2 *m = &b->mamba2;
-            x = larger(x, m->inner), widest = larger(widest, m->inner), mixed = larger(mixed, m->in.rows);
+        }
+        if (b->mixes) {
+            const Mixer *m = &b->mixer;
+            x = larger(x, m->inner), widest = larger(widest, m->inner), in = larger(in, m->in.rows);
             conv = larger(conv, m->channels);
         }
         if (!b->has_mlp) continue;
@@ -26,7 +27,8 @@ Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena
     own = (own + 15) / 16 * 16;
     return (Buffers){
         .x = take_floats(arena, rows * x),
-        .mixed = take_floats(arena, rows * mixed),
+        .qkv = take_floats(arena, rows * qkv),
+        .in = take_floats(arena, rows * in),
         .conv = take_floats(arena, rows * conv),
         .inner = take_floats(arena, rows * inner),
         .room = take_floats(arena, narrow_room(rows, widest)),
@@ -41,14 +43,40 @@ Worker worker_of(const offramp_model *model, const Tokens *tokens, const Buffers
         .model = model, .tokens = *tokens, .buffers = *buffers, .hand = hand, .few = tokens->count <= EIGHT};
 }
 
+Rows enter_part(Worker *w, const Around *a, const Weight *first) {
+    const Buffers *b = &w->buffers;
+    const float *h = w->tokens.h, *norm = floats(a->norm);
+    return norm ? prepare_normed(w->hand, first, h, norm, a->eps, w->tokens.count, b->x, b->room)
+                : prepare(w->hand, first, h, first->columns, w->tokens.count, b->room);
+}
+
+void leave_part(Worker *w, const Around *a, const Weight *last, Rows rows, float *unused) {
+    const int64_t D = last->rows, R = w->tokens.count;
+    const float *after = floats(a->after);
+    float *h = w->tokens.h;
+    const int at_once = !after && a->factor == 1;
+    multiply(w->hand, last, rows, R, (Out){at_once ? h : unused, D, at_once}, 0, D);
+    if (at_once) return;
+    EACH_PIECE(r, w->hand, R) {
+        float *y = unused + r * D;
+        if (after) rms_norm(y, after, a->eps, y, D);
+        for (int64_t k = 0; k < D; k++) h[r * D + k] += a->factor * y[k];
+    }
+}
+
+// Attention and a mixer side by side both read h before one of them changes it.
+static void run_mixers(const Block *b, Worker *w, const MemoryAt *memory) {
+    if (b->attends) attention_project(&b->attention, w, memory);
+    if (b->mixes) mixer_project(&b->mixer, w);
+    if (b->attends) attention_run(&b->attention, w, memory);
+    if (b->mixes) mixer_run(&b->mixer, w, memory);
+}
+
 void run_blocks(Worker *w, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences) {
     for (int64_t i = start; i < stop; i++) {
         const Block *b = w->model->blocks + i;
         const MemoryAt *own = memory + i * sequences;
-        if (b->attends)
-            attention_run(&b->attention, w, own);
-        else
-            mamba2_run(&b->mamba2, w, own);
+        run_mixers(b, w, own);
         if (b->has_mlp) mlp_run(&b->mlp, w);
     }
 }
@@ -58,10 +86,8 @@ void remember_blocks(Worker *w, int64_t start, int64_t stop, const MemoryAt *mem
     for (int64_t i = start; i < stop; i++) {
         const Block *b = w->model->blocks + i;
         const MemoryAt *own = memory + i * sequences;
-        if (b->attends)
-            attention_remember(&b->attention, w, own);
-        else if (!keys)
-            mamba2_remember(&b->mamba2, w, own);
+        if (b->attends) attention_remember(&b->attention, w, own);
+        if (b->mixes && !keys) mixer_remember(&b->mixer, w, own);
     }
 }
 
@@ -78,17 +104,19 @@ typedef struct {
     MemoryAt *memory;
 } Call;
 
-MemoryAt mixed_at(const Mamba2 *shape, const Mixed *m) {
+StateAt state_at(const Mixer *shape, const Mixed *m) {
     float *notes = m->watched ? m->journal + (m->length - m->since) * note_floats(shape) : NULL;
-    return (MemoryAt){.state = {m->window, m->h, notes, m->stands ? m->old_h : m->h}};
+    return (StateAt){m->window, m->h, notes, m->stands ? m->old_h : m->h};
 }
 
 MemoryAt memory_at(const offramp_session *s, int64_t i) {
     const Block *b = s->model->blocks + i;
     const Memory *memory = s->blocks + i;
-    if (!b->attends) return mixed_at(&b->mamba2, &memory->mixed);
     const Keys *keys = &memory->keys;
-    return (MemoryAt){.keys = {keys->buffer - keys->base * place_bytes(s, &b->attention), s->half}};
+    MemoryAt found = {{NULL, 0}, {NULL, NULL, NULL, NULL}};
+    if (b->attends) found.keys = (KeysAt){keys->buffer - keys->base * place_bytes(s, &b->attention), s->half};
+    if (b->mixes) found.state = state_at(&b->mixer, &memory->mixed);
+    return found;
 }
 
 static void lay_call(void *context, Arena *arena) {

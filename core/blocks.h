@@ -28,14 +28,17 @@ typedef struct {
     const float *h;
 } StateAt;
 
-typedef union {
+// The memory of one block for one sequence. Of a block with attention alone, `keys` counts, and of one with a mixer
+// alone, `state`.
+typedef struct {
     KeysAt keys;
     StateAt state;
 } MemoryAt;
 
-// Memory that the threads of a call share, and for each thread `own` floats of `local`.
+// Memory that the threads of a call share, and for each thread `own` floats of `local`. `qkv` and `in` are the
+// projections of attention and of a mixer.
 typedef struct {
-    float *x, *mixed, *conv, *inner, *room, *parts, *local;
+    float *x, *qkv, *in, *conv, *inner, *room, *parts, *local;
     int64_t own;
 } Buffers;
 
@@ -53,6 +56,13 @@ Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena
 
 Worker worker_of(const offramp_model *model, const Tokens *tokens, const Buffers *buffers, Hand *hand);
 
+// The rows of h as the first weight of a part takes them: normed, if a norm stands before the part.
+Rows enter_part(Worker *worker, const Around *around, const Weight *first);
+
+// Multiplies a part's rows with its last weight, and adds the results to h: normed, if a norm stands after the part,
+// and times its factor. `unused` is room for (count, D).
+void leave_part(Worker *worker, const Around *around, const Weight *last, Rows rows, float *unused);
+
 // Runs the worker's rows through blocks `start` to `stop` - 1. `memory` has entries for each of N blocks and
 // `sequences` sequences. With `remember_blocks`, the blocks only remember the rows; with `keys`, only blocks
 // with attention do.
@@ -60,6 +70,6 @@ void run_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *mem
 void remember_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
                      int keys);
 
-// A session's keys of block i, and its memory of a mixer.
+// A session's memory of block i, and a memory of a mixer.
 MemoryAt memory_at(const offramp_session *session, int64_t i);
-MemoryAt mixed_at(const Mamba2 *shape, const Mixed *mixed);
+StateAt state_at(const Mixer *shape, const Mixed *mixed);

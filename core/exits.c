@@ -1,6 +1,6 @@
 #include "exits.h"
 
-#include "mamba2.h"
+#include "mixers.h"
 
 enum { MOST_SPREADS = 8 };
 
@@ -48,14 +48,14 @@ void ask_gates(Hand *hand, const Gate *gate, const float *h, int64_t R, const Ga
 }
 
 GateRoom room_for_mamba_gates(const MambaGate *gate, int64_t R, Arena *arena) {
-    const Mamba2 *m = &gate->mixer;
+    const Mixer *m = &gate->mixer;
     const int64_t D = gate->down.columns, W = gate->down.rows, E = m->inner;
     return (GateRoom){
         .x = take_floats(arena, R * D),
         .act = take_floats(arena, R * W),
         .narrow = take_floats(arena, narrow_room(R, D)),
         .mixer = {.x = take_floats(arena, R * E),
-                  .mixed = take_floats(arena, R * m->in.rows),
+                  .in = take_floats(arena, R * m->in.rows),
                   .conv = take_floats(arena, R * m->channels),
                   .room = take_floats(arena, narrow_room(R, W > E ? W : E))},
     };
@@ -75,7 +75,9 @@ void ask_mamba_gates(Hand *hand, const MambaGate *gate, const float *h, int64_t 
     multiply(hand, down, rows, R, (Out){room->act, W, 0}, 0, W);
     Worker worker = {
         .tokens = {.h = room->act, .count = R, .sequences = sequences}, .buffers = room->mixer, .hand = hand};
-    mamba2_mix(&gate->mixer, &worker, memory, (Out){logits, 1, 1});
+    mixer_project(&gate->mixer, &worker);
+    worker.tokens.h = logits;
+    mixer_run(&gate->mixer, &worker, memory);
 }
 
 // Read-outs ---------------------------------------------------------------------------------------

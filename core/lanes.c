@@ -32,7 +32,7 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
         const int64_t length = offramp_session_length(session, i);
         // A block may have fewer tokens: those that wait are not in deeper blocks yet, and fills may leave
         // states of mixers as they were.
-        int64_t least = model->blocks[i].attends ? r->run : 0;
+        int64_t least = model->blocks[i].mixes ? 0 : r->run;
         if (plan->waits) least = r->run - waiting(session);
         NEED(length >= least && length <= r->run,
              "Block %lld has taken in %lld tokens, but the text has %lld.", (long long)i, (long long)length,
@@ -55,8 +55,8 @@ offramp_status prepare_session(const offramp_plan *plan, const offramp_request *
     for (int64_t i = 0; whole && i < plan->model->count; i++) {
         const Block *b = plan->model->blocks + i;
         whole = make_room(session, i, r->run, r->run + rows_of_call(plan, r, rounds));
-        if (whole && !b->attends && (plan->takes_back || r->allowed))
-            whole = prepare_watch(&b->mamba2, &session->blocks[i].mixed, 2 * room);
+        if (whole && b->mixes && (plan->takes_back || r->allowed))
+            whole = prepare_watch(&b->mixer, &session->blocks[i].mixed, 2 * room);
     }
     for (int64_t e = 0; whole && e < count; e++)
         if (plan->mixers[e]) whole = prepare_watch(plan->mixers[e], session->exits.gates + e, 2 * room);
@@ -163,13 +163,13 @@ int begin_round(Lanes *l) {
 }
 
 static Mixed *mixed_of(const Lanes *l, const Lane *lane, int64_t i) {
-    return l->plan->model->blocks[i].attends ? NULL : &lane->session->blocks[i].mixed;
+    return l->plan->model->blocks[i].mixes ? &lane->session->blocks[i].mixed : NULL;
 }
 
 void enter_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop) {
     for (int64_t i = start; i < stop; i++) {
         Mixed *m = mixed_of(l, lane, i);
-        const Mamba2 *shape = &l->plan->model->blocks[i].mamba2;
+        const Mixer *shape = &l->plan->model->blocks[i].mixer;
         if (!m) continue;
         // The exact states replace those that tokens put into the tails' blocks when they left early.
         if (m->watched && m->length > first_of(lane)) crop_mixed(shape, m, first_of(lane));
@@ -188,7 +188,7 @@ void enter_ahead(const Lanes *l, Lane *lane, int64_t start, int64_t stop) {
     if (!l->plan->takes_back && !lane->request->allowed) return;
     for (int64_t i = start; i < stop; i++) {
         Mixed *m = mixed_of(l, lane, i);
-        if (m) begin_watch(&l->plan->model->blocks[i].mamba2, m);
+        if (m) begin_watch(&l->plan->model->blocks[i].mixer, m);
     }
 }
 
@@ -203,13 +203,8 @@ double threshold_of(const Lanes *l, const Lane *lane, double threshold) {
 // Forgets the newest token in the tail of the exit.
 static void take_back(const Lanes *l, Lane *lane) {
     const int64_t N = depth_of(l), tail = exit_of(l, lane)->tail;
-    for (int64_t i = N - tail; i < N; i++) {
-        Mixed *m = mixed_of(l, lane, i);
-        if (m)
-            crop_mixed(&l->plan->model->blocks[i].mamba2, m, m->length - 1);
-        else
-            lane->session->blocks[i].keys.length--;
-    }
+    for (int64_t i = N - tail; i < N; i++)
+        forget_tokens(lane->session, i, offramp_session_length(lane->session, i) - 1);
 }
 
 static void fail_lane(Lane *lane, int64_t why) {
@@ -297,14 +292,7 @@ void pass_exit(Lanes *l, Lane *lane, const float *state) {
 
 // Forgets every token from position `length` on.
 static void forget(const Lanes *l, Lane *lane, int64_t length) {
-    for (int64_t i = 0; i < depth_of(l); i++) {
-        Mixed *m = mixed_of(l, lane, i);
-        Keys *keys = &lane->session->blocks[i].keys;
-        if (!m)
-            keys->length = min_(keys->length, length);
-        else if (m->length > length)
-            crop_mixed(&l->plan->model->blocks[i].mamba2, m, length);
-    }
+    for (int64_t i = 0; i < depth_of(l); i++) forget_tokens(lane->session, i, length);
     for (int64_t e = 0; e < l->plan->rules.count; e++) {
         Mixed *gate = lane->session->exits.gates + e;
         if (l->plan->mixers[e] && gate->length > length) crop_mixed(l->plan->mixers[e], gate, length);

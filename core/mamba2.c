@@ -1,7 +1,7 @@
 // D hidden size, E inner width (H heads of P dims), G groups, N state size, W the convolution's width, C = E
 // + 2GN channels.
 
-#include "mamba2.h"
+#include "mixers.h"
 
 #include "replay.h"
 
@@ -20,7 +20,7 @@ typedef struct {
 
 // Moves V vectors of one row of a state, from column n on (one vector may be cut short), from `old` to
 // `state` over T tokens, and adds to the sums for y.
-ALWAYS void advance_row(const Mamba2 *m, const float *old, float *state, int64_t n, const float *in,
+ALWAYS void advance_row(const Mixer *m, const float *old, float *state, int64_t n, const float *in,
                         const Fed *fed, int64_t T, vf *sums, const int V) {
     vf v[REGISTERS];
 #pragma GCC unroll 8
@@ -44,7 +44,7 @@ ALWAYS void advance_row(const Mamba2 *m, const float *old, float *state, int64_t
 // The recurrence for T tokens and one head: the state (P, N) after `old`, which may be the same place; each y
 // becomes C h + D x. Never inlined, so that a replay repeats it bit for bit. A row of the state stays in
 // registers for all tokens.
-static __attribute__((noinline)) void advance(const Mamba2 *m, const float *old, float *state, const Fed *fed,
+static __attribute__((noinline)) void advance(const Mixer *m, const float *old, float *state, const Fed *fed,
                                               int64_t T, float skip) {
     const int64_t N = m->states;
     for (int64_t p = 0; p < m->dim; p++, old += N, state += N) {
@@ -62,7 +62,7 @@ static __attribute__((noinline)) void advance(const Mamba2 *m, const float *old,
 }
 
 // A note of one row, the `t`-th of a run, for the journal of a memory; NULL where none is taken.
-static float *note_of(const Mamba2 *m, const StateAt *state, int64_t t) {
+static float *note_of(const Mixer *m, const StateAt *state, int64_t t) {
     return state->notes ? state->notes + t * note_floats(m) : NULL;
 }
 
@@ -73,18 +73,14 @@ static int64_t run_of(const Tokens *tokens, int64_t r) {
     return rows;
 }
 
-// Norm, if there is one, and input projection, without its first `skip` rows.
-static void project_in(const Mamba2 *m, Worker *w, int64_t skip) {
-    const Buffers *b = &w->buffers;
-    const int64_t R = w->tokens.count;
-    const float *h = w->tokens.h, *norm = floats(m->norm);
-    const Rows rows = norm ? prepare_normed(w->hand, &m->in, h, norm, m->eps, R, b->x, b->room)
-                           : prepare(w->hand, &m->in, h, m->in.columns, R, b->room);
-    multiply(w->hand, &m->in, rows, R, (Out){b->mixed, m->in.rows, 0}, skip, m->in.rows);
+// The input projection, without its first `skip` rows.
+static void project_in(const Mixer *m, Worker *w, int64_t skip) {
+    const Rows rows = enter_part(w, &m->around, &m->in);
+    multiply(w->hand, &m->in, rows, w->tokens.count, (Out){w->buffers.in, m->in.rows, 0}, skip, m->in.rows);
 }
 
 // The convolution of x, B and C, and SiLU, for channels `from` to `to` - 1. Updates the windows.
-static void convolve(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int64_t from, int64_t to) {
+static void convolve(const Mixer *m, const Worker *w, const MemoryAt *memory, int64_t from, int64_t to) {
     const int64_t C = m->channels, W = m->taps, A = m->in.rows;
     const float *bias = floats(m->conv_bias), *conv = floats(m->conv);
     int64_t rows;
@@ -92,7 +88,7 @@ static void convolve(const Mamba2 *m, const Worker *w, const MemoryAt *memory, i
         rows = run_of(&w->tokens, first);
         const StateAt *state = &memory[w->tokens.sequences[first]].state;
         float *window = state->window;
-        const float *in = w->buffers.mixed + first * A + m->inner;
+        const float *in = w->buffers.in + first * A + m->inner;
         // Input t of the run; those before it, t < 0, are in the window.
 #define INPUT(t) ((t) < 0 ? window + (W - 1 + (t)) * C : in + (t) * A)
         for (int64_t t = 0; t < rows; t++) {
@@ -117,7 +113,7 @@ static void convolve(const Mamba2 *m, const Worker *w, const MemoryAt *memory, i
 }
 
 // The recurrence of heads `from` to `to` - 1. Updates the states. With `gated`, x receives y · silu(z).
-static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int gated, int64_t from,
+static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int gated, int64_t from,
                   int64_t to) {
     const int64_t P = m->dim, G = m->groups, N = m->states, E = m->inner, C = m->channels, A = m->in.rows;
     const float *dt_bias = floats(m->dt_bias), *decay = floats(m->decay), *skip = floats(m->skip);
@@ -130,7 +126,7 @@ static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int 
                 T = min_(TOKENS, begin + rows - first);
                 Fed fed;
                 for (int64_t t = 0; t < T; t++) {
-                    const float *in = w->buffers.mixed + (first + t) * A + E + C,
+                    const float *in = w->buffers.in + (first + t) * A + E + C,
                                 *conv = w->buffers.conv + (first + t) * C;
                     float dt = softplus(in[head] + dt_bias[head]),
                           *note = note_of(m, state, first - begin + t);
@@ -144,13 +140,13 @@ static void recur(const Mamba2 *m, const Worker *w, const MemoryAt *memory, int 
                 const float *old = first == begin ? state->h : state->fresh;
                 advance(m, old + head * P * N, state->fresh + head * P * N, &fed, T, skip[head]);
                 for (int64_t t = 0; gated && t < T; t++)
-                    times_silu(fed.y[t], w->buffers.mixed + (first + t) * A + head * P, P);
+                    times_silu(fed.y[t], w->buffers.in + (first + t) * A + head * P, P);
             }
         }
 }
 
 // Convolution and recurrence, shared out.
-static void advance_memories(const Mamba2 *m, Worker *w, const MemoryAt *memory, int gated) {
+static void advance_memories(const Mixer *m, Worker *w, const MemoryAt *memory, int gated) {
     const Division channels = divided(w->hand, m->channels, LANES), heads = divided(w->hand, m->heads, 1);
     int64_t from, to;
     EACH_PIECE(piece, w->hand, channels.pieces) {
@@ -163,8 +159,8 @@ static void advance_memories(const Mamba2 *m, Worker *w, const MemoryAt *memory,
     }
 }
 
-// The norm over each group, and the output projection.
-static void project_out(const Mamba2 *m, Worker *w, Out out) {
+// The norm over each group. Returns the rows for the output projection.
+static Rows outputs(const Mixer *m, Worker *w) {
     const int64_t E = m->inner, each = E / m->groups, R = w->tokens.count;
     float *x = w->buffers.x;
     const Rows rows = rows_of(&m->out, x, E, R, w->buffers.room);
@@ -175,25 +171,22 @@ static void project_out(const Mamba2 *m, Worker *w, Out out) {
         }
         make_narrow(&rows, r);
     }
-    multiply(w->hand, &m->out, rows, R, out, 0, m->out.rows);
+    return rows;
 }
 
-void mamba2_mix(const Mamba2 *m, Worker *w, const MemoryAt *memory, Out out) {
-    project_in(m, w, 0);
+void mixer_project(const Mixer *m, Worker *w) { project_in(m, w, 0); }
+
+void mixer_run(const Mixer *m, Worker *w, const MemoryAt *memory) {
     advance_memories(m, w, memory, 1);
-    project_out(m, w, out);
+    leave_part(w, &m->around, &m->out, outputs(m, w), w->buffers.inner);
 }
 
-void mamba2_run(const Mamba2 *m, Worker *w, const MemoryAt *memory) {
-    mamba2_mix(m, w, memory, (Out){w->tokens.h, m->out.rows, 1});
-}
-
-void mamba2_remember(const Mamba2 *m, Worker *w, const MemoryAt *memory) {
+void mixer_remember(const Mixer *m, Worker *w, const MemoryAt *memory) {
     project_in(m, w, m->inner);
     advance_memories(m, w, memory, 0);
 }
 
-void mamba2_replay(const Mamba2 *m, float *h, const float *journal, int64_t R) {
+void mixer_replay(const Mixer *m, float *h, const float *journal, int64_t R) {
     const int64_t H = m->heads, P = m->dim, G = m->groups, N = m->states, C = m->channels;
     for (int64_t head = 0; head < H; head++)
         for (int64_t first = 0; first < R; first += TOKENS) {
@@ -208,7 +201,7 @@ void mamba2_replay(const Mamba2 *m, float *h, const float *journal, int64_t R) {
         }
 }
 
-void mamba2_window(const Mamba2 *m, float *window, const float *old, const float *journal, int64_t R) {
+void mixer_window(const Mixer *m, float *window, const float *old, const float *journal, int64_t R) {
     const int64_t C = m->channels, W = m->taps;
     for (int64_t tap = 0; tap < W - 1; tap++) {
         const int64_t t =

@@ -30,6 +30,13 @@ static offramp_status check_ends(const offramp_part *part, offramp_error *error)
     return OFFRAMP_OK;
 }
 
+// Whether the norms around a part fit D dims. Without a factor, it is 1.
+static offramp_status check_around(Around *a, int64_t D, offramp_error *error) {
+    NEED(has(a->norm, D) && has(a->after, D), "A norm does not fit a hidden size of %lld.", (long long)D);
+    if (a->factor == 0) a->factor = 1;
+    return OFFRAMP_OK;
+}
+
 static offramp_status check_attention(const offramp_part *part, Attention *found, int64_t D,
                                       offramp_error *error) {
     if (check_kind(part, "attention", error)) return OFFRAMP_INVALID;
@@ -41,15 +48,16 @@ static offramp_status check_attention(const offramp_part *part, Attention *found
     NEED(a.queries > 0 && a.queries % H == 0 && has_shape(&a.qkv, (a.queries + 2 * H) * P, D) &&
              has_shape(&a.o, D, a.queries * P),
          "The matrices of an attention do not fit %lld heads of %lld dims.", (long long)H, (long long)P);
-    NEED(a.norm.count == D && has(a.q_norm, a.norm_heads ? P : a.queries * P) &&
-             has(a.k_norm, a.norm_heads ? P : H * P) && !a.q_norm.values == !a.k_norm.values,
+    if (check_around(&a.around, D, error)) return OFFRAMP_INVALID;
+    NEED(has(a.q_norm, a.norm_heads ? P : a.queries * P) && has(a.k_norm, a.norm_heads ? P : H * P) &&
+             !a.q_norm.values == !a.k_norm.values,
          "The norms of an attention do not fit its heads.");
     *found = a;
     return OFFRAMP_OK;
 }
 
 // Whether a mixer's shapes fit each other and so many inputs and outputs. Computes the other sizes from them.
-static offramp_status check_mixer(Mamba2 *m, int64_t inputs, int64_t outputs, offramp_error *error) {
+static offramp_status check_mamba2(Mixer *m, int64_t inputs, int64_t outputs, offramp_error *error) {
     const int64_t H = m->heads, E = m->out.columns, C = E + 2 * m->groups * m->states;
     NEED(H > 0 && H < MOST_HEADS && E % H == 0 && m->groups > 0 && H % m->groups == 0 && m->states > 0 &&
              m->states % VECTOR == 0,
@@ -64,19 +72,19 @@ static offramp_status check_mixer(Mamba2 *m, int64_t inputs, int64_t outputs, of
     return OFFRAMP_OK;
 }
 
-static offramp_status check_mamba2(const offramp_part *part, Mamba2 *found, int64_t D, offramp_error *error) {
+static offramp_status check_mixer(const offramp_part *part, Mixer *found, int64_t D, offramp_error *error) {
     if (check_kind(part, "mamba2", error)) return OFFRAMP_INVALID;
-    *found = part->mamba2;
-    NEED(found->norm.count == D, "The norm of a mixer does not fit %lld dims.", (long long)D);
-    return check_mixer(found, D, D, error);
+    *found = part->mixer;
+    if (check_around(&found->around, D, error)) return OFFRAMP_INVALID;
+    return check_mamba2(found, D, D, error);
 }
 
 static offramp_status check_mlp(const offramp_part *part, Mlp *found, int64_t D, offramp_error *error) {
     if (check_kind(part, "mlp", error)) return OFFRAMP_INVALID;
-    const Mlp m = part->mlp;
+    Mlp m = part->mlp;
     const int64_t W = m.down.columns;
-    NEED(has_shape(&m.gate_up, 2 * W, D) && has_shape(&m.down, D, W) && m.norm.count == D,
-         "The matrices of an MLP do not fit.");
+    if (check_around(&m.around, D, error)) return OFFRAMP_INVALID;
+    NEED(has_shape(&m.gate_up, 2 * W, D) && has_shape(&m.down, D, W), "The matrices of an MLP do not fit.");
     *found = m;
     return OFFRAMP_OK;
 }
@@ -95,8 +103,8 @@ offramp_status check_mamba_gate(const offramp_part *part, MambaGate *found, int6
     MambaGate g = part->mamba_gate;
     NEED(g.down.columns == D && g.mean.count == D && g.spread.count == D && g.direct.count == D,
          "A gate's shapes do not fit %lld dims.", (long long)D);
-    g.mixer.groups = 1, g.mixer.dt_high = INFINITY;
-    if (check_mixer(&g.mixer, g.down.rows, 1, error)) return OFFRAMP_INVALID;
+    g.mixer.groups = 1, g.mixer.dt_high = INFINITY, g.mixer.around.factor = 1;
+    if (check_mamba2(&g.mixer, g.down.rows, 1, error)) return OFFRAMP_INVALID;
     *found = g;
     return OFFRAMP_OK;
 }
@@ -166,16 +174,14 @@ offramp_status offramp_model_fits(const offramp_model *model, const offramp_part
     return check_guesses(part, model->vocabulary, error);
 }
 
-static offramp_status add_block(offramp_model *model, int64_t i, const offramp_part *mixer,
-                                const offramp_part *mlp, offramp_error *error) {
+static offramp_status add_block(offramp_model *model, int64_t i, const offramp_part *attention,
+                                const offramp_part *mixer, const offramp_part *mlp, offramp_error *error) {
     Block *b = model->blocks + i;
     const int64_t D = model->hidden;
-    NEED(mixer, "Block %lld has no mixer.", (long long)i);
-    b->attends = !check_kind(mixer, "attention", NULL);
-    b->has_mlp = mlp != NULL;
-    if (b->attends ? check_attention(mixer, &b->attention, D, error)
-                   : check_mamba2(mixer, &b->mamba2, D, error))
-        return OFFRAMP_INVALID;
+    NEED(attention || mixer || mlp, "Block %lld has no parts.", (long long)i);
+    b->attends = attention != NULL, b->mixes = mixer != NULL, b->has_mlp = mlp != NULL;
+    if (attention && check_attention(attention, &b->attention, D, error)) return OFFRAMP_INVALID;
+    if (mixer && check_mixer(mixer, &b->mixer, D, error)) return OFFRAMP_INVALID;
     if (mlp && check_mlp(mlp, &b->mlp, D, error)) return OFFRAMP_INVALID;
     if (!b->attends || !b->attention.rotary) return OFFRAMP_OK;
     NEED(!model->rotary_dim || model->rotary_dim == b->attention.dim,
@@ -184,8 +190,9 @@ static offramp_status add_block(offramp_model *model, int64_t i, const offramp_p
     return OFFRAMP_OK;
 }
 
-offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *const *mixers,
-                                 const offramp_part *const *mlps, int64_t blocks, offramp_error *error) {
+offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *const *attentions,
+                                 const offramp_part *const *mixers, const offramp_part *const *mlps,
+                                 int64_t blocks, offramp_error *error) {
     if (check_ends(ends, error)) return NULL;
     if (blocks < 0 || blocks > MOST_BLOCKS) {
         fail(error, OFFRAMP_INVALID, "A model cannot have %lld blocks.", (long long)blocks);
@@ -206,7 +213,8 @@ offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *c
     model->hidden = ends->ends.head.columns, model->vocabulary = ends->ends.head.rows;
     model->count = blocks, model->ends = ends->ends;
     for (int64_t i = 0; i < blocks; i++)
-        if (add_block(model, i, mixers[i], mlps ? mlps[i] : NULL, error)) {
+        if (add_block(model, i, attentions ? attentions[i] : NULL, mixers ? mixers[i] : NULL,
+                      mlps ? mlps[i] : NULL, error)) {
             offramp_model_free(model);
             return NULL;
         }

@@ -20,27 +20,34 @@ typedef struct {
     float eps;
 } Ends;
 
+// What stands around attention, a mixer or an MLP: a norm before it and one after it (or none), and a factor of what is
+// added to h.
 typedef struct {
+    Array norm, after;
+    float eps, factor;
+} Around;
+
+typedef struct {
+    Around around;
     Weight qkv, o;
-    Array norm, q_norm, k_norm;
-    int64_t heads, dim, window, rotary, norm_first, norm_heads;
-    float eps, head_eps, scale;
+    Array q_norm, k_norm;
+    int64_t heads, dim, window, rotary, norm_heads;
+    float head_eps, scale;
     int64_t queries;  // heads of queries, found from the shapes
 } Attention;
 
 typedef struct {
+    Around around;
     Weight in, out;
-    Array norm, gated_norm, conv, conv_bias, dt_bias, decay, skip;
+    Array gated_norm, conv, conv_bias, dt_bias, decay, skip;
     int64_t heads, groups, states;
-    float eps, gated_eps, dt_low, dt_high;
+    float gated_eps, dt_low, dt_high;
     int64_t dim, inner, channels, taps;  // P, E, C, and the width of the convolution, found from the shapes
-} Mamba2;
+} Mixer;
 
 typedef struct {
+    Around around;
     Weight gate_up, down;
-    Array norm;
-    int64_t norm_first;
-    float eps;
 } Mlp;
 
 typedef struct {
@@ -53,7 +60,7 @@ typedef struct {
     Weight down;
     Array mean, spread, direct;
     float bias;
-    Mamba2 mixer;  // without a norm before it, and with one output
+    Mixer mixer;  // without a norm before it, and with one output
 } MambaGate;
 
 typedef struct {
@@ -99,7 +106,7 @@ struct offramp_part {
     union {
         Ends ends;
         Attention attention;
-        Mamba2 mamba2;
+        Mixer mixer;
         Mlp mlp;
         Gate gate;
         MambaGate mamba_gate;
@@ -110,10 +117,11 @@ struct offramp_part {
     };
 };
 
+// A block: attention, a mixer or both side by side, or neither; and then an MLP, or none.
 typedef struct {
-    int attends, has_mlp;
-    Attention attention;  // where it attends, else the mixer
-    Mamba2 mamba2;
+    int attends, mixes, has_mlp;
+    Attention attention;
+    Mixer mixer;
     Mlp mlp;
 } Block;
 

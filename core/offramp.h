@@ -1,14 +1,14 @@
 // offramp: early exits for causal language models. The C library: blocks of a model, their memory of texts,
 // exits, and decoding.
 //
-// A model is put together from parts: a mixer (attention or Mamba-2) and perhaps an MLP for each block, and
-// the two ends. A part has named weights, arrays and numbers; `offramp_part_new` lists them. A session is the
+// A model is put together from parts: attention, a mixer (Mamba-2) and an MLP for each block, as far as it has
+// them, and the two ends. A part has named weights, arrays and numbers; `offramp_part_new` lists them. A session is the
 // blocks' memory of one text. A plan says at which exits tokens may leave, and what happens then.
 //
 //     offramp_part *part = offramp_part_new("mlp", &error);
 //     offramp_part_weight(part, "gate_up", &weight, &error);
 //     ...
-//     offramp_model *model = offramp_model_new(ends, mixers, mlps, blocks, &error);
+//     offramp_model *model = offramp_model_new(ends, attentions, mixers, mlps, blocks, &error);
 //     offramp_plan *plan = offramp_plan_new(model, &rules, &error);
 //     offramp_session *session = offramp_session_new(model, OFFRAMP_BFLOAT16, 256, &error);
 //     offramp_step(plan, &request, 1, 16, NULL, &error);
@@ -131,10 +131,10 @@ typedef struct offramp_part offramp_part;
 // | kind | weights | arrays |
 // |------|---------|--------|
 // | ends | head (V, D), embedding (at least V, D) | norm (D) |
-// | attention | qkv ((Q + 2H) · P, D), o (D, Q · P) | norm (D), [q_norm], [k_norm] |
-// | mamba2 | in (E + C + H, D), out (D, E) | norm (D), gated_norm (E), conv (taps, C), [conv_bias] (C), |
-// | | | dt_bias, decay, skip (H) |
-// | mlp | gate_up (2W, D), down (D, W) | norm (D) |
+// | attention | qkv ((Q + 2H) · P, D), o (D, Q · P) | [norm], [norm_after] (D), [q_norm], [k_norm] |
+// | mamba2 | in (E + C + H, D), out (D, E) | [norm], [norm_after] (D), gated_norm (E), conv (taps, C), |
+// | | | [conv_bias] (C), dt_bias, decay, skip (H) |
+// | mlp | gate_up (2W, D), down (D, W) | [norm], [norm_after] (D) |
 // | gate | in (2W, D) with out, or (1, D) | mean, spread (D), [out] (W) |
 // | mamba_gate | down (W, D), in (E + C + H, W), | mean, spread, direct (D), gated_norm (E), |
 // | | out (1, E) | conv (taps, C), [conv_bias] (C), dt_bias, decay, skip (H) |
@@ -146,18 +146,19 @@ typedef struct offramp_part offramp_part;
 // | kind | numbers |
 // |------|---------|
 // | ends | eps |
-// | attention | heads (H), dim (P), norm_first, eps, scale, [window], [rotary], [norm_heads], [head_eps] |
-// | mamba2 | heads (H), groups (G), states, eps, gated_eps, dt_low, dt_high |
-// | mlp | norm_first, eps |
+// | attention | heads (H), dim (P), eps, [factor], scale, [window], [rotary], [norm_heads], [head_eps] |
+// | mamba2 | heads (H), groups (G), states, eps, [factor], gated_eps, dt_low, dt_high |
+// | mlp | eps, [factor] |
 // | gate | bias |
 // | mamba_gate | heads (H), states, gated_eps, bias |
 // | readout | [gated] |
 // | sketch | candidates |
 // | guesses | shortest, longest |
 //
-// attention: rows of qkv are Q query heads, H key heads and H value heads of P dims; dims that the rotary
+// norm and norm_after stand before and after a part; eps is that of both. factor: what is added to the hidden state is
+// multiplied with it (without one: 1). attention: rows of qkv are Q query heads, H key heads and H value heads of P dims; dims that the rotary
 // embedding turns together stand side by side. window: tokens that a token sees, itself included (0: all).
-// rotary: 1 with positions. norm_first: 1 if norms stand before attention and MLP, 0 if after them.
+// rotary: 1 with positions.
 // norm_heads: q_norm and k_norm are (P) over each head, else over all heads. mamba2 (arXiv 2405.21060,
 // section 7): E = H · P inner dims, C = E + 2 · G · states channels; rows of in: z (E), x, B and C (C), dt
 // (H). decay is A < 0. gate, mamba_gate and readout: exits/gates.py and exits/readouts.py say what
@@ -180,9 +181,10 @@ OFFRAMP_API offramp_status offramp_part_number(offramp_part *part, const char *n
 
 typedef struct offramp_model offramp_model;
 
-// A model of these ends and of `blocks` blocks: block i has mixers[i], attention or mamba2, and then mlps[i],
-// which may be NULL. Fails if shapes do not fit each other.
-OFFRAMP_API offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *const *mixers,
+// A model of these ends and of `blocks` blocks: block i has attentions[i] and mixers[i], side by side, and then
+// mlps[i]. Some of them may be NULL, and so may tables of nothing but NULL. Fails if shapes do not fit each other.
+OFFRAMP_API offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *const *attentions,
+                                             const offramp_part *const *mixers,
                                              const offramp_part *const *mlps, int64_t blocks,
                                              offramp_error *error);
 OFFRAMP_API void offramp_model_free(offramp_model *model);

@@ -17,7 +17,7 @@ struct offramp_plan {
     offramp_rules rules;
     offramp_exit *exits;  // the rules' own
     Exit *parts;
-    const Mamba2 **mixers;  // of Mamba gates; NULL for other gates
+    const Mixer **mixers;  // of Mamba gates; NULL for other gates
     offramp_block_costs *costs;
     int64_t first_tail;           // the number of blocks before the longest tail
     int waits, takes_back;        // whether tokens wait; whether tails may have to forget tokens

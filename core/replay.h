@@ -4,8 +4,8 @@
 #include "model.h"
 
 // Repeats R rows of a journal on a state h (H, P, N), bit for bit as in the pass that wrote them.
-void mamba2_replay(const Mamba2 *m, float *h, const float *journal, int64_t R);
+void mixer_replay(const Mixer *m, float *h, const float *journal, int64_t R);
 
 // Writes the window (taps - 1, C) after R rows of a journal, whose pass began with the window `old`, to
 // another place than `old`.
-void mamba2_window(const Mamba2 *m, float *window, const float *old, const float *journal, int64_t R);
+void mixer_window(const Mixer *m, float *window, const float *old, const float *journal, int64_t R);

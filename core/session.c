@@ -34,7 +34,7 @@ static void free_mixed(Mixed *m) {
     free(m->window), free(m->h);
 }
 
-static int make_mixed(const Mamba2 *shape, Mixed *m) {
+static int make_mixed(const Mixer *shape, Mixed *m) {
     m->window = calloc(window_floats(shape), sizeof(float));
     m->h = calloc(state_floats(shape), sizeof(float));
     return m->window && m->h;
@@ -49,11 +49,8 @@ static void free_exits(AtExits *exits) {
 void offramp_session_free(offramp_session *s) {
     if (!s) return;
     for (int64_t i = 0; s->blocks && i < s->model->count; i++) {
-        Memory *memory = s->blocks + i;
-        if (block_of(s, i)->attends)
-            free(memory->keys.buffer);
-        else
-            free_mixed(&memory->mixed);
+        free(s->blocks[i].keys.buffer);
+        free_mixed(&s->blocks[i].mixed);
     }
     free_exits(&s->exits);
     offramp_model_free(s->model);
@@ -79,8 +76,7 @@ offramp_session *offramp_session_new(offramp_model *model, offramp_type keys, in
         whole = s->blocks != NULL;
     }
     for (int64_t i = 0; whole && i < model->count; i++) {
-        if (model->blocks[i].attends) continue;
-        whole = make_mixed(&model->blocks[i].mamba2, &s->blocks[i].mixed);
+        if (model->blocks[i].mixes) whole = make_mixed(&model->blocks[i].mixer, &s->blocks[i].mixed);
     }
     if (whole) return s;
     offramp_session_free(s);
@@ -112,7 +108,7 @@ static int copy_keys(const offramp_session *s, int64_t i, Keys *k) {
 }
 
 // Copies a mixer's memory to a new one.
-static int copy_mixed(const Mamba2 *shape, const Mixed *from, Mixed *to) {
+static int copy_mixed(const Mixer *shape, const Mixed *from, Mixed *to) {
     memcpy(to->window, from->window, window_floats(shape) * sizeof(float));
     memcpy(to->h, state_of(from), state_floats(shape) * sizeof(float));
     to->length = from->length;
@@ -145,9 +141,9 @@ offramp_session *offramp_session_fork(const offramp_session *s, offramp_error *e
     for (int64_t i = 0; whole && i < s->model->count; i++) {
         Memory *to = twin->blocks + i;
         const Block *b = block_of(s, i);
-        if (b->attends) to->keys.length = s->blocks[i].keys.length;
-        whole =
-            b->attends ? copy_keys(s, i, &to->keys) : copy_mixed(&b->mamba2, &s->blocks[i].mixed, &to->mixed);
+        to->keys.length = s->blocks[i].keys.length;
+        if (b->attends) whole = copy_keys(s, i, &to->keys);
+        if (whole && b->mixes) whole = copy_mixed(&b->mixer, &s->blocks[i].mixed, &to->mixed);
     }
     twin->estimates = s->estimates;
     if (whole) return twin;
@@ -162,7 +158,8 @@ void offramp_session_reserve(offramp_session *s, int64_t tokens) {
 
 int64_t offramp_session_length(const offramp_session *s, int64_t block) {
     if (block < 0 || block >= s->model->count) return -1;
-    return block_of(s, block)->attends ? s->blocks[block].keys.length : s->blocks[block].mixed.length;
+    const Block *b = block_of(s, block);
+    return b->mixes && !b->attends ? s->blocks[block].mixed.length : s->blocks[block].keys.length;
 }
 
 int64_t offramp_session_waits(const offramp_session *s, int64_t exit) {
@@ -174,7 +171,7 @@ int64_t offramp_session_first(const offramp_session *s, int64_t block) {
     return s->blocks[block].keys.base;
 }
 
-static int64_t mixed_bytes(const Mamba2 *m) {
+static int64_t mixed_bytes(const Mixer *m) {
     return (window_floats(m) + state_floats(m)) * (int64_t)sizeof(float);
 }
 
@@ -182,7 +179,8 @@ int64_t offramp_session_bytes(const offramp_session *s) {
     int64_t bytes = 0;
     for (int64_t i = 0; i < s->model->count; i++) {
         const Block *b = block_of(s, i);
-        bytes += b->attends ? needed_bytes(s, i) : mixed_bytes(&b->mamba2);
+        if (b->attends) bytes += needed_bytes(s, i);
+        if (b->mixes) bytes += mixed_bytes(&b->mixer);
     }
     return bytes;
 }
@@ -197,8 +195,8 @@ int64_t offramp_session_bytes_for(const offramp_session *s, int64_t tokens) {
     int64_t bytes = 0;
     for (int64_t i = 0; i < s->model->count; i++) {
         const Block *b = block_of(s, i);
-        bytes += b->attends ? expected(&b->attention, tokens) * place_bytes(s, &b->attention)
-                            : 2 * mixed_bytes(&b->mamba2);
+        if (b->attends) bytes += expected(&b->attention, tokens) * place_bytes(s, &b->attention);
+        if (b->mixes) bytes += 2 * mixed_bytes(&b->mixer);
     }
     return bytes;
 }
@@ -215,7 +213,7 @@ static void slide(const offramp_session *s, int64_t i, int64_t first, int64_t en
 }
 
 // Gives the journal room for `count` more rows.
-static int lengthen_journal(const Mamba2 *shape, Mixed *m, int64_t count) {
+static int lengthen_journal(const Mixer *shape, Mixed *m, int64_t count) {
     const int64_t rows = (m->watched ? m->length - m->since : 0) + count;
     if (rows <= m->room) return 1;
     const int64_t room = rows > 2 * m->room ? rows : 2 * m->room;
@@ -227,10 +225,9 @@ static int lengthen_journal(const Mamba2 *shape, Mixed *m, int64_t count) {
 
 int make_room(offramp_session *s, int64_t i, int64_t first, int64_t end) {
     const Block *b = block_of(s, i);
-    if (!b->attends) {
-        Mixed *m = &s->blocks[i].mixed;
-        return !m->watched || lengthen_journal(&b->mamba2, m, end - first);
-    }
+    Mixed *m = &s->blocks[i].mixed;
+    if (b->mixes && m->watched && !lengthen_journal(&b->mixer, m, end - first)) return 0;
+    if (!b->attends) return 1;
     Keys *k = &s->blocks[i].keys;
     if (b->attention.window) slide(s, i, first, end);
     const int64_t needed = end - k->base, size = place_bytes(s, &b->attention);
@@ -251,10 +248,8 @@ void count_mixed(Mixed *m, int64_t count) {
 }
 
 void count_tokens(offramp_session *s, int64_t i, int64_t end, int64_t count) {
-    if (block_of(s, i)->attends)
-        s->blocks[i].keys.length = end;
-    else
-        count_mixed(&s->blocks[i].mixed, count);
+    s->blocks[i].keys.length = end;
+    count_mixed(&s->blocks[i].mixed, count);
 }
 
 static offramp_status check_range(const offramp_session *s, int64_t start, int64_t stop,
@@ -271,13 +266,13 @@ static offramp_status check_block(const offramp_session *s, int64_t i, offramp_e
     return OFFRAMP_OK;
 }
 
-int prepare_watch(const Mamba2 *shape, Mixed *m, int64_t rows) {
+int prepare_watch(const Mixer *shape, Mixed *m, int64_t rows) {
     if (!m->old_window) m->old_window = malloc(window_floats(shape) * sizeof(float));
     if (!m->old_h) m->old_h = malloc(state_floats(shape) * sizeof(float));
     return m->old_window && m->old_h && lengthen_journal(shape, m, rows);
 }
 
-void begin_watch(const Mamba2 *shape, Mixed *m) {
+void begin_watch(const Mixer *shape, Mixed *m) {
     if (m->watched) return;
     float *h = m->h;
     memcpy(m->old_window, m->window, window_floats(shape) * sizeof(float));
@@ -288,9 +283,9 @@ void begin_watch(const Mamba2 *shape, Mixed *m) {
 offramp_status offramp_session_watch(offramp_session *s, int64_t start, int64_t stop, offramp_error *error) {
     if (check_range(s, start, stop, error)) return OFFRAMP_INVALID;
     for (int64_t i = start; i < stop; i++) {
-        const Mamba2 *shape = &block_of(s, i)->mamba2;
+        const Mixer *shape = &block_of(s, i)->mixer;
         Mixed *m = &s->blocks[i].mixed;
-        if (block_of(s, i)->attends || m->watched) continue;
+        if (!block_of(s, i)->mixes || m->watched) continue;
         if (!prepare_watch(shape, m, 1))
             return fail(error, OFFRAMP_NO_MEMORY, "There is no memory to watch a mixer.");
         begin_watch(shape, m);
@@ -300,7 +295,7 @@ offramp_status offramp_session_watch(offramp_session *s, int64_t start, int64_t 
 
 void offramp_session_settle(offramp_session *s) {
     for (int64_t i = 0; i < s->model->count; i++)
-        if (!block_of(s, i)->attends) free_watch(&s->blocks[i].mixed);
+        if (block_of(s, i)->mixes) free_watch(&s->blocks[i].mixed);
 }
 
 int can_crop_keys(const offramp_session *s, int64_t i, int64_t length) {
@@ -311,17 +306,32 @@ int can_crop_keys(const offramp_session *s, int64_t i, int64_t length) {
 int offramp_session_can_forget(const offramp_session *s, int64_t length) {
     int can = length >= 0;
     for (int64_t i = 0; i < s->model->count; i++)
-        can &= block_of(s, i)->attends && can_crop_keys(s, i, length);
+        can &= !block_of(s, i)->mixes && can_crop_keys(s, i, length);
     return can;
 }
 
-void crop_mixed(const Mamba2 *shape, Mixed *m, int64_t length) {
+void crop_mixed(const Mixer *shape, Mixed *m, int64_t length) {
     const int64_t rows = length - m->since;
     m->length = length, m->stands = !rows;
-    mamba2_window(shape, m->window, m->old_window, m->journal, rows);
+    mixer_window(shape, m->window, m->old_window, m->journal, rows);
     if (!rows) return;
     memcpy(m->h, m->old_h, state_floats(shape) * sizeof(float));
-    mamba2_replay(shape, m->h, m->journal, rows);
+    mixer_replay(shape, m->h, m->journal, rows);
+}
+
+// The tokens that a block forgets of those from position `length` on. A fill may have given tokens to attention alone; a
+// mixer beside it forgets as many as attention does.
+static int64_t forgotten(const offramp_session *s, int64_t i, int64_t length) {
+    const int64_t gone = offramp_session_length(s, i) - length;
+    return gone > 0 ? gone : 0;
+}
+
+void forget_tokens(offramp_session *s, int64_t i, int64_t length) {
+    Memory *memory = s->blocks + i;
+    const int64_t gone = forgotten(s, i, length);
+    memory->keys.length -= gone;
+    if (block_of(s, i)->mixes && gone)
+        crop_mixed(&block_of(s, i)->mixer, &memory->mixed, memory->mixed.length - gone);
 }
 
 offramp_status offramp_session_crop(offramp_session *s, int64_t length, int64_t start, int64_t stop,
@@ -330,22 +340,14 @@ offramp_status offramp_session_crop(offramp_session *s, int64_t length, int64_t 
     NEED(length >= 0, "A text cannot have %lld tokens.", (long long)length);
     for (int64_t i = start; i < stop; i++) {
         const Mixed *m = &s->blocks[i].mixed;
-        if (block_of(s, i)->attends) {
-            NEED(can_crop_keys(s, i, length),
-                 "A window of %lld tokens no longer has the keys that position %lld sees.",
-                 (long long)block_of(s, i)->attention.window, (long long)length);
-        } else {
-            NEED(length >= m->length || (m->watched && length >= m->since),
-                 "A Mamba state cannot forget tokens that it took in without a watch.");
-        }
+        NEED(can_crop_keys(s, i, length),
+             "A window of %lld tokens no longer has the keys that position %lld sees.",
+             (long long)block_of(s, i)->attention.window, (long long)length);
+        const int64_t gone = forgotten(s, i, length);
+        NEED(!block_of(s, i)->mixes || !gone || (m->watched && m->length - gone >= m->since),
+             "A Mamba state cannot forget tokens that it took in without a watch.");
     }
-    for (int64_t i = start; i < stop; i++) {
-        Memory *memory = s->blocks + i;
-        if (block_of(s, i)->attends)
-            memory->keys.length = min_(memory->keys.length, length);
-        else if (length < memory->mixed.length)
-            crop_mixed(&block_of(s, i)->mamba2, &memory->mixed, length);
-    }
+    for (int64_t i = start; i < stop; i++) forget_tokens(s, i, length);
     return OFFRAMP_OK;
 }
 
@@ -394,15 +396,15 @@ offramp_status offramp_session_keys(const offramp_session *s, int64_t block, int
 offramp_status offramp_session_state(const offramp_session *s, int64_t block, float *window, float *h,
                                      offramp_error *error) {
     if (check_block(s, block, error)) return OFFRAMP_INVALID;
-    NEED(!block_of(s, block)->attends, "Block %lld has no mixer.", (long long)block);
-    const Mamba2 *m = &block_of(s, block)->mamba2;
+    NEED(block_of(s, block)->mixes, "Block %lld has no mixer.", (long long)block);
+    const Mixer *m = &block_of(s, block)->mixer;
     memcpy(window, s->blocks[block].mixed.window, window_floats(m) * sizeof(float));
     memcpy(h, state_of(&s->blocks[block].mixed), state_floats(m) * sizeof(float));
     return OFFRAMP_OK;
 }
 
 offramp_status check_exits(const offramp_session *s, int64_t run, int64_t plan, int64_t count,
-                           const Mamba2 *const *shapes, offramp_error *error) {
+                           const Mixer *const *shapes, offramp_error *error) {
     const AtExits *exits = &s->exits;
     const int same = exits->plan == plan;
     NEED(same || !waiting(s), "Tokens of this session wait at exits of another plan.");
@@ -414,8 +416,7 @@ offramp_status check_exits(const offramp_session *s, int64_t run, int64_t plan, 
     return OFFRAMP_OK;
 }
 
-int prepare_exits(offramp_session *s, int64_t plan, int64_t count, const Mamba2 *const *shapes,
-                  int64_t room) {
+int prepare_exits(offramp_session *s, int64_t plan, int64_t count, const Mixer *const *shapes, int64_t room) {
     AtExits *exits = &s->exits;
     if (exits->plan == plan) return 1;
     free_exits(exits);

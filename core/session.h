@@ -24,7 +24,8 @@ typedef struct {
     float *old_window, *old_h, *journal;
 } Mixed;
 
-typedef union {
+// The memory of a block: of its attention and of its mixer, as far as it has them.
+typedef struct {
     Keys keys;
     Mixed mixed;
 } Memory;
@@ -34,7 +35,7 @@ typedef union {
 // later exits are older. `run`: the number of the text's tokens that the exits have seen.
 typedef struct {
     int64_t plan, count, run;  // the plan's number (0: none), and its exits
-    const Mamba2 **shapes;
+    const Mixer **shapes;
     Mixed *gates;  // used where there is a shape
     int64_t *waits, room;
     float *waiting;
@@ -49,10 +50,10 @@ struct offramp_session {
     AtExits exits;
 };
 
-static inline int64_t window_floats(const Mamba2 *m) { return (m->taps - 1) * m->channels; }
-static inline int64_t state_floats(const Mamba2 *m) { return m->inner * m->states; }
+static inline int64_t window_floats(const Mixer *m) { return (m->taps - 1) * m->channels; }
+static inline int64_t state_floats(const Mixer *m) { return m->inner * m->states; }
 // A journal's row: the convolution's inputs and outputs, (C) each, and dt (H).
-static inline int64_t note_floats(const Mamba2 *m) { return 2 * m->channels + m->heads; }
+static inline int64_t note_floats(const Mixer *m) { return 2 * m->channels + m->heads; }
 // The bytes that a position's keys and values take.
 static inline int64_t place_bytes(const offramp_session *s, const Attention *a) {
     return 2 * a->heads * a->dim * (s->half ? 2 : 4);
@@ -64,16 +65,19 @@ int can_crop_keys(const offramp_session *session, int64_t i, int64_t length);
 // Makes room in block i for tokens at positions `first` to `end` - 1. 0 if there is no memory.
 int make_room(offramp_session *session, int64_t i, int64_t first, int64_t end);
 
-// Counts tokens that a block has taken in: its length becomes `end`, or with a mixer grows by `count`.
+// Counts tokens that a block has taken in: the length of its keys becomes `end`, and a mixer's grows by `count`.
 void count_tokens(offramp_session *session, int64_t i, int64_t end, int64_t count);
 void count_mixed(Mixed *mixed, int64_t count);
 
 // A watch of a mixer: makes room for `rows` tokens (0 if there is no memory); begins one, unless there is
 // one; ends it; and goes back, during it, to the first `length` tokens of the text.
-int prepare_watch(const Mamba2 *shape, Mixed *mixed, int64_t rows);
-void begin_watch(const Mamba2 *shape, Mixed *mixed);
+int prepare_watch(const Mixer *shape, Mixed *mixed, int64_t rows);
+void begin_watch(const Mixer *shape, Mixed *mixed);
 void end_watch(Mixed *mixed);
-void crop_mixed(const Mamba2 *shape, Mixed *mixed, int64_t length);
+void crop_mixed(const Mixer *shape, Mixed *mixed, int64_t length);
+
+// Forgets a block's tokens from position `length` on, which must be possible.
+void forget_tokens(offramp_session *session, int64_t i, int64_t length);
 
 // How many tokens wait at exits.
 static inline int64_t waiting(const offramp_session *session) {
@@ -85,8 +89,8 @@ static inline int64_t waiting(const offramp_session *session) {
 // Whether a session whose text has `run` tokens can go on with the exits of a plan, whose gates have mixers
 // of these shapes (NULL for others).
 offramp_status check_exits(const offramp_session *session, int64_t run, int64_t plan, int64_t count,
-                           const Mamba2 *const *shapes, offramp_error *error);
+                           const Mixer *const *shapes, offramp_error *error);
 
 // Prepares a session for them. `room` tokens wait at most. 0 if there is no memory.
-int prepare_exits(offramp_session *session, int64_t plan, int64_t count, const Mamba2 *const *shapes,
+int prepare_exits(offramp_session *session, int64_t plan, int64_t count, const Mixer *const *shapes,
                   int64_t room);

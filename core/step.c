@@ -166,7 +166,7 @@ static void ask(Step *s, Hand *hand, Turn *turn) {
             Mixed *m = g->who[q]->session->exits.gates + turn->exit;
             if (s->plan->rules.fill == OFFRAMP_VERIFY && !g->who[q]->request->reads)
                 begin_watch(s->plan->mixers[turn->exit], m);
-            s->gates[q] = mixed_at(s->plan->mixers[turn->exit], m);
+            s->gates[q] = (MemoryAt){.state = state_at(s->plan->mixers[turn->exit], m)};
         }
         ask_mamba_gates(hand, &exit->mamba_gate, s->h, g->tokens.count, g->tokens.sequences, s->gates, room,
                         s->logits);
@@ -239,8 +239,7 @@ static void at_exit(Step *s, Hand *hand, Turn *turn) {
     EACH_PIECE(i, hand, 1) {
         for (int64_t q = 0; fills && q < left->lanes; q++)
             for (int64_t b = filled.start; b < filled.stop; b++)
-                if (!filled.keys || s->model->blocks[b].attends)
-                    count_tokens(left->who[q]->session, b, left->who[q]->run, 1);
+                count_tokens(left->who[q]->session, b, left->who[q]->run, !filled.keys);
         for (int64_t q = 0, out = 0; q < turn->climbing.lanes; q++) {
             Lane *lane = turn->climbing.who[q];
             const int read = out < turn->reading.lanes && turn->reading.who[out] == lane;

@@ -53,7 +53,7 @@ int main(void) {
     // What a part lacks, and what does not fit, is found when a model is made of it.
     offramp_error error;
     const offramp_part *mixers[] = {mixer, mixer};  // two blocks, which here have the same weights
-    offramp_model *model = offramp_model_new(ends, mixers, NULL, 2, &error);
+    offramp_model *model = offramp_model_new(ends, NULL, mixers, NULL, 2, &error);
     offramp_session *session = model ? offramp_session_new(model, OFFRAMP_FLOAT32, MOST, &error) : NULL;
     if (!session) return fprintf(stderr, "%s\n", error.message), 1;
 

@@ -32,6 +32,7 @@ sys.path.insert(
 
 import adapters
 import agreement
+import answers
 import clients
 import code_prompts
 import context
@@ -234,6 +235,28 @@ def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:
     assert "<svg" in Path("work/trade.svg").read_text()
     found = json.loads(Path("work/trade.json").read_text())["tasks"]["triviaqa"]
     assert all(len(answers) == 4 for points in found.values() for answers in points)
+
+
+def test_answers_compares_whole_answers_in_turns_that_are_kept(world, capsys, monkeypatch) -> None:
+    # The peer is offramp itself, which stands in for others here.
+    peer = speed.Entry("", "name", ("offramp", "--dtype", "float32"))
+    monkeypatch.setitem(speed.ENTRIES, "peer", peer)
+    arguments = [str(world / "model"), "--task", "triviaqa", "--data", str(world / "trivia.jsonl"), "--dtype", "float32"]
+    arguments += ["--exits", str(world / "exits"), "--modes", "full,early,close", "--peers", "peer", "--questions", "4"]
+    for batch, turns in (("1", 4), ("3", 2)):
+        answers.main([*arguments, "--batch", batch, "--out", f"{batch}.jsonl"])
+        table = rows(capsys.readouterr().out)
+        assert table[0] == ["", *answers.COLUMNS]
+        assert [row[0] for row in table[1:]] == ["full", "early", "close", "peer"]
+        assert table[1][-2:] == ["1.000", "1.000"]
+        assert table[4][1] == "–"
+        kept = Path(f"{batch}.jsonl").read_text()
+        assert len(kept.splitlines()) == 1 + turns
+        Path(f"{batch}.jsonl").write_text("".join(kept.splitlines(keepends=True)[:-1]))
+        answers.main([*arguments, "--batch", batch, "--out", f"{batch}.jsonl"])
+        assert rows(capsys.readouterr().out)[1][1] == table[1][1], "its last turn was not made again"
+    with pytest.raises(SystemExit, match="other settings"):
+        answers.main([*arguments, "--batch", "2", "--out", "1.jsonl"])
 
 
 @compiled_only

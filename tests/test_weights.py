@@ -139,7 +139,7 @@ def rounded(rows, kind, fine=False):
 def product(weight, rows, fine=False):
     """Rows (R, K) times a weight, by compiled code."""
     ends = CompiledPart("ends", head=weight, norm=torch.ones(weight.columns), embedding=weight, eps=0)
-    return Model(ends, [], []).product(handle_of(weight, fine), rows)
+    return Model(ends, []).product(handle_of(weight, fine), rows)
 
 
 @compiled_only

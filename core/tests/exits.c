@@ -241,8 +241,8 @@ static void a_journal_brings_back(const Recurrent *g, const float *const *h, con
         Text *texts = memory(TEXTS * sizeof *texts), *back = memory(sizeof *back);
         float *logits[] = {zeros(ROWS), zeros(ROWS), zeros(ROWS)};
         ask_next(g, texts, h, (int64_t[]){0, 1, 2}, (int64_t[]){stay, 0, 0}, logits);
-        mamba2_replay(&g->gate.mixer, back->h, alone->notes, stay);
-        mamba2_window(&g->gate.mixer, back->window, texts[1].window, alone->notes, stay);
+        mixer_replay(&g->gate.mixer, back->h, alone->notes, stay);
+        mixer_window(&g->gate.mixer, back->window, texts[1].window, alone->notes, stay);
         CHECK(same(back->h, texts->h, STATE) && same(back->window, texts->window, WINDOW), "%d rows",
               (int)stay);
     }

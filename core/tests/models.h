@@ -70,11 +70,10 @@ static inline offramp_part *attention_part(const Shape *s, Layer *l) {
         l->q_norm = randoms(of_norm ? P : Q * P, 0.5f, 1.5f),
         l->k_norm = randoms(of_norm ? P : H * P, 0.5f, 1.5f);
     give(part, "qkv", &l->qkv), give(part, "o", &l->o);
-    give_floats(part, "norm", l->norm, s->hidden);
+    give_floats(part, s->norm_after ? "norm_after" : "norm", l->norm, s->hidden);
     give_floats(part, "q_norm", l->q_norm, of_norm ? P : Q * P),
         give_floats(part, "k_norm", l->k_norm, of_norm ? P : H * P);
-    give_number(part, "heads", H), give_number(part, "dim", P),
-        give_number(part, "norm_first", !s->norm_after);
+    give_number(part, "heads", H), give_number(part, "dim", P), give_number(part, "factor", 1);
     give_number(part, "window", s->window), give_number(part, "rotary", s->positions > 0);
     give_number(part, "norm_heads", of_norm);
     give_number(part, "eps", EPS), give_number(part, "head_eps", EPS),
@@ -108,8 +107,8 @@ static inline offramp_part *mlp_part(const Shape *s, Layer *l) {
     l->down = weight_of(s->type, s->fine, s->hidden, s->width, s->bias);
     l->mlp_norm = randoms(s->hidden, 0.5f, 1.5f);
     give(part, "gate_up", &l->gate_up), give(part, "down", &l->down);
-    give_floats(part, "norm", l->mlp_norm, s->hidden);
-    give_number(part, "norm_first", !s->norm_after), give_number(part, "eps", EPS);
+    give_floats(part, s->norm_after ? "norm_after" : "norm", l->mlp_norm, s->hidden);
+    give_number(part, "eps", EPS);
     return part;
 }
 
@@ -137,19 +136,32 @@ static inline float *rotary_pairs(int64_t positions, int64_t dim) {
     return pairs;
 }
 
+static inline offramp_model *model_made_of(offramp_part *ends, offramp_part *const *attentions,
+                                           offramp_part *const *mixers, offramp_part *const *mlps,
+                                           int64_t count) {
+    return offramp_model_new(ends, (const offramp_part *const *)attentions,
+                             (const offramp_part *const *)mixers, (const offramp_part *const *)mlps, count,
+                             &said);
+}
+
 static inline Tiny tiny(Shape shape) {
     Tiny t = {.shape = shape, .count = (int64_t)strlen(shape.blocks)};
-    offramp_part *mixers[MOST_LAYERS] = {NULL}, *mlps[MOST_LAYERS] = {NULL}, *ends = ends_part(&shape, &t);
+    offramp_part *attentions[MOST_LAYERS] = {NULL}, *mixers[MOST_LAYERS] = {NULL},
+                 *mlps[MOST_LAYERS] = {NULL};
+    offramp_part *ends = ends_part(&shape, &t);
     for (int64_t i = 0; i < t.count; i++) {
         Layer *l = t.layers + i;
         l->attends = shape.blocks[i] < 'm', l->has_mlp = shape.blocks[i] == 'a' || shape.blocks[i] == 'n';
-        mixers[i] = l->attends ? attention_part(&shape, l) : mixer_part(&shape, l);
+        if (l->attends)
+            attentions[i] = attention_part(&shape, l);
+        else
+            mixers[i] = mixer_part(&shape, l);
         if (l->has_mlp) mlps[i] = mlp_part(&shape, l);
     }
-    t.model = offramp_model_new(ends, (const offramp_part *const *)mixers, (const offramp_part *const *)mlps,
-                                t.count, &said);
+    t.model = model_made_of(ends, attentions, mixers, mlps, t.count);
     CHECK(t.model, "%s", said.message);
-    for (int64_t i = 0; i < t.count; i++) offramp_part_free(mixers[i]), offramp_part_free(mlps[i]);
+    for (int64_t i = 0; i < t.count; i++)
+        offramp_part_free(attentions[i]), offramp_part_free(mixers[i]), offramp_part_free(mlps[i]);
     offramp_part_free(ends);
     if (shape.positions && strpbrk(shape.blocks, "ab")) {
         t.rotary = rotary_pairs(shape.positions, shape.dim);

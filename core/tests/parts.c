@@ -105,42 +105,38 @@ static void parts_take_only_what_they_have(void) {
     REFUSED(offramp_part_array(mlp, "norm", OFFRAMP_BFLOAT16, w.values, 8, &said));
     REFUSED(offramp_part_array(mlp, "norm", OFFRAMP_FLOAT32, NULL, 8, &said));
     REFUSED(offramp_part_array(mlp, "norm", OFFRAMP_FLOAT32, w.values, -8, &said));
+    offramp_part *attention = new_part("attention");
     const double wrong[] = {-1, 0.5, NAN, INFINITY, -INFINITY, 1e18};
-    for (int i = 0; i < 6; i++) REFUSED(offramp_part_number(mlp, "norm_first", wrong[i], &said));
+    for (int i = 0; i < 6; i++) REFUSED(offramp_part_number(attention, "rotary", wrong[i], &said));
     offramp_weight none = w;
     none.values = NULL;
     REFUSED(offramp_part_weight(mlp, "down", &none, &said));
     // What was refused was not given: the part still lacks it.
     offramp_weight wide = weight_of(OFFRAMP_FLOAT32, 0, 16, 8, 0);
     const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-    give(mlp, "gate_up", &wide), give(mlp, "down", &w), give_floats(mlp, "norm", ones, 8),
-        give_number(mlp, "eps", 1);
+    give(mlp, "gate_up", &wide), give(mlp, "down", &w), give_floats(mlp, "norm", ones, 8);
     Shape shape = SMALL;
     shape.blocks = "", shape.hidden = 8;
     Tiny t = {.shape = shape};
-    Layer layer = {0};
-    offramp_part *ends = ends_part(&shape, &t), *mixer = attention_part(&shape, &layer);
-    NOT_MADE(
-        offramp_model_new(ends, (const offramp_part *[]){mixer}, (const offramp_part *[]){mlp}, 1, &said));
-    CHECK(strstr(said.message, "norm_first"), "it says '%s'", said.message);
-    give_number(mlp, "norm_first", 1);
-    t.model =
-        offramp_model_new(ends, (const offramp_part *[]){mixer}, (const offramp_part *[]){mlp}, 1, &said);
+    offramp_part *ends = ends_part(&shape, &t);
+    NOT_MADE(model_made_of(ends, NULL, NULL, &mlp, 1));
+    CHECK(strstr(said.message, "eps"), "it says '%s'", said.message);
+    give_number(mlp, "eps", 1);
+    t.model = model_made_of(ends, NULL, NULL, &mlp, 1);
     MADE(t.model);
     offramp_model_free(t.model);
-    offramp_part_free(mlp), offramp_part_free(ends), offramp_part_free(mixer);
+    offramp_part_free(mlp), offramp_part_free(ends), offramp_part_free(attention);
 }
 
 // Makes a model of one block, with a part that was changed and others that fit, and frees the parts.
-static offramp_model *with(offramp_part *mixer, offramp_part *mlp, offramp_part *ends) {
+static offramp_model *with(offramp_part *attention, offramp_part *mixer, offramp_part *mlp,
+                           offramp_part *ends) {
     Tiny t = {.shape = SMALL};
     Layer layer = {0};
     if (!ends) ends = ends_part(&SMALL, &t);
-    if (!mixer) mixer = attention_part(&SMALL, &layer);
     if (!mlp) mlp = mlp_part(&SMALL, &layer);
-    offramp_model *model =
-        offramp_model_new(ends, (const offramp_part *[]){mixer}, (const offramp_part *[]){mlp}, 1, &said);
-    offramp_part_free(ends), offramp_part_free(mixer), offramp_part_free(mlp);
+    offramp_model *model = model_made_of(ends, &attention, &mixer, &mlp, 1);
+    offramp_part_free(ends), offramp_part_free(attention), offramp_part_free(mixer), offramp_part_free(mlp);
     return model;
 }
 
@@ -183,25 +179,25 @@ static void shapes_must_fit(void) {
         Layer layer = {0};
         offramp_part *part = attention_part(&SMALL, &layer);
         change(part, attention + i);
-        NOT_MADE(with(part, NULL, NULL));
+        NOT_MADE(with(part, NULL, NULL, NULL));
     }
     for (size_t i = 0; i < sizeof mixer / sizeof *mixer; i++) {
         Layer layer = {0};
         offramp_part *part = mixer_part(&SMALL, &layer);
         change(part, mixer + i);
-        NOT_MADE(with(part, NULL, NULL));
+        NOT_MADE(with(NULL, part, NULL, NULL));
     }
     for (size_t i = 0; i < sizeof mlp / sizeof *mlp; i++) {
         Layer layer = {0};
         offramp_part *part = mlp_part(&SMALL, &layer);
         change(part, mlp + i);
-        NOT_MADE(with(NULL, part, NULL));
+        NOT_MADE(with(NULL, NULL, part, NULL));
     }
     for (size_t i = 0; i < sizeof ends / sizeof *ends; i++) {
         Tiny t = {.shape = SMALL};
         offramp_part *part = ends_part(&SMALL, &t);
         change(part, ends + i);
-        NOT_MADE(with(NULL, NULL, part));
+        NOT_MADE(with(NULL, NULL, NULL, part));
     }
 }
 
@@ -211,17 +207,19 @@ static void models_need_their_parts(void) {
     offramp_part *ends = ends_part(&SMALL, &t), *mlp = mlp_part(&SMALL, &layer), *empty = new_part("mlp"),
                  *bare = new_part("ends");
     offramp_part *mixer = mixer_part(&SMALL, &layer);
-    const offramp_part *none[] = {NULL}, *first[] = {mixer}, *wrong[] = {mlp}, *lacking[] = {empty};
-    NOT_MADE(offramp_model_new(NULL, first, NULL, 1, &said));
-    NOT_MADE(offramp_model_new(bare, first, NULL, 1, &said));
-    NOT_MADE(offramp_model_new(mlp, first, NULL, 1, &said));
-    NOT_MADE(offramp_model_new(ends, none, NULL, 1, &said));
-    NOT_MADE(offramp_model_new(ends, wrong, NULL, 1, &said));
-    NOT_MADE(offramp_model_new(ends, first, first, 1, &said));
-    NOT_MADE(offramp_model_new(ends, first, lacking, 1, &said));
-    NOT_MADE(offramp_model_new(ends, first, NULL, -1, &said));
-    NOT_MADE(offramp_model_new(ends, first, NULL, INT64_MAX, &said));
-    t.model = offramp_model_new(ends, first, NULL, 1, &said);
+    offramp_part *none = NULL;
+    NOT_MADE(model_made_of(NULL, NULL, &mixer, NULL, 1));
+    NOT_MADE(model_made_of(bare, NULL, &mixer, NULL, 1));
+    NOT_MADE(model_made_of(mlp, NULL, &mixer, NULL, 1));
+    NOT_MADE(model_made_of(ends, NULL, &none, NULL, 1));
+    NOT_MADE(model_made_of(ends, NULL, NULL, NULL, 1));
+    NOT_MADE(model_made_of(ends, NULL, &mlp, NULL, 1));
+    NOT_MADE(model_made_of(ends, &mixer, NULL, NULL, 1));
+    NOT_MADE(model_made_of(ends, NULL, &mixer, &mixer, 1));
+    NOT_MADE(model_made_of(ends, NULL, &mixer, &empty, 1));
+    NOT_MADE(model_made_of(ends, NULL, &mixer, NULL, -1));
+    NOT_MADE(model_made_of(ends, NULL, &mixer, NULL, INT64_MAX));
+    t.model = model_made_of(ends, NULL, &mixer, NULL, 1);
     MADE(t.model);
     static const int64_t counts[] = {0, -1, 257, INT64_MAX, INT64_MIN};
     for (int i = 0; i < 5; i++) REFUSED(offramp_model_threads(t.model, counts[i], &said));

@@ -83,12 +83,13 @@ static void copied_keys_have_one_shape(void) {
     other.heads = 4;
     Tiny t = {.shape = SMALL, .count = 3};
     offramp_part *ends = ends_part(&shape, &t),
-                 *mixers[] = {attention_part(&shape, t.layers), mixer_part(&shape, t.layers + 1),
-                              attention_part(&other, t.layers + 2)};
-    t.model = offramp_model_new(ends, (const offramp_part *const *)mixers, NULL, 3, &said);
+                 *attentions[] = {attention_part(&shape, t.layers), NULL,
+                                  attention_part(&other, t.layers + 2)},
+                 *mixers[] = {NULL, mixer_part(&shape, t.layers + 1), NULL};
+    t.model = model_made_of(ends, attentions, mixers, NULL, 3);
     MADE(t.model);
     WRONG(r.rules.fill = OFFRAMP_COPY);
-    for (int i = 0; i < 3; i++) offramp_part_free(mixers[i]);
+    for (int i = 0; i < 3; i++) offramp_part_free(attentions[i]), offramp_part_free(mixers[i]);
     offramp_part_free(ends), offramp_model_free(t.model);
 }
 

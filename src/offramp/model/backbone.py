@@ -174,7 +174,7 @@ class Backbone:
                 inputs = reading.inputs_of(self.model)
                 if FORMATS[format].blocks is Int4 and not store.complete:
                     moments = Moments(self, lender_of(values, {})).of_block
-            runtime = Compiled(self.modules, format, store, values, inputs, moments)
+            runtime = Compiled(self.modules, self.family, format, store, values, inputs, moments)
         except ValueError as error:
             why = str(error).removesuffix(".")
             raise no_compiled(self.name, format, why[0].lower() + why[1:]) from error

@@ -18,6 +18,7 @@ from offramp.model.hooks import brought_in
 from offramp.model.hub import Source
 
 Config = Any  # a PreTrainedConfig of transformers; its fields differ from family to family
+Norms = tuple[str | None, str | None, str | None, str | None]  # before and after attention and mixer, and the MLP
 KeysValues = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -73,7 +74,8 @@ class Family:
     norm: str = "norm"
     attention: str = "self_attn"
     mixer: str | None = None  # the Mamba mixer; a block may have it, attention, both or neither
-    input_norm: str | None = "input_layernorm"
+    mlp: str = "mlp"
+    norms: Norms = ("input_layernorm", None, "post_attention_layernorm", None)
     positions: str | None = None  # an embedding of absolute positions, added to the tokens' own
     rotary: str | None = "rotary_emb"
     rotary_per_kind: bool = False  # one rotary table for each layer type (gemma3)
@@ -91,7 +93,9 @@ def _softcap(logits: Tensor, config: Config) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-_MAMBA = Family(trunk="backbone", norm="norm_f", mixer="mixer", input_norm="norm", rotary=None, implementation="eager")
+_ONE_NORM: Norms = ("norm", None, None, None)
+_FEED_FORWARD: Norms = ("input_layernorm", None, "pre_ff_layernorm", None)
+_MAMBA = Family(trunk="backbone", norm="norm_f", mixer="mixer", norms=_ONE_NORM, rotary=None, implementation="eager")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(compiled=True),
@@ -100,7 +104,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(compiled=True),
     "smollm3": Family(compiled=True),
     "phi3": Family(keys_values=_fused_kv, compiled=True),
-    "olmo2": Family(input_norm=None, compiled=True),
+    "olmo2": Family(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), compiled=True),
     "gemma2": Family(finish=_softcap, implementation="eager"),  # SDPA has no soft cap
     "gemma3_text": Family(finish=_softcap, rotary_per_kind=True),
     "granite": Family(
@@ -113,7 +117,7 @@ FAMILIES: dict[str, Family] = {
         blocks="h",
         norm="ln_f",
         attention="attn",
-        input_norm="ln_1",
+        norms=("ln_1", None, "ln_2", None),
         positions="wpe",
         rotary=None,
         keys_values=_conv1d_kv,
@@ -129,7 +133,7 @@ FAMILIES: dict[str, Family] = {
     "mamba": _MAMBA,
     "mamba2": replace(_MAMBA, compiled=True),
     "falcon_mamba": _MAMBA,
-    "bamba": Family(norm="final_layernorm", mixer="mamba", compiled=True),
+    "bamba": Family(norm="final_layernorm", mixer="mamba", mlp="feed_forward", norms=_FEED_FORWARD, compiled=True),
     "jamba": Family(norm="final_layernorm", mixer="mamba", rotary=None),
     "granitemoehybrid": Family(
         mixer="mamba",
@@ -143,7 +147,7 @@ FAMILIES: dict[str, Family] = {
         scale_in=lambda config: float(config.embedding_multiplier),
         finish=lambda logits, config: logits * config.lm_head_multiplier,
     ),
-    "nemotron_h": Family(norm="norm_f", attention="mixer", mixer="mixer", input_norm="norm", rotary=None),
+    "nemotron_h": Family(norm="norm_f", attention="mixer", mixer="mixer", norms=_ONE_NORM, rotary=None),
 }
 MOST_BLOCKS = 10_000  # the largest models have a few hundred; the library would make any number
 UNBOUNDED = 2**31  # the context of a model that has no attention

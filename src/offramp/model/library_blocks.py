@@ -146,7 +146,7 @@ class LibraryBlocks:
                 remember(self._modules.mixers[index], self._normed(h, index), memory)
 
     def _normed(self, h: Tensor, index: int) -> Tensor:
-        name = self._family.input_norm
+        name = self._family.norms[0]
         normed: Tensor = getattr(self._blocks[index], name)(h.to(self.dtype)) if name else h
         return normed
 

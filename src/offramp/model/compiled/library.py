@@ -170,7 +170,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "offramp_part_weight": (c_int, [_PART, c_char_p, POINTER(CWeight), _ERROR]),
     "offramp_part_array": (c_int, [_PART, c_char_p, c_int, c_void_p, c_int64, _ERROR]),
     "offramp_part_number": (c_int, [_PART, c_char_p, c_double, _ERROR]),
-    "offramp_model_new": (_MODEL, [_PART, c_void_p, c_void_p, c_int64, _ERROR]),
+    "offramp_model_new": (_MODEL, [_PART, c_void_p, c_void_p, c_void_p, c_int64, _ERROR]),
     "offramp_model_free": (None, [_MODEL]),
     "offramp_model_fits": (c_int, [_MODEL, _PART, _ERROR]),
     "offramp_model_threads": (c_int, [_MODEL, c_int64, _ERROR]),
@@ -350,11 +350,12 @@ def pointers(parts: Sequence[CompiledPart | None]) -> Any:
 class Model(Owned):
     """A model: `offramp_model`. It uses as many threads as torch does."""
 
-    def __init__(self, ends: CompiledPart, mixers: Sequence[CompiledPart], mlps: Sequence[CompiledPart | None]) -> None:
-        """Raises `ValueError` for shapes that do not fit each other."""
-        self._alive = ends, mixers, mlps
+    def __init__(self, ends: CompiledPart, blocks: Sequence[Sequence[CompiledPart | None]]) -> None:
+        """Each of `blocks`: attention, a mixer and an MLP, or None. Raises `ValueError` for shapes that do not fit."""
+        self._alive = ends, blocks
         self._threads, self._pairs = 1, torch.empty(0, 0)
-        made = call("offramp_model_new", ends.pointer, pointers(mixers), pointers(mlps), len(mixers))
+        parts = [pointers([block[place] for block in blocks]) for place in range(3)]
+        made = call("offramp_model_new", ends.pointer, *parts, len(blocks))
         super().__init__(made, "offramp_model_free")
 
     @property

@@ -33,6 +33,7 @@ from offramp.model.compiled.rounding import GROUP, Inputs
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import CompiledPlan, Rules
 from offramp.model.compiled.weights import Weight, multiplies_bfloat16
+from offramp.model.families import Family
 from offramp.model.modules import Modules
 from offramp.model.reading import LayerInput
 from offramp.model.runtime import AnyState, BlockInput, Step, joined
@@ -54,6 +55,7 @@ class Compiled:
     def __init__(
         self,
         modules: Modules,
+        family: Family,
         weight_format: str,
         store: Store,
         values: Values,
@@ -76,8 +78,10 @@ class Compiled:
         self._norm, self._eps, self.head, self.embedding = self._part(ENDS, self._make_ends)
         self._ends = CompiledPart("ends", head=Fine(self.head), norm=self._norm, embedding=self.embedding, eps=self._eps)
         parts = zip(modules.blocks, modules.attention, modules.mixers, modules.windows, strict=True)
-        self.blocks = [self._part(str(i), partial(_block, self._ends, *part, rotary_dim)) for i, part in enumerate(parts)]
-        self._model = Model(self._ends, [block.mixer for block in self.blocks], [block.mlp for block in self.blocks])
+        self.blocks = [
+            self._part(str(i), partial(_block, self._ends, *part, family, rotary_dim)) for i, part in enumerate(parts)
+        ]
+        self._model = Model(self._ends, [block.parts for block in self.blocks])
         store.finish()
         # As x · w · √D / √(Σ x² + D · eps): fewer operators.
         self._scaled = self._norm * math.sqrt(len(self._norm))
@@ -111,15 +115,14 @@ class Compiled:
     @property
     def keeps_keys(self) -> bool:
         """Whether a block has attention, and so keeps keys and values."""
-        return any(block.attends for block in self.blocks)
+        return any(block.attention for block in self.blocks)
 
     def keep_keys_in(self, dtype: torch.dtype) -> None:
         """Keep the keys and values of new texts in float32 or bfloat16."""
         self.kept_dtype = dtype
 
     def state(self, capacity: int) -> Session:
-        attends, shapes = [block.attends for block in self.blocks], [block.shape for block in self.blocks]
-        return Session(self._model, attends, shapes, self.kept_dtype, capacity)
+        return Session(self._model, [block.shapes for block in self.blocks], self.kept_dtype, capacity)
 
     def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
         h = self.embedding.pick(ids.flatten()).dense().view(*ids.shape, -1)
@@ -144,11 +147,11 @@ class Compiled:
             self._call("offramp_remember", rows, start, stop, parts)
 
     def remember_keys(self, h: Tensor, index: int, state: AnyState, step: Step) -> None:
-        if self.blocks[index].attends:
+        if self.blocks[index].attention:
             self.remember_all([(h, state, step)], index, index + 1)
 
     def remember_state(self, h: Tensor, index: int, state: AnyState) -> None:
-        if not self.blocks[index].attends:
+        if self.blocks[index].mixer:
             self.remember_all([(h, state, self.step(h, state.length(index)))], index, index + 1)
 
     def check(self, part: CompiledPart) -> None:
@@ -290,8 +293,8 @@ class Compiled:
     def exact(self) -> Iterator[None]:
         """`Runtime.exact`: all rows are fine, and keys and values float32."""
         kept = self._model, self.kept_dtype
-        mlps = [block.mlp and block.mlp.exact() for block in self.blocks]
-        self._model = Model(self._ends.exact(), [block.mixer.exact() for block in self.blocks], mlps)
+        blocks = [[part and part.exact() for part in block.parts] for block in self.blocks]
+        self._model = Model(self._ends.exact(), blocks)
         self.kept_dtype = torch.float32
         try:
             yield
@@ -302,7 +305,7 @@ class Compiled:
 def _block(ends: CompiledPart, *parts: Any) -> Block:
     """A block. What does not fit is refused here, before the next one is converted."""
     block = Block(*parts)
-    Model(ends, [block.mixer], [block.mlp])
+    Model(ends, [block.parts])
     return block
 
 

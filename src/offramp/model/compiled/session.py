@@ -68,14 +68,12 @@ class Kept:
 class Session:
     """What compiled blocks remember of a batch of texts that share their positions. Its methods are those of a `State`.
 
-    `shapes`: for each block what `Kept` needs. Keys and values are kept in the dtype `keys`. `capacity` tokens are
-    expected.
+    `shapes`: for each block what `Kept` needs of its keys and values, and of its mixer; None for what it does not have.
+    Keys and values are kept in the dtype `keys`. `capacity` tokens are expected.
     """
 
-    def __init__(
-        self, model: Model, attends: Sequence[bool], shapes: Sequence[tuple[Any, Any]], keys: torch.dtype, capacity: int
-    ) -> None:
-        self._model, self._attends, self._shapes, self._keys, self._capacity = model, attends, shapes, keys, capacity
+    def __init__(self, model: Model, shapes: Sequence[tuple[Any, Any]], keys: torch.dtype, capacity: int) -> None:
+        self._model, self._shapes, self._keys, self._capacity = model, shapes, keys, capacity
         self._texts = [self._new()]
 
     def _new(self) -> Owned:
@@ -109,16 +107,12 @@ class Session:
     @property
     def kv(self) -> list[Kept | None]:
         """For each block with attention, a look at its keys and values."""
-        return self._kept(True)
+        return [shapes[0] and Kept(self._texts, block, shapes[0]) for block, shapes in enumerate(self._shapes)]
 
     @property
     def ssm(self) -> list[Kept | None]:
         """For each block with a mixer, a look at its window and state."""
-        return self._kept(False)
-
-    def _kept(self, attends: bool) -> list[Kept | None]:
-        blocks = enumerate(zip(self._attends, self._shapes, strict=True))
-        return [Kept(self._texts, index, shape) if own == attends else None for index, (own, shape) in blocks]
+        return [shapes[1] and Kept(self._texts, block, shapes[1]) for block, shapes in enumerate(self._shapes)]
 
     def length(self, block: int) -> int:
         """Tokens that `block` has in memory."""

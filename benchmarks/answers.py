@@ -1,0 +1,183 @@
+"""How long do whole answers take, with their prompts read? Modes and peers on a task's questions, and what they score.
+
+    .venv/bin/python benchmarks/answers.py MODEL --task humaneval --data FILE [--modes full,exact,early] [--batch 8]
+                                           [--dtype bfloat16] [--exits DIR] [--peers llamacpp-q4_1] [--run-code]
+
+Every question is answered by all in turn, in an order that changes from question to question; one computes at a time. With
+`--batch`, so many questions are answered side by side, and a turn has so many. A peer (`benchmarks/speed.py`) makes as many
+tokens as the first mode's answer has, and gets no score. A ratio is the first mode's time over all questions by another's;
+intervals are 95%, by bootstrap over turns. A new run goes on from WORK, where each turn is kept when it is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+import offramp
+from offramp import Engine
+from offramp.decode.request import Generation
+from offramp.errors import OfframpError
+from offramp.evaluation.evaluation import to_six_digits
+from offramp.evaluation.task import Item, Task
+from offramp.evaluation.tasks import load_task
+from offramp.machine import machine
+from offramp.metrics import token_f1
+from speed import WORK, Failed, Worker, paths_of
+
+MAIN_SCORES = {"humaneval": "pass@1", "mbpp": "pass@1", "truthfulqa": "rougeL_max", "triviaqa": "f1", "coqa": "f1"}
+COLUMNS = ("score", "its change", "time", "tokens/s", "tokens a pass", "FLOPs saved", "token F1", "equal")
+Record = dict[str, Any]  # of one contender in one turn
+Turn = dict[str, Record]
+
+
+def answered(engine: Engine, task: Task, prompts: list[list[int]], most: int) -> tuple[list[Generation], float]:
+    """The answers to a turn's prompts in their order, and the seconds that they took."""
+    made: dict[int, Generation] = {}
+    started = time.perf_counter()
+    if len(prompts) == 1:
+        made[0] = engine.generate(prompts[0], max_tokens=task.max_tokens, stop=task.stop)
+    else:
+        made.update(engine.answers(prompts, most, max_tokens=task.max_tokens, stop=task.stop))
+    seconds = time.perf_counter() - started
+    return [made[place] for place in range(len(prompts))], seconds
+
+
+def record_of(answers: list[Generation], seconds: float, task: Task, items: list[Item]) -> Record:
+    """What is kept of a turn: its time, and for each answer its ids, score, passes and FLOPs."""
+    scores = [
+        task.score(answer.text.strip(), item)[MAIN_SCORES[task.name]] for answer, item in zip(answers, items, strict=True)
+    ]
+    flops = [answer.tokens[-1].cumulative_flops for answer in answers]
+    return {
+        "seconds": seconds,
+        "ids": [answer.ids for answer in answers],
+        "scores": scores,
+        "passes": sum(len(answer.tokens) / answer.tokens_per_deep_pass for answer in answers),
+        "flops": sum(flops),
+        "full_flops": sum(used / (1 - answer.flops_saved) for used, answer in zip(flops, answers, strict=True)),
+    }
+
+
+def take_turn(
+    number: int, items: list[Item], task: Task, engines: dict[str, Engine], workers: dict[str, Worker], most: int
+) -> Turn:
+    """Let all contenders answer some questions, in an order of this turn's own."""
+    first, backbone = next(iter(engines)), next(iter(engines.values())).backbone
+    prompts = [backbone.prompts.encode(item.prompt, raw=not task.chat) for item in items]
+    turn: Turn = {}
+    for name in random.Random(number).sample(list(engines), len(engines)):
+        turn[name] = record_of(*answered(engines[name], task, prompts, most), task, items)
+    for name, worker in workers.items():
+        lengths = [len(ids) for ids in turn[first]["ids"]]
+        made = [worker.ask(op="generate", ids=ids, tokens=tokens) for ids, tokens in zip(prompts, lengths, strict=True)]
+        seconds = sum(each["prefill_seconds"] + each["decode_seconds"] for each in made)
+        turn[name] = {"seconds": seconds, "ids": [each["ids"] for each in made]}
+    return {name: turn[name] for name in (*engines, *workers)}
+
+
+def with_interval(turns: list[Turn], measure: Callable[[list[Turn]], float], show: str) -> str:
+    """A measure of all turns with its 95% interval."""
+    drawn = np.random.default_rng(0).integers(len(turns), size=(1000, len(turns)))
+    low, high = np.percentile([measure([turns[place] for place in places]) for places in drawn.tolist()], [2.5, 97.5])
+    return f"{measure(turns):{show}} ({low:{show}} to {high:{show}})"
+
+
+def cells(turns: list[Turn], name: str, first: str) -> list[str]:
+    """A contender's row of the table, compared with the first."""
+    own, base = [turn[name] for turn in turns], [turn[first] for turn in turns]
+    ids, base_ids = ([made for each in side for made in each["ids"]] for side in (own, base))
+    tokens = sum(map(len, ids))
+
+    def ratio(drawn: list[Turn]) -> float:
+        return float(sum(turn[first]["seconds"] for turn in drawn) / sum(turn[name]["seconds"] for turn in drawn))
+
+    def change(drawn: list[Turn]) -> float:
+        pairs = ((turn[name]["scores"], turn[first]["scores"]) for turn in drawn)
+        return fmean(mine - theirs for pair in pairs for mine, theirs in zip(*pair, strict=True))
+
+    speed = [with_interval(turns, ratio, ".2f"), f"{tokens / sum(each['seconds'] for each in own):.1f}"]
+    alike = [fmean(map(token_f1, ids, base_ids)), fmean(mine == theirs for mine, theirs in zip(ids, base_ids, strict=True))]
+    if "scores" not in own[0]:
+        return ["–", "–", *speed, "–", "–", *map("{:.3f}".format, alike)]
+    return [
+        f"{fmean(score for each in own for score in each['scores']):.3f}",
+        with_interval(turns, change, "+.3f"),
+        *speed,
+        f"{tokens / sum(each['passes'] for each in own):.2f}",
+        f"{1 - sum(each['flops'] for each in own) / sum(each['full_flops'] for each in own):.1%}",
+        *map("{:.3f}".format, alike),
+    ]
+
+
+def run(args: argparse.Namespace, file: Path, about: Record) -> list[Turn]:
+    """The turns that are kept, and those that were missing. Raises as `offramp.load` and `Worker` do."""
+    model = offramp.load(args.model, args.dtype, **({"exits": args.exits} if args.exits else {}))
+    task = load_task(args.task, args.data, args.questions, args.run_code)
+    engines = {name: model.engine(name) for name in args.modes.split(",")}
+    kept = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else [about]
+    if kept[0] != about:
+        raise SystemExit(f"{file} is of other settings or another machine; remove it, or name another --out.")
+    turns, asked = kept[1:], [task.items[at : at + args.batch] for at in range(0, len(task.items), args.batch)]
+    workers: dict[str, Worker] = {}
+    try:
+        for name in args.peers.split(",") if args.peers else []:
+            workers[name] = Worker(name, paths_of(args.model, whole=False), 2)
+        take_turn(0, asked[0], task, engines, workers, args.batch)  # warms up
+        with file.open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(line) + "\n" for line in kept)
+            for number in range(len(turns), len(asked)):
+                turn = take_turn(number, asked[number], task, engines, workers, args.batch)
+                turns.append(turn)
+                out.write(json.dumps({name: rounded(record) for name, record in turn.items()}) + "\n")
+                out.flush()
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return turns
+
+
+def rounded(record: Record) -> Record:
+    """A record without the digits that nothing was measured to."""
+    numbers = {name: value for name, value in record.items() if isinstance(value, float)}
+    return record | to_six_digits(numbers)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--task", required=True, choices=MAIN_SCORES)
+    parser.add_argument("--data", type=Path, help="the task's official file")
+    parser.add_argument("--modes", default="full,exact", help="by comma; the others are compared with the first")
+    parser.add_argument("--peers", default="", help="by comma, as benchmarks/speed.py names them")
+    parser.add_argument("--dtype")
+    parser.add_argument("--exits", type=Path)
+    parser.add_argument("--questions", type=int)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--run-code", action="store_true")
+    parser.add_argument("--out", type=Path, help="where the turns are kept (default: a file in build/bench)")
+    args = parser.parse_args(argv)
+    WORK.mkdir(parents=True, exist_ok=True)
+    file = args.out or WORK / f"answers-{Path(args.model).stem}-{args.task}-{args.dtype or 'own'}-{args.batch}.jsonl"
+    here = {name: value for name, value in machine().items() if name != "date"}
+    about = {"machine": here} | {name: str(value) for name, value in vars(args).items() if name != "out"}
+    try:
+        turns = run(args, file, about)
+    except (OfframpError, Failed) as error:
+        parser.error(f"{error} {getattr(error, 'hint', '')}".strip())
+    print(f"{args.model}, {args.task}, {len(turns)} turns of {args.batch}; {machine()}\n")
+    print(f"| | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
+    for name in turns[0]:
+        print(f"| {' | '.join([name, *cells(turns, name, next(iter(turns[0])))])} |")
+
+
+if __name__ == "__main__":
+    main()

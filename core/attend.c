@@ -48,6 +48,10 @@ ALWAYS void scores_of(const float *q, const Seen *seen, int64_t j, int64_t count
         }
         sums_of(acc, scores);
         for (int i = 0; i < EIGHT; i++) scores[i] *= seen->scale;
+        for (int i = 0; seen->cap > 0 && i < EIGHT; i += LANES) {
+            const vf v = load_up_to(scores + i, EIGHT - i);
+            store_up_to(scores + i, seen->cap * tanh_(v / seen->cap), EIGHT - i);
+        }
     }
 }
 

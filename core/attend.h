@@ -12,7 +12,7 @@ enum { PIECE = 64, STRETCH = 256 };
 typedef struct {
     const char *keys, *values;
     int64_t step, P;
-    float scale;
+    float scale, cap;  // scores are capped: cap · tanh(score / cap), unless it is 0
     const char *next;  // the next positions, to be fetched soon
     int64_t ahead;     // bytes of it to ask for with every EIGHT positions
 } Seen;

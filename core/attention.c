@@ -2,11 +2,13 @@
 
 #include "attention.h"
 
-// Norms and turns the queries, keys and values of one row (heads · P), and stores keys and values at `place`
+// Multiplies, norms and turns the queries, keys and values of one row (heads · P), and stores keys and values at `place`
 // (2H, P).
 static void store_row(const Attention *a, float *row, int64_t queries, const float *turn, char *place,
                       int64_t half) {
     const int64_t P = a->dim, H = a->heads;
+    if (a->around.factors.values)
+        multiply_by(row, floats(a->around.factors) + (a->queries - queries) * P, (queries + 2 * H) * P);
     if (a->k_norm.values) {
         const int64_t size = a->norm_heads ? P : 0;
         const float *q_norm = floats(a->q_norm), *k_norm = floats(a->k_norm);
@@ -43,7 +45,8 @@ static void project(const Attention *a, Worker *w, const MemoryAt *memory, int64
     EACH_PIECE(r, w->hand, R) {
         const KeysAt *keys = &memory[tokens->sequences[r]].keys;
         char *place = keys->places + tokens->positions[r] * 2 * H * P * (keys->half ? 2 : 4);
-        const float *turn = a->rotary ? tokens->rotary + tokens->positions[r] * P : NULL;
+        const float *turn =
+            a->rotary ? w->model->rotary[a->rotary - 1].pairs + tokens->positions[r] * P : NULL;
         store_row(a, b->qkv + r * all_rows + skip, queries, turn, place, keys->half);
     }
 }
@@ -93,7 +96,7 @@ static void attend(const Attention *a, const Worker *w, const KeysAt *at, Run ru
                 // If there are few rows, the first one prefetches the next piece, each head its share.
                 const int64_t ahead = r || !w->few ? 0 : PIECE * step / (to - from);
                 const char *next = at->places + (piece + PIECE) * step + (head - from) * ahead;
-                const Seen seen = {keys, keys + H * P * size,    step, P, a->scale,
+                const Seen seen = {keys, keys + H * P * size,    step, P, a->scale, a->cap,
                                    next, ahead / (PIECE / EIGHT)};
                 const Softmax so_far = {all_rows.most + r * group, all_rows.total + r * group,
                                         all_rows.out + r * group * P};
@@ -215,19 +218,39 @@ void attention_run(const Attention *a, Worker *w, const MemoryAt *memory) {
     leave_part(w, &a->around, &a->o, rows, b->inner);
 }
 
+static vf activated(const Mlp *m, vf x) {
+    if (m->activation == OFFRAMP_GELU) return gelu(x);
+    if (m->activation == OFFRAMP_SILU) return silu(x);
+    const vf above = choose(x > 0, x, (vf){0});
+    return above * above;
+}
+
+// The input of an MLP's last product, from results of its first one: places `from` to `to` - 1 of W, which stand last. A
+// gate, if there is one, stands before them.
+static void activate(const Mlp *m, float *inner, int64_t from, int64_t to) {
+    const int64_t W = m->down.columns, A = m->gate_up.rows, gated = A > W;
+    const float *factors = floats(m->around.factors);
+    if (factors) multiply_by(inner + from, factors + from, to - from);
+    if (factors && gated) multiply_by(inner + W + from, factors + W + from, to - from);
+    for (int64_t k = from; k < to; k += LANES) {
+        const vf x = activated(m, load_up_to(inner + k, to - k));
+        float *y = inner + A - W + k;
+        store_up_to(y, gated ? load_up_to(y, to - k) * x : x, to - k);
+    }
+}
+
 void mlp_run(const Mlp *m, Worker *w) {
     const Buffers *b = &w->buffers;
-    const int64_t W = m->down.columns, R = w->tokens.count;
+    const int64_t W = m->down.columns, A = m->gate_up.rows, R = w->tokens.count;
     float *inner = b->inner;
     Rows rows = enter_part(w, &m->around, &m->gate_up);
     const Division d = divided(w->hand, W, unit_of(&m->gate_up));
     EACH_PIECE(i, w->hand, d.pieces) {
         int64_t from, to;
         part_of(&d, i, &from, &to);
-        product(&m->gate_up, &rows, R, (Out){inner, 2 * W, 0}, from, to, W);
-        for (int64_t r = 0; r < R; r++)
-            times_silu(inner + r * 2 * W + W + from, inner + r * 2 * W + from, to - from);
+        product(&m->gate_up, &rows, R, (Out){inner, A, 0}, from, to, A - W);
+        for (int64_t r = 0; r < R; r++) activate(m, inner + r * A, from, to);
     }
-    rows = prepare(w->hand, &m->down, inner + W, 2 * W, R, b->room);
+    rows = prepare(w->hand, &m->down, inner + A - W, A, R, b->room);
     leave_part(w, &m->around, &m->down, rows, b->x);
 }

@@ -7,7 +7,7 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena *arena) {
     const int64_t D = model->hidden, few = min_(rows, EIGHT);
-    int64_t x = D, qkv = 0, in = 0, conv = 0, inner = D, widest = D, parts = 0, own = 0;
+    int64_t x = D, qkv = 0, in = 0, conv = 0, low = 0, inner = D, widest = D, parts = 0, own = 0;
     for (int64_t i = 0; i < model->count; i++) {
         const Block *b = model->blocks + i;
         if (b->attends) {
@@ -19,7 +19,7 @@ Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena
         if (b->mixes) {
             const Mixer *m = &b->mixer;
             x = larger(x, m->inner), widest = larger(widest, m->inner), in = larger(in, m->in.rows);
-            conv = larger(conv, m->channels);
+            conv = larger(conv, m->channels), low = larger(low, mixer_low(m));
         }
         if (!b->has_mlp) continue;
         inner = larger(inner, b->mlp.gate_up.rows), widest = larger(widest, b->mlp.down.columns);
@@ -30,6 +30,7 @@ Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena
         .qkv = take_floats(arena, rows * qkv),
         .in = take_floats(arena, rows * in),
         .conv = take_floats(arena, rows * conv),
+        .low = take_floats(arena, rows * low),
         .inner = take_floats(arena, rows * inner),
         .room = take_floats(arena, narrow_room(rows, widest)),
         .parts = take_floats(arena, few * parts),
@@ -82,12 +83,12 @@ void run_blocks(Worker *w, int64_t start, int64_t stop, const MemoryAt *memory, 
 }
 
 void remember_blocks(Worker *w, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
-                     int keys) {
+                     int64_t what) {
     for (int64_t i = start; i < stop; i++) {
         const Block *b = w->model->blocks + i;
         const MemoryAt *own = memory + i * sequences;
-        if (b->attends) attention_remember(&b->attention, w, own);
-        if (b->mixes && !keys) mixer_remember(&b->mixer, w, own);
+        if (b->attends && what & OFFRAMP_KEYS) attention_remember(&b->attention, w, own);
+        if (b->mixes && what & OFFRAMP_STATES) mixer_remember(&b->mixer, w, own);
     }
 }
 
@@ -97,7 +98,7 @@ typedef struct {
     int64_t start, stop, sessions, from, to;
     const offramp_rows *rows;
     float *h;
-    int remembers;  // remembers only
+    int64_t what, remembers;  // which memories remember the rows; whether nothing else is done
     // Laid out for each piece of the rows:
     Tokens tokens;
     Buffers buffers;
@@ -135,15 +136,14 @@ static void lay_call(void *context, Arena *arena) {
             c->memory[i * c->sessions + q] = memory_at(rows->session, i);
     }
     c->buffers = buffers_for(c->model, count, end, arena);
-    c->tokens =
-        (Tokens){c->h + c->from * c->model->hidden, count, end, positions, sequences, c->model->rotary};
+    c->tokens = (Tokens){c->h + c->from * c->model->hidden, count, end, positions, sequences};
 }
 
 static void work_on_call(Hand *hand, void *context) {
     const Call *c = context;
     Worker w = worker_of(c->model, &c->tokens, &c->buffers, hand);
     if (c->remembers)
-        remember_blocks(&w, c->start, c->stop, c->memory, c->sessions, 0);
+        remember_blocks(&w, c->start, c->stop, c->memory, c->sessions, c->what);
     else
         run_blocks(&w, c->start, c->stop, c->memory, c->sessions);
 }
@@ -162,10 +162,10 @@ static offramp_status check_call(const Call *c, offramp_error *error) {
                  rows->first <= INT64_MAX - rows->count,
              "%lld rows from position %lld on are not a valid range.", (long long)rows->count,
              (long long)rows->first);
-        NEED(!model->rotary_dim || rows->first + rows->count <= model->positions,
-             "There are rotary pairs for %lld positions only.", (long long)model->positions);
+        NEED(rows->first + rows->count <= positions_of(model),
+             "There are rotary pairs for %lld positions only.", (long long)positions_of(model));
         for (int64_t i = c->start; i < c->stop; i++) {
-            if (!model->blocks[i].attends) continue;
+            if (!model->blocks[i].attends || !(c->what & OFFRAMP_KEYS)) continue;
             NEED(rows->first <= rows->session->blocks[i].keys.length,
                  "Block %lld has %lld tokens, and cannot go on at position %lld.", (long long)i,
                  (long long)rows->session->blocks[i].keys.length, (long long)rows->first);
@@ -192,7 +192,7 @@ static offramp_status run_call(Call *c, offramp_error *error) {
         for (int64_t q = 0, at = 0; q < c->sessions; at += c->rows[q++].count) {
             const int64_t first = larger(at, c->from), last = min_(at + c->rows[q].count, c->to);
             for (int64_t i = c->start; first < last && i < c->stop; i++)
-                count_tokens(c->rows[q].session, i, c->rows[q].first + last - at, last - first);
+                count_tokens(c->rows[q].session, i, c->rows[q].first + last - at, last - first, c->what);
         }
     }
     return OFFRAMP_OK;
@@ -208,18 +208,26 @@ static offramp_status enter_call(Call *c, offramp_error *error) {
 
 offramp_status offramp_run(offramp_model *model, int64_t start, int64_t stop, const offramp_rows *rows,
                            int64_t sessions, float *h, offramp_error *error) {
-    Call call = {.model = model, .start = start, .stop = stop, .sessions = sessions, .rows = rows, .h = h};
+    Call call = {.model = model,
+                 .start = start,
+                 .stop = stop,
+                 .sessions = sessions,
+                 .rows = rows,
+                 .h = h,
+                 .what = OFFRAMP_BOTH};
     return enter_call(&call, error);
 }
 
 offramp_status offramp_remember(offramp_model *model, int64_t start, int64_t stop, const offramp_rows *rows,
-                                int64_t sessions, const float *h, offramp_error *error) {
+                                int64_t sessions, int64_t what, const float *h, offramp_error *error) {
+    NEED(what >= OFFRAMP_KEYS && what <= OFFRAMP_BOTH, "Blocks cannot remember %lld.", (long long)what);
     Call call = {.model = model,
                  .start = start,
                  .stop = stop,
                  .sessions = sessions,
                  .rows = rows,
                  .h = (float *)h,
+                 .what = what,
                  .remembers = 1};
     return enter_call(&call, error);
 }

@@ -5,13 +5,11 @@
 #include "session.h"
 
 // The rows of one call. Row r is at position positions[r] of sequence sequences[r]; the rows of a sequence
-// follow each other. `end` is one more than the highest position. Row p of `rotary` are the rotary pairs of
-// position p.
+// follow each other. `end` is one more than the highest position.
 typedef struct {
     float *h;  // (count, D)
     int64_t count, end;
     const int64_t *positions, *sequences;
-    const float *rotary;
 } Tokens;
 
 // The keys of one block for one sequence: the place of position 0 (which may lie before the memory, if a
@@ -38,7 +36,7 @@ typedef struct {
 // Memory that the threads of a call share, and for each thread `own` floats of `local`. `qkv` and `in` are the
 // projections of attention and of a mixer.
 typedef struct {
-    float *x, *qkv, *in, *conv, *inner, *room, *parts, *local;
+    float *x, *qkv, *in, *conv, *low, *inner, *room, *parts, *local;
     int64_t own;
 } Buffers;
 
@@ -64,11 +62,11 @@ Rows enter_part(Worker *worker, const Around *around, const Weight *first);
 void leave_part(Worker *worker, const Around *around, const Weight *last, Rows rows, float *unused);
 
 // Runs the worker's rows through blocks `start` to `stop` - 1. `memory` has entries for each of N blocks and
-// `sequences` sequences. With `remember_blocks`, the blocks only remember the rows; with `keys`, only blocks
-// with attention do.
+// `sequences` sequences. With `remember_blocks`, the blocks only remember the rows, in the memories that `what`
+// (OFFRAMP_KEYS …) says.
 void run_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences);
 void remember_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
-                     int keys);
+                     int64_t what);
 
 // A session's memory of block i, and a memory of a mixer.
 MemoryAt memory_at(const offramp_session *session, int64_t i);

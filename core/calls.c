@@ -45,8 +45,7 @@ static void lay_logits(void *context, Arena *arena) {
 static void work_on_logits(Hand *hand, void *context) {
     const Call *c = context;
     const Ends *ends = &c->model->ends;
-    read_logits(hand, &ends->head, floats(ends->norm), ends->eps, c->sketch, c->x, c->rows, &c->head,
-                c->found, c->y);
+    read_logits(hand, ends, &ends->head, c->sketch, c->x, c->rows, &c->head, c->found, c->y);
 }
 
 static void lay_gates(void *context, Arena *arena) {

@@ -86,16 +86,11 @@ HeadRoom room_for_head(const Weight *head, const Sketch *sketch, int64_t R, Aren
     };
 }
 
-void read_logits(Hand *hand, const Weight *head, const float *norm, float eps, const Sketch *sketch,
-                 const float *h, int64_t R, const HeadRoom *room, Found *found, float *y) {
-    const int64_t V = head->rows, D = head->columns;
-    const Rows rows = prepare_normed(hand, head, h, norm, eps, R, room->x, room->narrow);
-    if (!sketch) {
-        multiply(hand, head, rows, R, (Out){y, V, 0}, 0, V);
-        return;
-    }
+// The logits of candidates, from rows that are normed.
+static void read_candidates(Hand *hand, const Weight *head, const Sketch *sketch, Rows rows, int64_t R,
+                            const HeadRoom *room, Found *found, float *y) {
     const Weight *reduce = &sketch->reduce, *expand = &sketch->expand;
-    const int64_t k = reduce->rows;
+    const int64_t V = head->rows, D = head->columns, k = reduce->rows;
     const Listed listed = {room->numbers, room->counts, chunks_of(V)};
     const Rows whole = prepare(hand, reduce, room->x, D, R, room->z_narrow);
     multiply(hand, reduce, whole, R, (Out){room->z, k, 0}, 0, k);
@@ -104,6 +99,29 @@ void read_logits(Hand *hand, const Weight *head, const float *norm, float eps, c
         const float least = least_of_likeliest(hand, &listed, y + r * V, V, sketch->candidates, found + r);
         read_chosen(hand, head, &rows, r, least, y, V);
     }
+}
+
+// Scales logits, and caps them: cap · tanh(logit / cap). Those of −inf stay.
+static void finish(Hand *hand, const Ends *ends, int64_t count, float *y) {
+    const float scale = ends->logit_scale, cap = ends->cap;
+    if (scale == 1 && !cap) return;
+    EACH_PIECE(piece, hand, chunks_of(count)) {
+        for (int64_t i = piece * CHUNK, to = min_(count, i + CHUNK); i < to; i += LANES) {
+            const vf v = load_up_to(y + i, to - i) * scale;
+            store_up_to(y + i, cap ? choose(v == all(-INFINITY), v, cap * tanh_(v / cap)) : v, to - i);
+        }
+    }
+}
+
+void read_logits(Hand *hand, const Ends *ends, const Weight *head, const Sketch *sketch, const float *h,
+                 int64_t R, const HeadRoom *room, Found *found, float *y) {
+    const int64_t V = head->rows;
+    const Rows rows = prepare_normed(hand, head, h, floats(ends->norm), ends->eps, R, room->x, room->narrow);
+    if (sketch)
+        read_candidates(hand, head, sketch, rows, R, room, found, y);
+    else
+        multiply(hand, head, rows, R, (Out){y, V, 0}, 0, V);
+    finish(hand, ends, R * V, y);
 }
 
 Best best_of(const float *y, int64_t from, int64_t to) {

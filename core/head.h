@@ -25,12 +25,13 @@ typedef struct {
 
 HeadRoom room_for_head(const Weight *head, const Sketch *sketch, int64_t R, Arena *arena);
 
-// Puts logits of hidden states h (R, D) into y (R, V), shared out. With a sketch (else NULL), only the
+// Puts logits of hidden states h (R, D) into y (R, V), shared out: after the final norm, by the head of `ends` or some
+// rows of it, with the scale and the cap of `ends`. With a sketch (else NULL), only the
 // candidates of each row get theirs (more if estimates are equal), and all others −inf. Rows (D) times
 // `reduce` (k, D) times `expand` (V, k) are estimates of the logits. `found` (R) must be zeros, and must not
 // be used again.
-void read_logits(Hand *hand, const Weight *head, const float *norm, float eps, const Sketch *sketch,
-                 const float *h, int64_t R, const HeadRoom *room, Found *found, float *y);
+void read_logits(Hand *hand, const Ends *ends, const Weight *head, const Sketch *sketch, const float *h,
+                 int64_t R, const HeadRoom *room, Found *found, float *y);
 
 typedef struct {
     float logit;  // NaN if any is

@@ -178,7 +178,8 @@ void enter_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop) {
 }
 
 void leave_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop) {
-    for (int64_t i = start; i < stop; i++) count_tokens(lane->session, i, lane->run, lane->climbing);
+    for (int64_t i = start; i < stop; i++)
+        count_tokens(lane->session, i, lane->run, lane->climbing, OFFRAMP_BOTH);
     if (lane->request->reads) return;
     lane->spent.flops += flops_of(l->plan, start, stop, first_of(lane), lane->run);
     lane->spent.blocks += (stop - start) * lane->climbing;

@@ -61,57 +61,6 @@ static __attribute__((noinline)) void advance(const Mixer *m, const float *old, 
     }
 }
 
-// A note of one row, the `t`-th of a run, for the journal of a memory; NULL where none is taken.
-static float *note_of(const Mixer *m, const StateAt *state, int64_t t) {
-    return state->notes ? state->notes + t * note_floats(m) : NULL;
-}
-
-// The rows from r on that belong to the same sequence, of which there is at least one.
-static int64_t run_of(const Tokens *tokens, int64_t r) {
-    int64_t rows = 1;
-    while (r + rows < tokens->count && tokens->sequences[r + rows] == tokens->sequences[r]) rows++;
-    return rows;
-}
-
-// The input projection, without its first `skip` rows.
-static void project_in(const Mixer *m, Worker *w, int64_t skip) {
-    const Rows rows = enter_part(w, &m->around, &m->in);
-    multiply(w->hand, &m->in, rows, w->tokens.count, (Out){w->buffers.in, m->in.rows, 0}, skip, m->in.rows);
-}
-
-// The convolution of x, B and C, and SiLU, for channels `from` to `to` - 1. Updates the windows.
-static void convolve(const Mixer *m, const Worker *w, const MemoryAt *memory, int64_t from, int64_t to) {
-    const int64_t C = m->channels, W = m->taps, A = m->in.rows;
-    const float *bias = floats(m->conv_bias), *conv = floats(m->conv);
-    int64_t rows;
-    for (int64_t first = 0; first < w->tokens.count; first += rows) {
-        rows = run_of(&w->tokens, first);
-        const StateAt *state = &memory[w->tokens.sequences[first]].state;
-        float *window = state->window;
-        const float *in = w->buffers.in + first * A + m->inner;
-        // Input t of the run; those before it, t < 0, are in the window.
-#define INPUT(t) ((t) < 0 ? window + (W - 1 + (t)) * C : in + (t) * A)
-        for (int64_t t = 0; t < rows; t++) {
-            float *out = w->buffers.conv + (first + t) * C, *note = note_of(m, state, t);
-            for (int64_t c = from; c < to; c += LANES) {
-                const int64_t left = to - c;
-                vf y = bias ? load_up_to(bias + c, left) : (vf){0};
-                for (int64_t tap = 0; tap < W; tap++)
-                    y = fma_(load_up_to(conv + tap * C + c, left),
-                             load_up_to(INPUT(t + tap - W + 1) + c, left), y);
-                store_up_to(out + c, silu(y), left);
-            }
-            if (note) {
-                memcpy(note + from, in + t * A + from, (to - from) * sizeof(float));
-                memcpy(note + C + from, out + from, (to - from) * sizeof(float));
-            }
-        }
-        for (int64_t tap = 0; tap < W - 1; tap++)  // rises, so nothing is overwritten before it is read
-            memcpy(window + tap * C + from, INPUT(rows + tap - W + 1) + from, (to - from) * sizeof(float));
-#undef INPUT
-    }
-}
-
 // The recurrence of heads `from` to `to` - 1. Updates the states. With `gated`, x receives y · silu(z).
 static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int gated, int64_t from,
                   int64_t to) {
@@ -120,7 +69,7 @@ static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int g
     int64_t rows, T;
     for (int64_t head = from; head < to; head++)
         for (int64_t begin = 0; begin < w->tokens.count; begin += rows) {
-            rows = run_of(&w->tokens, begin);
+            rows = rows_of_text(&w->tokens, begin);
             const StateAt *state = &memory[w->tokens.sequences[begin]].state;
             for (int64_t first = begin; first < begin + rows; first += T) {
                 T = min_(TOKENS, begin + rows - first);
@@ -129,7 +78,7 @@ static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int g
                     const float *in = w->buffers.in + (first + t) * A + E + C,
                                 *conv = w->buffers.conv + (first + t) * C;
                     float dt = softplus(in[head] + dt_bias[head]),
-                          *note = note_of(m, state, first - begin + t);
+                          *note = note_at(m, state, first - begin + t);
                     dt = dt < m->dt_low ? m->dt_low : dt > m->dt_high ? m->dt_high : dt;
                     if (note) note[2 * C + head] = dt;
                     fed.x[t] = conv + head * P, fed.B[t] = conv + E + head / (m->heads / G) * N,
@@ -139,54 +88,38 @@ static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int g
                 }
                 const float *old = first == begin ? state->h : state->fresh;
                 advance(m, old + head * P * N, state->fresh + head * P * N, &fed, T, skip[head]);
-                for (int64_t t = 0; gated && t < T; t++)
+                for (int64_t t = 0; gated && !m->gate_last && t < T; t++)
                     times_silu(fed.y[t], w->buffers.in + (first + t) * A + head * P, P);
             }
         }
 }
 
-// Convolution and recurrence, shared out.
-static void advance_memories(const Mixer *m, Worker *w, const MemoryAt *memory, int gated) {
-    const Division channels = divided(w->hand, m->channels, LANES), heads = divided(w->hand, m->heads, 1);
+void mamba2_advance(const Mixer *m, Worker *w, const MemoryAt *memory, int gated) {
+    const Division heads = divided(w->hand, m->heads, 1);
     int64_t from, to;
-    EACH_PIECE(piece, w->hand, channels.pieces) {
-        part_of(&channels, piece, &from, &to);
-        convolve(m, w, memory, from, to);
-    }
     EACH_PIECE(piece, w->hand, heads.pieces) {
         part_of(&heads, piece, &from, &to);
         recur(m, w, memory, gated, from, to);
     }
 }
 
-// The norm over each group. Returns the rows for the output projection.
-static Rows outputs(const Mixer *m, Worker *w) {
+// The norm over each group, if there is one. Returns the rows for the output projection.
+Rows mamba2_outputs(const Mixer *m, Worker *w) {
     const int64_t E = m->inner, each = E / m->groups, R = w->tokens.count;
     float *x = w->buffers.x;
     const Rows rows = rows_of(&m->out, x, E, R, w->buffers.room);
     EACH_PIECE(r, w->hand, R) {
-        for (int64_t g = 0; g < m->groups; g++) {
+        for (int64_t g = 0; m->gated_norm.values && g < m->groups; g++) {
             float *part = x + r * E + g * each;
             rms_norm(part, floats(m->gated_norm) + g * each, m->gated_eps, part, each);
         }
+        if (m->gate_last) times_silu(x + r * E, w->buffers.in + r * m->in.rows, E);
         make_narrow(&rows, r);
     }
     return rows;
 }
 
-void mixer_project(const Mixer *m, Worker *w) { project_in(m, w, 0); }
-
-void mixer_run(const Mixer *m, Worker *w, const MemoryAt *memory) {
-    advance_memories(m, w, memory, 1);
-    leave_part(w, &m->around, &m->out, outputs(m, w), w->buffers.inner);
-}
-
-void mixer_remember(const Mixer *m, Worker *w, const MemoryAt *memory) {
-    project_in(m, w, m->inner);
-    advance_memories(m, w, memory, 0);
-}
-
-void mixer_replay(const Mixer *m, float *h, const float *journal, int64_t R) {
+void mamba2_replay(const Mixer *m, float *h, const float *journal, int64_t R) {
     const int64_t H = m->heads, P = m->dim, G = m->groups, N = m->states, C = m->channels;
     for (int64_t head = 0; head < H; head++)
         for (int64_t first = 0; first < R; first += TOKENS) {
@@ -199,14 +132,4 @@ void mixer_replay(const Mixer *m, float *h, const float *journal, int64_t R) {
             }
             advance(m, h + head * P * N, h + head * P * N, &fed, T, 0);
         }
-}
-
-void mixer_window(const Mixer *m, float *window, const float *old, const float *journal, int64_t R) {
-    const int64_t C = m->channels, W = m->taps;
-    for (int64_t tap = 0; tap < W - 1; tap++) {
-        const int64_t t =
-            R + tap - W + 1;  // a row of the journal; those before its first are in the old window
-        memcpy(window + tap * C, t < 0 ? old + (W - 1 + t) * C : journal + t * note_floats(m),
-               C * sizeof(float));
-    }
 }

@@ -22,6 +22,7 @@ static offramp_status check_ends(const offramp_part *part, offramp_error *error)
     if (check_kind(part, "ends", error)) return OFFRAMP_INVALID;
     const Ends *e = &part->ends;
     const int64_t D = e->head.columns;
+    NEED(e->cap >= 0, "A cap of logits is 0 or more.");
     NEED(e->norm.count == D, "The final norm has %lld numbers, but the head has %lld columns.",
          (long long)e->norm.count, (long long)D);
     NEED(D % VECTOR == 0, "A hidden size of %lld is not a multiple of %d.", (long long)D, VECTOR);
@@ -30,9 +31,10 @@ static offramp_status check_ends(const offramp_part *part, offramp_error *error)
     return OFFRAMP_OK;
 }
 
-// Whether the norms around a part fit D dims. Without a factor, it is 1.
-static offramp_status check_around(Around *a, int64_t D, offramp_error *error) {
+// Whether the norms around a part fit D dims, and its factors `results` results. Without a factor, it is 1.
+static offramp_status check_around(Around *a, int64_t D, int64_t results, offramp_error *error) {
     NEED(has(a->norm, D) && has(a->after, D), "A norm does not fit a hidden size of %lld.", (long long)D);
+    NEED(has(a->factors, results), "A part needs a factor for each of %lld results.", (long long)results);
     if (a->factor == 0) a->factor = 1;
     return OFFRAMP_OK;
 }
@@ -48,7 +50,7 @@ static offramp_status check_attention(const offramp_part *part, Attention *found
     NEED(a.queries > 0 && a.queries % H == 0 && has_shape(&a.qkv, (a.queries + 2 * H) * P, D) &&
              has_shape(&a.o, D, a.queries * P),
          "The matrices of an attention do not fit %lld heads of %lld dims.", (long long)H, (long long)P);
-    if (check_around(&a.around, D, error)) return OFFRAMP_INVALID;
+    if (check_around(&a.around, D, a.qkv.rows, error)) return OFFRAMP_INVALID;
     NEED(has(a.q_norm, a.norm_heads ? P : a.queries * P) && has(a.k_norm, a.norm_heads ? P : H * P) &&
              !a.q_norm.values == !a.k_norm.values,
          "The norms of an attention do not fit its heads.");
@@ -65,26 +67,57 @@ static offramp_status check_mamba2(Mixer *m, int64_t inputs, int64_t outputs, of
          (long long)m->states, (long long)m->groups);
     NEED(has_shape(&m->in, E + C + H, inputs) && has_shape(&m->out, outputs, E),
          "The matrices of a mixer do not fit its heads.");
-    NEED(m->gated_norm.count == E && has(m->conv_bias, C) && m->dt_bias.count == H && m->decay.count == H &&
+    NEED(has(m->gated_norm, E) && has(m->conv_bias, C) && m->dt_bias.count == H && m->decay.count == H &&
              m->skip.count == H && m->conv.count % C == 0 && m->conv.count / C > 1,
          "The vectors of a mixer do not fit its heads.");
     m->dim = E / H, m->inner = E, m->channels = C, m->taps = m->conv.count / C;
     return OFFRAMP_OK;
 }
 
+static offramp_status check_mamba(Mixer *m, int64_t D, offramp_error *error) {
+    const int64_t E = m->out.columns, N = m->states, L = m->steps.columns;
+    NEED(N > 0 && N % VECTOR == 0 && E < MOST_HEADS,
+         "A mixer of %lld channels and %lld states cannot be run.", (long long)E, (long long)N);
+    NEED(has_shape(&m->in, 2 * E, D) && has_shape(&m->out, D, E) && has_shape(&m->low, L + 2 * N, E) &&
+             m->steps.rows == E,
+         "The matrices of a mixer do not fit its channels.");
+    NEED(has(m->conv_bias, E) && m->decay.count == E * N && m->skip.count == E && m->conv.count % E == 0 &&
+             m->conv.count / E > 1 && has(m->dt_norm, L) && has(m->b_norm, N) && has(m->c_norm, N) &&
+             !m->dt_norm.values == !m->b_norm.values && !m->dt_norm.values == !m->c_norm.values,
+         "The vectors of a mixer do not fit its channels.");
+    m->inner = m->channels = E, m->taps = m->conv.count / E;
+    return OFFRAMP_OK;
+}
+
+static offramp_status check_convolution(Mixer *m, int64_t D, offramp_error *error) {
+    const int64_t C = m->out.columns;
+    NEED(has_shape(&m->in, 3 * C, D) && has_shape(&m->out, D, C) && has(m->conv_bias, C) &&
+             m->conv.count % C == 0 && m->conv.count / C > 1,
+         "The shapes of a convolution do not fit.");
+    m->inner = m->channels = C, m->taps = m->conv.count / C;
+    return OFFRAMP_OK;
+}
+
 static offramp_status check_mixer(const offramp_part *part, Mixer *found, int64_t D, offramp_error *error) {
-    if (check_kind(part, "mamba2", error)) return OFFRAMP_INVALID;
+    const char *const kinds[] = {[MAMBA2] = "mamba2", [MAMBA] = "mamba", [CONVOLUTION] = "convolution"};
+    MixerKind kind = CONVOLUTION;
+    while (kind > MAMBA2 && strcmp(part->kind->name, kinds[kind])) kind--;
+    if (check_kind(part, kinds[kind], error)) return OFFRAMP_INVALID;
     *found = part->mixer;
-    if (check_around(&found->around, D, error)) return OFFRAMP_INVALID;
-    return check_mamba2(found, D, D, error);
+    found->kind = kind;
+    if (check_around(&found->around, D, found->in.rows, error)) return OFFRAMP_INVALID;
+    if (kind == MAMBA) return check_mamba(found, D, error);
+    return kind == MAMBA2 ? check_mamba2(found, D, D, error) : check_convolution(found, D, error);
 }
 
 static offramp_status check_mlp(const offramp_part *part, Mlp *found, int64_t D, offramp_error *error) {
     if (check_kind(part, "mlp", error)) return OFFRAMP_INVALID;
     Mlp m = part->mlp;
     const int64_t W = m.down.columns;
-    if (check_around(&m.around, D, error)) return OFFRAMP_INVALID;
-    NEED(has_shape(&m.gate_up, 2 * W, D) && has_shape(&m.down, D, W), "The matrices of an MLP do not fit.");
+    if (check_around(&m.around, D, m.gate_up.rows, error)) return OFFRAMP_INVALID;
+    NEED((has_shape(&m.gate_up, 2 * W, D) || has_shape(&m.gate_up, W, D)) && has_shape(&m.down, D, W),
+         "The matrices of an MLP do not fit.");
+    NEED(m.activation <= OFFRAMP_SQUARED_RELU, "There is no activation %lld.", (long long)m.activation);
     *found = m;
     return OFFRAMP_OK;
 }
@@ -184,9 +217,13 @@ static offramp_status add_block(offramp_model *model, int64_t i, const offramp_p
     if (mixer && check_mixer(mixer, &b->mixer, D, error)) return OFFRAMP_INVALID;
     if (mlp && check_mlp(mlp, &b->mlp, D, error)) return OFFRAMP_INVALID;
     if (!b->attends || !b->attention.rotary) return OFFRAMP_OK;
-    NEED(!model->rotary_dim || model->rotary_dim == b->attention.dim,
+    NEED(b->attention.rotary <= MOST_TABLES,
+         "There are %d tables of rotary pairs, and none has the number %lld.", MOST_TABLES,
+         (long long)b->attention.rotary);
+    Rotary *table = model->rotary + b->attention.rotary - 1;
+    NEED(!table->dim || table->dim == b->attention.dim,
          "Blocks with positions have heads of different dims.");
-    model->rotary_dim = b->attention.dim;
+    table->dim = b->attention.dim;
     return OFFRAMP_OK;
 }
 
@@ -212,6 +249,8 @@ offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *c
     }
     model->hidden = ends->ends.head.columns, model->vocabulary = ends->ends.head.rows;
     model->count = blocks, model->ends = ends->ends;
+    if (!model->ends.scale) model->ends.scale = 1;
+    if (!model->ends.logit_scale) model->ends.logit_scale = 1;
     for (int64_t i = 0; i < blocks; i++)
         if (add_block(model, i, attentions ? attentions[i] : NULL, mixers ? mixers[i] : NULL,
                       mlps ? mlps[i] : NULL, error)) {
@@ -238,14 +277,24 @@ offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offr
     return OFFRAMP_OK;
 }
 
-offramp_status offramp_model_rotary(offramp_model *model, const float *pairs, int64_t positions, int64_t dim,
-                                    offramp_error *error) {
-    NEED(!model->rotary_dim || model->rotary_dim == dim,
-         "Rotary pairs of %lld dims do not fit heads of %lld.", (long long)dim, (long long)model->rotary_dim);
+offramp_status offramp_model_rotary(offramp_model *model, int64_t table, const float *pairs,
+                                    int64_t positions, int64_t dim, offramp_error *error) {
+    NEED(table > 0 && table <= MOST_TABLES,
+         "There are %d tables of rotary pairs, and none has the number %lld.", MOST_TABLES, (long long)table);
+    Rotary *place = model->rotary + table - 1;
+    NEED(!place->dim || place->dim == dim, "Rotary pairs of %lld dims do not fit heads of %lld.",
+         (long long)dim, (long long)place->dim);
     pool_enter(&model->pool);
-    model->rotary = pairs, model->positions = positions;
+    place->pairs = pairs, place->positions = positions;
     pool_leave(&model->pool);
     return OFFRAMP_OK;
+}
+
+int64_t positions_of(const offramp_model *model) {
+    int64_t least = INT64_MAX;
+    for (int i = 0; i < MOST_TABLES; i++)
+        if (model->rotary[i].dim) least = min_(least, model->rotary[i].positions);
+    return least;
 }
 
 int lay_out(offramp_model *model, void (*lay)(void *context, Arena *arena), void *context) {

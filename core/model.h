@@ -17,13 +17,13 @@ static inline const float *floats(Array array) { return array.values; }
 typedef struct {
     Weight head, embedding;
     Array norm;
-    float eps;
+    float eps, scale, logit_scale, cap;  // the last three: of embeddings and logits (0: no cap)
 } Ends;
 
-// What stands around attention, a mixer or an MLP: a norm before it and one after it (or none), and a factor of what is
-// added to h.
+// What stands around attention, a mixer or an MLP: a norm before it and one after it (or none), factors of the
+// results of its first product (or none), and a factor of what is added to h.
 typedef struct {
-    Array norm, after;
+    Array norm, after, factors;
     float eps, factor;
 } Around;
 
@@ -32,22 +32,28 @@ typedef struct {
     Weight qkv, o;
     Array q_norm, k_norm;
     int64_t heads, dim, window, rotary, norm_heads;
-    float head_eps, scale;
+    float head_eps, scale, cap;
     int64_t queries;  // heads of queries, found from the shapes
 } Attention;
 
+// A mixer begins with a projection to a gate z (E) and to inputs of a convolution (C), and ends with a projection.
+typedef enum { MAMBA2, MAMBA, CONVOLUTION } MixerKind;
+
 typedef struct {
+    MixerKind kind;
     Around around;
-    Weight in, out;
-    Array gated_norm, conv, conv_bias, dt_bias, decay, skip;
-    int64_t heads, groups, states;
-    float gated_eps, dt_low, dt_high;
+    Weight in, out, steps,
+        low;  // the last two are Mamba's: of step sizes, and of these, B and C at a low rank
+    Array gated_norm, conv, conv_bias, dt_bias, decay, skip, dt_norm, b_norm, c_norm;
+    int64_t heads, groups, states, gate_last;
+    float gated_eps, dt_low, dt_high, inner_eps;
     int64_t dim, inner, channels, taps;  // P, E, C, and the width of the convolution, found from the shapes
 } Mixer;
 
 typedef struct {
     Around around;
     Weight gate_up, down;
+    int64_t activation;
 } Mlp;
 
 typedef struct {
@@ -125,17 +131,27 @@ typedef struct {
     Mlp mlp;
 } Block;
 
+// Pairs (positions, dim) that turn queries and keys; `dim` is 0 if no block needs them.
+typedef struct {
+    const float *pairs;
+    int64_t positions, dim;
+} Rotary;
+
+enum { MOST_TABLES = 2 };  // of rotary pairs
+
 struct offramp_model {
     Pool pool;
     int64_t hidden, vocabulary, count;
     Ends ends;
     Block *blocks;
-    const float *rotary;  // (positions, dim)
-    int64_t positions, rotary_dim;
+    Rotary rotary[MOST_TABLES];
     char *scratch;  // of one call
     int64_t scratch_bytes;
     _Atomic int64_t users;  // its sessions, and 1 until it is freed
 };
+
+// The number of positions that the model has rotary pairs for.
+int64_t positions_of(const offramp_model *model);
 
 // Writes a sentence, unless `error` is NULL, and returns the status.
 offramp_status fail(offramp_error *error, offramp_status status, const char *format, ...)

@@ -1,8 +1,8 @@
 // offramp: early exits for causal language models. The C library: blocks of a model, their memory of texts,
 // exits, and decoding.
 //
-// A model is put together from parts: attention, a mixer (Mamba-2) and an MLP for each block, as far as it has
-// them, and the two ends. A part has named weights, arrays and numbers; `offramp_part_new` lists them. A session is the
+// A model is put together from parts: attention, a mixer (Mamba-2, Mamba or a convolution) and an MLP for each
+// block, as far as it has them, and the two ends. A part has named weights, arrays and numbers; `offramp_part_new` lists them. A session is the
 // blocks' memory of one text. A plan says at which exits tokens may leave, and what happens then.
 //
 //     offramp_part *part = offramp_part_new("mlp", &error);
@@ -124,6 +124,10 @@ typedef struct {
 // probable token, that minus the second's, or 1 - entropy / log V (exits/policy.py).
 typedef enum { OFFRAMP_GATE, OFFRAMP_MAX_PROB, OFFRAMP_MARGIN, OFFRAMP_ENTROPY } offramp_confidence;
 
+// What an MLP does to the results of its first product, or to the first half of them, which is then a gate for the
+// other: SiLU, GELU by its approximation with tanh, or the square of ReLU.
+typedef enum { OFFRAMP_SILU, OFFRAMP_GELU, OFFRAMP_SQUARED_RELU } offramp_activation;
+
 typedef struct offramp_part offramp_part;
 
 // An empty part of one of these kinds. What stands in brackets may be left out.
@@ -131,10 +135,14 @@ typedef struct offramp_part offramp_part;
 // | kind | weights | arrays |
 // |------|---------|--------|
 // | ends | head (V, D), embedding (at least V, D) | norm (D) |
-// | attention | qkv ((Q + 2H) · P, D), o (D, Q · P) | [norm], [norm_after] (D), [q_norm], [k_norm] |
-// | mamba2 | in (E + C + H, D), out (D, E) | [norm], [norm_after] (D), gated_norm (E), conv (taps, C), |
-// | | | [conv_bias] (C), dt_bias, decay, skip (H) |
-// | mlp | gate_up (2W, D), down (D, W) | [norm], [norm_after] (D) |
+// | attention | qkv ((Q + 2H) · P, D), o (D, Q · P) | [norm], [norm_after] (D), [factors], [q_norm], [k_norm] |
+// | mamba2 | in (E + C + H, D), out (D, E) | [norm], [norm_after] (D), [factors], [gated_norm] (E), |
+// | | | conv (taps, C), [conv_bias] (C), dt_bias, decay, skip (H) |
+// | mamba | in (2E, D), out (D, E), low (L + 2N, E), | [norm], [norm_after] (D), [factors], conv (taps, E), |
+// | | steps (E, L) | [conv_bias] (E), decay (E, N), skip (E), [dt_norm] (L), |
+// | | | [b_norm], [c_norm] (N) |
+// | convolution | in (3C, D), out (D, C) | [norm], [norm_after] (D), [factors], conv (taps, C), [conv_bias] (C) |
+// | mlp | gate_up (2W, D) or (W, D), down (D, W) | [norm], [norm_after] (D), [factors] |
 // | gate | in (2W, D) with out, or (1, D) | mean, spread (D), [out] (W) |
 // | mamba_gate | down (W, D), in (E + C + H, W), | mean, spread, direct (D), gated_norm (E), |
 // | | out (1, E) | conv (taps, C), [conv_bias] (C), dt_bias, decay, skip (H) |
@@ -145,23 +153,31 @@ typedef struct offramp_part offramp_part;
 //
 // | kind | numbers |
 // |------|---------|
-// | ends | eps |
-// | attention | heads (H), dim (P), eps, [factor], scale, [window], [rotary], [norm_heads], [head_eps] |
-// | mamba2 | heads (H), groups (G), states, eps, [factor], gated_eps, dt_low, dt_high |
-// | mlp | eps, [factor] |
+// | ends | eps, [scale], [logit_scale], [cap] |
+// | attention | heads (H), dim (P), eps, [factor], scale, [cap], [window], [rotary], [norm_heads], [head_eps] |
+// | mamba2 | heads (H), groups (G), states, eps, [factor], [gate_last], gated_eps, dt_low, dt_high |
+// | mamba | states (N), eps, [factor], [inner_eps] |
+// | convolution | eps, [factor] |
+// | mlp | activation, eps, [factor] |
 // | gate | bias |
 // | mamba_gate | heads (H), states, gated_eps, bias |
 // | readout | [gated] |
 // | sketch | candidates |
 // | guesses | shortest, longest |
 //
-// norm and norm_after stand before and after a part; eps is that of both. factor: what is added to the hidden state is
-// multiplied with it (without one: 1). attention: rows of qkv are Q query heads, H key heads and H value heads of P dims; dims that the rotary
+// ends: embeddings are multiplied by `scale`, and logits by `logit_scale` (without one: 1); with a cap, they become
+// cap · tanh(logit / cap). norm and norm_after stand before and after a part; eps is that of both. factors: what the
+// results of a part's first product are multiplied with. factor: what is added to the hidden state is multiplied with
+// it (without one: 1). attention: rows of qkv are Q query heads, H key heads and H value heads of P dims; dims that the rotary
 // embedding turns together stand side by side. window: tokens that a token sees, itself included (0: all).
-// rotary: 1 with positions.
+// rotary: the number of its table of rotary pairs (0: no positions). cap: that of scores, as of logits.
 // norm_heads: q_norm and k_norm are (P) over each head, else over all heads. mamba2 (arXiv 2405.21060,
 // section 7): E = H · P inner dims, C = E + 2 · G · states channels; rows of in: z (E), x, B and C (C), dt
-// (H). decay is A < 0. gate, mamba_gate and readout: exits/gates.py and exits/readouts.py say what
+// (H). decay is A < 0. The outputs, times silu(z), are normed over each group, if there is a gated_norm; with gate_last, they
+// are normed first. mamba (2312.00752, section 3.4): rows of in: z,
+// then x (E); of low: step sizes at a rank of L, B and C (N), which are normed if there are norms; the bias of steps is
+// added to step sizes. convolution: rows of in: a gate, x and B (C); x · B is convolved, and multiplied by the gate.
+// mlp: activation is an offramp_activation. gate, mamba_gate and readout: exits/gates.py and exits/readouts.py say what
 // they compute. mamba_gate: a mixer of one group reads `down` times the standardised state; to its output,
 // `direct` times that state is added. readout: K = D inputs, the standardised state, and D more for each of
 // one or two deep states, at a root mean square of 1. A = 2W with `gated`, for silu(first W) · last W, else
@@ -196,10 +212,11 @@ OFFRAMP_API offramp_status offramp_model_fits(const offramp_model *model, const 
 // How many threads the next calls use: 1 at first, and OFFRAMP_MOST_THREADS at most.
 OFFRAMP_API offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offramp_error *error);
 
-// Gives the model the rotary pairs (positions, P), cos and sin side by side, which are not copied. Attention
-// with positions needs them before its first token. After a call with another table, the old one may go.
-OFFRAMP_API offramp_status offramp_model_rotary(offramp_model *model, const float *pairs, int64_t positions,
-                                                int64_t dim, offramp_error *error);
+// Gives the model a table of rotary pairs (positions, P), cos and sin side by side, which are not copied. Tables have
+// the numbers 1 and 2. Attention with positions needs its table before its first token. After a call with other pairs,
+// the old ones may go.
+OFFRAMP_API offramp_status offramp_model_rotary(offramp_model *model, int64_t table, const float *pairs,
+                                                int64_t positions, int64_t dim, offramp_error *error);
 
 // y (R, rows) = x (R, columns) · weightᵀ + bias.
 OFFRAMP_API offramp_status offramp_product(offramp_model *model, const offramp_weight *weight, const float *x,
@@ -291,11 +308,14 @@ OFFRAMP_API offramp_status offramp_run(offramp_model *model, int64_t start, int6
                                        const offramp_rows *rows, int64_t sessions, float *h,
                                        offramp_error *error);
 
+// What a block remembers: keys and values of attention, the window and state of a mixer, or both.
+enum { OFFRAMP_KEYS = 1, OFFRAMP_STATES = 2, OFFRAMP_BOTH = 3 };
+
 // As offramp_run, but the blocks only remember the rows, as if h were the input of each block. h does not
-// change.
+// change. `what`: which of their memories do.
 OFFRAMP_API offramp_status offramp_remember(offramp_model *model, int64_t start, int64_t stop,
-                                            const offramp_rows *rows, int64_t sessions, const float *h,
-                                            offramp_error *error);
+                                            const offramp_rows *rows, int64_t sessions, int64_t what,
+                                            const float *h, offramp_error *error);
 
 // Exits and rules ---------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ int64_t flops_of(const offramp_plan *plan, int64_t start, int64_t stop, int64_t 
 Filled filled_at(const offramp_plan *plan, const offramp_exit *exit) {
     const int64_t fill = plan->rules.fill;
     Filled filled = {exit->after, plan->model->count - exit->tail,
-                     fill == OFFRAMP_FREEZE || fill == OFFRAMP_COPY, -1};
+                     fill == OFFRAMP_FREEZE || fill == OFFRAMP_COPY ? OFFRAMP_KEYS : OFFRAMP_BOTH, -1};
     if (plan->waits) filled.start = larger(filled.start, plan->first_tail);
     for (int64_t i = 0; fill == OFFRAMP_COPY && i < exit->after; i++)
         if (plan->model->blocks[i].attends) filled.source = i;
@@ -41,7 +41,7 @@ int64_t fill_flops(const offramp_plan *plan, const offramp_exit *exit) {
     const Filled filled = filled_at(plan, exit);
     int64_t flops = 0;
     for (int64_t i = filled.start; filled.source < 0 && i < filled.stop; i++)
-        flops += plan->costs[i].key_flops + (filled.keys ? 0 : plan->costs[i].state_flops);
+        flops += plan->costs[i].key_flops + (filled.what & OFFRAMP_STATES ? plan->costs[i].state_flops : 0);
     return flops;
 }
 

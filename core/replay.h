@@ -6,6 +6,10 @@
 // Repeats R rows of a journal on a state h (H, P, N), bit for bit as in the pass that wrote them.
 void mixer_replay(const Mixer *m, float *h, const float *journal, int64_t R);
 
+// The same for each kind.
+void mamba2_replay(const Mixer *m, float *h, const float *journal, int64_t R);
+void mamba_replay(const Mixer *m, float *h, const float *journal, int64_t R);
+
 // Writes the window (taps - 1, C) after R rows of a journal, whose pass began with the window `old`, to
 // another place than `old`.
 void mixer_window(const Mixer *m, float *window, const float *old, const float *journal, int64_t R);

@@ -36,7 +36,7 @@ static void free_mixed(Mixed *m) {
 
 static int make_mixed(const Mixer *shape, Mixed *m) {
     m->window = calloc(window_floats(shape), sizeof(float));
-    m->h = calloc(state_floats(shape), sizeof(float));
+    m->h = calloc(state_floats(shape) + 1, sizeof(float));
     return m->window && m->h;
 }
 
@@ -247,9 +247,9 @@ void count_mixed(Mixed *m, int64_t count) {
     if (count) m->stands = 0;
 }
 
-void count_tokens(offramp_session *s, int64_t i, int64_t end, int64_t count) {
-    s->blocks[i].keys.length = end;
-    count_mixed(&s->blocks[i].mixed, count);
+void count_tokens(offramp_session *s, int64_t i, int64_t end, int64_t count, int64_t what) {
+    if (what & OFFRAMP_KEYS) s->blocks[i].keys.length = end;
+    if (what & OFFRAMP_STATES) count_mixed(&s->blocks[i].mixed, count);
 }
 
 static offramp_status check_range(const offramp_session *s, int64_t start, int64_t stop,
@@ -268,7 +268,7 @@ static offramp_status check_block(const offramp_session *s, int64_t i, offramp_e
 
 int prepare_watch(const Mixer *shape, Mixed *m, int64_t rows) {
     if (!m->old_window) m->old_window = malloc(window_floats(shape) * sizeof(float));
-    if (!m->old_h) m->old_h = malloc(state_floats(shape) * sizeof(float));
+    if (!m->old_h) m->old_h = malloc((state_floats(shape) + 1) * sizeof(float));
     return m->old_window && m->old_h && lengthen_journal(shape, m, rows);
 }
 

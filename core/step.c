@@ -75,7 +75,7 @@ static void set_up(Step *s, Turn *turn) {
     turn->whole = turn->judged.tokens.count;
     for (int64_t q = 0; turn->top && s->plan->sketch && q < turn->climbing.lanes; q++)
         if (turn->climbing.who[q]->request->whole) add_judged(turn, turn->climbing.who[q]);
-    turn->climbing.tokens.h = s->h, turn->climbing.tokens.rotary = s->model->rotary;
+    turn->climbing.tokens.h = s->h;
     find_memories(s, &turn->climbing, turn->start, turn->stop);
 }
 
@@ -90,11 +90,13 @@ static void climb(Step *s, Hand *hand, Turn *turn) {
     const int64_t D = s->model->hidden, middle = s->plan->rules.middle;
     EACH_PIECE(r, hand, g->tokens.count) {
         const Lane *lane = g->who[g->tokens.sequences[r]];
-        if (!turn->first)
-            memcpy(s->h + r * D, lane->h + g->row_of[r] * D, D * sizeof(float));
-        else
-            values_of_row(&s->model->ends.embedding, lane->request->ids[g->tokens.positions[r]],
-                          s->h + r * D);
+        float *h = s->h + r * D;
+        if (!turn->first) {
+            memcpy(h, lane->h + g->row_of[r] * D, D * sizeof(float));
+            continue;
+        }
+        values_of_row(&s->model->ends.embedding, lane->request->ids[g->tokens.positions[r]], h);
+        for (int64_t k = 0; k < D; k++) h[k] *= s->model->ends.scale;
     }
     if (turn->top && middle) {
         run(s, hand, g, turn->start, middle);
@@ -154,7 +156,7 @@ static void consider(Step *s, Turn *turn) {
         lane->spent.blocks += exit->tail;
     }
     find_memories(s, &turn->reading, start, N);
-    turn->reading.tokens.h = s->out, turn->reading.tokens.rotary = s->model->rotary;
+    turn->reading.tokens.h = s->out;
 }
 
 static void ask(Step *s, Hand *hand, Turn *turn) {
@@ -189,8 +191,7 @@ static void read_out(Step *s, Hand *hand, Turn *turn) {
     read_outs(hand, &plan->parts[turn->exit].readout, s->states, s->deep, R, s->readout_rooms + turn->exit,
               s->out);
     if (exit->tail) run(s, hand, g, N - exit->tail, N);
-    read_logits(hand, plan->exit_head, floats(ends->norm), ends->eps, plan->exit_sketch, s->out, R,
-                &s->exit_head, turn->found, y);
+    read_logits(hand, ends, plan->exit_head, plan->exit_sketch, s->out, R, &s->exit_head, turn->found, y);
     if (plan->measures) confidences(hand, plan->measures, y, R, n, &s->confidence, s->sures);
     if (turn->expands) EACH_PIECE(r, hand, R) {
             for (int64_t v = 0; v < V; v++) s->y[r * V + v] = -INFINITY;
@@ -209,7 +210,7 @@ static void leave(Step *s, Turn *turn) {
     for (int64_t q = 0; q < g->lanes; q++) {
         Lane *lane = g->who[q];
         for (int64_t i = s->model->count - exit->tail; i < s->model->count; i++)
-            count_tokens(lane->session, i, lane->run, 1);
+            count_tokens(lane->session, i, lane->run, 1, OFFRAMP_BOTH);
         const int64_t id = s->chosen[q], listed = plan->tokens && !turn->expands && id >= 0;
         consider_leaving(&s->lanes, lane, listed ? plan->tokens[id] : id, plan->measures ? s->sures[q] : 0);
         if (!lane->leaves) continue;
@@ -219,7 +220,7 @@ static void leave(Step *s, Turn *turn) {
             if (s->model->blocks[i].attends) offramp_session_copy(lane->session, filled.source, i, 1, NULL);
     }
     find_memories(s, &turn->leaving, filled.start, filled.stop);
-    turn->leaving.tokens.h = s->h, turn->leaving.tokens.rotary = s->model->rotary;
+    turn->leaving.tokens.h = s->h;
 }
 
 static void at_exit(Step *s, Hand *hand, Turn *turn) {
@@ -234,12 +235,12 @@ static void at_exit(Step *s, Hand *hand, Turn *turn) {
     if (fills) {
         gather(hand, left, s->model->hidden, s->h);
         Worker w = worker_of(s->model, &left->tokens, &s->buffers, hand);
-        remember_blocks(&w, filled.start, filled.stop, s->memory, left->lanes, (int)filled.keys);
+        remember_blocks(&w, filled.start, filled.stop, s->memory, left->lanes, filled.what);
     }
     EACH_PIECE(i, hand, 1) {
         for (int64_t q = 0; fills && q < left->lanes; q++)
             for (int64_t b = filled.start; b < filled.stop; b++)
-                count_tokens(left->who[q]->session, b, left->who[q]->run, !filled.keys);
+                count_tokens(left->who[q]->session, b, left->who[q]->run, 1, filled.what);
         for (int64_t q = 0, out = 0; q < turn->climbing.lanes; q++) {
             Lane *lane = turn->climbing.who[q];
             const int read = out < turn->reading.lanes && turn->reading.who[out] == lane;
@@ -256,11 +257,11 @@ static void at_top(Step *s, Hand *hand, Turn *turn) {
     if (R) {
         gather(hand, &turn->judged, D, s->states);
         if (whole)
-            read_logits(hand, &ends->head, floats(ends->norm), ends->eps, s->plan->sketch, s->states, whole,
-                        &s->head, turn->found, s->y);
+            read_logits(hand, ends, &ends->head, s->plan->sketch, s->states, whole, &s->head, turn->found,
+                        s->y);
         if (R > whole)
-            read_logits(hand, &ends->head, floats(ends->norm), ends->eps, NULL, s->states + whole * D,
-                        R - whole, &s->head, NULL, s->y + whole * V);
+            read_logits(hand, ends, &ends->head, NULL, s->states + whole * D, R - whole, &s->head, NULL,
+                        s->y + whole * V);
         choose_rows(hand, turn->choices, R, s->y, V, &s->choose, s->chosen);
     }
     EACH_PIECE(i, hand, 1) {
@@ -336,8 +337,8 @@ static offramp_status step(Step *s, int64_t rounds, offramp_error *error) {
     s->outs = verifies ? deciding * (most + 1) : deciding;
     if (verifies && !consents(plan)) s->outs = min_(s->outs, widest_pass(deciding));
     if (verifies) s->rows = reads + s->outs;
-    NEED(!s->model->rotary_dim || s->end <= s->model->positions,
-         "There are rotary pairs for %lld positions only.", (long long)s->model->positions);
+    NEED(s->end <= positions_of(s->model), "There are rotary pairs for %lld positions only.",
+         (long long)positions_of(s->model));
     for (int64_t q = 0; q < count; q++) {
         const offramp_status status = prepare_session(plan, s->requests[q], rounds, error);
         if (status) return status;

@@ -240,6 +240,16 @@ static inline vf log1p_(vf x) {
 }
 
 static inline vf silu(vf x) { return x / (1.0f + exp_(-x)); }
+static inline vf tanh_(vf x) { return 1.0f - 2.0f / (1.0f + exp_(2.0f * x)); }
+
+// GELU (arXiv 1606.08415) by its approximation with tanh.
+static inline vf gelu(vf x) { return x / (1.0f + exp_(-1.5957691216f * (x + 0.044715f * x * x * x))); }
+
+// y (n) becomes y · factors.
+static inline void multiply_by(float *y, const float *factors, int64_t n) {
+    for (int64_t k = 0; k < n; k += LANES)
+        store_up_to(y + k, load_up_to(y + k, n - k) * load_up_to(factors + k, n - k), n - k);
+}
 
 // y (n) becomes y · silu(gate).
 static inline void times_silu(float *y, const float *gate, int64_t n) {

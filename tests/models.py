@@ -75,9 +75,8 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {
         **HEADS,
         "layer_types": ["mamba", "attention"] * 3,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "shared_intermediate_size": 48,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 64,
         "embedding_multiplier": 3.0,
         "logits_scaling": 2.0,
         "residual_multiplier": 0.5,
@@ -123,8 +122,16 @@ def tiny(family: str, seed: int = 0) -> Backbone:
     "llama/compiled" is the same model on compiled blocks.
     """
     family, _, compiled = family.partition("/")
+    backbone = random_model(family, seed)
+    if compiled:
+        backbone.use_compiled_blocks("float32")
+    return backbone
+
+
+def random_model(family: str, seed: int = 0, **changes: Any) -> Backbone:
+    """A random float32 model of this family, whose config has these changes."""
     torch.manual_seed(seed)
-    settings = {**SMALL, **PECULIAR[family]}
+    settings = {**SMALL, **PECULIAR[family], **changes}
     if family == "gpt2":
         settings |= {"n_inner": settings.pop("intermediate_size"), "n_positions": settings.pop("max_position_embeddings")}
     config = transformers.AutoConfig.for_model(family, **{k: v for k, v in settings.items() if v is not None})
@@ -135,10 +142,7 @@ def tiny(family: str, seed: int = 0) -> Backbone:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    backbone = wrap(model, byte_tokenizer(), f"tiny-{family}")
-    if compiled:
-        backbone.use_compiled_blocks("float32")
-    return backbone
+    return wrap(model, byte_tokenizer(), f"tiny-{family}")
 
 
 COMPILED = sorted(name for name, family in FAMILIES.items() if family.compiled and library())

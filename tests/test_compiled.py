@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import COMPILED, compiled_only, tiny
+from models import COMPILED, compiled_only, random_model, tiny
 from offramp import Engine
 from offramp.errors import BadInput, UnsupportedModel
 from offramp.model.backbone import Backbone
@@ -74,6 +74,37 @@ def test_chunks_give_bit_for_bit_what_single_tokens_give(family, format):
 def test_a_family_without_compiled_blocks_says_so():
     with pytest.raises(UnsupportedModel, match="gpt2 has no compiled blocks in int8: there is no code for its family"):
         Backbone(copy.deepcopy(tiny("gpt2").model), tiny("gpt2").tokenizer, tiny("gpt2").source).use_compiled_blocks("int8")
+
+
+# What the tiny model of a family does not have, and others of the family do.
+VARIATIONS = {
+    "no positions": ("granitemoehybrid", {"position_embedding_type": "nope"}),
+    "a norm before the gate": ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": True}),
+    "a norm after the gate": ("falcon_h1", {"mamba_rms_norm": True, "mamba_norm_before_gate": False}),
+    "no caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+}
+
+
+@compiled_only
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_logits_of_other_models_of_a_family_are_the_librarys(variation):
+    family, changes = VARIATIONS[variation]
+    backbone = random_model(family, **changes)
+    backbone.use_compiled_blocks("float32")
+    assert max(check(backbone)) <= 1e-5
+
+
+def test_blocks_with_experts_run_as_the_librarys_own():
+    backbone = random_model("granitemoehybrid", num_local_experts=4, num_experts_per_tok=2)
+    with pytest.raises(UnsupportedModel, match="there is no compiled code for experts"):
+        backbone.use_compiled_blocks("float32")
+    assert max(check(backbone)) <= 1e-5
+
+
+@compiled_only
+def test_an_activation_without_compiled_code_is_refused():
+    with pytest.raises(UnsupportedModel, match="there is no compiled code for the activation GELUActivation"):
+        random_model("llama", hidden_act="gelu").use_compiled_blocks("float32")
 
 
 @compiled_only

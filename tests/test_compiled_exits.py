@@ -25,7 +25,7 @@ def model() -> Model:
     """A model without blocks: what the library's calls need."""
     table = torch.zeros(8, HIDDEN)
     head = Weight.of(table)
-    return Model(CompiledPart("ends", head=head, norm=torch.ones(HIDDEN), embedding=head, eps=1e-5), [], [])
+    return Model(CompiledPart("ends", head=head, norm=torch.ones(HIDDEN), embedding=head, eps=1e-5), [])
 
 
 def states(seed: int, width: int = HIDDEN) -> Tensor:

@@ -100,7 +100,7 @@ def test_a_file_of_several_types_keeps_each(tmp_path):
     backbone = backbone_of(tmp_path / "x.gguf", MIXED)
     full, cached = check(backbone)
     assert max(full, cached) < 1e-3
-    fields = [backbone.runtime.blocks[0].mixer.fields, backbone.runtime.blocks[0].mlp.fields]
+    fields = [backbone.runtime.blocks[0].attention.fields, backbone.runtime.blocks[0].mlp.fields]
     qkv, gate_up = fields[0]["qkv"].weight, fields[1]["gate_up"]
     assert [piece.name for piece in qkv.pieces] == ["Q5_0", "Q8_0"]
     assert [piece.name for piece in getattr(gate_up, "weight", gate_up).pieces] == ["Q4_K", "Q6_K"]

@@ -17,7 +17,7 @@ from offramp.model import loading
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.formats import FORMATS
 from offramp.model.compiled.library import Fine
-from offramp.model.families import FAMILIES
+from offramp.model.families import FAMILIES, Scales
 from offramp.model.lending import OWN
 from offramp.model.loading import check, outline
 from offramp.model.reading import COARSE, Reading, change_of, read
@@ -158,7 +158,7 @@ def test_outliers_load_in_every_format_and_change_little_but_the_weights(dtype: 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_a_wrong_row_is_refused_in_every_format(dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = 1.08 if dtype == "bfloat16" else 1.005
-    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], finish=lambda logits, config: logits * wrong))
+    monkeypatch.setitem(FAMILIES, "llama", replace(FAMILIES["llama"], scales=lambda config: Scales(logits=wrong)))
     with pytest.raises(UnsupportedModel, match=r"differ from the library's by \d"):
         offramp.load(str(folder), dtype)
 

@@ -201,7 +201,7 @@ static void remembered_is_what_is_run(void) {
     offramp_session *ran = session_of(&t, OFFRAMP_BFLOAT16), *told = session_of(&t, OFFRAMP_BFLOAT16);
     const float *given = randoms(T * 32, -1, 1), *h = copied(given, T * 32);
     const offramp_rows rows = {told, 0, T};
-    WORKS(offramp_remember(t.model, 0, 1, &rows, 1, h, &said));
+    WORKS(offramp_remember(t.model, 0, 1, &rows, 1, OFFRAMP_BOTH, h, &said));
     CHECK(same(h, given, T * 32), "h was changed");
     run_rows(&t, ran, copied(given, T * 32), T);
     CHECK(all_the_same(&t, ran, told), "keys differ");

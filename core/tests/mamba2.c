@@ -132,7 +132,7 @@ static void test_of(Shape shape) {
     }
     // Only remembered, the first block has the same memory.
     const offramp_rows rows = {told, 0, T};
-    WORKS(offramp_remember(t.model, 0, t.count, &rows, 1, given, &said));
+    WORKS(offramp_remember(t.model, 0, t.count, &rows, 1, OFFRAMP_BOTH, given, &said));
     CHECK(remember_the_same(&t, session, told, 0), "remembered differently");
     offramp_session_free(session), offramp_session_free(told);
     offramp_model_free(t.model);

@@ -108,7 +108,7 @@ static inline offramp_part *mlp_part(const Shape *s, Layer *l) {
     l->mlp_norm = randoms(s->hidden, 0.5f, 1.5f);
     give(part, "gate_up", &l->gate_up), give(part, "down", &l->down);
     give_floats(part, s->norm_after ? "norm_after" : "norm", l->mlp_norm, s->hidden);
-    give_number(part, "eps", EPS);
+    give_number(part, "eps", EPS), give_number(part, "activation", OFFRAMP_SILU);
     return part;
 }
 
@@ -165,7 +165,7 @@ static inline Tiny tiny(Shape shape) {
     offramp_part_free(ends);
     if (shape.positions && strpbrk(shape.blocks, "ab")) {
         t.rotary = rotary_pairs(shape.positions, shape.dim);
-        WORKS(offramp_model_rotary(t.model, t.rotary, shape.positions, shape.dim, &said));
+        WORKS(offramp_model_rotary(t.model, 1, t.rotary, shape.positions, shape.dim, &said));
     }
     return t;
 }

@@ -114,7 +114,8 @@ static void parts_take_only_what_they_have(void) {
     // What was refused was not given: the part still lacks it.
     offramp_weight wide = weight_of(OFFRAMP_FLOAT32, 0, 16, 8, 0);
     const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
-    give(mlp, "gate_up", &wide), give(mlp, "down", &w), give_floats(mlp, "norm", ones, 8);
+    give(mlp, "gate_up", &wide), give(mlp, "down", &w), give_floats(mlp, "norm", ones, 8),
+        give_number(mlp, "activation", OFFRAMP_SILU);
     Shape shape = SMALL;
     shape.blocks = "", shape.hidden = 8;
     Tiny t = {.shape = shape};
@@ -172,7 +173,7 @@ static void shapes_must_fit(void) {
         {"gated_norm", 8, -1},     {"conv", 96, -1},          {"conv", 100, -1},   {"conv_bias", 32, -1},
         {"dt_bias", 3, -1},        {"decay", 5, -1},          {"skip", 0, -1}};
     static const Change mlp[] = {
-        {"gate_up", 64, 32}, {"gate_up", 128, 24}, {"down", 24, 64}, {"norm", 24, -1}};
+        {"gate_up", 96, 32}, {"gate_up", 128, 24}, {"down", 24, 64}, {"norm", 24, -1}};
     static const Change ends[] = {
         {"head", 50, 24}, {"head", 51, 32}, {"norm", 24, -1}, {"embedding", 49, 32}, {"embedding", 50, 24}};
     for (size_t i = 0; i < sizeof attention / sizeof *attention; i++) {

@@ -11,7 +11,7 @@ static void begin_right(Rules *r, const Tiny *t) {
     r->rules.count = 2;
     for (int64_t e = 0; e < 2; e++)
         r->exits[e] = (offramp_exit){.after = 1 + e,
-                                     .gate = gate_part(r, e ? MAMBA : FFN),
+                                     .gate = gate_part(r, e ? RECURRENT : FFN),
                                      .readout = readout_part(r, 0, 0.3f),
                                      .threshold = 0.5,
                                      .perhaps = 1,

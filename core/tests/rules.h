@@ -60,19 +60,19 @@ static inline offramp_part *readout_part(Rules *r, int64_t reads, float noise) {
     return part;
 }
 
-enum { LINEAR, FFN, MAMBA, GATES };  // kinds of gates
+enum { LINEAR, FFN, RECURRENT, GATES };  // kinds of gates
 
 static inline offramp_part *gate_part(Rules *r, int kind) {
     enum { WIDTH = 16, INNER = 16, STATES = 8, CHANNELS = INNER + 2 * STATES };
-    offramp_part *part = part_of_rules(r, kind == MAMBA ? "mamba_gate" : "gate");
+    offramp_part *part = part_of_rules(r, kind == RECURRENT ? "mamba_gate" : "gate");
     give_floats(part, "mean", randoms(D, -0.1f, 0.1f), D),
         give_floats(part, "spread", randoms(D, 0.5f, 2), D);
     give_number(part, "bias", 0);
     const int64_t rows = kind == LINEAR ? 1 : kind == FFN ? 2 * WIDTH : INNER + CHANNELS + 2;
-    const offramp_weight in = weight_of(OFFRAMP_FLOAT32, 0, rows, kind == MAMBA ? WIDTH : D, 0);
+    const offramp_weight in = weight_of(OFFRAMP_FLOAT32, 0, rows, kind == RECURRENT ? WIDTH : D, 0);
     give(part, "in", &in);
     if (kind == FFN) give_floats(part, "out", randoms(WIDTH, -1, 1), WIDTH);
-    if (kind != MAMBA) return part;
+    if (kind != RECURRENT) return part;
     const offramp_weight down = weight_of(OFFRAMP_FLOAT32, 0, WIDTH, D, 0),
                          out = weight_of(OFFRAMP_FLOAT32, 0, 1, INNER, 0);
     give(part, "down", &down), give(part, "out", &out);
@@ -165,7 +165,7 @@ static inline void random_exits(const Tiny *t, Rules *r, int tails) {
                              .readout_flops = 29 + rules->count};
         at->threshold = one_of(gated ? gates : measures[rules->confidence - 1]);
         if (gated && below(2)) at->perhaps = 0.4, at->key = one_of(measures[rules->key - 1]), r->keys = 1;
-        if (gated) at->gate = gate_part(r, kind), r->recurrent[rules->count] = kind == MAMBA;
+        if (gated) at->gate = gate_part(r, kind), r->recurrent[rules->count] = kind == RECURRENT;
         rules->count++;
     }
     const int64_t last = r->exits[rules->count - 1].after;

@@ -188,7 +188,8 @@ static void windows_slide(offramp_type keys) {
     REFUSED(offramp_session_keys(small, 0, first - 1, kept, &said));
     REFUSED(offramp_run(t.model, 0, 2, &(offramp_rows){small, 0, 1}, 1, row, &said));
     REFUSED(offramp_run(t.model, 0, 2, &(offramp_rows){small, first + 1, 1}, 1, row, &said));
-    REFUSED(offramp_remember(t.model, 0, 2, &(offramp_rows){small, first - 1, 1}, 1, row, &said));
+    REFUSED(
+        offramp_remember(t.model, 0, 2, &(offramp_rows){small, first - 1, 1}, 1, OFFRAMP_BOTH, row, &said));
     CHECK(same(row, given, 32) && all_the_same(&t, small, before), "a refused call changed something");
     const int64_t back = first + window;
     CHECK(offramp_session_can_forget(small, back), "it can forget these");
@@ -283,7 +284,7 @@ static void wrong_calls_are_refused(void) {
     for (int i = 0; i < 12; i++) {
         const offramp_rows rows = {s, wrong[i].first, wrong[i].count};
         REFUSED(offramp_run(t.model, wrong[i].start, wrong[i].stop, &rows, 1, h, &said));
-        REFUSED(offramp_remember(t.model, wrong[i].start, wrong[i].stop, &rows, 1, h, &said));
+        REFUSED(offramp_remember(t.model, wrong[i].start, wrong[i].stop, &rows, 1, OFFRAMP_BOTH, h, &said));
     }
     const offramp_rows twice[] = {{s, 6, 1}, {s, 6, 1}}, strange[] = {{s, 6, 1}, {stranger, 0, 1}},
                        none[] = {{NULL, 0, 1}};
@@ -316,9 +317,9 @@ static void texts_end_with_their_positions(void) {
     float h[32 * 3] = {0};
     run_randoms(&t, s, 8);
     REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 8, 3}, 1, h, &said));
-    REFUSED(offramp_model_rotary(t.model, t.rotary, 10, 16, &said));
+    REFUSED(offramp_model_rotary(t.model, 1, t.rotary, 10, 16, &said));
     const float *longer = rotary_pairs(20, 8);
-    WORKS(offramp_model_rotary(t.model, longer, 20, 8, &said));
+    WORKS(offramp_model_rotary(t.model, 1, longer, 20, 8, &said));
     run_randoms(&t, s, 12);
     REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 20, 1}, 1, h, &said));
     offramp_session_free(s);

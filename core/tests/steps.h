@@ -250,7 +250,7 @@ static inline void fill_by_hand(const ByHand *b, const offramp_exit *at, const f
         *flops +=
             b->rules->costs[i].key_flops + (fill == OFFRAMP_PROJECT ? b->rules->costs[i].state_flops : 0);
         if (attends || fill == OFFRAMP_PROJECT)
-            WORKS(offramp_remember(b->t->model, i, i + 1, &row, 1, h, &said));
+            WORKS(offramp_remember(b->t->model, i, i + 1, &row, 1, OFFRAMP_BOTH, h, &said));
     }
 }
 

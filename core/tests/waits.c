@@ -89,7 +89,7 @@ static void other_plans_wait(void) {
     const int64_t ids[] = {3, 1, 4, 1, 5};
     Rules rules[3];
     for (int i = 0; i < 3; i++) open_exit(rules + i, 2, 1, 0, i == 2 ? OFFRAMP_PROJECT : OFFRAMP_DEFER);
-    rules[2].rules.confidence = OFFRAMP_GATE, rules[2].exits->gate = gate_part(rules + 2, MAMBA);
+    rules[2].rules.confidence = OFFRAMP_GATE, rules[2].exits->gate = gate_part(rules + 2, RECURRENT);
     rules[2].exits->threshold = 0.5;
     rules[2].recurrent[0] = 1;
     offramp_plan *plan = plan_of(&t, rules), *other = plan_of(&t, rules + 1), *gated = plan_of(&t, rules + 2);

@@ -28,7 +28,6 @@ from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import MOST_ROUNDS, PARTS, CompiledPlan, ExitRules, Lane, Rules, known
 from offramp.model.compiled.weights import Int8, Weight
-from offramp.model.families import Family
 
 if TYPE_CHECKING:
     from offramp.decode.plan import Plan
@@ -50,7 +49,7 @@ class CompiledStepper:
     def of(cls, plan: Plan, exits: Exits | None) -> CompiledStepper | None:
         """The stepper of a plan; None if a part of it cannot be compiled."""
         runtime: object = plan.backbone.runtime
-        if not isinstance(runtime, Compiled) or plan.backbone.family.finish is not Family.finish:
+        if not isinstance(runtime, Compiled):
             return None
         if not all(map(known, (plan.fill.name, plan.policy.confidence, plan.policy.key))):
             return None

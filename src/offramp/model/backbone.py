@@ -174,7 +174,7 @@ class Backbone:
                 inputs = reading.inputs_of(self.model)
                 if FORMATS[format].blocks is Int4 and not store.complete:
                     moments = Moments(self, lender_of(values, {})).of_block
-            runtime = Compiled(self.modules, self.family, format, store, values, inputs, moments)
+            runtime = Compiled(self.modules, self.family, self.config, format, store, values, inputs, moments)
         except ValueError as error:
             why = str(error).removesuffix(".")
             raise no_compiled(self.name, format, why[0].lower() + why[1:]) from error
@@ -271,17 +271,11 @@ class Backbone:
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         """Final norm and LM head: hidden state (…, D) → logits (…, V) in float32; (…, n) for the n tokens `rows`."""
-        return self._finished(self.runtime.logits(h, rows))
+        return self.runtime.logits(h, rows)
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         """A function that gives the `logits` of the n tokens `rows` only, (…, D) → (…, n). It is meant for many calls."""
-        logits = self.runtime.head_of(rows)
-        return lambda h: self._finished(logits(h))
-
-    def _finished(self, logits: Tensor) -> Tensor:
-        """Apply what the family does to logits after the head (a scale, a soft cap), and return them in float32."""
-        logits = self.family.finish(logits, self.config)
-        return logits if logits.dtype == torch.float32 else logits.float()
+        return self.runtime.head_of(rows)
 
     def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
         """A function like `logits` that reads out only the `candidates` likeliest tokens; all others get −inf.
@@ -289,16 +283,7 @@ class Backbone:
         A sketch of the head estimates which tokens are the likeliest. It is the head times `expand` (D, k), and takes the
         hidden state times `reduce` (k, D), for a small k.
         """
-        read_out = self.runtime.sketched(reduce, expand, candidates)
-
-        def logits(h: Tensor) -> Tensor:
-            raw = read_out(h)
-            finished = self._finished(raw)
-            if finished is not raw:  # a soft cap would turn the −inf of the other tokens into finite numbers
-                finished = torch.where(raw == float("-inf"), raw, finished)
-            return finished
-
-        return logits
+        return self.runtime.sketched(reduce, expand, candidates)
 
     def final(self, h: Tensor) -> Tensor:
         """The final norm of h (…, D) in float32: the head's input."""

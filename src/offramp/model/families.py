@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,60 @@ def _interleaved_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+class Scales(NamedTuple):
+    """What a model multiplies its embeddings and its logits with, and the soft cap of its logits (None: none)."""
+
+    embedding: float = 1.0
+    logits: float = 1.0
+    cap: float | None = None
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """The logits as they are after the head's product."""
+        if self.logits != 1:
+            logits = logits * self.logits
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class Multipliers(NamedTuple):
+    """What a block multiplies: what goes into its attention and its mixer, the keys, the results of the mixer's input
+    projection (each, or None) and the gate of the MLP; and what attention, mixer and MLP add to the hidden state.
+    """
+
+    attention_in: float = 1.0
+    mixer_in: float = 1.0
+    keys: float = 1.0
+    projected: Tensor | None = None
+    gate: float = 1.0
+    attention: float = 1.0
+    mixer: float = 1.0
+    mlp: float = 1.0
+
+
+def _granite(config: Config) -> Scales:
+    return Scales(float(config.embedding_multiplier), 1 / config.logits_scaling)
+
+
+def _of_residual(block: Any) -> Multipliers:
+    factor = float(block.residual_multiplier)
+    return Multipliers(attention=factor, mixer=factor, mlp=factor)
+
+
+def _of_falcon(block: Any) -> Multipliers:
+    mixer, attention, mlp = block.mamba, block.self_attn, block.feed_forward
+    of_state = mixer.n_groups * mixer.ssm_state_size
+    sizes = [mixer.intermediate_size, mixer.intermediate_size, of_state, of_state, mixer.num_heads]
+    return Multipliers(
+        attention_in=block.attention_in_multiplier,
+        mixer_in=mixer.ssm_in_multiplier,
+        keys=attention.key_multiplier,
+        projected=torch.tensor(attention.config.ssm_multipliers).repeat_interleave(torch.tensor(sizes)),
+        gate=mlp.gate_multiplier,
+        attention=block.attn_out_multiplier,
+        mixer=block.ssm_out_multiplier,
+        mlp=mlp.down_multiplier,
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """How one model family differs from llama: the names of its modules, and what it does to hidden states and logits."""
@@ -83,19 +137,22 @@ class Family:
     implementation: str = "sdpa"  # which of the library's attention functions
     keys_values: KeysValues = _split_kv
     projected: int = 2  # how many of queries, keys and values `keys_values` computes: 2 or 3
-    scale_in: Callable[[Config], float] = lambda config: 1.0
-    finish: Callable[[Tensor, Config], Tensor] = lambda logits, config: logits  # after the head
+    scales: Callable[[Config], Scales] = lambda config: Scales()
+    multipliers: Callable[[Any], Multipliers] = lambda block: Multipliers()  # of a block of the library's
+    norm_offset: float = 0.0  # what norms add to their weights
     compiled: bool = False  # whether there is compiled code for the blocks
-
-
-def _softcap(logits: Tensor, config: Config) -> Tensor:
-    cap = config.final_logit_softcapping
-    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 _ONE_NORM: Norms = ("norm", None, None, None)
 _FEED_FORWARD: Norms = ("input_layernorm", None, "pre_ff_layernorm", None)
 _MAMBA = Family(trunk="backbone", norm="norm_f", mixer="mixer", norms=_ONE_NORM, rotary=None, implementation="eager")
+
+_GEMMA = Family(
+    norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    norm_offset=1.0,
+    scales=lambda config: Scales(cap=config.final_logit_softcapping),
+    compiled=True,
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(compiled=True),
@@ -105,13 +162,10 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family(compiled=True),
     "phi3": Family(keys_values=_fused_kv, compiled=True),
     "olmo2": Family(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), compiled=True),
-    "gemma2": Family(finish=_softcap, implementation="eager"),  # SDPA has no soft cap
-    "gemma3_text": Family(finish=_softcap, rotary_per_kind=True),
-    "granite": Family(
-        scale_in=lambda config: float(config.embedding_multiplier),
-        finish=lambda logits, config: logits / config.logits_scaling,
-    ),
-    "cohere": Family(finish=lambda logits, config: logits * config.logit_scale),
+    "gemma2": replace(_GEMMA, implementation="eager"),  # SDPA has no soft cap
+    "gemma3_text": replace(_GEMMA, rotary_per_kind=True),
+    "granite": Family(scales=_granite, multipliers=_of_residual, compiled=True),
+    "cohere": Family(scales=lambda config: Scales(logits=config.logit_scale)),
     "gpt2": Family(
         trunk="transformer",
         blocks="h",
@@ -135,17 +189,16 @@ FAMILIES: dict[str, Family] = {
     "falcon_mamba": _MAMBA,
     "bamba": Family(norm="final_layernorm", mixer="mamba", mlp="feed_forward", norms=_FEED_FORWARD, compiled=True),
     "jamba": Family(norm="final_layernorm", mixer="mamba", rotary=None),
-    "granitemoehybrid": Family(
-        mixer="mamba",
-        scale_in=lambda config: float(config.embedding_multiplier),
-        finish=lambda logits, config: logits / config.logits_scaling,
-    ),
+    "granitemoehybrid": Family(mixer="mamba", mlp="shared_mlp", scales=_granite, multipliers=_of_residual, compiled=True),
     "falcon_h1": Family(
         norm="final_layernorm",
         mixer="mamba",
+        mlp="feed_forward",
+        norms=_FEED_FORWARD,
         keys_values=_scaled_kv,
-        scale_in=lambda config: float(config.embedding_multiplier),
-        finish=lambda logits, config: logits * config.lm_head_multiplier,
+        scales=lambda config: Scales(float(config.embedding_multiplier), config.lm_head_multiplier),
+        multipliers=_of_falcon,
+        compiled=True,
     ),
     "nemotron_h": Family(norm="norm_f", attention="mixer", mixer="mixer", norms=_ONE_NORM, rotary=None),
 }

@@ -53,7 +53,7 @@ class LibraryBlocks:
     engine = "library blocks"
 
     def __init__(self, modules: Modules, family: Family, config: Any) -> None:
-        self._modules, self._family, self._config = modules, family, config
+        self._modules, self._family, self._config, self._scales = modules, family, config, family.scales(config)
         self.dtype = self.kept_dtype = modules.head.weight.dtype
         self.weight_format = str(self.dtype).removeprefix("torch.")
         name = family.mixer or ""
@@ -81,9 +81,8 @@ class LibraryBlocks:
 
     def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
         h = self._modules.embedding(ids)
-        scale = self._family.scale_in(self._config)
-        if scale != 1.0:
-            h = h * scale
+        if self._scales.embedding != 1.0:
+            h = h * self._scales.embedding
         step = self.step(h, first)
         if self._modules.positions is not None:
             h = h + self._modules.positions(step.positions).to(h.device)
@@ -154,11 +153,11 @@ class LibraryBlocks:
         if rows is not None:
             return self.head_of(rows)(h)
         out: Tensor = self._modules.head(self._ready(h))
-        return out.to(h.device)
+        return self._scales.finish(out.to(h.device)).float()
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:
         weight = self._head_rows(rows)
-        return lambda h: F.linear(self._ready(h), weight.to(h.device))
+        return lambda h: self._scales.finish(F.linear(self._ready(h), weight.to(h.device))).float()
 
     def sketched(self, reduce: Tensor, expand: Tensor, candidates: int) -> Callable[[Tensor], Tensor]:
         sketch = self.head_weight().to(expand.device) @ expand
@@ -168,7 +167,8 @@ class LibraryBlocks:
             estimates, rows = F.linear(x @ reduce.T, sketch), x.to(self.dtype)
             out = torch.full_like(estimates, float("-inf"))
             for row, ids in enumerate(estimates.topk(candidates, dim=-1, sorted=False).indices):
-                out[row, ids] = F.linear(rows[row : row + 1], self._head_rows(ids).to(rows.device))[0].float()
+                raw = F.linear(rows[row : row + 1], self._head_rows(ids).to(rows.device))[0]
+                out[row, ids] = self._scales.finish(raw).float()
             return out.view(*h.shape[:-1], len(sketch))
 
         return logits

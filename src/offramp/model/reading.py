@@ -134,7 +134,7 @@ def read(backbone: Backbone, lender: Lender) -> Reading:
         """Logits of few tokens at a time, since those of all tokens may take more memory than the model."""
         rows, tokens = args[0][:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         for h, piece in zip(rows.split(AT_ONCE), tokens.split(AT_ONCE), strict=True):
-            scored.append(_scored(backbone.family.finish(head.forward(h), backbone.config), piece))
+            scored.append(_scored(backbone.family.scales(backbone.config).finish(head.forward(h)), piece))
         return args[0][:, -1:]
 
     with lent(backbone, lender), ExitStack() as hooks:

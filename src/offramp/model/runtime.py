@@ -105,7 +105,10 @@ class Runtime(Protocol):
         ...
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Final norm and head: h (…, D) → (…, V), or (…, n) for the n tokens `rows`. Gradients pass through with `rows`."""
+        """Final norm, head, scale and soft cap: h (…, D) → (…, V) in float32, or (…, n) for the n tokens `rows`.
+
+        Gradients pass through with `rows`.
+        """
         ...
 
     def head_of(self, rows: Tensor) -> Callable[[Tensor], Tensor]:

@@ -1,43 +1,73 @@
 """Blocks as the compiled code takes them: attention, a Mamba-2 mixer and an MLP, as far as a block has them.
 
 Queries, keys and values are one product, gate and up another. Dims that the rotary embedding turns together stand side by
-side here: the rows of the projections are reordered once. What differs between families is read off the modules: biases,
-norms of queries and keys (over each head, or over the whole row), norms before (llama) or after (olmo2) attention and MLP,
-blocks without rotary positions. core/offramp.h names the fields of the parts; the library checks that shapes fit.
+side here: the rows of the projections are reordered once. What differs between families is in a row of `families`, or read
+off the modules: biases, norms of queries and keys (over each head, or over the whole row), activations, blocks without
+rotary positions. core/offramp.h names the fields of the parts; the library checks that shapes fit.
 
 Shapes: T tokens, P head dim; of mixers, H heads, N state size, W the convolution's width, C its channels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offramp.model.compiled.library import CompiledPart, Fine
+from offramp.model.compiled.library import CompiledPart, Fine, constant
 from offramp.model.compiled.parts import Maker
 from offramp.model.compiled.weights import Weight
 from offramp.model.families import Family
+from offramp.model.modules import Modules
 
+# Names of an MLP's layers: the first ones, a gate before the other if there are two, and the last one.
+MLPS = (
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("gate_up_proj",), "down_proj"),
+    (("input_linear",), "output_linear"),
+)
+ACTIVATIONS = {
+    "SiLU": "OFFRAMP_SILU",
+    "SiLUActivation": "OFFRAMP_SILU",
+    "GELUTanh": "OFFRAMP_GELU",
+    "ReLUSquaredActivation": "OFFRAMP_SQUARED_RELU",
+}
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}  # rotary kinds whose angles do not depend on the text's length
 
 
-def norms_around(name: str, before: Any, after: Any, make: Maker) -> dict[str, Any]:
-    """The fields for the norms before and after a part, which may be None, and their eps."""
-    made = {"norm": before and make.norm(name, before), "norm_after": after and make.norm(f"{name}_after", after)}
+def around(
+    name: str, norms: Sequence[Any], make: Maker, before: float = 1.0, after: float = 1.0, factors: Tensor | None = None
+) -> dict[str, Any]:
+    """The fields for what stands around a part: norms before and after it, which may be None, and multipliers.
+
+    `before` is that of its input, `after` that of what it adds to the hidden state; `factors` are those of the results of
+    its first product. Raises `ValueError` for a multiplier of an input that no norm gives.
+    """
+    first, last = norms
+    if first is None and before != 1:
+        raise ValueError("a part's input has a multiplier and no norm")
+    made = {
+        "norm": first and make.norm(name, first, factor=before),
+        "norm_after": last and make.norm(f"{name}_after", last),
+    }
     found = {field: norm for field, norm in made.items() if norm}
-    return {**{field: weight for field, (weight, _) in found.items()}, "eps": max(eps for _, eps in found.values())}
+    eps = max(eps for _, eps in found.values())
+    return {**{field: weight for field, (weight, _) in found.items()}, "eps": eps, "factor": after, "factors": factors}
 
 
 def attention_part(
-    attention: Any, around: dict[str, Any], rotary_dim: int, window: int | None, make: Maker
+    attention: Any, fields: dict[str, Any], keys: float, rotary: RotaryTable | None, window: int | None, make: Maker
 ) -> CompiledPart:
-    """A block's attention, with the norms around it. A token sees `window` tokens, itself included; None means all."""
+    """A block's attention. A token sees `window` tokens, itself included; None means all. `keys`: their multiplier."""
     dim = attention.head_dim
-    queries = attention.o_proj.in_features // dim
+    out = attention.o_proj
+    queries = out.in_features // dim
     heads = queries // attention.num_key_value_groups
+    turns = rotary is not None and bool(getattr(attention, "use_rope", True))
     # Rotary dim i turns with dim i + rotary_dim / 2.
+    rotary_dim = rotary.turned if rotary else 0
     order = torch.cat([torch.arange(rotary_dim).view(2, -1).T.flatten(), torch.arange(rotary_dim, dim)])
 
     def per_head(count: int) -> Tensor:
@@ -55,33 +85,53 @@ def attention_part(
         q_norm, eps = make.norm("q_norm", attention.q_norm, orders[0])
         k_norm, _ = make.norm("k_norm", attention.k_norm, orders[1])
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_heads": each, "head_eps": eps}
+    if keys != 1:
+        sizes = torch.tensor([queries, heads, heads]) * dim
+        fields = {**fields, "factors": torch.tensor([1.0, keys, 1.0]).repeat_interleave(sizes)}
     matrix = make.matrix("qkv", qkv, rows, careful=qkv[1:])
     return CompiledPart(
-        "attention", qkv=Fine(matrix), o=make.product("o", [attention.o_proj]), heads=heads, dim=dim, window=window,
-        rotary=bool(getattr(attention, "use_rope", True)), scale=float(attention.scaling), **norms, **around,
+        "attention", qkv=Fine(matrix), o=make.product("o", [out]), heads=heads, dim=dim, window=window,
+        rotary=rotary.number if rotary and turns else 0, scale=float(attention.scaling),
+        cap=getattr(attention, "attn_logit_softcapping", None), **norms, **fields,
     )  # fmt: skip
 
 
-def mlp_part(mlp: Any, around: dict[str, Any], make: Maker) -> CompiledPart:
-    """A block's gated MLP, with the norms around it."""
-    gate_up = [mlp.gate_up_proj] if hasattr(mlp, "gate_up_proj") else [mlp.gate_proj, mlp.up_proj]
+def mlp_part(mlp: Any, fields: dict[str, Any], gate: float, make: Maker) -> CompiledPart:
+    """A block's MLP. `gate`: the multiplier of its gate. Raises `ValueError` for an activation without compiled code."""
+    first, last = next(names for names in MLPS if all(hasattr(mlp, name) for name in (*names[0], names[1])))
+    layers = [getattr(mlp, name) for name in first]
+    width = getattr(mlp, last).in_features
+    if gate != 1:
+        fields = {**fields, "factors": torch.cat([torch.full((width,), float(gate)), torch.ones(width)])}
     return CompiledPart(
-        "mlp", gate_up=make.product("gate_up", gate_up), down=make.product("down", [mlp.down_proj]), **around
-    )
+        "mlp", gate_up=make.product("gate_up", layers), down=make.product("down", [getattr(mlp, last)]),
+        activation=constant(_activation_of(mlp)), **fields,
+    )  # fmt: skip
 
 
-def mixer_part(mixer: Any, around: dict[str, Any], make: Maker) -> CompiledPart:
-    """A Mamba-2 mixer (arXiv 2405.21060, section 7), with the norms around it."""
+def _activation_of(module: Any) -> str:
+    """The library's name for a module's activation. Without one, it is SiLU, by a function."""
+    kind = getattr(module, "act_fn", None) or getattr(module, "activation", None)
+    name = "SiLU" if kind is None else type(kind).__name__
+    if name not in ACTIVATIONS:
+        raise ValueError(f"there is no compiled code for the activation {name}")
+    return ACTIVATIONS[name]
+
+
+def mixer_part(mixer: Any, fields: dict[str, Any], make: Maker) -> CompiledPart:
+    """A Mamba-2 mixer (arXiv 2405.21060, section 7)."""
     low, high = mixer.time_step_limit
-    conv = mixer.conv1d
+    conv, norm = mixer.conv1d, mixer.norm if getattr(mixer, "mamba_rms_norm", True) else None
+    gated: dict[str, Any] = {"gated_eps": 0.0}
+    if norm is not None:
+        gated = {"gated_norm": make.vector("gated_norm", norm.weight), "gated_eps": float(norm.variance_epsilon)}
     return CompiledPart(
         "mamba2", in_=Fine(make.matrix("in", [mixer.in_proj])), out=Fine(make.matrix("out", [mixer.out_proj])),
-        gated_norm=make.vector("gated_norm", mixer.norm.weight),
         conv=make.vector("conv", conv.weight, lambda x: x.squeeze(1).T),  # (W, C)
         conv_bias=None if conv.bias is None else make.vector("conv_bias", conv.bias),
         dt_bias=make.vector("dt_bias", mixer.dt_bias), decay=make.vector("decay", mixer.A_log, lambda x: -x.exp()),
         skip=make.vector("skip", mixer.D), heads=mixer.num_heads, groups=mixer.n_groups, states=mixer.ssm_state_size,
-        gated_eps=float(mixer.norm.variance_epsilon), dt_low=low, dt_high=high, **around,
+        gate_last=bool(getattr(norm, "norm_before_gate", False)), dt_low=low, dt_high=high, **gated, **fields,
     )  # fmt: skip
 
 
@@ -89,26 +139,33 @@ class Block:
     """One block: the parts of its attention, its mixer and its MLP, each of which may be None.
 
     `shapes`: of keys and values, heads and their dim; of a mixer, the shapes of its window (W - 1, C) and state (H, P, N);
-    None for what the block does not have.
+    None for what the block does not have. Raises `ValueError` for a block with parts that there is no compiled code for.
     """
 
     def __init__(
-        self, block: Any, attention: Any, mixer: Any, window: int | None, family: Family, rotary_dim: int, make: Maker
+        self, modules: Modules, index: int, family: Family, tables: Mapping[str, RotaryTable], make: Maker
     ) -> None:
+        block: Any = modules.blocks[index]
+        attention, mixer = modules.attention[index], modules.mixers[index]
         before, after, before_mlp, after_mlp = (getattr(block, name) if name else None for name in family.norms)
+        of = family.multipliers(block)
         self.attention = self.mixer = self.mlp = None
         keys = state = None
+        if getattr(block, "block_sparse_moe", None) is not None:
+            raise ValueError("there is no compiled code for experts")
         if attention is not None:
-            around = norms_around("attention_norm", before, after, make)
-            self.attention = attention_part(attention, around, rotary_dim, window, make)
+            fields = around("attention_norm", (before, after), make, of.attention_in, of.attention)
+            table = tables.get(modules.layer_types[index] if family.rotary_per_kind else "")
+            self.attention = attention_part(attention, fields, of.keys, table, modules.windows[index], make)
             keys = self.attention.fields["heads"], self.attention.fields["dim"]
         if mixer is not None:
-            self.mixer = mixer_part(mixer, norms_around("norm", before, after, make), make)
+            factors = None if of.projected is None else make.rounded(of.projected)
+            self.mixer = mixer_part(mixer, around("norm", (before, after), make, of.mixer_in, of.mixer, factors), make)
             window_shape = mixer.conv1d.weight.shape[-1] - 1, mixer.conv_dim
             state = window_shape, (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
         mlp = getattr(block, family.mlp, None)
         if mlp is not None:
-            self.mlp = mlp_part(mlp, norms_around("mlp_norm", before_mlp, after_mlp, make), make)
+            self.mlp = mlp_part(mlp, around("mlp_norm", (before_mlp, after_mlp), make, after=of.mlp), of.gate, make)
         self.shapes = keys, state
 
     @property
@@ -125,18 +182,31 @@ class Block:
 class RotaryTable:
     """Makes the rotary pairs of each position: cos and sin side by side, 1 and 0 for dims that do not turn.
 
-    Raises `ValueError` for rotary positions that change with the text's length.
+    `number`: that of the table, from 1 on; `dim`: of a head, of which `turned` turn; `kind`: of the blocks that it is for,
+    if there are several. Raises `ValueError` for rotary positions that change with the text's length.
     """
 
-    def __init__(self, rotary: nn.Module, dim: int) -> None:
-        kind = getattr(rotary, "rope_type", "default")
-        if kind not in ROPE_TYPES:
-            raise ValueError(f"rotary positions of the kind '{kind}' change with the text's length")
-        self._rotary, self._dim = rotary, dim
+    def __init__(self, rotary: nn.Module, number: int, dim: int, kind: str = "") -> None:
+        types: Any = getattr(rotary, "rope_type", "default")
+        used = types[kind] if kind else types
+        if used not in ROPE_TYPES:
+            raise ValueError(f"rotary positions of the kind '{used}' change with the text's length")
+        self._rotary, self.number, self._dim, self._kind = rotary, number, dim, kind
+        self.turned = 2 * int(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq").numel())
 
     def pairs(self, length: int) -> Tensor:
         """The pairs of the first positions, (length, P)."""
-        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32), torch.arange(length)[None])
+        arguments = (torch.empty(0, dtype=torch.float32), torch.arange(length)[None])
+        cos, sin = self._rotary(*arguments, self._kind) if self._kind else self._rotary(*arguments)
         pairs = torch.stack([cos[0], sin[0]], dim=-1)[:, : cos.shape[-1] // 2]
         rest = torch.tensor([1.0, 0.0], dtype=torch.float32).expand(length, self._dim // 2 - pairs.shape[1], 2)
         return torch.cat([pairs, rest], dim=1).flatten(1)
+
+
+def rotary_tables(modules: Modules, family: Family) -> dict[str, RotaryTable]:
+    """The tables of rotary pairs, by the kind of block that they are for; of all blocks with attention: ""."""
+    attends = [attention for attention in modules.attention if attention is not None]
+    if modules.rotary is None or not attends:
+        return {}
+    kinds = sorted(set(modules.layer_types)) if family.rotary_per_kind else [""]
+    return {kind: RotaryTable(modules.rotary, number, attends[0].head_dim, kind) for number, kind in enumerate(kinds, 1)}

@@ -174,7 +174,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "offramp_model_free": (None, [_MODEL]),
     "offramp_model_fits": (c_int, [_MODEL, _PART, _ERROR]),
     "offramp_model_threads": (c_int, [_MODEL, c_int64, _ERROR]),
-    "offramp_model_rotary": (c_int, [_MODEL, c_void_p, c_int64, c_int64, _ERROR]),
+    "offramp_model_rotary": (c_int, [_MODEL, c_int64, c_void_p, c_int64, c_int64, _ERROR]),
     "offramp_product": (c_int, [_MODEL, POINTER(CWeight), c_void_p, c_int64, c_void_p, _ERROR]),
     "offramp_logits": (c_int, [_MODEL, _PART, c_void_p, c_int64, c_void_p, _ERROR]),
     "offramp_ask": (c_int, [_MODEL, _PART, c_void_p, c_int64, c_void_p, _ERROR]),
@@ -196,7 +196,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "offramp_session_keys": (c_int, [_SESSION, c_int64, c_int64, c_void_p, _ERROR]),
     "offramp_session_state": (c_int, [_SESSION, c_int64, c_void_p, c_void_p, _ERROR]),
     "offramp_run": (c_int, [_MODEL, c_int64, c_int64, POINTER(CRows), c_int64, c_void_p, _ERROR]),
-    "offramp_remember": (c_int, [_MODEL, c_int64, c_int64, POINTER(CRows), c_int64, c_void_p, _ERROR]),
+    "offramp_remember": (c_int, [_MODEL, c_int64, c_int64, POINTER(CRows), c_int64, c_int64, c_void_p, _ERROR]),
     "offramp_plan_new": (_PLAN, [_MODEL, POINTER(CRules), _ERROR]),
     "offramp_plan_free": (None, [_PLAN]),
     "offramp_step": (c_int, [_PLAN, c_void_p, c_int64, c_int64, c_void_p, _ERROR]),
@@ -353,7 +353,7 @@ class Model(Owned):
     def __init__(self, ends: CompiledPart, blocks: Sequence[Sequence[CompiledPart | None]]) -> None:
         """Each of `blocks`: attention, a mixer and an MLP, or None. Raises `ValueError` for shapes that do not fit."""
         self._alive = ends, blocks
-        self._threads, self._pairs = 1, torch.empty(0, 0)
+        self._threads, self._pairs = 1, list[Tensor]()
         parts = [pointers([block[place] for block in blocks]) for place in range(3)]
         made = call("offramp_model_new", ends.pointer, *parts, len(blocks))
         super().__init__(made, "offramp_model_free")
@@ -361,12 +361,13 @@ class Model(Owned):
     @property
     def positions(self) -> int:
         """How many positions it has rotary pairs for."""
-        return len(self._pairs)
+        return len(self._pairs[0]) if self._pairs else 0
 
-    def rotary(self, pairs: Tensor) -> None:
-        """Give it the rotary pairs (positions, P)."""
-        call("offramp_model_rotary", self.pointer, pairs.data_ptr(), *pairs.shape)
-        self._pairs = pairs
+    def rotary(self, tables: list[Tensor]) -> None:
+        """Give it its tables of rotary pairs, each (positions, P)."""
+        for number, pairs in enumerate(tables, start=1):
+            call("offramp_model_rotary", self.pointer, number, pairs.data_ptr(), *pairs.shape)
+        self._pairs = tables
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the library with this model."""

@@ -32,6 +32,7 @@ class Maker:
     What is kept already comes from the `Store`, and then the library's weights are not read. Where integers take the place
     of weights, `changed` gets the library's module and what its weight would have to be. `inputs`: what a short text shows
     that linear layers get, where that is known; `moments` finds more, which is asked for when weights are rounded.
+    `norm_offset`: what norms add to their weights.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class Maker:
         changed: Changed,
         inputs: Mapping[nn.Module, LayerInput],
         moments: Callable[[], Mapping[nn.Module, Inputs]],
+        norm_offset: float = 0.0,
     ) -> None:
+        self._norm_offset = norm_offset
         self._get, self._values, self._changed = get, values, changed
         self._inputs, self._moments = inputs, cache(moments)
         self._format = FORMATS[weight_format]
@@ -149,9 +152,18 @@ class Maker:
 
         return self._get(key, make)[""]
 
-    def norm(self, key: str, norm: Any, order: Tensor | None = None) -> tuple[Tensor, float]:
-        """An RMS norm's weight, in a given order, and its eps."""
-        return self.vector(key, norm.weight, lambda x: x if order is None else x[order]), norm.variance_epsilon
+    def rounded(self, numbers: Tensor) -> Tensor:
+        """Numbers that are no weights, rounded to the dtype that weights are loaded in, as the library has them."""
+        return numbers.to(self._format.loaded).float()
+
+    def norm(self, key: str, norm: Any, order: Tensor | None = None, factor: float = 1.0) -> tuple[Tensor, float]:
+        """An RMS norm's weight, in a given order and times a factor, and its eps."""
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+
+        def change(x: Tensor) -> Tensor:
+            return (x if order is None else x[order]).add(self._norm_offset) * factor
+
+        return self.vector(key, norm.weight, change), eps
 
     def embedding(self, embedding: nn.Embedding) -> Weight:
         """The embedding (V, D): in bfloat16 unless the format is float32, or as in its file."""

@@ -25,9 +25,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.compiled.blocks import Block, RotaryTable
+from offramp.model.compiled.blocks import Block, rotary_tables
 from offramp.model.compiled.formats import FORMATS, beside
-from offramp.model.compiled.library import CompiledPart, CRows, CSampling, Fine, Model, Settings, check_rows, handle_of
+from offramp.model.compiled.library import (
+    CompiledPart,
+    CRows,
+    CSampling,
+    Fine,
+    Model,
+    Settings,
+    check_rows,
+    constant,
+    handle_of,
+)
 from offramp.model.compiled.parts import Changed, Maker
 from offramp.model.compiled.rounding import GROUP, Inputs
 from offramp.model.compiled.session import Session
@@ -56,6 +66,7 @@ class Compiled:
         self,
         modules: Modules,
         family: Family,
+        config: Any,
         weight_format: str,
         store: Store,
         values: Values,
@@ -66,20 +77,24 @@ class Compiled:
 
         Raises `ValueError` for a model that the compiled code does not fit, or whose weights do not fit the format.
         """
-        attends = [attention for attention in modules.attention if attention is not None]
-        rotary_dim = 2 * modules.rotary.inv_freq.numel() if attends else 0
-        self._rotary = RotaryTable(modules.rotary, attends[0].head_dim) if attends else None
+        self._rotary = rotary_tables(modules, family)
         self._growing = threading.Lock()  # of the rotary pairs
-        self._modules, self.weight_format, self._store, self._values = modules, weight_format, store, values
+        self._modules, self._family, self._scales = modules, family, family.scales(config)
+        self.weight_format, self._store, self._values = weight_format, store, values
         self._inputs, self._moments = inputs, moments
         self._format = FORMATS[weight_format]
         self._sketches = WeakTensorKeyDictionary()
         self.changed: Changed = []
         self._norm, self._eps, self.head, self.embedding = self._part(ENDS, self._make_ends)
-        self._ends = CompiledPart("ends", head=Fine(self.head), norm=self._norm, embedding=self.embedding, eps=self._eps)
-        parts = zip(modules.blocks, modules.attention, modules.mixers, modules.windows, strict=True)
+        own = torch.tensor(getattr(modules.embedding, "scalar_embed_scale", 1.0)).to(self._format.loaded)  # gemma's
+        self._embedding_scale = self._scales.embedding * float(own)
+        self._ends = CompiledPart(
+            "ends", head=Fine(self.head), norm=self._norm, embedding=self.embedding, eps=self._eps,
+            scale=self._embedding_scale, logit_scale=self._scales.logits, cap=self._scales.cap or 0.0,
+        )  # fmt: skip
         self.blocks = [
-            self._part(str(i), partial(_block, self._ends, *part, family, rotary_dim)) for i, part in enumerate(parts)
+            self._part(str(i), partial(_block, self._ends, modules, i, family, self._rotary))
+            for i in range(len(modules.blocks))
         ]
         self._model = Model(self._ends, [block.parts for block in self.blocks])
         store.finish()
@@ -98,7 +113,8 @@ class Compiled:
         def with_maker(get: Get) -> tuple[Built, Changed]:
             changed: Changed = []
             moments = partial(self._moments, int(name)) if self._moments and name != ENDS else dict
-            return build(Maker(get, self._values, self.weight_format, changed, self._inputs, moments)), changed
+            offset = self._family.norm_offset
+            return build(Maker(get, self._values, self.weight_format, changed, self._inputs, moments, offset)), changed
 
         built, changed = self._store.part(name, with_maker)
         self.changed += changed
@@ -125,7 +141,7 @@ class Compiled:
         return Session(self._model, [block.shapes for block in self.blocks], self.kept_dtype, capacity)
 
     def embed(self, ids: Tensor, first: int) -> tuple[Tensor, Step]:
-        h = self.embedding.pick(ids.flatten()).dense().view(*ids.shape, -1)
+        h = self.embedding.pick(ids.flatten()).dense().view(*ids.shape, -1) * self._embedding_scale
         return h, self.step(h, first)
 
     def step(self, h: Tensor, first: int) -> Step:
@@ -142,17 +158,20 @@ class Compiled:
 
     def remember_all(self, parts: Sequence[BlockInput], start: int, stop: int) -> None:
         """`Runtime.remember_all`, in one pass over the weights."""
+        self._remember(parts, start, stop, "OFFRAMP_BOTH")
+
+    def _remember(self, parts: Sequence[BlockInput], start: int, stop: int, what: str) -> None:
         if start < stop:
             rows = joined([_rows(h) for h, _, _ in parts]).contiguous()
-            self._call("offramp_remember", rows, start, stop, parts)
+            self._call("offramp_remember", rows, start, stop, parts, constant(what))
 
     def remember_keys(self, h: Tensor, index: int, state: AnyState, step: Step) -> None:
         if self.blocks[index].attention:
-            self.remember_all([(h, state, step)], index, index + 1)
+            self._remember([(h, state, step)], index, index + 1, "OFFRAMP_KEYS")
 
     def remember_state(self, h: Tensor, index: int, state: AnyState) -> None:
         if self.blocks[index].mixer:
-            self.remember_all([(h, state, self.step(h, state.length(index)))], index, index + 1)
+            self._remember([(h, state, self.step(h, state.length(index)))], index, index + 1, "OFFRAMP_STATES")
 
     def check(self, part: CompiledPart) -> None:
         """Raise `ValueError` for a gate, a sketch or a drafter that does not fit this model."""
@@ -182,19 +201,19 @@ class Compiled:
         """Let the library know the rotary pairs of the positions before `end`."""
         with self._growing:
             if self._rotary and end > self._model.positions:
-                self._model.rotary(self._rotary.pairs(max(256, 2 * end)))
+                self._model.rotary([table.pairs(max(256, 2 * end)) for table in self._rotary.values()])
 
-    def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[BlockInput]) -> None:
+    def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[BlockInput], *what: int) -> None:
         """Call a function of the library with the rows (R, D) of all parts, one part after another."""
         check_rows(rows, self._norm.numel())
         self._reach(max(step.first + step.tokens for _, _, step in parts))
         texts = [text for _, state, step in parts for text in _session(state).rows(step.batch, step.first, step.tokens)]
         given = (CRows * len(texts))(*texts)
-        self._model.call(name, start, stop, given, len(texts), rows.data_ptr())
+        self._model.call(name, start, stop, given, len(texts), *what, rows.data_ptr())
 
     def logits(self, h: Tensor, rows: Tensor | None = None) -> Tensor:
         if rows is not None:  # torch's operators, for gradients
-            return F.linear(self.final(h), self.head.pick(rows).dense())
+            return self._scales.finish(F.linear(self.final(h), self.head.pick(rows).dense()))
         return self._read_out(None, h)
 
     def _read_out(self, sketch: CompiledPart | None, h: Tensor) -> Tensor:
@@ -209,7 +228,7 @@ class Compiled:
         product = self._product_with(self.head.pick(rows))
 
         def logits(h: Tensor) -> Tensor:
-            return product(self.final(_rows(h))).view(*h.shape[:-1], len(rows))
+            return self._scales.finish(product(self.final(_rows(h)))).view(*h.shape[:-1], len(rows))
 
         return logits
 
@@ -302,9 +321,9 @@ class Compiled:
             self._model, self.kept_dtype = kept
 
 
-def _block(ends: CompiledPart, *parts: Any) -> Block:
+def _block(ends: CompiledPart, *shape: Any) -> Block:
     """A block. What does not fit is refused here, before the next one is converted."""
-    block = Block(*parts)
+    block = Block(*shape)
     Model(ends, [block.parts])
     return block
 

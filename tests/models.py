@@ -95,6 +95,12 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "ssm_out_multiplier": 1.2,
         "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 1.3],
     },
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"] * 2,
+        "conv_L_cache": 3,
+        "conv_bias": True,
+        "block_auto_adjust_ff_dim": False,
+    },
     "nemotron_h": {
         "layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "mamba"],
         "mamba_num_heads": 4,

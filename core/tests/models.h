@@ -3,8 +3,8 @@
 #pragma once
 #include "check.h"
 
-// A letter for each block: 'a' attention and an MLP, 'b' attention alone, 'm' Mamba-2, 'n' Mamba-2 and an
-// MLP.
+// A letter for each block: 'a' attention and an MLP, 'b' attention alone, 'm' Mamba-2, 'n' Mamba-2 and an MLP, 'p' Mamba,
+// 'q' a convolution, 's' attention and Mamba-2 side by side, and an MLP.
 typedef struct {
     const char *blocks;
     int type, fine, bias, norm_after;
@@ -28,8 +28,8 @@ static const Shape SMALL = {.hidden = 32,
 
 // One block's numbers.
 typedef struct {
-    int attends, has_mlp;
-    offramp_weight qkv, o, in, out, gate_up, down;
+    int attends, mixes, has_mlp;  // mixes: the letter of the mixer, or 0
+    offramp_weight qkv, o, in, out, low, steps, gate_up, down;
     float *norm, *q_norm, *k_norm, *gated_norm, *conv, *conv_bias, *dt_bias, *decay, *skip, *mlp_norm;
 } Layer;
 
@@ -78,6 +78,39 @@ static inline offramp_part *attention_part(const Shape *s, Layer *l) {
     give_number(part, "norm_heads", of_norm);
     give_number(part, "eps", EPS), give_number(part, "head_eps", EPS),
         give_number(part, "scale", 1.5 / sqrt(P));
+    return part;
+}
+
+static inline int64_t inner_of(const Shape *s) { return s->mixers * s->inner; }
+// The channels of a mixer's convolution, and the floats of its window and state.
+static inline int64_t channels_of(const Shape *s, int mixes) {
+    return inner_of(s) + (mixes == 'm' ? 2 * s->groups * s->states : 0);
+}
+static inline int64_t window_of(const Shape *s, int mixes) { return (s->taps - 1) * channels_of(s, mixes); }
+static inline int64_t state_of(const Shape *s, int mixes) {
+    return mixes == 'q' ? 0 : inner_of(s) * s->states;
+}
+
+// A Mamba mixer, with norms inside if there are some of queries and keys; or a convolution.
+static inline offramp_part *other_mixer_part(const Shape *s, Layer *l, int mixes) {
+    offramp_part *part = new_part(mixes == 'p' ? "mamba" : "convolution");
+    const int64_t E = inner_of(s), N = s->states, L = 6;
+    l->in = weight_of(s->type, s->fine, (mixes == 'p' ? 2 : 3) * E, s->hidden, s->bias);
+    l->out = weight_of(s->type, s->fine, s->hidden, E, 0);
+    l->norm = randoms(s->hidden, 0.5f, 1.5f), l->conv = randoms(s->taps * E, -0.7f, 0.7f);
+    l->conv_bias = s->bias ? randoms(E, -0.5f, 0.5f) : NULL;
+    give(part, "in", &l->in), give(part, "out", &l->out), give_number(part, "eps", EPS);
+    give_floats(part, "norm", l->norm, s->hidden), give_floats(part, "conv", l->conv, s->taps * E);
+    give_floats(part, "conv_bias", l->conv_bias, E);
+    if (mixes == 'q') return part;
+    l->low = weight_of(s->type, s->fine, L + 2 * N, E, 0), l->steps = weight_of(OFFRAMP_FLOAT32, 0, E, L, 1);
+    l->decay = randoms(E * N, -2, -0.1f), l->skip = randoms(E, -1, 1);
+    give(part, "low", &l->low), give(part, "steps", &l->steps), give_number(part, "states", N);
+    give_floats(part, "decay", l->decay, E * N), give_floats(part, "skip", l->skip, E);
+    if (!s->norms) return part;
+    give_floats(part, "dt_norm", randoms(L, 0.5f, 1.5f), L),
+        give_floats(part, "b_norm", randoms(N, 0.5f, 1.5f), N);
+    give_floats(part, "c_norm", randoms(N, 0.5f, 1.5f), N), give_number(part, "inner_eps", EPS);
     return part;
 }
 
@@ -151,11 +184,13 @@ static inline Tiny tiny(Shape shape) {
     offramp_part *ends = ends_part(&shape, &t);
     for (int64_t i = 0; i < t.count; i++) {
         Layer *l = t.layers + i;
-        l->attends = shape.blocks[i] < 'm', l->has_mlp = shape.blocks[i] == 'a' || shape.blocks[i] == 'n';
-        if (l->attends)
-            attentions[i] = attention_part(&shape, l);
-        else
-            mixers[i] = mixer_part(&shape, l);
+        const int letter = shape.blocks[i];
+        l->attends = letter < 'm' || letter == 's',
+        l->has_mlp = letter == 'a' || letter == 'n' || letter == 's';
+        l->mixes = letter < 'm' ? 0 : letter == 'p' || letter == 'q' ? letter : 'm';
+        if (l->attends) attentions[i] = attention_part(&shape, l);
+        if (l->mixes)
+            mixers[i] = l->mixes == 'm' ? mixer_part(&shape, l) : other_mixer_part(&shape, l, letter);
         if (l->has_mlp) mlps[i] = mlp_part(&shape, l);
     }
     t.model = model_made_of(ends, attentions, mixers, mlps, t.count);
@@ -163,7 +198,7 @@ static inline Tiny tiny(Shape shape) {
     for (int64_t i = 0; i < t.count; i++)
         offramp_part_free(attentions[i]), offramp_part_free(mixers[i]), offramp_part_free(mlps[i]);
     offramp_part_free(ends);
-    if (shape.positions && strpbrk(shape.blocks, "ab")) {
+    if (shape.positions && strpbrk(shape.blocks, "abs")) {
         t.rotary = rotary_pairs(shape.positions, shape.dim);
         WORKS(offramp_model_rotary(t.model, 1, t.rotary, shape.positions, shape.dim, &said));
     }
@@ -186,20 +221,22 @@ static inline void run_rows(const Tiny *t, offramp_session *session, float *h, i
 static inline int remember_the_same(const Tiny *t, const offramp_session *a, const offramp_session *b,
                                     int64_t block) {
     const Shape *s = &t->shape;
+    const Layer *l = t->layers + block;
     const int64_t length = offramp_session_length(a, block), each = 2 * s->heads * s->dim;
-    const int64_t C = s->mixers * s->inner + 2 * s->groups * s->states, window = (s->taps - 1) * C;
-    const int64_t state = s->mixers * s->inner * s->states, attends = t->layers[block].attends;
     if (offramp_session_length(b, block) != length) return 0;
     int64_t from = offramp_session_first(a, block), other = offramp_session_first(b, block);
     from = from > other ? from : other;
-    const int64_t count = attends ? (length - from) * each : window + state;
+    const int64_t keys = l->attends ? (length - from) * each : 0,
+                  window = l->mixes ? window_of(s, l->mixes) : 0,
+                  count = keys + window + (l->mixes ? state_of(s, l->mixes) : 0);
     float *of_a = calloc(count + 1, 4), *of_b = calloc(count + 1, 4);
-    if (attends) {
+    if (l->attends) {
         WORKS(offramp_session_keys(a, block, from, of_a, &said));
         WORKS(offramp_session_keys(b, block, from, of_b, &said));
-    } else {
-        WORKS(offramp_session_state(a, block, of_a, of_a + window, &said));
-        WORKS(offramp_session_state(b, block, of_b, of_b + window, &said));
+    }
+    if (l->mixes) {
+        WORKS(offramp_session_state(a, block, of_a + keys, of_a + keys + window, &said));
+        WORKS(offramp_session_state(b, block, of_b + keys, of_b + keys + window, &said));
     }
     const int equal = same(of_a, of_b, count);
     free(of_a), free(of_b);

@@ -19,12 +19,14 @@ block's keys and values, or twice its Mamba state, which is read and written.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
 
 from offramp.model.backbone import Backbone
 from offramp.model.library_blocks import active_experts
+from offramp.model.mamba import convolution_of, state_shape, width_of
 
 ROOM = 4 << 30  # bytes for the memories of all sequences that are decoded side by side
 
@@ -122,18 +124,18 @@ class Costs:
 
 
 def state_size(mixer: Any) -> int:
-    """Entries of a Mamba mixer's state: E · N."""
-    return int(mixer.intermediate_size * mixer.ssm_state_size)
+    """Entries of a mixer's state."""
+    return math.prod(state_shape(mixer))
 
 
 def scan_flops(mixer: Any) -> int:
     """FLOPs of one token through a Mamba mixer's convolution and scan."""
-    return int(2 * mixer.conv1d.weight.numel() + 6 * state_size(mixer))
+    return int(2 * convolution_of(mixer).weight.numel() + 6 * state_size(mixer))
 
 
 def projected(mixer: Any) -> int:
     """FLOPs of one token through the projections that feed a Mamba mixer's convolution and state (`mamba.remember`)."""
-    rows = mixer.in_proj.out_features - mixer.intermediate_size  # all rows but the gate's
+    rows = mixer.in_proj.out_features - width_of(mixer)  # all rows but the gate's
     inner = sum(
         matrix_flops(part) for part in (getattr(mixer, name, None) for name in ("x_proj", "dt_proj")) if part is not None
     )

@@ -26,7 +26,7 @@ def _split_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Separate `k_proj` and `v_proj` (llama and most others), with a key norm over the whole row (olmo2) or each head."""
     k, v = attention.k_proj(x), attention.v_proj(x)
     heads = (*x.shape[:-1], -1, attention.head_dim)
-    norm = getattr(attention, "k_norm", None)
+    norm = getattr(attention, "k_norm", None) or getattr(attention, "k_layernorm", None)
     if norm is not None:
         over_row = norm.weight.shape[0] == k.shape[-1] and norm.weight.ndim == 1
         k = norm(k) if over_row else norm(k.view(heads))
@@ -184,9 +184,9 @@ FAMILIES: dict[str, Family] = {
         keys_values=_interleaved_kv,
         projected=3,
     ),
-    "mamba": _MAMBA,
+    "mamba": replace(_MAMBA, compiled=True),
     "mamba2": replace(_MAMBA, compiled=True),
-    "falcon_mamba": _MAMBA,
+    "falcon_mamba": replace(_MAMBA, compiled=True),
     "bamba": Family(norm="final_layernorm", mixer="mamba", mlp="feed_forward", norms=_FEED_FORWARD, compiled=True),
     "jamba": Family(norm="final_layernorm", mixer="mamba", rotary=None),
     "granitemoehybrid": Family(mixer="mamba", mlp="shared_mlp", scales=_granite, multipliers=_of_residual, compiled=True),
@@ -198,6 +198,13 @@ FAMILIES: dict[str, Family] = {
         keys_values=_scaled_kv,
         scales=lambda config: Scales(float(config.embedding_multiplier), config.lm_head_multiplier),
         multipliers=_of_falcon,
+        compiled=True,
+    ),
+    "lfm2": Family(
+        norm="embedding_norm",
+        mixer="conv",
+        mlp="feed_forward",
+        norms=("operator_norm", None, "ffn_norm", None),
         compiled=True,
     ),
     "nemotron_h": Family(norm="norm_f", attention="mixer", mixer="mixer", norms=_ONE_NORM, rotary=None),

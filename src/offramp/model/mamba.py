@@ -6,7 +6,7 @@ blocks: `with_own_mixer` makes a copy of a block that shares all weights with it
 
 Mamba-1 (arXiv 2312.00752, section 3.4): mamba, falcon_mamba and jamba; the last two have norms on dt, B and C. Mamba-2
 (2405.21060, section 7): mamba2, bamba, granitemoehybrid, nemotron_h, and falcon_h1, which adds multipliers and, where the
-config says so, leaves the norm out.
+config says so, leaves the norm out. A convolution between two gates, without a state behind it: lfm2 (2511.23404).
 
 Shapes: B batch, T tokens, D hidden size, E inner width, G groups, N state size, W the convolution's width.
 """
@@ -29,8 +29,33 @@ LibraryMixer = Any  # a mixer module of the library: its class differs from fami
 
 
 def is_mixer(module: object) -> bool:
-    """Whether a block's part is a Mamba mixer."""
-    return hasattr(module, "A_log")
+    """Whether a block's part is a mixer: Mamba's, or a convolution."""
+    return hasattr(module, "A_log") or is_convolution(module)
+
+
+def is_convolution(module: object) -> bool:
+    """Whether a block's part is a convolution without a state behind it (LFM2)."""
+    return hasattr(module, "conv_kernel_size") and hasattr(module, "conv")
+
+
+def convolution_of(mixer: LibraryMixer) -> nn.Conv1d:
+    """The convolution of a mixer."""
+    found: nn.Conv1d = mixer.conv if is_convolution(mixer) else mixer.conv1d
+    return found
+
+
+def width_of(mixer: LibraryMixer) -> int:
+    """The inner width E of a mixer: that of its gate and its outputs."""
+    return int(mixer.out_proj.in_features)
+
+
+def state_shape(mixer: LibraryMixer) -> tuple[int, ...]:
+    """The shape of a mixer's state: (H, P, N), of Mamba-1 (E, N), and (0,) of a convolution."""
+    if is_convolution(mixer):
+        return (0,)
+    if is_mamba1(mixer):
+        return tuple(mixer.A_log.shape)
+    return mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
 
 
 def is_mamba1(mixer: LibraryMixer) -> bool:
@@ -61,7 +86,10 @@ def with_own_mixer(block: nn.Module, name: str) -> nn.Module:
 def mix(mixer: LibraryMixer, u: Tensor, memory: SSM | None = None) -> Tensor:
     """The mixer's output (B, T, D) for u (B, T, D). It continues from `memory` and leaves the new state there."""
     with brought_in(mixer):
-        if is_mamba1(mixer):
+        if is_convolution(mixer):
+            B, z, x = _linear(mixer.in_proj, u).chunk(3, dim=-1)
+            y = z * _advance_convolution(mixer, B * x, memory)
+        elif is_mamba1(mixer):
             x, z = _linear(mixer.in_proj, u).chunk(2, dim=-1)
             y = _advance_mamba1(mixer, x, memory) * F.silu(z.float())
         else:
@@ -79,12 +107,25 @@ def remember(mixer: LibraryMixer, u: Tensor, memory: SSM) -> None:
     convolution and the state.
     """
     with brought_in(mixer):
-        if is_mamba1(mixer):
+        if is_convolution(mixer):
+            width = width_of(mixer)
+            B, x = (_linear(mixer.in_proj, u, slice(first, first + width)) for first in (0, 2 * width))
+            _advance_convolution(mixer, B * x, memory)
+        elif is_mamba1(mixer):
             _advance_mamba1(mixer, _linear(mixer.in_proj, u, slice(0, mixer.intermediate_size)), memory)
         else:
             widths = [mixer.conv_dim, mixer.num_heads]
             xBC, dt = _project_mamba2(mixer, u, slice(mixer.intermediate_size, None)).split(widths, dim=-1)
             _advance_mamba2(mixer, xBC, dt, memory)
+
+
+def _advance_convolution(mixer: LibraryMixer, x: Tensor, memory: SSM | None) -> Tensor:
+    """The convolution of x (B, T, D)."""
+    inputs, x = x, _convolve(mixer, x, memory)
+    if memory is not None:
+        memory.h = x.new_zeros(len(x), 0)
+        memory.record(x.shape[1], inputs, lambda h, n: h)
+    return x
 
 
 def _advance_mamba1(mixer: LibraryMixer, x: Tensor, memory: SSM | None) -> Tensor:
@@ -141,12 +182,13 @@ def _advance_mamba2(mixer: LibraryMixer, xBC: Tensor, dt: Tensor, memory: SSM | 
 
 
 def _convolve(mixer: LibraryMixer, x: Tensor, memory: SSM | None) -> Tensor:
-    with brought_in(mixer.conv1d):
-        weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
+    layer = convolution_of(mixer)
+    with brought_in(layer):
+        weight, bias = layer.weight.squeeze(1), layer.bias
     window = None if memory is None else memory.window
     if window is None:
         window = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
-    x, window = causal_conv(x, weight, bias, window)
+    x, window = causal_conv(x, weight, bias, window, activates=not is_convolution(mixer))
     if memory is not None:
         memory.window = window
     return x

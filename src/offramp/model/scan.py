@@ -147,10 +147,12 @@ def selective_scan(
     return torch.cat(outputs, dim=1) + x * D, h.transpose(1, 2).contiguous()
 
 
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor) -> tuple[Tensor, Tensor]:
-    """Depthwise causal convolution of x (B, T, E) with weight (E, W), then SiLU: (B, T, E), and the new window.
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor, activates: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Depthwise causal convolution of x (B, T, E) with weight (E, W): (B, T, E), and the new window.
 
-    `window` (B, W - 1, E) holds the inputs before x.
+    `window` (B, W - 1, E) holds the inputs before x. `activates`: SiLU follows.
     """
     width, tokens = weight.shape[1], x.shape[1]
     joined = torch.cat([window.to(x.dtype), x], dim=1)
@@ -160,7 +162,8 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor) 
         y = joined[:, :tokens] * weight[:, 0]
         for tap in range(1, width):
             y = torch.addcmul(y, joined[:, tap : tap + tokens], weight[:, tap])
-    return F.silu(y if bias is None else y + bias), joined[:, tokens:]
+    y = y if bias is None else y + bias
+    return F.silu(y) if activates else y, joined[:, tokens:]
 
 
 def _wide(part: Tensor) -> Tensor:

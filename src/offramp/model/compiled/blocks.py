@@ -1,4 +1,4 @@
-"""Blocks as the compiled code takes them: attention, a Mamba-2 mixer and an MLP, as far as a block has them.
+"""Blocks as the compiled code takes them: attention, a mixer and an MLP, as far as a block has them.
 
 Queries, keys and values are one product, gate and up another. Dims that the rotary embedding turns together stand side by
 side here: the rows of the projections are reordered once. What differs between families is in a row of `families`, or read
@@ -20,6 +20,7 @@ from offramp.model.compiled.library import CompiledPart, Fine, constant
 from offramp.model.compiled.parts import Maker
 from offramp.model.compiled.weights import Weight
 from offramp.model.families import Family
+from offramp.model.mamba import convolution_of, is_convolution, is_mamba1, state_shape, width_of
 from offramp.model.modules import Modules
 
 # Names of an MLP's layers: the first ones, a gate before the other if there are two, and the last one.
@@ -27,6 +28,7 @@ MLPS = (
     (("gate_proj", "up_proj"), "down_proj"),
     (("gate_up_proj",), "down_proj"),
     (("input_linear",), "output_linear"),
+    (("w1", "w3"), "w2"),
 )
 ACTIVATIONS = {
     "SiLU": "OFFRAMP_SILU",
@@ -62,7 +64,7 @@ def attention_part(
 ) -> CompiledPart:
     """A block's attention. A token sees `window` tokens, itself included; None means all. `keys`: their multiplier."""
     dim = attention.head_dim
-    out = attention.o_proj
+    out = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
     queries = out.in_features // dim
     heads = queries // attention.num_key_value_groups
     turns = rotary is not None and bool(getattr(attention, "use_rope", True))
@@ -79,11 +81,12 @@ def attention_part(
     turned = per_head(queries + heads)
     rows = torch.cat([turned, torch.arange(len(turned), (queries + 2 * heads) * dim)])
     norms: dict[str, Tensor | float] = {}
-    if getattr(attention, "q_norm", None) is not None:
-        each = attention.q_norm.weight.numel() == dim
+    own = [getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_layernorm", None) for name in "qk"]
+    if own[0] is not None:
+        each = own[0].weight.numel() == dim
         orders = (order, order) if each else (per_head(queries), per_head(heads))
-        q_norm, eps = make.norm("q_norm", attention.q_norm, orders[0])
-        k_norm, _ = make.norm("k_norm", attention.k_norm, orders[1])
+        q_norm, eps = make.norm("q_norm", own[0], orders[0])
+        k_norm, _ = make.norm("k_norm", own[1], orders[1])
         norms = {"q_norm": q_norm, "k_norm": k_norm, "norm_heads": each, "head_eps": eps}
     if keys != 1:
         sizes = torch.tensor([queries, heads, heads]) * dim
@@ -119,27 +122,60 @@ def _activation_of(module: Any) -> str:
 
 
 def mixer_part(mixer: Any, fields: dict[str, Any], make: Maker) -> CompiledPart:
+    """A block's mixer: Mamba-2, Mamba, or a convolution."""
+    conv = convolution_of(mixer)
+    fields = {
+        **fields,
+        "conv": make.vector("conv", conv.weight, lambda x: x.squeeze(1).T),  # (W, C)
+        "conv_bias": None if conv.bias is None else make.vector("conv_bias", conv.bias),
+        "out": Fine(make.matrix("out", [mixer.out_proj])),
+    }
+    # In compiled code, the rows of the gate come first, and then those that are convolved.
+    pieces = torch.arange(mixer.in_proj.out_features).split(width_of(mixer))
+    if is_convolution(mixer):
+        order = [pieces[1], pieces[2], pieces[0]]
+    else:
+        order = [*reversed(pieces)] if is_mamba1(mixer) else [*pieces]
+    fields["in_"] = Fine(make.matrix("in", [mixer.in_proj], torch.cat(order)))
+    if is_convolution(mixer):
+        return CompiledPart("convolution", **fields)
+    return (_mamba_part if is_mamba1(mixer) else _mamba2_part)(mixer, fields, make)
+
+
+def _mamba_part(mixer: Any, fields: dict[str, Any], make: Maker) -> CompiledPart:
+    """A Mamba mixer (arXiv 2312.00752, section 3.4)."""
+    states = mixer.ssm_state_size
+    if hasattr(mixer, "dt_layernorm"):  # falcon_mamba's norms have no weights
+        rank = mixer.time_step_rank
+        norms = {"dt_norm": torch.ones(rank), "b_norm": torch.ones(states), "c_norm": torch.ones(states)}
+        fields = {**fields, **norms, "inner_eps": float(mixer.rms_eps)}
+    return CompiledPart(
+        "mamba", low=Fine(make.matrix("low", [mixer.x_proj])), steps=Fine(make.small("steps", mixer.dt_proj)),
+        decay=make.vector("decay", mixer.A_log, lambda x: -x.exp()), skip=make.vector("skip", mixer.D), states=states,
+        **fields,
+    )  # fmt: skip
+
+
+def _mamba2_part(mixer: Any, fields: dict[str, Any], make: Maker) -> CompiledPart:
     """A Mamba-2 mixer (arXiv 2405.21060, section 7)."""
     low, high = mixer.time_step_limit
-    conv, norm = mixer.conv1d, mixer.norm if getattr(mixer, "mamba_rms_norm", True) else None
+    norm = mixer.norm if getattr(mixer, "mamba_rms_norm", True) else None
     gated: dict[str, Any] = {"gated_eps": 0.0}
     if norm is not None:
         gated = {"gated_norm": make.vector("gated_norm", norm.weight), "gated_eps": float(norm.variance_epsilon)}
     return CompiledPart(
-        "mamba2", in_=Fine(make.matrix("in", [mixer.in_proj])), out=Fine(make.matrix("out", [mixer.out_proj])),
-        conv=make.vector("conv", conv.weight, lambda x: x.squeeze(1).T),  # (W, C)
-        conv_bias=None if conv.bias is None else make.vector("conv_bias", conv.bias),
-        dt_bias=make.vector("dt_bias", mixer.dt_bias), decay=make.vector("decay", mixer.A_log, lambda x: -x.exp()),
-        skip=make.vector("skip", mixer.D), heads=mixer.num_heads, groups=mixer.n_groups, states=mixer.ssm_state_size,
-        gate_last=bool(getattr(norm, "norm_before_gate", False)), dt_low=low, dt_high=high, **gated, **fields,
+        "mamba2", dt_bias=make.vector("dt_bias", mixer.dt_bias), skip=make.vector("skip", mixer.D),
+        decay=make.vector("decay", mixer.A_log, lambda x: -x.exp()), heads=mixer.num_heads, groups=mixer.n_groups,
+        states=mixer.ssm_state_size, gate_last=bool(getattr(norm, "norm_before_gate", False)), dt_low=low, dt_high=high,
+        **gated, **fields,
     )  # fmt: skip
 
 
 class Block:
     """One block: the parts of its attention, its mixer and its MLP, each of which may be None.
 
-    `shapes`: of keys and values, heads and their dim; of a mixer, the shapes of its window (W - 1, C) and state (H, P, N);
-    None for what the block does not have. Raises `ValueError` for a block with parts that there is no compiled code for.
+    `shapes`: of keys and values, heads and their dim; of a mixer, the shapes of its window (W - 1, C) and its state; None
+    for what the block does not have. Raises `ValueError` for a block with parts that there is no compiled code for.
     """
 
     def __init__(
@@ -161,8 +197,8 @@ class Block:
         if mixer is not None:
             factors = None if of.projected is None else make.rounded(of.projected)
             self.mixer = mixer_part(mixer, around("norm", (before, after), make, of.mixer_in, of.mixer, factors), make)
-            window_shape = mixer.conv1d.weight.shape[-1] - 1, mixer.conv_dim
-            state = window_shape, (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+            channels, _, taps = convolution_of(mixer).weight.shape
+            state = (taps - 1, channels), state_shape(mixer)
         mlp = getattr(block, family.mlp, None)
         if mlp is not None:
             self.mlp = mlp_part(mlp, around("mlp_norm", (before_mlp, after_mlp), make, after=of.mlp), of.gate, make)

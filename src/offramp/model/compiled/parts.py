@@ -152,6 +152,13 @@ class Maker:
 
         return self._get(key, make)[""]
 
+    def small(self, key: str, layer: nn.Linear) -> Weight:
+        """A weight of few columns, in the dtype that weights are loaded in unless the format is a file's."""
+        if self._format.blocks is None:
+            return self._of_types(key, [layer], None)
+        tensors = dict(self._get(key, lambda: self._stacked(Weight, [layer], None)))
+        return Weight(tensors, tensors.pop("bias", None))
+
     def rounded(self, numbers: Tensor) -> Tensor:
         """Numbers that are no weights, rounded to the dtype that weights are loaded in, as the library has them."""
         return numbers.to(self._format.loaded).float()

@@ -1,5 +1,5 @@
-// Mamba-2: right, the same however a text is cut into calls, and bit for bit what it was when tokens are
-// forgotten.
+// Mixers: Mamba-2 is right; all are the same however a text is cut into calls, and bit for bit what they were when tokens
+// are forgotten.
 
 #include "models.h"
 
@@ -121,19 +121,25 @@ static void test_of(Shape shape) {
     const Tiny t = tiny(shape);
     const int64_t D = shape.hidden;
     const float *given = randoms(T * D, -1, 1);
-    float *h = zeros(T * D);
+    float *h = copied(given, T * D);
     offramp_session *session = session_of(&t, OFFRAMP_FLOAT32), *told = session_of(&t, OFFRAMP_FLOAT32);
-    one_call_is_right(&t, session, given, h, shape.type == OFFRAMP_FLOAT32 ? 1e-4 : 5e-2);
+    if (strspn(shape.blocks, "m") == strlen(shape.blocks))
+        one_call_is_right(&t, session, given, h, shape.type == OFFRAMP_FLOAT32 ? 1e-4 : 5e-2);
+    else
+        run_rows(&t, session, h, T);  // tests/ compares these with the library's
     for (int threads = 1; threads <= 3; threads++) {
         WORKS(offramp_model_threads(t.model, threads, &said));
         cuts_do_not_matter(&t, session, given, h, 1);
         cuts_do_not_matter(&t, session, given, h, 19);
         forgetting_leaves_nothing(&t, given, h);
     }
-    // Only remembered, the first block has the same memory.
+    // Only remembered, the first block has the same memory, also in two parts.
     const offramp_rows rows = {told, 0, T};
-    WORKS(offramp_remember(t.model, 0, t.count, &rows, 1, OFFRAMP_BOTH, given, &said));
+    WORKS(offramp_remember(t.model, 0, t.count, &rows, 1, OFFRAMP_KEYS, given, &said));
+    WORKS(offramp_remember(t.model, 0, t.count, &rows, 1, OFFRAMP_STATES, given, &said));
     CHECK(remember_the_same(&t, session, told, 0), "remembered differently");
+    REFUSED(offramp_remember(t.model, 0, t.count, &rows, 1, 0, given, &said));
+    REFUSED(offramp_remember(t.model, 0, t.count, &rows, 1, 4, given, &said));
     offramp_session_free(session), offramp_session_free(told);
     offramp_model_free(t.model);
 }
@@ -167,6 +173,15 @@ int main(void) {
     test_of(odd);
     large.blocks = "m", large.mixers = 2, large.states = 136, large.taps = 7, large.groups = 1;
     test_of(large);
+    Shape mamba = SMALL, conv = SMALL, both = SMALL;
+    mamba.blocks = "pp", mamba.bias = 1;
+    test_of(mamba);
+    mamba.norms = 1, mamba.states = 24, mamba.inner = 5;
+    test_of(mamba);
+    conv.blocks = "qq", conv.taps = 3;
+    test_of(conv);
+    both.blocks = "sq", both.positions = T + 1;
+    test_of(both);
     whole.blocks = "m", whole.type = OFFRAMP_INT8, whole.fine = 1;
     test_of(whole);
     whole.type = OFFRAMP_Q4_1;

@@ -32,8 +32,9 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
         const int64_t length = offramp_session_length(session, i);
         // A block may have fewer tokens: those that wait are not in deeper blocks yet, and fills may leave
         // states of mixers as they were.
-        int64_t least = model->blocks[i].mixes ? 0 : r->run;
-        if (plan->waits) least = r->run - waiting(session);
+        int64_t least = model->blocks[i].attends ? r->run : 0;
+        if (plan->waits && (model->blocks[i].attends || model->blocks[i].mixes))
+            least = r->run - waiting(session);
         NEED(length >= least && length <= r->run,
              "Block %lld has taken in %lld tokens, but the text has %lld.", (long long)i, (long long)length,
              (long long)r->run);

@@ -254,7 +254,7 @@ OFFRAMP_API offramp_session *offramp_session_fork(const offramp_session *session
 // Gives the memory room for so many tokens when it next grows.
 OFFRAMP_API void offramp_session_reserve(offramp_session *session, int64_t tokens);
 
-// The number of tokens that a block has taken in; the first position whose keys it still has, which is not 0
+// The number of tokens that a block remembers (0 for an MLP alone); the first position whose keys it still has, which is not 0
 // if a window has slid (-1 for a mixer); the bytes that a fork takes; those of a session like this one with
 // room for so many tokens (states of mixers count twice, for a watch).
 OFFRAMP_API int64_t offramp_session_length(const offramp_session *session, int64_t block);

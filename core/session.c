@@ -159,7 +159,7 @@ void offramp_session_reserve(offramp_session *s, int64_t tokens) {
 int64_t offramp_session_length(const offramp_session *s, int64_t block) {
     if (block < 0 || block >= s->model->count) return -1;
     const Block *b = block_of(s, block);
-    return b->mixes && !b->attends ? s->blocks[block].mixed.length : s->blocks[block].keys.length;
+    return b->attends ? s->blocks[block].keys.length : b->mixes ? s->blocks[block].mixed.length : 0;
 }
 
 int64_t offramp_session_waits(const offramp_session *s, int64_t exit) {
@@ -322,8 +322,9 @@ void crop_mixed(const Mixer *shape, Mixed *m, int64_t length) {
 // The tokens that a block forgets of those from position `length` on. A fill may have given tokens to attention alone; a
 // mixer beside it forgets as many as attention does.
 static int64_t forgotten(const offramp_session *s, int64_t i, int64_t length) {
+    const Block *b = block_of(s, i);
     const int64_t gone = offramp_session_length(s, i) - length;
-    return gone > 0 ? gone : 0;
+    return (b->attends || b->mixes) && gone > 0 ? gone : 0;
 }
 
 void forget_tokens(offramp_session *s, int64_t i, int64_t length) {

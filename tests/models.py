@@ -102,7 +102,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": False,
     },
     "nemotron_h": {
-        "layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "mamba"],
+        "layers_block_type": ["mamba", "mlp", "attention", "mamba", "mlp", "mamba"],
         "mamba_num_heads": 4,
         "mamba_head_dim": 16,
         "n_groups": 2,

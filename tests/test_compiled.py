@@ -85,6 +85,12 @@ VARIATIONS = {
 }
 
 
+EXPERTS = {
+    "granitemoehybrid": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "mamba"]},
+}
+
+
 @compiled_only
 @pytest.mark.parametrize("variation", VARIATIONS)
 def test_logits_of_other_models_of_a_family_are_the_librarys(variation):
@@ -94,8 +100,9 @@ def test_logits_of_other_models_of_a_family_are_the_librarys(variation):
     assert max(check(backbone)) <= 1e-5
 
 
-def test_blocks_with_experts_run_as_the_librarys_own():
-    backbone = random_model("granitemoehybrid", num_local_experts=4, num_experts_per_tok=2)
+@pytest.mark.parametrize("family", EXPERTS)
+def test_blocks_with_experts_run_as_the_librarys_own(family):
+    backbone = random_model(family, **EXPERTS[family])
     with pytest.raises(UnsupportedModel, match="there is no compiled code for experts"):
         backbone.use_compiled_blocks("float32")
     assert max(check(backbone)) <= 1e-5

@@ -207,7 +207,15 @@ FAMILIES: dict[str, Family] = {
         norms=("operator_norm", None, "ffn_norm", None),
         compiled=True,
     ),
-    "nemotron_h": Family(norm="norm_f", attention="mixer", mixer="mixer", norms=_ONE_NORM, rotary=None),
+    "nemotron_h": Family(
+        norm="norm_f",
+        attention="mixer",
+        mixer="mixer",
+        mlp="mixer",
+        norms=("norm", None, "norm", None),
+        rotary=None,
+        compiled=True,
+    ),
 }
 MOST_BLOCKS = 10_000  # the largest models have a few hundred; the library would make any number
 UNBOUNDED = 2**31  # the context of a model that has no attention

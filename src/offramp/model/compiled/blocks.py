@@ -29,6 +29,7 @@ MLPS = (
     (("gate_up_proj",), "down_proj"),
     (("input_linear",), "output_linear"),
     (("w1", "w3"), "w2"),
+    (("up_proj",), "down_proj"),
 )
 ACTIVATIONS = {
     "SiLU": "OFFRAMP_SILU",
@@ -187,8 +188,6 @@ class Block:
         of = family.multipliers(block)
         self.attention = self.mixer = self.mlp = None
         keys = state = None
-        if getattr(block, "block_sparse_moe", None) is not None:
-            raise ValueError("there is no compiled code for experts")
         if attention is not None:
             fields = around("attention_norm", (before, after), make, of.attention_in, of.attention)
             table = tables.get(modules.layer_types[index] if family.rotary_per_kind else "")
@@ -200,7 +199,9 @@ class Block:
             channels, _, taps = convolution_of(mixer).weight.shape
             state = (taps - 1, channels), state_shape(mixer)
         mlp = getattr(block, family.mlp, None)
-        if mlp is not None:
+        if getattr(block, "block_sparse_moe", None) is not None or hasattr(mlp, "experts"):
+            raise ValueError("there is no compiled code for experts")
+        if mlp is not None and mlp is not attention and mlp is not mixer:
             self.mlp = mlp_part(mlp, around("mlp_norm", (before_mlp, after_mlp), make, after=of.mlp), of.gate, make)
         self.shapes = keys, state
 

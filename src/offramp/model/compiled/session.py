@@ -162,7 +162,7 @@ class Session:
 
     def take_back(self, start: int) -> None:
         """Forget the newest token, in blocks `start` and after. Raises as `crop` does."""
-        for block in range(start, len(self._shapes)):
+        for block in (block for block in range(start, len(self._shapes)) if any(self._shapes[block])):
             self.crop(self.length(block) - 1, block, block + 1)
 
     def copy_keys(self, source: int, goal: int, tokens: int) -> None:

@@ -260,18 +260,20 @@ def test_the_table_of_machines_has_a_row_for_each_format(name: str, instructions
     monkeypatch.setattr(row_costs, "processor", lambda: name)
     monkeypatch.setattr(row_costs, "kernels", lambda: instructions)
     for precision in ("float32", "bfloat16", "int8", "int4"):
-        costs = row_costs.costs_in_table(precision)
-        assert costs[:8] != row_costs.ELSEWHERE
-        assert costs[0] == 0
-        assert len(costs) == MOST_DRAFTS + 1
-        assert list(costs) == sorted(costs)
+        of_large, of_small = (row_costs.costs_in_table(precision, size) for size in (1 << 30, 1 << 20))
+        assert of_large[:8] != row_costs.ELSEWHERE
+        for costs in (of_large, of_small):
+            assert costs[0] == 0
+            assert len(costs) == MOST_DRAFTS + 1
+            assert list(costs) == sorted(costs)
     monkeypatch.setattr(row_costs, "kernels", lambda: "NEON")
-    assert row_costs.costs_in_table("int4") == pytest.approx([0.15 * row for row in range(MOST_DRAFTS + 1)])
+    assert row_costs.costs_in_table("int4", 1 << 30) == pytest.approx([0.15 * row for row in range(MOST_DRAFTS + 1)])
+    assert row_costs.costs_in_table("int4", 1 << 20)[:8] == row_costs.CACHED_ELSEWHERE
 
 
 def test_costs_that_were_measured_here_replace_the_tables(own_cache: Path) -> None:
     backbone = tiny("llama/compiled")
-    table = row_costs.costs_in_table(backbone.precision)
+    table = row_costs.costs_in_table(backbone.precision, 1 << 20)
     assert row_costs.row_costs(backbone) == table
     found = measured_costs(backbone, rounds=2)
     assert found[0] == 0

@@ -18,10 +18,11 @@ from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS, kernels
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)  # rows of the passes whose costs are known
+Table = dict[tuple[str, str], dict[str, tuple[float, ...]]]
 # The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's processors with these
 # kernels, by benchmarks/growth.py --formats FORMAT ("verified rows"), and those of 32 rows in the same way, against a step
 # of a compiled loop, which is shorter than a single one. On other processors, they are a guess.
-ROW_COSTS: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
+ROW_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
         "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 2.6),
         "bfloat16": (0.0, 0.02, 0.06, 0.1, 0.12, 0.16, 0.2, 0.25, 2.7),
@@ -42,26 +43,59 @@ ROW_COSTS: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {
     },
 }
 ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
+# The same for a model whose weights stay in a processor's cache: reading them is no longer what a step takes its time for,
+# so each row adds its part. Measured for mamba-tiny-ee by offramp bench --costs, the means of two or three runs.
+IN_CACHE = 32 << 20  # bytes that a step of such a model reads at most
+CACHED_COSTS: Table = {
+    ("AMD", "AVX-512 BF16 and VNNI"): {
+        "float32": (0.0, 0.22, 0.36, 0.46, 0.5, 0.68, 0.91, 1.12, 7.2),
+        "bfloat16": (0.0, 0.29, 0.52, 0.73, 1.02, 1.24, 1.56, 1.83, 8.4),
+        "int8": (0.0, 0.43, 0.78, 1.07, 1.4, 1.75, 2.09, 2.43, 11.8),
+        "int4": (0.0, 0.47, 0.66, 1.25, 1.39, 1.88, 2.08, 2.59, 12.6),
+    },
+    ("AMD", "AVX2"): {
+        "float32": (0.0, 0.2, 0.38, 0.56, 0.71, 0.92, 1.47, 1.71, 8.2),
+        "bfloat16": (0.0, 0.22, 0.38, 0.63, 0.84, 1.06, 1.61, 1.81, 10.1),
+        "int8": (0.0, 0.5, 0.96, 1.5, 1.95, 2.48, 2.88, 3.34, 17.2),
+        "int4": (0.0, 0.59, 0.94, 1.49, 1.82, 2.42, 2.74, 3.4, 15.5),
+    },
+}
+CACHED_ELSEWHERE = (0.0, 0.4, 0.7, 1.0, 1.35, 1.7, 2.0, 2.4)
 
 
 def row_costs(backbone: Backbone) -> tuple[float, ...]:
     """The costs of 0 to `MOST_DRAFTS` more rows of a pass on this machine: measured ones, or those of the table."""
     kept = _measured(read_json(cache_folder() / "costs.json").get(_key(backbone)))
-    return _at_all_widths(kept) if kept else costs_in_table(backbone.precision)
+    return _at_all_widths(kept) if kept else costs_in_table(backbone.precision, _step_bytes(backbone))
 
 
-def costs_in_table(precision: str) -> tuple[float, ...]:
-    """The costs of 0 to `MOST_DRAFTS` more rows of a pass by the table of machines; `precision` is that of a backbone."""
-    found: tuple[float, ...] = ELSEWHERE
-    for (maker, instructions), costs in ROW_COSTS.items():
+def costs_in_table(precision: str, step_bytes: int) -> tuple[float, ...]:
+    """The costs of 0 to `MOST_DRAFTS` more rows of a pass by the tables of machines.
+
+    `precision` is that of a backbone, and `step_bytes` are those that a step reads.
+    """
+    table, found = _tables(step_bytes)
+    for (maker, instructions), costs in table.items():
         if maker in processor() and kernels() == instructions:
             found = costs.get(precision, found)
     return _at_all_widths(found)
 
 
 def usual_costs(backbone: Backbone) -> tuple[float, ...]:
-    """The costs of 0 to `MOST_DRAFTS` more rows of a pass on the first machine of the table: everywhere the same."""
-    return _at_all_widths(next(iter(ROW_COSTS.values())).get(backbone.precision, ELSEWHERE))
+    """The costs of 0 to `MOST_DRAFTS` more rows of a pass on the first machine of the tables: everywhere the same."""
+    table, elsewhere = _tables(_step_bytes(backbone))
+    return _at_all_widths(next(iter(table.values())).get(backbone.precision, elsewhere))
+
+
+def _tables(step_bytes: int) -> tuple[Table, tuple[float, ...]]:
+    """The table for a model of this size, and its costs elsewhere."""
+    return (CACHED_COSTS, CACHED_ELSEWHERE) if step_bytes <= IN_CACHE else (ROW_COSTS, ELSEWHERE)
+
+
+def _step_bytes(backbone: Backbone) -> int:
+    """The bytes of weights that a step reads."""
+    runtime = backbone.runtime
+    return sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes()
 
 
 def keep(backbone: Backbone, costs: Sequence[float]) -> None:

@@ -107,7 +107,7 @@ def _left(facts: Anatomy, agreement: Sequence[float]) -> tuple[float, float, str
 
 def _verified(facts: Anatomy, scenario: Scenario) -> tuple[float, float, str]:
     """Bytes (a dearer chunk counts as more of them), FLOPs, and how many drafts are made, at the best number of drafts."""
-    table = costs_in_table(facts.precision)
+    table = costs_in_table(facts.precision, facts.full_bytes)
     tokens = chance = 1.0
     found = [(float(facts.full_bytes), float(facts.full_flops), "no drafts")]
     for count in range(1, MOST_DRAFTS + 1):

@@ -52,6 +52,13 @@ def test_the_default_is_exact_where_drafts_should_pay_in_the_engine_and_the_mode
     assert Engine(backbone).mode == "full"  # a backbone alone has no exits
 
 
+def test_what_drafts_promise_counts_those_of_the_table() -> None:
+    exits = drafting(right=0.5)
+    alone = promised_gain(tiny("llama"), exits)
+    exits.training["validation"][0]["with_table"] = [0.6, 0.6, 0.6]
+    assert promised_gain(tiny("llama"), exits) > alone
+
+
 def test_a_record_of_nonsense_promises_nothing() -> None:
     exits = drafting()
     exits.training["validation"][0]["acceptance"] = ["often"]

@@ -194,6 +194,9 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
     assert exits.training["tokens"]["gates"] < exits.training["tokens"]["adapters"] / 8  # one text: drafts need no gate
     assert "gate_auroc" not in exits.training["validation"][0]
     assert len(exits.shortlist) == 100
+    held = exits.training["validation"][0]
+    assert all(both > 0 for both in held["with_table"])
+    assert held["with_table"] != held["acceptance"]
     full, drafting = Engine(backbone), Engine(backbone, exits, fill="verify", lookup=0)
     answers = [drafting.generate(line, max_tokens=12) for line in read_lines(prompts, ())[:8]]
     assert [answer.ids for answer in answers] == [

@@ -130,14 +130,16 @@ class DraftRule:
         return 1 + costs[min(width, len(costs)) - 1] + beyond * (costs[-1] - costs[-2])
 
 
-def accepted_by(exits: Exits, exit: Exit) -> tuple[float, ...]:
+def accepted_by(exits: Exits, exit: Exit, with_table: bool = False) -> tuple[float, ...]:
     """The shares of the exit's first, second and later drafts that were right on held-out text, by its training's record.
 
-    None if the record does not say. Raises `CorruptFile` for a damaged record.
+    `with_table`: of the exit's and the table's, where the record has them. None if the record does not say. Raises
+    `CorruptFile` for a damaged record.
     """
     try:
         held: dict[str, Any] = next((row for row in exits.validation if row["block"] == exit.block), {})
-        known = held.get("acceptance") or ([held["agreement"]] if held else [])
+        own = held.get("acceptance") or ([held["agreement"]] if held else [])
+        known = (held.get("with_table") if with_table else None) or own
         shares = [float(share) for share in known]
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"shares of {shares}")

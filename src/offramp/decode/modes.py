@@ -106,13 +106,13 @@ def usual_mode(backbone: Backbone, exits: ExitSet) -> str:
 def promised_gain(backbone: Backbone, exits: Exits) -> float:
     """How many times as fast as full depth the drafts of these exits should make decoding.
 
-    It follows from what a draft of the first open exit costs, and from how often a first, second, … one was right on
-    held-out text when the exit was trained. Raises `CorruptFile` for a damaged record.
+    It follows from what a draft of the first open exit costs, and from how often a first, second, … one of the exit or of
+    the table was right on held-out text when the exit was trained. Raises `CorruptFile` for a damaged record.
     """
     first = next((exit for index, exit in enumerate(exits) if exits.policy.opens(index)), None)
     if first is None:
         return 1.0
-    right = accepted_by(exits, first)
+    right = accepted_by(exits, first, with_table=True)
     listed = backbone.vocab_size if exits.shortlist is None else len(exits.shortlist)
     asking = asking_cost(backbone, first, Costs(backbone).head * listed // backbone.vocab_size)
     rule = DraftRule(row_costs(backbone))

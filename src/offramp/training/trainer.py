@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offramp.exits.exits import Exit, Exits
+from offramp.exits.ngrams import LONGEST_CONTEXT, Ngrams
 from offramp.exits.parts import Standardise
 from offramp.exits.policy import max_prob
 from offramp.exits.readouts import DeepAdapter
@@ -267,28 +268,50 @@ class Trainer:
         return LabelledTexts(texts, labelled, self.place)
 
     @torch.inference_mode()
-    def acceptance(self, texts: Sequence[TeacherText]) -> list[list[float]]:
-        """The share of right ones among each exit's first, second, … drafts whose earlier drafts are right.
+    def acceptance(self, texts: Sequence[TeacherText]) -> list[dict[str, list[float]]]:
+        """The shares of right ones among each exit's first, second, … drafts whose earlier drafts are right.
 
-        EAGLE (arXiv 2401.15077) calls them 1-α, 2-α, … An exit that does not draft has none.
+        EAGLE (arXiv 2401.15077) calls them 1-α, 2-α, … `acceptance` are those of the exit alone, and `with_table` those if
+        the table of n-grams makes a draft where it is more sure than the exit is right. An exit that does not draft has
+        none.
         """
-        right, count = torch.zeros(len(self.exits), drafting.LENGTH), torch.zeros(drafting.LENGTH)
+        found: list[dict[str, list[float]]] = [{} for _ in self.exits]
+        drafters = [(index, exit) for index, exit in enumerate(self.exits) if exit.adapter.reads]
+        for index, exit in drafters:
+            runs = [
+                self._drafts_of(exit, texts[first : first + self.config.batch])
+                for first in range(0, len(texts), self.config.batch)
+            ]
+            known = [table_guesses(self.exits.ngrams, text.ids) for text in texts]
+            for number in range(drafting.LENGTH):
+                drafts = [draft for run in runs for draft in run[number]]
+                own = torch.cat([right for right, _ in drafts]).float().mean().nan_to_num()
+                together = [
+                    torch.where(chance[where] > own, guess[where] == text.top_ids[where, 0], right)
+                    for text, (guess, chance), (right, where) in zip(texts, known, drafts, strict=True)
+                ]
+                found[index].setdefault("acceptance", []).append(float(own))
+                if self.exits.ngrams is not None:
+                    share = torch.cat(together).float().mean().nan_to_num()
+                    found[index].setdefault("with_table", []).append(float(share))
+        return found
+
+    def _drafts_of(self, exit: Exit, texts: Sequence[TeacherText]) -> list[list[tuple[Tensor, Tensor]]]:
+        """For each place in a run, and each text: whether the exit's drafts are right, and where they are (T,)."""
         runtime, rows = self._reading_runtime(), self.exits.shortlist
         head = self.backbone.logits if rows is None else self.backbone.head_of(rows)
-        drafters = [(index, exit) for index, exit in enumerate(self.exits) if exit.adapter.reads]
-        for first in range(0, len(texts) if drafters else 0, self.config.batch):
-            batch = texts[first : first + self.config.batch]
-            hidden = self._padded([text.hidden for text in batch]).float()
-            oracle = pad_batch([text.top_ids[:, 0] for text in batch])
-            within = pad_batch([text.counted for text in batch])
-            for index, exit in drafters:
-                where = within
-                for number, top in enumerate(self._read_out(exit, hidden, runtime)):
-                    best = head(top[where].to(self.backbone.dtype)).argmax(-1).cpu()
-                    right[index, number] += ((best if rows is None else rows[best]) == oracle[where]).sum()
-                    count[number] += where.sum() / len(drafters)
-                    where = within & F.pad(where[:, :-1], (1, 0))
-        return [(right[index] / count).tolist() if exit.adapter.reads else [] for index, exit in enumerate(self.exits)]
+        hidden = self._padded([text.hidden for text in texts]).float()
+        oracle = pad_batch([text.top_ids[:, 0] for text in texts])
+        within = where = pad_batch([text.counted for text in texts])
+        made = []
+        for top in self._read_out(exit, hidden, runtime):
+            best = head(top[where].to(self.backbone.dtype)).argmax(-1).cpu()
+            right = torch.zeros_like(where)
+            right[where] = (best if rows is None else rows[best]) == oracle[where]
+            cut = [mask[: len(text.ids)] for mask, text in zip(where, texts, strict=True)]
+            made.append([(row[: len(mask)][mask], mask) for row, mask in zip(right, cut, strict=True)])
+            where = within & F.pad(where[:, :-1], (1, 0))
+        return made
 
     @torch.inference_mode()
     def measure_harm(self, labelled: LabelledTexts, hours: float | None = None, most: int = MEASURED) -> None:
@@ -328,6 +351,14 @@ class Trainer:
             agrees = (labels.oracle[place, : self.config.top_k] == best[:, None]).any(-1)
             labels.agrees[place, index] = agrees.to(torch.int8)
             labels.top_prob[place, index] = max_prob(logits).cpu()
+
+
+def table_guesses(table: Ngrams | None, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that a table of n-grams expects after each of the ids (T,), −1 for none, and their chances (T,)."""
+    known = ids.tolist()
+    ends = range(1, len(known) + 1)
+    found = [(table and table.after(known[max(0, end - LONGEST_CONTEXT) : end])) or (-1, 0.0) for end in ends]
+    return torch.tensor([guess for guess, _ in found]), torch.tensor([chance for _, chance in found])
 
 
 def gate_targets(labelled: LabelledTexts, target: str) -> tuple[list[Tensor], Tensor]:

@@ -102,8 +102,8 @@ def evidence(exits: Exits, labelled: LabelledTexts) -> list[Evidence]:
     return shown
 
 
-def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) -> list[dict[str, Any]]:
-    """Measures of each exit from its evidence, and the `acceptance` of its drafts by their place in a run.
+def quality(exits: Exits, shown: list[Evidence], acceptance: list[dict[str, list[float]]]) -> list[dict[str, Any]]:
+    """Measures of each exit from its evidence, and of its drafts by their place in a run (`Trainer.acceptance`).
 
     `agreement` with the oracle's top k; areas under the ROC curve of the gate, where no drafts are made, and of the
     read-out's own confidence; and the shares of the tokens that may leave if 99% and 95% of them must be right, ranked by
@@ -119,7 +119,7 @@ def quality(exits: Exits, shown: list[Evidence], acceptance: list[list[float]]) 
             "key_auroc": round(auroc(tokens.key, tokens.agrees), 4),
             "leave_at_99": round(lowest(tokens.key, tokens.agrees, 0.99)[1] / max(1, len(tokens.agrees)), 4),
             "leave_at_95": round(lowest(tokens.key, tokens.agrees, 0.95)[1] / max(1, len(tokens.agrees)), 4),
-            **({"acceptance": [round(share, 4) for share in drafts]} if drafts else {}),
+            **{name: [round(share, 4) for share in shares] for name, shares in drafts.items()},
         }
         for exit, tokens, drafts in zip(exits, shown, acceptance, strict=True)
     ]

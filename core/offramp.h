@@ -120,6 +120,19 @@ typedef struct {
     int64_t pieces;       // of a stacked weight, else 0; `fine` is that of the whole
 } offramp_weight;
 
+// The bytes of a weight in panels, of a type from OFFRAMP_Q4_0 to OFFRAMP_IQ4_XS; -1 for a shape that it cannot have.
+OFFRAMP_API int64_t offramp_packed_bytes(offramp_type type, int64_t rows, int64_t columns);
+
+// Makes panels of the blocks of a GGUF file: rows one after another, as the file has them. The values stay what they are.
+OFFRAMP_API offramp_status offramp_pack(offramp_type type, const void *blocks, int64_t rows, int64_t columns,
+                                        void *panels, offramp_error *error);
+
+// Panels of `count` rows of a weight in panels, and the values (count, columns) of rows of any weight.
+OFFRAMP_API offramp_status offramp_pick(const offramp_weight *weight, const int64_t *rows, int64_t count,
+                                        void *panels, offramp_error *error);
+OFFRAMP_API offramp_status offramp_values(const offramp_weight *weight, const int64_t *rows, int64_t count,
+                                          float *values, offramp_error *error);
+
 // The measure of an exit's confidence: its gate; or from the probabilities of its logits, that of the most
 // probable token, that minus the second's, or 1 - entropy / log V (exits/policy.py).
 typedef enum { OFFRAMP_GATE, OFFRAMP_MAX_PROB, OFFRAMP_MARGIN, OFFRAMP_ENTROPY } offramp_confidence;

@@ -7,7 +7,6 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from models import compiled_only
 from offramp.model.compiled.formats import FORMATS, Int4
-from offramp.model.compiled.gguf_types import tensors_of
 from offramp.model.compiled.library import CompiledPart, Model, handle_of, kernels
 from offramp.model.compiled.panels import PANELS
 from offramp.model.compiled.weights import Int8, Stack, Weight
@@ -48,23 +47,17 @@ def gguf_rows(kind, rows=37, columns=768):
     return torch.from_numpy(raw), torch.from_numpy(quants.dequantize(raw, GGMLQuantizationType[kind]).copy())
 
 
+@compiled_only
 @pytest.mark.parametrize("kind", PANELS)
 def test_a_panel_keeps_the_values_of_its_file(kind):
     raw, values = gguf_rows(kind)
     made = PANELS[kind]
-    weight = made(made.packed(tensors_of(kind, raw)))
+    weight = made(made.packed({"blocks": raw}))
     torch.testing.assert_close(weight.dense(), values, rtol=1e-6, atol=0)
     assert weight.shape == (37, 768)
     assert weight.nbytes == made.bytes_of(37, 768, 4)
     for rows in (slice(5, 30), torch.tensor([36, 0, 17])):
         assert torch.equal(weight.pick(rows).dense(), weight.dense()[rows])
-
-
-@pytest.mark.parametrize("kind", [kind for kind in PANELS if kind.endswith(("_K", "_XS"))])
-def test_rows_that_have_no_whole_super_block_are_refused(kind):
-    entries = torch.zeros(4, 3, 32, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="groups of 256"):
-        PANELS[kind].of_entries(entries, torch.zeros(4, 3, PANELS[kind].layout.numbers, dtype=torch.int8))
 
 
 @compiled_only
@@ -75,14 +68,14 @@ def test_a_compiled_product_is_with_the_values_of_the_file(kind, fine):
     raw, values = gguf_rows(kind)
     made, rows = PANELS[kind], torch.randn(9, 768)
     wanted = rounded(rows, "int4", fine).double() @ values.double().T
-    found = product(made(made.packed(tensors_of(kind, raw))), rows, fine)
+    found = product(made(made.packed({"blocks": raw})), rows, fine)
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @compiled_only
 def test_a_stack_multiplies_as_its_pieces():
     bias = torch.randn(37)
-    made = [PANELS[kind](PANELS[kind].packed(tensors_of(kind, gguf_rows(kind)[0])), bias) for kind in ("Q5_0", "Q6_K")]
+    made = [PANELS[kind](PANELS[kind].packed({"blocks": gguf_rows(kind)[0]}), bias) for kind in ("Q5_0", "Q6_K")]
     pieces = [*made, Weight.of(torch.randn(11, 768).half())]
     stack, rows = Stack(pieces), torch.randn(6, 768)
     assert torch.equal(product(stack, rows), torch.cat([product(piece, rows) for piece in pieces], dim=1))

@@ -41,7 +41,9 @@ class Int4(Panels):
     def tensors(cls, weight: Tensor, known: Inputs | None = None) -> Tensors:
         """The weight rounded by `rounding.grouped`, with what is known of the rows that it meets."""
         made = grouped(weight, known)
-        return cls.of_entries(made.codes.unflatten(1, (-1, GROUP)), torch.stack([made.scale, made.low], dim=-1))
+        low, high = made.codes.unflatten(1, (-1, 2, GROUP // 2)).unbind(2)  # (N, K / 32, 16) each
+        ends = torch.stack([made.scale, made.low], dim=-1).view(torch.uint8)
+        return {"blocks": torch.cat([ends, low | high << 4], dim=2).flatten(1)}
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Finer(Panels):
         groups = weight.float().unflatten(1, (-1, GROUP))
         scale = (groups.abs().amax(-1, keepdim=True) / 127).half()
         q = (groups / scale.float()).nan_to_num(0, 0, 0).round().clamp(-127, 127).to(torch.int8)
-        return cls.of_entries(q.view(torch.uint8), scale)
+        return {"blocks": torch.cat([scale.contiguous().view(torch.uint8), q.view(torch.uint8)], dim=2).flatten(1)}
 
 
 def beside(weight: Weight) -> type[Weight]:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from offramp.model import core
-from offramp.model.compiled.panels import PANEL
 from offramp.model.compiled.rounding import GROUP
 from offramp.model.compiled.weights import Stack, Weight
 
+PANEL = 16  # rows of a weight in panels that are kept together
 MOST_DRAFTS = 31  # of one pass
 DEPTHS = 3  # drafts of an exit in a row, of which training says how many were right
 AHEAD = 16  # tokens whose mean regret an answer may spend ahead
@@ -175,6 +175,9 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "offramp_model_fits": (c_int, [_MODEL, _PART, _ERROR]),
     "offramp_model_threads": (c_int, [_MODEL, c_int64, _ERROR]),
     "offramp_model_rotary": (c_int, [_MODEL, c_int64, c_void_p, c_int64, c_int64, _ERROR]),
+    "offramp_pack": (c_int, [c_int64, c_void_p, c_int64, c_int64, c_void_p, _ERROR]),
+    "offramp_pick": (c_int, [POINTER(CWeight), c_void_p, c_int64, c_void_p, _ERROR]),
+    "offramp_values": (c_int, [POINTER(CWeight), c_void_p, c_int64, c_void_p, _ERROR]),
     "offramp_product": (c_int, [_MODEL, POINTER(CWeight), c_void_p, c_int64, c_void_p, _ERROR]),
     "offramp_logits": (c_int, [_MODEL, _PART, c_void_p, c_int64, c_void_p, _ERROR]),
     "offramp_ask": (c_int, [_MODEL, _PART, c_void_p, c_int64, c_void_p, _ERROR]),

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from offramp.errors import UnsupportedModel
 from offramp.model.checkpoint import Values
 from offramp.model.compiled.formats import FORMATS, FROM_FLOATS, Finer, Int4
-from offramp.model.compiled.gguf_types import tensors_of
 from offramp.model.compiled.library import Fine
 from offramp.model.compiled.panels import PANELS
 from offramp.model.compiled.rounding import Inputs, inputs_of, lies_on_grids
@@ -126,15 +125,10 @@ class Maker:
             return self._stacked(FROM_FLOATS[kind], layers, order)
         if kind not in PANELS:
             return self._stacked(Weight, layers, order, DTYPES[kind])
-        made = [
-            tensors_of(kind, self._values.blocks(layer.weight, *rows))
-            for layer in layers
-            for rows in self._values.slices(layer.weight)
-        ]
-        tensors = {name: torch.cat([part[name] for part in made]) for name in made[0]}
-        if order is not None:
-            tensors = {name: part[order] for name, part in tensors.items()}
-        return PANELS[kind].packed(tensors) | self._bias(layers, order)
+        blocks = torch.cat(
+            [self._values.blocks(layer.weight, *rows) for layer in layers for rows in self._values.slices(layer.weight)]
+        )
+        return PANELS[kind].packed({"blocks": blocks if order is None else blocks[order]}) | self._bias(layers, order)
 
     def product(self, key: str, layers: list[nn.Linear]) -> Weight | Fine:
         """As `matrix`, but fine where 8 bits cannot hold what one of the layers gets."""

@@ -111,7 +111,7 @@ def test_a_sketch_finds_the_likeliest_of_more_than_a_million_tokens():
     torch.manual_seed(0)
     head, norm, eye = Weight({"w": torch.randn(tokens, dims)}), torch.ones(dims), Weight({"w": torch.eye(dims)})
     sketch = CompiledPart("sketch", reduce=eye, expand=head, candidates=candidates)
-    model = Model(CompiledPart("ends", head=Fine(head), norm=norm, embedding=head, eps=1e-6), [], [])
+    model = Model(CompiledPart("ends", head=Fine(head), norm=norm, embedding=head, eps=1e-6), [])
     h, found, whole = torch.randn(2, dims), torch.empty(2, tokens), torch.empty(2, tokens)
     for pointer, y in ((sketch.pointer, found), (None, whole)):
         model.call("offramp_logits", pointer, h.data_ptr(), 2, y.data_ptr())

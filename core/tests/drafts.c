@@ -7,8 +7,6 @@
 
 enum { MOST = 40 };
 
-static const char *const BLOCKS[] = {"aa", "mmm", "anm", "nmba", "bmab", "mnab"};
-
 static int64_t stood, rejected, from_exits, guessed, consented;  // in all conditions
 
 // In a pass, no more stand and are rejected than may be drafted. Counts are sums of all rows.
@@ -123,7 +121,7 @@ static void tokens_are_those_of_full_depth(const Tiny *t, Rules *r, const Prompt
 static void all_drafts_change_nothing(int64_t conditions) {
     for (int64_t n = 0; n < conditions; n++) {
         const int mark = kept_count;
-        const Tiny t = random_model(BLOCKS[n % 6], n % 2);
+        const Tiny t = random_model(BLOCKS[n % MODELS], n % 2);
         Rules rules;
         Prompts prompts;
         random_rules(&t, &rules, OFFRAMP_VERIFY, 1);
@@ -241,7 +239,7 @@ static void regrets_are_bounded(const Tiny *t, const Rules *r, const Text *x, of
 static void consent_is_bounded(int64_t conditions) {
     for (int64_t n = 0; n < conditions; n++) {
         const int mark = kept_count;
-        const Tiny t = random_model(BLOCKS[n % 6], n % 2);
+        const Tiny t = random_model(BLOCKS[n % MODELS], n % 2);
         Rules rules;
         Prompts prompts;
         Text *alone[TEXTS], *found[TEXTS];
@@ -276,7 +274,7 @@ static void consent_is_bounded(int64_t conditions) {
 
 int main(void) {
     all_drafts_change_nothing(60);
-    for (int i = 0; i < 6; i++) estimates_go_with_forks(BLOCKS[i]);
+    for (int i = 0; i < MODELS; i++) estimates_go_with_forks(BLOCKS[i]);
     drafts_pay(0), drafts_pay(1);
     for (int i = 0; i < 6; i++) windows_slide(OFFRAMP_VERIFY), windows_slide(OFFRAMP_DEFER);
     consent_is_bounded(30);

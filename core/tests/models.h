@@ -26,6 +26,10 @@ static const Shape SMALL = {.hidden = 32,
                             .states = 16,
                             .taps = 4};
 
+// Blocks of the models that random rules are tried on.
+enum { MODELS = 8 };
+static const char *const BLOCKS[MODELS] = {"aa", "mmm", "anm", "nmba", "bmab", "mnab", "sap", "qsp"};
+
 // One block's numbers.
 typedef struct {
     int attends, mixes, has_mlp;  // mixes: the letter of the mixer, or 0

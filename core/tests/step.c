@@ -61,13 +61,11 @@ static void steps_follow_the_rules(const Tiny *t, Rules *r, const Prompts *p) {
     offramp_plan_free(plan);
 }
 
-static const char *const BLOCKS[] = {"aa", "mm", "anm", "nmba", "bmab", "mnab"};
-
 static void all_fills_follow_the_rules(int64_t conditions) {
     for (int64_t n = 0; n < conditions; n++) {
         const int mark = kept_count;
-        const Tiny t = random_model(BLOCKS[n % 6], n % 2);
-        const offramp_fill fill = (offramp_fill)(n / 6 % 4);
+        const Tiny t = random_model(BLOCKS[n % MODELS], n % 2);
+        const offramp_fill fill = (offramp_fill)(n / MODELS % 4);
         Rules rules;
         Prompts prompts;
         random_rules(&t, &rules, fill, fill != OFFRAMP_DEFER);
@@ -87,7 +85,7 @@ static void nan_fails_one_request(offramp_fill fill, int64_t conditions) {
     for (int64_t n = 0; n < conditions; n++) {
         const int mark = kept_count;
         Shape shape = SMALL;
-        shape.blocks = BLOCKS[n % 6];
+        shape.blocks = BLOCKS[n % MODELS];
         const Tiny t = tiny(shape);
         Rules rules;
         random_rules(&t, &rules, fill, 1);
@@ -130,7 +128,7 @@ static void nan_fails_one_request(offramp_fill fill, int64_t conditions) {
 static void masks_are_kept(void) {
     for (int64_t n = 0; n < 40; n++) {
         const int mark = kept_count;
-        const Tiny t = random_model(BLOCKS[n % 6], 0);
+        const Tiny t = random_model(BLOCKS[n % MODELS], 0);
         Rules rules;
         random_rules(&t, &rules, (offramp_fill)(n % 5), 1);
         offramp_plan *plan = plan_of(&t, &rules);

@@ -249,8 +249,9 @@ static inline void fill_by_hand(const ByHand *b, const offramp_exit *at, const f
         // The costs of a block say 0 for what it does not have; here they do not, and all is counted.
         *flops +=
             b->rules->costs[i].key_flops + (fill == OFFRAMP_PROJECT ? b->rules->costs[i].state_flops : 0);
+        const int what = fill == OFFRAMP_PROJECT ? OFFRAMP_BOTH : OFFRAMP_KEYS;
         if (attends || fill == OFFRAMP_PROJECT)
-            WORKS(offramp_remember(b->t->model, i, i + 1, &row, 1, OFFRAMP_BOTH, h, &said));
+            WORKS(offramp_remember(b->t->model, i, i + 1, &row, 1, what, h, &said));
     }
 }
 

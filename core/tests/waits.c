@@ -4,8 +4,6 @@
 
 enum { MOST = 24 };
 
-static const char *const BLOCKS[] = {"aa", "mmm", "anm", "nmba", "bmab", "mnab"};
-
 // After all that waited went to the top, a text is as one that full depth read.
 static void states_are_exact(const Tiny *t, offramp_plan *plan, const Rules *r, Text *x) {
     Text *exact = text_with(offramp_session_new(t->model, OFFRAMP_BFLOAT16, 4, &said), x->ids, x->r.known);
@@ -37,7 +35,7 @@ static void forks_go_on_alike(const Tiny *t, offramp_plan *plan, const Rules *r,
 static void all_forks_go_on_alike(int64_t conditions) {
     for (int64_t n = 0; n < conditions; n++) {
         const int mark = kept_count;
-        const Tiny t = random_model(BLOCKS[n % 6], n % 2);
+        const Tiny t = random_model(BLOCKS[n % MODELS], n % 2);
         Rules rules;
         Prompts prompts;
         random_rules(&t, &rules, n % 4 ? OFFRAMP_DEFER : (offramp_fill)below(3), 1);

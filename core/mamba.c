@@ -77,7 +77,8 @@ static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int g
                 for (int64_t e = from; e < to; e += LANES)
                     store_up_to(dt + e, softplus(load_up_to(dt + e, to - e)), to - e);
                 if (note) memcpy(note + 2 * E + from, dt + from, (to - from) * sizeof(float));
-                if (note && !from) memcpy(note + 3 * E, low + L, N * sizeof(float));
+                if (note && !from && to)
+                    memcpy(note + 3 * E, low + L, N * sizeof(float));  // once: pieces may be empty
                 fed.x[t] = w->buffers.conv + (first + t) * E, fed.dt[t] = dt;
                 fed.B[t] = low + L, fed.C[t] = low + L + N;
                 fed.y[t] = gated ? w->buffers.x + (first + t) * E : NULL;

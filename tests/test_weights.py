@@ -60,6 +60,13 @@ def test_a_panel_keeps_the_values_of_its_file(kind):
         assert torch.equal(weight.pick(rows).dense(), weight.dense()[rows])
 
 
+@pytest.mark.parametrize("kind", PANELS)
+def test_rows_that_are_no_whole_blocks_are_refused(kind):
+    _, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    with pytest.raises(ValueError, match="not whole blocks"):
+        PANELS[kind].packed({"blocks": torch.zeros(4, size * 3 // 2, dtype=torch.uint8)})
+
+
 @compiled_only
 @pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("kind", PANELS)

@@ -71,6 +71,8 @@ class Panels(Weight):
 
         blocks = tensors["blocks"].contiguous()
         entries, size = GGML_QUANT_SIZES[GGMLQuantizationType[cls.kind]]
+        if blocks.shape[1] % size:
+            raise ValueError(f"rows of {blocks.shape[1]} bytes are not whole blocks of {cls.kind}, {size} bytes each")
         rows, columns = len(blocks), blocks.shape[1] // size * entries
         made = cls._room(rows, columns)
         call("offramp_pack", cls._type(), blocks.data_ptr(), rows, columns, made.data_ptr())

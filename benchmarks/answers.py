@@ -29,11 +29,13 @@ from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import to_six_digits
 from offramp.evaluation.task import Item, Task
 from offramp.evaluation.tasks import load_task
+from offramp.files import write_atomically
 from offramp.machine import machine
 from offramp.metrics import token_f1
 from speed import WORK, Failed, Worker, paths_of
+from trade import SCORES
 
-MAIN_SCORES = {"humaneval": "pass@1", "mbpp": "pass@1", "truthfulqa": "rougeL_max", "triviaqa": "f1", "coqa": "f1"}
+MAIN_SCORES = SCORES | {"humaneval": "pass@1", "mbpp": "pass@1", "coqa": "f1"}
 COLUMNS = ("score", "its change", "time", "tokens/s", "tokens a pass", "FLOPs saved", "token F1", "equal")
 Record = dict[str, Any]  # of one contender in one turn
 Turn = dict[str, Record]
@@ -123,8 +125,11 @@ def run(args: argparse.Namespace, file: Path, about: Record) -> list[Turn]:
     model = offramp.load(args.model, args.dtype, **({"exits": args.exits} if args.exits else {}))
     task = load_task(args.task, args.data, args.questions, args.run_code)
     engines = {name: model.engine(name) for name in args.modes.split(",")}
-    kept = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else [about]
-    if kept[0] != about:
+    if not file.exists():
+        write_atomically(file, (json.dumps(about) + "\n").encode())
+    whole = file.read_bytes().rpartition(b"\n")[0]  # a run that was cut off may have left part of a line
+    kept = [json.loads(line) for line in whole.splitlines()]
+    if not kept or kept[0] != about:
         raise SystemExit(f"{file} is of other settings or another machine; remove it, or name another --out.")
     turns, asked = kept[1:], [task.items[at : at + args.batch] for at in range(0, len(task.items), args.batch)]
     workers: dict[str, Worker] = {}
@@ -132,12 +137,13 @@ def run(args: argparse.Namespace, file: Path, about: Record) -> list[Turn]:
         for name in args.peers.split(",") if args.peers else []:
             workers[name] = Worker(name, paths_of(args.model, whole=False), 2)
         take_turn(0, asked[0], task, engines, workers, args.batch)  # warms up
-        with file.open("w", encoding="utf-8") as out:
-            out.writelines(json.dumps(line) + "\n" for line in kept)
+        with file.open("r+b") as out:
+            out.truncate(out.seek(len(whole) + 1))
             for number in range(len(turns), len(asked)):
                 turn = take_turn(number, asked[number], task, engines, workers, args.batch)
                 turns.append(turn)
-                out.write(json.dumps({name: rounded(record) for name, record in turn.items()}) + "\n")
+                line = json.dumps({name: rounded(record) for name, record in turn.items()})
+                out.write(f"{line}\n".encode())
                 out.flush()
     finally:
         for worker in workers.values():

@@ -158,7 +158,7 @@ def asking_cost(backbone: Backbone, exit: Exit, head: int) -> float:
     entry = {"float32": 4.0, "int4": 0.5}.get(backbone.precision, 1.0)
     blocks = [*range(exit.block), *range(backbone.n_blocks - exit.tail, backbone.n_blocks)]
     asked = sum(map(runtime.block_bytes, blocks)) + entry * (exit.adapter.flops() + head) / 2
-    return asked / (sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes())
+    return asked / backbone.step_bytes
 
 
 class Chunk:

@@ -66,7 +66,7 @@ CACHED_ELSEWHERE = (0.0, 0.4, 0.7, 1.0, 1.35, 1.7, 2.0, 2.4)
 def row_costs(backbone: Backbone) -> tuple[float, ...]:
     """The costs of 0 to `MOST_DRAFTS` more rows of a pass on this machine: measured ones, or those of the table."""
     kept = _measured(read_json(cache_folder() / "costs.json").get(_key(backbone)))
-    return _at_all_widths(kept) if kept else costs_in_table(backbone.precision, _step_bytes(backbone))
+    return _at_all_widths(kept) if kept else costs_in_table(backbone.precision, backbone.step_bytes)
 
 
 def costs_in_table(precision: str, step_bytes: int) -> tuple[float, ...]:
@@ -83,19 +83,13 @@ def costs_in_table(precision: str, step_bytes: int) -> tuple[float, ...]:
 
 def usual_costs(backbone: Backbone) -> tuple[float, ...]:
     """The costs of 0 to `MOST_DRAFTS` more rows of a pass on the first machine of the tables: everywhere the same."""
-    table, elsewhere = _tables(_step_bytes(backbone))
+    table, elsewhere = _tables(backbone.step_bytes)
     return _at_all_widths(next(iter(table.values())).get(backbone.precision, elsewhere))
 
 
 def _tables(step_bytes: int) -> tuple[Table, tuple[float, ...]]:
     """The table for a model of this size, and its costs elsewhere."""
     return (CACHED_COSTS, CACHED_ELSEWHERE) if step_bytes <= IN_CACHE else (ROW_COSTS, ELSEWHERE)
-
-
-def _step_bytes(backbone: Backbone) -> int:
-    """The bytes of weights that a step reads."""
-    runtime = backbone.runtime
-    return sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes()
 
 
 def keep(backbone: Backbone, costs: Sequence[float]) -> None:

@@ -118,6 +118,11 @@ class Backbone:
         return precision_of(self.runtime.bits)
 
     @property
+    def step_bytes(self) -> int:
+        """The bytes of weights that a step of full depth reads: the blocks' and the head's."""
+        return sum(map(self.runtime.block_bytes, range(self.n_blocks))) + self.runtime.head_bytes()
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of hidden states."""
         return self.runtime.dtype

@@ -42,12 +42,6 @@ def _fused_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return k.view(heads).transpose(1, 2), v.view(heads).transpose(1, 2)
 
 
-def _scaled_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Falcon-H1's multipliers on the attention's input and on its keys."""
-    k, v = _split_kv(attention, x * attention.config.attention_in_multiplier)
-    return k * attention.key_multiplier, v
-
-
 def _conv1d_kv(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """GPT-2's `Conv1D`, a linear layer with its weight transposed: columns are queries, keys, values."""
     width = attention.split_size
@@ -140,7 +134,7 @@ class Family:
     scales: Callable[[Config], Scales] = lambda config: Scales()
     multipliers: Callable[[Any], Multipliers] = lambda block: Multipliers()  # of a block of the library's
     norm_offset: float = 0.0  # what norms add to their weights
-    compiled: bool = False  # whether there is compiled code for the blocks
+    compiled: bool = True  # whether there is compiled code for the blocks
 
 
 _ONE_NORM: Norms = ("norm", None, None, None)
@@ -151,21 +145,20 @@ _GEMMA = Family(
     norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     norm_offset=1.0,
     scales=lambda config: Scales(cap=config.final_logit_softcapping),
-    compiled=True,
 )
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(compiled=True),
-    "mistral": Family(compiled=True),
-    "qwen2": Family(compiled=True),
-    "qwen3": Family(compiled=True),
-    "smollm3": Family(compiled=True),
-    "phi3": Family(keys_values=_fused_kv, compiled=True),
-    "olmo2": Family(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm"), compiled=True),
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "smollm3": Family(),
+    "phi3": Family(keys_values=_fused_kv),
+    "olmo2": Family(norms=(None, "post_attention_layernorm", None, "post_feedforward_layernorm")),
     "gemma2": replace(_GEMMA, implementation="eager"),  # SDPA has no soft cap
     "gemma3_text": replace(_GEMMA, rotary_per_kind=True),
-    "granite": Family(scales=_granite, multipliers=_of_residual, compiled=True),
-    "cohere": Family(scales=lambda config: Scales(logits=config.logit_scale)),
+    "granite": Family(scales=_granite, multipliers=_of_residual),
+    "cohere": Family(scales=lambda config: Scales(logits=config.logit_scale), compiled=False),
     "gpt2": Family(
         trunk="transformer",
         blocks="h",
@@ -175,6 +168,7 @@ FAMILIES: dict[str, Family] = {
         positions="wpe",
         rotary=None,
         keys_values=_conv1d_kv,
+        compiled=False,
     ),
     "gpt_neox": Family(
         trunk="gpt_neox",
@@ -183,29 +177,27 @@ FAMILIES: dict[str, Family] = {
         cache_kwarg="layer_past",
         keys_values=_interleaved_kv,
         projected=3,
+        compiled=False,
     ),
-    "mamba": replace(_MAMBA, compiled=True),
-    "mamba2": replace(_MAMBA, compiled=True),
-    "falcon_mamba": replace(_MAMBA, compiled=True),
-    "bamba": Family(norm="final_layernorm", mixer="mamba", mlp="feed_forward", norms=_FEED_FORWARD, compiled=True),
-    "jamba": Family(norm="final_layernorm", mixer="mamba", rotary=None),
-    "granitemoehybrid": Family(mixer="mamba", mlp="shared_mlp", scales=_granite, multipliers=_of_residual, compiled=True),
+    "mamba": _MAMBA,
+    "mamba2": _MAMBA,
+    "falcon_mamba": _MAMBA,
+    "bamba": Family(norm="final_layernorm", mixer="mamba", mlp="feed_forward", norms=_FEED_FORWARD),
+    "jamba": Family(norm="final_layernorm", mixer="mamba", rotary=None, compiled=False),
+    "granitemoehybrid": Family(mixer="mamba", mlp="shared_mlp", scales=_granite, multipliers=_of_residual),
     "falcon_h1": Family(
         norm="final_layernorm",
         mixer="mamba",
         mlp="feed_forward",
         norms=_FEED_FORWARD,
-        keys_values=_scaled_kv,
         scales=lambda config: Scales(float(config.embedding_multiplier), config.lm_head_multiplier),
         multipliers=_of_falcon,
-        compiled=True,
     ),
     "lfm2": Family(
         norm="embedding_norm",
         mixer="conv",
         mlp="feed_forward",
         norms=("operator_norm", None, "ffn_norm", None),
-        compiled=True,
     ),
     "nemotron_h": Family(
         norm="norm_f",
@@ -214,7 +206,6 @@ FAMILIES: dict[str, Family] = {
         mlp="mixer",
         norms=("norm", None, "norm", None),
         rotary=None,
-        compiled=True,
     ),
 }
 MOST_BLOCKS = 10_000  # the largest models have a few hundred; the library would make any number

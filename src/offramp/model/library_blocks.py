@@ -54,6 +54,7 @@ class LibraryBlocks:
 
     def __init__(self, modules: Modules, family: Family, config: Any) -> None:
         self._modules, self._family, self._config, self._scales = modules, family, config, family.scales(config)
+        self._multipliers = [family.multipliers(block) for block in modules.blocks]
         self.dtype = self.kept_dtype = modules.head.weight.dtype
         self.weight_format = str(self.dtype).removeprefix("torch.")
         name = family.mixer or ""
@@ -132,7 +133,9 @@ class LibraryBlocks:
             return
         assert isinstance(step, LibraryStep)
         with brought_in(self._modules.blocks[index]), brought_in(attention):
-            keys, values = self._family.keys_values(attention, self._normed(h, index))
+            of = self._multipliers[index]
+            keys, values = self._family.keys_values(attention, self._normed(h, index) * of.attention_in)
+            keys = keys * of.keys
         if step.rotary is not None and getattr(attention, "use_rope", True):
             rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
             keys, _ = rotate(keys, keys, *(table.to(keys.device) for table in self._tables(index, step)))

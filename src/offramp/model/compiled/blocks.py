@@ -68,7 +68,8 @@ def attention_part(
     out = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
     queries = out.in_features // dim
     heads = queries // attention.num_key_value_groups
-    turns = rotary is not None and bool(getattr(attention, "use_rope", True))
+    if not getattr(attention, "use_rope", True):
+        rotary = None
     # Rotary dim i turns with dim i + rotary_dim / 2.
     rotary_dim = rotary.turned if rotary else 0
     order = torch.cat([torch.arange(rotary_dim).view(2, -1).T.flatten(), torch.arange(rotary_dim, dim)])
@@ -95,7 +96,7 @@ def attention_part(
     matrix = make.matrix("qkv", qkv, rows, careful=qkv[1:])
     return CompiledPart(
         "attention", qkv=Fine(matrix), o=make.product("o", [out]), heads=heads, dim=dim, window=window,
-        rotary=rotary.number if rotary and turns else 0, scale=float(attention.scaling),
+        rotary=rotary.number if rotary else 0, scale=float(attention.scaling),
         cap=getattr(attention, "attn_logit_softcapping", None), **norms, **fields,
     )  # fmt: skip
 

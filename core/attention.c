@@ -2,8 +2,8 @@
 
 #include "attention.h"
 
-// Multiplies, norms and turns the queries, keys and values of one row (heads · P), and stores keys and values at `place`
-// (2H, P).
+// Multiplies, norms and turns the queries, keys and values of one row (heads · P), and stores keys and values
+// at `place` (2H, P).
 static void store_row(const Attention *a, float *row, int64_t queries, const float *turn, char *place,
                       int64_t half) {
     const int64_t P = a->dim, H = a->heads;
@@ -225,8 +225,8 @@ static vf activated(const Mlp *m, vf x) {
     return above * above;
 }
 
-// The input of an MLP's last product, from results of its first one: places `from` to `to` - 1 of W, which stand last. A
-// gate, if there is one, stands before them.
+// The input of an MLP's last product, from results of its first one: places `from` to `to` - 1 of W, which
+// stand last. A gate, if there is one, stands before them.
 static void activate(const Mlp *m, float *inner, int64_t from, int64_t to) {
     const int64_t W = m->down.columns, A = m->gate_up.rows, gated = A > W;
     const float *factors = floats(m->around.factors);

@@ -26,15 +26,15 @@ typedef struct {
     const float *h;
 } StateAt;
 
-// The memory of one block for one sequence. Of a block with attention alone, `keys` counts, and of one with a mixer
-// alone, `state`.
+// The memory of one block for one sequence. Of a block with attention alone, `keys` counts, and of one with a
+// mixer alone, `state`.
 typedef struct {
     KeysAt keys;
     StateAt state;
 } MemoryAt;
 
-// Memory that the threads of a call share, and for each thread `own` floats of `local`. `qkv` and `in` are the
-// projections of attention and of a mixer.
+// Memory that the threads of a call share, and for each thread `own` floats of `local`. `qkv` and `in` are
+// the projections of attention and of a mixer.
 typedef struct {
     float *x, *qkv, *in, *conv, *low, *inner, *room, *parts, *local;
     int64_t own;
@@ -57,13 +57,13 @@ Worker worker_of(const offramp_model *model, const Tokens *tokens, const Buffers
 // The rows of h as the first weight of a part takes them: normed, if a norm stands before the part.
 Rows enter_part(Worker *worker, const Around *around, const Weight *first);
 
-// Multiplies a part's rows with its last weight, and adds the results to h: normed, if a norm stands after the part,
-// and times its factor. `unused` is room for (count, D).
+// Multiplies a part's rows with its last weight, and adds the results to h: normed, if a norm stands after
+// the part, and times its factor. `unused` is room for (count, D).
 void leave_part(Worker *worker, const Around *around, const Weight *last, Rows rows, float *unused);
 
 // Runs the worker's rows through blocks `start` to `stop` - 1. `memory` has entries for each of N blocks and
-// `sequences` sequences. With `remember_blocks`, the blocks only remember the rows, in the memories that `what`
-// (OFFRAMP_KEYS …) says.
+// `sequences` sequences. With `remember_blocks`, the blocks only remember the rows, in the memories that
+// `what` (OFFRAMP_KEYS …) says.
 void run_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences);
 void remember_blocks(Worker *worker, int64_t start, int64_t stop, const MemoryAt *memory, int64_t sequences,
                      int64_t what);

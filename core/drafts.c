@@ -4,8 +4,8 @@
 // number of newest ids that prompt look-up searches, and how many of them it compares.
 enum { NEWEST = 16, LONGEST = 64, LOOKED_BACK = 8192, COMPARED = 16 };
 
-// The chance that an id follows if the last 1, 2, … ids stood before it earlier in the text: the shares in own
-// answers of two models, one for code, which hardly differ (decode/drafts.py).
+// The chance that an id follows if the last 1, 2, … ids stood before it earlier in the text: the shares in
+// own answers of two models, one for code, which hardly differ (decode/drafts.py).
 static const double REPEATED[COMPARED] = {0.2,  0.5,  0.62, 0.7,  0.74, 0.78, 0.81, 0.84,
                                           0.86, 0.88, 0.9,  0.91, 0.92, 0.93, 0.94, 0.97};
 

@@ -25,8 +25,8 @@ typedef struct {
 
 HeadRoom room_for_head(const Weight *head, const Sketch *sketch, int64_t R, Arena *arena);
 
-// Puts logits of hidden states h (R, D) into y (R, V), shared out: after the final norm, by the head of `ends` or some
-// rows of it, with the scale and the cap of `ends`. With a sketch (else NULL), only the
+// Puts logits of hidden states h (R, D) into y (R, V), shared out: after the final norm, by the head of
+// `ends` or some rows of it, with the scale and the cap of `ends`. With a sketch (else NULL), only the
 // candidates of each row get theirs (more if estimates are equal), and all others −inf. Rows (D) times
 // `reduce` (k, D) times `expand` (V, k) are estimates of the logits. `found` (R) must be zeros, and must not
 // be used again.

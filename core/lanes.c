@@ -70,8 +70,8 @@ static const offramp_exit *exit_of(const Lanes *l, const Lane *lane) {
 }
 static int verifies(const Lanes *l) { return l->plan->rules.fill == OFFRAMP_VERIFY; }
 
-// The requests among which a lane shares a pass, and the rows of the pass. With consent, drafts must not depend
-// on other requests.
+// The requests among which a lane shares a pass, and the rows of the pass. With consent, drafts must not
+// depend on other requests.
 static int64_t sharing(const Lanes *l) { return consents(l->plan) ? 1 : l->deciding; }
 static int64_t width_at(const Lanes *l, const Lane *lane) {
     return consents(l->plan) ? lane->round.drafts + 1 : l->width;
@@ -343,7 +343,8 @@ void judge(Lanes *l, Lane *lane, const int64_t *chosen, const float *y) {
         fail_lane(lane, chosen[stood] == -1 ? OFFRAMP_NOT_FINITE : OFFRAMP_NOTHING_FITS);
         return;
     }
-    // With consent, a draft may be the last token that is wanted. It then takes the place of full depth's own.
+    // With consent, a draft may be the last token that is wanted. It then takes the place of full depth's
+    // own.
     const int closes = stood > 0 && stood == lane->request->most - lane->request->decided;
     stood -= closes;
     keep_deep(l, lane, last - drafts + stood);

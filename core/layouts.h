@@ -1,8 +1,8 @@
 // Where the numbers of weights in panels stand, one layout for each type of GGUF files.
 //
-// A panel has PANEL rows, and blocks of GROUP columns. A block begins with `bits` planes of PANEL · 4 bytes. Let
-// column k of row i stand in byte 4 i + k % 4, and let v = k / 4 (0 to 7). Then the planes are, as far as `bits`
-// has them in it:
+// A panel has PANEL rows, and blocks of GROUP columns. A block begins with `bits` planes of PANEL · 4 bytes.
+// Let column k of row i stand in byte 4 i + k % 4, and let v = k / 4 (0 to 7). Then the planes are, as far as
+// `bits` has them in it:
 //
 // | planes | hold |
 // |--------|------|
@@ -10,15 +10,15 @@
 // | 2 | the next 2 bits (the low ones of 2 and 3 bits): of v in bits 2 (v % 4) of plane v / 4 |
 // | 1 | the highest bit: of v in bit v |
 //
-// Then come scales, and minima if there are some: a weight is q · scale + low. Without minima, it is
-// (q - centre) · scale; q of 8 bits is signed, and q of a code stands for a number of CODES. A scale is for GROUP
-// columns, or for half as many with 2, 3 and 6 bits. Scales and minima are float16 numbers, one for each row; or
-// with `super`, integers of 8 bits. These are multiplied by a float16 for SUPER columns, which stand before the
-// blocks of these columns: PANEL for scales, then PANEL for minima. The last panel is filled up.
+// Then come scales, and minima if there are some: a weight is q · scale + low. Without minima, it is (q -
+// centre) · scale; q of 8 bits is signed, and q of a code stands for a number of CODES. A scale is for GROUP
+// columns, or for half as many with 2, 3 and 6 bits. Scales and minima are float16 numbers, one for each row;
+// or with `super`, integers of 8 bits. These are multiplied by a float16 for SUPER columns, which stand
+// before the blocks of these columns: PANEL for scales, then PANEL for minima. The last panel is filled up.
 //
-// Entries of 8 bits are kept otherwise: in blocks of LONG columns, first the bytes of each row, then the float16
-// scales of each row. So one row of a weight lies in few lines of the cache, and is quick to read: the candidates
-// of a sketch are such rows. The last block is filled up.
+// Entries of 8 bits are kept otherwise: in blocks of LONG columns, first the bytes of each row, then the
+// float16 scales of each row. So one row of a weight lies in few lines of the cache, and is quick to read:
+// the candidates of a sketch are such rows. The last block is filled up.
 
 #pragma once
 #include "offramp.h"
@@ -42,8 +42,8 @@ static const Layout LAYOUTS[OFFRAMP_STACKED] = {
 
 static const int8_t CODES[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-// Scales of a row in a block; bytes of a block (with 8 bits: of GROUP columns), and of what stands before the blocks
-// of SUPER columns.
+// Scales of a row in a block; bytes of a block (with 8 bits: of GROUP columns), and of what stands before the
+// blocks of SUPER columns.
 #define SCALES_OF(bits) ((bits) == 2 || (bits) == 3 || (bits) == 6 ? 2 : 1)
 static inline int64_t bytes_of_block(Layout of) {
     return of.bits * PLANE +

@@ -1,5 +1,5 @@
-// Mamba (arXiv 2312.00752, section 3.4): each channel has a step size and decays of its own. E channels, N state size, L rank
-// of step sizes.
+// Mamba (arXiv 2312.00752, section 3.4): each channel has a step size and decays of its own. E channels, N
+// state size, L rank of step sizes.
 
 #include "mixers.h"
 
@@ -13,8 +13,8 @@ typedef struct {
     float *y[TOKENS];                                             // (E), NULL if it is not wanted
 } Fed;
 
-// Moves a vector of a channel's state, from entry n on (it may be cut short), from `old` to `state` over T tokens, and
-// adds to the sums for y.
+// Moves a vector of a channel's state, from entry n on (it may be cut short), from `old` to `state` over T
+// tokens, and adds to the sums for y.
 ALWAYS void advance_vector(const Mixer *m, const float *old, float *state, int64_t channel, int64_t n,
                            const Fed *fed, int64_t T, vf *sums) {
     const int64_t left = m->states - n;
@@ -28,8 +28,8 @@ ALWAYS void advance_vector(const Mixer *m, const float *old, float *state, int64
     store_up_to(state + n, v, left);
 }
 
-// The recurrence for T tokens and one channel: its state (N) after `old`, which may be the same place; each y becomes
-// C h + D x. Never inlined, so that a replay repeats it bit for bit.
+// The recurrence for T tokens and one channel: its state (N) after `old`, which may be the same place; each y
+// becomes C h + D x. Never inlined, so that a replay repeats it bit for bit.
 static __attribute__((noinline)) void advance(const Mixer *m, const float *old, float *state, int64_t channel,
                                               const Fed *fed, int64_t T, float skip) {
     vf sums[TOKENS] = {0};
@@ -42,7 +42,8 @@ static __attribute__((noinline)) void advance(const Mixer *m, const float *old, 
 
 static inline vf softplus(vf x) { return choose(x > 20.0f, x, log1p_(exp_(x))); }
 
-// Step sizes, B and C of all rows, from the outputs of the convolution. A row of `low` is (L + 2N), and then (E).
+// Step sizes, B and C of all rows, from the outputs of the convolution. A row of `low` is (L + 2N), and then
+// (E).
 static void find_steps(const Mixer *m, Worker *w) {
     const int64_t E = m->inner, N = m->states, R = w->tokens.count, L = m->steps.columns,
                   all_of = mixer_low(m);

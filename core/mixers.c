@@ -1,5 +1,5 @@
-// What mixers have in common: projections, the convolution, and going back. D hidden size, E inner width, W the
-// convolution's width, C channels.
+// What mixers have in common: projections, the convolution, and going back. D hidden size, E inner width, W
+// the convolution's width, C channels.
 
 #include "mixers.h"
 

@@ -20,8 +20,8 @@ typedef struct {
     float eps, scale, logit_scale, cap;  // the last three: of embeddings and logits (0: no cap)
 } Ends;
 
-// What stands around attention, a mixer or an MLP: a norm before it and one after it (or none), factors of the
-// results of its first product (or none), and a factor of what is added to h.
+// What stands around attention, a mixer or an MLP: a norm before it and one after it (or none), factors of
+// the results of its first product (or none), and a factor of what is added to h.
 typedef struct {
     Array norm, after, factors;
     float eps, factor;
@@ -36,7 +36,8 @@ typedef struct {
     int64_t queries;  // heads of queries, found from the shapes
 } Attention;
 
-// A mixer begins with a projection to a gate z (E) and to inputs of a convolution (C), and ends with a projection.
+// A mixer begins with a projection to a gate z (E) and to inputs of a convolution (C), and ends with a
+// projection.
 typedef enum { MAMBA2, MAMBA, CONVOLUTION } MixerKind;
 
 typedef struct {

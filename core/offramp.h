@@ -1,9 +1,10 @@
 // offramp: early exits for causal language models. The C library: blocks of a model, their memory of texts,
 // exits, and decoding.
 //
-// A model is put together from parts: attention, a mixer (Mamba-2, Mamba or a convolution) and an MLP for each
-// block, as far as it has them, and the two ends. A part has named weights, arrays and numbers; `offramp_part_new` lists them. A session is the
-// blocks' memory of one text. A plan says at which exits tokens may leave, and what happens then.
+// A model is put together from parts: attention, a mixer (Mamba-2, Mamba or a convolution) and an MLP for
+// each block, as far as it has them, and the two ends. A part has named weights, arrays and numbers;
+// `offramp_part_new` lists them. A session is the blocks' memory of one text. A plan says at which exits
+// tokens may leave, and what happens then.
 //
 //     offramp_part *part = offramp_part_new("mlp", &error);
 //     offramp_part_weight(part, "gate_up", &weight, &error);
@@ -120,10 +121,12 @@ typedef struct {
     int64_t pieces;       // of a stacked weight, else 0; `fine` is that of the whole
 } offramp_weight;
 
-// The bytes of a weight in panels, of a type from OFFRAMP_Q4_0 to OFFRAMP_IQ4_XS; -1 for a shape that it cannot have.
+// The bytes of a weight in panels, of a type from OFFRAMP_Q4_0 to OFFRAMP_IQ4_XS; -1 for a shape that it
+// cannot have.
 OFFRAMP_API int64_t offramp_packed_bytes(offramp_type type, int64_t rows, int64_t columns);
 
-// Makes panels of the blocks of a GGUF file: rows one after another, as the file has them. The values stay what they are.
+// Makes panels of the blocks of a GGUF file: rows one after another, as the file has them. The values stay
+// what they are.
 OFFRAMP_API offramp_status offramp_pack(offramp_type type, const void *blocks, int64_t rows, int64_t columns,
                                         void *panels, offramp_error *error);
 
@@ -137,8 +140,8 @@ OFFRAMP_API offramp_status offramp_values(const offramp_weight *weight, const in
 // probable token, that minus the second's, or 1 - entropy / log V (exits/policy.py).
 typedef enum { OFFRAMP_GATE, OFFRAMP_MAX_PROB, OFFRAMP_MARGIN, OFFRAMP_ENTROPY } offramp_confidence;
 
-// What an MLP does to the results of its first product, or to the first half of them, which is then a gate for the
-// other: SiLU, GELU by its approximation with tanh, or the square of ReLU.
+// What an MLP does to the results of its first product, or to the first half of them, which is then a gate
+// for the other: SiLU, GELU by its approximation with tanh, or the square of ReLU.
 typedef enum { OFFRAMP_SILU, OFFRAMP_GELU, OFFRAMP_SQUARED_RELU } offramp_activation;
 
 typedef struct offramp_part offramp_part;
@@ -178,25 +181,31 @@ typedef struct offramp_part offramp_part;
 // | sketch | candidates |
 // | guesses | shortest, longest |
 //
-// ends: embeddings are multiplied by `scale`, and logits by `logit_scale` (without one: 1); with a cap, they become
-// cap · tanh(logit / cap). norm and norm_after stand before and after a part; eps is that of both. factors: what the
-// results of a part's first product are multiplied with. factor: what is added to the hidden state is multiplied with
-// it (without one: 1). attention: rows of qkv are Q query heads, H key heads and H value heads of P dims; dims that the rotary
-// embedding turns together stand side by side. window: tokens that a token sees, itself included (0: all).
-// rotary: the number of its table of rotary pairs (0: no positions). cap: that of scores, as of logits.
-// norm_heads: q_norm and k_norm are (P) over each head, else over all heads. mamba2 (arXiv 2405.21060,
-// section 7): E = H · P inner dims, C = E + 2 · G · states channels; rows of in: z (E), x, B and C (C), dt
-// (H). decay is A < 0. The outputs, times silu(z), are normed over each group, if there is a gated_norm; with gate_last, they
-// are normed first. mamba (2312.00752, section 3.4): rows of in: z,
-// then x (E); of low: step sizes at a rank of L, B and C (N), which are normed if there are norms; the bias of steps is
-// added to step sizes. convolution: rows of in: a gate, x and B (C); x · B is convolved, and multiplied by the gate.
-// mlp: activation is an offramp_activation. gate, mamba_gate and readout: exits/gates.py and exits/readouts.py say what
-// they compute. mamba_gate: a mixer of one group reads `down` times the standardised state; to its output,
-// `direct` times that state is added. readout: K = D inputs, the standardised state, and D more for each of
-// one or two deep states, at a root mean square of 1. A = 2W with `gated`, for silu(first W) · last W, else
-// W. If `in` begins with D rows more, what they give is added to the adapter's output, otherwise the state at
-// a root mean square of 1 is. With `scale`, which needs these rows, the sum times it is added to the state.
-// Without `in`, the state stays as it is. guesses: a table of n-grams (exits/ngrams.py).
+// - ends: embeddings are multiplied by `scale`, and logits by `logit_scale` (without one: 1); with a cap,
+//   they become cap · tanh(logit / cap).
+// - attention, mixers and mlp: norm and norm_after stand before and after a part; eps is that of both.
+//   factors: what the results of a part's first product are multiplied with. factor: what is added to the
+//   hidden state is multiplied with it (without one: 1).
+// - attention: rows of qkv are Q query heads, H key heads and H value heads of P dims; dims that the rotary
+//   embedding turns together stand side by side. window: tokens that a token sees, itself included (0: all).
+//   rotary: the number of its table of rotary pairs (0: no positions). cap: that of scores, as of logits.
+//   norm_heads: q_norm and k_norm are (P) over each head, else over all heads.
+// - mamba2 (arXiv 2405.21060, section 7): E = H · P inner dims, C = E + 2 · G · states channels; rows of in:
+//   z (E), x, B and C (C), dt (H). decay is A < 0. The outputs, times silu(z), are normed over each group, if
+//   there is a gated_norm; with gate_last, they are normed first.
+// - mamba (2312.00752, section 3.4): rows of in: z, then x (E); of low: step sizes at a rank of L, B and C
+//   (N), which are normed if there are norms; the bias of steps is added to step sizes.
+// - convolution: rows of in: a gate, x and B (C); x · B is convolved, and multiplied by the gate.
+// - mlp: activation is an offramp_activation.
+// - gate, mamba_gate and readout: exits/gates.py and exits/readouts.py say what they compute.
+// - mamba_gate: a mixer of one group reads `down` times the standardised state; to its output, `direct` times
+//   that state is added.
+// - readout: K = D inputs, the standardised state, and D more for each of one or two deep states, at a root
+//   mean square of 1. A = 2W with `gated`, for silu(first W) · last W, else W. If `in` begins with D rows
+//   more, what they give is added to the adapter's output, otherwise the state at a root mean square of 1 is.
+//   With `scale`, which needs these rows, the sum times it is added to the state. Without `in`, the state
+//   stays as it is.
+// - guesses: a table of n-grams (exits/ngrams.py).
 OFFRAMP_API offramp_part *offramp_part_new(const char *kind, offramp_error *error);
 OFFRAMP_API void offramp_part_free(offramp_part *part);
 OFFRAMP_API offramp_status offramp_part_weight(offramp_part *part, const char *name,
@@ -210,8 +219,9 @@ OFFRAMP_API offramp_status offramp_part_number(offramp_part *part, const char *n
 
 typedef struct offramp_model offramp_model;
 
-// A model of these ends and of `blocks` blocks: block i has attentions[i] and mixers[i], side by side, and then
-// mlps[i]. Some of them may be NULL, and so may tables of nothing but NULL. Fails if shapes do not fit each other.
+// A model of these ends and of `blocks` blocks: block i has attentions[i] and mixers[i], side by side, and
+// then mlps[i]. Some of them may be NULL, and so may tables of nothing but NULL. Fails if shapes do not fit
+// each other.
 OFFRAMP_API offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *const *attentions,
                                              const offramp_part *const *mixers,
                                              const offramp_part *const *mlps, int64_t blocks,
@@ -225,9 +235,9 @@ OFFRAMP_API offramp_status offramp_model_fits(const offramp_model *model, const 
 // How many threads the next calls use: 1 at first, and OFFRAMP_MOST_THREADS at most.
 OFFRAMP_API offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offramp_error *error);
 
-// Gives the model a table of rotary pairs (positions, P), cos and sin side by side, which are not copied. Tables have
-// the numbers 1 and 2. Attention with positions needs its table before its first token. After a call with other pairs,
-// the old ones may go.
+// Gives the model a table of rotary pairs (positions, P), cos and sin side by side, which are not copied.
+// Tables have the numbers 1 and 2. Attention with positions needs its table before its first token. After a
+// call with other pairs, the old ones may go.
 OFFRAMP_API offramp_status offramp_model_rotary(offramp_model *model, int64_t table, const float *pairs,
                                                 int64_t positions, int64_t dim, offramp_error *error);
 
@@ -267,9 +277,9 @@ OFFRAMP_API offramp_session *offramp_session_fork(const offramp_session *session
 // Gives the memory room for so many tokens when it next grows.
 OFFRAMP_API void offramp_session_reserve(offramp_session *session, int64_t tokens);
 
-// The number of tokens that a block remembers (0 for an MLP alone); the first position whose keys it still has, which is not 0
-// if a window has slid (-1 for a mixer); the bytes that a fork takes; those of a session like this one with
-// room for so many tokens (states of mixers count twice, for a watch).
+// The number of tokens that a block remembers (0 for an MLP alone); the first position whose keys it still
+// has, which is not 0 if a window has slid (-1 for a mixer); the bytes that a fork takes; those of a session
+// like this one with room for so many tokens (states of mixers count twice, for a watch).
 OFFRAMP_API int64_t offramp_session_length(const offramp_session *session, int64_t block);
 OFFRAMP_API int64_t offramp_session_first(const offramp_session *session, int64_t block);
 OFFRAMP_API int64_t offramp_session_bytes(const offramp_session *session);
@@ -373,9 +383,10 @@ typedef struct {
 // With `token_regret`, full depth need not choose a draft, but only consent to it. The regret of a token is
 // log(p_max / p) in nats, by full depth's probabilities p of all tokens. A draft stands if its regret is at
 // most `token_regret`, and that of the answer up to it at most `mean_regret` · (t + OFFRAMP_AHEAD), where it
-// is the answer's token number t, unless full depth's own token ends the text. With 0, a draft stands if it is
-// full depth's own token. With consent, drafts decide what is said, and so they depend on nothing but the
-// text: the pass counts as if there were no other requests. A request's `prompt` says where its answer begins.
+// is the answer's token number t, unless full depth's own token ends the text. With 0, a draft stands if it
+// is full depth's own token. With consent, drafts decide what is said, and so they depend on nothing but the
+// text: the pass counts as if there were no other requests. A request's `prompt` says where its answer
+// begins.
 typedef struct {
     const offramp_exit *exits;
     int64_t count;

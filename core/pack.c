@@ -1,5 +1,5 @@
-// Blocks of GGUF files' types, taken apart and kept in panels (layouts.h). The types are those of ggml (ggml-common.h and
-// ggml-quants.c in llama.cpp). Values stay what they are.
+// Blocks of GGUF files' types, taken apart and kept in panels (layouts.h). The types are those of ggml
+// (ggml-common.h and ggml-quants.c in llama.cpp). Values stay what they are.
 
 #include <string.h>
 
@@ -9,8 +9,8 @@
 
 enum { OF_SUPER = SUPER / OFFRAMP_GROUP, HALF_OF_GROUP = OFFRAMP_GROUP / 2 };
 
-// A block of a file: SUPER columns if its type has integers as scales, else GROUP. For each group, `ends` has the bytes of
-// its scales, then of its minima; `units` has the float16 numbers that these are multiplied by.
+// A block of a file: SUPER columns if its type has integers as scales, else GROUP. For each group, `ends` has
+// the bytes of its scales, then of its minima; `units` has the float16 numbers that these are multiplied by.
 typedef struct {
     uint8_t entries[SUPER], ends[OF_SUPER][4], units[2 * HALF_PRECISION];
 } Taken;
@@ -139,7 +139,8 @@ static void put_entries(uint8_t *block, int bits, int i, const uint8_t *entries)
     for (int p = 0; p < bits; p++) memcpy(block + p * PLANE + 4 * i, planes + p, 4);
 }
 
-// A row of a panel: for a span of SUPER or GROUP columns, where its units stand, where its blocks do, and their bytes.
+// A row of a panel: for a span of SUPER or GROUP columns, where its units stand, where its blocks do, and
+// their bytes.
 typedef struct {
     Layout of;
     int64_t groups, before, bytes,

@@ -49,8 +49,8 @@ double decayed(const offramp_plan *plan, double threshold, int64_t decided);
 int64_t flops_of(const offramp_plan *plan, int64_t start, int64_t stop, int64_t first, int64_t end);
 int64_t fill_flops(const offramp_plan *plan, const offramp_exit *exit);
 
-// The blocks that remember a token that left at an exit: `start` to `stop` - 1, and which of their memories do
-// (OFFRAMP_KEYS …); and the block whose keys they copy, or -1.
+// The blocks that remember a token that left at an exit: `start` to `stop` - 1, and which of their memories
+// do (OFFRAMP_KEYS …); and the block whose keys they copy, or -1.
 typedef struct {
     int64_t start, stop, what, source;
 } Filled;

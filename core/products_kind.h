@@ -1,6 +1,6 @@
-// The products of one format, for products.c. Each format has a file that says its KIND or its BITS and includes
-// products_rows.h or products_panels.h, which hold the functions: these and the number of rows of x are
-// constants in their loops.
+// The products of one format, for products.c. Each format has a file that says its KIND or its BITS and
+// includes products_rows.h or products_panels.h, which hold the functions: these and the number of rows of x
+// are constants in their loops.
 
 #pragma once
 #include "products.h"
@@ -43,8 +43,8 @@ extern const Products products_2_bits[2], products_3_bits[2], products_4_bits[2]
 // Puts the sums of LANES weights in panels, from row n on, and of the tile's T rows, where they belong.
 void store_lanes(const Tile *tile, const Out *out, int T, int64_t n, const vf *sums);
 
-// Fetches weights into the second cache ahead of time. Where several rows are multiplied with each weight, the
-// processor does not do so early enough by itself.
+// Fetches weights into the second cache ahead of time. Where several rows are multiplied with each weight,
+// the processor does not do so early enough by itself.
 enum { AHEAD = 4096 };  // bytes
 ALWAYS void fetch(const void *weights) { __builtin_prefetch((const char *)weights + AHEAD, 0, 2); }
 

@@ -13,7 +13,8 @@ enum { IN_CODES = 0 };
 // Vectors that a panel's rows take; scales of a row in a block, and the vectors of weights that one is for.
 enum { PARTS = PANEL / LANES, SCALES = SCALES_OF(BITS), WITH_SCALE = EIGHT / SCALES };
 
-// Rows from which on it pays to fetch weights ahead of time: one where a panel of 8 bits is read in two parts.
+// Rows from which on it pays to fetch weights ahead of time: one where a panel of 8 bits is read in two
+// parts.
 enum { FETCHED = BITS == 8 && PARTS == 2 ? 1 : 2 };
 
 // What is subtracted from weights, where no minimum is kept.
@@ -61,8 +62,8 @@ ALWAYS vb weights_of(const uint8_t *block, int part, int v) {
     return IN_CODES ? look_up(CODES, (vb)w) : (vb)w;
 }
 
-// Four vectors as `weights_of` gives them, of entries of 8 bits: of a part of the rows, the 16 columns that begin at
-// `from`.
+// Four vectors as `weights_of` gives them, of entries of 8 bits: of a part of the rows, the 16 columns that
+// begin at `from`.
 ALWAYS void turned(const uint8_t *from, int part, vb *w) {
     const vi low = IN_LANES(0, LANES, 1, LANES + 1), high = IN_LANES(2, LANES + 2, 3, LANES + 3);
     const vi even = IN_LANES(0, 1, LANES, LANES + 1), odd = IN_LANES(2, 3, LANES + 2, LANES + 3);
@@ -83,8 +84,8 @@ ALWAYS vi dot_four(vi acc, vb w, const int8_t *q) {
                                  : dot_small(acc, w, (vb)(four - (vi){0}));
 }
 
-// Scales or minima number `s` of a block, for one part of the rows; `ends` are all of the block, `unit` is what
-// integers are multiplied by.
+// Scales or minima number `s` of a block, for one part of the rows; `ends` are all of the block, `unit` is
+// what integers are multiplied by.
 ALWAYS vf numbers_of(Layout of, const uint8_t *ends, int s, int part, vf unit) {
     const int64_t at = s * PANEL + part * LANES;
     return of.super ? from_int8((const int8_t *)ends + at) * unit : from_float16((const uint16_t *)ends + at);
@@ -98,8 +99,8 @@ ALWAYS vf scales_of_long(const uint8_t *ends, int64_t s, int part) {
     return from_float16((const uint16_t *)&scales);
 }
 
-// A panel of a weight times T rows of x. Lane i belongs to row i of the panel (of a part of it where vectors are
-// short).
+// A panel of a weight times T rows of x. Lane i belongs to row i of the panel (of a part of it where vectors
+// are short).
 ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T, const int fine) {
     const Rows x = *c->x;
     const Place place = stands_at(&x, c->r);
@@ -185,7 +186,8 @@ static Places places_of(const Weight *m, const int64_t *rows, int64_t first, int
     return of;
 }
 
-// Columns `from` to `to` - 1 of some rows as one panel. Those of the `next` rows, far apart, are fetched meanwhile.
+// Columns `from` to `to` - 1 of some rows as one panel. Those of the `next` rows, far apart, are fetched
+// meanwhile.
 static void gather(const Places *rows, const Places *next, int64_t from, int64_t to, uint8_t *panel) {
     for (int64_t k = from; k < to; k += LONG) {
         const int64_t at = k / LONG * LONG_BYTES, scales = PANEL * LONG;

@@ -29,10 +29,11 @@ Form form_of(const Weight *m);
 
 enum { TOGETHER = 8 };  // rows that are multiplied with each weight at the same time
 
-// Rows as they are multiplied, `count` of them, `stride` apart: `columns` numbers x in each. Unless the form is
-// SINGLES, `narrow` holds them in bfloat16 or in 8-bit integers, `width` numbers a row, zeros after the last
-// column; `low` has the low bytes of 16-bit integers. In the forms for panels, TOGETHER rows stand together (or
-// those that are left): GROUP columns of each, then the next ones of each; and so do their scales and sums.
+// Rows as they are multiplied, `count` of them, `stride` apart: `columns` numbers x in each. Unless the form
+// is SINGLES, `narrow` holds them in bfloat16 or in 8-bit integers, `width` numbers a row, zeros after the
+// last column; `low` has the low bytes of 16-bit integers. In the forms for panels, TOGETHER rows stand
+// together (or those that are left): GROUP columns of each, then the next ones of each; and so do their
+// scales and sums.
 typedef struct {
     Form form;
     const float *x;

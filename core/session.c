@@ -319,8 +319,8 @@ void crop_mixed(const Mixer *shape, Mixed *m, int64_t length) {
     mixer_replay(shape, m->h, m->journal, rows);
 }
 
-// The tokens that a block forgets of those from position `length` on. A fill may have given tokens to attention alone; a
-// mixer beside it forgets as many as attention does.
+// The tokens that a block forgets of those from position `length` on. A fill may have given tokens to
+// attention alone; a mixer beside it forgets as many as attention does.
 static int64_t forgotten(const offramp_session *s, int64_t i, int64_t length) {
     const Block *b = block_of(s, i);
     const int64_t gone = offramp_session_length(s, i) - length;

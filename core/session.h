@@ -52,8 +52,8 @@ struct offramp_session {
 
 static inline int64_t window_floats(const Mixer *m) { return (m->taps - 1) * m->channels; }
 static inline int64_t state_floats(const Mixer *m) { return m->inner * m->states; }
-// A journal's row: the inputs of the convolution (C). With a state, also its outputs (C), and step sizes: of heads (H), or
-// of channels (E) and then Mamba's B (N).
+// A journal's row: the inputs of the convolution (C). With a state, also its outputs (C), and step sizes: of
+// heads (H), or of channels (E) and then Mamba's B (N).
 static inline int64_t note_floats(const Mixer *m) {
     if (m->kind == CONVOLUTION) return m->channels;
     return 2 * m->channels + (m->kind == MAMBA ? m->inner + m->states : m->heads);
@@ -69,8 +69,8 @@ int can_crop_keys(const offramp_session *session, int64_t i, int64_t length);
 // Makes room in block i for tokens at positions `first` to `end` - 1. 0 if there is no memory.
 int make_room(offramp_session *session, int64_t i, int64_t first, int64_t end);
 
-// Counts tokens that memories of a block (OFFRAMP_KEYS …) have taken in: the length of keys becomes `end`, and a mixer's
-// grows by `count`.
+// Counts tokens that memories of a block (OFFRAMP_KEYS …) have taken in: the length of keys becomes `end`,
+// and a mixer's grows by `count`.
 void count_tokens(offramp_session *session, int64_t i, int64_t end, int64_t count, int64_t what);
 void count_mixed(Mixed *mixed, int64_t count);
 

@@ -1,5 +1,5 @@
-// Mixers: Mamba-2 is right; all are the same however a text is cut into calls, and bit for bit what they were when tokens
-// are forgotten.
+// Mixers: Mamba-2 is right; all are the same however a text is cut into calls, and bit for bit what they were
+// when tokens are forgotten.
 
 #include "models.h"
 

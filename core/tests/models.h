@@ -3,8 +3,8 @@
 #pragma once
 #include "check.h"
 
-// A letter for each block: 'a' attention and an MLP, 'b' attention alone, 'm' Mamba-2, 'n' Mamba-2 and an MLP, 'p' Mamba,
-// 'q' a convolution, 's' attention and Mamba-2 side by side, and an MLP.
+// A letter for each block: 'a' attention and an MLP, 'b' attention alone, 'm' Mamba-2, 'n' Mamba-2 and an
+// MLP, 'p' Mamba, 'q' a convolution, 's' attention and Mamba-2 side by side, and an MLP.
 typedef struct {
     const char *blocks;
     int type, fine, bias, norm_after;

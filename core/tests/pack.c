@@ -1,5 +1,5 @@
-// Panels hold what a file's blocks hold: rows that are picked have the values that they had, whatever panel they were in.
-// tests/test_weights.py compares these values with those of the package gguf.
+// Panels hold what a file's blocks hold: rows that are picked have the values that they had, whatever panel
+// they were in. tests/test_weights.py compares these values with those of the package gguf.
 
 #include "check.h"
 

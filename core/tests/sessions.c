@@ -111,8 +111,8 @@ static void hybrids_forget_together(void) {
 }
 
 // The state of a watched mixer is that of one that is not watched: at the beginning, after some tokens, where
-// they are forgotten half-way or wholly, again and again, and after the watch; and so are forks of it at each of
-// these points.
+// they are forgotten half-way or wholly, again and again, and after the watch; and so are forks of it at each
+// of these points.
 static void watches_change_nothing(void) {
     const Tiny t = model_of("nm", 0);
     const float *given = randoms(40 * 32, -1, 1), *spoilt = randoms(8 * 32, -1, 1);

@@ -124,8 +124,8 @@ static void other_plans_wait(void) {
     offramp_model_free(t.model);
 }
 
-// Where mixers have stayed as they were, they have fewer tokens than the text. No plan under which tokens wait
-// goes on with it; others do.
+// Where mixers have stayed as they were, they have fewer tokens than the text. No plan under which tokens
+// wait goes on with it; others do.
 static void frozen_texts_do_not_wait(void) {
     const Tiny t = random_model("am", 0);
     const int64_t ids[] = {3, 1, 4, 1, 5};

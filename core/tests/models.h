@@ -7,9 +7,9 @@
 // MLP, 'p' Mamba, 'q' a convolution, 's' attention and Mamba-2 side by side, and an MLP.
 typedef struct {
     const char *blocks;
-    int type, fine, bias, norm_after;
-    int norms;                          // of queries and keys: 0 none, 1 over each head, 2 over all
-    int64_t hidden, vocabulary, width;  // D, V, W
+    int type, fine, bias, norm_after, peculiar;  // peculiar: with what few families have
+    int norms;                                   // of queries and keys: 0 none, 1 over each head, 2 over all
+    int64_t hidden, vocabulary, width;           // D, V, W
     int64_t queries, heads, dim, window, positions;  // of attention; positions: 0 for none
     int64_t mixers, groups, inner, states, taps;     // of Mamba-2: heads, their groups, dims of a head, ...
 } Shape;
@@ -163,11 +163,11 @@ static inline offramp_part *ends_part(const Shape *s, Tiny *t) {
 }
 
 // Rotary pairs: dims 2 i and 2 i + 1 turn together.
-static inline float *rotary_pairs(int64_t positions, int64_t dim) {
+static inline float *rotary_pairs(int64_t positions, int64_t dim, double base) {
     float *pairs = zeros(positions * dim);
     for (int64_t t = 0; t < positions; t++)
         for (int64_t p = 0; p < dim; p += 2) {
-            const double angle = t * pow(100, -(double)p / dim);
+            const double angle = t * pow(base, -(double)p / dim);
             pairs[t * dim + p] = (float)cos(angle), pairs[t * dim + p + 1] = (float)sin(angle);
         }
     return pairs;
@@ -179,6 +179,36 @@ static inline offramp_model *model_made_of(offramp_part *ends, offramp_part *con
     return offramp_model_new(ends, (const offramp_part *const *)attentions,
                              (const offramp_part *const *)mixers, (const offramp_part *const *)mlps, count,
                              &said);
+}
+
+// What few families have: a norm after a part too, factors, caps, other activations, two rotary tables.
+static const float EMBEDDING_SCALE = 1.3f;
+
+static inline void peculiar_ends(offramp_part *part) {
+    give_number(part, "scale", EMBEDDING_SCALE), give_number(part, "logit_scale", 0.8),
+        give_number(part, "cap", 4);
+}
+static inline void peculiar_part(offramp_part *part, const Shape *s, int64_t results) {
+    give_floats(part, "norm_after", randoms(s->hidden, 0.5f, 1.5f), s->hidden);
+    give_floats(part, "factors", randoms(results, 0.5f, 1.5f), results);
+    give_number(part, "factor", 0.7);
+}
+static inline void peculiar_block(const Shape *s, const Layer *l, int64_t block, offramp_part *attention,
+                                  offramp_part *mixer, offramp_part *mlp) {
+    static const offramp_activation activations[] = {OFFRAMP_GELU, OFFRAMP_SQUARED_RELU, OFFRAMP_SILU};
+    if (attention) {
+        peculiar_part(attention, s, l->qkv.rows), give_number(attention, "cap", 2);
+        if (s->positions) give_number(attention, "rotary", (double)(1 + block % 2));
+    }
+    if (mixer) peculiar_part(mixer, s, l->in.rows);
+    if (l->mixes == 'm') give_number(mixer, "gate_last", 1);
+    if (mlp) peculiar_part(mlp, s, l->gate_up.rows), give_number(mlp, "activation", activations[block % 3]);
+}
+
+static inline void embed_by_hand(const Tiny *t, int64_t id, float *h) {
+    const int64_t hidden = t->shape.hidden;
+    for (int64_t i = 0; i < hidden; i++)
+        h[i] = t->embedding[id * hidden + i] * (t->shape.peculiar ? EMBEDDING_SCALE : 1);
 }
 
 static inline Tiny tiny(Shape shape) {
@@ -196,15 +226,19 @@ static inline Tiny tiny(Shape shape) {
         if (l->mixes)
             mixers[i] = l->mixes == 'm' ? mixer_part(&shape, l) : other_mixer_part(&shape, l, letter);
         if (l->has_mlp) mlps[i] = mlp_part(&shape, l);
+        if (shape.peculiar) peculiar_block(&shape, l, i, attentions[i], mixers[i], mlps[i]);
     }
+    if (shape.peculiar) peculiar_ends(ends);
     t.model = model_made_of(ends, attentions, mixers, mlps, t.count);
     CHECK(t.model, "%s", said.message);
     for (int64_t i = 0; i < t.count; i++)
         offramp_part_free(attentions[i]), offramp_part_free(mixers[i]), offramp_part_free(mlps[i]);
     offramp_part_free(ends);
     if (shape.positions && strpbrk(shape.blocks, "abs")) {
-        t.rotary = rotary_pairs(shape.positions, shape.dim);
-        WORKS(offramp_model_rotary(t.model, 1, t.rotary, shape.positions, shape.dim, &said));
+        for (int64_t table = 1; table <= 1 + shape.peculiar; table++) {
+            t.rotary = rotary_pairs(shape.positions, shape.dim, table == 1 ? 100 : 1000);
+            WORKS(offramp_model_rotary(t.model, table, t.rotary, shape.positions, shape.dim, &said));
+        }
     }
     return t;
 }

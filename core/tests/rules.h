@@ -134,7 +134,7 @@ static inline Tiny random_model(const char *blocks, int positions) {
     Shape shape = SMALL;
     shape.blocks = blocks, shape.window = below(2) ? 0 : 6, shape.bias = below(2);
     shape.type = below(3) ? OFFRAMP_FLOAT32 : (int)below(6), shape.fine = below(2);
-    shape.positions = positions ? ROOM : 0;
+    shape.positions = positions ? ROOM : 0, shape.peculiar = below(2);
     return tiny(shape);
 }
 

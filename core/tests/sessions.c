@@ -318,7 +318,7 @@ static void texts_end_with_their_positions(void) {
     run_randoms(&t, s, 8);
     REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 8, 3}, 1, h, &said));
     REFUSED(offramp_model_rotary(t.model, 1, t.rotary, 10, 16, &said));
-    const float *longer = rotary_pairs(20, 8);
+    const float *longer = rotary_pairs(20, 8, 100);
     WORKS(offramp_model_rotary(t.model, 1, longer, 20, 8, &said));
     run_randoms(&t, s, 12);
     REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 20, 1}, 1, h, &said));

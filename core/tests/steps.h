@@ -190,7 +190,7 @@ static inline void run_to_top(ByHand *b, int64_t start, int64_t e, float *h, flo
 static inline void read_by_hand(ByHand *b, int64_t known) {
     Text *x = b->x;
     for (; x->r.run < known; x->r.run++) {
-        memcpy(x->deep, b->t->embedding + x->ids[x->r.run] * D, D * 4);
+        embed_by_hand(b->t, x->ids[x->r.run], x->deep);
         run_to_top(b, 0, 0, x->deep, x->deep + D);
     }
     memset(b->waits, 0, sizeof b->waits);
@@ -315,7 +315,7 @@ static inline void decide_by_hand(ByHand *b) {
     int64_t start = 0, climbing = 1, waiting = 0;
     offramp_decision d = {0};
     float h[D], out[D], middle[D];
-    memcpy(h, b->t->embedding + x->ids[x->r.run] * D, D * 4);
+    embed_by_hand(b->t, x->ids[x->r.run], h);
     for (int64_t e = 0; e < rules->count; e++) waiting += b->waits[e];
     const int asks = rules->fill < OFFRAMP_DEFER || (defers && waiting < rules->pending);
     for (int64_t e = 0; e < rules->count; e++) {

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo picture test test-ray test-core lint core variants docs release exits exits-coder bench load soak mamba-lm mamba-answers paper paper-quick clean
+.PHONY: demo picture test test-ray test-core lint core variants native docs release exits exits-coder bench load soak mamba-lm mamba-answers paper paper-quick clean
 
 # MODEL names another model than smollm2.
 demo: .venv/.installed
@@ -26,7 +26,7 @@ lint: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --style=file:core/.clang-format --dry-run -Werror core/*.[ch] core/tests/*.[ch] examples/*.c
+	$(BIN)/clang-format --style=file:core/.clang-format --dry-run -Werror core/*.[ch] core/program/*.[ch] core/tests/*.[ch] examples/*.c
 
 # The C library of core/ for this processor, compiled anew where files changed; `make variants`: for every kind of processor.
 JOBS := $(shell getconf _NPROCESSORS_ONLN)
@@ -34,6 +34,11 @@ core variants: .venv/.packages
 	$(BIN)/cmake -S core -B build/core -DOFFRAMP_VARIANTS=$(if $(filter variants,$@),all,own)
 	$(BIN)/cmake --build build/core --parallel $(JOBS)
 	$(BIN)/cmake --install build/core
+
+# The program without Python for this processor: build/native/offramp-run.
+native: .venv/.packages
+	$(BIN)/cmake -S core -B build/native
+	$(BIN)/cmake --build build/native --parallel $(JOBS) --target offramp-run
 
 # The C library's own tests, core/tests, in every variant that this processor can run. `.ci/core` runs more of them.
 test-core: .venv/.installed
@@ -142,7 +147,7 @@ paper paper-quick: .venv/.installed
 	$(BIN)/python benchmarks/paper_times.py $(PAPER) $(if $(filter paper,$@),--peers $(PEERS))
 
 # pip leaves the C library to `make core`, which compiles only what changed. Where there is no compiler, offramp works without it.
-.venv/.installed: .venv/.packages $(wildcard core/*.*)
+.venv/.installed: .venv/.packages $(wildcard core/*.* core/program/*.*)
 	@if command -v $(firstword $(CC)) > /dev/null; then $(MAKE) --no-print-directory core; \
 		else echo "There is no C compiler ($(CC)): offramp works, and is slower."; fi
 	touch $@

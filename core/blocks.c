@@ -3,8 +3,6 @@
 #include "attention.h"
 #include "mixers.h"
 
-static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena *arena) {
     const int64_t D = model->hidden, few = min_(rows, EIGHT);
     int64_t x = D, qkv = 0, in = 0, conv = 0, low = 0, inner = D, widest = D, parts = 0, own = 0;
@@ -162,8 +160,6 @@ static offramp_status check_call(const Call *c, offramp_error *error) {
                  rows->first <= INT64_MAX - rows->count,
              "%lld rows from position %lld on are not a valid range.", (long long)rows->count,
              (long long)rows->first);
-        NEED(rows->first + rows->count <= positions_of(model),
-             "There are rotary pairs for %lld positions only.", (long long)positions_of(model));
         for (int64_t i = c->start; i < c->stop; i++) {
             if (!model->blocks[i].attends || !(c->what & OFFRAMP_KEYS)) continue;
             NEED(rows->first <= rows->session->blocks[i].keys.length,
@@ -179,7 +175,10 @@ static offramp_status check_call(const Call *c, offramp_error *error) {
 
 // Makes room for all rows, and runs them piece by piece.
 static offramp_status run_call(Call *c, offramp_error *error) {
-    int64_t total = 0;
+    int64_t total = 0, end = 0;
+    for (int64_t q = 0; q < c->sessions; q++) end = larger(end, c->rows[q].first + c->rows[q].count);
+    const offramp_status status = reach(c->model, end, error);
+    if (status) return status;
     for (int64_t q = 0; q < c->sessions; total += c->rows[q++].count)
         for (int64_t i = c->start; i < c->stop; i++)
             if (!make_room(c->rows[q].session, i, c->rows[q].first, c->rows[q].first + c->rows[q].count))

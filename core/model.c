@@ -217,9 +217,8 @@ static offramp_status add_block(offramp_model *model, int64_t i, const offramp_p
     if (mixer && check_mixer(mixer, &b->mixer, D, error)) return OFFRAMP_INVALID;
     if (mlp && check_mlp(mlp, &b->mlp, D, error)) return OFFRAMP_INVALID;
     if (!b->attends || !b->attention.rotary) return OFFRAMP_OK;
-    NEED(b->attention.rotary <= MOST_TABLES,
-         "There are %d tables of rotary pairs, and none has the number %lld.", MOST_TABLES,
-         (long long)b->attention.rotary);
+    NEED(b->attention.rotary <= MOST_TABLES, "There are %d rotary tables, and none has the number %lld.",
+         MOST_TABLES, (long long)b->attention.rotary);
     Rotary *table = model->rotary + b->attention.rotary - 1;
     NEED(!table->dim || table->dim == b->attention.dim,
          "Blocks with positions have heads of different dims.");
@@ -263,10 +262,15 @@ offramp_model *offramp_model_new(const offramp_part *ends, const offramp_part *c
 void offramp_model_free(offramp_model *model) {
     if (!model || atomic_fetch_sub(&model->users, 1) > 1) return;
     pool_end(&model->pool);
+    for (int i = 0; i < MOST_TABLES; i++) free(model->rotary[i].frequencies), free(model->rotary[i].pairs);
     free(model->blocks);
     free(model->scratch);
     free(model);
 }
+
+int64_t offramp_model_hidden(const offramp_model *model) { return model->hidden; }
+
+int64_t offramp_model_blocks(const offramp_model *model) { return model->count; }
 
 offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offramp_error *error) {
     NEED(threads > 0 && threads <= MOST_THREADS, "A model can use 1 to %d threads, but not %lld.",
@@ -277,24 +281,51 @@ offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offr
     return OFFRAMP_OK;
 }
 
-offramp_status offramp_model_rotary(offramp_model *model, int64_t table, const float *pairs,
-                                    int64_t positions, int64_t dim, offramp_error *error) {
-    NEED(table > 0 && table <= MOST_TABLES,
-         "There are %d tables of rotary pairs, and none has the number %lld.", MOST_TABLES, (long long)table);
-    Rotary *place = model->rotary + table - 1;
-    NEED(!place->dim || place->dim == dim, "Rotary pairs of %lld dims do not fit heads of %lld.",
-         (long long)dim, (long long)place->dim);
+offramp_status offramp_model_rotary(offramp_model *model, int64_t table, const float *frequencies,
+                                    int64_t count, double factor, offramp_error *error) {
+    NEED(table > 0 && table <= MOST_TABLES, "There are %d rotary tables, and none has the number %lld.",
+         MOST_TABLES, (long long)table);
+    Rotary *own = model->rotary + table - 1;
+    NEED(count >= 0 && count <= INT32_MAX && (!own->dim || 2 * count <= own->dim),
+         "%lld frequencies do not fit heads of %lld dims.", (long long)count, (long long)own->dim);
+    float *copy = malloc((count + 1) * sizeof *copy);
+    if (!copy) return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a rotary table.");
+    memcpy(copy, frequencies, count * sizeof *copy);
     pool_enter(&model->pool);
-    place->pairs = pairs, place->positions = positions;
+    free(own->frequencies), free(own->pairs);
+    own->frequencies = copy, own->count = count, own->factor = (float)factor;
+    own->pairs = NULL, own->positions = 0;
     pool_leave(&model->pool);
     return OFFRAMP_OK;
 }
 
-int64_t positions_of(const offramp_model *model) {
-    int64_t least = INT64_MAX;
-    for (int i = 0; i < MOST_TABLES; i++)
-        if (model->rotary[i].dim) least = min_(least, model->rotary[i].positions);
-    return least;
+enum { FEWEST_POSITIONS = 256, MOST_POSITIONS = 1 << 28 };
+
+// Rotary pairs of all positions from the last one known on. The angle is a float32, as in transformers.
+static void turn(const Rotary *table, float *pairs, int64_t positions) {
+    for (int64_t t = table->positions; t < positions; t++)
+        for (int64_t i = 0; i < table->dim / 2; i++) {
+            const int turns = i < table->count;
+            const double angle = turns ? (float)t * table->frequencies[i] : 0;
+            const float factor = turns ? table->factor : 1;
+            float *pair = pairs + t * table->dim + 2 * i;
+            pair[0] = (float)cos(angle) * factor, pair[1] = (float)sin(angle) * factor;
+        }
+}
+
+offramp_status reach(offramp_model *model, int64_t end, offramp_error *error) {
+    for (int i = 0; i < MOST_TABLES; i++) {
+        Rotary *table = model->rotary + i;
+        if (!table->dim || end <= table->positions) continue;
+        NEED(table->frequencies, "Attention needs the rotary table %d, which was not given.", i + 1);
+        NEED(end <= MOST_POSITIONS, "No text can have %lld positions.", (long long)end);
+        const int64_t positions = larger(FEWEST_POSITIONS, 2 * end);
+        float *longer = realloc(table->pairs, positions * table->dim * sizeof *longer);
+        if (!longer) return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for more positions.");
+        turn(table, longer, positions);
+        table->pairs = longer, table->positions = positions;
+    }
+    return OFFRAMP_OK;
 }
 
 int lay_out(offramp_model *model, void (*lay)(void *context, Arena *arena), void *context) {

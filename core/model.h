@@ -132,13 +132,14 @@ typedef struct {
     Mlp mlp;
 } Block;
 
-// Pairs (positions, dim) that turn queries and keys; `dim` is 0 if no block needs them.
+// How queries and keys turn: `pairs` (positions, dim) of the first positions, cos and sin side by side, which
+// grow with the texts; `dim` is 0 if no block needs them.
 typedef struct {
-    const float *pairs;
-    int64_t positions, dim;
+    float *frequencies, *pairs, factor;
+    int64_t count, positions, dim;
 } Rotary;
 
-enum { MOST_TABLES = 2 };  // of rotary pairs
+enum { MOST_TABLES = 2 };
 
 struct offramp_model {
     Pool pool;
@@ -151,8 +152,8 @@ struct offramp_model {
     _Atomic int64_t users;  // its sessions, and 1 until it is freed
 };
 
-// The number of positions that the model has rotary pairs for.
-int64_t positions_of(const offramp_model *model);
+// In a call: lets the model have rotary pairs of the positions before `end`.
+offramp_status reach(offramp_model *model, int64_t end, offramp_error *error);
 
 // Writes a sentence, unless `error` is NULL, and returns the status.
 offramp_status fail(offramp_error *error, offramp_status status, const char *format, ...)

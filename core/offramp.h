@@ -188,7 +188,7 @@ typedef struct offramp_part offramp_part;
 //   hidden state is multiplied with it (without one: 1).
 // - attention: rows of qkv are Q query heads, H key heads and H value heads of P dims; dims that the rotary
 //   embedding turns together stand side by side. window: tokens that a token sees, itself included (0: all).
-//   rotary: the number of its table of rotary pairs (0: no positions). cap: that of scores, as of logits.
+//   rotary: the number of its rotary table (0: no positions). cap: that of scores, as of logits.
 //   norm_heads: q_norm and k_norm are (P) over each head, else over all heads.
 // - mamba2 (arXiv 2405.21060, section 7): E = H · P inner dims, C = E + 2 · G · states channels; rows of in:
 //   z (E), x, B and C (C), dt (H). decay is A < 0. The outputs, times silu(z), are normed over each group, if
@@ -228,6 +228,10 @@ OFFRAMP_API offramp_model *offramp_model_new(const offramp_part *ends, const off
                                              offramp_error *error);
 OFFRAMP_API void offramp_model_free(offramp_model *model);
 
+// Its hidden size D, and how many blocks it has.
+OFFRAMP_API int64_t offramp_model_hidden(const offramp_model *model);
+OFFRAMP_API int64_t offramp_model_blocks(const offramp_model *model);
+
 // Checks that another part, such as a gate or a sketch, fits the model.
 OFFRAMP_API offramp_status offramp_model_fits(const offramp_model *model, const offramp_part *part,
                                               offramp_error *error);
@@ -235,11 +239,11 @@ OFFRAMP_API offramp_status offramp_model_fits(const offramp_model *model, const 
 // How many threads the next calls use: 1 at first, and OFFRAMP_MOST_THREADS at most.
 OFFRAMP_API offramp_status offramp_model_threads(offramp_model *model, int64_t threads, offramp_error *error);
 
-// Gives the model a table of rotary pairs (positions, P), cos and sin side by side, which are not copied.
-// Tables have the numbers 1 and 2. Attention with positions needs its table before its first token. After a
-// call with other pairs, the old ones may go.
-OFFRAMP_API offramp_status offramp_model_rotary(offramp_model *model, int64_t table, const float *pairs,
-                                                int64_t positions, int64_t dim, offramp_error *error);
+// Gives the model a rotary table (RoPE, arXiv 2104.09864): at position t, dims 2 i and 2 i + 1 of a head turn by
+// t · frequencies[i], and are multiplied by `factor`. Dims from 2 · count on do not turn. The frequencies are
+// copied. Tables have the numbers 1 and 2. Attention with positions needs its table before its first token.
+OFFRAMP_API offramp_status offramp_model_rotary(offramp_model *model, int64_t table, const float *frequencies,
+                                                int64_t count, double factor, offramp_error *error);
 
 // y (R, rows) = x (R, columns) · weightᵀ + bias.
 OFFRAMP_API offramp_status offramp_product(offramp_model *model, const offramp_weight *weight, const float *x,
@@ -477,6 +481,67 @@ typedef struct {
 // others. `seconds` (4, or NULL): spent on blocks, exits, the top, and between.
 OFFRAMP_API offramp_status offramp_step(offramp_plan *plan, offramp_request *const *requests, int64_t count,
                                         int64_t rounds, double *seconds, offramp_error *error);
+
+// Files -------------------------------------------------------------------------------------------
+
+// An open GGUF file (version 2 or 3): a model's weights with its tokenizer, or exits as offramp's export writes
+// them. Of models, the architectures llama, qwen2 and qwen3 are read, in the file's own precision.
+typedef struct offramp_file offramp_file;
+
+// Opens a file, and makes what it describes. It stays mapped until it is freed, after its sessions and plans.
+// Several threads may use it.
+OFFRAMP_API offramp_file *offramp_file_new(const char *path, offramp_error *error);
+OFFRAMP_API void offramp_file_free(offramp_file *file);
+
+// The model, which is freed with the file (NULL for exits); how many tokens a text may have; and the tokens
+// that end a text.
+OFFRAMP_API offramp_model *offramp_file_model(const offramp_file *file);
+OFFRAMP_API int64_t offramp_file_context(const offramp_file *file);
+OFFRAMP_API const int64_t *offramp_file_ends(const offramp_file *file, int64_t *count);
+
+// An empty session of the model, as `offramp_session_new` makes it, with keys and values in bfloat16 unless all
+// weights are float32.
+OFFRAMP_API offramp_session *offramp_file_session(const offramp_file *file, int64_t tokens,
+                                                  offramp_error *error);
+
+// What a file says under a key, as GGUF has it: the text, which does not end with a zero, or NULL if there is none;
+// and number i of an array (0 where there is no array), or `otherwise`. `count`: how many there are.
+OFFRAMP_API const char *offramp_file_text(const offramp_file *file, const char *key, int64_t *length);
+OFFRAMP_API double offramp_file_number(const offramp_file *file, const char *key, int64_t i,
+                                       double otherwise);
+OFFRAMP_API int64_t offramp_file_count(const offramp_file *file, const char *key);
+
+// A plan for a mode: "full", or one of those that the file of exits has ("exact", "close:2", "early").
+// Without exits, NULL. Both files must outlive the plan. Fails if the exits learned from other weights.
+OFFRAMP_API offramp_plan *offramp_file_plan(const offramp_file *model, const offramp_file *exits,
+                                            const char *mode, offramp_error *error);
+
+// The ids of a text of so many bytes, as Hugging Face's tokenizers give them; what is not UTF-8 is read as
+// Python's errors="replace" does. `whole`: the text begins with the token that begins every text, if the model
+// has one. Returns how many ids there are, of which `room` are written; -1 if there is no memory.
+OFFRAMP_API int64_t offramp_tokenise(const offramp_file *file, const char *text, int64_t length, int whole,
+                                     int64_t *ids, int64_t room);
+
+// The bytes of a token, which need not be whole characters, and whether it is special: it stands for no text.
+OFFRAMP_API const char *offramp_token(const offramp_file *file, int64_t id, int64_t *length, int *special);
+
+// The length of the character that a text of so many bytes begins with. Bytes that are not UTF-8: minus the
+// number of them that Python's errors="replace" reads as one.
+OFFRAMP_API int64_t offramp_character(const char *text, int64_t length);
+
+enum { OFFRAMP_SYSTEM, OFFRAMP_USER, OFFRAMP_ASSISTANT };  // roles
+
+typedef struct {
+    int64_t role;
+    const char *text;
+} offramp_message;
+
+// The text of a talk by the model's chat template, up to where the answer begins. Perhaps the first message is
+// the system's; then the user and the assistant take turns, and the last message is the user's. Returns its
+// length, of which `room` bytes are written; -1 for other messages, and for a file without a template that
+// offramp's export could keep.
+OFFRAMP_API int64_t offramp_chat(const offramp_file *file, const offramp_message *messages, int64_t count,
+                                 char *text, int64_t room);
 
 #ifdef __cplusplus
 }

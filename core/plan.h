@@ -28,8 +28,6 @@ struct offramp_plan {
     Free free;
 };
 
-static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // The cost of a pass with so many rows, in steps of full depth. Beyond the table, each row costs as much as
 // the table's last one.
 double pass_cost(const offramp_plan *plan, int64_t rows);

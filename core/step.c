@@ -337,12 +337,10 @@ static offramp_status step(Step *s, int64_t rounds, offramp_error *error) {
     s->outs = verifies ? deciding * (most + 1) : deciding;
     if (verifies && !consents(plan)) s->outs = min_(s->outs, widest_pass(deciding));
     if (verifies) s->rows = reads + s->outs;
-    NEED(s->end <= positions_of(s->model), "There are rotary pairs for %lld positions only.",
-         (long long)positions_of(s->model));
-    for (int64_t q = 0; q < count; q++) {
-        const offramp_status status = prepare_session(plan, s->requests[q], rounds, error);
-        if (status) return status;
-    }
+    offramp_status status = reach(s->model, s->end, error);
+    for (int64_t q = 0; q < count && !status; q++)
+        status = prepare_session(plan, s->requests[q], rounds, error);
+    if (status) return status;
     s->turns_count = rounds * turns_of_round(plan, count, verifies ? min_(most, MOST_ASKED) + 1 : 1) + 1;
     s->lanes.rounds = rounds;
     if (!lay_out(s->model, lay_step, s))

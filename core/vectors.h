@@ -46,6 +46,7 @@ static const vi COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
 #define ALWAYS static inline __attribute__((always_inline))
 
 static inline int64_t min_(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static inline vf load(const float *p) {
     vf v;

@@ -124,16 +124,6 @@ def test_export_writes_what_the_hub_and_transformers_need(world: Path) -> None:
     assert "`generate` also takes `mode=`" in card
 
 
-def test_the_default_mode_is_the_one_that_was_asked_for(world: Path) -> None:
-    code = world / "made/custom_generate/generate.py"
-    export(world, "--mode", "full")
-    assert 'mode="full"' in code.read_text()
-    export(world, "--mode", "early")
-    assert 'mode="early"' in code.read_text()
-    expected = engine(world, "project", 0.3)
-    assert generate(world, plain(world))[0, len(HELLO) :].tolist() == expected
-
-
 def test_a_folders_exits_draft_the_librarys_own_answer(world: Path) -> None:
     model = plain(world)
     assert torch.equal(generate(world, model), library(world))

@@ -162,14 +162,17 @@ static inline offramp_part *ends_part(const Shape *s, Tiny *t) {
     return part;
 }
 
-// Rotary pairs: dims 2 i and 2 i + 1 turn together.
-static inline float *rotary_pairs(int64_t positions, int64_t dim, double base) {
-    float *pairs = zeros(positions * dim);
+// Gives a model a rotary table. Returns the pairs of the first positions: dims 2 i and 2 i + 1 turn together.
+static inline float *give_rotary(offramp_model *model, int64_t table, int64_t positions, int64_t dim,
+                                 double base) {
+    float *pairs = zeros(positions * dim), *frequencies = zeros(dim / 2);
+    for (int64_t i = 0; i < dim / 2; i++) frequencies[i] = (float)pow(base, -2.0 * i / dim);
     for (int64_t t = 0; t < positions; t++)
-        for (int64_t p = 0; p < dim; p += 2) {
-            const double angle = t * pow(base, -(double)p / dim);
-            pairs[t * dim + p] = (float)cos(angle), pairs[t * dim + p + 1] = (float)sin(angle);
+        for (int64_t i = 0; i < dim / 2; i++) {
+            const double angle = (float)t * frequencies[i];
+            pairs[t * dim + 2 * i] = (float)cos(angle), pairs[t * dim + 2 * i + 1] = (float)sin(angle);
         }
+    WORKS(offramp_model_rotary(model, table, frequencies, dim / 2, 1, &said));
     return pairs;
 }
 
@@ -235,10 +238,8 @@ static inline Tiny tiny(Shape shape) {
         offramp_part_free(attentions[i]), offramp_part_free(mixers[i]), offramp_part_free(mlps[i]);
     offramp_part_free(ends);
     if (shape.positions && strpbrk(shape.blocks, "abs")) {
-        for (int64_t table = 1; table <= 1 + shape.peculiar; table++) {
-            t.rotary = rotary_pairs(shape.positions, shape.dim, table == 1 ? 100 : 1000);
-            WORKS(offramp_model_rotary(t.model, table, t.rotary, shape.positions, shape.dim, &said));
-        }
+        if (shape.peculiar) give_rotary(t.model, 2, shape.positions, shape.dim, 1000);
+        t.rotary = give_rotary(t.model, 1, shape.positions, shape.dim, 100);
     }
     return t;
 }

@@ -308,20 +308,17 @@ static void wrong_calls_are_refused(void) {
     offramp_model_free(t.model), offramp_model_free(other.model);
 }
 
-// Where attention knows positions, no text goes beyond the rotary pairs.
-static void texts_end_with_their_positions(void) {
+// Attention that knows positions needs its table, which has no more frequencies than heads have pairs of dims.
+static void positions_need_their_table(void) {
     Shape shape = SMALL;
-    shape.blocks = "a", shape.positions = 10;
+    shape.blocks = "a", shape.positions = 1;
     const Tiny t = tiny(shape);
     offramp_session *s = session_of(&t, OFFRAMP_FLOAT32);
-    float h[32 * 3] = {0};
-    run_randoms(&t, s, 8);
-    REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 8, 3}, 1, h, &said));
-    REFUSED(offramp_model_rotary(t.model, 1, t.rotary, 10, 16, &said));
-    const float *longer = rotary_pairs(20, 8, 100);
-    WORKS(offramp_model_rotary(t.model, 1, longer, 20, 8, &said));
-    run_randoms(&t, s, 12);
-    REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 20, 1}, 1, h, &said));
+    float h[32] = {0}, wide[16] = {0};
+    REFUSED(offramp_model_rotary(t.model, 1, wide, shape.dim / 2 + 1, 1, &said));
+    REFUSED(offramp_model_rotary(t.model, 3, wide, 1, 1, &said));
+    run_randoms(&t, s, 300);
+    REFUSED(offramp_run(t.model, 0, 1, &(offramp_rows){s, 300, INT32_MAX}, 1, h, &said));
     offramp_session_free(s);
     offramp_model_free(t.model);
 }
@@ -339,6 +336,6 @@ int main(void) {
     watches_go_back();
     memory_is_as_said();
     wrong_calls_are_refused();
-    texts_end_with_their_positions();
+    positions_need_their_table();
     return 0;
 }

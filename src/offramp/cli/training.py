@@ -114,16 +114,30 @@ def calibrate(
 
 def export(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the repository.", show_default=False)],
     *,
-    decoding: Annotated[DecodingOptions, Only("exits")],
-    mode: Annotated[
-        str | None,
-        typer.Option(help="Mode of calls that name none (default: exact where drafts should pay, else full)."),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for a repository for transformers.", show_default=False)
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the files of the program without Python, offramp-run.", show_default=False),
+    ] = None,
+    decoding: Annotated[DecodingOptions, Only("exits")],
 ) -> None:
-    """Write exits as a repository for transformers: model.generate(..., custom_generate="org/name")."""
-    from offramp.decode.modes import settled
+    """Write exits for transformers, model.generate(..., custom_generate="org/name"), or for offramp-run."""
+    if (output is None) == (gguf is None):
+        raise BadInput("Name one folder: -o for transformers, or --gguf for the program without Python.", "--gguf DIR")
+    if gguf is not None:
+        from offramp.decode.native import EXITS, MODEL, write
+
+        modes = write(decoding.load(model), gguf)
+        print(f"{gguf}: {MODEL}, and {EXITS} with the modes {', '.join(modes)}.")
+        print(f'Then: offramp-run {gguf / MODEL} "Why is the sky blue?" --exits {gguf / EXITS}')
+    if output is not None:
+        _export_for_transformers(model, output, decoding.exits)
+
+
+def _export_for_transformers(model: str, output: Path, named: str | None) -> None:
     from offramp.exits.exit_set import ExitSet, no_exits
     from offramp.exits.sharing import export as export_exits
     from offramp.model.loading import outline
@@ -131,11 +145,9 @@ def export(
     backbone = outline(model)
     with warnings.catch_warnings():  # an outline runs in no weight format that could differ from the exits'
         warnings.simplefilter("ignore")
-        exits = ExitSet.find(decoding.exits, backbone)
+        exits = ExitSet.find(named, backbone)
     if not exits:
         raise no_exits(backbone)
-    if mode is not None:
-        settled(mode, exits, backbone)  # raises for a mode that these exits do not serve
-    export_exits(exits, output, backbone, mode)
-    print(f"{output}: exits of {backbone.name}{f', mode {mode}' if mode else ''}.")
+    export_exits(exits, output, backbone)
+    print(f"{output}: exits of {backbone.name}.")
     print(f"To share it: hf upload org/name {output}")

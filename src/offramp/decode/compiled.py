@@ -42,6 +42,7 @@ class CompiledStepper:
 
     def __init__(self, plan: Plan, compiled: CompiledPlan, keeps_deep: bool) -> None:
         self._plan, self._compiled, self._keeps_deep = plan, compiled, keeps_deep
+        self.rules = compiled.rules
         self._burst = max(1, min(MOST_ROUNDS, BURST_FLOPS // plan.costs.full(1)))
         self._lanes: WeakKeyDictionary[Request, Lane] = WeakKeyDictionary()
 

@@ -5,19 +5,22 @@ A folder holds the exits that decide. Its subfolder `draft` holds the exit that 
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.errors import BadInput, ExitsMismatch
+from offramp.errors import BadInput, CorruptFile, ExitsMismatch, reason_of
 from offramp.exits.exits import Exits
-from offramp.exits.format import RECORD, Owner, Record
+from offramp.exits.format import RECORD, WEIGHTS, Owner, Record
 from offramp.exits.sharing import fetched, on_the_hub, push
 from offramp.files import INSTALL_MODELS, MODELS_PACKAGE, shipped
 from offramp.model.backbone import Backbone, HasBackbone, backbone_of
+from offramp.model.headers import read_gguf, rows_of
 from offramp.model.hub import ALIASES
 
 DRAFT = "draft"  # the subfolder for the exit that drafts
+FILES = "files/"  # what the names of these files begin with in a GGUF file
 # Packages that hold the exits of one model, by its blocks, dims, and tokens of the vocabulary.
 PACKAGES_OF_MODELS = {(24, 896, 151_936): ("offramp-qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct")}
 
@@ -43,7 +46,7 @@ class ExitSet:
         neither folder nor repository.
         """
         folder, backbone = fetched(str(name), (".", DRAFT)) if on_the_hub(name) else Path(name), backbone_of(model)
-        found = cls._read(folder, backbone)
+        found = cls._unpacked(folder, backbone) if folder.suffix == ".gguf" else cls._read(folder, backbone)
         foreign = [each for each in (found.early, found.draft) if each and not each.owner.owns_weights_of(backbone)]
         if foreign:
             early = (
@@ -82,6 +85,21 @@ class ExitSet:
             if backbone.prompts.vocabulary and owner.fits(backbone):
                 return cls.load(path, backbone)
         return cls()
+
+    @classmethod
+    def _unpacked(cls, file: Path, backbone: Backbone) -> ExitSet:
+        """The exits in a file that `offramp export --gguf` wrote."""
+        try:
+            _, places = read_gguf(file)
+            with tempfile.TemporaryDirectory() as temporary:
+                for inside in (Path(folder) / name for folder in (".", DRAFT) for name in (RECORD, WEIGHTS)):
+                    if place := places.get(FILES + inside.as_posix()):
+                        to = Path(temporary) / inside
+                        to.parent.mkdir(exist_ok=True)
+                        to.write_bytes(place.read(0, rows_of(place.shape)).numpy().tobytes())
+                return cls._read(Path(temporary), backbone)
+        except (OSError, ValueError) as error:
+            raise CorruptFile(f"{file} is damaged: {reason_of(error)}", "Make it again: offramp export --gguf") from error
 
     @classmethod
     def _read(cls, folder: Path, backbone: Backbone) -> ExitSet:

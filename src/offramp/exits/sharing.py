@@ -68,11 +68,10 @@ def push(exits: Any, repository: str, private: bool = False, licence: str = "") 
             ) from error
 
 
-def export(exits: Any, folder: Path, backbone: Backbone, mode: str | None = None) -> None:
+def export(exits: Any, folder: Path, backbone: Backbone) -> None:
     """Write the files that `push` uploads, and the code for transformers: `model.generate(…, custom_generate=folder)`.
 
-    `mode`: the one for calls that name none. Files of the same names are replaced, as in `save`. Raises `BadInput` for the
-    model's own folder.
+    Files of the same names are replaced, as in `save`. Raises `BadInput` for the model's own folder.
     """
     if backbone.source.path and folder.resolve() == Path(backbone.source.path).resolve():
         raise BadInput(f"{folder} holds the model itself, and its {CARD} would be overwritten.", "Name another folder.")
@@ -82,7 +81,7 @@ def export(exits: Any, folder: Path, backbone: Backbone, mode: str | None = None
     code = folder / "custom_generate"
     write_atomically(folder / CARD, card(exits.early, exits.draft, SOME_NAME, code=True).encode())
     write_atomically(code / "requirements.txt", _filled("requirements.txt.jinja", least=__version__, below=below).encode())
-    write_atomically(code / "generate.py", _filled("generate.py.jinja", mode=repr(mode).replace("'", '"')).encode())
+    write_atomically(code / "generate.py", _filled("generate.py.jinja").encode())
 
 
 def card(early: Exits | None, draft: Exits | None, repository: str, licence: str = "", code: bool = False) -> str:

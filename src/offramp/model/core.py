@@ -10,9 +10,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import sys
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 from offramp.errors import OfframpError
 from offramp.machine import processor_words
@@ -52,6 +54,22 @@ def variant() -> str:
     """The name of the library in use, and of the C code it was made from; "" where there is none."""
     loaded = library()
     return f"{loaded.offramp_variant().decode()} {loaded.offramp_sources().decode()}" if loaded else ""
+
+
+def program() -> Path:
+    """The program without Python, offramp-run, for this processor. Raises `OfframpError` where none is installed."""
+    file = LIBRARIES / f"offramp-run-{os.environ.get('OFFRAMP_CORE') or best()}"
+    if not file.is_file():
+        raise OfframpError("The program offramp-run is not installed.", "Install gcc or clang, and then offramp again.")
+    return file
+
+
+def run() -> NoReturn:
+    """Become `program`, with this process's arguments."""
+    try:
+        os.execv(program(), ["offramp-run", *sys.argv[1:]])
+    except OfframpError as error:
+        sys.exit(f"offramp-run: {error}\n{error.hint}")
 
 
 def installed() -> list[str]:

@@ -218,33 +218,28 @@ class Block:
 
 
 class RotaryTable:
-    """Makes the rotary pairs of each position: cos and sin side by side, 1 and 0 for dims that do not turn.
+    """How far the dims of queries and keys turn at each position (RoPE, arXiv 2104.09864).
 
-    `number`: that of the table, from 1 on; `dim`: of a head, of which `turned` turn; `kind`: of the blocks that it is for,
-    if there are several. Raises `ValueError` for rotary positions that change with the text's length.
+    `number`: that of the table, from 1 on; `kind`: of the blocks that it is for, if there are several. Pair i of a head's
+    `turned` dims turns by the position times frequency i of `frequencies`, and is multiplied by `factor`. Raises
+    `ValueError` for rotary positions that change with the text's length.
     """
 
-    def __init__(self, rotary: nn.Module, number: int, dim: int, kind: str = "") -> None:
+    def __init__(self, rotary: nn.Module, number: int, kind: str = "") -> None:
         types: Any = getattr(rotary, "rope_type", "default")
-        used = types[kind] if kind else types
+        used, prefix = types[kind] if kind else types, f"{kind}_" if kind else ""
         if used not in ROPE_TYPES:
             raise ValueError(f"rotary positions of the kind '{used}' change with the text's length")
-        self._rotary, self.number, self._dim, self._kind = rotary, number, dim, kind
-        self.turned = 2 * int(getattr(rotary, f"{kind}_inv_freq" if kind else "inv_freq").numel())
-
-    def pairs(self, length: int) -> Tensor:
-        """The pairs of the first positions, (length, P)."""
-        arguments = (torch.empty(0, dtype=torch.float32), torch.arange(length)[None])
-        cos, sin = self._rotary(*arguments, self._kind) if self._kind else self._rotary(*arguments)
-        pairs = torch.stack([cos[0], sin[0]], dim=-1)[:, : cos.shape[-1] // 2]
-        rest = torch.tensor([1.0, 0.0], dtype=torch.float32).expand(length, self._dim // 2 - pairs.shape[1], 2)
-        return torch.cat([pairs, rest], dim=1).flatten(1)
+        self.number = number
+        self.frequencies: Tensor = getattr(rotary, f"{prefix}inv_freq").float().contiguous()
+        self.factor = float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+        self.turned = 2 * len(self.frequencies)
 
 
 def rotary_tables(modules: Modules, family: Family) -> dict[str, RotaryTable]:
-    """The tables of rotary pairs, by the kind of block that they are for; of all blocks with attention: ""."""
+    """The rotary tables, by the kind of block that they are for; of all blocks with attention: ""."""
     attends = [attention for attention in modules.attention if attention is not None]
     if modules.rotary is None or not attends:
         return {}
     kinds = sorted(set(modules.layer_types)) if family.rotary_per_kind else [""]
-    return {kind: RotaryTable(modules.rotary, number, attends[0].head_dim, kind) for number, kind in enumerate(kinds, 1)}
+    return {kind: RotaryTable(modules.rotary, number, kind) for number, kind in enumerate(kinds, 1)}

@@ -174,7 +174,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "offramp_model_free": (None, [_MODEL]),
     "offramp_model_fits": (c_int, [_MODEL, _PART, _ERROR]),
     "offramp_model_threads": (c_int, [_MODEL, c_int64, _ERROR]),
-    "offramp_model_rotary": (c_int, [_MODEL, c_int64, c_void_p, c_int64, c_int64, _ERROR]),
+    "offramp_model_rotary": (c_int, [_MODEL, c_int64, c_void_p, c_int64, c_double, _ERROR]),
     "offramp_pack": (c_int, [c_int64, c_void_p, c_int64, c_int64, c_void_p, _ERROR]),
     "offramp_pick": (c_int, [POINTER(CWeight), c_void_p, c_int64, c_void_p, _ERROR]),
     "offramp_values": (c_int, [POINTER(CWeight), c_void_p, c_int64, c_void_p, _ERROR]),
@@ -356,21 +356,14 @@ class Model(Owned):
     def __init__(self, ends: CompiledPart, blocks: Sequence[Sequence[CompiledPart | None]]) -> None:
         """Each of `blocks`: attention, a mixer and an MLP, or None. Raises `ValueError` for shapes that do not fit."""
         self._alive = ends, blocks
-        self._threads, self._pairs = 1, list[Tensor]()
+        self._threads = 1
         parts = [pointers([block[place] for block in blocks]) for place in range(3)]
         made = call("offramp_model_new", ends.pointer, *parts, len(blocks))
         super().__init__(made, "offramp_model_free")
 
-    @property
-    def positions(self) -> int:
-        """How many positions it has rotary pairs for."""
-        return len(self._pairs[0]) if self._pairs else 0
-
-    def rotary(self, tables: list[Tensor]) -> None:
-        """Give it its tables of rotary pairs, each (positions, P)."""
-        for number, pairs in enumerate(tables, start=1):
-            call("offramp_model_rotary", self.pointer, number, pairs.data_ptr(), *pairs.shape)
-        self._pairs = tables
+    def rotary(self, table: int, frequencies: Tensor, factor: float) -> None:
+        """Give it a rotary table: the frequencies (n,) in float32 of pairs of dims, and the factor of cos and sin."""
+        call("offramp_model_rotary", self.pointer, table, frequencies.data_ptr(), len(frequencies), factor)
 
     def call(self, name: str, *arguments: Any) -> None:
         """Call a function of the library with this model."""

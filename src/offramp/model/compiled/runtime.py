@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from ctypes import byref, c_int64
@@ -77,8 +76,7 @@ class Compiled:
 
         Raises `ValueError` for a model that the compiled code does not fit, or whose weights do not fit the format.
         """
-        self._rotary = rotary_tables(modules, family)
-        self._growing = threading.Lock()  # of the rotary pairs
+        self.tables = rotary_tables(modules, family)
         self._modules, self._family, self._scales = modules, family, family.scales(config)
         self.weight_format, self._store, self._values = weight_format, store, values
         self._inputs, self._moments = inputs, moments
@@ -93,10 +91,10 @@ class Compiled:
             scale=self._embedding_scale, logit_scale=self._scales.logits, cap=self._scales.cap or 0.0,
         )  # fmt: skip
         self.blocks = [
-            self._part(str(i), partial(_block, self._ends, modules, i, family, self._rotary))
+            self._part(str(i), partial(_block, self._ends, modules, i, family, self.tables))
             for i in range(len(modules.blocks))
         ]
-        self._model = Model(self._ends, [block.parts for block in self.blocks])
+        self._model = self._made(self._ends, [block.parts for block in self.blocks])
         store.finish()
         # As x · w · √D / √(Σ x² + D · eps): fewer operators.
         self._scaled = self._norm * math.sqrt(len(self._norm))
@@ -119,6 +117,13 @@ class Compiled:
         built, changed = self._store.part(name, with_maker)
         self.changed += changed
         return built
+
+    def _made(self, ends: CompiledPart, blocks: Sequence[Sequence[CompiledPart | None]]) -> Model:
+        """The model of these parts, with its rotary tables."""
+        model = Model(ends, blocks)
+        for table in self.tables.values():
+            model.rotary(table.number, table.frequencies, table.factor)
+        return model
 
     def _make_ends(self, make: Maker) -> tuple[Tensor, float, Weight, Weight]:
         """Final norm, head and embedding. A head that is the embedding is kept once, unless it becomes integers."""
@@ -179,7 +184,7 @@ class Compiled:
 
     def plan(self, rules: Rules) -> CompiledPlan:
         """A plan for this model. Raises `ValueError` for rules that do not fit it."""
-        return CompiledPlan(self._model, rules, self._reach)
+        return CompiledPlan(self._model, rules)
 
     def choose(self, settings: Settings, ids: Sequence[int], logits: Tensor, allowed: np.ndarray | None = None) -> int:
         """Choose a token by logits (V,), after all ids before.
@@ -197,16 +202,9 @@ class Compiled:
         self._model.call("offramp_choose", how, given, len(ids), mask, y.data_ptr(), byref(chosen))
         return chosen.value
 
-    def _reach(self, end: int) -> None:
-        """Let the library know the rotary pairs of the positions before `end`."""
-        with self._growing:
-            if self._rotary and end > self._model.positions:
-                self._model.rotary([table.pairs(max(256, 2 * end)) for table in self._rotary.values()])
-
     def _call(self, name: str, rows: Tensor, start: int, stop: int, parts: Sequence[BlockInput], *what: int) -> None:
         """Call a function of the library with the rows (R, D) of all parts, one part after another."""
         check_rows(rows, self._norm.numel())
-        self._reach(max(step.first + step.tokens for _, _, step in parts))
         texts = [text for _, state, step in parts for text in _session(state).rows(step.batch, step.first, step.tokens)]
         given = (CRows * len(texts))(*texts)
         self._model.call(name, start, stop, given, len(texts), *what, rows.data_ptr())
@@ -313,7 +311,7 @@ class Compiled:
         """`Runtime.exact`: all rows are fine, and keys and values float32."""
         kept = self._model, self.kept_dtype
         blocks = [[part and part.exact() for part in block.parts] for block in self.blocks]
-        self._model = Model(self._ends.exact(), blocks)
+        self._model = self._made(self._ends.exact(), blocks)
         self.kept_dtype = torch.float32
         try:
             yield

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import addressof, byref, c_double, c_int64, c_void_p
 from dataclasses import dataclass
 
@@ -129,15 +129,15 @@ class Lane:
 class CompiledPlan(Owned):
     """`offramp_plan`: a model with its rules."""
 
-    def __init__(self, model: Model, rules: Rules, reach: Callable[[int], None]) -> None:
-        """`reach` lets the model know the positions before a number. Raises `ValueError` for rules that do not fit."""
-        self._model, self._reach, self._alive = model, reach, rules
+    def __init__(self, model: Model, rules: Rules) -> None:
+        """Raises `ValueError` for rules that do not fit the model."""
+        self._model, self.rules = model, rules  # they hold the parts
         exits = (CExit * len(rules.exits))(*map(_exit, rules.exits))
         costs = (CBlockCosts * len(rules.costs))(*(CBlockCosts(*each) for each in rules.costs))
         parts = (part and part.pointer for part in (rules.sketch, rules.exit_sketch, rules.shortlist, rules.guesses))
         names = (rules.fill, rules.confidence, rules.key)
         given = CRules(
-            addressof(exits), len(exits), *map(_number, names), rules.middle, rules.pending, rules.alike, rules.decay,
+            addressof(exits), len(exits), *map(number_of, names), rules.middle, rules.pending, rules.alike, rules.decay,
             rules.token_regret, rules.mean_regret,
             *parts, addressof(costs), rules.head_flops, rules.exit_head_flops, tuple(rules.row_costs),
             tuple(rules.accepted),
@@ -148,7 +148,6 @@ class CompiledPlan(Owned):
         """Step requests, in `rounds` passes to the top at most. Returns the seconds spent on each of `PARTS`."""
         requests = (c_void_p * len(lanes))(*(addressof(lane.set_out()) for lane in lanes))
         seconds = (c_double * len(PARTS))()
-        self._reach(max(lane.given.run + max(lane.given.reads, rounds * (MOST_DRAFTS + 1)) for lane in lanes))
         self._model.use_threads()
         call("offramp_step", self.pointer, addressof(requests), len(lanes), rounds, addressof(seconds))
         return list(seconds)
@@ -156,10 +155,11 @@ class CompiledPlan(Owned):
 
 def known(name: str) -> bool:
     """Whether the library knows a fill or a confidence of this name."""
-    return _number(name) >= 0
+    return number_of(name) >= 0
 
 
-def _number(name: str) -> int:
+def number_of(name: str) -> int:
+    """The library's number of a fill or a confidence; -1 for an unknown one."""
     return constant(f"OFFRAMP_{name.upper().replace('-', '_')}")
 
 

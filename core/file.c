@@ -71,10 +71,23 @@ static offramp_status read_file(offramp_file *file, const char *path, offramp_er
     return status;
 }
 
-offramp_file *offramp_file_new(const char *path, offramp_error *error) {
+// Says what a model's file does not.
+static void say_what_is_missing(const offramp_file *file, offramp_log log, void *context) {
+    if (!entry_of(&file->gguf, "offramp.fingerprint"))
+        log(context,
+            "offramp's export did not write this file: exits are not checked for it, and no product is "
+            "coarse.");
+    if (!file->chat.known)
+        log(context, "The file's chat template is not known, so prompts are read as they are.");
+}
+
+offramp_file *offramp_file_new(const char *path, offramp_log log, void *context, offramp_error *error) {
     offramp_file *file = calloc(1, sizeof *file);
     if (!file) return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a file."), NULL;
-    if (!read_file(file, path, error)) return file;
+    if (!read_file(file, path, error)) {
+        if (log && file->model) say_what_is_missing(file, log, context);
+        return file;
+    }
     offramp_file_free(file);
     return NULL;
 }

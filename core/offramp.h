@@ -278,6 +278,14 @@ OFFRAMP_API void offramp_session_free(offramp_session *session);
 // A copy of a session, which goes on independently. It has no more room than its tokens need.
 OFFRAMP_API offramp_session *offramp_session_fork(const offramp_session *session, offramp_error *error);
 
+// A session as bytes, for the same model on the same kind of machine: returns how many there are, of which
+// `room` are written; -1 during a watch, or while tokens wait at exits (settle, or read the text anew). What
+// drafts taught the session, and memories of Mamba gates, are left out: a plan with such gates needs a session
+// that it has stepped from the first token on. `load` checks that the bytes are such, but not their numbers.
+OFFRAMP_API int64_t offramp_session_save(const offramp_session *session, void *bytes, int64_t room);
+OFFRAMP_API offramp_session *offramp_session_load(offramp_model *model, offramp_type keys, const void *bytes,
+                                                  int64_t count, offramp_error *error);
+
 // Gives the memory room for so many tokens when it next grows.
 OFFRAMP_API void offramp_session_reserve(offramp_session *session, int64_t tokens);
 
@@ -478,7 +486,7 @@ typedef struct {
 
 // Steps the requests, which must have different sessions: each reads, or decides at least one token, in up to
 // `rounds` passes to the top. They share the passes over the weights. The tokens of one do not depend on the
-// others. `seconds` (4, or NULL): spent on blocks, exits, the top, and between.
+// others. To cancel a request, do not step it again. `seconds` (4, or NULL): spent on blocks, exits, the top, and between.
 OFFRAMP_API offramp_status offramp_step(offramp_plan *plan, offramp_request *const *requests, int64_t count,
                                         int64_t rounds, double *seconds, offramp_error *error);
 
@@ -488,9 +496,14 @@ OFFRAMP_API offramp_status offramp_step(offramp_plan *plan, offramp_request *con
 // them. Of models, the architectures llama, qwen2 and qwen3 are read, in the file's own precision.
 typedef struct offramp_file offramp_file;
 
+// Takes a sentence about a file that a user may want to know.
+typedef void (*offramp_log)(void *context, const char *sentence);
+
 // Opens a file, and makes what it describes. It stays mapped until it is freed, after its sessions and plans.
-// Several threads may use it.
-OFFRAMP_API offramp_file *offramp_file_new(const char *path, offramp_error *error);
+// Several threads may use it. `log` (or NULL) is called before the function returns, with what the file does
+// not say.
+OFFRAMP_API offramp_file *offramp_file_new(const char *path, offramp_log log, void *context,
+                                           offramp_error *error);
 OFFRAMP_API void offramp_file_free(offramp_file *file);
 
 // The model, which is freed with the file (NULL for exits); how many tokens a text may have; and the tokens

@@ -20,12 +20,18 @@ enum { FETCHED = BITS == 8 && PARTS == 2 ? 1 : 2 };
 // What is subtracted from weights, where no minimum is kept.
 enum { CENTRE = BITS == 8 || IN_CODES ? OFFSET : 1 << (BITS - 1) };
 
-// Places for __builtin_shuffle: the same in all lanes of 128 bits.
+// Lanes of two vectors: those with these numbers, the same in all lanes of 128 bits. gcc has clang's builtin
+// from version 12 on.
 #if WIDE
-#define IN_LANES(a, b, c, d) \
-    (vi){a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12}
+#define EACH(a, b, c, d) \
+    a, b, c, d, a + 4, b + 4, c + 4, d + 4, a + 8, b + 8, c + 8, d + 8, a + 12, b + 12, c + 12, d + 12
 #else
-#define IN_LANES(a, b, c, d) (vi){a, b, c, d, a + 4, b + 4, c + 4, d + 4}
+#define EACH(a, b, c, d) a, b, c, d, a + 4, b + 4, c + 4, d + 4
+#endif
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLED(x, y, ...) __builtin_shufflevector(x, y, EACH(__VA_ARGS__))
+#else
+#define SHUFFLED(x, y, ...) __builtin_shuffle(x, y, (vi){EACH(__VA_ARGS__)})
 #endif
 
 // 16 bytes from each of several places, `far` bytes apart, in lanes of 128 bits.
@@ -65,15 +71,17 @@ ALWAYS vb weights_of(const uint8_t *block, int part, int v) {
 // Four vectors as `weights_of` gives them, of entries of 8 bits: of a part of the rows, the 16 columns that
 // begin at `from`.
 ALWAYS void turned(const uint8_t *from, int part, vb *w) {
-    const vi low = IN_LANES(0, LANES, 1, LANES + 1), high = IN_LANES(2, LANES + 2, 3, LANES + 3);
-    const vi even = IN_LANES(0, 1, LANES, LANES + 1), odd = IN_LANES(2, 3, LANES + 2, LANES + 3);
     vi v[4], u[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) v[i] = lanes_of(from + (part * LANES + i) * LONG, 4 * LONG);
-    u[0] = __builtin_shuffle(v[0], v[1], low), u[1] = __builtin_shuffle(v[2], v[3], low);
-    u[2] = __builtin_shuffle(v[0], v[1], high), u[3] = __builtin_shuffle(v[2], v[3], high);
-    w[0] = (vb)__builtin_shuffle(u[0], u[1], even), w[1] = (vb)__builtin_shuffle(u[0], u[1], odd);
-    w[2] = (vb)__builtin_shuffle(u[2], u[3], even), w[3] = (vb)__builtin_shuffle(u[2], u[3], odd);
+    for (int i = 0; i < 2; i++) {
+        u[i] = SHUFFLED(v[2 * i], v[2 * i + 1], 0, LANES, 1, LANES + 1);
+        u[i + 2] = SHUFFLED(v[2 * i], v[2 * i + 1], 2, LANES + 2, 3, LANES + 3);
+    }
+    for (int i = 0; i < 4; i += 2) {
+        w[i] = (vb)SHUFFLED(u[i], u[i + 1], 0, 1, LANES, LANES + 1);
+        w[i + 1] = (vb)SHUFFLED(u[i], u[i + 1], 2, 3, LANES + 2, LANES + 3);
+    }
 }
 
 // Adds the products of weights with the same four numbers of a row in all lanes.

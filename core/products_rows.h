@@ -82,10 +82,16 @@ ALWAYS void store_sums(const Tile *c, const Out *out, int t, int64_t n, int64_t 
     }
 }
 
+#ifdef __clang__
+#define ONE_COPY __attribute__((noinline))
+#else
+#define ONE_COPY __attribute__((noinline, noclone))
+#endif
+
 // The same for T rows, whose sums are EIGHT apart. It is one function, since a copy in each place makes the
 // library half as large again.
-static __attribute__((noinline, noclone)) void store_rows(const Tile *c, const Out *out, int T, int64_t n,
-                                                          int64_t count, const float *sums) {
+static ONE_COPY void store_rows(const Tile *c, const Out *out, int T, int64_t n, int64_t count,
+                                const float *sums) {
     for (int t = 0; t < T; t++) store_sums(c, out, t, n, count, sums + t * EIGHT);
 }
 

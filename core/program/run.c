@@ -155,21 +155,23 @@ static void free_talk(Talk *talk) {
     *talk = (Talk){0};
 }
 
-// The ids of a talk, or of its only message as it is. NULL, with a sentence, if there are none.
-static int64_t *ids_of(const Settings *s, const Talk *talk, int raw, int64_t *count, offramp_error *error) {
-    const char *said = talk->messages[0].text;
-    const int64_t length =
-        raw ? (int64_t)strlen(said) : offramp_chat(s->model, talk->messages, talk->count, NULL, 0);
-    if (length < 0) {
-        snprintf(
-            error->message, sizeof error->message,
-            "This file's chat template is not known: give --raw, or make the file by offramp export --gguf.");
-        return NULL;
+// A talk's text by the model's chat template, or its messages in lines. NULL if there is no memory.
+static char *text_of(const Settings *s, const Talk *talk, int raw, int64_t *length) {
+    *length = raw ? -1 : offramp_chat(s->model, talk->messages, talk->count, NULL, 0);
+    for (int64_t i = 0; raw && i < talk->count; i++) *length += 1 + (int64_t)strlen(talk->messages[i].text);
+    char *text = malloc(*length + 2), *to = text;
+    if (text && !raw) offramp_chat(s->model, talk->messages, talk->count, text, *length);
+    for (int64_t i = 0; raw && text && i < talk->count; i++) {
+        const size_t own = strlen(talk->messages[i].text);
+        memcpy(to, talk->messages[i].text, own), to += own, *to++ = '\n';
     }
-    char *text = malloc(length + 1);
-    int64_t *ids = NULL;
-    if (text && raw) memcpy(text, said, length);
-    if (text && !raw) offramp_chat(s->model, talk->messages, talk->count, text, length);
+    return text;
+}
+
+// The ids of a talk. NULL, with a sentence, if there are none.
+static int64_t *ids_of(const Settings *s, const Talk *talk, int raw, int64_t *count, offramp_error *error) {
+    int64_t length, *ids = NULL;
+    char *text = text_of(s, talk, raw, &length);
     *count = text ? offramp_tokenise(s->model, text, length, raw, NULL, 0) : -1;
     if (*count >= 0) ids = malloc((*count + 1) * sizeof *ids);
     if (ids) offramp_tokenise(s->model, text, length, raw, ids, *count);
@@ -177,8 +179,8 @@ static int64_t *ids_of(const Settings *s, const Talk *talk, int raw, int64_t *co
     if (!ids) snprintf(error->message, sizeof error->message, "There is no memory for the prompt.");
     if (ids && (*count < 1 || *count >= offramp_file_context(s->model))) {
         snprintf(error->message, sizeof error->message,
-                 "The prompt is %lld tokens long; the model holds 1 to %lld.", (long long)*count,
-                 (long long)offramp_file_context(s->model) - 1);
+                 "The prompt is %lld tokens long; the model holds %lld with its answer.", (long long)*count,
+                 (long long)offramp_file_context(s->model));
         free(ids);
         return NULL;
     }
@@ -266,13 +268,18 @@ static int64_t number_of_mode(const offramp_file *exits, const char *mode) {
     return -1;
 }
 
-static int run(const Options *o, Settings *s, offramp_file **files) {
+static void note(void *context, const char *sentence) {
+    (void)context;
+    fprintf(stderr, "offramp-run: note: %s\n", sentence);
+}
+
+static int run(Options *o, Settings *s, offramp_file **files) {
     offramp_error error;
-    files[0] = offramp_file_new(o->model, &error);
+    files[0] = offramp_file_new(o->model, note, NULL, &error);
     if (files[0] && !offramp_file_model(files[0]))
         return complain(FAILED, "The first file holds exits, and no model.",
                         "Name the model first: --exits FILE");
-    if (files[0] && o->exits) files[1] = offramp_file_new(o->exits, &error);
+    if (files[0] && o->exits) files[1] = offramp_file_new(o->exits, note, NULL, &error);
     if (!files[0] || (o->exits && !files[1])) return complain(FAILED, error.message, "");
     s->model = files[0], s->exits = files[1];
     s->mode = o->mode ? o->mode : o->exits ? "exact" : "full";
@@ -283,6 +290,7 @@ static int run(const Options *o, Settings *s, offramp_file **files) {
     if (!strncmp(s->mode, "close", 5) && o->temperature > 0)
         return complain(WRONG, "The mode close takes the most probable tokens, and draws none.",
                         "Set the temperature to 0, or use the mode exact.");
+    o->raw |= offramp_chat(s->model, &(offramp_message){OFFRAMP_USER, ""}, 1, NULL, 0) < 0;
     if (o->prompt) return answer_prompt(s, o, o->prompt, (int64_t)strlen(o->prompt), 0);
     return answer_lines(s, o, isatty(STDIN_FILENO) && !o->json);
 }

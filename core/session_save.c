@@ -1,0 +1,80 @@
+// Sessions as bytes, for a program that goes on with a text after it has ended.
+
+#include <stdlib.h>
+
+#include "session.h"
+
+enum { EDITION = 1 };
+
+// Bytes go one way or the other: into memory that has `room`, or out of it. Without room, they are counted.
+typedef struct {
+    char *at;
+    int64_t used, room;
+    int loads, bad;
+} Passage;
+
+static void pass(Passage *p, void *memory, int64_t bytes) {
+    const int fits = bytes >= 0 && bytes <= p->room - p->used;
+    if (fits && p->loads) memcpy(memory, p->at + p->used, bytes);
+    if (fits && !p->loads) memcpy(p->at + p->used, memory, bytes);
+    p->bad |= p->loads && !fits;
+    p->used += bytes;
+}
+
+static void pass_number(Passage *p, int64_t *number) { pass(p, number, sizeof *number); }
+
+static void pass_keys(Passage *p, offramp_session *s, int64_t i) {
+    Keys *k = &s->blocks[i].keys;
+    const int64_t each = place_bytes(s, &s->model->blocks[i].attention);
+    pass_number(p, &k->base), pass_number(p, &k->length);
+    if (p->loads && !p->bad) {
+        const int64_t count = k->length - k->base, left = p->room - p->used;
+        p->bad = k->base < 0 || count < 0 || k->length > INT32_MAX || count > left / each;
+        k->capacity = p->bad ? 0 : count;
+        k->buffer = p->bad || !count ? NULL : malloc(count * each);
+        p->bad |= (count && !k->buffer) || (!p->bad && !can_crop_keys(s, i, k->length));
+    }
+    if (!p->bad) pass(p, k->buffer, k->buffer ? (k->length - k->base) * each : 0);
+}
+
+static void pass_mixed(Passage *p, const Mixer *shape, Mixed *m) {
+    pass_number(p, &m->length);
+    p->bad |= p->loads && (m->length < 0 || m->length > INT32_MAX);
+    pass(p, m->window, window_floats(shape) * (int64_t)sizeof(float));
+    pass(p, m->h, state_floats(shape) * (int64_t)sizeof(float));
+}
+
+static void pass_session(Passage *p, offramp_session *s) {
+    const int64_t own[] = {EDITION, s->model->count, s->model->hidden, s->half};
+    int64_t given[4];
+    memcpy(given, own, sizeof own);
+    for (int i = 0; i < 4; i++) pass_number(p, given + i);
+    p->bad |= memcmp(given, own, sizeof own) != 0;
+    for (int64_t i = 0; i < s->model->count && !p->bad; i++) {
+        const Block *b = s->model->blocks + i;
+        if (b->attends) pass_keys(p, s, i);
+        if (b->mixes && !p->bad) pass_mixed(p, &b->mixer, &s->blocks[i].mixed);
+    }
+    p->bad |= p->loads && p->used != p->room;
+}
+
+int64_t offramp_session_save(const offramp_session *session, void *bytes, int64_t room) {
+    for (int64_t i = 0; i < session->model->count; i++)
+        if (session->blocks[i].mixed.watched) return -1;
+    if (waiting(session)) return -1;
+    Passage p = {.at = bytes, .room = room};
+    pass_session(&p, (offramp_session *)session);  // which is only read
+    return p.used;
+}
+
+offramp_session *offramp_session_load(offramp_model *model, offramp_type keys, const void *bytes,
+                                      int64_t count, offramp_error *error) {
+    offramp_session *s = offramp_session_new(model, keys, 0, error);
+    if (!s) return NULL;
+    Passage p = {.at = (char *)bytes, .room = count, .loads = 1};
+    pass_session(&p, s);
+    if (!p.bad) return s;
+    fail(error, OFFRAMP_INVALID, "These bytes are no session of this model, or not all of one.");
+    offramp_session_free(s);
+    return NULL;
+}

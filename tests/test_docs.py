@@ -128,6 +128,18 @@ def check_llm(*arguments: str) -> None:
     assert OfframpModel.Options(**options).model_dump(exclude_unset=True).keys() == options.keys()
 
 
+def check_program(*arguments: str) -> None:
+    """offramp-run takes these options."""
+    source = (ROOT / "core/program/run.c").read_text()
+    for flag in (word for word in arguments if word.startswith("--")):
+        assert f'{{"{flag[2:]}", ' in source, flag
+
+
+def check_cc(*arguments: str) -> None:
+    """What the compiler is given is there."""
+    assert all([*ROOT.glob(word)] for word in arguments if word.endswith(".c"))
+
+
 def check_pip(verb: str, *packages: str) -> None:
     """Extras that are asked for must exist."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -146,6 +158,8 @@ USAGE = typer.BadParameter.__mro__[1]  # what the command line raises for any mi
 MISTAKES = (AssertionError, KeyError, OSError, ValueError, USAGE)
 CHECKS = {"offramp": parsed, "make": check_make, "python": check_python, "llm": check_llm, "sed": lambda *_: None}
 CHECKS |= {
+    "cc": check_cc,
+    "offramp-run": check_program,
     "hf": lambda *_: None,
     "ray": lambda *_: None,
     "torchrun": lambda *words: check([*words[words.index("--no-python") + 1 :]]),
@@ -229,6 +243,7 @@ def test_commands_exist_and_take_their_arguments(block: Block) -> None:
         "llm -m offramp/smollm3 Why?",
         "llm -m offramp/smollm2 -o mod exact Why?",
         "offrmp generate smollm2 Why?",
+        "offramp-run model.gguf Why? --exist exits.gguf",
         "pip install offramp[serv]",
         "uvx --from WHEEL offramp answer smollm2",
     ],

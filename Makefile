@@ -100,6 +100,9 @@ CODER := offramp-qwen2.5-coder-0.5b/offramp_qwen25_coder_05b/exits/qwen2.5-coder
 exits-coder: .venv/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/code_prompts.py --mbpp $(MBPP) --instructions $(INSTRUCTIONS)
 	$(BIN)/offramp train $(MODEL) -o $(CODER) --draft --own-prompts build/prompts/code-train.jsonl --epochs 1
+	$(BIN)/offramp train $(MODEL) -o $(CODER) --layers 8,12,16,20 --tails 4,3,3,2 --own-prompts build/prompts/code-train.jsonl \
+		--epochs 1 --gate-epochs 2
+	$(BIN)/offramp calibrate $(MODEL) --exits $(CODER) --prompts build/prompts/code-task.jsonl --loss task --run-code --max-tokens 256
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt

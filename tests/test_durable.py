@@ -98,7 +98,7 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_it_goes(tmp_path, dis
 
 def test_exits_and_an_export_are_on_the_disk(tmp_path, disk: Disk) -> None:
     exits = modest_exits("llama")
-    export(ExitSet(exits, exits), tmp_path / "made", tiny("llama"), "early")
+    export(ExitSet(exits, exits), tmp_path / "made", tiny("llama"))
     for name in (RECORD, WEIGHTS, f"draft/{RECORD}", f"draft/{WEIGHTS}", "README.md", "custom_generate/generate.py"):
         assert disk.holds(tmp_path / "made" / name)
 

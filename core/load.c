@@ -68,44 +68,64 @@ static void let_go(const Tensor *t) {
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
-// A matrix in the type that the file has it in; its rows are `order`[0], … if that is not NULL. 0 if it does
-// not fit, or if there is no memory.
-static int weight_of(Loading *l, const Tensor *t, const float *bias, const int64_t *order,
-                     offramp_weight *w) {
+// Matrices of one type as one weight, one above another, in the type that the file has them in. Rows of a
+// matrix are `orders`[0], … if that is not NULL. 0 if they do not fit, or if there is no memory.
+static int join(Loading *l, const Tensor *const *tensors, const float *const *biases,
+                const int64_t *const *orders, int count, offramp_weight *w) {
+    const Tensor *t = *tensors;
     if (!t || t->dims != 2 || t->type < 0 || t->type >= OFFRAMP_STACKED || t->type == OFFRAMP_INT8) return 0;
-    const int64_t rows = t->shape[1], columns = t->shape[0], row_bytes = t->bytes / rows;
+    const int64_t row_bytes = t->bytes / t->shape[1];
     const int packs = t->type >= OFFRAMP_Q4_0;
+    *w = (offramp_weight){.type = t->type, .columns = t->shape[0], .fine = packs};
     l->file->plain &= t->type == OFFRAMP_FLOAT32;
-    *w = (offramp_weight){
-        .type = t->type, .rows = rows, .columns = columns, .bias = bias, .values = t->values, .fine = packs};
-    if (!order && !packs) return 1;
-    uint8_t *turned = order ? malloc(t->bytes) : NULL;
-    for (int64_t r = 0; turned && r < rows; r++)
-        memcpy(turned + r * row_bytes, t->values + order[r] * row_bytes, row_bytes);
-    const uint8_t *from = order ? turned : t->values;
-    const int64_t bytes = packs ? offramp_packed_bytes(t->type, rows, columns) : t->bytes;
-    void *own = from && bytes > 0 ? keep(l->file, bytes) : NULL;
-    if (own && packs && offramp_pack(t->type, from, rows, columns, own, l->error)) own = NULL;
+    int copies = count > 1, has_bias = 0;
+    for (int i = 0; i < count; i++) {
+        if (tensors[i]->dims != 2 || tensors[i]->shape[0] != w->columns) return 0;
+        w->rows += tensors[i]->shape[1], copies |= orders[i] != NULL, has_bias |= biases[i] != NULL;
+    }
+    const int64_t bytes = packs ? offramp_packed_bytes(t->type, w->rows, w->columns) : w->rows * row_bytes;
+    uint8_t *from = copies ? malloc(w->rows * row_bytes) : (uint8_t *)t->values;
+    float *bias = has_bias ? keep(l->file, w->rows * (int64_t)sizeof *bias) : NULL;
+    for (int64_t i = 0, row = 0; i < count; i++)
+        for (int64_t r = 0; r < tensors[i]->shape[1]; r++, row++) {
+            const int64_t place = orders[i] ? orders[i][r] : r;
+            if (copies && from)
+                memcpy(from + row * row_bytes, tensors[i]->values + place * row_bytes, row_bytes);
+            if (bias) bias[row] = biases[i] ? biases[i][r] : 0;
+        }
+    void *own = from && (copies || packs) && bytes > 0 ? keep(l->file, bytes) : NULL;
+    if (own && packs && offramp_pack(t->type, from, w->rows, w->columns, own, l->error)) own = NULL;
     if (own && !packs) memcpy(own, from, bytes);
-    free(turned);
-    let_go(t);
-    w->values = own;
-    return own != NULL;
+    if (copies) free(from);
+    for (int i = 0; i < count && (copies || packs); i++) let_go(tensors[i]);
+    w->values = copies || packs ? own : t->values, w->bias = bias;
+    return w->values && (bias || !has_bias);
 }
 
-// Several matrices, one above another.
+static int weight_of(Loading *l, const Tensor *t, offramp_weight *w) {
+    return join(l, &t, (const float *const[]){NULL}, (const int64_t *const[]){NULL}, 1, w);
+}
+
+// Several matrices, one above another: a weight of each run of them that has one type, if it becomes panels.
+// Others stay where the file has them.
 static int stack_of(Loading *l, const Tensor *const *tensors, const float *const *biases,
                     const int64_t *const *orders, int count, offramp_weight *w) {
-    offramp_weight *pieces = keep(l->file, count * sizeof *pieces);
+    offramp_weight *pieces = keep(l->file, count * (int64_t)sizeof *pieces);
+    int64_t found = 0;
+    int mixed = 0;
     if (!pieces) return 0;
-    *w = (offramp_weight){.type = OFFRAMP_STACKED, .values = pieces, .pieces = count};
-    for (int i = 0; i < count; i++) {
-        if (!weight_of(l, tensors[i], biases ? biases[i] : NULL, orders ? orders[i] : NULL, pieces + i))
-            return 0;
-        w->rows += pieces[i].rows, w->columns = pieces[i].columns,
-                                   w->fine |= pieces[i].fine | (pieces[i].type != pieces->type);
-        if (pieces[i].columns != w->columns) return 0;
+    *w = (offramp_weight){.type = OFFRAMP_STACKED, .values = pieces};
+    for (int i = 0, next; i < count; i = next) {
+        if (!tensors[i]) return 0;
+        const int type = tensors[i]->type;
+        for (next = i + 1; next < count && type >= OFFRAMP_Q4_0 && tensors[next]; next++)
+            if (tensors[next]->type != type) break;
+        if (!join(l, tensors + i, biases + i, orders + i, next - i, pieces + found)) return 0;
+        w->rows += pieces[found].rows, w->columns = pieces[found].columns, mixed |= type != pieces->type;
+        if (pieces[found++].columns != pieces->columns) return 0;
     }
+    w->pieces = found, w->fine = mixed || pieces->fine;
+    if (found == 1) *w = *pieces;
     return 1;
 }
 
@@ -173,7 +193,7 @@ static offramp_part *attention_of(Loading *l) {
     offramp_part *part = keep_part(l->file, "attention", l->error);
     if (!part) return NULL;
     if (!stack_of(l, tensors, biases, orders, 3, &qkv) ||
-        !weight_of(l, of_block(l, "attn_output", "weight"), NULL, NULL, &o))
+        !weight_of(l, of_block(l, "attn_output", "weight"), &o))
         return missing(l, "attn_q, attn_k, attn_v and attn_output"), NULL;
     give_weight(l, part, "qkv", qkv), give_weight(l, part, "o", o);
     give_norm(l, part, "attn_norm"), give_head_norms(l, part);
@@ -187,8 +207,9 @@ static offramp_part *mlp_of(Loading *l) {
     offramp_weight gate_up, down;
     offramp_part *part = keep_part(l->file, "mlp", l->error);
     if (!part) return NULL;
-    if (!stack_of(l, tensors, NULL, NULL, 2, &gate_up) ||
-        !weight_of(l, of_block(l, "ffn_down", "weight"), NULL, NULL, &down))
+    if (!stack_of(l, tensors, (const float *const[]){NULL, NULL}, (const int64_t *const[]){NULL, NULL}, 2,
+                  &gate_up) ||
+        !weight_of(l, of_block(l, "ffn_down", "weight"), &down))
         return missing(l, "ffn_gate, ffn_up and ffn_down"), NULL;
     give_weight(l, part, "gate_up", gate_up), give_weight(l, part, "down", down);
     give_norm(l, part, "ffn_norm");
@@ -203,8 +224,8 @@ static offramp_part *ends_of(Loading *l) {
     offramp_weight own, read;
     offramp_part *part = keep_part(l->file, "ends", l->error);
     if (!part) return NULL;
-    if (!weight_of(l, embedding, NULL, NULL, &own) || (head && !weight_of(l, head, NULL, NULL, &read)) ||
-        own.columns != l->hidden || !vector_of(norm, l->hidden)) {
+    if (!weight_of(l, embedding, &own) || (head && !weight_of(l, head, &read)) || own.columns != l->hidden ||
+        !vector_of(norm, l->hidden)) {
         fail(l->error, OFFRAMP_INVALID,
              "The file has no embedding, head and final norm that fit each other.");
         return NULL;

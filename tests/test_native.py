@@ -17,6 +17,7 @@ from torch import equal
 
 import offramp
 from helpers import run_cli
+from models import compiled_only
 from offramp.errors import CorruptFile
 from offramp.exits.exit_set import ExitSet
 from offramp.model.chat import ROLES, chat_pieces, put_together
@@ -24,7 +25,7 @@ from offramp.model.checkpoint import gguf_of
 from offramp.model.compiled.library import call, library
 from offramp.model.core import program
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, compiled_only]
 
 TIMES = {"prefill_seconds", "decode_tokens_per_second"}
 PROMPTS = (

@@ -65,18 +65,19 @@ static offramp_status read_file(offramp_file *file, const char *path, offramp_er
     status = tokenizer_open(&file->tokenizer, &file->gguf, error);
     if (!status) status = load_model(file, error);
     if (!status) status = read_ends(file, error);
-    NEED(status || file->tokenizer.count <= file->model->vocabulary,
+    if (status) return status;
+    NEED(file->tokenizer.count <= file->model->vocabulary,
          "The file names more tokens than its embedding has.");
     read_chat(file);
-    return status;
+    return OFFRAMP_OK;
 }
 
 // Says what a model's file does not.
 static void say_what_is_missing(const offramp_file *file, offramp_log log, void *context) {
     if (!entry_of(&file->gguf, "offramp.fingerprint"))
         log(context,
-            "offramp's export did not write this file: exits are not checked for it, and no product is "
-            "coarse.");
+            "offramp's export did not write this file, so it does not say which exits fit it, nor which "
+            "products may be rounded to 8 bits.");
     if (!file->chat.known)
         log(context, "The file's chat template is not known, so prompts are read as they are.");
 }

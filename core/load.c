@@ -242,7 +242,7 @@ static offramp_status give_rotary(Loading *l) {
     const Entry *known = entry_of(l->gguf, "offramp.frequencies");
     const double base = real_of(key_of(l, "rope.freq_base"), 0, 10000);
     const int64_t count = known ? known->count : l->turned / 2;
-    NEED(known || (!entry_of(l->gguf, "llama.rope.scaling.type") && !tensor_of(l->gguf, "rope_freqs.weight")),
+    NEED(known || (!key_of(l, "rope.scaling.type") && !tensor_of(l->gguf, "rope_freqs.weight")),
          "The file scales its rotary positions: offramp export --gguf writes it as this program reads it.");
     NEED(count <= l->dim / 2, "The file's rotary positions do not fit its heads.");
     float *frequencies = keep(l->file, count * (int64_t)sizeof *frequencies + 1);

@@ -529,6 +529,10 @@ OFFRAMP_API int64_t offramp_file_count(const offramp_file *file, const char *key
 OFFRAMP_API offramp_plan *offramp_file_plan(const offramp_file *model, const offramp_file *exits,
                                             const char *mode, offramp_error *error);
 
+// The number of a mode in a file of exits, by which its keys are named ("offramp.mode.0.policy"); -1 if it has
+// no such mode.
+OFFRAMP_API int64_t offramp_file_mode(const offramp_file *exits, const char *name);
+
 // The ids of a text of so many bytes, as Hugging Face's tokenizers give them; what is not UTF-8 is read as
 // Python's errors="replace" does. `whole`: the text begins with the token that begins every text, if the model
 // has one. Returns how many ids there are, of which `room` are written; -1 if there is no memory.

@@ -15,7 +15,7 @@
 #include "file.h"
 #include "layouts.h"
 
-enum { MOST_PARTS = 4096, NAME_ROOM = 160, MOST_EXITS = 64 };
+enum { MOST_PARTS = 4096, MOST_MODES = 4096, NAME_ROOM = 160, MOST_EXITS = 64 };
 
 static const Entry *key_of(const offramp_file *file, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
@@ -149,18 +149,25 @@ static void read_numbers(const offramp_file *file, int64_t mode, const char *nam
     for (int64_t i = 0; i < count; i++) values[i] = real_of(given, i, 0);
 }
 
-// The number of a mode; -1 for one that the exits do not have. Then `error` names those that they have.
-static int64_t mode_named(const offramp_file *exits, const char *name, offramp_error *error) {
+static Bytes name_of(const offramp_file *exits, int64_t mode) {
+    return text_of(key_of(exits, "offramp.mode.%lld.name", (long long)mode));
+}
+
+int64_t offramp_file_mode(const offramp_file *exits, const char *name) {
+    for (int64_t i = 0; i < MOST_MODES && name_of(exits, i).length; i++)
+        if (bytes_are(name_of(exits, i), name)) return i;
+    return -1;
+}
+
+static offramp_status no_mode(const offramp_file *exits, const char *name, offramp_error *error) {
     char listed[NAME_ROOM] = "";
-    for (int64_t i = 0, used = 0; i < MOST_PARTS; i++) {
-        const Bytes own = text_of(key_of(exits, "offramp.mode.%lld.name", (long long)i));
-        if (!own.length) break;
-        if (bytes_are(own, name)) return i;
+    int64_t used = 0;
+    for (int64_t i = 0; i < MOST_MODES && name_of(exits, i).length; i++) {
+        const Bytes own = name_of(exits, i);
         used += snprintf(listed + used, sizeof listed - used, ", %.*s", (int)min_(own.length, 20), own.at);
         used = min_(used, (int64_t)sizeof listed - 1);
     }
-    fail(error, OFFRAMP_INVALID, "These exits have no mode '%.20s', only full%s.", name, listed);
-    return -1;
+    return fail(error, OFFRAMP_INVALID, "These exits have no mode '%.20s', only full%s.", name, listed);
 }
 
 // The costs of blocks, as offramp's export wrote them beside the weights; NULL where it did not.
@@ -178,8 +185,8 @@ static offramp_block_costs *costs_of(const offramp_file *model, int64_t blocks) 
 
 static offramp_status read_rules(const offramp_file *exits, const char *name, offramp_rules *rules,
                                  offramp_exit *places, offramp_error *error) {
-    const int64_t mode = mode_named(exits, name, error);
-    if (mode < 0) return OFFRAMP_INVALID;
+    const int64_t mode = offramp_file_mode(exits, name);
+    if (mode < 0) return no_mode(exits, name, error);
     const Entry *after = key_of(exits, "offramp.mode.%lld.exits.after", (long long)mode);
     rules->count = after ? after->count : 0, rules->exits = places;
     NEED(rules->count <= MOST_EXITS, "The exits' file has more exits than a model can use.");

@@ -133,7 +133,7 @@ static int add_word(const Tokenizer *t, Word *w, Found *found) {
 // Words of a piece of text without added tokens, which is UTF-8. 0 if there is no memory.
 static int add_words(const Tokenizer *t, Word *w, const char *text, int64_t length, Found *found) {
     char *own = t->pieces ? malloc(3 * length + 1) : NULL;
-    Points points;
+    Points points = {0};
     if (t->pieces && !own) return 0;
     if (own) length = write_pieces(own, (Bytes){text, length}), text = own;
     int whole = length <= INT32_MAX && points_of(&points, text, length);
@@ -141,9 +141,8 @@ static int add_words(const Tokenizer *t, Word *w, const char *text, int64_t leng
         end = word_end(t->cuts, &points, at);
         w->text = text + points.begins[at], w->length = points.begins[end] - points.begins[at];
         whole = add_word(t, w, found);
-        if (!whole || end >= points.count) free_points(&points);
     }
-    free(own);
+    free_points(&points), free(own);
     return whole;
 }
 

@@ -250,6 +250,8 @@ offramp_status tokenizer_open(Tokenizer *t, const Gguf *file, offramp_error *err
     offramp_status status = read_kind(t, file, error);
     if (!status) status = read_tokens(t, file, error);
     if (!status) status = t->pieces ? check_scores(t, file, error) : read_merges(t, file, error);
+    if (!status && t->first >= t->count)
+        status = fail(error, OFFRAMP_INVALID, "The file's texts begin with a token that it does not name.");
     if (status)
         tokenizer_close(t);
     else

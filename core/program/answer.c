@@ -107,7 +107,7 @@ static offramp_status take(const Settings *s, Answer *a, const offramp_request *
         token->cumulative = d.flops + (a->count ? token[-1].cumulative : 0);
         for (int64_t e = 0; e < r->ends_count; e++) a->ended |= d.id == r->ends[e];
         a->count++, a->regret += d.regret;
-        if (add_text(s, a, token, held, a->ended || a->count == s->most)) return OFFRAMP_NO_MEMORY;
+        if (add_text(s, a, token, held, a->ended || a->count == a->most)) return OFFRAMP_NO_MEMORY;
         if (shows) shows(a, token);
     }
     return OFFRAMP_OK;
@@ -115,9 +115,9 @@ static offramp_status take(const Settings *s, Answer *a, const offramp_request *
 
 static offramp_status decode(const Settings *s, Text *x, offramp_request *r,
                              void (*shows)(const Answer *, const Token *), Answer *a, offramp_error *error) {
-    int64_t held = 0, most = s->most;
-    const int64_t context = offramp_file_context(s->model) - x->known;
-    if (context < most) most = context;
+    int64_t held = 0;
+    const int64_t left = offramp_file_context(s->model) - x->known, most = left < s->most ? left : s->most;
+    a->most = most;
     a->tokens = malloc((most + 1) * sizeof *a->tokens),
     r->decisions = malloc((most + 1) * sizeof *r->decisions);
     offramp_status status = a->tokens && r->decisions ? OFFRAMP_OK : no_memory(error);

@@ -1,6 +1,7 @@
 // One answer: from a text to tokens, what they cost, and how it is printed.
 
 #pragma once
+#include <signal.h>
 #include <stdio.h>
 
 #include "offramp.h"
@@ -11,8 +12,8 @@ typedef struct {
     const char *mode;
     int64_t number;  // of the mode in the exits' file; -1 for full depth
     offramp_sampling how;
-    int64_t most;              // tokens of an answer
-    const volatile int *stop;  // once it is not 0, the answer ends
+    int64_t most;                       // tokens of an answer
+    const volatile sig_atomic_t *stop;  // once it is not 0, the answer ends
 } Settings;
 
 // A text that grows: its ids, the session that remembers the first `run`, and what read-outs read.
@@ -31,7 +32,7 @@ typedef struct {
 
 typedef struct {
     Token *tokens;
-    int64_t count, prompt;
+    int64_t count, most, prompt;  // most: those that the answer may have
     char *text;
     int64_t length;
     double prefill, decode;  // seconds

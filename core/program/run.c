@@ -41,11 +41,10 @@ typedef struct {
     int raw, json;
 } Options;
 
-static volatile sig_atomic_t interrupted;
-static volatile int stop;
+static volatile sig_atomic_t stop;
 static void on_interrupt(int signal) {
     (void)signal;
-    interrupted = stop = 1;
+    stop = 1;
 }
 
 static int complain(int code, const char *sentence, const char *hint) {
@@ -237,9 +236,7 @@ static int answer_lines(const Settings *s, const Options *o, int talks) {
     int code = FINE;
     while (code == FINE) {
         if (talks) printf("you> "), fflush(stdout);
-        interrupted = 0;
         const ssize_t read = getline(&line, &room, stdin);
-        if (read < 0 && interrupted && !feof(stdin)) break;
         if (read < 0 || (talks && is_blank(line))) break;
         const int64_t length = read && line[read - 1] == '\n' ? read - 1 : read;
         line[length] = 0;
@@ -256,18 +253,6 @@ static int answer_lines(const Settings *s, const Options *o, int talks) {
 
 // The program -------------------------------------------------------------------------------------
 
-static int64_t number_of_mode(const offramp_file *exits, const char *mode) {
-    for (int64_t i = 0; exits && strcmp(mode, "full"); i++) {
-        char key[40];
-        int64_t length;
-        snprintf(key, sizeof key, "offramp.mode.%lld.name", (long long)i);
-        const char *name = offramp_file_text(exits, key, &length);
-        if (!name) return -1;
-        if ((int64_t)strlen(mode) == length && !memcmp(name, mode, length)) return i;
-    }
-    return -1;
-}
-
 static void note(void *context, const char *sentence) {
     (void)context;
     fprintf(stderr, "offramp-run: note: %s\n", sentence);
@@ -283,7 +268,7 @@ static int run(Options *o, Settings *s, offramp_file **files) {
     if (!files[0] || (o->exits && !files[1])) return complain(FAILED, error.message, "");
     s->model = files[0], s->exits = files[1];
     s->mode = o->mode ? o->mode : o->exits ? "exact" : "full";
-    s->number = number_of_mode(s->exits, s->mode);
+    s->number = s->exits ? offramp_file_mode(s->exits, s->mode) : -1;
     s->plan = offramp_file_plan(s->model, s->exits, s->mode, &error);
     if (!s->plan || offramp_model_threads(offramp_file_model(s->model), o->threads, &error))
         return complain(FAILED, error.message, "");

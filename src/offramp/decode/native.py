@@ -25,7 +25,7 @@ from offramp.decode.consent import POINTS
 from offramp.decode.engine import Engine, HasExits
 from offramp.errors import BadInput
 from offramp.exits.calibrated import points_of
-from offramp.exits.exit_set import FILES
+from offramp.exits.exit_set import ARCHITECTURE, FILES
 from offramp.files import put
 from offramp.model.backbone import Backbone
 from offramp.model.chat import chat_pieces
@@ -61,7 +61,7 @@ def write(model: HasExits, folder: Path) -> tuple[str, ...]:
     with _written(folder / MODEL, backbone.config.model_type) as writer:
         _copy(file, writer)
         _describe(backbone, runtime, writer)
-    with _written(folder / EXITS, "offramp") as writer:
+    with _written(folder / EXITS, ARCHITECTURE) as writer:
         return _write_exits(model, writer)
 
 
@@ -88,7 +88,7 @@ def _copy(file: Path, writer: GGUFWriter) -> None:
 
     reader = GGUFReader(file)
     for name, entry in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.alignment"):
+        if name.startswith(("GGUF.", "offramp.")) or name in ("general.architecture", "general.alignment"):
             continue
         kind, *inner = entry.types
         writer.add_key_value(name, entry.contents(), kind, inner[-1] if kind == GGUFValueType.ARRAY else None)

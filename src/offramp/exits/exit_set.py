@@ -20,6 +20,7 @@ from offramp.model.headers import read_gguf, rows_of
 from offramp.model.hub import ALIASES
 
 DRAFT = "draft"  # the subfolder for the exit that drafts
+ARCHITECTURE = "offramp"  # of a GGUF file with exits
 FILES = "files/"  # what the names of these files begin with in a GGUF file
 # Packages that hold the exits of one model, by its blocks, dims, and tokens of the vocabulary.
 PACKAGES_OF_MODELS = {(24, 896, 151_936): ("offramp-qwen2.5-coder-0.5b", "Qwen2.5-Coder-0.5B-Instruct")}
@@ -90,7 +91,9 @@ class ExitSet:
     def _unpacked(cls, file: Path, backbone: Backbone) -> ExitSet:
         """The exits in a file that `offramp export --gguf` wrote."""
         try:
-            _, places = read_gguf(file)
+            architecture, places = read_gguf(file)
+            if architecture != ARCHITECTURE:
+                raise ValueError("it holds no exits")
             with tempfile.TemporaryDirectory() as temporary:
                 for inside in (Path(folder) / name for folder in (".", DRAFT) for name in (RECORD, WEIGHTS)):
                     if place := places.get(FILES + inside.as_posix()):
@@ -99,7 +102,9 @@ class ExitSet:
                         to.write_bytes(place.read(0, rows_of(place.shape)).numpy().tobytes())
                 return cls._read(Path(temporary), backbone)
         except (OSError, ValueError) as error:
-            raise CorruptFile(f"{file} is damaged: {reason_of(error)}", "Make it again: offramp export --gguf") from error
+            raise CorruptFile(
+                f"The exits in {file} cannot be read: {reason_of(error)}", "Make it again: offramp export --gguf"
+            ) from error
 
     @classmethod
     def _read(cls, folder: Path, backbone: Backbone) -> ExitSet:

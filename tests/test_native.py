@@ -125,6 +125,15 @@ def test_python_reads_the_exits_back(folder: Path, model: Any, tmp_path: Path) -
         ExitSet.load(tmp_path / "half.gguf", model)
 
 
+def test_what_export_wrote_can_be_exported_again(folder: Path, tmp_path: Path) -> None:
+    ran = run_cli("export", str(folder / "model.gguf"), "--exits", str(folder / "exits.gguf"), "--gguf", str(tmp_path))
+    assert not ran.code, ran.stderr
+    for name in ("model.gguf", "exits.gguf"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    ran = run_cli("generate", "smollm2", "Hi", "--exits", str(folder / "model.gguf"))
+    assert "holds no exits" in ran.stderr
+
+
 def fuzzed(count: int) -> list[bytes]:
     """Texts of many kinds of characters, and bytes that are no text."""
     dice = random.Random(0)

@@ -6,14 +6,20 @@ import ctypes
 import json
 import math
 import random
+import re
+import string
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import equal
+from transformers import GemmaTokenizer
 
 import offramp
 from helpers import run_cli
@@ -157,6 +163,92 @@ def test_texts_become_the_tokens_of_hugging_face(opened: Any, model: Any) -> Non
         assert ids_of(opened, text, whole=True) == expected, text
 
 
+QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")
+
+
+def byte_level(pattern: str, whole_words: bool) -> Tokenizer:
+    """A byte-level BPE tokenizer that learned from the fuzzed texts."""
+    learned = Tokenizer(models.BPE(ignore_merges=whole_words))
+    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
+    learned.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
+    learned.train_from_iterator([text.decode(errors="replace") for text in fuzzed(400)], trainer)
+    learned.add_special_tokens(["<|im_end|>", "<|im_start|>"])
+    return learned
+
+
+def of_pieces() -> Tokenizer:
+    """A tokenizer as Gemma's: pieces of characters, U+2581 for spaces, and bytes for what is not known."""
+    words = Tokenizer(models.BPE())
+    words.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False)
+    words.train_from_iterator([text.decode(errors="replace") for text in fuzzed(400)], trainer)
+    learned = json.loads(words.to_str())["model"]["merges"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<|im_end|>", "<|im_start|>"]
+    characters = sorted({*string.printable.replace(" ", ""), *"▁ſ٣²½Ⅷ"})
+    vocabulary = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *("".join(pair) for pair in learned), *characters]
+    made: Any = GemmaTokenizer(vocab={token: number for number, token in enumerate(dict.fromkeys(vocabulary))})
+    made.add_special_tokens({"additional_special_tokens": special[4:]})
+    backend: Tokenizer = made.backend_tokenizer
+    return backend
+
+
+def write_file(file: Path, tokenizer: Tokenizer, kind: str, cuts: str) -> None:
+    """Write a tiny model with this tokenizer, as llama.cpp's converter writes one."""
+    names = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    writer, rows = GGUFWriter(file, "llama"), np.zeros((32, 32), np.float32)
+    writer.add_block_count(1)
+    writer.add_embedding_length(32)
+    writer.add_head_count(2)
+    writer.add_context_length(64)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(cuts)
+    writer.add_token_list([name for name, _ in names])
+    types = [3 if name in special else 6 if re.fullmatch("<0x..>", name) else 1 for name, _ in names]
+    writer.add_token_types(types)
+    if kind == "gpt2":
+        writer.add_token_merges([" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]])
+    else:
+        writer.add_token_scores([-float(number) for number in range(len(names))])
+        writer.add_add_space_prefix(False)
+        writer.add_add_bos_token(False)
+    writer.add_tensor("token_embd.weight", np.zeros((len(names), 32), np.float32))
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", rows[0])
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "cuts", "make"),
+    [
+        ("gpt2", "qwen2", lambda: byte_level(QWEN2, whole_words=False)),
+        ("gpt2", "llama-bpe", lambda: byte_level(LLAMA3, whole_words=True)),
+        ("llama", "default", of_pieces),
+    ],
+    ids=["qwen2", "llama3", "sentencepiece"],
+)
+def test_other_tokenizers_are_those_of_hugging_face(kind: str, cuts: str, make: Any, tmp_path: Path, opened: Any) -> None:
+    tokenizer = make()
+    write_file(tmp_path / "x.gguf", tokenizer, kind, cuts)
+    file = ctypes.c_void_p(call("offramp_file_new", str(tmp_path / "x.gguf").encode(), None, None))
+    long = 0
+    for text in fuzzed(1500):
+        expected = tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids
+        assert ids_of(file, text) == expected, text
+        long += len(expected) < len(text.decode(errors="replace"))
+    assert long > 300  # merges were made
+
+
 @pytest.mark.parametrize(
     ("sentence", "arguments"),
     [
@@ -183,7 +275,7 @@ def test_files_that_do_not_fit_are_said(folder: Path, tmp_path: Path) -> None:
     assert "damaged" in run(tmp_path / "half.gguf", "Hi", code=1).stderr
 
 
-class Tokenizer:
+class Templated:
     """A tokenizer with a chat template alone."""
 
     def __init__(self, template: str) -> None:
@@ -202,15 +294,15 @@ CHATML = (
 
 
 def test_chat_templates_are_kept_where_pieces_can_say_what_they_do() -> None:
-    pieces = chat_pieces(Tokenizer(CHATML))
+    pieces = chat_pieces(Templated(CHATML))
     assert pieces
     assert pieces["trims"] == [1, 1, 1]
     talk = [(role, f" {role} ") for role in (*ROLES, "user")]
-    rendered = Tokenizer(CHATML).apply_chat_template(
+    rendered = Templated(CHATML).apply_chat_template(
         [{"role": role, "content": content} for role, content in talk], add_generation_prompt=True
     )
     assert put_together(pieces, talk) == rendered
-    assert chat_pieces(Tokenizer(CHATML.replace("m.content | trim", "m.content | upper"))) is None
-    assert chat_pieces(Tokenizer("{{ messages | length }}" + CHATML)) is None
-    assert chat_pieces(Tokenizer("{{ nothing.at.all }}")) is None
+    assert chat_pieces(Templated(CHATML.replace("m.content | trim", "m.content | upper"))) is None
+    assert chat_pieces(Templated("{{ messages | length }}" + CHATML)) is None
+    assert chat_pieces(Templated("{{ nothing.at.all }}")) is None
     assert chat_pieces(object()) is None

@@ -21,6 +21,7 @@ from offramp import Policy
 from offramp.decode import plan
 from offramp.decode.drafts import DraftRule
 from offramp.decode.fills import FILLS
+from offramp.decode.native import write
 from offramp.evaluation.results import load_results
 from offramp.exits.config import ExitsConfig
 from offramp.exits.exits import Exits
@@ -42,6 +43,7 @@ import growth
 import guarantee
 import load
 import matched
+import native
 import offload
 import paper
 import paper_size
@@ -699,3 +701,15 @@ def test_verified_compares_on_tiny_models_of_every_family(capsys, monkeypatch) -
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[0] for line in lines] == VARIANTS[::6]
     assert all(": 2 answers, 0 differ; " in line for line in lines)
+
+
+@pytest.mark.real
+@compiled_only
+def test_native_measures_both_programs(tmp_path, capsys) -> None:
+    write(offramp.load("smollm2", "file"), tmp_path)
+    native.main([str(tmp_path), "--modes", "full", "--prompts", "1", "--rounds", "1", "--tokens", "4"])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| offramp")]
+    assert [row[0] for row in rows] == ["offramp-run, full", "offramp generate, full"]
+    small, large = ([float(number) for number in row[1:]] for row in rows)
+    assert small[0] < large[0]  # memory
+    assert all(number > 0 for number in small + large)

@@ -86,7 +86,9 @@ def calibrate(
 
     if mode not in ("close", "early"):
         raise BadInput(f"There is nothing to calibrate in a mode '{mode}'.", "Choose close or early.")
-    folder = output or (Path(decoding.exits) if decoding.exits and not on_the_hub(decoding.exits) else None)
+    given = decoding.exits
+    kept = given and not on_the_hub(given) and Path(given).suffix != ".gguf"
+    folder = output or (Path(given) if given and kept else None)
     if folder is None:
         raise BadInput("There is no folder to keep the thresholds in.", "Name one: --exits DIR, or -o DIR for a new one.")
     questions = read_questions(prompts)

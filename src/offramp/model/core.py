@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
     Raises `OfframpError` if the library that `OFFRAMP_CORE` names cannot be used, and in a clone if the library was made
     from other sources than those there.
     """
-    chosen = os.environ.get("OFFRAMP_CORE") or best()
+    chosen = _chosen()
     if chosen is None or chosen == "none":
         warnings.warn(NOTHING, stacklevel=2)
         return None
@@ -58,7 +58,7 @@ def variant() -> str:
 
 def program() -> Path:
     """The program without Python, offramp-run, for this processor. Raises `OfframpError` where none is installed."""
-    file = LIBRARIES / f"offramp-run-{os.environ.get('OFFRAMP_CORE') or best()}"
+    file = LIBRARIES / f"offramp-run-{_chosen()}"
     if not file.is_file():
         raise OfframpError("The program offramp-run is not installed.", "Install gcc or clang, and then offramp again.")
     return file
@@ -70,6 +70,11 @@ def run() -> NoReturn:
         os.execv(program(), ["offramp-run", *sys.argv[1:]])
     except OfframpError as error:
         sys.exit(f"offramp-run: {error}\n{error.hint}")
+
+
+def _chosen() -> str | None:
+    """The library that `OFFRAMP_CORE` names, or the best one; None where there is none."""
+    return os.environ.get("OFFRAMP_CORE") or best()
 
 
 def installed() -> list[str]:

@@ -53,5 +53,7 @@ ALWAYS void fetch(const void *weights) { __builtin_prefetch((const char *)weight
 // One function for each number of rows.
 #define FUNCTION(name, body) \
     static __attribute__((noinline)) void name(const Tile *c, const Out *out) { body; }
-#define UP_TO_EIGHT(make) make(1) make(2) make(3) make(4) make(5) make(6) make(7) make(8)
+#define UP_TO_FOUR(make) make(1) make(2) make(3) make(4)
+#define FIVE_TO_EIGHT(make) make(5) make(6) make(7) make(8)
+#define UP_TO_EIGHT(make) UP_TO_FOUR(make) FIVE_TO_EIGHT(make)
 #define TABLE(name) {name##1, name##2, name##3, name##4, name##5, name##6, name##7, name##8}

@@ -165,15 +165,31 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
 // The commonest layout is known while this is compiled, so that its blocks take fewer instructions.
 ALWAYS void panel_tile(const Tile *c, const Out *out, const int T, const int fine) {
     const Layout of = LAYOUTS[c->m->type], commonest = {4, 0, 0, 1};
-    if (BITS == 4 && !IN_CODES && !of.super && of.lows)
+    if (BITS == 4 && !IN_CODES && !fine && !of.super && of.lows)
         panel_of(commonest, c, out, T, fine);
     else
         panel_of(of, c, out, T, fine);
 }
 
-#define PANELS(T) \
-    FUNCTION(panel_##T, panel_tile(c, out, T, 0)) FUNCTION(fine_panel_##T, panel_tile(c, out, T, 1))
+#define PANELS(T) FUNCTION(panel_##T, panel_tile(c, out, T, 0))
+#define FINE_PANELS(T) FUNCTION(fine_panel_##T, panel_tile(c, out, T, 1))
 UP_TO_EIGHT(PANELS)
+UP_TO_FOUR(FINE_PANELS)
+#if BITS > 3 && !defined(CODES_OF_4_BITS)
+FIVE_TO_EIGHT(FINE_PANELS)
+#else
+// Types that are rare: many fine rows are multiplied in two parts, which takes more time and less code.
+static void fine_panel_twice(const Tile *c, const Out *out, int T) {
+    static Multiply *const rest[] = {fine_panel_1, fine_panel_2, fine_panel_3, fine_panel_4};
+    Tile others = *c;
+    others.r += 4;
+    fine_panel_4(c, out);
+    rest[T - 5](&others, out);
+}
+
+#define IN_TWO_PARTS(T) FUNCTION(fine_panel_##T, fine_panel_twice(c, out, T))
+FIVE_TO_EIGHT(IN_TWO_PARTS)
+#endif
 
 #if BITS == 8
 // Where PANEL rows of a weight are kept: the beginnings of their panels, and their places in these.

@@ -43,11 +43,12 @@ static offramp_status read_ends(offramp_file *file, offramp_error *error) {
 }
 
 static void read_chat(offramp_file *file) {
-    static const char *const keys[] = {"first", "system", "after_system", "answer", "next"};
+    static const char *const keys[] = {"first", "system", "assistant", "after_system", "answer", "next"};
     Chat *chat = &file->chat;
-    Bytes *const texts[] = {&chat->first, &chat->system, chat->after, chat->after + 1, chat->after + 2};
+    Bytes *const texts[] = {&chat->first,    &chat->system,   &chat->assistant,
+                            chat->after + 0, chat->after + 1, chat->after + 2};
     chat->known = 1;
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         char key[40] = "offramp.chat.";
         const Entry *entry = entry_of(&file->gguf, strcat(key, keys[i]));
         *texts[i] = text_of(entry);
@@ -60,10 +61,11 @@ static void read_chat(offramp_file *file) {
 static offramp_status read_file(offramp_file *file, const char *path, offramp_error *error) {
     offramp_status status = gguf_open(&file->gguf, path, error);
     if (status) return status;
-    if (bytes_are(text_of(entry_of(&file->gguf, "general.architecture")), "offramp"))
-        return load_exits(file, error);
+    const Bytes architecture = text_of(entry_of(&file->gguf, "general.architecture"));
+    if (bytes_are(architecture, "offramp")) return load_saved_parts(file, error);
     status = tokenizer_open(&file->tokenizer, &file->gguf, error);
-    if (!status) status = load_model(file, error);
+    const int parts = bytes_are(architecture, "offramp-model");
+    if (!status) status = parts ? load_saved_model(file, error) : load_model(file, error);
     if (!status) status = read_ends(file, error);
     if (status) return status;
     NEED(file->tokenizer.count <= file->model->vocabulary,
@@ -146,8 +148,8 @@ int64_t offramp_tokenise(const offramp_file *file, const char *text, int64_t len
 const char *offramp_token(const offramp_file *file, int64_t id, int64_t *length, int *special) {
     const Tokenizer *t = &file->tokenizer;
     const int known = id >= 0 && id < t->count;
-    *length = known ? t->tokens[id].length : 0, *special = known ? t->special[id] : 0;
-    return known ? t->tokens[id].at : "";
+    *length = known ? t->shown[id].length : 0, *special = known ? t->special[id] : 0;
+    return known ? t->shown[id].at : "";
 }
 
 // A talk's text: as much of it as there is room for, and its whole length.
@@ -164,11 +166,15 @@ static void put(Put *to, const char *text, int64_t length) {
 
 // A message, without the white space around it if the template trims it.
 static void put_message(Put *to, const char *text, int trims) {
-    static const char spaces[] = " \t\n\v\f\r";
-    int64_t length = (int64_t)strlen(text);
-    for (; trims && length && strchr(spaces, *text); text++) length--;
-    while (trims && length && strchr(spaces, text[length - 1])) length--;
-    put(to, text, length);
+    const uint8_t *at = (const uint8_t *)text, *end = at + strlen(text), *first = end, *last = end;
+    for (int32_t point; at < end;) {
+        const uint8_t *own = at;
+        at += decode_point(at, end, &point);
+        if (trims && is_white(point)) continue;
+        if (first == end) first = own;
+        last = at;
+    }
+    put(to, (const char *)first, last - first);
 }
 
 int64_t offramp_chat(const offramp_file *file, const offramp_message *messages, int64_t count, char *text,
@@ -185,6 +191,7 @@ int64_t offramp_chat(const offramp_file *file, const offramp_message *messages, 
             return -1;
         const Bytes start = begins ? chat->system : chat->first, after = chat->after[role];
         if (i == 0) put(&to, start.at, start.length);
+        if (answers) put(&to, chat->assistant.at, chat->assistant.length);
         put_message(&to, messages[i].text, chat->trims[role]);
         put(&to, after.at, after.length);
     }

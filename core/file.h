@@ -1,4 +1,4 @@
-// What is made of a GGUF file: a model of its weights, or the parts and rules of exits.
+// What is made of a GGUF file: a model of its weights or of the parts that it holds, or the parts and rules of exits.
 
 #pragma once
 #include "tokenizer.h"
@@ -6,10 +6,10 @@
 enum { ROLES = 3 };  // of a talk: system, user, assistant
 
 // How a chat template puts a talk together, as offramp's export found it: what stands before the first message
-// of the user or of the system, and after a message of each role. `known` is 0 without it.
+// of the user or of the system, before each of the assistant, and after a message of each role. `known` is 0 without it.
 typedef struct {
     int known, trims[ROLES];
-    Bytes first, system, after[ROLES];
+    Bytes first, system, assistant, after[ROLES];
 } Chat;
 
 struct offramp_file {
@@ -35,8 +35,12 @@ offramp_part *keep_part(offramp_file *file, const char *kind, offramp_error *err
 // Makes the model of a file's weights.
 offramp_status load_model(offramp_file *file, offramp_error *error);
 
-// Makes the parts of exits.
-offramp_status load_exits(offramp_file *file, offramp_error *error);
+// Makes the parts that offramp's export wrote; those of a whole model, and the model.
+offramp_status load_saved_parts(offramp_file *file, offramp_error *error);
+offramp_status load_saved_model(offramp_file *file, offramp_error *error);
 
-// The part of exits with a number from 0 on; NULL if there is none.
+// Gives the model the rotary tables that offramp's export wrote, if any.
+offramp_status read_rotary(offramp_file *file, offramp_error *error);
+
+// The part with a number from 0 on; NULL if there is none.
 const offramp_part *part_at(const offramp_file *file, int64_t number);

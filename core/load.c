@@ -239,19 +239,16 @@ static offramp_part *ends_of(Loading *l) {
 // How far dims turn at each position: as offramp's export found it, or by the base that the file names.
 static offramp_status give_rotary(Loading *l) {
     offramp_error *error = l->error;
-    const Entry *known = entry_of(l->gguf, "offramp.frequencies");
+    if (entry_of(l->gguf, "offramp.rotary.1.frequencies")) return read_rotary(l->file, error);
     const double base = real_of(key_of(l, "rope.freq_base"), 0, 10000);
-    const int64_t count = known ? known->count : l->turned / 2;
-    NEED(known || (!key_of(l, "rope.scaling.type") && !tensor_of(l->gguf, "rope_freqs.weight")),
+    const int64_t count = l->turned / 2;
+    NEED(!key_of(l, "rope.scaling.type") && !tensor_of(l->gguf, "rope_freqs.weight"),
          "The file scales its rotary positions: offramp export --gguf writes it as this program reads it.");
-    NEED(count <= l->dim / 2, "The file's rotary positions do not fit its heads.");
-    float *frequencies = keep(l->file, count * (int64_t)sizeof *frequencies + 1);
+    float *frequencies = keep(l->file, count * (int64_t)sizeof *frequencies);
     if (!frequencies) return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a rotary table.");
     for (int64_t i = 0; i < count; i++)
-        frequencies[i] =
-            known ? (float)real_of(known, i, 0) : 1 / powf((float)base, 2 * (float)i / (float)l->turned);
-    const double factor = real_of(entry_of(l->gguf, "offramp.rotary_factor"), 0, 1);
-    return offramp_model_rotary(l->file->model, 1, frequencies, count, factor, error);
+        frequencies[i] = 1 / powf((float)base, 2 * (float)i / (float)l->turned);
+    return offramp_model_rotary(l->file->model, 1, frequencies, count, 1, error);
 }
 
 enum { MOST_HIDDEN = 1 << 20, MOST_HEADS = 1 << 16, MOST_LAYERS = 10000 };
@@ -294,7 +291,8 @@ offramp_status load_model(offramp_file *file, offramp_error *error) {
     const Bytes name = text_of(entry_of(l.gguf, "general.architecture"));
     for (size_t i = 0; i < sizeof ARCHITECTURES / sizeof *ARCHITECTURES; i++)
         if (bytes_are(name, ARCHITECTURES[i].name)) l.kind = ARCHITECTURES + i;
-    NEED(l.kind, "The file is of the architecture '%.*s', which is read by Python's offramp only.",
+    NEED(l.kind,
+         "The file is of the architecture '%.*s': offramp export --gguf writes it as this program reads it.",
          (int)min_(name.length, 40), name.at);
     offramp_status status = read_sizes(&l);
     if (status) return status;

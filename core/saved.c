@@ -1,12 +1,13 @@
-// Exits in a GGUF file, as offramp's export writes them: parts of the library by number, and for each mode the
-// rules of a plan.
+// What offramp's export writes into a GGUF file: parts of the library by number. In a file of exits they are those of
+// exits, with the rules of a plan for each mode; in a file of the architecture `offramp-model`, those of a whole model.
 //
 // `offramp.parts` counts the parts. Part 7 has its kind under `offramp.part.7.kind`, its numbers under
 // `offramp.part.7.NAME`, its arrays as tensors `7.NAME`, and its weights as tensors of bytes `7.NAME`, with their
 // type, rows, columns and whether they are fine under `offramp.part.7.NAME`; biases and scales are tensors
-// `7.NAME.bias` and `7.NAME.scales`. The rules of the first mode are under `offramp.mode.0.NAME`, by the names of
-// offramp_rules and of offramp_exit; `offramp.mode.0.name` is the mode's. Parts are named by their number; -1 is
-// none.
+// `7.NAME.bias` and `7.NAME.scales`, and the pieces of a stacked weight are weights `7.NAME.0`, … The rules of the
+// first mode are under `offramp.mode.0.NAME`, by the names of offramp_rules and of offramp_exit;
+// `offramp.mode.0.name` is the mode's. A model's part 0 is its ends; `offramp.blocks.attention`, `.mixer` and `.mlp`
+// name the parts of its blocks. Parts are named by their number; -1 is none.
 
 #include <stdarg.h>
 #include <stdio.h>
@@ -15,7 +16,7 @@
 #include "file.h"
 #include "layouts.h"
 
-enum { MOST_PARTS = 4096, MOST_MODES = 4096, NAME_ROOM = 160, MOST_EXITS = 64 };
+enum { MOST_PARTS = 4096, MOST_PIECES = 64, MOST_MODES = 4096, NAME_ROOM = 160, MOST_EXITS = 64 };
 
 static const Entry *key_of(const offramp_file *file, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
@@ -60,22 +61,44 @@ static const float *beside(const offramp_file *file, int64_t number, const char 
 }
 
 static offramp_status damaged(int64_t part, const char *field, offramp_error *error) {
-    return fail(error, OFFRAMP_INVALID, "The exits' file is damaged: '%.40s' of part %lld.", field,
-                (long long)part);
+    return fail(error, OFFRAMP_INVALID, "The file is damaged: '%.60s' of part %lld.", field, (long long)part);
 }
 
-static offramp_status read_weight(offramp_file *file, int64_t number, const char *field,
+// The weight of a part under a name, as the file says it; of one in pieces, without them. 0 if it does not fit.
+static int weight_at(const offramp_file *file, int64_t number, const char *name, offramp_weight *w) {
+    const Entry *shape = key_of(file, "offramp.part.%lld.%.60s", (long long)number, name);
+    const Tensor *t = tensor_at(file, number, name, "");
+    *w = (offramp_weight){.type = integer_of(shape, 0, -1),
+                          .rows = integer_of(shape, 1, -1),
+                          .columns = integer_of(shape, 2, -1),
+                          .fine = integer_of(shape, 3, 0) == 1,
+                          .pieces = integer_of(shape, 4, 0)};
+    if (w->type == OFFRAMP_STACKED) return 1;
+    if (!t || t->type != OFFRAMP_INT8 || t->bytes != bytes_of(w)) return 0;
+    w->values = t->values;
+    w->bias = beside(file, number, name, ".bias", w->rows);
+    w->scales = beside(file, number, name, ".scales", w->rows);
+    return 1;
+}
+
+// The pieces of a weight; NULL if they do not fit, or if there is no memory.
+static const offramp_weight *pieces_of(offramp_file *file, int64_t number, const char *name, int64_t count) {
+    const int bad = count < 1 || count > MOST_PIECES;
+    offramp_weight *pieces = bad ? NULL : keep(file, count * (int64_t)sizeof *pieces);
+    for (int64_t i = 0; pieces && i < count; i++) {
+        char piece[NAME_ROOM];
+        snprintf(piece, sizeof piece, "%.40s.%lld", name, (long long)i);
+        if (!weight_at(file, number, piece, pieces + i) || !pieces[i].values) return NULL;
+    }
+    return pieces;
+}
+
+// `from`: the name of the weight in the file.
+static offramp_status read_weight(offramp_file *file, int64_t number, const char *field, const char *from,
                                   offramp_error *error) {
-    const Entry *shape = key_of(file, "offramp.part.%lld.%.60s", (long long)number, field);
-    const Tensor *t = tensor_at(file, number, field, "");
-    offramp_weight w = {.type = integer_of(shape, 0, -1),
-                        .rows = integer_of(shape, 1, -1),
-                        .columns = integer_of(shape, 2, -1),
-                        .fine = integer_of(shape, 3, 0) == 1};
-    if (!t || t->type != OFFRAMP_INT8 || t->bytes != bytes_of(&w)) return damaged(number, field, error);
-    w.values = t->values;
-    w.bias = beside(file, number, field, ".bias", w.rows);
-    w.scales = beside(file, number, field, ".scales", w.rows);
+    offramp_weight w;
+    if (!weight_at(file, number, from, &w)) return damaged(number, field, error);
+    if (w.type == OFFRAMP_STACKED) w.values = pieces_of(file, number, from, w.pieces);
     return offramp_part_weight(file->parts[number], field, &w, error);
 }
 
@@ -84,16 +107,20 @@ static offramp_status read_field(offramp_file *file, int64_t number, const Field
     const Tensor *t = tensor_at(file, number, field->name, "");
     const Entry *given = key_of(file, "offramp.part.%lld.%.60s", (long long)number, field->name);
     const int is_number = field->holds == COUNT_OF || field->holds == REAL;
-    if (is_number ? !given : !t) return OFFRAMP_OK;  // what is needed is missed when a plan is made
-    if (field->holds == WEIGHT) return read_weight(file, number, field->name, error);
+    if (field->holds == WEIGHT && !given &&
+        !strcmp(field->name, "embedding"))  // a head that is the embedding
+        return read_weight(file, number, field->name, "head", error);
+    if (field->holds == WEIGHT ? !given : is_number ? !given : !t)
+        return OFFRAMP_OK;  // what is needed is missed when a model or a plan is made
+    if (field->holds == WEIGHT) return read_weight(file, number, field->name, field->name, error);
     if (is_number) return offramp_part_number(file->parts[number], field->name, real_of(given, 0, 0), error);
     if (t->type < 0) return damaged(number, field->name, error);
     return offramp_part_array(file->parts[number], field->name, t->type, t->values, entries_of(t), error);
 }
 
-offramp_status load_exits(offramp_file *file, offramp_error *error) {
+offramp_status load_saved_parts(offramp_file *file, offramp_error *error) {
     const int64_t count = integer_of(key_of(file, "offramp.parts"), 0, -1);
-    NEED(count >= 0 && count <= MOST_PARTS, "The exits' file names no parts.");
+    NEED(count >= 0 && count <= MOST_PARTS, "The file names no parts.");
     for (int64_t i = 0; i < count; i++) {
         const Bytes kind = text_of(key_of(file, "offramp.part.%lld.kind", (long long)i));
         char name[NAME_ROOM];
@@ -104,6 +131,49 @@ offramp_status load_exits(offramp_file *file, offramp_error *error) {
             if (read_field(file, i, field, error)) return OFFRAMP_INVALID;
     }
     return OFFRAMP_OK;
+}
+
+// Models ------------------------------------------------------------------------------------------
+
+offramp_status read_rotary(offramp_file *file, offramp_error *error) {
+    for (int table = 1; table <= MOST_TABLES; table++) {
+        const Entry *given = key_of(file, "offramp.rotary.%d.frequencies", table);
+        if (!given) continue;
+        float *frequencies = keep(file, given->count * (int64_t)sizeof *frequencies);
+        if (!frequencies) return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a rotary table.");
+        for (int64_t i = 0; i < given->count; i++) frequencies[i] = (float)real_of(given, i, 0);
+        const double factor = real_of(key_of(file, "offramp.rotary.%d.factor", table), 0, 1);
+        if (offramp_model_rotary(file->model, table, frequencies, given->count, factor, error))
+            return OFFRAMP_INVALID;
+    }
+    return OFFRAMP_OK;
+}
+
+static offramp_status make_model(offramp_file *file, const offramp_part **parts, int64_t blocks,
+                                 offramp_error *error) {
+    static const char *const names[] = {"attention", "mixer", "mlp"};
+    for (int64_t k = 0; k < 3; k++)
+        for (int64_t i = 0; i < blocks; i++)
+            parts[k * blocks + i] =
+                part_at(file, integer_of(key_of(file, "offramp.blocks.%s", names[k]), i, -1));
+    file->model =
+        offramp_model_new(part_at(file, 0), parts, parts + blocks, parts + 2 * blocks, blocks, error);
+    return file->model ? read_rotary(file, error) : OFFRAMP_INVALID;
+}
+
+offramp_status load_saved_model(offramp_file *file, offramp_error *error) {
+    const Entry *named = key_of(file, "offramp.blocks.mlp");
+    const int64_t blocks = named ? named->count : 0;
+    NEED(blocks > 0 && blocks <= MOST_PARTS, "The file names no blocks.");
+    file->plain = integer_of(key_of(file, "offramp.keys_in_float32"), 0, 0) == 1;
+    file->context = integer_of(key_of(file, "offramp.context"), 0, 0);
+    NEED(file->context > 1, "The file's sizes are not those of a model.");
+    if (load_saved_parts(file, error)) return OFFRAMP_INVALID;
+    const offramp_part **parts = malloc(3 * blocks * sizeof *parts);
+    const offramp_status status = parts ? make_model(file, parts, blocks, error)
+                                        : fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a model.");
+    free(parts);
+    return status;
 }
 
 // Plans -------------------------------------------------------------------------------------------

@@ -157,6 +157,35 @@ static offramp_status read_tokens(Tokenizer *t, const Gguf *file, offramp_error 
     return OFFRAMP_OK;
 }
 
+// A piece's text: spaces where it has U+2581. Returns its length.
+static int64_t write_shown(char *to, Bytes piece) {
+    char *begin = to;
+    for (int64_t at = 0; at < piece.length;) {
+        const int space = at + 3 <= piece.length && !memcmp(piece.at + at, "\xe2\x96\x81", 3);
+        *to++ = space ? ' ' : piece.at[at];
+        at += space ? 3 : 1;
+    }
+    return to - begin;
+}
+
+// What tokens stand for. 0 if there is no memory.
+static int show_tokens(Tokenizer *t) {
+    int64_t bytes = 0;
+    t->shown = t->tokens;
+    if (!t->pieces) return 1;
+    for (int64_t i = 0; i < t->count; i++) bytes += t->tokens[i].length;
+    char *to = t->shown_bytes = malloc(bytes + 1);
+    t->shown = malloc(t->count * sizeof *t->shown);
+    if (!to || !t->shown) return 0;
+    for (int64_t i = 0; i < t->count; i++) {
+        const int byte = escaped_byte(t->tokens[i]), is_byte = byte >= 0 && t->of_byte[byte] == i;
+        const int64_t length = is_byte ? 1 : write_shown(to, t->tokens[i]);
+        if (is_byte) *to = (char)byte;
+        t->shown[i] = (Bytes){to, length}, to += length;
+    }
+    return 1;
+}
+
 static int by_first_byte(const void *a, const void *b) {
     const Added *one = a, *two = b;
     const int first = (uint8_t)*one->bytes.at - (uint8_t)*two->bytes.at;
@@ -223,7 +252,8 @@ static offramp_status read_kind(Tokenizer *t, const Gguf *file, offramp_error *e
     static const struct {
         const char *name;
         Cuts cuts;
-    } known[] = {{"smollm", GPT2}, {"gpt-2", GPT2}, {"qwen2", QWEN2}, {"llama-bpe", LLAMA3}};
+    } known[] = {
+        {"smollm", GPT2}, {"gpt-2", GPT2}, {"qwen2", QWEN2}, {"llama-bpe", LLAMA3}, {"mamba-tiny", TINY}};
     const Bytes model = text_of(entry_of(file, "tokenizer.ggml.model")),
                 pre = text_of(entry_of(file, "tokenizer.ggml.pre"));
     t->pieces = bytes_are(model, "llama");
@@ -252,6 +282,7 @@ offramp_status tokenizer_open(Tokenizer *t, const Gguf *file, offramp_error *err
     if (!status) status = t->pieces ? check_scores(t, file, error) : read_merges(t, file, error);
     if (!status && t->first >= t->count)
         status = fail(error, OFFRAMP_INVALID, "The file's texts begin with a token that it does not name.");
+    if (!status && !show_tokens(t)) status = no_memory(error);
     if (status)
         tokenizer_close(t);
     else
@@ -260,7 +291,8 @@ offramp_status tokenizer_open(Tokenizer *t, const Gguf *file, offramp_error *err
 }
 
 void tokenizer_close(Tokenizer *t) {
+    if (t->shown != t->tokens) free(t->shown);
     free(t->tokens), free(t->bytes), free(t->special), free(t->table), free(t->merges);
-    free(t->added);
+    free(t->added), free(t->shown_bytes);
     *t = (Tokenizer){0};
 }

@@ -22,9 +22,9 @@ typedef struct {
     int pieces;       // SentencePiece's: tokens are made of characters, and U+2581 stands for a space
     int whole_words;  // a word that is a token is not cut (ignore_merges)
     int64_t count, slots, merges_slots, added_count, added_from[257];
-    int64_t first;  // a token that begins every prompt; -1 if there is none
-    Bytes *tokens;
-    char *bytes;  // that these point to
+    int64_t first;              // a token that begins every prompt; -1 if there is none
+    Bytes *tokens, *shown;      // shown: the bytes that tokens stand for; those of `tokens` but for pieces
+    char *bytes, *shown_bytes;  // that these point to
     uint8_t *special;
     int32_t *table, of_byte[256];  // table: tokens by their bytes, -1 for an empty slot
     Merge *merges;

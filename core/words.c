@@ -63,11 +63,16 @@ static int within(const Range *ranges, int64_t count, uint32_t point) {
     return low < count && ranges[low].first <= point;
 }
 
+static int is_space(int32_t p) {
+    return (p >= 9 && p <= 13) || p == ' ' || p == 0x85 || p == 0xa0 || p == 0x1680 ||
+           (p >= 0x2000 && p <= 0x200a) || p == 0x2028 || p == 0x2029 || p == 0x202f || p == 0x205f ||
+           p == 0x3000;
+}
+
+int is_white(int32_t point) { return is_space(point) || (point >= 0x1c && point <= 0x1f); }
+
 static int class_of(int32_t p) {
-    if ((p >= 9 && p <= 13) || p == ' ' || p == 0x85 || p == 0xa0 || p == 0x1680 ||
-        (p >= 0x2000 && p <= 0x200a) || p == 0x2028 || p == 0x2029 || p == 0x202f || p == 0x205f ||
-        p == 0x3000)
-        return SPACE;
+    if (is_space(p)) return SPACE;
     if (within(LETTERS, sizeof LETTERS / sizeof *LETTERS, p)) return LETTER;
     return within(NUMBERS, sizeof NUMBERS / sizeof *NUMBERS, p) ? NUMBER : OTHER;
 }
@@ -146,7 +151,22 @@ static int64_t qwen2_word(const Points *p, int64_t at, int digits) {
     return spaces(p, at);
 }
 
+static int64_t tiny_word(const Points *p, int64_t at) {
+    const int64_t end = contraction(p, at, 0), next = at + (p->points[at] == ' ');
+    if (end > at) return end;
+    if (p->classes[next] == NUMBER) return next + 1;
+    if (p->classes[next] == OTHER) {
+        int64_t last = run_of(p, next, OTHER);
+        while (p->points[last] == '\n') last++;
+        return last;
+    }
+    for (int64_t last = run_of(p, at, SPACE); last > at; last--)
+        if (p->points[last - 1] == '\n') return last;
+    return gpt2_word(p, at);
+}
+
 int64_t word_end(Cuts cuts, const Points *p, int64_t at) {
     if (cuts == WHOLE) return p->count;
+    if (cuts == TINY) return tiny_word(p, at);
     return cuts == GPT2 ? gpt2_word(p, at) : qwen2_word(p, at, cuts == QWEN2 ? 1 : 3);
 }

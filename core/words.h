@@ -3,8 +3,9 @@
 #pragma once
 #include <stdint.h>
 
-// As the regular expressions of GPT-2 (openai/gpt-2, encoder.py), Qwen 2 and Llama 3 cut; or not at all.
-typedef enum { WHOLE, GPT2, QWEN2, LLAMA3 } Cuts;
+// As the regular expressions of GPT-2 (openai/gpt-2, encoder.py), Qwen 2, Llama 3 and mamba-tiny cut
+// (model/vocabulary.py); or not at all.
+typedef enum { WHOLE, GPT2, QWEN2, LLAMA3, TINY } Cuts;
 
 // A text as code points: of each, its class and where its bytes begin. Three more of class -1 follow the last.
 typedef struct {
@@ -16,6 +17,9 @@ typedef struct {
 // The code point at `at`, and its length. Of bytes that are not UTF-8, as many are taken as Python's
 // errors="replace" reads as one: then `point` is -1.
 int decode_point(const uint8_t *at, const uint8_t *end, int32_t *point);
+
+// Whether Python's str.strip takes a code point away.
+int is_white(int32_t point);
 
 // A copy of a text in which U+FFFD takes the place of what is not UTF-8. The caller frees it; NULL if there
 // is no memory.

@@ -42,6 +42,7 @@ from lm.documents import (
 )
 from offramp.errors import BadInput, OfframpError
 from offramp.files import write_atomically
+from offramp.model.vocabulary import TINY
 
 END = "<|endoftext|>"
 Tokens = npt.NDArray[np.uint16]
@@ -54,8 +55,6 @@ CHAT = (
 )
 SPLITS = ("train", "valid", "test")
 HELD = 0.01  # share of the documents for validation; test gets the same share
-# Words with the space before them, single digits, and punctuation with the line breaks after it.
-_PRE_TOKEN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+\n*|\s*\n+|\s+(?!\S)|\s+"
 
 
 def splits(documents: list[Document]) -> list[str]:
@@ -88,7 +87,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PRE_TOKEN), "isolated"),
+            pre_tokenizers.Split(Regex(TINY), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

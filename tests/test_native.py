@@ -17,15 +17,16 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 from safetensors.torch import load_file
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import equal
-from transformers import GemmaTokenizer
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 
 import offramp
 from helpers import run_cli
 from models import compiled_only
 from offramp.errors import CorruptFile
 from offramp.exits.exit_set import ExitSet
+from offramp.model import vocabulary
 from offramp.model.chat import ROLES, chat_pieces, put_together
 from offramp.model.checkpoint import gguf_of
 from offramp.model.compiled.library import call, library
@@ -60,9 +61,13 @@ def model() -> Any:
 @pytest.fixture(scope="module")
 def opened(folder: Path) -> Any:
     """The model's file, as the library opens it."""
-    for name, result in {"new": ctypes.c_void_p, "model": ctypes.c_void_p}.items():
-        getattr(library(), f"offramp_file_{name}").restype = result
-    return ctypes.c_void_p(call("offramp_file_new", str(folder / "model.gguf").encode(), None, None))
+    return open_file(folder / "model.gguf")
+
+
+def open_file(path: Path) -> Any:
+    """A file, as the library opens it."""
+    library().offramp_file_new.restype = ctypes.c_void_p
+    return ctypes.c_void_p(call("offramp_file_new", str(path).encode(), None, None))
 
 
 def run(*arguments: str | Path, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -79,6 +84,16 @@ def ids_of(opened: Any, text: bytes, whole: bool = False) -> list[int]:
     return room[:count]
 
 
+def shown(opened: Any, ids: list[int]) -> str:
+    """The text of tokens, as the library has it."""
+    token, length, special = library().offramp_token, ctypes.c_int64(), ctypes.c_int()
+    token.restype, found = ctypes.c_void_p, b""
+    for number in ids:
+        at = token(opened, ctypes.c_int64(number), ctypes.byref(length), ctypes.byref(special))
+        found += b"" if special.value else ctypes.string_at(at, length.value)
+    return found.decode(errors="replace")
+
+
 @pytest.mark.parametrize("mode", ["full", "exact", "close", "close:2", "early", "early:2"])
 def test_the_program_gives_the_same_answers_as_python(folder: Path, model: Any, mode: str) -> None:
     files = folder / "model.gguf", "--exits", folder / "exits.gguf"
@@ -90,6 +105,19 @@ def test_the_program_gives_the_same_answers_as_python(folder: Path, model: Any, 
         assert found.keys() == expected.keys()
         for name in expected.keys() - TIMES:
             assert alike(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["smollm2-hybrid", "mamba-tiny"])
+def test_models_of_no_gguf_file_are_written_as_parts(name: str, tmp_path: Path) -> None:
+    ran = run_cli("export", name, "--gguf", str(tmp_path))
+    assert not ran.code, ran.stderr
+    made, model = tmp_path / "model.gguf", offramp.load(name)
+    for mode in ("full", "exact", "early"):
+        ran_alone = run(made, PROMPTS[0], "--exits", tmp_path / "exits.gguf", "--mode", mode, "--max-tokens", "24")
+        assert ran_alone.stdout == model.generate(PROMPTS[0], mode=mode, max_tokens=24).text + "\n"
+    file = open_file(made)
+    for text in fuzzed(500):
+        assert ids_of(file, text, whole=True) == model.tokenizer(text.decode(errors="replace"))["input_ids"], text
 
 
 def alike(one: Any, other: Any) -> bool:
@@ -163,17 +191,13 @@ def test_texts_become_the_tokens_of_hugging_face(opened: Any, model: Any) -> Non
         assert ids_of(opened, text, whole=True) == expected, text
 
 
-QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LLAMA3 = QWEN2.replace(r"\p{N}|", r"\p{N}{1,3}|")
-
-
-def byte_level(pattern: str, whole_words: bool) -> Tokenizer:
-    """A byte-level BPE tokenizer that learned from the fuzzed texts."""
+def byte_level(pattern: str | None, whole_words: bool) -> Tokenizer:
+    """A byte-level BPE tokenizer that learned from the fuzzed texts. Without a pattern, it cuts words as GPT-2 does."""
     learned = Tokenizer(models.BPE(ignore_merges=whole_words))
-    cut = pre_tokenizers.Split(Regex(pattern), "isolated")
-    learned.pre_tokenizer = pre_tokenizers.Sequence(
-        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    cut = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    learned.pre_tokenizer = pre_tokenizers.Sequence([*cut, letters]) if cut else letters
+    learned.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
     learned.train_from_iterator([text.decode(errors="replace") for text in fuzzed(400)], trainer)
@@ -197,7 +221,7 @@ def of_pieces() -> Tokenizer:
     return backend
 
 
-def write_file(file: Path, tokenizer: Tokenizer, kind: str, cuts: str) -> None:
+def write_file(file: Path, tokenizer: Tokenizer, kind: str) -> None:
     """Write a tiny model with this tokenizer, as llama.cpp's converter writes one."""
     names = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -206,14 +230,13 @@ def write_file(file: Path, tokenizer: Tokenizer, kind: str, cuts: str) -> None:
     writer.add_embedding_length(32)
     writer.add_head_count(2)
     writer.add_context_length(64)
-    writer.add_tokenizer_model(kind)
-    writer.add_tokenizer_pre(cuts)
-    writer.add_token_list([name for name, _ in names])
-    types = [3 if name in special else 6 if re.fullmatch("<0x..>", name) else 1 for name, _ in names]
-    writer.add_token_types(types)
     if kind == "gpt2":
-        writer.add_token_merges([" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]])
+        vocabulary.describe(PreTrainedTokenizerFast(tokenizer_object=tokenizer), writer)
     else:
+        writer.add_tokenizer_model(kind)
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([name for name, _ in names])
+        writer.add_token_types([3 if name in special else 6 if re.fullmatch("<0x..>", name) else 1 for name, _ in names])
         writer.add_token_scores([-float(number) for number in range(len(names))])
         writer.add_add_space_prefix(False)
         writer.add_add_bos_token(False)
@@ -229,23 +252,27 @@ def write_file(file: Path, tokenizer: Tokenizer, kind: str, cuts: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "cuts", "make"),
+    ("kind", "make"),
     [
-        ("gpt2", "qwen2", lambda: byte_level(QWEN2, whole_words=False)),
-        ("gpt2", "llama-bpe", lambda: byte_level(LLAMA3, whole_words=True)),
-        ("llama", "default", of_pieces),
+        ("gpt2", lambda: byte_level(None, whole_words=False)),
+        ("gpt2", lambda: byte_level(vocabulary.QWEN2, whole_words=False)),
+        ("gpt2", lambda: byte_level(vocabulary.LLAMA3, whole_words=True)),
+        ("gpt2", lambda: byte_level(vocabulary.TINY, whole_words=False)),
+        ("llama", of_pieces),
     ],
-    ids=["qwen2", "llama3", "sentencepiece"],
+    ids=["gpt2", "qwen2", "llama3", "mamba-tiny", "sentencepiece"],
 )
-def test_other_tokenizers_are_those_of_hugging_face(kind: str, cuts: str, make: Any, tmp_path: Path, opened: Any) -> None:
+def test_other_tokenizers_are_those_of_hugging_face(kind: str, make: Any, tmp_path: Path) -> None:
     tokenizer = make()
-    write_file(tmp_path / "x.gguf", tokenizer, kind, cuts)
-    file = ctypes.c_void_p(call("offramp_file_new", str(tmp_path / "x.gguf").encode(), None, None))
+    write_file(tmp_path / "x.gguf", tokenizer, kind)
+    file = open_file(tmp_path / "x.gguf")
     long = 0
     for text in fuzzed(1500):
-        expected = tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False).ids
+        read = text.decode(errors="replace")
+        expected = tokenizer.encode(read, add_special_tokens=False).ids
         assert ids_of(file, text) == expected, text
-        long += len(expected) < len(text.decode(errors="replace"))
+        assert shown(file, expected) == tokenizer.decode(expected, skip_special_tokens=True), text
+        long += len(expected) < len(read)
     assert long > 300  # merges were made
 
 
@@ -293,6 +320,12 @@ CHATML = (
 )
 
 
+TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}Question: {{ m['content'] }} Answer:"
+    "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+
+
 def test_chat_templates_are_kept_where_pieces_can_say_what_they_do() -> None:
     pieces = chat_pieces(Templated(CHATML))
     assert pieces
@@ -303,6 +336,9 @@ def test_chat_templates_are_kept_where_pieces_can_say_what_they_do() -> None:
     )
     assert put_together(pieces, talk) == rendered
     assert chat_pieces(Templated(CHATML.replace("m.content | trim", "m.content | upper"))) is None
+    pieces = chat_pieces(Templated(TURNS))
+    assert pieces
+    assert (pieces["answer"], pieces["assistant"]) == (" Answer:", " ")
     assert chat_pieces(Templated("{{ messages | length }}" + CHATML)) is None
     assert chat_pieces(Templated("{{ nothing.at.all }}")) is None
     assert chat_pieces(object()) is None

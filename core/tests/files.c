@@ -5,12 +5,13 @@
 
 enum { D = 32, V = 300, W = 64, P = 16, Q = 2, BLOCKS = 2 };  // V: 256 bytes, and tokens of several
 enum { UINT32 = 4, INT32 = 5, FLOAT32 = 6, STRING = 8, ARRAY = 9, INT64 = 11, FLOAT64 = 12 };
-enum { ROOM = 1 << 20, MOST_TENSORS = 64 };
+enum { ROOM = 1 << 20, MOST_TENSORS = 64, BYTES = 24 };  // the type of a tensor of bytes
 
 typedef struct {
     const char *name;
     const float *values;
     int64_t rows, columns;  // rows: 0 for a vector
+    int as_bytes;           // as offramp's export writes a weight
 } Matrix;
 
 // A file while it is written: its entries, and its tensors.
@@ -45,9 +46,12 @@ static void add(Writer *w, const char *name, int64_t rows, int64_t columns) {
     CHECK(w->tensors_count < MOST_TENSORS, "too many tensors");
     char *copy = memory((int64_t)strlen(name) + 1);
     const float size = rows ? 0.3f : 1;
-    w->tensors[w->tensors_count++] = (Matrix){
-        strcpy(copy, name), randoms((rows ? rows : 1) * columns, rows ? -size : 0.5f, size), rows, columns};
+    w->tensors[w->tensors_count++] =
+        (Matrix){strcpy(copy, name), randoms((rows ? rows : 1) * columns, rows ? -size : 0.5f, size), rows,
+                 columns, 0};
 }
+
+static int64_t bytes_in(const Matrix *t) { return (t->rows ? t->rows : 1) * t->columns * 4; }
 
 // The file's bytes.
 static char *bytes_of(Writer *w, int64_t *length) {
@@ -56,15 +60,17 @@ static char *bytes_of(Writer *w, int64_t *length) {
     put_u64(whole, (uint64_t)w->count), put(whole, w->entries, w->used);
     for (int64_t i = 0, offset = 0; i < w->tensors_count; i++) {
         const Matrix *t = w->tensors + i;
-        put_text(whole, t->name), put_u32(whole, t->rows ? 2 : 1), put_u64(whole, (uint64_t)t->columns);
-        if (t->rows) put_u64(whole, (uint64_t)t->rows);
-        put_u32(whole, 0), put_u64(whole, (uint64_t)offset);  // float32
-        offset += ((t->rows ? t->rows : 1) * t->columns * 4 + 31) / 32 * 32;
+        const int two = t->rows && !t->as_bytes;
+        put_text(whole, t->name), put_u32(whole, two ? 2 : 1);
+        put_u64(whole, (uint64_t)(t->as_bytes ? bytes_in(t) : t->columns));
+        if (two) put_u64(whole, (uint64_t)t->rows);
+        put_u32(whole, t->as_bytes ? BYTES : 0), put_u64(whole, (uint64_t)offset);  // 0: float32
+        offset += (bytes_in(t) + 31) / 32 * 32;
     }
     while (whole->used % 32) put(whole, "", 1);
     for (int64_t i = 0; i < w->tensors_count; i++) {
         const Matrix *t = w->tensors + i;
-        put(whole, t->values, (t->rows ? t->rows : 1) * t->columns * 4);
+        put(whole, t->values, bytes_in(t));
         while (whole->used % 32) put(whole, "", 1);
     }
     *length = whole->used;
@@ -105,7 +111,7 @@ static void say_tokens(Writer *w) {
     say_number(w, "tokenizer.ggml.eos_token_id", 259);
     say_text(w, "offramp.chat.first", "<|user|>"), say_text(w, "offramp.chat.system", "<|user|>(");
     say_text(w, "offramp.chat.after_system", ")"), say_text(w, "offramp.chat.answer", "<|end|>");
-    say_text(w, "offramp.chat.next", "<|end|><|user|>");
+    say_text(w, "offramp.chat.next", "<|end|><|user|>"), say_text(w, "offramp.chat.assistant", "");
     say_array(w, "offramp.chat.trims", INT32, 3), put_u32(w, 0), put_u32(w, 1), put_u32(w, 0);
 }
 
@@ -132,6 +138,63 @@ static char *model_file(int64_t *length) {
             snprintf(name, sizeof name, "blk.%d.%s", block, tensors[i].name);
             add(w, name, tensors[i].rows, tensors[i].columns);
         }
+    return bytes_of(w, length);
+}
+
+// A part's weight, or a piece of one.
+static void add_weight(Writer *w, int part, const char *field, int64_t rows, int64_t columns) {
+    char name[64];
+    snprintf(name, sizeof name, "offramp.part.%d.%s", part, field);
+    say_array(w, name, INT64, 5), put_u64(w, OFFRAMP_FLOAT32), put_u64(w, (uint64_t)rows);
+    put_u64(w, (uint64_t)columns), put_u64(w, 0), put_u64(w, 0);
+    snprintf(name, sizeof name, "%d.%s", part, field);
+    add(w, name, rows, columns), w->tensors[w->tensors_count - 1].as_bytes = 1;
+}
+static void add_array(Writer *w, int part, const char *field, int64_t count) {
+    char name[64];
+    snprintf(name, sizeof name, "%d.%s", part, field), add(w, name, 0, count);
+}
+static void say_field(Writer *w, int part, const char *field, double value) {
+    char name[64];
+    snprintf(name, sizeof name, "offramp.part.%d.%s", part, field), say_real(w, name, value);
+}
+static void say_part(Writer *w, int part, const char *kind) {
+    char name[64];
+    snprintf(name, sizeof name, "offramp.part.%d.kind", part), say_text(w, name, kind);
+    add_array(w, part, "norm", D), say_field(w, part, "eps", 1e-5);
+}
+
+// A model of parts: one block with attention, whose first weight has two pieces, a Mamba-2 mixer and an MLP.
+static char *parts_file(int64_t *length) {
+    enum { INNER = 32, HEADS = 2, STATES = 8, MIXED = INNER + 2 * STATES, TAPS = 4 };
+    static const char *const kinds[] = {"attention", "mixer", "mlp"};
+    Writer *w = memory(sizeof *w);
+    say_text(w, "general.architecture", "offramp-model"), say_text(w, "offramp.fingerprint", "abc");
+    say_number(w, "offramp.parts", 4), say_number(w, "offramp.context", 512);
+    say_number(w, "offramp.keys_in_float32", 1);
+    for (uint32_t k = 0; k < 3; k++) {
+        char name[64];
+        snprintf(name, sizeof name, "offramp.blocks.%s", kinds[k]);
+        say_array(w, name, INT64, 1), put_u64(w, 1 + k);
+    }
+    say_array(w, "offramp.rotary.1.frequencies", FLOAT32, P / 2);
+    for (int i = 0; i < P / 2; i++) put(w, &(float){1.0f / (float)(1 + i)}, sizeof(float));
+    say_part(w, 0, "ends"), add_weight(w, 0, "head", V, D);
+    say_part(w, 1, "attention"), add_weight(w, 1, "o", D, Q * P);
+    say_array(w, "offramp.part.1.qkv", INT64, 5), put_u64(w, OFFRAMP_STACKED);
+    put_u64(w, (Q + 2) * P), put_u64(w, D), put_u64(w, 0), put_u64(w, 2);
+    add_weight(w, 1, "qkv.0", Q * P, D), add_weight(w, 1, "qkv.1", 2 * P, D);
+    say_field(w, 1, "heads", 1), say_field(w, 1, "dim", P), say_field(w, 1, "rotary", 1);
+    say_field(w, 1, "scale", 0.25);
+    say_part(w, 2, "mamba2"), add_weight(w, 2, "in", INNER + MIXED + HEADS, D);
+    add_weight(w, 2, "out", D, INNER), add_array(w, 2, "conv", MIXED * TAPS);
+    add_array(w, 2, "gated_norm", INNER), add_array(w, 2, "dt_bias", HEADS);
+    add_array(w, 2, "decay", HEADS), add_array(w, 2, "skip", HEADS);
+    say_field(w, 2, "heads", HEADS), say_field(w, 2, "groups", 1), say_field(w, 2, "states", STATES);
+    say_field(w, 2, "gated_eps", 1e-5), say_field(w, 2, "dt_low", 0), say_field(w, 2, "dt_high", 10);
+    say_part(w, 3, "mlp"), add_weight(w, 3, "gate_up", 2 * W, D), add_weight(w, 3, "down", D, W);
+    say_field(w, 3, "activation", OFFRAMP_SILU);
+    say_tokens(w);
     return bytes_of(w, length);
 }
 
@@ -259,6 +322,24 @@ static void sessions_come_back(const offramp_file *file, offramp_plan *plan, con
     offramp_session_free(s), offramp_session_free(again);
 }
 
+// A model of parts opens, and its answer is the same in one pass and in several.
+static void parts_are_a_model(void) {
+    int64_t wanted[MOST + 8] = {257, 258, ' ', 't'}, found[MOST + 8];
+    offramp_file *file = offramp_file_new("files-parts.gguf", NULL, NULL, &said);
+    MADE(file);
+    offramp_plan *full = offramp_file_plan(file, NULL, "full", &said);
+    MADE(full);
+    memcpy(found, wanted, sizeof found);
+    offramp_session *s = offramp_file_session(file, 32, &said),
+                    *other = offramp_file_session(file, 32, &said);
+    CHECK(s && other, "%s", said.message);
+    decode(full, s, wanted, 4, 0, MOST);
+    decode(full, other, found, decode(full, other, found, 4, 0, 8), 11, MOST - 8);
+    CHECK(!memcmp(wanted, found, (MOST + 4) * sizeof *found), "an answer in two parts is another one");
+    offramp_session_free(s), offramp_session_free(other);
+    offramp_plan_free(full), offramp_file_free(file);
+}
+
 static void heard(void *context, const char *sentence) {
     CHECK(is_sentence(sentence), "%s", sentence);
     ++*(int *)context;
@@ -325,13 +406,15 @@ static void damaged_files_are_refused(const char *bytes, int64_t length, int64_t
 }
 
 int main(void) {
-    int64_t length, exits_length, others_length;
+    int64_t length, exits_length, others_length, parts_length;
     const char *model = model_file(&length), *exits = exits_file("abc", &exits_length),
-               *others = exits_file("abd", &others_length);
+               *others = exits_file("abd", &others_length), *parts = parts_file(&parts_length);
     write_bytes("files.gguf", model, length), write_bytes("files-exits.gguf", exits, exits_length);
     write_bytes("files-others.gguf", others, others_length);
-    answers_are_full_depths();
+    write_bytes("files-parts.gguf", parts, parts_length);
+    answers_are_full_depths(), parts_are_a_model();
     damaged_files_are_refused(model, length, 7000, 600);
     damaged_files_are_refused(exits, exits_length, exits_length, 600);
+    damaged_files_are_refused(parts, parts_length, 3000, 600);
     return 0;
 }

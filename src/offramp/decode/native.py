@@ -1,9 +1,10 @@
 """Files for the program without Python (core/offramp.h, "Files"): a model as `model.gguf`, its exits as `exits.gguf`.
 
-The model's file is the GGUF file that it was loaded from, with what Python knows and the file does not say: how the chat
-template puts a talk together, which tokens end a text, how positions turn, which products may be coarse, and what blocks
-cost. The exits' file has the parts and rules of each mode as the library takes them (core/saved.c), and the exits
-themselves, so that `ExitSet.load` reads them back.
+Where the library reads the GGUF file that the model was loaded from, the model's file is that one, with what Python knows
+and it does not say: how the chat template puts a talk together, which tokens end a text, how positions turn, which products
+may be coarse, and what blocks cost. Otherwise it holds the model's parts as the library takes them (core/saved.c), in the
+format that they run in, and its tokenizer. The exits' file has the parts and rules of each mode, and the exits themselves,
+so that `ExitSet.load` reads them back.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from offramp.errors import BadInput
 from offramp.exits.calibrated import points_of
 from offramp.exits.exit_set import ARCHITECTURE, FILES
 from offramp.files import put
+from offramp.model import vocabulary
 from offramp.model.backbone import Backbone
 from offramp.model.chat import chat_pieces
 from offramp.model.checkpoint import gguf_of
 from offramp.model.compiled.library import CompiledPart, Fine, handle_of
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.steps import ExitRules, Rules, number_of
-from offramp.model.compiled.weights import Weight
+from offramp.model.compiled.weights import Stack, Weight
 from offramp.model.costs import Costs
 
 if TYPE_CHECKING:
@@ -41,25 +43,33 @@ if TYPE_CHECKING:
 
 MODEL, EXITS = "model.gguf", "exits.gguf"
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # that the library reads from a file
+OF_PARTS = "offramp-model"  # the architecture of a file that holds a model's parts
+KINDS = ("attention", "mixer", "mlp")  # of a block's parts
 ALIGNMENT = 64  # of tensors, so that compiled code can use them where they lie
 PARTS = ("gate", "readout", "sketch", "exit_sketch", "shortlist", "guesses")  # of rules
 BLOCK_COSTS = ("flops", "seen_flops", "key_flops", "state_flops")  # as `Costs.of_block` gives them
 
 
 def write(model: HasExits, folder: Path) -> tuple[str, ...]:
-    """Write both files. Returns the modes that the exits' file has. Raises `BadInput` for a model of another kind."""
+    """Write both files. Returns the modes that the exits' file has, none where there are no exits.
+
+    Raises `BadInput` for a model that is not compiled, or whose tokenizer the library does not read.
+    """
     backbone = model.backbone
     file = gguf_of(Path(backbone.source.path)) if backbone.source.path else None
     runtime: object = backbone.runtime
-    known = backbone.config.model_type in ARCHITECTURES and backbone.weight_format == "file"
-    if file is None or not known or not isinstance(runtime, Compiled):
+    if not isinstance(runtime, Compiled):
         raise BadInput(
-            f"{backbone.name} is no GGUF file that the program without Python can run ({', '.join(ARCHITECTURES)}).",
-            "Name such a file, and leave out --dtype.",
+            f"{backbone.name} runs on the library's blocks, which need Python.", "offramp inspect MODEL says why."
         )
+    as_it_is = backbone.config.model_type in ARCHITECTURES and backbone.weight_format == "file"
     folder.mkdir(parents=True, exist_ok=True)
-    with _written(folder / MODEL, backbone.config.model_type) as writer:
-        _copy(file, writer)
+    with _written(folder / MODEL, backbone.config.model_type if file and as_it_is else OF_PARTS) as writer:
+        if file and as_it_is:
+            _copy(file, writer)
+            _say_coarse(runtime, writer)
+        else:
+            _write_model(backbone, runtime, file, writer)
         _describe(backbone, runtime, writer)
     with _written(folder / EXITS, ARCHITECTURE) as writer:
         return _write_exits(model, writer)
@@ -82,30 +92,23 @@ def _written(path: Path, architecture: str) -> Iterator[GGUFWriter]:
         put(made, path)
 
 
-def _copy(file: Path, writer: GGUFWriter) -> None:
-    """Copy what a file says, and its tensors as they are."""
+def _copy(file: Path, writer: GGUFWriter, only: str = "") -> None:
+    """Copy what a file says, and its tensors as they are; `only`: what it says under names that begin so."""
     from gguf import GGUFReader, GGUFValueType
 
     reader = GGUFReader(file)
     for name, entry in reader.fields.items():
-        if name.startswith(("GGUF.", "offramp.")) or name in ("general.architecture", "general.alignment"):
+        own = name.startswith(("GGUF.", "offramp.")) or name in ("general.architecture", "general.alignment")
+        if own or not name.startswith(only):
             continue
         kind, *inner = entry.types
         writer.add_key_value(name, entry.contents(), kind, inner[-1] if kind == GGUFValueType.ARRAY else None)
-    for tensor in reader.tensors:
+    for tensor in [] if only else reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
 
 
-def _describe(backbone: Backbone, runtime: Compiled, writer: GGUFWriter) -> None:
-    """Say what the file did not: see this module."""
-    from gguf import GGUFValueType
-
-    costs = Costs(backbone)
-    writer.add_string("offramp.fingerprint", backbone.source.fingerprint)
-    writer.add_array("offramp.ends", sorted(backbone.stop_ids))
-    (table,) = runtime.tables.values()
-    writer.add_key_value("offramp.frequencies", table.frequencies.tolist(), GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
-    writer.add_float32("offramp.rotary_factor", table.factor)
+def _say_coarse(runtime: Compiled, writer: GGUFWriter) -> None:
+    """Name the weights whose rows may be rounded to 8 bits."""
     coarse = [
         f"{index}.{name}"
         for index, block in enumerate(runtime.blocks)
@@ -115,12 +118,41 @@ def _describe(backbone: Backbone, runtime: Compiled, writer: GGUFWriter) -> None
     ]
     if coarse:
         writer.add_array("offramp.coarse", coarse)
+
+
+def _write_model(backbone: Backbone, runtime: Compiled, file: Path | None, writer: GGUFWriter) -> None:
+    """Write a model's parts, its tokenizer, and what the library needs to know of it."""
+    if file:
+        _copy(file, writer, "tokenizer.")
+    else:
+        vocabulary.describe(backbone.tokenizer, writer)
+    parts = _Parts(writer)
+    parts.number(runtime.ends)
+    blocks = [[parts.number(part) for part in block.parts] for block in runtime.blocks]
+    for kind, numbers in zip(KINDS, zip(*blocks, strict=True), strict=True):
+        _add(writer, f"offramp.blocks.{kind}", numbers)
+    writer.add_uint32("offramp.parts", len(parts))
+    writer.add_uint32("offramp.context", backbone.context)
+    writer.add_bool("offramp.keys_in_float32", runtime.kept_dtype == torch.float32)
+
+
+def _describe(backbone: Backbone, runtime: Compiled, writer: GGUFWriter) -> None:
+    """Say what no GGUF file says: see this module."""
+    from gguf import GGUFValueType
+
+    costs = Costs(backbone)
+    writer.add_string("offramp.fingerprint", backbone.source.fingerprint)
+    writer.add_array("offramp.ends", sorted(backbone.stop_ids))
+    for table in runtime.tables.values():
+        key, frequencies = f"offramp.rotary.{table.number}", table.frequencies.tolist()
+        writer.add_key_value(f"{key}.frequencies", frequencies, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+        writer.add_float32(f"{key}.factor", table.factor)
     for name, values in zip(BLOCK_COSTS, zip(*map(costs.of_block, range(costs.n_blocks)), strict=True), strict=True):
         _add(writer, f"offramp.costs.{name}", values)
     writer.add_uint64("offramp.head_flops", costs.head)
     for name, value in (chat_pieces(backbone.tokenizer) or {}).items():
         if isinstance(value, str):
-            writer.add_string(f"offramp.chat.{name}", value)
+            writer.add_key_value(f"offramp.chat.{name}", value, GGUFValueType.STRING)  # add_string leaves out empty ones
         else:
             _add(writer, f"offramp.chat.{name}", value)
 
@@ -162,23 +194,34 @@ class _Parts:
 
 
 def _contents(part: CompiledPart) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """A part's tensors and numbers by their names; of a weight, its bytes, and its type, rows, columns and fineness."""
+    """A part's tensors and numbers by their names; of a weight, its bytes, and its shape: see `_put_weight`."""
     tensors: dict[str, np.ndarray] = {}
     numbers: dict[str, Any] = {}
+    tied = part.kind == "ends" and len({id(weight) for weight in part.weights}) == 1
     for name, field in part.fields.items():
         name = name.rstrip("_")
         if isinstance(field, Weight | Fine):
-            weight, fine = (field.weight, field.fine) if isinstance(field, Fine) else (field, False)
-            handle = handle_of(weight, fine)
-            numbers[name] = [int(handle.type), weight.rows, weight.columns, int(fine)]
-            tensors[name] = weight.w.contiguous().view(torch.uint8).flatten().numpy().view(np.int8)
-            beside = {"bias": weight.bias, "scales": weight.scale}
-            tensors |= {f"{name}.{what}": each.flatten().numpy() for what, each in beside.items() if each is not None}
+            if not (tied and name == "embedding"):  # the library takes the head for it
+                weight, fine = (field.weight, field.fine) if isinstance(field, Fine) else (field, False)
+                _put_weight(name, weight, fine, tensors, numbers)
         elif isinstance(field, Tensor):
             tensors[name] = field.contiguous().flatten().numpy()
         elif field is not None:
             numbers[name] = float(field)
     return tensors, numbers
+
+
+def _put_weight(name: str, weight: Weight, fine: bool, tensors: dict[str, np.ndarray], numbers: dict[str, Any]) -> None:
+    """Put a weight's bytes among the tensors, and among the numbers its type, rows, columns, fineness and pieces."""
+    handle = handle_of(weight, fine)
+    pieces = weight.pieces if isinstance(weight, Stack) else []
+    numbers[name] = [int(handle.type), weight.rows, weight.columns, int(fine), len(pieces)]
+    for number, piece in enumerate(pieces):
+        _put_weight(f"{name}.{number}", piece, False, tensors, numbers)
+    if not pieces:
+        tensors[name] = weight.w.contiguous().view(torch.uint8).flatten().numpy().view(np.int8)
+        beside = {"bias": weight.bias, "scales": weight.scale}
+        tensors.update({f"{name}.{what}": each.flatten().numpy() for what, each in beside.items() if each is not None})
 
 
 def _write_exits(model: HasExits, writer: GGUFWriter) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ def chat_pieces(tokenizer: Any) -> dict[str, str | list[int]] | None:
     """How a tokenizer's chat template puts a talk together, found by rendering it with markers as messages.
 
     `first`: what stands before the first message if it is the user's, `system`: if it is the system's; `after_system`:
-    after the system's message; `answer`: after one of the user's; `next`: after one of the assistant's; `trims`: for each
-    of `ROLES` whether white space around a message is left out. None without a template, and for one that does more.
+    after the system's message; `answer`: after one of the user's; `assistant`: then, before one of the assistant's that is
+    known; `next`: after it; `trims`: for each of `ROLES` whether white space around a message is left out. None without a
+    template, and for one that does more.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
@@ -32,6 +33,7 @@ def chat_pieces(tokenizer: Any) -> dict[str, str | list[int]] | None:
         trims = [int(mark not in whole) for mark in marks[:3]]
         pieces: dict[str, str | list[int]] = {"first": first, "system": system, "trims": trims}
         pieces |= {"after_system": after_system, "answer": answer, "next": following}
+        pieces["assistant"] = between.removeprefix(answer)
         longer = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", " d "), ("user", "e")]
         same = all(
             rendered(*talk) == put_together(pieces, talk)
@@ -39,13 +41,14 @@ def chat_pieces(tokenizer: Any) -> dict[str, str | list[int]] | None:
         )
     except Exception:  # templates raise what they like
         return None
-    return pieces if same and between == answer == last else None
+    return pieces if same and last == answer else None
 
 
 def put_together(pieces: dict[str, Any], talk: list[tuple[str, str]]) -> str:
     """A talk's text up to the answer, as the C library's `offramp_chat` puts it together."""
     text = pieces["system" if talk[0][0] == "system" else "first"]
     for role, content in talk:
+        text += pieces["assistant"] if role == "assistant" else ""
         text += content.strip() if pieces["trims"][ROLES.index(role)] else content
         text += pieces[{"system": "after_system", "user": "answer", "assistant": "next"}[role]]
     return str(text)

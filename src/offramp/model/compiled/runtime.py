@@ -86,15 +86,15 @@ class Compiled:
         self._norm, self._eps, self.head, self.embedding = self._part(ENDS, self._make_ends)
         own = torch.tensor(getattr(modules.embedding, "scalar_embed_scale", 1.0)).to(self._format.loaded)  # gemma's
         self._embedding_scale = self._scales.embedding * float(own)
-        self._ends = CompiledPart(
+        self.ends = CompiledPart(
             "ends", head=Fine(self.head), norm=self._norm, embedding=self.embedding, eps=self._eps,
             scale=self._embedding_scale, logit_scale=self._scales.logits, cap=self._scales.cap or 0.0,
         )  # fmt: skip
         self.blocks = [
-            self._part(str(i), partial(_block, self._ends, modules, i, family, self.tables))
+            self._part(str(i), partial(_block, self.ends, modules, i, family, self.tables))
             for i in range(len(modules.blocks))
         ]
-        self._model = self._made(self._ends, [block.parts for block in self.blocks])
+        self._model = self._made(self.ends, [block.parts for block in self.blocks])
         store.finish()
         # As x · w · √D / √(Σ x² + D · eps): fewer operators.
         self._scaled = self._norm * math.sqrt(len(self._norm))
@@ -311,7 +311,7 @@ class Compiled:
         """`Runtime.exact`: all rows are fine, and keys and values float32."""
         kept = self._model, self.kept_dtype
         blocks = [[part and part.exact() for part in block.parts] for block in self.blocks]
-        self._model = self._made(self._ends.exact(), blocks)
+        self._model = self._made(self.ends.exact(), blocks)
         self.kept_dtype = torch.float32
         try:
             yield

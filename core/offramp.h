@@ -278,13 +278,18 @@ OFFRAMP_API void offramp_session_free(offramp_session *session);
 // A copy of a session, which goes on independently. It has no more room than its tokens need.
 OFFRAMP_API offramp_session *offramp_session_fork(const offramp_session *session, offramp_error *error);
 
+typedef struct offramp_plan offramp_plan;  // see offramp_plan_new
+
 // A session as bytes, for the same model on the same kind of machine: returns how many there are, of which
 // `room` are written; -1 during a watch, or while tokens wait at exits (settle, or read the text anew). What
-// drafts taught the session, and memories of Mamba gates, are left out: a plan with such gates needs a session
-// that it has stepped from the first token on. `load` checks that the bytes are such, but not their numbers.
+// drafts taught the session is left out. `load` is given the plan that the text goes on with, which has the
+// exits of the one before, or NULL: then the memories of Mamba gates are left out, and a plan with such gates
+// needs a session that it has stepped from the first token on. It checks that the bytes are a session, but
+// not their numbers.
 OFFRAMP_API int64_t offramp_session_save(const offramp_session *session, void *bytes, int64_t room);
-OFFRAMP_API offramp_session *offramp_session_load(offramp_model *model, offramp_type keys, const void *bytes,
-                                                  int64_t count, offramp_error *error);
+OFFRAMP_API offramp_session *offramp_session_load(offramp_model *model, const offramp_plan *plan,
+                                                  offramp_type keys, const void *bytes, int64_t count,
+                                                  offramp_error *error);
 
 // Gives the memory room for so many tokens when it next grows.
 OFFRAMP_API void offramp_session_reserve(offramp_session *session, int64_t tokens);
@@ -411,8 +416,6 @@ typedef struct {
     int64_t head_flops, exit_head_flops;
     double row_costs[OFFRAMP_MOST_DRAFTS + 1], accepted[OFFRAMP_DEPTHS];
 } offramp_rules;
-
-typedef struct offramp_plan offramp_plan;
 
 // A plan with these rules, which are copied. Fails if they do not fit the model.
 OFFRAMP_API offramp_plan *offramp_plan_new(offramp_model *model, const offramp_rules *rules,

@@ -2,7 +2,7 @@
 
 #include <stdlib.h>
 
-#include "session.h"
+#include "plan.h"
 
 enum { EDITION = 1 };
 
@@ -44,7 +44,33 @@ static void pass_mixed(Passage *p, const Mixer *shape, Mixed *m) {
     pass(p, m->h, state_floats(shape) * (int64_t)sizeof(float));
 }
 
-static void pass_session(Passage *p, offramp_session *s) {
+static int64_t mixed_bytes(const Mixer *shape) {
+    return (int64_t)sizeof(int64_t) + (window_floats(shape) + state_floats(shape)) * (int64_t)sizeof(float);
+}
+
+// The memories of Mamba gates, for the plan that a text goes on with; without one, they are left out.
+static void pass_gates(Passage *p, offramp_session *s, const offramp_plan *plan) {
+    AtExits *exits = &s->exits;
+    if (p->loads && plan) {
+        const int made =
+            prepare_exits(s, plan->number, plan->rules.count, plan->mixers, plan->rules.pending + 1);
+        p->bad |= !made;
+    }
+    int64_t own = 0, bytes;
+    for (int64_t e = 0; e < exits->count; e++) own += exits->shapes[e] ? mixed_bytes(exits->shapes[e]) : 0;
+    bytes = own;
+    pass_number(p, &bytes), pass_number(p, &exits->run);
+    if (p->loads && !plan) {
+        p->bad |= bytes < 0 || bytes > p->room - p->used;
+        p->used += p->bad ? 0 : bytes;
+        return;
+    }
+    p->bad |= p->loads && (bytes != own || exits->run < 0 || exits->run > INT32_MAX);
+    for (int64_t e = 0; e < exits->count && !p->bad; e++)
+        if (exits->shapes[e]) pass_mixed(p, exits->shapes[e], exits->gates + e);
+}
+
+static void pass_session(Passage *p, offramp_session *s, const offramp_plan *plan) {
     const int64_t own[] = {EDITION, s->model->count, s->model->hidden, s->half};
     int64_t given[4];
     memcpy(given, own, sizeof own);
@@ -55,6 +81,7 @@ static void pass_session(Passage *p, offramp_session *s) {
         if (b->attends) pass_keys(p, s, i);
         if (b->mixes && !p->bad) pass_mixed(p, &b->mixer, &s->blocks[i].mixed);
     }
+    if (!p->bad) pass_gates(p, s, plan);
     p->bad |= p->loads && p->used != p->room;
 }
 
@@ -63,16 +90,16 @@ int64_t offramp_session_save(const offramp_session *session, void *bytes, int64_
         if (session->blocks[i].mixed.watched) return -1;
     if (waiting(session)) return -1;
     Passage p = {.at = bytes, .room = room};
-    pass_session(&p, (offramp_session *)session);  // which is only read
+    pass_session(&p, (offramp_session *)session, NULL);  // which is only read
     return p.used;
 }
 
-offramp_session *offramp_session_load(offramp_model *model, offramp_type keys, const void *bytes,
-                                      int64_t count, offramp_error *error) {
+offramp_session *offramp_session_load(offramp_model *model, const offramp_plan *plan, offramp_type keys,
+                                      const void *bytes, int64_t count, offramp_error *error) {
     offramp_session *s = offramp_session_new(model, keys, 0, error);
     if (!s) return NULL;
     Passage p = {.at = (char *)bytes, .room = count, .loads = 1};
-    pass_session(&p, s);
+    pass_session(&p, s, plan);
     if (!p.bad) return s;
     fail(error, OFFRAMP_INVALID, "These bytes are no session of this model, or not all of one.");
     offramp_session_free(s);

@@ -308,16 +308,16 @@ static void sessions_come_back(const offramp_file *file, offramp_plan *plan, con
     char *saved = memory(bytes);
     CHECK(offramp_session_save(s, saved, bytes) == bytes, "the bytes of a session");
     offramp_model *model = offramp_file_model(file);
-    offramp_session *again = offramp_session_load(model, OFFRAMP_FLOAT32, saved, bytes, &said);
+    offramp_session *again = offramp_session_load(model, NULL, OFFRAMP_FLOAT32, saved, bytes, &said);
     MADE(again);
     known = decode(plan, again, ids, known, run, MOST - 8);
     CHECK(known == MOST + 4 && !memcmp(ids, wanted, known * sizeof *ids), "a session goes on otherwise");
-    NOT_MADE(offramp_session_load(model, OFFRAMP_FLOAT32, saved, bytes - 1, &said));
-    NOT_MADE(offramp_session_load(model, OFFRAMP_BFLOAT16, saved, bytes, &said));
+    NOT_MADE(offramp_session_load(model, NULL, OFFRAMP_FLOAT32, saved, bytes - 1, &said));
+    NOT_MADE(offramp_session_load(model, NULL, OFFRAMP_BFLOAT16, saved, bytes, &said));
     for (int i = 0; i < 300; i++) {
         char *damaged = memcpy(memory(bytes), saved, bytes);
         for (int k = 0; k < 4; k++) damaged[below(64)] = (char)random_bits();
-        offramp_session_free(offramp_session_load(model, OFFRAMP_FLOAT32, damaged, bytes, &said));
+        offramp_session_free(offramp_session_load(model, NULL, OFFRAMP_FLOAT32, damaged, bytes, &said));
     }
     offramp_session_free(s), offramp_session_free(again);
 }

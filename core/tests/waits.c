@@ -3,6 +3,7 @@
 #include "steps.h"
 
 enum { MOST = 24 };
+static int bytes_came_back;
 
 // After all that waited went to the top, a text is as one that full depth read.
 static void states_are_exact(const Tiny *t, offramp_plan *plan, const Rules *r, Text *x) {
@@ -26,6 +27,11 @@ static void forks_go_on_alike(const Tiny *t, offramp_plan *plan, const Rules *r,
         step_all(plan, &fork, 1, MOST, 1 + below(5));
         are_alike(t, fork, whole, 0, "a fork");
         offramp_session_free(fork->r.session);
+        Text *again = below(2) ? loaded(t, plan, i % 2 ? OFFRAMP_FLOAT32 : OFFRAMP_BFLOAT16, x) : NULL;
+        if (!again) continue;
+        step_all(plan, &again, 1, MOST, 1 + below(5)), bytes_came_back++;
+        are_alike(t, again, whole, 0, "a session that was bytes");
+        offramp_session_free(again->r.session);
     }
     are_alike(t, x, whole, 0, "in small calls");
     if (r->rules.fill == OFFRAMP_DEFER && !x->r.failed && i != 1) states_are_exact(t, plan, r, x);
@@ -147,6 +153,7 @@ static void frozen_texts_do_not_wait(void) {
 
 int main(void) {
     all_forks_go_on_alike(60);
+    CHECK(bytes_came_back > 50, "%d sessions came back", bytes_came_back);
     so_many_wait();
     other_plans_wait();
     frozen_texts_do_not_wait();

@@ -49,7 +49,7 @@ from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.costs import Costs
 from offramp.training.data import PROMPTS
-from random_model import shipped_config, write_random
+from random_model import config_of, write_random
 from speed import read_bandwidth
 
 WORK = Path("build/bench")
@@ -131,7 +131,7 @@ def write(shape: Shape, small: bool, folder: Path, threads: int) -> dict[str, An
     """Write the checkpoint; returns its bytes, and the seconds that it took."""
     torch.set_num_threads(threads)
     started = time.perf_counter()
-    size = write_random(shipped_config(shape.name, **(shape.small if small else {})), folder)
+    size = write_random(config_of(shape.name, **(shape.small if small else {})), folder)
     return {"bytes": size, "seconds": time.perf_counter() - started}
 
 

@@ -1,11 +1,12 @@
 """How fast are prompts read, and how fast are many of them answered, beside other libraries?
 
-    .venv/bin/python benchmarks/prefill.py [--parts prompts,mamba,batch,training] [--formats bfloat16,int4]
-                                           [--lengths 512,2048] [--rounds 5]
+    .venv/bin/python benchmarks/prefill.py [--parts prompts,shapes,batch,training] [--formats bfloat16,int4]
+                                           [--lengths 512,2048] [--rounds 5] [--shapes lfm2-350m,mamba2-370m]
 
 - `prompts`: read a prompt of `--lengths` tokens and choose one token. Each format takes turns with its peer: bfloat16 and
   float32 with `transformers`, file, int4 and int8 with llama.cpp on the model's GGUF file (Q4_1, and Q8_0 made from it).
-- `mamba`: the same for the shape of Mamba-2 130M with random weights, against `transformers` on the same weights.
+- `shapes`: the same for models of known shapes with random weights, and decode `--tokens` tokens, against `transformers` on
+  the same weights, in float32 where ours are, else in bfloat16.
 - `batch`: `--prompts` prompts side by side, `--tokens` new tokens each, at full depth, against the library's `generate` on
   one batch padded on the left. Tokens are the new ones, seconds those from the first prompt to the last token.
 - `training`: the model's own answers to `--training-prompts` prompts, made and written as `offramp train` does. It has no
@@ -25,7 +26,8 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +36,7 @@ from transformers import AutoTokenizer
 
 from offramp.files import put
 from offramp.training.data import PROMPTS
-from random_model import shipped_config, write_random
+from random_model import SHAPES, config_of, write_random
 from speed import MODEL, WORK, Row, Worker, chat_ids, entry, machine, ours, paths_of, read_bandwidth, spread
 
 PEERS = {
@@ -44,7 +46,7 @@ PEERS = {
     "float32": "transformers-float32",
     "int8": "llamacpp-q8_0",
 }
-PARTS = ("prompts", "mamba", "batch", "training")
+PARTS = ("prompts", "shapes", "batch", "training")
 Request = dict[str, Any]
 
 
@@ -59,20 +61,28 @@ class Trial:
     labels: list[str]
 
 
-def mamba_config() -> Any:
-    """The shape of Mamba-2 130M."""
-    return shipped_config("AntonV/mamba2-130m-hf")
-
-
-def mamba_folder() -> Path:
-    """A checkpoint of `mamba_config` with random weights, written once."""
-    folder = WORK / "mamba2-130m-random"
+def folder_of(shape: str) -> Path:
+    """A checkpoint of this shape with random weights, written once."""
+    folder = WORK / f"{shape.replace('/', '--')}-random"
     if not folder.exists():
         unfinished = folder.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
-        write_random(mamba_config(), unfinished)
+        write_random(config_of(shape), unfinished)
         put(unfinished, folder)
     return folder
+
+
+def of_shape(shape: str, args: argparse.Namespace) -> Iterator[Trial]:
+    """For each format, prompts to read and tokens to decode by random weights of a shape."""
+    folder = str(folder_of(shape))
+    formats = [format for format in args.formats if format != "file"]
+    for trial in readings(
+        f"The shape of {shape}, random weights", {"name": folder, "folder": folder}, formats, args.lengths
+    ):
+        peer = PEERS["float32" if trial.names[0] == ours("float32") else "bfloat16"]
+        decode = {"op": "generate", "ids": trial.requests[0]["ids"][:32], "tokens": args.tokens}
+        labels = [*trial.labels, f"decoding {args.tokens} tokens"]
+        yield replace(trial, names=(trial.names[0], peer), requests=[*trial.requests, decode], labels=labels)
 
 
 def readings(title: str, paths: dict[str, str], formats: list[str], lengths: list[int]) -> list[Trial]:
@@ -95,10 +105,8 @@ def trials(args: argparse.Namespace) -> list[Trial]:
     found = []
     if "prompts" in args.parts:
         found += readings(f"A prompt, {args.model}", paths, formats, args.lengths)
-    if "mamba" in args.parts:
-        folder = str(mamba_folder())
-        title = "A prompt, the shape of Mamba-2 130M with random weights"
-        found += readings(title, {"name": folder, "folder": folder}, against_library, args.lengths)
+    for shape in args.shapes if "shapes" in args.parts else ():
+        found += of_shape(shape, args)
     if "batch" in args.parts:
         lines = PROMPTS.read_text(encoding="utf-8").splitlines()
         tokenizer = AutoTokenizer.from_pretrained(paths["folder"], trust_remote_code=False)
@@ -144,16 +152,18 @@ def take_turns(trial: Trial, rounds: int, threads: int) -> list[Row]:
     return rows
 
 
+def rate(run: dict[str, Any]) -> float:
+    """Tokens a second of a worker's answer: those that it decoded, or else those that it read."""
+    kind = "decode_" if "decode_tokens" in run else ""
+    return float(run[f"{kind}tokens"] / run[f"{kind}seconds"])
+
+
 def figures(trial: Trial, rows: list[Row]) -> list[dict[str, Any]]:
     """For each request of a trial, every row's tokens a second in each round, and the ratios of ours to the peer's."""
     failures = {row.name: row.failure for row in rows if row.failure is not None}
     results = []
     for at, label in enumerate(trial.labels):
-        speeds = {
-            row.name: [runs[at]["tokens"] / runs[at]["seconds"] for runs in row.runs]
-            for row in rows
-            if row.name not in failures
-        }
+        speeds = {row.name: [rate(runs[at]) for runs in row.runs] for row in rows if row.name not in failures}
         ratios = [our / their for our, their in zip(*speeds.values(), strict=True)] if len(speeds) == 2 else None
         facts = {"title": trial.title, "label": label, "names": trial.names, "failures": failures}
         results.append({**facts, "speeds": speeds, "ratios": ratios})
@@ -188,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--formats", type=by_comma, default=list(PEERS), help=f"by comma: {', '.join(PEERS)}")
     parser.add_argument("--model", default=MODEL, help="a model without a GGUF file has no llama.cpp to compare with")
     parser.add_argument("--lengths", type=lambda text: [int(part) for part in by_comma(text)], default=[512, 2048])
+    parser.add_argument("--shapes", type=by_comma, default=["AntonV/mamba2-130m-hf"], help=f"by comma: {', '.join(SHAPES)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=64, help="prompts side by side")
     parser.add_argument("--training-prompts", type=int, default=128)

@@ -15,18 +15,44 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from offramp.files import ASSETS
 
+# Shapes of small models that people run, by their configs on the hub: the fields that decide their size.
+HYBRID = {"tie_word_embeddings": True, "max_position_embeddings": 32768}
+SHAPES: dict[str, dict[str, Any]] = {
+    "granite-4.0-h-350m": HYBRID
+    | {"model_type": "granitemoehybrid", "hidden_size": 768, "num_hidden_layers": 32, "vocab_size": 100352}
+    | {"num_attention_heads": 12, "num_key_value_heads": 4, "shared_intermediate_size": 2048, "intermediate_size": 2048}
+    | {"layer_types": ["attention" if block in (10, 13, 17, 27) else "mamba" for block in range(32)]}
+    | {"mamba_n_heads": 48, "mamba_d_head": 32, "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_expand": 2}
+    | {"num_local_experts": 0, "num_experts_per_tok": 0, "attention_multiplier": 0.015625, "logits_scaling": 3.0}
+    | {"embedding_multiplier": 12.0, "residual_multiplier": 0.246, "position_embedding_type": "nope"},
+    "falcon-h1-0.5b": HYBRID
+    | {"model_type": "falcon_h1", "hidden_size": 1024, "num_hidden_layers": 36, "vocab_size": 32784}
+    | {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 2048}
+    | {"mamba_d_ssm": 1536, "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_groups": 1},
+    "gemma-3-270m": HYBRID
+    | {"model_type": "gemma3_text", "hidden_size": 640, "num_hidden_layers": 18, "vocab_size": 262144}
+    | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "intermediate_size": 2048}
+    | {"sliding_window": 512, "query_pre_attn_scalar": 256},
+    "lfm2-350m": HYBRID
+    | {"model_type": "lfm2", "hidden_size": 1024, "num_hidden_layers": 16, "vocab_size": 65536}
+    | {"num_attention_heads": 16, "num_key_value_heads": 8, "intermediate_size": 4608, "block_auto_adjust_ff_dim": False}
+    | {"layer_types": ["full_attention" if block in (2, 5, 8, 10, 12, 14) else "conv" for block in range(16)]},
+    "mamba2-370m": {"model_type": "mamba2", "hidden_size": 1024, "num_hidden_layers": 48, "vocab_size": 50288}
+    | {"num_heads": 32, "head_dim": 64, "state_size": 128, "n_groups": 1, "expand": 2, "tie_word_embeddings": True},
+}
 SHARD = 2_000_000_000  # bytes of a shard, which is also about the memory that writing takes
 
 
-def shipped_config(name: str, **changed: Any) -> Any:
-    """The library's config of a model whose shape comes with offramp; `changed` fields win.
+def config_of(name: str, **changed: Any) -> Any:
+    """The library's config of one of `SHAPES`, or of a model whose shape comes with offramp; `changed` fields win.
 
     Random weights draw any token, so none ends a text. Mamba's default spread of 0.1 would amplify rounding a thousandfold.
     """
+    changed = {"initializer_range": 0.02, "eos_token_id": None, **changed}
+    if name in SHAPES:
+        return AutoConfig.for_model(**{**SHAPES[name], **changed})
     file = ASSETS / "configs" / f"{name.replace('/', '--')}.json"
-    return AutoConfig.from_pretrained(
-        file, **{"initializer_range": 0.02, "eos_token_id": None, **changed}, trust_remote_code=False
-    )
+    return AutoConfig.from_pretrained(file, **changed, trust_remote_code=False)
 
 
 @torch.no_grad()
@@ -65,7 +91,8 @@ def _parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
     """The modules that hold weights, with their names: embedding, every block, final norm, and a head that is not tied."""
     decoder, names = model.get_decoder(), {module: name for name, module in model.named_modules()}
     parts = [model.get_input_embeddings(), *decoder.layers]
-    parts += [child for name, child in decoder.named_children() if name.startswith("norm")]
+    others = [child for child in decoder.children() if child is not decoder.layers and child is not parts[0]]
+    parts += [child for child in others if any(True for _ in child.parameters())]
     if not model.config.tie_word_embeddings:
         parts.append(model.get_output_embeddings())
     for part in parts:

@@ -602,7 +602,7 @@ def test_paper_size_goes_on_after_a_step_that_fails() -> None:
 
 
 def test_a_random_checkpoint_has_every_weight_in_shards() -> None:
-    config = random_model.shipped_config("AntonV/mamba2-130m-hf", **SMALL_MAMBA)
+    config = random_model.config_of("AntonV/mamba2-130m-hf", **SMALL_MAMBA)
     size = random_model.write_random(config, Path("model"), shard=100_000)
     shards = sorted(Path("model").glob("*.safetensors"))
     assert len(shards) > 2
@@ -615,20 +615,35 @@ def test_a_random_checkpoint_has_every_weight_in_shards() -> None:
         random_model.write_random(config, Path("model"))
 
 
+@pytest.mark.parametrize("name", random_model.SHAPES)
+def test_shapes_are_models_with_compiled_blocks(name: str) -> None:
+    kinds = (
+        {"layer_types": random_model.SHAPES[name]["layer_types"][1:3]} if "layer_types" in random_model.SHAPES[name] else {}
+    )
+    config = random_model.config_of(name, num_hidden_layers=2, vocab_size=320, **kinds)
+    random_model.write_random(config, Path("model"))
+    backbone = offramp.load("model", "float32").backbone
+    assert backbone.runtime.engine == "compiled blocks"
+    assert backbone.hidden_size == random_model.SHAPES[name]["hidden_size"]
+
+
 def test_prefill_compares_in_pairs_that_take_turns(world, capsys, monkeypatch) -> None:
-    small = random_model.shipped_config("AntonV/mamba2-130m-hf", **SMALL_MAMBA)
-    monkeypatch.setattr(prefill, "mamba_config", lambda: small)
+    small = random_model.config_of("AntonV/mamba2-130m-hf", **SMALL_MAMBA)
+    monkeypatch.setattr(prefill, "config_of", lambda shape: small)
     arguments = ["--model", str(world / "model"), "--formats", "float32,int4", "--lengths", "9,70", "--rounds", "2"]
     prefill.main([*arguments, "--prompts", "3", "--training-prompts", "4", "--tokens", "5", "--threads", "1"])
     table = [row for row in rows(capsys.readouterr().out) if row[0] != "ours"]
     pair = ["offramp-float32", "transformers-float32"]
+    lengths, decoding = ["9 tokens", "70 tokens"], "decoding 5 tokens"
     assert [row[1] for row in table] == [
-        *["9 tokens", "70 tokens"] * 2,  # the model and the Mamba; llama.cpp, int4's peer, has no file of either
+        *lengths,  # llama.cpp, the peer of int4, has no file of the model
+        *[*lengths, decoding] * 2,
         "3 prompts, 5 new tokens each",
         "4 prompts, 5 tokens of answer each",
     ]
-    assert [[row[0], row[3]] for row in table] == [pair] * 5 + [["offramp-bfloat16", "–"]]
-    assert all(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d–\d+\.\d\d\)", row[5]) for row in table[:5])
+    int4 = ["offramp-int4", "transformers-bfloat16"]
+    assert [[row[0], row[3]] for row in table] == [pair] * 5 + [int4] * 3 + [pair] + [["offramp-bfloat16", "–"]]
+    assert all(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d–\d+\.\d\d\)", row[5]) for row in table[:9])
     for result in json.loads(Path("build/bench/prefill.json").read_text())["results"]:
         assert not result["failures"]
         assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result["speeds"].values())

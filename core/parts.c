@@ -163,7 +163,7 @@ offramp_status check_weight(const Weight *m, const char *name, offramp_error *er
         return fail(error, OFFRAMP_INVALID,
                     "The weight '%.40s' has %lld rows of %lld; rows of a multiple of %lld are needed.", name,
                     (long long)m->rows, (long long)m->columns, (long long)unit);
-    if (!m->values || (m->type == OFFRAMP_INT8 && !m->scales) || (stacked && m->pieces < 1))
+    if (!m->values || (m->type == OFFRAMP_INT8 && !m->scales) || (stacked ? m->pieces < 1 : m->pieces != 0))
         return fail(error, OFFRAMP_INVALID, "The weight '%.40s' has no numbers.", name);
     int64_t rows = 0;
     for (int64_t i = 0; stacked && i < m->pieces; i++) {

@@ -71,9 +71,11 @@ static int weight_at(const offramp_file *file, int64_t number, const char *name,
     *w = (offramp_weight){.type = integer_of(shape, 0, -1),
                           .rows = integer_of(shape, 1, -1),
                           .columns = integer_of(shape, 2, -1),
-                          .fine = integer_of(shape, 3, 0) == 1,
-                          .pieces = integer_of(shape, 4, 0)};
-    if (w->type == OFFRAMP_STACKED) return 1;
+                          .fine = integer_of(shape, 3, 0) == 1};
+    if (w->type == OFFRAMP_STACKED) {
+        w->pieces = integer_of(shape, 4, 0);
+        return 1;
+    }
     if (!t || t->type != OFFRAMP_INT8 || t->bytes != bytes_of(w)) return 0;
     w->values = t->values;
     w->bias = beside(file, number, name, ".bias", w->rows);

@@ -188,8 +188,8 @@ static void wrong_weights_are_refused(void) {
     offramp_weight w = weight_of(OFFRAMP_INT8, 0, 4, 64, 0);
     float x[64] = {0}, y[4] = {1, 2, 3, 4};
     const float before[4] = {1, 2, 3, 4};
-    offramp_weight wrong[13], pieces[2] = {w, w};
-    for (int i = 0; i < 13; i++) wrong[i] = w;
+    offramp_weight wrong[14], pieces[2] = {w, w};
+    for (int i = 0; i < 14; i++) wrong[i] = w;
     for (int i = 8; i < 13; i++)
         wrong[i].type = OFFRAMP_STACKED, wrong[i].values = pieces, wrong[i].pieces = 2;
     pieces[0].type = pieces[1].type = OFFRAMP_Q5_0, pieces[0].rows = 3;
@@ -197,8 +197,9 @@ static void wrong_weights_are_refused(void) {
     wrong[12].rows = 7, pieces[1].type = OFFRAMP_INT8;
     wrong[0].type = OFFRAMP_INT64, wrong[1].type = -1, wrong[2].columns = 40, wrong[3].rows = 0,
     wrong[4].scales = NULL;
+    wrong[13].pieces = 1;
     wrong[5].values = NULL, wrong[6].columns = -32, wrong[7].rows = INT64_MAX;
-    for (int i = 0; i < 13; i++) {
+    for (int i = 0; i < 14; i++) {
         REFUSED(offramp_product(owner.model, wrong + i, x, 1, y, &said));
         CHECK(offramp_product(owner.model, wrong + i, x, 1, y, NULL) == OFFRAMP_INVALID,
               "without an error's place: %d", i);

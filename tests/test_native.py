@@ -115,6 +115,7 @@ def test_models_of_no_gguf_file_are_written_as_parts(name: str, tmp_path: Path) 
     for mode in ("full", "exact", "early"):
         ran_alone = run(made, PROMPTS[0], "--exits", tmp_path / "exits.gguf", "--mode", mode, "--max-tokens", "24")
         assert ran_alone.stdout == model.generate(PROMPTS[0], mode=mode, max_tokens=24).text + "\n"
+    assert "for the program without Python" in run_cli("generate", str(made), "Hi").stderr
     file = open_file(made)
     for text in fuzzed(500):
         assert ids_of(file, text, whole=True) == model.tokenizer(text.decode(errors="replace"))["input_ids"], text

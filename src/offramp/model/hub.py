@@ -368,11 +368,18 @@ def _describe(source: Source, file: Path, folder: Path) -> None:
         # The library would also read what lies in the file's own folder, so it is given an empty one.
         where: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
         try:
-            read_gguf(file)  # first, since the library trusts the header
+            architecture, _ = read_gguf(file)  # first, since the library trusts the header
+            if architecture.startswith("offramp"):
+                raise UnsupportedModel(
+                    f"{source.name} is a file for the program without Python.",
+                    "In Python, name the model that it was made from.",
+                )
             config = AutoConfig.from_pretrained(made, trust_remote_code=False, **where)
             tokenizer = AutoTokenizer.from_pretrained(made, trust_remote_code=False, **where)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except OfframpError:
+            raise
         except Exception as error:  # the library raises anything from KeyError to ValueError here
             raise source.unreadable(error) from error
         model.config.architectures = [type(model).__name__]

@@ -556,7 +556,6 @@ def test_eval_scores_each_condition_and_report_shows_them(world) -> None:
         (("export", "model", "-o", "x"), "No exits ship for model"),
         (("export", "model", "-o", "x", "--exits", "nowhere"), "no folder nowhere"),
         (("export", "model", "-o", "x", "--gguf", "x"), "Name one folder"),
-        (("export", "model", "--gguf", "x"), "no GGUF file that the program"),
         (("export", "model", "-o", "model", "--exits", "exits"), "holds the model itself"),
         (("train", "model", "-o", "x", "--layers", "2,nine"), "not a list of whole numbers"),
         (("train", "model", "-o", "x", "--readout-width", "40"), "40 dims wide"),

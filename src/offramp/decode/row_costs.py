@@ -20,8 +20,9 @@ from offramp.model.compiled.library import MOST_DRAFTS, kernels
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)  # rows of the passes whose costs are known
 Table = dict[tuple[str, str], dict[str, tuple[float, ...]]]
 # The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's processors with these
-# kernels, by benchmarks/growth.py --formats FORMAT ("verified rows"), and those of 32 rows in the same way, against a step
-# of a compiled loop, which is shorter than a single one. On other processors, they are a guess.
+# kernels: AMD's with AVX2 by offramp bench --costs (those of int4 are the means of three runs), the others by
+# benchmarks/growth.py --formats FORMAT ("verified rows"), and those of 32 rows in the same way, against a step of a
+# compiled loop, which is shorter than a single one. On other processors, they are a guess.
 ROW_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
         "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 2.6),
@@ -30,10 +31,10 @@ ROW_COSTS: Table = {
         "int4": (0.0, 0.07, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0, 5.4),
     },
     ("AMD", "AVX2"): {
-        "float32": (0.0, 0.08, 0.15, 0.22, 0.34, 0.4, 0.47, 0.61),
-        "bfloat16": (0.0, 0.11, 0.2, 0.38, 0.64, 0.83, 1.35, 1.65),
-        "int8": (0.0, 0.47, 0.92, 1.4, 1.9, 2.5, 3.0, 3.25),
-        "int4": (0.0, 0.57, 0.98, 1.59, 2.1, 2.67, 3.3, 3.6),
+        "float32": (0.0, 0.06, 0.06, 0.11, 0.2, 0.27, 0.54, 0.66, 3.8),
+        "bfloat16": (0.0, 0.05, 0.23, 0.51, 0.79, 0.83, 1.19, 1.55, 8.8),
+        "int8": (0.0, 0.31, 0.78, 1.15, 1.5, 2.07, 2.65, 3.03, 15.2),
+        "int4": (0.0, 0.27, 0.68, 1.12, 1.61, 1.95, 2.44, 2.67, 12.7),
     },
     ("Intel", "AVX-512 and VNNI"): {
         "float32": (0.0, 0.02, 0.06, 0.22, 0.24, 0.26, 0.42, 0.43),

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/native.py FOLDER [--model smollm2] [--tokens 128] [--rounds 3] [--peer llamacpp-q4_1]
 
-FOLDER is what `offramp export MODEL --gguf FOLDER` wrote for the same model. All run with one thread, one after another, in
-each round. Memory and start are those of whole processes; medians of all prompts and rounds.
+FOLDER is what `offramp export MODEL --gguf FOLDER` wrote for the same model, in its default format. All run with one
+thread, one after another, in each round. Memory and start are those of whole processes; medians of all prompts and rounds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def commands(model: str, folder: Path) -> dict[str, list[str]]:
     files = [str(folder / "model.gguf"), "--exits", str(folder / "exits.gguf"), "--threads", "1"]
     return {
         "offramp-run": [str(program()), *files],
-        "offramp generate": [str(Path(sys.executable).with_name("offramp")), "generate", model, "--dtype", "file"],
+        "offramp generate": [str(Path(sys.executable).with_name("offramp")), "generate", model],
     }
 
 

@@ -1,4 +1,5 @@
-// What is made of a GGUF file: a model of its weights or of the parts that it holds, or the parts and rules of exits.
+// What is made of a GGUF file: a model of its weights or of the parts that it holds, or the parts and rules
+// of exits.
 
 #pragma once
 #include "tokenizer.h"
@@ -6,7 +7,8 @@
 enum { ROLES = 3 };  // of a talk: system, user, assistant
 
 // How a chat template puts a talk together, as offramp's export found it: what stands before the first message
-// of the user or of the system, before each of the assistant, and after a message of each role. `known` is 0 without it.
+// of the user or of the system, before each of the assistant, and after a message of each role. `known` is 0
+// without it.
 typedef struct {
     int known, trims[ROLES];
     Bytes first, system, assistant, after[ROLES];

@@ -1,13 +1,16 @@
-// What offramp's export writes into a GGUF file: parts of the library by number. In a file of exits they are those of
-// exits, with the rules of a plan for each mode; in a file of the architecture `offramp-model`, those of a whole model.
+// What offramp's export writes into a GGUF file: parts of the library by number. In a file of exits they are those
+// of exits, with the rules of a plan for each mode; in a file of the architecture `offramp-model`, those of a
+// whole model.
 //
 // `offramp.parts` counts the parts. Part 7 has its kind under `offramp.part.7.kind`, its numbers under
 // `offramp.part.7.NAME`, its arrays as tensors `7.NAME`, and its weights as tensors of bytes `7.NAME`, with their
-// type, rows, columns and whether they are fine under `offramp.part.7.NAME`; biases and scales are tensors
-// `7.NAME.bias` and `7.NAME.scales`, and the pieces of a stacked weight are weights `7.NAME.0`, … The rules of the
-// first mode are under `offramp.mode.0.NAME`, by the names of offramp_rules and of offramp_exit;
-// `offramp.mode.0.name` is the mode's. A model's part 0 is its ends; `offramp.blocks.attention`, `.mixer` and `.mlp`
-// name the parts of its blocks. Parts are named by their number; -1 is none.
+// type, rows, columns, whether they are fine, and how many pieces they have under `offramp.part.7.NAME`; biases
+// and scales are tensors `7.NAME.bias` and `7.NAME.scales`, and the pieces of a stacked weight are weights
+// `7.NAME.0`, … A part of the kind `ends` without an embedding has the head for it.
+//
+// The rules of the first mode are under `offramp.mode.0.NAME`, by the names of offramp_rules and of offramp_exit;
+// `offramp.mode.0.name` is the mode's. A model's part 0 is its ends; `offramp.blocks.attention`, `.mixer` and
+// `.mlp` name the parts of its blocks. Parts are named by their number; -1 is none.
 
 #include <stdarg.h>
 #include <stdio.h>

@@ -51,7 +51,7 @@ BLOCK_COSTS = ("flops", "seen_flops", "key_flops", "state_flops")  # as `Costs.o
 
 
 def write(model: HasExits, folder: Path) -> tuple[str, ...]:
-    """Write both files. Returns the modes that the exits' file has, none where there are no exits.
+    """Write both files. Returns the modes that the exits' file has; without exits, those that draft from the text.
 
     Raises `BadInput` for a model that is not compiled, or whose tokenizer the library does not read.
     """

@@ -85,7 +85,7 @@ def test_a_gguf_file_is_described_by_nothing_that_lies_beside_it(tmp_path, own_c
         given.extend(Path(folder).iterdir())
         raise ValueError("that will do")
 
-    monkeypatch.setattr(hub, "read_gguf", lambda file: None)
+    monkeypatch.setattr(hub, "read_gguf", lambda file: ("llama", {}))
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", describe)
     with pytest.raises(CorruptFile, match="that will do"):
         resolve(str(tmp_path / "x.gguf"))

@@ -139,11 +139,12 @@ mamba-answers: .venv/.installed
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
 	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(addprefix --text ,$(TEXT)) --keep 15 $(FAST)
 
-# The paper's experiment on small models (seven hours of one thread, summed over its parts); then its times, alone on the machine.
-# paper-quick: six minutes, and too few questions to conclude from. DATA names files instead of the hub, and TEXT plain texts to
-# train on, too:
-# make paper DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json" TEXT="wikitext2-valid.txt books.txt"
-PAPER = $(DATA) $(addprefix --text ,$(TEXT)) $(if $(filter paper-quick,$@),--quick)
+# The paper's experiment on small models, some hours; interrupted, it goes on where it stopped. Then its times, alone on the machine.
+# paper-quick: too few questions to conclude from. DATA names files instead of the hub, and TEXT plain texts to train on, too;
+# MODELS, by comma, may name GGUF files:
+# make paper TEXT="wikitext2-valid.txt books.txt" DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json \
+#   --humaneval humaneval.jsonl --mbpp mbpp.jsonl --run-code"
+PAPER = $(DATA) $(addprefix --text ,$(TEXT)) $(addprefix --models ,$(MODELS)) $(if $(filter paper-quick,$@),--quick)
 PEERS := lookup,layerskip,economize-draft,economize-calm,llamacpp-q8_0
 paper paper-quick: .venv/.installed
 	$(BIN)/python benchmarks/paper.py $(PAPER)

@@ -39,6 +39,7 @@ MAIN_SCORES = SCORES | {"humaneval": "pass@1", "mbpp": "pass@1", "coqa": "f1"}
 COLUMNS = ("score", "its change", "time", "tokens/s", "tokens a pass", "FLOPs saved", "token F1", "equal")
 Record = dict[str, Any]  # of one contender in one turn
 Turn = dict[str, Record]
+Measure = Callable[[list[Turn], str, str], float]  # of turns, a contender and the one that it is compared with
 
 
 def answered(engine: Engine, task: Task, prompts: list[list[int]], most: int) -> tuple[list[Generation], float]:
@@ -86,11 +87,23 @@ def take_turn(
     return {name: turn[name] for name in (*engines, *workers)}
 
 
-def with_interval(turns: list[Turn], measure: Callable[[list[Turn]], float], show: str) -> str:
-    """A measure of all turns with its 95% interval."""
+def faster(turns: list[Turn], name: str, first: str) -> float:
+    """How many times as fast as the first a contender made all answers."""
+    return float(sum(turn[first]["seconds"] for turn in turns) / sum(turn[name]["seconds"] for turn in turns))
+
+
+def change(turns: list[Turn], name: str, first: str) -> float:
+    """By how much a contender's mean score is above the first's."""
+    pairs = ((turn[name]["scores"], turn[first]["scores"]) for turn in turns)
+    return fmean(mine - theirs for pair in pairs for mine, theirs in zip(*pair, strict=True))
+
+
+def interval(turns: list[Turn], measure: Measure, name: str, first: str) -> tuple[float, float, float]:
+    """A measure of all turns, and its 95% interval."""
     drawn = np.random.default_rng(0).integers(len(turns), size=(1000, len(turns)))
-    low, high = np.percentile([measure([turns[place] for place in places]) for places in drawn.tolist()], [2.5, 97.5])
-    return f"{measure(turns):{show}} ({low:{show}} to {high:{show}})"
+    resampled = [measure([turns[place] for place in places], name, first) for places in drawn.tolist()]
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return measure(turns, name, first), float(low), float(high)
 
 
 def cells(turns: list[Turn], name: str, first: str) -> list[str]:
@@ -98,21 +111,14 @@ def cells(turns: list[Turn], name: str, first: str) -> list[str]:
     own, base = [turn[name] for turn in turns], [turn[first] for turn in turns]
     ids, base_ids = ([made for each in side for made in each["ids"]] for side in (own, base))
     tokens = sum(map(len, ids))
-
-    def ratio(drawn: list[Turn]) -> float:
-        return float(sum(turn[first]["seconds"] for turn in drawn) / sum(turn[name]["seconds"] for turn in drawn))
-
-    def change(drawn: list[Turn]) -> float:
-        pairs = ((turn[name]["scores"], turn[first]["scores"]) for turn in drawn)
-        return fmean(mine - theirs for pair in pairs for mine, theirs in zip(*pair, strict=True))
-
-    speed = [with_interval(turns, ratio, ".2f"), f"{tokens / sum(each['seconds'] for each in own):.1f}"]
+    speed = ["{:.2f} ({:.2f} to {:.2f})".format(*interval(turns, faster, name, first))]
+    speed.append(f"{tokens / sum(each['seconds'] for each in own):.1f}")
     alike = [fmean(map(token_f1, ids, base_ids)), fmean(mine == theirs for mine, theirs in zip(ids, base_ids, strict=True))]
     if "scores" not in own[0]:
         return ["–", "–", *speed, "–", "–", *map("{:.3f}".format, alike)]
     return [
         f"{fmean(score for each in own for score in each['scores']):.3f}",
-        with_interval(turns, change, "+.3f"),
+        "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval(turns, change, name, first)),
         *speed,
         f"{tokens / sum(each['passes'] for each in own):.2f}",
         f"{1 - sum(each['flops'] for each in own) / sum(each['full_flops'] for each in own):.1%}",
@@ -120,35 +126,50 @@ def cells(turns: list[Turn], name: str, first: str) -> list[str]:
     ]
 
 
-def run(args: argparse.Namespace, file: Path, about: Record) -> list[Turn]:
-    """The turns that are kept, and those that were missing. Raises as `offramp.load` and `Worker` do."""
-    model = offramp.load(args.model, args.dtype, **({"exits": args.exits} if args.exits else {}))
-    task = load_task(args.task, args.data, args.questions, args.run_code)
-    engines = {name: model.engine(name) for name in args.modes.split(",")}
+def table(turns: list[Turn]) -> str:
+    """All contenders in Markdown, compared with the first."""
+    first = next(iter(turns[0]))
+    lines = [["", *COLUMNS], ["---"] * (len(COLUMNS) + 1), *([name, *cells(turns, name, first)] for name in turns[0])]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def turns_of(
+    file: Path, about: Record, task: Task, engines: dict[str, Engine], workers: dict[str, Worker], batch: int
+) -> list[Turn]:
+    """The turns that are kept in a file, and those that were missing. Raises `Failed` where a peer fails."""
     if not file.exists():
         write_atomically(file, (json.dumps(about) + "\n").encode())
     whole = file.read_bytes().rpartition(b"\n")[0]  # a run that was cut off may have left part of a line
     kept = [json.loads(line) for line in whole.splitlines()]
     if not kept or kept[0] != about:
-        raise SystemExit(f"{file} is of other settings or another machine; remove it, or name another --out.")
-    turns, asked = kept[1:], [task.items[at : at + args.batch] for at in range(0, len(task.items), args.batch)]
+        raise SystemExit(f"{file} is of other settings or another machine; remove it, or name another file.")
+    turns, asked = kept[1:], [task.items[at : at + batch] for at in range(0, len(task.items), batch)]
+    if len(turns) < len(asked):
+        take_turn(0, asked[0], task, engines, workers, batch)  # warms up
+    with file.open("r+b") as out:
+        out.truncate(out.seek(len(whole) + 1))
+        for number in range(len(turns), len(asked)):
+            turn = take_turn(number, asked[number], task, engines, workers, batch)
+            turns.append(turn)
+            line = json.dumps({name: rounded(record) for name, record in turn.items()})
+            out.write(f"{line}\n".encode())
+            out.flush()
+    return turns
+
+
+def run(args: argparse.Namespace, file: Path, about: Record) -> list[Turn]:
+    """The turns of all contenders. Raises as `offramp.load` and `Worker` do."""
+    model = offramp.load(args.model, args.dtype, **({"exits": args.exits} if args.exits else {}))
+    task = load_task(args.task, args.data, args.questions, args.run_code)
+    engines = {name: model.engine(name) for name in args.modes.split(",")}
     workers: dict[str, Worker] = {}
     try:
         for name in args.peers.split(",") if args.peers else []:
             workers[name] = Worker(name, paths_of(args.model, whole=False), 2)
-        take_turn(0, asked[0], task, engines, workers, args.batch)  # warms up
-        with file.open("r+b") as out:
-            out.truncate(out.seek(len(whole) + 1))
-            for number in range(len(turns), len(asked)):
-                turn = take_turn(number, asked[number], task, engines, workers, args.batch)
-                turns.append(turn)
-                line = json.dumps({name: rounded(record) for name, record in turn.items()})
-                out.write(f"{line}\n".encode())
-                out.flush()
+        return turns_of(file, about, task, engines, workers, args.batch)
     finally:
         for worker in workers.values():
             worker.close()
-    return turns
 
 
 def rounded(record: Record) -> Record:
@@ -180,9 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     except (OfframpError, Failed) as error:
         parser.error(f"{error} {getattr(error, 'hint', '')}".strip())
     print(f"{args.model}, {args.task}, {len(turns)} turns of {args.batch}; {machine()}\n")
-    print(f"| | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
-    for name in turns[0]:
-        print(f"| {' | '.join([name, *cells(turns, name, next(iter(turns[0])))])} |")
+    print(table(turns))
 
 
 if __name__ == "__main__":

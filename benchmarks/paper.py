@@ -1,21 +1,21 @@
-"""Repeats the experiment of DYNAMAX (arXiv 2504.20922) on small models, with exits that open: gates, read-outs, fills.
+"""Repeats the experiment of DYNAMAX (arXiv 2504.20922) on small models: the modes, and exits that differ in one thing each.
 
     .venv/bin/python benchmarks/paper.py --truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json \\
-        --text wikitext2-valid.txt --text books.txt [--quick]
+        --humaneval humaneval.jsonl --mbpp mbpp.jsonl --run-code --text wikitext2-valid.txt --text books.txt [--quick]
 
-For each model and task, in batches: full depth; the exits that ship (their own policy; a line of second keys; the policies
-calibrated for risks of 0.02, 0.05 and 0.1, with the losses F1 and task, on questions that are not scored); and exits that
-are trained here, all on texts of one size. These differ in one thing each, and run at several thresholds: the gate (linear,
-ffn, mamba, or max-prob, which needs no training), jump or no jump, top-1 or top-5 agreement, own answers or plain text
-(TEXT, for the paper's web text) or the task's own answers (TriviaQA), and the training's seed. Further thresholds are near
-that at which consistency falls to 0.9. Then every fill, under the shipped exits' policy that skips most blocks at a
-consistency of 0.9; verified drafts; and some of it again with the paper's repetition penalty of 1.1.
+For each model and task, in batches: full depth; the modes exact, close, close:2 and early, with the exits that ship; and
+exits that are trained here, all on texts of one size. These are a Mamba gate, a feed-forward gate of its size, and the
+paper's recipe (a Mamba gate on TEXT that foresees top-5 agreement, without a jump). Each runs at several thresholds, closer
+and closer to that at which consistency falls to 0.9.
 
-From CoQA come all turns of the file's conversations. It is a smoke test: there, exits that are trained here differ in gate
-and jump alone, run at fewer thresholds, and nothing has a penalty.
+Two tasks, TruthfulQA and MBPP, have more: the exits that ship, calibrated for risks of 0.02, 0.05 and 0.1 with the losses
+F1 and task, on questions that are not scored; all gates (linear, ffn, mamba, or max-prob, which needs no training), with a
+jump and without; top-1 or top-5 agreement; every fill, under the calibrated policy that skips most blocks at a consistency
+of 0.9; and some of it again with the paper's repetition penalty of 1.1. Of a task for code that a model hardly ever solves,
+full depth's answers are all.
 
-Times are taken by `benchmarks/paper_times.py`, one answer at a time. After an interruption, the same command goes on.
-Results go to WORK/MODEL-TASK.json, and WORK/report.html shows them all. Without files, the tasks come from the hub.
+Times are taken by `benchmarks/paper_times.py`. After an interruption, the same command goes on. Results go to
+WORK/MODEL-TASK.json, and WORK/report.html shows them all. Without files, the tasks come from the hub.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import offramp
-from offramp import Exits, Policy
+from answers import MAIN_SCORES
+from offramp import Policy
+from offramp.decode.modes import settled
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition, Evaluation, fingerprint
 from offramp.evaluation.results import ConditionInfo, Result, load_results, save_results
@@ -43,27 +43,25 @@ from offramp.exits.policy import TRAINING_FREE
 from offramp.extras.report.curves import CONSISTENT
 from offramp.extras.report.page import write
 from offramp.files import write_atomically
-from offramp.training.calibration import calibrations, precision_line
+from offramp.training.calibration import calibrations
 from offramp.training.config import CalibrationConfig, TrainConfig
 from offramp.training.data import prompts_of, turns
-from offramp.training.lines import heads
 from offramp.training.losses import Question
 from offramp.training.teacher import TextGroup, group_texts, read_texts
 from paper_exits import Recipe, Workshop, mark
 
-MODELS = ("smollm2", "smollm2-hybrid", "mamba-tiny-ee")
-COUNTS = {"truthfulqa": 200, "triviaqa": 300, "coqa": None}  # questions that are scored
+MODELS = ("smollm2", "smollm2-hybrid")
+COUNTS = {"truthfulqa": 200, "triviaqa": 200, "coqa": None, "humaneval": None, "mbpp": 100}  # questions that are scored
+WHOLE = ("truthfulqa", "mbpp")  # tasks with all conditions
+CODE, LEAST = ("humaneval", "mbpp"), 0.05  # tasks for code; the least share of them that a model solves, to be compared
+MODES = ("exact", "close", "close:2", "early")
 GATES = ("linear", "ffn", "mamba", "max-prob")
-THRESHOLDS = (0.9, 0.8, 0.6, 0.4)
 LOWEST, HALVINGS = 0.2, 4  # the interval from this threshold to 1 is halved so often, to find where consistency falls
-SMOKE = "coqa"  # the smoke test: its prompts are long, and its questions few
-SEEDS = (0, 1, 2)
 RISKS, LOSSES = (0.02, 0.05, 0.1), ("f1", "task")
-POINTS = 5  # policies of a line of second keys
-FILLS = ("freeze", "copy", "defer", "verify")
+FILLS = ("freeze", "copy", "defer")
 PENALTY = 1.1  # the paper's
-SHIPPED, DRAFTS = "shipped", "drafts"  # labels of the exits that ship
-OWN, PLAIN, MATCHED = "own answers", "plain text", "the task's answers"
+PENALISED = ("exact", "close", "early")  # modes that are compared with it
+OWN, PLAIN = "own answers", "plain text"
 THE_PAPERS = Recipe("mamba", False, PLAIN, k=5)
 GATHERED = 48  # texts side by side
 
@@ -72,19 +70,19 @@ class Experiment:
     """One task on one model.
 
     `scored` are the task's questions that are scored, `others` those that are not: the first `calibration` of them are
-    calibrated on, and the rest is the matched workload. `model`: MODEL, or MODEL=DIR for exits that do not ship.
+    calibrated on. `model`: MODEL, or MODEL=DIR for exits that do not ship.
     """
 
     def __init__(self, model: str, task_name: str, args: argparse.Namespace) -> None:
         name, _, folder = model.partition("=")
-        backbone, task = offramp.load(name).backbone, load_task(task_name, getattr(args, task_name))
-        self.backbone, self.args, self.source, self.name = backbone, args, name, Path(name).name
-        self.shipped = Exits.load(folder, backbone) if folder else offramp.ExitSet.shipped(backbone).early
-        count = COUNTS[task_name] if args.count is None else args.count
-        self.scored, self.others = replace(task, items=task.items[:count]), task.items[count:] if count else []
-        self.task = task
+        self.model = offramp.load(name, exits=folder or None)
+        self.backbone, self.exits = self.model.backbone, self.model.exits
+        self.task = load_task(task_name, getattr(args, task_name), run_code=args.run_code)
+        self.args, self.source, self.name = args, name, Path(name).stem
+        count, items = COUNTS[task_name] if args.count is None else args.count, self.task.items
+        self.scored, self.others = replace(self.task, items=items[:count]), items[count:] if count else []
         self.work = args.work / f"{self.name}-{self.mark}"
-        workshop = Workshop(backbone, self.texts, self.work / "exits", args.epochs)
+        workshop = Workshop(self.backbone, self.texts, self.work / "exits", args.epochs)
         self.made = workshop.exits
         self.jumps = (True, False) if workshop.shape.tails else (False,)
 
@@ -96,11 +94,11 @@ class Experiment:
 
     @property
     def brief(self) -> bool:
-        """Whether only the gates are compared, without the variants of their training and without a penalty."""
-        return bool(self.args.quick) or self.task.name == SMOKE
+        """Whether few kinds of exits are compared, and nothing has a penalty."""
+        return bool(self.args.quick) or self.task.name not in WHOLE
 
     def texts(self) -> dict[str, list[TextGroup]]:
-        """What exits learn from: own answers, as many tokens of plain text, and answers to other questions of the task."""
+        """What exits learn from: own answers, and as many tokens of plain text."""
         backbone, count = self.backbone, self.args.prompts
         config = TrainConfig(prompts=self.args.own_prompts, max_prompts=count)
         asked, temperatures = turns(prompts_of(backbone, config), config.temperatures, count)
@@ -112,128 +110,88 @@ class Experiment:
         return found
 
     @property
-    def gates(self) -> list[Recipe]:
-        """The recipes of the exits that are made here and differ in gate and jump alone."""
-        return [Recipe(gate, jump) for jump in self.jumps for gate in GATES]
-
-    @property
-    def variants(self) -> list[Recipe]:
-        """The recipes with another seed, target or text. The matched workload has its own."""
+    def recipes(self) -> list[Recipe]:
+        """The recipes of the exits that are made here."""
+        jump, papers = self.jumps[0], [THE_PAPERS] if self.args.text else []
         if self.brief:
-            return []
-        jump, learned = self.jumps[0], [gate for gate in GATES if gate not in TRAINING_FREE]
-        found = [Recipe(gate, jump, seed=seed) for seed in SEEDS[1:] for gate in learned]
-        found += [Recipe(gate, jump, k=5) for gate in learned]
-        return found + ([*(Recipe("mamba", jump, PLAIN) for jump in self.jumps), THE_PAPERS] if self.args.text else [])
+            return [Recipe("ffn", jump), Recipe("mamba", jump), *papers]
+        gates = [Recipe(gate, jump) for jump in self.jumps for gate in GATES]
+        return [*gates, *(Recipe(gate, jump, k=5) for gate in ("ffn", "mamba")), *papers]
 
-    def at(self, threshold: float, recipe: Recipe, exits: Exits | None = None) -> Condition:
+    def at(self, threshold: float, recipe: Recipe) -> Condition:
         """Exits that are made here, with one threshold for all."""
-        confidence = recipe.gate if recipe.gate in TRAINING_FREE else "gate"
-        exits = exits or self.made(recipe)
+        confidence, exits = recipe.gate if recipe.gate in TRAINING_FREE else "gate", self.made(recipe)
         return Condition("project", Policy((threshold,) * len(exits), confidence), exits, recipe.label)
 
+    def in_mode(self, mode: str) -> Condition:
+        """A mode, with the exits that ship."""
+        way = settled(mode, self.exits, self.backbone)
+        return Condition(way.fill, way.policy, way.exits, mode, way.consent)
+
+    def in_modes(self, modes: tuple[str, ...] = MODES) -> list[Condition]:
+        """The modes that the exits serve."""
+        return [self.in_mode(mode) for mode in modes if mode.partition(":")[0] in self.model.modes]
+
     def condition_of(self, info: ConditionInfo) -> Condition:
-        """The condition that a Result is of, if its exits ship or have a recipe."""
-        exits: Exits | None = self.shipped
-        if not info.label.startswith(SHIPPED):
-            assert info.policy
-            gate = info.policy.confidence_name(info.gate or "")
-            (recipe,) = (each for each in self.gates + self.variants if (each.label, each.gate) == (info.label, gate))
-            exits = self.made(recipe)
-        return Condition(info.fill or "project", info.policy, exits, info.label)
+        """The condition of exits that are made here, by what a Result keeps of it."""
+        assert info.policy
+        gate = info.policy.confidence_name(info.gate or "")
+        (recipe,) = (each for each in self.recipes if (each.label, each.gate) == (info.label, gate))
+        return Condition("project", info.policy, self.made(recipe), info.label)
 
-    def with_shipped(self, exits: Exits) -> Iterator[Condition]:
-        """The shipped exits: their own policy, the line of second keys, and what is calibrated for this task."""
-        yield Condition("project", None, exits, SHIPPED)
-        yield from self.second_keys
-        yield from self.calibrated(exits)
-        yield from self.drafts()
-
-    def drafts(self) -> list[Condition]:
-        """Verified drafts, if exits that draft ship."""
-        drafts = offramp.ExitSet.shipped(self.backbone).drafting
-        return [Condition("verify", None, drafts, DRAFTS)] if drafts else []
-
-    @cached_property
-    def second_keys(self) -> list[Condition]:
-        """The shipped exits' second keys for falling precisions, from answers to offramp's own prompts; the whole head."""
-        assert self.shipped
-        exits = self.shipped
-
-        def line() -> list[dict[str, Any]]:
-            prompts = prompts_of(self.backbone, TrainConfig(prompts=self.args.own_prompts, max_prompts=self.args.pilot))
-            head = heads(exits.named(self.backbone.vocab_size), whole_head=True)
-            return [asdict(policy) for policy in precision_line(self.backbone, exits, prompts, CalibrationConfig(), head)]
-
-        found = self.once(f"second-keys-{self.args.pilot}", line)
-        places = sorted({round(place * (len(found) - 1) / (POINTS - 1)) for place in range(POINTS)}) if found else []
-        return [Condition("project", Policy.from_json(found[place]), exits, SHIPPED) for place in places]
-
-    def calibrated(self, exits: Exits) -> Iterator[Condition]:
-        """The shipped exits under the policies that are calibrated for this task, one for each risk and loss."""
-        questions = [Question(item.prompt, item.references) for item in self.others[: self.args.calibration]]
-        if not questions:  # turns of one conversation are not independent draws
-            return
-        config = CalibrationConfig(max_tokens=self.task.max_tokens, stop=self.task.stop, raw=True, whole_head=True)
-        configs = [replace(config, risk=risk, loss=loss) for risk in RISKS for loss in LOSSES]
-
-        def records() -> list[dict[str, Any]]:
-            return [asdict(record) for record in calibrations(self.backbone, exits, questions, configs)]
-
-        for record in self.once(f"{self.task.name}-calibrated-{len(questions)}", records):
+    def calibrated(self) -> list[Condition]:
+        """The exits that ship under the policies that are calibrated for this task, one for each risk and loss."""
+        exits, task = self.exits.early, self.task
+        items = self.others[: self.args.calibration]
+        if not (items and exits) or self.brief:  # turns of one conversation are not independent draws
+            return []
+        questions = [Question(item.prompt, item.references, item.program) for item in items]
+        how = {"raw": not task.chat, "run_code": self.args.run_code, "stop": task.stop, "max_tokens": task.max_tokens}
+        configs = [CalibrationConfig(risk, loss=loss, whole_head=True, **how) for risk in RISKS for loss in LOSSES]
+        file = self.work / f"{task.name}-calibrated-{len(questions)}-{mark(fingerprint(exits))}.json"
+        if not file.exists():
+            records = [asdict(record) for record in calibrations(self.backbone, exits, questions, configs)]
+            write_atomically(file, json.dumps(records).encode())
+        found = []
+        for record in json.loads(file.read_text("utf-8")):
             chosen = copy.copy(exits)
             chosen.policy, chosen.calibration = Policy.from_json(record["policy"]), record
-            yield Condition("project", None, chosen, f"{SHIPPED}, risk {record['risk']:g}, loss {record['loss']}")
-
-    def matched(self, run: Evaluation) -> list[Result]:
-        """Exits that learn from the model's answers to other questions of this task, asked as they are scored."""
-        items = self.others[self.args.calibration :]
-        if len(items) < self.args.prompts // 2:
-            return []
-        prompts = [list(self.backbone.tokenizer(item.prompt)["input_ids"]) for item in items[: self.args.prompts]]
-        groups = group_texts(prompts, [], self.task.max_tokens, GATHERED)
-        workshop = Workshop(
-            self.backbone, lambda: {MATCHED: groups}, self.work / f"{self.task.name}-exits", self.args.epochs
-        )
-        recipe = Recipe("ffn", self.jumps[0], MATCHED)
-        return list(around(run, lambda threshold: self.at(threshold, recipe, workshop.exits(recipe)), HALVINGS))
+            label = f"early, risk {record['risk']:g}, loss {record['loss']}"
+            found.append(Condition("project", None, chosen, label))
+        return found
 
     def results(self) -> list[Result]:
         """Answer the questions under all conditions."""
-        run, exits = self.evaluation(self.scored), self.shipped
-        smoke = self.task.name == SMOKE
-        thresholds = () if smoke and not self.args.quick else self.args.thresholds
-        grid = [self.at(threshold, recipe) for recipe in self.gates for threshold in thresholds]
-        found = [run.run(condition) for condition in (Condition(), *grid)]
-        if not self.args.quick:
-            there = {result.condition.name for result in found}
-            halvings = HALVINGS - 1 if smoke else HALVINGS
-            recipes = self.gates + self.variants
-            near = [each for recipe in recipes for each in around(run, partial(self.at, recipe=recipe), halvings)]
-            found += [result for result in near if result.condition.name not in there]
-        if not self.brief:
-            found += self.matched(run)
-        if exits is None:
+        run = self.evaluation(self.scored)
+        found = [run.run(Condition())]
+        if self.task.name in CODE and found[0].summary[MAIN_SCORES[self.task.name]].mean < LEAST:
             return found
-        pairs = [(condition, run.run(condition)) for condition in self.with_shipped(exits)]
-        found += [result for _, result in pairs]
-        chosen = boldest([result for _, result in pairs], blocks_skipped)
-        tried = next(condition for condition, result in pairs if result is chosen)
-        fills = [fill for fill in FILLS if fill != "freeze" or "mamba" in self.backbone.kinds]
-        found += [run.run(replace(tried, fill=fill, policy=tried.used_policy)) for fill in fills]
+        found += map(run.run, self.in_modes())
+        tried = [(condition, run.run(condition)) for condition in self.calibrated()]
+        found += [result for _, result in tried]
+        found += [each for recipe in self.recipes for each in self.around(run, recipe)]
+        if tried:
+            chosen = boldest([result for _, result in tried], blocks_skipped)
+            policy, exits = next((each.used_policy, each.exits) for each, result in tried if result is chosen)
+            for fill in ("project", *FILLS):
+                if fill != "freeze" or "mamba" in self.backbone.kinds:
+                    found.append(run.run(Condition(fill, policy, exits, "fills")))
         if not self.brief:
             run = self.evaluation(replace(self.scored, repetition_penalty=PENALTY))
-            found += [run.run(condition) for condition in (Condition(), *self.second_keys, *self.drafts())]
-            found += around(run, partial(self.at, recipe=Recipe("mamba", self.jumps[0])), HALVINGS)
+            found += [run.run(condition) for condition in (Condition(), *self.in_modes(PENALISED))]
+            found += self.around(run, Recipe("mamba", self.jumps[0]))
         return found
 
-    def once(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        """What `make` makes for the shipped exits; kept on disk, so that it is made once."""
-        assert self.shipped
-        file = self.work / f"{name}-{mark(fingerprint(self.shipped))}.json"
-        if not file.exists():
-            write_atomically(file, json.dumps(make()).encode())
-        found: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))
+    def around(self, run: Evaluation, recipe: Recipe) -> list[Result]:
+        """Results of exits at thresholds closer and closer to that at which answers are no longer consistent."""
+        low, high, found = LOWEST, 1.0, list[Result]()
+        for _ in range(HALVINGS - self.brief):
+            middle = round((low + high) / 2, 6)
+            found.append(run.run(self.at(middle, recipe)))
+            if found[-1].summary["token_f1"].mean >= CONSISTENT:
+                high = middle
+            else:
+                low = middle
         return found
 
     def evaluation(self, task: Task) -> Evaluation:
@@ -246,18 +204,6 @@ class Experiment:
 
         kept = self.work / f".{task.name}"
         return Evaluation(self.backbone, task, kept, batch=args.batch, command=shlex.join(sys.argv), progress=on_progress)
-
-
-def around(run: Evaluation, at: Callable[[float], Condition], halvings: int) -> Iterator[Result]:
-    """Results of exits at thresholds closer and closer to that at which answers are no longer consistent."""
-    low, high = LOWEST, 1.0
-    for _ in range(halvings):
-        middle = round((low + high) / 2, 6)
-        yield (result := run.run(at(middle)))
-        if result.summary["token_f1"].mean >= CONSISTENT:
-            high = middle
-        else:
-            low = middle
 
 
 def boldest(results: list[Result], measure: Callable[[Result], float]) -> Result:
@@ -289,9 +235,9 @@ def flops_saved(result: Result) -> float:
 
 def run(experiment: Experiment) -> Path:
     """Run the experiment, and return the file of its results."""
-    args, shipped = experiment.args, experiment.shipped
-    setup = [args.count, args.calibration, args.thresholds, args.batch, args.pilot, args.quick, experiment.task.sha256]
-    folder = mark(experiment.mark, setup, shipped and [fingerprint(shipped), asdict(shipped.policy)])
+    args, exits = experiment.args, [each for each in (experiment.exits.early, experiment.exits.draft) if each]
+    setup = [args.count, args.calibration, args.batch, args.quick, experiment.task.sha256]
+    folder = mark(experiment.mark, setup, [[fingerprint(each), asdict(each.policy)] for each in exits])
     file: Path = args.work / folder / f"{experiment.name}-{experiment.task.name}.json"
     if not file.exists():
         save_results(experiment.results(), file)
@@ -306,14 +252,14 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--text", type=Path, action="append", help="a plain text to train exits on, too; may be repeated")
     parser.add_argument("--models", default=",".join(MODELS), help="models, by comma; MODEL=DIR: exits in DIR")
     parser.add_argument("--tasks", default=",".join(COUNTS), help="tasks, by comma")
-    parser.add_argument("--count", type=int, help="questions of each task; default: 200, 300, all")
+    parser.add_argument("--count", type=int, help="questions of each task; default: 200, 200, all, all, 100")
     parser.add_argument("--calibration", type=int, default=200, help="other questions to calibrate on")
     parser.add_argument("--own-prompts", help="prompts whose answers exits learn from; default: offramp's own list")
     parser.add_argument("--prompts", type=int, default=1200, help="how many of them")
-    parser.add_argument("--pilot", type=int, default=120, help="how many of them say where second keys are")
     parser.add_argument("--epochs", type=int, default=2, help="passes of the trainings over their text")
     parser.add_argument("--batch", type=int, default=32, help="answers side by side")
     parser.add_argument("--quick", action="store_true", help="few questions, thresholds and trainings")
+    parser.add_argument("--run-code", action="store_true", help="let programs that the model writes run, shut in")
     parser.add_argument("--work", type=Path, default=Path("build/paper"), help="holds all that is made")
     return parser
 
@@ -321,12 +267,10 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
 def finish(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Read the arguments, and fill in what follows from them."""
     args = parser.parse_args(argv)
-    args.thresholds = THRESHOLDS
     if unknown := set(args.tasks.split(",")).difference(COUNTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(COUNTS)}")
     if args.quick:
-        args.count, args.calibration, args.prompts, args.pilot, args.epochs = 8, 0, 96, 24, 1
-        args.thresholds = THRESHOLDS[1::2]
+        args.count, args.calibration, args.prompts, args.epochs = 8, 0, 96, 1
     return args
 
 

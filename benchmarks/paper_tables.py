@@ -1,8 +1,9 @@
 """The tables that `benchmarks/paper.py` and `benchmarks/paper_times.py` give, in Markdown.
 
-    .venv/bin/python benchmarks/paper_tables.py build/paper/*/*.json [--check PAGE …]
+    .venv/bin/python benchmarks/paper_tables.py build/paper/*/*.json* [--check PAGE …]
 
-The files are Results (`MODEL-TASK.json`, or packed by xz) and times (`MODEL-TASK-times.json`). With `--check`, it compares
+The files are Results (`MODEL-TASK.json`, or packed by xz) and times (`MODEL-TASK-times-BATCH.jsonl`). It also knows what
+earlier versions of these scripts wrote: other conditions, and times in `MODEL-TASK-times.json`. With `--check`, it compares
 pages with these tables instead, and fails if something differs. The first page must have all rows, and no other row about
 these models and tasks. Each percentage in its text must be in a row, too. In the other pages that holds for each percentage
 in a paragraph, or in a row of a table, that links to the first page.
@@ -17,21 +18,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
+import answers
 from offramp.errors import OfframpError
 from offramp.evaluation.results import Result, load_results
 from offramp.extras.report.curves import CONSISTENT, crossing
-from paper import COUNTS, DRAFTS, FILLS, GATES, LOSSES, MATCHED, MODELS, PENALTY, PLAIN, RISKS, SEEDS, SHIPPED, THE_PAPERS
+from paper import COUNTS, FILLS, GATES, LOSSES, MODES, PENALTY, PLAIN, RISKS, THE_PAPERS
 from paper_exits import Recipe
-from paper_times import COLUMNS, TIMES, row, rows_of, share, subject
-from trade import SCORES, Row, interval
+from trade import Row, interval
 
+MODELS = ("smollm2", "smollm2-hybrid", "smollm2-mamba", "mamba-tiny-ee")  # in this order; others come after them
+# What earlier versions compared, too: exits of several seeds, and of the task's own answers; and how they named the others.
+SEEDS, MATCHED, SHIPPED, DRAFTS = (0, 1, 2), "the task's answers", "shipped", "drafts"
+TIMES, COLUMNS = "-times.json", ("consistency", "score", "time saved", "tokens/s")
 KEPT = (0.98, 0.95, 0.9, 0.8)  # consistencies of the shipped exits' table
 GLANCE = (
     "full depth's score",
@@ -63,6 +68,11 @@ class Group:
     @property
     def full(self) -> Result:
         return self.results[0]
+
+    @property
+    def measure(self) -> str:
+        """The task's main score."""
+        return answers.MAIN_SCORES[self.full.task.name.lower()]
 
     def at(self, results: Iterable[Result], consistency: float = CONSISTENT) -> Found | None:
         """What conditions save where they fall to this consistency."""
@@ -112,6 +122,21 @@ def cell(several: Sequence[Found | None]) -> str:
     return f"{share(fmean(saved))} ({ends}{fmean(blocks):.1f})"
 
 
+def modes(group: Group) -> Iterator[str]:
+    """Each mode: the score and its change, with its 95% interval; token F1 with full depth; FLOPs saved and blocks run."""
+    for result in (each for each in group.results if each.condition.label in MODES):
+        changes = [
+            own.scores[group.measure] - full.scores[group.measure]
+            for own, full in zip(result.items, group.full.items, strict=True)
+        ]
+        middle, low, high = interval([{"change": change} for change in changes], "change")
+        cells = [
+            f"{result.summary[group.measure].mean:.3f}",
+            f"{middle:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−"),
+        ]
+        yield row(f"{group.title}, {result.condition.label}", [*cells, point(result)])
+
+
 def gates(group: Group) -> Iterator[str]:
     """Each gate, with a jump and without."""
     for jump in (True, False):
@@ -148,9 +173,14 @@ def point(result: Result) -> str:
 def calibrated(group: Group) -> Iterator[str]:
     """The policies that were calibrated for the task, by loss and risk."""
     for loss in LOSSES:
-        found = [group.of(f"{SHIPPED}, risk {risk:g}, loss {loss}") for risk in RISKS]
+        found = [guaranteed(group, risk, loss) for risk in RISKS]
         if any(found):
             yield row(f"{group.title}, {loss}", [first(each) for each in found])
+
+
+def guaranteed(group: Group, risk: float, loss: str) -> list[Result]:
+    """The condition that was calibrated for this risk and loss."""
+    return [each for whose in ("early", SHIPPED) for each in group.of(f"{whose}, risk {risk:g}, loss {loss}")]
 
 
 def first(several: list[Result]) -> str:
@@ -160,8 +190,8 @@ def first(several: list[Result]) -> str:
 
 def fills(group: Group) -> Iterator[str]:
     """The fills under one policy, and verified drafts."""
-    others = [each for each in group.results if each.condition.label.startswith(SHIPPED)]
-    by_fill = {fill: [each for each in others if each.condition.fill == fill] for fill in FILLS}
+    others = [each for each in group.results if each.condition.label.startswith((SHIPPED, "fills"))]
+    by_fill = {fill: [each for each in others if each.condition.fill == fill] for fill in (*FILLS, "verify")}
     tried = [each for several in by_fill.values() for each in several]
     if tried:
         policy = tried[0].condition.policy
@@ -173,18 +203,57 @@ def fills(group: Group) -> Iterator[str]:
 def glance(group: Group, times: dict[tuple[str, str], dict[str, list[Row]]]) -> Iterator[str]:
     """Full depth's score; FLOPs saved at a consistency of 0.9, and with a guarantee; and the time that this saves."""
     rows = times.get((group.model, group.task), {})
-    guaranteed = group.of(f"{SHIPPED}, risk 0.05, loss f1")
     seeds = [group.made(Recipe("mamba", group.jumps, seed=seed)) for seed in SEEDS]
     cells = [group.cell(curves) for curves in ([group.made(THE_PAPERS)], seeds, [group.shipped()])]
-    cells = [score(group), *cells, first(guaranteed)]
+    cells = [score(group), *cells, first(guaranteed(group, 0.05, "f1"))]
     for name in ("exits that ship", "verified drafts"):
         cells.append(share(interval(rows[name], "time saved")[0]) if name in rows else NONE)
     yield row(group.title, cells)
 
 
 def score(group: Group) -> str:
-    """Full depth's score: ROUGE-L in percent for TruthfulQA, F1 from 0 to 1 for the others."""
-    return f"{group.full.summary[SCORES.get(group.full.task.name.lower(), 'f1')].mean:.3f}"
+    """Full depth's score: ROUGE-L in percent for TruthfulQA, pass@1 for code, F1 from 0 to 1 for the others."""
+    return f"{group.full.summary[group.measure].mean:.3f}"
+
+
+def row(name: str, cells: Iterable[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def share(value: float) -> str:
+    """A share in percent, with a digit after the point where it is small."""
+    percent = 100 * value
+    shown = f"{percent:.0f}%" if abs(percent) >= 19.95 else f"{percent:.1f}%"
+    return "0.0%" if shown == "-0.0%" else shown.replace("-", "−")
+
+
+def subject(file: Path) -> tuple[str, str]:
+    """The model and the task that a file of times is about, by its name."""
+    model, task = file.name.partition("-times")[0].rsplit("-", 1)
+    return model, task
+
+
+def rows_of(file: Path) -> list[str]:
+    """The rows of an earlier version's file of times: each contender's measures, or why it failed."""
+    record, title = json.loads(file.read_text("utf-8")), ", ".join(subject(file))
+    shown: dict[str, Callable[[float], str]] = {"time saved": share, "tokens/s": "{:.0f}".format}
+    found = []
+    for name, values in record["rows"].items():
+        cells = []
+        for column in COLUMNS:
+            middle, low, high = map(shown.get(column, "{:.3f}".format), interval(values, column))
+            cells.append(f"{middle} ({low} to {high})")
+        found.append(row(f"{title}: {name}", cells))
+    return found + [row(f"{title}: {name}", [f"failed: {reason}"]) for name, reason in record["failures"].items()]
+
+
+def timed_rows(file: Path) -> list[str]:
+    """The rows of a file of times, which says in its first line why some peers failed."""
+    about, *turns = map(json.loads, file.read_text("utf-8").splitlines())
+    title, first = ", ".join(subject(file)), next(iter(turns[0]))
+    found = [row(f"{title}: {name}", answers.cells(turns, name, first)) for name in turns[0]]
+    return found + [row(f"{title}: {name}", [f"failed: {reason}"]) for name, reason in about["failures"].items()]
 
 
 def penalised(pair: dict[float, Group]) -> Iterator[str]:
@@ -226,20 +295,25 @@ def groups_of(results: list[Result]) -> list[dict[float, Group]]:
 def tables(results: list[Result], timed: Iterable[Path]) -> Iterator[Table]:
     """All tables that have rows."""
     pairs, timed = groups_of(results), sorted(timed, key=lambda file: place(*subject(file)))
-    times = {subject(file): json.loads(file.read_text("utf-8"))["rows"] for file in timed}
+    earlier = [file for file in timed if file.name.endswith(TIMES)]
+    times = {subject(file): json.loads(file.read_text("utf-8"))["rows"] for file in earlier}
     of_results = (
         ("At a glance", GLANCE, partial(glance, times=times)),
+        ("Modes", ("score", "change", "saved"), modes),
         ("Gates", GATES, gates),
         ("What gates learn from", ("mamba", "k = 5", PLAIN, "the paper's recipe", "ffn", f"ffn, {MATCHED}"), learned_from),
         ("The exits that ship", (*(f"consistency {kept}" for kept in KEPT), "own policy"), shipped),
         ("With a guarantee", tuple(f"risk {risk}" for risk in RISKS), calibrated),
-        ("Fills", ("project", *FILLS, DRAFTS), fills),
+        ("Fills", ("project", *FILLS, "verify", DRAFTS), fills),
     )
     for title, head, rows in of_results:
         yield title, head, [line for pair in pairs for line in rows(pair[1.0])]
     head = tuple(f"{what}, penalty {penalty}" for what in ("score", "shipped", "mamba") for penalty in (1, PENALTY))
     yield "A repetition penalty", head, [line for pair in pairs for line in penalised(pair)]
-    yield "Times", COLUMNS, [line for file in timed for line in rows_of(file)]
+    yield "Times", COLUMNS, [line for file in earlier for line in rows_of(file)]
+    for batch, title in ((1, "One answer at a time"), (8, "Eight answers side by side")):
+        files = [file for file in timed if file.name.endswith(f"-times-{batch}.jsonl")]
+        yield title, answers.COLUMNS, [line for file in files for line in timed_rows(file)]
 
 
 def paragraphs(page: str) -> list[str]:
@@ -275,7 +349,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--check", type=Path, nargs="+", help="a page that should have all rows, and pages that quote it")
     args = parser.parse_args(argv)
-    timed = [file for file in args.files if file.name.endswith(TIMES)]
+    timed = [file for file in args.files if "-times" in file.name]
     try:
         results = load_results([file for file in args.files if file not in timed])
         pages = {file: paragraphs(file.read_text("utf-8")) for file in args.check or ()}

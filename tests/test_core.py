@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -102,20 +101,3 @@ def test_a_library_can_be_asked_for_by_its_name_and_by_its_file(name):
     for asked in (name, str(core.LIBRARIES / f"libofframp-{name}.so")):
         ran = subprocess.run(command, env={**os.environ, "OFFRAMP_CORE": asked}, capture_output=True, text=True, check=True)
         assert ran.stdout.split()[0] == name
-
-
-# Sets of instructions beside those of the variants. Zen 5 has AVX-VNNI beside AVX-512; it may be compiled without the VNNI
-# of the latter.
-SETS = ["x86-64-v4 -mavxvnni", "znver4", "znver5", "alderlake", "sapphirerapids"]
-
-
-@pytest.mark.skipif(not shutil.which("gcc") or platform.machine() != "x86_64", reason="no gcc for this")
-@pytest.mark.parametrize("instructions", SETS)
-def test_the_code_compiles_for_every_set_of_instructions(instructions, tmp_path):
-    flags = [f"-march={instructions}".split(), ["-O0", "-ffp-contract=off", "-Wno-psabi", "-c"]]
-    command = ["gcc", *flags[0], *flags[1]]
-    if subprocess.run([*command, "-x", "c", "/dev/null"], cwd=tmp_path, capture_output=True).returncode:
-        pytest.skip(f"gcc does not know -march={instructions}")
-    units = [str(unit) for unit in core.SOURCES.glob("*.c") if unit.name != "build.c"]
-    done = subprocess.run([*command, *units], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

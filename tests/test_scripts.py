@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -444,10 +443,10 @@ def papered(world, tmp_path_factory) -> list[str]:
     (folder / "trivia.jsonl").write_text("\n".join(map(json.dumps, lines)))
     arguments = ["--triviaqa", str(folder / "trivia.jsonl"), "--tasks", "triviaqa", "--count", "3", "--calibration", "76"]
     arguments += ["--models", f"{world / 'model'}={world / 'exits'}", "--text", str(folder / "text.txt"), "--epochs", "1"]
-    arguments += ["--own-prompts", str(world / "prompts.txt"), "--prompts", "16", "--pilot", "8"]
+    arguments += ["--own-prompts", str(world / "prompts.txt"), "--prompts", "16"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OFFRAMP_CACHE", str(world / "cache"))
-        patch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
+        patch.setattr(paper, "WHOLE", ("triviaqa",))
         patch.setattr(paper, "RISKS", (0.05, 0.1))
         patch.setattr(paper, "HALVINGS", 2)
         paper.main([*arguments, "--work", str(folder / "work")])
@@ -460,93 +459,83 @@ def test_paper_compares_exits_that_differ_in_one_thing_and_writes_the_report(pap
     results = load_results([file])
     assert (work / "report.html").exists()
     assert results[0].condition.name == "full depth"
-    labels = {result.condition.label for result in results if result.task.repetition_penalty == 1}
-    jumps = {"jump, own answers", "no jump, own answers", "jump, own answers, seed 1", "jump, own answers, k = 5"}
-    plain = {"jump, plain text", "no jump, plain text", "no jump, plain text, k = 5", "jump, the task's answers"}
-    assert labels >= {
-        "",
-        "shipped",
-        *jumps,
-        *plain,
-        *(f"shipped, risk {r}, loss {e}" for r in (0.05, 0.1) for e in ("f1", "task")),
-    }
+    plainly = [result.condition for result in results if result.task.repetition_penalty == 1]
+    jumps = {"jump, own answers", "no jump, own answers", "jump, own answers, k = 5", "no jump, plain text, k = 5"}
+    calibrated = {f"early, risk {risk}, loss {loss}" for risk in (0.05, 0.1) for loss in ("f1", "task")}
+    assert {each.label for each in plainly} == {"", "fills", *paper.MODES, *jumps, *calibrated}
     for label in ("jump, own answers", "no jump, own answers"):
-        gates = {(r.condition.gate, r.condition.policy.confidence) for r in results if r.condition.label == label}
+        gates = {(each.gate, each.policy.confidence) for each in plainly if each.label == label}
         assert len(gates) == 4
-    # Further thresholds lie near that at which answers are no longer consistent; no condition is there twice.
-    made = [result.condition for result in results if result.condition.label in jumps | plain]
-    ends = {each.policy.thresholds[0] for each in made if each.policy}
-    assert {0.9, 0.6, 0.4} <= ends <= {0.9, 0.8, 0.6, 0.4}
-    plainly = [each.condition.name for each in results if each.task.repetition_penalty == 1 and each.condition in made]
-    assert len(plainly) == len(set(plainly))
-    fills = {result.condition.fill for result in results}
-    assert fills == {None, "project", "copy", "defer", "verify"}
-    assert all(r.summary["token_f1"].mean == 1 for r in results if r.condition.fill in (None, "verify"))
-    again = [result for result in results if result.task.repetition_penalty == 1.1]
-    assert [result.condition.policy is None for result in again].count(True) == 1
-    assert len(again) > 1
-    # A smoke test compares gates and jumps alone.
-    monkeypatch.setattr(paper, "SMOKE", "triviaqa")
+    # Thresholds lie closer and closer to that at which answers are no longer consistent; no condition is there twice.
+    made = [each for each in plainly if each.label in jumps]
+    assert {each.policy.thresholds[0] for each in made} in ({0.6, 0.4}, {0.6, 0.8}, {0.4, 0.6, 0.8})
+    assert len({(each.label, each.name) for each in plainly}) == len(plainly)
+    assert {each.fill for each in plainly} == {None, "project", "copy", "defer", "verify", "close", "close:2"}
+    exact = [each for each in results if each.condition.label in ("", "exact")]
+    assert all(each.summary["token_f1"].mean == 1 for each in exact)
+    again = [result.condition.label for result in results if result.task.repetition_penalty == 1.1]
+    assert again == ["", "exact", "close", "early", *["jump, own answers"] * 2]
+    # Other tasks have the modes, and three kinds of exits.
     monkeypatch.setattr(paper, "HALVINGS", 2)
-    arguments = [*papered[:-1], str(work / "smoke"), "--calibration", "0"]
-    smoke = paper.finish(paper.parser_of(paper.__doc__), arguments)
-    made = paper.Experiment(smoke.models, "triviaqa", smoke).results()
-    recipes = {each.condition.label for each in made if not each.condition.label.startswith("shipped")}
-    assert recipes == {"", "jump, own answers", "no jump, own answers"}
+    brief = paper.finish(paper.parser_of(paper.__doc__), [*papered[:-1], str(work / "brief")])
+    made = paper.Experiment(brief.models, "triviaqa", brief).results()
+    kinds = [(each.condition.label, each.condition.gate) for each in made if each.condition.label not in paper.MODES]
+    papers = ("no jump, plain text, k = 5", "mamba")
+    assert kinds == [("", None), ("jump, own answers", "ffn"), ("jump, own answers", "mamba"), papers]
     assert {each.task.repetition_penalty for each in made} == {1}
-    assert {each.condition.policy.thresholds[0] for each in made if each.condition.label in recipes - {""}} == {0.6}
+    # Of code that the model does not write, full depth is all.
+    monkeypatch.setattr(paper, "CODE", ("triviaqa",))
+    monkeypatch.setattr(paper, "LEAST", 2.0)
+    assert len(paper.Experiment(brief.models, "triviaqa", brief).results()) == 1
     # A second run finds everything done.
-    monkeypatch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
     monkeypatch.setattr(paper.Evaluation, "run", None)
     paper.main(papered)
     assert re.search(r"report\.html, and [1-9]\d* figures$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_paper_times_compares_what_saves_most_with_full_depth_and_with_peers(papered, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(paper, "THRESHOLDS", (0.9, 0.4))
-    paper_times.main([*papered, "--questions", "2", "--threads", "1", "--peers", "lookup,llamacpp-q4_1"])
+def test_paper_times_compares_modes_and_what_saves_most_with_full_depth_and_with_peers(
+    papered, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(paper, "WHOLE", ("triviaqa",))
+    monkeypatch.setattr(paper, "RISKS", (0.05, 0.1))
+    paper_times.main([*papered, "--questions", "3", "--threads", "1", "--peers", "lookup,llamacpp-q4_1"])
     out = capsys.readouterr().out
-    found = {row[0].removeprefix("model, triviaqa: "): row[1:] for row in rows(out)}
-    ours = {"full depth", "exits that ship", "exits trained here", "the paper's recipe", "exits that ship, defer"}
-    assert set(found) > {*ours, "exits that ship, own policy", "transformers-float32", "lookup"}
-    assert found["llamacpp-q4_1"] == ["failed: needs a GGUF file, which model does not come with"]
-    (file,) = Path(papered[-1]).glob("*/model-triviaqa-times.json")
-    record = json.loads(file.read_text())
-    for name in ("full depth", "transformers-float32"):
-        assert [(row["consistency"], row["time saved"]) for row in record["rows"][name]] == [(1, 0)] * 2
-    assert [row["consistency"] for row in record["rows"]["lookup"]] == [1, 1]
-    assert record["policies"]["the paper's recipe"].startswith("no jump, plain text, k = 5: project, mamba")
-    assert file.with_suffix(".svg").exists()
+    ours = ["full depth", *paper.MODES, "early, calibrated here", "early, calibrated here, defer"]
+    ours += ["exits trained here", "the paper's recipe"]
+    alone, beside = ([row[0] for row in rows(part)[1:]] for part in out.split(", 8 side by side")[:2])
+    assert alone == [*ours, "transformers-float32", "lookup", "llamacpp-q4_1"]
+    assert beside == ours
+    assert "failed: needs a GGUF file, which model does not come with" in out
+    files = [*Path(papered[-1]).glob("*/model-triviaqa-times-*.jsonl")]
+    for file, turns in zip(sorted(files), (3, 1), strict=True):
+        about, *kept = map(json.loads, file.read_text().splitlines())
+        assert len(kept) == turns
+        assert about["conditions"]["the paper's recipe"].startswith("no jump, plain text, k = 5: project, mamba")
+        assert all(turn["exact"]["ids"] == turn["full depth"]["ids"] for turn in kept)
+    assert file.with_name("model-triviaqa-times.svg").exists()
     with pytest.raises(SystemExit):
         paper_times.main([*papered, "--peers", "lookup,vllm"])
     assert "unknown peers vllm; there are " in capsys.readouterr().err
 
 
-def test_a_peers_answer_that_comes_at_once_has_a_speed_too() -> None:
-    class AtOnce:
-        def ask(self, **_) -> dict[str, object]:
-            return {"ids": [7, 8, 9], "prefill_seconds": 0.5, "decode_seconds": 0.0, "decode_tokens": 0}
-
-    experiment = SimpleNamespace(
-        task=SimpleNamespace(max_tokens=3, stop=()), backbone=SimpleNamespace(stop_ids={8}, tokenizer=None)
-    )
-    assert paper_times.of_worker(AtOnce(), experiment)([1]) == ([7, 8], 6.0)  # cut at the end of text
-
-
-def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, tmp_path) -> None:
-    files = sorted(map(str, Path(papered[-1]).glob("*/model-triviaqa*.json")))
+def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(paper, "WHOLE", ("triviaqa",))
+    monkeypatch.setattr(paper, "RISKS", (0.05, 0.1))
+    paper_times.main([*papered, "--questions", "2", "--threads", "1"])
+    capsys.readouterr()
+    files = sorted(map(str, Path(papered[-1]).glob("*/model-triviaqa*.json*")))
     paper_tables.main(files)
     page = capsys.readouterr().out
     (tmp_path / "page.md").write_text(page)
     paper_tables.main([*files, "--check", str(tmp_path / "page.md")])
     titles = re.findall("^### (.+)$", page, re.MULTILINE)
-    assert titles[:3] == ["At a glance", "Gates", "What gates learn from"]
-    assert {"The exits that ship", "With a guarantee", "Fills", "A repetition penalty"} <= set(titles)
-    results = load_results([Path(file) for file in files if not file.endswith("-times.json")])
+    assert titles[:4] == ["At a glance", "Modes", "Gates", "What gates learn from"]
+    assert {"With a guarantee", "Fills", "A repetition penalty", "One answer at a time"} <= set(titles)
+    results = load_results([Path(file) for file in files if "-times" not in file])
     defer = next(each for each in results if each.condition.fill == "defer")
     fills = next(row for row in rows(page.partition("### Fills")[2]) if row[0] == "model, triviaqa")
     saved, blocks, kept = (defer.summary[name].mean for name in ("flops_saved", "mean_blocks", "token_f1"))
-    assert fills[4] == f"{paper_times.share(saved)} ({blocks:.1f}), {paper_tables.plain(kept, 3)}"
+    assert fills[4] == f"{paper_tables.share(saved)} ({blocks:.1f}), {paper_tables.plain(kept, 3)}"
     (folder := tmp_path / "results").mkdir()
     copy, other = folder / "README.md", tmp_path / "limits.md"
     number = fills[4].partition(" ")[0]
@@ -630,20 +619,20 @@ def test_shapes_are_models_with_compiled_blocks(name: str) -> None:
 def test_prefill_compares_in_pairs_that_take_turns(world, capsys, monkeypatch) -> None:
     small = random_model.config_of("AntonV/mamba2-130m-hf", **SMALL_MAMBA)
     monkeypatch.setattr(prefill, "config_of", lambda shape: small)
-    arguments = ["--model", str(world / "model"), "--formats", "float32,int4", "--lengths", "9,70", "--rounds", "2"]
+    arguments = ["--model", str(world / "model"), "--formats", "float32", "--lengths", "9,70", "--rounds", "2"]
     prefill.main([*arguments, "--prompts", "3", "--training-prompts", "4", "--tokens", "5", "--threads", "1"])
     table = [row for row in rows(capsys.readouterr().out) if row[0] != "ours"]
     pair = ["offramp-float32", "transformers-float32"]
     lengths, decoding = ["9 tokens", "70 tokens"], "decoding 5 tokens"
     assert [row[1] for row in table] == [
-        *lengths,  # llama.cpp, the peer of int4, has no file of the model
-        *[*lengths, decoding] * 2,
+        *lengths,
+        *lengths,
+        decoding,
         "3 prompts, 5 new tokens each",
         "4 prompts, 5 tokens of answer each",
     ]
-    int4 = ["offramp-int4", "transformers-bfloat16"]
-    assert [[row[0], row[3]] for row in table] == [pair] * 5 + [int4] * 3 + [pair] + [["offramp-bfloat16", "–"]]
-    assert all(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d–\d+\.\d\d\)", row[5]) for row in table[:9])
+    assert [[row[0], row[3]] for row in table] == [pair] * 6 + [["offramp-bfloat16", "–"]]
+    assert all(re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d–\d+\.\d\d\)", row[5]) for row in table[:6])
     for result in json.loads(Path("build/bench/prefill.json").read_text())["results"]:
         assert not result["failures"]
         assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result["speeds"].values())
@@ -721,7 +710,7 @@ def test_verified_compares_on_tiny_models_of_every_family(capsys, monkeypatch) -
 @pytest.mark.real
 @compiled_only
 def test_native_measures_both_programs(tmp_path, capsys) -> None:
-    write(offramp.load("smollm2", "file"), tmp_path)
+    write(offramp.load("mamba-tiny", "int4"), tmp_path)
     native.main([str(tmp_path), "--modes", "full", "--prompts", "1", "--rounds", "1", "--tokens", "4"])
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| offramp")]
     assert [row[0] for row in rows] == ["offramp-run, full", "offramp generate, full"]

@@ -65,10 +65,17 @@ static double sure_of(const Estimates *e, const Round *round) {
     return fmin(1, round->promise[n] * e->right[source] / e->promised[source]);
 }
 
+// The price of a row for a draft with this chance to be right. Some rows are dear because the pass takes the
+// weights once more, and those after them are cheap. So many as are likely to follow share that: where each
+// stands with the same chance, 1 / (1 - chance) of them stand up to the first that fails.
+static double row_price(const Prices *prices, double chance) {
+    const double run = 1 / (1 - fmin(chance, 1));
+    return prices->rows[run < MOST_DRAFTS ? (int64_t)run - 1 : MOST_DRAFTS - 1];
+}
+
 void choose_source(const Free *from, Estimates *e, Round *round, int exits, const int64_t *ids, int64_t count,
                    const Prices *prices) {
     const int64_t n = round->drafts;
-    const double least = fmax((prices->row + prices->asking) * prices->tokens, prices->floor);
     const Match found = looked_up(ids, count, from->alike);
     const uint32_t value = from->guesses ? expected(from->guesses, ids, count) : 0;
     const double promise = (value & 255) / 255.0, repeated = found.id < 0 ? 0 : REPEATED[found.alike - 1],
@@ -77,7 +84,8 @@ void choose_source(const Free *from, Estimates *e, Round *round, int exits, cons
                  later = from->accepted[0] > 0
                              ? from->accepted[min_(n, OFFRAMP_DEPTHS - 1)] / from->accepted[0]
                              : 1,
-                 exit = e->right[EXIT] * later;
+                 exit = e->right[EXIT] * later,
+                 least = fmax((row_price(prices, exit) + prices->asking) * prices->tokens, prices->floor);
     int ask =
         exits && n < MOST_ASKED && (n == 0 || round->source[n - 1] == EXIT) && round->chance * exit > least;
     if (exits && n == 0 && ask) e->rest = e->pause = NEWEST;
@@ -93,8 +101,8 @@ void choose_source(const Free *from, Estimates *e, Round *round, int exits, cons
 }
 
 int pays(const Estimates *e, const Round *round, const Prices *prices) {
-    const double chance = round->chance * sure_of(e, round);
-    return chance > fmax(prices->row * prices->tokens, prices->floor);
+    const double sure = sure_of(e, round);
+    return round->chance * sure > fmax(row_price(prices, sure) * prices->tokens, prices->floor);
 }
 
 void keep_draft(const Estimates *e, Round *round) {

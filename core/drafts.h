@@ -40,10 +40,11 @@ typedef struct {
     int64_t drafts;
 } Round;
 
-// The costs of drafts now, in steps of full depth: of one more row of the pass, and of asking an exit; and
-// the tokens that a pass gives for each step of full depth.
+// The costs of drafts now, in steps of full depth: `rows`[n], the least that one more row of the pass costs
+// on average if at most n others follow it (infinite: there is no room), and of asking an exit; and the
+// tokens that a pass gives for each step of full depth.
 typedef struct {
-    double row, asking, tokens, floor;  // floor: what a draft's chance to stand must exceed anyway
+    double rows[MOST_DRAFTS], asking, tokens, floor;  // floor: what a draft's chance must exceed anyway
 } Prices;
 
 // The sources of drafts without an exit, after the `count` ids of a text: prompt look-up of at least the last

@@ -87,13 +87,17 @@ static Prices prices_of(const Lanes *l, const Lane *lane) {
     const offramp_plan *plan = l->plan;
     const Estimates *e = &lane->session->estimates;
     const int64_t requests = sharing(l), width = width_at(l, lane);
-    const double plain = pass_cost(plan, requests),
-                 row = width < widest_pass(requests) ? pass_cost(plan, width + 1) - pass_cost(plan, width)
-                                                     : INFINITY;
-    return (Prices){.row = row,
-                    .asking = plan->rules.count ? plan->exits[0].asking * plain / requests : 0,
-                    .tokens = fmax(requests / plain, e->tokens / e->cost),
-                    .floor = plan->rules.count ? plan->exits[0].threshold : 0};
+    const double plain = pass_cost(plan, requests), now = pass_cost(plan, width);
+    Prices prices = {.asking = plan->rules.count ? plan->exits[0].asking * plain / requests : 0,
+                     .tokens = fmax(requests / plain, e->tokens / e->cost),
+                     .floor = plan->rules.count ? plan->exits[0].threshold : 0};
+    double least = INFINITY;
+    for (int64_t n = 0; n < MOST_DRAFTS; n++) {
+        if (width + n < widest_pass(requests))
+            least = fmin(least, (pass_cost(plan, width + n + 1) - now) / (n + 1));
+        prices.rows[n] = least;
+    }
+    return prices;
 }
 
 // Appends a draft, with the work of its climb.

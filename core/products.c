@@ -65,16 +65,21 @@ static void multiply_cached(const Weight *m, const Rows *x, int64_t R, int64_t f
     }
 }
 
-// For few rows: each weight is read once, and in order.
+// For few rows: each weight is read once, and in order. Beyond MOST_ROWS, the rows are multiplied in parts of
+// about the same size, while the weights are still in the cache.
 static void product_of_few(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to,
                            int64_t apart) {
-    const int64_t K = m->columns;
+    const int64_t K = m->columns, parts = (R + MOST_ROWS - 1) / MOST_ROWS, most = (R + parts - 1) / parts;
     const Products *with = products_of(m, x->form);
-    Multiply *multiply_rows = (apart ? with->two_streams : with->one_stream)[R - 1];
+    Multiply *const *multiply_rows = apart ? with->two_streams : with->one_stream;
     for (int64_t first = 0; first < K; first += DEPTH, out.add = 1)
         for (int64_t n = from; n < to; n += FOUR)
-            multiply_rows(&(Tile){m, x, n, min_(to - n, FOUR), apart, 0, first, min_(K, first + DEPTH), 0, 0},
-                          &out);
+            for (int64_t r = 0, T; r < R; r += T) {
+                T = min_(R - r, most);
+                multiply_rows[T - 1](
+                    &(Tile){m, x, n, min_(to - n, FOUR), apart, r, first, min_(K, first + DEPTH), 0, 0},
+                    &out);
+            }
 }
 
 // For many rows: weights are cut into pieces that stay in the cache for all rows.
@@ -115,7 +120,7 @@ static void product_of_pieces(const Weight *m, const Rows *x, int64_t R, Out out
 
 void product(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, int64_t to, int64_t apart) {
     const int stacked = m->type == OFFRAMP_STACKED, panels = in_panels(m);
-    if (!stacked && !panels && R <= MOST_ROWS) {
+    if (!stacked && !panels && R <= FEW_ROWS) {
         product_of_few(m, x, R, out, from, to, apart);
         return;
     }
@@ -126,7 +131,7 @@ void product(const Weight *m, const Rows *x, int64_t R, Out out, int64_t from, i
 void multiply(Hand *hand, const Weight *m, Rows x, int64_t R, Out out, int64_t first, int64_t last) {
     // Few rows of x are multiplied with two streams of weights that are far apart.
     const int64_t rows = last - first, unit = unit_of(m),
-                  apart = unit != PANEL && R <= MOST_ROWS ? rows / 2 : 0;
+                  apart = unit != PANEL && R <= FEW_ROWS ? rows / 2 : 0;
     const Division d = divided(hand, apart ? apart : rows, unit);
     EACH_PIECE(i, hand, d.pieces) {
         int64_t from, to;

@@ -8,6 +8,7 @@
 // The columns that are multiplied at once; the bytes of weights that stay in the cache.
 enum { DEPTH = 2048, CACHED = 1 << 17 };
 enum { MOST_ROWS = TOGETHER, FOUR = 4 };  // rows of x in a tile; weights of a tile that stand together
+enum { FEW_ROWS = MOST_ROWS + FOUR };     // so many rows take their weights straight from memory
 
 // `count` weights from row n on, and in two streams as many from row n + `apart` on, times rows of x from row
 // r on, over the columns `from` to `to` - 1. Of a weight in panels, it is the panel that begins at n, and the

@@ -278,7 +278,7 @@ def test_costs_that_were_measured_here_replace_the_tables(own_cache: Path) -> No
     found = measured_costs(backbone, rounds=2)
     assert found[0] == 0
     assert list(found) == sorted(found)
-    row_costs.keep(backbone, (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 3.1))
+    row_costs.keep(backbone, [0.1 * (width - 1) for width in row_costs.WIDTHS])
     assert row_costs.row_costs(backbone) == pytest.approx([0.1 * rows for rows in range(32)])
     assert Engine(backbone, fill="verify").drafts.rows == row_costs.row_costs(backbone)
     assert row_costs.row_costs(tiny("mamba2/compiled")) == table
@@ -288,14 +288,15 @@ def test_costs_that_were_measured_here_replace_the_tables(own_cache: Path) -> No
     row_costs.keep(backbone, found)  # in a file that was damaged
 
 
+LAST = len(row_costs.WIDTHS) - 1
 DAMAGED = (
     7,
-    [0.0] * 8,
-    [0.1] * 9,
-    [0.0] * 8 + ["x"],
-    [0.0, 0.3, 0.2, *[1.0] * 6],
-    [0.0] * 8 + [1e99],
-    [0.0, math.nan, *[1.0] * 7],
+    [0.0] * LAST,
+    [0.1] * (LAST + 1),
+    [0.0] * LAST + ["x"],
+    [0.0, 0.3, 0.2, *[1.0] * (LAST - 2)],
+    [0.0] * LAST + [1e99],
+    [0.0, math.nan, *[1.0] * (LAST - 1)],
 )
 
 
@@ -361,8 +362,8 @@ def test_a_pass_costs_what_its_rows_add_and_beyond_the_table_the_last_one() -> N
 
 
 def test_a_draft_that_does_not_pay_is_not_made() -> None:
-    """Half of the exit's drafts are right at first. A row and the asking must cost less than that."""
-    for asking, floor, asked in ((0.29, 0.0, True), (0.31, 0.0, False), (0.0, 0.6, False)):
+    """Half of the exit's drafts are right at first, so another is likely to follow. Two rows cost 0.15 each."""
+    for asking, floor, asked in ((0.34, 0.0, True), (0.36, 0.0, False), (0.0, 0.6, False)):
         estimates = Estimates(rest=5)
         source = Round(Chunk(rule(asking=(asking,), floor=floor), 1), estimates).next([1, 2, 3]).source
         assert source == (Source.EXIT if asked else Source.NOTHING)
@@ -425,10 +426,25 @@ def test_a_row_costs_more_the_wider_the_chunk_of_all_requests_is() -> None:
     chunk = Chunk(rule(asking=(0.0,)), 3)
     assert chunk.share == pytest.approx(1.3 / 3)
     rounds = [Round(chunk, Estimates()) for _ in range(3)]
-    assert chunk.row * chunk.rate == pytest.approx(0.3 * 3 / 1.3)
+    assert chunk.row(0.9) * chunk.rate == pytest.approx(0.3 * 3 / 1.3)
     assert [round.keeps_exits(9, 0.95, True, set()) for round in rounds] == [True, True, False]
     assert chunk.width == 5
     assert chunk.cost == pytest.approx(2.0 / 3)
+
+
+def test_rows_that_are_likely_to_follow_share_what_a_dear_row_costs() -> None:
+    """The ninth row takes the weights once more: it costs a step, and each of those after it a tenth."""
+    chunk = Chunk(rule(rows=(*(0.1 * n for n in range(8)), *(1.7 + 0.1 * n for n in range(20)))), 1)
+    assert chunk.row(0.5) == pytest.approx(0.1)
+    chunk.width = 8
+    assert chunk.row(0.0) == chunk.row(0.4) == pytest.approx(1.0)
+    assert chunk.row(0.5) == pytest.approx(1.1 / 2)
+    assert chunk.row(0.9) == pytest.approx(1.8 / 9) or chunk.row(0.9) == pytest.approx(1.9 / 10)
+    assert chunk.row(1.0) == pytest.approx((1.0 + 0.1 * (MOST_DRAFTS - 1)) / MOST_DRAFTS)
+    chunk.width = WIDEST - 1
+    assert chunk.row(1.0) == pytest.approx(0.1)  # there is room for one
+    chunk.width = WIDEST
+    assert chunk.row(1.0) == math.inf
 
 
 def test_the_likelier_source_drafts_and_an_exit_goes_on_only_from_its_own_drafts() -> None:

@@ -170,12 +170,16 @@ class Chunk:
         self.share = rule.pass_cost(requests) / requests  # cost of a request, without drafts
         self.rate = 1 / self.share  # tokens for each step of full depth, without drafts
 
-    @property
-    def row(self) -> float:
-        """The cost of another row; infinite if there is no room for it."""
-        if self.width == self._widest:
-            return math.inf
-        return self.rule.pass_cost(self.width + 1) - self.rule.pass_cost(self.width)
+    def row(self, chance: float) -> float:
+        """The price of another row, for a draft with this chance to be right; infinite if there is no room for it.
+
+        Some rows are dear because the pass takes the weights once more, and those after them are cheap. So many as are
+        likely to follow share that: where each stands with the same chance, 1 / (1 - chance) of them stand up to the first
+        that fails. The price is the least average cost over at most so many rows.
+        """
+        run = min(1 / (1 - chance), MOST_DRAFTS) if chance < 1 else MOST_DRAFTS
+        now, room = self.rule.pass_cost(self.width), min(int(run), self._widest - self.width)
+        return min(((self.rule.pass_cost(self.width + n) - now) / n for n in range(1, room + 1)), default=math.inf)
 
     @property
     def cost(self) -> float:
@@ -204,7 +208,7 @@ class Round:
         ask = bool(self._rule.asking) and all(guess.source == Source.EXIT for guess in self.guesses[-1:])
         ask = ask and number < MOST_ASKED
         if ask:
-            cost = self._chunk.row + self._rule.asking[0] * self._chunk.share
+            cost = self._chunk.row(right) + self._rule.asking[0] * self._chunk.share
             ask = self.chance * right > max(cost * self._rate, self._rule.floor)
         if self._rule.asking and number == 0:
             ask = self._rests(ask)
@@ -254,7 +258,7 @@ class Round:
     def _keeps(self, guess: Guess, floor: float, ends: Collection[int]) -> bool:
         self.guesses[self._drafts :] = [guess]  # an exit may have been asked for this one before
         chance = self.chance * guess.sure
-        if guess.id in ends or not chance > max(self._chunk.row * self._rate, floor):
+        if guess.id in ends or not chance > max(self._chunk.row(guess.sure) * self._rate, floor):
             return False
         self.chance = chance
         self._chunk.width += 1

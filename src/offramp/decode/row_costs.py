@@ -17,24 +17,25 @@ from offramp.machine import processor
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS, kernels
 
-WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 32)  # rows of the passes whose costs are known
+WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 32)  # rows of the passes whose costs are known
 Table = dict[tuple[str, str], dict[str, tuple[float, ...]]]
 # The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's processors with these
 # kernels: AMD's with AVX2 by offramp bench --costs (those of int4 are the means of three runs), the others by
 # benchmarks/growth.py --formats FORMAT ("verified rows"), and those of 32 rows in the same way, against a step of a
-# compiled loop, which is shorter than a single one. On other processors, they are a guess.
+# compiled loop, which is shorter than a single one. With AVX-512, those of 9 to 16 rows were not measured: they are on a
+# straight line. On other processors, they are a guess.
 ROW_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
-        "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 2.6),
-        "bfloat16": (0.0, 0.02, 0.06, 0.1, 0.12, 0.16, 0.2, 0.25, 2.7),
-        "int8": (0.0, 0.08, 0.25, 0.4, 0.7, 0.9, 1.15, 1.35, 7.7),
-        "int4": (0.0, 0.07, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0, 5.4),
+        "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 0.48, 0.76, 1.13, 2.6),
+        "bfloat16": (0.0, 0.02, 0.06, 0.1, 0.12, 0.16, 0.2, 0.25, 0.35, 0.66, 1.07, 2.7),
+        "int8": (0.0, 0.08, 0.25, 0.4, 0.7, 0.9, 1.15, 1.35, 1.61, 2.41, 3.47, 7.7),
+        "int4": (0.0, 0.07, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0, 1.18, 1.73, 2.47, 5.4),
     },
     ("AMD", "AVX2"): {
-        "float32": (0.0, 0.06, 0.06, 0.11, 0.2, 0.27, 0.54, 0.66, 3.8),
-        "bfloat16": (0.0, 0.05, 0.23, 0.51, 0.79, 0.83, 1.19, 1.55, 8.8),
-        "int8": (0.0, 0.31, 0.78, 1.15, 1.5, 2.07, 2.65, 3.03, 15.2),
-        "int4": (0.0, 0.27, 0.68, 1.12, 1.61, 1.95, 2.44, 2.67, 12.7),
+        "float32": (0.0, 0.06, 0.06, 0.11, 0.2, 0.27, 0.54, 0.66, 0.79, 1.18, 1.71, 3.8),
+        "bfloat16": (0.0, 0.05, 0.23, 0.51, 0.79, 0.83, 1.19, 1.55, 1.85, 2.76, 3.97, 8.8),
+        "int8": (0.0, 0.31, 0.78, 1.15, 1.5, 2.07, 2.65, 3.03, 3.54, 5.06, 7.09, 15.2),
+        "int4": (0.0, 0.27, 0.68, 1.12, 1.61, 1.95, 2.44, 2.67, 3.09, 4.34, 6.01, 12.7),
     },
     ("Intel", "AVX-512 and VNNI"): {
         "float32": (0.0, 0.02, 0.06, 0.22, 0.24, 0.26, 0.42, 0.43),
@@ -49,16 +50,16 @@ ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
 IN_CACHE = 32 << 20  # bytes that a step of such a model reads at most
 CACHED_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
-        "float32": (0.0, 0.22, 0.36, 0.46, 0.5, 0.68, 0.91, 1.12, 7.2),
-        "bfloat16": (0.0, 0.29, 0.52, 0.73, 1.02, 1.24, 1.56, 1.83, 8.4),
-        "int8": (0.0, 0.43, 0.78, 1.07, 1.4, 1.75, 2.09, 2.43, 11.8),
-        "int4": (0.0, 0.47, 0.66, 1.25, 1.39, 1.88, 2.08, 2.59, 12.6),
+        "float32": (0.0, 0.22, 0.36, 0.46, 0.5, 0.68, 0.91, 1.12, 1.37, 2.13, 3.15, 7.2),
+        "bfloat16": (0.0, 0.29, 0.52, 0.73, 1.02, 1.24, 1.56, 1.83, 2.1, 2.92, 4.02, 8.4),
+        "int8": (0.0, 0.43, 0.78, 1.07, 1.4, 1.75, 2.09, 2.43, 2.82, 3.99, 5.55, 11.8),
+        "int4": (0.0, 0.47, 0.66, 1.25, 1.39, 1.88, 2.08, 2.59, 3.01, 4.26, 5.93, 12.6),
     },
     ("AMD", "AVX2"): {
-        "float32": (0.0, 0.2, 0.38, 0.56, 0.71, 0.92, 1.47, 1.71, 8.2),
-        "bfloat16": (0.0, 0.22, 0.38, 0.63, 0.84, 1.06, 1.61, 1.81, 10.1),
-        "int8": (0.0, 0.5, 0.96, 1.5, 1.95, 2.48, 2.88, 3.34, 17.2),
-        "int4": (0.0, 0.59, 0.94, 1.49, 1.82, 2.42, 2.74, 3.4, 15.5),
+        "float32": (0.0, 0.2, 0.38, 0.56, 0.71, 0.92, 1.47, 1.71, 1.98, 2.79, 3.87, 8.2),
+        "bfloat16": (0.0, 0.22, 0.38, 0.63, 0.84, 1.06, 1.61, 1.81, 2.16, 3.19, 4.57, 10.1),
+        "int8": (0.0, 0.5, 0.96, 1.5, 1.95, 2.48, 2.88, 3.34, 3.92, 5.65, 7.96, 17.2),
+        "int4": (0.0, 0.59, 0.94, 1.49, 1.82, 2.42, 2.74, 3.4, 3.9, 5.42, 7.43, 15.5),
     },
 }
 CACHED_ELSEWHERE = (0.0, 0.4, 0.7, 1.0, 1.35, 1.7, 2.0, 2.4)
@@ -116,7 +117,7 @@ def _measured(kept: object) -> list[float] | None:
 def _at_all_widths(costs: Sequence[float]) -> tuple[float, ...]:
     """The costs of 0 to `MOST_DRAFTS` more rows from those at the first `WIDTHS`.
 
-    They are on straight lines between these widths, and beyond them: where more than 8 rows pay, many do.
+    They are on straight lines between these widths, and beyond them.
     """
     widths, rows = WIDTHS[: len(costs)], np.arange(1, MOST_DRAFTS + 2)
     slope = (costs[-1] - costs[3]) / (widths[-1] - widths[3])

@@ -321,9 +321,10 @@ def speeds_table(result: EngineComparison) -> None:
 def costs_table(backbone: Backbone, costs: dict[int, float]) -> None:
     """What `bench.measured_costs` found, by the rows of a pass."""
     table = Table(title=f"{backbone.name}, {backbone.weight_format}: a pass, in steps of one row", title_justify="left")
-    for rows in costs:
-        table.add_column(f"{rows} row{'s' * (rows > 1)}", justify="right")
-    table.add_row(*(f"{1 + cost:.2f}" for cost in costs.values()))
+    for title in ("rows", "steps"):
+        table.add_column(title, justify="right")
+    for rows, cost in costs.items():
+        table.add_row(str(rows), f"{1 + cost:.2f}")
     console.print(table)
     console.print("Kept for this model on this machine. The mode exact makes as many drafts as pay; answers do not change.")
 

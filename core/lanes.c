@@ -87,14 +87,15 @@ static Prices prices_of(const Lanes *l, const Lane *lane) {
     const offramp_plan *plan = l->plan;
     const Estimates *e = &lane->session->estimates;
     const int64_t requests = sharing(l), width = width_at(l, lane);
-    const double plain = pass_cost(plan, requests), now = pass_cost(plan, width);
+    const int64_t beside = consents(plan) ? 0 : l->reading;
+    const double plain = pass_cost(plan, requests), now = pass_cost(plan, width + beside);
     Prices prices = {.asking = plan->rules.count ? plan->exits[0].asking * plain / requests : 0,
                      .tokens = fmax(requests / plain, e->tokens / e->cost),
                      .floor = plan->rules.count ? plan->exits[0].threshold : 0};
     double least = INFINITY;
     for (int64_t n = 0; n < MOST_DRAFTS; n++) {
         if (width + n < widest_pass(requests))
-            least = fmin(least, (pass_cost(plan, width + n + 1) - now) / (n + 1));
+            least = fmin(least, (pass_cost(plan, width + beside + n + 1) - now) / (n + 1));
         prices.rows[n] = least;
     }
     return prices;
@@ -151,10 +152,13 @@ static void set_out(Lanes *l, Lane *lane) {
 
 int begin_round(Lanes *l) {
     int any = 0;
-    l->deciding = 0;
+    l->deciding = l->reading = 0;
     if (!l->rounds) return 0;
     l->rounds--;
-    for (int64_t q = 0; q < l->count; q++) l->deciding += !l->lanes[q].over && !l->lanes[q].request->reads;
+    for (int64_t q = 0; q < l->count; q++) {
+        const Lane *lane = l->lanes + q;
+        if (!lane->over) l->deciding += !lane->request->reads, l->reading += lane->request->reads;
+    }
     l->width = l->deciding;
     for (int64_t q = 0; q < l->count; q++) {
         Lane *lane = l->lanes + q;

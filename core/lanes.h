@@ -31,11 +31,12 @@ typedef struct {
     int64_t passes, rejected;
 } Lane;
 
-// The common data of a round's lanes: its rows, drafts among them, and the lanes that decide.
+// The common data of a round's lanes: the rows of those that decide, drafts among them, and how many these
+// are; and the rows of the lanes that only read.
 typedef struct {
     const offramp_plan *plan;
     Lane *lanes;
-    int64_t count, width, deciding, rounds;
+    int64_t count, width, deciding, reading, rounds;
 } Lanes;
 
 // Whether request q of a call can be stepped.

@@ -445,6 +445,9 @@ def test_rows_that_are_likely_to_follow_share_what_a_dear_row_costs() -> None:
     assert chunk.row(1.0) == pytest.approx(0.1)  # there is room for one
     chunk.width = WIDEST
     assert chunk.row(1.0) == math.inf
+    reading = Chunk(chunk.rule, 1, beside=7)
+    assert reading.row(0.0) == pytest.approx(1.0), "seven rows that read make the next one the ninth"
+    assert (reading.share, reading.cost) == (1, 1)
 
 
 def test_the_likelier_source_drafts_and_an_exit_goes_on_only_from_its_own_drafts() -> None:

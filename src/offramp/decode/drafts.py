@@ -162,10 +162,13 @@ def asking_cost(backbone: Backbone, exit: Exit, head: int) -> float:
 
 
 class Chunk:
-    """The rows that all requests of a step run to the top together: one for each request and each draft so far."""
+    """The rows that all requests of a step run to the top together: one for each request and each draft so far.
 
-    def __init__(self, rule: DraftRule, requests: int) -> None:
-        self.rule, self.width = rule, requests
+    `beside`: rows that only read in this step. They make a pass wide, and a row of a wide pass may cost more.
+    """
+
+    def __init__(self, rule: DraftRule, requests: int, beside: int = 0) -> None:
+        self.rule, self.width, self._beside = rule, requests, beside
         self._requests, self._widest = requests, max(WIDEST, (MOST_ASKED + 1) * requests)
         self.share = rule.pass_cost(requests) / requests  # cost of a request, without drafts
         self.rate = 1 / self.share  # tokens for each step of full depth, without drafts
@@ -178,8 +181,9 @@ class Chunk:
         that fails. The price is the least average cost over at most so many rows.
         """
         run = min(1 / (1 - chance), MOST_DRAFTS) if chance < 1 else MOST_DRAFTS
-        now, room = self.rule.pass_cost(self.width), min(int(run), self._widest - self.width)
-        return min(((self.rule.pass_cost(self.width + n) - now) / n for n in range(1, room + 1)), default=math.inf)
+        width, room = self.width + self._beside, min(int(run), self._widest - self.width)
+        now = self.rule.pass_cost(width)
+        return min(((self.rule.pass_cost(width + n) - now) / n for n in range(1, room + 1)), default=math.inf)
 
     @property
     def cost(self) -> float:

@@ -51,9 +51,10 @@ class Reference:
         self, reading: Sequence[tuple[Request, int]], deciding: Sequence[Request]
     ) -> list[tuple[Request, list[Decision]]]:
         """Read pieces of prompts, then decide at least one token of each request in `deciding`."""
+        rows = sum(end - request.sequence.run for request, end in reading)
         if reading:
             read(self._plan, reading)
-        return decide(self._plan, deciding) if deciding else []
+        return decide(self._plan, deciding, rows) if deciding else []
 
 
 def read(plan: Plan, reading: Sequence[tuple[Request, int]]) -> None:
@@ -69,10 +70,13 @@ def read(plan: Plan, reading: Sequence[tuple[Request, int]]) -> None:
         climb.sequence.settle()
 
 
-def decide(plan: Plan, requests: Sequence[Request]) -> list[tuple[Request, list[Decision]]]:
-    """Let the requests' sequences climb until a token of each is decided. The climbs furthest behind run first."""
+def decide(plan: Plan, requests: Sequence[Request], beside: int = 0) -> list[tuple[Request, list[Decision]]]:
+    """Let the requests' sequences climb until a token of each is decided. The climbs furthest behind run first.
+
+    `beside`: so many rows of the step only read.
+    """
     decided: dict[Request, list[Decision]] = {}
-    climbs = [set_out(plan, *pair) for pair in zip(requests, begin_rounds(plan, requests), strict=True)]
+    climbs = [set_out(plan, *pair) for pair in zip(requests, begin_rounds(plan, requests, beside), strict=True)]
     embed(plan, climbs)
     while (number := min((climb.segment for climb in climbs), default=plan.top)) < plan.top:
         here = [climb for climb in climbs if climb.segment == number]
@@ -93,12 +97,12 @@ def decide(plan: Plan, requests: Sequence[Request]) -> list[tuple[Request, list[
     return [(request, decided[request]) for request in requests if request in decided]
 
 
-def begin_rounds(plan: Plan, requests: Sequence[Request]) -> list[Round | None]:
+def begin_rounds(plan: Plan, requests: Sequence[Request], beside: int) -> list[Round | None]:
     """A round of drafts for each request. With consent, drafts depend on the request's own text alone."""
     if not plan.drafts:
         return [None] * len(requests)
     if not plan.consent:
-        chunk = Chunk(plan.drafts, len(requests))
+        chunk = Chunk(plan.drafts, len(requests), beside)
         return [Round(chunk, request.sequence.estimates) for request in requests]
     for request in requests:
         if not request.tokens:

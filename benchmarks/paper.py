@@ -78,7 +78,7 @@ class Experiment:
         self.model = offramp.load(name, exits=folder or None)
         self.backbone, self.exits = self.model.backbone, self.model.exits
         self.task = load_task(task_name, getattr(args, task_name), run_code=args.run_code)
-        self.args, self.source, self.name = args, name, Path(name).stem
+        self.args, self.source, self.name = args, name, Path(name).name.removesuffix(".gguf")
         count, items = COUNTS[task_name] if args.count is None else args.count, self.task.items
         self.scored, self.others = replace(self.task, items=items[:count]), items[count:] if count else []
         self.work = args.work / f"{self.name}-{self.mark}"
@@ -269,6 +269,8 @@ def finish(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     args = parser.parse_args(argv)
     if unknown := set(args.tasks.split(",")).difference(COUNTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(COUNTS)}")
+    if not args.run_code and set(args.tasks.split(",")).intersection(CODE):
+        parser.error("the tasks for code run what the model writes: allow it with --run-code, or leave them out of --tasks")
     if args.quick:
         args.count, args.calibration, args.prompts, args.epochs = 8, 0, 96, 1
     return args

@@ -281,7 +281,7 @@ def groups_of(results: list[Result]) -> list[dict[float, Group]]:
     """For each model and task, the Results by their repetition penalty."""
 
     def key(result: Result) -> tuple[str, str]:
-        return Path(result.model.name).name, result.task.name
+        return Path(result.model.name).name.removesuffix(".gguf"), result.task.name
 
     found = []
     for (model, task), members in groupby(sorted(results, key=lambda each: place(*key(each))), key):

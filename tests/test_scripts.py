@@ -487,6 +487,10 @@ def test_paper_compares_exits_that_differ_in_one_thing_and_writes_the_report(pap
     monkeypatch.setattr(paper, "CODE", ("triviaqa",))
     monkeypatch.setattr(paper, "LEAST", 2.0)
     assert len(paper.Experiment(brief.models, "triviaqa", brief).results()) == 1
+    monkeypatch.setattr(paper, "CODE", ("mbpp",))
+    with pytest.raises(SystemExit):
+        paper.main([*papered, "--tasks", "triviaqa,mbpp"])
+    assert "allow it with --run-code" in capsys.readouterr().err
     # A second run finds everything done.
     monkeypatch.setattr(paper.Evaluation, "run", None)
     paper.main(papered)

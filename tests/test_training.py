@@ -38,6 +38,7 @@ from offramp.training import answering
 from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
 from offramp.training.data import PROMPTS, lines_of, turns
+from offramp.training.distillation import Distillation
 from offramp.training.loop import Budget, Fit, accelerator_for, batches
 from offramp.training.planning import DECIDING, TRYING
 from offramp.training.sketch import sketch_of
@@ -163,6 +164,25 @@ def test_own_answers_are_those_of_the_engine(family: str, tmp_path, monkeypatch:
 def test_the_most_probable_tokens_are_found_in_order(width: int, count: int, seed: int) -> None:
     logits = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(answering._largest(logits, count), logits.topk(count, dim=-1).indices)
+
+
+def test_the_loss_asks_for_the_teachers_tokens_as_often_or_for_any_that_will_do() -> None:
+    """At the first position, the teacher gives chances to the tokens 0, 1, 2 and 3; at the second to 4, 5, 6 and 7."""
+    chances = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.7, 0.1, 0.1, 0.1]])
+    ids = torch.arange(8, dtype=torch.int32).unflatten(0, (2, 4))
+    text = TeacherText(torch.zeros(2), torch.zeros(2, 1, 1), ids, chances.log().clamp(min=-50).half(), torch.ones(2).bool())
+    logits = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+    logp, generator = logits.log_softmax(-1), torch.Generator()
+    cross = -(chances[0] * logp[0, :4]).sum() - (chances[1] * logp[1, 4:8]).sum()
+    plain = Distillation.of([text], 10, generator, torch.device("cpu"))
+    assert float(plain.loss(logits)) == pytest.approx(float(cross) / 2, abs=1e-3)
+    near = Distillation.of([text], 10, generator, torch.device("cpu"), near=0.5)
+    any_of = -logp[0, :2].logsumexp(-1) - logp[1, 4]
+    assert float(near.loss(logits)) == pytest.approx(float(any_of) / 2, abs=1e-4)
+    assert float(near.loss(logits[1:], torch.tensor([False, True]))) == pytest.approx(float(-logp[1, 4]), abs=1e-4)
+    listed = Distillation.of([text], 10, generator, torch.device("cpu"), torch.tensor([1, 2, 3, 9]), near=0.5)
+    some = logits[:, [1, 2, 3, 9]].log_softmax(-1)
+    assert float(listed.loss(logits[:, [1, 2, 3, 9]])) == pytest.approx(float(-some[0, 0]) / 2, abs=1e-4)
 
 
 def test_training_lowers_the_loss_and_keeps_its_record(tmp_path, prompts: str) -> None:

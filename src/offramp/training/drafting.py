@@ -6,6 +6,9 @@ learns all of them (training-time test: EAGLE-3, arXiv 2503.01840, section 3; HA
 
 All tokens of a text are drafted at once. In the tail's blocks, a token sees the exact keys and values of the tokens before
 its run, the exit's keys and values of the tokens in its run, and its own.
+
+The loss asks for any token that full depth finds nearly as likely as its own. This makes more drafts right than distilling
+the whole distribution does: both for full depth's consent and for its own token (docs/experiments/draft-exit.md).
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.runtime import Runtime
 
 LENGTH = 3  # drafts of a run
+NEAR = 0.5  # a draft will do if full depth finds it so many times as likely as its own token: the share of the mode close
 WEIGHTS = (1.0, 0.6, 0.36)  # each later draft's loss weighs less, since a draft counts only if those before it are right
 
 

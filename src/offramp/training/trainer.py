@@ -1,6 +1,7 @@
 """Fits the parts of exits to texts: adapters by distillation, gates by whether the read-outs are right.
 
-Adapters: cross-entropy with the teacher's most probable tokens (`distillation`). Exits with tails share each pass through
+Adapters: cross-entropy with the teacher's most probable tokens, or for drafts −log of the probability of all that will do
+(`distillation`). Exits with tails share each pass through
 the model's last blocks: a random share of a text's tokens jump, each at one of the exits, and the others stay exact. A
 `deep` read-out learns every token as the first, second and third draft of a run (`drafting`).
 
@@ -149,7 +150,7 @@ class Trainer:
         return torch.stack([weight * loss for weight, loss in zip(self.weights, losses, strict=True)]).sum(), losses
 
     def _adapter_losses(self, texts: list[TeacherText], step: int, runtime: Runtime) -> list[Tensor]:
-        """For each exit, the cross-entropy of its read-out with the teacher, in nats a token."""
+        """For each exit, the loss of its read-out, in nats a token."""
         hidden = self._padded([text.hidden for text in texts]).float()
         counted = self._padded([text.counted for text in texts])
         score = self._scorer(texts, step)
@@ -189,17 +190,18 @@ class Trainer:
         return self.backbone.trainable_from(self.start) if drafts else self.backbone.runtime
 
     def _scorer(self, texts: list[TeacherText], step: int) -> Callable[..., Tensor]:
-        """A function that computes the mean cross-entropy with the teacher from states (n, D) before the final norm.
+        """A function that computes the mean loss (`Distillation`) from states (n, D) before the final norm.
 
         The states are at all counted positions, or at those where its second argument is true.
         """
         generator = step_generator(self.config.seed, step, "vocabulary")
-        wanted = Distillation.of(texts, self.backbone.vocab_size, generator, self.device, self.exits.shortlist)
+        near = drafting.NEAR if self.exits.drafts else 0.0
+        wanted = Distillation.of(texts, self.backbone.vocab_size, generator, self.device, self.exits.shortlist, near)
 
-        def cross_entropy(h: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
+        def score(h: Tensor, which: Tensor | slice = slice(None)) -> Tensor:
             return wanted.loss(self.backbone.logits(h.to(self.backbone.dtype), wanted.rows), which)
 
-        return cross_entropy
+        return score
 
     def _jump(self, hidden: Tensor, chosen: Tensor, runtime: Runtime) -> dict[Exit, tuple[Tensor, Tensor]]:
         """Let tokens jump at the exits with tails: `chosen` (B, T) is the index of each one's exit, −1 for none.

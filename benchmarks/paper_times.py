@@ -17,6 +17,7 @@ import argparse
 from dataclasses import replace
 from math import nan
 from pathlib import Path
+from typing import Any
 
 from answers import Turn, change, faster, interval, table, turns_of
 from offramp.errors import OfframpError
@@ -99,7 +100,8 @@ def timed(model: str, task: str, args: argparse.Namespace) -> None:
     conditions = chosen(experiment, results)
     engines = {name: condition.engine(experiment.backbone) for name, condition in conditions.items()}
     questions = replace(experiment.scored, items=experiment.scored.items[: args.questions])
-    about = {"machine": {name: value for name, value in machine().items() if name != "date"}}
+    about: dict[str, Any] = {"machine": {name: value for name, value in machine().items() if name != "date"}}
+    about["questions"] = len(questions.items)
     about["conditions"] = {name: condition.name for name, condition in conditions.items()}
     for batch in BATCHES:
         workers, failures = with_peers(experiment, args.peers.split(",") if args.peers and batch == 1 else [])

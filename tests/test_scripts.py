@@ -525,9 +525,10 @@ def test_paper_times_compares_modes_and_what_saves_most_with_full_depth_and_with
 def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(paper, "WHOLE", ("triviaqa",))
     monkeypatch.setattr(paper, "RISKS", (0.05, 0.1))
-    paper_times.main([*papered, "--questions", "2", "--threads", "1"])
+    shutil.copytree(papered[-1], tmp_path / "work", ignore=shutil.ignore_patterns("*-times*"))
+    paper_times.main([*papered[:-1], str(tmp_path / "work"), "--questions", "2", "--threads", "1"])
     capsys.readouterr()
-    files = sorted(map(str, Path(papered[-1]).glob("*/model-triviaqa*.json*")))
+    files = sorted(map(str, (tmp_path / "work").glob("*/model-triviaqa*.json*")))
     paper_tables.main(files)
     page = capsys.readouterr().out
     (tmp_path / "page.md").write_text(page)
@@ -714,8 +715,10 @@ def test_verified_compares_on_tiny_models_of_every_family(capsys, monkeypatch) -
 @pytest.mark.real
 @compiled_only
 def test_native_measures_both_programs(tmp_path, capsys) -> None:
-    write(offramp.load("mamba-tiny", "int4"), tmp_path)
-    native.main([str(tmp_path), "--modes", "full", "--prompts", "1", "--rounds", "1", "--tokens", "4"])
+    write(offramp.load("mamba-tiny"), tmp_path)
+    native.main(
+        [str(tmp_path), "--model", "mamba-tiny", "--modes", "full", "--prompts", "1", "--rounds", "1", "--tokens", "4"]
+    )
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| offramp")]
     assert [row[0] for row in rows] == ["offramp-run, full", "offramp generate, full"]
     small, large = ([float(number) for number in row[1:]] for row in rows)

@@ -243,18 +243,19 @@ def test_answers_compares_whole_answers_in_turns_that_are_kept(world, capsys, mo
     peer = speed.Entry("", "name", ("offramp", "--dtype", "float32"))
     monkeypatch.setitem(speed.ENTRIES, "peer", peer)
     arguments = [str(world / "model"), "--task", "triviaqa", "--data", str(world / "trivia.jsonl"), "--dtype", "float32"]
-    arguments += ["--exits", str(world / "exits"), "--modes", "full,early,close", "--peers", "peer", "--questions", "4"]
-    for batch, turns in (("1", 4), ("3", 2)):
-        answers.main([*arguments, "--batch", batch, "--out", f"{batch}.jsonl"])
+    arguments += ["--exits", str(world / "exits"), "--modes", "full,early,close", "--questions", "4"]
+    for batch, turns, peers in (("1", 4, ["peer"]), ("3", 2, [])):
+        asked = [*arguments, "--batch", batch, "--peers", ",".join(peers), "--out", f"{batch}.jsonl"]
+        answers.main(asked)
         table = rows(capsys.readouterr().out)
         assert table[0] == ["", *answers.COLUMNS]
-        assert [row[0] for row in table[1:]] == ["full", "early", "close", "peer"]
+        assert [row[0] for row in table[1:]] == ["full", "early", "close", *peers]
         assert table[1][-2:] == ["1.000", "1.000"]
-        assert table[4][1] == "–"
+        assert not peers or table[4][1] == "–"
         kept = Path(f"{batch}.jsonl").read_text()
         assert len(kept.splitlines()) == 1 + turns
         Path(f"{batch}.jsonl").write_text("".join(kept.splitlines(keepends=True)[:-1]))
-        answers.main([*arguments, "--batch", batch, "--out", f"{batch}.jsonl"])
+        answers.main(asked)
         assert rows(capsys.readouterr().out)[1][1] == table[1][1], "its last turn was not made again"
     with pytest.raises(SystemExit, match="other settings"):
         answers.main([*arguments, "--batch", "2", "--out", "1.jsonl"])

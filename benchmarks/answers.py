@@ -142,7 +142,7 @@ def turns_of(
     whole = file.read_bytes().rpartition(b"\n")[0]  # a run that was cut off may have left part of a line
     kept = [json.loads(line) for line in whole.splitlines()]
     if not kept or kept[0] != about:
-        raise SystemExit(f"{file} is of other settings or another machine; remove it, or name another file.")
+        raise SystemExit(f"{file} is of other settings or another machine: remove it to start anew.")
     turns, asked = kept[1:], [task.items[at : at + batch] for at in range(0, len(task.items), batch)]
     if len(turns) < len(asked):
         take_turn(0, asked[0], task, engines, workers, batch)  # warms up

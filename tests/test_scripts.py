@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -629,6 +630,10 @@ def test_prefill_compares_in_pairs_that_take_turns(world, capsys, monkeypatch) -
     prefill.main([*arguments, "--prompts", "3", "--training-prompts", "4", "--tokens", "5", "--threads", "1"])
     table = [row for row in rows(capsys.readouterr().out) if row[0] != "ours"]
     pair = ["offramp-float32", "transformers-float32"]
+    both = argparse.Namespace(parts=["prompts", "shapes"], formats=["float32", "int4"], model=str(world / "model"))
+    both.lengths, both.shapes, both.tokens = [9, 70], ["AntonV/mamba2-130m-hf"], 5
+    # llama.cpp, the peer of int4, has no file of the model.
+    assert [[*trial.names] for trial in prefill.trials(both)] == [pair, pair, ["offramp-int4", "transformers-bfloat16"]]
     lengths, decoding = ["9 tokens", "70 tokens"], "decoding 5 tokens"
     assert [row[1] for row in table] == [
         *lengths,

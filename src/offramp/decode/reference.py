@@ -70,7 +70,7 @@ def read(plan: Plan, reading: Sequence[tuple[Request, int]]) -> None:
         climb.sequence.settle()
 
 
-def decide(plan: Plan, requests: Sequence[Request], beside: int = 0) -> list[tuple[Request, list[Decision]]]:
+def decide(plan: Plan, requests: Sequence[Request], beside: int) -> list[tuple[Request, list[Decision]]]:
     """Let the requests' sequences climb until a token of each is decided. The climbs furthest behind run first.
 
     `beside`: so many rows of the step only read.

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from offramp.decode.consent import POINTS
 from offramp.errors import BadInput
 from offramp.exits.exits import Exit
 from offramp.model.backbone import Backbone
@@ -27,7 +28,7 @@ from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.runtime import Runtime
 
 LENGTH = 3  # drafts of a run
-NEAR = 0.5  # a draft will do if full depth finds it so many times as likely as its own token: the share of the mode close
+NEAR = POINTS[0].share  # a draft will do if full depth finds it so many times as likely as its own token
 WEIGHTS = (1.0, 0.6, 0.36)  # each later draft's loss weighs less, since a draft counts only if those before it are right
 
 

@@ -1,9 +1,9 @@
 """Fits the parts of exits to texts: adapters by distillation, gates by whether the read-outs are right.
 
 Adapters: cross-entropy with the teacher's most probable tokens, or for drafts −log of the probability of all that will do
-(`distillation`). Exits with tails share each pass through
-the model's last blocks: a random share of a text's tokens jump, each at one of the exits, and the others stay exact. A
-`deep` read-out learns every token as the first, second and third draft of a run (`drafting`).
+(`distillation`). Exits with tails share each pass through the model's last blocks: a random share of a text's tokens jump,
+each at one of the exits, and the others stay exact. A `deep` read-out learns every token as the first, second and third
+draft of a run (`drafting`).
 
 Gates: binary cross-entropy on whether the token could leave (`gate_targets`).
 

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -182,19 +183,20 @@ def economize_peer(args: argparse.Namespace) -> Peer:
 
 
 def llamacpp_peer(args: argparse.Namespace) -> Peer:
-    """llama.cpp on the model's GGUF file, requantised if asked for."""
+    """llama.cpp on the model's GGUF file, requantised if asked for; or its look-up, as llama-cpp-python has it."""
     import ctypes
 
     import llama_cpp
     import numpy as np
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
     path = requantised(args) if args.requantise else Path(args.model)
 
-    def load(context: int, logits_all: bool) -> llama_cpp.Llama:
-        threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
-        return llama_cpp.Llama(str(path), n_ctx=context, logits_all=logits_all, verbose=False, **threads)
+    def load(context: int, logits_all: bool, drafts: LlamaPromptLookupDecoding | None = None) -> llama_cpp.Llama:
+        options = {"n_threads": args.threads, "n_threads_batch": args.threads, "draft_model": drafts, "verbose": False}
+        return llama_cpp.Llama(str(path), n_ctx=context, logits_all=logits_all, **options)
 
-    model = load(CONTEXT, False)
+    model = load(CONTEXT, False, LlamaPromptLookupDecoding() if args.lookup else None)
     greedy = llama_cpp.llama_sampler_init_greedy()
 
     def step(ids: list[int]) -> int:
@@ -219,14 +221,20 @@ def llamacpp_peer(args: argparse.Namespace) -> Peer:
         log_sum = (top + np.log(np.exp(logits - top).sum(-1, keepdims=True)))[:, 0]
         return list((log_sum - logits[np.arange(len(ids) - 1), ids[1:]]).tolist())
 
+    def looked_up(ids: list[int], tokens: int, out: Out) -> None:
+        model.reset()
+        for token in islice(model.generate(ids, temp=0.0), tokens):
+            out([token])
+
     name = ctypes.create_string_buffer(128)
     llama_cpp.llama_model_desc(model.model, name, len(name))
+    way = "generate(temp=0), LlamaPromptLookupDecoding()" if args.lookup else "eval and greedy sampler, token by token"
     facts = {
         "versions": versions("llama-cpp-python"),
         **gguf_facts(path),
-        "way": f"eval and greedy sampler, token by token; {name.value.decode()}; compiled for this processor",
+        "way": f"{way}; {name.value.decode()}; compiled for this processor",
     }
-    return Peer(facts, generate, score, prefill)
+    return Peer(facts, looked_up, None) if args.lookup else Peer(facts, generate, score, prefill)
 
 
 def requantised(args: argparse.Namespace) -> Path:
@@ -364,6 +372,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compiled", action="store_true", help="transformers: static cache and torch.compile")
     parser.add_argument("--layer", type=int, default=10, help="drafts leave after this block; CALM may leave from it on")
     parser.add_argument("--way", choices=("draft", "calm"), default="draft", help="economize: which technique")
+    parser.add_argument("--lookup", action="store_true", help="llama.cpp: drafts are looked up in the text")
     parser.add_argument("--requantise", help="a GGUF format, such as Q8_0, made from --model by llama.cpp")
     parser.add_argument("--work", default="build/bench", help="folder for what --requantise makes")
     args = parser.parse_args(argv)

@@ -1,12 +1,13 @@
 """How fast are prompts read, and how fast are many of them answered, beside other libraries?
 
-    .venv/bin/python benchmarks/prefill.py [--parts prompts,shapes,batch,training] [--formats bfloat16,int4]
+    .venv/bin/python benchmarks/prefill.py [--parts prompts,shapes,files,batch,training] [--formats bfloat16,int4]
                                            [--lengths 512,2048] [--rounds 5] [--shapes lfm2-350m,mamba2-370m]
 
 - `prompts`: read a prompt of `--lengths` tokens and choose one token. Each format takes turns with its peer: bfloat16 and
   float32 with `transformers`, file, int4 and int8 with llama.cpp on the model's GGUF file (Q4_1, and Q8_0 made from it).
 - `shapes`: the same for models of known shapes with random weights, and decode `--tokens` tokens, against `transformers` on
   the same weights, in float32 where ours are, else in bfloat16.
+- `files`: the same shapes in int4, against llama.cpp on the same weights as Q4_0, in a file that its own converter writes.
 - `batch`: `--prompts` prompts side by side, `--tokens` new tokens each, at full depth, against the library's `generate` on
   one batch padded on the left. Tokens are the new ones, seconds those from the first prompt to the last token.
 - `training`: the model's own answers to `--training-prompts` prompts, made and written as `offramp train` does. It has no
@@ -30,13 +31,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from subprocess import CalledProcessError
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from offramp.files import put
 from offramp.training.data import PROMPTS
-from random_model import SHAPES, config_of, write_random
+from random_model import SHAPES, config_of, write_gguf, write_random
 from speed import MODEL, WORK, Row, Worker, chat_ids, entry, machine, ours, paths_of, read_bandwidth, spread
 
 PEERS = {
@@ -46,7 +48,7 @@ PEERS = {
     "float32": "transformers-float32",
     "int8": "llamacpp-q8_0",
 }
-PARTS = ("prompts", "shapes", "batch", "training")
+PARTS = ("prompts", "shapes", "files", "batch", "training")
 Request = dict[str, Any]
 
 
@@ -72,14 +74,28 @@ def folder_of(shape: str) -> Path:
     return folder
 
 
+def gguf_of(folder: Path) -> Path:
+    """The checkpoint as a GGUF file, written once."""
+    file = folder.with_name(f"{folder.name}.gguf")
+    if not file.exists():
+        try:
+            write_gguf(folder, file)
+        except CalledProcessError as error:
+            raise SystemExit(f"llama.cpp's converter does not write {folder}: {error.stderr[-200:]}") from None
+    return file
+
+
 def of_shape(shape: str, args: argparse.Namespace) -> Iterator[Trial]:
     """For each format, prompts to read and tokens to decode by random weights of a shape."""
-    folder = str(folder_of(shape))
-    formats = [format for format in args.formats if format != "file"]
-    for trial in readings(
-        f"The shape of {shape}, random weights", {"name": folder, "folder": folder}, formats, args.lengths
-    ):
-        peer = PEERS["float32" if trial.names[0] == ours("float32") else "bfloat16"]
+    folder = folder_of(shape)
+    paths = {"name": str(folder), "folder": str(folder)}
+    formats = [format for format in args.formats if format != "file"] if "shapes" in args.parts else []
+    pairs = [(format, PEERS["float32" if format == "float32" else "bfloat16"]) for format in formats]
+    if "files" in args.parts and "int4" in args.formats:
+        paths["gguf"] = str(gguf_of(folder))
+        pairs.append(("int4", "llamacpp-q4_0"))
+    for format, peer in pairs:
+        (trial,) = readings(f"The shape of {shape}, random weights", paths, [format], args.lengths)
         decode = {"op": "generate", "ids": trial.requests[0]["ids"][:32], "tokens": args.tokens}
         labels = [*trial.labels, f"decoding {args.tokens} tokens"]
         yield replace(trial, names=(trial.names[0], peer), requests=[*trial.requests, decode], labels=labels)
@@ -105,7 +121,7 @@ def trials(args: argparse.Namespace) -> list[Trial]:
     found = []
     if "prompts" in args.parts:
         found += readings(f"A prompt, {args.model}", paths, formats, args.lengths)
-    for shape in args.shapes if "shapes" in args.parts else ():
+    for shape in args.shapes if {"shapes", "files"} & {*args.parts} else ():
         found += of_shape(shape, args)
     if "batch" in args.parts:
         lines = PROMPTS.read_text(encoding="utf-8").splitlines()

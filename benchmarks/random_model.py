@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -40,6 +45,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mamba2-370m": {"model_type": "mamba2", "hidden_size": 1024, "num_hidden_layers": 48, "vocab_size": 50288}
     | {"num_heads": 32, "head_dim": 64, "state_size": 128, "n_groups": 1, "expand": 2, "tie_word_embeddings": True},
 }
+# Runs llama.cpp's converter. It knows tokenizers by a hash of what they make of a text, and not ours, which no one trained.
+CONVERT = """
+import sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
+import conversion.base
+conversion.base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+import convert_hf_to_gguf
+sys.argv[1:] = [sys.argv[2], "--outfile", sys.argv[3], "--outtype", "bf16"]
+convert_hf_to_gguf.main()
+"""
 SHARD = 2_000_000_000  # bytes of a shard, which is also about the memory that writing takes
 
 
@@ -82,6 +97,7 @@ def write_random(config: Any, folder: Path, shard: int = SHARD) -> int:
             held, total = {}, total + size
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     byte_tokenizer(config.vocab_size).save_pretrained(folder)
     return total
@@ -97,6 +113,31 @@ def _parts(model: Any) -> Iterator[tuple[str, nn.Module]]:
         parts.append(model.get_output_embeddings())
     for part in parts:
         yield names[part], part
+
+
+def write_gguf(folder: Path, file: Path) -> None:
+    """Write a checkpoint of ours as a GGUF file in bfloat16, by llama.cpp's own converter.
+
+    The converter comes with the source of llama-cpp-python, which is fetched next to `file`. Raises
+    `subprocess.CalledProcessError` where it cannot be fetched, or does not know the model.
+    """
+    source = file.with_name("llama.cpp")
+    if not source.exists():
+        requirements = Path(__file__).parent / "requirements" / "llamacpp.txt"
+        (wanted,) = re.findall(r"^llama-cpp-python==[\d.]+", requirements.read_text(), re.MULTILINE)
+        with TemporaryDirectory(dir=file.parent) as work:
+            _run("-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", work, wanted)
+            with tarfile.open(next(Path(work).glob("*.tar.gz"))) as archive:
+                archive.extractall(work, filter="data")
+            next(Path(work).glob("*/vendor/llama.cpp")).rename(source)
+    unfinished = file.with_suffix(".part")
+    _run("-c", CONVERT, str(source), str(folder), str(unfinished))
+    unfinished.rename(file)
+
+
+def _run(*arguments: str) -> None:
+    """Run Python with these arguments. What it prints goes to the error, where it fails."""
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
 
 
 def byte_tokenizer(vocabulary: int) -> Any:

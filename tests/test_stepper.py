@@ -12,9 +12,11 @@ import torch
 from helpers import TAILS, costing, modest_exits, refused, some_prompts
 from models import BLOCKS, COMPILED, compiled_only, tiny
 from offramp import Engine, Exits, Policy
+from offramp.decode.compiled import CompiledStepper
 from offramp.decode.fills import FILLS
 from offramp.decode.request import Request, Token
 from offramp.decode.sampling import Sampling
+from offramp.model.compiled.library import MOST_DRAFTS
 
 SAMPLINGS = [
     None,
@@ -102,6 +104,30 @@ def test_both_steppers_decide_the_same_in_the_same_way(family: str, fill: str) -
                 assert own.confidence == pytest.approx(other.confidence, abs=2e-4)
             left += sum(token.exit_block < BLOCKS for token in ours.tokens)
     assert left
+
+
+@compiled_only
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_that_read_make_drafts_dear(compiled: bool) -> None:
+    """Four more rows cost nothing, and each one after them a fortune: beside 16 rows of a prompt, nothing is drafted."""
+    engine = Engine(tiny("llama/compiled"), modest_exits("llama"), fill="verify", max_pending=3, lookup=1)
+    assert engine.drafts
+    engine.drafts = replace(engine.drafts, rows=tuple(1e6 * max(0, rows - 4) for rows in range(MOST_DRAFTS + 1)))
+    engine.compiled = CompiledStepper.of(engine, engine._exits) if compiled else None
+    batch = engine.batch()
+    first = batch.add([65, 66, 67] * 20, max_tokens=60, end_ids=frozenset())
+
+    def drafts_of_a_step() -> int:
+        known, rejected = len(first.tokens), first.tokens[-1].rejected if first.tokens else 0
+        batch.step()
+        return first.tokens[-1].rejected - rejected + sum(token.drafted for token in first.tokens[known:])
+
+    while not first.prefilled:
+        batch.step()
+    assert drafts_of_a_step()
+    batch.add([*range(40, 57)], max_tokens=1)
+    assert drafts_of_a_step() == 0
+    assert drafts_of_a_step()
 
 
 @compiled_only

@@ -34,6 +34,7 @@ from offramp.exits.learned import hashes_of
 from offramp.exits.readouts import READOUTS
 from offramp.files import read_lines
 from offramp.model.backbone import Backbone
+from offramp.model.hub import Source
 from offramp.training import answering
 from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
@@ -87,8 +88,8 @@ def test_stored_states_and_teachers_are_the_full_models(tmp_path, prompts: str, 
         for index, (start, stop) in enumerate([(0, 2), (2, 4)]):
             h = backbone.run(h, start, stop, state, step)
             if "compiled" in family:  # bit for bit, though the texts share their beginning and are read together
-                assert torch.equal(text.hidden[:, index], h[0].half())
-            torch.testing.assert_close(text.hidden[:, index].float(), h[0], rtol=2e-3, atol=2e-3)
+                assert torch.equal(text.hidden[:, index], h[0].bfloat16())
+            torch.testing.assert_close(text.hidden[:, index].float(), h[0], rtol=8e-3, atol=2e-3)
         logp = backbone.logits(backbone.run(h, 4, 6, state, step))[0].log_softmax(-1)
         assert torch.equal(text.top_ids[text.counted][:, 0].long(), logp.argmax(-1)[text.counted])
         best = logp.gather(-1, text.top_ids.long())[text.counted]
@@ -522,6 +523,16 @@ def test_answers_are_drawn_at_their_temperatures(tmp_path, family: str) -> None:
         write_shards(backbone, groups, LAYERS, divided, share=slice(process, None, 2))
     for folder in (resumed, divided):
         assert [path.read_bytes() for path in sorted(folder.iterdir())] == whole
+
+
+def test_states_too_large_for_float16_are_kept(tmp_path) -> None:
+    """Gemma 3 has such states at the first token of a text."""
+    model = copy.deepcopy(tiny("llama").model)
+    model.get_input_embeddings().weight.data.mul_(1e6)
+    backbone = Backbone(model, tiny("llama").tokenizer, Source("loud", ""))
+    (text,) = TeacherTexts.open(write_shards(backbone, group_texts([[40, 41]], [], 6, 4), LAYERS, tmp_path))
+    assert text.hidden.isfinite().all()
+    assert text.hidden.abs().max() > torch.finfo(torch.float16).max
 
 
 def test_a_model_that_gives_no_numbers_ends_the_work(tmp_path) -> None:

@@ -217,19 +217,19 @@ def _begun(backbone: Backbone, ids: list[int], layers: tuple[int, ...]) -> _Begu
     """Read the common beginning of texts, which may be empty."""
     state = backbone.state(len(ids))
     if not ids:
-        return _Begun(state, torch.zeros(0, len(layers), backbone.hidden_size, dtype=torch.half))
+        return _Begun(state, torch.zeros(0, len(layers), backbone.hidden_size, dtype=torch.bfloat16))
     h, step = backbone.embed(torch.tensor([ids], device=backbone.device))
     (hidden,), _ = _through(backbone, [(h, state, step)], layers)
     return _Begun(state, hidden[0])
 
 
 def _through(backbone: Backbone, parts: list[BlockInput], layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Run texts (B, T, D) through all blocks → their states at the exits (B, T, J, D) float16, and at the top (B, T, D)."""
+    """Run texts (B, T, D) through all blocks → bfloat16 states at the exits (B, T, J, D), and those at the top (B, T, D)."""
     hidden, at_exits, start = [h for h, _, _ in parts], [], 0
     for stop in (*layers, backbone.n_blocks):
         running = [(h, state, step) for h, (_, state, step) in zip(hidden, parts, strict=True)]
         hidden = backbone.run_all(running, start, stop)
-        at_exits.append([h.half() for h in hidden])
+        at_exits.append([h.bfloat16() for h in hidden])
         start = stop
     return [torch.stack(states, dim=2) for states in zip(*at_exits[:-1], strict=True)], hidden
 

@@ -31,8 +31,9 @@ TEACHER = 16  # most probable tokens of the final distribution that are kept for
 class TeacherText:
     """One text of T tokens. Position t holds the model's output after token t, which predicts token t + 1.
 
-    ids (T,); hidden (T, J, D) float16 at the J exits; top_ids and top_logp (T, TEACHER): the final distribution's most
-    probable tokens, best first; counted (T,): positions whose guess is trained on and measured (answers, not prompts).
+    ids (T,); hidden (T, J, D) bfloat16 at the J exits (those of Gemma are too large for float16); top_ids and top_logp
+    (T, TEACHER): the final distribution's most probable tokens, best first; counted (T,): positions whose guess is trained
+    on and measured (answers, not prompts).
     """
 
     ids: Tensor

@@ -114,20 +114,24 @@ def test_rows_that_read_make_drafts_dear(compiled: bool) -> None:
     assert engine.drafts
     engine.drafts = replace(engine.drafts, rows=tuple(1e6 * max(0, rows - 4) for rows in range(MOST_DRAFTS + 1)))
     engine.compiled = CompiledStepper.of(engine, engine._exits) if compiled else None
-    batch = engine.batch()
-    first = batch.add([65, 66, 67] * 20, max_tokens=60, end_ids=frozenset())
 
-    def drafts_of_a_step() -> int:
-        known, rejected = len(first.tokens), first.tokens[-1].rejected if first.tokens else 0
-        batch.step()
-        return first.tokens[-1].rejected - rejected + sum(token.drafted for token in first.tokens[known:])
+    def drafts(read_at: int) -> list[int]:
+        """How many drafts each of ten steps makes, if another request's prompt is read in one of them."""
+        batch, made, known = engine.batch(), list[int](), 0
+        one = batch.add([65, 66, 67] * 20, max_tokens=60, end_ids=frozenset(), stop=("\0",))  # one round a step
+        while not one.prefilled:
+            batch.step()
+        for step in range(10):
+            if step == read_at:
+                batch.add([*range(40, 57)], max_tokens=1)
+            batch.step()
+            made.append(sum(token.drafted for token in one.tokens) + one.tokens[-1].rejected - known)
+            known += made[-1]
+        return made
 
-    while not first.prefilled:
-        batch.step()
-    assert drafts_of_a_step()
-    batch.add([*range(40, 57)], max_tokens=1)
-    assert drafts_of_a_step() == 0
-    assert drafts_of_a_step()
+    alone = drafts(-1)
+    read_at = next(step for step in range(1, 10) if alone[step])
+    assert drafts(read_at)[: read_at + 1] == [*alone[:read_at], 0]
 
 
 @compiled_only

@@ -141,10 +141,13 @@ def _run(*arguments: str) -> None:
 
 
 def byte_tokenizer(vocabulary: int) -> Any:
-    """A tokenizer that reads a text byte by byte, and has a word for every other id of the vocabulary."""
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """A tokenizer that reads a text byte by byte, and has a word for every other id of the vocabulary.
+
+    It has one merge, since llama.cpp loads none without.
+    """
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "qz"]
     symbols += [f" w{index}" for index in range(len(symbols), vocabulary)]
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE({symbol: index for index, symbol in enumerate(symbols)}, [("q", "z")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -84,13 +84,20 @@ ALWAYS void turned(const uint8_t *from, int part, vb *w) {
     }
 }
 
+// Whether weights are signed bytes, and not a few bits.
+enum { IN_BYTES = BITS == 8 || IN_CODES };
+
+// Vectors of weights whose products are added before the sums are widened.
+enum { HELD = IN_BYTES || IN_16_BITS(BITS) > WITH_SCALE ? WITH_SCALE : IN_16_BITS(BITS) };
+
 // Adds the products of weights with the same four numbers of a row in all lanes.
-ALWAYS vi dot_four(vi acc, vb w, const int8_t *q) {
+// `whole_of` then widens the sums.
+ALWAYS vi dot_four(vi sums, vb w, const int8_t *q) {
     int32_t four;
     memcpy(&four, q, 4);
-    return BITS == 8 || IN_CODES ? dot_bytes(acc, w, (vb)(four - (vi){0}))
-                                 : dot_small(acc, w, (vb)(four - (vi){0}));
+    return IN_BYTES ? dot_bytes(sums, w, (vb)(four - (vi){0})) : add_small(sums, w, (vb)(four - (vi){0}));
 }
+ALWAYS vi whole_of(vi sums) { return IN_BYTES ? sums : widened(sums); }
 
 // Scales or minima number `s` of a block, for one part of the rows; `ends` are all of the block, `unit` is
 // what integers are multiplied by.
@@ -139,12 +146,19 @@ ALWAYS void panel_of(const Layout of, const Tile *c, const Out *out, const int T
 #pragma GCC unroll 2
             for (int s = 0; s < SCALES; s++) {
                 vi whole[MOST_ROWS] = {0}, less[MOST_ROWS] = {0};
+#pragma GCC unroll 4
+                for (int first = 0; first < WITH_SCALE; first += HELD) {
+                    vi sums[MOST_ROWS] = {0}, rests[MOST_ROWS] = {0};
 #pragma GCC unroll 8
-                for (int i = 0; i < WITH_SCALE; i++) {
-                    const int v = SCALES == 1 ? i / 2 + i % 2 * 4 : s * WITH_SCALE + i;  // halves of a plane
-                    const vb w = BITS == 8 ? eight[v] : weights_of(block, part, v);
-                    EACH_ROW whole[t] = dot_four(whole[t], w, q + t * GROUP + 4 * v);
-                    if (fine) EACH_ROW less[t] = dot_four(less[t], w, rest + t * GROUP + 4 * v);
+                    for (int i = first; i < first + HELD; i++) {
+                        const int v =
+                            SCALES == 1 ? i / 2 + i % 2 * 4 : s * WITH_SCALE + i;  // halves of a plane
+                        const vb w = BITS == 8 ? eight[v] : weights_of(block, part, v);
+                        EACH_ROW sums[t] = dot_four(sums[t], w, q + t * GROUP + 4 * v);
+                        if (fine) EACH_ROW rests[t] = dot_four(rests[t], w, rest + t * GROUP + 4 * v);
+                    }
+                    EACH_ROW whole[t] += whole_of(sums[t]);
+                    if (fine) EACH_ROW less[t] += whole_of(rests[t]);
                 }
                 if (fine) EACH_ROW whole[t] = whole[t] * BASE + less[t];
                 const vf scales = BITS == 8 ? scales_of_8_bits : numbers_of(of, ends, s, part, unit);

@@ -33,6 +33,7 @@
 typedef float vf __attribute__((vector_size(4 * LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef int16_t vs __attribute__((vector_size(4 * LANES)));        // two numbers for each lane
 typedef int8_t vb __attribute__((vector_size(4 * LANES)));         // four bytes for each lane
 typedef int8_t quarter_vb __attribute__((vector_size(LANES)));     // LANES bytes
 typedef uint16_t half_vf __attribute__((vector_size(2 * LANES)));  // LANES bfloat16 or float16 numbers
@@ -345,35 +346,48 @@ static inline vb look_up(const int8_t *table, vb places) {
 
 // Lane i adds the products of bytes 4 i to 4 i + 3. `dot_small`: w is 0 to 63. `dot_bytes`: no byte is
 // -128, and OFFSET times the sum of x must be subtracted from the result.
+//
+// `add_small` is the same as `dot_small`, but its sums are complete only when they are `widened`. Without VNNI
+// they have 16 bits until then, which takes fewer instructions: IN_16_BITS is how many vectors may be added,
+// where weights have so many bits.
 #define OFFSET (VNNI ? 128 : 0)
-#if WIDE && VNNI
+#define IN_16_BITS(bits) ((bits) <= 4 ? 8 : (bits) == 5 ? 4 : 2)
+#if VNNI
+#if WIDE
 static inline vi dot_small(vi acc, vb w, vb x) {
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)x);
 }
-static inline vi dot_bytes(vi acc, vb w, vb x) { return dot_small(acc, w ^ -128, x); }
-#elif WIDE
-static inline vi dot_small(vi acc, vb w, vb x) {
-    const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, (__m512i)x);
-    return acc + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-}
-static inline vi dot_bytes(vi acc, vb w, vb x) {
-    const __m512i signed_x =
-        _mm512_mask_sub_epi8((__m512i)x, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), (__m512i)x);
-    return dot_small(acc, (vb)_mm512_abs_epi8((__m512i)w), (vb)signed_x);
-}
-#elif VNNI
+#else
 static inline vi dot_small(vi acc, vb w, vb x) {
     return (vi)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)x);
 }
+#endif
 static inline vi dot_bytes(vi acc, vb w, vb x) { return dot_small(acc, w ^ -128, x); }
 #elif defined(__AVX2__)
-static inline vi dot_small(vi acc, vb w, vb x) {
-    const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
-    return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#if WIDE
+static inline vi pairs_of(vb w, vb x) { return (vi)_mm512_maddubs_epi16((__m512i)w, (__m512i)x); }
+static inline vi widened(vi sums) { return (vi)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1)); }
+static inline vb size_of(vb w) { return (vb)_mm512_abs_epi8((__m512i)w); }
+static inline vb with_sign(vb x, vb w) {
+    const __mmask64 below = _mm512_movepi8_mask((__m512i)w);
+    return (vb)_mm512_mask_sub_epi8((__m512i)x, below, _mm512_setzero_si512(), (__m512i)x);
 }
-static inline vi dot_bytes(vi acc, vb w, vb x) {
-    return dot_small(acc, (vb)_mm256_abs_epi8((__m256i)w), (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w));
-}
+#else
+static inline vi pairs_of(vb w, vb x) { return (vi)_mm256_maddubs_epi16((__m256i)w, (__m256i)x); }
+static inline vi widened(vi sums) { return (vi)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)); }
+static inline vb size_of(vb w) { return (vb)_mm256_abs_epi8((__m256i)w); }
+static inline vb with_sign(vb x, vb w) { return (vb)_mm256_sign_epi8((__m256i)x, (__m256i)w); }
+#endif
+// A sum that is made now: gcc would do many products before the first sum, and keep them in memory.
+#define IN_ORDER(sum)             \
+    ({                            \
+        __auto_type made = (sum); \
+        __asm__("" : "+v"(made)); \
+        (vi) made;                \
+    })
+static inline vi add_small(vi sums, vb w, vb x) { return IN_ORDER((vs)sums + (vs)pairs_of(w, x)); }
+static inline vi dot_small(vi acc, vb w, vb x) { return IN_ORDER(acc + widened(pairs_of(w, x))); }
+static inline vi dot_bytes(vi acc, vb w, vb x) { return dot_small(acc, size_of(w), with_sign(x, w)); }
 #else
 static inline vi dot_bytes(vi acc, vb w, vb x) {
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -389,4 +403,8 @@ static inline vi dot_bytes(vi acc, vb w, vb x) {
     return acc;
 }
 static inline vi dot_small(vi acc, vb w, vb x) { return dot_bytes(acc, w, x); }
+#endif
+#if VNNI || !defined(__AVX2__)
+static inline vi add_small(vi sums, vb w, vb x) { return dot_small(sums, w, x); }
+static inline vi widened(vi sums) { return sums; }
 #endif

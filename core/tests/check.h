@@ -98,6 +98,9 @@ static inline uint16_t random_float16(float x) {
     return (uint16_t)((x < 0 ? 0x8000 : 0) | (exponent > 0 ? exponent : 0) << 10 | below(512));
 }
 
+// Whether in some groups all weights in panels are the largest that there are. So sums are, too.
+static int some_largest;
+
 // Random weights in panels, as layouts.h says they are kept. Minima are what makes weights' mean small.
 static inline uint8_t *panels_of(Layout of, int64_t rows, int64_t columns, float size) {
     const int64_t panels = (rows + OFFRAMP_PANEL - 1) / OFFRAMP_PANEL,
@@ -120,7 +123,8 @@ static inline uint8_t *panels_of(Layout of, int64_t rows, int64_t columns, float
             const uint16_t unit = random_float16(r < OFFRAMP_PANEL ? scale : low);
             memcpy(p, &unit, 2);
         }
-        for (int b = 0; b < of.bits * PLANE; b++) *p++ = (uint8_t)random_bits();
+        const int largest = some_largest && below(4) == 0;
+        for (int b = 0; b < of.bits * PLANE; b++) *p++ = (uint8_t)(largest ? 255 : random_bits());
         for (int r = 0; r < (1 + of.lows) * scales; r++) {
             const uint16_t number = random_float16(r < scales ? scale : low);
             if (of.super)

@@ -29,12 +29,17 @@ static double room_for_rounding(const offramp_weight *w, const double *row, cons
     return room;
 }
 
-// Rows of random numbers; with `whole`, of integers that 8 bits, or with `fine` weights 16, hold as they are.
+// Rows of random numbers; with `whole`, of integers that 8 bits, or with `fine` weights 16, hold as they are:
+// some columns have the largest, and some groups have nothing but the largest, or the smallest.
 static float *rows_for(const offramp_weight *w, int64_t R, int whole) {
     float *x = randoms(R * w->columns, -2, 2);
     const int64_t most = w->fine ? 127 * 255 + 127 : 127;
-    for (int64_t i = 0; whole && i < R * w->columns; i++)
-        x[i] = (float)(i % w->columns % 32 == 5 ? most : below(2 * most + 1) - most);
+    for (int64_t i = 0; whole && i < R * w->columns; i++) {
+        const int64_t column = i % w->columns, group = column / 32;
+        x[i] = (float)(group % 3 == 1     ? (group % 2 ? most : -most)
+                       : column % 32 == 5 ? most
+                                          : below(2 * most + 1) - most);
+    }
     return x;
 }
 
@@ -210,6 +215,7 @@ static void wrong_weights_are_refused(void) {
 }
 
 int main(void) {
+    some_largest = 1;
     static const int64_t whole_groups[] = {32, 64, 96, 160, DEPTH + 32, 2 * DEPTH + 96};
     static const int64_t super_groups[] = {256, 512, DEPTH + 256};
     static const int64_t odd[] = {1, 7, 8, 15, 17, 40, 63, 65, DEPTH + 9};

@@ -100,11 +100,11 @@ def write_random(config: Any, folder: Path, shard: int = SHARD) -> int:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     if config.model_type == "granitemoehybrid":  # its blocks have other names on the hub than the library writes
-        file = folder / "config.json"
+        described_in = folder / "config.json"
         kinds = {"linear_attention": "mamba", "full_attention": "attention"}
-        described = json.loads(file.read_text())
+        described = json.loads(described_in.read_text())
         described["layer_types"] = [kinds[kind] for kind in described["layer_types"]]
-        file.write_text(json.dumps(described, indent=2))
+        described_in.write_text(json.dumps(described, indent=2))
     byte_tokenizer(config.vocab_size).save_pretrained(folder)
     return total
 

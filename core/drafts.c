@@ -8,6 +8,7 @@ enum { NEWEST = 16, LONGEST = 64, LOOKED_BACK = 8192, COMPARED = 16 };
 // own answers of two models, one for code, which hardly differ (decode/drafts.py).
 static const double REPEATED[COMPARED] = {0.2,  0.5,  0.62, 0.7,  0.74, 0.78, 0.81, 0.84,
                                           0.86, 0.88, 0.9,  0.91, 0.92, 0.93, 0.94, 0.97};
+static const double DOUBT = 2;  // that share counts as much as so many other places in the text
 
 Estimates new_estimates(void) {
     return (Estimates){{0, 0.5, 0.5, 0.5}, {1, 4, 4, 4}, {0, 0.5, 0.5, 0.5}, 1, 1, 0, NEWEST};
@@ -17,21 +18,29 @@ void expect(Estimates *e, const double *accepted) {
     if (e->seen[NOTHING] == 1 && accepted[0] > 0) e->right[EXIT] = e->promised[EXIT] = accepted[0];
 }
 
+// An id, how many ids before it are alike, its chance to follow, and at how many other places as many are alike
+// and at how many of these it followed.
 typedef struct {
-    int64_t id, alike;
+    int64_t id, alike, others, same;
+    double chance;
 } Match;
 
-// The id that followed the ids that are most like the last ones, and how many are alike: at least `alike`, or
-// there is none. Of equal places, the newest counts.
+// The id that followed the ids that are most like the last ones: at least `alike`, or there is none. Of equal
+// places, the newest counts, and what followed at the others says how much it is worth.
 static Match looked_up(const int64_t *ids, int64_t count, int64_t alike) {
     const int64_t first = count > LOOKED_BACK ? count - LOOKED_BACK : 0;
-    Match best = {-1, alike - 1};
+    Match best = {-1, alike - 1, 0, 0, 0};
     for (int64_t at = count - 2; alike && at >= first && best.alike < COMPARED; at--) {
         if (ids[at] != ids[count - 1]) continue;
         int64_t n = 1;
         while (n < COMPARED && at - n >= first && ids[at - n] == ids[count - 1 - n]) n++;
-        if (n > best.alike) best = (Match){ids[at + 1], n};
+        if (n > best.alike)
+            best = (Match){ids[at + 1], n, 0, 0, 0};
+        else if (n == best.alike)
+            best.others++, best.same += ids[at + 1] == best.id;
     }
+    if (best.id >= 0)
+        best.chance = ((double)best.same + DOUBT * REPEATED[best.alike - 1]) / ((double)best.others + DOUBT);
     return best;
 }
 
@@ -78,7 +87,7 @@ void choose_source(const Free *from, Estimates *e, Round *round, int exits, cons
     const int64_t n = round->drafts;
     const Match found = looked_up(ids, count, from->alike);
     const uint32_t value = from->guesses ? expected(from->guesses, ids, count) : 0;
-    const double promise = (value & 255) / 255.0, repeated = found.id < 0 ? 0 : REPEATED[found.alike - 1],
+    const double promise = (value & 255) / 255.0, repeated = found.chance,
                  table = value ? promise * e->right[TABLE] / e->promised[TABLE] : 0,
                  text = repeated * e->right[TEXT] / e->promised[TEXT], most = fmax(text, table),
                  later = from->accepted[0] > 0

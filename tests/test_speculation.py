@@ -327,8 +327,11 @@ def test_unusable_settings_get_a_sentence_and_a_hint(settings: dict[str, float],
 def test_prompt_lookup_finds_the_newest_of_the_places_that_are_most_alike(ids: list[int], least: int) -> None:
     found = None
     for size in range(least, len(REPEATED) + 1):
-        places = [at for at in range(len(ids) - size) if ids[at : at + size] == ids[-size:]]
-        found = (ids[places[-1] + size], REPEATED[size - 1]) if places else found
+        followed = [ids[at + size] for at in range(len(ids) - size) if ids[at : at + size] == ids[-size:]]
+        if followed:
+            *others, newest = followed
+            others = others if size < len(REPEATED) else []
+            found = newest, pytest.approx((others.count(newest) + 2 * REPEATED[size - 1]) / (len(others) + 2))
     assert looked_up(ids, least) == found
     assert looked_up(ids, 0) is None
 

@@ -30,6 +30,7 @@ LOOKED_BACK = 8192  # prompt look-up searches this many of a text's newest token
 # The chance that a token follows if the last 1, 2, … tokens stood before it earlier in the text: the shares in own answers
 # of SmolLM2 to general prompts and of Qwen2.5-Coder-0.5B to those for code, which differ by less than 0.05.
 REPEATED = (0.2, 0.5, 0.62, 0.7, 0.74, 0.78, 0.81, 0.84, 0.86, 0.88, 0.9, 0.91, 0.92, 0.93, 0.94, 0.97)
+DOUBT = 2.0  # that share counts as much as so many other places in the text
 MOST_ASKED = 7  # drafts of a round for which exits are asked
 WIDEST = 64  # rows of a pass; more if there are so many requests that each could not have `MOST_ASKED` drafts
 NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share mostly reflects; the longest pause of an exit, in rounds
@@ -277,18 +278,21 @@ class Round:
 
 
 def looked_up(ids: list[int], least: int) -> tuple[int, float] | None:
-    """The id that followed where the ids before were most like the last ones, and its chance, by how many were alike.
+    """The id that followed where the ids before were most like the last ones, and its chance.
 
     At least so many must be alike (0: no look-up); more than `REPEATED` has chances for are not compared. Of equal places,
-    the newest counts.
+    the newest counts, and what followed at the others says how much it is worth: after examples of questions and answers,
+    the beginning of an answer stood often before, and each time something else followed.
     """
     text, found = np.array(ids), None
     places = np.arange(len(ids) - 1) if least else np.arange(0)  # of ids before which the text may be alike
-    for alike in range(1, len(REPEATED) + 1):
+    for alike, chance in enumerate(REPEATED, 1):
         places = places[places >= alike - 1]
         places = places[text[places - alike + 1] == text[-alike]] if len(places) else places
         if not len(places):
             break
+        newest = ids[places[-1] + 1]
+        others = text[places[:-1] + 1] if alike < len(REPEATED) else np.arange(0)
         if alike >= least:
-            found = ids[places[-1] + 1], REPEATED[alike - 1]
+            found = newest, (int((others == newest).sum()) + DOUBT * chance) / (len(others) + DOUBT)
     return found

@@ -224,7 +224,7 @@ def _begun(backbone: Backbone, ids: list[int], layers: tuple[int, ...]) -> _Begu
 
 
 def _through(backbone: Backbone, parts: list[BlockInput], layers: tuple[int, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    """Run texts (B, T, D) through all blocks → bfloat16 states at the exits (B, T, J, D), and those at the top (B, T, D)."""
+    """Run texts (B, T, D) through all blocks → bfloat16 states at the exits (B, T, J, D), and the top ones (B, T, D)."""
     hidden, at_exits, start = [h for h, _, _ in parts], [], 0
     for stop in (*layers, backbone.n_blocks):
         running = [(h, state, step) for h, (_, state, step) in zip(hidden, parts, strict=True)]

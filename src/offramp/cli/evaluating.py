@@ -189,9 +189,6 @@ class Runs:
             )
 
 
-BENCH_DECODING = DecodingOptions(dtype="bfloat16")
-
-
 def bench(
     *,
     model: Annotated[str, typer.Option(help="The model, as for generate.")] = "smollm2",
@@ -214,7 +211,7 @@ def bench(
             help="Measure what the rows of a pass cost here, and keep it: exact then makes as many drafts as pay.",
         ),
     ] = False,
-    decoding: Annotated[DecodingOptions, Only("exits", "dtype")] = BENCH_DECODING,
+    decoding: Annotated[DecodingOptions, Only("exits", "dtype")],
     as_json: Json = False,
 ) -> None:
     """Time full depth beside transformers, or modes and fills, in runs that take turns."""

@@ -293,7 +293,9 @@ class _Times:
 
     @property
     def rate(self) -> float:
-        """Tokens a second after the first one."""
+        """Tokens a second after the first one. Raises `BadInput` for a single token."""
+        if len(self.times) < 3:
+            raise BadInput("A single token gives no time between tokens.", "Time at least two.")
         return (len(self.times) - 2) / (self.times[-1] - self.times[1])
 
 

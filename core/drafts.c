@@ -8,10 +8,12 @@ enum { NEWEST = 16, LONGEST = 64, LOOKED_BACK = 8192, COMPARED = 16 };
 // own answers of two models, one for code, which hardly differ (decode/drafts.py).
 static const double REPEATED[COMPARED] = {0.2,  0.5,  0.62, 0.7,  0.74, 0.78, 0.81, 0.84,
                                           0.86, 0.88, 0.9,  0.91, 0.92, 0.93, 0.94, 0.97};
-static const double DOUBT = 2;  // that share counts as much as so many other places in the text
+static const double DOUBT = 2;           // that share counts as much as so many other places in the text
+static const double FEW = 4;             // drafts of each source that count as seen when a text begins
+static const double LEAST_DOUBT = 0.01;  // no draft is more certain, and none more hopeless
 
 Estimates new_estimates(void) {
-    return (Estimates){{0, 0.5, 0.5, 0.5}, {1, 4, 4, 4}, {0, 0.5, 0.5, 0.5}, 1, 1, 0, NEWEST};
+    return (Estimates){{0, 0.5, 0.5, 0.5}, {1, FEW, 0, 0}, {0, 0.5, 0.5, 0.5}, 1, 1, 0, NEWEST};
 }
 
 void expect(Estimates *e, const double *accepted) {
@@ -67,11 +69,19 @@ static uint32_t expected(const Guesses *g, const int64_t *ids, int64_t count) {
     return 0;
 }
 
-// The chance that draft n is right, by its source's promise and the estimates.
-static double sure_of(const Estimates *e, const Round *round) {
-    const int64_t n = round->drafts, source = round->source[n];
-    if (!(e->promised[source] > 0)) return e->right[source];
-    return fmin(1, round->promise[n] * e->right[source] / e->promised[source]);
+// The chance that a draft is right, by its promise and by what came true of its source's promises. What is
+// scaled are odds: a factor for the chance itself would make drafts certain after a few lucky ones.
+static double sure_of(const Estimates *e, int64_t source, double promise) {
+    const double most = 1 - LEAST_DOUBT, p = fmin(fmax(promise, LEAST_DOUBT), most),
+                 right = fmin(fmax(e->right[source], LEAST_DOUBT), most),
+                 promised = fmin(fmax(e->promised[source], LEAST_DOUBT), most),
+                 likely = p * right * (1 - promised), unlikely = (1 - p) * promised * (1 - right);
+    return likely / (likely + unlikely);
+}
+
+// The same for the draft that was noted last.
+static double sure_of_last(const Estimates *e, const Round *round) {
+    return sure_of(e, round->source[round->drafts], round->promise[round->drafts]);
 }
 
 // The price of a row for a draft with this chance to be right. Some rows are dear because the pass takes the
@@ -88,8 +98,8 @@ void choose_source(const Free *from, Estimates *e, Round *round, int exits, cons
     const Match found = looked_up(ids, count, from->alike);
     const uint32_t value = from->guesses ? expected(from->guesses, ids, count) : 0;
     const double promise = (value & 255) / 255.0, repeated = found.chance,
-                 table = value ? promise * e->right[TABLE] / e->promised[TABLE] : 0,
-                 text = repeated * e->right[TEXT] / e->promised[TEXT], most = fmax(text, table),
+                 table = value ? sure_of(e, TABLE, promise) : 0,
+                 text = found.id >= 0 ? sure_of(e, TEXT, repeated) : 0, most = fmax(text, table),
                  later = from->accepted[0] > 0
                              ? from->accepted[min_(n, OFFRAMP_DEPTHS - 1)] / from->accepted[0]
                              : 1,
@@ -110,12 +120,12 @@ void choose_source(const Free *from, Estimates *e, Round *round, int exits, cons
 }
 
 int pays(const Estimates *e, const Round *round, const Prices *prices) {
-    const double sure = sure_of(e, round);
+    const double sure = sure_of_last(e, round);
     return round->chance * sure > fmax(row_price(prices, sure) * prices->tokens, prices->floor);
 }
 
 void keep_draft(const Estimates *e, Round *round) {
-    round->chance *= sure_of(e, round);
+    round->chance *= sure_of_last(e, round);
     round->drafts++;
     if (round->drafts <= MOST_DRAFTS) round->source[round->drafts] = NOTHING;
 }
@@ -127,6 +137,8 @@ void learn_from(Estimates *e, const Round *round, int64_t stood, const int64_t *
     for (int64_t n = 0; n <= stood && round->source[n] != NOTHING; n++) {
         const int64_t source = round->source[n];
         if (round->draft[n] < 0) continue;
+        if (!e->seen[source])
+            e->right[source] = e->promised[source] = round->promise[n], e->seen[source] = FEW;
         e->seen[source] = one_more(e->seen[source]);
         learn(e->right + source, e->seen[source], n < stood || round->draft[n] == chosen[n]);
         learn(e->promised + source, e->seen[source], round->promise[n]);

@@ -7,6 +7,8 @@
 
 enum { MOST_DRAFTS = OFFRAMP_MOST_DRAFTS };  // of a round
 enum { MOST_ASKED = 7 };                     // of them, those for which exits are asked
+// How many times its cost a draft must be worth: the chances that look best are too high most often.
+static const double WORTH = 1.3;
 // What a draft comes from.
 enum {
     NOTHING = OFFRAMP_FROM_FULL,
@@ -25,7 +27,8 @@ typedef struct {
     int64_t rest, pause;  // rounds until an exit whose drafts do not pay is asked again: now, and next time
 } Estimates;
 
-// Estimates for a sequence that nothing has been drafted for, as if half of a few drafts had been right.
+// Estimates for a sequence that nothing has been drafted for, as if half of a few of the exit's drafts had
+// been right, and of another source as many as its first draft promises.
 Estimates new_estimates(void);
 
 // Begins the estimates of a sequence that nothing has been drafted for with what an exit's training says.

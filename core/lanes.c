@@ -90,7 +90,7 @@ static Prices prices_of(const Lanes *l, const Lane *lane) {
     const int64_t beside = consents(plan) ? 0 : l->reading;
     const double plain = pass_cost(plan, requests), now = pass_cost(plan, width + beside);
     Prices prices = {.asking = plan->rules.count ? plan->exits[0].asking * plain / requests : 0,
-                     .tokens = fmax(requests / plain, e->tokens / e->cost),
+                     .tokens = WORTH * fmax(requests / plain, e->tokens / e->cost),
                      .floor = plan->rules.count ? plan->exits[0].threshold : 0};
     double least = INFINITY;
     for (int64_t n = 0; n < MOST_DRAFTS; n++) {

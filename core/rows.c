@@ -30,6 +30,10 @@ static inline vi rounded(vf v) {
 static inline void store_bytes(int8_t *p, vi v) {
 #if WIDE
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif defined(__AVX2__)  // gcc 12 would take the numbers one by one
+    const __m256i all = (__m256i)v;
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 #else
     const quarter_vb bytes = __builtin_convertvector(v, quarter_vb);
     memcpy(p, &bytes, sizeof bytes);

@@ -69,7 +69,7 @@ def test_each_answer_keeps_both_promises(family: str) -> None:
     consented = 0
     for number, consent in enumerate(RULES):
         penalty = (1.0, 1.2)[number % 2]
-        engine = costing(close(family, consent, Sampling(repetition_penalty=penalty)), 0.02)
+        engine = costing(close(family, consent, Sampling(repetition_penalty=penalty)), 0.01)
         assert engine.mode.startswith("close")
         for prompt in some_prompts(2):
             answer = engine.generate(prompt, max_tokens=12)

@@ -34,6 +34,9 @@ DOUBT = 2.0  # that share counts as much as so many other places in the text
 MOST_ASKED = 7  # drafts of a round for which exits are asked
 WIDEST = 64  # rows of a pass; more if there are so many requests that each could not have `MOST_ASKED` drafts
 NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share mostly reflects; the longest pause of an exit, in rounds
+FEW = 4  # drafts of each source that count as seen when a text begins
+LEAST_DOUBT = 0.01  # no draft is more certain, and none more hopeless
+WORTH = 1.3  # how many times its cost a draft must be worth: the chances that look best are too high most often
 
 
 class Source(IntEnum):
@@ -49,11 +52,12 @@ class Estimates:
     `right`: the share of a source's newest drafts that were right; `seen`: the number of these drafts (for NOTHING: the
     number of rounds behind `tokens` and `cost`); `promised`: the mean of what their source promised. `tokens` and `cost`:
     the means of a round. `rest` and `pause`: rounds until an exit whose drafts do not pay is asked again, now and next
-    time. The estimates start as if half of a few drafts had been right, or of the exit's as many as in its training.
+    time. The estimates start as if half of a few of the exit's drafts had been right, or as many as in its training, and of
+    another source as many as its first draft promises.
     """
 
     right: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.5, 0.5])
-    seen: list[int] = field(default_factory=lambda: [1, 4, 4, 4])
+    seen: list[int] = field(default_factory=lambda: [1, FEW, 0, 0])
     promised: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.5, 0.5])
     tokens: float = 1.0
     cost: float = 1.0
@@ -69,6 +73,17 @@ class Estimates:
         if self.seen[Source.NOTHING] == 1 and accepted and accepted[0]:
             self.right[Source.EXIT] = self.promised[Source.EXIT] = accepted[0]
 
+    def sure(self, source: Source, promise: float) -> float:
+        """The chance that a draft is right, by its promise and by what came true of its source's promises.
+
+        What is scaled are odds: a factor for the chance itself would make drafts certain after a few lucky ones.
+        """
+        p, right, promised = (
+            min(max(share, LEAST_DOUBT), 1 - LEAST_DOUBT) for share in (promise, self.right[source], self.promised[source])
+        )
+        likely, unlikely = p * right * (1 - promised), (1 - p) * promised * (1 - right)
+        return likely / (likely + unlikely)
+
     def _seen(self, source: Source) -> int:
         """Count one more number of a source. Returns the count."""
         self.seen[source] = min(self.seen[source] + 1, NEWEST)
@@ -76,7 +91,10 @@ class Estimates:
 
     def learn_draft(self, guess: Guess, chosen: int) -> None:
         """Learn from a draft, now that full depth has decided its position."""
-        source, seen = guess.source, self._seen(guess.source)
+        source = guess.source
+        if not self.seen[source]:
+            self.right[source], self.promised[source], self.seen[source] = guess.promise, guess.promise, FEW
+        seen = self._seen(source)
         self.right[source] += ((guess.id == chosen) - self.right[source]) / seen
         self.promised[source] += (guess.promise - self.promised[source]) / seen
 
@@ -198,7 +216,7 @@ class Round:
     def __init__(self, chunk: Chunk, estimates: Estimates) -> None:
         self._chunk, self._rule, self._estimates = chunk, chunk.rule, estimates
         estimates.expect(self._rule.accepted)
-        self._rate = max(chunk.rate, estimates.tokens / estimates.cost)
+        self._rate = WORTH * max(chunk.rate, estimates.tokens / estimates.cost)
         self.chance, self.guesses = 1.0, list[Guess]()
         self._drafts, self._asked = 0, 0.0
 
@@ -218,7 +236,7 @@ class Round:
         if self._rule.asking and number == 0:
             ask = self._rests(ask)
         if free.sure > 0 and (not ask or free.sure >= right):
-            return Guess(free.source, free.id, free.promise, min(free.sure, 1.0))
+            return free
         return Guess(Source.EXIT if ask else Source.NOTHING)
 
     def _rests(self, ask: bool) -> bool:
@@ -233,16 +251,12 @@ class Round:
         return ask
 
     def _free(self, ids: list[int]) -> Guess:
-        """The likeliest of the drafts that cost nothing. Its estimate may be above 1."""
+        """The likeliest of the drafts that cost nothing."""
         found = {
             Source.TEXT: looked_up(ids[-LOOKED_BACK:], self._rule.lookup),
             Source.TABLE: self._rule.ngrams.after(ids) if self._rule.ngrams else None,
         }
-        right, promised = self._estimates.right, self._estimates.promised
-        guesses = [
-            Guess(source, id, chance, chance * right[source] / promised[source])
-            for source, (id, chance) in ((source, each) for source, each in found.items() if each)
-        ]
+        guesses = [Guess(source, *each, self._estimates.sure(source, each[1])) for source, each in found.items() if each]
         return max(guesses, key=lambda guess: guess.sure, default=Guess(Source.NOTHING))
 
     def asks(self, exit: int) -> None:
@@ -255,9 +269,7 @@ class Round:
 
     def keeps_exits(self, id: int, confidence: float, leaves: bool, ends: Collection[int]) -> bool:
         """Whether an exit's token becomes a draft: if it `leaves` by the policy, pays, and does not end the text."""
-        e = self._estimates
-        sure = min(1.0, confidence * e.right[Source.EXIT] / e.promised[Source.EXIT])
-        guess = Guess(Source.EXIT, id, confidence, sure)
+        guess = Guess(Source.EXIT, id, confidence, self._estimates.sure(Source.EXIT, confidence))
         return self._keeps(guess, 0.0 if leaves else float("inf"), ends)
 
     def _keeps(self, guess: Guess, floor: float, ends: Collection[int]) -> bool:

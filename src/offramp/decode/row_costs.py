@@ -20,8 +20,8 @@ from offramp.model.compiled.library import MOST_DRAFTS, kernels
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 32)  # rows of the passes whose costs are known
 Table = dict[tuple[str, str], dict[str, tuple[float, ...]]]
 # The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's processors with these
-# kernels: AMD's with AVX2 by offramp bench --costs (those of int4, up to 8 rows, in four runs), the others by
-# benchmarks/growth.py --formats FORMAT ("verified rows"), and those of 32 rows in the same way, against a step of a
+# kernels: AMD's with AVX2 by offramp bench --costs (those of bfloat16 and int4 are means of three measurements), the others
+# by benchmarks/growth.py --formats FORMAT ("verified rows"), and those of 32 rows in the same way, against a step of a
 # compiled loop, which is shorter than a single one. With AVX-512, those of 9 to 16 rows were not measured: they are on a
 # straight line. On other processors, they are a guess.
 ROW_COSTS: Table = {
@@ -32,10 +32,10 @@ ROW_COSTS: Table = {
         "int4": (0.0, 0.07, 0.15, 0.25, 0.4, 0.55, 0.75, 1.0, 1.18, 1.73, 2.47, 5.4),
     },
     ("AMD", "AVX2"): {
-        "float32": (0.0, 0.05, 0.11, 0.14, 0.21, 0.31, 0.58, 0.7, 0.96, 1.3, 1.88, 3.99),
-        "bfloat16": (0.0, 0.18, 0.25, 0.59, 0.82, 1.09, 1.47, 1.64, 2.2, 2.8, 4.64, 9.4),
-        "int8": (0.0, 0.32, 0.79, 1.35, 1.8, 2.29, 3.09, 3.59, 3.95, 5.31, 8.76, 16.68),
-        "int4": (0.0, 0.27, 0.67, 1.13, 1.61, 1.95, 2.5, 2.69, 3.39, 4.59, 6.45, 13.9),
+        "float32": (0.0, 0.02, 0.07, 0.11, 0.32, 0.32, 0.39, 0.47, 0.6, 0.84, 1.41, 3.16),
+        "bfloat16": (0.0, 0.07, 0.13, 0.4, 0.61, 0.72, 1.26, 1.55, 1.76, 2.11, 3.02, 6.5),
+        "int8": (0.0, 0.22, 0.66, 1.08, 1.52, 1.93, 2.48, 3.07, 3.27, 4.73, 7.24, 15.55),
+        "int4": (0.0, 0.18, 0.5, 0.74, 1.01, 1.46, 1.71, 2.18, 2.38, 3.59, 5.09, 11.06),
     },
     ("Intel", "AVX-512 and VNNI"): {
         "float32": (0.0, 0.02, 0.06, 0.22, 0.24, 0.26, 0.42, 0.43),
@@ -59,7 +59,7 @@ CACHED_COSTS: Table = {
         "float32": (0.0, 0.1, 0.17, 0.25, 0.41, 0.47, 0.87, 1.03, 1.36, 1.89, 2.82, 6.19),
         "bfloat16": (0.0, 0.19, 0.35, 0.65, 0.84, 1.11, 1.46, 1.69, 2.41, 3.07, 4.69, 9.46),
         "int8": (0.0, 0.47, 0.98, 1.42, 1.91, 2.33, 2.76, 3.31, 3.98, 5.44, 7.99, 16.24),
-        "int4": (0.0, 0.53, 0.8, 1.23, 1.85, 2.14, 2.49, 2.97, 4.24, 5.45, 7.62, 16.1),
+        "int4": (0.0, 0.43, 0.68, 1.07, 1.48, 1.8, 2.29, 2.73, 3.69, 4.64, 6.65, 13.7),
     },
 }
 CACHED_ELSEWHERE = (0.0, 0.4, 0.7, 1.0, 1.35, 1.7, 2.0, 2.4)

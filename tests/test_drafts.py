@@ -271,6 +271,16 @@ def test_the_table_of_machines_has_a_row_for_each_format(name: str, instructions
     assert row_costs.costs_in_table("int4", 1 << 20)[:8] == row_costs.CACHED_ELSEWHERE
 
 
+def test_the_usual_costs_are_the_same_everywhere_and_between_those_of_two_machines(monkeypatch) -> None:
+    backbone, found, own = tiny("llama/compiled"), set(), []
+    monkeypatch.setattr(row_costs, "processor", lambda: "AMD EPYC")
+    for instructions in ("AVX-512 BF16 and VNNI", "AVX2", "NEON"):
+        monkeypatch.setattr(row_costs, "kernels", lambda instructions=instructions: instructions)
+        found.add(row_costs.usual_costs(backbone))
+        own.append(row_costs.costs_in_table(backbone.precision, 1 << 20))
+    assert [*found] == [pytest.approx([(first + second) / 2 for first, second in zip(*own[:2], strict=True)])]
+
+
 def test_costs_that_were_measured_here_replace_the_tables(own_cache: Path) -> None:
     backbone = tiny("llama/compiled")
     table = row_costs.costs_in_table(backbone.precision, 1 << 20)

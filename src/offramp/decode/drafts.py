@@ -3,8 +3,8 @@
 A draft comes from an exit, or for nothing from the text, where it repeats itself (prompt look-up: A. Saxena, "Prompt Lookup
 Decoding", 2023), or from a table of n-grams. The more tokens are alike, the likelier the text is right. Each draft adds a
 row to the chunk that full depth decides about. The row costs something, and so does asking an exit. A draft is made if its
-chance to stand exceeds its cost. The chances are estimated from the earlier drafts of the same text. No clock decides, so
-answers can be repeated.
+chance to stand is worth more than its cost. The chances are what sources promise, corrected by the earlier drafts of the
+same text. No clock decides, so answers can be repeated.
 
 Costs are in steps of full depth: passes of one row. All requests of a step share one chunk, so the cost of a row depends on
 the chunk's width at that moment. Compiled code follows the same rule.

@@ -7,7 +7,7 @@ those of `training.losses`.
 
 The points are tested in their order, which no prompt decides, up to the first that fails (fixed-sequence testing, Learn
 then Test, arXiv 2110.01052). For `nll`, a point passes by a bet against it (arXiv 2010.09686). The costs of rows by which
-drafts were made are kept with a point: they decide what is said.
+drafts were made are kept with a point: they decide what is said, and a later version may have others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from offramp.decode.consent import POINTS, Consent
 from offramp.decode.engine import Engine
 from offramp.decode.request import Generation
-from offramp.decode.row_costs import row_costs
+from offramp.decode.row_costs import usual_costs
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
 from offramp.exits.calibrated import CloseCalibration, CloseTested
@@ -57,7 +57,7 @@ def calibrate_close(
     check_unknown(exits, [question.prompt for question in questions], 0)
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
     ids = [backbone.prompts.encode(question.prompt, config.raw) for question in questions]
-    rows, tested = row_costs(backbone), list[CloseTested]()
+    rows, tested = usual_costs(backbone), list[CloseTested]()
 
     def answered(consent: Consent | None, stage: str) -> list[Generation]:
         sampling = Sampling(repetition_penalty=config.repetition_penalty)

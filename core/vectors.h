@@ -271,9 +271,8 @@ static inline vf from_bfloat16(const uint16_t *p, int64_t n) {
         memcpy(&v, p, sizeof v);
     else
         memcpy(&v, p, 2 * n);
-#ifdef __AVX2__
-    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v),
-                                 16);  // gcc 12 would take four instructions
+#ifdef __AVX2__  // gcc 12 would take four instructions to convert
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16);
 #else
     return (vf)(__builtin_convertvector(v, vi) << 16);
 #endif

@@ -214,6 +214,7 @@ def test_a_calibration_of_close_keeps_the_points_that_pass_and_their_costs_of_ro
     assert [test.passed for test in record.tested] == [True, True]
     assert [(test.share, test.regret) for test in record.tested] == [(point.share, point.regret) for point in POINTS]
     assert all(0 < (test.needed or 0) <= record.n == 24 for test in record.tested)
+    assert {test.rows for test in record.tested} == {row_costs.usual_costs(tiny("llama"))}
     ExitSet(draft=exits).save(tmp_path)
     monkeypatch.setattr(row_costs, "processor", lambda: "another")
     found = ExitSet.load(tmp_path, tiny("llama"))

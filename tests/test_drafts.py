@@ -383,7 +383,7 @@ def test_a_draft_that_does_not_pay_is_not_made() -> None:
         assert estimates.rest == (16 if asked else 4)
     chunk = Chunk(rule(), 1)
     round = Round(chunk, Estimates())
-    assert not round.keeps_exits(7, 0.25, True, set())  # is not above 1.3 · 0.2
+    assert not round.keeps_exits(7, 0.25, True, set())  # 0.25 is not above 1.3 · 0.2
     assert not round.keeps_exits(7, 0.9, False, set())  # the policy says no
     assert not round.keeps_exits(7, 0.9, True, {7})  # it would end the text
     assert (chunk.width, round.chance) == (1, 1)

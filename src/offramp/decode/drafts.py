@@ -36,7 +36,7 @@ WIDEST = 64  # rows of a pass; more if there are so many requests that each coul
 NEWEST, LONGEST_PAUSE = 16, 64  # drafts that a share mostly reflects; the longest pause of an exit, in rounds
 FEW = 4  # drafts of each source that count as seen when a text begins
 LEAST_DOUBT = 0.01  # no draft is more certain, and none more hopeless
-WORTH = 1.3  # how many times its cost a draft must be worth: the chances that look best are too high most often
+WORTH = 1.3  # a draft must be worth so many times its cost, since the chances that look best are often too high
 
 
 class Source(IntEnum):

@@ -21,10 +21,10 @@ from offramp.model.compiled.library import MOST_DRAFTS, kernels
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 32)  # rows of the passes whose costs are known
 Table = dict[tuple[str, str], dict[str, tuple[float, ...]]]
 # The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's processors with these
-# kernels: AMD's with AVX2 by offramp bench --costs (those of bfloat16 and int4 are means of three measurements), the others
-# by benchmarks/growth.py --formats FORMAT ("verified rows"), and those of 32 rows in the same way, against a step of a
-# compiled loop, which is shorter than a single one. With AVX-512, those of 9 to 16 rows were not measured: they are on a
-# straight line. On other processors, they are a guess.
+# kernels: AMD's with AVX2 by one run of offramp bench --costs for each format (those of bfloat16 and int4 are its means
+# with two runs of a script that is not kept), the others by benchmarks/growth.py --formats FORMAT ("verified rows"), and
+# those of 32 rows in the same way, against a step of a compiled loop, which is shorter than a single one. With AVX-512,
+# those of 9 to 16 rows were not measured: they are on a straight line. On other processors, they are a guess.
 ROW_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
         "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 0.48, 0.76, 1.13, 2.6),
@@ -47,7 +47,8 @@ ROW_COSTS: Table = {
 }
 ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
 # The same for a model whose weights stay in a processor's cache: reading them is no longer what a step takes its time for,
-# so each row adds its part. Measured for mamba-tiny-ee by offramp bench --costs, the means of two or three runs.
+# so each row adds its part. Measured for mamba-tiny-ee by offramp bench --costs, the means of two or three runs,
+# and for mamba-tiny in int4 with AVX2, by one run.
 IN_CACHE = 32 << 20  # bytes that a step of such a model reads at most
 CACHED_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
@@ -90,7 +91,7 @@ def usual_costs(backbone: Backbone) -> tuple[float, ...]:
     They are the means of the tables' first two machines, which lose little by them.
     """
     table, elsewhere = _tables(backbone.step_bytes)
-    machines = [_at_all_widths(costs.get(backbone.precision, elsewhere)) for costs in table.values()][:2]
+    machines = [_at_all_widths(costs.get(backbone.precision, elsewhere)) for costs in [*table.values()][:2]]
     return tuple(map(fmean, zip(*machines, strict=True)))
 
 

@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.decode.consent import POINTS
 from offramp.errors import BadInput
 from offramp.exits.exits import Exit
+from offramp.exits.readouts import DeepAdapter, moved
 from offramp.model.backbone import Backbone
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.runtime import Runtime
@@ -55,20 +55,15 @@ def runs(
     `hidden`: exact states (B, T, D) by the number of blocks before them: at the exit, before its tail, at the top, and at
     `middle` if that is not 0. `runtime` is that of `Backbone.trainable_from`, through which gradients pass.
     """
-    before = _moved(hidden[backbone.n_blocks], 1)
+    assert isinstance(exit.adapter, DeepAdapter)
+    read = exit.adapter.drafter(hidden[exit.block], hidden[middle] if middle else None)
     tail = _Tail(backbone, runtime, exit.tail, hidden) if exit.tail else None
-    tops = []
+    tops, before = [], hidden[backbone.n_blocks]
     for number in range(1, length + 1):
-        read = [hidden[exit.block], before, *([_moved(hidden[middle], number)] if middle else [])]
-        adapted, _ = exit.adapter(torch.cat(read, dim=-1))
+        adapted = read(moved(before, 1), number)
         tops.append(tail.run(adapted) if tail else adapted)
-        before = _moved(tops[-1], 1)
+        before = tops[-1]
     return tops
-
-
-def _moved(h: Tensor, places: int) -> Tensor:
-    """The states (B, T, D), moved by so many places: each token gets that of an earlier one, or zeros at the beginning."""
-    return F.pad(h, (0, 0, places, 0))[:, : h.shape[1]]
 
 
 class _Tail:

@@ -154,6 +154,8 @@ def random_model(family: str, seed: int = 0, **changes: Any) -> Backbone:
 COMPILED = sorted(name for name, family in FAMILIES.items() if family.compiled and library())
 # The library's own blocks of every family, and compiled ones where there are some.
 VARIANTS = sorted(FAMILIES) + [f"{family}/compiled" for family in COMPILED]
+# Decodes three times as fast: for tests that are not about blocks.
+LLAMA = "llama/compiled" if COMPILED else "llama"
 compiled_only = pytest.mark.skipif(not COMPILED, reason="no compiled library here")
 
 

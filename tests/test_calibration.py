@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import TAILS, exits_for, modest_exits, sketched
-from models import tiny
+from models import LLAMA, tiny
 from offramp import Engine, Exits, Policy, Sampling
 from offramp.decode.request import Generation
 from offramp.errors import BadInput, CorruptFile
@@ -145,7 +145,7 @@ def test_every_line_of_candidates_grows_bolder_and_opens_deep_exits_first(kind: 
 
 @pytest.mark.parametrize(("named", "tried"), [(None, "entropy"), ("gate", "gate")])
 def test_the_exits_own_confidence_is_calibrated_unless_another_is_named(named, tried, monkeypatch) -> None:
-    exits, seen = exits_for("llama"), set()
+    exits, seen = exits_for(LLAMA), set()
     exits.policy = Policy((1.0,) * 3, "entropy")
 
     class Spy(Engine):
@@ -155,7 +155,7 @@ def test_the_exits_own_confidence_is_calibrated_unless_another_is_named(named, t
 
     monkeypatch.setattr(calibration, "Engine", Spy)
     config = CalibrationConfig(risk=0.9, delta=0.1, kind="thresholds", confidence=named, max_tokens=2)
-    calibrate(tiny("llama"), exits, questions(40), config)
+    calibrate(tiny(LLAMA), exits, questions(40), config)
     assert seen == {None, tried}
 
 
@@ -177,9 +177,9 @@ COMBINED = [
 @pytest.mark.parametrize(("kind", "fill"), COMBINED)
 def test_a_calibrated_policy_keeps_the_risk_it_was_tested_for(kind: str, fill: str, monkeypatch) -> None:
     """At a generous risk, a tiny random model passes. The chosen policy is the last of the path that passed."""
-    backbone, exits = tiny("llama"), exits_for("llama", readout="none")  # random adapters never agree
+    backbone, exits = tiny(LLAMA), exits_for(LLAMA, readout="none")  # random adapters never agree
     if kind == "precision":
-        exits = modest_exits("llama", tails=TAILS)
+        exits = modest_exits(LLAMA, tails=TAILS)
         monkeypatch.setattr(calibration, "PRECISIONS", (0.5, 0.4, 0.3, 0.2, 0.1))
         monkeypatch.setattr("offramp.training.validation.LEAST", 3)
     config = CalibrationConfig(risk=0.9, delta=0.1, fill=fill, kind=kind, max_tokens=4)
@@ -197,36 +197,34 @@ def test_calibrations_that_share_answers_are_those_one_by_one(monkeypatch) -> No
     """A calibration for another risk or loss reads the answers that there are already."""
     common = CalibrationConfig(delta=0.1, kind="fixed", fill="defer", max_tokens=3)
     configs = [replace(common, risk=0.9), replace(common, risk=0.5, loss="exact")]
-    exits, made = exits_for("llama", readout="none"), []
-    alone = [calibrate(tiny("llama"), copy.copy(exits), questions(40), config) for config in configs]
+    exits, made = exits_for(LLAMA, readout="none"), []
+    alone = [calibrate(tiny(LLAMA), copy.copy(exits), questions(40), config) for config in configs]
     start = Engine.__init__
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: made.append(a[2:3]) or start(self, *a, **k))
-    assert calibrations(tiny("llama"), exits, questions(40), configs) == alone
+    assert calibrations(tiny(LLAMA), exits, questions(40), configs) == alone
     assert any(record.passed for record in alone)
     assert not exits.calibration
     assert max(Counter(made).values()) == 2  # each policy answers the pilot's questions once, and the test's
     with pytest.raises(BadInput, match="cannot share their answers"):
-        calibrations(tiny("llama"), exits, questions(40), [configs[0], replace(configs[0], max_tokens=5)])
+        calibrations(tiny(LLAMA), exits, questions(40), [configs[0], replace(configs[0], max_tokens=5)])
 
 
 def test_the_prompts_order_does_not_matter() -> None:
     config = CalibrationConfig(risk=0.9, delta=0.1, fill="defer", kind="fixed", max_tokens=4)
-    records = [
-        calibrate(tiny("llama"), exits_for("llama"), sample, config) for sample in (questions(40), questions(40)[::-1])
-    ]
+    records = [calibrate(tiny(LLAMA), exits_for(LLAMA), sample, config) for sample in (questions(40), questions(40)[::-1])]
     assert records[0] == records[1]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_exits_that_ruin_answers_stay_closed(loss: str) -> None:
-    exits = exits_for("llama")
-    record = calibrate(tiny("llama"), exits, questions(90), CalibrationConfig(loss=loss, kind="fixed", max_tokens=4))
+    exits = exits_for(LLAMA)
+    record = calibrate(tiny(LLAMA), exits, questions(90), CalibrationConfig(loss=loss, kind="fixed", max_tokens=4))
     if loss == "task":  # nothing scores, so nothing can be lost
         assert record.passed
         return
     assert not record.passed
     assert exits.policy == Policy((1.0,) * 3)
-    assert Engine(tiny("llama"), exits).generate("Hi", max_tokens=8).mean_blocks == tiny("llama").n_blocks
+    assert Engine(tiny(LLAMA), exits).generate("Hi", max_tokens=8).mean_blocks == tiny(LLAMA).n_blocks
 
 
 @pytest.mark.parametrize(
@@ -246,12 +244,12 @@ def test_exits_that_ruin_answers_stay_closed(loss: str) -> None:
 def test_what_cannot_be_calibrated_is_refused(changed: dict, message: str) -> None:
     settings = {"questions": questions(90), **changed}
     with pytest.raises(BadInput, match=message) as caught:
-        calibrate(tiny("llama"), exits_for("llama"), settings.pop("questions"), CalibrationConfig(**settings))
+        calibrate(tiny(LLAMA), exits_for(LLAMA), settings.pop("questions"), CalibrationConfig(**settings))
     assert caught.value.hint
 
 
 def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
-    backbone, exits = tiny("llama"), exits_for("llama")
+    backbone, exits = tiny(LLAMA), exits_for(LLAMA)
     calibrate(backbone, exits, questions(40), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4))
     exits.save(tmp_path)
     loaded = Exits.load(tmp_path, backbone)
@@ -273,7 +271,7 @@ def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
 
 
 def test_exits_keep_a_calibration_for_each_format_of_weights(tmp_path) -> None:
-    backbone, exits = tiny("llama"), exits_for("llama")
+    backbone, exits = tiny(LLAMA), exits_for(LLAMA)
     config = CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4)
     calibrate(backbone, exits, questions(40), config)
     own = exits.calibration
@@ -295,7 +293,7 @@ def test_exits_keep_a_calibration_for_each_format_of_weights(tmp_path) -> None:
 
 
 def test_longer_answers_than_the_calibrated_ones_warn() -> None:
-    backbone, exits = tiny("llama"), exits_for("llama")
+    backbone, exits = tiny(LLAMA), exits_for(LLAMA)
     calibrate(backbone, exits, questions(40), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4))
     engine = Engine(backbone, exits)
     with warnings.catch_warnings():
@@ -308,7 +306,7 @@ def test_longer_answers_than_the_calibrated_ones_warn() -> None:
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_loss_at_each_length_is_that_of_answers_with_that_limit(loss: str) -> None:
-    backbone, exits = tiny("llama"), exits_for("llama", readout="none")
+    backbone, exits = tiny(LLAMA), exits_for(LLAMA, readout="none")
     policy, longest = Policy((0.7,) * 3), 9
     engines = Engine(backbone), Engine(backbone, exits, policy)
     full, early = (engine.generate("Hello there", max_tokens=longest) for engine in engines)
@@ -329,7 +327,7 @@ def test_a_policy_is_tested_at_the_length_where_it_loses_most(monkeypatch) -> No
 
     def answers(engine, prompts, *_):
         assert next(ways)
-        made = Engine(tiny("llama")).generate("Hi", max_tokens=2)
+        made = Engine(tiny(LLAMA)).generate("Hi", max_tokens=2)
         ids = first[bool(engine.open_exits)]
         tokens = [replace(token, id=id) for token, id in zip(made.tokens, ids, strict=True)]
         return [replace(made, tokens=tokens, flops_saved=0.1 * bool(engine.open_exits))] * len(prompts)
@@ -337,50 +335,50 @@ def test_a_policy_is_tested_at_the_length_where_it_loses_most(monkeypatch) -> No
     monkeypatch.setattr(calibration, "answers", answers)
     monkeypatch.setattr(calibration, "path", lambda results, risk: list(range(len(results))))
     config = CalibrationConfig(risk=0.3, delta=0.1, kind="fixed", max_tokens=2)
-    record = calibrate(tiny("llama"), exits_for("llama"), questions(40), config)
+    record = calibrate(tiny(LLAMA), exits_for(LLAMA), questions(40), config)
     (tested,) = record.tested
     assert (tested.loss, tested.length, tested.p_value, tested.passed) == (1.0, 1, 1.0, False)
     assert len(record.untested) == 2
 
 
 def test_a_path_that_was_written_down_is_tested_again_on_new_prompts() -> None:
-    exits, config = exits_for("llama", readout="none"), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4)
+    exits, config = exits_for(LLAMA, readout="none"), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4)
     with pytest.raises(BadInput, match="no path from an earlier calibration"):
-        calibrate(tiny("llama"), exits, questions(40), replace(config, retest=True))
-    first = calibrate(tiny("llama"), exits, questions(40), config)
+        calibrate(tiny(LLAMA), exits, questions(40), replace(config, retest=True))
+    first = calibrate(tiny(LLAMA), exits, questions(40), config)
     fresh = [Question(f"Another {number}?") for number in range(30)]
-    again = calibrate(tiny("llama"), exits, fresh, replace(config, retest=True))
+    again = calibrate(tiny(LLAMA), exits, fresh, replace(config, retest=True))
     assert (again.n, again.pilot, again.pilot_hashes) == (30, 0, first.pilot_hashes)
     written = [*(test.policy for test in first.tested), *first.untested]
     assert [*(test.policy for test in again.tested), *again.untested] == written
     with pytest.raises(BadInput, match="find their thresholds"):  # the path was found on some of these
-        calibrate(tiny("llama"), exits, questions(40), replace(config, retest=True))
+        calibrate(tiny(LLAMA), exits, questions(40), replace(config, retest=True))
 
 
 def test_prompts_that_were_learned_from_are_refused() -> None:
-    exits, config = exits_for("llama"), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=2)
+    exits, config = exits_for(LLAMA), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=2)
     exits.training = {"prompt_hashes": hashes_of(["What?", "  QUESTION   7? "])}
     with pytest.raises(BadInput, match=r"1 of the 40 prompts were used .* 'Question 7\?'"):
-        calibrate(tiny("llama"), exits, questions(40), config)
+        calibrate(tiny(LLAMA), exits, questions(40), config)
     exits.training = {"prompt_hashes": hashes_of(["What?"])}
-    record = calibrate(tiny("llama"), exits, questions(40), config)
-    calibrate(tiny("llama"), exits, questions(40), config)  # its pilot is that of the calibration before
+    record = calibrate(tiny(LLAMA), exits, questions(40), config)
+    calibrate(tiny(LLAMA), exits, questions(40), config)  # its pilot is that of the calibration before
     pilot = known_among([question.prompt for question in questions(40)], record.pilot_hashes)
     assert len(pilot) == record.pilot == 8
     fresh = [Question(f"Another {number}?") for number in range(40)]
     with pytest.raises(BadInput, match="used to train these exits or to find their thresholds"):
-        calibrate(tiny("llama"), exits, [*fresh, *map(Question, pilot)], config)
+        calibrate(tiny(LLAMA), exits, [*fresh, *map(Question, pilot)], config)
     exits.training = {"prompt_hashes": "no base64!"}
     with pytest.raises(CorruptFile, match="record of their prompts"):
-        calibrate(tiny("llama"), exits, fresh, config)
+        calibrate(tiny(LLAMA), exits, fresh, config)
     exits.training = {"command": "of another program"}
     with pytest.warns(UserWarning, match="no record of the prompts they learned from"):
-        calibrate(tiny("llama"), exits, fresh, config)
+        calibrate(tiny(LLAMA), exits, fresh, config)
 
 
 def test_a_repetition_penalty_is_calibrated_for(monkeypatch) -> None:
     """All answers of a calibration have the penalty, those of full depth too; other use warns."""
-    backbone, exits, used = tiny("llama"), exits_for("llama"), set()
+    backbone, exits, used = tiny(LLAMA), exits_for(LLAMA), set()
     start = Engine.__init__
 
     def watched(self, *args, **named) -> None:
@@ -430,13 +428,13 @@ def test_code_is_lost_if_full_depths_passes_and_the_other_fails(tmp_path) -> Non
 
     def answer(*words: str) -> Generation:
         tokens = tuple(SimpleNamespace(text=word, id=place) for place, word in enumerate(words))
-        return replace(Engine(tiny("llama")).generate("x", max_tokens=1), tokens=tokens, text="".join(words))
+        return replace(Engine(tiny(LLAMA)).generate("x", max_tokens=1), tokens=tokens, text="".join(words))
 
     right, wrong = answer("def double(x):", " return", " 2", " * x"), answer("def double(x):", " return", " x")
     assert [task_loss(early, full, question) for early in (right, wrong) for full in (right, wrong)] == [0, 0, 1, 0]
     assert losses_by_length(wrong, right, question, "task", 5) == [0, 0, 0, 1, 1]  # the beginning of `right` fails, too
     with pytest.raises(BadInput, match="programs that the model writes must run"):
-        calibrate(tiny("llama"), exits_for("llama"), [question] * 80, CalibrationConfig(loss="task"))
+        calibrate(tiny(LLAMA), exits_for(LLAMA), [question] * 80, CalibrationConfig(loss="task"))
 
 
 def shown(gate: torch.Tensor, key: torch.Tensor, chance: torch.Tensor, harm: float = 0.0) -> Evidence:
@@ -473,7 +471,7 @@ def test_a_rule_reaches_its_precision_and_asks_the_key_where_that_saves_more() -
 
 
 def test_policies_by_precision_open_more_and_more() -> None:
-    backbone, exits = tiny("llama"), modest_exits("llama", tails=TAILS)
+    backbone, exits = tiny(LLAMA), modest_exits(LLAMA, tails=TAILS)
     generator = torch.Generator().manual_seed(2)
     known = []
     for index in range(3):
@@ -505,7 +503,7 @@ def test_an_exit_of_which_nothing_is_known_stays_closed() -> None:
 
 def test_a_sketch_keeps_enough_candidates_to_leave_risk_for_exits() -> None:
     """With fewer candidates, the sketch alone would use up the risk, and no exit could open."""
-    exits = sketched("llama")
+    exits = sketched(LLAMA)
     assert (exits.named(49_152), exits.named(8192), exits.named(300)) == ((8192, 4096), (4096,), ())
     named = exits.named(49_152)
     assert heads(named, whole_head=False) == (4096, 512)

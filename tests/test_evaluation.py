@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import exits_for, sketched, task
-from models import BLOCKS, tiny
+from models import BLOCKS, LLAMA, tiny
 from offramp import Engine, Policy
 from offramp.decode.consent import POINTS
 from offramp.decode.sampling import Sampling
@@ -25,14 +25,14 @@ from offramp.extras.report.curves import curves
 
 
 def evaluation(folder, batch: int = 1, **changed) -> Evaluation:
-    return Evaluation(tiny("llama"), task(**changed), folder / "work", batch=batch, command="offramp eval")
+    return Evaluation(tiny(LLAMA), task(**changed), folder / "work", batch=batch, command="offramp eval")
 
 
-OPEN = Condition("project", Policy((0.5,) * 3), exits_for("llama"))
+OPEN = Condition("project", Policy((0.5,) * 3), exits_for(LLAMA))
 
 
 def test_modes_that_share_exits_and_fill_are_told_apart_and_drafts_need_no_exits(tmp_path) -> None:
-    exits, run = exits_for("llama"), evaluation(tmp_path)
+    exits, run = exits_for(LLAMA), evaluation(tmp_path)
     drafts = [Condition("verify", None, each, consent=consent) for each in (exits, None) for consent in (None, *POINTS)]
     conditions = [Condition(), *drafts]
     assert len({condition.name for condition in conditions}) == len(conditions)
@@ -46,9 +46,9 @@ def test_modes_that_share_exits_and_fill_are_told_apart_and_drafts_need_no_exits
 def test_a_result_is_what_the_engine_gives(tmp_path) -> None:
     run = evaluation(tmp_path)
     full, early = run.run(Condition()), run.run(OPEN)
-    engine = Engine(tiny("llama"), OPEN.exits, OPEN.policy)
+    engine = Engine(tiny(LLAMA), OPEN.exits, OPEN.policy)
     for item, kept in zip(run.task.items, early.items, strict=True):
-        answer = engine.generate(tiny("llama").tokenizer(item.prompt)["input_ids"], max_tokens=8, stop=("\n",))
+        answer = engine.generate(tiny(LLAMA).tokenizer(item.prompt)["input_ids"], max_tokens=8, stop=("\n",))
         assert kept.text == answer.text
         assert kept.exits == [token.exit_block for token in answer.tokens]
         assert kept.scores == score_coqa(answer.text.strip(), item)
@@ -74,9 +74,9 @@ def test_a_repetition_penalty_is_full_depths_too(tmp_path) -> None:
         run = evaluation(tmp_path, batch, repetition_penalty=penalty.repetition_penalty)
         full, early = run.run(Condition()), run.run(OPEN)
         assert [item.text for item in full.items] != [item.text for item in plain.items]
-        engines = Engine(tiny("llama"), sampling=penalty), Engine(tiny("llama"), OPEN.exits, OPEN.policy, sampling=penalty)
+        engines = Engine(tiny(LLAMA), sampling=penalty), Engine(tiny(LLAMA), OPEN.exits, OPEN.policy, sampling=penalty)
         for item, kept in zip(run.task.items, early.items, strict=True):
-            ids = tiny("llama").tokenizer(item.prompt)["input_ids"]
+            ids = tiny(LLAMA).tokenizer(item.prompt)["input_ids"]
             wanted = [engine.generate(ids, max_tokens=8, stop=("\n",)).text for engine in engines]
             assert [kept.full_text, kept.text] == wanted
         assert full.task.repetition_penalty == early.task.repetition_penalty == 1.8
@@ -145,13 +145,13 @@ def test_multiple_choice_is_scored_by_likelihood(tmp_path) -> None:
     assert full.summary["same_choice"].mean == 1
     assert 0 <= early.summary["mc2"].mean <= 1
     forced = Forced()
-    engine = Engine(tiny("llama"), sampling=forced)
+    engine = Engine(tiny(LLAMA), sampling=forced)
     wanted = log_likelihoods(engine, forced, run.task.items[0].prompt, [" two", " one"])
     assert full.items[0].right == pytest.approx(wanted)
 
 
 def test_likelihoods_are_of_all_tokens_whatever_the_candidates(tmp_path) -> None:
-    exits = sketched("llama")
+    exits = sketched(LLAMA)
     few, all_ = (Condition("project", Policy((1.0,) * len(exits), candidates=number), exits) for number in (4, 0))
     runs = [
         evaluation(tmp_path, multiple_choice=True, score=lambda answer, item: {}).run(condition)
@@ -271,9 +271,9 @@ def test_other_runs_answers_stay(tmp_path) -> None:
 
 
 def test_gates_that_read_the_prompt_are_counted() -> None:
-    exits = exits_for("llama")
-    engine = Engine(tiny("llama"), exits, Policy((0.5,) * 3))
+    exits = exits_for(LLAMA)
+    engine = Engine(tiny(LLAMA), exits, Policy((0.5,) * 3))
     parts = [part for exit in exits for part in (exit.gate, exit.adapter)]
     assert engine.prefill_flops == sum(part.flops() for part in parts)
-    assert Engine(tiny("llama"), exits_for("llama", "ffn", "linear"), Policy((0.5,) * 3)).prefill_flops == 0
-    assert Engine(tiny("llama"), exits, Policy((1.0,) * 3)).prefill_flops == 0
+    assert Engine(tiny(LLAMA), exits_for(LLAMA, "ffn", "linear"), Policy((0.5,) * 3)).prefill_flops == 0
+    assert Engine(tiny(LLAMA), exits, Policy((1.0,) * 3)).prefill_flops == 0

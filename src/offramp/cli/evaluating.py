@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class EvaluationOptions:
     """How many questions to ask, and how."""
 
-    limit: int | None = setting(None, "Ask only so many questions of each task (default: all).")
+    limit: int | None = setting(None, "Ask at most this many questions of each task (default: all).")
     batch: int = setting(64, "Largest number of answers made at once; a time is the batch's time divided by its answers.")
 
 
@@ -48,7 +48,7 @@ def evaluate(
     options: EvaluationOptions,
     run_code: Annotated[
         bool,
-        typer.Option("--run-code", help="Let programs that the model writes run, shut in (for humaneval and mbpp)."),
+        typer.Option("--run-code", help="Run programs that the model writes, in a sandbox (for humaneval and mbpp)."),
     ] = False,
     ray: Ray = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write everything to this file.", show_default=False)] = None,
@@ -147,8 +147,8 @@ def inspect(
         list[str] | None,
         typer.Option(
             "--what-if",
-            help="Compute what exits would save if they agreed with full depth so often (agreement=0.5,0.6,0.7), or drafts "
-            "(drafts=0.5), with bandwidth=GB/S for times and rows=SHARE for the cost of one more token in a pass.",
+            help="Compute what exits would save at each agreement with full depth (agreement=0.5,0.6,0.7), or drafts "
+            "(drafts=0.5). bandwidth=GB/S gives times; rows=SHARE is the cost of one more token in a pass.",
         ),
     ] = None,
     as_json: Json = False,

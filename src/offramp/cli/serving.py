@@ -39,7 +39,7 @@ class ServeOptions:
     max_seconds: float = setting(600.0, "Longest time for a request, in seconds.")
     max_body: int = 1 << 20  # bytes of a request's body
     api_key: str | None = setting(
-        None, "Key that clients must send; other users cannot see it in the environment variable OFFRAMP_API_KEY."
+        None, "Key that clients must send. Set it in OFFRAMP_API_KEY instead to hide it from other users."
     )
     allowed_host: tuple[str, ...] = setting((), "One more host name that requests may use; may be repeated.")
     replicas: tuple[int, ...] = setting((1, 4), "With --ray, the least and the most replicas.", panel=SEVERAL)

@@ -24,9 +24,10 @@ from offramp.model.compiled.library import AHEAD, MOST_DRAFTS
 class Consent:
     """When full depth consents to a draft that is not its own token.
 
-    `share`: of the likeliest token's probability, in (0, 1); `regret`: nats a token, on average. `rows`: what 0, 1, … more
+    `share`: of the likeliest token's probability, in (0, 1); `regret`: nats for each token of an answer and
+    `AHEAD` more. `rows`: what 0, 1, … more
     rows of a pass cost, in steps of full depth. These costs decide what is drafted, and drafts decide what is said: so they
-    are part of the rule, and not the machine's own. Empty: those of the first machine that was measured.
+    are part of the rule, and not the machine's own. Empty: the `usual_costs` of `decode.row_costs`.
     """
 
     share: float

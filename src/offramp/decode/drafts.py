@@ -3,8 +3,8 @@
 A draft comes from an exit, or for nothing from the text, where it repeats itself (prompt look-up: A. Saxena, "Prompt Lookup
 Decoding", 2023), or from a table of n-grams. The more tokens are alike, the likelier the text is right. Each draft adds a
 row to the chunk that full depth decides about. The row costs something, and so does asking an exit. A draft is made if its
-chance to stand is worth more than its cost. The chances are what sources promise, corrected by the earlier drafts of the
-same text. No clock decides, so answers can be repeated.
+chance to stand is worth `WORTH` times its cost. The chances are what sources promise, corrected by the earlier drafts of
+the same text. No clock decides, so answers can be repeated.
 
 Costs are in steps of full depth: passes of one row. All requests of a step share one chunk, so the cost of a row depends on
 the chunk's width at that moment. Compiled code follows the same rule.
@@ -52,8 +52,8 @@ class Estimates:
     `right`: the share of a source's newest drafts that were right; `seen`: the number of these drafts (for NOTHING: the
     number of rounds behind `tokens` and `cost`); `promised`: the mean of what their source promised. `tokens` and `cost`:
     the means of a round. `rest` and `pause`: rounds until an exit whose drafts do not pay is asked again, now and next
-    time. The estimates start as if half of a few of the exit's drafts had been right, or as many as in its training, and of
-    another source as many as its first draft promises.
+    time. At first, `FEW` drafts of a source count as made: of the exit's, the share that was right in its training is
+    right, or one half if that is unknown; of another source's, the share that its first draft promises.
     """
 
     right: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.5, 0.5])
@@ -152,7 +152,7 @@ class DraftRule:
 def accepted_by(exits: Exits, exit: Exit, with_table: bool = False) -> tuple[float, ...]:
     """The shares of the exit's first, second and later drafts that were right on held-out text, by its training's record.
 
-    `with_table`: of the exit's and the table's, where the record has them. None if the record does not say. Raises
+    `with_table`: of the exit's and the table's, where the record has them. Empty if the record does not say. Raises
     `CorruptFile` for a damaged record.
     """
     try:
@@ -195,9 +195,9 @@ class Chunk:
     def row(self, chance: float) -> float:
         """The price of another row, for a draft with this chance to be right; infinite if there is no room for it.
 
-        Some rows are dear because the pass takes the weights once more, and those after them are cheap. So many as are
-        likely to follow share that: where each stands with the same chance, 1 / (1 - chance) of them stand up to the first
-        that fails. The price is the least average cost over at most so many rows.
+        Some rows are dear because the pass reads the weights once more, and the rows after them are cheap. The rows that
+        are likely to follow share that cost: if each stands with this chance, 1 / (1 - chance) rows are likely, up to the
+        first that fails. The price is the lowest mean cost of 1 to that many rows.
         """
         run = min(1 / (1 - chance), MOST_DRAFTS) if chance < 1 else MOST_DRAFTS
         width, room = self.width + self._beside, min(int(run), self._widest - self.width)
@@ -223,8 +223,9 @@ class Round:
     def next(self, ids: list[int]) -> Guess:
         """Where the next draft comes from, after these ids, drafts among them.
 
-        It is the source that is likelier to be right, if its chance is high enough to pay. The exit goes on only from its
-        own drafts, whose states it knows. If its drafts do not pay, the exit is asked again after some rounds.
+        It is the source that is likelier to be right; an exit is asked only if its chance is high enough to pay. The exit
+        goes on only from its own drafts, whose states it knows. If its drafts do not pay, the exit is asked again after
+        some rounds.
         """
         e, number = self._estimates, len(self.guesses)
         free, right = self._free(ids), e.right[Source.EXIT] * self._rule.later(number)
@@ -292,9 +293,10 @@ class Round:
 def looked_up(ids: list[int], least: int) -> tuple[int, float] | None:
     """The id that followed where the ids before were most like the last ones, and its chance.
 
-    At least so many must be alike (0: no look-up); more than `REPEATED` has chances for are not compared. Of equal places,
-    the newest counts, and what followed at the others says how much it is worth: after examples of questions and answers,
-    the beginning of an answer stood often before, and each time something else followed.
+    At least so many must be alike (0: no look-up); more than `REPEATED` has chances for are not compared. Of equally
+    good places, the newest gives the id. Its chance is higher if the same id followed at the others, unless as many are
+    alike as `REPEATED` compares: after examples of questions and answers, the beginning of an answer is often repeated, but
+    something else follows.
     """
     text, found = np.array(ids), None
     places = np.arange(len(ids) - 1) if least else np.arange(0)  # of ids before which the text may be alike

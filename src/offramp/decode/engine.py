@@ -49,8 +49,8 @@ class Engine(Plan):
     """Decodes a model's answers in a mode, or by rules of one's own.
 
     `model`: what `offramp.load` gives, or a `Backbone`. `mode`: full, exact, close or early, perhaps with a point
-    (`decode.modes`). `exits`: the model's own by default, or those that ship for a backbone. With a mode, `policy`, `fill`
-    and `consent` replace the mode's own.
+    (`decode.modes`). `exits`: the model's own by default, or those that ship for a backbone. With a mode other than full,
+    `policy`, `fill` and `consent` replace the mode's own.
 
     For research, a group of exits (`Exits`) may be given without a mode: then `policy` is theirs by default, and `fill`
     project. A backbone without a mode and without exits decodes at full depth. The other arguments are those of a `Plan`.
@@ -126,8 +126,9 @@ class Engine(Plan):
         """Answer prompts (token ids), at most `most` side by side, and fewer where their memory would be too large.
 
         Yields the index and the answer of each prompt when its answer ends; the next prompt takes its place. `choose`: one
-        for each answer, in place of the plan's own. A beginning that neighbouring prompts share, such as the examples
-        before a question, is read once. Times are divided equally between the answers that are side by side.
+        for each answer, in place of the plan's own. A long beginning that neighbouring prompts share, such as the examples
+        before a question, is read once, unless `most` is 1. Times are divided equally between the answers that are side by
+        side.
         """
         for ids in prompts:
             self.backbone.prompts.check(ids)

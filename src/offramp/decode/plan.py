@@ -38,7 +38,7 @@ MOST_IN_CONSENT = 15
 
 @dataclass(frozen=True)
 class Segment:
-    """Blocks `start` to `stop` - 1, which lie between two exits."""
+    """Blocks `start` to `stop` - 1, between two open exits, or one and the model's beginning or end."""
 
     start: int
     stop: int
@@ -49,12 +49,13 @@ class Plan:
 
     `policy`: when a token leaves (the exits' own by default); `fill`: a name in `decode.fills.FILLS`; `sampling`: how a
     token is chosen (the most probable by default), or a function from logits (V,) and the ids before to an id;
-    `max_pending`: the most tokens that wait at exits; when that many wait, the next token goes to the top without asking
-    gates, so a chunk has at most `max_pending` + 1 rows (default: 7, and for the drafts of `verify` as many as may be);
-    `lookup`: with `verify`, if the last `lookup` tokens or more stand earlier in the text, the token that followed them
-    there may be a draft (0: no look-up); `consent`: with `verify`, when full depth consents to a draft that is not its own
-    token (None: never). To see where time goes, set `timed` to a `Timer`. Raises `BadInput` for a policy
-    that does not fit the exits, an unknown fill, `max_pending` below 1, and consent without drafts or with tokens drawn.
+    `max_pending`: the most tokens that wait at exits (default: 7), or drafts with `verify` (default: the limit). When so
+    many wait, the next token goes to the top without asking gates, so a chunk has at most `max_pending` + 1 rows; `lookup`:
+    with `verify`, if the last `lookup` tokens or more stand earlier in the text, the token that followed them there may be
+    a draft (0: no look-up); `consent`: with `verify`, when full depth consents to a draft that is not its own token (None:
+    never). To see where time goes, set `timed` to a `Timer`. Raises `BadInput` for a policy that does not fit the exits, an
+    unknown fill, `max_pending` below 1, and consent without drafts, with tokens drawn or with a function; `ValueError` for
+    a table of n-grams that does not fit the model.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Plan:
 
     @property
     def is_full(self) -> bool:
-        """Whether answers are full depth's: no exit is open, and no sketch stands in for the head."""
+        """Whether nothing but full depth runs: no exit is open, and no sketch stands in for the head."""
         return not self.open_exits and self.head is self.whole_head
 
     def _draft_rule(self, exits: Exits | None) -> DraftRule:
@@ -234,7 +235,7 @@ class Plan:
         return [logits] if len(hidden) == 1 else list(logits.split([h.shape[1] for h in hidden]))
 
     def check_numbers(self, logits: Tensor) -> None:
-        """Raise `BadNumbers` for NaN and infinite logits."""
+        """Raise `BadNumbers` if a logit is NaN, or the highest is infinite."""
         if not torch.isfinite(logits.amax()):
             raise self.backbone.bad_numbers()
 

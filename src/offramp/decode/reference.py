@@ -14,10 +14,10 @@ model's logits decide: drafts that agree stand, the first draft that differs is 
 rejected. In the mode `close`, a draft that differs stands if full depth consents to it (`decode.consent`).
 
 Climbs that are furthest behind run first. So sequences that go deep wait for each other, and share one pass over the
-weights in compiled blocks. In the library's blocks, sequences take turns. Exits with a threshold of 1 never let a token
+weights in compiled blocks. In the library's blocks, sequences take turns. Closed exits never let a token
 leave and are left out, so full depth costs nothing extra.
 
-This code is meant to be read. It runs with any runtime's blocks, exits of all kinds and any `choose`.
+This code is meant to be read. It runs with any runtime's blocks, exits of all kinds and, except in `close`, any `choose`.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def pass_exit(plan: Plan, number: int, climbs: list[Climb]) -> None:
 
 
 def judge(plan: Plan, climbs: list[Climb]) -> dict[Request, list[Decision]]:
-    """Let full depth decide at the top: drafts that agree stand, and one token of its own follows."""
+    """Let full depth decide at the top which drafts stand (`compare`)."""
     decided = {}
     for head in dict.fromkeys((plan.head, plan.whole_head)):
         those = [climb for climb in climbs if head is (plan.whole_head if climb.request.reads_all else plan.head)]
@@ -221,10 +221,11 @@ def consented(plan: Plan, climb: Climb, own: int, draft: int, scores: Tensor, pl
 
 
 def compare(plan: Plan, climb: Climb, logits: Tensor) -> list[Decision]:
-    """The drafts that full depth chooses too or consents to, then its own token in place of the first of the others.
+    """The drafts that full depth chooses or consents to, then full depth's own token in place of the first other draft.
 
-    Row i of the logits (n, V) decides the position of draft i, and the last row that after all drafts. The drafts from that
-    token on are rejected.
+    Row i of the logits (n, V) decides the position of draft i; the last row decides the position after all drafts. The
+    first other draft, and all after it, are rejected. If a draft is the last token that is wanted, no token of full depth
+    follows.
     """
     sequence, drafts = climb.sequence, climb.sequence.drafts
     first = len(sequence.ids) - len(drafts)

@@ -40,7 +40,8 @@ class ExitSet:
 
     @classmethod
     def load(cls, name: str | Path, model: Backbone | HasBackbone) -> ExitSet:
-        """The exits in a folder, or in a repository of the hub (`org/name`, `org/name@revision`).
+        """The exits in a folder, in a GGUF file that `offramp export` wrote, or in a repository of the hub (`org/name`,
+        `org/name@revision`).
 
         Exits load if shapes and tokenizer agree; a note says if they learned from other weights. Raises `ExitsMismatch` for
         exits of another model, `CorruptFile` for files that are missing or damaged, and `ModelNotFound` for a name that is
@@ -128,7 +129,7 @@ class ExitSet:
         return self.draft or self.early
 
     def require_early(self, backbone: Backbone) -> Exits:
-        """The exits that may decide for this backbone. Warns of a format that they were neither trained nor calibrated in.
+        """The exits that may decide for this backbone. Warns if they were trained and calibrated only in other formats.
 
         Raises `BadInput` where there are none, and `ExitsMismatch` where they learned from other weights.
         """

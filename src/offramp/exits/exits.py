@@ -4,7 +4,7 @@ The gate decides whether a token leaves: it reads the hidden state after its blo
 confidence. The three kinds are those of the paper (DYNAMAX, arXiv 2504.20922): `linear` (CALM-style), `ffn`, and `mamba`,
 whose recurrent state remembers the tokens before. `ffn` and `mamba` work in a bottleneck, because a gate must be far
 cheaper than a block. The read-out gives the logits of the next token: it corrects the hidden state with a small residual
-adapter and hands it to the backbone's own final norm and head.
+adapter and hands it to the exit's tail if it has one, then to the backbone's own final norm and head.
 
 This module holds one group of exits, which are trained together: its modules, and what it is saved with. `exits.format` has
 the files, and `exits.exit_set` everything that belongs to one model.

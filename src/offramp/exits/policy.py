@@ -45,16 +45,17 @@ CONFIDENCES = ("gate", *TRAINING_FREE, PATIENCE)
 class Policy:
     """A token leaves at the first exit whose confidence is above its threshold.
 
-    `thresholds` has one number in [0, 1] for each exit. 1 closes the exit. 0 lets every token leave, and no gate is asked.
-    `decay` (tokens; 0: none) makes the beginning of an answer stricter: after t tokens the threshold λ is 0.9 λ + 0.1
-    exp(−t / decay) (CALM, section 3.4). `candidates` (tokens; 0: all) limits the read-out, at exits and at the top, to the
-    tokens that the exits' sketch of the head ranks highest: the head of a large vocabulary costs as much as many blocks;
-    `exit_candidates` (0: as many as `candidates`) limits it at exits only.
+    `thresholds` has one number in [0, 1] for each exit. 1 closes the exit, unless it has a second key. 0 lets every token
+    leave without asking the gate, if there is no decay. `decay` (tokens; 0: none) makes the beginning of an answer
+    stricter: after t tokens the threshold λ is 0.9 λ + 0.1 exp(−t / decay) (CALM, section 3.4). `candidates` (tokens; 0:
+    all) limits the read-out, at exits and at the top, to the tokens that the exits' sketch of the head ranks highest: the
+    head of a large vocabulary costs as much as many blocks; `exit_candidates` (0: as many as `candidates`) limits it at
+    exits only.
 
     Exits may have a second key. Where the gate's confidence is at most the threshold but above `perhaps`, the exit reads
-    out, and the token leaves if the read-out's own confidence, `key` (max-prob or margin), is above `keys`. Both have one
-    number for each exit, or none at all. Raises `BadInput` for numbers outside [0, 1], an unknown confidence or key, second
-    keys beside a training-free confidence, and negative numbers.
+    out, and the token leaves if the read-out's own confidence, `key` (one of `TRAINING_FREE`), is above `keys`. Both have
+    one number for each exit, or none at all. Raises `BadInput` for numbers outside [0, 1], an unknown confidence or key,
+    second keys beside a training-free confidence, and negative numbers.
     """
 
     thresholds: tuple[float, ...]
@@ -141,7 +142,7 @@ class Policy:
 
     @property
     def extras(self) -> list[str]:
-        """The policy's decay and candidates in words, if it has them."""
+        """The policy's second key, decay and candidates in words, if it has them."""
         key = [f"second key {self.key}"] if any(map(self.has_key, range(len(self.thresholds)))) else []
         decay = [f"decay {self.decay:g}"] if self.decay else []
         candidates = [f"{self.candidates:,} candidates"] if self.candidates else []

@@ -187,7 +187,7 @@ class Cluster:
     def made_shards(
         self, backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int
     ) -> Iterator[tuple[int, bytes]]:
-        """As `teacher.made_shards`, by the workers."""
+        """As `answering.made_shards`, by the workers."""
         size = self._size(sum(len(group.ids) for group in groups), SHARE)
         shares: list[list[tuple[int, TextGroup]]] = []
         for index, group in enumerate(groups):

@@ -166,7 +166,7 @@ class Backbone:
         """Run compiled blocks and a compiled head from now on, with weights in this format (see `formats.FORMATS`).
 
         `store` keeps the converted weights. `values` reads those of a model on the meta device. `reading` says
-        which of them get inputs that 8 bits cannot hold. If the model is in memory, a quantised format also replaces the
+        which weights get inputs that 8 bits cannot hold. If the model is in memory, a quantised format also replaces the
         library's own weights. Raises `UnsupportedModel`, with the reason, where there are no compiled blocks for this model
         in this format.
         """
@@ -211,8 +211,8 @@ class Backbone:
     def trainable_from(self, start: int) -> Runtime:
         """A runtime for blocks `start` to N - 1 only, through which gradients pass. Their weights stay as they are.
 
-        They are the library's blocks, with the weights that this backbone runs with: in bfloat16 where the processor
-        multiplies it and the backbone does not run in float32.
+        They are the library's blocks, with the weights that this backbone runs with. If compiled blocks run, they are
+        copies: in bfloat16 if the processor multiplies it and the backbone does not run in float32.
         """
         if not isinstance(self.runtime, Compiled):
             return self.runtime

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class KV:
-    """Keys and values of one attention block, written in place into one buffer that doubles when full.
+    """Keys and values of one attention block, written in place into one buffer, which at least doubles when full.
 
     A token's keys and values stand together, at the place of its position: (batch, capacity, keys then values, head
     dim). `keys` and `values` are views of the first `length` tokens in the library's layout (batch, KV heads, tokens,
@@ -142,8 +142,8 @@ class SSM:
         """Count T more `tokens` that the block has taken in, and during a watch keep how to repeat them.
 
         `inputs` (1, T, C) are the convolution's. replay(h, n) gives the state after the first n of the tokens, from state
-        h, which it may write into. Raises `ValueError` for a batch during a watch, since its sequences may have to forget
-        different tokens.
+        h, which it may write into. Raises `ValueError` if a batch is to be repeated, since its sequences may
+        have to forget different tokens.
         """
         self.length += tokens
         if self._start is not None and inputs is not None and replay is not None:
@@ -245,7 +245,7 @@ class State:
                 block.crop(length)
 
     def can_forget(self, length: int) -> bool:
-        """Whether `crop` can forget all tokens from position `length` on without a watch."""
+        """Whether `crop` can forget tokens, those from position `length` on, without a watch."""
         return length >= 0 and not any(self.ssm)
 
     def copy_keys(self, source: int, goal: int, tokens: int) -> None:

@@ -3,7 +3,7 @@
 A user names a risk α and a δ, and gives calibration prompts from the distribution of later prompts. The model answers them
 at full depth and with exits. A loss in [0, 1] says how far the two answers differ. With probability 1 − δ over the
 calibration prompts, the policy that is returned has an expected loss of at most α on new prompts. This holds for any model,
-any exits and any fill.
+any exits and any fill but `verify`, whose answers are full depth's.
 
 Each policy is a hypothesis: "its expected loss is above α". Its p-value comes from the mean loss over n prompts
 (`p_value`). Policies are tested one after another along a path from nearly closed to open, each at level δ, up to the
@@ -89,7 +89,7 @@ def precision_line(
 
 
 def gain(answer: Generation, fill: str) -> float:
-    """The share of FLOPs that an answer saved; with a fill that runs skipped blocks later, the share of deep passes."""
+    """The share of FLOPs that an answer saved; with a fill that runs skipped blocks later, of deep passes."""
     return 1 - 1 / answer.tokens_per_deep_pass if fill_named(fill).waits else answer.flops_saved
 
 

@@ -118,7 +118,7 @@ class CalibrationConfig:
     delta: float = setting(0.05, "Highest probability that the guarantee fails, 0 to 1.")
     loss: str = setting(
         "",
-        "How an answer's loss is measured: {losses} (default: f1; of close nll; task needs right answers in the file).",
+        "How an answer's loss is measured: {losses} (default: f1; close: nll; task needs right answers in the file).",
     )
     max_tokens: int = setting(128, "Longest answer, in tokens; the guarantee holds for every lower limit, too.")
     kind: str = setting("precision", "Policies to choose from: {policies}.", flag="--policy", panel=RESEARCH)
@@ -127,9 +127,9 @@ class CalibrationConfig:
     )
     fill: str = "project"
     retest: bool = setting(
-        False, "Test the path of the exits' last calibration again, on new prompts and without a pilot.", panel=RESEARCH
+        False, "Test the policies of the exits' last calibration again, on new prompts, with no pilot.", panel=RESEARCH
     )
-    run_code: bool = setting(False, "Let programs that the model writes run, shut in (--loss task with a 'program').")
+    run_code: bool = setting(False, "Run programs that the model writes, in a sandbox (--loss task with a 'program').")
     confidence: str | None = None
     stop: tuple[str, ...] = ()
     raw: bool = False

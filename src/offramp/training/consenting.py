@@ -1,9 +1,9 @@
 """What the mode `close` costs in quality, with a guarantee: a calibration of its points.
 
 By construction, no token of an answer is much less likely than full depth's own (`decode.consent`). What follows from that
-for whole answers is tested here, on prompts like those of later use. The loss `nll` is by how much the mean NLL of an
-answer's tokens under full depth is above that of full depth's own answer, cut off at ±`LARGEST` nats. The other losses are
-those of `training.losses`.
+for whole answers is tested here, on prompts like those of later use. The loss `nll` is the mean NLL of an
+answer's tokens under full depth, minus that of full depth's own answer; the test cuts it off at ±`LARGEST` nats. The loss
+`task` is that of `training.losses`.
 
 The points are tested in their order, which no prompt decides, up to the first that fails (fixed-sequence testing, Learn
 then Test, arXiv 2110.01052). For `nll`, a point passes by a bet against it (arXiv 2010.09686). The costs of rows by which
@@ -48,7 +48,8 @@ def calibrate_close(
 ) -> CloseCalibration:
     """Test the points of `close` with the drafts of these exits, and keep the record in `exits.calibration`.
 
-    Raises `BadInput` as `calibration.calibrate` does, and for another loss than `nll`, the default, and `task`.
+    Raises `BadInput` as `calibration.calibrate` does, though any number of prompts will do for `nll`, and for another loss
+    than `nll`, the default, and `task`.
     """
     backbone, config = backbone_of(model), replace(config, loss=config.loss or "nll")
     check_questions(questions, config)

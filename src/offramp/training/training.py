@@ -4,7 +4,8 @@
 1. Teacher: the model answers prompts; hidden states at the exits and the final distribution are written to shards.
 2. The sketch of a large LM head learns to name the model's next tokens (`sketch`).
 3. Adapters: each read-out is distilled towards the final distribution (`Trainer.fit_adapters`).
-4. Gates learn where a token may leave: where its read-out is sure, and later tokens will not miss it (`Trainer.fit_gates`).
+4. Gates learn when a token may leave: when its read-out is sure, and later tokens lose nothing (`Trainer.fit_gates`). The
+   gates of exits that draft learn nothing.
 
 A text is used for adapters, gates or validation, never for two of them: a gate must learn how good the read-out is on new
 text.
@@ -58,7 +59,7 @@ def train(
     """Train exits and save them in `folder`; its subfolder `.training` holds unfinished work.
 
     Called again with the same config after an interruption, it resumes the work. `command` goes into the record. `start`:
-    exits to go on from; they keep their shape. `make_shards` makes the shards, as `teacher.made_shards` does in this
+    exits to go on from; they keep their shape. `make_shards` makes the shards, as `answering.made_shards` does in this
     process. Raises `BadInput` for unusable files or settings, for other places than those of `start`, and where another
     training is at work in `folder`; `CorruptFile` for damaged work files.
     """

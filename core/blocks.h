@@ -26,8 +26,8 @@ typedef struct {
     const float *h;
 } StateAt;
 
-// The memory of one block for one sequence. Of a block with attention alone, `keys` counts, and of one with a
-// mixer alone, `state`.
+// The memory of one block for one sequence. A block with attention alone uses only `keys`, one with a mixer
+// alone only `state`.
 typedef struct {
     KeysAt keys;
     StateAt state;

@@ -27,14 +27,14 @@ typedef struct {
     int64_t rest, pause;  // rounds until an exit whose drafts do not pay is asked again: now, and next time
 } Estimates;
 
-// Estimates for a sequence that nothing has been drafted for, as if half of a few of the exit's drafts had
-// been right, and of another source as many as its first draft promises.
+// Estimates for a sequence that nothing has been drafted for: as if half of a few drafts of the exit had been
+// right, and of another source the share that its first draft promises.
 Estimates new_estimates(void);
 
 // Begins the estimates of a sequence that nothing has been drafted for with what an exit's training says.
 void expect(Estimates *e, const double *accepted);
 
-// The drafts of a round. Draft n may be one that was not kept: then it is the last.
+// The drafts of a round. The last entry may be a draft that was not kept.
 typedef struct {
     int64_t source[MOST_DRAFTS + 1], draft[MOST_DRAFTS + 1];
     double promise[MOST_DRAFTS + 1];  // the exit's confidence, or the chance by the text or the table
@@ -43,9 +43,9 @@ typedef struct {
     int64_t drafts;
 } Round;
 
-// The costs of drafts now, in steps of full depth: `rows`[n], the least that one more row of the pass costs
-// on average if at most n others follow it (infinite: there is no room), and of asking an exit; and the
-// tokens that a pass gives for each step of full depth.
+// The costs of drafts now, in steps of full depth. `rows`[n]: the lowest mean cost of a row if 1 to n + 1
+// rows are added (infinite: there is no room); `asking`: of asking an exit; `tokens`: those of a pass for
+// each step of full depth.
 typedef struct {
     double rows[MOST_DRAFTS], asking, tokens, floor;  // floor: what a draft's chance must exceed anyway
 } Prices;
@@ -58,9 +58,9 @@ typedef struct {
     const double *accepted;  // of the rules
 } Free;
 
-// Decides where draft n of a round comes from: the source that is likelier to be right, if the draft is
-// likely enough to stand. Sets its source, and for a free draft also its id. `exits`: there are exits that
-// can be asked. An exit goes on only from its own drafts, whose states it knows.
+// Decides where draft n of a round comes from: the source that is likelier to be right; an exit only if its
+// draft is likely enough to stand. Sets its source, and for a free draft also its id. `exits`: there are
+// exits that can be asked. An exit goes on only from its own drafts, whose states it knows.
 void choose_source(const Free *from, Estimates *e, Round *round, int exits, const int64_t *ids, int64_t count,
                    const Prices *prices);
 

@@ -31,8 +31,8 @@ typedef struct {
     int64_t passes, rejected;
 } Lane;
 
-// The common data of a round's lanes: the rows of those that decide, drafts among them, and how many these
-// are; and the rows of the lanes that only read.
+// The common data of a round's `count` lanes. `width`: the rows of those that decide, with their drafts;
+// `deciding`: how many lanes these are; `reading`: the rows of the lanes that only read.
 typedef struct {
     const offramp_plan *plan;
     Lane *lanes;
@@ -62,7 +62,7 @@ int begin_round(Lanes *l);
 void enter_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
 void leave_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
 
-// The same for the newest token in blocks that run, or remember, ahead of its turn there.
+// The same for the newest token in blocks of a tail or a fill, where it comes before its usual turn.
 void enter_ahead(const Lanes *l, Lane *lane, int64_t start, int64_t stop);
 
 // Counts the cost of asking an exit in a round of drafts.

@@ -6,7 +6,7 @@
 #include "rows.h"
 #include "threads.h"
 
-// Numbers of an array, how many, and their type.
+// Numbers of an array, and how many.
 typedef struct {
     const void *values;
     int64_t count;
@@ -43,8 +43,7 @@ typedef enum { MAMBA2, MAMBA, CONVOLUTION } MixerKind;
 typedef struct {
     MixerKind kind;
     Around around;
-    Weight in, out, steps,
-        low;  // the last two are Mamba's: of step sizes, and of these, B and C at a low rank
+    Weight in, out, steps, low;  // steps, Mamba's: step sizes; low: these at a low rank, and B and C
     Array gated_norm, conv, conv_bias, dt_bias, decay, skip, dt_norm, b_norm, c_norm;
     int64_t heads, groups, states, gate_last;
     float gated_eps, dt_low, dt_high, inner_eps;
@@ -149,7 +148,7 @@ struct offramp_model {
     Rotary rotary[MOST_TABLES];
     char *scratch;  // of one call
     int64_t scratch_bytes;
-    _Atomic int64_t users;  // its sessions, and 1 until it is freed
+    _Atomic int64_t users;  // its sessions and plans, and 1 until it is freed
 };
 
 // In a call: lets the model have rotary pairs of the positions before `end`.
@@ -194,6 +193,6 @@ static inline float *take_floats(Arena *arena, int64_t count) {
     return take(arena, count * (int64_t)sizeof(float));
 }
 
-// Lays out a call's memory: `lay(context, arena)` is called twice, without memory and with it. NULL if the
+// Lays out a call's memory: `lay(context, arena)` is called twice, without memory and with it. 0 if the
 // system gives none.
 int lay_out(offramp_model *model, void (*lay)(void *context, Arena *arena), void *context);

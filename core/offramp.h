@@ -14,14 +14,15 @@
 //     offramp_session *session = offramp_session_new(model, OFFRAMP_BFLOAT16, 256, &error);
 //     offramp_step(plan, &request, 1, 16, NULL, &error);
 //
-// Memory. The caller owns the result of a function named `..._new` or `..._fork`, and frees it with the
-// function named `..._free` (NULL is allowed there). Numbers of weights and arrays are not copied: they must
-// outlive the parts, and the models and plans made of these. A freed model stays until the last of its
-// sessions and plans is freed. Parts may be freed once a model is made of them; those of a plan must outlive
-// it.
+// Memory. The caller owns the part, model, plan, session or file that a function returns, and frees it with
+// the function named `..._free` (NULL is allowed there). The one exception is the model of a file. Numbers of
+// weights and arrays are not copied: they must outlive the parts, and the models and plans made of these. A
+// freed model stays until the last of its sessions and plans is freed. Parts may be freed once a model is
+// made of them; a plan's parts must outlive the plan.
 //
 // Errors. A function that can fail returns NULL or a status other than OFFRAMP_OK, and writes one sentence to
-// its `error`, unless that is NULL. A call with a wrong argument changes nothing.
+// its `error`, unless that is NULL. Functions without an `error` say what they return instead. A call with a
+// wrong argument changes nothing.
 //
 // Threads. Models are independent of each other. Calls with one model run one at a time; the others wait. A
 // call uses as many threads as `offramp_model_threads` says. The results do not depend on their number. After
@@ -140,8 +141,8 @@ OFFRAMP_API offramp_status offramp_values(const offramp_weight *weight, const in
 // probable token, that minus the second's, or 1 - entropy / log V (exits/policy.py).
 typedef enum { OFFRAMP_GATE, OFFRAMP_MAX_PROB, OFFRAMP_MARGIN, OFFRAMP_ENTROPY } offramp_confidence;
 
-// What an MLP does to the results of its first product, or to the first half of them, which is then a gate
-// for the other: SiLU, GELU by its approximation with tanh, or the square of ReLU.
+// An MLP's function of its first product (W), or of the first half of it (2W), which then multiplies the
+// other half: SiLU, GELU by its approximation with tanh, or the square of ReLU.
 typedef enum { OFFRAMP_SILU, OFFRAMP_GELU, OFFRAMP_SQUARED_RELU } offramp_activation;
 
 typedef struct offramp_part offramp_part;
@@ -200,9 +201,9 @@ typedef struct offramp_part offramp_part;
 // - gate, mamba_gate and readout: exits/gates.py and exits/readouts.py say what they compute.
 // - mamba_gate: a mixer of one group reads `down` times the standardised state; to its output, `direct` times
 //   that state is added.
-// - readout: K = D inputs, the standardised state, and D more for each of one or two deep states, at a root
-//   mean square of 1. A = 2W with `gated`, for silu(first W) · last W, else W. If `in` begins with D rows
-//   more, what they give is added to the adapter's output, otherwise the state at a root mean square of 1 is.
+// - readout: K = D (the standardised state), plus D for each deep state (0 to 2) at a root mean square of 1.
+//   A = 2W with `gated`, for silu(first W) · last W, else W. If `in` begins with D more rows, their results
+//   are added to the adapter's output; else the state is, scaled to a root mean square of 1.
 //   With `scale`, which needs these rows, the sum times it is added to the state. Without `in`, the state
 //   stays as it is.
 // - guesses: a table of n-grams (exits/ngrams.py).
@@ -282,10 +283,9 @@ typedef struct offramp_plan offramp_plan;  // see offramp_plan_new
 
 // A session as bytes, for the same model on the same kind of machine: returns how many there are, of which
 // `room` are written; -1 during a watch, or while tokens wait at exits (settle, or read the text anew). What
-// drafts taught the session is left out. `load` is given the plan that the text goes on with, which has the
-// exits of the one before, or NULL: then the memories of Mamba gates are left out, and a plan with such gates
-// needs a session that it has stepped from the first token on. It checks that the bytes are a session, but
-// not their numbers.
+// drafts taught the session is left out. Give `load` the plan that will step the text, with the exits of the
+// plan before. With NULL, the memories of Mamba gates are left out, and no plan with such gates can step the
+// session. `load` checks that the bytes are a session, but not their numbers.
 OFFRAMP_API int64_t offramp_session_save(const offramp_session *session, void *bytes, int64_t room);
 OFFRAMP_API offramp_session *offramp_session_load(offramp_model *model, const offramp_plan *plan,
                                                   offramp_type keys, const void *bytes, int64_t count,
@@ -294,9 +294,10 @@ OFFRAMP_API offramp_session *offramp_session_load(offramp_model *model, const of
 // Gives the memory room for so many tokens when it next grows.
 OFFRAMP_API void offramp_session_reserve(offramp_session *session, int64_t tokens);
 
-// The number of tokens that a block remembers (0 for an MLP alone); the first position whose keys it still
-// has, which is not 0 if a window has slid (-1 for a mixer); the bytes that a fork takes; those of a session
-// like this one with room for so many tokens (states of mixers count twice, for a watch).
+// length: the number of tokens that a block remembers (0 for an MLP alone). first: the first position whose
+// keys it still has, above 0 if a window has slid (-1 without attention). bytes: those that a fork takes.
+// bytes_for: those of a session like this one with room for so many tokens (states of mixers count twice, for
+// a watch).
 OFFRAMP_API int64_t offramp_session_length(const offramp_session *session, int64_t block);
 OFFRAMP_API int64_t offramp_session_first(const offramp_session *session, int64_t block);
 OFFRAMP_API int64_t offramp_session_bytes(const offramp_session *session);
@@ -317,7 +318,8 @@ OFFRAMP_API void offramp_session_settle(offramp_session *session);
 OFFRAMP_API offramp_status offramp_session_crop(offramp_session *session, int64_t length, int64_t start,
                                                 int64_t stop, offramp_error *error);
 
-// Whether all blocks can forget these tokens without a watch: then no block has a Mamba-2 mixer.
+// Whether all blocks can forget the tokens from position `length` on without a watch: no block has a mixer,
+// and no window has slid too far.
 OFFRAMP_API int offramp_session_can_forget(const offramp_session *session, int64_t length);
 
 // Appends to block `to` the keys and values of the newest `tokens` of another block `from`. Both have
@@ -352,7 +354,7 @@ OFFRAMP_API offramp_status offramp_run(offramp_model *model, int64_t start, int6
 enum { OFFRAMP_KEYS = 1, OFFRAMP_STATES = 2, OFFRAMP_BOTH = 3 };
 
 // As offramp_run, but the blocks only remember the rows, as if h were the input of each block. h does not
-// change. `what`: which of their memories do.
+// change. `what`: which memories take them.
 OFFRAMP_API offramp_status offramp_remember(offramp_model *model, int64_t start, int64_t stop,
                                             const offramp_rows *rows, int64_t sessions, int64_t what,
                                             const float *h, offramp_error *error);
@@ -372,11 +374,11 @@ typedef enum {
 // An exit after `after` blocks, whose read-out is followed by the model's last `tail` blocks. A token leaves
 // if its confidence is above `threshold`. In a plan with gates and second keys, it also leaves if the
 // confidence is above `perhaps`, and the read-out's own is above `key` (1: there is no second key). With a
-// threshold of 0, no gate is asked. `asking`: the bytes that a draft of this exit reads, as a share of those
-// of full depth.
+// threshold of 0 and no decay, the gate is not asked. `asking`: the bytes that a draft of this exit reads, as
+// a share of those of full depth.
 typedef struct {
     int64_t after, tail;
-    const offramp_part *gate, *readout;  // gate: NULL where none is asked
+    const offramp_part *gate, *readout;  // gate: NULL without OFFRAMP_GATE
     double threshold, perhaps, key;
     double asking;
     int64_t gate_flops, readout_flops;
@@ -389,21 +391,21 @@ typedef struct {
 } offramp_block_costs;
 
 // The rules of a plan. `confidence` and `key` (for second keys) name the measures. `decay`: thresholds are
-// stricter at the beginning of an answer, for about so many tokens (0: they are not). Read-outs read the
-// state after block `middle` of the token before, too (0: they do not). `pending`: the most tokens that wait,
-// or the most drafts. `sketch` and `exit_sketch` replace the head at the top and at exits; at exits, a
+// stricter at the beginning of an answer, for about so many tokens (0: they are not). Read-outs also read the
+// state of the token before after `middle` blocks (0: they do not). `pending`: the most tokens that wait, or
+// the most drafts. `sketch` and `exit_sketch` replace the head at the top and at exits; at exits, a
 // `shortlist` may do so; each may be NULL. `guesses` (or NULL) is a table of n-grams for drafts. If the last
 // `alike` tokens or more stand earlier in the text, the token that followed them is a draft (0: no look-up).
 // `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth. `accepted`: the shares of an
 // exit's first, second and later drafts that were right in training (0: unknown).
 //
 // With `token_regret`, full depth need not choose a draft, but only consent to it. The regret of a token is
-// log(p_max / p) in nats, by full depth's probabilities p of all tokens. A draft stands if its regret is at
-// most `token_regret`, and that of the answer up to it at most `mean_regret` · (t + OFFRAMP_AHEAD), where it
-// is the answer's token number t, unless full depth's own token ends the text. With 0, a draft stands if it
-// is full depth's own token. With consent, drafts decide what is said, and so they depend on nothing but the
-// text: the pass counts as if there were no other requests. A request's `prompt` says where its answer
-// begins.
+// log(p_max / p) in nats, by full depth's probabilities p of all tokens. A draft for token number t of the
+// answer (from 1 on) stands if its regret is at most `token_regret`, and the sum of the answer's regrets with
+// it at most `mean_regret` · (t + OFFRAMP_AHEAD). None stands if full depth's own token ends the text. With
+// 0, a draft stands if it is full depth's own token. With consent, drafts change the answer. So they depend
+// on the text alone: costs are those of a pass without other requests. A request's `prompt` says where its
+// answer begins.
 typedef struct {
     const offramp_exit *exits;
     int64_t count;
@@ -458,20 +460,21 @@ typedef struct {
     double regret;
 } offramp_decision;
 
-enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };  // why a request failed
+// Why a request failed: logits were NaN or infinite; or `allowed` allows no token.
+enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };
 
 // A request: a session, and its text. Given: `known` ids, `ids`. The first `prompt` of them are the prompt,
 // and the first `run` have been run. With `reads`, so many more are read at full depth, and nothing is
-// decided. Otherwise all but one must have been run: up to `most` tokens are decided, or until one of the
+// decided. Otherwise `run` must be `known` - 1, and up to `most` tokens are decided, or until one of the
 // `ends`. `allowed` (or NULL) has a bit for each token that may come next; then one token is decided, and
 // nothing is drafted. `whole`: full depth reads out all tokens, even if the plan has a sketch. `deep` (D, or
-// 2, D) are the states of the token before that read-outs read: at the top, and perhaps after block `middle`.
-// They begin as zeros, and the caller keeps them between calls. `regret` is that of the answer so far: it
-// begins with 0, and the caller keeps it.
+// 2, D) are the states of the token before that read-outs read: at the top, and perhaps after `middle`
+// blocks. They begin as zeros, and the caller keeps them between calls. `regret` is that of the answer so
+// far: it begins with 0, and the caller keeps it.
 //
 // Found: `decided` tokens, which are put after the known ids, and their `decisions`; `run`; `asked`, how
-// often exits read out; `failed`, or 0: then the session is half-written. A call decides at most `rounds` ·
-// (OFFRAMP_MOST_DRAFTS + 1) tokens.
+// often exits read out; `failed`: if it is not 0, the session is half-written. A call decides at most
+// `rounds` · (OFFRAMP_MOST_DRAFTS + 1) tokens.
 typedef struct {
     offramp_session *session;
     int64_t *ids;  // room for known + most
@@ -502,7 +505,7 @@ typedef struct offramp_file offramp_file;
 // Takes a sentence about a file that a user may want to know.
 typedef void (*offramp_log)(void *context, const char *sentence);
 
-// Opens a file, and makes what it describes. It stays mapped until it is freed, after its sessions and plans.
+// Opens a file, and makes what it describes. It stays mapped. Free it only after its sessions and plans.
 // Several threads may use it. `log` (or NULL) is called before the function returns, with what the file does
 // not say.
 OFFRAMP_API offramp_file *offramp_file_new(const char *path, offramp_log log, void *context,
@@ -510,7 +513,7 @@ OFFRAMP_API offramp_file *offramp_file_new(const char *path, offramp_log log, vo
 OFFRAMP_API void offramp_file_free(offramp_file *file);
 
 // The model, which is freed with the file (NULL for exits); how many tokens a text may have; and the tokens
-// that end a text.
+// that end a text, which belong to the file.
 OFFRAMP_API offramp_model *offramp_file_model(const offramp_file *file);
 OFFRAMP_API int64_t offramp_file_context(const offramp_file *file);
 OFFRAMP_API const int64_t *offramp_file_ends(const offramp_file *file, int64_t *count);
@@ -520,15 +523,17 @@ OFFRAMP_API const int64_t *offramp_file_ends(const offramp_file *file, int64_t *
 OFFRAMP_API offramp_session *offramp_file_session(const offramp_file *file, int64_t tokens,
                                                   offramp_error *error);
 
-// What a file says under a key, as GGUF has it: the text, which does not end with a zero, or NULL if there is none;
-// and number i of an array (0 where there is no array), or `otherwise`. `count`: how many there are.
+// What a file says under a key, as GGUF has it: the text, which belongs to the file and does not end with a
+// zero, or NULL if there is none; number i of an array (i = 0 for a single number), or `otherwise` without
+// one; and how many numbers there are.
 OFFRAMP_API const char *offramp_file_text(const offramp_file *file, const char *key, int64_t *length);
 OFFRAMP_API double offramp_file_number(const offramp_file *file, const char *key, int64_t i,
                                        double otherwise);
 OFFRAMP_API int64_t offramp_file_count(const offramp_file *file, const char *key);
 
 // A plan for a mode: "full", or one of those that the file of exits has ("exact", "close:2", "early").
-// Without exits, NULL. Both files must outlive the plan. Fails if the exits learned from other weights.
+// `exits` may be NULL for "full". Both files must outlive the plan. Fails if the exits learned from other
+// weights.
 OFFRAMP_API offramp_plan *offramp_file_plan(const offramp_file *model, const offramp_file *exits,
                                             const char *mode, offramp_error *error);
 
@@ -542,7 +547,8 @@ OFFRAMP_API int64_t offramp_file_mode(const offramp_file *exits, const char *nam
 OFFRAMP_API int64_t offramp_tokenise(const offramp_file *file, const char *text, int64_t length, int whole,
                                      int64_t *ids, int64_t room);
 
-// The bytes of a token, which need not be whole characters, and whether it is special: it stands for no text.
+// The bytes of a token, which belong to the file and need not be whole characters, and whether it is special:
+// it stands for no text.
 OFFRAMP_API const char *offramp_token(const offramp_file *file, int64_t id, int64_t *length, int *special);
 
 // The length of the character that a text of so many bytes begins with. Bytes that are not UTF-8: minus the

@@ -30,8 +30,8 @@ typedef struct {
     Mixed mixed;
 } Memory;
 
-// The memory of a plan's exits of one text: the memories of Mamba gates, and tokens that wait at exits for
-// their deeper blocks, `waits` at each exit. `waiting` (room, D) are their states, oldest first: tokens at
+// What a plan's exits keep of one text: the memories of Mamba gates, and the tokens that wait for deeper
+// blocks. `waits`: how many, at each exit. `waiting` (room, D) are their states, oldest first: tokens at
 // later exits are older. `run`: the number of the text's tokens that the exits have seen.
 typedef struct {
     int64_t plan, count, run;  // the plan's number (0: none), and its exits

@@ -4,7 +4,8 @@
 #include "blocks.h"
 #include "lanes.h"
 
-// Rows that run together: their lanes, and their numbers there. `tokens.sequences` are places in `who`.
+// Rows that run together. `who`: their lanes; `row_of`: each one's row in its lane; `tokens.sequences`:
+// places in `who`.
 typedef struct {
     Lane **who;
     int64_t lanes, *row_of;

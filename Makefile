@@ -103,6 +103,9 @@ exits-coder: .venv/.installed
 	$(BIN)/offramp train $(MODEL) -o $(CODER) --layers 8,12,16,20 --tails 4,3,3,2 --own-prompts build/prompts/code-train.jsonl \
 		--epochs 1 --gate-epochs 2
 	$(BIN)/offramp calibrate $(MODEL) --exits $(CODER) --prompts build/prompts/code-task.jsonl --loss task --run-code --max-tokens 256
+	sed -n 201,400p build/prompts/code-calibrate.jsonl > build/prompts/code-close.jsonl
+	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate $(MODEL) --dtype $$dtype --exits $(CODER) --mode close \
+		--prompts build/prompts/code-close.jsonl || exit 1; done
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt

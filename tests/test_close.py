@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -228,6 +229,18 @@ def test_a_calibration_of_close_keeps_the_points_that_pass_and_their_costs_of_ro
     assert [test.passed for test in record.tested] == [False]
     assert not record.passed
     assert calibrated(loss="task")[1].tested[0].loss >= 0
+
+
+def test_a_calibration_of_close_is_kept_for_each_format(tmp_path) -> None:
+    exits, record = calibrated()
+    costs = [{**asdict(test), "rows": (0.25,) * 32} for test in record.tested]
+    for weights in ("bfloat16", "file"):
+        exits.use({**asdict(record), "weights": weights, "tested": costs})
+    ExitSet(draft=exits).save(tmp_path)
+    found = ExitSet.load(tmp_path, tiny("llama"))
+    assert found.draft
+    assert sorted(found.draft.elsewhere) == ["bfloat16", "file"]
+    assert Engine(tiny("llama"), found, mode="close").consent == replace(POINTS[0], rows=record.tested[0].rows)
 
 
 @pytest.mark.parametrize("damage", [{"rows": [0.1]}, {"rows": "cheap"}, {"share": "half"}])

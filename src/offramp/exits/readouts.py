@@ -203,16 +203,16 @@ class DeepAdapter(Readout):
         """A function that reads hidden states h (B, T, D) several times, as the first, second, … drafts of runs.
 
         It takes the top states (B, T, D) of the tokens before and the draft's number n, and returns what `forward` would;
-        the `middle` states are read n tokens back. The maps read h and the middle states only once for all of its calls,
-        which halves the work of training.
+        the `middle` states are read n tokens back. The maps read h and the middle states only once for all of its calls.
+        For runs of three drafts, that halves the products with them in training.
         """
         known, maps = self.norm(h), (self.skip.weight, self.gate.weight, self.up.weight)
-        of_known, of_top, *of_middle = torch.cat(maps).split(h.shape[-1], dim=1)
-        always = F.linear(known, of_known)
-        back = None if middle is None else F.linear(unit(middle), *of_middle)
+        columns = torch.cat(maps).split(h.shape[-1], dim=1)  # of the hidden state, the top one and the middle one
+        always = F.linear(known, columns[0])
+        back = None if middle is None else F.linear(unit(middle), columns[2])
 
         def read(before: Tensor, number: int) -> Tensor:
-            products = always + F.linear(unit(before), of_top)
+            products = always + F.linear(unit(before), columns[1])
             if back is not None:
                 products = products + moved(back, number)
             return self._output(h, known, *products.split([len(weight) for weight in maps], dim=-1))

@@ -525,6 +525,20 @@ def test_answers_are_drawn_at_their_temperatures(tmp_path, family: str) -> None:
         assert [path.read_bytes() for path in sorted(folder.iterdir())] == whole
 
 
+def test_unfinished_text_is_a_fair_sample_of_the_whole(tmp_path) -> None:
+    """Of prompts that get longer, the first half of the shards that are made has as many short ones as long ones."""
+    lengths = []
+
+    def make(backbone: Backbone, groups: list[TextGroup], layers: tuple[int, ...], shared: int):
+        lengths.extend(len(group.ids[0]) for group in groups)
+        yield from ()
+
+    prompts = [[5] * length for length in range(1, 101)]
+    write_shards(tiny("llama"), group_texts(prompts, [], 6, 4), LAYERS, tmp_path, make=make)
+    assert sorted(lengths) == [*range(1, 101)]
+    assert 15 <= sum(length <= 50 for length in lengths[:50]) <= 35
+
+
 def test_states_too_large_for_float16_are_kept(tmp_path) -> None:
     """Gemma 3 has such states at the first token of a text."""
     model = copy.deepcopy(tiny("llama").model)

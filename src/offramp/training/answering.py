@@ -7,6 +7,7 @@ its newest one. So the hidden states of an answer come with its tokens, and noth
 from __future__ import annotations
 
 import copy
+import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -136,6 +137,7 @@ def write_shards(
 ) -> list[Path]:
     """Run the model over the groups, and write a shard for each that has none yet. Returns the paths of all shards.
 
+    The order is random, so that unfinished text is a fair sample of the whole: groups are sorted by length.
     `share`: the groups that this process runs; other processes run the others. `after_group` is called after
     each group of the share. `make` makes the shards, as `made_shards` does.
     """
@@ -146,6 +148,7 @@ def write_shards(
             after_group(group)
         else:
             missing.append((group, shard))
+    random.Random(0).shuffle(missing)
     # Over all prompts, so that resumed work computes the same as work without interruption.
     shared = begin_alike([ids for group in groups if group.answer_tokens for ids in group.ids])
     for index, content in make(backbone, [group for group, _ in missing], layers, shared):

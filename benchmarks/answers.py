@@ -33,9 +33,8 @@ from offramp.files import write_atomically
 from offramp.machine import machine
 from offramp.metrics import token_f1
 from speed import WORK, Failed, Worker, paths_of
-from trade import SCORES
 
-MAIN_SCORES = SCORES | {"humaneval": "pass@1", "mbpp": "pass@1", "coqa": "f1"}
+MAIN_SCORES = {"truthfulqa": "rougeL_max", "triviaqa": "f1", "humaneval": "pass@1", "mbpp": "pass@1", "coqa": "f1"}
 COLUMNS = ("score", "its change", "time", "tokens/s", "tokens a pass", "FLOPs saved", "token F1", "equal")
 Record = dict[str, Any]  # of one contender in one turn
 Turn = dict[str, Record]

@@ -23,7 +23,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
 
 import answers
 from offramp.errors import OfframpError
@@ -31,7 +34,6 @@ from offramp.evaluation.results import Result, load_results
 from offramp.extras.report.curves import CONSISTENT, crossing
 from paper import COUNTS, FILLS, GATES, LOSSES, MODES, PENALTY, PLAIN, RISKS, THE_PAPERS
 from paper_exits import Recipe
-from trade import Row, interval
 
 MODELS = ("smollm2", "smollm2-hybrid", "smollm2-mamba", "mamba-tiny-ee")  # in this order; others come after them
 # What earlier versions compared, too: exits of several seeds, and of the task's own answers; and how they named the others.
@@ -49,6 +51,7 @@ GLANCE = (
 )
 NONE = "–"
 TASKS = tuple(COUNTS)
+Row = dict[str, float]
 Found = tuple[float, float]  # FLOPs saved, mean blocks run
 Table = tuple[str, tuple[str, ...], list[str]]  # a title, the head's cells, and the rows
 
@@ -226,6 +229,15 @@ def share(value: float) -> str:
     percent = 100 * value
     shown = f"{percent:.0f}%" if abs(percent) >= 19.95 else f"{percent:.1f}%"
     return "0.0%" if shown == "-0.0%" else shown.replace("-", "−")
+
+
+def interval(rows: list[Row], measure: str) -> tuple[float, float, float]:
+    """The mean of a measure (of times, the median) and its 95% interval."""
+    middle: Callable[[Any], Any] = median if measure == "time saved" else fmean
+    values = [row[measure] for row in rows]
+    drawn = np.random.default_rng(0).integers(len(values), size=(1000, len(values)))
+    low, high = np.percentile([middle([values[place] for place in places]) for places in drawn.tolist()], [2.5, 97.5])
+    return float(middle(values)), float(low), float(high)
 
 
 def subject(file: Path) -> tuple[str, str]:

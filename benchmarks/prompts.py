@@ -5,7 +5,7 @@
 It writes six files of JSON lines to build/prompts. `first`, `second` and `calibrate` are a mix of prompts written for
 offramp, instructions and trivia questions. `first` and `second` are for two stages of a training. In them, offramp's own
 list and the instructions come several times, so that they are answered at several temperatures. `own-train`,
-`own-calibrate` and `own-result` are a matched workload of trivia questions alone, with their answers.
+`own-calibrate` and `own-result` are trivia questions alone, with their answers.
 
 Nothing was learned from the prompts of `calibrate`. They are those of `calibration-prompts/`, written for this, and trivia
 questions that no training of exits used, and that were held out where mamba-tiny learned its language (`lm.corpus`).

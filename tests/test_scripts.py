@@ -42,7 +42,6 @@ import gates
 import growth
 import guarantee
 import load
-import matched
 import native
 import offload
 import paper
@@ -54,7 +53,6 @@ import prefill
 import prompts
 import random_model
 import speed
-import trade
 import trees
 import verified
 
@@ -225,20 +223,6 @@ def test_machines_says_how_long_workers_answer(world, capsys) -> None:
     assert efficiency == "1.00 (1.00–1.00)"
 
 
-def test_trade_draws_what_each_policy_costs_and_saves(world, capsys) -> None:
-    exits = f"jump={world / 'exits'}"
-    arguments = ["--model", str(world / "model"), "--exits", exits, "--pilot", str(world / "prompts.txt"), "--tokens", "6"]
-    trade.main([*arguments, "--triviaqa", str(world / "trivia.jsonl"), "--count", "4", "--work", "work"])
-    table = rows(capsys.readouterr().out)
-    assert table[0] == ["line", "policy", *trade.MEASURES]
-    assert table[1][:2] == ["full depth", "full depth"]
-    assert table[1][2].startswith("1.000")
-    assert len([row for row in table if row[0] == "jump, gate alone"]) == len(trade.THRESHOLDS)
-    assert "<svg" in Path("work/trade.svg").read_text()
-    found = json.loads(Path("work/trade.json").read_text())["tasks"]["triviaqa"]
-    assert all(len(answers) == 4 for points in found.values() for answers in points)
-
-
 def test_answers_compares_whole_answers_in_turns_that_are_kept(world, capsys, monkeypatch) -> None:
     # The peer is offramp itself, which stands in for others here.
     peer = speed.Entry("", "name", ("offramp", "--dtype", "float32"))
@@ -315,15 +299,6 @@ def test_clients_are_timed_and_so_are_the_prompt_cache_and_a_stream(world, capsy
     assert all(float(row[1]) > 0 and len(row) == 6 for row in rows(said)[1:])
     assert "times sooner" in said
     assert "of the engine's in this process" in said
-
-
-def test_matched_shows_what_a_policy_saves_on_other_prompts(world, capsys) -> None:
-    arguments = [str(world / "prompts.txt"), "--model", str(world / "model"), "--exits", f"own={world / 'exits'}"]
-    matched.main([*arguments, "--tokens", "6"])
-    table = rows(capsys.readouterr().out)
-    assert table[0] == ["exits", *matched.COLUMNS]
-    assert [row[0] for row in table[1:]] == ["none", "own"]
-    assert table[1][1:3] == ["0.0% (0.0–0.0)", "100.0% (100.0–100.0)"]
 
 
 def test_exits_compares_gates(world, capsys) -> None:

@@ -12,6 +12,7 @@ intervals are 95%, by bootstrap over turns. A new run goes on from WORK, where e
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import random
 import time
@@ -29,7 +30,7 @@ from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import to_six_digits
 from offramp.evaluation.task import Item, Task
 from offramp.evaluation.tasks import load_task
-from offramp.files import write_atomically
+from offramp.files import read_lines, write_atomically
 from offramp.machine import machine
 from offramp.metrics import token_f1
 from speed import WORK, Failed, Worker, paths_of
@@ -39,6 +40,16 @@ COLUMNS = ("score", "its change", "time", "tokens/s", "tokens a pass", "FLOPs sa
 Record = dict[str, Any]  # of one contender in one turn
 Turn = dict[str, Record]
 Measure = Callable[[list[Turn], str, str], float]  # of turns, a contender and the one that it is compared with
+
+
+def questions_in(path: Path, count: int) -> list[str]:
+    """At most `count` questions of TruthfulQA.csv, of lines, or of JSON lines (`prompt`, `question`), evenly spaced."""
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", newline="") as stream:
+            lines = [row["Question"] for row in csv.DictReader(stream)]
+    else:
+        lines = read_lines(path, ("prompt", "question"))
+    return lines[:: max(1, len(lines) // count)][:count]
 
 
 def answered(engine: Engine, task: Task, prompts: list[list[int]], most: int) -> tuple[list[Generation], float]:

@@ -6,7 +6,7 @@ All gates judge the same read-outs, those of the given exits (default: the shipp
 answers, and are measured on the same questions, none of which was trained on:
 
 - `mamba`: a Mamba block of `--width` beside a linear path, as in the shipped gates;
-- `ffn`: a feed-forward gate with as many parameters; `ffn, equal FLOPs`: one with as many FLOPs;
+- `ffn`: a feed-forward gate with as many parameters;
 - `linear`: a linear map, which has no width;
 - `mamba, memory cut`: the trained `mamba` gate, with an empty memory at every token;
 - `mamba, never a memory`: a gate that was also trained with an empty memory at every token.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import offramp
-from exits import exits_for, questions_in
+from answers import questions_in
 from offramp import Exits
 from offramp.exits.parts import ExitPart, Memory
 from offramp.metrics import auroc
@@ -38,7 +38,7 @@ from offramp.training.data import gather
 from offramp.training.teacher import TeacherTexts, group_texts
 from offramp.training.trainer import Trainer, needed_layers
 from offramp.training.validation import LabelledTexts
-from paper_exits import mark
+from paper_exits import mark, with_gate
 
 REPETITIONS = 400
 
@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/gates"))
     args = parser.parse_args(argv)
     backbone = offramp.load(args.model).backbone
-    base = exits_for(backbone, args.exits)
+    base = Exits.load(args.exits, backbone) if args.exits else offramp.ExitSet.shipped(backbone).early
+    if not base:
+        parser.error(f"No exits ship for {backbone.name}. Give --exits.")
     settings = TrainConfig(
         prompts=args.own_prompts, max_prompts=args.max_prompts, gate_epochs=args.epochs, gate_target="agreement"
     )
@@ -106,23 +108,16 @@ def main(argv: list[str] | None = None) -> None:
     answers = reader.labels(TeacherTexts.open(write_shards(backbone, groups, needed_layers(base), shards)))
     to_learn = reader.labels(data.gates)
 
-    def untrained(kind: str, width: int) -> Exits:
-        exits = Exits.new(backbone, replace(base.config, gate=kind, gate_width=width))
-        for exit, trained in zip(exits, base, strict=True):
-            exit.adapter.load_state_dict(trained.adapter.state_dict())
-        return exits
-
     def parameters(exits: Exits) -> int:
         return sum(parameter.numel() for exit in exits for parameter in exit.gate.parameters())
 
     def flops(exits: Exits) -> int:
         return sum(exit.gate.flops() for exit in exits)
 
-    mamba = untrained("mamba", args.width)
+    mamba = with_gate(backbone, base, "mamba", args.width)
     kinds = {
         "mamba": ("mamba", args.width),
-        "ffn": ("ffn", equal(lambda width: parameters(untrained("ffn", width)), parameters(mamba))),
-        "ffn, equal FLOPs": ("ffn", equal(lambda width: flops(untrained("ffn", width)), flops(mamba))),
+        "ffn": ("ffn", equal(lambda width: parameters(with_gate(backbone, base, "ffn", width)), parameters(mamba))),
         "linear": ("linear", 16),
         "mamba, never a memory": ("mamba", args.width),
     }
@@ -131,9 +126,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, (kind, width) in kinds.items():
         for seed in range(args.seeds):
             torch.manual_seed(seed)
-            exits = untrained(kind, width)
+            exits = with_gate(backbone, base, kind, width)
             sizes[name] = (parameters(exits), flops(exits))
-            folder = args.work / f"{mark} {name} {width} {seed}"
+            folder = args.work / f"{name} {width} {seed}"
             folder.mkdir(parents=True, exist_ok=True)
             trainer = Trainer(backbone, exits, replace(settings, seed=seed), folder)
             trainer.standardise(data.adapters, "gate")

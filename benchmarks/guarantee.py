@@ -26,7 +26,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import offramp
-from exits import questions_in
+from answers import questions_in
 from offramp import Engine, Policy
 from offramp.errors import OfframpError
 from offramp.exits.exit_set import ExitSet

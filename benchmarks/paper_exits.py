@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from exits import with_gate
 from offramp import Exits
 from offramp.exits.config import ExitsConfig, suggested_places
 from offramp.exits.policy import TRAINING_FREE
@@ -57,6 +56,15 @@ def mark(*settings: object) -> str:
     return sha256_of_text(json.dumps(settings))[:12]
 
 
+def with_gate(backbone: Backbone, base: Exits, gate: str, width: int | None = None) -> Exits:
+    """Exits with an untrained gate of this kind, as wide as that of `base` by default, and the read-outs of `base`."""
+    exits = Exits.new(backbone, replace(base.config, gate=gate, gate_width=width or base.config.gate_width))
+    for exit, trained in zip(exits, base, strict=True):
+        exit.adapter.load_state_dict(trained.adapter.state_dict())
+    exits.shortlist, exits.sketch = base.shortlist, base.sketch
+    return exits
+
+
 class Workshop:
     """Makes exits for a model, and keeps them in the folder `work`; work that is done is not done again.
 
@@ -92,7 +100,7 @@ class Workshop:
         folder = self._folder("gates", recipe)
         if not (folder / "offramp.json").exists():
             torch.manual_seed(recipe.seed)
-            exits = with_gate(self.backbone, base, recipe.gate, base.config.readout)
+            exits = with_gate(self.backbone, base, recipe.gate)
             trainer = self._trainer(exits, recipe, folder)
             trainer.standardise(self._data(recipe.text).adapters, "gate")
             trainer.fit_gates(self._labels(recipe.jump, recipe.text, recipe.k))

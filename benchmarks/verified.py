@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import offramp
-from exits import questions_in
+from answers import questions_in
 from offramp import Engine, Policy
 from offramp.errors import OfframpError
 from offramp.exits.exit_set import ExitSet

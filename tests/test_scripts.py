@@ -37,7 +37,6 @@ import answers
 import clients
 import code_prompts
 import context
-import exits
 import gates
 import growth
 import guarantee
@@ -301,26 +300,6 @@ def test_clients_are_timed_and_so_are_the_prompt_cache_and_a_stream(world, capsy
     assert "of the engine's in this process" in said
 
 
-def test_exits_compares_gates(world, capsys) -> None:
-    arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--exits", str(world / "exits")]
-    arguments += ["--count", "4", "--tokens", "4", "--own-prompts", str(world / "prompts.txt"), "--work", "work"]
-    exits.main(arguments)
-    head, *table = rows(capsys.readouterr().out)
-    assert [row[:2] for row in table] == [
-        [readout, gate] for readout in ("linear", "none") for gate in ("linear", "ffn", "mamba", "max-prob")
-    ]
-    assert [len(row) for row in table] == [len(head)] * 8
-    record = json.loads(Path("work/exits.json").read_text())
-    for row in record["rows"]:
-        assert len(row["agreement"]) == len(row["auroc"]) == 3
-        for free in row["free"].values():
-            assert 1 <= free["mean_blocks"] <= 6
-            assert free["flops_saved"] < 1
-            assert 0 <= free["consistency"] <= 1
-    exits.main([*arguments, "--formats"])
-    assert [row[0] for row in rows(capsys.readouterr().out)] == ["weights", *offramp.model.compiled.formats.FORMATS]
-
-
 def test_adapters_compares_adapters_of_one_size(world, capsys) -> None:
     arguments = ["--model", str(world / "model"), "--own-prompts", str(world / "prompts.txt"), "--work", "work"]
     arguments += ["--layers", "2,3", "--tails", "2,1", "--width", "64", "--answers", "40", "--tokens", "8"]
@@ -343,7 +322,6 @@ def test_gates_compares_gates_of_one_size(world, capsys) -> None:
     assert set(kinds) == {
         "mamba",
         "ffn",
-        "ffn, equal FLOPs",
         "linear",
         "mamba, memory cut",
         "mamba, never a memory",

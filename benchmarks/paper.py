@@ -9,10 +9,10 @@ paper's recipe (a Mamba gate on TEXT that foresees top-5 agreement, without a ju
 and closer to that at which consistency falls to 0.9.
 
 Two tasks, TruthfulQA and MBPP, have more: the exits that ship, calibrated for risks of 0.02, 0.05 and 0.1 with the losses
-F1 and task, on questions that are not scored; all gates (linear, ffn, mamba, or max-prob, which needs no training), with a
-jump and without; top-1 or top-5 agreement; every fill, under the calibrated policy that skips most blocks at a consistency
-of 0.9; and some of it again with the paper's repetition penalty of 1.1. Of a task for code that a model hardly ever solves,
-full depth's answers are all.
+F1 and task, on questions that are not scored; and every fill, under the calibrated policy that skips most blocks at a
+consistency of 0.9. TruthfulQA also has other gates (linear, and max-prob, which needs no training), gates without a jump,
+top-5 instead of top-1 agreement, and some conditions again with the paper's repetition penalty of 1.1. Of a task for code
+that a model hardly ever solves, full depth's answers are all.
 
 Times are taken by `benchmarks/paper_times.py`. After an interruption, the same command goes on. Results go to
 WORK/MODEL-TASK.json, and WORK/report.html shows them all. Without files, the tasks come from the hub.
@@ -52,7 +52,8 @@ from paper_exits import Recipe, Workshop, mark
 
 MODELS = ("smollm2", "smollm2-hybrid")
 COUNTS = {"truthfulqa": 200, "triviaqa": 200, "coqa": None, "humaneval": None, "mbpp": 100}  # questions that are scored
-WHOLE = ("truthfulqa", "mbpp")  # tasks with all conditions
+WHOLE = ("truthfulqa",)  # tasks with all conditions
+CALIBRATED = ("truthfulqa", "mbpp")  # tasks that exits are calibrated for, with independent questions to spare
 CODE, LEAST = ("humaneval", "mbpp"), 0.05  # tasks for code; the least share of them that a model solves, to be compared
 MODES = ("exact", "close", "close:2", "early")
 GATES = ("linear", "ffn", "mamba", "max-prob")
@@ -84,7 +85,7 @@ class Experiment:
         self.work = args.work / f"{self.name}-{self.mark}"
         workshop = Workshop(self.backbone, self.texts, self.work / "exits", args.epochs)
         self.made = workshop.exits
-        self.jumps = (True, False) if workshop.shape.tails else (False,)
+        self.jump = bool(workshop.shape.tails)
 
     @property
     def mark(self) -> str:
@@ -112,11 +113,13 @@ class Experiment:
     @property
     def recipes(self) -> list[Recipe]:
         """The recipes of the exits that are made here."""
-        jump, papers = self.jumps[0], [THE_PAPERS] if self.args.text else []
+        jump, papers = self.jump, [THE_PAPERS] if self.args.text else []
+        few = [Recipe("ffn", jump), Recipe("mamba", jump), *papers]
         if self.brief:
-            return [Recipe("ffn", jump), Recipe("mamba", jump), *papers]
-        gates = [Recipe(gate, jump) for jump in self.jumps for gate in GATES]
-        return [*gates, *(Recipe(gate, jump, k=5) for gate in ("ffn", "mamba")), *papers]
+            return few
+        others = [Recipe(gate, jump) for gate in GATES if gate not in ("ffn", "mamba")]
+        bare = [Recipe(gate, False) for gate in ("ffn", "mamba") if jump]
+        return [*few, *others, *bare, Recipe("mamba", jump, k=5)]
 
     def at(self, threshold: float, recipe: Recipe) -> Condition:
         """Exits that are made here, with one threshold for all."""
@@ -143,7 +146,7 @@ class Experiment:
         """The exits that ship under the policies that are calibrated for this task, one for each risk and loss."""
         exits, task = self.exits.early, self.task
         items = self.others[: self.args.calibration]
-        if not (items and exits) or self.brief:  # turns of one conversation are not independent draws
+        if not (items and exits) or self.task.name not in CALIBRATED or self.args.quick:
             return []
         questions = [Question(item.prompt, item.references, item.program) for item in items]
         how = {"raw": not task.chat, "run_code": self.args.run_code, "stop": task.stop, "max_tokens": task.max_tokens}
@@ -179,7 +182,7 @@ class Experiment:
         if not self.brief:
             run = self.evaluation(replace(self.scored, repetition_penalty=PENALTY))
             found += [run.run(condition) for condition in (Condition(), *self.in_modes(PENALISED))]
-            found += self.around(run, Recipe("mamba", self.jumps[0]))
+            found += self.around(run, Recipe("mamba", self.jump))
         return found
 
     def around(self, run: Evaluation, recipe: Recipe) -> list[Result]:

@@ -419,8 +419,8 @@ def test_paper_compares_exits_that_differ_in_one_thing_and_writes_the_report(pap
     jumps = {"jump, own answers", "no jump, own answers", "jump, own answers, k = 5", "no jump, plain text, k = 5"}
     calibrated = {f"early, risk {risk}, loss {loss}" for risk in (0.05, 0.1) for loss in ("f1", "task")}
     assert {each.label for each in plainly} == {"", "fills", *paper.MODES, *jumps, *calibrated}
-    for label, gates in (("jump, own answers", 4), ("no jump, own answers", 2), ("jump, own answers, k = 5", 1)):
-        assert len({(each.gate, each.policy.confidence) for each in plainly if each.label == label}) == gates
+    for label, kinds in (("jump, own answers", 4), ("no jump, own answers", 2), ("jump, own answers, k = 5", 1)):
+        assert len({(each.gate, each.policy.confidence) for each in plainly if each.label == label}) == kinds
     # Thresholds lie closer and closer to that at which answers are no longer consistent; no condition is there twice.
     made = [each for each in plainly if each.label in jumps]
     assert {each.policy.thresholds[0] for each in made} in ({0.6, 0.4}, {0.6, 0.8}, {0.4, 0.6, 0.8})

@@ -1,4 +1,4 @@
-"""Do models of the paper's size load, decode, train and verify here? Mistral-7B-v0.3 and Mamba-Codestral-7B, at random.
+"""Do models of the paper's size load and decode here, and how fast? Mistral-7B-v0.3 and Mamba-Codestral-7B, at random.
 
     .venv/bin/python benchmarks/paper_size.py [--models mistral,codestral] [--formats int4,bfloat16] [--small]
 
@@ -7,12 +7,9 @@ It and its cache take about 40 GB of build/bench/paper_size, which is removed at
 format, every step below is a process of its own (step 1 is two), which loads the model by `offramp.load`:
 
 1. First load and second load: seconds, and the peak memory of the process, mapped pages included, after it has answered.
-2. Prefill of `PROMPT` tokens. Then one token at a time through the first blocks and the head, at a fixed context, beside
-   the time that reading their bytes (weights, keys, values, states) takes at the memory bandwidth of the same minutes.
-3. Exits after a half and three quarters of the blocks are trained on a few thousand tokens, with each of `GATES`. Then
-   `TOKENS` tokens are decoded with every fill. The thresholds let about half of the tokens leave at each exit.
-4. `verify` with drafts that are full depth's own answer, a third of them corrupted: random weights make random drafts, of
-   which hardly one would stand. (In the process of step 3.)
+2. Prefill of `PROMPT` tokens. Then passes of one row and of several through all blocks and the head, at a fixed context,
+   beside the time that reading a token's bytes (weights, keys, values, states) takes at the memory bandwidth of the same
+   minutes. What a further row costs decides what drafts gain (`offramp inspect MODEL --what-if rows=…`).
 
 Prints tables in Markdown and writes everything to build/bench/paper_size.json.
 """
@@ -27,50 +24,36 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from random import Random
-from statistics import median, median_low
+from statistics import median
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from transformers.utils import logging
 
 import offramp
 from growth import machine
-from offramp import Engine, Exits, Policy, TrainConfig
-from offramp.decode.fills import FILLS
-from offramp.decode.sampling import Sampler
-from offramp.errors import BadInput
-from offramp.exits.ngrams import Ngrams
+from offramp import Engine
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.costs import Costs
-from offramp.training.data import PROMPTS
 from random_model import config_of, write_random
 from speed import read_bandwidth
 
 WORK = Path("build/bench")
 FORMATS = ("int4", "bfloat16")
-GATES = ("linear", "mamba")
 PROMPT = 512  # tokens of the prefill
 CONTEXT = 64  # tokens before a token that is timed
-TOKENS = 16  # decoded with each fill
-TEXT, QUESTIONS, ANSWER = 2048, 8, 8  # tokens of text, and prompts with tokens of answers, to train on
-EPOCHS = 2
-VERIFIED = 48  # tokens decoded from drafts
-ALWAYS = 1e-30  # a threshold that every confidence exceeds; at 0 no gate would be asked
+ROWS = (1, 2, 4, 8)  # of a pass
 GB = 1e9
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: its hub name, the exits to time, and what `--small` changes of its config."""
+    """A model: its hub name, and what `--small` changes of its config."""
 
     name: str
-    depths: tuple[int, ...]
     small: dict[str, int]
 
 
@@ -78,12 +61,10 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 SHAPES = {
     "mistral": Shape(
         "mistralai/Mistral-7B-v0.3",
-        (8, 16, 24, 32),
         {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 1024, **HEADS},
     ),
     "codestral": Shape(
         "mistralai/Mamba-Codestral-7B-v0.1",
-        (16, 32, 48, 64),
         {"hidden_size": 128, "num_heads": 8, "head_dim": 32, "n_groups": 2, "num_hidden_layers": 4, "vocab_size": 1024},
     ),
 }
@@ -91,12 +72,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to know: the checkpoint's folder, the weight format, the threads, the exits to time."""
+    """What a process needs to know: the checkpoint's folder, the weight format, the threads, how often to repeat."""
 
     folder: Path
     format: str
     threads: int
-    depths: tuple[int, ...]
     repetitions: int
 
     def load(self) -> Backbone:
@@ -152,7 +132,7 @@ def load_once(job: Job) -> dict[str, Any]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Tokens a second of the prefill, the milliseconds and bytes of a token at each exit, and the bandwidth in GB/s."""
+    """Tokens a second of the prefill, the bytes of a token, the milliseconds of passes, and the bandwidth in GB/s."""
     backbone = job.load()
     engine, prompt = Engine(backbone), random_ids(backbone, PROMPT)
     speeds = []
@@ -162,139 +142,43 @@ def measure(job: Job) -> dict[str, Any]:
         speeds.append(PROMPT / (time.perf_counter() - started))
     most = peak()  # before the bandwidth is measured, which takes memory of its own
     costs = Costs(backbone)
-    read = {
-        blocks: sum(costs.block_bytes(block, CONTEXT + 1) for block in range(blocks)) + costs.head_bytes
-        for blocks in job.depths
-    }
-    return {"prefill": speeds[1:], "peak": most, "bytes": read, **steps(backbone, job)}
+    read = sum(costs.block_bytes(block, CONTEXT + 1) for block in range(backbone.n_blocks)) + costs.head_bytes
+    return {"prefill": speeds[1:], "peak": most, "bytes": read, **passes(backbone, job)}
 
 
 @torch.inference_mode()
-def steps(backbone: Backbone, job: Job) -> dict[str, Any]:
-    """Time one token after `CONTEXT` others through the first blocks and the head, for each of the job's exits by turns."""
-    state = backbone.state(CONTEXT + 1)
+def passes(backbone: Backbone, job: Job) -> dict[str, Any]:
+    """Time passes of `ROWS` rows after `CONTEXT` tokens, through all blocks and the head, by turns."""
+    state = backbone.state(CONTEXT + max(ROWS))
 
-    def run(ids: list[int], first: int, blocks: int) -> int:
+    def run(ids: list[int], first: int) -> None:
         h, step = backbone.embed(torch.tensor([ids]), first)
-        logits = backbone.logits(backbone.run(h, 0, blocks, state, step)[:, -1:])
-        assert logits.isfinite().all(), f"{job.format}: logits after {blocks} blocks are not finite"
-        return int(logits.argmax())
+        logits = backbone.logits(backbone.run(h, 0, backbone.n_blocks, state, step))
+        assert logits.isfinite().all(), f"{job.format}: logits are not finite"
 
-    token = run(random_ids(backbone, CONTEXT), 0, backbone.n_blocks)
-    times: dict[int, list[float]] = {blocks: [] for blocks in job.depths}
+    run(random_ids(backbone, CONTEXT), 0)
+    times: dict[int, list[float]] = {rows: [] for rows in ROWS}
     bandwidths = []
     for repetition in range(job.repetitions + 1):
         bandwidths.append(read_bandwidth(job.threads))
-        for blocks in job.depths:
+        for rows in ROWS:
             started = time.perf_counter()
-            token = run([token], CONTEXT, blocks)
+            run(random_ids(backbone, rows), CONTEXT)
             if repetition:  # the first warms up
-                times[blocks].append(1000 * (time.perf_counter() - started))
+                times[rows].append(1000 * (time.perf_counter() - started))
             if "attention" in backbone.kinds:  # a Mamba state goes on: a step costs the same after any text
                 state.crop(CONTEXT)
     return {"ms": times, "bandwidth": median(bandwidths), "bandwidths": bandwidths}
 
 
-def train_and_decode(job: Job) -> dict[str, Any]:
-    """Train exits with each gate, decode with every fill, and verify."""
-    backbone, work = job.load(), job.folder.parent
-    text = work / "text.txt"
-    text.write_bytes(PROMPTS.read_bytes()[:TEXT])  # the tokenizer makes a token of each byte
-    prompt = random_ids(backbone, CONTEXT)
-    full = Engine(backbone).generate(prompt, max_tokens=TOKENS)
-    trained, rows = [], []
-    for gate in GATES:
-        layers = (backbone.n_blocks // 2, 3 * backbone.n_blocks // 4)
-        config = TrainConfig(
-            layers=layers,
-            gate=gate,
-            readout="linear",
-            sketch=0,
-            texts=(str(text),),
-            max_prompts=QUESTIONS,
-            answer_tokens=ANSWER,
-            epochs=EPOCHS,
-            gate_epochs=EPOCHS,
-        )
-        exits = offramp.train(backbone, work / f"exits-{job.format}-{gate}", config)
-        facts = {"tokens": sum(exits.training["tokens"].values()), "seconds": exits.training["seconds"]}
-        trained.append({"gate": gate, "layers": layers, **facts, "peak": peak()})
-        policy = half_open(backbone, exits, prompt)
-        rows += [{"gate": gate, **decode(backbone, exits, policy, fill, prompt, full.ids)} for fill in FILLS]
-    whole = {"tokens_per_second": full.decode_tokens_per_second, "blocks": backbone.n_blocks}
-    return {"trained": trained, "full": whole, "fills": rows, "verify": verify(backbone), "peak": peak()}
-
-
-def half_open(backbone: Backbone, exits: Exits, prompt: list[int]) -> Policy:
-    """Thresholds that half of the tokens exceed, or all if all are equally sure.
-
-    Each is just below the median confidence of an answer whose tokens all leave at that exit.
-    """
-    thresholds = []
-    for index in range(len(exits)):
-        policy = Policy(tuple(ALWAYS if index == place else 1.0 for place in range(len(exits))))
-        tokens = Engine(backbone, exits, policy).generate(prompt, max_tokens=TOKENS).tokens
-        middle = median_low(token.confidence for token in tokens if token.confidence is not None)
-        thresholds.append(middle * (1 - 1e-6))
-    return Policy(tuple(thresholds))
-
-
-def decode(
-    backbone: Backbone, exits: Exits, policy: Policy, fill: str, prompt: list[int], full: list[int]
-) -> dict[str, Any]:
-    """Decode with one fill; `same` tokens are those of `full`, the answer at full depth, before the first that differs."""
-    try:
-        engine = Engine(backbone, exits, policy, fill)
-    except BadInput as reason:
-        return {"fill": fill, "refused": str(reason)}
-    answer = engine.generate(prompt, max_tokens=TOKENS)
-    same = next((at for at, (own, other) in enumerate(zip(answer.ids, full, strict=True)) if own != other), TOKENS)
-    facts = {"tokens_per_second": answer.decode_tokens_per_second, "mean_blocks": answer.mean_blocks}
-    return {"fill": fill, **facts, "same": same, "exit_blocks": [token.exit_block for token in answer.tokens]}
-
-
-def verify(backbone: Backbone) -> dict[str, Any]:
-    """Let full depth decide on drafts that are its own answer, a third of them corrupted. Nothing else drafts."""
-    prompt = random_ids(backbone, CONTEXT)
-    answer = Engine(backbone).generate(prompt, max_tokens=VERIFIED).ids
-    drafts = list(answer)
-    for place in Random(0).sample(range(VERIFIED), VERIFIED // 3):
-        drafts[place] = (drafts[place] + 1) % backbone.vocab_size
-
-    def known(_: Ngrams, ids: list[int]) -> tuple[int, float]:
-        """In the place of a table's: the draft that follows these ids."""
-        return drafts[len(ids) - len(prompt)], 1.0
-
-    engine = Engine(backbone, fill="verify", sampling=Sampler().__call__, lookup=0)  # a function, so that Python drafts
-    assert engine.drafts
-    table = Ngrams(torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
-    engine.drafts = replace(engine.drafts, rows=(0.0,) * (MOST_DRAFTS + 1), ngrams=table)
-    with patch.object(Ngrams, "after", known):
-        tokens = engine.generate(prompt, max_tokens=VERIFIED).tokens
-    rejected = [0, *(token.rejected for token in tokens)]
-    return {
-        "equal": [token.id for token in tokens] == answer,
-        "stood": sum(token.exit_block == 0 for token in tokens),
-        "rejected": rejected[-1],
-        "rollbacks": len(set(rejected)) - 1,
-        "deep_passes": tokens[-1].deep_passes,
-    }
-
-
 def run_model(key: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write a checkpoint of this shape, and do everything with it in every format."""
     shape = SHAPES[key]
-    depths = tuple(range(1, shape.small["num_hidden_layers"] + 1)) if args.small else shape.depths
     result: dict[str, Any] = {"model": shape.name, "written": fresh(write, shape, args.small, folder, args.threads)}
     for format in args.formats:
-        job = Job(folder, format, args.threads, depths, args.repetitions)
+        job = Job(folder, format, args.threads, args.repetitions)
         parts: dict[str, Any] = {}
-        for part, function in {
-            "first": load_once,
-            "second": load_once,
-            "speed": measure,
-            "exits": train_and_decode,
-        }.items():
+        for part, function in {"first": load_once, "second": load_once, "speed": measure}.items():
             parts[part] = fresh(function, job)
             if "failure" in parts[part]:
                 break
@@ -321,27 +205,12 @@ def loads(result: dict[str, Any], formats: list[str]) -> str:
     return table([*head, f"prefill of {PROMPT}, tokens/s"], lines)
 
 
-def depths(speed: dict[str, Any]) -> str:
-    """A token's time at each exit, beside what reading its bytes takes."""
-    lines = []
-    for blocks, read in speed["bytes"].items():
-        least, measured = read / speed["bandwidth"] / 1e6, median(speed["ms"][blocks])
-        times = [f"{least:.1f}", f"{measured:.1f}", f"{1000 / measured:.1f}", f"{measured / least:.2f}"]
-        lines.append([str(blocks), f"{read / GB:.2f}", *times])
-    head = ["exit after block", "GB read", "ms at the machine's bandwidth", "ms measured", "tokens/s"]
-    return table([*head, "measured / bandwidth's"], lines)
-
-
-def fills(part: dict[str, Any]) -> str:
-    """Decoding with the trained exits, a line for each gate and fill."""
-    full = part["full"]
-    lines = [["none, full depth", "–", f"{full['tokens_per_second']:.1f}", str(full["blocks"]), str(TOKENS)]]
-    for row in part["fills"]:
-        cells = ["not for this model", "–", "–"] if "refused" in row else []
-        if not cells:
-            cells = [f"{row['tokens_per_second']:.1f}", f"{row['mean_blocks']:.1f}", str(row["same"])]
-        lines.append([row["gate"], row["fill"], *cells])
-    return table(["gate", "fill", "tokens/s", "mean blocks", f"of {TOKENS} tokens, as at full depth"], lines)
+def rows_table(speed: dict[str, Any]) -> str:
+    """The time of passes, beside what reading one token's bytes takes."""
+    least = speed["bytes"] / speed["bandwidth"] / 1e6
+    times = {rows: median(ms) for rows, ms in speed["ms"].items()}
+    lines = [[str(rows), f"{ms:.1f}", f"{ms / times[1]:.2f}", f"{ms / least:.2f}"] for rows, ms in times.items()]
+    return table(["rows", "ms", "over one row", "over reading the bytes of one row"], lines)
 
 
 def report(result: dict[str, Any], formats: list[str]) -> str:
@@ -357,28 +226,9 @@ def report(result: dict[str, Any], formats: list[str]) -> str:
                 paragraphs.append(f"{format}, {part}: failed: {facts['failure']}")
             elif part == "speed":
                 note = f"{format}, context {CONTEXT}, memory read at {facts['bandwidth']:.1f} GB/s meanwhile"
-                paragraphs += [f"{note}; peak {facts['peak']:.1f} GB after the prefill:", depths(facts)]
-            elif part == "exits":
-                paragraphs += [*efforts(format, facts["trained"]), fills(facts), verdict(format, facts["verify"])]
+                read = f"a token reads {facts['bytes'] / GB:.2f} GB"
+                paragraphs += [f"{note}; peak {facts['peak']:.1f} GB after the prefill; {read}:", rows_table(facts)]
     return "\n\n".join(paragraphs)
-
-
-def efforts(format: str, trained: list[dict[str, Any]]) -> list[str]:
-    """What each training took, a sentence for each gate."""
-    return [
-        f"{format}: exits after blocks {' and '.join(map(str, done['layers']))}, gate {done['gate']}, trained on "
-        f"{done['tokens']} tokens in {done['seconds']:.0f} s; peak {done['peak']:.1f} GB."
-        for done in trained
-    ]
-
-
-def verdict(format: str, checked: dict[str, Any]) -> str:
-    """What verifying the corrupted drafts gave, in a sentence."""
-    outcome = "equal to full depth's answer" if checked["equal"] else "NOT EQUAL to full depth's answer"
-    return (
-        f"{format}, verify: {VERIFIED} tokens {outcome}; {checked['stood']} drafts stood, {checked['rejected']} were "
-        f"rejected in {checked['rollbacks']} rollbacks, in {checked['deep_passes']} deep passes."
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from models import COMPILED, VARIANTS, compiled_only, saved, tiny
 from offramp import Policy
 from offramp.decode import plan
 from offramp.decode.drafts import DraftRule
-from offramp.decode.fills import FILLS
 from offramp.decode.native import write
 from offramp.evaluation.results import load_results
 from offramp.exits.config import ExitsConfig
@@ -519,29 +517,14 @@ def test_paper_size_does_everything_with_a_checkpoint_and_removes_it(model, form
     monkeypatch.setattr(paper_size, "fresh", lambda function, *arguments: function(*arguments))
     paper_size.main(["--models", model, "--formats", format, "--small", "--repetitions", "2", "--threads", "1"])
     out = capsys.readouterr().out
-    assert "equal to full depth's answer; " in out
-    assert "NOT EQUAL" not in out
+    assert "over one row" in out
     (result,) = json.loads(Path("build/bench/paper_size.json").read_text())["results"]
     parts = result[format]
     for loading in (parts["first"], parts["second"]):
         assert 0 < loading["peak_loaded"] <= loading["peak"]
         assert loading["allowed"] == pytest.approx(1.15 * loading["weights"] + 0.8)
-    read = list(parts["speed"]["bytes"].values())
-    assert all(0 < less < more for less, more in pairwise(read))
-    assert [len(times) for times in parts["speed"]["ms"].values()] == [2] * 4
-    fills = {(row["gate"], row["fill"]): row for row in parts["exits"]["fills"]}
-    assert list(fills) == [(gate, fill) for gate in ("linear", "mamba") for fill in FILLS]
-    for (_, fill), row in fills.items():
-        assert ("refused" in row) == (fill == "freeze" and model == "mistral")
-        if "refused" not in row:
-            assert min(row["exit_blocks"]) < 4 or fill == "verify"
-            assert row["mean_blocks"] < 4 or fill in ("defer", "verify")
-    assert all(fills[gate, "verify"]["same"] == paper_size.TOKENS for gate in ("linear", "mamba"))
-    verified = parts["exits"]["verify"]
-    assert verified["rollbacks"] <= verified["rejected"]
-    # Each corrupted token is rejected where it is met, or falls with one before it, and each pass adds one of its own.
-    assert verified["stood"] + verified["deep_passes"] == paper_size.VERIFIED
-    assert 0 < verified["rollbacks"] < verified["deep_passes"]
+    assert parts["speed"]["bytes"] > 0
+    assert {rows: len(times) for rows, times in parts["speed"]["ms"].items()} == {"1": 2, "2": 2, "4": 2, "8": 2}
     assert not Path("build/bench/paper_size").exists()
 
 

@@ -62,7 +62,7 @@ release: .venv/.installed
 	$(BIN)/twine check --strict $(DIST)/*
 	.ci/smoke $(DIST) $(BIN)/python
 
-# Exits for the models that ship: six hours for smollm2, an hour for smollm2-hybrid, whose exits go on from smollm2's, and half an
+# Exits for the models that ship: some hours for smollm2, and for smollm2-hybrid, whose exits go on from smollm2's; and half an
 # hour for each other. They learn from a mix of prompts:
 # make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl
 SHIPPED := offramp-models/offramp_models
@@ -82,9 +82,8 @@ exits: .venv/.installed
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second-2400.jsonl \
 		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp calibrate smollm2-hybrid --exits $(SMOLLM2)-hybrid --prompts build/prompts/calibrate.jsonl
-	head -n 4500 build/prompts/all.jsonl > build/prompts/all-4500.jsonl
-	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all-4500.jsonl \
-		--epochs 1 --gate-epochs 1 --readout-width 2048
+	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1 \
+		--readout-width 2048
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \

@@ -180,21 +180,29 @@ def own_text(engine: Engine, count: int = 12) -> list[tuple[Tensor, Tensor, Tens
     return texts
 
 
+def answered(ids: list[int], asked: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A text for `ngrams_of`, whose first tokens are a prompt."""
+    return torch.tensor(ids[:-1]), torch.tensor(ids[1:]), torch.arange(len(ids) - 1) >= asked - 1
+
+
 def test_a_table_of_ngrams_says_what_followed_most_often() -> None:
-    ids = torch.tensor([1, 2, 3, 9, 2, 3, 9, 2, 3, 7, 2, 3, 9])
-    counted = torch.ones(len(ids) - 1, dtype=torch.bool)
-    table = ngrams_of([(ids[:-1], ids[1:], counted)])
+    table = ngrams_of([answered(ids) for ids in ([1, 2, 3, 9], [9, 2, 3, 9, 2], [4, 2, 3, 9, 2], [5, 2, 3, 7])])
     assert table.after([5, 2, 3]) == (9, pytest.approx(3 / 6, abs=0.01))
     assert table.after([3, 9]) == (2, pytest.approx(2 / 4, abs=0.01))
     assert table.after([3, 7]) is None  # seen once
     assert table.after([3]) is None
-    later = torch.tensor([2, 3, 4, 2, 3, 4])
-    more = ngrams_of([(later[:-1], later[1:], counted[:5])], before=table)
+    more = ngrams_of([answered([2, 3, 4]), answered([7, 2, 3, 4])], before=table)
     assert more.after([2, 3]) == (4, pytest.approx(2 / 4, abs=0.01))
     assert more.after([3, 9]) == table.after([3, 9])
-    most = ngrams_of([(ids[:-1], ids[1:], counted)], most=2)
+    most = ngrams_of([answered(ids) for ids in ([1, 2, 3, 9], [5, 2, 3, 9], [6, 2, 3, 9, 4], [7, 8, 9, 4])], most=2)
     assert len(most.keys) == 2  # the most frequent one, and an empty slot
-    assert most.after([2, 3]) == (9, pytest.approx(0.5, abs=0.01))
+    assert most.after([2, 3]) == (9, pytest.approx(3 / 5, abs=0.01))
+
+
+def test_a_table_of_ngrams_learns_once_from_all_answers_to_a_prompt() -> None:
+    one, other = [5, 6, 7, 2, 3, 9, 2, 3, 9, 4], [5, 6, 8, 2, 3, 9, 4]
+    assert ngrams_of([answered(one, 3)] * 5).after([2, 3]) is None
+    assert ngrams_of([answered(one, 3)] * 5 + [answered(other, 3)]).after([2, 3]) == (9, pytest.approx(2 / 4, abs=0.01))
 
 
 @pytest.mark.parametrize("family", ["llama/compiled", "mamba2/compiled"])

@@ -31,6 +31,7 @@ from offramp.errors import BadInput, BadNumbers, CorruptFile
 from offramp.exits.config import ExitsConfig
 from offramp.exits.exits import Exits
 from offramp.exits.learned import hashes_of
+from offramp.exits.ngrams import prompt_of
 from offramp.exits.readouts import READOUTS
 from offramp.files import read_lines
 from offramp.model.backbone import Backbone
@@ -38,7 +39,7 @@ from offramp.model.hub import Source
 from offramp.training import answering
 from offramp.training.answering import write_shards
 from offramp.training.config import TrainConfig
-from offramp.training.data import PROMPTS, lines_of, turns
+from offramp.training.data import PROMPTS, lines_of, parts_of, turns
 from offramp.training.distillation import Distillation
 from offramp.training.loop import Budget, Fit, accelerator_for, batches
 from offramp.training.planning import DECIDING, TRYING
@@ -104,6 +105,20 @@ def test_groups_hold_prompts_of_one_length() -> None:
         TextGroup(((1,) * 5, (1,) * 5), 4),
         TextGroup(((1, 2),), 0),
     ]
+
+
+@pytest.mark.parametrize("only", ["", "adapters", "gates"])
+def test_what_is_held_out_answers_no_prompt_that_was_learned_from(only: str, tmp_path: Path) -> None:
+    prompts = [[7, *ids] for ids in some_prompts(30, seed=5)]
+    groups = group_texts(prompts * 4, [[1, 2, 3], [1, 2, 4]], 5, batch=8, temperatures=[0.0, 0.7] * 60)
+    texts = TeacherTexts.open(write_shards(tiny("llama"), groups, LAYERS, tmp_path))
+    parts = parts_of(texts, 0, only)
+    assert sum(map(len, parts)) == len(texts) == 122
+    asked = [{prompt_of(text.ids.numpy(), text.counted.numpy()) for text in part} - {b""} for part in parts]
+    assert all(asked) or only
+    assert sum(map(len, asked)) == len(set().union(*asked)) == 30
+    assert len(parts[2]) in range(12, 17)
+    assert len(parts[{"adapters": 1, "gates": 0}.get(only, 1)]) in (range(1, 5) if only else range(24, 29))
 
 
 @pytest.mark.parametrize("beginning", [[], [7, 8, 9]])
@@ -208,8 +223,9 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
     """With the draft exit and `verify`, the tiny model gives its own answers, with fewer deep passes than tokens."""
     backbone = tiny("llama")
     settings = config(
-        prompts, layers=(2,), gate="linear", readout="deep", shortlist=100, confidence="max-prob", threshold=0.05
-    )
+        prompts, layers=(2,), gate="linear", readout="deep", shortlist=100, confidence="max-prob", threshold=0.05,
+        answer_tokens=24,
+    )  # fmt: skip
     exits = train(backbone, tmp_path / "exits", settings)
     assert exits.policy == Policy((0.05,), "max-prob")
     assert exits.training["tokens"]["gates"] < exits.training["tokens"]["adapters"] / 8  # one text: drafts need no gate

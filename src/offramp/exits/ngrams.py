@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 LONGEST_CONTEXT, SHORTEST_CONTEXT = 4, 2  # tokens of a context
-SLOTS = 1 << 19  # slots of the largest table: 4 MB
+SLOTS = 1 << 17  # slots of the largest table: 1 MB; four times as many foresaw no more of answers to new prompts
 FULLEST = 0.7  # largest share of slots that are taken
 LEAST = 0.45  # a token is kept if its chance to follow is at least this
+Text = tuple[np.ndarray, ...]  # ids, the tokens chosen after each, and whether these count
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,14 @@ class Ngrams:
 def ngrams_of(texts: Iterable[tuple[Tensor, Tensor, Tensor]], before: Ngrams | None = None, most: int = SLOTS) -> Ngrams:
     """The table of texts: ids (T,), the token that the model chose after each (T,), and whether that counts (T,).
 
-    A token that followed b times out of n has a chance of b / (n + 2): a guess from few texts is often wrong on others.
-    Contexts that are not in the texts come from a table `before`. If there are too many contexts for `most` slots, the most
-    frequent ones are kept.
+    The answers to one prompt are often alike, and say little about those to others. So what follows a context counts once
+    for each prompt, and once for each text that answers none. A token that followed in b of n cases has a chance of
+    b / (n + 2): a guess from few texts is often wrong on others. Contexts that are not in the texts come from a table
+    `before`. If there are too many contexts for `most` slots, the most frequent ones are kept.
     """
-    arrays = [tuple(part.numpy().astype(np.uint32) for part in text) for text in texts]
-    found = [_likeliest(*_contexts(arrays, length)) for length in range(SHORTEST_CONTEXT, LONGEST_CONTEXT + 1)]
+    arrays: list[Text] = [tuple(part.numpy().astype(np.uint32) for part in text) for text in texts]
+    groups = _by_prompt(arrays)
+    found = [_likeliest(_pairs(groups, length)) for length in range(SHORTEST_CONTEXT, LONGEST_CONTEXT + 1)]
     keys, tokens, right, seen = (np.concatenate(parts) for parts in zip(*found, strict=True))
     chance = right / (seen + 2)
     kept = np.flatnonzero(chance >= LEAST)
@@ -85,20 +88,38 @@ def _hashes(contexts: np.ndarray) -> np.ndarray:
     return np.maximum(hashes, 1)
 
 
-def _contexts(texts: list[tuple[np.ndarray, ...]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """The hashes of all contexts of a length, and the token that follows each, both (n,)."""
-    keys, tokens = [np.empty(0, np.uint32)], [np.empty(0, np.uint32)]
-    for ids, chosen, counted in texts:
-        if len(ids) >= length:
-            counts = counted[length - 1 :].astype(bool)
-            keys.append(_hashes(np.lib.stride_tricks.sliding_window_view(ids, length)[counts]))
-            tokens.append(chosen[length - 1 :][counts])
-    return np.concatenate(keys), np.concatenate(tokens)
+def _by_prompt(texts: list[Text]) -> list[list[Text]]:
+    """The texts that answer the same prompt, together; each text that answers none, alone."""
+    groups: dict[bytes | int, list[Text]] = {}
+    for number, text in enumerate(texts):
+        ids, _, counted = text
+        groups.setdefault(prompt_of(ids, counted) or number, []).append(text)
+    return list(groups.values())
 
 
-def _likeliest(keys: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For each key, the token that follows it most often, how often it does so, and how often any token follows."""
-    pairs, counts = np.unique(keys.astype(np.uint64) << np.uint64(32) | tokens, return_counts=True)
+def prompt_of(ids: np.ndarray, counted: np.ndarray) -> bytes:
+    """The ids before the answer, if a text (T,) answers a prompt; `counted`: whether what follows each id is trained on."""
+    last = int(counted.argmax()) if len(counted) else 0  # the prompt's last token: the first that counts follows it
+    return ids[: last + 1].tobytes() if last else b""
+
+
+def _pairs(groups: list[list[Text]], length: int) -> np.ndarray:
+    """The contexts of a length and what follows each: 2³² · the context's hash + the token, uint64; once for each group."""
+    found = [np.empty(0, np.uint64)]
+    for texts in groups:
+        pairs = [np.empty(0, np.uint64)]
+        for ids, chosen, counted in texts:
+            if len(ids) >= length:
+                counts = counted[length - 1 :].astype(bool)
+                keys = _hashes(np.lib.stride_tricks.sliding_window_view(ids, length)[counts])
+                pairs.append(keys.astype(np.uint64) << np.uint64(32) | chosen[length - 1 :][counts])
+        found.append(np.unique(np.concatenate(pairs)))
+    return np.concatenate(found)
+
+
+def _likeliest(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For each context, the token that follows it most often, how often it does so, and how often any token follows."""
+    pairs, counts = np.unique(pairs, return_counts=True)
     own = (pairs >> np.uint64(32)).astype(np.uint32)
     order = np.lexsort((-counts, own))
     distinct, first = np.unique(own[order], return_index=True)

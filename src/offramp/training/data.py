@@ -23,7 +23,7 @@ MOST_FOR_GATES, MOST_HELD = 2000, 1000  # texts for gates and validation at most
 
 @dataclass(frozen=True)
 class Data:
-    """Texts with the teacher's outputs, on disk, in three parts that share no text; and a record of the source files."""
+    """Texts with the teacher's outputs, on disk, in three parts that share no prompt; and a record of the source files."""
 
     adapters: TeacherTexts
     gates: TeacherTexts
@@ -73,14 +73,26 @@ def gather(
 
 
 def parts_of(teacher: TeacherTexts, seed: int, only: str = "") -> tuple[TeacherTexts, TeacherTexts, TeacherTexts]:
-    """The texts for adapters, for gates, and those held out, as `gather` divides them."""
-    order = torch.randperm(len(teacher), generator=step_generator(seed, 0)).tolist()
-    fifth, tenth = (max(1, min(most, len(order) // part)) for part, most in ((5, MOST_FOR_GATES), (10, MOST_HELD)))
+    """The texts for adapters, for gates, and those held out, as `gather` divides them. A prompt's answers stay together."""
+    groups = teacher.by_prompt()
+    if len(groups) < 3:  # a few prompts, each answered often
+        groups = [[index] for index in range(len(teacher))]
+    order = [groups[place] for place in torch.randperm(len(groups), generator=step_generator(seed, 0)).tolist()]
+    fifth, tenth = (max(1, min(most, len(teacher) // part)) for part, most in ((5, MOST_FOR_GATES), (10, MOST_HELD)))
     if only:
-        fifth = 1 if only == "adapters" else len(order) - tenth - 1
-    parts = order[tenth + fifth :], order[tenth : tenth + fifth], order[:tenth]
-    adapters, gates, held = map(teacher.subset, parts)
-    return adapters, gates, held
+        fifth = 1 if only == "adapters" else len(teacher)
+    held = _several(order, tenth, left=2)
+    gates = _several(order, fifth, left=1)
+    adapters = [index for group in order for index in group]
+    return teacher.subset(adapters), teacher.subset(gates), teacher.subset(held)
+
+
+def _several(groups: list[list[int]], least: int, left: int) -> list[int]:
+    """Takes so many indices from the front, in whole groups; the last `left` groups stay."""
+    taken: list[int] = []
+    while len(taken) < least and len(groups) > left:
+        taken += groups.pop(0)
+    return taken
 
 
 def turns(prompts: list[list[int]], temperatures: tuple[float, ...], answers: int) -> tuple[list[list[int]], list[float]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from offramp.decode.sampling import Sampler, Sampling
 from offramp.errors import CorruptFile
+from offramp.exits.ngrams import prompt_of
 from offramp.files import read_lines
 from offramp.model.backbone import Backbone
 from offramp.training.loop import step_generator
@@ -47,11 +48,12 @@ FIELDS = tuple(field.name for field in fields(TeacherText))
 
 
 class _Place(NamedTuple):
-    """The place of a text: rows `start` to `stop` - 1 of a shard."""
+    """The place of a text: rows `start` to `stop` - 1 of a shard. `prompt`: a hash of what it answers; None: no prompt."""
 
     shard: Path
     start: int
     stop: int
+    prompt: int | None
 
 
 class TeacherTexts(Sequence[TeacherText]):
@@ -68,10 +70,12 @@ class TeacherTexts(Sequence[TeacherText]):
         """All texts of all shards, in order."""
         places = []
         for shard in shards:
+            lengths, ids, counted = (part.numpy() for part in _tensors(shard, ("lengths", "ids", "counted")))
             stop = 0
-            for length in _tensors(shard, ("lengths",))[0].tolist():
+            for length in lengths.tolist():
                 start, stop = stop, stop + length
-                places.append(_Place(shard, start, stop))
+                prompt = prompt_of(ids[start:stop], counted[start:stop])
+                places.append(_Place(shard, start, stop, hash(prompt) if prompt else None))
         return cls(places)
 
     def __len__(self) -> int:
@@ -96,6 +100,13 @@ class TeacherTexts(Sequence[TeacherText]):
 
     def __add__(self, other: TeacherTexts) -> TeacherTexts:
         return TeacherTexts(self._places + other._places)
+
+    def by_prompt(self) -> list[list[int]]:
+        """The indices of the texts that answer the same prompt, together; that of each text that answers none, alone."""
+        groups: dict[tuple[str, int], list[int]] = {}
+        for index, place in enumerate(self._places):
+            groups.setdefault(("text", index) if place.prompt is None else ("prompt", place.prompt), []).append(index)
+        return list(groups.values())
 
     def subset(self, indices: Iterable[int]) -> TeacherTexts:
         """The texts with these indices, in this order."""

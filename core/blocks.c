@@ -104,15 +104,22 @@ typedef struct {
 } Call;
 
 StateAt state_at(const Mixer *shape, const Mixed *m) {
-    float *notes = m->watched ? m->journal + (m->length - m->since) * note_floats(shape) : NULL;
-    return (StateAt){m->window, m->h, notes, m->stands ? m->old_h : m->h};
+    const int64_t rows = m->watched ? m->length - m->since : 0;
+    return (StateAt){.window = m->window,
+                     .fresh = m->h,
+                     .notes = m->watched ? m->journal + (m->start + rows) * note_floats(shape) : NULL,
+                     .h = m->stands ? m->old_h : m->h,
+                     .journal = m->journal,
+                     .due = m->due,
+                     .start = m->start,
+                     .kept = m->stands ? rows : 0};
 }
 
 MemoryAt memory_at(const offramp_session *s, int64_t i) {
     const Block *b = s->model->blocks + i;
     const Memory *memory = s->blocks + i;
     const Keys *keys = &memory->keys;
-    MemoryAt found = {{NULL, 0}, {NULL, NULL, NULL, NULL}};
+    MemoryAt found = {0};
     if (b->attends) found.keys = (KeysAt){keys->buffer - keys->base * place_bytes(s, &b->attention), s->half};
     if (b->mixes) found.state = state_at(&b->mixer, &memory->mixed);
     return found;

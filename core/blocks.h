@@ -20,10 +20,13 @@ typedef struct {
 } KeysAt;
 
 // A mixer's memory of one sequence. The state is read from `h` and written to `fresh`, which may be the same
-// place. `notes` (or NULL) receives the journal of the rows: see Mixed in session.h.
+// place. `notes` (or NULL) receives the journal of the rows: see Mixed in session.h. The state in `h` lacks
+// rows of the journal, which it takes in first: `due` of them for good, and `kept` ones from row `start` on,
+// which go to `fresh` only.
 typedef struct {
-    float *window, *fresh, *notes;
-    const float *h;
+    float *window, *fresh, *notes, *h;
+    const float *journal;
+    int64_t due, start, kept;
 } StateAt;
 
 // The memory of one block for one sequence. A block with attention alone uses only `keys`, one with a mixer

@@ -118,7 +118,8 @@ static offramp_status ask_about_text(Call call, const MambaGate *gate, offramp_e
     const int64_t window = window_floats(&gate->mixer);
     float *memory = calloc(window + state_floats(&gate->mixer), sizeof *memory);
     if (!memory) return fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a gate.");
-    call.mamba_gate = gate, call.memory.state = (StateAt){memory, memory + window, NULL, memory + window};
+    call.mamba_gate = gate,
+    call.memory.state = (StateAt){.window = memory, .fresh = memory + window, .h = memory + window};
     const offramp_status status = run_rows(call, call.model->hidden, 1, lay_gates, work_on_gates, error);
     free(memory);
     return status;

@@ -57,10 +57,10 @@ offramp_status prepare_session(const offramp_plan *plan, const offramp_request *
         const Block *b = plan->model->blocks + i;
         whole = make_room(session, i, r->run, r->run + rows_of_call(plan, r, rounds));
         if (whole && b->mixes && (plan->takes_back || r->allowed))
-            whole = prepare_watch(&b->mixer, &session->blocks[i].mixed, 2 * room);
+            whole = prepare_watch(&b->mixer, &session->blocks[i].mixed, 3 * room);
     }
     for (int64_t e = 0; whole && e < count; e++)
-        if (plan->mixers[e]) whole = prepare_watch(plan->mixers[e], session->exits.gates + e, 2 * room);
+        if (plan->mixers[e]) whole = prepare_watch(plan->mixers[e], session->exits.gates + e, 3 * room);
     return whole ? OFFRAMP_OK : fail(error, OFFRAMP_NO_MEMORY, "There is no memory for more tokens.");
 }
 
@@ -262,9 +262,9 @@ static void decide(Lane *lane, offramp_decision decision) {
 static void settle(const Lanes *l, Lane *lane) {
     if (waiting(lane->session)) return;
     for (int64_t i = 0; i < depth_of(l); i++)
-        if (mixed_of(l, lane, i)) end_watch(mixed_of(l, lane, i));
+        if (mixed_of(l, lane, i)) end_watch(&l->plan->model->blocks[i].mixer, mixed_of(l, lane, i));
     for (int64_t e = 0; e < l->plan->rules.count; e++)
-        if (l->plan->mixers[e]) end_watch(lane->session->exits.gates + e);
+        if (l->plan->mixers[e]) end_watch(l->plan->mixers[e], lane->session->exits.gates + e);
 }
 
 void pass_exit(Lanes *l, Lane *lane, const float *state) {

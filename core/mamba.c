@@ -61,6 +61,29 @@ static void find_steps(const Mixer *m, Worker *w) {
              (Out){low + m->low.rows, all_of, 0}, 0, E);
 }
 
+// Repeats R rows of a journal on the states of channels, from `old` to `state`, which may be the same place.
+static void replay(const Mixer *m, const float *old, float *state, const float *journal, int64_t R,
+                   int64_t from, int64_t to) {
+    const int64_t E = m->inner, N = m->states;
+    for (int64_t first = 0, T; first < R; first += T, old = state) {
+        T = min_(TOKENS, R - first);
+        Fed fed = {.y = {NULL}};
+        for (int64_t t = 0; t < T; t++) {
+            const float *note = journal + (first + t) * note_floats(m);
+            fed.x[t] = note + E, fed.dt[t] = note + 2 * E, fed.B[t] = fed.C[t] = note + 3 * E;
+        }
+        for (int64_t e = from; e < to; e++) advance(m, old + e * N, state + e * N, e, &fed, T, 0);
+    }
+}
+
+// Lets the states of channels take in the rows that they lack. Returns where they are then.
+static const float *caught_up(const Mixer *m, const StateAt *state, int64_t from, int64_t to) {
+    replay(m, state->h, state->h, state->journal, state->due, from, to);
+    if (!state->kept) return state->h;
+    replay(m, state->h, state->fresh, state->journal + state->start * note_floats(m), state->kept, from, to);
+    return state->fresh;
+}
+
 // The recurrence of channels `from` to `to` - 1. Updates the states. With `gated`, x receives y · silu(z).
 static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int gated, int64_t from,
                   int64_t to) {
@@ -84,7 +107,7 @@ static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int g
                 fed.B[t] = low + L, fed.C[t] = low + L + N;
                 fed.y[t] = gated ? w->buffers.x + (first + t) * E : NULL;
             }
-            const float *old = first == begin ? state->h : state->fresh;
+            const float *old = first == begin ? caught_up(m, state, from, to) : state->fresh;
             for (int64_t e = from; e < to; e++)
                 advance(m, old + e * N, state->fresh + e * N, e, &fed, T, floats(m->skip)[e]);
             for (int64_t t = 0; gated && t < T; t++)
@@ -104,14 +127,5 @@ void mamba_advance(const Mixer *m, Worker *w, const MemoryAt *memory, int gated)
 }
 
 void mamba_replay(const Mixer *m, float *h, const float *journal, int64_t R) {
-    const int64_t E = m->inner, N = m->states;
-    for (int64_t first = 0, T; first < R; first += T) {
-        T = min_(TOKENS, R - first);
-        Fed fed = {.y = {NULL}};
-        for (int64_t t = 0; t < T; t++) {
-            const float *note = journal + (first + t) * note_floats(m);
-            fed.x[t] = note + E, fed.dt[t] = note + 2 * E, fed.B[t] = fed.C[t] = note + 3 * E;
-        }
-        for (int64_t e = 0; e < E; e++) advance(m, h + e * N, h + e * N, e, &fed, T, 0);
-    }
+    replay(m, h, h, journal, R, 0, m->inner);
 }

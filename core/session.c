@@ -12,18 +12,38 @@ enum {
 
 static const Block *block_of(const offramp_session *s, int64_t i) { return s->model->blocks + i; }
 
-static float *state_of(const Mixed *m) { return m->stands ? m->old_h : m->h; }
+// The tokens of the watch, in its journal.
+static float *rows_of_watch(const Mixer *shape, const Mixed *m) {
+    return m->start ? m->journal + m->start * note_floats(shape) : m->journal;
+}
 
-void end_watch(Mixed *m) {
+// Copies the state to h (H, P, N).
+static void read_state(const Mixer *shape, const Mixed *m, float *h) {
+    memcpy(h, m->stands ? m->old_h : m->h, state_floats(shape) * sizeof(float));
+    mixer_replay(shape, h, m->journal, m->due);
+    if (m->stands) mixer_replay(shape, h, rows_of_watch(shape, m), m->length - m->since);
+}
+
+void bring_up_to_date(const Mixer *shape, Mixed *m) {
+    mixer_replay(shape, m->h, m->journal, m->due);
+    m->due = 0;
+}
+
+void end_watch(const Mixer *shape, Mixed *m) {
     if (m->stands) {
         float *h = m->h;
         m->h = m->old_h, m->old_h = h;
+        const int64_t rows = m->length - m->since;
+        if (rows) {
+            memmove(m->journal, rows_of_watch(shape, m), rows * note_floats(shape) * sizeof(float));
+            m->due = rows;
+            if (3 * rows > m->room) bring_up_to_date(shape, m);  // the next watch needs the rest
+        }
     }
     m->watched = m->stands = 0;
 }
 
 static void free_watch(Mixed *m) {
-    end_watch(m);
     free(m->old_window), free(m->old_h), free(m->journal);
     m->old_window = m->old_h = m->journal = NULL;
     m->room = 0;
@@ -110,14 +130,15 @@ static int copy_keys(const offramp_session *s, int64_t i, Keys *k) {
 // Copies a mixer's memory to a new one.
 static int copy_mixed(const Mixer *shape, const Mixed *from, Mixed *to) {
     memcpy(to->window, from->window, window_floats(shape) * sizeof(float));
-    memcpy(to->h, state_of(from), state_floats(shape) * sizeof(float));
+    read_state(shape, from, to->h);
     to->length = from->length;
     if (!from->watched) return 1;
     const int64_t rows = from->length - from->since;
     to->watched = 1, to->since = from->since, to->room = rows;
     to->old_window = copy_of(from->old_window, window_floats(shape)),
     to->old_h = copy_of(from->old_h, state_floats(shape));
-    to->journal = rows ? copy_of(from->journal, rows * note_floats(shape)) : NULL;
+    to->journal = rows ? copy_of(rows_of_watch(shape, from), rows * note_floats(shape)) : NULL;
+    if (to->old_h) mixer_replay(shape, to->old_h, from->journal, from->due);
     return to->old_window && to->old_h && (to->journal || !rows);
 }
 
@@ -214,7 +235,7 @@ static void slide(const offramp_session *s, int64_t i, int64_t first, int64_t en
 
 // Gives the journal room for `count` more rows.
 static int lengthen_journal(const Mixer *shape, Mixed *m, int64_t count) {
-    const int64_t rows = (m->watched ? m->length - m->since : 0) + count;
+    const int64_t rows = (m->watched ? m->start + m->length - m->since : m->due) + count;
     if (rows <= m->room) return 1;
     const int64_t room = rows > 2 * m->room ? rows : 2 * m->room;
     float *longer = realloc(m->journal, room * note_floats(shape) * sizeof(float));
@@ -244,7 +265,7 @@ int make_room(offramp_session *s, int64_t i, int64_t first, int64_t end) {
 
 void count_mixed(Mixed *m, int64_t count) {
     m->length += count;
-    if (count) m->stands = 0;
+    if (count) m->stands = 0, m->due = 0;
 }
 
 void count_tokens(offramp_session *s, int64_t i, int64_t end, int64_t count, int64_t what) {
@@ -277,7 +298,7 @@ void begin_watch(const Mixer *shape, Mixed *m) {
     float *h = m->h;
     memcpy(m->old_window, m->window, window_floats(shape) * sizeof(float));
     m->h = m->old_h, m->old_h = h;
-    m->watched = m->stands = 1, m->since = m->length;
+    m->watched = m->stands = 1, m->since = m->length, m->start = m->due;
 }
 
 offramp_status offramp_session_watch(offramp_session *s, int64_t start, int64_t stop, offramp_error *error) {
@@ -295,7 +316,12 @@ offramp_status offramp_session_watch(offramp_session *s, int64_t start, int64_t 
 
 void offramp_session_settle(offramp_session *s) {
     for (int64_t i = 0; i < s->model->count; i++)
-        if (block_of(s, i)->mixes) free_watch(&s->blocks[i].mixed);
+        if (block_of(s, i)->mixes) {
+            Mixed *m = &s->blocks[i].mixed;
+            end_watch(&block_of(s, i)->mixer, m);
+            bring_up_to_date(&block_of(s, i)->mixer, m);
+            free_watch(m);
+        }
 }
 
 int can_crop_keys(const offramp_session *s, int64_t i, int64_t length) {
@@ -312,11 +338,8 @@ int offramp_session_can_forget(const offramp_session *s, int64_t length) {
 
 void crop_mixed(const Mixer *shape, Mixed *m, int64_t length) {
     const int64_t rows = length - m->since;
-    m->length = length, m->stands = !rows;
-    mixer_window(shape, m->window, m->old_window, m->journal, rows);
-    if (!rows) return;
-    memcpy(m->h, m->old_h, state_floats(shape) * sizeof(float));
-    mixer_replay(shape, m->h, m->journal, rows);
+    m->length = length, m->stands = 1;
+    mixer_window(shape, m->window, m->old_window, rows_of_watch(shape, m), rows);
 }
 
 // The tokens that a block forgets of those from position `length` on. A fill may have given tokens to
@@ -400,7 +423,7 @@ offramp_status offramp_session_state(const offramp_session *s, int64_t block, fl
     NEED(block_of(s, block)->mixes, "Block %lld has no mixer.", (long long)block);
     const Mixer *m = &block_of(s, block)->mixer;
     memcpy(window, s->blocks[block].mixed.window, window_floats(m) * sizeof(float));
-    memcpy(h, state_of(&s->blocks[block].mixed), state_floats(m) * sizeof(float));
+    read_state(m, &s->blocks[block].mixed, h);
     return OFFRAMP_OK;
 }
 

@@ -13,15 +13,20 @@ typedef struct {
 } Keys;
 
 // A mixer's window (taps - 1, C) and state (H, P, N), zeros before the first token. During a watch, also
-// those at its beginning, and a journal of the tokens since then, with a row of `note_floats` for each. While
-// `stands` is set, no token has come since the beginning, and the state is in `old_h` only: the next pass
-// reads it there, and writes `h`. So a watch copies no state.
+// those at its beginning, and a journal of the tokens since then, with a row of `note_floats` for each, from
+// row `start` on.
+//
+// Going back repeats no token at once: the next pass does it, when it has the state at hand and all threads
+// work. So the first `due` rows of the journal, of the time before the watch, may be missing in the state: in
+// `h`, or at the beginning of a watch in `old_h`. While `stands` is set, `h` holds nothing yet: the state is
+// `old_h`, and then the watch's rows. So neither a watch nor going back copies a state.
 typedef struct {
     float *window, *h;
     int64_t length;
     int watched, stands;
     int64_t since, room;  // the length at the beginning of the watch; rows that the journal has room for
     float *old_window, *old_h, *journal;
+    int64_t start, due;
 } Mixed;
 
 // The memory of a block: of its attention and of its mixer, as far as it has them.
@@ -78,8 +83,11 @@ void count_mixed(Mixed *mixed, int64_t count);
 // one; ends it; and goes back, during it, to the first `length` tokens of the text.
 int prepare_watch(const Mixer *shape, Mixed *mixed, int64_t rows);
 void begin_watch(const Mixer *shape, Mixed *mixed);
-void end_watch(Mixed *mixed);
+void end_watch(const Mixer *shape, Mixed *mixed);
 void crop_mixed(const Mixer *shape, Mixed *mixed, int64_t length);
+
+// Without a watch: lets the state take in the journal's rows that it lacks.
+void bring_up_to_date(const Mixer *shape, Mixed *mixed);
 
 // Forgets a block's tokens from position `length` on, which must be possible.
 void forget_tokens(offramp_session *session, int64_t i, int64_t length);

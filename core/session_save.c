@@ -38,6 +38,7 @@ static void pass_keys(Passage *p, offramp_session *s, int64_t i) {
 }
 
 static void pass_mixed(Passage *p, const Mixer *shape, Mixed *m) {
+    if (!p->loads) bring_up_to_date(shape, m);
     pass_number(p, &m->length);
     p->bad |= p->loads && (m->length < 0 || m->length > INT32_MAX);
     pass(p, m->window, window_floats(shape) * (int64_t)sizeof(float));
@@ -90,7 +91,7 @@ int64_t offramp_session_save(const offramp_session *session, void *bytes, int64_
         if (session->blocks[i].mixed.watched) return -1;
     if (waiting(session)) return -1;
     Passage p = {.at = bytes, .room = room};
-    pass_session(&p, (offramp_session *)session, NULL);  // which is only read
+    pass_session(&p, (offramp_session *)session, NULL);  // which is brought up to date, and else only read
     return p.used;
 }
 

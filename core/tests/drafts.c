@@ -7,7 +7,7 @@
 
 enum { MOST = 40 };
 
-static int64_t stood, rejected, from_exits, guessed, consented;  // in all conditions
+static int64_t stood, rejected, from_exits, guessed, consented, put_off;  // in all conditions
 
 // In a pass, no more stand and are rejected than may be drafted. Counts are sums of all rows.
 static void counts_are_right(const Tiny *t, const Rules *r, const Text *x) {
@@ -164,6 +164,41 @@ static void estimates_go_with_forks(const char *blocks) {
     offramp_model_free(t.model);
 }
 
+// Going back leaves rows of journals for the next pass. A fork, a saved session, and a watch that begins then
+// have the memories of a text that was read to here.
+static void rows_are_put_off(const char *blocks) {
+    const Tiny t = random_model(blocks, 0);
+    const int64_t ids[] = {3, 1, 4, 1, 5};
+    Rules rules;
+    random_rules(&t, &rules, OFFRAMP_VERIFY, 1);
+    rules.rules.alike = 1;
+    offramp_plan *plan = plan_of(&t, &rules);
+    Text *x = text_of(&t, OFFRAMP_FLOAT32, ids, 5);
+    offramp_session *s = x->r.session;
+    float h[3 * D];
+    for (int i = 0; i < 3 * D; i++) h[i] = (float)(i % 7 - 3) / 4;
+    while (step(plan, &x, 1, 90, 1)) {
+        for (int64_t i = 0; i < t.count; i++) put_off += s->blocks[i].mixed.due;
+        const int64_t run = x->r.run;
+        Text *read = text_of(&t, OFFRAMP_FLOAT32, x->ids, run), *copy = run % 2 ? fork_of(x) : NULL;
+        read_all(plan, &read, 1);
+        if (!copy) copy = loaded(&t, plan, OFFRAMP_FLOAT32, x);
+        WORKS(offramp_session_watch(s, 0, t.count, &said));
+        Text *watched = fork_of(x);
+        CHECK(all_the_same(&t, copy->r.session, read->r.session), "a copy after drafts");
+        CHECK(all_the_same(&t, s, read->r.session), "a session after drafts");
+        WORKS(offramp_run(t.model, 0, t.count, &(offramp_rows){watched->r.session, run, 3}, 1, h, &said));
+        WORKS(offramp_session_crop(watched->r.session, run, 0, t.count, &said));
+        CHECK(all_the_same(&t, watched->r.session, read->r.session), "a fork during a watch");
+        offramp_session_settle(s);
+        CHECK(all_the_same(&t, s, read->r.session), "a session after a watch");
+        offramp_session_free(copy->r.session), offramp_session_free(read->r.session);
+        offramp_session_free(watched->r.session);
+    }
+    offramp_session_free(s), offramp_plan_free(plan), free_parts(&rules);
+    offramp_model_free(t.model);
+}
+
 // Drafts that are always right soon come many in a pass, and those that are always wrong hardly at all.
 static void drafts_pay(int right) {
     const Tiny t = random_model("am", 0);
@@ -274,7 +309,8 @@ static void consent_is_bounded(int64_t conditions) {
 
 int main(void) {
     all_drafts_change_nothing(60);
-    for (int i = 0; i < MODELS; i++) estimates_go_with_forks(BLOCKS[i]);
+    for (int i = 0; i < MODELS; i++) estimates_go_with_forks(BLOCKS[i]), rows_are_put_off(BLOCKS[i]);
+    CHECK(put_off > 50, "%d rows were put off", (int)put_off);
     drafts_pay(0), drafts_pay(1);
     for (int i = 0; i < 6; i++) windows_slide(OFFRAMP_VERIFY), windows_slide(OFFRAMP_DEFER);
     consent_is_bounded(30);

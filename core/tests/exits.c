@@ -192,7 +192,8 @@ static void ask_next(const Recurrent *g, Text *texts, const float *const *h, con
     for (int i = 0; i < TEXTS; i++) {
         const int64_t q = order[i];
         Text *text = texts + q;
-        memory[q].state = (StateAt){text->window, text->h, text->notes + text->seen * NOTE, text->h};
+        memory[q].state = (StateAt){
+            .window = text->window, .fresh = text->h, .notes = text->notes + text->seen * NOTE, .h = text->h};
         for (int64_t t = 0; t < count[q]; t++, rows++) {
             memcpy(given + rows * D, h[q] + (text->seen + t) * D, D * sizeof(float));
             sequences[rows] = q;

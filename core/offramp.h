@@ -286,7 +286,7 @@ typedef struct offramp_plan offramp_plan;  // see offramp_plan_new
 // drafts taught the session is left out. Give `load` the plan that will step the text, with the exits of the
 // plan before. With NULL, the memories of Mamba gates are left out, and no plan with such gates can step the
 // session. `load` checks that the bytes are a session, but not their numbers.
-OFFRAMP_API int64_t offramp_session_save(const offramp_session *session, void *bytes, int64_t room);
+OFFRAMP_API int64_t offramp_session_save(offramp_session *session, void *bytes, int64_t room);
 OFFRAMP_API offramp_session *offramp_session_load(offramp_model *model, const offramp_plan *plan,
                                                   offramp_type keys, const void *bytes, int64_t count,
                                                   offramp_error *error);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -63,7 +64,8 @@ def ngrams_of(texts: Iterable[tuple[Tensor, Tensor, Tensor]], before: Ngrams | N
     `before`. If there are too many contexts for `most` slots, the most frequent ones are kept.
     """
     arrays: list[Text] = [tuple(part.numpy().astype(np.uint32) for part in text) for text in texts]
-    groups = _by_prompt(arrays)
+    prompts = (prompt_of(ids, counted) for ids, _, counted in arrays)
+    groups = [[arrays[index] for index in group] for group in by_prompt(prompts)]
     found = [_likeliest(_pairs(groups, length)) for length in range(SHORTEST_CONTEXT, LONGEST_CONTEXT + 1)]
     keys, tokens, right, seen = (np.concatenate(parts) for parts in zip(*found, strict=True))
     chance = right / (seen + 2)
@@ -88,19 +90,18 @@ def _hashes(contexts: np.ndarray) -> np.ndarray:
     return np.maximum(hashes, 1)
 
 
-def _by_prompt(texts: list[Text]) -> list[list[Text]]:
-    """The texts that answer the same prompt, together; each text that answers none, alone."""
-    groups: dict[bytes | int, list[Text]] = {}
-    for number, text in enumerate(texts):
-        ids, _, counted = text
-        groups.setdefault(prompt_of(ids, counted) or number, []).append(text)
+def by_prompt(prompts: Iterable[bytes]) -> list[list[int]]:
+    """The indices of the texts that answer the same prompt, together; that of each text that answers none (b""), alone."""
+    groups: dict[bytes | int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt or index, []).append(index)
     return list(groups.values())
 
 
 def prompt_of(ids: np.ndarray, counted: np.ndarray) -> bytes:
-    """The ids before the answer, if a text (T,) answers a prompt; `counted`: whether what follows each id is trained on."""
+    """A hash of the prompt that a text (T,) answers; b"" for none. `counted`: whether what follows each id is learned."""
     last = int(counted.argmax()) if len(counted) else 0  # the prompt's last token: the first that counts follows it
-    return ids[: last + 1].tobytes() if last else b""
+    return blake2b(ids[: last + 1].tobytes(), digest_size=16).digest() if last else b""
 
 
 def _pairs(groups: list[list[Text]], length: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from offramp.decode.sampling import Sampler, Sampling
 from offramp.errors import CorruptFile
-from offramp.exits.ngrams import prompt_of
+from offramp.exits.ngrams import by_prompt, prompt_of
 from offramp.files import read_lines
 from offramp.model.backbone import Backbone
 from offramp.training.loop import step_generator
@@ -48,12 +48,12 @@ FIELDS = tuple(field.name for field in fields(TeacherText))
 
 
 class _Place(NamedTuple):
-    """The place of a text: rows `start` to `stop` - 1 of a shard. `prompt`: a hash of what it answers; None: no prompt."""
+    """The place of a text: rows `start` to `stop` - 1 of a shard; and what it answers, as `ngrams.prompt_of` says."""
 
     shard: Path
     start: int
     stop: int
-    prompt: int | None
+    prompt: bytes
 
 
 class TeacherTexts(Sequence[TeacherText]):
@@ -74,8 +74,7 @@ class TeacherTexts(Sequence[TeacherText]):
             stop = 0
             for length in lengths.tolist():
                 start, stop = stop, stop + length
-                prompt = prompt_of(ids[start:stop], counted[start:stop])
-                places.append(_Place(shard, start, stop, hash(prompt) if prompt else None))
+                places.append(_Place(shard, start, stop, prompt_of(ids[start:stop], counted[start:stop])))
         return cls(places)
 
     def __len__(self) -> int:
@@ -103,10 +102,7 @@ class TeacherTexts(Sequence[TeacherText]):
 
     def by_prompt(self) -> list[list[int]]:
         """The indices of the texts that answer the same prompt, together; that of each text that answers none, alone."""
-        groups: dict[tuple[str, int], list[int]] = {}
-        for index, place in enumerate(self._places):
-            groups.setdefault(("text", index) if place.prompt is None else ("prompt", place.prompt), []).append(index)
-        return list(groups.values())
+        return by_prompt(place.prompt for place in self._places)
 
     def subset(self, indices: Iterable[int]) -> TeacherTexts:
         """The texts with these indices, in this order."""

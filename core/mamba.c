@@ -61,9 +61,8 @@ static void find_steps(const Mixer *m, Worker *w) {
              (Out){low + m->low.rows, all_of, 0}, 0, E);
 }
 
-// Repeats R rows of a journal on the states of channels, from `old` to `state`, which may be the same place.
-static void replay(const Mixer *m, const float *old, float *state, const float *journal, int64_t R,
-                   int64_t from, int64_t to) {
+void mamba_replay(const Mixer *m, const float *old, float *state, const float *journal, int64_t R,
+                  int64_t from, int64_t to) {
     const int64_t E = m->inner, N = m->states;
     for (int64_t first = 0, T; first < R; first += T, old = state) {
         T = min_(TOKENS, R - first);
@@ -74,14 +73,6 @@ static void replay(const Mixer *m, const float *old, float *state, const float *
         }
         for (int64_t e = from; e < to; e++) advance(m, old + e * N, state + e * N, e, &fed, T, 0);
     }
-}
-
-// Lets the states of channels take in the rows that they lack. Returns where they are then.
-static const float *caught_up(const Mixer *m, const StateAt *state, int64_t from, int64_t to) {
-    replay(m, state->h, state->h, state->journal, state->due, from, to);
-    if (!state->kept) return state->h;
-    replay(m, state->h, state->fresh, state->journal + state->start * note_floats(m), state->kept, from, to);
-    return state->fresh;
 }
 
 // The recurrence of channels `from` to `to` - 1. Updates the states. With `gated`, x receives y · silu(z).
@@ -124,8 +115,4 @@ void mamba_advance(const Mixer *m, Worker *w, const MemoryAt *memory, int gated)
         part_of(&channels, piece, &from, &to);
         recur(m, w, memory, gated, from, to);
     }
-}
-
-void mamba_replay(const Mixer *m, float *h, const float *journal, int64_t R) {
-    replay(m, h, h, journal, R, 0, m->inner);
 }

@@ -61,29 +61,22 @@ static __attribute__((noinline)) void advance(const Mixer *m, const float *old, 
     }
 }
 
-// Repeats R rows of a journal on the state of a head, from `old` to `state`, which may be the same place.
-static void replay(const Mixer *m, const float *old, float *state, const float *journal, int64_t R,
-                   int64_t head) {
-    const int64_t P = m->dim, N = m->states, C = m->channels, at = head * P * N;
-    for (int64_t first = 0; first < R; first += TOKENS, old = state) {
-        const int64_t T = min_(TOKENS, R - first);
-        Fed fed = {.y = {NULL}};
-        for (int64_t t = 0; t < T; t++) {
-            const float *conv = journal + (first + t) * note_floats(m) + C;
-            fed.x[t] = conv + head * P,
-            fed.B[t] = fed.C[t] = conv + m->inner + head / (m->heads / m->groups) * N;
-            fed.dt[t] = conv[C + head], fed.keep[t] = expf(conv[C + head] * floats(m->decay)[head]);
+void mamba2_replay(const Mixer *m, const float *old, float *state, const float *journal, int64_t R,
+                   int64_t from, int64_t to) {
+    const int64_t P = m->dim, N = m->states, C = m->channels;
+    for (int64_t first = 0, T; first < R; first += T, old = state) {
+        T = min_(TOKENS, R - first);
+        for (int64_t head = from; head < to; head++) {
+            Fed fed = {.y = {NULL}};
+            for (int64_t t = 0; t < T; t++) {
+                const float *conv = journal + (first + t) * note_floats(m) + C;
+                fed.x[t] = conv + head * P,
+                fed.B[t] = fed.C[t] = conv + m->inner + head / (m->heads / m->groups) * N;
+                fed.dt[t] = conv[C + head], fed.keep[t] = expf(conv[C + head] * floats(m->decay)[head]);
+            }
+            advance(m, old + head * P * N, state + head * P * N, &fed, T, 0);
         }
-        advance(m, old + at, state + at, &fed, T, 0);
     }
-}
-
-// Lets the state of a head take in the rows that it lacks. Returns where it is then.
-static const float *caught_up(const Mixer *m, const StateAt *state, int64_t head) {
-    replay(m, state->h, state->h, state->journal, state->due, head);
-    if (!state->kept) return state->h;
-    replay(m, state->h, state->fresh, state->journal + state->start * note_floats(m), state->kept, head);
-    return state->fresh;
 }
 
 // The recurrence of heads `from` to `to` - 1. Updates the states. With `gated`, x receives y · silu(z).
@@ -111,7 +104,7 @@ static void recur(const Mixer *m, const Worker *w, const MemoryAt *memory, int g
                     fed.dt[t] = dt, fed.keep[t] = expf(dt * decay[head]);
                     fed.y[t] = gated ? w->buffers.x + (first + t) * E + head * P : NULL;
                 }
-                const float *old = first == begin ? caught_up(m, state, head) : state->fresh;
+                const float *old = first == begin ? caught_up(m, state, head, head + 1) : state->fresh;
                 advance(m, old + head * P * N, state->fresh + head * P * N, &fed, T, skip[head]);
                 for (int64_t t = 0; gated && !m->gate_last && t < T; t++)
                     times_silu(fed.y[t], w->buffers.in + (first + t) * A + head * P, P);
@@ -142,8 +135,4 @@ Rows mamba2_outputs(const Mixer *m, Worker *w) {
         make_narrow(&rows, r);
     }
     return rows;
-}
-
-void mamba2_replay(const Mixer *m, float *h, const float *journal, int64_t R) {
-    for (int64_t head = 0; head < m->heads; head++) replay(m, h, h, journal, R, head);
 }

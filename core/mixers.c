@@ -95,9 +95,21 @@ void mixer_remember(const Mixer *m, Worker *w, const MemoryAt *memory) {
     advance_memories(m, w, memory, 0);
 }
 
+static void replay(const Mixer *m, const float *old, float *state, const float *journal, int64_t R,
+                   int64_t from, int64_t to) {
+    if (m->kind == MAMBA2) mamba2_replay(m, old, state, journal, R, from, to);
+    if (m->kind == MAMBA) mamba_replay(m, old, state, journal, R, from, to);
+}
+
 void mixer_replay(const Mixer *m, float *h, const float *journal, int64_t R) {
-    if (m->kind == MAMBA2) mamba2_replay(m, h, journal, R);
-    if (m->kind == MAMBA) mamba_replay(m, h, journal, R);
+    replay(m, h, h, journal, R, 0, m->kind == MAMBA2 ? m->heads : m->inner);
+}
+
+const float *caught_up(const Mixer *m, const StateAt *state, int64_t from, int64_t to) {
+    replay(m, state->h, state->h, state->journal, state->due, from, to);
+    if (!state->kept) return state->h;
+    replay(m, state->h, state->fresh, state->journal + state->start * note_floats(m), state->kept, from, to);
+    return state->fresh;
 }
 
 void mixer_window(const Mixer *m, float *window, const float *old, const float *journal, int64_t R) {

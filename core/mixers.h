@@ -19,6 +19,10 @@ void mixer_remember(const Mixer *m, Worker *w, const MemoryAt *memory);
 void mamba2_advance(const Mixer *m, Worker *w, const MemoryAt *memory, int gated);
 void mamba_advance(const Mixer *m, Worker *w, const MemoryAt *memory, int gated);
 
+// Lets heads (of Mamba: channels) `from` to `to` - 1 of a state take in the rows that they lack. Returns the
+// state, of which these have been read and brought up to date.
+const float *caught_up(const Mixer *m, const StateAt *state, int64_t from, int64_t to);
+
 // Mamba-2's norm of its outputs. Returns the rows for the output projection.
 Rows mamba2_outputs(const Mixer *m, Worker *w);
 

@@ -79,7 +79,8 @@ int make_room(offramp_session *session, int64_t i, int64_t first, int64_t end);
 void count_tokens(offramp_session *session, int64_t i, int64_t end, int64_t count, int64_t what);
 void count_mixed(Mixed *mixed, int64_t count);
 
-// A watch of a mixer: makes room for `rows` tokens (0 if there is no memory); begins one, unless there is
+// A watch of a mixer: makes room for `rows` tokens (0 if there is no memory), of which rows that an earlier
+// watch put off take at most a third; begins one, unless there is
 // one; ends it; and goes back, during it, to the first `length` tokens of the text.
 int prepare_watch(const Mixer *shape, Mixed *mixed, int64_t rows);
 void begin_watch(const Mixer *shape, Mixed *mixed);

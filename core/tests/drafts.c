@@ -139,15 +139,21 @@ static void all_drafts_change_nothing(int64_t conditions) {
           (int)from_exits, (int)guessed);
 }
 
+// A text whose drafts come from exits and from itself.
+static Text *drafting_text(const Tiny *t, Rules *rules, offramp_plan **plan) {
+    const int64_t ids[] = {3, 1, 4, 1, 5};
+    random_rules(t, rules, OFFRAMP_VERIFY, 1);
+    rules->rules.alike = 1;
+    *plan = plan_of(t, rules);
+    return text_of(t, OFFRAMP_FLOAT32, ids, 5);
+}
+
 // What was learned of drafts goes with a fork, which drafts as the original does.
 static void estimates_go_with_forks(const char *blocks) {
     const Tiny t = random_model(blocks, 0);
-    const int64_t ids[] = {3, 1, 4, 1, 5};
     Rules rules;
-    random_rules(&t, &rules, OFFRAMP_VERIFY, 1);
-    rules.rules.alike = 1;
-    offramp_plan *plan = plan_of(&t, &rules);
-    Text *x = text_of(&t, OFFRAMP_FLOAT32, ids, 5);
+    offramp_plan *plan;
+    Text *x = drafting_text(&t, &rules, &plan);
     const Estimates none = new_estimates();
     for (int64_t most = 5; most < 100; most += 7) {
         step_all(plan, &x, 1, most, 1);
@@ -168,12 +174,9 @@ static void estimates_go_with_forks(const char *blocks) {
 // have the memories of a text that was read to here.
 static void rows_are_put_off(const char *blocks) {
     const Tiny t = random_model(blocks, 0);
-    const int64_t ids[] = {3, 1, 4, 1, 5};
     Rules rules;
-    random_rules(&t, &rules, OFFRAMP_VERIFY, 1);
-    rules.rules.alike = 1;
-    offramp_plan *plan = plan_of(&t, &rules);
-    Text *x = text_of(&t, OFFRAMP_FLOAT32, ids, 5);
+    offramp_plan *plan;
+    Text *x = drafting_text(&t, &rules, &plan);
     offramp_session *s = x->r.session;
     float h[3 * D];
     for (int i = 0; i < 3 * D; i++) h[i] = (float)(i % 7 - 3) / 4;

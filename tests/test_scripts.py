@@ -16,13 +16,13 @@ import torch
 import offramp
 from helpers import modest_exits
 from models import COMPILED, VARIANTS, compiled_only, saved, tiny
-from offramp import Policy
+from offramp import Engine, Policy
 from offramp.decode import plan
-from offramp.decode.drafts import DraftRule
 from offramp.decode.native import write
 from offramp.evaluation.results import load_results
 from offramp.exits.config import ExitsConfig
 from offramp.exits.exits import Exits
+from offramp.exits.ngrams import ngrams_of
 from offramp.files import read_lines
 
 sys.path.insert(
@@ -49,8 +49,8 @@ import picture
 import prefill
 import prompts
 import random_model
+import right
 import speed
-import trees
 import verified
 
 SMALL_MAMBA = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 1024}
@@ -244,29 +244,25 @@ def test_answers_compares_whole_answers_in_turns_that_are_kept(world, capsys, mo
 
 
 @compiled_only
-def test_trees_plays_rounds_with_chains_and_with_other_candidates(world, capsys) -> None:
+def test_right_compares_drafts_with_and_without_a_table_that_knows_an_answer(world, capsys) -> None:
+    model = offramp.load(str(world / "model"), "float32")
     made = Exits.new(tiny("llama"), ExitsConfig((1,), "linear", "deep", 32, 32, tails=(1,), middle=2))
     made.policy = Policy((0.0,), "max-prob")
-    made.owner = replace(made.owner, fingerprint=offramp.load(str(world / "model"), "float32").backbone.source.fingerprint)
-    made.save(Path("exits/draft"))
-    arguments = ["--exits", "exits", "--prompts", str(world / "prompts.txt"), "--tokens", "8", "--dtype", "float32"]
-    trees.main([str(world / "model"), *arguments])
-    found = rows(capsys.readouterr().out)
-    assert [row[0] for row in found[1:]] == ["1", "2", "3"]
-    costs = DraftRule(rows=(0.0, 0.1, 0.2, 0.3, 0.4), asking=(0.05,))
-    # The first candidate for the first draft is wrong, and the second right; the next token is full depth's own.
-    text = trees.Drafts(torch.full((3, 6, 3), 0.4), torch.zeros(3, 6, 3, dtype=torch.bool), torch.ones(6, dtype=torch.bool))
-    text.right[0, :, 1] = True
-    for wide, rounds, tokens in ((1, 6, 6), (2, 3, 6)):
-        played = trees.Play(costs, wide)
-        played.through(text)
-        assert (played.rounds, played.tokens) == (rounds + 1, tokens + 1)
-    # The first two drafts are right.
-    text.right[:2, :, 0] = True
-    played = trees.Play(costs, 1)
-    played.through(trees.Drafts(torch.ones(3, 6, 3), text.right, text.asked))
-    assert (played.rounds, played.tokens, played.rows) == (3, 7, 9)
-    assert played.cost == pytest.approx(3 + 2 * (costs.rows[3] + 3 * costs.asking[0]))
+    made.owner = replace(made.owner, fingerprint=model.backbone.source.fingerprint)
+    made.save(Path("plain/draft"))
+    ids = model.backbone.prompts.encode("Say something about 0")
+    ids += Engine(model).generate(ids, max_tokens=32).ids
+    texts = [torch.tensor([*range(number), *ids]) for number in (1, 2, 3)]  # as if it answered three prompts
+    made.ngrams = ngrams_of([(text[:-1], text[1:], torch.arange(len(text) - 1) > 2) for text in texts])
+    made.config = replace(made.config, ngrams=len(made.ngrams.keys))
+    made.save(Path("tabled/draft"))
+    arguments = [str(world / "model"), "--prompts", str(world / "prompts.txt"), "--count", "4", "--dtype", "float32"]
+    right.main([*arguments, "--exits", "plain", "--exits", "tabled"])
+    plain, tabled = rows(capsys.readouterr().out)[1:]
+    assert plain[:2] == ["plain", tabled[1]]
+    assert float(tabled[2].split(",")[0]) > float(tabled[1].split(",")[0])
+    with pytest.raises(SystemExit):
+        right.main(arguments)  # no exits ship for this model
 
 
 def test_load_compares_every_answer_with_the_same_answer_alone(world, capsys, monkeypatch) -> None:

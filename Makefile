@@ -77,7 +77,10 @@ exits: .venv/.installed
 	$(BIN)/offramp calibrate smollm2 --dtype bfloat16 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp calibrate smollm2 --dtype file --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl --retest
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
-	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(SMOLLM2) --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1
+	$(BIN)/offramp train smollm2 --dtype bfloat16 -o build/exits/first --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1
+	sed -n 2,8401p build/prompts/second.jsonl > build/prompts/again.jsonl  # a line earlier: other temperatures
+	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(SMOLLM2) --draft --start build/exits/first/draft \
+		--own-prompts build/prompts/again.jsonl --epochs 1 --gate-epochs 1
 	head -n 2400 build/prompts/second.jsonl > build/prompts/second-2400.jsonl
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second-2400.jsonl \
 		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256

@@ -7,7 +7,8 @@ For each model:
 - With `--text`: perplexity and bits per byte of a plain text, in windows of `WINDOW` tokens that begin with no context.
 - With `--prompts`: the first model answers the prompts at temperature 1 (each token is one of its 16 likeliest).
   Perplexity of these answers, and how often a model's likeliest token is the first model's.
-- With `--samples`: what each model answers to the first `SAMPLES` prompts, greedily, is written to a file.
+- With `--samples`: what each model answers to the first `SAMPLES` prompts, greedily, in each of `--modes`, is written to a
+  file.
 
 Models with another tokenizer than the first have only bits per byte to compare. Prints a table in Markdown.
 """
@@ -24,6 +25,7 @@ import torch
 
 import offramp
 from lm.corpus import report
+from offramp import Engine
 from offramp.errors import OfframpError
 from offramp.files import read_lines, write_atomically
 from offramp.model.backbone import Backbone
@@ -77,13 +79,10 @@ def of_answers(backbone: Backbone, texts: TeacherTexts) -> tuple[float, float]:
     return math.exp(nats / count), right / count
 
 
-def samples(models: dict[str, Backbone], prompts: list[str]) -> str:
-    """What each model answers to the prompts, greedily, as a Markdown document."""
-    parts = [f"# Answers of {' and '.join(models)}\n\nGreedy, {SAMPLE_TOKENS} tokens at most. No prompt is left out.\n"]
-    answers = {
-        name: offramp.Engine(backbone).generate_batch(prompts, max_tokens=SAMPLE_TOKENS)
-        for name, backbone in models.items()
-    }
+def samples(engines: dict[str, Engine], prompts: list[str]) -> str:
+    """What each engine answers to the prompts, greedily, as a Markdown document."""
+    parts = [f"# Answers of {' and '.join(engines)}\n\nGreedy, {SAMPLE_TOKENS} tokens at most. No prompt is left out.\n"]
+    answers = {name: engine.generate_batch(prompts, max_tokens=SAMPLE_TOKENS) for name, engine in engines.items()}
     for number, prompt in enumerate(prompts):
         parts.append(f"## {number + 1}. {' '.join(prompt.split())}\n")
         parts += [f"- **{name}**: {' '.join(made[number].text.split())}" for name, made in answers.items()]
@@ -98,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=60_000, help="most tokens of the text")
     parser.add_argument("--prompts", type=Path, help="a file of prompts that no model was trained on")
     parser.add_argument("--count", type=int, default=200, help="most prompts to answer")
+    parser.add_argument("--modes", default="full", help="of the samples, by comma")
     parser.add_argument("--samples", type=Path, help=f"write answers to the first {SAMPLES} prompts to this Markdown file")
     args = parser.parse_args(argv)
     if args.samples and not args.prompts:
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(args: Any) -> None:
     """Print the table, and write the samples."""
-    models = {name: offramp.load(name).backbone for name in args.models}
+    loaded = {name: offramp.load(name) for name in args.models}
+    models = {name: model.backbone for name, model in loaded.items()}
     with tempfile.TemporaryDirectory() as folder:
         texts = answers_of(models[args.models[0]], args.prompts, args.count, Path(folder)) if args.prompts else None
         print(f"{HEADER}\n|{'---|' * HEADER.count(' | ')}---|")
@@ -125,7 +126,13 @@ def evaluate(args: Any) -> None:
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
     if args.samples:
         prompts = read_lines(args.prompts, ("prompt", "question"))[:SAMPLES]
-        write_atomically(args.samples, samples(models, prompts).encode())
+        modes = args.modes.split(",")
+        engines = {
+            ", ".join([name, *([mode] if modes[1:] else [])]): model.engine(mode)
+            for name, model in loaded.items()
+            for mode in modes
+        }
+        write_atomically(args.samples, samples(engines, prompts).encode())
 
 
 if __name__ == "__main__":

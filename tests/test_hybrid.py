@@ -243,6 +243,8 @@ def test_evaluation_measures_text_and_answers_and_shows_samples(student, mixers,
     assert samples.count("\n## ") == samples.count("- **tiny**: ") == evaluate.SAMPLES
     answer = offramp.Engine(models["mixed"]).generate("Say 0, and more.", max_tokens=evaluate.SAMPLE_TOKENS).text
     assert f"- **mixed**: {' '.join(answer.split())}\n" in samples
+    evaluate.main(["tiny", *files[2:], "--count", "6", "--modes", "full,full"])
+    assert (tmp_path / "samples.md").read_text().count("- **tiny, full**: ") == evaluate.SAMPLES
 
 
 def test_evaluation_says_what_it_lacks(tmp_path, capsys) -> None:

@@ -206,20 +206,6 @@ def test_offload_limits_the_memory_of_a_process_or_says_that_it_cannot(world, tm
         assert "MB of the process" in capfd.readouterr().out
 
 
-def test_machines_says_how_long_workers_answer(world, capsys) -> None:
-    pytest.importorskip("ray")
-    import machines
-
-    once = ["--rounds", "1"]
-    machines.main([str(world / "model"), "--workers", "1", "--prompts", "6", "--batch", "3", "--tokens", "4", *once])
-    table = rows(capsys.readouterr().out)
-    assert table[0] == ["workers", "seconds", "answering", "rest", "tokens/s", "efficiency"]
-    ((workers, seconds, answering, rest, _, efficiency),) = table[1:]
-    assert workers == "1"
-    assert float(answering) + float(rest) == pytest.approx(float(seconds), abs=0.2)
-    assert efficiency == "1.00 (1.00–1.00)"
-
-
 def test_answers_compares_whole_answers_in_turns_that_are_kept(world, capsys, monkeypatch) -> None:
     # The peer is offramp itself, which stands in for others here.
     peer = speed.Entry("", "name", ("offramp", "--dtype", "float32"))

@@ -75,6 +75,23 @@ def test_a_folder_is_on_the_disk_before_it_takes_the_place_of_another(tmp_path, 
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["made before", "made while ours is written to the disk"])
+def test_a_folder_that_another_process_made_meanwhile_stays(tmp_path, monkeypatch, late) -> None:
+    place = tmp_path / "folder"
+
+    def other(*_: object) -> None:
+        place.mkdir(exist_ok=True)
+        (place / "record").write_text("theirs")
+
+    if late:
+        monkeypatch.setattr("offramp.files._sync", other)
+    with new_folder(place, "record") as made:
+        (made / "record").write_text("ours")
+        if not late:
+            other()
+    assert (place / "record").read_text() == "theirs"
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_converted_weights_are_on_the_disk_before_they_count(tmp_path, own_cache, disk: Disk) -> None:
     offramp.load(str(saved(tiny("llama"), tmp_path / "model")), "float32")

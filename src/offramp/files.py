@@ -87,15 +87,27 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_folder(place: Path) -> Iterator[Path]:
-    """A new folder to fill, which then takes the place of `place`: never half a folder under that name."""
+def new_folder(place: Path, known: str = "") -> Iterator[Path]:
+    """A new folder to fill, which then takes the place of `place`: never half a folder under that name.
+
+    If `place` has the file `known` by then, it stays: another process made the same folder, and may be reading it.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
         made = Path(temporary) / place.name
         made.mkdir()
         yield made
-        shutil.rmtree(place, ignore_errors=True)
-        put(made, place)
+
+        def is_there() -> bool:
+            return bool(known) and (place / known).is_file()
+
+        if not is_there():
+            shutil.rmtree(place, ignore_errors=True)
+            try:
+                put(made, place)
+            except OSError:  # the other process was faster by as long as it takes to write to the disk
+                if not is_there():
+                    raise
 
 
 def put(made: Path, place: Path) -> None:

@@ -299,7 +299,7 @@ def _from_mixers(name: str, folder: Path) -> Source:
     sha256 = hashlib.sha256(f"{base.sha256} {sha256_of(folder / MIXERS)}".encode()).hexdigest()
     made = cache_folder() / "hybrids" / sha256[:16]
     if not made.is_dir():
-        with new_folder(made) as unfinished, _quiet_library():
+        with new_folder(made, "config.json") as unfinished, _quiet_library():
             try:
                 config = AutoConfig.from_pretrained(base.path, local_files_only=True, trust_remote_code=False)
                 with torch.device("meta"):
@@ -364,7 +364,7 @@ def _describe(source: Source, file: Path, folder: Path) -> None:
     """Make the folder, with all that a model needs besides its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with new_folder(folder) as made:
+    with new_folder(folder, RECORD) as made:
         # The library would also read what lies in the file's own folder, so it is given an empty one.
         where: dict[str, Any] = {"gguf_file": str(file), "local_files_only": True}
         try:

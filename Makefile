@@ -81,12 +81,17 @@ exits: .venv/.installed
 	sed -n 2,8401p build/prompts/second.jsonl > build/prompts/again.jsonl  # a line earlier: other temperatures
 	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(SMOLLM2) --draft --start build/exits/first/draft \
 		--own-prompts build/prompts/again.jsonl --epochs 1 --gate-epochs 1
+	awk 'NR % 4 == 1' build/prompts/calibrate.jsonl > build/prompts/close.jsonl
+	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate smollm2 --dtype $$dtype --exits $(SMOLLM2) --mode close \
+		--prompts build/prompts/close.jsonl || exit 1; done
 	head -n 2400 build/prompts/second.jsonl > build/prompts/second-2400.jsonl
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second-2400.jsonl \
 		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp calibrate smollm2-hybrid --exits $(SMOLLM2)-hybrid --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1 \
 		--readout-width 2048
+	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate smollm2-hybrid --dtype $$dtype --exits $(SMOLLM2)-hybrid --mode close \
+		--prompts build/prompts/close.jsonl || exit 1; done
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/context.py smollm2 smollm2-hybrid [--formats bfloat16] [--rounds 5]
 
-A step is embedding, all blocks and head for one new token. The text before it is in memory already: random tokens, as in
-`benchmarks/growth.py`. Models take turns, step by step, so that a slow minute of the machine affects all of them. Memory is
+A step is embedding, all blocks and head for one new token. The text before it is in memory already: random tokens.
+Models take turns, step by step, so that a slow minute of the machine affects all of them. Memory is
 that of one sequence: keys and values, and Mamba states.
 
 Prints a table in Markdown for each format: medians in milliseconds, the median ratio to the first model's step with its
@@ -14,19 +14,41 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import time
+from datetime import date
 from statistics import median
 
 import torch
+import transformers
 
 import offramp
-from growth import machine, read
+from offramp.machine import processor
 from offramp.model.backbone import Backbone
 from offramp.model.runtime import AnyState
 from speed import read_bandwidth
 
 CONTEXTS = (64, 256, 1024, 4096, 16384)
 STEPS = 8  # of each model in a round
+PIECE = 512  # tokens of a text that are read at once
+
+
+def machine(threads: int, bandwidth: float) -> str:
+    """The machine and the versions in one line; `bandwidth` in GB/s."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        f"{processor()}, {os.cpu_count()} cores, {threads} threads, {memory:.0f} GiB of memory read at "
+        f"{bandwidth:.1f} GB/s; {date.today()}; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+
+
+def read(backbone: Backbone, state: AnyState, length: int) -> None:
+    """Fill `state` with `length` random tokens by `project`. A step costs the same after any tokens."""
+    for first in range(0, length, PIECE):
+        ids = torch.randint(0, backbone.vocab_size, (1, min(PIECE, length - first)))
+        h, step = backbone.embed(ids, first)
+        backbone.project(h, 0, backbone.n_blocks, state, step)
 
 
 def timed(backbone: Backbone, state: AnyState, start: int) -> float:
@@ -86,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
                 name: (backbone, backbone.state(length + (args.rounds + 1) * STEPS)) for name, backbone in backbones.items()
             }
             for backbone, state in models.values():
-                read(backbone, state, 0, length)
+                read(backbone, state, length)
             made = cells(rounds(models, length, args.rounds), models)
             print(f"| {length} | {' | '.join(made)} |", flush=True)
 

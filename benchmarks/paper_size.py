@@ -34,7 +34,7 @@ import torch
 from transformers.utils import logging
 
 import offramp
-from growth import machine
+from context import machine
 from offramp import Engine
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs

@@ -29,14 +29,12 @@ sys.path.insert(
     0, str(Path(__file__).parents[1] / "benchmarks")
 )  # the scripts import from one another, as they can when one is run
 
-import adapters
 import agreement
 import answers
 import clients
 import code_prompts
 import context
 import gates
-import growth
 import guarantee
 import load
 import native
@@ -280,18 +278,6 @@ def test_clients_are_timed_and_so_are_the_prompt_cache_and_a_stream(world, capsy
     assert "of the engine's in this process" in said
 
 
-def test_adapters_compares_adapters_of_one_size(world, capsys) -> None:
-    arguments = ["--model", str(world / "model"), "--own-prompts", str(world / "prompts.txt"), "--work", "work"]
-    arguments += ["--layers", "2,3", "--tails", "2,1", "--width", "64", "--answers", "40", "--tokens", "8"]
-    adapters.main([*arguments, "--epochs", "1", "--seeds", "2"])
-    head, *table = rows(capsys.readouterr().out)
-    assert head[3:] == ["2 + 2: agreement", "may leave at 95%", "3 + 1: agreement", "may leave at 95%"]
-    assert [row[0].split(",")[0] for row in table] == list(adapters.KINDS)
-    sizes = [int(row[1].replace(",", "")) for row in table]
-    assert max(sizes) < 1.3 * min(sizes)
-    assert all(0 <= float(row[3].split("%")[0]) <= 100 for row in table)
-
-
 def test_gates_compares_gates_of_one_size(world, capsys) -> None:
     arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--exits", str(world / "exits")]
     arguments += ["--own-prompts", str(world / "prompts.txt"), "--work", "work"]
@@ -318,24 +304,6 @@ def test_the_pages_say_what_the_results_say(capsys, tmp_path) -> None:
     others = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     paper_tables.main([*files, "--check", str(page), *map(str, others)])
     assert re.search(r"has all \d{2,} rows, and no percentage that is not in them\n$", capsys.readouterr().out)
-
-
-def test_growth_times_steps_and_draws_them(world, capsys, monkeypatch) -> None:
-    axes = {"context": (8, 64), "chunk rows": (1, 4), "verified rows": (1, 2), "batch": (1, 2), "blocks run": (3, 6)}
-    monkeypatch.setattr(growth, "axes_of", lambda backbone: axes)
-    monkeypatch.setattr(growth, "CONTEXT", 16)
-    arguments = ["--formats", "float32,bfloat16", "--rounds", "1", "--threads", "1", "--figure", "growth.svg"]
-    growth.main([str(world / "model"), "--random", *arguments])
-    table = rows(capsys.readouterr().out)
-    assert [row[0] for row in table] == [str(cell) for axis, values in axes.items() for cell in (axis, *values)]
-    assert all(re.fullmatch(r"\d+\.\d \(×\d+\.\d\d\)", cell) for row in table if row[0].isdigit() for cell in row[1:])
-    record = json.loads(Path("build/bench/growth.json").read_text())
-    for axis, values in axes.items():
-        for format in ("float32", "bfloat16"):
-            times = record["ms"][axis][format]
-            assert [len(repetitions) for repetitions in times] == [growth.REPETITIONS] * len(values)
-            assert min(map(min, times)) > 0
-    assert Path("growth.svg").read_text().count("<polyline") == 5 * 2
 
 
 def test_context_compares_the_steps_and_memories_of_models(world, capsys) -> None:

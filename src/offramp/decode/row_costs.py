@@ -22,9 +22,9 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 32)  # rows of the passes whose cos
 Table = dict[tuple[str, str], dict[str, tuple[float, ...]]]
 # The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's processors with these
 # kernels: AMD's with AVX2 by one run of offramp bench --costs for each format (those of bfloat16 and int4 are its means
-# with two runs of a script that is not kept), the others by benchmarks/growth.py --formats FORMAT ("verified rows"), and
-# those of 32 rows in the same way, against a step of a compiled loop, which is shorter than a single one. With AVX-512,
-# those of 9 to 16 rows were not measured: they are on a straight line. On other processors, they are a guess.
+# with two runs of a script that is not kept), the others by scripts that are not kept, those of 32 rows against a step of
+# a compiled loop, which is shorter than a single one. With AVX-512, those of 9 to 16 rows were not measured: they are on a
+# straight line. On other processors, they are a guess.
 ROW_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
         "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 0.48, 0.76, 1.13, 2.6),

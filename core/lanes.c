@@ -325,7 +325,7 @@ static int stands(const Lanes *l, Lane *lane, offramp_decision *draft, int64_t c
     const offramp_rules *rules = &l->plan->rules;
     offramp_request *r = lane->request;
     if (draft->id == chosen) return 1;
-    if (!consents(l->plan) || chosen < 0 || ends_with(lane, chosen)) return 0;
+    if (!consents(l->plan) || draft->source == TEXT || chosen < 0 || ends_with(lane, chosen)) return 0;
     const double regret = (double)y[chosen] - y[draft->id],
                  most = rules->mean_regret * (double)(place - r->prompt + 1 + OFFRAMP_AHEAD);
     if (!(regret <= rules->token_regret && r->regret + regret <= most)) return 0;

@@ -264,6 +264,8 @@ static void regrets_are_bounded(const Tiny *t, const Rules *r, const Text *x, of
               x->decisions[n].regret, regret);
         for (int64_t e = 0; e < x->r.ends_count; e++)
             CHECK(own == id || own != x->r.ends[e], "another token than the end of the text");
+        CHECK(own == id || x->decisions[n].source != OFFRAMP_FROM_TEXT,
+              "a look-up that full depth did not choose");
         total += regret, consented += own != id;
         CHECK(regret <= r->rules.token_regret &&
                   total <= r->rules.mean_regret * (double)(n + 1 + OFFRAMP_AHEAD),

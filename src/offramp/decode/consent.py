@@ -6,6 +6,9 @@ token. Full depth sees every token of the answer, so its states are exact, and b
 - every token is at least `share` times as likely as the likeliest one;
 - the first t tokens have a regret of at most `regret` · (t + `AHEAD`) in all.
 
+Consent is for the drafts of exits and of a table of n-grams. A draft that repeats the text must be full depth's own token:
+with consent to these, twice as much of an answer repeated itself.
+
 Typical acceptance (Medusa, arXiv 2401.10774) also lets drafts stand that full depth finds likely, without a bound for the
 answer. Rejection with a lenience (arXiv 2211.17192) bounds each token, when tokens are drawn.
 """

@@ -204,18 +204,18 @@ def judge(plan: Plan, climbs: list[Climb]) -> dict[Request, list[Decision]]:
     return decided
 
 
-def consented(plan: Plan, climb: Climb, own: int, draft: int, scores: Tensor, place: int) -> float | None:
+def consented(plan: Plan, climb: Climb, own: int, draft: Decision, scores: Tensor, place: int) -> float | None:
     """The regret of a draft as the text's token number `place`; None if full depth, with its `own` token, does not consent.
 
-    scores (V,): full depth's logits there. Full depth always ends the text itself.
+    scores (V,): full depth's logits there. Full depth always ends the text itself, and decides what repeats it.
     """
     request, sequence = climb.request, climb.sequence
-    if not plan.consent or own in request.end_ids:
+    if not plan.consent or draft.source == "text" or own in request.end_ids:
         return None
     sampler = sampler_of(request.choose)
     assert sampler  # the plan refuses others
     scores = sampler.penalised(scores, sequence.ids[:place])
-    regret = float(scores[own]) - float(scores[draft])
+    regret = float(scores[own]) - float(scores[draft.id])
     allowed = plan.consent.allows(regret, request.regret, place - sequence.prompt + 1)
     return regret if allowed else None
 
@@ -234,7 +234,7 @@ def compare(plan: Plan, climb: Climb, logits: Tensor) -> list[Decision]:
             id = climb.request.choose(scores, sequence.ids[: first + stood])
         if stood == len(drafts):
             break
-        regret = 0.0 if id == drafts[stood].id else consented(plan, climb, id, drafts[stood].id, scores, first + stood)
+        regret = 0.0 if id == drafts[stood].id else consented(plan, climb, id, drafts[stood], scores, first + stood)
         if regret is None:
             break
         climb.request.regret += regret

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/context.py smollm2 smollm2-hybrid [--formats bfloat16] [--rounds 5]
 
 A step is embedding, all blocks and head for one new token. The text before it is in memory already: random tokens.
-Models take turns, step by step, so that a slow minute of the machine affects all of them. Memory is
-that of one sequence: keys and values, and Mamba states.
+Models take turns, step by step, so that a slow minute of the machine affects all of them. Memory is that of one
+sequence: keys and values, and Mamba states.
 
 Prints a table in Markdown for each format: medians in milliseconds, the median ratio to the first model's step with its
 lowest and highest round, and megabytes.
@@ -14,33 +14,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import time
-from datetime import date
 from statistics import median
 
 import torch
-import transformers
 
 import offramp
-from offramp.machine import processor
 from offramp.model.backbone import Backbone
 from offramp.model.runtime import AnyState
-from speed import read_bandwidth
+from speed import machine, read_bandwidth
 
 CONTEXTS = (64, 256, 1024, 4096, 16384)
 STEPS = 8  # of each model in a round
 PIECE = 512  # tokens of a text that are read at once
-
-
-def machine(threads: int, bandwidth: float) -> str:
-    """The machine and the versions in one line; `bandwidth` in GB/s."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return (
-        f"{processor()}, {os.cpu_count()} cores, {threads} threads, {memory:.0f} GiB of memory read at "
-        f"{bandwidth:.1f} GB/s; {date.today()}; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
 
 
 def read(backbone: Backbone, state: AnyState, length: int) -> None:

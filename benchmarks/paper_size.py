@@ -34,12 +34,11 @@ import torch
 from transformers.utils import logging
 
 import offramp
-from context import machine
 from offramp import Engine
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from random_model import config_of, write_random
-from speed import read_bandwidth
+from speed import machine, read_bandwidth
 
 WORK = Path("build/bench")
 FORMATS = ("int4", "bfloat16")

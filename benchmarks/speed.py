@@ -22,6 +22,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 from offramp.machine import processor
@@ -285,10 +287,10 @@ def read_bandwidth(threads: int) -> float:
     return numbers.nbytes / min(times[1:]) / 1e9
 
 
-def machine(threads: int, bandwidth: float, rows: list[Row]) -> str:
+def machine(threads: int, bandwidth: float, rows: Sequence[Row] = ()) -> str:
     """The machine and the packages' versions in one line; `bandwidth` in GB/s."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    known: dict[str, str] = {}
+    known = {"torch": torch.__version__, "transformers": transformers.__version__}
     for row in rows:
         if row.worker:
             known |= row.worker.facts["versions"]

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from transformers.utils import logging
 
 import offramp
 from offramp import Engine
+from offramp.machine import peak_memory
 from offramp.model.backbone import Backbone
 from offramp.model.costs import Costs
 from random_model import config_of, write_random
@@ -97,7 +97,7 @@ def fresh(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
 
 def peak() -> float:
     """The most memory that this process has had, in GB, pages of mapped files included."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    return peak_memory() / GB
 
 
 def random_ids(backbone: Backbone, count: int) -> list[int]:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import struct
@@ -40,6 +39,7 @@ from models import COMPILED, saved, tiny
 from offramp import Engine, Exits, load
 from offramp.errors import OfframpError
 from offramp.exits.exit_set import ExitSet
+from offramp.machine import peak_memory
 from offramp.model.backbone import Backbone
 from offramp.model.checkpoint import Gguf, checkpoint_for
 from offramp.model.loading import outline
@@ -280,7 +280,7 @@ def limited() -> Iterator[None]:
     def late(*_: Any) -> None:
         raise Hang
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     old = {kind: signal.signal(kind, late) for kind in (signal.SIGPROF, signal.SIGALRM)}
     signal.setitimer(signal.ITIMER_PROF, SLOWEST)
     signal.alarm(LONGEST_WAIT)
@@ -291,7 +291,7 @@ def limited() -> Iterator[None]:
         signal.alarm(0)
         for kind, handler in old.items():
             signal.signal(kind, handler)
-    if 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) > MOST_MEMORY:
+    if peak_memory() - before > MOST_MEMORY:
         raise MemoryError(f"more than {MOST_MEMORY} bytes")
 
 

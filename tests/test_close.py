@@ -23,7 +23,7 @@ from offramp.exits.learned import TRAINED, hashes_of
 from offramp.training.config import CalibrationConfig
 from offramp.training.consenting import calibrate_close, nlls
 from offramp.training.losses import Question
-from offramp.training.risk import bets, proved_at
+from offramp.training.risk import bets, bound, proved_at
 
 RULES = Consent(0.5, 0.03), Consent(0.05, 2.0), Consent(0.9, 100.0), Consent(0.01, 0.0)
 
@@ -225,9 +225,22 @@ def test_a_calibration_of_close_keeps_the_points_that_pass_and_their_costs_of_ro
     assert Engine(tiny("llama"), found, mode="exact").consent is None
 
     _, record = calibrated(risk=1e-6)
-    assert [test.passed for test in record.tested] == [False]
+    assert [test.passed for test in record.tested] == [False, False]
     assert not record.passed
     assert calibrated(loss="task")[1].tested[0].loss >= 0
+
+
+def test_a_bound_is_the_lowest_risk_that_passes() -> None:
+    for mean in (0.2, 0.5, 0.8):
+        dice = random.Random(mean)
+        values = [min(1.0, max(0.0, dice.gauss(mean, 0.1))) for _ in range(200)]
+        found = bound(values, 0.1)
+        assert mean < found < mean + 0.05
+        assert proved_at(bets(values, found + 1e-5, 0.1), 0.1)
+        assert not proved_at(bets(values, found - 1e-5, 0.1), 0.1)
+    assert bound([0.5] * 2, 0.01) == 1.0  # two prompts prove nothing
+    for test in calibrated()[1].tested:
+        assert test.loss < (test.bound or 0) < 0.5
 
 
 def test_a_calibration_of_close_is_kept_for_each_format(tmp_path) -> None:

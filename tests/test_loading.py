@@ -491,17 +491,17 @@ def test_mapped_tensors_begin_at_cache_lines_and_a_change_stays_in_the_process(t
 
 
 PEAK = """
-import resource, sys
+import sys
 import torch, offramp.model.loading, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+from offramp.machine import peak_memory
+before = peak_memory()
 backbone = offramp.load(sys.argv[1], sys.argv[2]).backbone
 backbone.forward(torch.arange(16)[None])
 runtime = backbone.runtime
 weights = sum(map(runtime.block_bytes, range(backbone.n_blocks))) + runtime.head_bytes() + runtime.embedding.nbytes
-print(peak() - before, weights)
+print(peak_memory() - before, weights)
 """
 
 
@@ -518,8 +518,9 @@ def test_loading_takes_little_more_memory_than_the_weights_in_their_format(tmp_p
     model.save_pretrained(tmp_path / "model", max_shard_size="60MB")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     del model
-    for dtype in ("int4", "int4", "bfloat16"):
+    moments = 3 * 4 * 4096**2  # those of the widest layer's inputs, while integers are found: larger than its weight
+    for dtype, more in (("int4", moments), ("int4", 0), ("bfloat16", 0)):
         command = [sys.executable, "-c", PEAK, str(tmp_path / "model"), dtype]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         used, weights = map(int, shown.split())
-        assert used <= 1.15 * weights + 150e6, (dtype, used, weights)
+        assert used <= 1.15 * weights + 150e6 + more, (dtype, used, weights)

@@ -9,7 +9,7 @@ from models import compiled_only
 from offramp.model.compiled.formats import FORMATS, Int4
 from offramp.model.compiled.library import CompiledPart, Model, handle_of, kernels
 from offramp.model.compiled.panels import PANELS
-from offramp.model.compiled.weights import Int8, Stack, Weight
+from offramp.model.compiled.weights import LARGE, Int8, Stack, Weight
 
 KINDS = {"float32": Weight, "bfloat16": Weight, "int8": Int8, "int4": Int4}
 # Where the float16 numbers of a block stand in a file: random bytes there would be infinite or NaN.
@@ -173,3 +173,24 @@ def test_a_format_with_fewer_bits_reads_fewer_bytes():
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 4
     assert set(FORMATS) == {"float32", "bfloat16", "int8", "int4", "int4-head4", "file"}
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_the_integers_of_a_large_weight_are_found_once(kind, own_cache, monkeypatch):
+    torch.manual_seed(0)
+    weight, tensors, found = torch.randn(512, LARGE // 512), kind.tensors, []
+
+    def counted(weight, known=None):
+        found.append(len(weight))
+        return tensors(weight, known)
+
+    monkeypatch.setattr(kind, "tensors", counted)
+    first, again = kind.of(weight), kind.of(weight.clone(), torch.ones(512))
+    assert found == [512]
+    assert torch.equal(again.dense(), first.dense())
+    assert torch.equal(again.bias, torch.ones(512))
+    assert torch.allclose(kind.of(2 * weight).dense(), 2 * first.dense(), rtol=1e-2, atol=1e-2)  # another weight
+    kind.of(weight[:256])
+    kind.of(weight[:256])
+    assert found == [512, 512, 256, 256]  # a small one is found each time
+    assert len(list(own_cache.glob("formats/*/record.json"))) == 2

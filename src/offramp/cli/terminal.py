@@ -120,11 +120,13 @@ def close_table(record: CloseCalibration) -> None:
     """The points of the mode close that were tested, and what they guarantee."""
     loss = "change of the NLL a token, nats" if record.loss == "nll" else "lost task score"
     table = Table(title=f"{record.n} prompts, mode close, {record.weights}", title_justify="left")
-    for column in ("point", loss, "p-value", "prompts needed", "tokens a pass", ""):
+    for column in ("point", loss, "at most", "p-value", "prompts needed", "tokens a pass", ""):
         table.add_column(column, justify="left" if column in ("point", "") else "right")
     for number, test in enumerate(record.tested, start=1):
-        cells = (f"{test.loss:.3f}", f"{test.p_value:.2g}", str(test.needed or "–"), f"{test.tokens_per_deep_pass:.2f}")
-        table.add_row(f"close:{number}", *cells, "passed" if test.passed else "not passed")
+        most = "–" if test.bound is None else f"{test.bound:.3f}"
+        cells = (f"{test.loss:.3f}", most, f"{test.p_value:.2g}", str(test.needed or "–"))
+        verdict = "passed" if test.passed else "not passed"
+        table.add_row(f"close:{number}", *cells, f"{test.tokens_per_deep_pass:.2f}", verdict)
     console.print(table)
     passed = sum(test.passed for test in record.tested)
     promise = f"at most {record.risk:g} on average on new prompts, with probability {1 - record.delta:g} over such prompts"

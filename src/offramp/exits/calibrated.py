@@ -69,14 +69,16 @@ class Calibration:
 class CloseTested:
     """A point of the mode `close` (`decode.consent`), and whether it passed.
 
-    `rows`: the costs of rows by which its drafts were made; `loss`: the mean; `needed`: the number of prompts after which
-    it had passed, for the loss `nll`; None if it did not.
+    `rows`: the costs of rows by which its drafts were made; `loss`: the mean. For the loss `nll`, `bound`: with probability
+    1 − δ, the expected loss is at most so much; `needed`: the number of prompts after which the point had passed, None if
+    it did not.
     """
 
     share: float
     regret: float
     rows: tuple[float, ...]
     loss: float
+    bound: float | None
     p_value: float
     passed: bool
     needed: int | None
@@ -88,8 +90,7 @@ class CloseCalibration:
     """The guarantee of a calibration of `close`: each point that passed keeps the expected loss at `risk` or less, with
     probability 1 − `delta`, for answers with a limit of `max_tokens` tokens.
 
-    `n`: the number of prompts. `tested` holds the points up to the first that failed. `raw`: the prompts had no chat
-    template.
+    `n`: the number of prompts. `raw`: the prompts had no chat template. After a point in `tested` that failed, none passes.
     """
 
     loss: str
@@ -177,6 +178,7 @@ def _check_fields(kind: Any, record: dict[str, Any]) -> None:
 
 
 def _check(name: str, value: Any, hint: Any) -> None:
+    number = float in (get_args(hint) or (hint,))
     if get_origin(hint) is tuple:
         right = isinstance(value, list | tuple)
         for each in value if right else ():
@@ -187,9 +189,9 @@ def _check(name: str, value: Any, hint: Any) -> None:
     elif isinstance(value, bool):
         right = hint is bool
     elif isinstance(value, int):
-        right = (hint is float or isinstance(value, hint)) and abs(value) <= LARGEST_NUMBER
+        right = (number or isinstance(value, hint)) and abs(value) <= LARGEST_NUMBER
     elif isinstance(value, float):
-        right = hint is float and math.isfinite(value)
+        right = number and math.isfinite(value)
     else:
         right = isinstance(value, hint)
     if not right:

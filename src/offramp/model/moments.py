@@ -44,8 +44,8 @@ class Moments:
         def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             if not newest or newest[0][0] is not args[0]:
                 rows = args[0].flatten(0, -2).float()
-                known = moments_of(rows) if rows.shape[1] <= LARGEST else rows.square().mean(0)
-                newest[:] = [(args[0], inputs_of(known))]
+                whole = rows.shape[1] <= LARGEST
+                newest[:] = [(args[0], inputs_of(moments_of(rows) if whole else rows.square().mean(0)))]
             found[layer] = newest[0][1]
 
         with lent(self._backbone, self._lender), self._runtime.exact(), ExitStack() as hooks:

@@ -11,6 +11,7 @@ own lock, which tells that its conversion runs. Where the system has no such loc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 import os
@@ -219,6 +220,21 @@ class Store:
                 flat = torch.frombuffer(mapped, dtype=getattr(torch, dtype), count=prod(shape), offset=offset)
                 out[key][name] = flat.view(shape).to(self.device)
         return out
+
+
+def kept(kind: str, of: Tensor, make: Callable[[], Tensors]) -> Tensors:
+    """What `make` makes of a tensor, in a format of this name: made once, and then found in the cache by the tensor's hash.
+
+    Raises `OfframpError` where the cache cannot be written.
+    """
+    if fcntl is None:
+        return make()
+    content = hashlib.sha256(of.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
+    key = sha256_of_text(f"{LAYOUT} {content} {of.dtype} {list(of.shape)}")[:16]
+    store = Store(cache_folder() / "formats" / f"{key}-{kind}")
+    tensors = store.part("weight", lambda get: get("weight", make))
+    store.finish()
+    return tensors
 
 
 def _files(folder: Path) -> dict[str, list[int]]:

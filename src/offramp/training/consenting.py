@@ -5,9 +5,10 @@ for whole answers is tested here, on prompts like those of later use. The loss `
 answer's tokens under full depth, minus that of full depth's own answer; the test cuts it off at ±`LARGEST` nats. The loss
 `task` is that of `training.losses`.
 
-The points are tested in their order, which no prompt decides, up to the first that fails (fixed-sequence testing, Learn
-then Test, arXiv 2110.01052). For `nll`, a point passes by a bet against it (arXiv 2010.09686). The costs of rows by which
-drafts were made are kept with a point: they decide what is said, and a later version may have others.
+The points are tested in their order, which no prompt decides; after one that fails, none passes (fixed-sequence testing,
+Learn then Test, arXiv 2110.01052). For `nll`, a point passes by a bet against it (arXiv 2010.09686). The lowest risk that
+this bet proves is the point's bound: it holds for a point that failed, too. The costs of rows by which drafts were made are
+kept with a point: they decide what is said, and a later version may have others.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from offramp.progress import Progress, silent
 from offramp.training.calibration import answers, check_questions, check_unknown
 from offramp.training.config import CalibrationConfig
 from offramp.training.losses import LOSSES, Question
-from offramp.training.risk import bets, p_value, proved_at
+from offramp.training.risk import bets, bound, p_value, proved_at
 
 LARGEST = 1.0  # nats a token; an answer that changes more counts so much
 ROWS = 128  # tokens whose likelihoods are computed at a time
@@ -73,9 +74,8 @@ def calibrate_close(
             losses = [after - before for after, before in zip(nlls(backbone, ids, made), likely, strict=True)]
         else:
             losses = [LOSSES[config.loss].of(*each) for each in zip(made, own, questions, strict=True)]
-        tested.append(_tested(replace(point, rows=rows), losses, made, config))
-        if not tested[-1].passed:
-            break
+        test = _tested(replace(point, rows=rows), losses, made, config)
+        tested.append(replace(test, passed=test.passed and all(before.passed for before in tested)))
     record = CloseCalibration(
         loss=config.loss,
         weights=backbone.weight_format,
@@ -99,10 +99,20 @@ def _tested(consent: Consent, losses: list[float], made: list[Generation], confi
         shares = [(min(max(nats, -LARGEST), LARGEST) + LARGEST) / (2 * LARGEST) for nats in (*losses, config.risk)]
         capital = bets(shares[:-1], shares[-1], config.delta)
         p, needed = math.exp(-max(0.0, *capital)), proved_at(capital, config.delta)
+        highest = 2 * LARGEST * bound(shares[:-1], config.delta) - LARGEST
     else:
-        p, needed = p_value(fmean(losses), len(losses), config.risk), None
-    passes = fmean(answer.tokens_per_deep_pass for answer in made)
-    return CloseTested(consent.share, consent.regret, consent.rows, fmean(losses), p, p <= config.delta, needed, passes)
+        p, needed, highest = p_value(fmean(losses), len(losses), config.risk), None, None
+    return CloseTested(
+        share=consent.share,
+        regret=consent.regret,
+        rows=consent.rows,
+        loss=fmean(losses),
+        bound=highest,
+        p_value=p,
+        passed=p <= config.delta,
+        needed=needed,
+        tokens_per_deep_pass=fmean(answer.tokens_per_deep_pass for answer in made),
+    )
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 BOLDEST = 0.75  # the share of the capital that a bet may lose
+HALVINGS = 20  # of the interval that a bound lies in
 LONGEST_PATH = 8  # policies on the path; more would only cost time
 
 
@@ -55,6 +56,18 @@ def bets(values: Sequence[float], risk: float, delta: float) -> list[float]:
 def proved_at(capital: Sequence[float], delta: float) -> int | None:
     """The number of bets after which the capital, in logs, was 1 / δ; None if it never was."""
     return next((count for count, each in enumerate(capital, start=1) if each >= math.log(1 / delta)), None)
+
+
+def bound(values: Sequence[float], delta: float) -> float:
+    """The lowest risk that bets on these values in [0, 1] prove: their mean is at most so much, with probability 1 − δ.
+
+    1 if they prove none. A higher risk is never harder to prove.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if proved_at(bets(values, middle, delta), delta) is None else (low, middle)
+    return high
 
 
 MOST_PROMPTS = 1_000_000  # the largest number of prompts that `prompts_needed` gives

@@ -29,7 +29,7 @@ DAMPING = 0.3  # of the diagonal, which is added to moments: a text is short, an
 FLOOR = 0.01  # of the median of mean squares: added to each, since a column that a short text leaves at 0 is not always 0
 SPARE = (-2, -1, 0, 1, 2)  # how many scales more than a grid has the range of a group is taken to be, in the search
 SHRINKING = (1.0, 0.97, 0.94, 0.9, 0.85)  # of a row's largest weight: what the largest 8-bit integer is tried to stand for
-AT_ONCE = 1 << 24  # weights that are rounded at a time, which bounds the memory: a few float32 numbers for each
+AT_ONCE = 1 << 20  # weights that are rounded at a time, which bounds the memory: a few float32 numbers for each
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Rowwise(NamedTuple):
 def moments_of(rows: Tensor) -> Tensor:
     """The mean of x xᵀ over rows x: (T, K) → (K, K) in float32."""
     rows = rows.float()
-    return rows.T @ rows / len(rows)
+    return (rows.T @ rows).div_(len(rows))
 
 
 def inputs_of(known: Tensor, damping: float = DAMPING) -> Inputs:
@@ -82,13 +82,21 @@ def inputs_of(known: Tensor, damping: float = DAMPING) -> Inputs:
     if known.dim() == 1:
         return Inputs(squares, torch.arange(len(squares), device=squares.device))
     order = _order(squares)
-    damped = known.float() + torch.diag(squares * (1 + damping) - known.diagonal())
-    # Of unit diagonal, so that float32 is exact enough whatever the columns' sizes. Last first, for an upper factor.
-    size = damped.diagonal().sqrt()
-    damped = (damped / size / size[:, None])[order.flip(0)][:, order.flip(0)]
-    upper = torch.linalg.cholesky(damped).flip(0, 1) * size[order, None]
+    diagonal = known.diagonal() + (squares * (1 + damping) - known.diagonal())
+    size = diagonal.sqrt()
+    # Of unit diagonal, so that float32 is exact enough whatever the columns' sizes. Last first, for an upper factor. Each
+    # step is done in place, since M may be larger than the weight.
+    last = order.flip(0)
+    damped = torch.empty_like(known, dtype=torch.float32)
+    for rows, of_rows in zip(damped.split(GROUP), last.split(GROUP), strict=True):
+        rows.copy_(known[of_rows].index_select(1, last)).div_(size[last]).div_(size[of_rows, None])
+    damped.diagonal().copy_((diagonal / size / size)[last])
+    del known
+    torch.linalg.cholesky(damped, out=damped)
+    upper = damped.flip(0, 1).mul_(size[order, None])
+    del damped
     squares[order] = upper.diagonal().square()
-    return Inputs(squares, order, upper / upper.diagonal())
+    return Inputs(squares, order, upper.div_(upper.diagonal().clone()))
 
 
 def _order(squares: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from offramp.model.compiled.rounding import Inputs, int8
-from offramp.model.store import Tensors
+from offramp.model.store import Tensors, kept
+
+LARGE = 1 << 18  # numbers
 
 
 class Weight:
@@ -36,8 +38,13 @@ class Weight:
 
     @classmethod
     def of(cls, weight: Tensor, bias: Tensor | None = None) -> Self:
-        """A weight (N, K) in this format."""
-        return cls(cls.packed(cls.tensors(weight)), bias)
+        """A weight (N, K) in this format. To find a large one's integers takes seconds, so they are kept in the cache."""
+
+        def made() -> Tensors:
+            return cls.packed(cls.tensors(weight))
+
+        large = cls is not Weight and weight.numel() >= LARGE
+        return cls(kept(cls.__name__.lower(), weight, made) if large else made(), bias)
 
     @classmethod
     def bytes_of(cls, rows: int, columns: int, itemsize: int) -> int:

@@ -327,7 +327,7 @@ static int stands(const Lanes *l, Lane *lane, offramp_decision *draft, int64_t c
     if (draft->id == chosen) return 1;
     if (!consents(l->plan) || draft->source == TEXT || chosen < 0 || ends_with(lane, chosen)) return 0;
     const double regret = (double)y[chosen] - y[draft->id],
-                 most = rules->mean_regret * (double)(place - r->prompt + 1 + OFFRAMP_AHEAD);
+                 most = rules->mean_regret * (double)(place - r->prompt + 1);
     if (!(regret <= rules->token_regret && r->regret + regret <= most)) return 0;
     draft->regret = regret, r->regret += regret;
     return 1;

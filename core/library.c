@@ -70,7 +70,6 @@ static const Constant CONSTANTS[] = {
     VALUE(OFFRAMP_MOST_THREADS),
     VALUE(OFFRAMP_MOST_DRAFTS),
     VALUE(OFFRAMP_DEPTHS),
-    VALUE(OFFRAMP_AHEAD),
     SIZE(offramp_error),
     PLACE(offramp_error, message),
     SIZE(offramp_weight),

@@ -105,7 +105,6 @@ enum {
     OFFRAMP_PANEL = 16,        // rows of a weight in panels that are kept together
     OFFRAMP_MOST_DRAFTS = 31,  // drafts of one pass
     OFFRAMP_DEPTHS = 3,        // drafts of an exit in a row, of which `accepted` tells
-    OFFRAMP_AHEAD = 16,        // tokens whose mean regret an answer may spend ahead
     OFFRAMP_MOST_THREADS = 256,
 };
 
@@ -401,12 +400,11 @@ typedef struct {
 //
 // With `token_regret`, full depth need not choose a draft, but only consent to it. The regret of a token is
 // log(p_max / p) in nats, by full depth's probabilities p of all tokens. A draft for token number t of the
-// answer (from 1 on) stands if its regret is at most `token_regret`, and the sum of the answer's regrets with
-// it at most `mean_regret` · (t + OFFRAMP_AHEAD). A draft that was looked up in the text must be full
-// depth's own token, or answers repeat themselves. None stands if full depth's own token ends the text. With
-// 0, a draft stands if it is full depth's own token. With consent, drafts change the answer. So they depend
-// on the text alone: costs are those of a pass without other requests. A request's `prompt` says where its
-// answer begins.
+// answer (from 1 on) stands if its regret is at most `token_regret`, and the mean regret of the answer's first
+// t tokens, with it, at most `mean_regret`. A draft that was looked up in the text must be full depth's own
+// token, or answers repeat themselves. None stands if full depth's own token ends the text. With 0, a draft
+// stands if it is full depth's own token. With consent, drafts change the answer. So they depend on the text
+// alone: costs are those of a pass without other requests. A request's `prompt` says where its answer begins.
 typedef struct {
     const offramp_exit *exits;
     int64_t count;

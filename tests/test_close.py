@@ -14,7 +14,7 @@ from helpers import NEAR, TAILS, costing, modest_exits, some_prompts
 from models import COMPILED, compiled_only, tiny
 from offramp import Engine, Exits, ExitSet, Policy
 from offramp.decode import row_costs
-from offramp.decode.consent import AHEAD, POINTS, Consent
+from offramp.decode.consent import POINTS, Consent
 from offramp.decode.request import Generation, Talk, Token
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile
@@ -35,7 +35,7 @@ def close(family: str, consent: Consent, sampling: Sampling | None = None, seed:
 
 
 def seen(token: Token) -> tuple[object, ...]:
-    return token.id, token.source, token.exit_block, token.rejected, token.regret
+    return token.id, token.source, token.exit_block, token.deep_passes, token.rejected, token.regret
 
 
 @torch.inference_mode()
@@ -62,7 +62,7 @@ def check(family: str, prompt: list[int], answer: Generation, consent: Consent, 
         assert token.source in ("exit", "table") or token.regret == 0  # what repeats the text is full depth's own token
         assert token.id in ends or own not in ends or regret <= NEAR  # full depth's own end of the text stands
         total += token.regret
-        assert total <= consent.regret * (number + AHEAD)
+        assert total <= consent.regret * number
     assert answer.regret == total
 
 

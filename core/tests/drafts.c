@@ -267,8 +267,7 @@ static void regrets_are_bounded(const Tiny *t, const Rules *r, const Text *x, of
         CHECK(own == id || x->decisions[n].source != OFFRAMP_FROM_TEXT,
               "a look-up that full depth did not choose");
         total += regret, consented += own != id;
-        CHECK(regret <= r->rules.token_regret &&
-                  total <= r->rules.mean_regret * (double)(n + 1 + OFFRAMP_AHEAD),
+        CHECK(regret <= r->rules.token_regret && total <= r->rules.mean_regret * (double)(n + 1),
               "token %d: a regret of %g, in all %g", (int)n, regret, total);
     }
     CHECK(total == x->r.regret, "a total of %g, and not %g", x->r.regret, total);

@@ -202,6 +202,7 @@ class Batch:
             talk.sequence = None
         if talk.sequence is not None and talk.sequence.continued_by(ids, self.plan.open_exits):
             talk.sequence.ids, talk.sequence.prompt = [*ids], len(ids)
+            talk.sequence.deep_passes = talk.sequence.rejected = 0  # those of this answer
             talk.sequence.state.reserve(len(ids) + remaining)
         else:
             gated = self.plan.policy.confidence == "gate"

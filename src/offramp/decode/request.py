@@ -36,8 +36,8 @@ class Token:
     model's depth for a token of full depth. `source` says what the token came from, and `drafted` whether it was a draft
     that full depth confirmed. `blocks` counts all blocks that were run for it: those before its exit, the tails of all
     exits that were asked, and blocks that ran for tokens deferred or taken back. `confidence` is that of the exit where it
-    left (None at full depth). `deep_passes` counts the chunks that have gone to the top so far, and `rejected` the drafts
-    that have been rejected so far.
+    left (None at full depth). `deep_passes` counts the answer's chunks that have gone to the top so far, and `rejected` its
+    drafts that have been rejected so far.
     """
 
     id: int

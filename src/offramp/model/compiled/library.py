@@ -22,7 +22,6 @@ from offramp.model.compiled.weights import Stack, Weight
 PANEL = 16  # rows of a weight in panels that are kept together
 MOST_DRAFTS = 31  # of one pass
 DEPTHS = 3  # drafts of an exit in a row, of which training says how many were right
-AHEAD = 16  # tokens whose mean regret an answer may spend ahead
 
 
 class CError(ctypes.Structure):
@@ -223,7 +222,6 @@ def library() -> Any:
         "OFFRAMP_PANEL": PANEL,
         "OFFRAMP_MOST_DRAFTS": MOST_DRAFTS,
         "OFFRAMP_DEPTHS": DEPTHS,
-        "OFFRAMP_AHEAD": AHEAD,
     }
     for name, structure in STRUCTURES.items():
         expected[name] = ctypes.sizeof(structure)

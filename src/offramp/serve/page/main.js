@@ -61,7 +61,7 @@ function showSettings() {
 
 // A point of `close`, and one of `early`, in words.
 function bounds({ share, regret }) {
-  return `tokens at least ${share} times as likely as full depth's own; the first t tokens lose at most ${regret} · (t + 16) nats`;
+  return `each token at least ${share} times as likely as full depth's own; on average at most ${regret} nats lost a token`;
 }
 
 function measured({ loss, flops_saved: saved, passed }) {

@@ -194,3 +194,13 @@ def test_the_integers_of_a_large_weight_are_found_once(kind, own_cache, monkeypa
     kind.of(weight[:256])
     assert found == [512, 512, 256, 256]  # a small one is found each time
     assert len(list(own_cache.glob("formats/*/record.json"))) == 2
+
+
+@pytest.mark.parametrize("kind", [Int8, Int4])
+def test_a_large_weight_needs_no_cache_that_can_be_written(kind, own_cache):
+    torch.manual_seed(0)
+    weight = torch.randn(512, LARGE // 512)
+    wanted = kind(kind.packed(kind.tensors(weight))).dense()
+    own_cache.mkdir()
+    (own_cache / "formats").write_text("in the way")
+    assert torch.equal(kind.of(weight).dense(), wanted)

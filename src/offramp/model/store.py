@@ -28,7 +28,7 @@ from typing import IO, Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
-from offramp.errors import CorruptFile
+from offramp.errors import CorruptFile, OfframpError
 from offramp.files import cache_folder, in_the_cache, put, read_json, sha256_of_text, write_atomically
 from offramp.progress import Progress, silent
 
@@ -225,15 +225,18 @@ class Store:
 def kept(kind: str, of: Tensor, make: Callable[[], Tensors]) -> Tensors:
     """What `make` makes of a tensor, in a format of this name: made once, and then found in the cache by the tensor's hash.
 
-    Raises `OfframpError` where the cache cannot be written.
+    Where the cache cannot be written, it is made each time: a model in a cache that is only read still needs its exits.
     """
     if fcntl is None:
         return make()
     content = hashlib.sha256(of.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
     key = sha256_of_text(f"{LAYOUT} {content} {of.dtype} {list(of.shape)}")[:16]
     store = Store(cache_folder() / "formats" / f"{key}-{kind}")
-    tensors = store.part("weight", lambda get: get("weight", make))
-    store.finish()
+    try:
+        tensors = store.part("weight", lambda get: get("weight", make))
+        store.finish()
+    except (OSError, OfframpError):
+        return make()
     return tensors
 
 

@@ -495,7 +495,8 @@ import sys
 import torch, offramp.model.loading, transformers.models.llama.modeling_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 torch.set_num_threads(1)
-from offramp.machine import peak_memory
+from offramp.machine import peak_memory, spare_memory
+spare_memory()  # as the command line does
 before = peak_memory()
 backbone = offramp.load(sys.argv[1], sys.argv[2]).backbone
 backbone.forward(torch.arange(16)[None])
@@ -518,9 +519,8 @@ def test_loading_takes_little_more_memory_than_the_weights_in_their_format(tmp_p
     model.save_pretrained(tmp_path / "model", max_shard_size="60MB")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     del model
-    moments = 3 * 4 * 4096**2  # those of the widest layer's inputs, while integers are found: larger than its weight
-    for dtype, more in (("int4", moments), ("int4", 0), ("bfloat16", 0)):
+    for dtype in ("int4", "int4", "bfloat16"):
         command = [sys.executable, "-c", PEAK, str(tmp_path / "model"), dtype]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         used, weights = map(int, shown.split())
-        assert used <= 1.15 * weights + 150e6 + more, (dtype, used, weights)
+        assert used <= 1.15 * weights + 150e6, (dtype, used, weights)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
-from offramp.model.compiled.rounding import GROUP, Rowwise, grouped, inputs_of, int8, moments_of
+from offramp.model.compiled.rounding import GROUP, Rowwise, grouped, inputs_of, int8
 
 
 def dense(parts):
@@ -61,8 +61,8 @@ def test_what_is_known_of_the_rows_makes_products_more_exact(kind):
     def error(known):
         return (others @ (dense(kind(weight, known)) - weight).T).square().sum()
 
-    nothing, squares, moments = error(None), error(rows.square().mean(0)), error(moments_of(rows))
-    assert moments < 0.5 * min(nothing, squares)
+    nothing, squares, whole = error(None), error(rows.square().mean(0)), error(rows)
+    assert whole < 0.5 * min(nothing, squares)
     if kind is grouped:
         assert squares < nothing
 
@@ -77,27 +77,25 @@ def test_a_bit_more_halves_the_errors():
 def test_fewer_rows_than_columns_are_enough_to_go_by(tokens):
     weight, rows = random(16, 64), correlated(tokens, 64)
     rows[:, :3] = 0  # columns that the text never used
-    values = dense(grouped(weight, moments_of(rows)))
+    values = dense(grouped(weight, rows))
     assert values.isfinite().all()
     span = weight.unflatten(1, (-1, GROUP)).aminmax(dim=-1)
     assert ((values - weight).abs().unflatten(1, (-1, GROUP)).amax(-1) <= span.max - span.min).all()
 
 
 @pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1", "Q5_0", "Q5_1"])
-@pytest.mark.parametrize("known", [None, "squares", "moments"])
+@pytest.mark.parametrize("known", [None, "squares", "rows"])
 def test_groups_that_lie_on_a_grid_keep_their_values(quantisation, known):
     kind = GGMLQuantizationType[quantisation]
     weight = torch.from_numpy(quants.dequantize(quants.quantize(random(40, 128).numpy(), kind), kind).copy())
     rows = correlated(512, 128)
     weight[:, 32:64] = random(40, 32)  # on no grid, so that later groups could take on its errors
-    values = dense(
-        grouped(weight, {"squares": rows.square().mean(0), "moments": moments_of(rows)}.get(known), int(quantisation[1]))
-    )
+    values = dense(grouped(weight, {"squares": rows.square().mean(0), "rows": rows}.get(known), int(quantisation[1])))
     kept = [column for column in range(128) if not 32 <= column < 64]
     torch.testing.assert_close(values[:, kept], weight[:, kept], rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("known", [None, torch.zeros(64), torch.zeros(64, 64), moments_of(correlated(99, 64))])
+@pytest.mark.parametrize("known", [None, torch.zeros(64), torch.zeros(64, 64), correlated(99, 64)])
 def test_equal_weights_and_zeros_stay_as_they_are(known):
     weight = torch.full((8, 64), 0.3)
     weight[:, 32:] = 0
@@ -118,28 +116,28 @@ def test_rows_of_zeros_count_all_columns_alike():
 def test_weights_that_are_no_numbers_of_float16_do_not_pass_for_others(bad):
     weight, rows = random(8, 96), correlated(256, 96)
     weight[2, 40] = bad
-    values = dense(grouped(weight, moments_of(rows))).unflatten(1, (-1, GROUP))
+    values = dense(grouped(weight, rows)).unflatten(1, (-1, GROUP))
     assert not values[2, 1].isfinite().all()
     values[2, 1] = 0
     assert values.isfinite().all()
 
 
 def test_inputs_that_weights_share_are_made_once():
-    weight, moments = random(), moments_of(correlated(512, 96))
+    weight, rows = random(), correlated(512, 96)
     for kind in (grouped, int8):
-        for a, b in zip(kind(weight, moments), kind(weight, inputs_of(moments)), strict=True):
+        for a, b in zip(kind(weight, rows), kind(weight, inputs_of(rows)), strict=True):
             assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("kind", [grouped, int8])
 def test_a_few_rows_at_a_time_are_rounded_as_all_of_them(kind, monkeypatch):
-    weight, squares, moments = random(), torch.logspace(-3, 3, 96), moments_of(correlated(512, 96))
-    whole, fed = kind(weight, squares), dense(kind(weight, moments))
+    weight, squares, rows = random(), torch.logspace(-3, 3, 96), correlated(512, 96)
+    whole, fed = kind(weight, squares), dense(kind(weight, rows))
     monkeypatch.setattr("offramp.model.compiled.rounding.AT_ONCE", 5 * 96)
     for few, all_of_them in zip(kind(weight, squares), whole, strict=True):
         assert torch.equal(few, all_of_them)
     # A sum in another order may turn a tie, and what takes on its error.
-    assert (dense(kind(weight, moments)) == fed).float().mean() > 0.9
+    assert (dense(kind(weight, rows)) == fed).float().mean() > 0.9
 
 
 def test_parts_have_the_shapes_and_dtypes_that_are_kept():

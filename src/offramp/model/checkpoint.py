@@ -23,7 +23,7 @@ from offramp.errors import CorruptFile
 from offramp.files import cache_folder, read_json
 from offramp.model.headers import DTYPES, Place, read_gguf, read_safetensors, rows_of
 
-PIECE = 1 << 22  # entries of a tensor that are converted at once
+PIECE = 1 << 20  # entries of a tensor that are converted at once
 RECORD = "offramp-source.json"  # a file in the cache folder of a GGUF file's model; it says where the GGUF file is
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EDITION = 2  # version of the fingerprint; raise it when the same weights get another fingerprint

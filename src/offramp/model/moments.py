@@ -6,13 +6,15 @@ more memory than the model, so a block's are found when it is converted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from offramp.model.compiled.rounding import Inputs, inputs_of, moments_of
+from offramp.model.compiled.rounding import Inputs, inputs_of
 from offramp.model.lending import Lender, lent
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.reading import text_ids
@@ -36,16 +38,16 @@ class Moments:
             self._h, self._step = self._runtime.embed(ids, 0)
 
     @torch.inference_mode()
-    def of_block(self, index: int) -> dict[nn.Module, Inputs]:
-        """What each linear layer of a block gets. Blocks are asked for in their order."""
-        found: dict[nn.Module, Inputs] = {}
-        newest: list[tuple[Tensor, Inputs]] = []  # layers that share their input share what is known of it
+    def of_block(self, index: int) -> dict[nn.Module, Callable[[], Inputs]]:
+        """What each linear layer of a block gets: found when it is asked for. Blocks are asked for in their order."""
+        found: dict[nn.Module, Callable[[], Inputs]] = {}
+        newest: list[tuple[Tensor, Callable[[], Inputs]]] = []  # layers that share their input share what is known of it
 
         def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             if not newest or newest[0][0] is not args[0]:
                 rows = args[0].flatten(0, -2).float()
-                whole = rows.shape[1] <= LARGEST
-                newest[:] = [(args[0], inputs_of(moments_of(rows) if whole else rows.square().mean(0)))]
+                known = rows if rows.shape[1] <= LARGEST else rows.square().mean(0)
+                newest[:] = [(args[0], cache(partial(inputs_of, known)))]
             found[layer] = newest[0][1]
 
         with lent(self._backbone, self._lender), self._runtime.exact(), ExitStack() as hooks:

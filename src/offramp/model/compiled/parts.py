@@ -41,7 +41,7 @@ class Maker:
         weight_format: str,
         changed: Changed,
         inputs: Mapping[nn.Module, LayerInput],
-        moments: Callable[[], Mapping[nn.Module, Inputs]],
+        moments: Callable[[], Mapping[nn.Module, Callable[[], Inputs]]],
         norm_offset: float = 0.0,
     ) -> None:
         self._norm_offset = norm_offset
@@ -198,7 +198,7 @@ class Maker:
         """What is known of a layer's inputs. Layers that are stacked share them."""
         moments = self._moments()
         if layer in moments:
-            return moments[layer]
+            return moments[layer]()
         return inputs_of(self._inputs[layer].power) if layer in self._inputs else None
 
     def _bias(self, layers: list[nn.Linear], order: Tensor | None) -> Tensors:

@@ -62,41 +62,47 @@ class Rowwise(NamedTuple):
     scale: Tensor
 
 
-def moments_of(rows: Tensor) -> Tensor:
-    """The mean of x xᵀ over rows x: (T, K) → (K, K) in float32."""
-    rows = rows.float()
-    return (rows.T @ rows).div_(len(rows))
-
-
 def inputs_of(known: Tensor, damping: float = DAMPING) -> Inputs:
-    """`Inputs` of rows' mean squares (K,) or moments (K, K), where T rows or more may have been seen, fewer than K too.
+    """`Inputs` of rows (T, K), of which there may be fewer than K, or of their mean squares (K,).
 
     Moments M + damping are U D Uᵀ with U upper triangular and 1 on its diagonal. The products' error is then
     Σₖ Dₖ (eₖ + Σⱼ Uⱼₖ eⱼ over j < k)², so that column k aims at its weight + Σⱼ Uⱼₖ eⱼ, and Dₖ weights what is left.
     """
-    squares = known if known.dim() == 1 else known.diagonal()
-    floor = FLOOR * squares.median()
-    squares = squares.float() + torch.where(floor > 0, floor, FLOOR * squares.mean())
+    if known.dim() == 1:
+        mean = known.float()
+    else:  # as on M's diagonal
+        mean = torch.cat([(part.T @ part).diagonal() for part in known.float().split(GROUP, 1)]) / len(known)
+    floor = FLOOR * mean.median()
+    squares = mean + torch.where(floor > 0, floor, FLOOR * mean.mean())
     if not squares.any():
-        squares, known = torch.ones_like(squares), torch.ones_like(squares)
+        squares, known = torch.ones_like(squares), squares
     if known.dim() == 1:
         return Inputs(squares, torch.arange(len(squares), device=squares.device))
     order = _order(squares)
-    diagonal = known.diagonal() + (squares * (1 + damping) - known.diagonal())
-    size = diagonal.sqrt()
-    # Of unit diagonal, so that float32 is exact enough whatever the columns' sizes. Last first, for an upper factor. Each
-    # step is done in place, since M may be larger than the weight.
     last = order.flip(0)
-    damped = torch.empty_like(known, dtype=torch.float32)
-    for rows, of_rows in zip(damped.split(GROUP), last.split(GROUP), strict=True):
-        rows.copy_(known[of_rows].index_select(1, last)).div_(size[last]).div_(size[of_rows, None])
-    damped.diagonal().copy_((diagonal / size / size)[last])
-    del known
-    torch.linalg.cholesky(damped, out=damped)
-    upper = damped.flip(0, 1).mul_(size[order, None])
-    del damped
+    diagonal = mean + (squares * (1 + damping) - mean)
+    size = diagonal.sqrt()
+    # Of unit diagonal, so that float32 is exact enough whatever the columns' sizes. Last first, for an upper factor. There
+    # is one matrix of this size, since it may be larger than the weight: a lower factor that Cholesky writes by columns is
+    # an upper one by rows, and in reverse it is a lower one.
+    rows = known[:, last].float()
+    matrix = (rows.T @ rows).div_(len(rows)).div_(size[last, None]).div_(size[last])
+    matrix.diagonal().copy_((diagonal / size / size)[last])
+    torch.linalg.cholesky(matrix.mT, out=matrix.mT)
+    _turn(matrix)
+    upper = matrix.mT.mul_(size[order, None])
     squares[order] = upper.diagonal().square()
     return Inputs(squares, order, upper.div_(upper.diagonal().clone()))
+
+
+def _turn(matrix: Tensor) -> None:
+    """Reverse the rows and the columns of a matrix (K, K) in its place, a few rows at a time."""
+    few, end = GROUP // 2, len(matrix)
+    for start in range(0, end // 2, few):
+        above, below = matrix[start : start + few], matrix[end - start - few : end - start]
+        turned = above.flip(0, 1)
+        above.copy_(below.flip(0, 1))
+        below.copy_(turned)
 
 
 def _order(squares: Tensor) -> Tensor:
@@ -110,7 +116,7 @@ def _order(squares: Tensor) -> Tensor:
 def grouped(weight: Tensor, known: Tensor | Inputs | None = None, bits: int = 4) -> Grouped:
     """A weight (N, K) in integers of a few bits, with a scale and a minimum for every 32 weights of a row.
 
-    `known` of the rows that it meets: mean squares (K,), moments (K, K), or `Inputs`, made once where weights share them. A
+    `known` of the rows that it meets: mean squares (K,), the rows (T, K), or `Inputs`, made once where weights share them. A
     group with a weight that is no number, or beyond float16, has a scale or minimum that is none.
     """
     if weight.shape[1] % GROUP:

@@ -70,7 +70,7 @@ class Compiled:
         store: Store,
         values: Values,
         inputs: Mapping[nn.Module, LayerInput],
-        moments: Callable[[int], Mapping[nn.Module, Inputs]] | None = None,
+        moments: Callable[[int], Mapping[nn.Module, Callable[[], Inputs]]] | None = None,
     ) -> None:
         """`weight_format` is one of `formats.FORMATS`; `inputs`: as a `Maker` takes them, and `moments` of each block.
 

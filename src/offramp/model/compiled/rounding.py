@@ -116,8 +116,8 @@ def _order(squares: Tensor) -> Tensor:
 def grouped(weight: Tensor, known: Tensor | Inputs | None = None, bits: int = 4) -> Grouped:
     """A weight (N, K) in integers of a few bits, with a scale and a minimum for every 32 weights of a row.
 
-    `known` of the rows that it meets: mean squares (K,), the rows (T, K), or `Inputs`, made once where weights share them. A
-    group with a weight that is no number, or beyond float16, has a scale or minimum that is none.
+    `known` of the rows that it meets: mean squares (K,), the rows (T, K), or `Inputs`, made once where weights share them.
+    A group with a weight that is no number, or beyond float16, has a scale or minimum that is none.
     """
     if weight.shape[1] % GROUP:
         raise ValueError(f"rows of {weight.shape[1]} weights cannot be cut into groups of {GROUP}")

@@ -122,6 +122,21 @@ def test_weights_that_are_no_numbers_of_float16_do_not_pass_for_others(bad):
     assert values.isfinite().all()
 
 
+@pytest.mark.parametrize("columns", [33, 40, 64, 96])
+@pytest.mark.parametrize("at_once", [7, 1 << 20])
+def test_inputs_are_the_factors_of_their_moments(columns, at_once, monkeypatch):
+    monkeypatch.setattr("offramp.model.compiled.rounding.AT_ONCE", at_once)
+    rows = torch.randn(500, columns, dtype=torch.float64) * torch.logspace(-1, 1, columns, dtype=torch.float64)
+    found = inputs_of(rows, damping=0.3)
+    assert torch.equal(found.pull, found.pull.triu())
+    made = found.pull.double() @ torch.diag(found.squares[found.order].double()) @ found.pull.double().T
+    wanted = (rows.T @ rows / len(rows))[found.order][:, found.order]
+    own, added = wanted.diagonal(), made.diagonal() - 1.3 * wanted.diagonal()  # the damping, and a floor
+    torch.testing.assert_close(made - torch.diag(made.diagonal()), wanted - torch.diag(own), rtol=0, atol=1e-3)
+    assert (added > 0).all()
+    assert (added < 0.02 * own.median()).all()
+
+
 def test_inputs_that_weights_share_are_made_once():
     weight, rows = random(), correlated(512, 96)
     for kind in (grouped, int8):

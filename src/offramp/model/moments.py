@@ -1,7 +1,7 @@
 """What the linear layers of a model get, block by block, while the library's model reads a short text.
 
 Rounding needs it (`compiled.rounding`): M (K, K), the mean of x xᵀ over a layer's inputs x. All of a model's would take
-more memory than the model, so a block's are found when it is converted.
+more memory than the model. So a block's inputs are kept only while it is converted, and M is made for one layer at a time.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def inputs_of(known: Tensor, damping: float = DAMPING) -> Inputs:
     """
     if known.dim() == 1:
         mean = known.float()
-    else:  # as on M's diagonal
+    else:  # M's diagonal, summed as M is below
         mean = torch.cat([(part.T @ part).diagonal() for part in known.float().split(GROUP, 1)]) / len(known)
     floor = FLOOR * mean.median()
     squares = mean + torch.where(floor > 0, floor, FLOOR * mean.mean())
@@ -80,7 +80,7 @@ def inputs_of(known: Tensor, damping: float = DAMPING) -> Inputs:
         return Inputs(squares, torch.arange(len(squares), device=squares.device))
     order = _order(squares)
     last = order.flip(0)
-    diagonal = mean + (squares * (1 + damping) - mean)
+    diagonal = mean + (squares * (1 + damping) - mean)  # M's, and what is added: in this order, for the same bits as ever
     size = diagonal.sqrt()
     # Of unit diagonal, so that float32 is exact enough whatever the columns' sizes. Last first, for an upper factor. There
     # is one matrix of this size, since it may be larger than the weight: a lower factor that Cholesky writes by columns is
@@ -96,13 +96,14 @@ def inputs_of(known: Tensor, damping: float = DAMPING) -> Inputs:
 
 
 def _turn(matrix: Tensor) -> None:
-    """Reverse the rows and the columns of a matrix (K, K) in its place, a few rows at a time."""
-    few, end = GROUP // 2, len(matrix)
-    for start in range(0, end // 2, few):
-        above, below = matrix[start : start + few], matrix[end - start - few : end - start]
-        turned = above.flip(0, 1)
-        above.copy_(below.flip(0, 1))
-        below.copy_(turned)
+    """Reverse the rows and the columns of a matrix (K, K) in its place: the order of all its entries in memory."""
+    flat, half = matrix.view(-1), matrix.numel() // 2
+    for start in range(0, half, AT_ONCE):
+        stop = min(start + AT_ONCE, half)
+        front, back = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
+        turned = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(turned)
 
 
 def _order(squares: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def calibrate(
     config: CalibrationConfig,
     as_json: Json = False,
 ) -> None:
-    """Let answers differ by at most RISK on average, with probability 1 − DELTA: early's thresholds, or close's points."""
+    """Set early's thresholds so that answers lose at most RISK on average, with probability 1 − DELTA; or test close's."""
     from offramp.cli.terminal import calibration_table, close_table
     from offramp.exits.calibrated import Calibration, CloseCalibration
     from offramp.exits.exit_set import no_exits

@@ -59,7 +59,7 @@ MODES = {
             "close",
             f"full depth's own tokens, or others that it finds at least {POINTS[0].share:g} times as likely (close:2: "
             f"{POINTS[1].share:g} times), within a bound for each answer",
-            "more time",
+            "time, mostly more than exact",
         ),
         Mode(
             "early",

@@ -75,7 +75,7 @@ def calibrate(
     config: CalibrationConfig,
     as_json: Json = False,
 ) -> None:
-    """Set early's thresholds so that answers lose at most RISK on average, with probability 1 − DELTA; or test close's."""
+    """Set early's thresholds: answers lose at most RISK on average, with probability 1 − DELTA. Or test close's points."""
     from offramp.cli.terminal import calibration_table, close_table
     from offramp.exits.calibrated import Calibration, CloseCalibration
     from offramp.exits.exit_set import no_exits

@@ -18,6 +18,7 @@ Buffers buffers_for(const offramp_model *model, int64_t rows, int64_t end, Arena
             const Mixer *m = &b->mixer;
             x = larger(x, m->inner), widest = larger(widest, m->inner), in = larger(in, m->in.rows);
             conv = larger(conv, m->channels), low = larger(low, mixer_low(m));
+            if (m->kind == MAMBA) widest = larger(widest, m->steps.columns);
         }
         if (!b->has_mlp) continue;
         inner = larger(inner, b->mlp.gate_up.rows), widest = larger(widest, b->mlp.down.columns);

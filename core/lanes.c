@@ -38,6 +38,11 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
         NEED(length >= least && length <= r->run,
              "Block %lld has taken in %lld tokens, but the text has %lld.", (long long)i, (long long)length,
              (long long)r->run);
+        // A mixer beside an attention has a length of its own.
+        const int64_t mixed = session->blocks[i].mixed.length;
+        NEED(!model->blocks[i].mixes || (mixed <= r->run && (!plan->waits || mixed >= least)),
+             "The mixer of block %lld has taken in %lld tokens, but the text has %lld.", (long long)i,
+             (long long)mixed, (long long)r->run);
     }
     return OFFRAMP_OK;
 }

@@ -160,27 +160,42 @@ static void give_number(const Loading *l, offramp_part *part, const char *name, 
     offramp_part_number(part, name, value, l->error);
 }
 
-static void give_norm(const Loading *l, offramp_part *part, const char *name) {
-    give(l, part, "norm", vector_of(of_block(l, name, "weight"), l->hidden), l->hidden);
+// The norm before a part; 0 if the file has none.
+static int give_norm(const Loading *l, offramp_part *part, const char *name) {
+    const float *norm = vector_of(of_block(l, name, "weight"), l->hidden);
+    give(l, part, "norm", norm, l->hidden);
     give_number(l, part, "eps", l->eps);
+    return norm != NULL;
+}
+
+// Refuses a block with tensors that are not read here, as it would compute something else without them.
+static int refused(const Loading *l, const char *const *names, int count, const char *what) {
+    int found = 0;
+    for (int i = 0; i < count && !found; i++)
+        if (of_block(l, names[i], what)) {
+            fail(l->error, OFFRAMP_INVALID, "Block %lld has a tensor %s.%s that this program does not read.",
+                 (long long)l->block, names[i], what);
+            found = 1;
+        }
+    return found;
 }
 
 // Norms of queries and keys over each head, where the file has some.
-static void give_head_norms(Loading *l, offramp_part *part) {
+static int give_head_norms(Loading *l, offramp_part *part) {
     static const char *const names[][2] = {{"attn_q_norm", "q_norm"}, {"attn_k_norm", "k_norm"}};
     const int64_t *order = order_of(l, 1);
     for (int i = 0; i < 2; i++) {
         const float *norm = vector_of(of_block(l, names[i][0], "weight"), l->dim);
-        if (!norm) return;
+        if (!norm) return !refused(l, (const char *const[]){names[0][0], names[1][0]}, 2, "weight");
         give(l, part, names[i][1], in_order(l, norm, order, l->dim), l->dim);
     }
     give_number(l, part, "norm_heads", 1), give_number(l, part, "head_eps", l->eps);
+    return 1;
 }
 
 static offramp_part *attention_of(Loading *l) {
     static const char *const names[] = {"attn_q", "attn_k", "attn_v"};
     const int64_t P = l->dim, rows[] = {l->queries * P, l->heads * P, l->heads * P};
-    const int64_t *const orders[] = {order_of(l, l->queries), order_of(l, l->heads), NULL};
     const Tensor *tensors[3];
     const float *biases[3];
     offramp_weight qkv, o;
@@ -188,7 +203,11 @@ static offramp_part *attention_of(Loading *l) {
         tensors[i] = of_block(l, names[i], "weight");
         if (!tensors[i] || tensors[i]->shape[1] != rows[i])
             return missing(l, "attn_q, attn_k and attn_v"), NULL;
+    }
+    const int64_t *const orders[] = {order_of(l, l->queries), order_of(l, l->heads), NULL};
+    for (int i = 0; i < 3; i++) {
         biases[i] = in_order(l, vector_of(of_block(l, names[i], "bias"), rows[i]), orders[i], rows[i]);
+        if (!biases[i] && refused(l, names + i, 1, "bias")) return NULL;
     }
     offramp_part *part = keep_part(l->file, "attention", l->error);
     if (!part) return NULL;
@@ -196,7 +215,8 @@ static offramp_part *attention_of(Loading *l) {
         !weight_of(l, of_block(l, "attn_output", "weight"), &o))
         return missing(l, "attn_q, attn_k, attn_v and attn_output"), NULL;
     give_weight(l, part, "qkv", qkv), give_weight(l, part, "o", o);
-    give_norm(l, part, "attn_norm"), give_head_norms(l, part);
+    if (!give_norm(l, part, "attn_norm")) return missing(l, "attn_norm"), NULL;
+    if (!give_head_norms(l, part) || refused(l, (const char *const[]){"attn_output"}, 1, "bias")) return NULL;
     give_number(l, part, "heads", (double)l->heads), give_number(l, part, "dim", (double)P);
     give_number(l, part, "rotary", 1), give_number(l, part, "scale", 1 / sqrt((double)P));
     return part;
@@ -212,7 +232,8 @@ static offramp_part *mlp_of(Loading *l) {
         !weight_of(l, of_block(l, "ffn_down", "weight"), &down))
         return missing(l, "ffn_gate, ffn_up and ffn_down"), NULL;
     give_weight(l, part, "gate_up", gate_up), give_weight(l, part, "down", down);
-    give_norm(l, part, "ffn_norm");
+    if (!give_norm(l, part, "ffn_norm")) return missing(l, "ffn_norm"), NULL;
+    if (refused(l, (const char *const[]){"ffn_gate", "ffn_up", "ffn_down"}, 3, "bias")) return NULL;
     give_number(l, part, "activation", OFFRAMP_SILU);
     return part;
 }

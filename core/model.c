@@ -180,12 +180,16 @@ offramp_status check_shortlist(const offramp_part *part, int64_t D, int64_t V, o
     return OFFRAMP_OK;
 }
 
+enum { MOST_CONTEXT = 64 };  // tokens that an n-gram has at most; each draft looks for all lengths
+
 offramp_status check_guesses(const offramp_part *part, int64_t V, offramp_error *error) {
     if (check_kind(part, "guesses", error)) return OFFRAMP_INVALID;
     const Guesses *g = &part->guesses;
     const int64_t slots = g->keys.count;
     const uint32_t *keys = g->keys.values, *values = g->values.values;
     int64_t empty = 0;
+    NEED(g->longest <= MOST_CONTEXT, "A table of n-grams may look at %d tokens, and not at %lld.",
+         MOST_CONTEXT, (long long)g->longest);
     NEED(slots == g->values.count && !(slots & (slots - 1)) && g->shortest,
          "A table of n-grams needs a power of two slots, and some empty ones.");
     for (int64_t i = 0; i < slots; i++) {

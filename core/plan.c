@@ -1,5 +1,6 @@
 #include "plan.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 enum { MOST_PENDING = 64 };  // the most tokens that wait; windows keep as many spare positions
@@ -84,6 +85,8 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
     NEED(rules->alike >= 0 && rules->decay >= 0, "A number of tokens is 0 or more.");
     for (int64_t n = 0; n < OFFRAMP_DEPTHS; n++)
         NEED(rules->accepted[n] >= 0 && rules->accepted[n] <= 1, "A share of drafts is 0 to 1.");
+    for (int64_t n = 0; n <= OFFRAMP_MOST_DRAFTS; n++)
+        NEED(rules->row_costs[n] >= 0 && isfinite(rules->row_costs[n]), "The cost of a row is 0 or more.");
     NEED(rules->token_regret >= 0 && rules->mean_regret >= 0, "A regret is 0 or more.");
     NEED(!rules->token_regret || (rules->fill == OFFRAMP_VERIFY && !rules->sketch),
          "Full depth consents to drafts, by its whole head.");

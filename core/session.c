@@ -7,7 +7,6 @@
 enum {
     SPARE = 64,     // tokens beyond a window that can still be forgotten
     AT_ONCE = 256,  // room for new tokens before a window slides
-    UNIT = 8,       // positions that are read at once
 };
 
 static const Block *block_of(const offramp_session *s, int64_t i) { return s->model->blocks + i; }
@@ -226,8 +225,9 @@ int64_t offramp_session_bytes_for(const offramp_session *s, int64_t tokens) {
 static void slide(const offramp_session *s, int64_t i, int64_t first, int64_t end) {
     const Attention *a = &block_of(s, i)->attention;
     Keys *k = &s->blocks[i].keys;
+    // Tokens that wait are not in this block yet.
     const int64_t size = place_bytes(s, a), start = (first - a->window - SPARE) / UNIT * UNIT,
-                  kept = first - start;
+                  kept = min_(k->length, first) - start;
     if (!k->buffer || end - k->base <= k->capacity || start <= k->base) return;
     memmove(k->buffer, k->buffer + (start - k->base) * size, kept * size);
     k->base = start;

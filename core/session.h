@@ -5,6 +5,8 @@
 #include "drafts.h"
 #include "model.h"
 
+enum { UNIT = 8 };  // positions of keys and values that are read at once; a window drops as many
+
 // Keys and values of one block for positions from `base` on, (capacity, 2H, P) in float32 or bfloat16. If a
 // token sees only a window, little more than the window is kept.
 typedef struct {

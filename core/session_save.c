@@ -28,8 +28,11 @@ static void pass_keys(Passage *p, offramp_session *s, int64_t i) {
     const int64_t each = place_bytes(s, &s->model->blocks[i].attention);
     pass_number(p, &k->base), pass_number(p, &k->length);
     if (p->loads && !p->bad) {
-        const int64_t count = k->length - k->base, left = p->room - p->used;
-        p->bad = k->base < 0 || count < 0 || k->length > INT32_MAX || count > left / each;
+        // Only a window lets a block forget its first tokens, UNIT at a time.
+        const int forgets = s->model->blocks[i].attention.window > 0 && k->base % UNIT == 0;
+        p->bad = k->base < 0 || (k->base && !forgets) || k->length < k->base || k->length > INT32_MAX;
+        const int64_t count = p->bad ? 0 : k->length - k->base;
+        p->bad |= count > (p->room - p->used) / each;
         k->capacity = p->bad ? 0 : count;
         k->buffer = p->bad || !count ? NULL : malloc(count * each);
         p->bad |= (count && !k->buffer) || (!p->bad && !can_crop_keys(s, i, k->length));
@@ -67,8 +70,11 @@ static void pass_gates(Passage *p, offramp_session *s, const offramp_plan *plan)
         return;
     }
     p->bad |= p->loads && (bytes != own || exits->run < 0 || exits->run > INT32_MAX);
-    for (int64_t e = 0; e < exits->count && !p->bad; e++)
-        if (exits->shapes[e]) pass_mixed(p, exits->shapes[e], exits->gates + e);
+    for (int64_t e = 0; e < exits->count && !p->bad; e++) {
+        if (!exits->shapes[e]) continue;
+        pass_mixed(p, exits->shapes[e], exits->gates + e);
+        p->bad |= exits->gates[e].length > exits->run;
+    }
 }
 
 static void pass_session(Passage *p, offramp_session *s, const offramp_plan *plan) {

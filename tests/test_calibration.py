@@ -292,6 +292,19 @@ def test_exits_keep_a_calibration_for_each_format_of_weights(tmp_path) -> None:
         Exits.load(tmp_path, backbone)
 
 
+def test_a_promise_is_for_weights_whatever_their_name() -> None:
+    backbone, exits = tiny(LLAMA), exits_for(LLAMA)
+    calibrate(backbone, exits, questions(40), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4))
+    own = exits.calibration
+    exits.owner = replace(exits.owner, name="another/name", vocabulary="")
+    exits.promise({**own, "weights": "int8"}, backbone)
+    assert (exits.calibration["weights"], [*exits.elsewhere]) == ("int8", ["float32"])
+    exits.owner = replace(exits.owner, fingerprint="of other weights")
+    exits.promise(own, backbone)
+    assert (exits.calibration, exits.elsewhere) == (own, {})
+    assert exits.owner.owns_weights_of(backbone)
+
+
 def test_longer_answers_than_the_calibrated_ones_warn() -> None:
     backbone, exits = tiny(LLAMA), exits_for(LLAMA)
     calibrate(backbone, exits, questions(40), CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4))

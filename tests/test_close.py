@@ -243,6 +243,14 @@ def test_a_bound_is_the_lowest_risk_that_passes() -> None:
         assert test.loss < (test.bound or 0) < 0.5
 
 
+def test_a_calibration_with_drafts_of_other_weights_is_of_the_weights_that_were_tested() -> None:
+    exits = modest_exits("llama", 0, "linear", "linear", TAILS)
+    exits.owner = replace(exits.owner, fingerprint="of other weights")
+    calibrated(exits)
+    assert exits.owner.owns_weights_of(tiny("llama"))
+    assert not exits.elsewhere
+
+
 def test_a_calibration_of_close_is_kept_for_each_format(tmp_path) -> None:
     exits, record = calibrated()
     costs = [{**asdict(test), "rows": (0.25,) * 32} for test in record.tested]

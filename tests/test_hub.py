@@ -96,6 +96,29 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_copy_of_a_repository_without_a_tokenizer_is_completed(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    folder, asked = saved(tiny("llama"), tmp_path / "copy"), []
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+    def download(_: str, *, local_files_only: bool, **__: object) -> str:
+        asked.append(local_files_only)
+        if not local_files_only:
+            (folder / "tokenizer.json").write_text("{}")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve("org/name").path == str(folder)
+    assert asked == [True, False]
+    assert resolve("org/name").path == str(folder)
+    assert asked == [True, False, True]
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert resolve("org/name").path == str(folder)
+    assert asked == [True, False, True, True]
+
+
 @pytest.fixture
 def bare(own_cache, monkeypatch):
     """A machine without the wheel: it is not installed and not cached, and the test replaces pip."""

@@ -95,7 +95,7 @@ def test_c_leaves_the_logits_and_says_when_there_is_no_token() -> None:
 def test_c_chooses_among_what_a_schema_allows(sampling: Sampling) -> None:
     schema = {"enum": ["left", "right", "lever", 12]}
     backbone, choose = tiny("llama/compiled"), runtime().choose
-    grammar, ids, logits = Grammar(backbone.tokenizer, schema, 2, sampling.chooser()), [7, 7], torch.randn(12, VOCAB)
+    grammar, ids, logits = Grammar(backbone, schema, 2, sampling.chooser()), [7, 7], torch.randn(12, VOCAB)
     assert grammar.choose == sampling.chooser()
     for row in logits[:8]:
         chosen = grammar(row, ids)

@@ -412,6 +412,17 @@ def job(served: Served, tell: Any, tokens: int = 300) -> Job:
     return Job(served.engine, ids, {"max_tokens": tokens, "end_ids": frozenset()}, Sampling().chooser(), tell)
 
 
+def test_an_answer_that_nobody_reads_keeps_none_of_the_models_memory() -> None:
+    with serving(cache=0) as served:
+        told = threading.Event()
+        done = job(served, lambda token: told.set() if token is None else None, tokens=5)
+        served.scheduler.submit(done)
+        assert told.wait(10)
+        assert done.made is not None
+        assert (done.outcome, len(done.made.tokens)) == ("length", 5)
+        assert done.talk is done.request is None
+
+
 def test_too_many_requests_are_refused_and_cancelled_ones_make_room() -> None:
     with serving(rows=1, waiting=1) as served:
         held = threading.Event()

@@ -19,16 +19,16 @@ from openai.types import completion_create_params as of_completions
 from openai.types.chat import completion_create_params as of_chats
 
 from helpers import exits_for, modest_exits, run_cli, some_prompts
-from models import BLOCKS, tiny
+from models import BLOCKS, compiled_only, tiny
 from offramp import Engine, Policy
-from offramp.decode.request import Talk
+from offramp.decode.request import Prefilled, Talk
 from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import Sequence
 from offramp.errors import BadNumbers, NothingFits
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.session import Session
 from offramp.serve import scheduler as of_scheduler
-from offramp.serve.answers import Rules
+from offramp.serve.answers import Recorder, Rules
 from offramp.serve.api import Stream
 from offramp.serve.cache import PromptCache
 from offramp.serve.grammar import Grammar
@@ -236,9 +236,7 @@ def test_a_schema_holds_where_a_sketch_names_few_tokens(
     engine = Engine(backbone, exits, policy, fill)
     batch, prompts = engine.batch(), some_prompts(2, seed=3)
     requests = [
-        batch.add(
-            prompt, choose=Grammar(backbone.tokenizer, SCHEMA, len(prompt), Sampling(1.0, seed=3).chooser()), max_tokens=20
-        )
+        batch.add(prompt, choose=Grammar(backbone, SCHEMA, len(prompt), Sampling(1.0, seed=3).chooser()), max_tokens=20)
         for prompt in prompts
     ]
     list(batch.run())
@@ -247,8 +245,17 @@ def test_a_schema_holds_where_a_sketch_names_few_tokens(
         assert request.finish_reason == "stop"
 
 
+def test_any_of_the_models_ends_may_end_an_answer_in_json(monkeypatch) -> None:
+    backbone, schema = tiny("llama"), {"type": "integer"}
+    monkeypatch.setattr(type(backbone), "stop_ids", frozenset({7, 8, 10**6}))
+    grammar = Grammar(backbone, schema, 0, Sampling().chooser())
+    number = backbone.prompts.encode("4", raw=True)[-1:]
+    words = grammar.allowed(number)
+    assert [bool(words[id // 32] >> id % 32 & 1) for id in (7, 8)] == [True, True]
+
+
 def test_where_nothing_fits_the_request_ends_with_an_error(served: Served, monkeypatch) -> None:
-    grammar = Grammar(served.backbone.tokenizer, SCHEMA, 0, Sampling().chooser())
+    grammar = Grammar(served.backbone, SCHEMA, 0, Sampling().chooser())
     with pytest.raises(NothingFits):
         grammar(torch.full((260,), -torch.inf), [])
     form = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}
@@ -411,6 +418,21 @@ def test_a_cache_counts_all_that_it_keeps_and_copies_nothing_that_it_cannot(monk
         small = PromptCache(most)
         small.keep(engine, talk)
         assert len(small) == small.bytes == 0
+
+
+@compiled_only
+def test_a_text_is_found_again_by_a_stepper_that_can_go_on_with_it() -> None:
+    engine = Engine(tiny("llama/compiled"), modest_exits("llama", 0, "ffn", "linear"), Policy((0.4,) * 3), "defer")
+    cache, ids, plain = PromptCache(1 << 30), some_prompts(1)[0] * 9, Sampling().chooser()
+    ways = plain, Recorder(plain, 2)
+    for choose in ways:
+        assert cache.talk(engine, ids, choose)[1] == 0
+        batch, talk = engine.batch(), Talk()
+        batch.add(ids, talk, choose, max_tokens=1)
+        next(event for event in batch.run() if isinstance(event, Prefilled))
+        cache.keep(engine, talk)
+    assert [cache.talk(engine, ids, choose)[1] for choose in ways] == [len(ids) - 1] * 2
+    assert len(cache) == 2
 
 
 # OpenAI's parameters

@@ -405,6 +405,25 @@ static void damaged_files_are_refused(const char *bytes, int64_t length, int64_t
     CHECK(opened && opened < tries, "%d of %d files opened", opened, tries);
 }
 
+// A model computes something else without a norm, or without a tensor that nobody reads.
+static void no_tensor_is_left_out(const char *bytes, int64_t length) {
+    static const char *const names[][2] = {{"blk.1.attn_norm.weight", "blk.1.attn_none.weight"},
+                                           {"blk.0.ffn_norm.weight", "blk.0.ffn_none.weight"},
+                                           {"blk.1.attn_q.bias", "blk.1.ffn_up.bias"},
+                                           {"blk.1.ffn_gate.weight", "blk.1.attn_q_n.weight"}};
+    for (int i = 0; i < 4; i++) {
+        const int64_t size = (int64_t)strlen(names[i][0]);
+        char *copy = memory(length);
+        memcpy(copy, bytes, length);
+        int64_t at = 0;
+        while (at < length - size && memcmp(copy + at, names[i][0], size)) at++;
+        CHECK(at < length - size && (int64_t)strlen(names[i][1]) == size, "there is no %s", names[i][0]);
+        memcpy(copy + at, names[i][1], size);
+        write_bytes("files-other.gguf", copy, length);
+        NOT_MADE(offramp_file_new("files-other.gguf", NULL, NULL, &said));
+    }
+}
+
 int main(void) {
     int64_t length, exits_length, others_length, parts_length;
     const char *model = model_file(&length), *exits = exits_file("abc", &exits_length),
@@ -413,6 +432,7 @@ int main(void) {
     write_bytes("files-others.gguf", others, others_length);
     write_bytes("files-parts.gguf", parts, parts_length);
     answers_are_full_depths(), parts_are_a_model();
+    no_tensor_is_left_out(model, length);
     damaged_files_are_refused(model, length, 7000, 600);
     damaged_files_are_refused(exits, exits_length, exits_length, 600);
     damaged_files_are_refused(parts, parts_length, 3000, 600);

@@ -98,7 +98,9 @@ static inline int64_t state_of(const Shape *s, int mixes) {
 // A Mamba mixer, with norms inside if there are some of queries and keys; or a convolution.
 static inline offramp_part *other_mixer_part(const Shape *s, Layer *l, int mixes) {
     offramp_part *part = new_part(mixes == 'p' ? "mamba" : "convolution");
-    const int64_t E = inner_of(s), N = s->states, L = 6;
+    // A rank above all other sizes has room for its rows, too.
+    const int wide = s->type == OFFRAMP_INT8;
+    const int64_t E = inner_of(s), N = s->states, L = wide ? 640 : 6;
     l->in = weight_of(s->type, s->fine, (mixes == 'p' ? 2 : 3) * E, s->hidden, s->bias);
     l->out = weight_of(s->type, s->fine, s->hidden, E, 0);
     l->norm = randoms(s->hidden, 0.5f, 1.5f), l->conv = randoms(s->taps * E, -0.7f, 0.7f);
@@ -107,7 +109,8 @@ static inline offramp_part *other_mixer_part(const Shape *s, Layer *l, int mixes
     give_floats(part, "norm", l->norm, s->hidden), give_floats(part, "conv", l->conv, s->taps * E);
     give_floats(part, "conv_bias", l->conv_bias, E);
     if (mixes == 'q') return part;
-    l->low = weight_of(s->type, s->fine, L + 2 * N, E, 0), l->steps = weight_of(OFFRAMP_FLOAT32, 0, E, L, 1);
+    l->low = weight_of(s->type, s->fine, L + 2 * N, E, 0),
+    l->steps = weight_of(wide ? s->type : OFFRAMP_FLOAT32, s->fine, E, L, 1);
     l->decay = randoms(E * N, -2, -0.1f), l->skip = randoms(E, -1, 1);
     give(part, "low", &l->low), give(part, "steps", &l->steps), give_number(part, "states", N);
     give_floats(part, "decay", l->decay, E * N), give_floats(part, "skip", l->skip, E);

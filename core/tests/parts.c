@@ -267,7 +267,9 @@ static void short_lists_and_tables_must_fit(void) {
     WORKS(offramp_part_array(table, "keys", OFFRAMP_UINT32, keys, 8, &said));
     WORKS(offramp_part_array(table, "values", OFFRAMP_UINT32, values, 8, &said));
     REFUSED(offramp_model_fits(t.model, table, &said));  // without a shortest context
-    give_number(table, "shortest", 2), give_number(table, "longest", 4);
+    give_number(table, "shortest", 2), give_number(table, "longest", 65);
+    REFUSED(offramp_model_fits(t.model, table, &said));
+    give_number(table, "longest", 4);
     WORKS(offramp_model_fits(t.model, table, &said));
     keys[7] = 8;
     REFUSED(offramp_model_fits(t.model, table, &said));  // no slot is empty

@@ -46,6 +46,9 @@ static void wrong_rules_are_refused(void) {
     WRONG(r.rules.alike = -1);
     WRONG(r.rules.decay = -1);
     WRONG(r.rules.decay = NAN);
+    WRONG(r.rules.row_costs[0] = NAN);
+    WRONG(r.rules.row_costs[5] = -0.1);
+    WRONG(r.rules.row_costs[OFFRAMP_MOST_DRAFTS] = INFINITY);
     WRONG(r.rules.middle = -1);
     WRONG(r.rules.middle = 1);
     WRONG(r.rules.middle = 4);

@@ -151,11 +151,63 @@ static void frozen_texts_do_not_wait(void) {
     offramp_model_free(t.model);
 }
 
+// Where a window slides in a fork, tokens that wait are not in the deeper block yet.
+static void forks_slide_while_tokens_wait(void) {
+    Shape shape = SMALL;
+    shape.blocks = "aa", shape.window = 32;
+    const Tiny t = tiny(shape);
+    const int64_t ids[] = {3, 1, 4, 1, 5};
+    Rules rules;
+    open_exit(&rules, 2, 1, 0, OFFRAMP_DEFER);
+    rules.rules.pending = 20;
+    offramp_plan *plan = plan_of(&t, &rules);
+    for (int64_t most = 90; most < 130; most += 6) {
+        Text *x = text_of(&t, OFFRAMP_BFLOAT16, ids, 5), *fork;
+        step_all(plan, &x, 1, most, 3);
+        fork = fork_of(x);
+        step_all(plan, &fork, 1, 180, 3), step_all(plan, &x, 1, 180, 3);
+        are_alike(&t, fork, x, 0, "a fork whose window slides");
+        offramp_session_free(x->r.session), offramp_session_free(fork->r.session);
+    }
+    offramp_plan_free(plan), free_parts(&rules);
+    offramp_model_free(t.model);
+}
+
+// A mixer beside an attention has a length of its own: bytes in which it does not fit the text are of no use.
+static void mixers_have_lengths(void) {
+    Shape shape = SMALL;
+    shape.blocks = "s";
+    const Tiny t = tiny(shape);
+    const int64_t ids[] = {3, 1, 4, 1, 5}, header = 4, keys = 2 + 5 * 2 * 2 * 8 / 2;
+    Rules rules;
+    begin_rules(&rules, 1);
+    rules.rules.fill = OFFRAMP_VERIFY;
+    offramp_plan *plan = plan_of(&t, &rules);
+    Text *x = text_of(&t, OFFRAMP_FLOAT32, ids, 5);
+    step_all(plan, &x, 1, 1, 1);
+    const int64_t count = offramp_session_save(x->r.session, NULL, 0);
+    int64_t *bytes = memory(count), *length = bytes + header + keys;
+    CHECK(offramp_session_save(x->r.session, bytes, count) == count && *length == 5, "%d", (int)*length);
+    x->r.reads = 0, x->r.most = 1;
+    for (int64_t wrong = 0; wrong <= 1000; wrong += 4) {
+        *length = wrong;
+        offramp_session_free(x->r.session);
+        x->r.session = offramp_session_load(t.model, plan, OFFRAMP_FLOAT32, bytes, count, &said);
+        MADE(x->r.session);
+        offramp_request *request = &x->r;
+        REFUSED(offramp_step(plan, &request, 1, 1, NULL, &said));
+    }
+    offramp_session_free(x->r.session), offramp_plan_free(plan), free_parts(&rules);
+    offramp_model_free(t.model);
+}
+
 int main(void) {
     all_forks_go_on_alike(60);
     CHECK(bytes_came_back > 50, "%d sessions came back", bytes_came_back);
     so_many_wait();
     other_plans_wait();
     frozen_texts_do_not_wait();
+    forks_slide_while_tokens_wait();
+    mixers_have_lengths();
     return 0;
 }

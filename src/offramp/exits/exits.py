@@ -155,6 +155,12 @@ class Exits:
         if "policy" in calibration:  # that of `close` has points, and no policy
             self.policy = Policy.from_json(calibration["policy"])
 
+    def promise(self, calibration: dict[str, Any], backbone: Backbone) -> None:
+        """Use a calibration that was made with this model. What was promised for other weights is forgotten."""
+        if not self.owner.owns_weights_of(backbone):
+            self.owner, self.calibration, self.elsewhere = Owner.of(backbone), {}, {}
+        self.use(calibration)
+
     def _take(self, file: Path, tensors: dict[str, Tensor], backbone: Backbone) -> None:
         """Take the weights and tables that a file held."""
         try:

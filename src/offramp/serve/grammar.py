@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offramp.decode.sampling import Choose
 from offramp.errors import BadInput, NothingFits
+from offramp.model.backbone import Backbone
 
 
 class Grammar:
@@ -23,12 +24,12 @@ class Grammar:
 
     reads_all = True  # what fits may be unlikely
 
-    def __init__(self, tokenizer: Any, schema: dict[str, Any], prompt: int, choose: Choose) -> None:
+    def __init__(self, backbone: Backbone, schema: dict[str, Any], prompt: int, choose: Choose) -> None:
         """`prompt`: the number of the prompt's ids. Raises `BadInput` for an invalid schema."""
         from llguidance import LLMatcher
 
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-        self._matcher, self._prompt = LLMatcher(_tokens_of(tokenizer), grammar), prompt
+        self._matcher, self._prompt = LLMatcher(_tokens_of(backbone.tokenizer, backbone.stop_ids), grammar), prompt
         self.choose = choose  # among the tokens that fit
         self._taken: list[int] = []
         if self._matcher.is_error():
@@ -63,7 +64,8 @@ class Grammar:
 
 
 @cache
-def _tokens_of(tokenizer: Any) -> Any:
+def _tokens_of(tokenizer: Any, ends: frozenset[int]) -> Any:
+    """The tokenizer as `llguidance` has it. Each of `ends` may end an answer: a chat's end is often not the text's."""
     import llguidance.hf
 
-    return llguidance.hf.from_tokenizer(tokenizer)
+    return llguidance.hf.from_tokenizer(tokenizer, eos_token=sorted(id for id in ends if id < len(tokenizer)) or None)

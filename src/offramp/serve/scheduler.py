@@ -16,7 +16,7 @@ from typing import Literal
 
 from offramp.decode.batch import Batch
 from offramp.decode.engine import Engine
-from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Reading, Request, Talk, Token
+from offramp.decode.request import Decided, Event, Finished, Generation, Limits, Prefilled, Reading, Request, Talk, Token
 from offramp.decode.sampling import Choose
 from offramp.errors import BadInput, BadNumbers, OfframpError
 from offramp.serve.cache import PromptCache
@@ -54,7 +54,7 @@ class Job:
 
     The scheduler fills in: `cached`, the number of the prompt's ids that were in the prompt cache; the times when the
     request came, when its prompt had been read, and when it ended, in seconds of `time.monotonic`; the error that ended it;
-    the engine's request.
+    its talk and the engine's request while it runs, as they hold its memory; after that, the answer that was `made`.
     """
 
     engine: Engine
@@ -74,12 +74,14 @@ class Job:
     error: Exception | None = None
     talk: Talk | None = None
     request: Request | None = None
+    made: Generation | None = None
 
     @property
     def outcome(self) -> Outcome:
         """Why the job ended, in vLLM's words. One that still runs, or that was cancelled, is given up."""
-        reason = self.request.finish_reason if self.request else None
-        return "error" if self.error else reason if reason == "stop" or reason == "length" else "abort"
+        if self.error:
+            return "error"
+        return "abort" if self.made is None else "length" if self.made.finish_reason == "length" else "stop"
 
     @property
     def all(self) -> list[Job]:
@@ -238,7 +240,7 @@ class Scheduler:
             self._end(job, None)
             return
         try:
-            talk, job.cached = self.cache.talk(job.engine, job.ids)
+            talk, job.cached = self.cache.talk(job.engine, job.ids, job.choose)
             batch = self._batches.setdefault(job.engine, Batch(job.engine))
             request = batch.add(job.ids, talk, job.choose, **job.limits)
         except Exception as error:  # whatever it is, it is this job's own
@@ -300,11 +302,15 @@ class Scheduler:
     def _end(self, job: Job, error: BaseException | None) -> None:
         if job.state == "done":
             return
+        request, ended = job.request, time.monotonic()
+        if error is None and request is not None and request.finish_reason:
+            job.made = job.engine.summarise(request, job.read - job.asked, max(1e-9, ended - job.read))
         # An exit, or an interrupt, would end the thread that hears of it.
         job.error = error if error is None or isinstance(error, Exception) else RuntimeError(repr(error))
-        job.state, job.ended = "done", time.monotonic()
+        job.state, job.ended = "done", ended
         self._admitted.discard(job)
-        if job.request is not None:
-            self._running.pop(job.request, None)
+        if request is not None:
+            self._running.pop(request, None)
+        job.talk = job.request = None  # a client that reads slowly keeps the job, and must not keep this memory
         with suppress(Exception):  # who cannot be told an end has no other way to hear of it
             job.tell(job.error)

@@ -40,7 +40,6 @@ from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile, reason_of
 from offramp.exits.calibrated import Calibration, Tested
 from offramp.exits.exits import Exits
-from offramp.exits.format import Owner
 from offramp.exits.learned import PILOTED, TRAINED, hashes_of, known_among
 from offramp.exits.policy import Policy
 from offramp.files import sha256_of_text
@@ -112,10 +111,7 @@ def calibrate(
     """
     backbone = backbone_of(model)
     (record,) = calibrations(backbone, exits, questions, [config or CalibrationConfig()], reference, progress)
-    owner = Owner.of(backbone)
-    if exits.owner != owner:  # what was promised for other weights says nothing of these
-        exits.owner, exits.calibration, exits.elsewhere = owner, {}, {}
-    exits.use(asdict(record))
+    exits.promise(asdict(record), backbone)
     return record
 
 

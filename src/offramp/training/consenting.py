@@ -49,6 +49,8 @@ def calibrate_close(
 ) -> CloseCalibration:
     """Test the points of `close` with the drafts of these exits, and keep the record in `exits.calibration`.
 
+    If the exits learned from other weights, they become this model's, as with `calibration.calibrate`.
+
     Raises `BadInput` as `calibration.calibrate` does, though any number of prompts will do for `nll`, and for another loss
     than `nll`, the default, and `task`.
     """
@@ -89,7 +91,7 @@ def calibrate_close(
         prompts_sha256=sha256_of_text("\n".join(question.prompt for question in questions)),
         tested=tuple(tested),
     )
-    exits.use(asdict(record))
+    exits.promise(asdict(record), backbone)
     return record
 
 

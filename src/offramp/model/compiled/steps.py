@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import addressof, byref, c_double, c_int64, c_void_p
+from ctypes import addressof, byref, c_double, c_int64, c_void_p, sizeof
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,7 @@ from offramp.model.compiled.library import (
 from offramp.model.compiled.session import Session
 
 MOST_ROUNDS = 16  # of a call
+MOST_LANES = 1024  # of a call: requests that it steps
 PARTS = ("blocks", "exits", "heads", "steps")  # what the seconds of a step are spent on
 
 
@@ -147,10 +148,13 @@ class CompiledPlan(Owned):
     def step(self, lanes: Sequence[Lane], rounds: int) -> list[float]:
         """Step requests, in `rounds` passes to the top at most. Returns the seconds spent on each of `PARTS`."""
         requests = (c_void_p * len(lanes))(*(addressof(lane.set_out()) for lane in lanes))
-        seconds = (c_double * len(PARTS))()
+        spent, seconds = [0.0] * len(PARTS), (c_double * len(PARTS))()
         self._model.use_threads()
-        call("offramp_step", self.pointer, addressof(requests), len(lanes), rounds, addressof(seconds))
-        return list(seconds)
+        for start in range(0, len(lanes), MOST_LANES):
+            some = (c_void_p * min(MOST_LANES, len(lanes) - start)).from_buffer(requests, start * sizeof(c_void_p))
+            call("offramp_step", self.pointer, addressof(some), len(some), rounds, addressof(seconds))
+            spent = [total + more for total, more in zip(spent, seconds, strict=True)]
+        return spent
 
 
 def known(name: str) -> bool:

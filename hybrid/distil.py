@@ -171,13 +171,14 @@ class MixerTraining:
         """All steps. Returns the mixers, by the block whose attention each replaces."""
         every, keep = range(len(self.mixers)), self.settings.keep
         given = read_mixers(Path(self.settings.start) / MIXERS) if self.settings.start else {}
-        new = len(every) - keep - len(given)
+        attentions = [block for block in every if block not in given]
+        new = len(attentions) - keep
         if new < 0:
-            raise BadInput(f"{self.settings.start} keeps {len(every) - len(given)} attentions.", "Keep as many, or fewer.")
+            raise BadInput(f"{self.settings.start} keeps {len(attentions)} attentions.", "Keep as many, or fewer.")
         replaced = sorted(given)
         if new:
             self._kept("start", every, self._start)
-            added = sorted([block for block in self.rank() if block not in given][:new])
+            added = sorted([block for block in self.rank() if block not in given][:new]) if keep else attentions
             self._step(f"match-{keep}", added, self.settings.match_hours, self._match, self._matched)
             replaced = sorted([*given, *added])
         for block, mixer in self.chosen(sorted(given)).items():

@@ -170,14 +170,13 @@ static int give_norm(const Loading *l, offramp_part *part, const char *name) {
 
 // Refuses a block with tensors that are not read here, as it would compute something else without them.
 static int refused(const Loading *l, const char *const *names, int count, const char *what) {
-    int found = 0;
-    for (int i = 0; i < count && !found; i++)
-        if (of_block(l, names[i], what)) {
-            fail(l->error, OFFRAMP_INVALID, "Block %lld has a tensor %s.%s that this program does not read.",
-                 (long long)l->block, names[i], what);
-            found = 1;
-        }
-    return found;
+    for (int i = 0; i < count; i++) {
+        if (!of_block(l, names[i], what)) continue;
+        fail(l->error, OFFRAMP_INVALID, "Block %lld has a tensor %s.%s that this program does not read.",
+             (long long)l->block, names[i], what);
+        return 1;
+    }
+    return 0;
 }
 
 // Norms of queries and keys over each head, where the file has some.

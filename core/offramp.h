@@ -395,8 +395,8 @@ typedef struct {
 // the most drafts. `sketch` and `exit_sketch` replace the head at the top and at exits; at exits, a
 // `shortlist` may do so; each may be NULL. `guesses` (or NULL) is a table of n-grams for drafts. If the last
 // `alike` tokens or more stand earlier in the text, the token that followed them is a draft (0: no look-up).
-// `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth. `accepted`: the shares of an
-// exit's first, second and later drafts that were right in training (0: unknown).
+// `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth, 0 or more. `accepted`: the
+// shares of an exit's first, second and later drafts that were right in training (0: unknown).
 //
 // With `token_regret`, full depth need not choose a draft, but only consent to it. The regret of a token is
 // log(p_max / p) in nats, by full depth's probabilities p of all tokens. A draft for token number t of the

@@ -26,6 +26,7 @@ from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import Sequence
 from offramp.errors import BadNumbers, NothingFits
 from offramp.model.backbone import Backbone
+from offramp.model.compiled import steps as of_steps
 from offramp.model.compiled.session import Session
 from offramp.serve import scheduler as of_scheduler
 from offramp.serve.answers import Recorder, Rules
@@ -433,6 +434,23 @@ def test_a_text_is_found_again_by_a_stepper_that_can_go_on_with_it() -> None:
         cache.keep(engine, talk)
     assert [cache.talk(engine, ids, choose)[1] for choose in ways] == [len(ids) - 1] * 2
     assert len(cache) == 2
+
+
+@compiled_only
+def test_a_step_of_many_requests_is_made_in_several_calls(monkeypatch) -> None:
+    engine, prompts = Engine(tiny("llama/compiled")), some_prompts(5)
+    alone = [engine.generate(prompt, max_tokens=6).ids for prompt in prompts]
+    sizes, most = [], 2
+    monkeypatch.setattr(of_steps, "MOST_LANES", most)
+    real = of_steps.call
+
+    def counted(name: str, *inputs: Any) -> Any:
+        sizes.extend(inputs[2:3] if name == "offramp_step" else ())
+        return real(name, *inputs)
+
+    monkeypatch.setattr(of_steps, "call", counted)
+    assert [made.ids for made in engine.generate_batch(prompts, max_tokens=6)] == alone
+    assert max(sizes) == most
 
 
 # OpenAI's parameters

@@ -53,7 +53,7 @@ class Job:
     bytes: the memory of its prompt and its longest answer.
 
     The scheduler fills in: `cached`, the number of the prompt's ids that were in the prompt cache; the times when the
-    request came, when its prompt had been read, and when it ended, in seconds of `time.monotonic`; the error that ended it;
+    request came and when its prompt had been read, in seconds of `time.monotonic`; the error that ended it;
     its talk and the engine's request while it runs, as they hold its memory; after that, the answer that was `made`.
     """
 
@@ -70,7 +70,6 @@ class Job:
     cached: int = 0
     asked: float = field(default_factory=time.monotonic)
     read: float = 0.0
-    ended: float = 0.0
     error: Exception | None = None
     talk: Talk | None = None
     request: Request | None = None
@@ -302,12 +301,13 @@ class Scheduler:
     def _end(self, job: Job, error: BaseException | None) -> None:
         if job.state == "done":
             return
-        request, ended = job.request, time.monotonic()
+        request = job.request
         if error is None and request is not None and request.finish_reason:
-            job.made = job.engine.summarise(request, job.read - job.asked, max(1e-9, ended - job.read))
+            decoding = max(1e-9, time.monotonic() - job.read)
+            job.made = job.engine.summarise(request, job.read - job.asked, decoding)
         # An exit, or an interrupt, would end the thread that hears of it.
         job.error = error if error is None or isinstance(error, Exception) else RuntimeError(repr(error))
-        job.state, job.ended = "done", ended
+        job.state = "done"
         self._admitted.discard(job)
         if request is not None:
             self._running.pop(request, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import addressof, byref, c_double, c_int64, c_void_p, sizeof
+from ctypes import addressof, byref, c_double, c_int64, c_void_p
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,12 +147,12 @@ class CompiledPlan(Owned):
 
     def step(self, lanes: Sequence[Lane], rounds: int) -> list[float]:
         """Step requests, in `rounds` passes to the top at most. Returns the seconds spent on each of `PARTS`."""
-        requests = (c_void_p * len(lanes))(*(addressof(lane.set_out()) for lane in lanes))
         spent, seconds = [0.0] * len(PARTS), (c_double * len(PARTS))()
         self._model.use_threads()
         for start in range(0, len(lanes), MOST_LANES):
-            some = (c_void_p * min(MOST_LANES, len(lanes) - start)).from_buffer(requests, start * sizeof(c_void_p))
-            call("offramp_step", self.pointer, addressof(some), len(some), rounds, addressof(seconds))
+            some = [addressof(lane.set_out()) for lane in lanes[start : start + MOST_LANES]]
+            requests = (c_void_p * len(some))(*some)
+            call("offramp_step", self.pointer, addressof(requests), len(some), rounds, addressof(seconds))
             spent = [total + more for total, more in zip(spent, seconds, strict=True)]
         return spent
 

@@ -96,10 +96,6 @@ exits: .venv/.installed
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
 		--epochs 2 --gate-epochs 1
-	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.06
-	$(BIN)/offramp calibrate mamba-tiny-ee --exits $(TINY)-ee --prompts build/prompts/calibrate.jsonl
-	$(BIN)/offramp train mamba-tiny-ee -o $(TINY)-ee --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
-		--epochs 2 --gate-epochs 1
 
 # Exits for Qwen2.5-Coder-0.5B-Instruct, some hours on two cores. MODEL is its GGUF file, in Q4_K_M.
 # make exits-coder MODEL=qwen2.5-coder-0.5b-instruct-q4_k_m.gguf MBPP=mbpp.jsonl INSTRUCTIONS=dolly-1000.jsonl
@@ -119,7 +115,7 @@ exits-coder: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python benchmarks/speed.py $(if $(TEXT),--text $(TEXT))
 
-# A small Mamba-2 language model from your own text, and one made from it that can stop early (two hours and a half on two cores):
+# A small Mamba-2 language model from your own text, in two hours and a half on two cores:
 # make mamba-lm TEXT="books.txt.xz trivia.jsonl" EXCLUDE="TruthfulQA.csv". Interrupted, it goes on where it stopped.
 # FAST=--bfloat16 where the processor multiplies in it (AMX, AVX-512 BF16): twice as fast.
 LM := build/lm
@@ -131,11 +127,8 @@ mamba-lm: .venv/.installed
 	test -f $(LM)/third/config.json || $(BIN)/python -m lm.train $(LM)/corpus -o $(LM)/third --hours 0.4 $(FAST) --start $(LM)/second \
 		--batch 2 --length 2048 --matrix-rate 0.004 --learning-rate 4e-3 --warm-up 0.05 --decay 0.95
 	test -f $(LM)/mamba-tiny/config.json || $(BIN)/python -m lm.average $(LM)/second $(LM)/third -o $(LM)/mamba-tiny
-	test -f $(LM)/mamba-tiny-ee/config.json || $(BIN)/python -m lm.train $(LM)/corpus -o $(LM)/mamba-tiny-ee --hours 0.12 $(FAST) \
-		--early-exit --start $(LM)/mamba-tiny --learning-rate 1e-3 --matrix-rate 1e-3
 	$(BIN)/python -m lm.baselines $(LM)/corpus
-	$(BIN)/python -m lm.evaluate $(LM)/mamba-tiny $(LM)/corpus --read-out-steps 300 --samples $(LM)/samples.md
-	$(BIN)/python -m lm.evaluate $(LM)/mamba-tiny-ee $(LM)/corpus
+	$(BIN)/python -m lm.evaluate $(LM)/mamba-tiny $(LM)/corpus --samples $(LM)/samples.md
 
 # 64 clients at a server of this machine's own, every answer compared; soak: for ten minutes.
 # A line that begins with "load" is a directive of make, so soak comes first.

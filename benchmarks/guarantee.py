@@ -115,7 +115,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype")
     parser.add_argument("--exits", type=Path)
-    parser.add_argument("--reference", help="compare with this model's full depth instead")
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--policy", default="thresholds", choices=KINDS)
@@ -129,14 +128,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         backbone = offramp.load(args.model, args.dtype).backbone
         exits = ExitSet.find(args.exits, backbone).require_early(backbone)
-        reference = offramp.load(args.reference, args.dtype).backbone if args.reference else backbone
         questions = questions_of(args.questions, args.count)
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     ids = [backbone.prompts.encode(question.prompt) for question in questions]
     parts = (args.model, backbone.source.sha256, backbone.weight_format, exits.training, args.fill, args.tokens, args.loss)
     prompts = [question.prompt for question in questions]
-    mark = hashlib.sha256(json.dumps([*parts, args.reference, prompts]).encode()).hexdigest()[:12]
+    mark = hashlib.sha256(json.dumps([*parts, prompts]).encode()).hexdigest()[:12]
 
     full: list[Any] = []
 
@@ -148,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def run(policy: Policy) -> dict[str, Any]:
         if not full:
-            full.extend(answers(Engine(reference), ids, args.tokens))
+            full.extend(answers(Engine(backbone), ids, args.tokens))
         early = answers(Engine(backbone, exits, policy, args.fill), ids, args.tokens)
         triples = zip(early, full, questions, strict=True)
         return {

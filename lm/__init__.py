@@ -4,9 +4,9 @@ documents.py  text files → cleaned documents, without the questions that model
 corpus.py     documents → tokenizer → tokens for training, validation and test
 answers.py    a larger model's answers to questions, as more text
 forward.py    the model's forward pass and loss for training: start here
-train.py      plain training, and training for early exits
+train.py      the training
 baselines.py  how well a 5-gram model and xz predict the same text
-evaluate.py   bits per byte at every depth, samples
+evaluate.py   bits per byte, samples
 """
 
 import os

@@ -37,12 +37,11 @@ class Forward:
         self.kernels = Kernels().compiled() if compiled else Kernels()
         self.dtype = dtype
 
-    def states(self, ids: Tensor, keep: Tensor | None = None) -> Iterator[Tensor]:
-        """ids (B, T) → the hidden state after each block, (B, T, D). A sample skips a block where keep (blocks, B) is 0."""
+    def states(self, ids: Tensor) -> Iterator[Tensor]:
+        """ids (B, T) → the hidden state after each block, (B, T, D)."""
         h = self.model.backbone.embeddings(ids)
-        for index, block in enumerate(self.model.backbone.layers):
-            added = self._block(block, h)
-            h = h + (added if keep is None else added * keep[index, :, None, None])
+        for block in self.model.backbone.layers:
+            h = h + self._block(block, h)
             yield h
 
     def _block(self, block: Any, h: Tensor) -> Tensor:

@@ -1,15 +1,11 @@
-"""Train a small Mamba-2 language model on two CPU cores, or go on with one so that it can stop early.
+"""Train a small Mamba-2 language model on two CPU cores.
 
-    python -m lm.train CORPUS -o MODEL --hours 1.2
-    python -m lm.train CORPUS -o EARLY --hours 0.4 --early-exit --start MODEL
+    python -m lm.train CORPUS -o MODEL --hours 1.2 [--start MODEL]
 
 CORPUS is a folder made by `python -m lm.corpus`. After an interruption (Ctrl-C), the same command goes on where it stopped.
 `--steps N` instead of `--hours` makes the result a function of the seed alone. With `--hours`, the learning rate follows
 the time worked: processor time divided by threads, so that neither pauses nor a busy machine count. The result is a folder
 that transformers' AutoModelForCausalLM loads, in bfloat16.
-
-`--early-exit` is LayerSkip (arXiv 2404.16710): samples skip blocks, deeper blocks more often, and every step reads out some
-of the blocks with the model's own final norm and head. The losses are weighted by depth.
 """
 
 from __future__ import annotations
@@ -38,10 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 import offramp
 from lm.corpus import END, Lengths, Tokens, command_line, load_tokens, piece_bytes, report
 from lm.forward import Forward
-from lm.tune import draw_layer_dropout, exit_weights
 from offramp.errors import BadInput, OfframpError
 from offramp.files import put, write_atomically
-from offramp.training.loop import Budget, Loop, Loss, Training, accelerator_for, claim, step_generator
+from offramp.training.loop import Budget, Loop, Loss, Training, accelerator_for, claim
 
 LARGEST = 16_000_000  # bytes of the weights file
 VALIDATE = 0.05  # share of the budget between two points of the curve
@@ -57,8 +52,7 @@ class Settings:
     step. length: tokens of a window. learning_rate: AdamW's highest rate. matrix_rate: the highest rate of Muon, which
     trains the blocks' matrices; with 0, AdamW trains them too. warm_up, decay: the shares of the budget in which the rates
     rise, and fall to zero. bfloat16: compute matrix products in bfloat16, which is twice as fast on a processor with AMX or
-    AVX-512 BF16. early_exit: use LayerSkip. skip: how often a sample skips the last block. exit_scale: the weight of the
-    exits' losses beside the last block's. every: a step reads out one block in `every`.
+    AVX-512 BF16.
     """
 
     hours: float | None = None
@@ -73,10 +67,6 @@ class Settings:
     warm_up: float = 0.02
     decay: float = 0.5
     bfloat16: bool = False
-    early_exit: bool = False
-    skip: float = 0.1
-    exit_scale: float = 0.2
-    every: int = 4
     seed: int = 0
 
 
@@ -154,18 +144,10 @@ def optimizers_for(model: Any, settings: Settings) -> list[torch.optim.Optimizer
     return made
 
 
-def loss_of(forward: Forward, batch: Tensor, step: int, settings: Settings) -> Loss:
-    """The loss to train on, and the loss of the last block alone, in nats a token."""
-    ids, targets = batch[:, :-1], batch[:, 1:]
-    if not settings.early_exit:
-        loss = forward.loss(forward.last(ids), targets)
-        return loss, [loss]
-    blocks = len(forward.model.backbone.layers)
-    weights = exit_weights(blocks, step, settings.exit_scale, settings.every)
-    keep = draw_layer_dropout(blocks, len(batch), settings.skip, step_generator(settings.seed, step, "skip"))
-    losses = {index: forward.loss(h, targets) for index, h in enumerate(forward.states(ids, keep)) if index in weights}
-    total = torch.stack([weights[index] * loss for index, loss in losses.items()]).sum()
-    return total, [losses[blocks - 1]]
+def loss_of(forward: Forward, batch: Tensor) -> Loss:
+    """The loss, in nats a token."""
+    loss = forward.loss(forward.last(batch[:, :-1]), batch[:, 1:])
+    return loss, [loss]
 
 
 @torch.no_grad()
@@ -214,7 +196,7 @@ def train(
         "model",
         model,
         batch_of=lambda step: batch_at(tokens, step, settings),
-        loss_of=lambda batch, step: loss_of(forward, batch, step, settings),
+        loss_of=lambda batch, step: loss_of(forward, batch),
         optimizers=optimizers_for(model, settings),
         schedule_of=schedule_of,
         seed=settings.seed,
@@ -277,7 +259,7 @@ class Validation:
             "step": loop.step,
             "tokens": loop.step * settings.batch * settings.length,
             "seconds": round(loop.seconds, 1),
-            "loss": round(statistics.fmean(last_block for (last_block,) in loop.losses), 4),
+            "loss": round(statistics.fmean(loss for (loss,) in loop.losses), 4),
             "valid_bits_per_byte": round(measured, 4),
         }
         loop.add_point(point)
@@ -366,21 +348,15 @@ def main() -> None:
     parser.add_argument(
         "--bfloat16", action="store_true", help="products in bfloat16: for processors with AMX or AVX-512 BF16"
     )
-    parser.add_argument("--early-exit", action="store_true", help="LayerSkip; needs --start")
     parser.add_argument("--start", type=Path, help="the model to go on with; it decides on the shape")
-    parser.add_argument("--skip", type=float, default=Settings.skip, help="how often a sample skips the last block")
-    parser.add_argument("--exit-scale", type=float, default=Settings.exit_scale, help="the exits' weight")
-    parser.add_argument("--every", type=int, default=Settings.every, help="a step reads out one block in EVERY")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    if args.early_exit and not args.start:
-        parser.error("--early-exit goes on with a trained model: name it with --start.")
     if args.blocks < 12 or args.width % 32:
         parser.error("--blocks must be at least 12, and --width a multiple of 32.")
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
-    if (args.hours or args.steps or 0) <= 0 or args.every < 1:
-        parser.error("--hours, --steps and --every must be more than 0.")
+    if (args.hours or args.steps or 0) <= 0:
+        parser.error("--hours and --steps must be more than 0.")
     torch.set_num_threads(args.threads)
     keep_memory()
     try:

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import offramp
 from helpers import modest_exits, run_cli
-from lm import tune
 from models import saved, tiny
 from offramp import Exits, TrainConfig, files
 from offramp.errors import BadInput, CorruptFile
@@ -120,13 +119,6 @@ def test_exits_and_an_export_are_on_the_disk(tmp_path, disk: Disk) -> None:
         assert disk.holds(tmp_path / "made" / name)
 
 
-def test_a_tuned_model_is_on_the_disk(tmp_path, disk: Disk) -> None:
-    (tmp_path / ".training").mkdir()
-    tune._save(tiny("llama", 3), tmp_path, {})
-    for name in ("model.safetensors", "config.json", "tuning.json", "tokenizer.json"):
-        assert disk.holds(tmp_path / name)
-
-
 def test_a_crash_while_exits_are_saved_leaves_no_pair_that_loads_as_another(tmp_path, monkeypatch) -> None:
     modest_exits("llama", 1).save(tmp_path)
     written = []
@@ -182,7 +174,7 @@ def test_a_lock_that_was_removed_after_it_was_opened_does_not_count(tmp_path, mo
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_training_tuning_and_calibrating_refuse_a_folder_that_is_in_use(tmp_path, own_cache) -> None:
+def test_training_and_calibrating_refuse_a_folder_that_is_in_use(tmp_path, own_cache) -> None:
     model, folder = saved(tiny("llama"), tmp_path / "model"), tmp_path / "exits"
     (tmp_path / "prompts.txt").write_text("".join(f"Say {number}.\n" for number in range(8)))
     modest_exits("llama").save(folder)
@@ -190,8 +182,6 @@ def test_training_tuning_and_calibrating_refuse_a_folder_that_is_in_use(tmp_path
     with alone_in(folder):
         with pytest.raises(BadInput, match="at work in"):
             offramp.train(tiny("llama"), folder, TrainConfig(prompts=str(tmp_path / "prompts.txt"), epochs=1))
-        with pytest.raises(BadInput, match="at work in"):
-            tune.tune(tiny("llama"), folder, tune.TuneConfig())
         for output in (["--exits", str(folder)], ["--exits", str(folder), "-o", str(folder)]):
             prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--dtype", "float32"]
             ran = run_cli("calibrate", str(model), *prompts, *output)

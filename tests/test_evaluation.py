@@ -193,7 +193,7 @@ def test_results_are_kept_and_others_refused(tmp_path) -> None:
 
 
 RESULT = {
-    *("offramp", "command", "seed", "machine", "model", "reference", "exits", "condition", "task", "blocks", "summary"),
+    *("offramp", "command", "seed", "machine", "model", "exits", "condition", "task", "blocks", "summary"),
     *("exit_histogram", "peak_memory_bytes", "items"),
 }
 

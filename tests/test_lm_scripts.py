@@ -62,10 +62,10 @@ def test_the_corpus_drops_what_is_asked_in_evaluations(corpus: Path) -> None:
 
 def test_train_says_how_well_the_model_does(corpus: Path, model: Path, capsys) -> None:
     shorter = ("--batch", "2", "--length", "64", "--threads", "1")
-    run("lm.train", corpus, "-o", model.with_name("early"), "--steps", "1", *shorter, "--early-exit", "--start", model)
+    run("lm.train", corpus, "-o", model.with_name("second"), "--steps", "1", *shorter, "--start", model)
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith(f"{model.with_name('early')}: ")
-    bits = json.loads((model.with_name("early") / "training.json").read_text())["validation"]["valid_bits_per_byte"]
+    assert line.startswith(f"{model.with_name('second')}: ")
+    bits = json.loads((model.with_name("second") / "training.json").read_text())["validation"]["valid_bits_per_byte"]
     assert f"{bits} bits per byte" in line
     assert bits > 0
 
@@ -91,19 +91,16 @@ def test_baselines_are_counted_in_bits_per_byte(corpus: Path, capsys) -> None:
     assert 0 < result["xz_9e"] < 8
 
 
-def test_evaluate_reads_out_every_block_and_writes_samples(
+def test_evaluate_measures_bits_per_byte_and_writes_samples(
     corpus: Path, model: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     evaluate = importlib.import_module("lm.evaluate")
     monkeypatch.setattr(evaluate, "samples", partial(evaluate.samples, count=4, most=12))
     files = ("-o", tmp_path / "numbers.json", "--samples", tmp_path / "samples.md")
-    run("lm.evaluate", model, corpus, "--read-out-steps", "1", "--threads", "1", *files)
+    run("lm.evaluate", model, corpus, "--threads", "1", *files)
     result = json.loads(capsys.readouterr().out)
     assert json.loads((tmp_path / "numbers.json").read_text()) == result
-    assert len(result["untrained_read_out"]) == len(result["untrained_agreement"]) == 12
-    assert result["untrained_read_out"][-1] == result["bits_per_byte"] > 0
-    assert result["untrained_agreement"][-1] == 1
-    assert result["trained_read_out"]["block"] == 6
+    assert 0 < result["bits_per_byte"] < 20
     assert (tmp_path / "samples.md").read_text().startswith("# ")
 
 

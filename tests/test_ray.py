@@ -242,7 +242,7 @@ class Stand:
         parts = list(dict.fromkeys(run.answers(conditions)))
         self.asked.append([part.condition.name for part in parts])
         for part in parts:
-            part.add(answered(part.condition, run.task, run.batch, part.backbone, part.missing))
+            part.add(answered(part.condition, run.task, run.batch, run.backbone, part.missing))
 
     def made_shards(self, *arguments: Any) -> Iterator[tuple[int, bytes]]:
         self.asked.append("shards")

@@ -47,8 +47,8 @@ ROW_COSTS: Table = {
 }
 ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)
 # The same for a model whose weights stay in a processor's cache: reading them is no longer what a step takes its time for,
-# so each row adds its part. Measured for mamba-tiny-ee by offramp bench --costs, the means of two or three runs,
-# and for mamba-tiny in int4 with AVX2, by one run.
+# so each row adds its part. Measured for models of mamba-tiny's shape by offramp bench --costs, the means of two or three
+# runs; in int4 with AVX2, by one run.
 IN_CACHE = 32 << 20  # bytes that a step of such a model reads at most
 CACHED_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {

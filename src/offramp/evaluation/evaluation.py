@@ -174,13 +174,13 @@ Kept = Answer | Likelihoods
 
 
 class AnswerFile:
-    """The answers of a model to a task's questions under a condition, kept in `file`.
+    """The answers to a task's questions under a condition, kept in `file`.
 
     Raises `CorruptFile` for a damaged file.
     """
 
-    def __init__(self, condition: Condition, backbone: Backbone, task: Task, file: Path) -> None:
-        self.condition, self.backbone, self.task, self.file = condition, backbone, task, file
+    def __init__(self, condition: Condition, task: Task, file: Path) -> None:
+        self.condition, self.task, self.file = condition, task, file
         self._kept = _read(file, Likelihoods if task.multiple_choice else Answer)
 
     @property
@@ -212,14 +212,13 @@ class AnswerFile:
 class Evaluation:
     """One task on one model.
 
-    `work` is the folder where answers are kept. `reference` is another model to compare with at full depth. `batch`: the
-    most answers side by side, fewer where their memory would be too large; their times are then shares of the batch's.
+    `work` is the folder where answers are kept. `batch`: the most answers side by side, fewer where their memory would be
+    too large; their times are then shares of the batch's.
     """
 
     backbone: Backbone
     task: Task
     work: Path
-    reference: Backbone | None = None
     batch: int = 1
     seed: int = 0
     command: str = ""
@@ -237,7 +236,7 @@ class Evaluation:
         task, exits = self.task, condition.exits
         full, answers = parts = self.answers([condition])
         for part in (part for part in parts if part.missing):
-            part.add(answered(part.condition, task, self.batch, part.backbone, part.missing), self.progress)
+            part.add(answered(part.condition, task, self.batch, self.backbone, part.missing), self.progress)
         items = [self._scored(*triple) for triple in zip(task.items, answers.in_order, full.in_order, strict=True)]
         blocks = Counter(block for item in items if isinstance(item, ScoredAnswer) for block in item.exits)
         return Result(
@@ -245,7 +244,6 @@ class Evaluation:
             seed=self.seed,
             machine=machine(),
             model=_info(self.backbone),
-            reference=_info(full.backbone),
             exits=_exits_record(exits) if exits else None,
             condition=condition.info,
             task=_task_info(task, self.batch),
@@ -276,12 +274,11 @@ class Evaluation:
 
     def answers(self, conditions: Sequence[Condition]) -> list[AnswerFile]:
         """The answers so far: those of full depth, then those under each of the conditions."""
-        pairs = [(Condition(), self.reference or self.backbone), *((each, self.backbone) for each in conditions)]
         found = []
-        for condition, backbone in pairs:
-            file = self.work / f"{self._fingerprint(condition, backbone)}.jsonl"
+        for condition in (Condition(), *conditions):
+            file = self.work / f"{self._fingerprint(condition)}.jsonl"
             if file not in self._answers:
-                self._answers[file] = AnswerFile(condition, backbone, self.task, file)
+                self._answers[file] = AnswerFile(condition, self.task, file)
             found.append(self._answers[file])
         return found
 
@@ -290,12 +287,12 @@ class Evaluation:
         """Where this run's answers are kept."""
         return list(self._answers)
 
-    def _fingerprint(self, condition: Condition, backbone: Backbone) -> str:
+    def _fingerprint(self, condition: Condition) -> str:
         """A hash of all that an answer and its times depend on."""
         exits, policy = condition.exits, condition.used_policy
         parts = [
-            backbone.source.fingerprint,
-            backbone.weight_format,
+            self.backbone.source.fingerprint,
+            self.backbone.weight_format,
             [exits and fingerprint(exits), asdict(policy) if policy else None, condition.fill],
             asdict(condition.consent) if condition.consent else None,
             [asdict(_task_info(self.task, self.batch)), self.task.stop],

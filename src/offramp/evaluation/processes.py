@@ -29,6 +29,6 @@ def share_out(run: Evaluation, conditions: Sequence[Condition], state: PartialSt
         size = run.batch * state.num_processes
         for start in range(0, len(items), size):
             own = items[start : start + size][state.process_index :: state.num_processes]
-            made = gather_object(list(answered(part.condition, run.task, run.batch, part.backbone, own)))
+            made = gather_object(list(answered(part.condition, run.task, run.batch, run.backbone, own)))
             if state.is_main_process:
                 part.add(made, run.progress)

@@ -118,7 +118,6 @@ class Result:
     seed: int
     machine: dict[str, Any]
     model: ModelInfo
-    reference: ModelInfo  # whose full depth the answers are compared with
     exits: dict[str, Any] | None
     condition: ConditionInfo
     task: TaskInfo
@@ -143,7 +142,6 @@ class Result:
             policy = Policy.from_json(policy)
         parsed: dict[str, Any] = {
             "model": ModelInfo(**record["model"]),
-            "reference": ModelInfo(**record["reference"]),
             "condition": ConditionInfo(**{**condition, "policy": policy}),
             "task": TaskInfo(**record["task"]),
             "summary": {name: Interval(**interval) for name, interval in record["summary"].items()},

@@ -52,7 +52,6 @@ class Calibration:
     stop: tuple[str, ...]
     raw: bool
     repetition_penalty: float
-    reference: str
     prompts_sha256: str
     pilot_hashes: str
     tested: tuple[Tested, ...]

@@ -175,7 +175,8 @@ class Cluster:
         """Answer a run's questions at full depth and under the conditions, where no answer is kept yet."""
         parts = list(dict.fromkeys(run.answers(conditions)))
         bare = replace(run.task, items=[])  # a share names its own
-        kinds = [Kind(ModelCopy.of(part.backbone), partial(_answers, part.condition, bare, run.batch)) for part in parts]
+        model = ModelCopy.of(run.backbone)
+        kinds = [Kind(model, partial(_answers, part.condition, bare, run.batch)) for part in parts]
         shares = []
         for index, part in enumerate(parts):
             items = part.missing

@@ -65,7 +65,6 @@ ALIASES: dict[str, Wheel | Path | None] = {  # None: a folder of `offramp-models
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "mamba-tiny": None,
-    "mamba-tiny-ee": None,
     "smollm2-hybrid": None,
     **{folder.name: folder for folder in shipped("models")},
 }

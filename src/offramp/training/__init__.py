@@ -1,1 +1,1 @@
-"""How exits are trained, tuned for and calibrated."""
+"""How exits are trained and calibrated."""

@@ -97,7 +97,6 @@ def calibrate(
     exits: Exits,
     questions: list[Question],
     config: CalibrationConfig | None = None,
-    reference: Backbone | None = None,
     progress: Progress = silent,
 ) -> Calibration:
     """Find the boldest policy that keeps the risk on these questions; set `exits.policy` and `exits.calibration`.
@@ -105,12 +104,11 @@ def calibrate(
     If the exits learned from other weights, they become this model's. Calibrations for other formats of the same weights
     are kept.
 
-    `reference` is another model, such as the one that this model was tuned from. Then answers are compared with its full
-    depth. It must have the same tokenizer. A prompt's hash, not its position, decides if it belongs to the pilot. Raises
-    `BadInput` for settings that make no sense, for too few prompts, and for prompts that the exits learned from.
+    A prompt's hash, not its position, decides if it belongs to the pilot. Raises `BadInput` for settings that make no
+    sense, for too few prompts, and for prompts that the exits learned from.
     """
     backbone = backbone_of(model)
-    (record,) = calibrations(backbone, exits, questions, [config or CalibrationConfig()], reference, progress)
+    (record,) = calibrations(backbone, exits, questions, [config or CalibrationConfig()], progress)
     exits.promise(asdict(record), backbone)
     return record
 
@@ -120,7 +118,6 @@ def calibrations(
     exits: Exits,
     questions: list[Question],
     configs: Sequence[CalibrationConfig],
-    reference: Backbone | None = None,
     progress: Progress = silent,
 ) -> list[Calibration]:
     """The records of calibrations for several configs, which share their answers and differ only in risk, delta and loss.
@@ -134,11 +131,6 @@ def calibrations(
         _check(questions, each)
         if replace(each, risk=config.risk, delta=config.delta, loss=config.loss) != config:
             raise BadInput("These calibrations cannot share their answers.", "Only risk, delta and loss may differ.")
-    if reference and reference.tokenizer.get_vocab() != backbone.tokenizer.get_vocab():
-        raise BadInput(
-            f"{reference.name} and {backbone.name} have different tokenizers.",
-            "Compare with the model that it was tuned from.",
-        )
     confidence = config.confidence or exits.policy.confidence
     named = exits.named(backbone.vocab_size)
     lines = candidates(len(exits), config.kind, confidence, named, config.whole_head)
@@ -146,7 +138,7 @@ def calibrations(
     questions = sorted(questions, key=lambda question: sha256_of_text(question.prompt))
     pilot = 0 if written else max(1, round(PILOT * len(questions)))
     check_unknown(exits, [question.prompt for question in questions], pilot)
-    trial = _Trial.begin(backbone, exits, questions, pilot, config, reference or backbone, progress)
+    trial = _Trial.begin(backbone, exits, questions, pilot, config, progress)
     if written:
         return [trial.calibrated(written, each) for each in configs]
     if config.kind == "precision":
@@ -170,7 +162,6 @@ class _Trial:
 
     backbone: Backbone
     exits: Exits
-    reference: Backbone
     questions: list[Question]
     pilot: int  # the number of questions that find the path; they come first
     config: CalibrationConfig
@@ -188,18 +179,17 @@ class _Trial:
         questions: list[Question],
         pilot: int,
         config: CalibrationConfig,
-        reference: Backbone,
         progress: Progress,
     ) -> _Trial:
-        """Have the reference model answer all questions at full depth."""
+        """Answer all questions at full depth."""
         ids = [backbone.prompts.encode(question.prompt, config.raw) for question in questions]
 
         def report(count: int) -> None:
             progress("full depth", count, len(ids))
 
         sampling = Sampling(repetition_penalty=config.repetition_penalty)
-        references = answers(Engine(reference, sampling=sampling), ids, config.max_tokens, config.stop, report)
-        return cls(backbone, exits, reference, questions, pilot, config, ids, references, sampling, progress)
+        references = answers(Engine(backbone, sampling=sampling), ids, config.max_tokens, config.stop, report)
+        return cls(backbone, exits, questions, pilot, config, ids, references, sampling, progress)
 
     def calibrated(self, order: list[Policy], config: CalibrationConfig) -> Calibration:
         """The record of a calibration that tests policies in this order."""
@@ -219,7 +209,6 @@ class _Trial:
             stop=config.stop,
             raw=config.raw,
             repetition_penalty=config.repetition_penalty,
-            reference=self.reference.name,
             prompts_sha256=sha256_of_text("\n".join(question.prompt for question in self.questions)),
             pilot_hashes=hashes_of(piloted, "" if self.pilot else self.exits.calibration.get(PILOTED, "")),
             tested=tuple(tested),

@@ -1,4 +1,4 @@
-"""The training loop that exits, tuned models and `lm/` share: steps, checkpoints, exact resumption, several processes.
+"""The training loop that exits, `lm/` and `hybrid/` share: steps, checkpoints, exact resumption, several processes.
 
 `accelerate` places the tensors, mixes precisions, clips gradients, and writes and reads checkpoints. A step depends only on
 the seed and its number. So a resumed run gives the same result, bit for bit, as a run without interruption.

@@ -159,7 +159,7 @@ def _grouped(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
 
     def key(result: Result) -> str:
         model, task, machine = result.model, result.task, result.machine
-        same = [model.name, task.name, asdict(model), asdict(result.reference), task.sha256, task.max_tokens, task.batch]
+        same = [model.name, task.name, asdict(model), task.sha256, task.max_tokens, task.batch]
         same += [task.repetition_penalty, machine["processor"], machine["threads"], [item.id for item in result.items]]
         return json.dumps(same)
 
@@ -282,11 +282,8 @@ def _runs(results: list[Result]) -> list[Run]:
     runs = []
     for command, group in groupby(results, key=lambda result: result.command):
         members = list(group)
-        models = dict.fromkeys(
-            f"{model.name}, {model.weights}, SHA-256 {model.sha256[:16]}"
-            for result in members
-            for model in (result.model, result.reference)
-        )
+        used = [result.model for result in members]
+        models = dict.fromkeys(f"{model.name}, {model.weights}, SHA-256 {model.sha256[:16]}" for model in used)
         machines = dict.fromkeys(
             ", ".join(f"{name} {value}" for name, value in result.machine.items()) for result in members
         )

@@ -91,12 +91,6 @@ class Forward:
             parts.append(F.cross_entropy(rows @ self.head.T, wanted, reduction="none"))
         return torch.cat(parts).view_as(targets)
 
-    @torch.no_grad()
-    def likeliest(self, h: Tensor) -> Tensor:
-        """h (B, T, D) → the likeliest next piece, (B, T)."""
-        parts = [(rows @ self.head.T).argmax(-1) for rows in self.read(h).flatten(0, 1).split(ROWS)]
-        return torch.cat(parts).view(h.shape[:-1])
-
 
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of softmax(h Wᵀ) with the targets: h (n, D), W (V, D), targets (n,).

@@ -121,6 +121,7 @@ void choose_source(const Free *from, Estimates *e, Round *round, int exits, cons
 
 int pays(const Estimates *e, const Round *round, const Prices *prices) {
     const double sure = sure_of_last(e, round);
+    if (isinf(prices->rows[0])) return 0;  // the pass has no room
     return round->chance * sure > fmax(row_price(prices, sure) * prices->tokens, prices->floor);
 }
 

@@ -109,13 +109,15 @@ static void place_tensors(Gguf *file, Header *h, const uint64_t *offsets) {
     if (h->bad) return;
     const uint64_t begin = ((uint64_t)(h->at - file->map) + unit - 1) / unit * unit,
                    size = (uint64_t)file->size;
+    uint64_t left = begin > size ? 0 : size - begin;
     for (int64_t i = 0; i < file->tensors_count; i++) {
         Tensor *t = file->tensors + i;
         const uint64_t offset = offsets[i];
         if (begin > size || offset % unit || offset > size - begin ||
-            (uint64_t)t->bytes > size - begin - offset)
+            (uint64_t)t->bytes > size - begin - offset || (uint64_t)t->bytes > left)
             h->bad = 1;
         if (h->bad) return;
+        left -= (uint64_t)t->bytes;  // tensors do not share bytes: what is made of them has a limit
         t->values = file->map + begin + offset;
     }
 }

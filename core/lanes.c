@@ -10,6 +10,7 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
     const offramp_request *r = requests[q];
     const offramp_session *session = r->session;
     NEED(session && session->model == model, "A session belongs to another model.");
+    NEED(!session->broken, "A session is half-written, since a request failed.");
     for (int64_t other = 0; other < q; other++)
         NEED(requests[other]->session != session, "A session is given twice.");
     NEED(0 <= r->run && r->run <= r->known && r->known < INT32_MAX && r->reads >= 0 &&
@@ -223,7 +224,7 @@ static void take_back(const Lanes *l, Lane *lane) {
 }
 
 static void fail_lane(Lane *lane, int64_t why) {
-    lane->request->failed = why;
+    lane->request->failed = why, lane->session->broken = 1;
     lane->over = 1, lane->climbs = lane->leaves = 0;
 }
 

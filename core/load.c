@@ -200,7 +200,7 @@ static offramp_part *attention_of(Loading *l) {
     offramp_weight qkv, o;
     for (int i = 0; i < 3; i++) {
         tensors[i] = of_block(l, names[i], "weight");
-        if (!tensors[i] || tensors[i]->shape[1] != rows[i])
+        if (!tensors[i] || tensors[i]->type < 0 || tensors[i]->dims != 2 || tensors[i]->shape[1] != rows[i])
             return missing(l, "attn_q, attn_k and attn_v"), NULL;
     }
     const int64_t *const orders[] = {order_of(l, l->queries), order_of(l, l->heads), NULL};

@@ -4,8 +4,8 @@
 #include <stdlib.h>
 
 enum {
-    MOST_HEADS = 1
-        << 16,  // of one block: threads.c counts the pieces of a phase in 24 bits, and a call has 256 rows
+    MOST_HEADS = 1 << 16,   // of one block
+    MOST_STATES = 1 << 10,  // of one channel
     MOST_BLOCKS = 1 << 16,  // of a model
     VECTOR = 8,             // such a multiple can be read in whole vectors everywhere
     MOST_DEEP = 2,          // deep states that a read-out reads: the top one and a middle one
@@ -62,7 +62,7 @@ static offramp_status check_attention(const offramp_part *part, Attention *found
 static offramp_status check_mamba2(Mixer *m, int64_t inputs, int64_t outputs, offramp_error *error) {
     const int64_t H = m->heads, E = m->out.columns, C = E + 2 * m->groups * m->states;
     NEED(H > 0 && H < MOST_HEADS && E % H == 0 && m->groups > 0 && H % m->groups == 0 && m->states > 0 &&
-             m->states % VECTOR == 0,
+             m->states <= MOST_STATES && m->states % VECTOR == 0,
          "A mixer of %lld heads and %lld states in %lld groups cannot be run.", (long long)H,
          (long long)m->states, (long long)m->groups);
     NEED(has_shape(&m->in, E + C + H, inputs) && has_shape(&m->out, outputs, E),
@@ -76,7 +76,7 @@ static offramp_status check_mamba2(Mixer *m, int64_t inputs, int64_t outputs, of
 
 static offramp_status check_mamba(Mixer *m, int64_t D, offramp_error *error) {
     const int64_t E = m->out.columns, N = m->states, L = m->steps.columns;
-    NEED(N > 0 && N % VECTOR == 0 && E < MOST_HEADS,
+    NEED(N > 0 && N <= MOST_STATES && N % VECTOR == 0 && E < MOST_HEADS,
          "A mixer of %lld channels and %lld states cannot be run.", (long long)E, (long long)N);
     NEED(has_shape(&m->in, 2 * E, D) && has_shape(&m->out, D, E) && has_shape(&m->low, L + 2 * N, E) &&
              m->steps.rows == E,

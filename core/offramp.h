@@ -275,16 +275,17 @@ OFFRAMP_API offramp_session *offramp_session_new(offramp_model *model, offramp_t
                                                  offramp_error *error);
 OFFRAMP_API void offramp_session_free(offramp_session *session);
 
-// A copy of a session, which goes on independently. It has no more room than its tokens need.
+// A copy of a session, which goes on independently. It has no more room than its tokens need. The plan that
+// stepped the session last must still be there; for `save`, too.
 OFFRAMP_API offramp_session *offramp_session_fork(const offramp_session *session, offramp_error *error);
 
 typedef struct offramp_plan offramp_plan;  // see offramp_plan_new
 
 // A session as bytes, for the same model on the same kind of machine: returns how many there are, of which
-// `room` are written; -1 during a watch, or while tokens wait at exits (settle, or read the text anew). What
-// drafts taught the session is left out. Give `load` the plan that will step the text, with the exits of the
-// plan before. With NULL, the memories of Mamba gates are left out, and no plan with such gates can step the
-// session. `load` checks that the bytes are a session, but not their numbers.
+// `room` are written; -1 during a watch (settle), while tokens wait at exits, or if a request failed (read the
+// text anew). What drafts taught the session is left out. Give `load` the plan that will step the text, with
+// the exits of the plan before. With NULL, the memories of Mamba gates are left out, and no plan with such
+// gates can step the session. `load` checks that the bytes are a session, but not their numbers.
 OFFRAMP_API int64_t offramp_session_save(offramp_session *session, void *bytes, int64_t room);
 OFFRAMP_API offramp_session *offramp_session_load(offramp_model *model, const offramp_plan *plan,
                                                   offramp_type keys, const void *bytes, int64_t count,
@@ -306,7 +307,8 @@ OFFRAMP_API int64_t offramp_session_bytes_for(const offramp_session *session, in
 OFFRAMP_API int64_t offramp_session_waits(const offramp_session *session, int64_t exit);
 
 // Mixers can forget only the tokens that they take in during a watch, which keeps a journal of the tokens.
-// `watch` begins one in blocks `start` to `stop` - 1 unless there is one, and `settle` ends all.
+// `watch` begins one in blocks `start` to `stop` - 1 unless there is one, and `settle` ends all, but not while
+// tokens wait at exits.
 OFFRAMP_API offramp_status offramp_session_watch(offramp_session *session, int64_t start, int64_t stop,
                                                  offramp_error *error);
 OFFRAMP_API void offramp_session_settle(offramp_session *session);
@@ -472,8 +474,9 @@ enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };
 // far: it begins with 0, and the caller keeps it.
 //
 // Found: `decided` tokens, which are put after the known ids, and their `decisions`; `run`; `asked`, how
-// often exits read out; `failed`: if it is not 0, the session is half-written. A call decides at most
-// `rounds` · (OFFRAMP_MOST_DRAFTS + 1) tokens.
+// often exits read out; `failed`: if it is not 0, the session is half-written, and refused from then on. A call
+// decides at most `rounds` · (OFFRAMP_MOST_DRAFTS + 1) tokens, and has at most 65,536 rows: `reads`, and one or
+// more for each other request.
 typedef struct {
     offramp_session *session;
     int64_t *ids;  // room for known + most

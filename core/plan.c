@@ -3,7 +3,10 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { MOST_PENDING = 64 };  // the most tokens that wait; windows keep as many spare positions
+enum {
+    MOST_PENDING = 64,    // tokens that wait; windows keep as many spare positions
+    MOST_COST = 1000000000,  // of a pass, in passes of one row
+};
 
 double pass_cost(const offramp_plan *plan, int64_t rows) {
     const double *more = plan->rules.row_costs, last = more[MOST_DRAFTS] - more[MOST_DRAFTS - 1];
@@ -46,6 +49,8 @@ int64_t fill_flops(const offramp_plan *plan, const offramp_exit *exit) {
     return flops;
 }
 
+static int is_share(double value) { return value >= 0 && value <= 1; }  // NaN is none
+
 static offramp_status check_exit(offramp_plan *plan, int64_t e, offramp_error *error) {
     const offramp_model *model = plan->model;
     const offramp_exit *exit = plan->exits + e;
@@ -54,6 +59,9 @@ static offramp_status check_exit(offramp_plan *plan, int64_t e, offramp_error *e
          "An exit after %lld blocks with a tail of %lld does not fit %lld blocks.", (long long)exit->after,
          (long long)exit->tail, (long long)model->count);
     NEED(!e || exit[-1].after < exit->after, "Exits must stand in the order of their blocks.");
+    NEED(is_share(exit->threshold) && is_share(exit->perhaps) && is_share(exit->key),
+         "A threshold is 0 to 1.");
+    NEED(exit->asking >= 0 && isfinite(exit->asking), "What asking an exit costs is 0 or more.");
     Exit *parts = plan->parts + e;
     NEED(exit->gate || plan->rules.confidence != OFFRAMP_GATE, "An exit has no gate.");
     if (exit->gate && !check_kind(exit->gate, "mamba_gate", NULL)) {
@@ -84,9 +92,10 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
          "A middle state cannot be after %lld blocks.", (long long)rules->middle);
     NEED(rules->alike >= 0 && rules->decay >= 0, "A number of tokens is 0 or more.");
     for (int64_t n = 0; n < OFFRAMP_DEPTHS; n++)
-        NEED(rules->accepted[n] >= 0 && rules->accepted[n] <= 1, "A share of drafts is 0 to 1.");
+        NEED(is_share(rules->accepted[n]), "A share of drafts is 0 to 1.");
     for (int64_t n = 0; n <= OFFRAMP_MOST_DRAFTS; n++)
-        NEED(rules->row_costs[n] >= 0 && isfinite(rules->row_costs[n]), "The cost of a row is 0 or more.");
+        NEED(rules->row_costs[n] >= (n ? rules->row_costs[n - 1] : 0) && rules->row_costs[n] < MOST_COST,
+             "The costs of rows are 0 to %d, and none is less than the one before.", MOST_COST);
     NEED(rules->token_regret >= 0 && rules->mean_regret >= 0, "A regret is 0 or more.");
     NEED(!rules->token_regret || (rules->fill == OFFRAMP_VERIFY && !rules->sketch),
          "Full depth consents to drafts, by its whole head.");

@@ -165,7 +165,7 @@ offramp_session *offramp_session_fork(const offramp_session *s, offramp_error *e
         if (b->attends) whole = copy_keys(s, i, &to->keys);
         if (whole && b->mixes) whole = copy_mixed(&b->mixer, &s->blocks[i].mixed, &to->mixed);
     }
-    twin->estimates = s->estimates;
+    twin->estimates = s->estimates, twin->broken = s->broken;
     if (whole) return twin;
     offramp_session_free(twin);
     fail(error, OFFRAMP_NO_MEMORY, "There is no memory for another session.");
@@ -315,6 +315,7 @@ offramp_status offramp_session_watch(offramp_session *s, int64_t start, int64_t 
 }
 
 void offramp_session_settle(offramp_session *s) {
+    if (waiting(s)) return;  // what waits may still be forgotten
     for (int64_t i = 0; i < s->model->count; i++)
         if (block_of(s, i)->mixes) {
             Mixed *m = &s->blocks[i].mixed;

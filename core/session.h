@@ -53,6 +53,7 @@ struct offramp_session {
     Memory *blocks;
     int64_t tokens;  // the tokens that are expected
     int half;        // keys and values are kept in bfloat16
+    int broken;      // a request failed on the way
     Estimates estimates;
     AtExits exits;
 };

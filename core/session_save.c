@@ -95,7 +95,7 @@ static void pass_session(Passage *p, offramp_session *s, const offramp_plan *pla
 int64_t offramp_session_save(offramp_session *session, void *bytes, int64_t room) {
     for (int64_t i = 0; i < session->model->count; i++)
         if (session->blocks[i].mixed.watched) return -1;
-    if (waiting(session)) return -1;
+    if (waiting(session) || session->broken) return -1;
     Passage p = {.at = bytes, .room = room};
     pass_session(&p, session, NULL);
     return p.used;

@@ -9,7 +9,7 @@
 #include "step.h"
 #include "values.h"
 
-enum { MOST_LANES = 1 << 10, MOST_ROUNDS = 1 << 8 };
+enum { MOST_LANES = 1 << 10, MOST_ROUNDS = 1 << 8, MOST_ROWS = 1 << 16 };
 
 // Adds rows `from` to `to` - 1 of a lane to a group.
 static void add(Group *g, Lane *lane, int64_t from, int64_t to) {
@@ -337,6 +337,8 @@ static offramp_status step(Step *s, int64_t rounds, offramp_error *error) {
     s->outs = verifies ? deciding * (most + 1) : deciding;
     if (verifies && !consents(plan)) s->outs = min_(s->outs, widest_pass(deciding));
     if (verifies) s->rows = reads + s->outs;
+    NEED(s->rows <= MOST_ROWS, "%lld rows are too many for a pass: read a long text in parts.",
+         (long long)s->rows);
     offramp_status status = reach(s->model, s->end, error);
     for (int64_t q = 0; q < count && !status; q++)
         status = prepare_session(plan, s->requests[q], rounds, error);

@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 enum {
-    PIECES_BITS = 24,  // bits for the number of a phase's pieces
+    PIECES_BITS = 32,  // bits for the number of a phase's pieces: rows (MOST_ROWS) times heads (MOST_HEADS)
     SPINS = 1000,      // the number of looks at a phase before the processor is offered to others
     ROUNDS = 40,       // the number of such offers before a helper without a call sleeps
 };
@@ -39,7 +39,7 @@ int64_t next_piece(Hand *hand, int64_t pieces) {
     for (int spins = 0;; spins++) {
         int64_t ticket = atomic_load(&crew->ticket);
         if (ticket >> PIECES_BITS != hand->phase) break;
-        const int64_t piece = ticket & ((1 << PIECES_BITS) - 1);
+        const int64_t piece = ticket & (((int64_t)1 << PIECES_BITS) - 1);
         if (piece >= pieces) {
             relax(spins);
         } else if (atomic_compare_exchange_weak(&crew->ticket, &ticket, ticket + 1)) {

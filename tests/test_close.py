@@ -164,7 +164,7 @@ def test_what_cannot_be_consented_to_is_refused() -> None:
     for choose, why in ((Sampling(temperature=0.5).chooser(), "draws none"), (lambda logits, ids: 0, "nor logprobs")):
         with pytest.raises(BadInput, match=why):
             engine.batch().add([72], choose=choose)
-    for rows in ((0.0,), (0.1,) * 31, (-0.1,) * 32, (math.nan,) * 32):
+    for rows in ((0.0,), (0.1,) * 31, (-0.1,) * 32, (math.nan,) * 32, (1e9,) * 32, (*(0.1,) * 31, 0.0)):
         with pytest.raises(BadInput, match="costs of rows"):
             Consent(0.5, 0.03, rows)
     for share, regret in ((0.0, 1.0), (1.0, 1.0), (0.5, -1.0), (0.5, math.inf), (math.nan, 1.0)):
@@ -263,7 +263,7 @@ def test_a_calibration_of_close_is_kept_for_each_format(tmp_path) -> None:
     assert Engine(tiny("llama"), found, mode="close").consent == replace(POINTS[0], rows=record.tested[0].rows)
 
 
-@pytest.mark.parametrize("damage", [{"rows": [0.1]}, {"rows": "cheap"}, {"share": "half"}])
+@pytest.mark.parametrize("damage", [{"rows": [0.1]}, {"rows": [*range(31), 0]}, {"rows": "cheap"}, {"share": "half"}])
 def test_a_damaged_record_of_close_is_refused(tmp_path, damage) -> None:
     exits, _ = calibrated()
     ExitSet(draft=exits).save(tmp_path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import random
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,3 +164,21 @@ def test_a_fill_and_a_confidence_of_ones_own_run_in_the_reference(monkeypatch) -
     own, project = (Engine(tiny("llama/compiled"), exits, policy, fill) for fill in ("own", "project"))
     assert own.compiled is None is not project.compiled
     assert own.generate(prompt, max_tokens=12).ids == project.generate(prompt, max_tokens=12).ids
+
+
+@compiled_only
+def test_a_text_can_be_copied_after_its_engine_is_gone() -> None:
+    """A copy of a text needs the shapes of the Mamba gates that have read it."""
+    engine = Engine(tiny("llama/compiled"), modest_exits("llama", 3, "mamba"), Policy((0.5,) * 3))
+    batch = engine.batch()
+    request = batch.add([3, 1, 4, 1, 5], max_tokens=8)
+    list(batch.run())
+    plan, state = weakref.ref(engine.compiled._compiled), request.sequence.state
+    del engine, batch, request
+    gc.collect()
+    assert plan() is state.plan
+    twin = copy.deepcopy(state)
+    assert [twin.length(block) for block in range(BLOCKS)] == [state.length(block) for block in range(BLOCKS)]
+    del state, twin
+    gc.collect()
+    assert plan() is None

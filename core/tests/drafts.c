@@ -222,6 +222,30 @@ static void drafts_pay(int right) {
     offramp_model_free(t.model);
 }
 
+// So many requests that their drafts must share a pass's rows get their own answers.
+static void many_share_a_pass(void) {
+    enum { MANY = 70 };
+    const Tiny t = random_model("am", 0);
+    Rules rules;
+    begin_rules(&rules, 2);
+    rules.rules.fill = OFFRAMP_VERIFY, rules.rules.pending = 31, rules.rules.alike = 1;
+    for (int i = 0; i <= OFFRAMP_MOST_DRAFTS; i++) rules.rules.row_costs[i] = 0;
+    Text *found[MANY], *alone[MANY];
+    offramp_plan *plan = plan_of(&t, &rules);
+    for (int i = 0; i < MANY; i++) {
+        const int64_t own[] = {3, 1, 4, i % 50, 5, 3, 1, 4, i % 50, 5};
+        found[i] = text_of(&t, OFFRAMP_FLOAT32, own, 10), alone[i] = text_of(&t, OFFRAMP_FLOAT32, own, 10);
+        step_all(plan, alone + i, 1, MOST, 3);
+    }
+    step_all(plan, found, MANY, MOST, 2);
+    for (int i = 0; i < MANY; i++) {
+        CHECK(!memcmp(found[i]->ids, alone[i]->ids, alone[i]->r.known * 8), "request %d has other tokens", i);
+        offramp_session_free(found[i]->r.session), offramp_session_free(alone[i]->r.session);
+    }
+    offramp_plan_free(plan), free_parts(&rules);
+    offramp_model_free(t.model);
+}
+
 // A window slides while drafts come and go.
 static void windows_slide(offramp_fill fill) {
     Shape shape = SMALL;
@@ -316,6 +340,7 @@ int main(void) {
     for (int i = 0; i < MODELS; i++) estimates_go_with_forks(BLOCKS[i]), rows_are_put_off(BLOCKS[i]);
     CHECK(put_off > 50, "%d rows were put off", (int)put_off);
     drafts_pay(0), drafts_pay(1);
+    many_share_a_pass();
     for (int i = 0; i < 6; i++) windows_slide(OFFRAMP_VERIFY), windows_slide(OFFRAMP_DEFER);
     consent_is_bounded(30);
     return 0;

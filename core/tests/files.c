@@ -51,6 +51,8 @@ static void add(Writer *w, const char *name, int64_t rows, int64_t columns) {
                  columns, 0};
 }
 
+static int shares;  // whether all tensors of a file have the bytes of one
+
 static int64_t bytes_in(const Matrix *t) { return (t->rows ? t->rows : 1) * t->columns * 4; }
 
 // The file's bytes.
@@ -65,10 +67,10 @@ static char *bytes_of(Writer *w, int64_t *length) {
         put_u64(whole, (uint64_t)(t->as_bytes ? bytes_in(t) : t->columns));
         if (two) put_u64(whole, (uint64_t)t->rows);
         put_u32(whole, t->as_bytes ? BYTES : 0), put_u64(whole, (uint64_t)offset);  // 0: float32
-        offset += (bytes_in(t) + 31) / 32 * 32;
+        offset += shares ? 0 : (bytes_in(t) + 31) / 32 * 32;
     }
     while (whole->used % 32) put(whole, "", 1);
-    for (int64_t i = 0; i < w->tensors_count; i++) {
+    for (int64_t i = 0; i < (shares ? 1 : w->tensors_count); i++) {
         const Matrix *t = w->tensors + i;
         put(whole, t->values, bytes_in(t));
         while (whole->used % 32) put(whole, "", 1);
@@ -270,6 +272,7 @@ static void talks_become_text(const offramp_file *file) {
 }
 
 enum { MOST = 24 };
+static int tried;
 
 // Decodes a text from where its session stands. Returns the ids that were decided.
 static int64_t decode(offramp_plan *plan, offramp_session *session, int64_t *ids, int64_t known, int64_t run,
@@ -377,9 +380,37 @@ static void answers_are_full_depths(void) {
 }
 
 // Files with wrong bytes: opened or refused in a sentence, and used as far as they open.
+// Whatever a file of exits says, they make a plan that runs, or none.
+static void try_exits(const offramp_file *model, const offramp_file *exits) {
+    offramp_plan *plan = offramp_file_plan(model, exits, "exact", &said);
+    offramp_session *session =
+        plan ? offramp_session_new(offramp_file_model(model), OFFRAMP_FLOAT32, 8, &said) : NULL;
+    int64_t ids[64] = {1, 2, 1, 2, 1, 2};
+    float deep[2 * D] = {0};
+    offramp_decision decisions[MOST];
+    offramp_request r = {.session = session,
+                         .ids = ids,
+                         .known = 6,
+                         .prompt = 6,
+                         .reads = 5,
+                         .how = {.top_p = 1, .penalty = 1},
+                         .deep = deep,
+                         .decisions = decisions};
+    offramp_request *const requests[] = {&r};
+    if (!plan) return;
+    WORKS(offramp_step(plan, requests, 1, 1, NULL, &said));
+    r.reads = 0, r.most = MOST;
+    for (int i = 0; i < 3 && r.most > 0 && !r.failed; i++, r.known += r.decided, r.most -= r.decided)
+        WORKS(offramp_step(plan, requests, 1, 4, NULL, &said));
+    tried += !r.failed;
+    offramp_session_free(session), offramp_plan_free(plan);
+}
+
 static void damaged_files_are_refused(const char *bytes, int64_t length, int64_t header, int tries) {
     char *copy = memory(length);
     int opened = 0;
+    offramp_file *model = offramp_file_new("files.gguf", NULL, NULL, &said);
+    MADE(model);
     for (int i = 0; i < tries; i++) {
         const int64_t cut = below(8) ? length : below(length);
         memcpy(copy, bytes, length);
@@ -399,9 +430,13 @@ static void damaged_files_are_refused(const char *bytes, int64_t length, int64_t
         int64_t ids[64];
         opened++;
         ids_of(file, "the in<|end|>", ids);
-        if (offramp_file_model(file)) offramp_plan_free(offramp_file_plan(file, NULL, "full", &said));
+        if (offramp_file_model(file))
+            offramp_plan_free(offramp_file_plan(file, NULL, "full", &said));
+        else
+            try_exits(model, file);
         offramp_file_free(file);
     }
+    offramp_file_free(model);
     CHECK(opened && opened < tries, "%d of %d files opened", opened, tries);
 }
 
@@ -424,6 +459,31 @@ static void no_tensor_is_left_out(const char *bytes, int64_t length) {
     }
 }
 
+// Tensors have bytes of their own: else a small file would make a large model.
+static void no_bytes_are_shared(void) {
+    int64_t length;
+    shares = 1;
+    const char *bytes = model_file(&length);
+    shares = 0;
+    write_bytes("files-shared.gguf", bytes, length);
+    NOT_MADE(offramp_file_new("files-shared.gguf", NULL, NULL, &said));
+}
+
+// The type of a tensor is read before its rows are counted.
+static void unknown_types_are_refused(const char *bytes, int64_t length) {
+    static const char *const names[] = {"blk.1.attn_q.weight", "blk.1.attn_k.weight", "blk.1.attn_v.weight"};
+    char *copy = memory(length);
+    memcpy(copy, bytes, length);
+    for (int i = 0; i < 3; i++) {
+        const int64_t size = (int64_t)strlen(names[i]);
+        int64_t at = 0;
+        while (at < length - size && memcmp(copy + at, names[i], size)) at++;
+        copy[at + size + 4 + 2 * 8] = 99;  // after the number of dims, and two of them
+    }
+    write_bytes("files-other.gguf", copy, length);
+    NOT_MADE(offramp_file_new("files-other.gguf", NULL, NULL, &said));
+}
+
 int main(void) {
     int64_t length, exits_length, others_length, parts_length;
     const char *model = model_file(&length), *exits = exits_file("abc", &exits_length),
@@ -432,9 +492,10 @@ int main(void) {
     write_bytes("files-others.gguf", others, others_length);
     write_bytes("files-parts.gguf", parts, parts_length);
     answers_are_full_depths(), parts_are_a_model();
-    no_tensor_is_left_out(model, length);
+    no_tensor_is_left_out(model, length), no_bytes_are_shared(), unknown_types_are_refused(model, length);
     damaged_files_are_refused(model, length, 7000, 600);
     damaged_files_are_refused(exits, exits_length, exits_length, 600);
     damaged_files_are_refused(parts, parts_length, 3000, 600);
+    CHECK(tried > 20, "%d damaged exits made a plan", tried);
     return 0;
 }

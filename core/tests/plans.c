@@ -48,6 +48,8 @@ static void wrong_rules_are_refused(void) {
     WRONG(r.rules.decay = NAN);
     WRONG(r.rules.row_costs[0] = NAN);
     WRONG(r.rules.row_costs[5] = -0.1);
+    WRONG(r.rules.row_costs[5] = r.rules.row_costs[4] - 0.001);
+    WRONG(r.rules.row_costs[OFFRAMP_MOST_DRAFTS] = 1e9);
     WRONG(r.rules.row_costs[OFFRAMP_MOST_DRAFTS] = INFINITY);
     WRONG(r.rules.middle = -1);
     WRONG(r.rules.middle = 1);
@@ -63,6 +65,13 @@ static void wrong_rules_are_refused(void) {
     WRONG(r.exits[0].tail = 3);
     WRONG(r.exits[1].tail = -1);
     WRONG(r.exits[1].tail = INT64_MAX);
+    WRONG(r.exits[0].threshold = NAN);
+    WRONG(r.exits[1].threshold = -0.1);
+    WRONG(r.exits[1].threshold = 1.1);
+    WRONG(r.exits[0].perhaps = NAN);
+    WRONG(r.exits[0].key = NAN);
+    WRONG(r.exits[0].asking = NAN);
+    WRONG(r.exits[1].asking = -1);
     WRONG(r.exits[0].gate = NULL);
     WRONG(r.exits[0].gate = r.exits[0].readout);
     WRONG(r.exits[0].gate = part_of_rules(&r, "gate"));

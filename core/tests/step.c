@@ -124,6 +124,19 @@ static void nan_fails_one_request(offramp_fill fill, int64_t conditions) {
     }
 }
 
+// A text whose request failed goes on no more, and neither does a fork of it.
+static void is_half_written(offramp_plan *plan, const Text *x) {
+    Text *both[] = {fork_of(x), fork_of(x)};
+    CHECK(offramp_session_save(x->r.session, NULL, 0) == -1, "a half-written session was saved");
+    offramp_session_free(both[0]->r.session), both[0]->r.session = x->r.session;
+    for (int i = 0; i < 2; i++) {
+        both[i]->r.allowed = NULL, both[i]->r.most = 1, both[i]->r.reads = 0;
+        REFUSED(offramp_step(plan, (offramp_request *[]){&both[i]->r}, 1, 1, NULL, &said));
+        CHECK(strstr(said.message, "half-written"), "it says '%s'", said.message);
+    }
+    offramp_session_free(both[1]->r.session);
+}
+
 // Where tokens are masked, one is decided in a call, and it is allowed; where none is, the request fails.
 static void masks_are_kept(void) {
     for (int64_t n = 0; n < 40; n++) {
@@ -148,6 +161,7 @@ static void masks_are_kept(void) {
         mask[0] = 0, mask[1] = UINT32_MAX << 18;  // beyond the vocabulary
         step(plan, &x, 1, 99, 5);
         CHECK(x->r.failed == OFFRAMP_NOTHING_FITS && x->decided == 8, "what fits nothing gave a token");
+        is_half_written(plan, x);
         offramp_session_free(x->r.session), offramp_plan_free(plan), free_parts(&rules);
         offramp_model_free(t.model);
         free_from(mark);

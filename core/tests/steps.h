@@ -61,7 +61,7 @@ static inline int is_over(const Text *x, int64_t most) {
 // One call for the texts that are not over: they read what they have not read, or decide up to `most` in all.
 // Returns how many there were.
 static inline int step(offramp_plan *plan, Text *const *texts, int count, int64_t most, int64_t rounds) {
-    offramp_request *requests[8] = {NULL};
+    offramp_request *requests[80] = {NULL};
     int asked = 0;
     for (int i = 0; i < count; i++) {
         Text *x = texts[i];

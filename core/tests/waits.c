@@ -87,6 +87,28 @@ static void so_many_wait(void) {
     offramp_model_free(t.model);
 }
 
+// What mixers took in while tokens wait may still be forgotten, so nothing is settled.
+static void what_waits_is_not_settled(void) {
+    const Tiny t = random_model("anm", 0);
+    const int64_t ids[] = {3, 1, 4, 1, 5};
+    int64_t waited = 0;
+    for (int i = 0; i < 6; i++) {
+        Rules rules;
+        open_exit(&rules, 3, 1, 1, OFFRAMP_DEFER);
+        rules.rules.pending = 5, rules.exits->threshold = 0.02 * (1 + i);
+        offramp_plan *plan = plan_of(&t, &rules);
+        Text *x = text_of(&t, OFFRAMP_FLOAT32, ids, 5), *y = text_of(&t, OFFRAMP_FLOAT32, ids, 5);
+        while (step(plan, &x, 1, 60, 1))
+            waited += offramp_session_waits(x->r.session, 0), offramp_session_settle(x->r.session);
+        step_all(plan, &y, 1, 60, 1);
+        are_alike(&t, x, y, 0, "settled while tokens wait");
+        offramp_session_free(x->r.session), offramp_session_free(y->r.session);
+        offramp_plan_free(plan), free_parts(&rules);
+    }
+    CHECK(waited > 20, "%d tokens waited", (int)waited);
+    offramp_model_free(t.model);
+}
+
 // While tokens wait, a session goes on with its own plan only. A call that refuses it changes no session.
 static void other_plans_wait(void) {
     const Tiny t = random_model("am", 0);
@@ -205,6 +227,7 @@ int main(void) {
     all_forks_go_on_alike(60);
     CHECK(bytes_came_back > 50, "%d sessions came back", bytes_came_back);
     so_many_wait();
+    what_waits_is_not_settled();
     other_plans_wait();
     frozen_texts_do_not_wait();
     forks_slide_while_tokens_wait();

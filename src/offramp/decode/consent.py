@@ -25,6 +25,8 @@ from functools import cached_property
 from offramp.errors import BadInput
 from offramp.model.compiled.library import MOST_DRAFTS
 
+MOST_COST = 1e9  # of a pass, in steps of full depth; the library in C has the same limit
+
 
 @dataclass(frozen=True)
 class Consent:
@@ -46,7 +48,8 @@ class Consent:
                 f"Full depth cannot consent to a share of {self.share} with a regret of {self.regret}.",
                 "Give a share between 0 and 1, such as 0.5, and a regret of 0 or more, such as 0.03.",
             )
-        if self.rows and (len(self.rows) != MOST_DRAFTS + 1 or not all(0 <= cost < math.inf for cost in self.rows)):
+        rise = all(0 <= cost < MOST_COST for cost in self.rows) and [*self.rows] == sorted(self.rows)
+        if self.rows and (len(self.rows) != MOST_DRAFTS + 1 or not rise):
             raise BadInput("The costs of rows are not those of 0 to 31 more rows.", "Leave them out.")
 
     @cached_property

@@ -70,7 +70,11 @@ class Session:
 
     `shapes`: for each block what `Kept` needs of its keys and values, and of its mixer; None for what it does not have.
     Keys and values are kept in the dtype `keys`. `capacity` tokens are expected.
+
+    `plan` stepped the texts last. It is held, since a fork needs the shapes of its Mamba gates.
     """
+
+    plan: Owned | None = None
 
     def __init__(self, model: Model, shapes: Sequence[tuple[Any, Any]], keys: torch.dtype, capacity: int) -> None:
         self._model, self._shapes, self._keys, self._capacity = model, shapes, keys, capacity

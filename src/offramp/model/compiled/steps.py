@@ -121,9 +121,9 @@ class Lane:
         found: list[CDecision] = self._decisions[: self.given.decided]
         return found
 
-    def set_out(self) -> CRequest:
-        """The request as the library takes it now."""
-        self.given.session = self._session.pointer
+    def set_out(self, plan: CompiledPlan) -> CRequest:
+        """The request as the library takes it now, for a step of this plan."""
+        self.given.session, self._session.plan = self._session.pointer, plan
         return self.given
 
 
@@ -150,7 +150,7 @@ class CompiledPlan(Owned):
         spent, seconds = [0.0] * len(PARTS), (c_double * len(PARTS))()
         self._model.use_threads()
         for start in range(0, len(lanes), MOST_LANES):
-            some = [addressof(lane.set_out()) for lane in lanes[start : start + MOST_LANES]]
+            some = [addressof(lane.set_out(self)) for lane in lanes[start : start + MOST_LANES]]
             requests = (c_void_p * len(some))(*some)
             call("offramp_step", self.pointer, addressof(requests), len(some), rounds, addressof(seconds))
             spent = [total + more for total, more in zip(spent, seconds, strict=True)]

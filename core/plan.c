@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 enum {
-    MOST_PENDING = 64,    // tokens that wait; windows keep as many spare positions
+    MOST_PENDING = 64,       // tokens that wait; windows keep as many spare positions
     MOST_COST = 1000000000,  // of a pass, in passes of one row
 };
 

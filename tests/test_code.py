@@ -115,6 +115,10 @@ def raises(kind: str, statement: str) -> str:
         raises("OSError", "import os; os.remove(HERE + '/kept')"),
         "import os\nassert (os.getpid(), os.getppid()) == (1, 0) and os.getsid(0) == 0",  # nobody to send signals to
         raises("MemoryError", "bytearray(3 << 30)"),
+        raises("PermissionError", "import socket; socket.socket(socket.AF_UNIX)"),  # a path would lead out
+        "import ctypes\nassert ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) < 0",  # memory that no limit counts
+        "import ctypes\nassert ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) < 0",  # to outlive its caller
+        "import ctypes\nassert ctypes.CDLL(None).prctl(15, b'own', 0, 0, 0) == 0",  # what harms nobody is allowed
         # Not even with namespaces of its own does it get the right to write back.
         "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.unshare(0x10020000)\n"
         "assert libc.mount(b'none', b'/', None, 0x1020, None) < 0\n" + raises("OSError", "open(HERE + '/new', 'w')"),
@@ -134,7 +138,9 @@ def test_a_program_that_ends_early_has_not_passed(program: str) -> None:
 
 
 @linux_only
-@pytest.mark.parametrize("program", ["while True: pass", "import time; time.sleep(60)"])
+@pytest.mark.parametrize(
+    "program", ["while True: pass", "import time; time.sleep(60)", "import os\nwhile True: os.write(3, b'x' * 65536)"]
+)
 def test_a_program_that_does_not_end_is_ended(program: str) -> None:
     started = time.monotonic()
     assert not sandbox.passes(program, seconds=1)

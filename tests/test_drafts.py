@@ -425,7 +425,7 @@ def test_a_record_says_how_often_drafts_were_right() -> None:
         assert accepted_by(exits, exit) == accepted_by(exits, exit, with_table=True) == shares
     exits.training = {"validation": [{"block": exit.block, "acceptance": [0.5, 0.4, 0.3], "with_table": [0.6] * 3}]}
     assert (accepted_by(exits, exit), accepted_by(exits, exit, with_table=True)) == ((0.5, 0.4, 0.3), (0.6,) * 3)
-    for nonsense in (["often"], [1.5], [math.nan], 7):
+    for nonsense in (["often"], [1.5], [math.nan], 7, [10**400]):
         exits.training = {"validation": [{"block": exit.block, "acceptance": nonsense}]}
         with pytest.raises(CorruptFile, match="record of their training is damaged"):
             accepted_by(exits, exit)

@@ -16,6 +16,7 @@ from offramp import Engine, Policy
 from offramp.decode.consent import POINTS
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile
+from offramp.evaluation import results as results_module
 from offramp.evaluation.evaluation import Condition, Evaluation
 from offramp.evaluation.likelihood import Forced, log_likelihoods
 from offramp.evaluation.metrics_table import METRICS
@@ -175,7 +176,7 @@ def test_intervals_cover_and_differences_are_paired() -> None:
     assert (gap.low, gap.mean, gap.high) == pytest.approx((0.05, 0.05, 0.05))
 
 
-def test_results_are_kept_and_others_refused(tmp_path) -> None:
+def test_results_are_kept_and_others_refused(tmp_path, monkeypatch) -> None:
     run = evaluation(tmp_path)
     results = [run.run(Condition()), run.run(OPEN)]
     file = tmp_path / "out.json"
@@ -187,7 +188,10 @@ def test_results_are_kept_and_others_refused(tmp_path) -> None:
     (tmp_path / "other.json").write_text('{"results": [{"offramp": 1}]}')
     damaged = [{**results[0].to_json(), "task": {}}]
     (tmp_path / "damaged.json").write_text(json.dumps({"results": damaged}))
-    for name in ("other.json", "nowhere.json", "cut.json.xz", "damaged.json"):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "large.json.xz").write_bytes(lzma.compress(file.read_bytes()))
+    monkeypatch.setattr(results_module, "LARGEST", file.stat().st_size - 1)
+    for name in ("other.json", "nowhere.json", "cut.json.xz", "damaged.json", "deep.json", "large.json.xz"):
         with pytest.raises(BadInput, match="holds no results"):
             load_results([tmp_path / name])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -91,6 +92,33 @@ def test_damaged_mixers_are_named(mixers, tmp_path, damage) -> None:
     (tmp_path / MIXERS).write_bytes(damage((tmp_path / MIXERS).read_bytes()))
     with pytest.raises(CorruptFile, match="damaged"):
         read_mixers(tmp_path / MIXERS)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"x": torch.zeros(2)},
+        {"0.x": torch.zeros(9, 1, dtype=torch.int8), "0.x.scale": torch.ones(1, 9)},  # not an outer product
+        {"0.x": torch.zeros(9, dtype=torch.int8), "0.x.scale": torch.ones(9, 1)},
+    ],
+)
+def test_a_file_of_something_else_has_no_mixers(tensors, tmp_path) -> None:
+    save_file(tensors, tmp_path / MIXERS, {"record": '{"base": "base"}'})
+    with pytest.raises(CorruptFile, match="not complete"):
+        read_mixers(tmp_path / MIXERS)
+
+
+def test_mixers_of_other_shapes_are_refused(student, mixers, tmp_path, own_cache, monkeypatch) -> None:
+    student.model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "hybrid").mkdir()
+    monkeypatch.setattr(hub, "ALIASES", {"base": tmp_path / "base", "hybrid": tmp_path / "hybrid"})
+    mixer = next(iter(tensors_of(mixers).values()))
+    for wrong in ({"A_log": torch.zeros(0)}, {"taps": torch.zeros(3)}, {"C": mixer["C"][:-1]}, {"out": mixer["x"]}):
+        write_mixers(tmp_path / "hybrid" / MIXERS, {0: {**mixer, **wrong}}, {"base": "base"})
+        with pytest.raises(CorruptFile, match="do not fit base"):
+            hub.resolve("hybrid")
 
 
 def test_mixers_that_lack_a_tensor_are_named(mixers, tmp_path) -> None:

@@ -127,6 +127,20 @@ def test_results_that_lack_a_metric_are_refused(results, tmp_path) -> None:
             write([replace(results[0], summary=summary)], tmp_path / "report.html")
 
 
+def test_a_strangers_results_write_and_fetch_nothing_else(results, tmp_path) -> None:
+    (one,) = (each for each in results[:1])
+    outside = replace(one, task=replace(one.task, name="x/../../../outside/owned"))
+    styled = replace(one, model=replace(one.model, name='m style="}body{background:url(//x)}x{" $\\frac$'))
+    figures = write([outside, styled], tmp_path / "a" / "b" / "report.html")
+    assert {figure.parent for figure in figures} == {tmp_path / "a" / "b" / "report-figures"}
+    assert not (tmp_path / "outside").exists()
+    for style in re.findall("<style>.*?</style>", (tmp_path / "a" / "b" / "report.html").read_text(), re.DOTALL):
+        assert "url(" not in style
+    for wrong in (replace(one, items=[]), replace(one, summary=one.summary | {"token_f1": Interval("1", 0, 1)})):  # type: ignore[arg-type]
+        with pytest.raises(BadInput, match="lacks something"):
+            write([wrong], tmp_path / "wrong.html")
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 @pytest.mark.parametrize(
     ("name", "size", "flags"), [("desktop", "1200,2600", ()), ("phone", "390,3200", ("--force-dark-mode",))]

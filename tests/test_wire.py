@@ -17,6 +17,7 @@ import pytest
 import torch
 from openai.types import completion_create_params as of_completions
 from openai.types.chat import completion_create_params as of_chats
+from pydantic import ValidationError
 
 from helpers import exits_for, modest_exits, run_cli, some_prompts
 from models import BLOCKS, compiled_only, tiny
@@ -24,7 +25,7 @@ from offramp import Engine, Policy
 from offramp.decode.request import Prefilled, Talk
 from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import Sequence
-from offramp.errors import BadNumbers, NothingFits
+from offramp.errors import BadInput, BadNumbers, NothingFits
 from offramp.model.backbone import Backbone
 from offramp.model.compiled import steps as of_steps
 from offramp.model.compiled.session import Session
@@ -244,6 +245,38 @@ def test_a_schema_holds_where_a_sketch_names_few_tokens(
     for request in requests:
         assert json.loads("".join(token.text for token in request.tokens)) in SCHEMA["enum"]
         assert request.finish_reason == "stop"
+
+
+OBJECTS = [{"type": "object", "properties": {f"a{number}": {"type": "string"}}} for number in range(4500)]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 9999991},
+        {"type": "number", "multipleOf": 0.9999991},
+        {"properties": {"a": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}}},
+        {"anyOf": OBJECTS},
+    ],
+)
+def test_a_schema_that_takes_too_much_is_refused(schema) -> None:
+    with pytest.raises(BadInput, match=r"too large|cannot be used"):
+        Grammar(tiny("llama"), schema, 0, Sampling().chooser())
+
+
+def test_a_schema_may_have_multiples() -> None:
+    backbone, schema = tiny("llama"), {"type": "number", "minimum": 0, "multipleOf": 0.25}
+    grammar = Grammar(backbone, schema, 0, Sampling().chooser())
+    *begun, two = backbone.prompts.encode("0.2", raw=True)
+    words = grammar.allowed([*begun, two])
+    assert [id - two + 2 for id in range(backbone.vocab_size) if words[id // 32] >> id % 32 & 1] == [5]
+
+
+def test_a_long_list_that_is_no_prompt_is_refused_at_its_first_entry() -> None:
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest(prompt=[""] * 1000)
+    assert refused.value.error_count() < 4
+    assert CompletionRequest(prompt=[1, 2]).prompt == [1, 2]
 
 
 def test_any_of_the_models_ends_may_end_an_answer_in_json(monkeypatch) -> None:

@@ -194,6 +194,18 @@ def sha256_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def json_of(text: str) -> Any:
+    """What a JSON text says. Raises `ValueError` for no JSON, for what is nested too deeply, and for half a surrogate pair,
+    which JSON can write and UTF-8 cannot.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_lines(path: str | Path, fields: tuple[str, ...]) -> list[str]:
     """The lines of a text file; of a `.jsonl` file, the first of `fields` that each line has. Empty lines are skipped.
 
@@ -207,7 +219,7 @@ def read_lines(path: str | Path, fields: tuple[str, ...]) -> list[str]:
     if path.suffix == ".jsonl":
         for number, line in enumerate(lines):
             try:
-                record = json.loads(line)
+                record = json_of(line)
                 lines[number] = next(str(record[field]) for field in fields if field in record)
             except (ValueError, StopIteration, TypeError) as error:
                 raise BadInput(

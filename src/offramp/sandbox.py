@@ -8,6 +8,7 @@ import re
 import secrets
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -41,21 +42,25 @@ def passes(program: str, seconds: int = SECONDS) -> bool:
     numbers = map(str, (seconds, BYTES, REFUSED))
     command = [sys.executable, "-I", str(Path(__file__).with_name("shut_in.py")), *numbers]
     sent = f"{secret}\n{program}".encode("utf-8", "replace")
-    try:
-        # The limit of the processor's time ends a loop; this one also ends a program that sleeps.
-        done = subprocess.run(
-            command,
-            input=sent,
-            capture_output=True,
-            timeout=seconds + PAUSES,
-            env={"LC_ALL": "C.UTF-8"},
-            start_new_session=True,
-        )
-    except subprocess.TimeoutExpired:
-        return False
+    with tempfile.TemporaryFile() as out:  # what a program writes to a file has a limit; to a pipe it has none
+        try:
+            # The limit of the processor's time ends a loop; this one also ends a program that sleeps.
+            done = subprocess.run(
+                command,
+                input=sent,
+                stdout=out,
+                stderr=subprocess.PIPE,
+                timeout=seconds + PAUSES,
+                env={"LC_ALL": "C.UTF-8"},
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        out.seek(0)
+        said = out.read(len(secret) + 1)
     if done.returncode == REFUSED and done.stderr:  # a program's own errors go nowhere
         raise _refused(done.stderr.decode("utf-8", "replace").strip())
-    return done.stdout == secret.encode()
+    return said == secret.encode()
 
 
 @functools.lru_cache(maxsize=4096)  # answers that begin alike hold the same code

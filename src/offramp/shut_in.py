@@ -23,8 +23,13 @@ NEW_USERS, NEW_PROCESSES, NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000
 MS_REC, MS_PRIVATE, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 0x4000, 0x40000, -100, 0x8000, 1
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SIGKILL, SECCOMP_MODE_FILTER = 1, 22, 38, 9, 2
 CAPABILITY_VERSION, CLONE_THREAD, EPERM, ENOSYS = 0x20080522, 0x10000, 1, 38
-# For each machine: what seccomp calls it, and its calls capset, mount_setattr, clone, clone3, and old ones such as fork.
-CALLS = {"x86_64": (0xC000003E, 126, 442, 56, 435, (57, 58)), "aarch64": (0xC00000B7, 91, 442, 220, 435, ())}
+# For each machine: what seccomp calls it; its calls capset, mount_setattr, clone, clone3 and prctl; and those that are
+# refused: old ones such as fork, socket (a socket with a path leads out), shmget (memory that no limit counts), and
+# io_uring_setup (which makes the others).
+CALLS = {
+    "x86_64": (0xC000003E, 126, 442, 56, 435, 157, (57, 58, 41, 29, 425)),
+    "aarch64": (0xC00000B7, 91, 442, 220, 435, 167, (198, 194, 425)),
+}
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -55,7 +60,7 @@ def leave_the_system() -> None:
 
 def give_up_rights(seconds: int, size: int) -> None:
     """Set limits, and give up the right to change them, to mount, and to start processes (threads are allowed)."""
-    machine, capset, _, clone, clone3, forks = CALLS[os.uname().machine]
+    machine, capset, _, clone, clone3, prctl, refused = CALLS[os.uname().machine]
     for limit, value in (
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, size),
@@ -74,8 +79,11 @@ def give_up_rights(seconds: int, size: int) -> None:
     # Calls of another machine, or of x86-64's other kind (x32), have other numbers: they end the program.
     steps = [step(load, 4), step(equal, machine, 1), step(answer, kill), step(load, 0), step(from_, 1 << 30, 0, 1)]
     steps.append(step(answer, kill))
-    for call, error in (*((call, EPERM) for call in forks), (clone3, ENOSYS)):
+    for call, error in (*((call, EPERM) for call in refused), (clone3, ENOSYS)):
         steps += [step(equal, call, 0, 1), step(answer, 0x50000 | error)]
+    # It cannot ask to outlive its caller.
+    steps += [step(equal, prctl, 0, 4), step(load, 16), step(equal, PR_SET_PDEATHSIG, 0, 1), step(answer, 0x50000 | EPERM)]
+    steps.append(step(load, 0))
     steps += [step(equal, clone, 0, 3), step(load, 16), step(any_bit, CLONE_THREAD, 1), step(answer, 0x50000 | EPERM)]
     steps.append(step(answer, allow))
     rules = ctypes.create_string_buffer(b"".join(steps))

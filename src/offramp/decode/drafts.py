@@ -162,7 +162,7 @@ def accepted_by(exits: Exits, exit: Exit, with_table: bool = False) -> tuple[flo
         shares = [float(share) for share in known]
         if not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"shares of {shares}")
-    except (KeyError, TypeError, ValueError) as error:  # a stranger's record may hold anything
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # a stranger's record may hold anything
         raise CorruptFile(f"The exits' record of their training is damaged: {error!r}.", "Train them again.") from error
     return tuple(shares + shares[-1:] * (DEPTHS - len(shares)))[:DEPTHS]
 

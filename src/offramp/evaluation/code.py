@@ -14,7 +14,7 @@ from typing import Any
 from offramp import sandbox
 from offramp.evaluation.sources import from_hub, not_official, read_file
 from offramp.evaluation.task import Item, Scores, Task
-from offramp.files import sha256_of_text
+from offramp.files import json_of, sha256_of_text
 
 TESTED = range(11, 511)  # MBPP's ids of the official test split
 MOST_TOKENS = 256
@@ -74,7 +74,7 @@ def _rows(
         return rows, hub, sha256_of_text(json.dumps(rows))
     text, source, digest = read_file(data)
     try:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = [json_of(line) for line in text.split("\n") if line.strip()]
         for row in rows:
             wrong = [name for name in fields if not isinstance(row[name], KINDS.get(name, str))]
             tests = row.get("test_list", [""])

@@ -20,6 +20,7 @@ from offramp.exits.policy import Policy
 from offramp.files import write_atomically
 
 RESAMPLES = 1000
+LARGEST = 1 << 30  # bytes of a file of Results, unpacked
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,19 @@ def load_results(files: Sequence[Path]) -> list[Result]:
     for file in files:
         try:
             content = file.read_bytes()
-            records = json.loads(lzma.decompress(content) if file.suffix == ".xz" else content)["results"]
+            records = json.loads(_unpacked(content) if file.suffix == ".xz" else content)["results"]
             results += [Result.from_json(record) for record in records]
-        except (OSError, lzma.LZMAError, ValueError, KeyError, TypeError, AttributeError, OfframpError) as error:
+        except (
+            OSError, lzma.LZMAError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OfframpError
+        ) as error:  # fmt: skip
             raise BadInput(f"{file} holds no results: {error!r}.", "Name a file that offramp eval wrote.") from error
     return results
+
+
+def _unpacked(content: bytes) -> bytes:
+    """What an xz file holds. Raises `ValueError` for more than `LARGEST` bytes."""
+    unpacker = lzma.LZMADecompressor()
+    found = unpacker.decompress(content, LARGEST)
+    if not unpacker.eof:
+        raise ValueError(f"it is cut off, or larger than {LARGEST:,} bytes")
+    return found

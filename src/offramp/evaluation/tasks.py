@@ -24,7 +24,7 @@ from offramp.errors import BadInput
 from offramp.evaluation.code import humaneval, mbpp
 from offramp.evaluation.sources import from_hub, missing, not_official, read_file
 from offramp.evaluation.task import Item, Scores, Task
-from offramp.files import sha256_of_text
+from offramp.files import json_of, sha256_of_text
 from offramp.metrics import best_f1, best_match, left_one_out, trivia_words
 
 # The authors' prompt (TruthfulQA, arXiv 2109.07958, appendix E).
@@ -195,7 +195,7 @@ def triviaqa(data: str | Path | None) -> Task:
     else:
         text, source, digest = read_file(data)
         try:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+            records = [json_of(line) for line in text.split("\n") if line.strip()]
             for row in records:
                 texts = [row["question"], row["answer"]["value"], *row["answer"]["aliases"]]
                 if isinstance(row["answer"]["aliases"], str) or not all(isinstance(text, str) for text in texts):
@@ -237,7 +237,7 @@ def coqa(data: str | Path | None) -> Task:
         try:
             stories = [
                 (story["id"], story["story"], list(map(_text, story["questions"])), list(_answered(story)))
-                for story in json.loads(text)["data"]
+                for story in json_of(text)["data"]
             ]
             if any(len(questions) != len(answers) for _, _, questions, answers in stories):
                 raise ValueError("not as many answers as questions")

@@ -148,12 +148,17 @@ class Backbone:
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Tokens that end a text: those that the generation config, the config and the tokenizer name."""
+        """Tokens that end a text: those that the generation config, the config and the tokenizer name.
+
+        Raises `ValueError` for what is no token's number.
+        """
         owners = (getattr(self.model, "generation_config", None), self.config, self.tokenizer)
-        ids: set[int] = set()
+        ids = list[Any]()
         for owner in owners:
             named = getattr(owner, "eos_token_id", None)
-            ids.update(named if isinstance(named, list) else [] if named is None else [named])
+            ids += named if isinstance(named, list) else [] if named is None else [named]
+        if wrong := [id for id in ids if type(id) is not int or not 0 <= id < 1 << 31]:
+            raise ValueError(f"eos_token_id: {wrong[0]!r} is no token")
         return frozenset(ids)
 
     def use_compiled_blocks(

@@ -312,7 +312,11 @@ def _from_mixers(name: str, folder: Path) -> Source:
                 llama = read_whole(Path(base.path), shapes, dtype=torch.float32)
             except Exception as error:  # the library raises anything from KeyError to ValueError here
                 raise base.unreadable(error) from error
-            to_bamba(llama, read_mixers(folder / MIXERS)).bfloat16().save_pretrained(unfinished)
+            mixers = read_mixers(folder / MIXERS)
+            try:
+                to_bamba(llama, mixers).bfloat16().save_pretrained(unfinished)
+            except Exception as error:  # their shapes may be any, and the library has errors of its own
+                raise CorruptFile(f"The mixers in {name} do not fit {named}: {error}", "Get the folder again.") from error
             for file in Path(base.path).iterdir():
                 if not (unfinished / file.name).exists() and file.name != RECORD and file not in weights_in(file.parent):
                     shutil.copy(file, unfinished)

@@ -71,10 +71,13 @@ def read_mixers(file: Path) -> dict[int, Mixer]:
     except Exception as error:  # whatever safetensors raises for bytes that it cannot read
         raise CorruptFile(f"The mixers in {file} are damaged: {error}", "Install offramp-models again.") from error
     for key, value in kept.items():
-        block, name, *scale = key.split(".")
-        if not scale:
-            mixers.setdefault(int(block), {})[name] = value * kept.get(f"{key}.scale", torch.ones(1))
-    if any(set(mixer) != {*MATRICES, *VECTORS} for mixer in mixers.values()):
+        block, _, name = key.partition(".")
+        scale = kept.get(f"{key}.scale", torch.ones(*value.shape[:1], 1))
+        if block.isdecimal() and name in VECTORS:
+            mixers.setdefault(int(block), {})[name] = value
+        elif block.isdecimal() and name in MATRICES and value.ndim == 2 and scale.shape == (len(value), 1):
+            mixers.setdefault(int(block), {})[name] = value * scale
+    if not mixers or any(set(mixer) != {*MATRICES, *VECTORS} for mixer in mixers.values()):
         raise CorruptFile(f"The mixers in {file} are not complete.", "Install offramp-models again.")
     return dict(sorted(mixers.items()))
 

@@ -221,7 +221,9 @@ class _Loading:
     def _backbone(self, model: Any, values: Values) -> Backbone:
         with self._readable():
             source = with_fingerprint(self.source, model, values)
-        return Backbone(model, self.tokenizer, source, self.device)
+            backbone = Backbone(model, self.tokenizer, source, self.device)
+            backbone.stop_ids  # noqa: B018 - it raises for what is no token
+        return backbone
 
     def _reading_file(self) -> Path:
         config = (self.folder / "config.json").read_text("utf-8")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
@@ -13,6 +16,9 @@ from torch import Tensor
 from offramp.decode.sampling import Choose
 from offramp.errors import BadInput, NothingFits
 from offramp.model.backbone import Backbone
+
+MOST_MULTIPLE = 10_000  # of all `multipleOf` of a schema: an automaton has a state for each remainder
+MOST_GRAMMAR = 50_000  # items of a grammar: what fits next is looked for in all of them
 
 
 class Grammar:
@@ -26,12 +32,19 @@ class Grammar:
 
     def __init__(self, backbone: Backbone, schema: dict[str, Any], prompt: int, choose: Choose) -> None:
         """`prompt`: the number of the prompt's ids. Raises `BadInput` for an invalid schema."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
+        if math.lcm(*_multiples(schema)) > MOST_MULTIPLE:
+            raise BadInput(
+                "The schema's multipleOf make too large a grammar.",
+                f"Their least common multiple, without the decimal point, may be {MOST_MULTIPLE:,}.",
+            )
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
-        self._matcher, self._prompt = LLMatcher(_tokens_of(backbone.tokenizer, backbone.stop_ids), grammar), prompt
+        limits, tokens = LLParserLimits(max_grammar_size=MOST_GRAMMAR), _tokens_of(backbone.tokenizer, backbone.stop_ids)
+        self._matcher, self._prompt = LLMatcher(tokens, grammar, limits=limits), prompt
         self.choose = choose  # among the tokens that fit
         self._taken: list[int] = []
+        self._matcher.compute_bitmask()  # the first one takes longest: here it keeps no other answer waiting
         if self._matcher.is_error():
             raise BadInput(f"The schema cannot be used: {self._matcher.get_error()}", "Give a JSON schema.")
 
@@ -61,6 +74,17 @@ class Grammar:
             self._matcher.rollback(len(self._taken) - same)
         self._matcher.consume_tokens(answer[same:])
         self._taken = [*answer]
+
+
+def _multiples(schema: Any) -> Iterator[int]:
+    """The digits of each `multipleOf` in a schema, as whole numbers: those of 0.25 are 25."""
+    if isinstance(schema, dict):
+        number = schema.get("multipleOf")
+        if isinstance(number, int | float) and math.isfinite(number) and number:
+            yield int("".join(map(str, Decimal(str(number)).as_tuple().digits)))
+    if isinstance(schema, dict | list):
+        for part in schema.values() if isinstance(schema, dict) else schema:
+            yield from _multiples(part)
 
 
 @cache

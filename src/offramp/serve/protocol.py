@@ -143,7 +143,7 @@ class AnswerRequest(BaseModel):
 class CompletionRequest(AnswerRequest):
     """`POST /v1/completions`: `prompt` is a text, or token ids."""
 
-    prompt: str | list[int]
+    prompt: str | Annotated[list[int], Field(fail_fast=True)]  # of a long list that is none, one error says enough
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: Annotated[Any, _refused(False)] = False
     best_of: Annotated[Any, _refused(1)] = 1

@@ -123,7 +123,9 @@ def _figure(draw: Callable[[Any], None]) -> str:
         _, labels = axes.get_legend_handles_labels()
         columns = 2 if max(map(len, labels)) <= 36 else 1
         figure.set_figheight(3.5 + 0.2 * -(-len(labels) // columns))
-        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a model's name may have a $
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         buffer = io.StringIO()
@@ -136,7 +138,8 @@ def _figure(draw: Callable[[Any], None]) -> str:
 def _smaller(svg: str) -> str:
     """A figure without what nobody sees, and whose styles are rules with names instead of being repeated at each mark."""
     svg = re.sub(r' transform="rotate\(-0 [^"]*"|(?<=<g) id="[^"]*"|\s*\n\s*(?=<)', "", svg)
-    names = {style: f"s{sha256(style.encode()).hexdigest()[:6]}" for style in re.findall(r' style="([^"]*)"', svg)}
-    svg = re.sub(r' style="([^"]*)"', lambda match: f' class="{names[match[1]]}"', svg)
+    inside = re.compile(r'(<[^<>]*) style="([^"]*)"')  # within a tag: a text may say what it likes
+    names = {style: f"s{sha256(style.encode()).hexdigest()[:6]}" for _, style in inside.findall(svg)}
+    svg = inside.sub(lambda match: f'{match[1]} class="{names[match[2]]}"', svg)
     rules = "".join(f".{name}{{{style}}}" for style, name in names.items())
     return svg.replace("<defs>", f"<defs><style>{rules}</style>", 1)

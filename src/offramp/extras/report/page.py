@@ -115,9 +115,9 @@ def write(results: list[Result], page: Path) -> list[Path]:
     try:
         groups = _grouped(results)
         overview, sections = _overview(groups), [_section(*group) for group in groups]
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"A Result lacks something that the page shows: {error}.",
+            f"A Result lacks something that the page shows: {error!r}.",
             "Was it made by another version? Run offramp eval again.",
         ) from error
     text = _template().render(
@@ -168,7 +168,7 @@ def _grouped(results: list[Result]) -> list[tuple[str, str, list[Result]]]:
         members = list(group)
         model, task = members[0].model, members[0].task
         title = f"{model.name} on {task.name}{penalty_words(task.repetition_penalty)}"
-        anchor = "".join(character if character.isalnum() else "-" for character in title.replace(" on ", "-"))
+        anchor = _anchor(title.replace(" on ", "-"))
         if any(earlier.startswith(title) for _, earlier, _ in sections):
             title += f", {model.weights}, {task.questions} questions"
             anchor += f"-{number}"
@@ -184,7 +184,12 @@ def _overview(groups: list[tuple[str, str, list[Result]]]) -> list[Figure]:
             task = results[0].task.name
             tasks.setdefault(task, []).append((title.replace(f" on {task}", ""), results))
     caption = "consistency against FLOPs saved. A dot is a condition; lines join each model's best ones."
-    return [Figure(f"overview-{task}", f"{task}: {caption}", fronts(models)) for task, models in tasks.items()]
+    return [Figure(_anchor(f"overview-{task}"), f"{task}: {caption}", fronts(models)) for task, models in tasks.items()]
+
+
+def _anchor(title: str) -> str:
+    """A title as an id in the page and as a file's name."""
+    return "".join(character if character.isalnum() else "-" for character in title)
 
 
 def _section(anchor: str, title: str, results: list[Result]) -> Section:

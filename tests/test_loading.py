@@ -524,3 +524,11 @@ def test_loading_takes_little_more_memory_than_the_weights_in_their_format(tmp_p
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         used, weights = map(int, shown.split())
         assert used <= 1.15 * weights + 150e6, (dtype, used, weights)
+
+
+@pytest.mark.parametrize("end", ["x", [2, "x"], [[2]], 10**30, -2, True])
+def test_an_end_that_is_no_token_is_refused(end, tmp_path, own_cache) -> None:
+    folder = saved(tiny("llama"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(CorruptFile):
+        offramp.load(str(folder), "float32")

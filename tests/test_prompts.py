@@ -6,6 +6,7 @@ import pytest
 
 from models import byte_tokenizer
 from offramp.errors import BadInput
+from offramp.files import read_lines
 from offramp.model.prompts import Prompts
 
 TEMPLATE = (
@@ -52,3 +53,10 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused():
         plain.encode("x" * 64)
     with pytest.raises(BadInput, match="empty"):
         plain.check([])
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"prompt": "\\ud800"}', "{}", "7"])
+def test_a_line_that_is_no_prompt_is_named(line, tmp_path):
+    (tmp_path / "mine.jsonl").write_text(f'{{"prompt": "Hello"}}\n{line}\n')
+    with pytest.raises(BadInput, match="line 2, is not a JSON object with 'prompt'"):
+        read_lines(tmp_path / "mine.jsonl", ("prompt",))

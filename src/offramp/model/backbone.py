@@ -157,9 +157,9 @@ class Backbone:
         for owner in owners:
             named = getattr(owner, "eos_token_id", None)
             ids += named if isinstance(named, list) else [] if named is None else [named]
-        if wrong := [id for id in ids if type(id) is not int or not 0 <= id < 1 << 31]:
+        if wrong := [id for id in ids if type(id) is not int or not -1 <= id < 1 << 31]:
             raise ValueError(f"eos_token_id: {wrong[0]!r} is no token")
-        return frozenset(ids)
+        return frozenset(ids) - {-1}  # which configs write for none
 
     def use_compiled_blocks(
         self,

@@ -275,8 +275,8 @@ OFFRAMP_API offramp_session *offramp_session_new(offramp_model *model, offramp_t
                                                  offramp_error *error);
 OFFRAMP_API void offramp_session_free(offramp_session *session);
 
-// A copy of a session, which goes on independently. It has no more room than its tokens need. The plan that
-// stepped the session last must still be there; for `save`, too.
+// A copy of a session, which goes on independently. It has no more room than its tokens need. Free the plan
+// that stepped the session last only after the last `fork` and `save`: they read the shapes of its Mamba gates.
 OFFRAMP_API offramp_session *offramp_session_fork(const offramp_session *session, offramp_error *error);
 
 typedef struct offramp_plan offramp_plan;  // see offramp_plan_new
@@ -475,8 +475,8 @@ enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };
 //
 // Found: `decided` tokens, which are put after the known ids, and their `decisions`; `run`; `asked`, how
 // often exits read out; `failed`: if it is not 0, the session is half-written, and refused from then on. A call
-// decides at most `rounds` · (OFFRAMP_MOST_DRAFTS + 1) tokens, and has at most 65,536 rows: `reads`, and one or
-// more for each other request.
+// decides at most `rounds` · (OFFRAMP_MOST_DRAFTS + 1) tokens, and has at most 131,072 rows: `reads`, and for
+// each other request one, its drafts, and room for those that may wait.
 typedef struct {
     offramp_session *session;
     int64_t *ids;  // room for known + most

@@ -9,7 +9,7 @@
 #include "step.h"
 #include "values.h"
 
-enum { MOST_LANES = 1 << 10, MOST_ROUNDS = 1 << 8, MOST_ROWS = 1 << 16 };
+enum { MOST_LANES = 1 << 10, MOST_ROUNDS = 1 << 8, MOST_ROWS = 1 << 17 };
 
 // Adds rows `from` to `to` - 1 of a lane to a group.
 static void add(Group *g, Lane *lane, int64_t from, int64_t to) {

@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 enum {
-    PIECES_BITS = 32,  // bits for the number of a phase's pieces: rows (MOST_ROWS) times heads (MOST_HEADS)
+    PIECES_BITS = 34,  // bits for the number of a phase's pieces: rows (MOST_ROWS) times heads (MOST_HEADS)
     SPINS = 1000,      // the number of looks at a phase before the processor is offered to others
     ROUNDS = 40,       // the number of such offers before a helper without a call sleeps
 };

@@ -99,6 +99,7 @@ def test_damaged_mixers_are_named(mixers, tmp_path, damage) -> None:
     [
         {},
         {"x": torch.zeros(2)},
+        {f"{'9' * 5000}.x": torch.zeros(2, 2)},
         {"0.x": torch.zeros(9, 1, dtype=torch.int8), "0.x.scale": torch.ones(1, 9)},  # not an outer product
         {"0.x": torch.zeros(9, dtype=torch.int8), "0.x.scale": torch.ones(9, 1)},
     ],

@@ -128,7 +128,7 @@ def test_results_that_lack_a_metric_are_refused(results, tmp_path) -> None:
 
 
 def test_a_strangers_results_write_and_fetch_nothing_else(results, tmp_path) -> None:
-    (one,) = (each for each in results[:1])
+    one = results[0]
     outside = replace(one, task=replace(one.task, name="x/../../../outside/owned"))
     styled = replace(one, model=replace(one.model, name='m style="}body{background:url(//x)}x{" $\\frac$'))
     figures = write([outside, styled], tmp_path / "a" / "b" / "report.html")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import socket
 import threading
@@ -256,6 +257,9 @@ OBJECTS = [{"type": "object", "properties": {f"a{number}": {"type": "string"}}} 
         {"type": "integer", "multipleOf": 9999991},
         {"type": "number", "multipleOf": 0.9999991},
         {"properties": {"a": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}}},
+        {"type": "integer", "multipleOf": 10**400},
+        {"type": "integer", "multipleOf": True},
+        {"type": "integer", "multipleOf": math.inf},
         {"anyOf": OBJECTS},
     ],
 )

@@ -202,6 +202,18 @@ static void shapes_must_fit(void) {
     }
 }
 
+// A state takes much memory for few weights, so it has a limit.
+static void states_have_a_limit(void) {
+    for (int64_t states = 1024; states <= 1032; states += 8) {
+        Shape shape = SMALL;
+        Layer layer = {0};
+        shape.states = states;
+        offramp_model *model = with(NULL, mixer_part(&shape, &layer), NULL, NULL);
+        CHECK(!model == (states > 1024), "a mixer of %d states", (int)states);
+        if (model) offramp_model_free(model);
+    }
+}
+
 static void models_need_their_parts(void) {
     Layer layer = {0};
     Tiny t = {.shape = SMALL};
@@ -358,6 +370,7 @@ static void mamba_gates_and_read_outs_must_fit(void) {
 int main(void) {
     constants_are_those_of_the_header();
     parts_take_only_what_they_have();
+    states_have_a_limit();
     shapes_must_fit();
     models_need_their_parts();
     short_lists_and_tables_must_fit();

@@ -159,6 +159,13 @@ static void wrong_requests_are_refused(void) {
         REFUSES(y->ids[1] = id);
         y->ids[1] = IDS[1];
     }
+    int64_t *many = memory(131074 * (int64_t)sizeof *many), *few = y->r.ids;
+    memset(many, 0, 131074 * sizeof *many);
+    const int64_t known = y->r.known;
+    y->r.ids = many, y->r.known = 131074;
+    REFUSES(y->r.reads = 131073);
+    CHECK(strstr(said.message, "too many for a pass"), "it says '%s'", said.message);
+    y->r.ids = few, y->r.known = known, y->r.reads = 2;
     static const int64_t rounds[] = {0, -1, 257, INT64_MAX};
     for (int i = 0; i < 4; i++) REFUSED(offramp_step(plan, requests, 2, rounds[i], NULL, &said));
     REFUSED(offramp_step(plan, requests, -1, 1, NULL, &said));

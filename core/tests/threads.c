@@ -218,6 +218,19 @@ static void pieces_are_claimed_once(void) {
     }
 }
 
+// The number of a piece does not run into that of its phase, however many there are.
+static void pieces_may_be_many(void) {
+    static const int64_t many[] = {(int64_t)1 << 24, (int64_t)1 << 32};
+    for (int i = 0; i < 2; i++) {
+        const int64_t done = many[i] - 2, pieces = many[i] + 3;
+        Crew crew = {.ticket = done, .done = done};
+        Hand hand = {&crew, 0, 0, 0, 1};
+        int64_t wanted = done;
+        EACH_PIECE(piece, &hand, pieces) { CHECK(piece == wanted++, "a piece was left out"); }
+        CHECK(wanted == pieces && hand.phase == 1 && !crew.done, "a phase has not ended");
+    }
+}
+
 int main(void) {
     alarm(100);  // a hang is a failure
     const Tiny first = model_of("am"), second = model_of("nb");
@@ -225,7 +238,7 @@ int main(void) {
     Answer of_first, of_second;
     ask(&first, given, &of_first), ask(&second, given, &of_second);
     parts_follow_each_other();
-    pieces_are_claimed_once();
+    pieces_are_claimed_once(), pieces_may_be_many();
     numbers_do_not_matter(&first, given, &of_first);
     numbers_do_not_matter(&second, given, &of_second);
     callers_do_not_matter(&first, &second, given, &of_first, &of_second);

@@ -314,9 +314,10 @@ def _from_mixers(name: str, folder: Path) -> Source:
                 raise base.unreadable(error) from error
             mixers = read_mixers(folder / MIXERS)
             try:
-                to_bamba(llama, mixers).bfloat16().save_pretrained(unfinished)
+                hybrid = to_bamba(llama, mixers)
             except Exception as error:  # their shapes may be any, and the library has errors of its own
                 raise CorruptFile(f"The mixers in {name} do not fit {named}: {error}", "Get the folder again.") from error
+            hybrid.bfloat16().save_pretrained(unfinished)
             for file in Path(base.path).iterdir():
                 if not (unfinished / file.name).exists() and file.name != RECORD and file not in weights_in(file.parent):
                     shutil.copy(file, unfinished)

@@ -72,10 +72,12 @@ def read_mixers(file: Path) -> dict[int, Mixer]:
         raise CorruptFile(f"The mixers in {file} are damaged: {error}", "Install offramp-models again.") from error
     for key, value in kept.items():
         block, _, name = key.partition(".")
-        scale = kept.get(f"{key}.scale", torch.ones(*value.shape[:1], 1))
-        if block.isdecimal() and name in VECTORS:
+        if not (block.isdecimal() and len(block) < 6):
+            continue
+        if name in VECTORS:
             mixers.setdefault(int(block), {})[name] = value
-        elif block.isdecimal() and name in MATRICES and value.ndim == 2 and scale.shape == (len(value), 1):
+        scale = kept.get(f"{key}.scale", torch.ones(*value.shape[:1], 1))
+        if name in MATRICES and value.ndim == 2 and scale.shape == (len(value), 1):
             mixers.setdefault(int(block), {})[name] = value * scale
     if not mixers or any(set(mixer) != {*MATRICES, *VECTORS} for mixer in mixers.values()):
         raise CorruptFile(f"The mixers in {file} are not complete.", "Install offramp-models again.")

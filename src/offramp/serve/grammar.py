@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from decimal import Decimal
 from functools import cache
 from typing import Any
@@ -17,7 +16,7 @@ from offramp.decode.sampling import Choose
 from offramp.errors import BadInput, NothingFits
 from offramp.model.backbone import Backbone
 
-MOST_MULTIPLE = 10_000  # of all `multipleOf` of a schema: an automaton has a state for each remainder
+MOST_MULTIPLE = 10_000  # of all `multipleOf` of a schema
 MOST_GRAMMAR = 50_000  # items of a grammar: what fits next is looked for in all of them
 
 
@@ -34,11 +33,7 @@ class Grammar:
         """`prompt`: the number of the prompt's ids. Raises `BadInput` for an invalid schema."""
         from llguidance import LLMatcher, LLParserLimits
 
-        if math.lcm(*_multiples(schema)) > MOST_MULTIPLE:
-            raise BadInput(
-                "The schema's multipleOf make too large a grammar.",
-                f"Their least common multiple, without the decimal point, may be {MOST_MULTIPLE:,}.",
-            )
+        _check_multiples(schema)
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
         limits, tokens = LLParserLimits(max_grammar_size=MOST_GRAMMAR), _tokens_of(backbone.tokenizer, backbone.stop_ids)
         self._matcher, self._prompt = LLMatcher(tokens, grammar, limits=limits), prompt
@@ -76,15 +71,27 @@ class Grammar:
         self._taken = [*answer]
 
 
-def _multiples(schema: Any) -> Iterator[int]:
-    """The digits of each `multipleOf` in a schema, as whole numbers: those of 0.25 are 25."""
-    if isinstance(schema, dict):
-        number = schema.get("multipleOf")
-        if isinstance(number, int | float) and math.isfinite(number) and number:
-            yield int("".join(map(str, Decimal(str(number)).as_tuple().digits)))
-    if isinstance(schema, dict | list):
-        for part in schema.values() if isinstance(schema, dict) else schema:
-            yield from _multiples(part)
+def _check_multiples(schema: Any) -> None:
+    """Raise `BadInput` if the least common multiple of all `multipleOf` in a schema is too large.
+
+    Without the decimal point: 0.25 counts as 25. The matcher needs a state for each remainder, and has no limit for that.
+    """
+    multiple, parts = 1, [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            number = part.get("multipleOf")
+            digits = Decimal(str(number)).as_tuple().digits if type(number) in (int, float) else ()
+            if any(digits):
+                multiple = math.lcm(multiple, int("".join(map(str, digits))))
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+        if multiple > MOST_MULTIPLE:
+            raise BadInput(
+                "The schema's multipleOf make too large a grammar.",
+                f"Their least common multiple, without the decimal point, may be {MOST_MULTIPLE:,}.",
+            )
 
 
 @cache

@@ -1,12 +1,13 @@
 """The tables that `benchmarks/paper.py` and `benchmarks/paper_times.py` give, in Markdown.
 
-    .venv/bin/python benchmarks/paper_tables.py build/paper/*/*.json* [--check PAGE …]
+    .venv/bin/python benchmarks/paper_tables.py build/paper/*/*.json* [--check PAGE …] [--figure FILE.svg]
 
 The files are Results (`MODEL-TASK.json`, or packed by xz) and times (`MODEL-TASK-times-BATCH.jsonl`). It also knows what
 earlier versions of these scripts wrote: other conditions, and times in `MODEL-TASK-times.json`. With `--check`, it compares
 pages with these tables instead, and fails if something differs. The first page must have all rows, and no other row about
 these models and tasks. Each percentage in its text must be in a row, too. In the other pages that holds for each percentage
-in a paragraph, or in a row of a table, that links to the first page.
+in a paragraph, or in a row of a table, that links to the first page. `--figure` draws the change of each task's score
+against how many times as fast as full depth answers are made.
 
 Most cells are what is saved where consistency (token F1 with full depth's answer) falls to 0.9, in a straight line between
 the conditions that were measured: FLOPs saved and, in brackets, mean blocks run. Of several seeds: the mean, the lowest and
@@ -32,13 +33,14 @@ import answers
 from offramp.errors import OfframpError
 from offramp.evaluation.results import Result, load_results
 from offramp.extras.report.curves import CONSISTENT, crossing
+from offramp.extras.report.figures import COLOURS, MARKERS
 from paper import COUNTS, FILLS, GATES, LOSSES, MODES, PENALTY, PLAIN, RISKS, THE_PAPERS
 from paper_exits import Recipe
 
 MODELS = ("smollm2", "smollm2-hybrid", "smollm2-mamba", "mamba-tiny-ee")  # in this order; others come after them
 # What earlier versions compared, too: exits of several seeds, and of the task's own answers; and how they named the others.
 SEEDS, MATCHED, SHIPPED, DRAFTS = (0, 1, 2), "the task's answers", "shipped", "drafts"
-TIMES, COLUMNS = "-times.json", ("consistency", "score", "time saved", "tokens/s")
+ALONE, TIMES, COLUMNS = "-times-1.jsonl", "-times.json", ("consistency", "score", "time saved", "tokens/s")
 KEPT = (0.98, 0.95, 0.9, 0.8)  # consistencies of the shipped exits' table
 GLANCE = (
     "full depth's score",
@@ -53,6 +55,7 @@ NONE = "–"
 TASKS = tuple(COUNTS)
 Row = dict[str, float]
 Found = tuple[float, float]  # FLOPs saved, mean blocks run
+Interval = tuple[float, float, float]  # a value and its 95% interval
 Table = tuple[str, tuple[str, ...], list[str]]  # a title, the head's cells, and the rows
 
 
@@ -81,6 +84,11 @@ class Group:
         """What conditions save where they fall to this consistency."""
         found = crossing([self.full, *results], consistency, ("flops_saved", "mean_blocks"))
         return (found[0], found[1]) if found else None
+
+    def change(self, result: Result) -> Interval:
+        """By how much a condition's score is above full depth's, and the 95% interval of that."""
+        pairs = zip(result.items, self.full.items, strict=True)
+        return interval([{"change": own.scores[self.measure] - full.scores[self.measure]} for own, full in pairs], "change")
 
     def cell(self, curves: Iterable[list[Result]]) -> str:
         """What a curve saves where it falls to a consistency of 0.9, or those of several seeds."""
@@ -128,11 +136,7 @@ def cell(several: Sequence[Found | None]) -> str:
 def modes(group: Group) -> Iterator[str]:
     """Each mode: the score and its change, with its 95% interval; token F1 with full depth; FLOPs saved and blocks run."""
     for result in (each for each in group.results if each.condition.label in MODES):
-        changes = [
-            own.scores[group.measure] - full.scores[group.measure]
-            for own, full in zip(result.items, group.full.items, strict=True)
-        ]
-        middle, low, high = interval([{"change": change} for change in changes], "change")
+        middle, low, high = group.change(result)
         cells = [
             f"{result.summary[group.measure].mean:.3f}",
             f"{middle:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−"),
@@ -231,7 +235,7 @@ def share(value: float) -> str:
     return "0.0%" if shown == "-0.0%" else shown.replace("-", "−")
 
 
-def interval(rows: list[Row], measure: str) -> tuple[float, float, float]:
+def interval(rows: list[Row], measure: str) -> Interval:
     """The mean of a measure (of times, the median) and its 95% interval."""
     middle: Callable[[Any], Any] = median if measure == "time saved" else fmean
     values = [row[measure] for row in rows]
@@ -328,6 +332,57 @@ def tables(results: list[Result], timed: Iterable[Path]) -> Iterator[Table]:
         yield title, answers.COLUMNS, [line for file in files for line in timed_rows(file)]
 
 
+def draw(results: list[Result], timed: Iterable[Path], out: Path) -> None:
+    """Draw the times of one answer at a time and the scores: a panel for each task, a colour for each contender, a marker
+    for each model. A peer, which has no score, keeps it. Bars are 95% intervals.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "offramp"  # makes the same file for the same figure
+    from matplotlib import pyplot
+
+    files = sorted((file for file in timed if file.name.endswith(ALONE)), key=lambda file: place(*subject(file)))
+    models, tasks = (list(dict.fromkeys(subject(file)[which] for file in files)) for which in (0, 1))
+    size = 3.4 * len(tasks) + 2.4, 4.2
+    figure, (panels,) = pyplot.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
+    looks: dict[str, dict[str, str]] = {}
+    for file in files:
+        model, task = subject(file)
+        for name, x, y in points(file, results):
+            look = looks.setdefault(name, look_of(len(looks)))
+            bars = [[[abs(end - middle)] for end in ends] for middle, *ends in (y, x)]
+            mark = MARKERS[models.index(model) % len(MARKERS)]
+            panels[tasks.index(task)].errorbar(x[0], y[0], *bars, linestyle="", capsize=2, marker=mark, **look)
+    for task, axes in zip(tasks, panels, strict=True):
+        axes.axvline(1, color="grey", linewidth=0.8)
+        axes.set(xscale="log", xlabel="times as fast as full depth", title=task)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("change of the score")
+    plain = {"linestyle": "", "color": "grey"}
+    keys = [pyplot.Line2D([], [], **{**plain, "marker": "s", **look}, label=name) for name, look in looks.items()]
+    keys += [pyplot.Line2D([], [], **plain, marker=MARKERS[i % len(MARKERS)], label=name) for i, name in enumerate(models)]
+    figure.legend(handles=keys, loc="outside right upper", frameon=False)
+    figure.savefig(out, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def points(file: Path, results: list[Result]) -> Iterator[tuple[str, Interval, Interval]]:
+    """Of each contender in a file of times: its name, how many times as fast it is, and the change of its score."""
+    about, *turns = map(json.loads, file.read_text("utf-8").splitlines())
+    (group,) = (pair[1.0] for pair in groups_of(results) if (pair[1.0].model, pair[1.0].task) == subject(file))
+    scored = {each.condition.name: each for each in group.results}
+    first, *others = turns[0]
+    for name in others:
+        known = scored.get(about["conditions"].get(name, ""))
+        yield name, answers.interval(turns, answers.faster, name, first), group.change(known) if known else (0.0, 0.0, 0.0)
+
+
+def look_of(number: int) -> dict[str, str]:
+    """The colour of a contender; from the seventh on, its markers are hollow."""
+    return {"color": COLOURS[number % len(COLOURS)], "fillstyle": "none" if number >= len(COLOURS) else "full"}
+
+
 def paragraphs(page: str) -> list[str]:
     """The paragraphs, items of lists and rows of tables of a page in Markdown, without code."""
     text = re.sub(r"^```.*?^```$", "", page, flags=re.DOTALL | re.MULTILINE)
@@ -360,6 +415,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--check", type=Path, nargs="+", help="a page that should have all rows, and pages that quote it")
+    parser.add_argument("--figure", type=Path, help="draw scores against times in this file, an SVG")
     args = parser.parse_args(argv)
     timed = [file for file in args.files if "-times" in file.name]
     try:
@@ -369,6 +425,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{error} {error.hint}")
     except OSError as error:
         parser.error(f"{error.filename} cannot be read: {error.strerror}.")
+    if args.figure:
+        draw(results, timed, args.figure)
     found = list(tables(results, timed))
     if not args.check:
         for title, head, rows in found:

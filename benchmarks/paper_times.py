@@ -7,30 +7,25 @@ Results those that save most FLOPs at a consistency of 0.9: of the calibrated on
 trained here, and of the paper's recipe. One answer at a time, with the peers, then eight side by side, without them. How
 turns are taken and kept, and what peers do, is in `benchmarks/answers.py`.
 
-Writes WORK/MODEL-TASK-times-BATCH.jsonl, and of one answer at a time the figure WORK/MODEL-TASK-times.svg: the change of
-the task's score against how many times as fast as full depth answers are made.
+Writes WORK/MODEL-TASK-times-BATCH.jsonl; `benchmarks/paper_tables.py` makes tables and a figure of these files.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from math import nan
-from pathlib import Path
 from typing import Any
 
-from answers import Turn, change, faster, interval, table, turns_of
+from answers import table, turns_of
 from offramp.errors import OfframpError
 from offramp.evaluation.evaluation import Condition
 from offramp.evaluation.results import Result, load_results
-from offramp.extras.report.figures import COLOURS, MARKERS
 from offramp.machine import machine
 from paper import OWN, THE_PAPERS, Experiment, boldest, finish, flops_saved, parser_of, run
 from speed import ENTRIES, WORK, Failed, Worker, entry, paths_of
 
 FULL, THEIRS = "full depth", "transformers-float32"
 BATCHES = (1, 8)
-LEFT = 0.4  # the slowest that the figure shows
 
 
 def chosen(experiment: Experiment, results: list[Result]) -> dict[str, Condition]:
@@ -65,31 +60,6 @@ def with_peers(experiment: Experiment, names: list[str]) -> tuple[dict[str, Work
     return workers, failures
 
 
-def draw(turns: list[Turn], title: str, file: Path) -> None:
-    """Draw the change of the score against times as fast, with intervals. Peers, which have no score, keep it."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "offramp"  # makes the same file for the same figure
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for number, name in enumerate(name for name in turns[0] if name != FULL):
-        x, *x_ends = interval(turns, faster, name, FULL)
-        y, *y_ends = interval(turns, change, name, FULL) if "scores" in turns[0][name] else (0, 0, 0)
-        bars = [[[abs(end - middle)] for end in ends] for middle, ends in ((y, y_ends), (x, x_ends))]
-        if x < LEFT:
-            name, x = f"{name} (at {x:.2f})", nan
-        look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-        axes.errorbar(x, y, *bars, linestyle="", capsize=2, label=name, **look)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set(xlabel="times as fast as full depth", ylabel="change of the score", title=title)
-    axes.grid(alpha=0.25)
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
-
-
 def timed(model: str, task: str, args: argparse.Namespace) -> None:
     """Time one model on one task, and print a table for each number of answers side by side."""
     experiment = Experiment(model, task, args)
@@ -113,8 +83,6 @@ def timed(model: str, task: str, args: argparse.Namespace) -> None:
                 worker.close()
         print(f"\n{experiment.name}, {task}, {len(questions.items)} questions, {batch} side by side; {machine()}\n")
         print("\n".join([table(turns), *(f"| {name} | failed: {reason} |" for name, reason in failures.items())]))
-        if batch == 1:
-            draw(turns, f"{experiment.name}, {task}", file.with_name(f"{file.stem}-times.svg"))
 
 
 def main(argv: list[str] | None = None) -> None:

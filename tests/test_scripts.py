@@ -420,7 +420,6 @@ def test_paper_times_compares_modes_and_what_saves_most_with_full_depth_and_with
         assert len(kept) == turns
         assert about["conditions"]["the paper's recipe"].startswith("no jump, plain text, k = 5: project, mamba")
         assert all(turn["exact"]["ids"] == turn["full depth"]["ids"] for turn in kept)
-    assert file.with_name("model-triviaqa-times.svg").exists()
     with pytest.raises(SystemExit):
         paper_times.main([*papered, "--peers", "lookup,vllm"])
     assert "unknown peers vllm; there are " in capsys.readouterr().err
@@ -434,7 +433,11 @@ def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, monkey
     paper_times.main([*papered[:-1], str(tmp_path / "work"), "--questions", "2", "--threads", "1"])
     capsys.readouterr()
     files = sorted(map(str, (tmp_path / "work").glob("*/model-triviaqa*.json*")))
-    paper_tables.main(files)
+    paper_tables.main([*files, "--figure", str(tmp_path / "figure.svg")])
+    figure = (tmp_path / "figure.svg").read_text()
+    assert figure.count("<svg") == 1
+    for name in ("triviaqa", "model", *paper.MODES, "exits trained here", "the paper's recipe"):
+        assert f"<!-- {name} -->" in figure
     page = capsys.readouterr().out
     (tmp_path / "page.md").write_text(page)
     paper_tables.main([*files, "--check", str(tmp_path / "page.md")])

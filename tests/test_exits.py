@@ -152,8 +152,9 @@ def test_a_config_that_names_what_the_exits_do_not_hold_is_not_saved(tmp_path, n
 def test_without_the_package_of_exits_that_ship_it_is_named(monkeypatch) -> None:
     backbone = tiny("llama")
     monkeypatch.setattr("offramp.exits.exit_set.shipped", lambda kind: [])
+    monkeypatch.setattr("offramp.exits.exit_set.is_installed", lambda package: False)
     assert not ExitSet.shipped(backbone)  # nothing ships for this model, so nothing is said
-    monkeypatch.setitem(ALIASES, backbone.name, None)
+    monkeypatch.setitem(ALIASES, backbone.name, "offramp-models")
     with pytest.warns(UserWarning, match="no exits for tiny-llama here, since the package offramp-models is not installed"):
         exits = ExitSet.shipped(backbone)
     with pytest.raises(BadInput, match="offramp-models, with the exits that ship, is not installed") as caught:

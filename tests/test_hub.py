@@ -169,10 +169,11 @@ def test_what_ships_is_found_and_not_imported(tmp_path, monkeypatch) -> None:
 
 
 def test_an_alias_whose_package_is_not_installed_says_what_to_install(own_cache, monkeypatch) -> None:
-    monkeypatch.setattr(hub, "ALIASES", {"mamba-tiny": None})
-    with pytest.raises(ModelNotFound, match="'mamba-tiny' is a model of the package offramp-models") as raised:
-        resolve("mamba-tiny")
-    assert "pip install ./offramp-models" in raised.value.hint
+    monkeypatch.setattr(hub, "ALIASES", hub.PACKAGES)
+    for alias, package in hub.PACKAGES.items():
+        with pytest.raises(ModelNotFound, match=f"'{alias}' is a model of the package {package}") as raised:
+            resolve(alias)
+        assert f"pip install ./{package}" in raised.value.hint
 
 
 def test_the_aliases_are_the_same_without_the_package() -> None:

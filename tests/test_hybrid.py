@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -20,8 +21,9 @@ from hybrid.student import Student
 from lm.corpus import command_line
 from models import COMPILED, byte_tokenizer
 from offramp.errors import BadInput, CorruptFile
+from offramp.files import shipped
 from offramp.model import hub
-from offramp.model.hybrid import LARGEST, MATRICES, MIXERS, base_of, read_mixers, to_bamba, write_mixers
+from offramp.model.hybrid import GROUP, MATRICES, MIXERS, ROUNDED, base_of, read_mixers, to_bamba, write_mixers
 from offramp.model.loading import wrap
 from offramp.training.config import TrainConfig
 from offramp.training.data import gather
@@ -80,10 +82,27 @@ def test_mixers_are_kept_in_integers(student, mixers, tmp_path) -> None:
     assert base_of(tmp_path / MIXERS) == "tiny"
     for block in REPLACED:
         for name, value in kept[block].items():
-            step = value.abs().amax(1, keepdim=True) / LARGEST if name in MATRICES else torch.zeros(())
-            assert bool(((read[block][name] - value).abs() <= 0.51 * step + 1e-7).all()), name
+            if name not in ROUNDED:
+                assert torch.equal(read[block][name], value), name
+                continue
+            width = math.gcd(GROUP, value.shape[1])
+            groups, made = value.unflatten(1, (-1, width)), read[block][name].unflatten(1, (-1, width))
+            # Better than with the scale at which each group's largest value is -8.
+            scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
+            plain = (groups / scale).round().clamp(-8, 7) * scale
+            assert (made - groups).norm() < (plain - groups).norm(), name
+            assert bool(((made - groups).abs() <= 1.1 * scale.abs()).all()), name
     matrices = sum(mixer[name].numel() for mixer in kept.values() for name in MATRICES)
-    assert (tmp_path / MIXERS).stat().st_size < 1.5 * matrices
+    assert (tmp_path / MIXERS).stat().st_size < 1.3 * matrices
+
+
+def test_the_mixers_that_ship_are_in_integers_of_8_bits() -> None:
+    """The older format."""
+    folder = next(folder for folder in shipped("models") if folder.name == "smollm2-hybrid")
+    with safe_open(folder / MIXERS, "pt") as tensors:
+        kept, scale = tensors.get_tensor("5.C"), tensors.get_tensor("5.C.scale")
+    assert kept.dtype == torch.int8
+    assert torch.equal(read_mixers(folder / MIXERS)[5]["C"], kept * scale)
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"no tensors", lambda data: data[: len(data) // 2]])

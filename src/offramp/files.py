@@ -25,7 +25,16 @@ except ModuleNotFoundError:  # Windows: no locks of this kind
 ASSETS = Path(__file__).parent / "assets"  # prompts and model shapes
 PACKAGES = "offramp.packages"  # the group of entry points of packages with models and exits
 MODELS_PACKAGE = "offramp-models"  # a distribution of its own, with the models and exits that ship
-INSTALL_MODELS = f"Install it in a clone of offramp: pip install ./{MODELS_PACKAGE}"  # neither package is on PyPI
+
+
+def is_installed(package: str) -> bool:
+    """Whether a distribution with models and exits is installed."""
+    return importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
+def install_package(package: str) -> str:
+    """The hint for such a distribution that is missing. None of them is on PyPI."""
+    return f"Install it in a clone of offramp: pip install ./{package}"
 
 
 def install_hint(extra: str) -> str:

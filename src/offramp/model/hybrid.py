@@ -1,8 +1,8 @@
 """A hybrid made from a model of the llama kind: Mamba-2 mixers in the places of some of its attentions.
 
-The mixers have a file of their own, in integers of 8 bits (`write_mixers`). They are added to the model's weights when it
-is loaded (`to_bamba`). The result is the library's Bamba: a block has an attention or a Mamba-2 mixer, and then a gated
-MLP.
+The mixers have a file of their own, in integers of 4 bits (`write_mixers`); smollm2-hybrid's is older, and has 8. They are
+added to the model's weights when it is loaded (`to_bamba`). The result is the library's Bamba: a block has an attention or
+a Mamba-2 mixer, and then a gated MLP.
 
 A mixer begins from an attention's weights ("The Mamba in the Llama", arXiv 2408.15237), in which several heads of queries
 share a head of keys and values. So several heads of C share a head of B and of x. Bamba has no heads that share x: what is
@@ -23,6 +23,7 @@ A mixer's tensors. D is the hidden size, W the convolution's width; of Q heads o
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,19 @@ MIXERS = "mixers.safetensors"  # the file's name
 Mixer = dict[str, Tensor]
 MATRICES = ("x", "B", "C", "z", "dt", "out")
 VECTORS = ("z_bias", "dt_bias", "taps", "conv_bias", "A_log", "D", "norm")
-LARGEST = 127  # of 8 bits
+ROUNDED = ("x", "B", "C", "z", "out")  # kept in integers
+GROUP = 32  # values of a row that share a scale
+SHARES = torch.linspace(0.75, 1.05, 13)  # of the scale at which a group's largest value is -8; the best is taken
+AGAIN = "Install the package with this model again, or get the file again."
 
 
 def write_mixers(file: Path, mixers: dict[int, Mixer], record: dict[str, Any]) -> None:
-    """Write the mixers of some blocks: matrices in integers of 8 bits with a scale for each row, the rest in float32."""
+    """Write the mixers of some blocks: large matrices in integers of 4 bits, two in a byte, the rest in float32."""
     tensors = {}
     for block, mixer in mixers.items():
-        for name in MATRICES:
-            scale = mixer[name].abs().amax(1, keepdim=True).clamp(min=1e-12) / LARGEST
-            tensors[f"{block}.{name}"] = (mixer[name] / scale).round().to(torch.int8)
-            tensors[f"{block}.{name}.scale"] = scale
-        tensors |= {f"{block}.{name}": mixer[name].float().contiguous() for name in VECTORS}
+        for name in ROUNDED:
+            tensors[f"{block}.{name}"], tensors[f"{block}.{name}.scale"] = _rounded(mixer[name].float())
+        tensors |= {f"{block}.{name}": mixer[name].float().contiguous() for name in ("dt", *VECTORS)}
     write_atomically(file, save(tensors, {"record": json.dumps(record)}))
 
 
@@ -59,7 +61,7 @@ def base_of(file: Path) -> str:
         with safe_open(file, "pt") as tensors:
             return str(json.loads(tensors.metadata()["record"])["base"])
     except Exception as error:  # whatever safetensors raises for bytes that it cannot read
-        raise CorruptFile(f"The mixers in {file} are damaged: {error!r}", "Install offramp-models again.") from error
+        raise CorruptFile(f"The mixers in {file} are damaged: {error!r}", AGAIN) from error
 
 
 def read_mixers(file: Path) -> dict[int, Mixer]:
@@ -67,21 +69,51 @@ def read_mixers(file: Path) -> dict[int, Mixer]:
     mixers: dict[int, Mixer] = {}
     try:
         with safe_open(file, "pt") as tensors:
-            kept = {key: tensors.get_tensor(key).float() for key in tensors.keys()}  # noqa: SIM118 - it is not a dict
+            kept = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 - it is not a dict
     except Exception as error:  # whatever safetensors raises for bytes that it cannot read
-        raise CorruptFile(f"The mixers in {file} are damaged: {error}", "Install offramp-models again.") from error
+        raise CorruptFile(f"The mixers in {file} are damaged: {error}", AGAIN) from error
     for key, value in kept.items():
         block, _, name = key.partition(".")
         if not (block.isdecimal() and len(block) < 6):
             continue
         if name in VECTORS:
-            mixers.setdefault(int(block), {})[name] = value
+            mixers.setdefault(int(block), {})[name] = value.float()
         scale = kept.get(f"{key}.scale", torch.ones(*value.shape[:1], 1))
-        if name in MATRICES and value.ndim == 2 and scale.shape == (len(value), 1):
-            mixers.setdefault(int(block), {})[name] = value * scale
+        if name in MATRICES and value.ndim == 2 and _fits(value, scale):
+            mixers.setdefault(int(block), {})[name] = _restored(value, scale)
     if not mixers or any(set(mixer) != {*MATRICES, *VECTORS} for mixer in mixers.values()):
-        raise CorruptFile(f"The mixers in {file} are not complete.", "Install offramp-models again.")
+        raise CorruptFile(f"The mixers in {file} are not complete.", AGAIN)
     return dict(sorted(mixers.items()))
+
+
+def _rounded(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (n, w) in integers of 4 bits: uint8 (n, w / 2), and a scale of each group (n, w / `GROUP`) in bfloat16."""
+    groups = matrix.unflatten(1, (-1, math.gcd(GROUP, matrix.shape[1])))
+    largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    scales = (largest * SHARES / -8).bfloat16()  # (n, groups, shares)
+    scales[scales == 0] = 1
+    errors = [(_steps(groups, scale) * scale.float() - groups).square().sum(-1) for scale in scales.split(1, dim=-1)]
+    scale = scales.gather(-1, torch.stack(errors, -1).argmin(-1, keepdim=True))
+    steps = (_steps(groups, scale) + 8).to(torch.uint8).flatten(1)
+    return steps[:, ::2] | steps[:, 1::2] << 4, scale[..., 0].contiguous()
+
+
+def _steps(groups: Tensor, scale: Tensor) -> Tensor:
+    return (groups / scale.float()).round().clamp(-8, 7)
+
+
+def _fits(kept: Tensor, scale: Tensor) -> bool:
+    """Whether each row of a matrix in a file has scales, each for as many values."""
+    width = kept.shape[1] * (2 if kept.dtype == torch.uint8 else 1)
+    return scale.ndim == 2 and len(scale) == len(kept) and scale.shape[1] > 0 and width % scale.shape[1] == 0
+
+
+def _restored(kept: Tensor, scale: Tensor) -> Tensor:
+    """A matrix of a file in float32. uint8 holds two integers of 4 bits; other types hold one value each."""
+    if kept.dtype == torch.uint8:
+        kept = torch.stack([kept & 15, kept >> 4], -1).flatten(1).float() - 8
+    values: Tensor = kept.float().unflatten(1, (scale.shape[1], -1)) * scale.float()[..., None]
+    return values.flatten(1)
 
 
 def to_bamba(llama: Any, mixers: dict[int, Mixer]) -> Any:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo picture test test-ray test-core lint core variants native docs release exits exits-coder bench load soak mamba-lm mamba-answers paper paper-quick clean
+.PHONY: demo picture test test-ray test-core lint core variants native docs release exits exits-coder exits-mamba bench load soak mamba-lm mamba-answers paper paper-quick clean
 
 # MODEL names another model than smollm2.
 demo: .venv/.installed
@@ -52,7 +52,7 @@ docs: .venv/.docs
 # empty environment. offramp's wheel holds the C library for every kind of processor; auditwheel says in its name which Linux it needs.
 # Nothing is uploaded.
 DIST := build/dist
-OTHERS := offramp-models offramp-qwen2.5-coder-0.5b
+OTHERS := offramp-models offramp-qwen2.5-coder-0.5b offramp-smollm2-mamba
 release: .venv/.installed
 	rm -rf $(DIST) build/wheel
 	$(BIN)/python -m build --outdir build/wheel --config-setting cmake.define.OFFRAMP_VARIANTS=all .
@@ -135,12 +135,26 @@ mamba-lm: .venv/.installed
 soak load: .venv/.installed
 	$(BIN)/python benchmarks/load.py --dtype float32 $(if $(filter soak,$@),--minutes 10)
 
-# Mamba-2 mixers in the places of half of SmolLM2's attentions, some seven hours on two cores; interrupted, it goes on where it
-# stopped. The prompts are those of `make exits`; TEXT names plain texts to learn from, too.
+# Exits for smollm2-mamba, which go on from smollm2-hybrid's, some three hours. The prompts are those of `make exits`.
+PURE := offramp-smollm2-mamba/offramp_smollm2_mamba
+MAMBA_EXITS := $(PURE)/exits/smollm2-mamba
+exits-mamba: .venv/.installed
+	$(BIN)/offramp train smollm2-mamba -o $(MAMBA_EXITS) --start $(SMOLLM2)-hybrid --own-prompts build/prompts/second-2400.jsonl \
+		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
+	$(BIN)/offramp calibrate smollm2-mamba --exits $(MAMBA_EXITS) --prompts build/prompts/calibrate.jsonl
+	$(BIN)/offramp train smollm2-mamba -o $(MAMBA_EXITS) --draft --start $(SMOLLM2)-hybrid/draft --own-prompts build/prompts/all.jsonl \
+		--epochs 1 --gate-epochs 1
+	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate smollm2-mamba --dtype $$dtype --exits $(MAMBA_EXITS) --mode close \
+		--prompts build/prompts/close.jsonl || exit 1; done
+
+# Mamba-2 mixers in the places of half of SmolLM2's attentions, and then of all, some twelve hours on two cores; interrupted, it goes
+# on where it stopped. The prompts are those of `make exits`; TEXT names plain texts to learn from, too.
 HYBRID := $(SHIPPED)/models/smollm2-hybrid
 mamba-answers: .venv/.installed
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
 	$(BIN)/python -m hybrid.distil build/hybrid -o $(HYBRID) --prompts build/prompts/all.jsonl $(addprefix --text ,$(TEXT)) --keep 15 $(FAST)
+	$(BIN)/python -m hybrid.distil build/mamba -o $(PURE)/models/smollm2-mamba --start $(HYBRID) --prompts build/prompts/all.jsonl \
+		$(addprefix --text ,$(TEXT)) --keep 0 --match-hours 0.4 --join-hours 0.8 $(FAST)
 
 # The paper's experiment on small models, some hours; interrupted, it goes on where it stopped. Then its times, alone on the machine.
 # paper-quick: too few questions to conclude from. DATA names files instead of the hub, and TEXT plain texts to train on, too;

@@ -180,7 +180,8 @@ def test_the_aliases_are_the_same_without_the_package() -> None:
     code = """
 import importlib.util as util
 find = util.find_spec
-util.find_spec = lambda name, package=None: None if name == "offramp_models" else find(name, package)
+packages = "offramp_models", "offramp_smollm2_mamba"
+util.find_spec = lambda name, package=None: None if name in packages else find(name, package)
 from offramp.model.hub import ALIASES
 print(*ALIASES)
 """

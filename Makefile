@@ -142,7 +142,8 @@ exits-mamba: .venv/.installed
 	$(BIN)/offramp train smollm2-mamba -o $(MAMBA_EXITS) --start $(SMOLLM2)-hybrid --own-prompts build/prompts/second-2400.jsonl \
 		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp calibrate smollm2-mamba --exits $(MAMBA_EXITS) --prompts build/prompts/calibrate.jsonl
-	$(BIN)/offramp train smollm2-mamba -o $(MAMBA_EXITS) --draft --start $(SMOLLM2)-hybrid/draft --own-prompts build/prompts/all.jsonl \
+	head -n 4800 build/prompts/first.jsonl > build/prompts/first-4800.jsonl
+	$(BIN)/offramp train smollm2-mamba -o $(MAMBA_EXITS) --draft --start $(SMOLLM2)-hybrid/draft --own-prompts build/prompts/first-4800.jsonl \
 		--epochs 1 --gate-epochs 1
 	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate smollm2-mamba --dtype $$dtype --exits $(MAMBA_EXITS) --mode close \
 		--prompts build/prompts/close.jsonl || exit 1; done

@@ -128,10 +128,10 @@ def cells(turns: list[Turn], name: str, first: str) -> list[str]:
         return ["–", "–", *speed, "–", "–", *map("{:.3f}".format, alike)]
     return [
         f"{fmean(score for each in own for score in each['scores']):.3f}",
-        "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval(turns, change, name, first)),
+        "{:+z.3f} ({:+z.3f} to {:+z.3f})".format(*interval(turns, change, name, first)),
         *speed,
         f"{tokens / sum(each['passes'] for each in own):.2f}",
-        f"{1 - sum(each['flops'] for each in own) / sum(each['full_flops'] for each in own):.1%}",
+        f"{1 - sum(each['flops'] for each in own) / sum(each['full_flops'] for each in own):z.1%}",
         *map("{:.3f}".format, alike),
     ]
 

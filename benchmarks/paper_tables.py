@@ -7,7 +7,7 @@ The files are Results (`MODEL-TASK.json`, or packed by xz) and times (`MODEL-TAS
 compares pages with these tables instead, and fails if something differs. The first page must have all rows, and no other
 row about these models and tasks. The pages beside it may have some of the rows; each percentage in their text must be in a
 row. In pages elsewhere that holds for each percentage in a paragraph, or in a row of a table, that links to one of these.
-`--figure` draws the change of each task's score against how many times as fast as full depth answers are made.
+`--figure` draws consistency against how many times as fast as full depth answers are made.
 
 Most cells are what is saved where consistency (token F1 with full depth's answer) falls to 0.9, in a straight line between
 the conditions that were measured: FLOPs saved and, in brackets, mean blocks run.
@@ -33,6 +33,7 @@ from offramp.errors import OfframpError
 from offramp.evaluation.results import Result, load_results
 from offramp.extras.report.curves import CONSISTENT, crossing
 from offramp.extras.report.figures import COLOURS, MARKERS
+from offramp.metrics import token_f1
 from paper import COUNTS, FILLS, GATES, LOSSES, MODES, PENALTY, RISKS, THE_PAPERS
 from paper_exits import Recipe
 
@@ -198,7 +199,8 @@ def timed_rows(file: Path, times: Times) -> list[str]:
     """The rows of a file of times; some peers failed, and it says why."""
     about, turns = times
     title, first = ", ".join(subject(file)), next(iter(turns[0]))
-    found = [row(f"{title}: {name}", answers.cells(turns, name, first)) for name in turns[0]]
+    cells_of = {name: answers.cells(turns, name, first) for name in turns[0]}
+    found = [row(f"{title}: {name}", [cell.replace("-", "−") for cell in cells]) for name, cells in cells_of.items()]
     return found + [row(f"{title}: {name}", [f"failed: {reason}"]) for name, reason in about["failures"].items()]
 
 
@@ -252,9 +254,10 @@ def tables(results: list[Result], times: dict[Path, Times]) -> Iterator[Table]:
         yield title, answers.COLUMNS, [line for file in files for line in timed_rows(file, times[file])]
 
 
-def draw(results: list[Result], times: dict[Path, Times], out: Path) -> None:
-    """Draw the times of one answer at a time and the scores: a panel for each task, a colour for each contender, a marker
-    for each model. A peer, which has no score, keeps it. Bars are 95% intervals.
+def draw(times: dict[Path, Times], out: Path) -> None:
+    """Draw how many times as fast as full depth one answer at a time is made, and its consistency: a panel for each model.
+
+    A marker is the mean of the tasks, its bars reach from the lowest task to the highest. Those of peers are hollow.
     """
     import matplotlib
 
@@ -263,44 +266,44 @@ def draw(results: list[Result], times: dict[Path, Times], out: Path) -> None:
     from matplotlib import pyplot
 
     files = [file for file in times if file.name.endswith(ALONE)]
-    models, tasks = (list(dict.fromkeys(subject(file)[which] for file in files)) for which in (0, 1))
-    size = 3.4 * len(tasks) + 2.4, 4.2
-    figure, (panels,) = pyplot.subplots(1, len(tasks), figsize=size, squeeze=False, layout="constrained")
-    group_of = {(pair[1.0].model, pair[1.0].task): pair[1.0] for pair in groups_of(results)}
+    models = list(dict.fromkeys(subject(file)[0] for file in files))
+    size = 3.1 * len(models) + 2.2, 3.9
+    figure, (panels,) = pyplot.subplots(1, len(models), figsize=size, sharey=True, squeeze=False, layout="constrained")
     looks: dict[str, dict[str, str]] = {}
-    for file in files:
-        model, task = subject(file)
-        for name, x, y in points(times[file], group_of[subject(file)]):
-            look = looks.setdefault(name, look_of(len(looks)))
-            bars = [[[abs(end - middle)] for end in ends] for middle, *ends in (y, x)]
-            mark = MARKERS[models.index(model) % len(MARKERS)]
-            panels[tasks.index(task)].errorbar(x[0], y[0], *bars, linestyle="", capsize=2, marker=mark, **look)
-    for task, axes in zip(tasks, panels, strict=True):
+    for model, axes in zip(models, panels, strict=True):
+        of_model = [times[file] for file in files if subject(file)[0] == model]
+        for name in dict.fromkeys(name for _, turns in of_model for name in turns[0] if drawn(name, turns)):
+            points = [speed_and_consistency(turns, name) for _, turns in of_model if name in turns[0]]
+            (x, *across), (y, *along) = ((fmean(each), min(each), max(each)) for each in zip(*points, strict=True))
+            look = looks.setdefault(name, look_of(len(looks), peer="scores" not in of_model[0][1][0].get(name, {})))
+            bars = [[[abs(end - middle)] for end in ends] for middle, ends in ((y, along), (x, across))]
+            axes.errorbar(x, y, *bars, linestyle="", elinewidth=0.8, **look)
         axes.axvline(1, color="grey", linewidth=0.8)
-        axes.set(xscale="log", xlabel="times as fast as full depth", title=task)
+        axes.set(xlim=(0, None), xlabel="times as fast as full depth", title=model)
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel("change of the score")
-    plain = {"linestyle": "", "color": "grey"}
-    keys = [pyplot.Line2D([], [], **{**plain, "marker": "s", **look}, label=name) for name, look in looks.items()]
-    keys += [pyplot.Line2D([], [], **plain, marker=MARKERS[i % len(MARKERS)], label=name) for i, name in enumerate(models)]
+    panels[0].set_ylabel("consistency")
+    keys = [pyplot.Line2D([], [], linestyle="", **look, label=name) for name, look in looks.items()]
     figure.legend(handles=keys, loc="outside right upper", frameon=False)
     figure.savefig(out, metadata={"Date": None})
     pyplot.close(figure)
 
 
-def points(times: Times, group: Group) -> Iterator[tuple[str, Interval, Interval]]:
-    """Of each contender in a file of times: its name, how many times as fast it is, and the change of its score."""
-    about, turns = times
-    scored = {each.condition.name: each for each in group.results}
-    first, *others = turns[0]
-    for name in others:
-        known = scored.get(about["conditions"].get(name, ""))
-        yield name, answers.interval(turns, answers.faster, name, first), group.change(known) if known else (0.0, 0.0, 0.0)
+def drawn(name: str, turns: list[answers.Turn]) -> bool:
+    """Whether a contender is in the figure: modes, the paper's recipe, and peers are."""
+    return name in GLANCE or "scores" not in turns[0][name]
 
 
-def look_of(number: int) -> dict[str, str]:
-    """The colour of a contender; from the seventh on, its markers are hollow."""
-    return {"color": COLOURS[number % len(COLOURS)], "fillstyle": "none" if number >= len(COLOURS) else "full"}
+def speed_and_consistency(turns: list[answers.Turn], name: str) -> tuple[float, float]:
+    """How many times as fast as full depth a contender made all answers, and their mean token F1 with full depth's."""
+    first = next(iter(turns[0]))
+    pairs = ((turn[name]["ids"], turn[first]["ids"]) for turn in turns)
+    return answers.faster(turns, name, first), fmean(token_f1(*ids) for pair in pairs for ids in zip(*pair, strict=True))
+
+
+def look_of(number: int, peer: bool) -> dict[str, str]:
+    """The colour and the marker of a contender."""
+    marker, fill = MARKERS[number % len(MARKERS)], "none" if peer else "full"
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "fillstyle": fill}
 
 
 def paragraphs(page: str) -> list[str]:
@@ -337,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--check", type=Path, nargs="+", help="a page that should have all rows, and pages that quote it")
-    parser.add_argument("--figure", type=Path, help="draw scores against times in this file, an SVG")
+    parser.add_argument("--figure", type=Path, help="draw consistency against times in this file, an SVG")
     args = parser.parse_args(argv)
     timed = [file for file in args.files if "-times" in file.name]
     try:
@@ -349,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{error.filename} cannot be read: {error.strerror}.")
     times = {file: times_in(file) for file in sorted(timed, key=lambda file: (place(*subject(file)), file.name))}
     if args.figure:
-        draw(results, times, args.figure)
+        draw(times, args.figure)
     found = list(tables(results, times))
     if not args.check:
         for title, head, rows in found:

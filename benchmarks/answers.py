@@ -1,7 +1,7 @@
 """How long do whole answers take, with their prompts read? Modes and peers on a task's questions, and what they score.
 
     .venv/bin/python benchmarks/answers.py MODEL --task humaneval --data FILE [--modes full,exact,early] [--batch 8]
-                                           [--dtype bfloat16] [--exits DIR] [--peers llamacpp-q4_1] [--run-code]
+                                           [--dtype bfloat16] [--exits DIR] [--peers llamacpp-file] [--run-code]
 
 Every question is answered by all in turn, in an order that changes from question to question; one computes at a time. With
 `--batch`, so many questions are answered side by side, and a turn has so many. A peer (`benchmarks/speed.py`) makes as many

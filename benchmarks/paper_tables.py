@@ -122,7 +122,7 @@ def score(group: Group) -> str:
 
 def signed(value: float) -> str:
     """A number with its sign."""
-    return f"{value:+.3f}".replace("-", "−")
+    return f"{value:+z.3f}".replace("-", "−")
 
 
 def glance(group: Group, times: dict[Path, Times]) -> Iterator[str]:

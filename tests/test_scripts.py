@@ -300,7 +300,7 @@ def test_gates_compares_gates_of_one_size(world, capsys) -> None:
 def test_the_pages_say_what_the_results_say(capsys, tmp_path) -> None:
     root = Path(__file__).parents[1]
     page = root / "docs" / "experiments" / "paper" / "tables.md"
-    files = sorted(map(str, (*page.parent.glob("*.json.xz"), *page.parent.glob("*-times-*.jsonl"))))
+    files = sorted(map(str, (page.parent / "results").iterdir()))
     others = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     paper_tables.main([*files, "--check", str(page), *map(str, others)])
     assert re.search(r"has all \d{2,} rows, and no percentage that is not in them\n$", capsys.readouterr().out)
@@ -406,12 +406,12 @@ def test_paper_times_compares_modes_and_what_saves_most_with_full_depth_and_with
     monkeypatch.setattr(paper, "WHOLE", ("triviaqa",))
     monkeypatch.setattr(paper, "CALIBRATED", ("triviaqa",))
     monkeypatch.setattr(paper, "RISKS", (0.05, 0.1))
-    paper_times.main([*papered, "--questions", "3", "--threads", "1", "--peers", "lookup,llamacpp-q4_1"])
+    paper_times.main([*papered, "--questions", "3", "--threads", "1", "--peers", "lookup,llamacpp-file"])
     out = capsys.readouterr().out
     ours = ["full depth", *paper.MODES, "early, calibrated here", "early, calibrated here, defer"]
     ours += ["exits trained here", "the paper's recipe"]
     alone, beside = ([row[0] for row in rows(part)[1:]] for part in out.split(", 8 side by side")[:2])
-    assert alone == [*ours, "transformers-float32", "lookup", "llamacpp-q4_1"]
+    assert alone == [*ours, "transformers-float32", "lookup", "llamacpp-file"]
     assert beside == ours
     assert "failed: needs a GGUF file, which model does not come with" in out
     files = [*Path(papered[-1]).glob("*/model-triviaqa-times-*.jsonl")]
@@ -585,7 +585,7 @@ def test_speed_runs_its_workers_by_turns(world, capsys) -> None:
 
 
 def test_speed_says_which_peers_cannot_run(world, capsys) -> None:
-    for name, words in (("llamacpp-q4_1", "need a GGUF file"), ("magic", "unknown peers magic")):
+    for name, words in (("llamacpp-file", "need a GGUF file"), ("magic", "unknown peers magic")):
         with pytest.raises(SystemExit):
             speed.main(["--peers", name, "--model", str(world / "model")])
         assert words in capsys.readouterr().err

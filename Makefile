@@ -163,7 +163,7 @@ mamba-answers: .venv/.installed
 # make paper TEXT="wikitext2-valid.txt books.txt" DATA="--truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json \
 #   --humaneval humaneval.jsonl --mbpp mbpp.jsonl --run-code"
 PAPER = $(DATA) $(addprefix --text ,$(TEXT)) $(addprefix --models ,$(MODELS)) $(if $(filter paper-quick,$@),--quick)
-PEERS := lookup,layerskip,economize-draft,economize-calm,llamacpp-q8_0
+PEERS := lookup,layerskip,economize-draft,economize-calm,llamacpp-file,llamacpp-file-lookup
 paper paper-quick: .venv/.installed
 	$(BIN)/python benchmarks/paper.py $(PAPER)
 	$(BIN)/python benchmarks/paper_times.py $(PAPER) $(if $(filter paper,$@),--peers $(PEERS))

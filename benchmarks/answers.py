@@ -1,7 +1,7 @@
 """How long do whole answers take, with their prompts read? Modes and peers on a task's questions, and what they score.
 
     .venv/bin/python benchmarks/answers.py MODEL --task humaneval --data FILE [--modes full,exact,early] [--batch 8]
-                                           [--dtype bfloat16] [--exits DIR] [--peers llamacpp-q4_1] [--run-code]
+                                           [--dtype bfloat16] [--exits DIR] [--peers llamacpp-file] [--run-code]
 
 Every question is answered by all in turn, in an order that changes from question to question; one computes at a time. With
 `--batch`, so many questions are answered side by side, and a turn has so many. A peer (`benchmarks/speed.py`) makes as many
@@ -128,10 +128,10 @@ def cells(turns: list[Turn], name: str, first: str) -> list[str]:
         return ["–", "–", *speed, "–", "–", *map("{:.3f}".format, alike)]
     return [
         f"{fmean(score for each in own for score in each['scores']):.3f}",
-        "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval(turns, change, name, first)),
+        "{:+z.3f} ({:+z.3f} to {:+z.3f})".format(*interval(turns, change, name, first)),
         *speed,
         f"{tokens / sum(each['passes'] for each in own):.2f}",
-        f"{1 - sum(each['flops'] for each in own) / sum(each['full_flops'] for each in own):.1%}",
+        f"{1 - sum(each['flops'] for each in own) / sum(each['full_flops'] for each in own):z.1%}",
         *map("{:.3f}".format, alike),
     ]
 

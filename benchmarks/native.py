@@ -1,6 +1,6 @@
 """What does the program without Python need, beside Python's offramp? Memory, time to the first token, tokens a second.
 
-    .venv/bin/python benchmarks/native.py FOLDER [--model smollm2] [--tokens 128] [--rounds 3] [--peer llamacpp-q4_1]
+    .venv/bin/python benchmarks/native.py FOLDER [--model smollm2] [--tokens 128] [--rounds 3] [--peer llamacpp-file]
 
 FOLDER is what `offramp export MODEL --gguf FOLDER` wrote for the same model, in its default format. All run with one
 thread, one after another, in each round. Memory and start are those of whole processes; medians of all prompts and rounds.
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--peer", default="", help="as benchmarks/speed.py names it, such as llamacpp-q4_1: tokens/s alone")
+    parser.add_argument("--peer", default="", help="as benchmarks/speed.py names it, such as llamacpp-file: tokens/s alone")
     args = parser.parse_args(argv)
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     worker = Worker(args.peer, paths_of(args.model, whole=False), 1) if args.peer else None

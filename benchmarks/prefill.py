@@ -43,8 +43,8 @@ from speed import MODEL, WORK, Row, Worker, chat_ids, entry, machine, ours, path
 
 PEERS = {
     "bfloat16": "transformers-bfloat16",
-    "int4": "llamacpp-q4_1",
-    "file": "llamacpp-q4_1",
+    "int4": "llamacpp-file",
+    "file": "llamacpp-file",
     "float32": "transformers-float32",
     "int8": "llamacpp-q8_0",
 }

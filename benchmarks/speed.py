@@ -73,11 +73,11 @@ ENTRIES = {
     "lookup": Entry("", "folder", ("lookup", "--dtype", "float32")),
     "economize-draft": Entry("economize", "folder", ("economize", "--dtype", "float32")),
     "economize-calm": Entry("economize", "folder", ("economize", "--dtype", "float32", "--way", "calm", "--layer", "25")),
-    "llamacpp-q4_1": Entry("llamacpp", "gguf", ("llamacpp",)),
-    "llamacpp-q4_1-lookup": Entry("llamacpp", "gguf", ("llamacpp", "--lookup")),
+    "llamacpp-file": Entry("llamacpp", "gguf", ("llamacpp",)),
+    "llamacpp-file-lookup": Entry("llamacpp", "gguf", ("llamacpp", "--lookup")),
     "llamacpp-q4_0": Entry("llamacpp", "gguf", ("llamacpp", "--requantise", "Q4_0")),
     "llamacpp-q8_0": Entry("llamacpp", "gguf", ("llamacpp", "--requantise", "Q8_0")),
-    "openvino-q4_1": Entry("openvino", "gguf", ("openvino",)),
+    "openvino-file": Entry("openvino", "gguf", ("openvino",)),
     "openvino-q8_0": Entry("openvino", "gguf", ("openvino", "--requantise", "Q8_0")),
 }
 

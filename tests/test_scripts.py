@@ -299,8 +299,8 @@ def test_gates_compares_gates_of_one_size(world, capsys) -> None:
 
 def test_the_pages_say_what_the_results_say(capsys, tmp_path) -> None:
     root = Path(__file__).parents[1]
-    page = root / "docs" / "experiments" / "paper" / "README.md"
-    files = sorted(map(str, (*page.parent.glob("*.json.xz"), *page.parent.glob("*-times.json"))))
+    page = root / "docs" / "experiments" / "paper" / "tables.md"
+    files = sorted(map(str, (page.parent / "results").iterdir()))
     others = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     paper_tables.main([*files, "--check", str(page), *map(str, others)])
     assert re.search(r"has all \d{2,} rows, and no percentage that is not in them\n$", capsys.readouterr().out)
@@ -406,12 +406,12 @@ def test_paper_times_compares_modes_and_what_saves_most_with_full_depth_and_with
     monkeypatch.setattr(paper, "WHOLE", ("triviaqa",))
     monkeypatch.setattr(paper, "CALIBRATED", ("triviaqa",))
     monkeypatch.setattr(paper, "RISKS", (0.05, 0.1))
-    paper_times.main([*papered, "--questions", "3", "--threads", "1", "--peers", "lookup,llamacpp-q4_1"])
+    paper_times.main([*papered, "--questions", "3", "--threads", "1", "--peers", "lookup,llamacpp-file"])
     out = capsys.readouterr().out
     ours = ["full depth", *paper.MODES, "early, calibrated here", "early, calibrated here, defer"]
     ours += ["exits trained here", "the paper's recipe"]
     alone, beside = ([row[0] for row in rows(part)[1:]] for part in out.split(", 8 side by side")[:2])
-    assert alone == [*ours, "transformers-float32", "lookup", "llamacpp-q4_1"]
+    assert alone == [*ours, "transformers-float32", "lookup", "llamacpp-file"]
     assert beside == ours
     assert "failed: needs a GGUF file, which model does not come with" in out
     files = [*Path(papered[-1]).glob("*/model-triviaqa-times-*.jsonl")]
@@ -436,31 +436,37 @@ def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, monkey
     paper_tables.main([*files, "--figure", str(tmp_path / "figure.svg")])
     figure = (tmp_path / "figure.svg").read_text()
     assert figure.count("<svg") == 1
-    for name in ("triviaqa", "model", *paper.MODES, "exits trained here", "the paper's recipe"):
+    for name in ("model", *paper.MODES, "the paper's recipe"):
         assert f"<!-- {name} -->" in figure
     page = capsys.readouterr().out
     (tmp_path / "page.md").write_text(page)
     paper_tables.main([*files, "--check", str(tmp_path / "page.md")])
     titles = re.findall("^### (.+)$", page, re.MULTILINE)
-    assert titles[:4] == ["At a glance", "Modes", "Gates", "What gates learn from"]
-    assert {"With a guarantee", "Fills", "A repetition penalty", "One answer at a time"} <= set(titles)
+    assert titles[:5] == ["At a glance", "Modes", "Gates", "With a guarantee", "Fills"]
+    assert titles[5:] == ["A repetition penalty", "One answer at a time", "Eight answers side by side"]
+    glance = next(row for row in rows(page.partition("### At a glance")[2]) if row[0] == "model, triviaqa")
+    assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d\); \+0\.000", glance[2])  # exact
+    assert "–" not in glance
     results = load_results([Path(file) for file in files if "-times" not in file])
     defer = next(each for each in results if each.condition.fill == "defer")
     fills = next(row for row in rows(page.partition("### Fills")[2]) if row[0] == "model, triviaqa")
     saved, blocks, kept = (defer.summary[name].mean for name in ("flops_saved", "mean_blocks", "token_f1"))
     assert fills[4] == f"{paper_tables.share(saved)} ({blocks:.1f}), {paper_tables.plain(kept, 3)}"
     (folder := tmp_path / "results").mkdir()
-    copy, other = folder / "README.md", tmp_path / "limits.md"
-    number = fills[4].partition(" ")[0]
-    copy.write_text(f"Deferring saves {number} here.\n\n{page}")
+    copy, beside, other = folder / "tables.md", folder / "README.md", tmp_path / "limits.md"
+    number, line = fills[4].partition(" ")[0], f"| {' | '.join(fills)} |"
+    copy.write_text(page)
+    beside.write_text(f"Deferring saves {number} here.\n\n{line}\n")
     other.write_text(f"It saves {number} ([results](results/README.md)).\n\n97% of it is salt.\n")
-    paper_tables.main([*files, "--check", str(copy), str(other)])
-    copy.write_text(page.replace(fills[4], "99% (1.0), 1.000").replace("### Fills", "Or 96 to 97% of it.\n\n### Fills"))
+    pages = [str(copy), str(beside), str(other)]
+    paper_tables.main([*files, "--check", *pages])
+    copy.write_text(page.replace(line, ""))
+    beside.write_text(f"{line.replace(fills[4], '99% (1.0), 1.000')}\n\nOr 96 to 97% of it.\n")
     other.write_text("It saves 98% ([results](results/README.md)).\n")
     with pytest.raises(SystemExit) as wrong:
-        paper_tables.main([*files, "--check", str(copy), str(other)])
+        paper_tables.main([*files, "--check", *pages])
     told = str(wrong.value)
-    assert "README.md lacks this row: | model, triviaqa |" in told
+    assert "tables.md lacks this row: | model, triviaqa |" in told
     assert "README.md has this row, which is not so: | model, triviaqa |" in told
     assert set(re.findall(r"says (\d+%)", told)) == {"96%", "97%", "98%", "99%"}
 
@@ -579,7 +585,7 @@ def test_speed_runs_its_workers_by_turns(world, capsys) -> None:
 
 
 def test_speed_says_which_peers_cannot_run(world, capsys) -> None:
-    for name, words in (("llamacpp-q4_1", "need a GGUF file"), ("magic", "unknown peers magic")):
+    for name, words in (("llamacpp-file", "need a GGUF file"), ("magic", "unknown peers magic")):
         with pytest.raises(SystemExit):
             speed.main(["--peers", name, "--model", str(world / "model")])
         assert words in capsys.readouterr().err

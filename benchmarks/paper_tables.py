@@ -135,7 +135,7 @@ def glance(group: Group, times: dict[Path, Times]) -> Iterator[str]:
         result = group.labelled(name) or next((each for each in group.results if each.condition.name in names), None)
         speeds = [f"{answers.faster(turns, name, next(iter(turns[0]))):.2f}" for _, turns in known if name in turns[0]]
         fast = " (".join(speeds[:2]) + ")" * (len(speeds) > 1)
-        cells.append("; ".join(filter(None, [fast, signed(group.change(result)[0])])) if result else NONE)
+        cells.append(f"{fast or NONE}; {signed(group.change(result)[0])}" if result else NONE)
     yield row(group.title, cells)
 
 
@@ -240,7 +240,7 @@ def tables(results: list[Result], times: dict[Path, Times]) -> Iterator[Table]:
     pairs = groups_of(results)
     of_results = (
         ("At a glance", GLANCE, partial(glance, times=times)),
-        ("Modes", ("score", "change", "saved"), modes),
+        ("Modes", ("score", "its change", "FLOPs saved (mean blocks), consistency"), modes),
         ("Gates", (*GATES, "mamba, k = 5", "the paper's recipe"), gates),
         ("With a guarantee", tuple(f"risk {risk}" for risk in RISKS), calibrated),
         ("Fills", ("project", *FILLS), fills),

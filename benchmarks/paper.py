@@ -50,7 +50,7 @@ from offramp.training.losses import Question
 from offramp.training.teacher import TextGroup, group_texts, read_texts
 from paper_exits import Recipe, Workshop, mark
 
-MODELS = ("smollm2", "smollm2-hybrid")
+MODELS = ("smollm2", "smollm2-hybrid", "smollm2-mamba")
 COUNTS = {"truthfulqa": 200, "triviaqa": 200, "coqa": None, "humaneval": None, "mbpp": 100}  # questions that are scored
 WHOLE = ("truthfulqa",)  # tasks with all conditions
 CALIBRATED = ("truthfulqa", "mbpp")  # tasks that exits are calibrated for, with independent questions to spare

@@ -34,10 +34,9 @@ from offramp.evaluation.results import Result, load_results
 from offramp.extras.report.curves import CONSISTENT, crossing
 from offramp.extras.report.figures import COLOURS, MARKERS
 from offramp.metrics import token_f1
-from paper import COUNTS, FILLS, GATES, LOSSES, MODES, PENALTY, RISKS, THE_PAPERS
+from paper import COUNTS, FILLS, GATES, LOSSES, MODELS, MODES, PENALTY, RISKS, THE_PAPERS
 from paper_exits import Recipe
 
-MODELS = ("smollm2", "smollm2-hybrid", "smollm2-mamba")  # in this order; others come after them
 ALONE, BESIDE = "-times-1.jsonl", "-times-8.jsonl"
 GLANCE = ("full depth's score", *MODES, "the paper's recipe")
 NONE = "–"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A hub name (org/name), a folder, a GGUF file, or an alias (smollm2, smollm2-hybrid, smollm2-mamba, mamba-tiny).",
+        help="A hub name (org/name), a folder, a GGUF file, or an alias (smollm2, smollm2-hybrid, mamba-tiny, …).",
         show_default=False,
     ),
 ]

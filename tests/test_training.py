@@ -255,6 +255,16 @@ def test_a_draft_with_a_tail_is_trained_and_judged_in_fewer_bits(tmp_path, promp
     assert 0 <= exits.training["validation"][0]["acceptance"][0] <= 1
 
 
+@pytest.mark.parametrize("tails", [(), (0,)])  # the usual place of drafts in a Mamba model says that there is no tail
+def test_drafts_without_a_tail_go_on_from_others(tmp_path, prompts: str, tails: tuple[int, ...]) -> None:
+    settings = config(prompts, layers=(0,), gate="linear", readout="deep", epochs=0, gate_epochs=0)
+    before = train(tiny("mamba"), tmp_path / "before", settings)
+    after = train(tiny("mamba"), tmp_path / "after", replace(settings, tails=tails), start=before)
+    assert after.config == before.config
+    with pytest.raises(BadInput, match="at other places"):
+        train(tiny("mamba"), tmp_path / "other", replace(settings, tails=(1,)), start=before)
+
+
 @pytest.mark.parametrize(
     ("places", "hint"),
     [

@@ -59,7 +59,7 @@ def planned(
     """
     layers, tails = suggested_places(backbone.n_blocks)
     if start is not None:
-        layers, tails = start.config.layers, start.config.tails
+        layers, tails = start.config.layers, start.config.tails or (0,) * len(start.config.layers)
         if config.layers not in (None, layers) or config.tails not in ((), tails):
             raise BadInput(
                 "The exits of --start are at other places.",

@@ -5,8 +5,9 @@
 
 The files are Results (`MODEL-TASK.json`, or packed by xz) and times (`MODEL-TASK-times-BATCH.jsonl`). With `--check`, it
 compares pages with these tables instead, and fails if something differs. The first page must have all rows, and no other
-row about these models and tasks. The pages beside it may have some of the rows; each percentage in their text must be in a
-row. In pages elsewhere that holds for each percentage in a paragraph, or in a row of a table, that links to one of these.
+row about these models and tasks. The pages beside it may have some of the rows; each percentage in their text, and each
+number like "1.06 times", must be in a row. In pages elsewhere that holds for a paragraph, or a row of a table, that links
+to one of these.
 `--figure` draws consistency against how many times as fast as full depth answers are made.
 
 Most cells are what is saved where consistency (token F1 with full depth's answer) falls to 0.9, in a straight line between
@@ -203,6 +204,23 @@ def timed_rows(file: Path, times: Times) -> list[str]:
     return found + [row(f"{title}: {name}", [f"failed: {reason}"]) for name, reason in about["failures"].items()]
 
 
+def peers(alone: dict[tuple[str, str], Times]) -> Table:
+    """How many times as fast as full depth `exact` and other libraries make one answer at a time."""
+    theirs = (name for about, turns in alone.values() for name in [*turns[0], *about["failures"]] if is_peer(name, turns))
+    head = ("exact", *dict.fromkeys(theirs))
+    rows = []
+    for (model, task), (about, turns) in alone.items() if head[1:] else ():
+        speeds = {name: f"{answers.faster(turns, name, next(iter(turns[0]))):.2f}" for name in turns[0]}
+        cells = speeds | dict.fromkeys(about["failures"], "cannot")
+        rows.append(row(f"{model}, {task}: peers", [cells.get(name, NONE) for name in head]))
+    return "Peers", head, rows
+
+
+def is_peer(name: str, turns: list[answers.Turn]) -> bool:
+    """Whether a contender is another library; one that failed has no turns."""
+    return "scores" not in turns[0].get(name, {})
+
+
 def penalised(pair: dict[float, Group]) -> Iterator[str]:
     """With a repetition penalty and without: full depth's score, and what modes and the Mamba gate save."""
     if set(pair) == {1.0, PENALTY}:
@@ -248,6 +266,7 @@ def tables(results: list[Result], times: dict[Path, Times]) -> Iterator[Table]:
         yield title, head, [line for pair in pairs for line in rows(pair[1.0])]
     head = tuple(f"{what}, penalty {penalty}" for what in ("score", "close", "early", "mamba") for penalty in (1, PENALTY))
     yield "A repetition penalty", head, [line for pair in pairs for line in penalised(pair)]
+    yield peers({subject(file): times[file] for file in times if file.name.endswith(ALONE)})
     for end, title in ((ALONE, "One answer at a time"), (BESIDE, "Eight answers side by side")):
         files = [file for file in times if file.name.endswith(end)]
         yield title, answers.COLUMNS, [line for file in files for line in timed_rows(file, times[file])]
@@ -274,7 +293,7 @@ def draw(times: dict[Path, Times], out: Path) -> None:
         for name in dict.fromkeys(name for _, turns in of_model for name in turns[0] if drawn(name, turns)):
             points = [speed_and_consistency(turns, name) for _, turns in of_model if name in turns[0]]
             (x, *across), (y, *along) = ((fmean(each), min(each), max(each)) for each in zip(*points, strict=True))
-            look = looks.setdefault(name, look_of(len(looks), peer="scores" not in of_model[0][1][0].get(name, {})))
+            look = looks.setdefault(name, look_of(len(looks), peer=is_peer(name, of_model[0][1])))
             bars = [[[abs(end - middle)] for end in ends] for middle, ends in ((y, along), (x, across))]
             axes.errorbar(x, y, *bars, linestyle="", elinewidth=0.8, **look)
         axes.axvline(1, color="grey", linewidth=0.8)
@@ -289,7 +308,7 @@ def draw(times: dict[Path, Times], out: Path) -> None:
 
 def drawn(name: str, turns: list[answers.Turn]) -> bool:
     """Whether a contender is in the figure: modes, the paper's recipe, and peers are."""
-    return name in GLANCE or "scores" not in turns[0][name]
+    return name in GLANCE or is_peer(name, turns)
 
 
 def speed_and_consistency(turns: list[answers.Turn], name: str) -> tuple[float, float]:
@@ -311,15 +330,19 @@ def paragraphs(page: str) -> list[str]:
     return [" ".join(each.split()) for each in re.split(r"\n\s*\n|\n(?=\||- |#)", text)]
 
 
-def percentages(text: str) -> set[str]:
-    """The percentages in a text but "95% intervals", without their signs; of "1 to 2%" both."""
-    found = re.findall(r"(?:(\d[\d.]*) (?:to|and|or) −?)?(\d[\d.]*)%(?! interval)", text)
-    return {f"{number}%" for pair in found for number in pair if number}
+def figures(text: str) -> set[str]:
+    """The percentages in a text but "95% intervals", without their signs, and its "1.06 times"; of "1 to 2%" both."""
+    found = set()
+    for number, unit in ((r"\d[\d.]*", "%(?! interval)"), (r"\d+\.\d\d", " times")):
+        pairs = re.findall(rf"(?:({number}) (?:to|and|or) −?)?({number}){unit}", text)
+        found |= {each + unit.partition("(")[0] for pair in pairs for each in pair if each}
+    return found
 
 
 def differences(lines: list[str], pages: dict[Path, list[str]]) -> Iterator[str]:
     """What pages (file → paragraphs) say that the tables' rows do not, and the reverse. The first page has all rows."""
-    made, known = {" ".join(line.split()) for line in lines}, percentages(" ".join(lines))
+    made, known = {" ".join(line.split()) for line in lines}, figures(" ".join(lines))
+    known |= {f"{number} times" for number in re.findall(r"\b\d+\.\d\d\b", " ".join(lines))}
     titles = tuple(line.partition(" | ")[0] + " |" for line in made)
     first, folder = next(iter(pages)), next(iter(pages)).parent
     yield from (f"{first} lacks this row: {line}" for line in sorted(made.difference(pages[first])))
@@ -331,7 +354,7 @@ def differences(lines: list[str], pages: dict[Path, list[str]]) -> Iterator[str]
             if file.parent == folder and text.startswith(titles):
                 yield f"{file} has this row, which is not so: {text}"
             if file.parent == folder or any(link in text for link in links):
-                unknown = sorted(percentages(text) - known)
+                unknown = sorted(figures(text) - known)
                 yield from (f"{file} says {figure}, which no row has: {text[:100]}" for figure in unknown)
 
 
@@ -361,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     lines = [line for _, _, rows in found for line in rows]
     if wrong := list(differences(lines, pages)):
         raise SystemExit("\n".join(wrong))
-    print(f"{args.check[0]} has all {len(lines)} rows, and no percentage that is not in them")
+    print(f"{args.check[0]} has all {len(lines)} rows, and no figure that is not in them")
 
 
 if __name__ == "__main__":

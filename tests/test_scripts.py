@@ -303,7 +303,7 @@ def test_the_pages_say_what_the_results_say(capsys, tmp_path) -> None:
     files = sorted(map(str, (page.parent / "results").iterdir()))
     others = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     paper_tables.main([*files, "--check", str(page), *map(str, others)])
-    assert re.search(r"has all \d{2,} rows, and no percentage that is not in them\n$", capsys.readouterr().out)
+    assert re.search(r"has all \d{2,} rows, and no figure that is not in them\n$", capsys.readouterr().out)
 
 
 def test_context_compares_the_steps_and_memories_of_models(world, capsys) -> None:
@@ -420,6 +420,12 @@ def test_paper_times_compares_modes_and_what_saves_most_with_full_depth_and_with
         assert len(kept) == turns
         assert about["conditions"]["the paper's recipe"].startswith("no jump, plain text, k = 5: project, mamba")
         assert all(turn["exact"]["ids"] == turn["full depth"]["ids"] for turn in kept)
+    paper_tables.main([*map(str, Path(papered[-1]).glob("*/model-triviaqa*.json*"))])
+    head, cells = rows(capsys.readouterr().out.partition("### Peers")[2])[:2]
+    assert head == ["", "exact", "transformers-float32", "lookup", "llamacpp-file"]
+    assert cells[0] == "model, triviaqa: peers"
+    assert cells[4] == "cannot"
+    assert all(float(cell) > 0 for cell in cells[1:4])
     with pytest.raises(SystemExit):
         paper_times.main([*papered, "--peers", "lookup,vllm"])
     assert "unknown peers vllm; there are " in capsys.readouterr().err
@@ -456,19 +462,19 @@ def test_paper_tables_are_those_of_the_results_and_times(papered, capsys, monkey
     copy, beside, other = folder / "tables.md", folder / "README.md", tmp_path / "limits.md"
     number, line = fills[4].partition(" ")[0], f"| {' | '.join(fills)} |"
     copy.write_text(page)
-    beside.write_text(f"Deferring saves {number} here.\n\n{line}\n")
+    beside.write_text(f"Deferring saves {number} here, and is {glance[2].partition(' ')[0]} times as fast.\n\n{line}\n")
     other.write_text(f"It saves {number} ([results](results/README.md)).\n\n97% of it is salt.\n")
     pages = [str(copy), str(beside), str(other)]
     paper_tables.main([*files, "--check", *pages])
     copy.write_text(page.replace(line, ""))
-    beside.write_text(f"{line.replace(fills[4], '99% (1.0), 1.000')}\n\nOr 96 to 97% of it.\n")
+    beside.write_text(f"{line.replace(fills[4], '99% (1.0), 1.000')}\n\nOr 96 to 97% of it.\n\n123.45 times as fast.\n")
     other.write_text("It saves 98% ([results](results/README.md)).\n")
     with pytest.raises(SystemExit) as wrong:
         paper_tables.main([*files, "--check", *pages])
     told = str(wrong.value)
     assert "tables.md lacks this row: | model, triviaqa |" in told
     assert "README.md has this row, which is not so: | model, triviaqa |" in told
-    assert set(re.findall(r"says (\d+%)", told)) == {"96%", "97%", "98%", "99%"}
+    assert set(re.findall(r"says (\S+%|\S+ times)", told)) == {"96%", "97%", "98%", "99%", "123.45 times"}
 
 
 @pytest.mark.parametrize(("model", "format"), [("mistral", "bfloat16"), ("codestral", "int4")])

@@ -107,7 +107,7 @@ def test_the_program_gives_the_same_answers_as_python(folder: Path, model: Any, 
             assert alike(found[name], expected[name]), name
 
 
-@pytest.mark.parametrize("name", ["smollm2-hybrid", "mamba-tiny"])
+@pytest.mark.parametrize("name", ["smollm2-hybrid", "smollm2-mamba", "mamba-tiny"])
 def test_models_of_no_gguf_file_are_written_as_parts(name: str, tmp_path: Path) -> None:
     ran = run_cli("export", name, "--gguf", str(tmp_path))
     assert not ran.code, ran.stderr

@@ -23,6 +23,7 @@ from offramp.training.data import PROMPTS as OWN
 from offramp.training.tails import Jumped, through_tails
 
 pytestmark = pytest.mark.real
+MIXED = {"smollm2-hybrid": 15, "smollm2-mamba": 30}  # how many of the 30 blocks have a mixer
 PROMPTS = [
     "Why is the sky blue?",
     "Write a haiku about rain on a tin roof.",
@@ -175,33 +176,34 @@ def test_the_readmes_generate_command_prints_one_object() -> None:
     assert record["text"]
 
 
-@pytest.fixture(scope="module")
-def hybrid() -> Backbone:
-    return offramp.load("smollm2-hybrid", "float32", keep=True).backbone
+@pytest.fixture(scope="module", params=MIXED)
+def mixed(request: pytest.FixtureRequest) -> Backbone:
+    return offramp.load(request.param, "float32", keep=True).backbone
 
 
-def test_the_hybrid_and_its_exits_decode_like_the_librarys_bamba(hybrid: Backbone) -> None:
-    assert max(check(hybrid)) <= 1e-5
-    assert hybrid.kinds.count("mamba") == 15
-    exits = ExitSet.shipped(hybrid).early
-    assert exits, "no exits ship for smollm2-hybrid"
+def test_models_with_mixers_and_their_exits_decode_like_the_librarys_bamba(mixed: Backbone) -> None:
+    assert max(check(mixed)) <= 1e-5
+    assert mixed.kinds.count("mamba") == MIXED[mixed.name]
+    exits = ExitSet.shipped(mixed).early
+    assert exits, f"no exits ship for {mixed.name}"
     for prompt in PROMPTS[:3]:
-        wanted = library_tokens(hybrid, prompt, 16)
-        assert Engine(hybrid, exits, Policy((1.0,) * len(exits))).generate(prompt, max_tokens=16).ids == wanted
-        assert Engine(hybrid, exits, Policy((0.5,) * len(exits)), "verify").generate(prompt, max_tokens=16).ids == wanted
+        wanted = library_tokens(mixed, prompt, 16, use_cache=False)  # its cache needs a block with attention
+        assert Engine(mixed, exits, Policy((1.0,) * len(exits))).generate(prompt, max_tokens=16).ids == wanted
+        assert Engine(mixed, exits, Policy((0.5,) * len(exits)), "verify").generate(prompt, max_tokens=16).ids == wanted
 
 
-def test_the_hybrids_exits_open_and_every_fill_decodes(hybrid: Backbone) -> None:
-    exits = ExitSet.shipped(hybrid).early
+def test_exits_of_models_with_mixers_open_and_every_fill_decodes(mixed: Backbone) -> None:
+    exits = ExitSet.shipped(mixed).early
     assert exits
     for fill in MADE_AT_ONCE:
-        engine = Engine(hybrid, exits, Policy((0.02,) * len(exits)), fill)
+        engine = Engine(mixed, exits, Policy((0.02,) * len(exits)), fill)
         answers = engine.generate_batch(PROMPTS, max_tokens=16)
-        assert any(token.exit_block < hybrid.n_blocks for answer in answers for token in answer.tokens)
+        assert any(token.exit_block < mixed.n_blocks for answer in answers for token in answer.tokens)
 
 
-def test_the_hybrids_mixers_are_small() -> None:
-    (folder,) = (path for path in files.shipped("models") if path.name == "smollm2-hybrid")
+@pytest.mark.parametrize("name", MIXED)
+def test_the_mixers_are_small(name: str) -> None:
+    (folder,) = (path for path in files.shipped("models") if path.name == name)
     assert (folder / MIXERS).stat().st_size <= 25_000_000
 
 
@@ -247,7 +249,7 @@ def test_the_mamba_model_says_what_it_was_trained_on_and_is_small(mamba_tiny: Ba
     assert sum(file.stat().st_size for file in exits.iterdir()) <= 3_000_000
 
 
-@pytest.mark.parametrize("model", ["smollm2", "mamba-tiny"])
+@pytest.mark.parametrize("model", ["smollm2", "mamba-tiny", "smollm2-mamba"])
 def test_the_demo_shows_that_drafts_give_the_same_tokens(model: str) -> None:
     answers = shown("demo", "--model", model, "--max-tokens", "6")
     assert answers.count("as full depth, same tokens") == 3
@@ -256,7 +258,13 @@ def test_the_demo_shows_that_drafts_give_the_same_tokens(model: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("smollm2", "bfloat16"), ("smollm2", "int4"), ("mamba-tiny", "bfloat16"), ("smollm2-hybrid", "bfloat16")],
+    [
+        ("smollm2", "bfloat16"),
+        ("smollm2", "int4"),
+        ("mamba-tiny", "bfloat16"),
+        ("smollm2-hybrid", "bfloat16"),
+        ("smollm2-mamba", "int4"),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:These exits were trained")
 def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str, dtype: str) -> None:

@@ -332,11 +332,10 @@ def paragraphs(page: str) -> list[str]:
 
 def figures(text: str) -> set[str]:
     """The percentages in a text but "95% intervals", without their signs, and its "1.06 times"; of "1 to 2%" both."""
-    found = set()
-    for number, unit in ((r"\d[\d.]*", "%(?! interval)"), (r"\d+\.\d\d", " times")):
-        pairs = re.findall(rf"(?:({number}) (?:to|and|or) −?)?({number}){unit}", text)
-        found |= {each + unit.partition("(")[0] for pair in pairs for each in pair if each}
-    return found
+    shares = re.findall(r"(?:(\d[\d.]*) (?:to|and|or) −?)?(\d[\d.]*)%(?! interval)", text)
+    times = re.findall(r"(?:(\d+\.\d\d) (?:to|and|or) )?(\d+\.\d\d) times", text)
+    pairs = [("%", shares), (" times", times)]
+    return {number + unit for unit, found in pairs for pair in found for number in pair if number}
 
 
 def differences(lines: list[str], pages: dict[Path, list[str]]) -> Iterator[str]:

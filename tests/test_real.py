@@ -186,8 +186,9 @@ def test_models_with_mixers_and_their_exits_decode_like_the_librarys_bamba(mixed
     assert mixed.kinds.count("mamba") == MIXED[mixed.name]
     exits = ExitSet.shipped(mixed).early
     assert exits, f"no exits ship for {mixed.name}"
+    use_cache = "attention" in mixed.kinds  # the library's cache of a bamba model needs a block with attention
     for prompt in PROMPTS[:3]:
-        wanted = library_tokens(mixed, prompt, 16, use_cache=False)  # its cache needs a block with attention
+        wanted = library_tokens(mixed, prompt, 16, use_cache=use_cache)
         assert Engine(mixed, exits, Policy((1.0,) * len(exits))).generate(prompt, max_tokens=16).ids == wanted
         assert Engine(mixed, exits, Policy((0.5,) * len(exits)), "verify").generate(prompt, max_tokens=16).ids == wanted
 

@@ -196,7 +196,8 @@ def llamacpp_peer(args: argparse.Namespace) -> Peer:
         options = {"n_threads": args.threads, "n_threads_batch": args.threads, "draft_model": drafts, "verbose": False}
         return llama_cpp.Llama(str(path), n_ctx=context, logits_all=logits_all, **options)
 
-    model = load(CONTEXT, False, LlamaPromptLookupDecoding() if args.lookup else None)
+    # Look-up keeps the logits of the whole context; without `logits_all` there is room for those of one batch only.
+    model = load(CONTEXT, args.lookup, LlamaPromptLookupDecoding() if args.lookup else None)
     greedy = llama_cpp.llama_sampler_init_greedy()
 
     def step(ids: list[int]) -> int:

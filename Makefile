@@ -46,7 +46,7 @@ test-core: .venv/.installed
 
 # The site of docs/, in build/docs. What builds it is installed the first time.
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # All packages, offramp and those with models and exits, as sdist and wheel in build/dist: built, checked, installed and tried in an
 # empty environment. offramp's wheel holds the C library for every kind of processor; auditwheel says in its name which Linux it needs.

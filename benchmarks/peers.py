@@ -69,7 +69,7 @@ class Peer:
 
 
 def offramp_peer(args: argparse.Namespace) -> Peer:
-    """offramp's engine at full depth, or with verified exits."""
+    """offramp's engine at full depth."""
     import torch
 
     import offramp
@@ -79,8 +79,7 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
     model = offramp.load(args.model, args.dtype).backbone
     # Without this, the engine would stop at an end of text.
     type(model).stop_ids = frozenset()  # type: ignore[method-assign,assignment]
-    exits = offramp.ExitSet.shipped(model).drafting if args.verify else None
-    engine = offramp.Engine(model, exits, fill="verify" if exits else "project")
+    engine = offramp.Engine(model)
 
     def generate(ids: list[int], tokens: int, out: Out) -> None:
         for token in engine.stream(ids, max_tokens=tokens):
@@ -90,14 +89,13 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
         return [answer.ids for answer in engine.generate_batch(prompts, max_tokens=tokens)]
 
     costs, compiled = engine.costs, model.runtime if isinstance(model.runtime, Compiled) else None
-    depth = "verified exits" if exits else "full depth"
     facts = {
         "versions": versions("offramp", "torch", "transformers"),
         "weights": model.weight_format.removesuffix("-head4"),
         "head": compiled.head.name if compiled else formats(model.head),
         "weight_bytes": sum(costs.block_bytes(index, 0) for index in range(model.n_blocks)) + costs.head_bytes,
         "bits": model.runtime.bits,
-        "way": f"Engine.stream, {depth}, {model.engine}",
+        "way": f"Engine.stream, full depth, {model.engine}",
     }
     return Peer(
         facts,
@@ -369,7 +367,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a safetensors folder, a GGUF file, or offramp's name for it")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--verify", action="store_true", help="offramp: with the exits that draft")
     parser.add_argument("--compiled", action="store_true", help="transformers: static cache and torch.compile")
     parser.add_argument("--layer", type=int, default=10, help="drafts leave after this block; CALM may leave from it on")
     parser.add_argument("--way", choices=("draft", "calm"), default="draft", help="economize: which technique")

@@ -63,8 +63,6 @@ class Entry:
 
 
 ENTRIES = {
-    "offramp-bfloat16-verify": Entry("", "name", ("offramp", "--dtype", "bfloat16", "--verify")),
-    "offramp-int4-verify": Entry("", "name", ("offramp", "--dtype", "int4", "--verify")),
     "transformers-float32": Entry("", "folder", ("transformers", "--dtype", "float32")),
     "transformers-bfloat16": Entry("", "folder", ("transformers", "--dtype", "bfloat16")),
     "transformers-compiled": Entry("", "folder", ("transformers", "--dtype", "float32", "--compiled")),

@@ -54,6 +54,26 @@ def test_verified_exits_give_full_depths_tokens(family: str, kind: str, tails: t
     assert stood > 0 < rejected  # right drafts and wrong ones were both tried
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_answer_that_a_stop_string_ends_has_the_work_of_its_whole_last_pass(compiled: bool) -> None:
+    engine = costing(Engine(tiny("llama"), modest_exits("llama"), Policy((0.0,) * 3), "verify"))
+    engine.compiled = engine.compiled if compiled else None
+    prompt = [97, 98, 99] * 8
+    whole = engine.generate(prompt, max_tokens=24)
+    ends = 0
+    for count in range(2, 24):  # tokens of an answer
+        text, last = "".join(token.text for token in whole.tokens[:count]), whole.tokens[count - 1]
+        stopped = engine.generate(prompt, max_tokens=24, stop=(text,))
+        in_pass = [token for token in whole.tokens if token.deep_passes == last.deep_passes]
+        if len(stopped.tokens) == count:
+            ends += last is not in_pass[-1]
+            assert stopped.tokens[-1].cumulative_flops == in_pass[-1].cumulative_flops
+            assert sum(token.blocks for token in stopped.tokens) == sum(
+                token.blocks for token in whole.tokens[: whole.tokens.index(in_pass[-1]) + 1]
+            )
+    assert ends > 2  # answers that ended before the last token of a pass
+
+
 @torch.inference_mode()
 def test_a_deep_read_out_gets_the_top_of_the_token_before_or_what_it_made_of_it(family: str) -> None:
     backbone, exits = tiny(family), modest_exits(family, gate="linear", readout="deep")

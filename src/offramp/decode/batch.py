@@ -181,9 +181,9 @@ class Batch:
     def _emit(self, request: Request, decisions: list[Decision]) -> list[Event]:
         """Accept decided tokens, up to the one that ends the request, and return their events."""
         events: list[Event] = []
-        for decision in decisions:
+        for place, decision in enumerate(decisions, 1):
             with self.plan.timed("text"), request.own():
-                events.append(Decided(request, request.accept(decision)))
+                events.append(Decided(request, request.accept(decision, decisions[place:])))
             if request.error:
                 break
             if request.finish_reason:

@@ -108,20 +108,28 @@ class Request:
         """`end_ids` as a tensor."""
         return torch.tensor(sorted(self.end_ids), dtype=torch.int64)
 
-    def accept(self, decision: Decision) -> Token:
-        """Append the token of a decision. An end token, a stop string or the limit sets `finish_reason`."""
+    def accept(self, decision: Decision, after: list[Decision]) -> Token:
+        """Append the token of a decision. An end token, a stop string or the limit sets `finish_reason`.
+
+        `after` are the decisions of the same step that follow. If the answer ends here, nobody gets them, but they were work.
+        """
         self.remaining -= 1
         ended = decision.id in self.end_ids
         text = self.detokenizer.push(decision.id, last=ended or not self.remaining)
+        if ended or self.detokenizer.stopped:
+            self.finish_reason = "stop"
+        elif not self.remaining:
+            self.finish_reason = "length"
+        work = decision.work.plus(*(each.work for each in after)) if self.finish_reason else decision.work
         spent = self.tokens[-1].cumulative_flops if self.tokens else 0
         token = Token(
             decision.id,
             text,
             decision.block,
-            decision.work.blocks,
+            work.blocks,
             decision.confidence,
-            decision.work.flops,
-            spent + decision.work.flops,
+            work.flops,
+            spent + work.flops,
             decision.deep_passes,
             decision.rejected,
             decision.source,
@@ -129,10 +137,6 @@ class Request:
             decision.regret,
         )
         self.tokens.append(token)
-        if ended or self.detokenizer.stopped:
-            self.finish_reason = "stop"
-        elif not self.remaining:
-            self.finish_reason = "length"
         return token
 
 

@@ -22,9 +22,10 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 32)  # rows of the passes whose cos
 Table = dict[tuple[str, str], dict[str, tuple[float, ...]]]
 # The costs of 0, 1, … more rows, at these widths. They were measured for smollm2 on one maker's processors with these
 # kernels: AMD's with AVX2 by one run of offramp bench --costs for each format (those of bfloat16 and int4 are its means
-# with two runs of a script that is not kept), the others by scripts that are not kept, those of 32 rows against a step of
-# a compiled loop, which is shorter than a single one. With AVX-512, those of 9 to 16 rows were not measured: they are on a
-# straight line. On other processors, they are a guess.
+# with two runs of a script that is not kept); Intel's by two runs of it (int4 is the mean of int4 and of the file's 4 bits,
+# whose first rows cost less); AMD's with AVX-512 by scripts that are not kept, those of 32 rows against a step of a
+# compiled loop, which is shorter than a single one, and those of 9 to 16 on a straight line. On other processors, they are
+# a guess.
 ROW_COSTS: Table = {
     ("AMD", "AVX-512 BF16 and VNNI"): {
         "float32": (0.0, 0.04, 0.15, 0.16, 0.17, 0.2, 0.29, 0.39, 0.48, 0.76, 1.13, 2.6),
@@ -39,10 +40,10 @@ ROW_COSTS: Table = {
         "int4": (0.0, 0.18, 0.5, 0.74, 1.01, 1.46, 1.71, 2.18, 2.38, 3.59, 5.09, 11.06),
     },
     ("Intel", "AVX-512 and VNNI"): {
-        "float32": (0.0, 0.02, 0.06, 0.22, 0.24, 0.26, 0.42, 0.43),
-        "bfloat16": (0.0, 0.1, 0.2, 0.31, 0.42, 0.5, 0.6, 0.7),
-        "int8": (0.0, 0.12, 0.27, 0.46, 0.68, 0.89, 1.05, 1.23),
-        "int4": (0.0, 0.37, 0.8, 1.1, 1.4, 1.8, 2.1, 2.5),
+        "float32": (0.0, 0.06, 0.12, 0.12, 0.12, 0.12, 0.12, 0.14, 0.28, 0.45, 1.17, 1.61),
+        "bfloat16": (0.0, 0.12, 0.19, 0.19, 0.19, 0.19, 0.19, 0.19, 0.46, 0.67, 1.7, 3.06),
+        "int8": (0.0, 0.24, 0.5, 0.5, 0.5, 0.5, 0.62, 0.81, 1.1, 1.66, 3.41, 6.96),
+        "int4": (0.0, 0.04, 0.12, 0.12, 0.19, 0.34, 0.47, 0.67, 1.02, 1.6, 2.54, 6.28),
     },
 }
 ELSEWHERE = (0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05)

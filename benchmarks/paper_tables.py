@@ -40,6 +40,7 @@ from paper_exits import Recipe
 
 ALONE, BESIDE = "-times-1.jsonl", "-times-8.jsonl"
 GLANCE = ("full depth's score", *MODES, "the paper's recipe")
+TIMED = tuple(name for name in answers.COLUMNS if name != "FLOPs saved")  # of the tables of times; Results have the FLOPs
 NONE = "–"
 TASKS = tuple(COUNTS)
 Interval = tuple[float, float, float]  # a value and its 95% interval
@@ -200,7 +201,10 @@ def timed_rows(file: Path, times: Times) -> list[str]:
     about, turns = times
     title, first = ", ".join(subject(file)), next(iter(turns[0]))
     cells_of = {name: answers.cells(turns, name, first) for name in turns[0]}
-    found = [row(f"{title}: {name}", [cell.replace("-", "−") for cell in cells]) for name, cells in cells_of.items()]
+    found = []
+    for name, cells in cells_of.items():
+        kept = (cell for column, cell in zip(answers.COLUMNS, cells, strict=True) if column in TIMED)
+        found.append(row(f"{title}: {name}", [cell.replace("-", "−") for cell in kept]))
     return found + [row(f"{title}: {name}", [f"failed: {reason}"]) for name, reason in about["failures"].items()]
 
 
@@ -269,7 +273,7 @@ def tables(results: list[Result], times: dict[Path, Times]) -> Iterator[Table]:
     yield peers({subject(file): times[file] for file in times if file.name.endswith(ALONE)})
     for end, title in ((ALONE, "One answer at a time"), (BESIDE, "Eight answers side by side")):
         files = [file for file in times if file.name.endswith(end)]
-        yield title, answers.COLUMNS, [line for file in files for line in timed_rows(file, times[file])]
+        yield title, TIMED, [line for file in files for line in timed_rows(file, times[file])]
 
 
 def draw(times: dict[Path, Times], out: Path) -> None:

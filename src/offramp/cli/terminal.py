@@ -297,9 +297,9 @@ def speeds_table(result: EngineComparison) -> None:
     """What `bench.compare_engines` measured."""
     runs = f"{result.prompts} prompts, up to {result.tokens} tokens, {result.pairs} pairs"
     table = Table(title=f"{result.model}, {result.weights} ({result.bits:.2f} bits a weight), {runs}", title_justify="left")
-    titles = ("", "tokens/s", "ratio", "pairs from–to", "equal", "mean blocks", "tokens a deep pass", "acceptance")
-    for title in titles:
-        table.add_column(title, justify="right" if title else "left")
+    titles = ("", "tokens/s", "ratio", "pairs\nfrom–to", "equal", "mean\nblocks", "tokens\na pass", "drafts\naccepted")
+    for title in titles:  # with these breaks, the table is 80 columns wide
+        table.add_column(title, justify="right" if title else "left", no_wrap=True)
     for name, speed in result.speeds.items():
         low, high = speed.spread
         accepted = "" if speed.acceptance_rate is None else f"{speed.acceptance_rate:.0%}"

@@ -111,7 +111,7 @@ class Request:
     def accept(self, decision: Decision, after: list[Decision]) -> Token:
         """Append the token of a decision. An end token, a stop string or the limit sets `finish_reason`.
 
-        `after` are the decisions of the same step that follow. If the answer ends here, nobody gets them, but they were work.
+        `after` are the step's decisions that follow. If the answer ends here, nobody gets them, but they cost work.
         """
         self.remaining -= 1
         ended = decision.id in self.end_ids

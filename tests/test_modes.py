@@ -53,9 +53,9 @@ def test_the_default_is_exact_where_drafts_should_pay_in_the_engine_and_the_mode
 
 
 def test_what_drafts_promise_counts_those_of_the_table() -> None:
-    exits = drafting(right=0.5)
+    exits = drafting(right=0.9)
     alone = promised_gain(tiny("llama"), exits)
-    exits.training["validation"][0]["with_table"] = [0.6, 0.6, 0.6]
+    exits.training["validation"][0]["with_table"] = [0.99, 0.99, 0.99]
     assert promised_gain(tiny("llama"), exits) > alone
 
 

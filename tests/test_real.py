@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import offramp
-from helpers import MADE_AT_ONCE, run_cli
+from helpers import MADE_AT_ONCE, costing, run_cli
 from offramp import Engine, Exits, ExitSet, Policy, files
 from offramp.decode.sampling import Sampling
 from offramp.evaluation.bench import REST, parts_of_a_token
@@ -277,9 +277,9 @@ def test_verified_exits_give_the_real_models_own_tokens_in_any_weights(name: str
     assert exits
     assert drafting
     full = Engine(backbone)
-    engines = [
-        Engine(backbone, exits, Policy((0.5,) * len(exits)), "verify"),
-        Engine(backbone, drafting, Policy((0.1,) * len(drafting), drafting.policy.confidence), "verify"),
+    engines = [  # whose drafts cost little, so that they are made on every machine
+        costing(Engine(backbone, exits, Policy((0.5,) * len(exits)), "verify"), row=0.02),
+        costing(Engine(backbone, drafting, Policy((0.1,) * len(drafting), drafting.policy.confidence), "verify"), row=0.02),
     ]
     stood = rejected = 0
     for prompt in PROMPTS[:4]:

@@ -138,8 +138,9 @@ static int64_t qwen2_word(const Points *p, int64_t at, int digits) {
     if (class == LETTER) return run_of(p, at, LETTER);
     if (class != NUMBER && !is_line(p, at) && p->classes[at + 1] == LETTER) return run_of(p, at + 1, LETTER);
     if (class == NUMBER) {
-        const int64_t run = run_of(p, at, NUMBER);
-        return run < at + digits ? run : at + digits;
+        int64_t last = at + 1;
+        while (last < at + digits && p->classes[last] == NUMBER) last++;
+        return last;
     }
     if (p->classes[next] == OTHER) {
         int64_t last = run_of(p, next, OTHER);

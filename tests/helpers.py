@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import random
 import sys
 import warnings
@@ -23,6 +24,7 @@ from offramp.decode.batch import Batch
 from offramp.decode.compiled import CompiledStepper
 from offramp.decode.fills import FILLS
 from offramp.decode.request import Prefilled
+from offramp.decode.sampling import Sampling
 from offramp.decode.sequence import Sequence
 from offramp.errors import BadInput
 from offramp.evaluation.task import Item, Task
@@ -30,6 +32,7 @@ from offramp.evaluation.tasks import score_coqa
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.hub import Source
+from offramp.serve.grammar import Grammar, compile_schema
 from offramp.training import teacher
 from offramp.training.sketch import closest
 
@@ -245,3 +248,8 @@ def run_cli(*arguments: str, folder: Path | None = None, stdin: str = "", **envi
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     return Ran(code, stdout.getvalue(), stderr.getvalue())
+
+
+def grammar_of(backbone: Backbone, schema: dict[str, object], prompt: int = 0, sampling: Sampling | None = None) -> Grammar:
+    """What keeps an answer to a prompt of so many ids within a schema."""
+    return Grammar(compile_schema(backbone, json.dumps(schema)), prompt, (sampling or Sampling()).chooser())

@@ -14,7 +14,7 @@ import offramp
 PACKAGE = Path(offramp.__file__).parent
 # A folder may import only what stands before it here. So may a file at the bottom.
 FOLDERS = ["model", "exits", "decode", "training", "evaluation", "serve", "cli", "extras"]
-BOTTOM = ["errors", "settings", "progress", "files", "metrics", "machine", "shut_in", "sandbox"]
+BOTTOM = ["errors", "settings", "progress", "files", "metrics", "machine", "sandbox_child", "sandbox"]
 ORDER = [*BOTTOM, *FOLDERS]
 # What a file below asks of extras. It imports them inside a function.
 ASKED = {

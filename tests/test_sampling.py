@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import grammar_of
 from models import VOCAB, compiled_only, tiny
 from offramp.decode.sampling import Sampler, Sampling, chooser, noise
 from offramp.errors import NothingFits
 from offramp.model.compiled.runtime import Compiled
-from offramp.serve.grammar import Grammar
 
 NEAR = 2e-5  # a border this near may be on either side of a token, by rounding
 
@@ -95,7 +95,7 @@ def test_c_leaves_the_logits_and_says_when_there_is_no_token() -> None:
 def test_c_chooses_among_what_a_schema_allows(sampling: Sampling) -> None:
     schema = {"enum": ["left", "right", "lever", 12]}
     backbone, choose = tiny("llama/compiled"), runtime().choose
-    grammar, ids, logits = Grammar(backbone, schema, 2, sampling.chooser()), [7, 7], torch.randn(12, VOCAB)
+    grammar, ids, logits = grammar_of(backbone, schema, 2, sampling), [7, 7], torch.randn(12, VOCAB)
     assert grammar.choose == sampling.chooser()
     for row in logits[:8]:
         chosen = grammar(row, ids)

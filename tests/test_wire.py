@@ -20,7 +20,7 @@ from openai.types import completion_create_params as of_completions
 from openai.types.chat import completion_create_params as of_chats
 from pydantic import ValidationError
 
-from helpers import exits_for, modest_exits, run_cli, some_prompts
+from helpers import exits_for, grammar_of, modest_exits, run_cli, some_prompts
 from models import BLOCKS, compiled_only, tiny
 from offramp import Engine, Policy
 from offramp.decode.request import Prefilled, Talk
@@ -34,7 +34,7 @@ from offramp.serve import scheduler as of_scheduler
 from offramp.serve.answers import Recorder, Rules
 from offramp.serve.api import Stream
 from offramp.serve.cache import PromptCache
-from offramp.serve.grammar import Grammar
+from offramp.serve.grammar import Grammars
 from offramp.serve.protocol import ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Job
 from test_serve import FAMILIES, PATHS, Served, asks, chat, fetch, posting, serving, until
@@ -239,7 +239,7 @@ def test_a_schema_holds_where_a_sketch_names_few_tokens(
     engine = Engine(backbone, exits, policy, fill)
     batch, prompts = engine.batch(), some_prompts(2, seed=3)
     requests = [
-        batch.add(prompt, choose=Grammar(backbone, SCHEMA, len(prompt), Sampling(1.0, seed=3).chooser()), max_tokens=20)
+        batch.add(prompt, choose=grammar_of(backbone, SCHEMA, len(prompt), Sampling(1.0, seed=3)), max_tokens=20)
         for prompt in prompts
     ]
     list(batch.run())
@@ -249,6 +249,8 @@ def test_a_schema_holds_where_a_sketch_names_few_tokens(
 
 
 OBJECTS = [{"type": "object", "properties": {f"a{number}": {"type": "string"}}} for number in range(4500)]
+# Following it overflows the stack.
+CHAIN = {f"d{number}": {"items": {"$ref": f"#/$defs/d{number + 1}"}} for number in range(1500)}
 
 
 @pytest.mark.parametrize(
@@ -261,16 +263,17 @@ OBJECTS = [{"type": "object", "properties": {f"a{number}": {"type": "string"}}} 
         {"type": "integer", "multipleOf": True},
         {"type": "integer", "multipleOf": math.inf},
         {"anyOf": OBJECTS},
+        {"$defs": CHAIN, "$ref": "#/$defs/d0"},
     ],
 )
 def test_a_schema_that_takes_too_much_is_refused(schema) -> None:
-    with pytest.raises(BadInput, match=r"too large|cannot be used"):
-        Grammar(tiny("llama"), schema, 0, Sampling().chooser())
+    with pytest.raises(BadInput, match=r"too large|cannot be used|characters"):
+        asyncio.run(Grammars(tiny("llama")).matcher(schema))
 
 
 def test_a_schema_may_have_multiples() -> None:
     backbone, schema = tiny("llama"), {"type": "number", "minimum": 0, "multipleOf": 0.25}
-    grammar = Grammar(backbone, schema, 0, Sampling().chooser())
+    grammar = grammar_of(backbone, schema)
     *begun, two = backbone.prompts.encode("0.2", raw=True)
     words = grammar.allowed([*begun, two])
     assert [id - two + 2 for id in range(backbone.vocab_size) if words[id // 32] >> id % 32 & 1] == [5]
@@ -286,14 +289,14 @@ def test_a_long_list_that_is_no_prompt_is_refused_at_its_first_entry() -> None:
 def test_any_of_the_models_ends_may_end_an_answer_in_json(monkeypatch) -> None:
     backbone, schema = tiny("llama"), {"type": "integer"}
     monkeypatch.setattr(type(backbone), "stop_ids", frozenset({7, 8, 10**6}))
-    grammar = Grammar(backbone, schema, 0, Sampling().chooser())
+    grammar = grammar_of(backbone, schema)
     number = backbone.prompts.encode("4", raw=True)[-1:]
     words = grammar.allowed(number)
     assert [bool(words[id // 32] >> id % 32 & 1) for id in (7, 8)] == [True, True]
 
 
 def test_where_nothing_fits_the_request_ends_with_an_error(served: Served, monkeypatch) -> None:
-    grammar = Grammar(served.backbone, SCHEMA, 0, Sampling().chooser())
+    grammar = grammar_of(served.backbone, SCHEMA)
     with pytest.raises(NothingFits):
         grammar(torch.full((260,), -torch.inf), [])
     form = {"type": "json_schema", "json_schema": {"name": "it", "schema": SCHEMA}}

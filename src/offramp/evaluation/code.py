@@ -44,12 +44,17 @@ def humaneval(data: str | Path | None) -> Task:
             row["prompt"],
             python_prompt(row["prompt"]),
             (row["prompt"] + row["canonical_solution"],),
-            # The prompt comes first, since its tests and some answers need its imports and helpers.
-            program=f"{row['prompt']}    pass\n\n{{answer}}\n\n{row['test']}\n\ncheck({row['entry_point']})\n",
+            program=_humaneval_program(row),
         )
         for row in rows
     ]
     return Task("humaneval", items, (), MOST_TOKENS, score_code, source, digest, chat=True)
+
+
+def _humaneval_program(row: dict[str, str]) -> str:
+    """The prompt comes first, since tests and some answers need its imports and helpers. Its unfinished function goes."""
+    name = row["entry_point"]
+    return f"{row['prompt']}    pass\n\ndel {name}\n\n{sandbox.ANSWER}\n\n{row['test']}\n\ncheck({name})\n"
 
 
 def mbpp(data: str | Path | None) -> Task:

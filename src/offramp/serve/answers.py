@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import openai.types as completions
 from fastapi import Response
@@ -22,11 +22,14 @@ from offramp.decode.request import Limits, Token, drafts_of
 from offramp.decode.sampling import Choose
 from offramp.decode.sequence import begin_alike
 from offramp.errors import BadInput, OfframpError
-from offramp.serve.grammar import Grammar
+from offramp.serve.grammar import Grammar, Grammars
 from offramp.serve.menu import Menu
 from offramp.serve.metrics import Metrics
 from offramp.serve.protocol import AnswerRequest, ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Full, Job, Scheduler
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 log = logging.getLogger("offramp.serve")
 
@@ -42,7 +45,7 @@ class JsonLines(logging.Formatter):
 
 
 OTHER = "\u2047 other"  # a text that no message begins with
-THREADS = 2  # that render and tokenise prompts; decoding needs the processor, too
+LONG = 1 << 15  # characters of a prompt that is read beside others
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,9 @@ class Server:
     def __init__(self, menu: Menu, scheduler: Scheduler, rules: Rules, metrics: Metrics) -> None:
         self.menu, self.scheduler, self.rules, self.metrics = menu, scheduler, rules, metrics
         self.backbone = menu.backbone
-        self.threads = ThreadPoolExecutor(THREADS, "offramp-prompts")
+        self.grammars = Grammars(self.backbone)
+        # Long prompts have a thread of their own, so that short ones need not wait for them.
+        self._short, self._long = ThreadPoolExecutor(1, "offramp-prompts"), ThreadPoolExecutor(1, "offramp-long-prompts")
         sequence = menu.usual.read([0, 0]).sequence
         assert sequence is not None
         self._state = sequence.state  # of one token, which says how much memory others take
@@ -205,16 +210,18 @@ class Server:
         asked: AnswerRequest,
         ids: list[int],
         borders: tuple[int, ...] = (),
-        schema: dict[str, Any] | None = None,
+        matcher: LLMatcher | None = None,
     ) -> Choices:
         """The answers that a request asks for: one job for each. Their tokens will arrive in the loop's thread.
+
+        matcher: of the schema that they must fit, if any.
 
         The first job is to be handed in; the others are its twins. Raises `BadInput` for a request that cannot be served.
         """
         most = asked.longest or self.rules.most_tokens
         limits: Limits = {"max_tokens": min(most, self.rules.most_tokens), "stop": tuple(asked.stop)}
         most_logprobs = _wanted_logprobs(asked)
-        used = None if schema is not None else {
+        used = None if matcher is not None else {
             **limits, "raw": not isinstance(asked, ChatRequest),
             "temperature": asked.temperature, "repetition_penalty": asked.repetition_penalty,
         }  # fmt: skip
@@ -224,8 +231,8 @@ class Server:
         engine = self.menu.engine(asked.offramp.mode)
         for number in range(asked.n):
             choose: Choose = asked.sampling(number).chooser()
-            if schema is not None:
-                choose = Grammar(self.backbone, schema, len(ids), choose)
+            if matcher is not None:
+                choose = Grammar(matcher.deep_copy(), len(ids), choose)
             recorder = None if most_logprobs is None else Recorder(choose, most_logprobs)
             tell = partial(self._tell, loop, arrived, number)
             engine.check_choose(recorder or choose)
@@ -233,6 +240,16 @@ class Server:
             made.append(Choice(asked.offramp.ids, used, job, recorder))
         made[0].job.twins = [choice.job for choice in made[1:]]
         return Choices(made, arrived)
+
+    def thread_for(self, characters: int) -> ThreadPoolExecutor:
+        """The thread that renders and tokenises a prompt of so many characters."""
+        return self._long if characters >= LONG else self._short
+
+    def close(self) -> None:
+        """End the threads."""
+        for thread in (self._short, self._long):
+            thread.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
 
     def _tell(self, loop: Any, arrived: asyncio.Queue[Arrived], number: int, what: Token | Exception | None) -> None:
         """Pass on an event of answer `number`, in the engine's thread."""

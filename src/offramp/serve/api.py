@@ -185,7 +185,7 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        server.threads.shutdown(wait=False, cancel_futures=True)
+        server.close()
         scheduler.close()
 
     app = FastAPI(title="offramp", lifespan=lifespan)
@@ -287,13 +287,14 @@ async def respond(
 
 async def prepared(server: Server, asked: AnswerRequest, request: Request, schema: dict[str, Any] | None) -> Choices:
     """What a request asks for, made in other threads, part by part. Drops the parts to come where the client leaves."""
-    loop = asyncio.get_running_loop()
+    loop, thread = asyncio.get_running_loop(), server.thread_for(asked.characters)
 
     async def apart(work: Callable[..., T], *inputs: Any) -> T:
-        return await unless_left(request, loop.run_in_executor(server.threads, work, *inputs))
+        return await unless_left(request, loop.run_in_executor(thread, work, *inputs))
 
     ids: list[int] = []
     borders: tuple[int, ...] = ()
+    matcher = None if schema is None else await unless_left(request, server.grammars.matcher(schema))
     if isinstance(asked, ChatRequest):
         messages = [message.model_dump() for message in asked.messages]
         ids = await apart(server.rendered, messages)
@@ -301,7 +302,7 @@ async def prepared(server: Server, asked: AnswerRequest, request: Request, schem
     elif isinstance(asked, CompletionRequest):
         prompt = asked.prompt
         ids = await apart(server.backbone.prompts.encode, prompt, True) if isinstance(prompt, str) else prompt
-    return await apart(server.choices, loop, asked, ids, borders, schema)
+    return await apart(server.choices, loop, asked, ids, borders, matcher)
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -130,6 +130,11 @@ class AnswerRequest(BaseModel):
         return field.get_default(call_default_factory=True) if value is None else value
 
     @property
+    def characters(self) -> int:
+        """The characters of the prompt."""
+        return 0
+
+    @property
     def longest(self) -> int | None:
         """The longest answer, in tokens, if the request says one."""
         return self.max_tokens
@@ -148,6 +153,11 @@ class CompletionRequest(AnswerRequest):
     echo: Annotated[Any, _refused(False)] = False
     best_of: Annotated[Any, _refused(1)] = 1
     suffix: Annotated[Any, _refused("")] = ""
+
+    @property
+    def characters(self) -> int:
+        """The characters of the prompt; it may have none, but ids."""
+        return len(self.prompt) if isinstance(self.prompt, str) else 0
 
 
 class Message(BaseModel):
@@ -190,6 +200,11 @@ class ChatRequest(AnswerRequest):
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("missing", "top_logprobs needs logprobs.")
         return self
+
+    @property
+    def characters(self) -> int:
+        """The characters of all messages."""
+        return sum(len(message.content) for message in self.messages)
 
     @property
     def longest(self) -> int | None:

@@ -1,15 +1,15 @@
 """How does the server hold under many clients? Every answer is compared with the same answer alone.
 
-    .venv/bin/python benchmarks/load.py [MODEL] [--clients 64] [--requests 300] [--dtype float32] [--minutes 0]
+    .venv/bin/python benchmarks/load.py [MODEL] [--clients 64] [--requests 300] [--dtype float32] [--hostile 0]
 
 Starts `offramp serve` on a free port of this machine, and asks it with OpenAI's client: prompts of mixed lengths, half of
 them streamed. A tenth is cancelled after a few tokens, a twentieth is malformed. Then it checks that no answer was lost or
 mixed up, that malformed requests got status 400, and how much memory the server took. `--minutes` goes on for so long
 instead of for a number of requests. `--against URL` puts the same load on another server that speaks OpenAI's protocol,
-without checks.
+without checks. `--hostile 8` adds eight clients that send `hostile_requests` without a pause, and leave half of them early.
 
-Prints a table: throughput, time to the first token, time for a token. Answers with `verify` are full depth's, and in
-float32 they are compared token for token; other formats are only timed.
+Prints a table: throughput, and times to the first token, for a token, and for a request. Answers of `exact` are full
+depth's, and in float32 they are compared token for token; other formats are only timed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,13 +77,57 @@ def load_of(count: int, seed: int = 0) -> list[Asked]:
     return made
 
 
+def hostile_requests() -> list[dict[str, Any]]:
+    """Requests for chats that ask for much, or for nonsense."""
+    many = {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(2000)}}
+    chain = {f"d{number}": {"items": {"$ref": f"#/$defs/d{number + 1}"}} for number in range(1200)}
+    wide = {"anyOf": [{"type": "object", "properties": {f"a{number}": {"type": "string"}}} for number in range(900)]}
+    schemas = [many, {"$defs": chain, "$ref": "#/$defs/d0"}, wide, {"type": "string", "pattern": "^(.*a.{100}){9}$"}]
+    forms = [{"type": "json_schema", "json_schema": {"name": "x", "schema": schema}} for schema in schemas]
+    short = [{"role": "user", "content": "What is 9?"}]
+    three = {"messages": short, "n": 3, "max_tokens": 30}
+    asked: list[dict[str, Any]] = [{**three, "response_format": form} for form in forms]
+    asked.append({"messages": [{"role": "user", "content": "9" * 900_000}]})
+    asked.append({"messages": [{"role": "user", "content": "x"}] * 1000, "max_tokens": 1})
+    asked.append({"messages": short, "n": 16, "logprobs": True, "top_logprobs": 20, "stop": ["\0" * 256] * 16})
+    return asked
+
+
+@contextmanager
+def hostile(address: str, model: str, clients: int) -> Iterator[Counter[int]]:
+    """So many clients send `hostile_requests`, and wait 0.2 or 10 seconds for an answer. Yields a count of statuses."""
+    over, requests, statuses = threading.Event(), hostile_requests(), Counter[int]()
+    client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+
+    def harm(number: int) -> None:
+        while not over.is_set():
+            status = 0  # left before it was answered
+            with suppress(openai.APITimeoutError):
+                try:
+                    patient = client.with_options(timeout=(0.2, 10)[number % 2])
+                    patient.chat.completions.create(model=model, **requests[number % len(requests)])
+                    status = 200
+                except openai.APIStatusError as error:
+                    status = error.status_code
+            statuses[status] += 1
+            number += 1
+
+    with ThreadPoolExecutor(max(1, clients)) as threads:
+        for number in range(clients):
+            threads.submit(harm, number)
+        try:
+            yield statuses
+        finally:
+            over.set()
+
+
 def ask(client: Any, model: str, asked: Asked) -> Got:
     """Send one request. A refusal is tried again as long as the server asks for it."""
     settings: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": asked.tokens}
     if asked.kind == "malformed":
         settings["temperature"] = -1
+    start = time.monotonic()
     while True:
-        start = time.monotonic()
         try:
             return answer(client, asked, settings, start)
         except openai.RateLimitError as error:
@@ -212,8 +256,10 @@ def table(pairs: list[tuple[Asked, Got]], seconds: float) -> str:
     each = sorted((got.last - got.first) / (got.tokens - 1) for asked, got in whole if asked.streamed and got.tokens > 1)
 
     rate = sum(got.tokens for _, got in pairs) / seconds
-    cells = [f"{rate:.0f}", *(at(values, share) for values in (firsts, each) for share in (0.5, 0.95))]
-    head = "| tokens/s | first token, ms: p50 | p95 | a token, ms: p50 | p95 |\n|---|---|---|---|---|\n"
+    lasts = sorted(got.last for _, got in whole)
+    cells = [f"{rate:.0f}", *(at(values, share) for values in (firsts, each, lasts) for share in (0.5, 0.95))]
+    head = "| tokens/s | first token, ms: p50 | p95 | a token, ms: p50 | p95 | a request, ms: p50 | p95 |\n"
+    head += f"{7 * '|---'}|\n"
     return f"{head}| {' | '.join(cells)} |"
 
 
@@ -224,6 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--dtype", help="the weights' format; float32 compares every answer")
     parser.add_argument("--minutes", type=float, default=0.0, help="go on for so long")
+    parser.add_argument("--hostile", type=int, default=0, help="clients more that try to disturb the others")
     parser.add_argument("--against", help="another server's address, such as http://127.0.0.1:8080/v1")
     args = parser.parse_args(argv)
     asked, start = load_of(args.requests), time.monotonic()
@@ -233,7 +280,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         with served(args.model, args.dtype) as (address, process):
             start = time.monotonic()
-            pairs, memory = run(address, args.model, asked, args.clients, args.minutes, process)
+            with hostile(address, args.model, args.hostile) as statuses:
+                pairs, memory = run(address, args.model, asked, args.clients, args.minutes, process)
+        if statuses:
+            print(f"{args.hostile} hostile clients got these statuses (0: left before): {dict(statuses)}")
     seconds = time.monotonic() - start
     if not args.against:
         wrong = check(pairs, args.model, args.dtype)

@@ -152,20 +152,40 @@ const char *offramp_token(const offramp_file *file, int64_t id, int64_t *length,
     return known ? t->shown[id].at : "";
 }
 
-// A talk's text: as much of it as there is room for, and its whole length.
+// A talk on its way to ids: `count` of them so far, of which `room` are kept, and the text that follows.
 typedef struct {
+    const Tokenizer *tokenizer;
+    int64_t *ids, count, room;
     char *text;
-    int64_t length, room;
-} Put;
+    int64_t length, text_room;
+    int failed;
+} Talk;
 
-static void put(Put *to, const char *text, int64_t length) {
-    const int64_t fits = larger(0, min_(length, to->room - to->length));
-    if (fits) memcpy(to->text + to->length, text, fits);
+static void put(Talk *to, const char *text, int64_t length) {
+    if (to->length + length > to->text_room) {
+        to->text_room = 2 * (to->length + length);
+        char *longer = realloc(to->text, to->text_room);
+        to->failed |= !longer;
+        if (longer) to->text = longer;
+    }
+    if (to->failed) return;
+    memcpy(to->text + to->length, text, length);
     to->length += length;
 }
 
-// A message, without the white space around it if the template trims it.
-static void put_message(Put *to, const char *text, int trims) {
+// Makes the text so far ids. What follows makes no token together with it.
+static void cut(Talk *to) {
+    const int64_t left = larger(0, to->room - to->count);
+    const int64_t count =
+        to->failed ? -1
+                   : tokenise(to->tokenizer, to->text, to->length, left ? to->ids + to->count : NULL, left);
+    to->failed |= count < 0;
+    to->count += larger(0, count), to->length = 0;
+}
+
+// A message, without the white space around it if the template trims it. Special tokens in it are cut, so that
+// they are text: a message cannot begin another one.
+static void put_message(Talk *to, const char *text, int trims) {
     const uint8_t *at = (const uint8_t *)text, *end = at + strlen(text), *first = end, *last = end;
     for (int32_t point; at < end;) {
         const uint8_t *own = at;
@@ -174,26 +194,35 @@ static void put_message(Put *to, const char *text, int trims) {
         if (first == end) first = own;
         last = at;
     }
-    put(to, (const char *)first, last - first);
+    for (int32_t point; first < last;) {
+        const int length = decode_point(first, last, &point);
+        const int special = special_at(to->tokenizer, (const char *)first, last - first);
+        put(to, (const char *)first, length);
+        if (special) cut(to);
+        first += length;
+    }
 }
 
-int64_t offramp_chat(const offramp_file *file, const offramp_message *messages, int64_t count, char *text,
+int64_t offramp_chat(const offramp_file *file, const offramp_message *messages, int64_t count, int64_t *ids,
                      int64_t room) {
     const Chat *chat = &file->chat;
-    Put to = {text, 0, room};
+    Talk to = {.tokenizer = &file->tokenizer, .ids = ids, .room = room};
     int64_t role = -1;
-    for (int64_t i = 0; chat->known && i < count; i++) {
+    for (int64_t i = 0; i < count; i++) {
         const int64_t before = role;
         role = messages[i].role;
         const int begins = before < 0 && role == OFFRAMP_SYSTEM, answers = role == OFFRAMP_ASSISTANT;
-        if (!begins && !(role == OFFRAMP_USER && before != OFFRAMP_USER) &&
-            !(answers && before == OFFRAMP_USER))
-            return -1;
+        to.failed |= !chat->known || (!begins && !(role == OFFRAMP_USER && before != OFFRAMP_USER) &&
+                                      !(answers && before == OFFRAMP_USER));
+        if (to.failed) break;
         const Bytes start = begins ? chat->system : chat->first, after = chat->after[role];
         if (i == 0) put(&to, start.at, start.length);
         if (answers) put(&to, chat->assistant.at, chat->assistant.length);
         put_message(&to, messages[i].text, chat->trims[role]);
         put(&to, after.at, after.length);
     }
-    return role == OFFRAMP_USER ? to.length : -1;
+    to.failed |= role != OFFRAMP_USER;
+    cut(&to);
+    free(to.text);
+    return to.failed ? -1 : to.count;
 }

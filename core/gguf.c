@@ -104,7 +104,9 @@ static void read_tensor(Header *h, Tensor *t, uint64_t *offset) {
 
 // Puts the tensors' places in order: the header is over, and their bytes follow.
 static void place_tensors(Gguf *file, Header *h, const uint64_t *offsets) {
-    const int64_t unit = integer_of(entry_of(file, "general.alignment"), 0, 32);
+    int64_t unit = 32;
+    for (int64_t i = 0; i < file->entries_count; i++)  // they are not in their order yet
+        if (bytes_are(file->entries[i].key, "general.alignment")) unit = integer_of(file->entries + i, 0, 0);
     if (unit < 1 || unit > 1 << 20 || unit & (unit - 1)) h->bad = 1;
     if (h->bad) return;
     const uint64_t begin = ((uint64_t)(h->at - file->map) + unit - 1) / unit * unit,
@@ -120,6 +122,26 @@ static void place_tensors(Gguf *file, Header *h, const uint64_t *offsets) {
         left -= (uint64_t)t->bytes;  // tensors do not share bytes: what is made of them has a limit
         t->values = file->map + begin + offset;
     }
+}
+
+static int compare(Bytes a, Bytes b) {
+    const int order = memcmp(a.at, b.at, min_(a.length, b.length));
+    return order ? order : (a.length > b.length) - (a.length < b.length);
+}
+static int by_key(const void *a, const void *b) {
+    return compare(((const Entry *)a)->key, ((const Entry *)b)->key);
+}
+static int by_name(const void *a, const void *b) {
+    return compare(((const Tensor *)a)->name, ((const Tensor *)b)->name);
+}
+
+static int names_something_twice(const Gguf *file) {
+    int twice = 0;
+    for (int64_t i = 1; i < file->entries_count; i++)
+        twice |= !by_key(file->entries + i - 1, file->entries + i);
+    for (int64_t i = 1; i < file->tensors_count; i++)
+        twice |= !by_name(file->tensors + i - 1, file->tensors + i);
+    return twice;
 }
 
 static offramp_status read_header(Gguf *file, const char *path, offramp_error *error) {
@@ -143,6 +165,10 @@ static offramp_status read_header(Gguf *file, const char *path, offramp_error *e
     file->tensors_count = h.bad ? 0 : (int64_t)tensors;
     place_tensors(file, &h, offsets);
     free(offsets);
+    if (!h.bad) qsort(file->entries, file->entries_count, sizeof *file->entries, by_key);
+    if (!h.bad) qsort(file->tensors, file->tensors_count, sizeof *file->tensors, by_name);
+    NEED(h.bad || !names_something_twice(file), "%.200s is damaged: its header has a key or a tensor twice.",
+         path);
     NEED(!h.bad, "%.200s is damaged: its header is not complete, or names bytes that it does not have.",
          path);
     return OFFRAMP_OK;
@@ -155,16 +181,16 @@ offramp_status gguf_open(Gguf *file, const char *path, offramp_error *error) {
     NEED(stream >= 0, "%.200s cannot be opened: %s.", path, strerror(errno));
     const int known = !fstat(stream, &facts) && S_ISREG(facts.st_mode) && facts.st_size > 0;
     void *map = known ? mmap(NULL, facts.st_size, PROT_READ, MAP_PRIVATE, stream, 0) : MAP_FAILED;
-    close(stream);
+    if (map == MAP_FAILED) close(stream);
     NEED(map != MAP_FAILED, "%.200s cannot be read: it is empty, or no file.", path);
-    file->map = map, file->size = facts.st_size;
+    file->map = map, file->size = facts.st_size, file->stream = stream;
     const offramp_status status = read_header(file, path, error);
     if (status) gguf_close(file);
     return status;
 }
 
 void gguf_close(Gguf *file) {
-    if (file->map) munmap((void *)file->map, file->size);
+    if (file->map) munmap((void *)file->map, file->size), close(file->stream);
     free(file->entries), free(file->tensors);
     *file = (Gguf){0};
 }
@@ -173,16 +199,16 @@ int bytes_are(Bytes bytes, const char *other) {
     return bytes.length == (int64_t)strlen(other) && !memcmp(bytes.at, other, bytes.length);
 }
 
+static Bytes bytes_of(const char *text) { return (Bytes){text, (int64_t)strlen(text)}; }
+
 const Entry *entry_of(const Gguf *file, const char *key) {
-    for (int64_t i = 0; i < file->entries_count; i++)
-        if (bytes_are(file->entries[i].key, key)) return file->entries + i;
-    return NULL;
+    const Entry wanted = {.key = bytes_of(key)};
+    return bsearch(&wanted, file->entries, file->entries_count, sizeof wanted, by_key);
 }
 
 const Tensor *tensor_of(const Gguf *file, const char *name) {
-    for (int64_t i = 0; i < file->tensors_count; i++)
-        if (bytes_are(file->tensors[i].name, name)) return file->tensors + i;
-    return NULL;
+    const Tensor wanted = {.name = bytes_of(name)};
+    return bsearch(&wanted, file->tensors, file->tensors_count, sizeof wanted, by_name);
 }
 
 double real_of(const Entry *entry, int64_t i, double otherwise) {

@@ -28,9 +28,11 @@ typedef struct {
     const uint8_t *values;
 } Tensor;
 
+// Entries by their keys and tensors by their names, each in the order of `memcmp`, none twice.
 typedef struct {
     const uint8_t *map;
     int64_t size, entries_count, tensors_count;
+    int stream;
     Entry *entries;
     Tensor *tensors;
 } Gguf;

@@ -196,7 +196,7 @@ void leave_blocks(const Lanes *l, Lane *lane, int64_t start, int64_t stop) {
     for (int64_t i = start; i < stop; i++)
         count_tokens(lane->session, i, lane->run, lane->climbing, OFFRAMP_BOTH);
     if (lane->request->reads) return;
-    lane->spent.flops += flops_of(l->plan, start, stop, first_of(lane), lane->run);
+    lane->spent.flops = plus(lane->spent.flops, flops_of(l->plan, start, stop, first_of(lane), lane->run));
     lane->spent.blocks += (stop - start) * lane->climbing;
 }
 
@@ -283,7 +283,7 @@ void pass_exit(Lanes *l, Lane *lane, const float *state) {
         return;
     }
     lane->leaves = 0;
-    lane->spent.flops += fill_flops(l->plan, exit);
+    lane->spent.flops = plus(lane->spent.flops, fill_flops(l->plan, exit));
     memcpy(lane->request->deep, state, l->plan->model->hidden * sizeof(float));
     if (l->plan->waits)
         *waits += lane->climbing;
@@ -365,8 +365,9 @@ void judge(Lanes *l, Lane *lane, const int64_t *chosen, const float *y) {
     offramp_decision newest = {.id = chosen[stood], .block = depth_of(l), .confidence = NAN};
     if (closes) newest = lane->drafts[stood];
     for (int64_t n = stood + closes; n < drafts; n++)
-        lane->spent.flops += lane->drafts[n].flops, lane->spent.blocks += lane->drafts[n].blocks;
-    newest.flops += lane->spent.flops, newest.blocks += lane->spent.blocks;
+        lane->spent.flops = plus(lane->spent.flops, lane->drafts[n].flops),
+        lane->spent.blocks += lane->drafts[n].blocks;
+    newest.flops = plus(newest.flops, lane->spent.flops), newest.blocks += lane->spent.blocks;
     lane->passes++, lane->rejected += drafts - stood - closes;
     for (int64_t n = 0; n < stood; n++) decide(lane, lane->drafts[n]);
     lane->known = first + stood;

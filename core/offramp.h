@@ -564,12 +564,13 @@ typedef struct {
     const char *text;
 } offramp_message;
 
-// The text of a talk by the model's chat template, up to where the answer begins. Perhaps the first message is
-// the system's; then the user and the assistant take turns, and the last message is the user's. Returns its
-// length, of which `room` bytes are written; -1 for other messages, and for a file without a template that
-// offramp's export could keep.
+// The ids of a talk by the model's chat template, up to where the answer begins. Perhaps the first message is
+// the system's; then the user and the assistant take turns, and the last message is the user's. Special tokens
+// count as such only where the template puts them: in a message they are text. Returns how many ids there are,
+// of which `room` are written; -1 for other messages, for a file without a template that offramp's export could
+// keep, and if there is no memory.
 OFFRAMP_API int64_t offramp_chat(const offramp_file *file, const offramp_message *messages, int64_t count,
-                                 char *text, int64_t room);
+                                 int64_t *ids, int64_t room);
 
 #ifdef __cplusplus
 }

@@ -24,9 +24,10 @@ int64_t flops_of(const offramp_plan *plan, int64_t start, int64_t stop, int64_t 
         const offramp_block_costs *costs = plan->costs + i;
         const Block *b = plan->model->blocks + i;
         const int64_t window = b->attends ? b->attention.window : 0;
-        flops += costs->flops * (end - first);
+        int64_t seen = 0;
         for (int64_t p = first; costs->seen_flops && p < end; p++)
-            flops += costs->seen_flops * (window ? min_(p + 1, window) : p + 1);
+            seen = plus(seen, window ? min_(p + 1, window) : p + 1);
+        flops = plus(flops, plus(times(costs->flops, end - first), times(costs->seen_flops, seen)));
     }
     return flops;
 }
@@ -45,7 +46,8 @@ int64_t fill_flops(const offramp_plan *plan, const offramp_exit *exit) {
     const Filled filled = filled_at(plan, exit);
     int64_t flops = 0;
     for (int64_t i = filled.start; filled.source < 0 && i < filled.stop; i++)
-        flops += plan->costs[i].key_flops + (filled.what & OFFRAMP_STATES ? plan->costs[i].state_flops : 0);
+        flops = plus(flops, plus(plan->costs[i].key_flops,
+                                 filled.what & OFFRAMP_STATES ? plan->costs[i].state_flops : 0));
     return flops;
 }
 
@@ -61,6 +63,7 @@ static offramp_status check_exit(offramp_plan *plan, int64_t e, offramp_error *e
     NEED(!e || exit[-1].after < exit->after, "Exits must stand in the order of their blocks.");
     NEED(is_share(exit->threshold) && is_share(exit->perhaps) && is_share(exit->key),
          "A threshold is 0 to 1.");
+    NEED(exit->gate_flops >= 0 && exit->readout_flops >= 0, "FLOPs are 0 or more.");
     NEED(exit->asking >= 0 && isfinite(exit->asking), "What asking an exit costs is 0 or more.");
     Exit *parts = plan->parts + e;
     NEED(exit->gate || plan->rules.confidence != OFFRAMP_GATE, "An exit has no gate.");
@@ -91,6 +94,12 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
     NEED(rules->middle >= 0 && rules->middle <= model->count && (!rules->middle || rules->middle >= last),
          "A middle state cannot be after %lld blocks.", (long long)rules->middle);
     NEED(rules->alike >= 0 && rules->decay >= 0, "A number of tokens is 0 or more.");
+    NEED(rules->head_flops >= 0 && rules->exit_head_flops >= 0, "FLOPs are 0 or more.");
+    for (int64_t i = 0; i < model->count; i++) {
+        const offramp_block_costs *costs = plan->costs + i;
+        NEED(costs->flops >= 0 && costs->seen_flops >= 0 && costs->key_flops >= 0 && costs->state_flops >= 0,
+             "FLOPs are 0 or more.");
+    }
     for (int64_t n = 0; n < OFFRAMP_DEPTHS; n++)
         NEED(is_share(rules->accepted[n]), "A share of drafts is 0 to 1.");
     for (int64_t n = 0; n <= OFFRAMP_MOST_DRAFTS; n++)

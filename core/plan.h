@@ -25,6 +25,10 @@ struct offramp_plan {
     const Weight *exit_head;
     const Sketch *sketch, *exit_sketch;
     const int64_t *tokens;  // of the short list, or NULL
+    struct {
+        int stream;
+        int64_t bytes;
+    } files[2];  // that model and exits are mapped from; 0 bytes: none
     Free free;
 };
 
@@ -42,6 +46,10 @@ static inline int consents(const offramp_plan *plan) { return plan->rules.token_
 // others.
 static inline int has_key(const offramp_exit *exit) { return exit->perhaps < 1 && exit->key < 1; }
 double decayed(const offramp_plan *plan, double threshold, int64_t decided);
+
+// FLOPs, which a stranger's file may state, are 0 or more; sums and products stay at INT64_MAX.
+static inline int64_t plus(int64_t a, int64_t b) { return a > INT64_MAX - b ? INT64_MAX : a + b; }
+static inline int64_t times(int64_t a, int64_t b) { return a && b > INT64_MAX / a ? INT64_MAX : a * b; }
 
 // FLOPs of blocks `start` to `stop` - 1 for the tokens at positions `first` to `end` - 1; of the fill for one
 // token.

@@ -18,6 +18,7 @@
 
 #include "file.h"
 #include "layouts.h"
+#include "plan.h"
 
 enum { MOST_PARTS = 4096, MOST_PIECES = 64, MOST_MODES = 4096, NAME_ROOM = 160, MOST_EXITS = 64 };
 
@@ -198,7 +199,7 @@ static const Given RULES[] = {
     RULE(guesses, PART),   RULE(head_flops, INTEGER),  RULE(exit_head_flops, INTEGER),
 };
 #define OF_EXIT(name, is) {"exits." #name, is, offsetof(offramp_exit, name)}
-static const Given EXIT[] = {
+static const Given EXIT_RULES[] = {
     OF_EXIT(after, INTEGER),      OF_EXIT(tail, INTEGER),
     OF_EXIT(gate, PART),          OF_EXIT(readout, PART),
     OF_EXIT(threshold, NUMBER),   OF_EXIT(perhaps, NUMBER),
@@ -266,7 +267,8 @@ static offramp_status read_rules(const offramp_file *exits, const char *name, of
     rules->count = after ? after->count : 0, rules->exits = places;
     NEED(rules->count <= MOST_EXITS, "The exits' file has more exits than a model can use.");
     read_given(exits, mode, RULES, COUNT(RULES), 0, rules);
-    for (int64_t e = 0; e < rules->count; e++) read_given(exits, mode, EXIT, COUNT(EXIT), e, places + e);
+    for (int64_t e = 0; e < rules->count; e++)
+        read_given(exits, mode, EXIT_RULES, COUNT(EXIT_RULES), e, places + e);
     int64_t names[3];
     static const char *const kinds[] = {"fill", "confidence", "key"};
     for (int k = 0; k < 3; k++)
@@ -308,6 +310,10 @@ offramp_plan *offramp_file_plan(const offramp_file *model, const offramp_file *e
     rules.costs = costs;
     offramp_plan *plan = costs ? offramp_plan_new(model->model, &rules, error) : NULL;
     if (!costs) fail(error, OFFRAMP_NO_MEMORY, "There is no memory for a plan.");
+    const offramp_file *const files[] = {model, exits};
+    for (int i = 0; plan && i < 2; i++)
+        if (files[i])
+            plan->files[i].stream = files[i]->gguf.stream, plan->files[i].bytes = files[i]->gguf.size;
     free(costs);
     return plan;
 }

@@ -6,6 +6,8 @@
 // thread that comes late does as the others did. The lanes change all the time, so only a thread that holds a
 // piece may read them.
 
+#include <sys/stat.h>
+
 #include "step.h"
 #include "values.h"
 
@@ -127,7 +129,8 @@ static void consider(Step *s, Turn *turn) {
         row += lane->climbing;
         if (s->plan->mixers[turn->exit]) {
             count_mixed(lane->session->exits.gates + turn->exit, lane->climbing);
-            if (!lane->request->reads) lane->spent.flops += exit->gate_flops * lane->climbing;
+            if (!lane->request->reads)
+                lane->spent.flops = plus(lane->spent.flops, times(exit->gate_flops, lane->climbing));
         }
         if (!lane->asks) continue;
         lane->sure = 1;
@@ -136,7 +139,7 @@ static void consider(Step *s, Turn *turn) {
             const double logit = s->logits[s->plan->mixers[turn->exit] ? row - 1 : asked++];
             const double lowest = threshold_of(&s->lanes, lane, exit->threshold);
             lane->sure = 1 / (1 + exp(-logit));
-            if (!s->plan->mixers[turn->exit]) lane->spent.flops += exit->gate_flops;
+            if (!s->plan->mixers[turn->exit]) lane->spent.flops = plus(lane->spent.flops, exit->gate_flops);
             if (!(lane->sure > (has_key(exit) ? fmin(lowest, exit->perhaps) : lowest))) continue;
         }
         const offramp_sampling *how = &lane->request->how;
@@ -144,7 +147,8 @@ static void consider(Step *s, Turn *turn) {
             s->plan->tokens && (how->temperature > 0 || how->penalty != 1 || lane->request->allowed);
         turn->choices[turn->reading.lanes] = choice_of(lane, lane->known);
         s->deep[turn->reading.lanes] = lane->request->deep;
-        lane->spent.flops += exit->readout_flops + s->plan->rules.exit_head_flops;
+        lane->spent.flops =
+            plus(lane->spent.flops, plus(exit->readout_flops, s->plan->rules.exit_head_flops));
         lane->request->asked++;
         add(&turn->reading, lane, lane->rows - 1, lane->rows);
     }
@@ -152,7 +156,7 @@ static void consider(Step *s, Turn *turn) {
     for (int64_t q = 0; q < turn->reading.lanes; q++) {
         Lane *lane = turn->reading.who[q];
         enter_ahead(&s->lanes, lane, start, N);
-        lane->spent.flops += flops_of(s->plan, start, N, lane->run - 1, lane->run);
+        lane->spent.flops = plus(lane->spent.flops, flops_of(s->plan, start, N, lane->run - 1, lane->run));
         lane->spent.blocks += exit->tail;
     }
     find_memories(s, &turn->reading, start, N);
@@ -271,7 +275,7 @@ static void at_top(Step *s, Hand *hand, Turn *turn) {
         for (int64_t q = 0; q < turn->judged.lanes; q++) {
             Lane *lane = turn->judged.who[q];
             const int64_t rows = lane->round.drafts + 1;
-            lane->spent.flops += s->plan->rules.head_flops * rows;
+            lane->spent.flops = plus(lane->spent.flops, times(s->plan->rules.head_flops, rows));
             judge(&s->lanes, lane, s->chosen + row, s->y + row * V);
             row += rows;
         }
@@ -353,6 +357,17 @@ static offramp_status step(Step *s, int64_t rounds, offramp_error *error) {
     return OFFRAMP_OK;
 }
 
+// Whether the files that weights are mapped from are as long as they were. To read what a file has lost would end
+// the process (SIGBUS); what it loses within a pass still does.
+static int files_are_whole(const offramp_plan *plan) {
+    struct stat facts;
+    int whole = 1;
+    for (int i = 0; i < 2; i++)
+        if (plan->files[i].bytes)
+            whole &= !fstat(plan->files[i].stream, &facts) && facts.st_size >= plan->files[i].bytes;
+    return whole;
+}
+
 offramp_status offramp_step(offramp_plan *plan, offramp_request *const *requests, int64_t count,
                             int64_t rounds, double *seconds, offramp_error *error) {
     NEED(count >= 0 && count <= MOST_LANES && rounds > 0 && rounds <= MOST_ROUNDS,
@@ -360,6 +375,7 @@ offramp_status offramp_step(offramp_plan *plan, offramp_request *const *requests
     Step s = {
         .plan = plan, .model = plan->model, .requests = requests, .lanes = {.plan = plan, .count = count}};
     if (!count) return OFFRAMP_OK;
+    NEED(files_are_whole(plan), "A file of the model became shorter while it was used. Load it again.");
     pool_enter(&s.model->pool);
     const offramp_status status = step(&s, rounds, error);
     pool_leave(&s.model->pool);

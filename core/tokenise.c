@@ -156,6 +156,15 @@ static const Added *added_at(const Tokenizer *t, const char *text, int64_t lengt
     return NULL;
 }
 
+int special_at(const Tokenizer *t, const char *text, int64_t length) {
+    const int first = (uint8_t)*text;
+    for (int64_t i = t->added_from[first]; i < t->added_from[first + 1]; i++) {
+        const Bytes own = t->added[i].bytes;
+        if (t->special[t->added[i].id] && own.length <= length && !memcmp(own.at, text, own.length)) return 1;
+    }
+    return 0;
+}
+
 int64_t tokenise(const Tokenizer *t, const char *given, int64_t length, int64_t *ids, int64_t room) {
     int64_t copied;
     char *text = valid_copy(given, length, &copied);

@@ -16,6 +16,14 @@ static uint64_t hash_of(const void *bytes, int64_t length) {  // FNV-1a
     return hash ^ hash >> 29;
 }
 
+// How far from its own slot an entry of a table may lie. Tables are at most half full, so entries of honest files
+// lie within some dozens; those of others may collide, and would take a time that is quadratic.
+enum { FURTHEST = 512 };
+
+static int is_far(int64_t slot, uint64_t hash, int64_t slots) {
+    return ((slot - (int64_t)(hash & (slots - 1))) & (slots - 1)) > FURTHEST;
+}
+
 // The slot of a token in the table: its own, or an empty one.
 int64_t slot_of(const Tokenizer *t, const char *bytes, int64_t length) {
     int64_t slot = hash_of(bytes, length) & (t->slots - 1);
@@ -150,6 +158,8 @@ static offramp_status read_tokens(Tokenizer *t, const Gguf *file, offramp_error 
         if (added && length) t->added[t->added_count++] = (Added){*token, i};
         if (byte >= 0) t->of_byte[byte] = (int32_t)i;
         const int64_t slot = slot_of(t, token->at, length);
+        NEED(!is_far(slot, hash_of(token->at, length), t->slots),
+             "The file's tokens collide: it was made to be slow.");
         if (t->table[slot] < 0 && type != BYTE) t->table[slot] = (int32_t)i;
     }
     for (int byte = 0; byte < 256 && !t->pieces; byte++)
@@ -200,16 +210,19 @@ static void sort_added(Tokenizer *t) {
     }
 }
 
-static void read_merge(Tokenizer *t, const Alphabet *letters, Bytes text, int32_t rank, char *both) {
+// Puts a merge into the table. 0 if it is far from its place.
+static int read_merge(Tokenizer *t, const Alphabet *letters, Bytes text, int32_t rank, char *both) {
     const char *cut = text.length ? memchr(text.at + 1, ' ', text.length - 1) : NULL;
-    if (!cut) return;
+    if (!cut) return 1;
     const int64_t left = from_alphabet(letters, (Bytes){text.at, cut - text.at}, both),
                   right =
                       from_alphabet(letters, (Bytes){cut + 1, text.at + text.length - cut - 1}, both + left);
     const int32_t ids[] = {token_of(t, both, left), token_of(t, both + left, right),
                            token_of(t, both, left + right)};
-    if (ids[0] < 0 || ids[1] < 0 || ids[2] < 0) return;
-    *merge_at(t, ids[0], ids[1]) = (Merge){ids[0], ids[1], rank, ids[2]};
+    if (ids[0] < 0 || ids[1] < 0 || ids[2] < 0) return 1;
+    Merge *place = merge_at(t, ids[0], ids[1]);
+    *place = (Merge){ids[0], ids[1], rank, ids[2]};
+    return !is_far(place - t->merges, hash_of(ids, 2 * sizeof *ids), t->merges_slots);
 }
 
 static offramp_status read_merges(Tokenizer *t, const Gguf *file, offramp_error *error) {
@@ -227,9 +240,11 @@ static offramp_status read_merges(Tokenizer *t, const Gguf *file, offramp_error 
     }
     const Alphabet letters = alphabet();
     for (int64_t i = 0; i < t->merges_slots; i++) t->merges[i].rank = -1;
-    for (int64_t i = 0; longest && i < merges->count; i++)
-        read_merge(t, &letters, texts[i], (int32_t)i, both);
+    int near = 1;
+    for (int64_t i = 0; longest && near && i < merges->count; i++)
+        near = read_merge(t, &letters, texts[i], (int32_t)i, both);
     free(texts), free(both);
+    NEED(near, "The file's merges collide: it was made to be slow.");
     NEED(longest, "The file's tokenizer has no merges.");
     return OFFRAMP_OK;
 }

@@ -39,6 +39,9 @@ void tokenizer_close(Tokenizer *tokenizer);
 // many ids there are, of which `room` are written; -1 if there is no memory.
 int64_t tokenise(const Tokenizer *tokenizer, const char *text, int64_t length, int64_t *ids, int64_t room);
 
+// Whether a text begins as a special token does.
+int special_at(const Tokenizer *tokenizer, const char *text, int64_t length);
+
 // Writes a text in which U+2581 takes the place of spaces, of at most three times its length. Returns its length.
 int64_t write_pieces(char *to, Bytes text);
 

@@ -22,14 +22,12 @@ int main(int count, char **words) {
     offramp_plan *plan = offramp_file_plan(file, exits, exits ? "exact" : "full", &error);
     if (!plan) return fail(&error);
 
-    // The prompt by the chat template, or as it is if the file has none that is known; then its ids.
+    // The prompt's ids by the chat template, or as it is if the file has none that is known.
     const offramp_message message = {OFFRAMP_USER, words[2]};
-    static char text[1 << 16];
-    int64_t length = offramp_chat(file, &message, 1, text, sizeof text);
-    const int raw = length < 0 || length > (int64_t)sizeof text;
-    if (raw) length = snprintf(text, sizeof text, "%s", words[2]);
     static int64_t ids[(1 << 16) + MOST];
-    const int64_t known = offramp_tokenise(file, text, length, raw, ids, 1 << 16);
+    int64_t known = offramp_chat(file, &message, 1, ids, 1 << 16);
+    if (known < 0) known = offramp_tokenise(file, words[2], (int64_t)strlen(words[2]), 1, ids, 1 << 16);
+    if (known < 1 || known > 1 << 16) return fputs("The prompt is empty, or too long.\n", stderr), 1;
 
     // All ids but the last are read; then tokens are decided, some in each step, until one ends the text.
     offramp_session *session = offramp_file_session(file, known + MOST, &error);

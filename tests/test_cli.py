@@ -610,7 +610,7 @@ def test_progress_in_a_log_is_one_whole_line_for_each_stage(capsys) -> None:
 def test_progress_in_a_terminal_does_not_cut_the_stages_names(columns: int, monkeypatch) -> None:
     screen = io.StringIO()
     console = partial(Console, file=screen, width=columns, force_terminal=True, color_system=None)
-    monkeypatch.setattr("rich.console.Console", lambda stderr: console())
+    monkeypatch.setattr("offramp.cli.progress.console", lambda stderr: console())
     with progress_bars() as report:
         report("full depth", 3, 3)
         report("plan", 1, 1, "exits after blocks 10 + 4, 15 + 3, 20 + 3; 2,400 answers of about 100 tokens in 11 min")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import equal
@@ -222,8 +222,8 @@ def of_pieces() -> Tokenizer:
     return backend
 
 
-def write_file(file: Path, tokenizer: Tokenizer, kind: str) -> None:
-    """Write a tiny model with this tokenizer, as llama.cpp's converter writes one."""
+def write_file(file: Path, tokenizer: Tokenizer, kind: str, chat: dict[str, Any] | None = None) -> None:
+    """Write a tiny model with this tokenizer, as llama.cpp's converter writes one, and perhaps `chat_pieces`."""
     names = sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     writer, rows = GGUFWriter(file, "llama"), np.zeros((32, 32), np.float32)
@@ -241,6 +241,9 @@ def write_file(file: Path, tokenizer: Tokenizer, kind: str) -> None:
         writer.add_token_scores([-float(number) for number in range(len(names))])
         writer.add_add_space_prefix(False)
         writer.add_add_bos_token(False)
+    for name, value in (chat or {}).items():
+        kind_of_value = GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.ARRAY
+        writer.add_key_value(f"offramp.chat.{name}", value, kind_of_value)
     writer.add_tensor("token_embd.weight", np.zeros((len(names), 32), np.float32))
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
         writer.add_tensor(f"{name}.weight", rows[0])

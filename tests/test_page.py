@@ -233,7 +233,7 @@ def test_an_error_is_shown(page) -> None:
     page.press("#message", "Enter")
     page.wait_for_selector(".error")
     assert "tokens long" in page.text_content(".error")
-    page.wrong[:] = [text for text in page.wrong if "400 (Bad Request)" not in text]
+    page.wrong[:] = [text for text in page.wrong if "413 (Request Entity Too Large)" not in text]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -13,22 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import offramp
-from helpers import modest_exits
-from models import COMPILED, VARIANTS, compiled_only, saved, tiny
-from offramp import Engine, Policy
-from offramp.decode import plan
-from offramp.decode.native import write
-from offramp.evaluation.results import load_results
-from offramp.exits.config import ExitsConfig
-from offramp.exits.exits import Exits
-from offramp.exits.ngrams import ngrams_of
-from offramp.files import read_lines
-
-sys.path.insert(
-    0, str(Path(__file__).parents[1] / "benchmarks")
-)  # the scripts import from one another, as they can when one is run
-
 import agreement
 import answers
 import clients
@@ -39,6 +23,7 @@ import guarantee
 import load
 import native
 import offload
+import offramp
 import paper
 import paper_size
 import paper_tables
@@ -50,6 +35,16 @@ import random_model
 import right
 import speed
 import verified
+from helpers import modest_exits
+from models import COMPILED, VARIANTS, compiled_only, saved, tiny
+from offramp import Engine, Policy
+from offramp.decode import plan
+from offramp.decode.native import write
+from offramp.evaluation.results import load_results
+from offramp.exits.config import ExitsConfig
+from offramp.exits.exits import Exits
+from offramp.exits.ngrams import ngrams_of
+from offramp.files import read_lines
 
 SMALL_MAMBA = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 1024}
 

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { PIECE = 256, ROUNDS = 16, ENOUGH = 64 };  // ids read at a time; rounds of a call; bytes of a message
 
@@ -104,7 +105,8 @@ static offramp_status take(const Settings *s, Answer *a, const offramp_request *
         Token *token = a->tokens + a->count;
         const offramp_decision d = r->decisions[i];
         *token = (Token){.d = d, .passes = passes + d.passes, .rejected = rejected + d.rejected};
-        token->cumulative = d.flops + (a->count ? token[-1].cumulative : 0);
+        if (__builtin_add_overflow(d.flops, a->count ? token[-1].cumulative : 0, &token->cumulative))
+            token->cumulative = INT64_MAX;
         for (int64_t e = 0; e < r->ends_count; e++) a->ended |= d.id == r->ends[e];
         a->count++, a->regret += d.regret;
         if (add_text(s, a, token, held, a->ended || a->count == a->most)) return OFFRAMP_NO_MEMORY;
@@ -163,6 +165,29 @@ void free_answer(Answer *a) {
     *a = (Answer){0};
 }
 
+// Printing ----------------------------------------------------------------------------------------
+
+// Whether a terminal obeys the character at `text` (of `n` bytes) instead of showing it: controls but for a tab and
+// a new line, and those that turn the direction of text.
+static int is_control(const char *text, int64_t n) {
+    const unsigned char *c = (const unsigned char *)text;
+    if (n == 1) return (c[0] < 0x20 && c[0] != '\n' && c[0] != '\t') || c[0] == 0x7f;
+    if (n == 2) return c[0] == 0xc2 && c[1] < 0xa0;
+    return n == 3 && c[0] == 0xe2 &&
+           ((c[1] == 0x80 && c[2] >= 0xaa && c[2] <= 0xae) || (c[1] == 0x81 && c[2] >= 0xa6 && c[2] <= 0xa9));
+}
+
+void print_shown(FILE *out, const char *text, int64_t length) {
+    const int terminal = isatty(fileno(out));
+    for (int64_t i = 0, n; terminal && i < length; i += n) {
+        n = offramp_character(text + i, length - i);
+        const int hidden = n < 0 || is_control(text + i, n);
+        n = n < 0 ? -n : n;
+        fwrite(hidden ? "\xef\xbf\xbd" : text + i, 1, hidden ? 3 : n, out);
+    }
+    if (!terminal) fwrite(text, 1, length, out);
+}
+
 // JSON --------------------------------------------------------------------------------------------
 
 // A text in quotation marks. What is not UTF-8 becomes U+FFFD.
@@ -177,6 +202,10 @@ static void print_text(FILE *out, const char *text, int64_t length) {
             fprintf(out, "\\%c", c);
         else if (c < 0x20 || c == 0x7f)
             fprintf(out, "\\u%04x", c);
+        else if (is_control(text + i, n))
+            fprintf(out, "\\u%04x",
+                    n == 2 ? (unsigned char)text[i + 1]
+                           : 0x2000 + (text[i + 1] & 0x3f) * 64 + (text[i + 2] & 0x3f));
         else
             fwrite(text + i, 1, n, out);
     }

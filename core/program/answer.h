@@ -49,5 +49,9 @@ offramp_status answer(const Settings *s, Text *text, const int64_t *ids, int64_t
 void free_text(Text *text);
 void free_answer(Answer *answer);
 
+// Prints a stranger's text. On a terminal, U+FFFD takes the place of characters that a terminal obeys instead of
+// showing them, and of what is not UTF-8; elsewhere the bytes stay as they are.
+void print_shown(FILE *out, const char *text, int64_t length);
+
 // Prints an answer as one line of JSON, with the fields of `offramp generate --json`. `prompt` may be NULL.
 void print_json(FILE *out, const Settings *s, const char *prompt, const Answer *answer);

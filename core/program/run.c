@@ -47,8 +47,18 @@ static void on_interrupt(int signal) {
     stop = 1;
 }
 
+// A file that a stranger made shorter ends the program at a page that is no more there, with a sentence.
+static void on_lost_page(int signal) {
+    static const char sentence[] = "offramp-run: A file of the model became shorter while it was used.\n";
+    (void)signal;
+    if (write(STDERR_FILENO, sentence, sizeof sentence - 1)) _exit(FAILED);
+    _exit(FAILED);
+}
+
 static int complain(int code, const char *sentence, const char *hint) {
-    fprintf(stderr, "offramp-run: %s%s%s\n", sentence, *hint ? "\n" : "", hint);
+    fputs("offramp-run: ", stderr);
+    print_shown(stderr, sentence, (int64_t)strlen(sentence));
+    fprintf(stderr, "%s%s\n", *hint ? "\n" : "", hint);
     return code;
 }
 
@@ -154,27 +164,28 @@ static void free_talk(Talk *talk) {
     *talk = (Talk){0};
 }
 
-// A talk's text by the model's chat template, or its messages in lines. NULL if there is no memory.
-static char *text_of(const Settings *s, const Talk *talk, int raw, int64_t *length) {
-    *length = raw ? -1 : offramp_chat(s->model, talk->messages, talk->count, NULL, 0);
-    for (int64_t i = 0; raw && i < talk->count; i++) *length += 1 + (int64_t)strlen(talk->messages[i].text);
-    char *text = malloc(*length + 2), *to = text;
-    if (text && !raw) offramp_chat(s->model, talk->messages, talk->count, text, *length);
-    for (int64_t i = 0; raw && text && i < talk->count; i++) {
+// A talk's ids by the model's chat template, or those of its messages in lines. Returns how many there are, of
+// which `room` are written; -1 if there is no memory.
+static int64_t tokens_of(const Settings *s, const Talk *talk, int raw, int64_t *ids, int64_t room) {
+    if (!raw) return offramp_chat(s->model, talk->messages, talk->count, ids, room);
+    int64_t length = 0;
+    for (int64_t i = 0; i < talk->count; i++) length += 1 + (int64_t)strlen(talk->messages[i].text);
+    char *text = malloc(length + 1), *to = text;
+    for (int64_t i = 0; text && i < talk->count; i++) {
         const size_t own = strlen(talk->messages[i].text);
-        memcpy(to, talk->messages[i].text, own), to += own, *to++ = '\n';
+        if (i) *to++ = '\n';
+        memcpy(to, talk->messages[i].text, own), to += own;
     }
-    return text;
+    const int64_t count = text ? offramp_tokenise(s->model, text, to - text, 1, ids, room) : -1;
+    free(text);
+    return count;
 }
 
 // The ids of a talk. NULL, with a sentence, if there are none.
 static int64_t *ids_of(const Settings *s, const Talk *talk, int raw, int64_t *count, offramp_error *error) {
-    int64_t length, *ids = NULL;
-    char *text = text_of(s, talk, raw, &length);
-    *count = text ? offramp_tokenise(s->model, text, length, raw, NULL, 0) : -1;
-    if (*count >= 0) ids = malloc((*count + 1) * sizeof *ids);
-    if (ids) offramp_tokenise(s->model, text, length, raw, ids, *count);
-    free(text);
+    *count = tokens_of(s, talk, raw, NULL, 0);
+    int64_t *ids = *count < 0 ? NULL : malloc((*count + 1) * sizeof *ids);
+    if (ids) tokens_of(s, talk, raw, ids, *count);
     if (!ids) snprintf(error->message, sizeof error->message, "There is no memory for the prompt.");
     if (ids && (*count < 1 || *count >= offramp_file_context(s->model))) {
         snprintf(error->message, sizeof error->message,
@@ -192,7 +203,9 @@ static void show(const Answer *answer, const Token *token) {
     static const char *const shades[] = {"", "\33[32m", "\33[36m",
                                          "\33[36m"};  // green: an exit; cyan: a look-up
     const char *shade = colours ? shades[token->d.source] : "";
-    printf("%s%.*s%s", shade, (int)token->length, answer->text + token->begin, *shade ? "\33[0m" : "");
+    fputs(shade, stdout);
+    print_shown(stdout, answer->text + token->begin, token->length);
+    fputs(*shade ? "\33[0m" : "", stdout);
     fflush(stdout);
 }
 
@@ -208,7 +221,7 @@ static int answer_talk(const Settings *s, const Options *o, Talk *talk, int name
     if (!status) status = answer(s, &talk->text, ids, count, o->json ? NULL : show, &made, &error);
     free(ids);
     if (!status && o->json) print_json(stdout, s, names ? prompt : NULL, &made);
-    if (!status && !o->json) puts("");
+    if (!status && !o->json) puts(""), fflush(stdout);
     const int kept = status || add_message(talk, OFFRAMP_ASSISTANT, made.text ? made.text : "", made.length);
     free_answer(&made);
     if (status) return complain(FAILED, error.message, "");
@@ -285,7 +298,8 @@ int main(int count, char **words) {
     offramp_file *files[2] = {NULL, NULL};
     int code = read_options(&o, count, words);
     if (code >= 0) return code;
-    struct sigaction on = {.sa_handler = on_interrupt};
+    struct sigaction on = {.sa_handler = on_interrupt}, lost = {.sa_handler = on_lost_page};
+    sigaction(SIGBUS, &lost, NULL);
     if (isatty(STDIN_FILENO) && !o.prompt) sigaction(SIGINT, &on, NULL);
     colours = isatty(STDOUT_FILENO) && !getenv("NO_COLOR");
     Settings s = {.most = o.tokens, .stop = &stop};

@@ -29,6 +29,10 @@ class BadInput(OfframpError):
     """A prompt, an option or a data file cannot be used."""
 
 
+class TooLarge(BadInput):
+    """What is asked for is more than the model holds, or than a server takes."""
+
+
 class NothingFits(BadInput):
     """None of the tokens that were read out may come next, such as under a JSON schema."""
 

@@ -17,6 +17,7 @@ from offramp.cli.flags import with_flags
 from offramp.cli.names import Verb
 from offramp.cli.progress import Interrupted
 from offramp.cli.serving import serve
+from offramp.cli.shown import say
 from offramp.cli.training import calibrate, export, train
 from offramp.errors import OfframpError
 
@@ -47,7 +48,7 @@ def offramp(
 
 def main() -> None:
     """Entry point. An error that a user can cause ends in one sentence and a hint, never in a traceback."""
-    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: say(f"note: {message}", stream=sys.stderr)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def _fail(message: str, hint: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", stream=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        say(f"hint: {hint}", stream=sys.stderr)
     sys.exit(code)

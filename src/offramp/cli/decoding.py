@@ -15,6 +15,7 @@ import typer
 from offramp.cli.flags import Only
 from offramp.cli.options import DecodingOptions, Json, Model
 from offramp.cli.progress import reading_bar
+from offramp.cli.shown import say
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput
 from offramp.machine import spare_memory
@@ -63,8 +64,8 @@ def generate(
         ids = backbone.prompts.encode(texts[0], options.raw)
         with reading_bar() as progress:
             for token in engine.stream(ids, progress=progress, max_tokens=tokens, stop=stop):
-                print(token.text, end="", flush=True)
-        print()
+                say(token.text, end="")
+        say("")
         return
     for start in range(0, len(texts), SIDE_BY_SIDE):
         batch = texts[start : start + SIDE_BY_SIDE]
@@ -76,7 +77,7 @@ def generate(
         references = others[0] if others else [None] * len(batch)
         for text, answer, reference in zip(batch, answers, references, strict=True):
             if as_json or prompts:
-                print(json.dumps(_record(answer, reference, text if prompts else None)), flush=True)
+                say(json.dumps(_record(answer, reference, text if prompts else None)))
             else:
                 _show_compared(backbone, text, answer, reference)
 
@@ -129,7 +130,7 @@ def chat(
                 elif isinstance(event, Decided) and not as_json:
                     _show_token(event.token)
         answer = engine.summarise(request, prefilled - started, time.perf_counter() - prefilled)
-        print(json.dumps(_record(answer, None, prompt)) if as_json else "", flush=True)
+        say(json.dumps(_record(answer, None, prompt)) if as_json else "")
         messages.append({"role": "assistant", "content": answer.text})
 
 

@@ -13,6 +13,7 @@ import typer
 from offramp.cli.flags import Only
 from offramp.cli.options import DecodingOptions, Json, Model, Ray, cluster_at
 from offramp.cli.progress import command_line, progress_bars, resumable
+from offramp.cli.shown import say
 from offramp.errors import BadInput
 from offramp.settings import RESEARCH, setting
 
@@ -136,7 +137,7 @@ def report(
     from offramp.extras.report.page import write
 
     figures = write(load_results(results), output)
-    print(f"{output}, and {len(figures)} figures in {figures[0].parent}" if figures else output)
+    say(f"{output}, and {len(figures)} figures in {figures[0].parent}" if figures else str(output))
 
 
 def inspect(
@@ -167,7 +168,7 @@ def inspect(
     facts = anatomy(backbone, exits.early or exits.draft)
     found = savings(facts, scenario) if scenario else []
     if as_json:
-        print(json.dumps({**asdict(facts), **({"what_if": [asdict(each) for each in found]} if scenario else {})}))
+        say(json.dumps({**asdict(facts), **({"what_if": [asdict(each) for each in found]} if scenario else {})}))
         return
     anatomy_table(facts)
     if scenario:
@@ -225,17 +226,17 @@ def bench(
         backbone = decoding.load(model).backbone
         found = dict(zip(WIDTHS, measured_costs(backbone), strict=True))
         keep(backbone, [*found.values()])
-        print(json.dumps(found)) if as_json else costs_table(backbone, found)
+        say(json.dumps(found)) if as_json else costs_table(backbone, found)
         return
     loaded = decoding.load(model, keep=names is None)
     if names is None:
         result = compare(loaded.backbone, runs.tokens, runs.pairs)
-        print(json.dumps(asdict(result))) if as_json else bench_table(result)
+        say(json.dumps(asdict(result))) if as_json else bench_table(result)
         return
     texts = read_lines(prompts, ("prompt", "question")) if prompts else PROMPTS
     engines = {name: _engine(loaded, decoding, name) for name in names.split(",")}
     compared = compare_engines(engines, runs.tokens, runs.pairs, texts)
-    print(json.dumps(asdict(compared))) if as_json else speeds_table(compared)
+    say(json.dumps(asdict(compared))) if as_json else speeds_table(compared)
 
 
 def _engine(model: LoadedModel, decoding: DecodingOptions, name: str) -> Engine:

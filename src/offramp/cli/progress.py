@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from offramp.cli.shown import console, say
 from offramp.errors import OfframpError
 from offramp.progress import silent
 
@@ -24,9 +25,7 @@ class Interrupted(OfframpError):
 @contextmanager
 def status(message: str) -> Iterator[Progress]:
     """A spinner with a message, while the context is open. Work that reports progress gets bars in its place."""
-    from rich.console import Console
-
-    with ExitStack() as after, Console(stderr=True).status(message) as spinner:
+    with ExitStack() as after, console(stderr=True).status(message) as spinner:
         bars: list[Progress] = []
 
         def report(stage: str, completed: int, total: int, note: str = "") -> None:
@@ -50,11 +49,9 @@ def resumable() -> Iterator[None]:
 @contextmanager
 def progress_bars(transient: bool = False) -> Iterator[Progress]:
     """A bar for each stage of the work in a terminal, else a line when the stage ends. `transient`: nothing stays."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if console.is_interactive:
-        with _bars(console, transient) as report:
+    errors = console(stderr=True)
+    if errors.is_interactive:
+        with _bars(errors, transient) as report:
             yield report
     elif transient:
         yield silent
@@ -94,7 +91,7 @@ def _lines() -> Iterator[Progress]:
 
     def end() -> None:
         nonlocal since, running
-        print(running[1], file=sys.stderr, flush=True)
+        say(running[1], stream=sys.stderr)
         since, running = time.monotonic(), ("", "")
 
     def report(stage: str, completed: int, total: int, note: str = "") -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ import typer
 
 from offramp.cli.flags import Only
 from offramp.cli.options import DecodingOptions, Model, Ray, cluster_at
+from offramp.cli.shown import say
 from offramp.errors import BadInput
 from offramp.files import install_hint
 from offramp.machine import free_memory
@@ -89,12 +91,12 @@ def serve(
             least, most = options.replicas
             replicas = Replicas(least, most, options.rows, 2 * (options.rows + options.waiting))
             with cluster.serving(partial(application, model, decoding, options), replicas, host, port):
-                typer.echo(f"{model} on the cluster at {ray}: {address}", err=True)
+                say(f"{model} on the cluster at {ray}: {address}", stream=sys.stderr)
                 _wait_for_the_end()
             return
     menu = _menu(model, decoding)
     backbone = menu.backbone
-    typer.echo(f"{backbone.name} ({backbone.weight_format}, mode {menu.usual.mode}) at {address}", err=True)
+    say(f"{backbone.name} ({backbone.weight_format}, mode {menu.usual.mode}) at {address}", stream=sys.stderr)
     uvicorn.run(_app(menu, options), host=host, port=port, log_level="warning", timeout_graceful_shutdown=LAST_ANSWERS)
 
 

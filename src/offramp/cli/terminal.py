@@ -8,10 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from offramp.cli.shown import console as make_console
 from offramp.decode.request import Generation, Token
 from offramp.evaluation.anatomy import Anatomy
 from offramp.evaluation.bench import Comparison, EngineComparison
@@ -24,7 +24,7 @@ from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
 from offramp.model.reading import Change
 
-console = Console(highlight=False)
+console = make_console(highlight=False)
 # What a token came from: its colour, its mark in the legend, and its name. Full depth has the terminal's own colour.
 SOURCES = {
     "exit": ("green", "■", "an exit"),

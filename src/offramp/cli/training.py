@@ -12,6 +12,7 @@ import typer
 from offramp.cli.flags import Chosen, Only
 from offramp.cli.options import DecodingOptions, Json, Model, Ray, cluster_at
 from offramp.cli.progress import command_line, progress_bars, resumable
+from offramp.cli.shown import say
 from offramp.errors import BadInput
 from offramp.files import alone_in
 from offramp.training.config import CalibrationConfig, TrainConfig, draft_config
@@ -51,7 +52,7 @@ def train(
         make = cluster.made_shards if cluster else made_shards
         exits = train_exits(backbone, output, config, progress, command_line(), before, make)
     if as_json:
-        print(json.dumps({"output": str(output), "thresholds": exits.policy.thresholds, **exits.training}))
+        say(json.dumps({"output": str(output), "thresholds": exits.policy.thresholds, **exits.training}))
     else:
         training_table(exits, output)
 
@@ -107,7 +108,7 @@ def calibrate(
             record = calibrate_exits(backbone, exits, questions, config, progress=progress)
         loaded.exits.save(folder)
     if as_json:
-        print(json.dumps({"model": backbone.name, "exits": str(folder), **exits.calibration, "passed": record.passed}))
+        say(json.dumps({"model": backbone.name, "exits": str(folder), **exits.calibration, "passed": record.passed}))
     elif isinstance(record, CloseCalibration):
         close_table(record)
     else:
@@ -133,8 +134,8 @@ def export(
         from offramp.decode.native import EXITS, MODEL, write
 
         modes = write(decoding.load(model), gguf)
-        print(f"{gguf}: {MODEL}, and {EXITS} with the modes {', '.join(modes)}.")
-        print(f'Then: offramp-run {gguf / MODEL} "Why is the sky blue?" --exits {gguf / EXITS}')
+        say(f"{gguf}: {MODEL}, and {EXITS} with the modes {', '.join(modes)}.")
+        say(f'Then: offramp-run {gguf / MODEL} "Why is the sky blue?" --exits {gguf / EXITS}')
     if output is not None:
         _export_for_transformers(model, output, decoding.exits)
 
@@ -151,5 +152,5 @@ def _export_for_transformers(model: str, output: Path, named: str | None) -> Non
     if not exits:
         raise no_exits(backbone)
     export_exits(exits, output, backbone)
-    print(f"{output}: exits of {backbone.name}.")
-    print(f"To share it: hf upload org/name {output}")
+    say(f"{output}: exits of {backbone.name}.")
+    say(f"To share it: hf upload org/name {output}")

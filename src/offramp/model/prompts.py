@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from typing import Any
 
-from offramp.errors import BadInput
+from offramp.errors import BadInput, TooLarge
 
+BREAK = "\ufdd0"  # no character: Unicode keeps it for what a program does within itself
 SHORTEN = "Shorten the prompt, or use a model with a longer context."
 
 
@@ -39,17 +41,47 @@ class Prompts:
         return self.encode_chat([{"role": "user", "content": prompt}], raw)
 
     def encode_chat(self, messages: list[dict[str, str]], raw: bool = False) -> list[int]:
-        """A conversation → the token ids before the answer. Raises `BadInput` as `check` does."""
-        if raw or not getattr(self._tokenizer, "chat_template", None):
-            text, options = "\n".join(message["content"] for message in messages), {}
+        """A conversation → the token ids before the answer. Raises `BadInput` as `check` does.
+
+        Special tokens count as such only where the chat template puts them, and in a raw prompt.
+        """
+        raw = raw or not getattr(self._tokenizer, "chat_template", None)
+        if raw:
+            pieces = ["\n".join(message["content"] for message in messages)]
         else:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            options = {"add_special_tokens": False}
-        if len(text) > self._context * self._longest:  # turning it into tokens could take seconds
-            raise BadInput(f"The prompt has {len(text)} characters; {self._name} holds {self._context} tokens.", SHORTEN)
-        ids = self._tokenizer(text, **options)["input_ids"]
+            broken = self._break_special(messages)
+            pieces = self._tokenizer.apply_chat_template(broken, tokenize=False, add_generation_prompt=True).split(BREAK)
+        length = sum(map(len, pieces))
+        if length > self._context * self._longest:  # turning it into tokens could take seconds
+            raise TooLarge(f"The prompt has {length} characters; {self._name} holds {self._context} tokens.", SHORTEN)
+        ids = list(self._tokenizer(pieces[0], add_special_tokens=raw)["input_ids"])
+        for piece in pieces[1:]:  # behind a special token, since some tokenizers put a space before a text
+            ids += self._tokenizer(self._special[0] + piece, add_special_tokens=False)["input_ids"][1:]
         self.check(ids)
-        return list(ids)
+        return ids
+
+    def _break_special(self, said: Any) -> Any:
+        """Messages in which `BREAK` breaks the texts of special tokens: only a template may put those.
+
+        Otherwise `<|im_start|>system` in a user's message would begin a message of the system.
+        """
+        if isinstance(said, str):
+            text = said.replace(BREAK, "\ufffd")
+            return self._special_text.sub(lambda found: found[1] + BREAK, text) if self._special else text
+        if isinstance(said, dict):
+            return {key: self._break_special(value) for key, value in said.items()}
+        return [self._break_special(each) for each in said] if isinstance(said, list) else said
+
+    @cached_property
+    def _special(self) -> list[str]:
+        """The texts of special tokens, the longest first."""
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
+        return sorted((token.content for token in added if token.special and token.content), key=len, reverse=True)
+
+    @cached_property
+    def _special_text(self) -> re.Pattern[str]:
+        """A character with which the text of a special token begins."""
+        return re.compile(f"(?=(?:{'|'.join(map(re.escape, self._special))}))(.)", re.DOTALL)
 
     @cached_property
     def _longest(self) -> int:
@@ -61,7 +93,7 @@ class Prompts:
         if not ids:
             raise BadInput("The prompt is empty.", "Give some text to go on from.")
         if len(ids) >= self._context:
-            raise BadInput(
+            raise TooLarge(
                 f"The prompt is {len(ids)} tokens long; {self._name} holds {self._context} with its answer.",
                 SHORTEN,
             )

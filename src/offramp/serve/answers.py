@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.decode.request import Limits, Token, drafts_of
 from offramp.decode.sampling import Choose
 from offramp.decode.sequence import begin_alike
-from offramp.errors import BadInput, OfframpError
+from offramp.errors import BadInput, OfframpError, TooLarge
 from offramp.serve.grammar import Grammar, Grammars
 from offramp.serve.menu import Menu
 from offramp.serve.metrics import Metrics
@@ -352,7 +352,7 @@ def refused(error: BaseException) -> Refused:
     if isinstance(error, Full):
         return Refused(429, f"{error} {error.hint}", None, "rate_limit_exceeded", {"Retry-After": str(error.seconds)})
     if isinstance(error, BadInput):
-        return Refused(400, f"{error} {error.hint}")
+        return Refused(413 if isinstance(error, TooLarge) else 400, f"{error} {error.hint}")
     if not isinstance(error, OfframpError):
         log.error("request failed", exc_info=error)
     return Refused(500, f"The engine failed: {error}" if isinstance(error, OfframpError) else "The engine failed.")

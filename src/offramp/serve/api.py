@@ -15,6 +15,7 @@ from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -32,6 +33,7 @@ from offramp.serve.metrics import Metrics
 from offramp.serve.protocol import AnswerRequest, ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Scheduler
 
+OPEN = ("/", "/health", "/metrics")  # paths that need no key, beside the page's files
 PAGE = Path(__file__).parent / "page"
 ONLY_OWN_FILES = "default-src 'self'; img-src data:; frame-ancestors 'none'"
 LAST_READING = 10.0  # seconds that a client has to take the last of what was written for it
@@ -128,33 +130,50 @@ def _name_in(host: str) -> str | None:
     return None
 
 
-class Guard:
-    """Lets a request through that calls the server by one of its names and has the key, where there is one.
+def _is_foreign(headers: Headers, host: str) -> bool:
+    """Whether a browser sends a request for a page that is not this server's own."""
+    origin = headers.get("origin")
+    return headers.get("sec-fetch-site", "none") not in ("none", "same-origin") or (
+        origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+    )
 
-    A page from elsewhere can let its own name point to this machine (DNS rebinding), but not name this machine. The body
-    may not be too large or too late. A client that does not take its answer in time loses it.
+
+class Guard:
+    """Lets a request through that calls the server by one of its names, comes from no foreign page, and has the key.
+
+    A page from elsewhere can let its own name point to this machine (DNS rebinding), but not name this machine; and a
+    browser says where a page is from. The body may not be too large or too late. A client that does not take its answer in
+    time loses it.
     """
 
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
         self._app, self._rules = app, rules
         self._names = {None, "localhost", *(name.lower() for name in (socket.gethostname(), *rules.hosts))}
 
+    def _refusal(self, method: str, path: str, headers: Headers) -> Refused | None:
+        """Why a request is refused before its body is read, if it is."""
+        key, host = self._rules.key, headers.get("host", "")
+        if (name := _name_in(host)) not in self._names:
+            return Refused(403, f"This server is not called '{name}'. If it is, start it with --allowed-host {name}")
+        if _is_foreign(headers, host) and not (method == "GET" and path == "/"):
+            return Refused(403, "This server answers no page from elsewhere.")
+        if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            return Refused(415, "The body must be JSON: send Content-Type: application/json")
+        if key is not None and path not in OPEN and not path.startswith("/page/"):
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), key.encode()):
+                return Refused(401, "The API key is wrong or missing.", code="invalid_api_key")
+        return None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        rules, headers, seen = self._rules, Headers(scope=scope), 0
-        if (name := _name_in(headers.get("host", ""))) not in self._names:
-            refusal = Refused(403, f"This server is not called '{name}'. If it is, start it with --allowed-host {name}")
+        rules, seen = self._rules, 0
+        if refusal := self._refusal(scope["method"], scope["path"], Headers(scope=scope)):
             await refusal.response(scope, receive, send)
             return
-        if rules.key is not None and scope["path"].startswith(("/v1/", "/offramp/")):
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), rules.key.encode()):
-                refusal = Refused(401, "The API key is wrong or missing.", code="invalid_api_key")
-                await refusal.response(scope, receive, send)
-                return
 
         arrives: float | None = asyncio.get_running_loop().time() + rules.most_arrival
 
@@ -188,7 +207,8 @@ def app_of(menu: Menu, scheduler: Scheduler, rules: Rules) -> FastAPI:
         server.close()
         scheduler.close()
 
-    app = FastAPI(title="offramp", lifespan=lifespan)
+    # FastAPI's pages of docs load scripts from elsewhere.
+    app = FastAPI(title="offramp", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, rules=rules)
 
     _say_errors(app)

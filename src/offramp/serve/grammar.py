@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from offramp.decode.sampling import Choose
-from offramp.errors import BadInput, NothingFits
+from offramp.errors import BadInput, NothingFits, TooLarge
 from offramp.model.backbone import Backbone
 from offramp.serve import schema_trial
 
@@ -47,7 +47,7 @@ class Grammars:
         _check_multiples(schema)
         text = json.dumps(schema)
         if len(text) > MOST_SCHEMA:
-            raise BadInput(f"The schema has {len(text):,} characters.", f"It may have {MOST_SCHEMA:,}.")
+            raise TooLarge(f"The schema has {len(text):,} characters.", f"It may have {MOST_SCHEMA:,}.")
         async with self._one_at_a_time:
             await _try_apart(text)
             return await asyncio.get_running_loop().run_in_executor(self._thread, compile_schema, self._backbone, text)

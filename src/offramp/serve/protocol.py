@@ -16,7 +16,6 @@ from pydantic_core import PydanticCustomError
 from offramp.decode.sampling import Sampling
 
 MOST_LOGPROBS = 20  # alternatives of a token, as OpenAI has it
-MOST_CHOICES = 16  # answers to one prompt
 MOST_STOPS = 16
 MOST_STOP = 256  # characters of a stop text
 MOST_MESSAGES = 1024
@@ -98,7 +97,7 @@ class AnswerRequest(BaseModel):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     offramp: Decoding = Field(default_factory=Decoding)
     seed: int = Field(default_factory=lambda: secrets.randbits(63), ge=-LARGEST - 1, le=LARGEST)
-    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    n: int = Field(1, ge=1, le=LARGEST)
     stop: Annotated[list[Stop], Field(max_length=MOST_STOPS)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)

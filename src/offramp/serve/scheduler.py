@@ -18,13 +18,14 @@ from offramp.decode.batch import Batch
 from offramp.decode.engine import Engine
 from offramp.decode.request import Decided, Event, Finished, Generation, Limits, Prefilled, Reading, Request, Talk, Token
 from offramp.decode.sampling import Choose
-from offramp.errors import BadInput, BadNumbers, OfframpError
+from offramp.errors import BadNumbers, OfframpError, TooLarge
 from offramp.serve.cache import PromptCache
 
 State = Literal["waiting", "running", "done"]
 Outcome = Literal["stop", "length", "abort", "error"]
 STUCK = 120.0  # seconds that no step takes
 
+MOST_CHOICES = 16  # answers to one prompt
 LAST_STEP = 5.0  # seconds that closing waits for the step that runs
 
 
@@ -134,9 +135,10 @@ class Scheduler:
         return None
 
     def take(self, answers: int = 1) -> Place:
-        """Take a place for a request. Raises `Full` if there is none now, and `BadInput` if there can never be one."""
-        if answers > self.rows:
-            raise BadInput(f"{answers} answers at once need {answers} rows; there are {self.rows}.", "Ask for fewer (n).")
+        """Take a place for a request. Raises `Full` if there is none now, and `TooLarge` if there can never be one."""
+        most = min(self.rows, MOST_CHOICES)
+        if answers > most:
+            raise TooLarge(f"{answers} answers at once are more than the {most} of this server.", "Ask for fewer (n).")
         with self._changed:
             waiting = self._preparing + sum(len(job.all) for job in self._waiting)
             if self._closing or waiting + len(self._admitted) + answers > self.most_waiting + self.rows:
@@ -158,7 +160,7 @@ class Scheduler:
         job.engine.backbone.prompts.check(job.ids)
         needed = sum(each.bytes for each in job.all)
         if self.memory is not None and needed > self.memory:
-            raise BadInput(
+            raise TooLarge(
                 f"The prompt with its longest answer needs {needed / 2**20:,.1f} MiB of memory (for all n answers); "
                 f"this server has {self.memory / 2**20:,.1f} (--memory).",
                 "Ask for a shorter answer (max_tokens) or for fewer (n), or shorten the prompt.",
@@ -302,7 +304,7 @@ class Scheduler:
         if job.state == "done":
             return
         request = job.request
-        if error is None and request is not None and request.finish_reason:
+        if error is None and request is not None and request.finish_reason and request.tokens:
             decoding = max(1e-9, time.monotonic() - job.read)
             job.made = job.engine.summarise(request, job.read - job.asked, decoding)
         # An exit, or an interrupt, would end the thread that hears of it.

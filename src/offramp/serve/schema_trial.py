@@ -1,8 +1,8 @@
 """Compiles the JSON schema on stdin in a process of its own: `python -I schema_trial.py SYMBOLS SECONDS BYTES`.
 
 A stranger's schema may take long to compile, take much memory, or overflow the stack, which ends a process. So `grammar`
-tries each one here first. Prints what is wrong with the schema, or nothing. Here the tokens are single bytes: to compile for
-a model's tokens takes as long.
+tries each one here first. Prints what is wrong with the schema, or nothing. Here tokens are single bytes: to compile for a
+model's tokens takes as long.
 """
 
 from __future__ import annotations

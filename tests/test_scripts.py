@@ -254,7 +254,7 @@ def test_load_compares_every_answer_with_the_same_answer_alone(world, capsys, mo
     assert "21 requests" in said
     assert "'malformed': 1, 'cancelled': 2" in said or "'cancelled': 2, 'malformed': 1" in said
     assert said.rstrip().endswith("no answer was wrong, lost or mixed up")
-    assert len(rows(said)[1]) == 5
+    assert len(rows(said)[1]) == 7
     asked = load.load_of(3)
     pairs = [(each, load.Got("something else", 200, 0.1, 0.2, 3)) for each in asked]
     assert len(load.check(pairs, model, "float32")) == 3

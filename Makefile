@@ -81,17 +81,12 @@ exits: .venv/.installed
 	sed -n 2,8401p build/prompts/second.jsonl > build/prompts/again.jsonl  # a line earlier: other temperatures
 	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(SMOLLM2) --draft --start build/exits/first/draft \
 		--own-prompts build/prompts/again.jsonl --epochs 1 --gate-epochs 1
-	awk 'NR % 4 == 1' build/prompts/calibrate.jsonl > build/prompts/close.jsonl
-	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate smollm2 --dtype $$dtype --exits $(SMOLLM2) --mode close \
-		--prompts build/prompts/close.jsonl || exit 1; done
 	head -n 2400 build/prompts/second.jsonl > build/prompts/second-2400.jsonl
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second-2400.jsonl \
 		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
 	$(BIN)/offramp calibrate smollm2-hybrid --exits $(SMOLLM2)-hybrid --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1 \
 		--readout-width 2048
-	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate smollm2-hybrid --dtype $$dtype --exits $(SMOLLM2)-hybrid --mode close \
-		--prompts build/prompts/close.jsonl || exit 1; done
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
@@ -106,9 +101,6 @@ exits-coder: .venv/.installed
 	$(BIN)/offramp train $(MODEL) -o $(CODER) --layers 8,12,16,20 --tails 4,3,3,2 --own-prompts build/prompts/code-train.jsonl \
 		--epochs 1 --gate-epochs 2
 	$(BIN)/offramp calibrate $(MODEL) --exits $(CODER) --prompts build/prompts/code-task.jsonl --loss task --run-code --max-tokens 256
-	sed -n 201,400p build/prompts/code-calibrate.jsonl > build/prompts/code-close.jsonl
-	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate $(MODEL) --dtype $$dtype --exits $(CODER) --mode close \
-		--prompts build/prompts/code-close.jsonl || exit 1; done
 
 # Decoding speed beside other libraries, each in an environment of its own under build/bench (llama.cpp compiles: g++, cmake).
 # TEXT names a plain text for the perplexities: make bench TEXT=wikitext2-test.txt
@@ -145,8 +137,6 @@ exits-mamba: .venv/.installed
 	head -n 4800 build/prompts/first.jsonl > build/prompts/first-4800.jsonl
 	$(BIN)/offramp train smollm2-mamba -o $(MAMBA_EXITS) --draft --start $(SMOLLM2)-hybrid/draft --own-prompts build/prompts/first-4800.jsonl \
 		--epochs 1 --gate-epochs 1
-	for dtype in file bfloat16 int4; do $(BIN)/offramp calibrate smollm2-mamba --dtype $$dtype --exits $(MAMBA_EXITS) --mode close \
-		--prompts build/prompts/close.jsonl || exit 1; done
 
 # Mamba-2 mixers in the places of half of SmolLM2's attentions, and then of all, some twelve hours on two cores; interrupted, it goes
 # on where it stopped. The prompts are those of `make exits`; TEXT names plain texts to learn from, too.

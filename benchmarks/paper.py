@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/paper.py --truthfulqa TruthfulQA.csv --triviaqa trivia.jsonl --coqa coqa.json \\
         --humaneval humaneval.jsonl --mbpp mbpp.jsonl --run-code --text wikitext2-valid.txt --text books.txt [--quick]
 
-For each model and task, in batches: full depth; the modes exact, close, close:2 and early, with the exits that ship; and
+For each model and task, in batches: full depth; the modes exact and early, with the exits that ship; and
 exits that are trained here, all on texts of one size. These are a Mamba gate, a feed-forward gate of its size, and the
 paper's recipe (a Mamba gate on TEXT that foresees top-5 agreement, without a jump). Each runs at several thresholds, closer
 and closer to that at which consistency falls to 0.9.
@@ -55,13 +55,12 @@ COUNTS = {"truthfulqa": 200, "triviaqa": 200, "coqa": None, "humaneval": None, "
 WHOLE = ("truthfulqa",)  # tasks with all conditions
 CALIBRATED = ("truthfulqa", "mbpp")  # tasks that exits are calibrated for, with independent questions to spare
 CODE, LEAST = ("humaneval", "mbpp"), 0.05  # tasks for code; the least share of them that a model solves, to be compared
-MODES = ("exact", "close", "close:2", "early")
+MODES = ("exact", "early")
 GATES = ("linear", "ffn", "mamba", "max-prob")
 LOWEST, HALVINGS = 0.2, 4  # the interval from this threshold to 1 is halved so often, to find where consistency falls
 RISKS, LOSSES = (0.02, 0.05, 0.1), ("f1", "task")
 FILLS = ("freeze", "copy", "defer")
 PENALTY = 1.1  # the paper's
-PENALISED = ("exact", "close", "early")  # modes that are compared with it
 OWN, PLAIN = "own answers", "plain text"
 THE_PAPERS = Recipe("mamba", False, PLAIN, k=5)
 GATHERED = 48  # texts side by side
@@ -129,11 +128,11 @@ class Experiment:
     def in_mode(self, mode: str) -> Condition:
         """A mode, with the exits that ship."""
         way = settled(mode, self.exits, self.backbone)
-        return Condition(way.fill, way.policy, way.exits, mode, way.consent)
+        return Condition(way.fill, way.policy, way.exits, mode)
 
-    def in_modes(self, modes: tuple[str, ...] = MODES) -> list[Condition]:
+    def in_modes(self) -> list[Condition]:
         """The modes that the exits serve."""
-        return [self.in_mode(mode) for mode in modes if mode.partition(":")[0] in self.model.modes]
+        return [self.in_mode(mode) for mode in MODES if mode in self.model.modes]
 
     def condition_of(self, info: ConditionInfo) -> Condition:
         """The condition of exits that are made here, by what a Result keeps of it."""
@@ -181,7 +180,7 @@ class Experiment:
                     found.append(run.run(Condition(fill, policy, exits, "fills")))
         if not self.brief:
             run = self.evaluation(replace(self.scored, repetition_penalty=PENALTY))
-            found += [run.run(condition) for condition in (Condition(), *self.in_modes(PENALISED))]
+            found += [run.run(condition) for condition in (Condition(), *self.in_modes())]
             found += self.around(run, Recipe("mamba", self.jump))
         return found
 

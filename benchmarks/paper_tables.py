@@ -229,7 +229,7 @@ def penalised(pair: dict[float, Group]) -> Iterator[str]:
     """With a repetition penalty and without: full depth's score, and what modes and the Mamba gate save."""
     if set(pair) == {1.0, PENALTY}:
         cells = [score(group) for group in pair.values()]
-        cells += [point(group.labelled(mode)) for mode in ("close", "early") for group in pair.values()]
+        cells += [point(group.labelled("early")) for group in pair.values()]
         cells += [group.cell(Recipe("mamba", group.jumps)) for group in pair.values()]
         yield row(pair[1.0].title, cells)
 
@@ -268,7 +268,7 @@ def tables(results: list[Result], times: dict[Path, Times]) -> Iterator[Table]:
     )
     for title, head, rows in of_results:
         yield title, head, [line for pair in pairs for line in rows(pair[1.0])]
-    head = tuple(f"{what}, penalty {penalty}" for what in ("score", "close", "early", "mamba") for penalty in (1, PENALTY))
+    head = tuple(f"{what}, penalty {penalty}" for what in ("score", "early", "mamba") for penalty in (1, PENALTY))
     yield "A repetition penalty", head, [line for pair in pairs for line in penalised(pair)]
     yield peers({subject(file): times[file] for file in times if file.name.endswith(ALONE)})
     for end, title in ((ALONE, "One answer at a time"), (BESIDE, "Eight answers side by side")):

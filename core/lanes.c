@@ -24,7 +24,6 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
         NEED(r->ids[t] >= 0 && r->ids[t] < model->vocabulary, "There is no token %lld.",
              (long long)r->ids[t]);
     NEED(r->deep || !plan->rules.count, "A request needs 'deep' if there are exits.");
-    NEED(!consents(plan) || r->how.temperature == 0, "With consent, tokens cannot be drawn.");
     if (check_exits(session, r->run, plan->number, plan->rules.count, plan->mixers, error))
         return OFFRAMP_INVALID;
     const Choice choice = {.how = &r->how, .ids = r->ids, .known = r->known, .allowed = r->allowed};
@@ -50,8 +49,7 @@ offramp_status check_request(const offramp_plan *plan, offramp_request *const *r
 
 int64_t rows_of_call(const offramp_plan *plan, const offramp_request *r, int64_t rounds) {
     return r->reads ? r->reads
-                    : min_(r->most + consents(plan),
-                           rounds * (plan->rules.fill == OFFRAMP_VERIFY ? MOST_DRAFTS + 1 : 1));
+                    : min_(r->most, rounds * (plan->rules.fill == OFFRAMP_VERIFY ? MOST_DRAFTS + 1 : 1));
 }
 
 offramp_status prepare_session(const offramp_plan *plan, const offramp_request *r, int64_t rounds,
@@ -76,13 +74,6 @@ static const offramp_exit *exit_of(const Lanes *l, const Lane *lane) {
 }
 static int verifies(const Lanes *l) { return l->plan->rules.fill == OFFRAMP_VERIFY; }
 
-// The requests among which a lane shares a pass, and the rows of the pass. With consent, drafts must not
-// depend on other requests.
-static int64_t sharing(const Lanes *l) { return consents(l->plan) ? 1 : l->deciding; }
-static int64_t width_at(const Lanes *l, const Lane *lane) {
-    return consents(l->plan) ? lane->round.drafts + 1 : l->width;
-}
-
 static int ends_with(const Lane *lane, int64_t id) {
     int end = 0;
     for (int64_t i = 0; i < lane->request->ends_count; i++) end |= id == lane->request->ends[i];
@@ -92,16 +83,15 @@ static int ends_with(const Lane *lane, int64_t id) {
 static Prices prices_of(const Lanes *l, const Lane *lane) {
     const offramp_plan *plan = l->plan;
     const Estimates *e = &lane->session->estimates;
-    const int64_t requests = sharing(l), width = width_at(l, lane);
-    const int64_t beside = consents(plan) ? 0 : l->reading;
-    const double plain = pass_cost(plan, requests), now = pass_cost(plan, width + beside);
+    const int64_t requests = l->deciding, width = l->width + l->reading;
+    const double plain = pass_cost(plan, requests), now = pass_cost(plan, width);
     Prices prices = {.asking = plan->rules.count ? plan->exits[0].asking * plain / requests : 0,
                      .tokens = WORTH * fmax(requests / plain, e->tokens / e->cost),
                      .floor = plan->rules.count ? plan->exits[0].threshold : 0};
     double least = INFINITY;
     for (int64_t n = 0; n < MOST_DRAFTS; n++) {
-        if (width + n < widest_pass(requests))
-            least = fmin(least, (pass_cost(plan, width + beside + n + 1) - now) / (n + 1));
+        if (l->width + n < widest_pass(requests))
+            least = fmin(least, (pass_cost(plan, width + n + 1) - now) / (n + 1));
         prices.rows[n] = least;
     }
     return prices;
@@ -124,8 +114,7 @@ static void draft(Lane *lane, int64_t id, int64_t block, double confidence) {
 static int seek_drafts(Lanes *l, Lane *lane) {
     const offramp_plan *plan = l->plan;
     const offramp_request *r = lane->request;
-    const int64_t left = r->most - r->decided - !consents(plan),
-                  most = min_(min_(plan->rules.pending, MOST_DRAFTS), left);
+    const int64_t most = min_(min_(plan->rules.pending, MOST_DRAFTS), r->most - r->decided - 1);
     Round *round = &lane->round;
     if (r->allowed) return 0;
     while (round->drafts < most) {
@@ -209,7 +198,7 @@ void enter_ahead(const Lanes *l, Lane *lane, int64_t start, int64_t stop) {
 }
 
 void count_asking(const Lanes *l, Lane *lane) {
-    lane->round.asked += exit_of(l, lane)->asking * pass_cost(l->plan, sharing(l)) / sharing(l);
+    lane->round.asked += exit_of(l, lane)->asking * pass_cost(l->plan, l->deciding) / l->deciding;
 }
 
 double threshold_of(const Lanes *l, const Lane *lane, double threshold) {
@@ -324,24 +313,8 @@ static void keep_deep(const Lanes *l, Lane *lane, int64_t row) {
     if (l->plan->rules.middle) memcpy(lane->request->deep + D, lane->middles + row * D, D * sizeof(float));
 }
 
-// Whether a draft stands that is to be the text's token number `place`: full depth chose it too, or consents.
-// `y` are full depth's logits there.
-static int stands(const Lanes *l, Lane *lane, offramp_decision *draft, int64_t chosen, int64_t place,
-                  const float *y) {
-    const offramp_rules *rules = &l->plan->rules;
-    offramp_request *r = lane->request;
-    if (draft->id == chosen) return 1;
-    if (!consents(l->plan) || draft->source == TEXT || chosen < 0 || ends_with(lane, chosen)) return 0;
-    const double regret = (double)y[chosen] - y[draft->id],
-                 most = rules->mean_regret * (double)(place - r->prompt + 1);
-    if (!(regret <= rules->token_regret && r->regret + regret <= most)) return 0;
-    draft->regret = regret, r->regret += regret;
-    return 1;
-}
-
-void judge(Lanes *l, Lane *lane, const int64_t *chosen, const float *y) {
-    const int64_t last = lane->rows - 1, drafts = lane->round.drafts, first = lane->known - drafts,
-                  V = l->plan->model->vocabulary;
+void judge(Lanes *l, Lane *lane, const int64_t *chosen) {
+    const int64_t last = lane->rows - 1, drafts = lane->round.drafts, first = lane->known - drafts;
     int64_t stood = 0;
     lane->climbs = 0;
     if (lane->request->reads) {
@@ -350,31 +323,24 @@ void judge(Lanes *l, Lane *lane, const int64_t *chosen, const float *y) {
         settle(l, lane);
         return;
     }
-    while (stood < drafts &&
-           stands(l, lane, lane->drafts + stood, chosen[stood], first + stood, y + stood * V))
-        stood++;
+    while (stood < drafts && lane->drafts[stood].id == chosen[stood]) stood++;
     if (chosen[stood] < 0) {
         fail_lane(lane, chosen[stood] == -1 ? OFFRAMP_NOT_FINITE : OFFRAMP_NOTHING_FITS);
         return;
     }
-    // With consent, a draft may be the last token that is wanted. It then takes the place of full depth's
-    // own.
-    const int closes = stood > 0 && stood == lane->request->most - lane->request->decided;
-    stood -= closes;
     keep_deep(l, lane, last - drafts + stood);
     offramp_decision newest = {.id = chosen[stood], .block = depth_of(l), .confidence = NAN};
-    if (closes) newest = lane->drafts[stood];
-    for (int64_t n = stood + closes; n < drafts; n++)
+    for (int64_t n = stood; n < drafts; n++)
         lane->spent.flops = plus(lane->spent.flops, lane->drafts[n].flops),
         lane->spent.blocks += lane->drafts[n].blocks;
-    newest.flops = plus(newest.flops, lane->spent.flops), newest.blocks += lane->spent.blocks;
-    lane->passes++, lane->rejected += drafts - stood - closes;
+    newest.flops = lane->spent.flops, newest.blocks = lane->spent.blocks;
+    lane->passes++, lane->rejected += drafts - stood;
     for (int64_t n = 0; n < stood; n++) decide(lane, lane->drafts[n]);
     lane->known = first + stood;
     lane->request->ids[lane->known++] = newest.id;
     decide(lane, newest);
     if (verifies(l)) {
-        const double cost = pass_cost(l->plan, width_at(l, lane)) / sharing(l) + lane->round.asked;
+        const double cost = pass_cost(l->plan, l->width) / l->deciding + lane->round.asked;
         learn_from(&lane->session->estimates, &lane->round, stood, chosen, cost);
         if (stood < drafts) forget(l, lane, first + stood);
     }

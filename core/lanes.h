@@ -78,9 +78,9 @@ void consider_leaving(Lanes *l, Lane *lane, int64_t chosen, double confidence);
 // Moves on from the exit: to the next segment, or out with the chosen token. `state` (D): the head's input.
 void pass_exit(Lanes *l, Lane *lane, const float *state);
 
-// Judges a lane at the top by full depth's choices, and by its logits y (drafts + 1, V): after the newest
-// decided token, and after each draft.
-void judge(Lanes *l, Lane *lane, const int64_t *chosen, const float *y);
+// Judges a lane at the top by full depth's choices (drafts + 1): after the newest decided token, and after
+// each draft.
+void judge(Lanes *l, Lane *lane, const int64_t *chosen);
 
 // At the end of a call: records the tokens that wait.
 void conclude(const Lanes *l, Lane *lane);

@@ -135,8 +135,6 @@ static const Constant CONSTANTS[] = {
     PLACE(offramp_rules, pending),
     PLACE(offramp_rules, alike),
     PLACE(offramp_rules, decay),
-    PLACE(offramp_rules, token_regret),
-    PLACE(offramp_rules, mean_regret),
     PLACE(offramp_rules, sketch),
     PLACE(offramp_rules, exit_sketch),
     PLACE(offramp_rules, shortlist),
@@ -155,7 +153,6 @@ static const Constant CONSTANTS[] = {
     PLACE(offramp_decision, passes),
     PLACE(offramp_decision, rejected),
     PLACE(offramp_decision, source),
-    PLACE(offramp_decision, regret),
     SIZE(offramp_request),
     PLACE(offramp_request, session),
     PLACE(offramp_request, ids),
@@ -174,7 +171,6 @@ static const Constant CONSTANTS[] = {
     PLACE(offramp_request, decided),
     PLACE(offramp_request, asked),
     PLACE(offramp_request, failed),
-    PLACE(offramp_request, regret),
 };
 
 int64_t offramp_constant(const char *name) {

@@ -399,21 +399,13 @@ typedef struct {
 // `alike` tokens or more stand earlier in the text, the token that followed them is a draft (0: no look-up).
 // `row_costs`: the costs of 0, 1, … more rows of a pass, in steps of full depth, 0 or more. `accepted`: the
 // shares of an exit's first, second and later drafts that were right in training (0: unknown).
-//
-// With `token_regret`, full depth need not choose a draft, but only consent to it. The regret of a token is
-// log(p_max / p) in nats, by full depth's probabilities p of all tokens. A draft for token number t of the
-// answer (from 1 on) stands if its regret is at most `token_regret`, and the mean regret of the answer's first
-// t tokens, with it, at most `mean_regret`. A draft that was looked up in the text must be full depth's own
-// token, or answers repeat themselves. None stands if full depth's own token ends the text. With 0, a draft
-// stands if it is full depth's own token. With consent, drafts change the answer. So they depend on the text
-// alone: costs are those of a pass without other requests. A request's `prompt` says where its answer begins.
 typedef struct {
     const offramp_exit *exits;
     int64_t count;
     offramp_fill fill;
     offramp_confidence confidence, key;
     int64_t middle, pending, alike;
-    double decay, token_regret, mean_regret;
+    double decay;
     const offramp_part *sketch, *exit_sketch, *shortlist, *guesses;
     const offramp_block_costs *costs;  // of each block
     int64_t head_flops, exit_head_flops;
@@ -453,12 +445,11 @@ enum { OFFRAMP_FROM_FULL, OFFRAMP_FROM_EXIT, OFFRAMP_FROM_TEXT, OFFRAMP_FROM_TAB
 // A decided token: the number of blocks before the exit that chose or drafted it (N: full depth chose it, 0:
 // it came from the text or the table); the confidence of the exit, else NaN; FLOPs, and blocks run for one
 // token each; the request's passes to the top in this call so far, and the number of its drafts that they
-// rejected; what the token came from (OFFRAMP_FROM_…); its regret, in nats.
+// rejected; what the token came from (OFFRAMP_FROM_…).
 typedef struct {
     int64_t id, block;
     double confidence;
     int64_t flops, blocks, passes, rejected, source;
-    double regret;
 } offramp_decision;
 
 // Why a request failed: logits were NaN or infinite; or `allowed` allows no token.
@@ -470,8 +461,7 @@ enum { OFFRAMP_NOT_FINITE = 1, OFFRAMP_NOTHING_FITS };
 // `ends`. `allowed` (or NULL) has a bit for each token that may come next; then one token is decided, and
 // nothing is drafted. `whole`: full depth reads out all tokens, even if the plan has a sketch. `deep` (D, or
 // 2, D) are the states of the token before that read-outs read: at the top, and perhaps after `middle`
-// blocks. They begin as zeros, and the caller keeps them between calls. `regret` is that of the answer so
-// far: it begins with 0, and the caller keeps it.
+// blocks. They begin as zeros, and the caller keeps them between calls.
 //
 // Found: `decided` tokens, which are put after the known ids, and their `decisions`; `run`; `asked`, how
 // often exits read out; `failed`: if it is not 0, the session is half-written, and refused from then on. A call
@@ -489,7 +479,6 @@ typedef struct {
     float *deep;
     offramp_decision *decisions;  // room for most
     int64_t run, decided, asked, failed;
-    double regret;
 } offramp_request;
 
 // Steps the requests, which must have different sessions: each reads, or decides at least one token, in up to
@@ -533,7 +522,7 @@ OFFRAMP_API double offramp_file_number(const offramp_file *file, const char *key
                                        double otherwise);
 OFFRAMP_API int64_t offramp_file_count(const offramp_file *file, const char *key);
 
-// A plan for a mode: "full", or one of those that the file of exits has ("exact", "close:2", "early").
+// A plan for a mode: "full", or one of those that the file of exits has ("exact", "early", "early:3").
 // `exits` may be NULL for "full". Both files must outlive the plan. Fails if the exits learned from other
 // weights.
 OFFRAMP_API offramp_plan *offramp_file_plan(const offramp_file *model, const offramp_file *exits,

@@ -105,9 +105,6 @@ static offramp_status check_rules(offramp_plan *plan, offramp_error *error) {
     for (int64_t n = 0; n <= OFFRAMP_MOST_DRAFTS; n++)
         NEED(rules->row_costs[n] >= (n ? rules->row_costs[n - 1] : 0) && rules->row_costs[n] < MOST_COST,
              "The costs of rows are 0 to %d, and none is less than the one before.", MOST_COST);
-    NEED(rules->token_regret >= 0 && rules->mean_regret >= 0, "A regret is 0 or more.");
-    NEED(!rules->token_regret || (rules->fill == OFFRAMP_VERIFY && !rules->sketch),
-         "Full depth consents to drafts, by its whole head.");
     NEED(!rules->count || !(rules->exit_sketch && rules->shortlist),
          "Exits have a sketch or a short list, not both.");
     for (int64_t e = 0; e < rules->count; e++)

@@ -39,9 +39,6 @@ double pass_cost(const offramp_plan *plan, int64_t rows);
 // The most rows of a pass that decides for so many requests. Drafts of one request may fill it.
 static inline int64_t widest_pass(int64_t deciding) { return larger(64, (MOST_ASKED + 1) * deciding); }
 
-// Whether full depth's consent is enough for a draft.
-static inline int consents(const offramp_plan *plan) { return plan->rules.token_regret > 0; }
-
 // Whether an exit has a second key; a threshold with the plan's decay, for a token that follows `decided`
 // others.
 static inline int has_key(const offramp_exit *exit) { return exit->perhaps < 1 && exit->key < 1; }

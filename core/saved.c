@@ -193,10 +193,9 @@ typedef struct {
 
 #define RULE(name, is) {#name, is, offsetof(offramp_rules, name)}
 static const Given RULES[] = {
-    RULE(middle, INTEGER), RULE(pending, INTEGER),     RULE(alike, INTEGER),
-    RULE(decay, NUMBER),   RULE(token_regret, NUMBER), RULE(mean_regret, NUMBER),
-    RULE(sketch, PART),    RULE(exit_sketch, PART),    RULE(shortlist, PART),
-    RULE(guesses, PART),   RULE(head_flops, INTEGER),  RULE(exit_head_flops, INTEGER),
+    RULE(middle, INTEGER),     RULE(pending, INTEGER),         RULE(alike, INTEGER),  RULE(decay, NUMBER),
+    RULE(sketch, PART),        RULE(exit_sketch, PART),        RULE(shortlist, PART), RULE(guesses, PART),
+    RULE(head_flops, INTEGER), RULE(exit_head_flops, INTEGER),
 };
 #define OF_EXIT(name, is) {"exits." #name, is, offsetof(offramp_exit, name)}
 static const Given EXIT_RULES[] = {

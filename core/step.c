@@ -276,11 +276,11 @@ static void at_top(Step *s, Hand *hand, Turn *turn) {
             Lane *lane = turn->judged.who[q];
             const int64_t rows = lane->round.drafts + 1;
             lane->spent.flops = plus(lane->spent.flops, times(s->plan->rules.head_flops, rows));
-            judge(&s->lanes, lane, s->chosen + row, s->y + row * V);
+            judge(&s->lanes, lane, s->chosen + row);
             row += rows;
         }
         for (int64_t q = 0; q < turn->climbing.lanes; q++)
-            if (turn->climbing.who[q]->request->reads) judge(&s->lanes, turn->climbing.who[q], NULL, NULL);
+            if (turn->climbing.who[q]->request->reads) judge(&s->lanes, turn->climbing.who[q], NULL);
     }
 }
 
@@ -308,8 +308,6 @@ static void enter(Step *s) {
         Lane *lane = s->lanes.lanes + q;
         offramp_request *r = s->requests[q];
         lane->request = r, lane->session = r->session, lane->known = r->known, lane->run = r->run;
-        // With consent, an answer must not depend on the drafts of texts that were read or written before.
-        if (consents(s->plan) && r->known == r->prompt) lane->session->estimates = new_estimates();
         expect(&lane->session->estimates, s->plan->rules.accepted);
         r->decided = r->asked = r->failed = 0;
         lane->rows = waiting(r->session);
@@ -339,7 +337,7 @@ static offramp_status step(Step *s, int64_t rounds, offramp_error *error) {
         s->end = larger(s->end, r->run + rows_of_call(plan, r, rounds));
     }
     s->outs = verifies ? deciding * (most + 1) : deciding;
-    if (verifies && !consents(plan)) s->outs = min_(s->outs, widest_pass(deciding));
+    if (verifies) s->outs = min_(s->outs, widest_pass(deciding));
     if (verifies) s->rows = reads + s->outs;
     NEED(s->rows <= MOST_ROWS, "%lld rows are too many for a pass: read a long text in parts.",
          (long long)s->rows);

@@ -77,7 +77,7 @@ def test_a_row_of_the_table_has_only_what_says_something_about_its_mode(folder) 
 
 
 def test_exits_that_learned_from_other_weights_have_no_row_for_early(folder) -> None:
-    assert [*rows(demo(folder, "Why?", exits="other"))] == ["full", "exact", "close"]
+    assert [*rows(demo(folder, "Why?", exits="other"))] == ["full", "exact"]
 
 
 def test_the_demo_has_three_questions_of_its_own_for_each_model(folder) -> None:

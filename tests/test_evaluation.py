@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import lzma
-from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -13,7 +12,6 @@ import torch
 from helpers import exits_for, sketched, task
 from models import BLOCKS, LLAMA, tiny
 from offramp import Engine, Policy
-from offramp.decode.consent import POINTS
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadInput, CorruptFile
 from offramp.evaluation import results as results_module
@@ -34,14 +32,13 @@ OPEN = Condition("project", Policy((0.5,) * 3), exits_for(LLAMA))
 
 def test_modes_that_share_exits_and_fill_are_told_apart_and_drafts_need_no_exits(tmp_path) -> None:
     exits, run = exits_for(LLAMA), evaluation(tmp_path)
-    drafts = [Condition("verify", None, each, consent=consent) for each in (exits, None) for consent in (None, *POINTS)]
-    conditions = [Condition(), *drafts]
+    conditions = [Condition(), *(Condition("verify", None, each) for each in (exits, None))]
     assert len({condition.name for condition in conditions}) == len(conditions)
     results = [run.run(condition) for condition in conditions]
     assert len(run.files) == len(conditions)
-    assert [result.condition.fill for result in results] == [None, *["verify", "close", "close:2"] * 2]
+    assert [result.condition.fill for result in results] == [None, "verify", "verify"]
     assert len(curves(results)) == len(conditions)
-    assert [result.summary["token_f1"].mean for result in (results[1], results[4])] == [1.0, 1.0]
+    assert [result.summary["token_f1"].mean for result in results] == [1.0] * 3
 
 
 def test_a_result_is_what_the_engine_gives(tmp_path) -> None:
@@ -213,13 +210,6 @@ def test_results_on_disk_have_the_promised_fields_and_say_which_way_is_better(tm
     assert set(record["summary"]["f1"]) == {"mean", "low", "high"}
     assert set(content["metrics"]) == set(record["summary"])
     assert content["metrics"]["mean_blocks"] == {"label": "mean blocks run", "unit": "blocks", "better": "lower"}
-
-
-def test_published_results_still_load() -> None:
-    files = sorted((Path(__file__).parents[1] / "docs" / "experiments" / "paper" / "results").glob("*.json.xz"))
-    results = load_results(files)
-    assert len(results) > 40
-    assert all(result.to_json()["offramp"] == "result" for result in results)
 
 
 def test_a_misspelt_fill_is_refused_with_and_without_exits() -> None:

@@ -200,7 +200,7 @@ def test_exits_of_the_same_model_in_another_quantisation_may_draft_and_not_decid
     other = tiny("llama", seed=1)
     with pytest.warns(UserWarning, match="learned from other weights, those of tiny-llama"):
         exits = ExitSet.load(tmp_path, other)
-    assert exits.modes(other) == ("full", "exact", "close")
+    assert exits.modes(other) == ("full", "exact")
     answers = [Engine(other, exits, mode=mode).generate([1, 2, 3], max_tokens=12).ids for mode in ("full", "exact")]
     assert answers[0] == answers[1]
     with pytest.raises(ExitsMismatch, match="learned from other weights") as caught:

@@ -9,7 +9,6 @@ import pytest
 from helpers import exits_for, modest_exits
 from models import compiled_only, tiny
 from offramp import MODES, Engine, Exits, ExitSet, Model, Policy, Sampling
-from offramp.decode.consent import POINTS
 from offramp.decode.modes import promised_gain, usual_mode
 from offramp.errors import BadInput, CorruptFile, ExitsMismatch
 
@@ -31,9 +30,9 @@ def drafting(family: str = "llama", right: float = 0.9) -> Exits:
 
 def test_exact_is_full_depths_answer_and_early_decides_by_the_exits() -> None:
     model = Model(tiny("llama"), ExitSet(deciding(), drafting()))
-    assert model.modes == tuple(MODES) == ("full", "exact", "close", "early")
-    full, exact, close, early = (model.generate(PROMPT, mode, max_tokens=24) for mode in model.modes)
-    assert [each.mode for each in (full, exact, close, early)] == list(MODES)
+    assert model.modes == tuple(MODES) == ("full", "exact", "early")
+    full, exact, early = (model.generate(PROMPT, mode, max_tokens=24) for mode in model.modes)
+    assert [each.mode for each in (full, exact, early)] == list(MODES)
     assert exact.ids == full.ids
     assert early.mean_blocks < full.mean_blocks == full.blocks
     assert early.ids == Engine(model.backbone, model.exits.early).generate(PROMPT, max_tokens=24).ids
@@ -75,7 +74,7 @@ def test_a_group_of_exits_is_decoded_with_in_the_mode_that_is_named(mode: str) -
 
 
 def test_a_mode_may_name_a_point() -> None:
-    """Points are numbered from 1 on: those of `close` are rules of consent, and those of `early` what was calibrated."""
+    """The points of `early` are what was calibrated, numbered from 1 on."""
     model = Model(tiny("llama"), ExitSet(deciding(), drafting()))
     early = model.exits.early
     assert early
@@ -86,24 +85,22 @@ def test_a_mode_may_name_a_point() -> None:
             for each, passed in zip(policies, (True, False), strict=True)
         ]
     }
-    assert [model.engine(mode).consent for mode in ("close", "close:1", "close:2")] == [POINTS[0], *POINTS]
-    assert [model.generate(PROMPT, mode, max_tokens=2).mode for mode in ("close:1", "close:2")] == ["close", "close:2"]
     assert model.engine("early:1").policy == policies[0]
     with pytest.warns(UserWarning, match="point 2 did not pass its test"):
         assert model.engine("early:2").policy == policies[1]
     assert model.engine("early").policy == early.policy
-    wrong = {"close:3": "no point 3", "early:3": "no point 3"}
+    wrong = {"close": "close is gone", "close:2": "close is gone", "early:3": "no point 3"}
     for mode in (
         "exact:1",
         "full:1",
-        "close:0",
-        "close:",
+        "early:0",
+        "early:",
         "early:-1",
-        "close:x",
-        "close:1:2",
-        "close:²",
-        "close:01",
-        "close:٢",
+        "early:x",
+        "early:1:2",
+        "early:²",
+        "early:01",
+        "early:٢",
         "early:1000",
     ):
         wrong[mode] = "There is no mode"
@@ -118,7 +115,7 @@ def test_a_mode_may_name_a_point() -> None:
 def test_exits_of_other_weights_decide_nowhere_without_a_policy_of_ones_own() -> None:
     other, exits = tiny("llama", seed=1), deciding()
     model = Model(other, ExitSet(exits))
-    assert model.modes == ("full", "exact", "close")
+    assert model.modes == ("full", "exact")
     for make in (
         lambda: Engine(other, exits),
         lambda: Engine(other, exits, mode="early"),

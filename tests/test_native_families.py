@@ -52,7 +52,7 @@ def with_exits(family: str, weight_format: str) -> Any:
 @pytest.mark.parametrize("family", COMPILED)
 def test_a_model_of_parts_gives_the_same_answers_as_python(family: str, weight_format: str, tmp_path: Path) -> None:
     model = with_exits(family, weight_format)
-    assert native.write(model, tmp_path)[:2] == ("exact", "close")
+    assert native.write(model, tmp_path)[:1] == ("exact",)
     left = 0
     for mode in ("full", "exact", "early"):
         files = tmp_path / "model.gguf", "the other moth's path", "--exits", tmp_path / "exits.gguf"

@@ -139,29 +139,6 @@ def test_the_mode_decides_what_is_told_of_the_next_answer(page) -> None:
     assert page.get_by_text("Compare with full depth").count() == 1
 
 
-def test_a_close_answer_says_what_full_depth_thinks_of_its_drafts(page) -> None:
-    page.check("[value=close]")
-    assert page.locator("#points").is_visible()
-    assert "0.5 times as likely" in page.text_content("#point-value")
-    page.locator("#point").fill("1")
-    assert "0.3 times as likely" in page.text_content("#point-value")
-    ask(page, "What?")
-    assert page.locator(".turn.assistant h2").last.text_content().endswith("close:2")
-    told = figures(page)
-    assert next(iter(told)) == "Nats lost a token"
-    assert 0 <= float(told["Nats lost a token"]) <= 0.1 * (24 + 16) / 24
-    page.check("[value=exact]")
-    assert page.locator("#points").is_hidden()
-    page.check("[value=close]")
-    assert "0.3 times as likely" in page.text_content("#point-value")
-    page.fill("#temperature", "1")
-    page.fill("#message", "What?")
-    page.keyboard.press("Enter")
-    page.wait_for_selector(".error")
-    assert "draws none" in page.text_content(".error")
-    assert "status of 400" in page.wrong.pop()
-
-
 def test_a_token_says_what_it_came_from_and_what_full_depth_would_say(page) -> None:
     assert "\n" not in page.text_content("#token")
     ask(page, "Hello")
@@ -175,7 +152,7 @@ def test_a_token_says_what_it_came_from_and_what_full_depth_would_say(page) -> N
     until(page, "document.querySelectorAll('.token')[0].classList.contains('chosen')")
 
 
-@pytest.mark.parametrize("mode", ["exact", "close", "early"])
+@pytest.mark.parametrize("mode", ["exact", "early"])
 def test_comparing_measures_the_speed_and_marks_the_tokens_that_differ(page, mode: str) -> None:
     page.check(f"[value={mode}]")
     text = ask(page, "Hello")

@@ -171,15 +171,15 @@ def test_a_point_that_passed_guarantees_only_what_was_tested() -> None:
         assert menu.guarantee(engine, **use) == promise
     for other in ({"max_tokens": 25}, {"raw": True}, {"temperature": 0.7}, {"repetition_penalty": 1.1}, {"stop": ("x",)}):
         assert menu.guarantee(menu.engine("early:1"), **{**use, **other}) is None
-    for mode in ("early:2", "full", "exact", "close", "close:2", None):
+    for mode in ("early:2", "full", "exact", None):
         assert menu.guarantee(menu.engine(mode), **use) is None
     said = menu.describe()
-    assert [point["passed"] for point in said["points"]["early"]] == [True, False]
+    assert [point["passed"] for point in said["points"]] == [True, False]
     assert said["tested"] == {"max_tokens": 24}
     assert "at most 0.05 of an answer is lost on average, with probability 0.9" in said["modes"][-1]["promise"]
     exits.calibration["weights"] = "int4"
     said = menu.describe()
-    assert not any(point["passed"] for point in said["points"]["early"])
+    assert not any(point["passed"] for point in said["points"])
     assert "RISK" in said["modes"][-1]["promise"]
 
 
@@ -192,7 +192,6 @@ def test_a_sketch_of_the_head_is_not_called_full_depth() -> None:
     menu = Menu(backbone, ExitSet(exits), usual)
     assert menu.describe()["usual"] == "early:1"
     assert menu.engine("early") is menu.engine("early:1") is menu.engine(None) is usual
-    assert menu.engine("close:1") is menu.engine("close") is not menu.engine("close:2")
     assert menu.engine("full").is_full
     assert menu.guarantee(usual) == {"loss": "f1", "risk": 0.05, "delta": 0.1}
     assert menu.guarantee(menu.engine("full")) is None
@@ -230,13 +229,11 @@ def test_a_request_chooses_the_mode_and_hears_where_each_token_came_from(served:
             "confidence": token.confidence,
             "drafted": token.drafted,
             "source": token.source,
-            "regret": token.regret,
         }
         for token in wanted.tokens
     ]
     assert sum(token["drafted"] for token in about["tokens"]) == about["num_accepted_tokens"]
-    assert (mode in ("exact", "close")) == (about["num_draft_tokens"] > 0)
-    assert about["regret"] == wanted.regret
+    assert (mode == "exact") == (about["num_draft_tokens"] > 0)
 
 
 def test_sampled_answers_are_those_of_their_seed(served: Served) -> None:
@@ -316,12 +313,10 @@ def test_an_answer_fits_a_schema_with_drafts_too(served: Served) -> None:
         ({"tools": [{}]}, openai.BadRequestError, "tools"),
         ({"extra_body": {"offramp": {"mode": "none"}}}, openai.BadRequestError, "no mode 'none'"),
         ({"extra_body": {"offramp": {"mode": "early:9"}}}, openai.BadRequestError, "no calibrated points"),
-        ({"extra_body": {"offramp": {"mode": "exact:1"}}}, openai.BadRequestError, "of close and early"),
-        ({"extra_body": {"offramp": {"mode": "close"}}, "temperature": 1}, openai.BadRequestError, "draws none"),
-        ({"extra_body": {"offramp": {"mode": "close"}}, "logprobs": True}, openai.BadRequestError, "nor logprobs"),
-        ({"extra_body": {"offramp": {"mode": "close"}}, "temperature": 1, "stream": True},
-         openai.BadRequestError, "draws none"),
-        ({"extra_body": {"offramp": {"mode": "close:" + "0" * 5000 + "1"}}}, openai.BadRequestError, "no mode"),
+        ({"extra_body": {"offramp": {"mode": "exact:1"}}}, openai.BadRequestError, "of early"),
+        ({"extra_body": {"offramp": {"mode": "close"}}}, openai.BadRequestError, "close is gone"),
+        ({"extra_body": {"offramp": {"mode": "close"}}, "stream": True}, openai.BadRequestError, "close is gone"),
+        ({"extra_body": {"offramp": {"mode": "early:" + "0" * 5000 + "1"}}}, openai.BadRequestError, "no mode"),
         ({"extra_body": {"offramp": {"fill": "copy"}}}, openai.BadRequestError, "offramp.fill"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
          openai.BadRequestError, "schema"),

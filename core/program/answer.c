@@ -108,7 +108,7 @@ static offramp_status take(const Settings *s, Answer *a, const offramp_request *
         if (__builtin_add_overflow(d.flops, a->count ? token[-1].cumulative : 0, &token->cumulative))
             token->cumulative = INT64_MAX;
         for (int64_t e = 0; e < r->ends_count; e++) a->ended |= d.id == r->ends[e];
-        a->count++, a->regret += d.regret;
+        a->count++;
         if (add_text(s, a, token, held, a->ended || a->count == a->most)) return OFFRAMP_NO_MEMORY;
         if (shows) shows(a, token);
     }
@@ -229,10 +229,8 @@ static void print_token(FILE *out, const Settings *s, const Answer *a, const Tok
     print_number(out, t->d.confidence);
     fprintf(out, ", \"flops\": %lld, \"cumulative_flops\": %lld, \"deep_passes\": %lld, \"rejected\": %lld, ",
             (long long)t->d.flops, (long long)t->cumulative, (long long)t->passes, (long long)t->rejected);
-    fprintf(out, "\"source\": \"%s\", \"drafted\": %s, \"regret\": ", sources[t->d.source],
+    fprintf(out, "\"source\": \"%s\", \"drafted\": %s}", sources[t->d.source],
             drafts && t->d.source != OFFRAMP_FROM_FULL ? "true" : "false");
-    print_number(out, t->d.regret);
-    fputc('}', out);
 }
 
 // FLOPs of full depth for the same tokens; 0 if the model's file does not say what blocks cost.
@@ -296,7 +294,6 @@ void print_json(FILE *out, const Settings *s, const char *prompt, const Answer *
     print_number(out, last ? count / (double)(last->passes > 1 ? last->passes : 1) : NAN);
     fputs(", \"acceptance_rate\": ", out);
     print_number(out, drafts && drafted > 0 ? 1 - (double)last->rejected / drafted : NAN);
-    fputs(", \"regret\": ", out), print_number(out, a->regret);
     fputs(", \"prefill_seconds\": ", out), print_number(out, a->prefill);
     fputs(", \"decode_tokens_per_second\": ", out), print_number(out, count / a->decode);
     const int early = !strncmp(s->mode, "early", 5);  // its points have no name of their own

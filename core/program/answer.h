@@ -36,8 +36,7 @@ typedef struct {
     char *text;
     int64_t length;
     double prefill, decode;  // seconds
-    double regret;
-    int ended;  // by a token that ends texts
+    int ended;               // by a token that ends texts
 } Answer;
 
 // Continues a text after these ids, of which it perhaps knows a beginning. `shows` (or NULL) gets each token's

@@ -20,8 +20,9 @@ static const char HELP[] =
     "terminal you talk: an empty line ends the talk, Ctrl-C an answer.\n"
     "\n"
     "  --exits FILE         exits, as `offramp export MODEL --gguf DIR` writes them: exits.gguf\n"
-    "  --mode MODE          full, exact, close or early, perhaps with a point: close:2 (default: exact with "
-    "exits, else full)\n"
+    "  --mode MODE          full, exact or early, perhaps with a point: early:3 (default: exact with exits, "
+    "else "
+    "full)\n"
     "  --max-tokens N       longest answer, in tokens (default: 128)\n"
     "  --temperature T      0 takes the most probable token; above 0, tokens are drawn (default: 0)\n"
     "  --seed N             seed of the draws (default: 0)\n"
@@ -285,9 +286,6 @@ static int run(Options *o, Settings *s, offramp_file **files) {
     s->plan = offramp_file_plan(s->model, s->exits, s->mode, &error);
     if (!s->plan || offramp_model_threads(offramp_file_model(s->model), o->threads, &error))
         return complain(FAILED, error.message, "");
-    if (!strncmp(s->mode, "close", 5) && o->temperature > 0)
-        return complain(WRONG, "The mode close takes the most probable tokens, and draws none.",
-                        "Set the temperature to 0, or use the mode exact.");
     o->raw |= offramp_chat(s->model, &(offramp_message){OFFRAMP_USER, ""}, 1, NULL, 0) < 0;
     if (o->prompt) return answer_prompt(s, o, o->prompt, (int64_t)strlen(o->prompt), 0);
     return answer_lines(s, o, isatty(STDIN_FILENO) && !o->json);

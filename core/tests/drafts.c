@@ -7,7 +7,7 @@
 
 enum { MOST = 40 };
 
-static int64_t stood, rejected, from_exits, guessed, consented, put_off;  // in all conditions
+static int64_t stood, rejected, from_exits, guessed, put_off;  // in all conditions
 
 // In a pass, no more stand and are rejected than may be drafted. Counts are sums of all rows.
 static void counts_are_right(const Tiny *t, const Rules *r, const Text *x) {
@@ -271,70 +271,6 @@ static void windows_slide(offramp_fill fill) {
     offramp_model_free(t.model);
 }
 
-// By the logits of full depth after each token, the regrets are true, and within both bounds.
-static void regrets_are_bounded(const Tiny *t, const Rules *r, const Text *x, offramp_type keys) {
-    Text *twin = text_with(session_of(t, keys), x->ids, x->r.known);
-    ByHand *b = by_hand(t, r, twin);
-    float *y = zeros(t->shape.vocabulary);
-    double total = 0;
-    for (int64_t n = 0; n < x->decided; n++) {
-        const int64_t place = x->r.prompt + n, id = x->ids[place];
-        int64_t own;
-        read_by_hand(b, place);
-        WORKS(offramp_logits(t->model, NULL, twin->deep, 1, y, &said));
-        WORKS(offramp_choose(t->model, &x->r.how, x->ids, place, NULL, y, &own, &said));
-        const double regret = own == id ? 0 : (double)y[own] - y[id];
-        CHECK(regret == x->decisions[n].regret, "token %d: a regret of %g, and not %g", (int)n,
-              x->decisions[n].regret, regret);
-        for (int64_t e = 0; e < x->r.ends_count; e++)
-            CHECK(own == id || own != x->r.ends[e], "another token than the end of the text");
-        CHECK(own == id || x->decisions[n].source != OFFRAMP_FROM_TEXT,
-              "a look-up that full depth did not choose");
-        total += regret, consented += own != id;
-        CHECK(regret <= r->rules.token_regret && total <= r->rules.mean_regret * (double)(n + 1),
-              "token %d: a regret of %g, in all %g", (int)n, regret, total);
-    }
-    CHECK(total == x->r.regret, "a total of %g, and not %g", x->r.regret, total);
-    offramp_session_free(twin->r.session);
-}
-
-// With consent, an answer is the same alone and beside others, in calls of any size, and with more threads.
-static void consent_is_bounded(int64_t conditions) {
-    for (int64_t n = 0; n < conditions; n++) {
-        const int mark = kept_count;
-        const Tiny t = random_model(BLOCKS[n % MODELS], n % 2);
-        Rules rules;
-        Prompts prompts;
-        Text *alone[TEXTS], *found[TEXTS];
-        random_rules(&t, &rules, OFFRAMP_VERIFY, 1), random_prompts(&t, &prompts, 0);
-        rules.rules.alike = below(3), rules.rules.pending = 1 + below(n % 2 ? 15 : 63),
-        rules.rules.sketch = NULL;
-        rules.rules.token_regret = n % 3 ? 3 : 0.7, rules.rules.mean_regret = n % 2 ? 0.03 : 1;
-        prompts.like.r.how.temperature = 0;
-        offramp_plan *plan = plan_of(&t, &rules);
-        for (int times = 0; times < 4; times++) {
-            WORKS(offramp_model_threads(t.model, times ? times : 1, &said));
-            for (int i = 0; i < TEXTS; i++) found[i] = text_like(&t, &prompts, i);
-            for (int i = 0; i < TEXTS && !times; i++) step_all(plan, found + i, 1, MOST, 3);
-            if (times) step_all(plan, found, TEXTS, MOST, times);
-            for (int i = 0; i < TEXTS; i++) {
-                if (times) {
-                    are_alike(&t, found[i], alone[i], 0, "together");
-                    offramp_session_free(found[i]->r.session);
-                } else {
-                    alone[i] = found[i];
-                    regrets_are_bounded(&t, &rules, found[i], i % 2 ? OFFRAMP_FLOAT32 : OFFRAMP_BFLOAT16);
-                }
-            }
-        }
-        for (int i = 0; i < TEXTS; i++) offramp_session_free(alone[i]->r.session);
-        offramp_plan_free(plan), free_parts(&rules);
-        offramp_model_free(t.model);
-        free_from(mark);
-    }
-    CHECK(consented > 50, "full depth consented to %d drafts", (int)consented);
-}
-
 int main(void) {
     all_drafts_change_nothing(60);
     for (int i = 0; i < MODELS; i++) estimates_go_with_forks(BLOCKS[i]), rows_are_put_off(BLOCKS[i]);
@@ -342,6 +278,5 @@ int main(void) {
     drafts_pay(0), drafts_pay(1);
     many_share_a_pass();
     for (int i = 0; i < 6; i++) windows_slide(OFFRAMP_VERIFY), windows_slide(OFFRAMP_DEFER);
-    consent_is_bounded(30);
     return 0;
 }

@@ -109,8 +109,7 @@ static inline int same_decisions(const offramp_decision *a, const offramp_decisi
     const int sure =
         isnan(a->confidence) ? isnan(b->confidence) : fabs(a->confidence - b->confidence) <= tolerance;
     return sure && a->id == b->id && a->block == b->block && a->flops == b->flops && a->blocks == b->blocks &&
-           a->passes == b->passes && a->rejected == b->rejected && a->source == b->source &&
-           a->regret == b->regret;
+           a->passes == b->passes && a->rejected == b->rejected && a->source == b->source;
 }
 
 // The same tokens, decided in the same way, and the same memories.

@@ -116,7 +116,7 @@ def _conditions(model: LoadedModel, decoding: DecodingOptions, thresholds: list[
     settings: list[str | None] = [*thresholds] if thresholds else [None]
     for threshold in settings:
         way = replace(decoding, mode=mode, threshold=threshold).way(model)
-        early.append(Condition(way.fill, way.policy, way.exits, consent=way.consent))
+        early.append(Condition(way.fill, way.policy, way.exits))
     return [Condition(), *early]
 
 

@@ -63,7 +63,7 @@ class DecodingOptions:
     """How to decode: the mode, the exits, the weights' format; and for research what a mode is made of."""
 
     mode: str | None = setting(
-        None, "What you get: {modes}, or a point: close:2 (default: exact where drafts should pay, else full)."
+        None, "What you get: {modes}, or a point: early:3 (default: exact where drafts should pay, else full)."
     )
     exits: str | None = setting(None, "Folder with exits, or their name on the hub (default: those that ship).")
     dtype: str | None = setting(None, "Weights: {formats} (default: file for a GGUF file, else bfloat16).")
@@ -126,7 +126,7 @@ class DecodingOptions:
         from offramp.decode.engine import Engine
 
         way = self.way(model)
-        return Engine(model.backbone, way.exits, way.policy, way.fill, sampling, consent=way.consent)
+        return Engine(model.backbone, way.exits, way.policy, way.fill, sampling)
 
 
 def _thresholds(text: str) -> tuple[float, ...]:

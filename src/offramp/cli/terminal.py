@@ -18,7 +18,7 @@ from offramp.evaluation.bench import Comparison, EngineComparison
 from offramp.evaluation.metrics_table import metrics_of
 from offramp.evaluation.results import Result, penalty_words
 from offramp.evaluation.what_if import Saving
-from offramp.exits.calibrated import Calibration, CloseCalibration
+from offramp.exits.calibrated import Calibration
 from offramp.exits.exits import Exits
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
@@ -114,26 +114,6 @@ def calibration_table(record: Calibration, exits: Exits, folder: Path) -> None:
     console.print(table)
     for line in _verdict(record, folder, loss):
         console.print(line, soft_wrap=True)
-
-
-def close_table(record: CloseCalibration) -> None:
-    """The points of the mode close that were tested, and what they guarantee."""
-    loss = "change of the NLL a token, nats" if record.loss == "nll" else "lost task score"
-    table = Table(title=f"{record.n} prompts, mode close, {record.weights}", title_justify="left")
-    for column in ("point", loss, "at most", "p-value", "prompts needed", "tokens a pass", ""):
-        table.add_column(column, justify="left" if column in ("point", "") else "right")
-    for number, test in enumerate(record.tested, start=1):
-        most = "–" if test.bound is None else f"{test.bound:.3f}"
-        cells = (f"{test.loss:.3f}", most, f"{test.p_value:.2g}", str(test.needed or "–"))
-        verdict = "passed" if test.passed else "not passed"
-        table.add_row(f"close:{number}", *cells, f"{test.tokens_per_deep_pass:.2f}", verdict)
-    console.print(table)
-    passed = sum(test.passed for test in record.tested)
-    promise = f"at most {record.risk:g} on average on new prompts, with probability {1 - record.delta:g} over such prompts"
-    limit = f"for answers with a limit of {record.max_tokens} tokens"
-    console.print(
-        f"{passed} of the points: {loss} is {promise}, {limit}." if passed else "No point passed.", soft_wrap=True
-    )
 
 
 def _verdict(record: Calibration, folder: Path, loss: str) -> list[str]:

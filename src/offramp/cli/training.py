@@ -68,7 +68,6 @@ def calibrate(
     ],
     *,
     decoding: Annotated[DecodingOptions, Only("exits", "dtype")],
-    mode: Annotated[str, typer.Option(help="The mode to calibrate: close or early.")] = "early",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for the calibrated exits (default: that of --exits)."),
@@ -76,17 +75,13 @@ def calibrate(
     config: CalibrationConfig,
     as_json: Json = False,
 ) -> None:
-    """Set early's thresholds: answers lose at most RISK on average, with probability 1 − DELTA. Or test close's points."""
-    from offramp.cli.terminal import calibration_table, close_table
-    from offramp.exits.calibrated import Calibration, CloseCalibration
+    """Set early's thresholds: answers lose at most RISK on average, with probability 1 − DELTA."""
+    from offramp.cli.terminal import calibration_table
     from offramp.exits.exit_set import no_exits
     from offramp.exits.sharing import on_the_hub
     from offramp.training.calibration import calibrate as calibrate_exits
-    from offramp.training.consenting import calibrate_close
     from offramp.training.losses import read_questions
 
-    if mode not in ("close", "early"):
-        raise BadInput(f"There is nothing to calibrate in a mode '{mode}'.", "Choose close or early.")
     given = decoding.exits
     kept = given and not on_the_hub(given) and Path(given).suffix != ".gguf"
     folder = output or (Path(given) if given and kept else None)
@@ -94,23 +89,14 @@ def calibrate(
         raise BadInput("There is no folder to keep the thresholds in.", "Name one: --exits DIR, or -o DIR for a new one.")
     questions = read_questions(prompts)
     loaded = decoding.load(model)
-    backbone, close = loaded.backbone, mode == "close"
-    if close and loaded.exits.early and not loaded.exits.draft:  # its record would take the place of early's
-        raise BadInput("These exits only decide: close needs an exit that drafts.", "Train one: offramp train --draft")
-    exits = loaded.exits.draft if close else loaded.exits.early
+    backbone, exits = loaded.backbone, loaded.exits.early
     if exits is None:
         raise no_exits(backbone)
-    record: CloseCalibration | Calibration
     with alone_in(folder), progress_bars() as progress:
-        if close:
-            record = calibrate_close(backbone, exits, questions, config, progress)
-        else:
-            record = calibrate_exits(backbone, exits, questions, config, progress=progress)
+        record = calibrate_exits(backbone, exits, questions, config, progress=progress)
         loaded.exits.save(folder)
     if as_json:
         say(json.dumps({"model": backbone.name, "exits": str(folder), **exits.calibration, "passed": record.passed}))
-    elif isinstance(record, CloseCalibration):
-        close_table(record)
     else:
         calibration_table(record, exits, folder)
 

@@ -46,8 +46,8 @@ class Batch:
 
         A `talk` keeps what is computed for this request; if it already holds the beginning of the text, the request goes on
         from there. `choose` replaces the plan's own. Raises `BadInput` for an empty prompt, for one that leaves no room in
-        the context, for ids that are no tokens, for `max_tokens` below 1, for a `choose` that the plan refuses, and for a
-        talk that another request is using.
+        the context, for ids that are no tokens, for `max_tokens` below 1, and for a talk that
+        another request is using.
         """
         backbone, max_tokens = self.plan.backbone, limits.get("max_tokens", 128)
         _check_limits(limits)
@@ -55,7 +55,6 @@ class Batch:
         remaining = min(max_tokens, backbone.context - len(ids))
         self.plan.check_use(remaining)
         choose = choose or self.plan.choose
-        self.plan.check_choose(choose)
         sequence = self._sequence(ids, remaining, talk or Talk(), self.plan.stepper(choose))
         detokenizer = Detokenizer(backbone.tokenizer, limits.get("stop", ()))
         end_ids = limits.get("end_ids", backbone.stop_ids)

@@ -100,7 +100,6 @@ class CompiledStepper:
             assert isinstance(sequence.state, Session)
             lane = Lane(
                 sequence.state, sequence.ids, sequence.prompt, request.remaining, sampler, request.ends, request.reads_all,
-                request.regret,
             )  # fmt: skip
             if self._keeps_deep:
                 sequence.deep = self._deep(sequence.deep)
@@ -138,11 +137,10 @@ class CompiledStepper:
                 passes + d.passes,
                 rejected + d.rejected,
                 SOURCES[d.source],
-                d.regret,
             )
             for d in lane.decided()
         ]
-        sequence.run, request.regret = lane.given.run, lane.given.regret
+        sequence.run = lane.given.run
         sequence.ids += [decision.id for decision in decisions]
         if decisions:
             sequence.deep_passes, sequence.rejected = decisions[-1].deep_passes, decisions[-1].rejected
@@ -202,8 +200,6 @@ def _rules(plan: Plan, runtime: Compiled, exits: Exits | None, open_exits: list[
         pending=plan.max_pending,
         alike=plan.lookup,
         decay=policy.decay,
-        token_regret=plan.consent.token_regret if plan.consent else 0.0,
-        mean_regret=plan.consent.regret if plan.consent else 0.0,
         sketch=runtime.sketch(*sketch, at_top) if sketch and at_top else None,
         exit_sketch=runtime.sketch(*sketch, at_exits) if sketch and at_exits and open_exits else None,
         shortlist=listed,

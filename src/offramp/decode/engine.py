@@ -8,7 +8,6 @@ from copy import copy
 from typing import Protocol, Unpack
 
 from offramp.decode.batch import Batch
-from offramp.decode.consent import Consent
 from offramp.decode.fills import fill_named
 from offramp.decode.modes import USUAL_FILL, Way, mode_of, settled, usual_mode
 from offramp.decode.plan import Plan
@@ -48,9 +47,9 @@ class HasExits(HasBackbone, Protocol):
 class Engine(Plan):
     """Decodes a model's answers in a mode, or by rules of one's own.
 
-    `model`: what `offramp.load` gives, or a `Backbone`. `mode`: full, exact, close or early, perhaps with a point
+    `model`: what `offramp.load` gives, or a `Backbone`. `mode`: full, exact or early, perhaps with a point
     (`decode.modes`). `exits`: the model's own by default, or those that ship for a backbone. With a mode other than full,
-    `policy`, `fill` and `consent` replace the mode's own.
+    `policy` and `fill` replace the mode's own.
 
     For research, a group of exits (`Exits`) may be given without a mode: then `policy` is theirs by default, and `fill`
     project. A backbone without a mode and without exits decodes at full depth. The other arguments are those of a `Plan`.
@@ -68,11 +67,9 @@ class Engine(Plan):
         mode: str | None = None,
         max_pending: int | None = None,
         lookup: int = 2,
-        consent: Consent | None = None,
     ) -> None:
         way = _way(model, exits, policy, fill, mode)
-        policy, consent = policy or way.policy, consent or way.consent
-        super().__init__(backbone_of(model), way.exits, policy, way.fill, sampling, max_pending, lookup, consent)
+        super().__init__(backbone_of(model), way.exits, policy or way.policy, way.fill, sampling, max_pending, lookup)
 
     def sampling(self, sampling: Sampling | Choose | None) -> Engine:
         """An engine with the same rules and parts that chooses tokens in another way."""
@@ -212,7 +209,6 @@ class Engine(Plan):
             flops_saved=1 - last.cumulative_flops / full,
             tokens_per_deep_pass=len(tokens) / max(1, last.deep_passes),
             acceptance_rate=1 - last.rejected / drafted if drafted else None,
-            regret=sum(token.regret for token in tokens),
             prefill_seconds=prefill_seconds,
             decode_tokens_per_second=len(tokens) / decode_seconds,
             mode=self.mode,

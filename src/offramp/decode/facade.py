@@ -22,7 +22,7 @@ class Model:
     `backbone` runs the blocks; all its public names are the model's too: `embed`, `run_all`, `state`, `logits`, `n_blocks`,
     `tokenizer`, `prompts` and so on. `exits` are its exits.
 
-    The ways to answer take `mode` (full, exact, close or early; by default exact if drafts should pay, else full),
+    The ways to answer take `mode` (full, exact or early; by default exact if drafts should pay, else full),
     `sampling` (the most probable token by default), and the limits of an answer: `max_tokens` (128), `stop` and `end_ids`.
     A prompt is text, or token ids.
     """

@@ -54,7 +54,7 @@ def generate_with_exits(
 ) -> Any:
     """The library's `generate` with the exits of the repository, or folder, that the call names as `custom_generate`.
 
-    `mode`: full, exact, close or early; for research, `fill` replaces the mode's own, or names the mode. `threshold`: one
+    `mode`: full, exact or early; for research, `fill` replaces the mode's own, or names the mode. `threshold`: one
     number for all exits, or one for each, in place of the exits' own policy. `revision`: the repository's. The rest is as
     for the library's `generate`, and goes through `decoding`. You need not give the model to offramp: the first call makes
     a backbone of it and keeps it with the model; a later call makes it anew if the weights have changed.

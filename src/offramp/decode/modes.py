@@ -1,24 +1,22 @@
 """Four modes say what a user gets.
 
 A mode chooses among a model's exits and a fill. `MODES` describes each of them, and every interface reads it: the command
-line, Python, the server and its page, transformers and llm. Two modes have points, which are numbered from 1 on:
-`close:2` trusts more than `close`, and `early:3` is the third policy that a calibration tested.
+line, Python, the server and its page, transformers and llm. `early` has points, which are numbered from 1 on: `early:3` is
+the third policy that its calibration tested.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from offramp.decode.consent import POINTS, Consent
 from offramp.decode.drafts import DraftRule, accepted_by, asking_cost
 from offramp.decode.fills import FILLS, fill_named
 from offramp.decode.row_costs import row_costs
-from offramp.errors import BadInput, CorruptFile
-from offramp.exits.calibrated import points_of
+from offramp.errors import BadInput
+from offramp.exits.calibrated import Point, points_of
 from offramp.exits.exit_set import ExitSet
 from offramp.exits.exits import Exits
 from offramp.exits.policy import Policy
@@ -27,7 +25,6 @@ from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.costs import Costs
 
 LEAST_GAIN = 1.1  # `exact` is the default if drafts should make decoding so many times as fast as full depth
-_Point = TypeVar("_Point")
 USUAL_FILL = "project"  # the fill of exits that decide, if no calibration names another
 
 
@@ -56,12 +53,6 @@ MODES = {
         Mode("full", "every token goes through every block: the reference", "nothing"),
         Mode("exact", "full depth's own tokens: exits draft, and full depth decides", "time"),
         Mode(
-            "close",
-            f"full depth's own tokens, or others that it finds at least {POINTS[0].share:g} times as likely (close:2: "
-            f"{POINTS[1].share:g} times), within a bound for each answer",
-            "time, mostly more than exact",
-        ),
-        Mode(
             "early",
             "exits decide; at most RISK of an answer is lost on average, with probability 1 − DELTA (offramp calibrate)",
             "FLOPs, some time",
@@ -71,23 +62,24 @@ MODES = {
 
 
 class Way(NamedTuple):
-    """A mode's way to decode: its exits and its fill, and where it has points, a policy or a rule of consent."""
+    """A mode's way to decode: its exits and its fill, and the policy of its point if it has one."""
 
     exits: Exits | None
     fill: str
     policy: Policy | None = None
-    consent: Consent | None = None
 
 
 def parted(mode: str) -> tuple[str, int | None]:
-    """The name of a mode, and the number of its point: `close:2` is ("close", 2). Raises `BadInput`."""
+    """The name of a mode, and the number of its point: `early:3` is ("early", 3). Raises `BadInput`."""
     name, colon, number = mode.partition(":")
+    if name == "close":
+        raise BadInput("The mode close is gone: it was hardly faster than exact, and changed answers.", "Use exact.")
     if name not in MODES:
         raise BadInput(f"There is no mode '{mode}'.", f"Choose from {', '.join(MODES)}.")
     if not colon:
         return name, None
-    if name not in ("close", "early") or not re.fullmatch("[1-9][0-9]{0,2}", number):
-        raise BadInput(f"There is no mode '{mode}'.", "Points are numbers from 1 on, of close and early: close:2, early:3.")
+    if name != "early" or not re.fullmatch("[1-9][0-9]{0,2}", number):
+        raise BadInput(f"There is no mode '{mode}'.", "Points are numbers from 1 on, of early: early:3.")
     return name, int(number)
 
 
@@ -132,42 +124,28 @@ def settled(mode: str, exits: ExitSet, backbone: Backbone, fill: str | None = No
     weights.
     """
     name, point = parted(mode)
-    drafts = name in ("exact", "close")
-    if fill is not None and (fill_named(fill).verifies != drafts or name == "full"):
+    if fill is not None and (fill_named(fill).verifies != (name == "exact") or name == "full"):
         other = f"the fill '{fill}' belongs to the mode {mode_of(fill)}"
         raise BadInput(f"The mode '{mode}' has no fill '{fill}'; {other}.", "Leave out the mode or the fill.")
     if name == "full":
         return Way(None, USUAL_FILL)
-    if drafts:
+    if name == "exact":
         if exits.drafting and not exits.drafting.owner.fits(backbone):
             raise exits.drafting.owner.mismatch(backbone, "The exits")
-        consent = _point(POINTS, name, point or 1) if name == "close" else None
-        return Way(exits.drafting, fill or "verify", consent=consent and _calibrated(consent, exits.drafting, backbone))
+        return Way(exits.drafting, fill or "verify")
     early = exits.require_early(backbone)
-    tested = None if point is None else _point(points_of(early.calibration), name, point)
+    tested = None if point is None else _point(points_of(early.calibration), point)
     if tested and not tested.passed:
         warnings.warn(f"The calibration's point {point} did not pass its test, so it guarantees nothing.", stacklevel=4)
     return Way(early, fill or str(early.calibration.get("fill", USUAL_FILL)), tested.policy if tested else None)
 
 
-def _calibrated(point: Consent, exits: Exits | None, backbone: Backbone) -> Consent:
-    """A point of `close` with the costs of rows by which it was calibrated for these weights, if it was."""
-    known = exits.calibration if exits and exits.owner.owns_weights_of(backbone) else {}
-    try:
-        for each in known.get("tested", []) if known.get("weights") == backbone.weight_format else []:
-            if (each.get("share"), each.get("regret")) == (point.share, point.regret):
-                return replace(point, rows=tuple(each["rows"]))
-    except (KeyError, TypeError, BadInput) as error:
-        raise CorruptFile(f"The exits' calibration is damaged: {error!r}.", "Calibrate again.") from error
-    return point
-
-
-def _point(points: Sequence[_Point], mode: str, number: int) -> _Point:
-    """The point of a mode with this number."""
+def _point(points: list[Point], number: int) -> Point:
+    """The point of `early` with this number."""
     if not points:
         raise BadInput(
-            f"The mode {mode} has no calibrated points here.", "Leave the point out, or calibrate: offramp calibrate."
+            "The mode early has no calibrated points here.", "Leave the point out, or calibrate: offramp calibrate."
         )
     if number > len(points):
-        raise BadInput(f"The mode {mode} has no point {number} here.", f"The last one is {mode}:{len(points)}.")
+        raise BadInput(f"The mode early has no point {number} here.", f"The last one is early:{len(points)}.")
     return points[number - 1]

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from offramp.decode.compiled import CompiledStepper
-from offramp.decode.consent import POINTS
 from offramp.decode.engine import Engine, HasExits
 from offramp.errors import BadInput
 from offramp.exits.calibrated import points_of
@@ -251,9 +250,9 @@ def _write_exits(model: HasExits, writer: GGUFWriter) -> tuple[str, ...]:
 def _modes(model: HasExits) -> tuple[str, ...]:
     """All modes and points of a model but full, and points that failed their test."""
     tested = points_of(model.exits.early.calibration) if model.exits.early else []
-    points = {"close": range(2, 1 + len(POINTS)), "early": [n for n, each in enumerate(tested, 1) if each.passed]}
-    names = [name for name in model.exits.modes(model.backbone) if name != "full"]
-    return tuple(mode for name in names for mode in (name, *(f"{name}:{point}" for point in points.get(name, ()))))
+    modes = [mode for mode in model.exits.modes(model.backbone) if mode != "full"]
+    points = [f"early:{number}" for number, each in enumerate(tested, 1) if each.passed] if "early" in modes else []
+    return (*modes, *points)
 
 
 def _write_rules(rules: Rules, key: str, parts: _Parts, writer: GGUFWriter) -> None:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from offramp.decode.compiled import CompiledStepper
-from offramp.decode.consent import Consent
 from offramp.decode.drafts import DraftRule, accepted_by, asking_cost
 from offramp.decode.fills import fill_named
 from offramp.decode.heads import Head
 from offramp.decode.reference import Reference
-from offramp.decode.row_costs import row_costs, usual_costs
+from offramp.decode.row_costs import row_costs
 from offramp.decode.sampling import Choose, Sampling, sampler_of
 from offramp.decode.sequence import Work
 from offramp.decode.stepper import Stepper
@@ -31,9 +30,6 @@ from offramp.model.compiled.library import MOST_DRAFTS
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.costs import Costs
 from offramp.model.runtime import joined
-
-# Drafts of a round with consent. Requests do not share the rows of a pass then, so each needs room for all of its own.
-MOST_IN_CONSENT = 15
 
 
 @dataclass(frozen=True)
@@ -52,10 +48,9 @@ class Plan:
     `max_pending`: the most tokens that wait at exits (default: 7), or drafts with `verify` (default: the limit). When so
     many wait, the next token goes to the top without asking gates, so a chunk has at most `max_pending` + 1 rows; `lookup`:
     with `verify`, if the last `lookup` tokens or more stand earlier in the text, the token that followed them there may be
-    a draft (0: no look-up); `consent`: with `verify`, when full depth consents to a draft that is not its own token (None:
-    never). To see where time goes, set `timed` to a `Timer`. Raises `BadInput` for a policy that does not fit the exits, an
-    unknown fill, `max_pending` below 1, and consent without drafts, with tokens drawn or with a function; `ValueError` for
-    a table of n-grams that does not fit the model.
+    a draft (0: no look-up). To see where time goes, set `timed` to a `Timer`. Raises `BadInput` for a policy that does not
+    fit the exits, an unknown fill, and `max_pending` below 1; `ValueError` for a table of n-grams that does not fit the
+    model.
     """
 
     def __init__(
@@ -67,7 +62,6 @@ class Plan:
         sampling: Sampling | Choose | None = None,
         max_pending: int | None = None,
         lookup: int = 2,
-        consent: Consent | None = None,
     ) -> None:
         if max_pending is not None and max_pending < 1:
             raise BadInput(f"max_pending is {max_pending}, but at least one token must be able to wait.", "Give 1 or more.")
@@ -79,11 +73,7 @@ class Plan:
         self.gate = exits.config.gate if exits else "gate"
         self._open(exits)
         self.fill = fill_named(fill)(backbone, self.longest_tail)
-        if consent and not self.fill.verifies:
-            raise BadInput(f"With the fill '{self.fill.name}' there are no drafts to consent to.", "Use the fill verify.")
-        self.consent = consent
-        most = MOST_IN_CONSENT if consent else MOST_DRAFTS
-        self.max_pending = max_pending or (most if self.fill.verifies else 7)
+        self.max_pending = max_pending or (MOST_DRAFTS if self.fill.verifies else 7)
         self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
         self.drafts = self._draft_rule(exits) if self.fill.verifies else None
@@ -98,24 +88,8 @@ class Plan:
     def _sample(self, sampling: Sampling | Choose) -> None:
         """Choose tokens in this way from now on."""
         self.choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
-        self.check_choose(self.choose)
         if self._calibration and not self.fill.verifies:
             self._check_guarantee(sampling)
-
-    def check_choose(self, choose: Choose) -> None:
-        """Raise `BadInput` if tokens cannot be chosen so: consent is for the most probable token."""
-        sampler = sampler_of(choose)
-        if self.consent and sampler is None:
-            raise BadInput(
-                "The mode close chooses by temperature and repetition penalty alone: neither other processors nor logprobs "
-                "go with it.",
-                "Use the mode exact.",
-            )
-        if self.consent and sampler and sampler.temperature:
-            raise BadInput(
-                "The mode close takes the most probable tokens, and draws none.",
-                "Set the temperature to 0 (in transformers: do_sample=False), or use the mode exact.",
-            )
 
     def _open(self, exits: Exits | None) -> None:
         """Divide the blocks at the open exits: those where a token may leave."""
@@ -158,7 +132,7 @@ class Plan:
     def mode(self) -> str:
         """The mode (`decode.modes`) whose promise these rules keep."""
         if self.fill.verifies:
-            return self.consent.mode if self.consent else "exact"
+            return "exact"
         return "full" if self.is_full else "early"
 
     @property
@@ -171,7 +145,7 @@ class Plan:
         if exits and exits.ngrams:
             exits.ngrams.check(self.backbone.vocab_size)
         return DraftRule(
-            rows=row_costs(self.backbone) if self.consent is None else self.consent.rows or usual_costs(self.backbone),
+            rows=row_costs(self.backbone),
             asking=tuple(asking_cost(self.backbone, exit, self.exit_head.flops) for exit, _ in self.open_exits),
             floor=self.policy.thresholds[self.open_exits[0][1]] if self.open_exits else 0.0,
             lookup=self.lookup,

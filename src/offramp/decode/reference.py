@@ -11,13 +11,13 @@ token runs the next segment, in one chunk with all tokens that wait at this exit
 
 With `verify`, a token that left is a draft, and the sequence climbs again at once. When a climb reaches the top, the full
 model's logits decide: drafts that agree stand, the first draft that differs is replaced, and all drafts after it are
-rejected. In the mode `close`, a draft that differs stands if full depth consents to it (`decode.consent`).
+rejected.
 
 Climbs that are furthest behind run first. So sequences that go deep wait for each other, and share one pass over the
 weights in compiled blocks. In the library's blocks, sequences take turns. Closed exits never let a token
 leave and are left out, so full depth costs nothing extra.
 
-This code is meant to be read. It runs with any runtime's blocks, exits of all kinds and, except in `close`, any `choose`.
+This code is meant to be read. It runs with any runtime's blocks, exits of all kinds and any `choose`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ import torch
 from torch import Tensor
 
 from offramp.decode.climb import Climb
-from offramp.decode.drafts import Chunk, Estimates, Round, Source
+from offramp.decode.drafts import Chunk, Round, Source
 from offramp.decode.embedding import embed_all
 from offramp.decode.leaving import leave
 from offramp.decode.request import Request
-from offramp.decode.sampling import sampler_of
 from offramp.decode.sequence import SOURCES, Decision
 
 if TYPE_CHECKING:
@@ -98,16 +97,11 @@ def decide(plan: Plan, requests: Sequence[Request], beside: int) -> list[tuple[R
 
 
 def begin_rounds(plan: Plan, requests: Sequence[Request], beside: int) -> list[Round | None]:
-    """A round of drafts for each request. With consent, drafts depend on the request's own text alone."""
+    """A round of drafts for each request."""
     if not plan.drafts:
         return [None] * len(requests)
-    if not plan.consent:
-        chunk = Chunk(plan.drafts, len(requests), beside)
-        return [Round(chunk, request.sequence.estimates) for request in requests]
-    for request in requests:
-        if not request.tokens:
-            request.sequence.estimates = Estimates()
-    return [Round(Chunk(plan.drafts, 1), request.sequence.estimates) for request in requests]
+    chunk = Chunk(plan.drafts, len(requests), beside)
+    return [Round(chunk, request.sequence.estimates) for request in requests]
 
 
 def set_out(plan: Plan, request: Request, round: Round | None) -> Climb:
@@ -118,7 +112,7 @@ def set_out(plan: Plan, request: Request, round: Round | None) -> Climb:
     # A grammar cannot say what may follow a draft before full depth has decided about the draft.
     most = 0
     if plan.drafts and not hasattr(request.choose, "allowed"):
-        most = min(plan.drafts.most, request.remaining - (not plan.consent))
+        most = min(plan.drafts.most, request.remaining - 1)
     while len(sequence.drafts) < most:
         guess = round.next(ids)
         if guess.source == Source.EXIT:
@@ -204,46 +198,21 @@ def judge(plan: Plan, climbs: list[Climb]) -> dict[Request, list[Decision]]:
     return decided
 
 
-def consented(plan: Plan, climb: Climb, own: int, draft: Decision, scores: Tensor, place: int) -> float | None:
-    """The regret of a draft as the text's token number `place`; None if full depth, with its `own` token, does not consent.
-
-    scores (V,): full depth's logits there. Full depth always ends the text itself, and decides what repeats it.
-    """
-    request, sequence = climb.request, climb.sequence
-    if not plan.consent or draft.source == "text" or own in request.end_ids:
-        return None
-    sampler = sampler_of(request.choose)
-    assert sampler  # the plan refuses others
-    scores = sampler.penalised(scores, sequence.ids[:place])
-    regret = float(scores[own]) - float(scores[draft.id])
-    allowed = plan.consent.allows(regret, request.regret, place - sequence.prompt + 1)
-    return regret if allowed else None
-
-
 def compare(plan: Plan, climb: Climb, logits: Tensor) -> list[Decision]:
-    """The drafts that full depth chooses or consents to, then full depth's own token in place of the first other draft.
+    """The drafts that full depth chooses, then full depth's own token in place of the first other draft.
 
     Row i of the logits (n, V) decides the position of draft i; the last row decides the position after all drafts. The
-    first other draft, and all after it, are rejected. If a draft is the last token that is wanted, no token of full depth
-    follows.
+    first other draft, and all after it, are rejected.
     """
     sequence, drafts = climb.sequence, climb.sequence.drafts
     first = len(sequence.ids) - len(drafts)
     for stood, scores in enumerate(logits):
         with plan.timed("sampling"):
             id = climb.request.choose(scores, sequence.ids[: first + stood])
-        if stood == len(drafts):
+        if stood == len(drafts) or id != drafts[stood].id:
             break
-        regret = 0.0 if id == drafts[stood].id else consented(plan, climb, id, drafts[stood], scores, first + stood)
-        if regret is None:
-            break
-        climb.request.regret += regret
-        drafts[stood] = replace(drafts[stood], regret=regret)
     newest = Decision(id, plan.backbone.n_blocks, None)
     rejected = drafts[stood:]
-    if stood and stood == climb.request.remaining:  # with consent, a draft may be the last token that is wanted
-        stood -= 1
-        newest = drafts[stood]
     sequence.deep = climb.deep(stood - len(logits))
     sequence.deep_passes += 1
     sequence.rejected += len(rejected)

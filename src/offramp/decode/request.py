@@ -51,7 +51,6 @@ class Token:
     rejected: int
     source: TokenSource
     drafted: bool
-    regret: float
 
 
 def drafts_of(tokens: list[Token]) -> tuple[int, int]:
@@ -69,7 +68,7 @@ class Request:
 
     `remaining`: the number of tokens that may still be generated; `tokens`: those generated so far. `verified`: full depth
     decides each token, so that those of other sources were drafts. `pauses`: positions in the prompt where reading pauses,
-    so that the state there can be kept. `regret`: that of the tokens decided so far, in nats. `error`: what ended the
+    so that the state there can be kept. `error`: what ended the
     request if its finish reason is "failed".
     """
 
@@ -81,7 +80,6 @@ class Request:
     verified: bool = False
     prefilled: bool = False
     pauses: list[int] = field(default_factory=list)
-    regret: float = 0.0
     tokens: list[Token] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: BaseException | None = None
@@ -134,7 +132,6 @@ class Request:
             decision.rejected,
             decision.source,
             self.verified and decision.source != "full",
-            decision.regret,
         )
         self.tokens.append(token)
         return token
@@ -181,8 +178,7 @@ class Generation:
     `blocks` is the model's depth N; `mean_blocks` is the tokens' mean `blocks`. `flops_saved` is 1 − FLOPs of decoding
     (blocks, fills, gates, read-outs, heads) / FLOPs of full-depth decoding of the same tokens, both without the prefill.
     `tokens_per_deep_pass` is the number of tokens for each pass through the top blocks. `acceptance_rate` is the share of
-    drafts that stood (None without drafts). `regret`: that of the answer, in nats (`decode.consent`).
-    `thresholds`: those of the exits, by block; `policy`: the policy in words.
+    drafts that stood (None without drafts). `thresholds`: those of the exits, by block; `policy`: the policy in words.
     """
 
     text: str
@@ -192,7 +188,6 @@ class Generation:
     flops_saved: float
     tokens_per_deep_pass: float
     acceptance_rate: float | None
-    regret: float
     prefill_seconds: float
     decode_tokens_per_second: float
     mode: str

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -90,16 +89,6 @@ def costs_in_table(precision: str, step_bytes: int) -> tuple[float, ...]:
         if maker in processor() and kernels() == instructions:
             found = costs.get(precision, found)
     return _at_all_widths(found)
-
-
-def usual_costs(backbone: Backbone) -> tuple[float, ...]:
-    """The costs of 0 to `MOST_DRAFTS` more rows of a pass for `close`: everywhere the same, so that its answers are, too.
-
-    They are the means of the tables' first two machines, which lose little by them.
-    """
-    table, elsewhere = _tables(backbone.step_bytes)
-    machines = [_at_all_widths(costs.get(backbone.precision, elsewhere)) for costs in [*table.values()][:2]]
-    return tuple(map(fmean, zip(*machines, strict=True)))
 
 
 def _tables(step_bytes: int) -> tuple[Table, tuple[float, ...]]:

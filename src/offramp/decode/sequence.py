@@ -174,7 +174,7 @@ class Decision:
     """A chosen token, the number of blocks before the exit that chose it, its confidence (None at full depth), the work.
 
     `deep_passes` and `rejected`: the chunks of the sequence that have gone to the top so far, and the drafts that have been
-    rejected. `source`: what the token came from. `regret`: in nats (`decode.consent`).
+    rejected. `source`: what the token came from.
     """
 
     id: int
@@ -184,7 +184,6 @@ class Decision:
     deep_passes: int = 0
     rejected: int = 0
     source: TokenSource = "full"
-    regret: float = 0.0
 
 
 @dataclass

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from offramp.decode.consent import Consent
 from offramp.decode.engine import Engine
 from offramp.decode.fills import fill_named
 from offramp.decode.request import Generation
@@ -50,15 +49,13 @@ class Condition:
     """How to decode: with these exits, this fill and this policy.
 
     A policy of None is the exits' own. Without exits, it is full depth, or drafts come from the text alone. `label` says
-    which exits these are, where several kinds are compared. `consent`: the rule of the mode close. Raises
-    `BadInput` for an unknown fill.
+    which exits these are, where several kinds are compared. Raises `BadInput` for an unknown fill.
     """
 
     fill: str = "project"
     policy: Policy | None = None
     exits: Exits | None = None
     label: str = ""
-    consent: Consent | None = None
 
     def __post_init__(self) -> None:
         fill_named(self.fill)
@@ -72,30 +69,25 @@ class Condition:
     def name(self) -> str:
         """The condition in words: the exits' label, fill, policy, and who chose the policy."""
         if self.exits is None or self.used_policy is None:
-            return f"{self._fill}, drafts from the text" if fill_named(self.fill).verifies else "full depth"
+            return f"{self.fill}, drafts from the text" if fill_named(self.fill).verifies else "full depth"
         chosen_by = "" if self.policy else ", calibrated" if self.exits.calibration else ", by default"
-        words = f"{self._fill}, {self.used_policy.describe(self.exits.config.gate)}{chosen_by}"
+        words = f"{self.fill}, {self.used_policy.describe(self.exits.config.gate)}{chosen_by}"
         return f"{self.label}: {words}" if self.label else words
-
-    @property
-    def _fill(self) -> str:
-        """The fill, or the mode close, whose fill exact has too."""
-        return self.consent.mode if self.consent else self.fill
 
     @property
     def info(self) -> ConditionInfo:
         """The condition as a Result keeps it."""
         if self.exits is None:
-            fill = self._fill if fill_named(self.fill).verifies else None
+            fill = self.fill if fill_named(self.fill).verifies else None
             return ConditionInfo(self.name, fill, None, None, None, "")
         long = {"tested", "untested", "pilot_hashes"}
         calibration = {name: value for name, value in self.exits.calibration.items() if name not in long}
         own = calibration if self.policy is None else None
-        return ConditionInfo(self.name, self._fill, self.exits.config.gate, self.used_policy, own, self.label)
+        return ConditionInfo(self.name, self.fill, self.exits.config.gate, self.used_policy, own, self.label)
 
     def engine(self, backbone: Backbone, sampling: Sampling | None = None) -> Engine:
         """An engine that decodes under this condition."""
-        return Engine(backbone, self.exits, self.policy, self.fill, sampling, consent=self.consent)
+        return Engine(backbone, self.exits, self.policy, self.fill, sampling)
 
     def scorer(self, backbone: Backbone, forced: Forced) -> Engine:
         """An engine for likelihoods. It reads out all tokens, because a token that is not a candidate has no likelihood."""
@@ -294,7 +286,6 @@ class Evaluation:
             self.backbone.source.fingerprint,
             self.backbone.weight_format,
             [exits and fingerprint(exits), asdict(policy) if policy else None, condition.fill],
-            asdict(condition.consent) if condition.consent else None,
             [asdict(_task_info(self.task, self.batch)), self.task.stop],
             [item.prompt for item in self.task.items],
             {name: value for name, value in machine().items() if name != "date"},

@@ -51,7 +51,7 @@ class ModelInfo:
 class ConditionInfo:
     """How answers were decoded. All but the name is None for full depth.
 
-    `fill`: its name, or the mode close with its point. `gate` is the kind of the exits' gates.
+    `fill`: its name. `gate` is the kind of the exits' gates.
     `calibration` is the record of the exits' own policy, which is empty if that was not calibrated. It is None if the user
     chose the policy. `label` says which exits these are.
     """

@@ -65,53 +65,6 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class CloseTested:
-    """A point of the mode `close` (`decode.consent`), and whether it passed.
-
-    `rows`: the costs of rows by which its drafts were made; `loss`: the mean. For the loss `nll`, `bound`: with probability
-    1 − δ, the expected loss is at most so much; `needed`: the number of prompts after which the point had passed, None if
-    it did not.
-    """
-
-    share: float
-    regret: float
-    rows: tuple[float, ...]
-    loss: float
-    bound: float | None
-    p_value: float
-    passed: bool
-    needed: int | None
-    tokens_per_deep_pass: float
-
-
-@dataclass(frozen=True)
-class CloseCalibration:
-    """The guarantee of a calibration of `close`: each point that passed keeps the expected loss at `risk` or less, with
-    probability 1 − `delta`, for answers with a limit of `max_tokens` tokens.
-
-    `n`: the number of prompts. `raw`: the prompts had no chat template. After a point in `tested` that failed, none passes.
-    """
-
-    loss: str
-    weights: str
-    risk: float
-    delta: float
-    n: int
-    max_tokens: int
-    stop: tuple[str, ...]
-    raw: bool
-    repetition_penalty: float
-    prompts_sha256: str
-    tested: tuple[CloseTested, ...]
-    mode: str = "close"
-
-    @property
-    def passed(self) -> bool:
-        """Whether any point passed the test."""
-        return any(test.passed for test in self.tested)
-
-
-@dataclass(frozen=True)
 class Point:
     """A policy that a calibration tested, and what it measured: the mean loss of an answer, the share of FLOPs saved, and
     whether it passed the test.
@@ -124,12 +77,10 @@ class Point:
 
 
 def points_of(calibration: dict[str, Any]) -> list[Point]:
-    """The points of `early` that a calibration tested; none if it is one of `close`.
+    """The points of `early` that a calibration tested.
 
     Raises `CorruptFile` if its record is not complete.
     """
-    if calibration.get("mode") == "close":
-        return []
     try:
         return [
             Point(Policy.from_json(each["policy"]), each["loss"], each["flops_saved"], each["passed"])
@@ -166,7 +117,7 @@ def check_types(made: Any) -> None:
 
 def check_calibration(record: dict[str, Any]) -> None:
     """Check a stranger's record of a calibration. Raises `TypeError`, or as `Policy.from_json` does."""
-    _check_fields(CloseCalibration if record.get("mode") == "close" else Calibration, record)
+    _check_fields(Calibration, record)
 
 
 def _check_fields(kind: Any, record: dict[str, Any]) -> None:

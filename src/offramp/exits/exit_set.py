@@ -120,9 +120,9 @@ class ExitSet:
         return bool(self.early or self.draft)
 
     def modes(self, model: Backbone | HasBackbone) -> tuple[str, ...]:
-        """The modes that these exits serve for a model. `exact` and `close` draft from the text if there are no exits."""
+        """The modes that these exits serve for a model. `exact` drafts from the text if there are no exits."""
         decides = self.early is not None and self.early.owner.owns_weights_of(backbone_of(model))
-        return ("full", "exact", "close", *(["early"] if decides else []))
+        return ("full", "exact", *(["early"] if decides else []))
 
     @property
     def drafting(self) -> Exits | None:

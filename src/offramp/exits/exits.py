@@ -47,7 +47,7 @@ class Exits:
 
     `owner` is the model that they learned from, and `weight_format` the format that its weights ran in. `policy` is the
     default one. `training` records how the exits were made. `calibration` records the guarantee of `policy` (see
-    `training.calibration`), or of the mode close with these drafts (`training.consenting`); it is empty without one.
+    `training.calibration`); it is empty without one.
     `elsewhere` holds the records for other formats of weights, by format: loading chooses that of the backbone.
     `shortlist` (n,): the tokens that are read out, rising; None for all. `sketch`: two maps, reduce (k, D) and expand
     (D, k). The head reads expand · reduce · h in place of the hidden state h, so the head times `expand` is a small matrix

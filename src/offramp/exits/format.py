@@ -127,7 +127,7 @@ class Record:
         for each in (calibration, *elsewhere.values()):
             check_calibration(each)
         for format, each in elsewhere.items():
-            if each["weights"] != format or not (each.get("mode") == "close" or each["policy"]):
+            if each["weights"] != format or not each["policy"]:
                 raise TypeError("'elsewhere' does not name the formats of its calibrations")
         written = str(record["weight_format"]), str(record["weights_sha256"])
         return cls(config, owner, *written, policy, training, calibration, elsewhere)

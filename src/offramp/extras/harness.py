@@ -70,7 +70,7 @@ class ModelArguments:
             if way.exits is None:
                 raise no_exits(model.backbone)
             policy = Policy((float(self.threshold),) * len(way.exits), way.exits.policy.confidence)
-        return Condition(way.fill, policy, way.exits, consent=way.consent)
+        return Condition(way.fill, policy, way.exits)
 
 
 @register_model("offramp")

@@ -60,7 +60,7 @@ class OfframpModel(llm.Model):  # type: ignore[misc]
         max_tokens: int = Field(256, ge=1, description="Longest answer, in tokens.")
         temperature: float = Field(0.0, ge=0, description="0 takes the most probable token.")
         seed: int = Field(0, description="Seed of the draws.")
-        mode: str | None = Field(None, description="full, exact, close or early, or a point: close:2.")
+        mode: str | None = Field(None, description="full, exact or early, or a point: early:3.")
         exits: str | None = Field(None, description="Folder with trained exits, or their name on the hub.")
         dtype: str | None = Field(None, description="Weights: bfloat16, float32, int8, int4 or int4-head4.")
 
@@ -88,7 +88,7 @@ class OfframpModel(llm.Model):  # type: ignore[misc]
         made = engine.summarise(request, prefilled - started, time.perf_counter() - prefilled)
         response.set_usage(input=len(ids), output=len(made.tokens))
         names = (
-            "mode", "policy", "blocks", "mean_blocks", "flops_saved", "acceptance_rate", "regret", "tokens_per_deep_pass",
+            "mode", "policy", "blocks", "mean_blocks", "flops_saved", "acceptance_rate", "tokens_per_deep_pass",
             "decode_tokens_per_second", "finish_reason",
         )  # fmt: skip
         response.response_json = {name: getattr(made, name) for name in names}

@@ -106,7 +106,6 @@ class Choice:
         """What the exits did for a token."""
         return {
             "block": token.exit_block, "confidence": token.confidence, "drafted": token.drafted, "source": token.source,
-            "regret": token.regret,
         }  # fmt: skip
 
     @property
@@ -235,7 +234,6 @@ class Server:
                 choose = Grammar(matcher.deep_copy(), len(ids), choose)
             recorder = None if most_logprobs is None else Recorder(choose, most_logprobs)
             tell = partial(self._tell, loop, arrived, number)
-            engine.check_choose(recorder or choose)
             job = Job(engine, ids, limits, recorder or choose, tell, borders, bytes=size)
             made.append(Choice(asked.offramp.ids, used, job, recorder))
         made[0].job.twins = [choice.job for choice in made[1:]]
@@ -329,7 +327,6 @@ class Server:
             "num_draft_tokens": drafts,
             "num_accepted_tokens": stood,
             "acceptance_rate": made.acceptance_rate,
-            "regret": made.regret,
             "tokens_per_pass": made.tokens_per_deep_pass,
             "prefill_seconds": made.prefill_seconds,
             "tokens_per_second": made.decode_tokens_per_second,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from offramp.decode.consent import POINTS
 from offramp.decode.engine import Engine
 from offramp.decode.modes import MODES, parted
 from offramp.errors import BadInput
@@ -22,22 +21,21 @@ class Menu:
 
     def __init__(self, backbone: Backbone, exits: ExitSet, usual: Engine) -> None:
         self.backbone, self.exits, self.usual = backbone, exits, usual
-        self.modes = tuple(dict.fromkeys((*exits.modes(backbone), "close" if usual.consent else usual.mode)))
+        self.modes = tuple(dict.fromkeys((*exits.modes(backbone), usual.mode)))
         self.points = points_of(exits.early.calibration) if exits.early and "early" in self.modes else []
         same = [number for number, point in enumerate(self.points, 1) if point.policy == usual.policy]
         self._usual = f"early:{same[0]}" if usual.mode == "early" and same else usual.mode
-        self._made = {_key(usual.mode): usual, _key(self._usual): usual}
+        self._made = {usual.mode: usual, self._usual: usual}
 
     def engine(self, mode: str | None) -> Engine:
-        """The engine of a mode, perhaps with a point: `close:2`. Raises `BadInput`."""
+        """The engine of a mode, perhaps with a point: `early:3`. Raises `BadInput`."""
         if mode is None:
             return self.usual
         if parted(mode)[0] not in self.modes:
             raise BadInput(f"There is no mode '{mode}' here.", f"Choose from {', '.join(self.modes)}.")
-        key = _key(mode)
-        if key not in self._made:
-            self._made[key] = Engine(self.backbone, self.exits, mode=mode)
-        return self._made[key]
+        if mode not in self._made:
+            self._made[mode] = Engine(self.backbone, self.exits, mode=mode)
+        return self._made[mode]
 
     def guarantee(self, engine: Engine, **used: Any) -> dict[str, Any] | None:
         """The guarantee for an engine's answers that are `used` in this way (see `exits.calibrated.differences`).
@@ -65,17 +63,9 @@ class Menu:
             "blocks": self.backbone.n_blocks,
             "modes": [asdict(mode) | {"promise": mode.promised(promised)} for mode in map(MODES.__getitem__, self.modes)],
             "usual": self._usual,
-            "points": {
-                "close": [{"share": point.share, "regret": point.regret} for point in POINTS],
-                "early": [
-                    {"loss": point.loss, "flops_saved": point.flops_saved, "passed": point.passed and same}
-                    for point in self.points
-                ],
-            },
+            "points": [
+                {"loss": point.loss, "flops_saved": point.flops_saved, "passed": point.passed and same}
+                for point in self.points
+            ],
             "tested": {name: tested.get(name) for name in ("max_tokens",)},
         }
-
-
-def _key(mode: str) -> str:
-    """The one name of a mode and its point: `close:1` is `close`."""
-    return "close" if mode == "close:1" else mode

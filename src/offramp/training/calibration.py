@@ -320,18 +320,13 @@ def _check(questions: list[Question], config: CalibrationConfig) -> None:
             "With 'verify', answers are the full model's own, so there is nothing to calibrate.",
             "Its thresholds only change the speed: offramp bench --compare full,exact",
         )
-    check_questions(questions, config, 1.0 if config.retest else 1 - PILOT)
-
-
-def check_questions(questions: list[Question], config: CalibrationConfig, share: float = 1.0) -> None:
-    """Raises `BadInput` for settings that make no sense, and for questions that cannot be tested on; `share` is tested."""
     for name, value in (("risk", config.risk), ("delta", config.delta)):
         if not 0 < value < 1:
             raise BadInput(f"A {name} of {value} is not between 0 and 1.", "0.05 is usual.")
     if config.max_tokens < 1:
         raise BadInput(f"{config.max_tokens} tokens cannot be generated.", "Give --max-tokens 1 or more.")
-    needed = prompts_needed(0.0, config.risk, config.delta)
-    if config.loss != "nll" and (needed is None or len(questions) * share < needed):
+    share, needed = 1.0 if config.retest else 1 - PILOT, prompts_needed(0.0, config.risk, config.delta)
+    if needed is None or len(questions) * share < needed:
         raise BadInput(
             f"{len(questions)} prompts are too few: even if no answer differed, they could not show a risk of "
             f"{config.risk}.",

@@ -104,22 +104,19 @@ def draft_config(kinds: list[str], **changed: Any) -> TrainConfig:
 class CalibrationConfig:
     """What a calibration must guarantee, and how the answers are generated.
 
-    The loss `f1`, the default of `early`, is 1 − token F1 with full depth's answer; `exact` is 1 if the answers differ;
+    The loss `f1` is 1 − token F1 with full depth's answer; `exact` is 1 if the answers differ;
     `task` is the share of the words of the prompt's 'answer' that full depth's answer has and this one misses. If the
     prompt has a 'program', `task` is 1 if full depth's code passes it and this answer's does not; `run_code` allows that it
-    runs. `nll`, the default of `close`, is in `training.consenting`. The policies of the kind `precision` have thresholds
+    runs. The policies of the kind `precision` have thresholds
     and second keys under which every exit is right equally often; `thresholds` has one for all exits; those of `decay` fall
-    along an answer; `fixed` is one exit for every token. `fill`: that of `early`. `confidence`: what thresholds are
+    along an answer; `fixed` is one exit for every token. `confidence`: what thresholds are
     compared with; None: as the exits have it. `stop`: texts before which an answer ends. `raw`: prompts are given without
     the model's chat template. `repetition_penalty`: 1 is none.
     """
 
     risk: float = setting(0.05, "Highest mean loss of an answer that is allowed, 0 to 1.")
     delta: float = setting(0.05, "Highest probability that the guarantee fails, 0 to 1.")
-    loss: str = setting(
-        "",
-        "How an answer's loss is measured: {losses} (default: f1; close: nll; task needs right answers in the file).",
-    )
+    loss: str = setting("f1", "How an answer's loss is measured: {losses} (task needs right answers in the file).")
     max_tokens: int = setting(128, "Longest answer, in tokens; the guarantee holds for every lower limit, too.")
     kind: str = setting("precision", "Policies to choose from: {policies}.", flag="--policy", panel=RESEARCH)
     whole_head: bool = setting(

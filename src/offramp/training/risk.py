@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-BOLDEST = 0.75  # the share of the capital that a bet may lose
-HALVINGS = 20  # of the interval that a bound lies in
 LONGEST_PATH = 8  # policies on the path; more would only cost time
 
 
@@ -32,42 +30,6 @@ def _log_binomial(n: int, p: float, most: int) -> Iterator[float]:
     for k in range(min(n, most) + 1):
         ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
         yield ways + k * math.log(p) + (n - k) * math.log1p(-p)
-
-
-def bets(values: Sequence[float], risk: float, delta: float) -> list[float]:
-    """The capital of a gambler, in logs, after each bet that the mean of the values in [0, 1] is below the risk.
-
-    By "Estimating means of bounded random variables by betting" (Waudby-Smith and Ramdas, arXiv 2010.09686), section 4. If
-    the mean is at the risk or above, no bet gains on average. So the capital ever reaches 1 / δ with a probability of at
-    most δ (Ville's inequality): the highest one's inverse is a p-value. Each bet follows from the values before it, and is
-    the larger, the less they vary.
-    """
-    capital, found = 0.0, []
-    total, squares = 0.5, 0.25  # as if one value of 0.5 had varied by a half
-    for count, value in enumerate(values, start=1):
-        mean, variance = total / count, squares / count
-        bet = min(math.sqrt(2 * math.log(1 / delta) / (len(values) * variance)), BOLDEST / (1 - risk))
-        capital += math.log1p(-bet * (value - risk))
-        found.append(capital)
-        total, squares = total + value, squares + (value - mean) ** 2
-    return found
-
-
-def proved_at(capital: Sequence[float], delta: float) -> int | None:
-    """The number of bets after which the capital, in logs, was 1 / δ; None if it never was."""
-    return next((count for count, each in enumerate(capital, start=1) if each >= math.log(1 / delta)), None)
-
-
-def bound(values: Sequence[float], delta: float) -> float:
-    """The lowest risk that bets on these values in [0, 1] prove: their mean is at most so much, with probability 1 − δ.
-
-    1 if they prove none. A higher risk is never harder to prove.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if proved_at(bets(values, middle, delta), delta) is None else (low, middle)
-    return high
 
 
 MOST_PROMPTS = 1_000_000  # the largest number of prompts that `prompts_needed` gives

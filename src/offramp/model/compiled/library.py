@@ -108,7 +108,7 @@ class CRules(ctypes.Structure):
         ("count", c_int64),
         *_of(c_int, "fill confidence key"),
         *_of(c_int64, "middle pending alike"),
-        *_of(c_double, "decay token_regret mean_regret"),
+        *_of(c_double, "decay"),
         *_of(c_void_p, "sketch exit_sketch shortlist guesses costs"),
         *_of(c_int64, "head_flops exit_head_flops"),
         ("row_costs", c_double * (MOST_DRAFTS + 1)),
@@ -123,7 +123,6 @@ class CDecision(ctypes.Structure):
         *_of(c_int64, "id block"),
         ("confidence", c_double),
         *_of(c_int64, "flops blocks passes rejected source"),
-        ("regret", c_double),
     )
 
 
@@ -140,7 +139,6 @@ class CRequest(ctypes.Structure):
         ("whole", c_int64),
         *_of(c_void_p, "deep decisions"),
         *_of(c_int64, "run decided asked failed"),
-        ("regret", c_double),
     )
 
 

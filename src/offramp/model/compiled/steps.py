@@ -59,8 +59,6 @@ class Rules:
     pending: int
     alike: int
     decay: float
-    token_regret: float
-    mean_regret: float
     sketch: CompiledPart | None
     exit_sketch: CompiledPart | None
     shortlist: CompiledPart | None
@@ -84,10 +82,9 @@ class Lane:
         settings: Settings,
         ends: Tensor,
         whole: bool,
-        regret: float,
     ) -> None:
         """`prompt`: how many of the ids are not the answer's; `most`: the tokens that may be decided in all; `ends` (n,):
-        those that end the text, int64; `regret`: that of the answer so far.
+        those that end the text, int64.
         """
         self._session, self._ends = session, ends
         self._ids = (c_int64 * (len(ids) + most + 1))(*ids)
@@ -96,7 +93,6 @@ class Lane:
         self.given = CRequest(
             ids=addressof(self._ids), known=len(ids), prompt=prompt, ends=ends.data_ptr(), ends_count=len(ends),
             how=CSampling.of(settings), whole=whole, decisions=addressof(self._decisions),
-            regret=regret,
         )  # fmt: skip
 
     def keep_deep(self, deep: Tensor) -> None:
@@ -139,7 +135,6 @@ class CompiledPlan(Owned):
         names = (rules.fill, rules.confidence, rules.key)
         given = CRules(
             addressof(exits), len(exits), *map(number_of, names), rules.middle, rules.pending, rules.alike, rules.decay,
-            rules.token_regret, rules.mean_regret,
             *parts, addressof(costs), rules.head_flops, rules.exit_head_flops, tuple(rules.row_costs),
             tuple(rules.accepted),
         )  # fmt: skip

@@ -55,7 +55,7 @@ export class AnswerView {
     const count = (colour) => this.tokens.filter((token) => this.#colour(token) === colour).length;
     const exact = Object.entries(SOURCES).map(([source, { short }]) => [source, `${short} ${count(source)}`]);
     const early = [["early", `left early ${count("early")} (stronger: after fewer blocks)`], ["full", `full depth ${count("full")}`]];
-    return { exact, close: exact, early, full: [] }[this.mode];
+    return { exact, early, full: [] }[this.mode];
   }
 
   // Marks the tokens from the first on that differ from another answer's.
@@ -86,16 +86,10 @@ export class AnswerView {
   }
 }
 
-// What full depth says of a draft that stands.
-function judged(regret) {
-  if (!regret) return " Full depth chose the same token.";
-  return ` Full depth finds it ${Math.exp(-regret).toFixed(2)} times as likely as its own token.`;
-}
-
 // A token in words.
 export function inWords(token, blocks) {
   const sure = token.confidence === null ? "" : `, confidence ${(100 * token.confidence).toFixed(0)}%`;
   const left = token.block < blocks ? `Left after block ${token.block} of ${blocks}` : `Chosen at full depth (${blocks} blocks)`;
   const how = token.drafted ? SOURCES[token.source].drafted(token) : left;
-  return `“${token.text}”\n${how}${sure}.${token.drafted ? judged(token.regret) : ""}`;
+  return `“${token.text}”\n${how}${sure}.${token.drafted ? " Full depth chose the same token." : ""}`;
 }

@@ -7,8 +7,8 @@ import { percent, showMeter, showSpeed, times } from "./meter.js";
 const $ = (id) => document.getElementById(id);
 const STARTS = ["Why is the sky blue?", "List three uses of vinegar in the house.", "Write one sentence about the sea."];
 
-const facts = { blocks: 1, model: "", modes: [], points: {} };
-const taken = {}; // the number of the point that each mode is at
+const facts = { blocks: 1, model: "", modes: [], points: [] };
+let taken = 0; // the place of the point that `early` is at
 const messages = [];
 let running = null; // the AbortController of the answer on its way
 
@@ -32,7 +32,7 @@ function chosenMode() {
   return document.querySelector("#modes :checked").value;
 }
 
-// The mode that the server answers in if none is asked for: "close" of "close:2".
+// The mode that the server answers in if none is asked for: "early" of "early:3".
 function usualMode() {
   return facts.usual.split(":")[0];
 }
@@ -49,21 +49,17 @@ function showModes() {
 function showSettings() {
   if (!document.querySelector(".answer")) showMeter(chosenMode());
   const mode = chosenMode();
-  const points = facts.points[mode] ?? [];
-  $("points").hidden = !points.length;
-  if (!points.length) return;
+  const { points } = facts;
+  $("points").hidden = mode !== "early" || !points.length;
+  if ($("points").hidden) return;
   $("point").max = String(points.length - 1);
-  $("point").value = String(taken[mode]);
-  const words = mode === "close" ? bounds(points[taken[mode]]) : measured(points[taken[mode]]);
+  $("point").value = String(taken);
+  const words = measured(points[taken]);
   $("point-value").textContent = words;
   $("point").setAttribute("aria-valuetext", words);
 }
 
-// A point of `close`, and one of `early`, in words.
-function bounds({ share, regret }) {
-  return `each token at least ${share} times as likely as full depth's own; on average at most ${regret} nats lost a token`;
-}
-
+// A point of `early` in words.
 function measured({ loss, flops_saved: saved, passed }) {
   const alike = Number($("temperature").value) === 0 && Number($("length").value) <= facts.tested.max_tokens;
   const test = !passed ? "did not pass its test" : alike ? "passed its test" : "passed its test, but not with these settings";
@@ -92,7 +88,7 @@ async function tell(view, index) {
 // What the next answer is asked for with. Each time it is drawn anew.
 function request() {
   const mode = chosenMode();
-  const point = facts.points[mode]?.length ? `:${taken[mode] + 1}` : "";
+  const point = mode === "early" && facts.points.length ? `:${taken + 1}` : "";
   return {
     model: facts.model, messages: [...messages], offramp: { mode: mode + point, ids: true }, seed: Math.floor(Math.random() * 2 ** 32),
     temperature: Number($("temperature").value), max_tokens: Number($("length").value),
@@ -213,10 +209,9 @@ async function begin() {
     return;
   }
   $("model").textContent = `${facts.model}, ${facts.blocks} blocks`;
-  taken.close = 0;
-  taken.early = Math.max(0, facts.points.early.findLastIndex((point) => point.passed));
+  taken = Math.max(0, facts.points.findLastIndex((point) => point.passed));
   const named = Number(facts.usual.split(":")[1]);
-  if (named) taken[usualMode()] = named - 1;
+  if (named) taken = named - 1;
   showModes();
   showSettings();
   for (const text of STARTS) $("starts").append(button(text, () => send(text)));
@@ -242,7 +237,7 @@ $("clear").addEventListener("click", () => {
   showSettings();
 });
 $("point").addEventListener("input", () => {
-  taken[chosenMode()] = Number($("point").value);
+  taken = Number($("point").value);
 });
 for (const id of ["point", "temperature", "length"]) $(id).addEventListener("input", showSettings);
 begin();

@@ -3,7 +3,6 @@
 const FIGURES = {
   passes: ["Tokens a pass", ({ note }) => note.tokens_per_pass.toFixed(1)],
   drafts: ["Drafts that stood", ({ note }) => `${note.num_accepted_tokens} of ${note.num_draft_tokens}`],
-  regret: ["Nats lost a token", ({ note, tokens }) => (note.regret / tokens.length).toFixed(3)],
   blocks: ["Blocks for a token", ({ note }) => `${note.mean_blocks.toFixed(1)} of ${note.blocks}`],
   saved: ["FLOPs saved", ({ note }) => percent(note.flops_saved)],
   guarantee: ["Guarantee", ({ note }) => promised(note.guarantee)],
@@ -13,7 +12,6 @@ const FIGURES = {
 const SHOWN = {
   full: ["speed"],
   exact: ["passes", "drafts", "speed", "times"],
-  close: ["regret", "passes", "drafts", "speed", "times"],
   early: ["blocks", "saved", "guarantee", "speed", "times"],
 };
 

@@ -276,20 +276,10 @@ OFFRAMP_API offramp_session *offramp_session_new(offramp_model *model, offramp_t
 OFFRAMP_API void offramp_session_free(offramp_session *session);
 
 // A copy of a session, which goes on independently. It has no more room than its tokens need. Free the plan
-// that stepped the session last only after the last `fork` and `save`: they read the shapes of its Mamba gates.
+// that stepped the session last only after the last `fork`, which reads the shapes of its Mamba gates.
 OFFRAMP_API offramp_session *offramp_session_fork(const offramp_session *session, offramp_error *error);
 
 typedef struct offramp_plan offramp_plan;  // see offramp_plan_new
-
-// A session as bytes, for the same model on the same kind of machine: returns how many there are, of which
-// `room` are written; -1 during a watch (settle), while tokens wait at exits, or if a request failed (read the
-// text anew). What drafts taught the session is left out. Give `load` the plan that will step the text, with
-// the exits of the plan before. With NULL, the memories of Mamba gates are left out, and no plan with such
-// gates can step the session. `load` checks that the bytes are a session, but not their numbers.
-OFFRAMP_API int64_t offramp_session_save(offramp_session *session, void *bytes, int64_t room);
-OFFRAMP_API offramp_session *offramp_session_load(offramp_model *model, const offramp_plan *plan,
-                                                  offramp_type keys, const void *bytes, int64_t count,
-                                                  offramp_error *error);
 
 // Gives the memory room for so many tokens when it next grows.
 OFFRAMP_API void offramp_session_reserve(offramp_session *session, int64_t tokens);

@@ -170,7 +170,7 @@ static void estimates_go_with_forks(const char *blocks) {
     offramp_model_free(t.model);
 }
 
-// Going back leaves rows of journals for the next pass. A fork, a saved session, and a watch that begins then
+// Going back leaves rows of journals for the next pass. A fork, and a watch that begins then
 // have the memories of a text that was read to here.
 static void rows_are_put_off(const char *blocks) {
     const Tiny t = random_model(blocks, 0);
@@ -183,9 +183,8 @@ static void rows_are_put_off(const char *blocks) {
     while (step(plan, &x, 1, 90, 1)) {
         for (int64_t i = 0; i < t.count; i++) put_off += s->blocks[i].mixed.due;
         const int64_t run = x->r.run;
-        Text *read = text_of(&t, OFFRAMP_FLOAT32, x->ids, run), *copy = run % 2 ? fork_of(x) : NULL;
+        Text *read = text_of(&t, OFFRAMP_FLOAT32, x->ids, run), *copy = fork_of(x);
         read_all(plan, &read, 1);
-        if (!copy) copy = loaded(&t, plan, OFFRAMP_FLOAT32, x);
         WORKS(offramp_session_watch(s, 0, t.count, &said));
         Text *watched = fork_of(x);
         CHECK(all_the_same(&t, copy->r.session, read->r.session), "a copy after drafts");

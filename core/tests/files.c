@@ -311,29 +311,6 @@ static int64_t decode(offramp_plan *plan, offramp_session *session, int64_t *ids
     return known;
 }
 
-static void sessions_come_back(const offramp_file *file, offramp_plan *plan, const int64_t *wanted) {
-    int64_t ids[MOST + 8];
-    offramp_session *s = offramp_file_session(file, 32, &said);
-    MADE(s);
-    int64_t known = decode(plan, s, memcpy(ids, wanted, 4 * sizeof *ids), 4, 0, 8);
-    const int64_t bytes = offramp_session_save(s, NULL, 0), run = offramp_session_length(s, 0);
-    char *saved = memory(bytes);
-    CHECK(offramp_session_save(s, saved, bytes) == bytes, "the bytes of a session");
-    offramp_model *model = offramp_file_model(file);
-    offramp_session *again = offramp_session_load(model, NULL, OFFRAMP_FLOAT32, saved, bytes, &said);
-    MADE(again);
-    known = decode(plan, again, ids, known, run, MOST - 8);
-    CHECK(known == MOST + 4 && !memcmp(ids, wanted, known * sizeof *ids), "a session goes on otherwise");
-    NOT_MADE(offramp_session_load(model, NULL, OFFRAMP_FLOAT32, saved, bytes - 1, &said));
-    NOT_MADE(offramp_session_load(model, NULL, OFFRAMP_BFLOAT16, saved, bytes, &said));
-    for (int i = 0; i < 300; i++) {
-        char *damaged = memcpy(memory(bytes), saved, bytes);
-        for (int k = 0; k < 4; k++) damaged[below(64)] = (char)random_bits();
-        offramp_session_free(offramp_session_load(model, NULL, OFFRAMP_FLOAT32, damaged, bytes, &said));
-    }
-    offramp_session_free(s), offramp_session_free(again);
-}
-
 // A model of parts opens, and its answer is the same in one pass and in several.
 static void parts_are_a_model(void) {
     int64_t wanted[MOST + 8] = {257, 258, ' ', 't'}, found[MOST + 8];
@@ -382,7 +359,6 @@ static void answers_are_full_depths(void) {
                     *other = offramp_file_session(file, 32, &said);
     decode(full, s, wanted, 4, 0, MOST), decode(exact, other, found, 4, 0, MOST);
     CHECK(!memcmp(wanted, found, (MOST + 4) * sizeof *found), "exact gives other tokens");
-    sessions_come_back(file, full, wanted);
     offramp_session_free(s), offramp_session_free(other);
     offramp_plan_free(full), offramp_plan_free(exact);
     offramp_file_free(exits), offramp_file_free(others), offramp_file_free(file);

@@ -323,32 +323,6 @@ static void positions_need_their_table(void) {
     offramp_model_free(t.model);
 }
 
-// The session that an attention's bytes become, if they say that it has forgotten its first tokens; or NULL.
-static offramp_session *with_base(const Tiny *t, int64_t base) {
-    enum { BASE = 4, LENGTH };  // places of numbers
-    offramp_session *s = session_of(t, OFFRAMP_FLOAT32);
-    run_randoms(t, s, 10);
-    const int64_t count = offramp_session_save(s, NULL, 0);
-    int64_t *bytes = memory(count);
-    CHECK(offramp_session_save(s, bytes, count) == count, "the bytes of a session");
-    offramp_session_free(s);
-    CHECK(bytes[BASE] == 0 && bytes[LENGTH] == 10, "%d tokens", (int)bytes[LENGTH]);
-    bytes[BASE] = base, bytes[LENGTH] = base + 10;
-    return offramp_session_load(t->model, NULL, OFFRAMP_FLOAT32, bytes, count, &said);
-}
-
-static void only_windows_have_forgotten_tokens(void) {
-    const Tiny all = model_of("a", 0), window = model_of("a", 8);
-    NOT_MADE(with_base(&all, 8));
-    NOT_MADE(with_base(&all, -8));
-    NOT_MADE(with_base(&window, 1));
-    NOT_MADE(with_base(&window, INT64_MAX - 10));
-    offramp_session *s = with_base(&window, 8);
-    MADE(s);
-    run_randoms(&window, s, 3);
-    offramp_session_free(s), offramp_model_free(all.model), offramp_model_free(window.model);
-}
-
 int main(void) {
     for (offramp_type keys = OFFRAMP_FLOAT32; keys <= OFFRAMP_BFLOAT16; keys++) {
         forks_are_independent("ab", keys);
@@ -362,7 +336,6 @@ int main(void) {
     watches_go_back();
     memory_is_as_said();
     wrong_calls_are_refused();
-    only_windows_have_forgotten_tokens();
     positions_need_their_table();
     return 0;
 }

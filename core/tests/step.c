@@ -127,7 +127,6 @@ static void nan_fails_one_request(offramp_fill fill, int64_t conditions) {
 // A text whose request failed goes on no more, and neither does a fork of it.
 static void is_half_written(offramp_plan *plan, const Text *x) {
     Text *both[] = {fork_of(x), fork_of(x)};
-    CHECK(offramp_session_save(x->r.session, NULL, 0) == -1, "a half-written session was saved");
     offramp_session_free(both[0]->r.session), both[0]->r.session = x->r.session;
     for (int i = 0; i < 2; i++) {
         both[i]->r.allowed = NULL, both[i]->r.most = 1, both[i]->r.reads = 0;

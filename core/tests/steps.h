@@ -37,20 +37,6 @@ static inline Text *fork_of(const Text *x) {
     return twin;
 }
 
-// A copy of a text whose session became bytes and came back for a plan; NULL where tokens wait at exits.
-static inline Text *loaded(const Tiny *t, const offramp_plan *plan, offramp_type keys, const Text *x) {
-    const int64_t bytes = offramp_session_save(x->r.session, NULL, 0);
-    if (bytes < 0) return NULL;
-    char *saved = memory(bytes);
-    Text *twin = memory(sizeof *twin);
-    CHECK(offramp_session_save(x->r.session, saved, bytes) == bytes, "the bytes of a session");
-    *twin = *x;
-    twin->r.session = offramp_session_load(t->model, plan, keys, saved, bytes, &said);
-    MADE(twin->r.session);
-    twin->r.ids = twin->ids, twin->r.deep = twin->deep;
-    return twin;
-}
-
 static inline int is_over(const Text *x, int64_t most) {
     int over = x->decided >= most || x->r.failed;
     for (int64_t i = 0; x->decided && i < x->r.ends_count; i++)

@@ -3,7 +3,6 @@
 #include "steps.h"
 
 enum { MOST = 24 };
-static int bytes_came_back;
 
 // After all that waited went to the top, a text is as one that full depth read.
 static void states_are_exact(const Tiny *t, offramp_plan *plan, const Rules *r, Text *x) {
@@ -27,11 +26,6 @@ static void forks_go_on_alike(const Tiny *t, offramp_plan *plan, const Rules *r,
         step_all(plan, &fork, 1, MOST, 1 + below(5));
         are_alike(t, fork, whole, 0, "a fork");
         offramp_session_free(fork->r.session);
-        Text *again = below(2) ? loaded(t, plan, i % 2 ? OFFRAMP_FLOAT32 : OFFRAMP_BFLOAT16, x) : NULL;
-        if (!again) continue;
-        step_all(plan, &again, 1, MOST, 1 + below(5)), bytes_came_back++;
-        are_alike(t, again, whole, 0, "a session that was bytes");
-        offramp_session_free(again->r.session);
     }
     are_alike(t, x, whole, 0, "in small calls");
     if (r->rules.fill == OFFRAMP_DEFER && !x->r.failed && i != 1) states_are_exact(t, plan, r, x);
@@ -195,42 +189,12 @@ static void forks_slide_while_tokens_wait(void) {
     offramp_model_free(t.model);
 }
 
-// A mixer beside an attention has a length of its own: bytes in which it does not fit the text are of no use.
-static void mixers_have_lengths(void) {
-    Shape shape = SMALL;
-    shape.blocks = "s";
-    const Tiny t = tiny(shape);
-    const int64_t ids[] = {3, 1, 4, 1, 5}, header = 4, keys = 2 + 5 * 2 * 2 * 8 / 2;
-    Rules rules;
-    begin_rules(&rules, 1);
-    rules.rules.fill = OFFRAMP_VERIFY;
-    offramp_plan *plan = plan_of(&t, &rules);
-    Text *x = text_of(&t, OFFRAMP_FLOAT32, ids, 5);
-    step_all(plan, &x, 1, 1, 1);
-    const int64_t count = offramp_session_save(x->r.session, NULL, 0);
-    int64_t *bytes = memory(count), *length = bytes + header + keys;
-    CHECK(offramp_session_save(x->r.session, bytes, count) == count && *length == 5, "%d", (int)*length);
-    x->r.reads = 0, x->r.most = 1;
-    for (int64_t wrong = 0; wrong <= 1000; wrong += 4) {
-        *length = wrong;
-        offramp_session_free(x->r.session);
-        x->r.session = offramp_session_load(t.model, plan, OFFRAMP_FLOAT32, bytes, count, &said);
-        MADE(x->r.session);
-        offramp_request *request = &x->r;
-        REFUSED(offramp_step(plan, &request, 1, 1, NULL, &said));
-    }
-    offramp_session_free(x->r.session), offramp_plan_free(plan), free_parts(&rules);
-    offramp_model_free(t.model);
-}
-
 int main(void) {
     all_forks_go_on_alike(60);
-    CHECK(bytes_came_back > 50, "%d sessions came back", bytes_came_back);
     so_many_wait();
     what_waits_is_not_settled();
     other_plans_wait();
     frozen_texts_do_not_wait();
     forks_slide_while_tokens_wait();
-    mixers_have_lengths();
     return 0;
 }

@@ -1,11 +1,11 @@
 """Are verified answers equal to full depth's? Checks a model, or random tiny models of every family.
 
-    .venv/bin/python benchmarks/verified.py TruthfulQA.csv [--model smollm2] [--dtype float32] [--engine compiled]
+    .venv/bin/python benchmarks/verified.py TruthfulQA.csv [--model smollm2] [--dtype float32]
     .venv/bin/python benchmarks/verified.py --tiny [--count 200]
 
 Every question is answered at full depth and with `--mode exact`. For answers that differ, the script prints how far apart
 the two best logits are at the first token that differs. In float32, only ties may differ; in compiled blocks,
-nothing may. `--engine library` runs the library's own blocks.
+nothing may.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="random models of every family instead, with random gates")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--dtype")
-    parser.add_argument("--engine", default="compiled", choices=("compiled", "library"))
     parser.add_argument("--exits", type=Path)
     parser.add_argument("--count", type=int)
     parser.add_argument("--tokens", type=int, default=64)
@@ -76,15 +75,13 @@ def main(argv: list[str] | None = None) -> None:
         tiny_models(args.count or 200)
         return
     try:
-        backbone = offramp.load(args.model, args.dtype, keep=args.engine == "library").backbone
-        if args.engine == "library":
-            backbone.use_library_blocks()
+        backbone = offramp.load(args.model, args.dtype).backbone
         exits = ExitSet.find(args.exits, backbone).drafting
     except OfframpError as error:
         parser.error(f"{error} {error.hint}")
     prompts = [backbone.prompts.encode(question) for question in questions_in(args.questions, args.count or 100)]
     line = compare(Engine(backbone, exits, fill="verify"), prompts, args.tokens)
-    print(f"{backbone.name}, {backbone.weight_format}, {args.engine}: {line}")
+    print(f"{backbone.name}, {backbone.weight_format}: {line}")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,6 @@ def test_another_use_than_the_calibrated_one_warns(tmp_path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Engine(backbone, loaded)
-        Engine(backbone, loaded, fill="verify")
         Engine(backbone, loaded, Policy((0.5,) * 3), fill="copy")  # the user's own thresholds
     with pytest.warns(UserWarning, match="calibrated with fill project, not copy") as caught:
         Engine(backbone, loaded, fill="copy")

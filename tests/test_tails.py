@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import LAYERS, PROMPT, TAILS, costing, exits_for, library_tokens, modest_exits, same_or_tied, some_prompts
-from models import BLOCKS, COMPILED, HIDDEN, tiny
+from models import BLOCKS, COMPILED, HIDDEN, LLAMA, tiny
 from offramp import Engine, Exits, ExitsConfig, Policy
 from offramp.decode.request import Talk
 from offramp.decode.sampling import Sampling
@@ -151,7 +151,7 @@ def test_blocks_count_what_ran_for_deferred_and_rejected_tokens(family: str) -> 
 
 
 def test_other_use_than_the_calibrated_one_is_noted_once() -> None:
-    exits = exits_for("llama")
+    exits = exits_for("llama", gate="linear", readout="none")
     exits.policy = Policy((0.5,) * 3)
     exits.calibration = {"fill": "project", "weights": "float32", "max_tokens": 16, "raw": False}
     with warnings.catch_warnings():
@@ -159,7 +159,7 @@ def test_other_use_than_the_calibrated_one_is_noted_once() -> None:
         engine = Engine(tiny("llama"), exits)
         engine.generate("Hi", max_tokens=16)
         engine.check_use(16, raw=False)
-        Engine(tiny("llama"), exits, fill="verify", sampling=Sampling(0.7)).generate("Hi", max_tokens=20)
+        Engine(tiny(LLAMA), exits, fill="verify", sampling=Sampling(0.7)).generate("Hi", max_tokens=20)
     with pytest.warns(UserWarning, match="answers of at most 16 tokens, not 20"):
         engine.generate("Hi", max_tokens=20)
     with warnings.catch_warnings():

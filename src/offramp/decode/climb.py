@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from offramp.decode.drafts import Round
 from offramp.decode.request import Request
 from offramp.decode.sequence import NO_WORK, Sequence, Work
 from offramp.model.runtime import BlockInput, Step
@@ -19,14 +18,13 @@ class Climb:
 
     h (1, n, D): hidden states of the tokens up to position `end`, after the blocks before `segment`; None before they are
     embedded. `middle`: at the top, their states after the block that read-outs read. `may_leave`: whether exits are asked.
-    `round`: with `verify`, the sequence's drafts in this step. `counted`: whether work is counted; the work for a prompt is
-    not. `tops`: the most probable token at each exit so far, for the confidence `patience`.
+    `counted`: whether work is counted; the work for a prompt is not. `tops`: the most probable token at each exit so far,
+    for the confidence `patience`.
     """
 
     request: Request
     end: int
     may_leave: bool
-    round: Round | None = None
     counted: bool = True
     h: Tensor | None = None
     middle: Tensor | None = None
@@ -60,8 +58,6 @@ class Climb:
     def make_room(self, start: int, stop: int, first_tail: int) -> None:
         """Prepare the memories of blocks `start` to `stop` - 1 for the tokens. The longest tail begins at `first_tail`."""
         sequence = self.sequence
-        if sequence.drafts:  # the state must be able to forget them
-            sequence.watch(start, stop)
         if sequence.watched and stop > first_tail:
             # The exact states replace those that tokens put into the tails' blocks when they left early.
             sequence.state.crop(self.end - self.hidden.shape[1], max(start, first_tail), stop)

@@ -208,5 +208,5 @@ def _rules(plan: Plan, runtime: Compiled, exits: Exits | None, open_exits: list[
         head_flops=plan.head.flops,
         exit_head_flops=plan.exit_head.flops,
         row_costs=plan.drafts.rows if plan.drafts else (0.0,) * (MOST_DRAFTS + 1),
-        accepted=plan.drafts.accepted if plan.drafts and plan.drafts.accepted else (0.0,) * DEPTHS,
+        accepted=plan.drafts.accepted if plan.drafts else (0.0,) * DEPTHS,
     )

@@ -6,16 +6,15 @@
 | `copy` | keys and values of the last computed attention block | their state as it was | none |
 | `freeze` | as `project` | their state as it was | as `project` in attention blocks |
 | `defer` | their own, exact, later | their own, exact, later | the skipped blocks, run later in one chunk |
-| `verify` | as `defer` | as `defer` | as `defer`, and the head on the whole chunk |
 
 `project` runs each skipped block's own projections, convolution and scan, but no attention, gate path, output or MLP. It is
 CALM's state propagation for attention (arXiv 2207.07061, section 3.2) and DYNAMAX's partial forward for Mamba (arXiv
 2504.20922). `copy` and `freeze` are DYNAMAX's two ways without computation. These three are approximate: later tokens see
 only roughly what the skipped blocks would have remembered. A block with both parts (attention and Mamba) fills both.
 
-`defer` and `verify` wait. The token is queued at its exit. The next token that passes this exit runs in one chunk with the
-whole queue, so the weights are read once for all of them. In the end every block sees every token, so its state is exact.
-With `verify`, full depth then decides each token.
+`defer` waits. The token is queued at its exit. The next token that passes this exit runs in one chunk with the whole queue,
+so the weights are read once for all of them. In the end every block sees every token, so its state is exact. `verify` is
+the mode `exact`: full depth decides each token. It runs in compiled code alone (core/drafts.c).
 
 A new fill is one class and one row in `FILLS`.
 """
@@ -159,7 +158,7 @@ class Defer(Fill):
 
 
 class Verify(Defer):
-    """As `Defer`, but the full model's logits decide: the first draft that differs is rejected, with all after it."""
+    """Drafts, which full depth decides about: the first one that differs is rejected, with all after it. In C alone."""
 
     name = "verify"
     verifies = True

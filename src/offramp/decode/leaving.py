@@ -2,8 +2,7 @@
 
 The gate reads the hidden state at the exit. Where it is sure, or where it says "perhaps" and there is a second key, the
 read-out runs: the adapter, then the exit's tail if it has one, then the head. With a second key, or with a confidence that
-needs no gate, the logits decide. With `verify`, a token that leaves is a draft, and must also pay (`decode.drafts`). If the
-token then stays, the tail's blocks forget it again.
+needs no gate, the logits decide. If the token then stays, the tail's blocks forget it again.
 """
 
 from __future__ import annotations
@@ -42,8 +41,6 @@ def leave(plan: Plan, number: int, climbs: list[Climb]) -> dict[Climb, Decision]
     decisions = {}
     gates = {}  # what the gates said
     for climb in climbs:
-        if climb.round:
-            climb.round.asks(number)
         said = _gate_says(plan, number, climb) if plan.policy.confidence == "gate" else None
         if said is None or said > _lowest(plan, number, climb):
             gates[climb] = said
@@ -52,8 +49,8 @@ def leave(plan: Plan, number: int, climbs: list[Climb]) -> dict[Climb, Decision]
         with climb.request.own():
             plan.check_numbers(readout.logits)
             confidence, leaves = _confidence(plan, number, readout, gates[climb])
-            id = _choice(plan, readout) if leaves or climb.round else None
-            if id is not None and _stands(climb, id, confidence, leaves):
+            id = _choice(plan, readout) if leaves else None
+            if id is not None:
                 decisions[climb] = _left(plan, number, readout, id, confidence)
             else:
                 _stay(plan, number, climb)
@@ -78,10 +75,9 @@ def _lowest(plan: Plan, number: int, climb: Climb) -> float:
 
 
 def _threshold(plan: Plan, number: int, climb: Climb, of: Callable[[int, int], float]) -> float:
-    """The threshold at this exit. A draft stands only if all before it do, so the chance that they do raises it."""
+    """The threshold at this exit, for the newest token of the answer."""
     sequence = climb.sequence
-    threshold = of(sequence.exits[number].index, len(sequence.ids) - sequence.prompt)
-    return threshold / climb.round.chance if climb.round else threshold
+    return of(sequence.exits[number].index, len(sequence.ids) - sequence.prompt)
 
 
 def _read_out(plan: Plan, number: int, climbs: list[Climb]) -> list[ReadOut]:
@@ -148,15 +144,6 @@ def _choice(plan: Plan, readout: ReadOut) -> int | None:
             return request.choose(plan.exit_head.over_vocabulary(readout.logits)[-1], request.sequence.ids)
         except NothingFits:
             return None
-
-
-def _stands(climb: Climb, id: int, confidence: float, leaves: bool) -> bool:
-    """Whether a climb leaves with this token. If only the policy says yes, not the draft rule, no more exits are asked."""
-    if not climb.round:
-        return leaves
-    kept = climb.round.keeps_exits(id, confidence, leaves, climb.request.end_ids)
-    climb.may_leave = not leaves
-    return kept
 
 
 def _left(plan: Plan, number: int, readout: ReadOut, id: int, confidence: float) -> Decision:

@@ -12,7 +12,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from offramp.decode.drafts import DraftRule, accepted_by, asking_cost
+from offramp.decode.drafts import accepted_by, asking_cost
 from offramp.decode.fills import FILLS, fill_named
 from offramp.decode.row_costs import row_costs
 from offramp.errors import BadInput
@@ -107,12 +107,12 @@ def promised_gain(backbone: Backbone, exits: Exits) -> float:
     right = accepted_by(exits, first, with_table=True)
     listed = backbone.vocab_size if exits.shortlist is None else len(exits.shortlist)
     asking = asking_cost(backbone, first, Costs(backbone).head * listed // backbone.vocab_size)
-    rule = DraftRule(row_costs(backbone))
+    rows = row_costs(backbone)
     best = tokens = chance = 1.0
     for drafts, share in enumerate(right[:MOST_DRAFTS], start=1):
         chance *= share
         tokens += chance
-        best = max(best, tokens / (rule.pass_cost(1 + drafts) + drafts * asking))
+        best = max(best, tokens / (1 + rows[drafts] + drafts * asking))
     return best
 
 

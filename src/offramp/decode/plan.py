@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +27,7 @@ from offramp.exits.exits import Exit, Exits
 from offramp.exits.parts import ExitPart, with_products
 from offramp.exits.policy import Policy
 from offramp.model.backbone import Backbone
-from offramp.model.compiled.library import MOST_DRAFTS
+from offramp.model.compiled.library import DEPTHS, MOST_DRAFTS
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.costs import Costs
 from offramp.model.runtime import joined
@@ -77,9 +78,10 @@ class Plan:
         self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
         self.drafts = self._draft_rule(exits) if self.fill.verifies else None
-        self._reference = Reference(self)
         self._exits, self._runtime = exits, backbone.runtime
         self.compiled: Stepper | None = CompiledStepper.of(self, exits)
+        if self.fill.verifies and not self.compiled:
+            self._warn_of_full_depth(" with these exits" if exits else "")
         known = exits.calibration if exits else {}
         tested = policy is None or policy in [point.policy for point in points_of(known)]
         self._calibration: dict[str, Any] = known if tested else {}
@@ -147,20 +149,33 @@ class Plan:
         return DraftRule(
             rows=row_costs(self.backbone),
             asking=tuple(asking_cost(self.backbone, exit, self.exit_head.flops) for exit, _ in self.open_exits),
-            floor=self.policy.thresholds[self.open_exits[0][1]] if self.open_exits else 0.0,
-            lookup=self.lookup,
             ngrams=exits.ngrams if exits else None,
-            most=min(self.max_pending, MOST_DRAFTS),
-            accepted=accepted_by(exits, self.open_exits[0][0]) if exits and self.open_exits else (),
+            accepted=accepted_by(exits, self.open_exits[0][0]) if exits and self.open_exits else (0.0,) * DEPTHS,
+        )
+
+    def _warn_of_full_depth(self, why: str) -> None:
+        """Say that `exact` is no faster here."""
+        warnings.warn(
+            f"Only compiled code makes drafts, and it does not run {self.backbone.name}{why}. So 'exact' runs "
+            "full depth here: the same tokens, no faster. offramp inspect MODEL says why.",
+            stacklevel=4,
         )
 
     def stepper(self, choose: Choose) -> Stepper:
-        """The stepper for requests with this `choose`: compiled code if it can serve them, else the reference."""
+        """The stepper for requests with this `choose`: compiled code if it can serve them, else the reference.
+
+        The reference makes no drafts: where they are wanted, it runs full depth, whose tokens are the same.
+        """
         if self._runtime is not self.backbone.runtime:  # the backbone now runs other blocks
             self._runtime, self.compiled = self.backbone.runtime, CompiledStepper.of(self, self._exits)
         if self.compiled and sampler_of(choose):
             return self.compiled
+        self._reference.plan.timed = self.timed
         return self._reference
+
+    @cached_property
+    def _reference(self) -> Reference:
+        return Reference(Plan(self.backbone) if self.fill.verifies else self)
 
     @property
     def steppers_share(self) -> bool:

@@ -1,4 +1,4 @@
-"""The memory of one sequence between decoding steps, and how it forgets rejected drafts."""
+"""The memory of one sequence between decoding steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from offramp.decode.drafts import Estimates
 from offramp.exits.exits import Exit
 from offramp.exits.parts import ExitPart, Memory
 from offramp.model.compiled.session import Session
@@ -26,19 +25,16 @@ class Follower:
     """A gate or a read-out that follows one sequence.
 
     `see` takes every token's hidden state at its exit, once and in order; a recurrent part runs at once. `read` gives the
-    output for the newest token. `crop` can forget the tokens seen since `settle`. Raises `TypeError` for a part that
-    returns a memory and does not declare `recurrent`: its memory would be lost.
+    output for the newest token. Raises `TypeError` for a part that returns a memory and does not declare `recurrent`: its
+    memory would be lost.
     """
 
     def __init__(self, part: ExitPart, run: ExitPart | None = None) -> None:
         """`run`: the same part as it is to be run, such as one with compiled products; by default `part` itself."""
         self._part = run or part
         self.flops_per_token = part.flops()
-        self.length = 0  # tokens that a recurrent part has been run on
         self._memory: Memory = None
         self._newest: Tensor | None = None  # the newest token's hidden state, or the output for it if the part is recurrent
-        self._settled: tuple[int, Memory] = (0, None)  # the number of settled tokens, and the memory after them
-        self._seen: list[Tensor] = []  # the inputs of a recurrent part since `settle`
 
     def see(self, h: Tensor) -> int:
         """Take the hidden states h (1, T, …) of T more tokens that reached the exit. Returns the FLOPs spent."""
@@ -47,13 +43,11 @@ class Follower:
             return 0
         out, self._memory = self._part(h.float(), self._memory)
         self._newest = out[:, -1:]
-        self._seen.append(h)
-        self.length += h.shape[1]
         return h.shape[1] * self.flops_per_token
 
     def read(self) -> tuple[Tensor, int]:
         """The output for the newest token, (1, 1, …), and the FLOPs spent now."""
-        assert self._newest is not None, "no token has reached this exit since `settle`"
+        assert self._newest is not None, "no token has reached this exit"
         if self._part.recurrent:
             return self._newest, 0
         out, memory = self._part(self._newest.float(), None)
@@ -61,36 +55,18 @@ class Follower:
             raise TypeError(f"{type(self._part).__name__} returns a memory: its class must say `recurrent = True`")
         return out, self.flops_per_token
 
-    def settle(self) -> None:
-        """Make all tokens so far final: after that, `crop` cannot forget them, and `read` cannot read them."""
-        self._settled, self._seen, self._newest = (self.length, self._memory), [], None
-
-    def crop(self, length: int) -> None:
-        """Forget all tokens but the first `length`. A recurrent part is run again on those that stay."""
-        if length >= self.length:
-            return
-        self.length, self._memory = self._settled
-        kept = torch.cat(self._seen, dim=1)[:, : length - self.length]
-        self._seen = []
-        if kept.shape[1]:
-            self.see(kept)
-
     def fork(self) -> Follower:
         """A copy of this follower, which has seen the same tokens and shares the weights."""
         twin = copy.copy(self)
-        twin._seen = [*self._seen]
         if self._memory is not None:
             window, state = self._memory
             twin._memory = window.clone(), state.clone()
-            if self._settled[1] is self._memory:
-                twin._settled = self._settled[0], twin._memory
         return twin
 
     @property
     def bytes(self) -> int:
         """The bytes of its memory."""
-        kept = [*self._seen, *(self._memory or ()), *(self._settled[1] or ())]
-        return sum({id(part): part.nbytes for part in kept}.values())
+        return sum(part.nbytes for part in self._memory or ())
 
 
 @dataclass
@@ -190,32 +166,30 @@ class Decision:
 class Sequence:
     """The tokens of one text, and the memory of them.
 
-    `ids`: prompt, decided tokens, drafts. All but the last have been run through the blocks before the first exit. Tokens
-    that are pending at a later exit are older than those at an earlier one. `drafts`: the newest ids, not verified yet.
+    `ids`: prompt and decided tokens. All but the last have been run through the blocks before the first exit. Tokens
+    that are pending at a later exit are older than those at an earlier one.
     `deep` (1, 1, …): the top hidden state of the token before the newest, or its read-out's output if it left early; beside
     it a middle state, if read-outs read one, of the last token that full depth has run. `whole`: no step failed half-way,
-    so the blocks' memory is right. `estimates`: those that its drafts taught.
+    so the blocks' memory is right. `rejected`: the drafts of this answer that full depth rejected.
     """
 
     ids: list[int]
     state: AnyState
     exits: list[OpenExit]
     prompt: int  # number of ids in the prompt
-    drafts: list[Decision] = field(default_factory=list)
     deep: Tensor | None = None
     run: int = 0  # number of tokens that have been run through the blocks before the first exit
     deep_passes: int = 0
     rejected: int = 0
     whole: bool = True
-    watched: bool = False  # whether blocks keep what they need to forget drafts
-    estimates: Estimates = field(default_factory=Estimates)
+    watched: bool = False  # whether blocks keep what they need to forget tokens
     stepper: object = None  # which began it
 
     def continued_by(self, ids: list[int], open_exits: list[tuple[Exit, int]]) -> bool:
         """Whether the sequence can be used again: these ids begin with all that have been run, at the same open exits."""
         same_exits = [(exit.exit, exit.index) for exit in self.exits] == open_exits
         begins = self.run < len(ids) and self.ids[: self.run] == ids[: self.run]
-        return self.whole and begins and same_exits and not self.drafts
+        return self.whole and begins and same_exits
 
     def forget_what_differs(self, ids: list[int]) -> None:
         """Forget the tokens from where the text differs from these ids: tokens decided ahead that nobody took, or an edit.
@@ -224,7 +198,9 @@ class Sequence:
         """
         length = begin_alike([self.ids, ids])
         if self.whole and 0 < length < self.run and not self.exits and self.state.can_forget(length):
-            self.crop(length)
+            del self.ids[length:]
+            self.run = length
+            self.state.crop(length)
 
     @property
     def pending(self) -> int:
@@ -242,35 +218,20 @@ class Sequence:
         return [follower for exit in self.exits for follower in exit.followers]
 
     def settle(self) -> None:
-        """Make all tokens final: none of them is a draft any more.
-
-        While tokens are pending, the tails' blocks can still forget them.
-        """
-        self.drafts = []
+        """Make all tokens final. While tokens are pending, the tails' blocks can still forget them."""
         if self.watched and not self.pending:
             self.state.settle()
             self.watched = False
-        for follower in self.followers:
-            follower.settle()
 
     def watch(self, start: int, stop: int) -> None:
         """From now on, blocks `start` to `stop` - 1 can forget the tokens they take in, until `settle`."""
         self.state.watch(start, stop)
         self.watched = True
 
-    def crop(self, length: int) -> None:
-        """Forget every token from position `length` on. None of the tokens before may be pending."""
-        del self.ids[length:]
-        self.run = min(self.run, length)
-        self.state.crop(length)
-        for follower in self.followers:
-            follower.crop(length)
-
     def fork(self) -> Sequence:
         """A second sequence with the same tokens, which goes on independently of this one."""
         exits = [exit.fork() for exit in self.exits]
         state, deep = copy.deepcopy(self.state), None if self.deep is None else self.deep.clone()
-        estimates = self.estimates.copy()
         return Sequence(
             [*self.ids],
             state,
@@ -279,7 +240,6 @@ class Sequence:
             deep=deep,
             run=self.run,
             watched=self.watched,
-            estimates=estimates,
             stepper=self.stepper,
         )
 
@@ -287,7 +247,7 @@ class Sequence:
         """Take over another sequence's memory of a text that begins alike; `remaining` more tokens are to come."""
         twin = other.fork()
         self.state, self.exits, self.deep, self.run = twin.state, twin.exits, twin.deep, twin.run
-        self.watched, self.estimates = twin.watched, twin.estimates
+        self.watched = twin.watched
         self.state.reserve(len(self.ids) + remaining)
 
     @property

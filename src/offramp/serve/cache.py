@@ -56,7 +56,7 @@ class PromptCache:
         Does nothing for a talk that has drafts or pending tokens, or that failed.
         """
         sequence = talk.sequence
-        if sequence is None or not sequence.run or not sequence.whole or sequence.drafts or sequence.pending:
+        if sequence is None or not sequence.run or not sequence.whole or sequence.pending:
             return
         size = sequence.bytes
         if size > self.most:

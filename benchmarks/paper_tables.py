@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/paper_tables.py build/paper/*/*.json* [--figure FILE.svg] > tables.md
     .venv/bin/python benchmarks/paper_tables.py build/paper/*/*.json* --check tables.md PAGE …
 
-The files are Results (`MODEL-TASK.json`, or packed by xz) and times (`MODEL-TASK-times-BATCH.jsonl`). With `--check`, it
+The files are Results (`MODEL-TASK.json`) and times (`MODEL-TASK-times-BATCH.jsonl`). With `--check`, it
 compares pages with these tables instead, and fails if something differs. The first page must have all rows, and no other
 row about these models and tasks. The pages beside it may have some of the rows; each percentage in their text, and each
 number like "1.06 times", must be in a row. In pages elsewhere that holds for a paragraph, or a row of a table, that links

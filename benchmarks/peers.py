@@ -120,7 +120,7 @@ def taught(model: Any, prompts: int, tokens: int) -> int:
 
 
 def transformers_peer(args: argparse.Namespace) -> Peer:
-    """The library's own `generate`: plain, compiled, or one of its two ways to draft without a second model."""
+    """The library's own `generate`: plain, or one of its two ways to draft without a second model."""
     model = hugging_face(args)
     ways: dict[str, tuple[str, dict[str, Any]]] = {
         "transformers": (f"generate, {model.config._attn_implementation}", {}),
@@ -128,16 +128,8 @@ def transformers_peer(args: argparse.Namespace) -> Peer:
         "lookup": ("generate(prompt_lookup_num_tokens=10)", {"prompt_lookup_num_tokens": 10}),
     }
     way, options = ways[args.peer]
-    if args.compiled:
-        from transformers import CompileConfig
-
-        # On GPUs a static cache is enough to have the decoding step compiled; on a CPU it must be asked for.
-        compiling = CompileConfig(mode="default", fullgraph=True)
-        compiling._compile_all_devices = True
-        options = {"cache_implementation": "static", "max_cache_len": 512, "compile_config": compiling}
-        way = 'generate(cache_implementation="static"), torch.compile'
     facts = torch_facts(model, way, "transformers", plain=args.peer == "transformers")
-    if args.peer != "transformers" or args.compiled:
+    if args.peer != "transformers":
         return Peer(facts, streamed(model.generate, options), torch_score(model))
     return Peer(facts, streamed(model.generate, options), torch_score(model), torch_prefill(model), torch_batch(model))
 
@@ -252,41 +244,6 @@ def requantised(args: argparse.Namespace) -> Path:
     return path
 
 
-def openvino_peer(args: argparse.Namespace) -> Peer:
-    """OpenVINO GenAI on the model's GGUF file."""
-    import numpy as np
-    import openvino
-    import openvino_genai
-
-    # `--requantise` names a file that the llama.cpp peer has made.
-    path = Path(args.work) / f"{Path(args.model).stem}-as-{args.requantise}.gguf" if args.requantise else Path(args.model)
-    model = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=args.threads)
-
-    class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
-        def __init__(self, out: Out) -> None:
-            super().__init__()
-            self.out = out
-
-        def write(self, tokens: int | list[int]) -> openvino_genai.StreamingStatus:
-            self.out(tokens if isinstance(tokens, list) else [tokens])
-            return openvino_genai.StreamingStatus.RUNNING
-
-        def end(self) -> None:
-            pass
-
-    def generate(ids: list[int], tokens: int, out: Out) -> None:
-        config = openvino_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
-        model.generate(openvino.Tensor(np.array([ids], dtype=np.int64)), config, Streamer(out))
-
-    facts = {
-        "versions": versions("openvino", "openvino-genai"),
-        **gguf_facts(path),
-        "weight_bytes": None,  # the library converts what it loads, and does not say to what
-        "way": "LLMPipeline.generate on the GGUF file, whose formats the table gives",
-    }
-    return Peer(facts, generate, None)
-
-
 PEERS = {
     "offramp": offramp_peer,
     "transformers": transformers_peer,
@@ -294,7 +251,6 @@ PEERS = {
     "lookup": transformers_peer,
     "economize": economize_peer,
     "llamacpp": llamacpp_peer,
-    "openvino": openvino_peer,
 }
 
 
@@ -367,7 +323,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="a safetensors folder, a GGUF file, or offramp's name for it")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--compiled", action="store_true", help="transformers: static cache and torch.compile")
     parser.add_argument("--layer", type=int, default=10, help="drafts leave after this block; CALM may leave from it on")
     parser.add_argument("--way", choices=("draft", "calm"), default="draft", help="economize: which technique")
     parser.add_argument("--lookup", action="store_true", help="llama.cpp: drafts are looked up in the text")

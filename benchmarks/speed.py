@@ -65,8 +65,6 @@ class Entry:
 ENTRIES = {
     "transformers-float32": Entry("", "folder", ("transformers", "--dtype", "float32")),
     "transformers-bfloat16": Entry("", "folder", ("transformers", "--dtype", "bfloat16")),
-    "transformers-compiled": Entry("", "folder", ("transformers", "--dtype", "float32", "--compiled")),
-    "transformers-compiled-bfloat16": Entry("", "folder", ("transformers", "--dtype", "bfloat16", "--compiled")),
     "layerskip": Entry("", "folder", ("layerskip", "--dtype", "float32")),
     "lookup": Entry("", "folder", ("lookup", "--dtype", "float32")),
     "economize-draft": Entry("economize", "folder", ("economize", "--dtype", "float32")),
@@ -75,8 +73,6 @@ ENTRIES = {
     "llamacpp-file-lookup": Entry("llamacpp", "gguf", ("llamacpp", "--lookup")),
     "llamacpp-q4_0": Entry("llamacpp", "gguf", ("llamacpp", "--requantise", "Q4_0")),
     "llamacpp-q8_0": Entry("llamacpp", "gguf", ("llamacpp", "--requantise", "Q8_0")),
-    "openvino-file": Entry("openvino", "gguf", ("openvino",)),
-    "openvino-q8_0": Entry("openvino", "gguf", ("openvino", "--requantise", "Q8_0")),
 }
 
 

@@ -6,7 +6,6 @@ Results are frozen dataclasses, kept as JSON. Their means have 95% intervals, by
 from __future__ import annotations
 
 import json
-import lzma
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,7 +19,6 @@ from offramp.exits.policy import Policy
 from offramp.files import write_atomically
 
 RESAMPLES = 1000
-LARGEST = 1 << 30  # bytes of a file of Results, unpacked
 
 
 @dataclass(frozen=True)
@@ -200,24 +198,11 @@ def save_results(results: Sequence[Result], file: Path) -> None:
 
 
 def load_results(files: Sequence[Path]) -> list[Result]:
-    """The Results in files that `offramp eval` wrote, also if packed with xz. Raises `BadInput` for other files."""
+    """The Results in files that `offramp eval` wrote. Raises `BadInput` for other files."""
     results: list[Result] = []
     for file in files:
         try:
-            content = file.read_bytes()
-            records = json.loads(_unpacked(content) if file.suffix == ".xz" else content)["results"]
-            results += [Result.from_json(record) for record in records]
-        except (
-            OSError, lzma.LZMAError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OfframpError
-        ) as error:  # fmt: skip
+            results += [Result.from_json(record) for record in json.loads(file.read_bytes())["results"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OfframpError) as error:
             raise BadInput(f"{file} holds no results: {error!r}.", "Name a file that offramp eval wrote.") from error
     return results
-
-
-def _unpacked(content: bytes) -> bytes:
-    """What an xz file holds. Raises `ValueError` for more than `LARGEST` bytes."""
-    unpacker = lzma.LZMADecompressor()
-    found = unpacker.decompress(content, LARGEST)
-    if not unpacker.eof:
-        raise ValueError(f"it is cut off, or larger than {LARGEST:,} bytes")
-    return found

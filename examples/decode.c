@@ -51,6 +51,7 @@ int main(int count, char **words) {
         if (offramp_step(plan, requests, 1, ROUNDS, NULL, &error)) return fail(&error);
         for (int64_t i = 0; i < r.decided; i++) {
             int special;
+            int64_t length;
             const char *bytes = offramp_token(file, decisions[i].id, &length, &special);
             if (!special) fwrite(bytes, 1, length, stdout);
             for (int64_t e = 0; e < r.ends_count; e++) ended |= decisions[i].id == r.ends[e];

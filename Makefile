@@ -66,27 +66,28 @@ release: .venv/.installed
 # hour for each other. They learn from a mix of prompts:
 # make exits TRIVIA=opentriviaqa.jsonl INSTRUCTIONS=dolly-1000.jsonl
 SHIPPED := offramp-models/offramp_models
-SMOLLM2 := $(SHIPPED)/exits/smollm2
+BUILT := build/exits/smollm2
 TINY := $(SHIPPED)/exits/mamba-tiny
 exits: .venv/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/prompts.py --trivia $(TRIVIA) --instructions $(INSTRUCTIONS)
-	$(BIN)/offramp train smollm2 --dtype bfloat16 -o build/exits/smollm2 --layers 10,15,20 --tails 4,3,3 --own-prompts build/prompts/first.jsonl \
+	$(BIN)/offramp train smollm2 --dtype bfloat16 -o build/exits/first --layers 10,15,20 --tails 4,3,3 --own-prompts build/prompts/first.jsonl \
 		--epochs 4 --gate-epochs 4 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
-	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(SMOLLM2) --start build/exits/smollm2 --own-prompts build/prompts/second.jsonl \
+	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(BUILT) --start build/exits/first --own-prompts build/prompts/second.jsonl \
 		--epochs 4 --gate-epochs 8 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
-	$(BIN)/offramp calibrate smollm2 --dtype bfloat16 --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl
-	$(BIN)/offramp calibrate smollm2 --dtype file --exits $(SMOLLM2) --prompts build/prompts/calibrate.jsonl --retest
+	$(BIN)/offramp calibrate smollm2 --dtype bfloat16 --exits $(BUILT) --prompts build/prompts/calibrate.jsonl
+	$(BIN)/offramp calibrate smollm2 --dtype file --exits $(BUILT) --prompts build/prompts/calibrate.jsonl --retest
 	cat build/prompts/first.jsonl build/prompts/second.jsonl > build/prompts/all.jsonl
 	$(BIN)/offramp train smollm2 --dtype bfloat16 -o build/exits/first --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1
 	sed -n 2,8401p build/prompts/second.jsonl > build/prompts/again.jsonl  # a line earlier: other temperatures
-	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(SMOLLM2) --draft --start build/exits/first/draft \
+	$(BIN)/offramp train smollm2 --dtype bfloat16 -o $(BUILT) --draft --start build/exits/first/draft \
 		--own-prompts build/prompts/again.jsonl --epochs 1 --gate-epochs 1
 	head -n 2400 build/prompts/second.jsonl > build/prompts/second-2400.jsonl
-	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --start $(SMOLLM2) --own-prompts build/prompts/second-2400.jsonl \
+	$(BIN)/offramp train smollm2-hybrid -o $(BUILT)-hybrid --start $(BUILT) --own-prompts build/prompts/second-2400.jsonl \
 		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
-	$(BIN)/offramp calibrate smollm2-hybrid --exits $(SMOLLM2)-hybrid --prompts build/prompts/calibrate.jsonl
-	$(BIN)/offramp train smollm2-hybrid -o $(SMOLLM2)-hybrid --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1 \
+	$(BIN)/offramp calibrate smollm2-hybrid --exits $(BUILT)-hybrid --prompts build/prompts/calibrate.jsonl
+	$(BIN)/offramp train smollm2-hybrid -o $(BUILT)-hybrid --draft --own-prompts build/prompts/all.jsonl --epochs 1 --gate-epochs 1 \
 		--readout-width 2048
+	for each in smollm2 smollm2-hybrid; do $(BIN)/python benchmarks/ship.py build/exits/$$each $(SHIPPED)/exits/$$each || exit 1; done
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --gate ffn --gate-width 64 --readout ffn --readout-width 256 --hours 0.08
 	$(BIN)/offramp calibrate mamba-tiny --exits $(TINY) --prompts build/prompts/calibrate.jsonl
 	$(BIN)/offramp train mamba-tiny -o $(TINY) --draft --readout-width 96 --own-prompts build/prompts/all.jsonl \
@@ -131,12 +132,13 @@ soak load: .venv/.installed
 PURE := offramp-smollm2-mamba/offramp_smollm2_mamba
 MAMBA_EXITS := $(PURE)/exits/smollm2-mamba
 exits-mamba: .venv/.installed
-	$(BIN)/offramp train smollm2-mamba -o $(MAMBA_EXITS) --start $(SMOLLM2)-hybrid --own-prompts build/prompts/second-2400.jsonl \
+	$(BIN)/offramp train smollm2-mamba -o $(BUILT)-mamba --start $(BUILT)-hybrid --own-prompts build/prompts/second-2400.jsonl \
 		--epochs 2 --gate-epochs 6 --readout ffn --readout-width 1536 --gate ffn --gate-width 256
-	$(BIN)/offramp calibrate smollm2-mamba --exits $(MAMBA_EXITS) --prompts build/prompts/calibrate.jsonl
+	$(BIN)/offramp calibrate smollm2-mamba --exits $(BUILT)-mamba --prompts build/prompts/calibrate.jsonl
 	head -n 4800 build/prompts/first.jsonl > build/prompts/first-4800.jsonl
-	$(BIN)/offramp train smollm2-mamba -o $(MAMBA_EXITS) --draft --start $(SMOLLM2)-hybrid/draft --own-prompts build/prompts/first-4800.jsonl \
+	$(BIN)/offramp train smollm2-mamba -o $(BUILT)-mamba --draft --start $(BUILT)-hybrid/draft --own-prompts build/prompts/first-4800.jsonl \
 		--epochs 1 --gate-epochs 1
+	$(BIN)/python benchmarks/ship.py $(BUILT)-mamba $(MAMBA_EXITS)
 
 # Mamba-2 mixers in the places of half of SmolLM2's attentions, and then of all, some twelve hours on two cores; interrupted, it goes
 # on where it stopped. The prompts are those of `make exits`; TEXT names plain texts to learn from, too.

@@ -323,7 +323,7 @@ def test_verified_json_is_full_depths_answer_with_its_books(world) -> None:
         record = json.loads(run(world, "generate", *arguments, "--mode", "exact", "--compare", "--json", *extra).stdout)
         assert record["text"] == record["full"]["text"]
         assert record["consistency"] == 1
-        assert 0 <= record["acceptance_rate"] <= 1 <= record["tokens_per_deep_pass"]
+        assert 0 <= (record["acceptance_rate"] or 0) <= 1 <= record["tokens_per_deep_pass"]  # drafts need not pay here
         assert record["decode_tokens_per_second"] > 0 < record["full"]["decode_tokens_per_second"]
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -33,18 +33,24 @@ import prefill
 import prompts
 import random_model
 import right
+import ship
 import speed
 import verified
-from helpers import modest_exits
+from helpers import modest_exits, sketched
 from models import COMPILED, VARIANTS, compiled_only, saved, tiny
 from offramp import Engine, Policy
 from offramp.decode import plan
 from offramp.decode.native import write
+from offramp.evaluation.anatomy import anatomy
 from offramp.evaluation.results import load_results
 from offramp.exits.config import ExitsConfig
 from offramp.exits.exits import Exits
 from offramp.exits.ngrams import ngrams_of
+from offramp.exits.sharing import card
 from offramp.files import read_lines
+from offramp.training.calibration import calibrate
+from offramp.training.config import CalibrationConfig
+from offramp.training.losses import Question
 
 SMALL_MAMBA = {"hidden_size": 64, "num_heads": 4, "head_dim": 32, "num_hidden_layers": 2, "vocab_size": 1024}
 
@@ -593,14 +599,35 @@ def test_speed_says_which_peers_cannot_run(world, capsys) -> None:
         assert words in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("engine", [*(["compiled"] if COMPILED else []), "library"])
-def test_verified_compares_with_full_depth(world, capsys, monkeypatch, engine: str) -> None:
+@pytest.mark.parametrize("threshold", [1.0, 0.5])
+def test_exits_ship_only_where_a_policy_that_passed_opens_one(capsys, threshold: float) -> None:
+    exits, backbone = sketched("llama"), tiny("llama")
+    questions = [Question(f"Question {number} about this and that") for number in range(100)]
+    calibrate(backbone, exits, questions, CalibrationConfig(risk=0.5, max_tokens=4))
+    policy = Policy((1.0, 1.0, threshold), candidates=30)
+    exits.calibration["tested"] = [{"policy": asdict(policy), "passed": True, "loss": 0.1, "flops_saved": 0.1}]
+    exits.calibration["policy"], exits.policy = asdict(policy), policy
+    exits.save("built")
+    ship.main(["built", "shipped"])
+    shipped = Exits.load("shipped", backbone)
+    kept = threshold < 1
+    assert ("with its exits" in capsys.readouterr().out) == kept == bool(len(shipped))
+    answers = [Engine(backbone, each, fill="project").generate("Why?", max_tokens=8).ids for each in (exits, shipped)]
+    assert answers[0] == answers[1]
+    assert "no exits, 30 candidates" in shipped.policy.describe() or kept
+    assert ("none, only a sketch" in card(shipped, None, "org/name")) != kept
+    assert anatomy(backbone, shipped).exits["layers"] == list(shipped.config.layers)
+    calibrate(backbone, shipped, questions, CalibrationConfig(risk=0.5, max_tokens=4))  # as exits that ship may be
+
+
+@pytest.mark.skipif(not COMPILED, reason="needs a C compiler")
+def test_verified_compares_with_full_depth(world, capsys, monkeypatch) -> None:
     drafts_pay(world, monkeypatch)
-    arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--dtype", "float32", "--engine", engine]
+    arguments = [str(world / "questions.txt"), "--model", str(world / "model"), "--dtype", "float32"]
     verified.main([*arguments, "--exits", "exits", "--count", "3", "--tokens", "12"])
     line = capsys.readouterr().out
     match = re.fullmatch(
-        rf".*model, float32, {engine}: 3 answers, 0 differ; (\d+) drafts stood, (\d+) taken back \(.+\), "
+        r".*model, float32: 3 answers, 0 differ; (\d+) drafts stood, (\d+) taken back \(.+\), "
         r"(\d+\.\d\d) tokens a deep pass\n",
         line,
     )

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from helpers import damaged, same_or_tied, some_prompts
+from helpers import costing, damaged, same_or_tied, some_prompts
 from models import COMPILED, HIDDEN, tiny
 from offramp import Engine, Policy
 from offramp.errors import BadInput, BadNumbers, CorruptFile
@@ -219,9 +219,11 @@ def test_every_kind_trains(tmp_path, prompts: str, gate: str, readout: str) -> N
     train(tiny("gpt2"), tmp_path / "exits", config(prompts, gate=gate, readout=readout, epochs=1, gate_epochs=1))
 
 
+@pytest.mark.skipif("llama" not in COMPILED, reason="needs a C compiler")
 def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: str) -> None:
     """With the draft exit and `verify`, the tiny model gives its own answers, with fewer deep passes than tokens."""
-    backbone = tiny("llama")
+    alike = tiny("llama")
+    backbone = Backbone(copy.deepcopy(alike.model), alike.tokenizer, alike.source)
     settings = config(
         prompts, layers=(2,), gate="linear", readout="deep", shortlist=100, confidence="max-prob", threshold=0.05,
         answer_tokens=24,
@@ -234,7 +236,8 @@ def test_a_deep_read_out_learns_to_draft_over_its_short_list(tmp_path, prompts: 
     held = exits.training["validation"][0]
     assert all(both > 0 for both in held["with_table"])
     assert held["with_table"] != held["acceptance"]
-    full, drafting = Engine(backbone), Engine(backbone, exits, fill="verify", lookup=0)
+    backbone.use_compiled_blocks("float32")
+    full, drafting = Engine(backbone), costing(Engine(backbone, exits, fill="verify", lookup=0), row=0.02)
     answers = [drafting.generate(line, max_tokens=12) for line in read_lines(prompts, ())[:8]]
     assert [answer.ids for answer in answers] == [
         full.generate(line, max_tokens=12).ids for line in read_lines(prompts, ())[:8]

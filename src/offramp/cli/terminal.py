@@ -247,9 +247,10 @@ def savings_table(found: list[Saving]) -> None:
 
 def _places(layers: list[int], tails: list[int]) -> str:
     """Where exits are, in words: "after blocks 10 + 4, 20 + 3"."""
-    return "after blocks " + ", ".join(
-        f"{layer} + {tail}" if tail else str(layer) for layer, tail in zip(layers, tails, strict=True)
-    )
+    if not layers:
+        return "none, only the sketch of the head"
+    places = [f"{layer} + {tail}" if tail else str(layer) for layer, tail in zip(layers, tails, strict=True)]
+    return "after blocks " + ", ".join(places)
 
 
 _KIND = {"mamba": "Mamba", "both": "attention and Mamba", "neither": "neither attention nor Mamba"}

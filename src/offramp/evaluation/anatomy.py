@@ -99,7 +99,7 @@ def anatomy(backbone: Backbone, exits: Exits | None, context: int = CONTEXT) -> 
     """The parts of a model and their costs, for its exits or default ones. An `outline` without weights is enough."""
     costs = Costs(backbone)
     layers, tails = suggested_places(backbone.n_blocks)
-    parts = exits or Exits.new(backbone, ExitsConfig(layers, tails=tails))
+    parts = exits if exits is not None and len(exits) else Exits.new(backbone, ExitsConfig(layers, tails=tails))
     first = next(iter(parts))
     block_flops = [costs.block(index, context) for index in range(backbone.n_blocks)]
     block_bytes = [costs.block_bytes(index, context) for index in range(backbone.n_blocks)]

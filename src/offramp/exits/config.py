@@ -46,6 +46,8 @@ class ExitsConfig:
     def check(self, backbone: Backbone) -> None:
         """Check the config against a backbone. Raises `OfframpError` for exits that cannot be made for it."""
         layers, last, least = list(self.layers), backbone.n_blocks - 1, 0 if self.readout == "deep" else 1
+        if not layers and self.sketch:  # no exit was worth its bytes, but the sketch of the head is
+            layers = [least]
         if not layers or layers != sorted(set(layers)) or not least <= layers[0] <= layers[-1] <= last:
             raise OfframpError(
                 f"Exits after blocks {', '.join(map(str, layers)) or '(none)'} do not fit a model of {backbone.n_blocks}.",

@@ -94,6 +94,10 @@ class Exits:
     def __len__(self) -> int:
         return len(self.modules)
 
+    def __bool__(self) -> bool:
+        """A group without exits may hold a sketch of the head."""
+        return True
+
     def save(self, folder: str | Path) -> None:
         """Write `exits.safetensors` (bfloat16), and `offramp.json`, which names the hash of the weights beside it.
 
@@ -152,8 +156,7 @@ class Exits:
         kept = {str(each["weights"]): each for each in (*self.elsewhere.values(), self.calibration) if "weights" in each}
         self.elsewhere = {format: each for format, each in kept.items() if format != calibration["weights"]}
         self.calibration = calibration
-        if "policy" in calibration:  # that of `close` has points, and no policy
-            self.policy = Policy.from_json(calibration["policy"])
+        self.policy = Policy.from_json(calibration["policy"])
 
     def promise(self, calibration: dict[str, Any], backbone: Backbone) -> None:
         """Use a calibration that was made with this model. What was promised for other weights is forgotten."""

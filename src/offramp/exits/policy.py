@@ -125,7 +125,8 @@ class Policy:
 
         An exit with a second key is written "0.99 or 0.3+0.9": leave above 0.99, or above 0.3 if the key is above 0.9.
         """
-        return ", ".join([self.confidence_name(gate), " ".join(self.in_words()), *self.extras])
+        exits = [self.confidence_name(gate), " ".join(self.in_words())] if self.thresholds else ["no exits"]
+        return ", ".join([*exits, *self.extras])
 
     def in_words(self) -> list[str]:
         """The thresholds of each exit, in words."""

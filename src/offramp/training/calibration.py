@@ -141,7 +141,7 @@ def calibrations(
     trial = _Trial.begin(backbone, exits, questions, pilot, config, progress)
     if written:
         return [trial.calibrated(written, each) for each in configs]
-    if config.kind == "precision":
+    if config.kind == "precision" and len(exits):
         head = heads(named, config.whole_head)
         lines.append(precision_line(backbone, exits, trial.ids[: trial.pilot], config, head, progress))
     return [trial.calibrated(trial.find_path(lines, each), each) for each in configs]

@@ -88,7 +88,7 @@ def offramp_peer(args: argparse.Namespace) -> Peer:
     def batch(prompts: list[list[int]], tokens: int) -> list[list[int]]:
         return [answer.ids for answer in engine.generate_batch(prompts, max_tokens=tokens)]
 
-    costs, compiled = engine.costs, model.runtime if isinstance(model.runtime, Compiled) else None
+    costs, compiled = engine.plan.costs, model.runtime if isinstance(model.runtime, Compiled) else None
     facts = {
         "versions": versions("offramp", "torch", "transformers"),
         "weights": model.weight_format.removesuffix("-head4"),

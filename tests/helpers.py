@@ -107,10 +107,10 @@ def damaged(backbone: Backbone) -> Backbone:
 
 def costing(engine: Engine, row: float = 0.0, asking: float = 0.0) -> Engine:
     """The engine, whose drafts cost so much: in steps of full depth, of a row of a chunk, and of asking an exit."""
-    assert engine.drafts
+    assert engine.plan.drafts
     rows = tuple(row * drafts for drafts in range(MOST_DRAFTS + 1))
-    engine.drafts = replace(engine.drafts, rows=rows, asking=(asking,) * len(engine.drafts.asking))
-    engine.compiled = engine.compiled and CompiledStepper.of(engine, engine._exits)
+    engine.plan.drafts = replace(engine.plan.drafts, rows=rows, asking=(asking,) * len(engine.plan.drafts.asking))
+    engine.steppers.compiled = engine.steppers.compiled and CompiledStepper.of(engine.plan)
     return engine
 
 

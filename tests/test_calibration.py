@@ -340,9 +340,9 @@ def test_a_policy_is_tested_at_the_length_where_it_loses_most(monkeypatch) -> No
     def answers(engine, prompts, *_):
         assert next(ways)
         made = Engine(tiny(LLAMA)).generate("Hi", max_tokens=2)
-        ids = first[bool(engine.open_exits)]
+        ids = first[bool(engine.plan.open_exits)]
         tokens = [replace(token, id=id) for token, id in zip(made.tokens, ids, strict=True)]
-        return [replace(made, tokens=tokens, flops_saved=0.1 * bool(engine.open_exits))] * len(prompts)
+        return [replace(made, tokens=tokens, flops_saved=0.1 * bool(engine.plan.open_exits))] * len(prompts)
 
     monkeypatch.setattr(calibration, "answers", answers)
     monkeypatch.setattr(calibration, "path", lambda results, risk: list(range(len(results))))

@@ -80,7 +80,7 @@ def test_drafts_are_those_of_the_read_out() -> None:
     family = "llama/compiled"
     for tails, middle, block in (((), 0, 1), (TAILS, 0, 0), ((), 3, 0), (TAILS, 5, 2)):
         engine = costing(drafting_engine(family, tails, middle=middle, block=block, lookup=0))
-        exit, _ = engine.open_exits[0]
+        exit, _ = engine.plan.open_exits[0]
         for prompt in some_prompts(5):
             batch = engine.batch()
             request = batch.add(prompt, max_tokens=24)
@@ -92,7 +92,7 @@ def test_drafts_are_those_of_the_read_out() -> None:
                 if place and request.tokens[place - 1].exit_block < BLOCKS:
                     continue  # the second draft of a round reads what the exit made of the first
                 assert (
-                    drafted_id(backbone, exit, middle, ids[: len(prompt) + place], engine.exit_head.shortlist)
+                    drafted_id(backbone, exit, middle, ids[: len(prompt) + place], engine.plan.exit_head.shortlist)
                     == ids[len(prompt) + place]
                 )
 
@@ -271,7 +271,7 @@ def test_costs_that_were_measured_here_replace_the_tables(own_cache: Path) -> No
     assert list(found) == sorted(found)
     row_costs.keep(backbone, [0.1 * (width - 1) for width in row_costs.WIDTHS])
     assert row_costs.row_costs(backbone) == pytest.approx([0.1 * rows for rows in range(32)])
-    assert Engine(backbone, fill="verify").drafts.rows == row_costs.row_costs(backbone)
+    assert Engine(backbone, fill="verify").plan.drafts.rows == row_costs.row_costs(backbone)
     assert row_costs.row_costs(tiny("mamba2/compiled")) == table
     for damaged in ("not JSON", '{"a": 1}', *(json.dumps({row_costs._key(backbone): each}) for each in DAMAGED)):
         (own_cache / "costs.json").write_text(damaged)
@@ -362,7 +362,7 @@ def test_several_requests_get_full_depths_answers_whatever_drafts_cost(family: s
         for prompt, whole, answer in zip(prompts, full, engine.generate_batch(prompts, max_tokens=10), strict=True):
             assert same_or_tied(family, prompt, answer.ids, whole)
             drafted += answer.acceptance_rate is not None
-    assert drafted or not engine.compiled
+    assert drafted or not engine.steppers.compiled
 
 
 def test_exact_runs_full_depth_and_says_so_where_no_compiled_code_runs() -> None:

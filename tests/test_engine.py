@@ -231,7 +231,7 @@ def test_flops_add_up_and_skipped_blocks_never_fall_behind(threshold, fill, seed
         total += token.flops
         assert token.cumulative_flops == total
     prompt = len(backbone.prompts.encode(PROMPT))
-    full = sum(engine.costs.full(prompt + index) for index in range(len(answer.tokens)))
+    full = sum(engine.plan.costs.full(prompt + index) for index in range(len(answer.tokens)))
     assert answer.flops_saved == pytest.approx(1 - total / full)
     batch, sequence = begun(engine)
     for _ in range(4):

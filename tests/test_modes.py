@@ -85,10 +85,10 @@ def test_a_mode_may_name_a_point() -> None:
             for each, passed in zip(policies, (True, False), strict=True)
         ]
     }
-    assert model.engine("early:1").policy == policies[0]
+    assert model.engine("early:1").plan.policy == policies[0]
     with pytest.warns(UserWarning, match="point 2 did not pass its test"):
-        assert model.engine("early:2").policy == policies[1]
-    assert model.engine("early").policy == early.policy
+        assert model.engine("early:2").plan.policy == policies[1]
+    assert model.engine("early").plan.policy == early.policy
     wrong = {"close": "close is gone", "close:2": "close is gone", "early:3": "no point 3"}
     for mode in (
         "exact:1",
@@ -177,14 +177,14 @@ def test_an_engine_is_kept_for_a_mode_whatever_the_sampling_and_until_the_exits_
     model = Model(tiny("llama"), ExitSet(deciding()))
     engine = model.engine("early")
     drawn = [model.engine("early", Sampling(temperature=0.9, seed=seed)) for seed in range(3)]
-    assert all(each.parts is engine.parts for each in drawn)
+    assert all(each.plan is engine.plan for each in drawn)
     answers = [each.generate(PROMPT, max_tokens=16).ids for each in (engine, *drawn)]
     assert len({tuple(ids) for ids in answers}) > 2
     again = Engine(model.backbone, model.exits.early, sampling=Sampling(temperature=0.9, seed=2))
     assert answers[3] == again.generate(PROMPT, max_tokens=16).ids
     assert model.engine("early") is engine
     model.exits.early.policy = Policy((1.0,) * 3)
-    assert model.engine("early").policy == Policy((1.0,) * 3)
+    assert model.engine("early").plan.policy == Policy((1.0,) * 3)
 
 
 def test_the_public_names_of_the_backbone_are_the_models() -> None:

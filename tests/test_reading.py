@@ -17,10 +17,11 @@ from offramp.model import loading
 from offramp.model.backbone import Backbone
 from offramp.model.compiled.formats import FORMATS
 from offramp.model.compiled.library import Fine
+from offramp.model.compiled.parts import COARSE
 from offramp.model.families import FAMILIES, Scales
 from offramp.model.lending import OWN
 from offramp.model.loading import check, outline
-from offramp.model.reading import COARSE, Reading, change_of, read
+from offramp.model.reading import Reading, change_of, read
 
 pytestmark = [compiled_only, pytest.mark.filterwarnings("ignore::UserWarning")]
 QUANTISED = [name for name, format in FORMATS.items() if format.quantised]

@@ -31,8 +31,9 @@ from offramp.decode.modes import MODES
 from offramp.decode.sampling import Sampling
 from offramp.errors import BadNumbers
 from offramp.exits.exit_set import ExitSet
-from offramp.serve.answers import Choice, Choices, JsonLines, Post, Rules
+from offramp.serve.answers import JsonLines, Post, Rules
 from offramp.serve.api import app_of
+from offramp.serve.choices import Choice, Choices
 from offramp.serve.menu import Menu
 from offramp.serve.protocol import ChatRequest
 from offramp.serve.scheduler import Full, Job, Scheduler
@@ -167,7 +168,7 @@ def test_a_point_that_passed_guarantees_only_what_was_tested() -> None:
     promise = {"loss": "f1", "risk": 0.05, "delta": 0.1}
     for mode in ("early:1", "early"):
         engine = menu.engine(mode)
-        assert (engine.mode, engine.fill.name) == ("early", "copy")
+        assert (engine.mode, engine.plan.fill.name) == ("early", "copy")
         assert menu.guarantee(engine, **use) == promise
     for other in ({"max_tokens": 25}, {"raw": True}, {"temperature": 0.7}, {"repetition_penalty": 1.1}, {"stop": ("x",)}):
         assert menu.guarantee(menu.engine("early:1"), **{**use, **other}) is None
@@ -192,7 +193,7 @@ def test_a_sketch_of_the_head_is_not_called_full_depth() -> None:
     menu = Menu(backbone, ExitSet(exits), usual)
     assert menu.describe()["usual"] == "early:1"
     assert menu.engine("early") is menu.engine("early:1") is menu.engine(None) is usual
-    assert menu.engine("full").is_full
+    assert menu.engine("full").plan.is_full
     assert menu.guarantee(usual) == {"loss": "f1", "risk": 0.05, "delta": 0.1}
     assert menu.guarantee(menu.engine("full")) is None
 

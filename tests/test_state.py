@@ -162,8 +162,8 @@ def test_a_sliding_window_keeps_few_tokens_and_changes_nothing(family, drafts):
         Engine(tiny(f"{family}/compiled"), exits, policy, "verify") if drafts else Engine(tiny(f"{family}/compiled")),
     ):
         talks.append(Talk())
-        if engine.compiled:
-            engine.compiled._burst = 8  # a call makes room for all that it decides
+        if engine.steppers.compiled:
+            engine.steppers.compiled._burst = 8  # a call makes room for all that it decides
         answers.append([token.id for token in engine.stream([*range(40)], talks[-1], max_tokens=400, end_ids=frozenset())])
     assert answers[0] == answers[1]
     whole, slid = (talk.sequence.state for talk in talks)

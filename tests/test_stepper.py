@@ -62,8 +62,8 @@ def drawn(family: str, dice: random.Random) -> Condition:
 
 def decoded(family: str, fill: str, condition: Condition, compiled: bool) -> list[Request]:
     engine = Engine(tiny(family), condition.exits, condition.policy, fill, condition.sampling, **condition.options)
-    assert engine.compiled
-    engine.compiled = engine.compiled if compiled else None
+    assert engine.steppers.compiled
+    engine.steppers.compiled = engine.steppers.compiled if compiled else None
     batch = engine.batch()
     requests = [batch.add(prompt, max_tokens=24) for prompt in condition.prompts]
     list(batch.run())
@@ -109,9 +109,9 @@ def test_both_steppers_decide_the_same_in_the_same_way(family: str, fill: str) -
 def test_rows_that_read_make_drafts_dear() -> None:
     """Four more rows cost nothing, and each one after them a fortune: beside 16 rows of a prompt, nothing is drafted."""
     engine = Engine(tiny("llama/compiled"), modest_exits("llama"), fill="verify", max_pending=3, lookup=1)
-    assert engine.drafts
-    engine.drafts = replace(engine.drafts, rows=tuple(1e6 * max(0, rows - 4) for rows in range(MOST_DRAFTS + 1)))
-    engine.compiled = CompiledStepper.of(engine, engine._exits)
+    assert engine.plan.drafts
+    engine.plan.drafts = replace(engine.plan.drafts, rows=tuple(1e6 * max(0, rows - 4) for rows in range(MOST_DRAFTS + 1)))
+    engine.steppers.compiled = CompiledStepper.of(engine.plan)
 
     def drafts(read_at: int) -> list[int]:
         """How many drafts each of ten steps makes, if another request's prompt is read in one of them."""
@@ -157,7 +157,7 @@ def test_a_fill_and_a_confidence_of_ones_own_run_in_the_reference(monkeypatch) -
     exits, prompt = modest_exits("llama"), some_prompts(1, 3)[0]
     policy = Policy((0.3,) * 3)
     own, project = (Engine(tiny("llama/compiled"), exits, policy, fill) for fill in ("own", "project"))
-    assert own.compiled is None is not project.compiled
+    assert own.steppers.compiled is None is not project.steppers.compiled
     assert own.generate(prompt, max_tokens=12).ids == project.generate(prompt, max_tokens=12).ids
 
 
@@ -168,7 +168,7 @@ def test_a_text_can_be_copied_after_its_engine_is_gone() -> None:
     batch = engine.batch()
     request = batch.add([3, 1, 4, 1, 5], max_tokens=8)
     list(batch.run())
-    plan, state = weakref.ref(engine.compiled._compiled), request.sequence.state
+    plan, state = weakref.ref(engine.steppers.compiled._compiled), request.sequence.state
     del engine, batch, request
     gc.collect()
     assert plan() is state.plan

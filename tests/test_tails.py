@@ -158,7 +158,7 @@ def test_other_use_than_the_calibrated_one_is_noted_once() -> None:
         warnings.simplefilter("error")
         engine = Engine(tiny("llama"), exits)
         engine.generate("Hi", max_tokens=16)
-        engine.check_use(16, raw=False)
+        engine.plan.check_use(16, raw=False)
         Engine(tiny(LLAMA), exits, fill="verify", sampling=Sampling(0.7)).generate("Hi", max_tokens=20)
     with pytest.warns(UserWarning, match="answers of at most 16 tokens, not 20"):
         engine.generate("Hi", max_tokens=20)
@@ -166,7 +166,7 @@ def test_other_use_than_the_calibrated_one_is_noted_once() -> None:
         warnings.simplefilter("error")
         engine.generate("Hi", max_tokens=20)
     with pytest.warns(UserWarning, match="the model's chat template"):
-        Engine(tiny("llama"), exits).check_use(8, raw=True)
+        Engine(tiny("llama"), exits).plan.check_use(8, raw=True)
     with pytest.warns(UserWarning, match=r"temperature 0.0, not 0.7 and repetition penalty 1.0, not 1.2"):
         Engine(tiny("llama"), exits, sampling=Sampling(0.7, repetition_penalty=1.2))
 
@@ -179,7 +179,7 @@ def test_a_sketch_at_exits_only_leaves_full_depth_as_it_is() -> None:
     assert Engine(tiny("llama"), exits, closed).generate(PROMPT, max_tokens=12).ids == library_tokens("llama", PROMPT, 12)
     opened = Engine(tiny("llama"), exits, replace(closed, thresholds=(0.0, 1.0, 1.0)))
     whole = Engine(tiny("llama"), exits, Policy((0.0, 1.0, 1.0)))
-    assert opened.head.flops == whole.head.flops == whole.exit_head.flops > opened.exit_head.flops
+    assert opened.plan.head.flops == whole.plan.head.flops == whole.plan.exit_head.flops > opened.plan.exit_head.flops
 
 
 @torch.inference_mode()

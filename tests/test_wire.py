@@ -31,9 +31,10 @@ from offramp.model.backbone import Backbone
 from offramp.model.compiled import steps as of_steps
 from offramp.model.compiled.session import Session
 from offramp.serve import scheduler as of_scheduler
-from offramp.serve.answers import Recorder, Rules
+from offramp.serve.answers import Rules
 from offramp.serve.api import Stream
 from offramp.serve.cache import PromptCache
+from offramp.serve.choices import Recorder
 from offramp.serve.grammar import Grammars
 from offramp.serve.protocol import ChatRequest, CompletionRequest
 from offramp.serve.scheduler import Job
@@ -86,7 +87,7 @@ def with_nan(backbone: Backbone, sequence: Sequence) -> None:
 def test_a_request_that_fails_changes_no_answer_beside_it(family: str, fill: str, way: str) -> None:
     engine = Engine(tiny(family), modest_exits(family.partition("/")[0]), Policy((0.4,) * 3), fill)
     if way == "numbers" and "mamba" in engine.backbone.kinds:
-        engine.compiled = None  # it refuses a mixer that has taken in more than the text
+        engine.steppers.compiled = None  # it refuses a mixer that has taken in more than the text
     prompts = some_prompts(3, seed=4)
     alone = [engine.generate(prompt, max_tokens=12).ids for prompt in prompts]
     batch, choose = engine.batch(), Sampling().chooser()

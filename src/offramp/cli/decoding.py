@@ -57,7 +57,7 @@ def generate(
     spare_memory()
     loaded = decoding.load(model)
     backbone, engine = loaded.backbone, decoding.engine(loaded, sampling)
-    engine.check_use(options.max_tokens, options.raw)
+    engine.plan.check_use(options.max_tokens, options.raw)
     engines = [engine, loaded.engine("full", sampling)] if options.compare else [engine]
     tokens, stop = options.max_tokens, options.stop
     if not (as_json or prompts or options.compare):

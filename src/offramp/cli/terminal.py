@@ -22,7 +22,7 @@ from offramp.exits.calibrated import Calibration
 from offramp.exits.exits import Exits
 from offramp.metrics import token_f1
 from offramp.model.backbone import Backbone
-from offramp.model.reading import Change
+from offramp.model.compiled.formats import Change
 
 console = make_console(highlight=False)
 # What a token came from: its colour, its mark in the legend, and its name. Full depth has the terminal's own colour.

@@ -15,7 +15,7 @@ from offramp.decode.plan import Plan
 from offramp.decode.request import Decided, Event, Finished, Limits, Prefilled, Reading, Request, Talk
 from offramp.decode.sampling import Choose
 from offramp.decode.sequence import Decision, OpenExit, Sequence
-from offramp.decode.stepper import Stepper
+from offramp.decode.stepper import Stepper, Steppers
 from offramp.errors import BadInput
 from offramp.progress import Progress, silent
 
@@ -32,8 +32,9 @@ class Batch:
     blocks, sequences take turns.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, steppers: Steppers, choose: Choose) -> None:
+        """`choose`: how requests choose tokens that bring no way of their own."""
+        self.plan, self._steppers, self._choose = plan, steppers, choose
         self.requests: list[Request] = []
         self.pace = Pace(plan.costs.full(1))
         self.seconds = {"prefill": 0.0, "decode": 0.0}  # seconds that steps have taken
@@ -45,7 +46,7 @@ class Batch:
         """Add a request to continue these token ids; the next step starts on it.
 
         A `talk` keeps what is computed for this request; if it already holds the beginning of the text, the request goes on
-        from there. `choose` replaces the plan's own. Raises `BadInput` for an empty prompt, for one that leaves no room in
+        from there. `choose` replaces the batch's own. Raises `BadInput` for an empty prompt, for one that leaves no room in
         the context, for ids that are no tokens, for `max_tokens` below 1, and for a talk that
         another request is using.
         """
@@ -54,8 +55,8 @@ class Batch:
         backbone.prompts.check(ids)
         remaining = min(max_tokens, backbone.context - len(ids))
         self.plan.check_use(remaining)
-        choose = choose or self.plan.choose
-        sequence = self._sequence(ids, remaining, talk or Talk(), self.plan.stepper(choose))
+        choose = choose or self._choose
+        sequence = self._sequence(ids, remaining, talk or Talk(), self._steppers.of(choose))
         detokenizer = Detokenizer(backbone.tokenizer, limits.get("stop", ()))
         end_ids = limits.get("end_ids", backbone.stop_ids)
         request = Request(sequence, remaining, end_ids, detokenizer, choose, self.plan.fill.verifies)
@@ -145,7 +146,7 @@ class Batch:
         def give(request: Request, most: int) -> int:
             """Give a prompt up to so many rows. Returns how many it takes."""
             begin, end = pieces.get(request, request.sequence.run), ends[request]
-            end = min(end, begin + most) if self.plan.may_cut(request.choose) else end
+            end = min(end, begin + most) if self._steppers.may_cut(request.choose) else end
             pieces[request] = end
             return end - begin
 
@@ -168,9 +169,9 @@ class Batch:
         return min(place for place in places if place >= request.sequence.run) - request.sequence.run
 
     def _step(self, reading: list[tuple[Request, int]], deciding: list[Request]) -> list[tuple[Request, list[Decision]]]:
-        """Let the plan's steppers step these requests, each its own."""
+        """Let the steppers step these requests, each its own."""
         asked = [*(request for request, _ in reading), *deciding]
-        steppers = {request: self.plan.stepper(request.choose) for request in asked}
+        steppers = {request: self._steppers.of(request.choose) for request in asked}
         decided = []
         for stepper in dict.fromkeys(steppers.values()):
             pieces = [piece for piece in reading if steppers[piece[0]] is stepper]

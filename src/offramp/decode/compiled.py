@@ -7,20 +7,21 @@ grammar. `decode.reference` serves the others. Both follow the same rules.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offramp.decode.plan import Plan
 from offramp.decode.request import Request
 from offramp.decode.sampling import sampler_of
 from offramp.decode.sequence import SOURCES, Decision, Work
 from offramp.decode.timing import Timer
 from offramp.errors import NothingFits
 from offramp.exits import gates, readouts
-from offramp.exits.exits import Exit, Exits
+from offramp.exits.exits import Exit
 from offramp.exits.ngrams import LONGEST_CONTEXT, SHORTEST_CONTEXT
 from offramp.model.compiled.formats import Int4
 from offramp.model.compiled.library import DEPTHS, MOST_DRAFTS, CompiledPart, constant
@@ -28,9 +29,6 @@ from offramp.model.compiled.runtime import Compiled
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import MOST_ROUNDS, PARTS, CompiledPlan, ExitRules, Lane, Rules, known
 from offramp.model.compiled.weights import Int8, Weight
-
-if TYPE_CHECKING:
-    from offramp.decode.plan import Plan
 
 # The work of one call. Its weights in float32 are 4.4 GB, which take less than 0.1 s at 50 GB/s: a new request waits no
 # longer than that. Larger models decide few tokens in a call.
@@ -47,7 +45,7 @@ class CompiledStepper:
         self._lanes: WeakKeyDictionary[Request, Lane] = WeakKeyDictionary()
 
     @classmethod
-    def of(cls, plan: Plan, exits: Exits | None) -> CompiledStepper | None:
+    def of(cls, plan: Plan) -> CompiledStepper | None:
         """The stepper of a plan; None if a part of it cannot be compiled."""
         runtime: object = plan.backbone.runtime
         if not isinstance(runtime, Compiled):
@@ -58,7 +56,7 @@ class CompiledStepper:
         rules = [each for each in found if each]
         if len(rules) < len(found):
             return None
-        return cls(plan, runtime.plan(_rules(plan, runtime, exits, rules)), bool(rules))
+        return cls(plan, runtime.plan(_rules(plan, runtime, rules)), bool(rules))
 
     def step(
         self, reading: Sequence[tuple[Request, int]], deciding: Sequence[Request]
@@ -174,8 +172,8 @@ def _draft_weight(plan: Plan, runtime: Compiled) -> type[Weight]:
     return Int4 if plan.backbone.precision == "int4" else Int8
 
 
-def _rules(plan: Plan, runtime: Compiled, exits: Exits | None, open_exits: list[ExitRules]) -> Rules:
-    policy, costs = plan.policy, plan.costs
+def _rules(plan: Plan, runtime: Compiled, open_exits: list[ExitRules]) -> Rules:
+    policy, costs, exits = plan.policy, plan.costs, plan.exits
     sketch = exits.sketch if exits else None
     at_top = policy.candidates if sketch and not plan.fill.verifies else 0
     shortlist, guesses = exits.shortlist if exits else None, plan.drafts.ngrams if plan.drafts else None

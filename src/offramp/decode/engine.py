@@ -1,4 +1,4 @@
-"""The engine: a plan, and the ways to ask for answers by it. How a step works is in `decode.batch`."""
+"""The engine: the ways to ask for answers by a plan. How a step works is in `decode.batch`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from offramp.decode.request import (
 )
 from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import begin_alike
+from offramp.decode.stepper import Steppers
 from offramp.errors import BadInput
 from offramp.exits.exit_set import ExitSet
 from offramp.exits.exits import Exits
@@ -44,7 +45,7 @@ class HasExits(HasBackbone, Protocol):
         ...
 
 
-class Engine(Plan):
+class Engine:
     """Decodes a model's answers in a mode, or by rules of one's own.
 
     `model`: what `offramp.load` gives, or a `Backbone`. `mode`: full, exact or early, perhaps with a point
@@ -52,8 +53,9 @@ class Engine(Plan):
     `policy` and `fill` replace the mode's own.
 
     For research, a group of exits (`Exits`) may be given without a mode: then `policy` is theirs by default, and `fill`
-    project. A backbone without a mode and without exits decodes at full depth. The other arguments are those of a `Plan`.
-    Raises as `Plan` and `modes.settled` do.
+    project. A backbone without a mode and without exits decodes at full depth. `sampling`: how a token is chosen (the most
+    probable by default), or a function from logits (V,) and the ids before to an id. The other arguments are those of a
+    `Plan`. Raises as `Plan` and `modes.settled` do.
     """
 
     def __init__(
@@ -69,17 +71,35 @@ class Engine(Plan):
         lookup: int = 2,
     ) -> None:
         way = _way(model, exits, policy, fill, mode)
-        super().__init__(backbone_of(model), way.exits, policy or way.policy, way.fill, sampling, max_pending, lookup)
+        self.plan = Plan(backbone_of(model), way.exits, policy or way.policy, way.fill, max_pending, lookup)
+        self.steppers = Steppers(self.plan)
+        self._sample(sampling)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model that decodes."""
+        return self.plan.backbone
+
+    @property
+    def mode(self) -> str:
+        """The mode whose promise the plan keeps."""
+        return self.plan.mode
+
+    def _sample(self, sampling: Sampling | Choose | None) -> None:
+        """Choose tokens in this way from now on."""
+        sampling = sampling or Sampling()
+        self._choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
+        self.plan.check_sampling(sampling)
 
     def sampling(self, sampling: Sampling | Choose | None) -> Engine:
-        """An engine with the same rules and parts that chooses tokens in another way."""
+        """An engine with the same plan that chooses tokens in another way."""
         made = copy(self)
-        made._sample(sampling or Sampling())
+        made._sample(sampling)
         return made
 
     def batch(self) -> Batch:
         """An empty batch, to which requests are added. `stream` and `generate` are built on it."""
-        return Batch(self)
+        return Batch(self.plan, self.steppers, self._choose)
 
     def stream(
         self,
@@ -123,9 +143,9 @@ class Engine(Plan):
         """Answer prompts (token ids), at most `most` side by side, and fewer where their memory would be too large.
 
         Yields the index and the answer of each prompt when its answer ends; the next prompt takes its place. `choose`: one
-        for each answer, in place of the plan's own. A long beginning that neighbouring prompts share, such as the examples
-        before a question, is read once, unless `most` is 1. Times are divided equally between the answers that are side by
-        side.
+        for each answer, in place of the engine's own. A long beginning that neighbouring prompts share, such as the
+        examples before a question, is read once, unless `most` is 1. Times are divided equally between the answers that are
+        side by side.
         """
         for ids in prompts:
             self.backbone.prompts.check(ids)
@@ -139,7 +159,7 @@ class Engine(Plan):
         def join() -> None:
             while waiting:
                 lengths = (len(waiting[0][1]), *(request.sequence.prompt for request in running))
-                if len(running) >= self.costs.at_once(max(lengths) + room, most):
+                if len(running) >= self.plan.costs.at_once(max(lengths) + room, most):
                     return
                 index, ids = waiting.popleft()
                 request = batch.add(ids, next(talks), choose[index] if choose else None, **limits)
@@ -198,7 +218,7 @@ class Engine(Plan):
         tokens, prompt = request.tokens, request.sequence.prompt
         if not tokens:
             raise ValueError("the request has no tokens yet")
-        full = sum(self.costs.full(prompt + index) for index in range(len(tokens)))
+        full = sum(self.plan.costs.full(prompt + index) for index in range(len(tokens)))
         last, blocks = tokens[-1], self.backbone.n_blocks
         drafted, _ = drafts_of(tokens)
         return Generation(
@@ -212,9 +232,9 @@ class Engine(Plan):
             prefill_seconds=prefill_seconds,
             decode_tokens_per_second=len(tokens) / decode_seconds,
             mode=self.mode,
-            fill=self.fill.name,
-            thresholds=self.thresholds,
-            policy=self.policy.describe(self.gate),
+            fill=self.plan.fill.name,
+            thresholds=self.plan.thresholds,
+            policy=self.plan.policy.describe(self.plan.gate),
             finish_reason=request.finish_reason or "length",
         )
 

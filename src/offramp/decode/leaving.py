@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from offramp.decode.climb import Climb
+from offramp.decode.plan import Plan
 from offramp.decode.sequence import Decision
 from offramp.errors import NothingFits
 from offramp.exits.policy import PATIENCE, TRAINING_FREE
-
-if TYPE_CHECKING:
-    from offramp.decode.plan import Plan
 
 
 @dataclass(frozen=True, eq=False)

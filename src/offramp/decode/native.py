@@ -229,14 +229,14 @@ def _write_exits(model: HasExits, writer: GGUFWriter) -> tuple[str, ...]:
     writer.add_string("offramp.fingerprint", model.backbone.source.fingerprint)
     for number, mode in enumerate(modes):
         engine, key = Engine(model, mode=mode), f"offramp.mode.{number}"
-        stepper = engine.compiled
+        stepper = engine.steppers.compiled
         assert isinstance(stepper, CompiledStepper)
-        words = {"name": mode, "fill_name": engine.fill.name, "policy": engine.policy.describe(engine.gate)}
+        words = {"name": mode, "fill_name": engine.plan.fill.name, "policy": engine.plan.policy.describe(engine.plan.gate)}
         for name, word in words.items():
             writer.add_string(f"{key}.{name}", word)
-        if engine.thresholds:
-            _add(writer, f"{key}.blocks", [*engine.thresholds])
-            _add(writer, f"{key}.thresholds", [*engine.thresholds.values()])
+        if engine.plan.thresholds:
+            _add(writer, f"{key}.blocks", [*engine.plan.thresholds])
+            _add(writer, f"{key}.thresholds", [*engine.plan.thresholds.values()])
         _write_rules(stepper.rules, key, parts, writer)
     writer.add_uint32("offramp.parts", len(parts))
     with tempfile.TemporaryDirectory() as temporary:

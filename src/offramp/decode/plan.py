@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offramp.decode.compiled import CompiledStepper
 from offramp.decode.drafts import DraftRule, accepted_by, asking_cost
 from offramp.decode.fills import fill_named
 from offramp.decode.heads import Head
-from offramp.decode.reference import Reference
 from offramp.decode.row_costs import row_costs
-from offramp.decode.sampling import Choose, Sampling, sampler_of
+from offramp.decode.sampling import Choose, Sampling
 from offramp.decode.sequence import Work
-from offramp.decode.stepper import Stepper
 from offramp.decode.timing import Timed, untimed
 from offramp.errors import BadInput
 from offramp.exits.calibrated import differences, points_of
@@ -44,14 +40,12 @@ class Segment:
 class Plan:
     """A backbone, its exits and the rules to decode by: all that a step needs to know, and that no step changes.
 
-    `policy`: when a token leaves (the exits' own by default); `fill`: a name in `decode.fills.FILLS`; `sampling`: how a
-    token is chosen (the most probable by default), or a function from logits (V,) and the ids before to an id;
-    `max_pending`: the most tokens that wait at exits (default: 7), or drafts with `verify` (default: the limit). When so
-    many wait, the next token goes to the top without asking gates, so a chunk has at most `max_pending` + 1 rows; `lookup`:
-    with `verify`, if the last `lookup` tokens or more stand earlier in the text, the token that followed them there may be
-    a draft (0: no look-up). To see where time goes, set `timed` to a `Timer`. Raises `BadInput` for a policy that does not
-    fit the exits, an unknown fill, and `max_pending` below 1; `ValueError` for a table of n-grams that does not fit the
-    model.
+    `policy`: when a token leaves (the exits' own by default); `fill`: a name in `decode.fills.FILLS`; `max_pending`: the
+    most tokens that wait at exits (default: 7), or drafts with `verify` (default: the limit). When so many wait, the next
+    token goes to the top without asking gates, so a chunk has at most `max_pending` + 1 rows; `lookup`: with `verify`, if
+    the last `lookup` tokens or more stand earlier in the text, the token that followed them there may be a draft (0: no
+    look-up). To see where time goes, set `timed` to a `Timer`. Raises `BadInput` for a policy that does not fit the exits,
+    an unknown fill, and `max_pending` below 1; `ValueError` for a table of n-grams that does not fit the model.
     """
 
     def __init__(
@@ -60,13 +54,12 @@ class Plan:
         exits: Exits | None = None,
         policy: Policy | None = None,
         fill: str = "project",
-        sampling: Sampling | Choose | None = None,
         max_pending: int | None = None,
         lookup: int = 2,
     ) -> None:
         if max_pending is not None and max_pending < 1:
             raise BadInput(f"max_pending is {max_pending}, but at least one token must be able to wait.", "Give 1 or more.")
-        self.backbone = backbone
+        self.backbone, self.exits = backbone, exits
         self.timed: Timed = untimed
         self._has_warned = False
         self.costs = Costs(backbone)
@@ -78,20 +71,9 @@ class Plan:
         self.lookup = lookup if self.fill.verifies else 0
         self._choose_heads(exits)
         self.drafts = self._draft_rule(exits) if self.fill.verifies else None
-        self._exits, self._runtime = exits, backbone.runtime
-        self.compiled: Stepper | None = CompiledStepper.of(self, exits)
-        if self.fill.verifies and not self.compiled:
-            self._warn_of_full_depth(" with these exits" if exits else "")
         known = exits.calibration if exits else {}
         tested = policy is None or policy in [point.policy for point in points_of(known)]
-        self._calibration: dict[str, Any] = known if tested else {}
-        self._sample(sampling or Sampling())
-
-    def _sample(self, sampling: Sampling | Choose) -> None:
-        """Choose tokens in this way from now on."""
-        self.choose: Choose = sampling.chooser() if isinstance(sampling, Sampling) else sampling
-        if self._calibration and not self.fill.verifies:
-            self._check_guarantee(sampling)
+        self._calibration: dict[str, Any] = known if tested and not self.fill.verifies else {}
 
     def _open(self, exits: Exits | None) -> None:
         """Divide the blocks at the open exits: those where a token may leave."""
@@ -153,42 +135,14 @@ class Plan:
             accepted=accepted_by(exits, self.open_exits[0][0]) if exits and self.open_exits else (0.0,) * DEPTHS,
         )
 
-    def _warn_of_full_depth(self, why: str) -> None:
-        """Say that `exact` is no faster here."""
-        warnings.warn(
-            f"Only compiled code makes drafts, and it does not run {self.backbone.name}{why}. So 'exact' runs "
-            "full depth here: the same tokens, no faster. offramp inspect MODEL says why.",
-            stacklevel=4,
-        )
-
-    def stepper(self, choose: Choose) -> Stepper:
-        """The stepper for requests with this `choose`: compiled code if it can serve them, else the reference.
-
-        The reference makes no drafts: where they are wanted, it runs full depth, whose tokens are the same.
-        """
-        if self._runtime is not self.backbone.runtime:  # the backbone now runs other blocks
-            self._runtime, self.compiled = self.backbone.runtime, CompiledStepper.of(self, self._exits)
-        if self.compiled and sampler_of(choose):
-            return self.compiled
-        self._reference.plan.timed = self.timed
-        return self._reference
-
-    @cached_property
-    def _reference(self) -> Reference:
-        return Reference(Plan(self.backbone) if self.fill.verifies else self)
-
     @property
     def steppers_share(self) -> bool:
         """Whether one stepper can go on with a text that another began. It can if exits keep nothing of the text."""
-        return not self.open_exits or not (self.fill.waits or self._has_recurrent_parts)
-
-    def may_cut(self, choose: Choose) -> bool:
-        """Whether a prompt gives the same bits wherever it is cut. Compiled code does so, and torch does not."""
-        alone = self.stepper(choose) is self.compiled or not self._has_recurrent_parts
-        return isinstance(self.backbone.runtime, Compiled) and alone
+        return not self.open_exits or not (self.fill.waits or self.has_recurrent_parts)
 
     @property
-    def _has_recurrent_parts(self) -> bool:
+    def has_recurrent_parts(self) -> bool:
+        """Whether a gate or a read-out of an open exit keeps a memory of the text."""
         return any(part.recurrent for exit, _ in self.open_exits for part in (exit.gate, exit.adapter))
 
     @property
@@ -232,19 +186,21 @@ class Plan:
         """The timer's name for a segment: `shallow` before the first open exit, `deep` after it; `blocks` without exits."""
         return "deep" if number else "shallow" if self.top else "blocks"
 
-    def _check_guarantee(self, sampling: Sampling | Choose) -> None:
+    def check_sampling(self, sampling: Sampling | Choose) -> None:
         """Warn if fill, weight format or sampling are not those that the exits' policy was calibrated with."""
+        if not self._calibration:
+            return
         used: dict[str, Any] = {"fill": self.fill.name, "weights": self.backbone.weight_format}
         if isinstance(sampling, Sampling):
             used |= {"temperature": sampling.temperature, "repetition_penalty": sampling.repetition_penalty}
-        self._warn(differences(self._calibration, used), 6)  # so that the warning names the line that makes the engine
+        self._warn(differences(self._calibration, used), 5)  # so that the warning names the line that makes the engine
 
     def check_use(self, max_tokens: int, raw: bool | None = None) -> None:
         """Warn, once, if answers may be longer than those that the exits' policy was calibrated with.
 
         If it is known whether prompts are `raw`, that is compared too.
         """
-        if not self._calibration or self.fill.verifies or self._has_warned:
+        if not self._calibration or self._has_warned:
             return
         differs = differences(self._calibration, {"max_tokens": max_tokens, **({} if raw is None else {"raw": raw})})
         self._has_warned = bool(differs)

@@ -19,7 +19,6 @@ This code is meant to be read. It runs with any runtime's blocks, exits of all k
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,11 +26,9 @@ from torch import Tensor
 from offramp.decode.climb import Climb
 from offramp.decode.embedding import embed_all
 from offramp.decode.leaving import leave
+from offramp.decode.plan import Plan
 from offramp.decode.request import Request
 from offramp.decode.sequence import Decision
-
-if TYPE_CHECKING:
-    from offramp.decode.plan import Plan
 
 
 class Reference:

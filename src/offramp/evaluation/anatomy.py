@@ -14,12 +14,11 @@ from offramp.exits.exits import Exits
 from offramp.exits.readouts import DeepAdapter
 from offramp.model.backbone import Backbone
 from offramp.model.checkpoint import Held, held_in
-from offramp.model.compiled.formats import FILE
+from offramp.model.compiled.formats import FILE, Change
 from offramp.model.compiled.library import kernels
 from offramp.model.compiled.panels import LAYOUTS
 from offramp.model.costs import Costs
 from offramp.model.families import UNBOUNDED
-from offramp.model.reading import Change
 from offramp.training.config import draft_config
 
 CONTEXT = 256  # tokens before the one whose costs are stated

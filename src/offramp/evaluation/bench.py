@@ -21,8 +21,8 @@ from offramp.decode.timing import Timer, untimed
 from offramp.errors import BadInput
 from offramp.machine import machine
 from offramp.model.backbone import Backbone
+from offramp.model.compiled.formats import Change
 from offramp.model.compiled.library import kernels
-from offramp.model.reading import Change
 
 PROMPT = "Explain how rainbows form, in detail."
 # With `verify`, speed depends on how many drafts stand, which differs from text to text.
@@ -228,13 +228,13 @@ def parts_of_a_token(engine: Engine, prompts: list[list[int]], tokens: int) -> d
         request = batch.add(prompt, max_tokens=tokens)
         while not request.prefilled:
             batch.step()
-        engine.timed = timer
+        engine.plan.timed = timer
         started = time.perf_counter()
         try:
             for _ in batch.run():
                 pass
         finally:
-            engine.timed = untimed
+            engine.plan.timed = untimed
         whole += time.perf_counter() - started
         count += len(request.tokens)
     parts = {part: 1000 * seconds / count for part, seconds in timer.seconds.items()}

@@ -117,7 +117,7 @@ class Answer:
     @classmethod
     def of(cls, engine: Engine, prompt_length: int, answer: Generation) -> Answer:
         """From the engine's answer to a prompt of `prompt_length` tokens."""
-        costs = engine.costs
+        costs = engine.plan.costs
         blocks = sum(costs.full(context) - costs.head for context in range(1, prompt_length))
         return cls(
             ids=answer.ids,
@@ -127,7 +127,7 @@ class Answer:
             blocks=sum(token.blocks for token in answer.tokens),
             flops=answer.tokens[-1].cumulative_flops,
             flops_saved=answer.flops_saved,
-            prefill_flops=blocks + (prompt_length - 1) * engine.prefill_flops,
+            prefill_flops=blocks + (prompt_length - 1) * engine.plan.prefill_flops,
             prefill_seconds=answer.prefill_seconds,
             decode_seconds=len(answer.tokens) / answer.decode_tokens_per_second,
         )

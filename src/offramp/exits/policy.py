@@ -125,8 +125,7 @@ class Policy:
 
         An exit with a second key is written "0.99 or 0.3+0.9": leave above 0.99, or above 0.3 if the key is above 0.9.
         """
-        exits = [self.confidence_name(gate), " ".join(self.in_words())] if self.thresholds else ["no exits"]
-        return ", ".join([*exits, *self.extras])
+        return ", ".join([self.confidence_name(gate), " ".join(self.in_words()), *self.extras])
 
     def in_words(self) -> list[str]:
         """The thresholds of each exit, in words."""

@@ -9,7 +9,7 @@ Shapes: B batch, T tokens of this call, D hidden size, V vocabulary, N blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -18,18 +18,17 @@ from torch import Tensor, nn
 
 from offramp.errors import BadInput, BadNumbers, UnsupportedModel
 from offramp.model.checkpoint import Values
-from offramp.model.compiled.formats import FORMATS, Int4, precision_of
+from offramp.model.compiled.formats import Change, precision_of
 from offramp.model.compiled.library import library
+from offramp.model.compiled.parts import Moments
+from offramp.model.compiled.rounding import LayerInput
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.families import UNBOUNDED, Family, family_of
 from offramp.model.hooks import device_of, is_offloaded
 from offramp.model.hub import Source
-from offramp.model.lending import lender_of
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.modules import Modules
-from offramp.model.moments import Moments
 from offramp.model.prompts import Prompts
-from offramp.model.reading import Change, Reading
 from offramp.model.runtime import AnyState, BlockInput, Runtime, Step
 from offramp.model.store import Store
 
@@ -166,25 +165,22 @@ class Backbone:
         format: str,
         store: Store | None = None,
         values: Values | None = None,
-        reading: Reading | None = None,
+        inputs: Mapping[nn.Module, LayerInput] | None = None,
+        moments: Callable[[int], Moments] | None = None,
     ) -> None:
         """Run compiled blocks and a compiled head from now on, with weights in this format (see `formats.FORMATS`).
 
-        `store` keeps the converted weights. `values` reads those of a model on the meta device. `reading` says
-        which weights get inputs that 8 bits cannot hold. If the model is in memory, a quantised format also replaces the
-        library's own weights. Raises `UnsupportedModel`, with the reason, where there are no compiled blocks for this model
-        in this format.
+        `store` keeps the converted weights. `values` reads those of a model on the meta device. `inputs` says
+        which weights get inputs that 8 bits cannot hold, and `moments` what each linear layer of a block gets. If the model
+        is in memory, a quantised format also replaces the library's own weights. Raises `UnsupportedModel`, with the
+        reason, where there are no compiled blocks for this model in this format.
         """
         require_compiled(self.name, self.family, format, self.device)
         if is_offloaded(self.model):
             raise no_compiled(self.name, format, "accelerate brings its weights in one by one", BY_NAME)
         try:
-            store, values, inputs, moments = store or Store(), values or Values(), {}, None
-            if reading:
-                inputs = reading.inputs_of(self.model)
-                if FORMATS[format].blocks is Int4 and not store.complete:
-                    moments = Moments(self, lender_of(values, {})).of_block
-            runtime = Compiled(self.modules, self.family, self.config, format, store, values, inputs, moments)
+            store, values = store or Store(), values or Values()
+            runtime = Compiled(self.modules, self.family, self.config, format, store, values, inputs or {}, moments)
         except ValueError as error:
             why = str(error).removesuffix(".")
             raise no_compiled(self.name, format, why[0].lower() + why[1:]) from error

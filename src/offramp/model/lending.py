@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.errors import BadNumbers
+from offramp.model.backbone import Backbone
 from offramp.model.checkpoint import Values
-
-if TYPE_CHECKING:
-    from offramp.model.backbone import Backbone
 
 CHUNK = 16  # tokens that a Mamba-2 mixer of the library takes at once: its memory grows with their square
 

@@ -41,7 +41,7 @@ from offramp.model.checkpoint import (
     weights_in,
     write_safetensors,
 )
-from offramp.model.compiled.formats import FILE, FORMATS
+from offramp.model.compiled.formats import FILE, FORMATS, Change, Int4
 from offramp.model.compiled.library import library
 from offramp.model.compiled.runtime import Compiled
 from offramp.model.families import Family, family_of
@@ -49,8 +49,9 @@ from offramp.model.fingerprints import knows_fingerprint, with_fingerprint
 from offramp.model.hub import Source, find_config, read_whole, resolve
 from offramp.model.lending import OWN, Lender, lender_of
 from offramp.model.library_blocks import Outline
+from offramp.model.moments import Moments
 from offramp.model.reading import EDITION as READING
-from offramp.model.reading import Change, Reading, change_of, read, short_text
+from offramp.model.reading import Reading, change_of, read, short_text
 from offramp.model.runtime import Runtime
 from offramp.model.selfcheck import check, code_hash
 from offramp.model.store import Get, Store, Tensors
@@ -164,7 +165,10 @@ class _Loading:
         if quantised and reading is None:
             reading = self._read(backbone, store, values)
         with self._readable():
-            backbone.use_compiled_blocks(dtype, store, values, reading)
+            inputs = reading.inputs_of(backbone.model) if reading else {}
+            unknown = reading and FORMATS[dtype].blocks is Int4 and not store.complete
+            moments = Moments(backbone, lender_of(values, {})).of_block if unknown else None
+            backbone.use_compiled_blocks(dtype, store, values, inputs, moments)
         self._check(backbone, store, values, reading)
         if not self.keep:
             backbone.drop_spare_weights()

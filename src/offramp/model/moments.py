@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from offramp.model.backbone import Backbone
 from offramp.model.compiled.rounding import Inputs, inputs_of
 from offramp.model.lending import Lender, lent
 from offramp.model.library_blocks import LibraryBlocks
 from offramp.model.reading import text_ids
-
-if TYPE_CHECKING:
-    from offramp.model.backbone import Backbone
 
 TOKENS = 176  # of a piece of text: more than a reading has, since moments of few tokens fit that text too well
 LARGEST = 8192  # columns: of a layer with more, only the mean squares are used, since M would take too long

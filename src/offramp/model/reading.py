@@ -13,19 +13,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from offramp.files import ASSETS
-from offramp.model.compiled.rounding import GROUP
+from offramp.model.backbone import Backbone
+from offramp.model.compiled.formats import Change
+from offramp.model.compiled.rounding import GROUP, LayerInput
 from offramp.model.lending import Lender, lent, require_finite
 from offramp.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from offramp.model.backbone import Backbone
 
 EDITION = 1  # raise it when what a reading holds, or how it is found, changes
 TOKENS = 96  # of a piece of text, at most
@@ -33,43 +32,7 @@ FEWEST = 16  # tokens of a piece; a tokenizer that makes fewer gets random ids i
 BETWEEN = "\n=====\n"
 EACH = 8  # of so many tokens, one shows what rounding a layer's input loses
 MOST16 = 127 * 255 + 127  # the largest of its integers of 16 bits
-COARSE = 0.02  # rows are rounded to 16 bits where 8 would lose more than this share of a layer's output
 AT_ONCE = 32  # tokens whose logits are in memory at once
-
-
-@dataclass(frozen=True)
-class LayerInput:
-    """What a linear layer gets.
-
-    `power` (K,) is the mean square of each column. `lost8` and `lost16` are the shares of its output, without the bias,
-    that are lost where its input is rounded to integers of 8 or 16 bits.
-    """
-
-    power: Tensor
-    lost8: float
-    lost16: float
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a weight format changes: the perplexity of the short text in float32 (`before`) and in the format (`after`), and
-    the share of tokens after which both find the same token likeliest.
-    """
-
-    before: float
-    after: float
-    agreement: float
-
-    @property
-    def worse(self) -> float:
-        """The share by which the perplexity is higher in the format."""
-        return self.after / self.before - 1
-
-    def __str__(self) -> str:
-        return (
-            f"perplexity of a short text {self.after:.2f}, in float32 {self.before:.2f} ({self.worse:+.1%}); "
-            f"the likeliest token is the same in {self.agreement:.0%}"
-        )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from offramp.errors import OfframpError
-from offramp.serve.answers import Choices, Refused, Rules, Server, refused
+from offramp.serve.answers import Refused, Rules, Server, refused
+from offramp.serve.choices import Choices
 from offramp.serve.forms import ChatForm, CompletionForm, Form
 from offramp.serve.menu import Menu
 from offramp.serve.metrics import Metrics

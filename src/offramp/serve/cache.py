@@ -41,9 +41,9 @@ class PromptCache:
 
     def talk(self, engine: Engine, ids: list[int], choose: Choose) -> tuple[Talk, int]:
         """A talk for an answer to these ids, whose tokens `choose` chooses, and how many of the ids it has taken in."""
-        own, found = _owner(engine, engine.stepper(choose)), tuple[int, ...]()
+        own, found = _owner(engine, engine.steppers.of(choose)), tuple[int, ...]()
         for (owner, kept), entry in self._entries.items():
-            if owner == own and len(kept) > len(found) and entry.sequence.continued_by(ids, engine.open_exits):
+            if owner == own and len(kept) > len(found) and entry.sequence.continued_by(ids, engine.plan.open_exits):
                 found = kept
         if not found:
             return Talk(), 0
@@ -75,4 +75,4 @@ class PromptCache:
 
 def _owner(engine: Engine, stepper: object) -> Owner:
     """Who can go on with a text that this stepper of an engine has read."""
-    return engine, None if engine.steppers_share else stepper
+    return engine, None if engine.plan.steppers_share else stepper

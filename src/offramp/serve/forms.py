@@ -10,7 +10,8 @@ from typing import Any
 import openai.types as completions
 import openai.types.chat as chats
 
-from offramp.serve.answers import Choice, Server
+from offramp.serve.answers import Server
+from offramp.serve.choices import Choice
 
 LEAST = -9999.0  # stands for −∞, which JSON does not have
 

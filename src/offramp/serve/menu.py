@@ -23,7 +23,7 @@ class Menu:
         self.backbone, self.exits, self.usual = backbone, exits, usual
         self.modes = tuple(dict.fromkeys((*exits.modes(backbone), usual.mode)))
         self.points = points_of(exits.early.calibration) if exits.early and "early" in self.modes else []
-        same = [number for number, point in enumerate(self.points, 1) if point.policy == usual.policy]
+        same = [number for number, point in enumerate(self.points, 1) if point.policy == usual.plan.policy]
         self._usual = f"early:{same[0]}" if usual.mode == "early" and same else usual.mode
         self._made = {usual.mode: usual, self._usual: usual}
 
@@ -42,11 +42,11 @@ class Menu:
 
         It is a loss, a risk and a delta; or None where the engine's policy passed no test, or another use was tested.
         """
-        passed = any(point.passed and point.policy == engine.policy for point in self.points)
-        if not passed or self.exits.early is None or engine.fill.verifies:
+        passed = any(point.passed and point.policy == engine.plan.policy for point in self.points)
+        if not passed or self.exits.early is None or engine.plan.fill.verifies:
             return None
         tested = self.exits.early.calibration
-        if differences(tested, {"fill": engine.fill.name, "weights": self.backbone.weight_format, **used}):
+        if differences(tested, {"fill": engine.plan.fill.name, "weights": self.backbone.weight_format, **used}):
             return None
         return {name: tested.get(name) for name in ("loss", "risk", "delta")}
 

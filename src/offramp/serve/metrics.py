@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from offramp.decode.request import drafts_of
+from offramp.serve.choices import Choice
 from offramp.serve.scheduler import Outcome, Scheduler
-
-if TYPE_CHECKING:
-    from offramp.serve.answers import Choice
 
 WORST_FIRST: tuple[Outcome, ...] = ("error", "abort", "length", "stop")
 
@@ -71,7 +68,7 @@ class Metrics:
         tokens, engine = choice.tokens, choice.job.engine
         self._count("generation_tokens", len(tokens))
         self._count("blocks", sum(token.blocks for token in tokens))
-        if engine.fill.verifies:
+        if engine.plan.fill.verifies:
             made, stood = drafts_of(tokens)
             self._count("spec_decode_num_draft_tokens", made)
             self._count("spec_decode_num_accepted_tokens", stood)

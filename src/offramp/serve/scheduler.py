@@ -242,7 +242,7 @@ class Scheduler:
             return
         try:
             talk, job.cached = self.cache.talk(job.engine, job.ids, job.choose)
-            batch = self._batches.setdefault(job.engine, Batch(job.engine))
+            batch = self._batches.setdefault(job.engine, job.engine.batch())
             request = batch.add(job.ids, talk, job.choose, **job.limits)
         except Exception as error:  # whatever it is, it is this job's own
             self._end(job, error)

@@ -32,6 +32,28 @@ from offramp.model.store import Tensors
 FILE = "file"
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a weight format changes: the perplexity of the short text in float32 (`before`) and in the format (`after`), and
+    the share of tokens after which both find the same token likeliest.
+    """
+
+    before: float
+    after: float
+    agreement: float
+
+    @property
+    def worse(self) -> float:
+        """The share by which the perplexity is higher in the format."""
+        return self.after / self.before - 1
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity of a short text {self.after:.2f}, in float32 {self.before:.2f} ({self.worse:+.1%}); "
+            f"the likeliest token is the same in {self.agreement:.0%}"
+        )
+
+
 class Int4(Panels):
     """4-bit integers with a scale and a minimum for every 32 weights of a row: weight = q · scale + low, as in Q4_1."""
 

@@ -16,12 +16,13 @@ from offramp.model.checkpoint import Values
 from offramp.model.compiled.formats import FORMATS, FROM_FLOATS, Finer, Int4
 from offramp.model.compiled.library import Fine
 from offramp.model.compiled.panels import PANELS
-from offramp.model.compiled.rounding import Inputs, inputs_of, lies_on_grids
+from offramp.model.compiled.rounding import Inputs, LayerInput, inputs_of, lies_on_grids
 from offramp.model.compiled.weights import Stack, Weight
 from offramp.model.headers import DTYPES
-from offramp.model.reading import COARSE, LayerInput
 from offramp.model.store import Get, Tensors
 
+COARSE = 0.02  # rows are rounded to 16 bits where 8 would lose more than this share of a layer's output
+Moments = Mapping[nn.Module, Callable[[], Inputs]]  # what a short text shows that each linear layer of a part gets
 Changed = list[tuple[Any, Callable[[], Tensor]]]  # library's modules, each with the weight that this format gives it
 
 
@@ -41,7 +42,7 @@ class Maker:
         weight_format: str,
         changed: Changed,
         inputs: Mapping[nn.Module, LayerInput],
-        moments: Callable[[], Mapping[nn.Module, Callable[[], Inputs]]],
+        moments: Callable[[], Moments],
         norm_offset: float = 0.0,
     ) -> None:
         self._norm_offset = norm_offset

@@ -33,6 +33,19 @@ AT_ONCE = 1 << 20  # weights that are rounded at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
+class LayerInput:
+    """What a linear layer gets.
+
+    `power` (K,) is the mean square of each column. `lost8` and `lost16` are the shares of its output, without the bias,
+    that are lost where its input is rounded to integers of 8 or 16 bits.
+    """
+
+    power: Tensor
+    lost8: float
+    lost16: float
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What is known of the rows that a weight is multiplied with; weights that share their input share it.
 

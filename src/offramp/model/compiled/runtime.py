@@ -37,14 +37,13 @@ from offramp.model.compiled.library import (
     constant,
     handle_of,
 )
-from offramp.model.compiled.parts import Changed, Maker
-from offramp.model.compiled.rounding import GROUP, Inputs
+from offramp.model.compiled.parts import Changed, Maker, Moments
+from offramp.model.compiled.rounding import GROUP, LayerInput
 from offramp.model.compiled.session import Session
 from offramp.model.compiled.steps import CompiledPlan, Rules
 from offramp.model.compiled.weights import Weight, multiplies_bfloat16
 from offramp.model.families import Family
 from offramp.model.modules import Modules
-from offramp.model.reading import LayerInput
 from offramp.model.runtime import AnyState, BlockInput, Step, joined
 from offramp.model.store import Built, Get, Store
 
@@ -70,7 +69,7 @@ class Compiled:
         store: Store,
         values: Values,
         inputs: Mapping[nn.Module, LayerInput],
-        moments: Callable[[int], Mapping[nn.Module, Callable[[], Inputs]]] | None = None,
+        moments: Callable[[int], Moments] | None = None,
     ) -> None:
         """`weight_format` is one of `formats.FORMATS`; `inputs`: as a `Maker` takes them, and `moments` of each block.
 

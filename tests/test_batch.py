@@ -65,8 +65,8 @@ def test_one_call_reads_pieces_of_several_prompts_and_decides(monkeypatch, steps
     batch.step()
     others = [batch.add(text(30, seed), max_tokens=2) for seed in (1, 2)]
     calls = []
-    step = type(batch.plan.compiled).step
-    monkeypatch.setattr(type(batch.plan.compiled), "step", lambda *given: (calls.append(given[1:]), step(*given))[1])
+    step = type(batch._steppers.compiled).step
+    monkeypatch.setattr(type(batch._steppers.compiled), "step", lambda *given: (calls.append(given[1:]), step(*given))[1])
     batch.step()
     assert [(dict(reading), deciding) for reading, deciding in calls] == [({others[0]: 20}, [stream])]
     batch.step()

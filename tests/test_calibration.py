@@ -395,7 +395,7 @@ def test_a_repetition_penalty_is_calibrated_for(monkeypatch) -> None:
 
     def watched(self, *args, **named) -> None:
         start(self, *args, **named)
-        used.add(self.choose)
+        used.add(self._choose)
 
     config = CalibrationConfig(risk=0.9, delta=0.1, kind="fixed", max_tokens=4, repetition_penalty=1.3)
     with monkeypatch.context() as patch:

@@ -255,5 +255,5 @@ def test_gates_that_read_the_prompt_are_counted() -> None:
     engine = Engine(tiny(LLAMA), exits, Policy((0.5,) * 3))
     parts = [part for exit in exits for part in (exit.gate, exit.adapter)]
     assert engine.plan.prefill_flops == sum(part.flops() for part in parts)
-    assert Engine(tiny(LLAMA), exits_for(LLAMA, "ffn", "linear"), Policy((0.5,) * 3)).prefill_flops == 0
-    assert Engine(tiny(LLAMA), exits, Policy((1.0,) * 3)).prefill_flops == 0
+    assert Engine(tiny(LLAMA), exits_for(LLAMA, "ffn", "linear"), Policy((0.5,) * 3)).plan.prefill_flops == 0
+    assert Engine(tiny(LLAMA), exits, Policy((1.0,) * 3)).plan.prefill_flops == 0
